@@ -1,0 +1,62 @@
+# `make serve` and `make test` are all one needs; both set up .venv by themselves.
+# Stamps inside .venv remember what is installed, so that the second time takes no time.
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+PROJECT := pyproject.toml constraints.txt
+
+.PHONY: help setup serve test check bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+setup: .venv/.runtime .venv/.test  ## Make .venv with Quire in it (editable), its kernels built, and what the tests need
+
+.venv/.created:
+	@python=$$(scripts/find_python.sh) && echo "quire: making .venv with $$python" && "$$python" -m venv .venv
+	@touch $@
+
+.venv/.tools: .venv/.created $(PROJECT)
+	@echo "quire: installing the build tools"
+	@$(PIP) --quiet 'scikit-build-core>=0.11' 'nanobind>=2.10' 'cmake>=3.26' ninja
+	@touch $@
+
+# Without build isolation, so that a rebuild after an edit in csrc/ is incremental.
+.venv/.runtime: .venv/.tools $(PROJECT) $(KERNEL_SOURCES)
+	@echo "quire: installing dependencies and building the kernels (minutes the first time, most of it torch)"
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+.venv/.test: $(PROJECT) | .venv/.runtime
+	@echo "quire: installing what the tests need"
+	@$(PIP) --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+serve: .venv/.runtime  ## Serve the bundled model; PORT=8000 HOST=127.0.0.1 ARGS='MODEL --flags'
+	@exec $(BIN)/quire serve --host $(HOST) --port $(PORT) $(ARGS)
+
+test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## Lint, format, types, and the laws of the architecture
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundled model
+	@$(BIN)/quire bench throughput $(ARGS)
+	@$(BIN)/quire bench latency $(ARGS)
+	@$(BIN)/quire bench startup $(ARGS)
+
+clean:  ## Remove .venv, build folders and caches
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""What this machine can do at most: the rate of fp32 matrix products and the bandwidth of reading memory.
+
+Every figure of an engine is read against these two, taken in the same run: prefill cannot pass the first,
+decode cannot pass the second. `python -m benchmarks.ceilings` prints them as JSON.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+MATRIX_SIZE = 2048
+READ_BYTES = 2**30
+"""Far more than any cache holds."""
+
+
+def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
+    """Median rates, with the threads torch is set to."""
+    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+    memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
+    return {
+        "threads": torch.get_num_threads(),
+        "fp32_gflops": median_rate(lambda: left @ right, 2 * MATRIX_SIZE**3, seconds),
+        # A sum of integers costs one cheap instruction per vector, so memory is what it waits for.
+        "read_gb_per_s": median_rate(memory.sum, READ_BYTES, seconds),
+    }
+
+
+def median_rate(run: Callable[[], object], work: float, seconds: float) -> float:
+    """Billions of `work` units per second over repeats of `run` that fill the time."""
+    run()
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(rates) < 3:
+        start = time.perf_counter()
+        run()
+        rates.append(work / (time.perf_counter() - start) / 1e9)
+    return round(statistics.median(rates), 1)
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_ceilings()))

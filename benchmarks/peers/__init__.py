@@ -1,0 +1,1 @@
+"""Quire and its peers on the same weights, the same requests and the same machine, in one run."""

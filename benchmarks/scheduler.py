@@ -1,0 +1,99 @@
+"""What deciding costs: the memory pool's operations and a whole step of the scheduler, without a model.
+
+`python -m benchmarks.scheduler` prints JSON: processor time, medians of several repeats.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+from quire.kv_cache.block_hash import root_name
+from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import BlockTable
+from quire.request import Request
+from quire.sampling_params import SamplingParams
+from quire.scheduler.scheduler import Scheduler
+from quire.step import StepPlan, StepResult
+
+BLOCK_SIZE = 16
+PROMPT_TOKENS = 64
+MAX_TOKENS = 190
+APPENDS = 100_000
+REPEATS = 7
+
+
+def main() -> None:
+    figures = {
+        "pool_of_1m_blocks_s": round(median_seconds(lambda: BlockPool(1_000_000, BLOCK_SIZE)), 3),
+        "append_and_free_us": round(median_seconds(append_and_free) / APPENDS * 1e6, 2),
+        "step_of_256_ms": round(step_seconds(256) * 1e3, 3),
+        "step_of_1024_ms": round(step_seconds(1024) * 1e3, 3),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    """Median processor time of a call."""
+    seconds: list[float] = []
+    for _ in range(REPEATS):
+        gc.collect()
+        start = time.process_time()
+        run()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def append_and_free() -> None:
+    """A table takes a block for one token, and gives it back."""
+    pool = BlockPool(1024, BLOCK_SIZE)
+    table = BlockTable(pool, root_name("", BLOCK_SIZE))
+    for _ in range(APPENDS):
+        table.append(1, [])
+        table.free()
+
+
+def step_seconds(num_seqs: int) -> float:
+    """Median processor time of schedule() and update() while `num_seqs` sequences decode."""
+    scheduler = Scheduler(
+        BlockPool(num_seqs * 16, BLOCK_SIZE),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=2 * num_seqs,
+        max_model_len=1024,
+    )
+    for number in range(num_seqs):
+        prompt = [number * PROMPT_TOKENS + position for position in range(PROMPT_TOKENS)]
+        request = Request(
+            request_id=f"{number}",
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=MAX_TOKENS),
+            eos_token_ids=(0,),
+            max_tokens=MAX_TOKENS,
+        )
+        scheduler.add(request)
+    num_decoding = 0
+    while num_decoding < num_seqs:
+        plan = scheduler.schedule()
+        scheduler.update(plan, sampled(plan))
+        num_decoding = len(plan.sample_rows)
+    seconds: list[float] = []
+    for _ in range(100):
+        start = time.process_time()
+        plan = scheduler.schedule()
+        planned = time.process_time()
+        result = sampled(plan)
+        update = time.process_time()
+        scheduler.update(plan, result)
+        seconds.append(time.process_time() - update + planned - start)
+    return statistics.median(seconds)
+
+
+def sampled(plan: StepPlan) -> StepResult:
+    """A result in which every sample is token 1."""
+    num_samples = len(plan.sample_rows)
+    return StepResult([1] * num_samples, [None] * num_samples, [None] * num_samples)
+
+
+if __name__ == "__main__":
+    main()

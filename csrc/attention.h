@@ -1,0 +1,479 @@
+// Paged attention over ragged batches: decode, chunked prefill and mixed batches are the same code.
+//
+// An item is a run of query tokens of one sequence, a run of KV heads and a range of keys. Its rows are the pairs of a
+// token and a query head that read one KV head, so that keys and values are read once for all query heads sharing them.
+// Rows are cut into panels of at most kMaxRows, keys into tiles of kTileKeys. For each tile and panel
+//
+//     scores  = panel . keys        keys lie transposed in their blocks: one dimension of kLanes keys is one vector
+//     weights = 2^(scores - max)    online softmax: older results decay when a larger maximum appears
+//     out     = decay out + weights . values
+//
+// where both products broadcast one operand and keep kAccumulators vectors in registers. Nothing is summed across lanes
+// but one maximum per row and tile, and one sum per row at the end.
+//
+// Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded float32 tile.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int kTileKeys = 128;
+constexpr int kTileColumns = kTileKeys / kLanes;
+// Rows of scores are a vector further apart than a tile is wide: a power of two would map all of them to few cache sets.
+constexpr int kScoreStride = kTileKeys + 16;
+// Stands for "no key seen yet" in a row's maximum: far below any score, yet finite, so that differences are numbers.
+constexpr float kNoMaximum = -1e30f;
+constexpr float kHidden = -INFINITY;
+
+// A run of keys of the current tile that lie in one block.
+struct Segment {
+    int64_t offset;  // elements from the start of the values to the first key's, for KV head 0
+    int32_t first;   // key within the tile
+    int32_t count;
+};
+
+struct Tile {
+    int64_t begin;                 // position of lane 0 of column 0
+    int64_t end;                   // one past the last key
+    int64_t columns[kTileColumns];  // elements from the start of the keys to each vector of keys, for KV head 0
+    int num_segments;
+    Segment segments[kTileKeys];
+};
+
+// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors].
+template <class T, int kRows, int kWidth>
+static void score_columns(const float* queries, const T* keys, const int64_t* columns, int64_t stride, int64_t head_dim,
+                          float* scores) {
+    Vec acc[kRows][kWidth] = {};
+    const T* column[kWidth];
+    for (int j = 0; j < kWidth; ++j) column[j] = keys + columns[j];
+    for (int64_t d = 0; d < head_dim; ++d) {
+        Vec key[kWidth];
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) key[j] = load(column[j] + d * stride);
+#pragma GCC unroll 14
+        for (int r = 0; r < kRows; ++r) {
+            const float q = queries[d * kRows + r];
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) acc[r][j] += key[j] * q;
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) store(scores + r * kScoreStride + j * kLanes, acc[r][j]);
+}
+
+// kRows x kWidth vectors of outputs: out = decay out + weights [kRows][keys] times values [keys][kWidth vectors].
+template <class T, int kRows, int kWidth>
+static void weigh_columns(const float* weights, const float* decay, const T* values, const Segment* segments,
+                          int num_segments, int64_t num_keys, int64_t stride, float* out, int64_t out_stride) {
+    Vec acc[kRows][kWidth];
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) acc[r][j] = load(out + r * out_stride + j * kLanes) * decay[r];
+    for (int s = 0; s < num_segments && segments[s].first < num_keys; ++s) {
+        const T* value = values + segments[s].offset;
+        const float* weight = weights + segments[s].first;
+        const float* end = weight + min_of(segments[s].count, num_keys - segments[s].first);
+        for (; weight < end; ++weight, value += stride) {
+            Vec v[kWidth];
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) v[j] = load(value + j * kLanes);
+#pragma GCC unroll 14
+            for (int r = 0; r < kRows; ++r) {
+                const float w = weight[r * kScoreStride];
+#pragma GCC unroll 8
+                for (int j = 0; j < kWidth; ++j) acc[r][j] += v[j] * w;
+            }
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) store(out + r * out_stride + j * kLanes, acc[r][j]);
+}
+
+// The widest micro-kernel that fits the registers and the columns left.
+template <int kRows>
+QUIRE_INLINE int width_for(int64_t columns) {
+    if (kRows * 8 <= kAccumulators && columns >= 8) return 8;
+    if (kRows * 4 <= kAccumulators && columns >= 4) return 4;
+    if (kRows * 2 <= kAccumulators && columns >= 2) return 2;
+    return 1;
+}
+
+template <class T, int kRows>
+static void score_panel(const float* queries, const T* keys, const int64_t* columns, int64_t num_columns,
+                        int64_t stride, int64_t head_dim, float* scores) {
+    for (int64_t c = 0; c < num_columns;) {
+        const int width = width_for<kRows>(num_columns - c);
+        const auto run = [&]<int kWidth>() {
+            score_columns<T, kRows, kWidth>(queries, keys, columns + c, stride, head_dim, scores + c * kLanes);
+        };
+        if constexpr (kRows * 8 <= kAccumulators)
+            if (width == 8) run.template operator()<8>();
+        if constexpr (kRows * 4 <= kAccumulators)
+            if (width == 4) run.template operator()<4>();
+        if constexpr (kRows * 2 <= kAccumulators)
+            if (width == 2) run.template operator()<2>();
+        if (width == 1) run.template operator()<1>();
+        c += width;
+    }
+}
+
+template <class T, int kRows>
+static void weigh_panel(const float* weights, const float* decay, const T* values, const Segment* segments,
+                        int num_segments, int64_t num_keys, int64_t stride, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < out_stride / kLanes;) {
+        const int width = width_for<kRows>(out_stride / kLanes - c);
+        const auto run = [&]<int kWidth>() {
+            weigh_columns<T, kRows, kWidth>(weights, decay, values + c * kLanes, segments, num_segments, num_keys,
+                                            stride, out + c * kLanes, out_stride);
+        };
+        if constexpr (kRows * 8 <= kAccumulators)
+            if (width == 8) run.template operator()<8>();
+        if constexpr (kRows * 4 <= kAccumulators)
+            if (width == 4) run.template operator()<4>();
+        if constexpr (kRows * 2 <= kAccumulators)
+            if (width == 2) run.template operator()<2>();
+        if (width == 1) run.template operator()<1>();
+        c += width;
+    }
+}
+
+// Calls body.operator()<rows>() with the number of rows as a constant.
+template <int kRows = kMaxRows, class Body>
+QUIRE_INLINE void with_rows(int rows, Body&& body) {
+    if constexpr (kRows > 0) {
+        if (rows == kRows)
+            body.template operator()<kRows>();
+        else
+            with_rows<kRows - 1>(rows, body);
+    }
+}
+
+// What is done to a score before the softmax, all in base 2.
+struct ScoreBias {
+    float softcap;  // 0: none; otherwise scores arrive divided by the cap
+    float slope;    // ALiBi
+};
+
+// Turns one row of scores into weights; keys outside [low, high) weigh exactly nothing. Returns the decay of what the
+// row holds so far. Positions are relative to the tile.
+template <bool kEdge, bool kBias>
+QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int64_t high, ScoreBias bias,
+                                int64_t query_position, float* row_max, float* row_sum) {
+    const Vec lanes = lane_numbers();
+    Vec top = broadcast(*row_max);
+    for (int64_t c = 0; c < columns; ++c) {
+        Vec s = load(scores + c * kLanes);
+        const Vec key = lanes + float(c * kLanes);
+        if constexpr (kBias) {
+            if (bias.softcap > 0) s = bias.softcap * tanh(s);
+            s += bias.slope * (key - float(query_position));
+        }
+        if constexpr (kEdge) s = key >= float(low) && key < float(high) ? s : broadcast(kHidden);
+        if constexpr (kEdge || kBias) store(scores + c * kLanes, s);
+        top = maximum(s, top);
+    }
+    const float new_max = largest(top);
+    Vec total{};
+    for (int64_t c = 0; c < columns; ++c) {
+        const Vec w = exp2(load(scores + c * kLanes) - new_max);
+        store(scores + c * kLanes, w);
+        total += w;
+    }
+    const float decay = exp2(broadcast(*row_max - new_max))[0];
+    store(row_sum, load(row_sum) * decay + total);
+    *row_max = new_max;
+    return decay;
+}
+
+// The part of a thread's scratch that one item uses.
+struct Scratch {
+    float* queries;    // per panel [head_dim][rows]
+    float* out;        // [rows][padded_dim]
+    float* row_sum;    // [rows][kLanes]
+    float* row_max;    // [rows]
+    float* scores;     // [kMaxRows][kScoreStride]
+    float* keys;       // [head_dim][kTileKeys], if keys are copied
+    float* values;     // [kTileKeys][padded_dim], if values are copied
+};
+
+struct ScratchSizes {
+    int64_t rows, padded_dim, queries, out, row_sum, row_max, scores, keys, values;
+
+    int64_t total() const { return queries + out + row_sum + row_max + scores + keys + values; }
+};
+
+static bool keys_are_vectors(const Attention& a) { return a.cache.block_size % kLanes == 0; }
+static bool values_are_vectors(const Attention& a) { return a.cache.head_dim % kLanes == 0; }
+
+static ScratchSizes scratch_sizes(const Attention& a) {
+    const int64_t group = a.num_heads / a.cache.num_kv_heads;
+    ScratchSizes sizes{};
+    for (int64_t i = 0; i < a.num_work; ++i)
+        sizes.rows = max_of(sizes.rows, a.work[i].num_tokens * a.work[i].num_heads * group);
+    sizes.padded_dim = round_up(a.cache.head_dim, kLanes);
+    sizes.queries = round_up(sizes.rows * a.cache.head_dim, kLanes);
+    sizes.out = sizes.rows * sizes.padded_dim;
+    sizes.row_sum = sizes.rows * kLanes;
+    sizes.row_max = round_up(sizes.rows, kLanes);
+    sizes.scores = kMaxRows * kScoreStride;
+    sizes.keys = keys_are_vectors(a) ? 0 : a.cache.head_dim * kTileKeys;
+    sizes.values = values_are_vectors(a) ? 0 : kTileKeys * sizes.padded_dim;
+    return sizes;
+}
+
+static int64_t attention_scratch(const Attention& a) { return scratch_sizes(a).total(); }
+
+static Scratch divide(float* area, const ScratchSizes& sizes) {
+    Scratch s;
+    s.queries = area;
+    s.out = s.queries + sizes.queries;
+    s.row_sum = s.out + sizes.out;
+    s.row_max = s.row_sum + sizes.row_sum;
+    s.scores = s.row_max + sizes.row_max;
+    s.keys = s.scores + sizes.scores;
+    s.values = s.keys + sizes.keys;
+    return s;
+}
+
+// One item of the plan, for one storage type.
+template <class KV>
+class ItemRun {
+public:
+    ItemRun(const Attention& attention, const WorkItem& work_item, const Scratch& s)
+        : a(attention), item(work_item), scratch(s), group(a.num_heads / a.cache.num_kv_heads),
+          head_dim(a.cache.head_dim), padded_dim(round_up(head_dim, kLanes)), block_size(a.cache.block_size),
+          head_stride(head_dim * block_size), head_rows(item.num_tokens * group),
+          num_panels((head_rows + kMaxRows - 1) / kMaxRows),
+          first_position(item.token_begin - a.query_start_loc[item.sequence + 1] + a.seq_lens[item.sequence]) {}
+
+    void run() {
+        pack_queries();
+        const int64_t rows = head_rows * item.num_heads;
+        memset(scratch.out, 0, rows * padded_dim * sizeof(float));
+        memset(scratch.row_sum, 0, rows * kLanes * sizeof(float));
+        for (int64_t r = 0; r < rows; ++r) scratch.row_max[r] = kNoMaximum;
+
+        // Aligning the first tile keeps vectors of keys inside their blocks; keys before key_begin are hidden.
+        for (int64_t begin = item.key_begin / kLanes * kLanes; begin < item.key_end; begin += kTileKeys) {
+            locate(begin);
+            for (int64_t head = 0; head < item.num_heads; ++head) {
+                copy_unaligned(item.head_begin + head);
+                for (int64_t p = 0; p < num_panels; ++p) run_panel(head, panel_begin(p), panel_begin(p + 1));
+            }
+        }
+        write_out();
+    }
+
+private:
+    // Rows are shared out evenly: 16 rows are 8 + 8, not 14 + 2.
+    int64_t panel_begin(int64_t panel) const { return head_rows * panel / num_panels; }
+
+    // Transposes queries to [panel][head_dim][rows], scaled so that the softmax can work in base 2.
+    void pack_queries() {
+        const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
+        for (int64_t head = 0; head < item.num_heads; ++head)
+            for (int64_t p = 0; p < num_panels; ++p) {
+                const int64_t begin = panel_begin(p), rows = panel_begin(p + 1) - begin;
+                float* packed = scratch.queries + (head * head_rows + begin) * head_dim;
+                for (int64_t r = 0; r < rows; ++r) {
+                    const int64_t token = (begin + r) / group;
+                    const int64_t query_head = (item.head_begin + head) * group + (begin + r) % group;
+                    const float* q = a.q.data + (item.token_begin + token) * a.q.stride + query_head * head_dim;
+                    for (int64_t d = 0; d < head_dim; ++d) packed[d * rows + r] = q[d] * scale;
+                }
+            }
+    }
+
+    // Finds where the keys and values of a tile lie.
+    void locate(int64_t begin) {
+        tile.begin = begin;
+        tile.end = min_of(begin + kTileKeys, item.key_end);
+        const int32_t* table = a.block_tables + item.sequence * a.block_table_stride;
+        const int64_t block_stride = a.cache.num_kv_heads * head_stride;
+        if (keys_are_vectors(a))
+            for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes)
+                tile.columns[c] = table[key / block_size] * block_stride + key % block_size;
+        tile.num_segments = 0;
+        for (int64_t key = max_of(begin, item.key_begin); key < tile.end;) {
+            const int64_t in_block = key % block_size;
+            const int64_t count = min_of(block_size - in_block, tile.end - key);
+            tile.segments[tile.num_segments++] = {table[key / block_size] * block_stride + in_block * head_dim,
+                                                  int32_t(key - begin), int32_t(count)};
+            key += count;
+        }
+    }
+
+    // Copies what is not made of whole vectors to padded tiles, for one head.
+    void copy_unaligned(int64_t head) {
+        if (!keys_are_vectors(a)) {
+            memset(scratch.keys, 0, head_dim * kTileKeys * sizeof(float));
+            for (int s = 0; s < tile.num_segments; ++s) {
+                const Segment& segment = tile.segments[s];
+                const int64_t in_block = (tile.begin + segment.first) % block_size;
+                const KV* block = keys() + segment.offset - in_block * head_dim + in_block + head * head_stride;
+                for (int64_t d = 0; d < head_dim; ++d)
+                    for (int64_t i = 0; i < segment.count; ++i)
+                        scratch.keys[d * kTileKeys + segment.first + i] = widen(block[d * block_size + i]);
+            }
+        }
+        if (!values_are_vectors(a))
+            for (int s = 0; s < tile.num_segments; ++s) {
+                const Segment& segment = tile.segments[s];
+                const KV* value = values() + segment.offset + head * head_stride;
+                for (int64_t i = 0; i < segment.count; ++i) {
+                    float* copy = scratch.values + (segment.first + i) * padded_dim;
+                    for (int64_t d = 0; d < head_dim; ++d) copy[d] = widen(value[i * head_dim + d]);
+                    for (int64_t d = head_dim; d < padded_dim; ++d) copy[d] = 0;
+                }
+            }
+    }
+
+    void run_panel(int64_t head, int64_t begin, int64_t end) {
+        // The keys that any row of the panel sees, within the tile.
+        const int64_t low = low_key(begin / group), high = high_key((end - 1) / group);
+        if (low >= tile.end - tile.begin || high <= 0) return;
+        const int64_t columns = (high + kLanes - 1) / kLanes;
+        const int64_t row = head * head_rows + begin;
+        const float* queries = scratch.queries + row * head_dim;
+        float* out = scratch.out + row * padded_dim;
+        const int64_t head_offset = (item.head_begin + head) * head_stride;
+        float decay[kMaxRows];
+
+        with_rows(int(end - begin), [&]<int kRows>() {
+            if (keys_are_vectors(a)) {
+                score_panel<KV, kRows>(queries, keys() + head_offset, tile.columns, columns, block_size, head_dim,
+                                       scratch.scores);
+            } else {
+                int64_t copied[kTileColumns];
+                for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
+                score_panel<float, kRows>(queries, scratch.keys, copied, columns, kTileKeys, head_dim, scratch.scores);
+            }
+            for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
+            if (values_are_vectors(a)) {
+                weigh_panel<KV, kRows>(scratch.scores, decay, values() + head_offset, tile.segments, tile.num_segments,
+                                       high, head_dim, out, padded_dim);
+            } else {
+                const int64_t first = tile.segments[0].first;
+                const Segment copied{first * padded_dim, int32_t(first), kTileKeys};
+                weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, high, padded_dim, out,
+                                          padded_dim);
+            }
+        });
+    }
+
+    float weigh_row(int64_t row_in_head, int64_t row, int64_t head, int64_t columns, int panel_row) {
+        const int64_t token = row_in_head / group;
+        const int64_t low = low_key(token), high = high_key(token);
+        float* scores = scratch.scores + panel_row * kScoreStride;
+        float* row_max = scratch.row_max + row;
+        float* row_sum = scratch.row_sum + row * kLanes;
+        const int64_t position = first_position + token - tile.begin;
+        const bool edge = low > 0 || high < columns * kLanes;
+        if (a.softcap > 0 || a.alibi_slopes) {
+            const int64_t query_head = (item.head_begin + head) * group + row_in_head % group;
+            const ScoreBias bias{a.softcap * kLog2E, a.alibi_slopes ? a.alibi_slopes[query_head] * kLog2E : 0.0f};
+            return weigh_scores<true, true>(scores, columns, low, high, bias, position, row_max, row_sum);
+        }
+        if (edge) return weigh_scores<true, false>(scores, columns, low, high, {}, position, row_max, row_sum);
+        return weigh_scores<false, false>(scores, columns, low, high, {}, position, row_max, row_sum);
+    }
+
+    // The keys a token sees are [low_key, high_key), relative to the tile.
+    int64_t low_key(int64_t token) const {
+        const int64_t low = a.window > 0 ? first_position + token - a.window + 1 : 0;
+        return max_of(low, item.key_begin) - tile.begin;
+    }
+    int64_t high_key(int64_t token) const { return min_of(first_position + token + 1, tile.end) - tile.begin; }
+
+    void write_out() const {
+        for (int64_t head = 0; head < item.num_heads; ++head)
+            for (int64_t r = 0; r < head_rows; ++r) {
+                const int64_t row = head * head_rows + r;
+                const float* source = scratch.out + row * padded_dim;
+                const float total = sum(load(scratch.row_sum + row * kLanes));
+                if (item.partial_row >= 0) {
+                    float* partial = a.partials + (item.partial_row + row) * (head_dim + 2);
+                    memcpy(partial, source, head_dim * sizeof(float));
+                    partial[head_dim] = scratch.row_max[row];
+                    partial[head_dim + 1] = total;
+                } else {
+                    const int64_t query_head = (item.head_begin + head) * group + r % group;
+                    float* target = a.out + ((item.token_begin + r / group) * a.num_heads + query_head) * head_dim;
+                    const float inverse = 1.0f / total;
+                    for (int64_t d = 0; d < head_dim; ++d) target[d] = source[d] * inverse;
+                }
+            }
+    }
+
+    const KV* keys() const { return static_cast<const KV*>(a.cache.keys); }
+    const KV* values() const { return static_cast<const KV*>(a.cache.values); }
+
+    const Attention& a;
+    const WorkItem& item;
+    const Scratch& scratch;
+    const int64_t group, head_dim, padded_dim, block_size, head_stride;
+    const int64_t head_rows;       // rows of one KV head
+    const int64_t num_panels;      // per KV head
+    const int64_t first_position;  // of the item's first token in its sequence
+    Tile tile;
+};
+
+// Joins the parts of one split result: each part decays by what its maximum lacks to the largest.
+static void merge_splits(const Attention& a, const Merge& merge) {
+    const int64_t group = a.num_heads / a.cache.num_kv_heads, head_dim = a.cache.head_dim;
+    const int64_t head_rows = merge.num_tokens * group, rows = head_rows * merge.num_heads;
+    const int64_t part_stride = rows * (head_dim + 2);
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* parts = a.partials + (merge.partial_row + row) * (head_dim + 2);
+        const int64_t r = row % head_rows;
+        const int64_t query_head = (merge.head_begin + row / head_rows) * group + r % group;
+        float* out = a.out + ((merge.token_begin + r / group) * a.num_heads + query_head) * head_dim;
+
+        float top = kNoMaximum, total = 0;
+        for (int64_t s = 0; s < merge.num_splits; ++s) top = fmaxf(top, parts[s * part_stride + head_dim]);
+        for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
+        for (int64_t s = 0; s < merge.num_splits; ++s) {
+            const float* part = parts + s * part_stride;
+            const float decay = exp2(broadcast(part[head_dim] - top))[0];
+            total += part[head_dim + 1] * decay;
+            for (int64_t d = 0; d < head_dim; ++d) out[d] += part[d] * decay;
+        }
+        for (int64_t d = 0; d < head_dim; ++d) out[d] /= total;
+    }
+}
+
+static void attention(const Attention& a) {
+    const ScratchSizes sizes = scratch_sizes(a);
+    const int threads = int(max_of(1, min_of(a.num_threads, a.num_work)));
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const Scratch scratch = divide(a.scratch + omp_get_thread_num() * sizes.total(), sizes);
+        for (;;) {
+            int64_t i;
+#pragma omp atomic capture
+            i = next++;
+            if (i >= a.num_work) break;
+            switch (a.cache.element) {
+                case Element::float32: ItemRun<float>(a, a.work[i], scratch).run(); break;
+                case Element::float16: ItemRun<Half>(a, a.work[i], scratch).run(); break;
+                case Element::bfloat16: ItemRun<BFloat>(a, a.work[i], scratch).run(); break;
+            }
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.num_merges; ++i) merge_splits(a, a.merges[i]);
+    }
+}
+
+}  // namespace quire::QUIRE_ISA

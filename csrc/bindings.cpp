@@ -1,0 +1,339 @@
+// The Python face of the kernels, and the only file that sees nanobind.
+//
+// Every argument is checked here, once, with a ValueError that names what was expected and found; the kernels below
+// trust their pointers.
+
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+#include <omp.h>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// DLPack's table of C functions, which a tensor type offers as `__dlpack_c_exchange_api__` (DLPack 1.3).
+struct ExchangeApi {
+    struct {
+        uint32_t major, minor;
+    } version;
+    ExchangeApi* previous;
+    void* managed_tensor_allocator;
+    void* managed_tensor_from_py_object;
+    void* managed_tensor_to_py_object;
+    int (*dltensor_from_py_object)(void* object, nb::dlpack::dltensor* out);
+    void* current_work_stream;
+};
+
+const ExchangeApi* exchange_api_of(PyTypeObject* type) {
+    static PyTypeObject* known_type = nullptr;  // guarded by the GIL
+    static const ExchangeApi* known_api = nullptr;
+    if (type == known_type) return known_api;
+    nb::object capsule = nb::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
+    const auto* api = capsule.is_valid()
+                          ? static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"))
+                          : nullptr;
+    PyErr_Clear();
+    if (!api || api->version.major != 1 || !api->dltensor_from_py_object) return nullptr;
+    known_type = type;
+    known_api = api;
+    return api;
+}
+
+// A view of a tensor that the caller holds for the length of a call. nb::ndarray would go through `__dlpack__`, Python
+// code of a few microseconds for each of an operation's many arguments; the C table takes some 50 ns and cannot copy,
+// which for a cache would lose what is written to it.
+struct Tensor : nb::dlpack::dltensor {};
+
+}  // namespace
+
+template <>
+struct nb::detail::type_caster<Tensor> {
+    NB_TYPE_CASTER(Tensor, const_name("torch.Tensor"))
+
+    bool from_python(handle source, uint32_t, cleanup_list*) noexcept {
+        const ExchangeApi* api = exchange_api_of(Py_TYPE(source.ptr()));
+        if (!api) return false;
+        if (api->dltensor_from_py_object(source.ptr(), &value) == 0) return true;
+        PyErr_Clear();
+        return false;
+    }
+
+    static handle from_cpp(const Tensor&, rv_policy, cleanup_list*) noexcept = delete;
+};
+
+namespace {
+
+using namespace quire;
+
+const Kernels* kernels = supported_kernels()[0];
+
+constexpr int64_t kAny = -1;
+
+std::string list_text(const int64_t* numbers, size_t count) {
+    std::string text = "[";
+    for (size_t i = 0; i < count; ++i) {
+        if (i) text += ", ";
+        text += numbers[i] == kAny ? "any" : std::to_string(numbers[i]);
+    }
+    return text + "]";
+}
+
+std::string dtype_text(nb::dlpack::dtype dtype) {
+    static const char* const names[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+    return dtype.code < 7 ? names[dtype.code] + std::to_string(dtype.bits) : "an 8-bit float";
+}
+
+// An argument on its way to being a pointer; each check returns it, so that they chain.
+class Argument {
+public:
+    Argument(const char* name, const Tensor& tensor) : name_(name), tensor_(tensor) {
+        if (tensor.device.device_type != nb::device::cpu::value) fail("a CPU tensor", "one on another device");
+    }
+
+    const Argument& of(nb::dlpack::dtype dtype) const {
+        if (tensor_.dtype != dtype) fail(dtype_text(dtype), dtype_text(tensor_.dtype));
+        return *this;
+    }
+
+    // kAny matches every size.
+    const Argument& shaped(std::initializer_list<int64_t> shape) const {
+        bool matches = tensor_.ndim == int(shape.size());
+        for (int i = 0; matches && i < tensor_.ndim; ++i)
+            matches = shape.begin()[i] == kAny || shape.begin()[i] == tensor_.shape[i];
+        if (!matches)
+            fail("shape " + list_text(shape.begin(), shape.size()), list_text(tensor_.shape, tensor_.ndim));
+        return *this;
+    }
+
+    // All dimensions but the first `free` must lie next to each other; the strides of an empty tensor mean nothing.
+    const Argument& contiguous(int free = 0) const {
+        int64_t expected = 1;
+        bool matches = true, empty = false;
+        for (int i = tensor_.ndim; i-- > 0;) {
+            matches = matches && (i < free || tensor_.shape[i] == 1 || tensor_.strides[i] == expected);
+            empty = empty || tensor_.shape[i] == 0;
+            expected *= tensor_.shape[i];
+        }
+        if (!matches && !empty)
+            fail(free ? "contiguous rows" : "a contiguous tensor", "strides " + list_text(tensor_.strides, tensor_.ndim));
+        return *this;
+    }
+
+    int64_t size(int dimension) const { return tensor_.shape[dimension]; }
+
+    template <class T>
+    T* pointer() const {
+        return reinterpret_cast<T*>(static_cast<char*>(tensor_.data) + tensor_.byte_offset);
+    }
+
+    Rows rows() const { return {pointer<float>(), tensor_.strides[0]}; }
+
+    nb::dlpack::dtype dtype() const { return tensor_.dtype; }
+
+    [[noreturn]] void fail(const std::string& expected, const std::string& found) const {
+        throw std::invalid_argument(std::string(name_) + ": expected " + expected + ", found " + found);
+    }
+
+private:
+    const char* name_;
+    const Tensor& tensor_;
+};
+
+const nb::dlpack::dtype kFloat32 = nb::dtype<float>(), kInt32 = nb::dtype<int32_t>();
+
+const float* vector_of_floats(const char* name, const Tensor& tensor, int64_t size) {
+    return Argument(name, tensor).of(kFloat32).shaped({size}).contiguous().pointer<float>();
+}
+
+const int32_t* vector_of_indices(const char* name, const Tensor& tensor, int64_t size) {
+    return Argument(name, tensor).of(kInt32).shaped({size}).contiguous().pointer<int32_t>();
+}
+
+KVCache kv_cache(const Tensor& k_cache, const Tensor& v_cache) {
+    const Argument values("v_cache", v_cache);
+    values.shaped({kAny, kAny, kAny, kAny}).contiguous();
+    const Argument keys("k_cache", k_cache);
+    keys.of(values.dtype()).shaped({values.size(0), values.size(1), values.size(3), values.size(2)}).contiguous();
+    const nb::dlpack::dtype dtype = values.dtype();
+    Element element;
+    if (dtype == kFloat32)
+        element = Element::float32;
+    else if (dtype.code == uint8_t(nb::dlpack::dtype_code::Float) && dtype.bits == 16)
+        element = Element::float16;
+    else if (dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16)
+        element = Element::bfloat16;
+    else
+        values.fail("float32, float16 or bfloat16", dtype_text(dtype));
+    return {keys.pointer<void>(), values.pointer<void>(), element, values.size(1), values.size(3), values.size(2)};
+}
+
+void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, float eps, const Tensor& out) {
+    const Argument input("x", x), output("out", out);
+    input.of(kFloat32).shaped({kAny, kAny}).contiguous(1);
+    const int64_t rows = input.size(0), columns = input.size(1);
+    output.of(kFloat32).shaped({rows, columns}).contiguous();
+    const float* scale = vector_of_floats("weight", weight, columns);
+    float* total = nullptr;
+    if (residual) total = Argument("residual", *residual).of(kFloat32).shaped({rows, columns}).contiguous().pointer<float>();
+    nb::gil_scoped_release release;
+    kernels->rms_norm(input.rows(), total, scale, eps, output.pointer<float>(), rows, columns);
+}
+
+void rms_norm_heads(const Tensor& x, const Tensor& weight, float eps) {
+    const Argument input("x", x);
+    input.of(kFloat32).shaped({kAny, kAny, kAny}).contiguous(1);
+    const float* scale = vector_of_floats("weight", weight, input.size(2));
+    nb::gil_scoped_release release;
+    kernels->rms_norm_heads(input.rows(), scale, eps, input.size(0), input.size(1), input.size(2));
+}
+
+void rotary(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin) {
+    const Argument query("q", q), key("k", k), table("cos_sin", cos_sin);
+    query.of(kFloat32).shaped({kAny, kAny, kAny}).contiguous(1);
+    const int64_t tokens = query.size(0), head_dim = query.size(2);
+    key.of(kFloat32).shaped({tokens, kAny, head_dim}).contiguous(1);
+    table.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    const int64_t rotary_dim = table.size(1);
+    if (rotary_dim > head_dim || rotary_dim % 2)
+        table.fail("an even number of columns, at most " + std::to_string(head_dim), std::to_string(rotary_dim));
+    const int32_t* position = vector_of_indices("positions", positions, tokens);
+    nb::gil_scoped_release release;
+    for (const Argument& x : {query, key})
+        kernels->rotary(x.rows(), position, table.pointer<float>(), rotary_dim, tokens, x.size(1), head_dim);
+}
+
+using Activation = void (*Kernels::*)(Rows, float*, int64_t, int64_t);
+
+template <Activation activation>
+void activate_and_mul(const Tensor& x, const Tensor& out) {
+    const Argument output("out", out);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    const Argument input("x", x);
+    input.of(kFloat32).shaped({output.size(0), 2 * output.size(1)}).contiguous(1);
+    nb::gil_scoped_release release;
+    (kernels->*activation)(input.rows(), output.pointer<float>(), output.size(0), output.size(1));
+}
+
+void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+    const KVCache cache = kv_cache(k_cache, v_cache);
+    const Argument key("k", k), value("v", v);
+    key.of(kFloat32).shaped({kAny, cache.num_kv_heads, cache.head_dim}).contiguous(1);
+    const int64_t tokens = key.size(0);
+    value.of(kFloat32).shaped({tokens, cache.num_kv_heads, cache.head_dim}).contiguous(1);
+    const int32_t* slot = vector_of_indices("slots", slots, tokens);
+    nb::gil_scoped_release release;
+    kernels->write_kv(key.rows(), value.rows(), cache, slot, tokens);
+}
+
+void copy_blocks(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pairs) {
+    const KVCache cache = kv_cache(k_cache, v_cache);
+    const Argument pair("pairs", pairs);
+    pair.of(kInt32).shaped({kAny, 2}).contiguous();
+    nb::gil_scoped_release release;
+    copy_cache_blocks(cache, pair.pointer<int32_t>(), pair.size(0));
+}
+
+// Memory for the calling thread's next attention, kept from call to call so that no layer pays for fresh pages.
+float* scratch_of(size_t floats) {
+    constexpr std::align_val_t cache_line{64};
+    struct Release {
+        void operator()(float* p) const { ::operator delete(p, cache_line); }
+    };
+    thread_local std::unique_ptr<float, Release> area;
+    thread_local size_t size = 0;
+    if (size < floats) {
+        area.reset();
+        size = 0;
+        area.reset(static_cast<float*>(::operator new(floats * sizeof(float), cache_line)));
+        size = floats;
+    }
+    return area.get();
+}
+
+void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
+                     const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& merges,
+                     const Tensor& partials, float scale, int64_t window, float softcap,
+                     std::optional<Tensor> alibi_slopes, int num_threads, const Tensor& out) {
+    Attention a{};
+    a.cache = kv_cache(k_cache, v_cache);
+    const Argument query("q", q), items("plan.work", work), joins("plan.merges", merges), tables("plan.block_tables", block_tables);
+    query.of(kFloat32).shaped({kAny, kAny, a.cache.head_dim}).contiguous(1);
+    a.num_heads = query.size(1);
+    if (a.num_heads % a.cache.num_kv_heads)
+        query.fail("a multiple of " + std::to_string(a.cache.num_kv_heads) + " heads", std::to_string(a.num_heads));
+    a.q = query.rows();
+    a.out = Argument("out", out).of(kFloat32).shaped({query.size(0), a.num_heads, a.cache.head_dim}).contiguous().pointer<float>();
+
+    tables.of(kInt32).shaped({kAny, kAny}).contiguous();
+    a.block_tables = tables.pointer<int32_t>();
+    a.block_table_stride = tables.size(1);
+    a.query_start_loc = vector_of_indices("plan.query_start_loc", query_start_loc, tables.size(0) + 1);
+    a.seq_lens = vector_of_indices("plan.seq_lens", seq_lens, tables.size(0));
+    query.shaped({a.query_start_loc[tables.size(0)], a.num_heads, a.cache.head_dim});
+
+    a.work = items.of(kInt32).shaped({kAny, 8}).contiguous().pointer<WorkItem>();
+    a.num_work = items.size(0);
+    a.merges = joins.of(kInt32).shaped({kAny, 6}).contiguous().pointer<Merge>();
+    a.num_merges = joins.size(0);
+    a.partials = Argument("plan.partials", partials).of(kFloat32).shaped({kAny, a.cache.head_dim + 2}).contiguous().pointer<float>();
+
+    a.scale = scale;
+    a.softcap = softcap;
+    a.window = window;
+    a.alibi_slopes = alibi_slopes ? vector_of_floats("alibi_slopes", *alibi_slopes, a.num_heads) : nullptr;
+    a.num_threads = std::min(num_threads, omp_get_max_threads());
+    a.scratch = scratch_of(a.num_threads * kernels->attention_scratch(a));
+
+    nb::gil_scoped_release release;
+    kernels->attention(a);
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* const* k = supported_kernels(); *k; ++k) names.emplace_back((*k)->isa);
+    return names;
+}
+
+void use_isa(const std::string& isa) {
+    for (const Kernels* const* k = supported_kernels(); *k; ++k)
+        if (isa == (*k)->isa) {
+            kernels = *k;
+            return;
+        }
+    throw std::invalid_argument("isa: '" + isa + "' is not one this CPU supports");
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "Quire's CPU kernels; quire.kernels.cpu is their typed face.";
+    m.def("supported_isas", &supported_isas);
+    m.def("use_isa", &use_isa, nb::arg("isa"));
+    m.def("isa", [] { return kernels->isa; });
+    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"), nb::arg("out"));
+    m.def("rms_norm_heads", &rms_norm_heads, nb::arg("x"), nb::arg("weight"), nb::arg("eps"));
+    m.def("rotary", &rotary, nb::arg("q"), nb::arg("k"), nb::arg("positions"), nb::arg("cos_sin"));
+    m.def("silu_and_mul", &activate_and_mul<&Kernels::silu_and_mul>, nb::arg("x"), nb::arg("out"));
+    m.def("gelu_and_mul", &activate_and_mul<&Kernels::gelu_and_mul>, nb::arg("x"), nb::arg("out"));
+    m.def("gelu_tanh_and_mul", &activate_and_mul<&Kernels::gelu_tanh_and_mul>, nb::arg("x"), nb::arg("out"));
+    m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slots"));
+    m.def("copy_blocks", &copy_blocks, nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("pairs"));
+    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("query_start_loc"),
+          nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"), nb::arg("merges"), nb::arg("partials"),
+          nb::arg("scale"), nb::arg("window"), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
+          nb::arg("num_threads"), nb::arg("out"));
+}

@@ -1,0 +1,128 @@
+// The small operations between the matrix products: norms, rotary embedding, gated activations.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace quire::QUIRE_ISA {
+
+// Waking the other threads costs a few microseconds; below this many elements one thread is done sooner.
+constexpr int64_t kParallelElements = 1 << 15;
+
+// out = x / rms(x) * weight; out may be x.
+QUIRE_INLINE void normalise(const float* x, const float* weight, float eps, float* out, int64_t n) {
+    Vec squares{};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vec v = load(x + i);
+        squares += v * v;
+    }
+    if (i < n) {
+        const Vec v = load_first(x + i, n - i);
+        squares += v * v;
+    }
+    const float inverse = 1.0f / sqrtf(sum(squares) / float(n) + eps);
+    for (i = 0; i + kLanes <= n; i += kLanes) store(out + i, load(x + i) * inverse * load(weight + i));
+    for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+static void rms_norm(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows,
+                     int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* source = x.data + row * x.stride;
+        if (residual) {
+            float* total = residual + row * columns;
+            int64_t i = 0;
+            for (; i + kLanes <= columns; i += kLanes) store(total + i, load(total + i) + load(source + i));
+            for (; i < columns; ++i) total[i] += source[i];
+            source = total;
+        }
+        normalise(source, weight, eps, out + row * columns, columns);
+    }
+}
+
+static void rms_norm_heads(Rows x, const float* weight, float eps, int64_t tokens, int64_t heads, int64_t head_dim) {
+#pragma omp parallel for schedule(static) if (tokens * heads * head_dim >= kParallelElements)
+    for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t head = 0; head < heads; ++head) {
+            float* row = x.data + token * x.stride + head * head_dim;
+            normalise(row, weight, eps, row, head_dim);
+        }
+}
+
+// Dimension i of the first half is rotated against dimension i of the second.
+static void rotary(Rows x, const int32_t* positions, const float* cos_sin, int64_t rotary_dim, int64_t tokens,
+                   int64_t heads, int64_t head_dim) {
+    const int64_t half = rotary_dim / 2;
+#pragma omp parallel for schedule(static) if (tokens * heads * head_dim >= kParallelElements)
+    for (int64_t token = 0; token < tokens; ++token) {
+        const float* cos = cos_sin + positions[token] * rotary_dim;
+        const float* sin = cos + half;
+        for (int64_t head = 0; head < heads; ++head) {
+            float* first = x.data + token * x.stride + head * head_dim;
+            float* second = first + half;
+            int64_t i = 0;
+            for (; i + kLanes <= half; i += kLanes) {
+                const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+                store(first + i, a * c - b * s);
+                store(second + i, b * c + a * s);
+            }
+            for (; i < half; ++i) {
+                const float a = first[i], b = second[i];
+                first[i] = a * cos[i] - b * sin[i];
+                second[i] = b * cos[i] + a * sin[i];
+            }
+        }
+    }
+}
+
+// Only ever raises 2 to a negative power, so that nothing overflows.
+QUIRE_INLINE Vec sigmoid(Vec x) {
+    const Vec e = exp2((x < 0.0f ? x : -x) * kLog2E);
+    return (x < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
+}
+
+struct Silu {
+    static QUIRE_INLINE Vec of(Vec x) { return x * sigmoid(x); }
+};
+
+struct GeluTanh {
+    // 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    static QUIRE_INLINE Vec of(Vec x) { return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x)); }
+};
+
+struct Gelu {
+    // x Phi(x) with Phi from erf by Abramowitz and Stegun 7.1.26, whose absolute error is below 1.5e-7. Computing the
+    // smaller tail first keeps it small where x is far below zero.
+    static QUIRE_INLINE Vec of(Vec x) {
+        const Vec magnitude = x < 0.0f ? -x : x;
+        const Vec t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * magnitude);
+        Vec p = broadcast(1.061405429f);
+        p = p * t - 1.453152027f;
+        p = p * t + 1.421413741f;
+        p = p * t - 0.284496736f;
+        p = p * t + 0.254829592f;
+        const Vec tail = 0.5f * p * t * exp2(x * x * (-0.5f * kLog2E));
+        return x * (x < 0.0f ? tail : 1.0f - tail);
+    }
+};
+
+// x [rows, 2 columns] -> out [rows, columns]
+template <class Activation>
+static void activate_and_mul(Rows x, float* out, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* gate = x.data + row * x.stride;
+        const float* up = gate + columns;
+        float* target = out + row * columns;
+        int64_t i = 0;
+        for (; i + kLanes <= columns; i += kLanes) store(target + i, Activation::of(load(gate + i)) * load(up + i));
+        if (i < columns) {
+            const int64_t rest = columns - i;
+            store_first(target + i, Activation::of(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
+        }
+    }
+}
+
+}  // namespace quire::QUIRE_ISA

@@ -1,0 +1,26 @@
+// Every kernel for one instruction set. CMake compiles this file once per set, with QUIRE_ISA naming the set and the
+// namespace; all code below lives in that namespace, so no two versions of a function can be mistaken by the linker.
+
+#include "attention.h"
+#include "elementwise.h"
+#include "kv_cache.h"
+
+#define QUIRE_NAME_OF(isa) #isa
+#define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
+
+namespace quire::QUIRE_ISA {
+
+extern const Kernels kernels = {
+    .isa = QUIRE_NAME(QUIRE_ISA),
+    .rms_norm = rms_norm,
+    .rms_norm_heads = rms_norm_heads,
+    .rotary = rotary,
+    .silu_and_mul = activate_and_mul<Silu>,
+    .gelu_and_mul = activate_and_mul<Gelu>,
+    .gelu_tanh_and_mul = activate_and_mul<GeluTanh>,
+    .write_kv = write_kv,
+    .attention_scratch = attention_scratch,
+    .attention = attention,
+};
+
+}  // namespace quire::QUIRE_ISA

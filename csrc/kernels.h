@@ -1,0 +1,88 @@
+// The kernels' interface: plain pointers, sizes and strides, and a table of functions per instruction set.
+//
+// Everything above this line of the code (bindings.cpp) has checked its arguments; nothing below it throws, allocates
+// or knows a framework. Only plain types may appear here: this header is seen by translation units compiled for
+// different instruction sets, and an inline function shared by them could be linked in the wrong version.
+#pragma once
+
+#include <stdint.h>
+
+namespace quire {
+
+enum class Element : uint8_t { float32, float16, bfloat16 };
+
+// Activations: rows x columns of float32, or tokens x heads x head_dim; the innermost dimensions are contiguous and
+// `stride` is the distance between rows in elements.
+struct Rows {
+    float* data;
+    int64_t stride;
+};
+
+// The two cache tensors of one layer:
+//   keys    [num_blocks, num_kv_heads, head_dim, block_size]
+//   values  [num_blocks, num_kv_heads, block_size, head_dim]
+struct KVCache {
+    void* keys;
+    void* values;
+    Element element;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+};
+
+// One row of AttentionPlan.work and of AttentionPlan.merges (quire/attention/plan.py).
+struct WorkItem {
+    int32_t sequence, token_begin, num_tokens, head_begin, num_heads, key_begin, key_end, partial_row;
+};
+struct Merge {
+    int32_t token_begin, num_tokens, head_begin, num_heads, partial_row, num_splits;
+};
+
+struct Attention {
+    Rows q;    // [T, num_heads, head_dim]
+    float* out;  // the same shape, contiguous
+    KVCache cache;
+    int64_t num_heads;
+    const int32_t* query_start_loc;
+    const int32_t* seq_lens;
+    const int32_t* block_tables;
+    int64_t block_table_stride;
+    const WorkItem* work;
+    int64_t num_work;
+    const Merge* merges;
+    int64_t num_merges;
+    float* partials;  // rows of head_dim outputs, then the row's maximum and its sum
+    float scale;
+    float softcap;              // 0: none
+    int64_t window;             // 0: none
+    const float* alibi_slopes;  // [num_heads] or null
+    float* scratch;             // num_threads areas of attention_scratch(...) floats
+    int num_threads;
+};
+
+// One implementation of every operation; quire/kernels/reference.py says what each computes.
+struct Kernels {
+    const char* isa;
+    void (*rms_norm)(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows, int64_t columns);
+    void (*rms_norm_heads)(Rows x, const float* weight, float eps, int64_t tokens, int64_t heads, int64_t head_dim);
+    void (*rotary)(Rows x, const int32_t* positions, const float* cos_sin, int64_t rotary_dim, int64_t tokens,
+                   int64_t heads, int64_t head_dim);
+    void (*silu_and_mul)(Rows x, float* out, int64_t rows, int64_t columns);
+    void (*gelu_and_mul)(Rows x, float* out, int64_t rows, int64_t columns);
+    void (*gelu_tanh_and_mul)(Rows x, float* out, int64_t rows, int64_t columns);
+    void (*write_kv)(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens);
+    int64_t (*attention_scratch)(const Attention& attention);
+    void (*attention)(const Attention& attention);
+};
+
+namespace portable { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+
+// copy_blocks.cpp: pairs of (source, destination); needs no arithmetic, hence no instruction set.
+void copy_cache_blocks(const KVCache& cache, const int32_t* pairs, int64_t num_pairs);
+
+// dispatch.cpp: the implementations this CPU can run, best first, ended by null.
+const Kernels* const* supported_kernels();
+
+}  // namespace quire

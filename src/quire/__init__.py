@@ -1,0 +1,42 @@
+"""Quire, an engine that serves large language models.
+
+The names below are all that is public here. Each is imported when it is first used, so that `import quire`
+costs next to nothing and a process that never touches a model never imports torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "LLM": "quire.llm",
+    "AsyncLLM": "quire.engine.async_engine",
+    "CompletionOutput": "quire.outputs",
+    "RequestOutput": "quire.outputs",
+    "EngineConfig": "quire.config",
+    "SamplingParams": "quire.sampling_params",
+    "CheckpointError": "quire.errors",
+    "ConfigError": "quire.errors",
+    "EngineDeadError": "quire.errors",
+    "EngineUnavailableError": "quire.errors",
+    "MemoryPlanError": "quire.errors",
+    "QueueFullError": "quire.errors",
+    "QuireError": "quire.errors",
+    "RequestError": "quire.errors",
+}
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(
+            f"module 'quire' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}"
+        )
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

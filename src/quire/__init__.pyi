@@ -1,0 +1,18 @@
+"""What type checkers see of the lazy names in __init__.py; a test holds the two equal."""
+
+from quire.config import EngineConfig as EngineConfig
+from quire.engine.async_engine import AsyncLLM as AsyncLLM
+from quire.errors import CheckpointError as CheckpointError
+from quire.errors import ConfigError as ConfigError
+from quire.errors import EngineDeadError as EngineDeadError
+from quire.errors import EngineUnavailableError as EngineUnavailableError
+from quire.errors import MemoryPlanError as MemoryPlanError
+from quire.errors import QueueFullError as QueueFullError
+from quire.errors import QuireError as QuireError
+from quire.errors import RequestError as RequestError
+from quire.llm import LLM as LLM
+from quire.outputs import CompletionOutput as CompletionOutput
+from quire.outputs import RequestOutput as RequestOutput
+from quire.sampling_params import SamplingParams as SamplingParams
+
+__version__: str

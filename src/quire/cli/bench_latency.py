@@ -1,0 +1,69 @@
+"""`quire bench latency`: one batch from start to end, again and again."""
+
+import statistics
+import time
+from typing import Any
+
+from quire.cli.bench_workload import make_workload, percentile, show
+from quire.cli.options import ModelArgument, OutputJson, flags
+from quire.config import EngineConfig
+from quire.sampling_params import SamplingParams
+
+_PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+@flags(EngineConfig)
+def latency(
+    model: ModelArgument = "",
+    *,
+    batch_size: int = 8,
+    input_len: int = 32,
+    output_len: int = 128,
+    num_iters_warmup: int = 2,
+    num_iters: int = 5,
+    output_json: OutputJson = None,
+    **options: Any,
+) -> None:
+    """Measure the seconds that one batch takes from start to end.
+
+    Parameters
+    ----------
+    batch_size
+        Prompts in the batch.
+    input_len
+        Tokens per prompt.
+    output_len
+        Tokens generated per prompt.
+    num_iters_warmup
+        Runs before those that count.
+    num_iters
+        Runs that count.
+    """
+    from quire.llm import LLM
+
+    llm = LLM(model, **options)
+    params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False, temperature=0.0)
+    latencies = []
+    for turn in range(num_iters_warmup + num_iters):
+        work = make_workload(
+            "random",
+            num_prompts=batch_size,
+            input_len=input_len,
+            output_len=output_len,
+            range_ratio=0.0,
+            max_len=llm.memory_plan.max_model_len,
+            seed=turn,
+        )
+        started = time.perf_counter()
+        llm.generate(work.prompts, params, use_tqdm=False)
+        latencies.append(time.perf_counter() - started)
+    counted = sorted(latencies[num_iters_warmup:])
+    mean = statistics.fmean(counted)
+    result = {
+        "avg_latency": mean,
+        **{f"p{percent}_latency": percentile(counted, percent) for percent in _PERCENTILES},
+        "seconds_per_output_token": mean / output_len,
+        "output_tokens_per_second": batch_size * output_len / mean,
+        "latencies": latencies[num_iters_warmup:],
+    }
+    show(f"latency of {model or 'the bundled model'}, batch of {batch_size}", result, output_json)

@@ -1,0 +1,72 @@
+"""The table of subcommands, and what becomes of errors: one line on standard error and a status.
+
+Status 0 done, 1 failed, 2 asked wrongly, 3 the model cannot be loaded, 130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cyclopts import App, CycloptsError
+
+from quire import __version__
+from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireError, RequestError
+
+_ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
+_BENCH_ABOUT = "Measure throughput, latency, start-up, memory, or a running server."
+
+COMMANDS = {
+    "serve": "Serve a model through OpenAI's API.",
+    "generate": "Continue a prompt on the terminal.",
+    "chat": "Talk to a model on the terminal.",
+    "plan": "Show what a model takes of the memory, and how much context fits, without loading it.",
+}
+BENCHMARKS = {
+    "throughput": "Tokens per second over a batch of prompts.",
+    "latency": "Seconds for one batch from start to end.",
+    "serve": "Time to first token and between tokens of a running server, under load.",
+    "startup": "Seconds from the start of the process to the first token.",
+    "memory": "How much of the allocated KV cache holds tokens.",
+}
+"""Subcommand → what it is for. The file and the function of a subcommand have its name."""
+
+
+def make_app() -> App:
+    """The subcommands by name. Each is imported when it is run, or when its help is shown."""
+    style: dict[str, Any] = {
+        "version_flags": (),
+        "help_flags": ("--help", "-h"),
+        "result_action": "return_value",
+    }
+    app = App(name="quire", help=_ABOUT, **{**style, "version_flags": ("--version",)}, version=__version__)
+    for name, about in COMMANDS.items():
+        app.command(f"quire.cli.{name}:{name}", name=name, help=about)
+    bench = App(name="bench", help=_BENCH_ABOUT, **style)
+    for name, about in BENCHMARKS.items():
+        bench.command(f"quire.cli.bench_{name}:{name}", name=name, help=about)
+    app.command(bench)
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one subcommand; its status."""
+    try:
+        status = make_app()(
+            list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False
+        )
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except CycloptsError as error:
+        return _fail(str(error), 2)
+    except (ConfigError, RequestError) as error:
+        return _fail(str(error), 2)
+    except (CheckpointError, MemoryPlanError) as error:
+        return _fail(str(error), 3)
+    except QuireError as error:
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"quire: {' '.join(message.split())}", file=sys.stderr)
+    return status

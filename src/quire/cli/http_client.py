@@ -1,0 +1,121 @@
+"""A small asynchronous HTTP client for `chat` and `bench`: posts JSON and reads the answer as server-sent events.
+
+One connection per request, so that a benchmark measures requests and not a pool; the standard library is all it needs.
+"""
+
+import asyncio
+import json
+import ssl
+from asyncio import StreamReader, StreamWriter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from quire.errors import QuireError
+
+_LINE_LIMIT = 2**24
+"""Bytes of one event: log-probabilities of a long prompt come in one."""
+
+
+class HttpError(QuireError):
+    """No answer, or one that says no."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where to post, e.g. http://127.0.0.1:8000/v1/completions, and the API key if one is needed."""
+
+    url: str
+    api_key: str | None = None
+
+    async def events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed answer, up to [DONE]. Raises `HttpError`, also for an error within the stream."""
+        async with self._post(body) as lines:
+            async for line in lines:
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:") or data == b"[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise HttpError(event["error"].get("message", str(event["error"])))
+                yield event
+
+    @asynccontextmanager
+    async def _post(self, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The lines of the answer. Raises `HttpError` unless the status is 200."""
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        try:
+            reader, writer = await asyncio.open_connection(
+                parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
+            )
+        except OSError as error:
+            raise HttpError(
+                f"no answer from {self.url}: {error.strerror or error}; is the server running?"
+            ) from error
+        try:
+            await self._send(writer, parts.hostname or "", parts.path, body)
+            status, headers = await _read_head(reader)
+            lines = (
+                _chunked(reader)
+                if headers.get("transfer-encoding", "") == "chunked"
+                else _plain(reader, headers)
+            )
+            if status != 200:
+                text = b"".join([line async for line in lines]).decode(errors="replace")
+                raise HttpError(f"{self.url} answers {status}: {_message(text)}")
+            yield lines
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise HttpError(f"{self.url} closed the connection") from error
+        finally:
+            writer.close()
+
+    async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        head = [
+            f"POST {path} HTTP/1.1",
+            f"host: {host}",
+            "content-type: application/json",
+            f"content-length: {len(data)}",
+            "connection: close",
+        ]
+        if self.api_key:
+            head.append(f"authorization: Bearer {self.api_key}")
+        writer.write("\r\n".join([*head, "", ""]).encode() + data)
+        await writer.drain()
+
+
+async def _read_head(reader: StreamReader) -> tuple[int, dict[str, str]]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    fields = (line.partition(":") for line in head[1:] if line)
+    return int(head[0].split()[1]), {name.strip().lower(): value.strip() for name, _, value in fields}
+
+
+async def _plain(reader: StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
+    if "content-length" in headers:
+        yield await reader.readexactly(int(headers["content-length"]))
+        return
+    async for line in reader:
+        yield line
+
+
+async def _chunked(reader: StreamReader) -> AsyncIterator[bytes]:
+    """The lines within chunks, which need not end where chunks do."""
+    rest = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        data = await reader.readexactly(size + 2)
+        *lines, rest = (rest + data[:-2]).split(b"\n")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]

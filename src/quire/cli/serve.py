@@ -1,0 +1,44 @@
+"""`quire serve`: an OpenAI-compatible server."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+from quire.cli.options import ModelArgument, flags, split
+from quire.config import EngineConfig
+from quire.server.settings import ServerSettings
+
+
+@flags(EngineConfig, ServerSettings)
+def serve(model: ModelArgument = "", **options: Any) -> int:
+    """Serve a model through OpenAI's API.
+
+    Parameters
+    ----------
+    model
+        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+    """
+    started = time.perf_counter()
+    engine_options, server_options = split(options, EngineConfig, ServerSettings)
+    config = EngineConfig.from_options({"model": model, **engine_options})
+    settings = ServerSettings(**server_options)
+    # After the options, so that a wrong one is answered at once.
+    import uvloop
+
+    from quire.engine.async_engine import AsyncLLM
+    from quire.server.listen import bind
+    from quire.server.listen import serve as serve_until_stopped
+
+    def report(line: str) -> None:
+        print(f"quire [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
+
+    logging.basicConfig(format="quire %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if settings.access_log:
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    listener = bind(settings)
+
+    async def until_stopped() -> bool:
+        return await serve_until_stopped(AsyncLLM(config, report), settings, listener, report=report)
+
+    return 0 if uvloop.run(until_stopped()) else 1

@@ -1,0 +1,130 @@
+"""EngineConfig: every option of the engine, by vLLM's names, in one frozen value.
+
+Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Values derived from a model or a machine are
+never written back here: they belong to the memory plan.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quire.errors import ConfigError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
+_SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. Raises `ConfigError` for a value out of range or options at odds."""
+
+    model: str = ""
+    """Folder of a Hugging Face checkpoint, or a hub name; empty uses the bundled model."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json, where it is not the model's."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; resolved to one commit for every file."""
+    served_model_name: tuple[str, ...] = ()
+    """Names the server answers to; the model's own name if empty."""
+    dtype: str = "auto"
+    """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU."""
+    kv_cache_dtype: str = "auto"
+    """What KV is stored in; auto follows dtype."""
+    quantization: str | None = None
+    """Weight quantisation; none is available yet, so only None is accepted."""
+    load_format: str = "auto"
+    """auto reads safetensors; dummy makes random weights of the model's shape (for benchmarks)."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; None takes the model's limit, or what fits if that is less."""
+    max_num_seqs: int = 256
+    """Most sequences that run at once."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one step; None takes 512, or max_num_seqs if that is more."""
+    max_num_partial_prefills: int = 4
+    """Prompts that may share a step's budget when they do not fit it together."""
+    block_size: int = 16
+    """Tokens per KV block."""
+    num_blocks: int | None = None
+    """KV blocks in the pool; None derives it from the memory. vLLM's num_gpu_blocks_override is an alias."""
+    kv_cache_memory: int | None = None
+    """Bytes for the KV pool, e.g. 4GiB; None plans it from the memory there is."""
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    """Seeds requests that bring no seed of their own."""
+    max_logprobs: int = 20
+    """Most log-probabilities per position a request may ask for."""
+    max_queue_size: int = 1024
+    """Most requests that wait; beyond it the answer is 429."""
+    generation_config: str = "auto"
+    """auto takes sampling defaults from the model's generation_config.json, none ignores it (end tokens excepted)."""
+    threads: int | None = None
+    """CPU threads for computing; None takes the cores this process may use."""
+    disable_log_stats: bool = False
+    """Do not print a line of throughput every ten seconds while serving."""
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "kv_cache_dtype"):
+            value = DTYPE_ALIASES.get(getattr(self, name), getattr(self, name))
+            if value not in DTYPES:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
+            object.__setattr__(self, name, value)
+        for name in ("kv_cache_memory",):
+            object.__setattr__(self, name, parse_size(name, getattr(self, name)))
+        if isinstance(self.served_model_name, str):
+            object.__setattr__(self, "served_model_name", (self.served_model_name,))
+        for name, low, high in (
+            ("max_model_len", 1, 2**24),
+            ("max_num_seqs", 1, 2**16),
+            ("max_num_batched_tokens", 1, 2**20),
+            ("max_num_partial_prefills", 1, 2**10),
+            ("block_size", 1, 1024),
+            ("num_blocks", 1, 2**31 - 1),
+            ("max_logprobs", 0, 2**20),
+            ("max_queue_size", 0, 2**20),
+            ("threads", 1, 1024),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not low <= value <= high):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
+                "every running sequence needs a token a step; raise the one or lower the other"
+            )
+        if self.quantization is not None:
+            raise ConfigError(f"quantization is {self.quantization!r}; no quantisation is available yet, leave it out")
+        if self.load_format not in ("auto", "safetensors", "dummy"):
+            raise ConfigError(f"load_format is {self.load_format!r}; it must be auto, safetensors or dummy")
+        if self.generation_config not in ("auto", "none"):
+            raise ConfigError(f"generation_config is {self.generation_config!r}; it must be auto or none")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "EngineConfig":
+        """Build from keyword arguments or flags; an unknown name is refused with the nearest known one."""
+        known = {f.name for f in fields(cls)}
+        renamed = {OPTION_ALIASES.get(name, name): value for name, value in options.items()}
+        for name in renamed:
+            if name not in known:
+                near = difflib.get_close_matches(name, sorted(known | OPTION_ALIASES.keys()), n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"unknown option {name}{hint}")
+        return cls(**renamed)
+
+
+def parse_size(name: str, value: int | str | None) -> int | None:
+    """Bytes from an integer or a text such as 512MiB, 4GB or 1.5g. Raises `ConfigError` for anything else."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    if isinstance(value, str):
+        text = value.strip().lower().removesuffix("b")
+        digits = text.rstrip("kmgti")
+        factor = _SIZE_SUFFIXES.get(text[len(digits) :].strip(), 1 if digits == text else None)
+        try:
+            if factor is not None and (size := int(float(digits) * factor)) > 0:
+                return size
+        except (ValueError, OverflowError):
+            pass
+    raise ConfigError(f"{name} is {value!r}; give a positive number of bytes, e.g. 4GiB or 500MB")

@@ -1,0 +1,313 @@
+"""ChatTemplate: messages to the one text that the model was taught to see them in.
+
+Templates are Jinja programs that come with the model's files. They run in Jinja's sandbox, with what Hugging Face
+templates expect to find there, and within a budget: so much text, so many turns of loops, and no value larger than a
+prompt. What one filter may allocate for a moment is not bounded; whoever made the model folder wrote the template.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_json, read_special_tokens
+from quire.errors import CheckpointError, RequestError
+
+MAX_LOOP_TURNS = 1_000_000
+"""Of all loops of one rendering together: some hundred per message are usual."""
+
+CONTINUE_HERE = "\ue000quire:continue\ue000"
+"""Marks the end of the last message, from the private-use area so that no message holds it by chance."""
+
+
+class ChatTemplate:
+    """The chat templates of one model; most have one, some a second for tools."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        *,
+        origin: str = "the chat template",
+        max_chars: int = MAX_PROMPT_CHARS,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`sources` maps names ("default", "tool_use", …) to Jinja texts; `origin` is how errors call them."""
+        self._special_tokens = dict(special_tokens)
+        self._max_chars = max_chars
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        environment.filters |= {"tojson": _to_json, "quire_turns": _turns, "quire_grown": _grown}
+        del environment.globals["lipsum"]  # text without end, for web designers
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
+        try:
+            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        except TemplateSyntaxError as error:
+            raise CheckpointError(f"{origin}, line {error.lineno}: {error.message}") from error
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
+        """From chat_template.jinja, else from tokenizer_config.json. Without either it cannot render."""
+        sources, origin = _read_sources(Path(folder))
+        return cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt for `messages` in OpenAI's form, special tokens written out: encode it without adding any.
+
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last one open instead.
+        `variables` reach the template as they are (`enable_thinking` and the like).
+        """
+        template = self._choose(with_tools=bool(tools))
+        if not messages:
+            raise RequestError("messages is empty; give at least one", param="messages")
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other: a turn is new or continued",
+                param="continue_final_message",
+            )
+        chat = [_plain_message(message, index) for index, message in enumerate(messages)]
+        if continue_final_message:
+            content = chat[-1].get("content")
+            if not isinstance(content, str):
+                raise RequestError("the final message has no text to continue", param="messages")
+            # The space shows whether the template trims messages: then what it trims goes from the text as well.
+            chat[-1]["content"] = f"{content}{CONTINUE_HERE} "
+        budget = _Budget(self._max_chars)
+        context = {**variables, **self._special_tokens, _BUDGET: budget}
+        try:
+            pieces = template.generate(
+                messages=chat, tools=tools or None, add_generation_prompt=add_generation_prompt, **context
+            )
+            text = "".join(budget.output(pieces))
+        except Exception as error:  # a template is a program: whatever it raises, it is about these messages
+            raise RequestError(
+                f"the model's chat template refuses the messages: {_told(error)}", param="messages"
+            ) from error
+        return _cut_after_final_message(text) if continue_final_message else text
+
+    def _choose(self, *, with_tools: bool) -> Any:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        try:
+            return self._templates["default"]
+        except KeyError:
+            raise RequestError(
+                "the model has no chat template. Use /v1/completions, or put a chat_template.jinja into its folder",
+                param="messages",
+                code="no_chat_template",
+            ) from None
+
+
+def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
+    """Name → template, and the file they are from."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return {"default": path.read_text(encoding="utf-8")}, str(path)
+    path = folder / "tokenizer_config.json"
+    match read_json(path).get("chat_template"):
+        case None:
+            return {}, str(path)
+        case str(source):
+            return {"default": source}, str(path)
+        case [*entries] if all(isinstance(entry, dict) for entry in entries):
+            sources = {entry.get("name"): entry.get("template") for entry in entries}
+            if all(isinstance(text, str) for pair in sources.items() for text in pair):
+                return sources, str(path)
+    raise CheckpointError(
+        f"{path}: chat_template is neither a text nor a list of objects with name and template"
+    )
+
+
+def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message as templates expect it: content is one text, the arguments of tool calls are objects."""
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"messages[{index}] is no object with a role", param="messages")
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        plain["content"] = "\n".join(_text_of_part(part, index) for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise RequestError(
+            f"messages[{index}].content is a {type(content).__name__}; give a text or a list of text parts",
+            param="messages",
+        )
+    elif content is None and not plain.get("tool_calls"):
+        raise RequestError(f"messages[{index}] has no content", param="messages")
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_tool_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _text_of_part(part: object, index: int) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": kind}:
+            raise RequestError(
+                f"messages[{index}].content has a part of type {kind!r}; only text parts are supported",
+                param="messages",
+            )
+    raise RequestError(f"messages[{index}].content has a part without a type", param="messages")
+
+
+def _plain_tool_call(call: Any) -> Any:
+    """OpenAI sends arguments as JSON in a string; templates write them with `tojson`, which would quote it again."""
+    match call:
+        case {"function": {"arguments": str(arguments)}}:
+            try:
+                return {**call, "function": {**call["function"], "arguments": json.loads(arguments)}}
+            except ValueError:
+                return call
+    return call
+
+
+def _cut_after_final_message(text: str) -> str:
+    """The text up to the mark, less the white space before it if the template trimmed what followed it."""
+    end = text.rfind(CONTINUE_HERE)
+    if end < 0:
+        raise RequestError(
+            "the model's chat template does not show the final message as it is, so it cannot be continued",
+            param="continue_final_message",
+        )
+    kept = text[end + len(CONTINUE_HERE) :].startswith(" ")
+    return text[:end] if kept else text[:end].rstrip()
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, TemplateError):
+        return error.message or type(error).__name__
+    return f"{type(error).__name__}: {error}"
+
+
+# --- what templates find in their environment -------------------------------------------------------------------
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter sorts keys and escapes for HTML, which is not what models were trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what a model is trained on; for a prompt it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own attribute
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+# --- the budget: templates are rewritten as they are compiled, so that it is asked wherever something can grow ---
+
+_BUDGET = "quire_budget"
+
+
+class _Budget:
+    """What one rendering may still use."""
+
+    def __init__(self, max_chars: int) -> None:
+        self._max_chars = max_chars
+        self._chars_left = max_chars
+        self._turns_left = MAX_LOOP_TURNS
+
+    def output(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Passes the text through while it is not too long."""
+        for piece in pieces:
+            self._chars_left -= len(piece)
+            if self._chars_left < 0:
+                raise SecurityError(f"the text grew beyond {self._max_chars:,} characters")
+            yield piece
+
+    def turns(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Passes the items of a loop through while there are not too many."""
+        for item in items:
+            self._turns_left -= 1
+            if self._turns_left < 0:
+                raise SecurityError(f"the loops turned more than {MAX_LOOP_TURNS:,} times")
+            yield item
+
+
+@pass_context
+def _turns(context: Context, items: Iterable[Any]) -> Iterator[Any]:
+    budget: _Budget = context.parent[_BUDGET]
+    return budget.turns(items)
+
+
+def _grown(value: Any) -> Any:
+    """The value of an expression that may have grown: a text doubled thirty times needs only a short template."""
+    if isinstance(value, str | list | tuple):
+        _check_size(len(value))
+    return value
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_PROMPT_CHARS:
+        raise SecurityError(f"a value grew beyond {MAX_PROMPT_CHARS:,} characters or items")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with every loop passed through `_turns` and what makes new values through `_grown`."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Metering().visit(super()._parse(source, name, filename))
+        return tree
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Looks at products and powers beforehand: one of them can ask for any amount of memory."""
+        for value, factor in ((left, right), (right, left)):
+            if isinstance(value, str | list | tuple) and isinstance(factor, int):
+                _check_size(len(value) * factor)
+        if operator == "**" and max(abs(left), abs(right)) > 1000:
+            raise SecurityError("a power of numbers beyond 1,000")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Metering(NodeTransformer):
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, "quire_turns")
+        return node
+
+    def visit_Expr(self, node: nodes.Expr) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filtered(node, "quire_grown")
+
+    visit_Concat = visit_Add = visit_Mod = visit_Filter = visit_Call = visit_Expr
+
+
+def _filtered(value: nodes.Node, name: str) -> nodes.Expr:
+    """A filter, because the sandbox looks twice at every call."""
+    return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

@@ -1,0 +1,68 @@
+"""Where a model's files are: the bundled model, a folder, or a repository of the Hugging Face hub fetched on demand."""
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.errors import CheckpointError
+from quire.model_config import read_json
+
+BUNDLED_NAME = "quire-bundled"
+_DEFAULT_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "LICENSE*")
+
+
+def bundled_folder() -> Path:
+    """The small model that ships with the package."""
+    return Path(str(importlib.resources.files("quire"))) / "bundled"
+
+
+def find_model(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`: "" is the bundled one; what is no folder is a hub name such as "org/name".
+
+    A hub model is downloaded once; the revision is resolved to one commit, from which every file is read. Raises
+    `CheckpointError` for what cannot be found.
+    """
+    if not model or model == BUNDLED_NAME:
+        return bundled_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name")
+    # A heavy import that only hub models need.
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        try:
+            commit = HfApi().model_info(model, revision=revision).sha
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception:
+            commit = revision  # not reachable: what an earlier download left is used, if it is complete
+        return Path(snapshot_download(model, revision=commit, allow_patterns=list(_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{model} is neither a folder nor a model the hub gives out ({error.__class__.__name__}: {error})".split("\n")[0]
+        ) from error
+
+
+def model_name(model: str) -> str:
+    """What the server calls the model if nobody names it."""
+    return model or BUNDLED_NAME
+
+
+def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
+    """Sampling defaults of the model's generation_config.json, under the names of `SamplingParams`."""
+    path = folder / "generation_config.json"
+    if config.generation_config == "none" or not path.is_file():
+        return {}
+    found = read_json(path)
+    params = {name: found[name] for name in _DEFAULT_PARAMS if found.get(name) is not None}
+    if found.get("max_new_tokens") is not None:
+        params["max_tokens"] = found["max_new_tokens"]
+    if found.get("do_sample") is False:
+        params["temperature"] = 0.0
+    return params

@@ -1,0 +1,97 @@
+"""Engine: everything in one process, text in, text out. `LLM` drives it. **Start reading here.**
+
+    add_request ─▶ InputProcessor ─▶ EngineCore.add
+    step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+
+from quire.config import EngineConfig
+from quire.engine.checkpoint import find_model
+from quire.engine.core import EngineCore
+from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.memory_plan import plan_memory
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import CheckpointError
+from quire.model_config import ModelConfig
+from quire.outputs import EngineStats, RequestOutput
+from quire.sampling_params import SamplingParams
+
+
+class Engine:
+    """A model, its memory, and every request in flight."""
+
+    def __init__(self, config: EngineConfig, report: Callable[[str], None]) -> None:
+        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`."""
+        self.config = config
+        self.folder = find_model(config.model, config.revision)
+        self.model_config = ModelConfig.from_folder(self.folder)
+        self.memory_plan = plan_memory(config, self.model_config)
+        for line in self.memory_plan.describe():
+            report(line)
+        started = perf_counter()
+        self.tokenizer = load_tokenizer(config, self.folder)
+        report(f"tokenizer: {perf_counter() - started:.2f} s")
+        self._core = EngineCore.load(
+            config,
+            self.model_config,
+            self.memory_plan,
+            self.folder,
+            lambda name, seconds: report(f"{name}: {seconds:.2f} s"),
+        )
+        self._inputs = InputProcessor(
+            self.model_config,
+            self.tokenizer,
+            max_model_len=self.memory_plan.max_model_len,
+            max_logprobs=config.max_logprobs,
+            seed=config.seed,
+        )
+        self._outputs = OutputProcessor(self.tokenizer)
+
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> RequestOutput:
+        """Queue a request. Returns its still empty output; raises `RequestError` for one that cannot be served."""
+        request, text = self._inputs.make_request(
+            request_id, prompt, params, priority=priority, cache_salt=cache_salt
+        )
+        self._core.add(request)
+        self._outputs.add(request, text)
+        return RequestOutput(request_id, text, request.prompt_token_ids, [])
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; its memory is free when this returns."""
+        self._core.abort(request_id)
+        self._outputs.discard(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """One step; returns what each request gained (deltas)."""
+        outputs, stopped = self._outputs.process(self._core.step())
+        for request_id, index in stopped:
+            self._core.stop(request_id, index)
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        return self._core.has_work
+
+    def stats(self) -> EngineStats:
+        return self._core.stats()
+
+    def reset_prefix_cache(self) -> None:
+        self._core.reset_prefix_cache()
+
+
+def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
+    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
+    if config.tokenizer is not None:
+        return Tokenizer.from_folder(find_model(config.tokenizer, config.revision))
+    try:
+        return Tokenizer.from_folder(folder)
+    except CheckpointError:
+        if (folder / "tokenizer.json").exists():
+            raise
+        return None

@@ -1,0 +1,122 @@
+"""The engine in a process of its own: `python -m quire.engine.engine_process FD`, started by `AsyncLLM`.
+
+It speaks over one inherited end of a socketpair. While there is work it looks for messages between steps; without any
+it blocks in `recv`, so an idle engine uses no CPU. When the other end closes, whatever the reason, it exits.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+
+from quire.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    FrameBuffer,
+    FromEngine,
+    Load,
+    Outputs,
+    PhaseDone,
+    Ready,
+    Refused,
+    ResetPrefixCache,
+    Stop,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+from quire.errors import QuireError, RequestError
+from quire.model_config import ModelConfig
+
+_CHUNK_BYTES = 1 << 20
+
+
+class Connection:
+    """Blocking frames over a socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._buffer = FrameBuffer()
+
+    def receive(self, *, wait: bool) -> list[ToEngine]:
+        """Messages that have arrived; with `wait`, blocks until there is at least one. Raises `EOFError` at the end."""
+        messages: list[ToEngine] = []
+        while (wait and not messages) or select.select([self._socket], [], [], 0)[0]:
+            data = self._socket.recv(_CHUNK_BYTES)
+            if not data:
+                raise EOFError
+            messages += [decode_to_engine(body) for body in self._buffer.feed(data)]
+        return messages
+
+    def send(self, message: FromEngine) -> None:
+        self._socket.sendall(encode(message))
+
+
+def main(fd: int) -> None:
+    # The terminal's Ctrl-C reaches the whole process group; only the API process decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(socket.socket(fileno=fd))
+    try:
+        load, *messages = connection.receive(wait=True)
+        assert isinstance(load, Load), "the first message to an engine is Load"
+        try:
+            serve(connection, load, messages)
+        except QuireError as error:
+            connection.send(Failed(type(error).__name__, str(error)))
+            sys.exit(1)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The API process has ended and with it the reason to be here. Destructors of a large pool are not worth waiting for.
+        os._exit(0)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
+    """Load the model, then step for as long as the connection lives."""
+    from pathlib import Path
+    from time import perf_counter
+
+    started = perf_counter()
+    from quire.engine.core import EngineCore  # imports torch: seconds in which the API process already answers
+
+    connection.send(PhaseDone("import torch", perf_counter() - started))
+    folder = Path(load.folder)
+    core = EngineCore.load(
+        load.config,
+        ModelConfig.from_folder(folder),
+        load.plan,
+        folder,
+        lambda name, seconds: connection.send(PhaseDone(name, seconds)),
+    )
+    connection.send(Ready())
+    while True:
+        for message in messages:
+            match message:
+                case Add(request):
+                    try:
+                        core.add(request)
+                    except RequestError as error:
+                        connection.send(Refused(request.request_id, error.message, error.param, error.code))
+                case Abort(request_ids):
+                    for request_id in request_ids:
+                        core.abort(request_id)
+                case Stop(samples):
+                    for request_id, index in samples:
+                        core.stop(request_id, index)
+                case ResetPrefixCache():
+                    core.reset_prefix_cache()
+                case Load():
+                    raise ValueError("an engine loads once")
+        deltas = core.step() if core.has_work else []
+        # Also sent without deltas: after aborts the free blocks must be seen.
+        if deltas or messages:
+            connection.send(Outputs(deltas, core.stats()))
+        messages = connection.receive(wait=not core.has_work)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,108 @@
+"""InputProcessor: a prompt and its parameters as a user gives them → a Request with every value resolved."""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quire.engine.limits import check_request
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import RequestError
+from quire.model_config import ModelConfig
+from quire.request import Request
+from quire.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}."""
+
+
+class InputProcessor:
+    """Tokenises, truncates, fills in defaults and checks. `tokenizer` may be None where only token ids are sent."""
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int,
+        max_logprobs: int,
+        seed: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._vocab_size = model_config.vocab_size
+        self._eos_token_ids = model_config.eos_token_ids
+        if not self._eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
+            self._eos_token_ids = (tokenizer.eos_token_id,)
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._max_logprobs = max_logprobs
+        self._seeds = random.Random(seed)
+        self._clock = clock
+
+    def make_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> tuple[Request, str | None]:
+        """The request and, where it was given as text, the prompt. Raises `RequestError`."""
+        text, token_ids = self._tokens_of(prompt)
+        num_prompt = len(token_ids)
+        if params.truncate_prompt_tokens is not None:
+            keep = params.truncate_prompt_tokens
+            room = self._max_model_len - (params.max_tokens or 1)
+            token_ids = token_ids[-(keep if keep > 0 else max(1, room)) :]
+        elif num_prompt >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens, but the context holds {self._max_model_len}, output included; "
+                "shorten it or set truncate_prompt_tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.bad_words and not params.bad_words_token_ids:
+            params = params.with_changes(bad_words_token_ids=self._bad_word_tokens(params.bad_words))
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
+            eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
+            max_tokens=params.max_tokens or max(1, self._max_model_len - len(token_ids)),
+            arrival_time=self._clock(),
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        return request, text
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            if "prompt" not in prompt:
+                raise RequestError(
+                    f"a prompt given as a mapping needs the key prompt or prompt_token_ids; it has {sorted(prompt)}",
+                    param="prompt",
+                )
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise RequestError("the model has no tokenizer.json: send token ids instead of text", param="prompt")
+            return prompt, self._tokenizer.encode(prompt)
+        token_ids = list(prompt)
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in token_ids):
+            raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
+        return None, token_ids
+
+    def _bad_word_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each text as it is tokenised at the start and, with a space before it, in the middle of a sentence."""
+        if self._tokenizer is None:
+            raise RequestError("bad_words needs a tokenizer, which this model has not", param="bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                found[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
+        return tuple(tokens for tokens in found if tokens)

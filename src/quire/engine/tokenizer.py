@@ -1,0 +1,218 @@
+"""Tokenizer: text to token ids and back, over the `tokenizers` library and the files of a model folder.
+
+Owns the reading of tokenizer.json, tokenizer_config.json and special_tokens_map.json, the bound on how much text one
+request may have tokenised, and what every single token contributes to a text. Putting tokens together as they come is
+the detokenizer's. Safe to share between threads.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quire.errors import CheckpointError, RequestError
+
+# The library warns when a process forks after it used its own threads; requests are parallel enough without them.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tokenizers  # after the variable is set
+
+MAX_PROMPT_CHARS = 4_000_000
+"""A few seconds of tokenising, and more than the longest contexts hold."""
+
+MAX_TOKENIZER_FILE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class PieceRules:
+    """How the tokens of a vocabulary add up to text, where that is joining bytes.
+
+    Covers byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece in Hugging Face's form (Llama 2, Mistral, Gemma).
+    """
+
+    byte_level: bool = False
+    """Tokens are spelled in GPT-2's alphabet of one printable character per byte."""
+    byte_tokens: bool = False
+    """A token `<0xE2>` stands for one byte of a character that the vocabulary lacks."""
+    replacements: tuple[tuple[str, str], ...] = ()
+    strip_start: str = ""
+    """This much is taken from the start of the whole text if it is there: the space that encoding put in front."""
+
+    @staticmethod
+    def of(decoder: Mapping[str, Any] | None) -> "PieceRules | None":
+        """From the `decoder` of tokenizer.json; None for one that is more than joining bytes."""
+        if decoder is None:
+            return None
+        replacements: list[tuple[str, str]] = []
+        byte_tokens, fused, strip_start = False, False, ""
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+        for step in steps:
+            match step:
+                case {"type": "ByteLevel"} if len(steps) == 1:
+                    return PieceRules(byte_level=True)
+                case {"type": "Replace", "pattern": {"String": pattern}, "content": content} if not fused:
+                    replacements.append((pattern, content))
+                case {"type": "Metaspace", "replacement": mark} if not fused:
+                    replacements.append((mark, " "))
+                    strip_start = " " if step.get("prepend_scheme", "always") != "never" else ""
+                case {"type": "ByteFallback"} if not fused:
+                    byte_tokens = True
+                case {"type": "Fuse"}:
+                    fused = True
+                case {"type": "Strip", "content": content, "start": start, "stop": 0} if fused:
+                    strip_start = content * start
+                case _:
+                    return None
+        return PieceRules(byte_tokens=byte_tokens, replacements=tuple(replacements), strip_start=strip_start)
+
+
+class Tokenizer:
+    """A model's tokenizer. `from_folder` reads one; the constructor takes the library's object as it is."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: Mapping[str, str],
+        *,
+        max_prompt_chars: int = MAX_PROMPT_CHARS,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.max_prompt_chars = max_prompt_chars
+        self.special_tokens = dict(special_tokens)
+        """Name → text, as in {"bos_token": "<s>"}: what chat templates call them by."""
+        added = backend.get_added_tokens_decoder()
+        self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        """Tokens that steer the model and are left out of text by `skip_special_tokens`."""
+        self.bos_token_id = self._id_of("bos_token")
+        self.eos_token_id = self._id_of("eos_token")
+        # What the library pickles of a decoder is its part of tokenizer.json; parsing the whole file takes far longer.
+        self.pieces = PieceRules.of(backend.decoder and json.loads(backend.decoder.__getstate__()))
+        self._bytes_of_token: dict[int, bytes] = {}  # filled as tokens are met; at most the vocabulary
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, max_prompt_chars: int = MAX_PROMPT_CHARS) -> "Tokenizer":
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing. Quire reads the tokenizer.json of the `tokenizers` library; a folder with only "
+                "tokenizer.model or vocab.json gets one from transformers: "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            )
+        if path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_FILE_BYTES:,} are read"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own for this
+            raise CheckpointError(
+                f"{path} is not a tokenizer that the `tokenizers` library {tokenizers.__version__} can read: {error}"
+            ) from error
+        return cls(backend, read_special_tokens(folder), max_prompt_chars=max_prompt_chars)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens known to the tokenizer, added ones included; the model's table may be larger."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Special tokens written out in it are recognised, as chat templates need.
+
+        `add_special_tokens` adds what the model expects around a text, often a BOS token. A chat template has written
+        it already.
+        """
+        if len(text) > self.max_prompt_chars:
+            raise RequestError(
+                f"the prompt has {len(text):,} characters; at most {self.max_prompt_chars:,} are tokenised. "
+                "Shorten it, or send token ids",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeError, TypeError):  # which of the two depends on the library's version
+            raise RequestError(
+                "the prompt holds half of a surrogate pair and is no text", param="prompt"
+            ) from None
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence. For tokens that come one by one there is `Detokenizer`."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token puts into a text: perhaps part of a character; nothing for an id that no token has."""
+        found = self._bytes_of_token.get(token_id)
+        if found is None:
+            found = self._bytes_of_token[token_id] = self._spell(token_id)
+        return found
+
+    def id_to_text(self, token_id: int) -> str:
+        """The token for display, special or not, its leading space kept; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _spell(self, token_id: int) -> bytes:
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.pieces is None:
+            return self.decode([token_id], skip_special_tokens=False).encode()
+        if self.pieces.byte_level:
+            # A token with a character outside the alphabet, such as an added token with a space, is spelled plainly.
+            values = [_BYTE_OF_LETTER.get(letter) for letter in token]
+            return token.encode() if None in values else bytes(value for value in values if value is not None)
+        if self.pieces.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(match[1])
+        for pattern, content in self.pieces.replacements:
+            token = token.replace(pattern, content)
+        return token.encode()
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        token_id: int | None = None if token is None else self._backend.token_to_id(token)
+        return token_id
+
+
+def read_special_tokens(folder: str | Path) -> dict[str, str]:
+    """Name → text of the special tokens in tokenizer_config.json, else special_tokens_map.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for key, value in read_json(Path(folder) / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(content, str):
+                found[key] = content
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file of the model folder; empty if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """GPT-2's alphabet: a printable Latin-1 byte is its own letter, the others take those from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _letters_of_bytes()

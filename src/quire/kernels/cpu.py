@@ -1,0 +1,130 @@
+"""The kernels for CPU tensors, in C++ (`csrc/`). What each computes is written in `quire.kernels.reference`.
+
+Activations are float32, caches float32, float16 or bfloat16, indices int32. The first dimension of q, k, v and x may
+have any stride, so that views of one fused projection need no copy; all else is contiguous. The C++ side checks every
+argument and raises ValueError with what it expected and found.
+
+The best build for this CPU is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from quire.errors import ConfigError
+from quire.kernels import _cpu
+from quire.kernels.interface import AttentionPlan
+
+__all__ = [
+    "add_rms_norm",
+    "copy_blocks",
+    "gelu_and_mul",
+    "isa",
+    "paged_attention",
+    "rms_norm",
+    "rms_norm_heads_",
+    "rotary_",
+    "silu_and_mul",
+    "supported_isas",
+    "use_isa",
+    "write_kv",
+]
+
+_ISAS = ("portable", "avx2", "avx512")
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    return _cpu.isa()
+
+
+def supported_isas() -> list[str]:
+    """The instruction sets this CPU can run, best first."""
+    return _cpu.supported_isas()
+
+
+def use_isa(name: str) -> None:
+    """Use another build of every kernel from now on, in the whole process."""
+    if name not in supported_isas():
+        reason = "this CPU does not support it" if name in _ISAS else "unknown"
+        raise ConfigError(f"QUIRE_CPU_ISA={name}: {reason}; choose one of {', '.join(reversed(supported_isas()))}")
+    _cpu.use_isa(name)
+
+
+if "QUIRE_CPU_ISA" in os.environ:
+    use_isa(os.environ["QUIRE_CPU_ISA"])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    _cpu.rms_norm(x, None, weight, eps, out)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    _cpu.rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> None:
+    _cpu.rms_norm_heads(x, weight, eps)
+
+
+def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    _cpu.rotary(q, k, positions, cos_sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    out = torch.empty(x.shape[0], x.shape[1] // 2)
+    _cpu.silu_and_mul(x, out)
+    return out
+
+
+def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
+    out = torch.empty(x.shape[0], x.shape[1] // 2)
+    (_cpu.gelu_tanh_and_mul if tanh else _cpu.gelu_and_mul)(x, out)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    _cpu.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
+    _cpu.copy_blocks(k_cache, v_cache, pairs)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    if plan.window and not 0 < window <= plan.window:
+        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
+    out = torch.empty_like(q)
+    _cpu.paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        plan.query_start_loc,
+        plan.seq_lens,
+        plan.block_tables,
+        plan.work,
+        plan.merges,
+        plan.partials,
+        scale,
+        window,
+        softcap,
+        alibi_slopes,
+        plan.num_threads,
+        out,
+    )
+    return out

@@ -1,0 +1,75 @@
+"""What every kernel module offers, and the plan its attention reads.
+
+`reference` (plain PyTorch) is the specification; `cpu` has the same names and signatures. The plan is built once per
+step by `quire.attention.plan` and lives here because kernels take it as an argument.
+
+Shapes: T new tokens of all sequences, B sequences, H hidden size, D head_dim. Indices are int32. The KV cache of one
+layer is a pair of tensors of blocks, laid out so that both products of attention run over it without repacking:
+
+    k_cache  [num_blocks, num_kv_heads, head_dim, block_size]    keys are transposed inside a block
+    v_cache  [num_blocks, num_kv_heads, block_size, head_dim]
+
+A slot is `block * block_size + offset`; slot -1 means "write nothing".
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's attention, ready to run on every layer. All tensors are contiguous, on the CPU, int32 unless noted."""
+
+    query_start_loc: Tensor
+    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
+    seq_lens: Tensor
+    """[B]: tokens of each sequence, the new ones included."""
+    block_tables: Tensor
+    """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
+    slots: Tensor
+    """[T]: where the keys and values of each new token go."""
+    work: Tensor
+    """[num_items, 8]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
+    merges: Tensor
+    """[num_merges, 6]: results that were split over their keys; columns in `quire.attention.plan.MergeColumn`."""
+    partials: Tensor
+    """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
+    window: int
+    """The plan left out keys that a window of this many positions never sees; 0: none left out."""
+    num_threads: int
+    """The number of threads the work was balanced for."""
+
+
+class Kernels(Protocol):
+    """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> None: ...
+
+    def rotary_(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None: ...
+
+    def silu_and_mul(self, x: Tensor) -> Tensor: ...
+
+    def gelu_and_mul(self, x: Tensor, tanh: bool) -> Tensor: ...
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
+
+    def copy_blocks(self, k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None: ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: AttentionPlan,
+        scale: float,
+        *,
+        window: int = 0,
+        softcap: float = 0.0,
+        alibi_slopes: Tensor | None = None,
+    ) -> Tensor: ...

@@ -1,0 +1,109 @@
+"""Every kernel in plain PyTorch: the specification the fast ones are tested against.
+
+Works in any float type; with float64 inputs it is the oracle. Written to be read, not to be fast. Shapes: T new
+tokens of all sequences, H hidden size, D head_dim; the cache layout is described in `quire.kernels.interface`.
+"""
+
+import torch
+from torch import Tensor
+
+from quire.kernels.interface import AttentionPlan
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, H], weight [H] -> [T, H]: each row divided by its root mean square, times the weight."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x, residual [T, H], weight [H] -> [T, H]: adds x to the residual in place and returns the sum's norm."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> None:
+    """x [T, heads, D], weight [D]: normalises each head in place."""
+    x.copy_(rms_norm(x, weight, eps))
+
+
+def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """q, k [T, heads, D], positions [T], cos_sin [P, R]: rotates the first R of D dimensions in place.
+
+    Dimension i < R/2 is paired with i + R/2; row p of cos_sin holds the R/2 cosines of position p, then its sines.
+    """
+    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
+    for x in (q, k):
+        first, second = x[..., : cos_sin.shape[1]].clone().chunk(2, dim=-1)
+        x[..., : cos_sin.shape[1]] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """x [T, 2 I] -> [T, I]: silu of the first half times the second."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
+    """x [T, 2 I] -> [T, I]: gelu of the first half (exact, or the tanh approximation) times the second."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing."""
+    block_size = v_cache.shape[2]
+    written = slots >= 0
+    block, offset = slots[written].long() // block_size, slots[written].long() % block_size
+    k_cache[block, :, :, offset] = k[written].to(k_cache.dtype)
+    v_cache[block, :, offset] = v[written].to(v_cache.dtype)
+
+
+def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
+    """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1]; no destination is also a source."""
+    source, destination = pairs.long().unbind(1)
+    k_cache[destination] = k_cache[source]
+    v_cache[destination] = v_cache[source]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
+
+    The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position; with
+    window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score s
+    becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key - query position).
+    """
+    num_heads, group = q.shape[1], q.shape[1] // v_cache.shape[1]
+    out = torch.zeros_like(q)
+    start = plan.query_start_loc.tolist()
+    for s, seq_len in enumerate(plan.seq_lens.tolist()):
+        query = q[start[s] : start[s + 1]]
+        num_blocks = -(-seq_len // v_cache.shape[2])
+        table = plan.block_tables[s, :num_blocks].long()
+        # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
+        key = k_cache[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+        value = v_cache[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+
+        scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        key_position = torch.arange(seq_len)
+        query_position = torch.arange(seq_len - len(query), seq_len)
+        distance = key_position[None, :] - query_position[:, None]
+        if alibi_slopes is not None:
+            scores = scores + alibi_slopes.to(q.dtype).view(num_heads, 1, 1) * distance
+        hidden = distance > 0
+        if window > 0:
+            hidden |= distance <= -window
+        probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out[start[s] : start[s + 1]] = torch.einsum("hqk,hkd->qhd", probabilities, value)
+    return out

@@ -1,0 +1,152 @@
+"""BlockPool: which blocks are free, who shares which, and which hold content that can be found again.
+
+A block is an index. It is *used* while its reference count is positive and on the free list otherwise. A full block may
+carry a name (see `block_hash`); when its last reference goes it keeps the name, so a later request with the same prefix
+finds it there until its space is needed. The pool knows nothing of sequences, tensors or time.
+
+The free list is doubly linked through two flat lists, in eviction order: blocks without content first, then
+named ones, least recently freed first. A prefix hit takes a block out of the middle, which is why this is not a
+deque; and flat lists of integers, not node objects, let a pool of a million blocks start in a fraction of a
+second.
+"""
+
+from collections.abc import Iterable
+
+from quire.errors import QuireError
+from quire.kv_cache.block_hash import BlockName
+
+
+class OutOfBlocksError(QuireError):
+    """A block was asked for and none is free. Schedulers ask `num_free` first; who sees this did not."""
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` token slots each. All operations are O(1) per block."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.ref_counts = [0] * num_blocks
+        self.fill = [0] * num_blocks
+        """Slots written since the block was last taken."""
+        self.names: list[BlockName | None] = [None] * num_blocks
+        self.num_free = num_blocks
+        self.num_references = 0
+        """Sum of all reference counts."""
+        self.num_filled_slots = 0
+        """Sum of `fill` over used blocks."""
+        self.num_named_free = 0
+        self.total_evictions = 0
+        self.total_block_copies = 0
+        self._named: dict[BlockName, int] = {}
+        # The entry past the last block is the list's anchor: its next is the head, its previous the tail.
+        self._next: list[int] = [*range(1, num_blocks + 1), 0]
+        self._prev: list[int] = [num_blocks, *range(num_blocks)]
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_allocated_slots(self) -> int:
+        return (self.num_blocks - self.num_free) * self.block_size
+
+    @property
+    def num_shared_slots(self) -> int:
+        """Slots that sharing saves: what the tables would take without it, less what they take."""
+        return (self.num_references - self.num_used) * self.block_size
+
+    @property
+    def num_wasted_slots(self) -> int:
+        """Allocated slots that hold no token."""
+        return self.num_allocated_slots - self.num_filled_slots
+
+    def allocate(self) -> int:
+        """Take the first block of the free list; if it had a name, its content is forgotten."""
+        anchor = self.num_blocks
+        block = self._next[anchor]
+        if block == anchor:
+            raise OutOfBlocksError(f"all {self.num_blocks} blocks are in use")
+        after = self._next[block]
+        self._next[anchor] = after
+        self._prev[after] = anchor
+        self.num_free -= 1
+        name = self.names[block]
+        if name is not None:
+            del self._named[name]
+            self.names[block] = None
+            self.num_named_free -= 1
+            self.total_evictions += 1
+        self.ref_counts[block] = 1
+        self.num_references += 1
+        self.fill[block] = 0
+        return block
+
+    def share(self, block: int) -> None:
+        """Add a reference to a block; a named one may be on the free list and leaves it."""
+        if self.ref_counts[block] == 0:
+            before, after = self._prev[block], self._next[block]
+            self._next[before] = after
+            self._prev[after] = before
+            self.num_free -= 1
+            self.num_named_free -= 1
+            self.num_filled_slots += self.fill[block]
+        self.ref_counts[block] += 1
+        self.num_references += 1
+
+    def release(self, block: int) -> None:
+        """Drop a reference. At the last one the block goes to the tail of the free list if named, else to its head."""
+        count = self.ref_counts[block] - 1
+        self.ref_counts[block] = count
+        self.num_references -= 1
+        if count:
+            return
+        self.num_free += 1
+        self.num_filled_slots -= self.fill[block]
+        anchor = self.num_blocks
+        if self.names[block] is None:
+            before, after = anchor, self._next[anchor]
+        else:
+            before, after = self._prev[anchor], anchor
+            self.num_named_free += 1
+        self._next[before] = block
+        self._prev[block] = before
+        self._next[block] = after
+        self._prev[after] = block
+
+    def write(self, block: int, fill: int) -> None:
+        """Note that a block its only holder writes to is now filled up to `fill` slots."""
+        self.num_filled_slots += fill - self.fill[block]
+        self.fill[block] = fill
+
+    def find(self, name: BlockName) -> int | None:
+        """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
+        return self._named.get(name)
+
+    def set_name(self, block: int, name: BlockName) -> None:
+        """Make a full block findable. The first block of a name keeps it; later twins stay nameless."""
+        if self.enable_prefix_caching and self.names[block] is None and name not in self._named:
+            self.names[block] = name
+            self._named[name] = block
+
+    def forget_name(self, block: int) -> None:
+        """Make a used block unfindable, because what it holds is not to be trusted."""
+        name = self.names[block]
+        if name is not None:
+            del self._named[name]
+            self.names[block] = None
+
+    def forget_names(self) -> None:
+        """Empty the prefix cache: no block can be found by name any more; tables are untouched."""
+        for block in self._named.values():
+            self.names[block] = None
+        self._named.clear()
+        self.num_named_free = 0
+
+    def free_order(self) -> Iterable[int]:
+        """Free blocks in the order in which they would be taken."""
+        block = self._next[self.num_blocks]
+        while block != self.num_blocks:
+            yield block
+            block = self._next[block]

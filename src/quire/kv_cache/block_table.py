@@ -1,0 +1,147 @@
+"""BlockTable: one sequence's view of the pool, from logical block to physical block (paper, section 4.2–4.4).
+
+Blocks are taken as tokens come. `fork` shares every block, a partly filled last one too; who first writes to a
+shared or named block gets a copy of it, and the (source, destination) pair goes to the runner with the step. A
+table that is freed gives all its blocks back, the last first, so that the beginnings of prompts survive longest
+in the prefix cache.
+"""
+
+from collections.abc import Sequence
+
+from quire.kv_cache.block_hash import BlockName, block_name
+from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
+
+BlockCopies = list[tuple[int, int]]
+"""(source, destination) blocks, in the order in which they must be copied."""
+
+
+class BlockTable:
+    """The blocks that hold the first `num_tokens` tokens of a sequence.
+
+    `root` is the parent name of its first block.
+    """
+
+    __slots__ = ("_names", "_num_named", "_pool", "_root", "blocks", "num_tokens")
+
+    def __init__(self, pool: BlockPool, root: BlockName = b"") -> None:
+        self.blocks: list[int] = []
+        self.num_tokens = 0
+        self._pool = pool
+        self._root = root
+        self._names: list[BlockName] = []
+        self._num_named = 0
+
+    def num_appendable(self) -> int:
+        """The most tokens `append` could take now."""
+        pool, size = self._pool, self._pool.block_size
+        used = self.num_tokens % size
+        if not used:
+            return pool.num_free * size
+        if not self._write_needs_copy(self.blocks[-1]):
+            return size - used + pool.num_free * size
+        return size - used + (pool.num_free - 1) * size if pool.num_free else 0
+
+    def append(self, num_tokens: int, copies: BlockCopies) -> int:
+        """Make room for `num_tokens` ≥ 1 more tokens, which will be written in this step.
+
+        Adds a copy-on-write pair to `copies` if the last block may not be written in place. Returns the index of
+        the first entry of `blocks` that changed, or len(blocks) when none did. Raises `OutOfBlocksError`, with
+        nothing changed, if the pool has not enough free blocks.
+        """
+        pool, blocks = self._pool, self.blocks
+        size = pool.block_size
+        used = self.num_tokens % size
+        if used and used + num_tokens <= size and not self._write_needs_copy(blocks[-1]):
+            # Nearly every append: one token into a block that has room and is not shared.
+            pool.write(blocks[-1], used + num_tokens)
+            self.num_tokens += num_tokens
+            return len(blocks)
+        changed = len(blocks)
+        missing = (self.num_tokens + num_tokens + size - 1) // size - changed
+        copy_last = used != 0 and self._write_needs_copy(blocks[-1])
+        if missing + copy_last > pool.num_free:
+            raise OutOfBlocksError(f"{missing + copy_last} blocks are needed and {pool.num_free} are free")
+        if copy_last:
+            changed -= 1
+            shared, blocks[-1] = blocks[-1], pool.allocate()
+            copies.append((shared, blocks[-1]))
+            pool.total_block_copies += 1
+            pool.release(shared)
+        if used:
+            pool.write(blocks[-1], min(size, used + num_tokens))
+        self.num_tokens += num_tokens
+        for _ in range(missing):
+            blocks.append(pool.allocate())
+            pool.write(blocks[-1], size)
+        if missing > 0:
+            pool.write(blocks[-1], (self.num_tokens - 1) % size + 1)
+        return changed
+
+    def fork(self, num_tokens: int | None = None) -> "BlockTable":
+        """A table that shares the blocks of the first `num_tokens` tokens (all by default)."""
+        child = BlockTable(self._pool, self._root)
+        child.num_tokens = self.num_tokens if num_tokens is None else num_tokens
+        child.blocks = self.blocks[: -(-child.num_tokens // self._pool.block_size)]
+        full = child.num_tokens // self._pool.block_size
+        child._names = self._names[:full]
+        child._num_named = min(self._num_named, full)
+        for block in child.blocks:
+            self._pool.share(block)
+        return child
+
+    def free(self) -> None:
+        """Give every block back. The names stay known, so that resuming can look for them."""
+        release = self._pool.release
+        for block in reversed(self.blocks):
+            release(block)
+        self.blocks = []
+        self.num_tokens = 0
+        self._num_named = 0
+
+    def find_prefix(self, token_ids: Sequence[int]) -> list[int]:
+        """Blocks of the pool that already hold the longest findable prefix of `token_ids`, for `adopt`.
+
+        The last token is never covered: its logits are wanted, so at least one token must be computed.
+        """
+        pool = self._pool
+        found: list[int] = []
+        if pool.enable_prefix_caching:
+            for index in range((len(token_ids) - 1) // pool.block_size):
+                block = pool.find(self.name_of(index, token_ids))
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def adopt(self, found: list[int]) -> None:
+        """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none."""
+        for block in found:
+            self._pool.share(block)
+        self.blocks += found
+        self.num_tokens += len(found) * self._pool.block_size
+        self._num_named = len(self.blocks)
+
+    def name_full_blocks(self, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Name the blocks that `num_computed_tokens` tokens with stored KV have filled since the last call."""
+        full = num_computed_tokens // self._pool.block_size
+        if self._pool.enable_prefix_caching:
+            for index in range(self._num_named, full):
+                self._pool.set_name(self.blocks[index], self.name_of(index, token_ids))
+            self._num_named = max(self._num_named, full)
+
+    def forget_names(self) -> None:
+        """Make the table's blocks unfindable: whoever has the same prefix computes it anew."""
+        for block in self.blocks:
+            self._pool.forget_name(block)
+
+    def name_of(self, index: int, token_ids: Sequence[int]) -> BlockName:
+        """The name of logical block `index`, which `token_ids` must fill; each is hashed once."""
+        names = self._names
+        size = self._pool.block_size
+        while len(names) <= index:
+            start = len(names) * size
+            names.append(block_name(names[-1] if names else self._root, token_ids[start : start + size]))
+        return names[index]
+
+    def _write_needs_copy(self, block: int) -> bool:
+        return self._pool.ref_counts[block] > 1 or self._pool.names[block] is not None

@@ -1,0 +1,1 @@
+"""The parts models are made of; each holds its weights and is called with tensors."""

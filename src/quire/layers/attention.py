@@ -1,0 +1,38 @@
+"""Attention of one layer over its part of the KV cache."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from quire.kernels import AttentionPlan, Kernels
+
+LayerKV = tuple[Tensor, Tensor]
+"""k_cache and v_cache of one layer; `quire.kernels.interface` has their layout."""
+
+
+class KVLayers(Protocol):
+    """The KV cache as a model sees it."""
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+
+
+class Attention:
+    """Writes the new keys and values to their slots, then lets the new queries read all they may see."""
+
+    __slots__ = ("kernels", "scale", "softcap", "window")
+
+    def __init__(self, kernels: Kernels, *, scale: float, window: int = 0, softcap: float = 0.0) -> None:
+        self.kernels = kernels
+        self.scale = scale
+        self.window = window
+        self.softcap = softcap
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
+        """q [T, num_heads, D], k, v [T, num_kv_heads, D] -> [T, num_heads, D]."""
+        k_cache, v_cache = layer_kv
+        self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots)
+        return self.kernels.paged_attention(
+            q, k_cache, v_cache, plan, self.scale, window=self.window, softcap=self.softcap
+        )

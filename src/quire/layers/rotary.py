@@ -1,0 +1,110 @@
+"""Rotary position embedding: the table of cosines and sines of every position, and its use.
+
+The table is computed as transformers computes it, in float32, since models were trained with that rounding.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from quire.kernels import Kernels
+from quire.model_config import RopeConfig
+
+
+class Rotary:
+    """Rotates queries and keys by their positions, in place. One for all layers of a model."""
+
+    __slots__ = ("cos_sin", "kernels")
+
+    def __init__(self, kernels: Kernels, rope: RopeConfig, head_dim: int, num_positions: int) -> None:
+        self.kernels = kernels
+        self.cos_sin = cos_sin_table(rope, head_dim, num_positions)
+
+    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
+        """q, k [T, heads, D], positions [T] int32."""
+        self.kernels.rotary_(q, k, positions, self.cos_sin)
+
+
+def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
+    """[num_positions, rotary_dim] float32: the cosines of each position, then its sines."""
+    dim = int(head_dim * rope.partial_rotary_factor)
+    frequencies = _FREQUENCIES[rope.rope_type](
+        rope, dim, num_positions
+    )  # [dim / 2] or [num_positions, dim / 2]
+    angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
+
+
+def _unscaled(theta: float | Tensor, dim: int) -> Tensor:
+    """theta ** (-2i / dim) for i from 0 to dim / 2 - 1."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    return torch.as_tensor(1.0 / theta**exponents)
+
+
+def _default(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    return _unscaled(rope.theta, dim)
+
+
+def _linear(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    return _unscaled(rope.theta, dim) / rope.factor
+
+
+def _dynamic(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    """The base grows with the length, so it is a function of each position: that of a sequence which ends there.
+
+    This makes a key's rotation independent of how its prompt was cut into steps, which a paged, shared cache needs.
+    It is what transformers computes token by token; a longer prompt in one piece is rotated there by its whole
+    length.
+    """
+    lengths = torch.arange(1, num_positions + 1).clamp(min=rope.original_max_position).unsqueeze(1)
+    stretch = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
+    return _unscaled(rope.theta * stretch ** (dim / (dim - 2)), dim)
+
+
+def _llama3(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    """Long waves are stretched by the factor, short ones kept, those between blended."""
+    frequencies = _unscaled(rope.theta, dim)
+    waves_in_training = rope.original_max_position * frequencies / (2 * math.pi)
+    kept = (waves_in_training - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    return _blend(frequencies / rope.factor, frequencies, kept.clamp(0, 1))
+
+
+def _yarn(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    """Like llama3, with the blend linear in the dimension instead of the wave length (arXiv 2309.00071)."""
+
+    def dimension_with(rotations: float) -> float:
+        """The (fractional) dimension that makes so many turns over the length of training."""
+        return (
+            dim
+            * math.log(rope.original_max_position / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
+
+    low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low or 0.001
+    stretched = ((torch.arange(dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    frequencies = _unscaled(rope.theta, dim)
+    return _blend(frequencies / rope.factor, frequencies, 1 - stretched)
+
+
+def _blend(a: Tensor, b: Tensor, share_of_b: Tensor) -> Tensor:
+    return a * (1 - share_of_b) + b * share_of_b
+
+
+_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+
+
+def _attention_factor(rope: RopeConfig) -> float:
+    """What yarn multiplies queries and keys by, to keep the entropy of attention over longer contexts."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.rope_type != "yarn" or rope.factor <= 1:
+        return 1.0
+    growth = 0.1 * math.log(rope.factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return (growth * rope.mscale + 1) / (growth * rope.mscale_all_dim + 1)
+    return growth + 1

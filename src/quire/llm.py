@@ -1,0 +1,166 @@
+"""LLM: the offline interface. One process, a list of prompts in, a list of RequestOutputs out. Names are vLLM's."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quire.config import EngineConfig
+from quire.engine.chat_template import ChatTemplate
+from quire.engine.checkpoint import read_default_params
+from quire.engine.engine import Engine
+from quire.engine.input_processor import Prompt
+from quire.engine.memory_plan import MemoryPlan
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import RequestError
+from quire.outputs import EngineStats, RequestOutput
+from quire.sampling_params import SamplingParams
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model for offline generation.
+
+    >>> llm = LLM()                                     # the bundled model
+    >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
+
+    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. With `verbose` the memory plan
+    and the phases of start-up are printed to standard error.
+    """
+
+    def __init__(self, model: str = "", *, verbose: bool = False, **options: Any) -> None:
+        self._engine = Engine(
+            EngineConfig.from_options({"model": str(model), **options}),
+            report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
+        )
+        self._chat_template: ChatTemplate | None = None
+        self._request_ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+        cache_salt: str = "",
+    ) -> list[RequestOutput]:
+        """Continue every prompt; outputs come in the order of the prompts.
+
+        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. One `SamplingParams`
+        serves all prompts, or there is one for each; None takes the model's own defaults. `use_tqdm` shows a progress bar
+        on a terminal. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
+        """
+        batch = _as_batch(prompts)
+        params = self._params_of(sampling_params, len(batch))
+        if priority is not None and len(priority) != len(batch):
+            raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
+                request_id = str(next(self._request_ids))
+                outputs[request_id] = self._engine.add_request(
+                    request_id, prompt, one, priority=priority[index] if priority else 0, cache_salt=cache_salt
+                )
+            with _progress(len(batch), shown=use_tqdm) as advance:
+                while self._engine.has_work:
+                    for delta in self._engine.step():
+                        outputs[delta.request_id].extend(delta)
+                        advance(delta)
+        except BaseException:
+            # Also Ctrl-C: the next call starts with an empty engine.
+            for request_id in outputs:
+                self._engine.abort(request_id)
+            raise
+        for output in outputs.values():
+            output.outputs.sort(key=lambda completion: completion.index)
+        return list(outputs.values())
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.from_folder(self._engine.folder)
+        prompts = []
+        for conversation in conversations:
+            text = self._chat_template.render(
+                conversation,  # type: ignore[arg-type]  # told apart above
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            prompts.append({"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer in use. Raises `RequestError` where the model has none."""
+        if self._engine.tokenizer is None:
+            raise RequestError("the model has no tokenizer.json", param="tokenizer")
+        return self._engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for."""
+        return SamplingParams(**read_default_params(self._engine.config, self._engine.folder))
+
+    def reset_prefix_cache(self) -> None:
+        """Make every stored prefix unfindable, as before the first request."""
+        self._engine.reset_prefix_cache()
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        return self._engine.memory_plan
+
+    def stats(self) -> EngineStats:
+        """Counts of requests, blocks, slots and tokens as they are now."""
+        return self._engine.stats()
+
+    def _params_of(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise RequestError(f"{count} prompts came with {len(params)} sampling_params", param="sampling_params")
+        return params
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt → a batch of one: a text, a mapping, or a list whose first entry is a token id."""
+    if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # told apart by the first entry
+    return prompts  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _progress(total: int, *, shown: bool) -> Iterator[Any]:
+    """A bar of finished requests with the rate of output tokens; nothing where standard error is no terminal."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda delta: None
+        return
+    from rich.console import Console  # only where something is shown
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total, rate="")
+        num_tokens = 0
+
+        def advance(delta: RequestOutput) -> None:
+            nonlocal num_tokens
+            num_tokens += sum(len(completion.token_ids) for completion in delta.outputs)
+            elapsed = progress.tasks[task].elapsed or 0.0
+            rate = f"{num_tokens / elapsed:.0f} tok/s" if elapsed else ""
+            progress.update(task, advance=int(delta.finished), rate=rate)
+
+        yield advance

@@ -1,0 +1,87 @@
+"""GPT-2: LayerNorm, learned positions, a plain MLP, and matrices stored transposed.
+
+T new tokens of all sequences, H hidden size, D head_dim. Activations are float32.
+"""
+
+from torch import Tensor
+
+from quire.kernels import AttentionPlan, Kernels
+from quire.kernels.gemm import PackedLinear
+from quire.layers.activation import activation
+from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.layers.embedding import Embedding
+from quire.layers.linear import linear_for
+from quire.layers.norm import LayerNorm
+from quire.model_config import ModelConfig
+from quire.models.weights import TensorSource
+
+
+class GPT2:
+    """Token and position embedding, layers, final norm; then logits for the rows that are asked for."""
+
+    # Causal masks that old checkpoints store; the head may be stored although it is tied.
+    ignored_tensors = (r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$")
+
+    def __init__(
+        self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str, max_model_len: int
+    ) -> None:
+        hidden = config.hidden_size
+        # OpenAI's own checkpoints hold the bare model, later ones a "transformer" beside the head.
+        model = weights if weights.has("wte.weight") else weights.scope("transformer")
+        table = model.take("wte.weight", (config.vocab_size, hidden))
+        self.embed = Embedding(table)
+        self.embed_position = Embedding(model.take("wpe.weight", (config.max_position_embeddings, hidden)))
+        self.layers = [
+            Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)
+        ]
+        self.norm = layer_norm(config, model.scope("ln_f"))
+        head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
+        self.head = linear_for(head, None, dtype)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
+        """input_ids, positions int32 [T] -> hidden [T, H]."""
+        residual, update = self.embed(input_ids), self.embed_position(positions)
+        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
+            update = layer(residual, update, layer_kv, plan)
+        return self.norm(residual, update)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> [R, vocab_size]."""
+        return self.head(hidden)
+
+
+class Layer:
+    """Attention and MLP, each behind a norm that first adds the last update to the residual stream."""
+
+    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.head_dim = config.head_dim
+        self.attention_norm = layer_norm(config, weights.scope("ln_1"))
+        self.qkv = transposed_linear(weights.scope("attn.c_attn"), hidden, 3 * hidden, dtype)
+        self.attend = Attention(kernels, scale=config.head_dim**-0.5)
+        self.o = transposed_linear(weights.scope("attn.c_proj"), hidden, hidden, dtype)
+        self.mlp_norm = layer_norm(config, weights.scope("ln_2"))
+        self.up = transposed_linear(weights.scope("mlp.c_fc"), hidden, inner, dtype)
+        self.activation = activation(config.activation)
+        self.down = transposed_linear(weights.scope("mlp.c_proj"), inner, hidden, dtype)
+
+    def __call__(self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
+        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+        num_tokens = residual.shape[0]
+        qkv = self.qkv(self.attention_norm(residual, update))
+        q, k, v = qkv.view(num_tokens, -1, self.head_dim).chunk(3, dim=1)
+        update = self.o(self.attend(q, k, v, layer_kv, plan).view(num_tokens, -1))
+        return self.down(self.activation(self.up(self.mlp_norm(residual, update))))
+
+
+def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:
+    shape = (config.hidden_size,)
+    return LayerNorm(
+        weights.take("weight", shape).float(), weights.take("bias", shape).float(), config.norm_eps
+    )
+
+
+def transposed_linear(weights: TensorSource, in_features: int, out_features: int, dtype: str) -> PackedLinear:
+    """GPT-2 stores a matrix as [in, out]."""
+    weight = weights.take("weight", (in_features, out_features))
+    return linear_for(weight.t().contiguous(), weights.take("bias", (out_features,)), dtype)

@@ -1,0 +1,134 @@
+"""Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
+queries, keys and values), Qwen3 (norms of queries and keys).
+
+T new tokens of all sequences, H hidden size, D head_dim. Activations are float32.
+"""
+
+from torch import Tensor
+
+from quire.kernels import AttentionPlan, Kernels
+from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.layers.embedding import Embedding
+from quire.layers.linear import linear_for
+from quire.layers.norm import RMSNorm
+from quire.layers.rotary import Rotary
+from quire.model_config import ModelConfig, RopeConfig
+from quire.models.blocks import GatedMLP, fused_linear
+from quire.models.weights import TensorSource
+
+
+class Llama:
+    """Embedding, decoder layers, final norm; then logits for the rows that are asked for."""
+
+    # Old checkpoints store the rotary frequencies; some store the head although it is tied.
+    ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
+
+    def __init__(
+        self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str, max_model_len: int
+    ) -> None:
+        model = weights.scope("model")
+        table = model.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        self.embed = Embedding(table)
+        rotary = Rotary(kernels, config.rope or RopeConfig(), config.head_dim, max_model_len)
+        self.layers = [
+            DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, rotary, dtype)
+            for index in range(config.num_layers)
+        ]
+        self.norm = RMSNorm(
+            kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps
+        )
+        head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
+        self.head = linear_for(head, None, dtype)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
+        """input_ids, positions int32 [T] -> hidden [T, H]."""
+        residual, update = self.embed(input_ids), None
+        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
+            update = layer(residual, update, positions, layer_kv, plan)
+        return self.norm(residual, update)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> [R, vocab_size]."""
+        return self.head(hidden)
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind a norm. What a half computes is added to the residual stream by the norm of the
+    next half, so that addition and norm are one kernel."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: TensorSource,
+        kernels: Kernels,
+        rotary: Rotary,
+        dtype: str,
+    ) -> None:
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(kernels, weights.take(name, (config.hidden_size,)).float(), config.norm_eps)
+
+        self.attention_norm = norm("input_layernorm.weight")
+        self.attention = SelfAttention(config, index, weights.scope("self_attn"), kernels, rotary, dtype)
+        self.mlp_norm = norm("post_attention_layernorm.weight")
+        self.mlp = GatedMLP(config, weights.scope("mlp"), kernels, dtype)
+
+    def __call__(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        positions: Tensor,
+        layer_kv: LayerKV,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+        update = self.attention(self.attention_norm(residual, update), positions, layer_kv, plan)
+        return self.mlp(self.mlp_norm(residual, update))
+
+
+class SelfAttention:
+    """Causal self-attention with rotary positions and grouped KV heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: TensorSource,
+        kernels: Kernels,
+        rotary: Rotary,
+        dtype: str,
+    ) -> None:
+        self.kernels = kernels
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = fused_linear(
+            weights,
+            {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
+            config.hidden_size,
+            bias=config.qkv_bias,
+            dtype=dtype,
+        )
+        self.o = fused_linear(
+            weights, {"o_proj": config.hidden_size}, q_rows, bias=config.o_bias, dtype=dtype
+        )
+        self.qk_norms: tuple[Tensor, Tensor] | None = None
+        if config.qk_norm:
+            self.qk_norms = (
+                weights.take("q_norm.weight", (config.head_dim,)).float(),
+                weights.take("k_norm.weight", (config.head_dim,)).float(),
+            )
+        self.norm_eps = config.norm_eps
+        self.rotary = rotary
+        self.attend = Attention(kernels, scale=config.head_dim**-0.5, window=config.layer_windows[index])
+
+    def __call__(self, x: Tensor, positions: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        num_tokens = x.shape[0]
+        # Views of one [T, heads, D] matrix; what follows works on them in place.
+        q, k, v = self.qkv(x).view(num_tokens, -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        if self.qk_norms is not None:
+            self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
+            self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
+        self.rotary(q, k, positions)
+        return self.o(self.attend(q, k, v, layer_kv, plan).view(num_tokens, -1))

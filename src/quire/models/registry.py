@@ -1,0 +1,51 @@
+"""From a ModelConfig to a model: which class, which dtype, every weight accounted for.
+
+The table of families is `quire.model_config.ARCHITECTURES`; a row's class is imported when a checkpoint needs it.
+"""
+
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from quire.kernels import AttentionPlan, Kernels
+from quire.kernels.gemm import has_fbgemm
+from quire.layers.attention import KVLayers
+from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.weights import RandomWeights, Weights
+
+
+class Model(Protocol):
+    """What the runner asks of a model. Indices are int32, activations float32."""
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
+        """input_ids, positions [T] -> hidden [T, H], the final norm applied; writes the KV of the T tokens."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> [R, vocab_size]."""
+        ...
+
+
+def load_model(
+    config: ModelConfig,
+    weights: Weights | RandomWeights,
+    kernels: Kernels,
+    dtype: str,
+    *,
+    max_model_len: int | None = None,
+) -> Model:
+    """Build the model from its weights, stored as `dtype`. Positions run up to `max_model_len`, by default the
+    model's context length. Raises `CheckpointError` for weights that are missing, misshapen or left over."""
+    module, name = ARCHITECTURES[config.architecture].model.split(":")
+    family = getattr(import_module(module), name)
+    model: Model = family(config, weights, kernels, dtype, max_model_len or config.context_length)
+    weights.finish(ignored=family.ignored_tensors)
+    return model
+
+
+def resolve_dtype(dtype: str, config: ModelConfig) -> str:
+    """What `auto` means here: the checkpoint's own dtype, unless it is a 16-bit one and only a slow product has it."""
+    if dtype != "auto":
+        return dtype
+    return config.checkpoint_dtype if has_fbgemm() else "float32"

@@ -1,0 +1,236 @@
+"""Weights: the tensors of a checkpoint, taken by name and checked; every one must be asked for.
+
+Files are mapped, not read: a tensor is a view of its file until a layer packs it. Headers are checked against file
+sizes before anything is mapped, since touching a page beyond the end of a truncated file would kill the process.
+"""
+
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.model_config import read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MAX_HEADER_BYTES = 100_000_000
+_NUM_NAMED = 5
+"""Tensors a message names before it says how many more there are."""
+
+
+class TensorSource(Protocol):
+    """What a model is built from."""
+
+    def has(self, name: str) -> bool: ...
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+    def scope(self, prefix: str) -> "TensorSource": ...
+
+
+class _Entry(NamedTuple):
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The tensors under a prefix of a checkpoint. All scopes of one checkpoint share one list of what was taken."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, _Entry]) -> None:
+        self._folder = folder
+        self._prefix = ""
+        self._entries = entries
+        self._taken: set[str] = set()
+        # One handle per file, held so that its mapping is shared by all tensors of the file.
+        self._files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Weights":
+        """Map the safetensors files of a folder. Raises `CheckpointError` for what is missing, truncated or at odds."""
+        folder = Path(folder)
+        index = folder / INDEX_FILE
+        if index.is_file():
+            return cls(folder, _indexed_entries(folder, index))
+        single = folder / SINGLE_FILE
+        if single.is_file():
+            return cls(folder, _header_entries(single))
+        raise CheckpointError(_nothing_to_load(folder))
+
+    def scope(self, prefix: str) -> "Weights":
+        """The tensors whose names begin with `prefix` and a dot, asked for without it."""
+        scoped = Weights.__new__(Weights)
+        scoped.__dict__ = {**self.__dict__, "_prefix": f"{self._prefix}{prefix}."}
+        return scoped
+
+    def has(self, name: str) -> bool:
+        return self._prefix + name in self._entries
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as stored, a view of its file; its shape must be `shape`."""
+        name = self._prefix + name
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} of shape {list(shape)} is missing; {self._similar(name)}"
+            )
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            )
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+            )
+        self._taken.add(name)
+        if entry.file not in self._files:
+            self._files[entry.file] = safe_open(entry.file, framework="pt")
+        tensor: Tensor = self._files[entry.file].get_tensor(name)
+        return tensor
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Raise `CheckpointError` if tensors were never taken, apart from those a pattern of `ignored` finds."""
+        patterns = [re.compile(pattern) for pattern in ignored]
+        left = [
+            name
+            for name in self._entries
+            if name not in self._taken and not any(pattern.search(name) for pattern in patterns)
+        ]
+        if left:
+            raise CheckpointError(
+                f"{self._folder}: {len(left)} tensors are not part of the model config.json describes: "
+                f"{_some(sorted(left))}; expected only the {len(self._taken)} that were loaded"
+            )
+
+    def _similar(self, name: str) -> str:
+        """What the checkpoint has in the place of a missing tensor."""
+        scope = name.rsplit(".", 2)[0] + "."
+        found = sorted(other for other in self._entries if other.startswith(scope))
+        if found:
+            return f"under {scope} it has {_some(found)}"
+        return f"its {len(self._entries)} tensors include {_some(sorted(self._entries))}"
+
+
+class RandomWeights:
+    """Weights of the right shapes and a sensible scale, for measuring without a checkpoint (load_format="dummy").
+
+    A tensor depends on the seed and its name alone, whatever the order of taking.
+    """
+
+    def __init__(self, seed: int = 0, prefix: str = "") -> None:
+        self._seed = seed
+        self._prefix = prefix
+
+    def scope(self, prefix: str) -> "RandomWeights":
+        return RandomWeights(self._seed, f"{self._prefix}{prefix}.")
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)  # the weight of a norm
+        seed = zlib.crc32(f"{self._seed}/{self._prefix}{name}".encode())
+        return torch.empty(shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Nothing is ever left over."""
+
+
+def _indexed_entries(folder: Path, index: Path) -> dict[str, _Entry]:
+    """The tensors of a sharded checkpoint, whose index says which file holds what."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files"
+        )
+    entries: dict[str, _Entry] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint"
+            )
+        entries.update(_header_entries(file))
+    for tensor, name in weight_map.items():
+        if tensor not in entries or entries[tensor].file.name != name:
+            found = (
+                f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
+            )
+            raise CheckpointError(f"{index}: tensor {tensor} should be in {name}, {found}")
+    return entries
+
+
+def _header_entries(file: Path) -> dict[str, _Entry]:
+    """The tensors of one safetensors file, after checking that the file holds all their bytes."""
+    file_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        # Starts reading ahead while Python is still importing and planning.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if file_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file} ({file_bytes} bytes) is not a safetensors file: its header has no valid length"
+            )
+        if file_bytes < 8 + header_bytes:
+            raise CheckpointError(
+                f"{file} is truncated: its header alone needs {8 + header_bytes} bytes, found {file_bytes}; "
+                "fetch it again"
+            )
+        try:
+            header = json.loads(stream.read(header_bytes))
+            entries = {
+                name: (_Entry(file, str(value["dtype"]), tuple(value["shape"])), *value["data_offsets"])
+                for name, value in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a corrupt header: {error!r}; fetch it again") from error
+    expected = 8 + header_bytes + max((end for _, _, end in entries.values()), default=0)
+    if file_bytes != expected:
+        state = "is truncated" if file_bytes < expected else "is longer than its header says"
+        raise CheckpointError(
+            f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again"
+        )
+    for name, (entry, begin, end) in entries.items():
+        if entry.dtype in DTYPES:
+            item_bytes = 4 if entry.dtype == "F32" else 2
+            if end - begin != math.prod(entry.shape) * item_bytes:
+                raise CheckpointError(
+                    f"{file}: tensor {name} of shape {list(entry.shape)} and dtype {entry.dtype} should have "
+                    f"{math.prod(entry.shape) * item_bytes} bytes, its header gives it {end - begin}"
+                )
+    return {name: entry for name, (entry, _, _) in entries.items()}
+
+
+def _nothing_to_load(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder} holds its weights in {_some(pickled)}; loading pickled files can run code, so only "
+            f"safetensors are supported. Convert them once, with transformers installed:\n"
+            f"  from transformers import AutoModelForCausalLM\n"
+            f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return (
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(found) if found else 'nothing'}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more

@@ -1,0 +1,147 @@
+"""What a user receives: RequestOutput with one CompletionOutput per sample. Names are vLLM's."""
+
+from dataclasses import dataclass, field
+
+from quire.step import TokenLogprobs
+
+
+@dataclass(slots=True)
+class Logprob:
+    """One token's log-probability, its 1-based rank in the vocabulary, and its text where a tokenizer is at hand."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id → Logprob for one position; the token that stands there comes first."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample: all of it from `LLM`, what is new since the last item in a stream of `AsyncLLM`."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    """"stop", "length", "abort" or "error"; None while it runs."""
+    stop_reason: int | str | None = None
+    """The stop token or stop string that ended it; None for end of sequence."""
+    error: str | None = None
+    """What went wrong, where `finish_reason` is "error"."""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def extend(self, delta: "CompletionOutput") -> None:
+        """Append what a later item of the stream brought."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.cumulative_logprob = delta.cumulative_logprob
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+        self.error = delta.error
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Seconds on the engine's monotonic clock, and counts."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state of one request."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
+    metrics: RequestMetrics | None = None
+
+    def extend(self, delta: "RequestOutput") -> None:
+        """Append a later item of the same stream: deltas add up to the whole."""
+        mine = {output.index: output for output in self.outputs}
+        for output in delta.outputs:
+            if output.index in mine:
+                mine[output.index].extend(output)
+            else:
+                self.outputs.append(output)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = (self.prompt_logprobs or []) + delta.prompt_logprobs
+        self.finished = delta.finished
+        self.num_cached_tokens = delta.num_cached_tokens
+        self.metrics = delta.metrics
+
+
+@dataclass(slots=True)
+class SequenceDelta:
+    """What one step added to one sample, as it leaves the engine core: ids, no text yet."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Entries for prompt tokens after the first, as far as this step computed them."""
+    num_cached_tokens: int = 0
+    first_scheduled_time: float = 0.0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """A snapshot of the engine after a step. Counts whose name starts with `total_` only grow."""
+
+    num_running: int = 0
+    """Requests with memory."""
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_named_free_blocks: int = 0
+    """Free blocks whose content can still be found by the prefix cache."""
+    block_size: int = 0
+    num_filled_slots: int = 0
+    """Token slots holding KV, each sharer counted once per physical slot."""
+    num_allocated_slots: int = 0
+    num_shared_slots: int = 0
+    """Slots that sharing saved: what sequences hold together less what is allocated."""
+    total_steps: int = 0
+    total_prompt_tokens: int = 0
+    total_generated_tokens: int = 0
+    total_preemptions: int = 0
+    total_prefix_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    total_prefix_hits: int = 0
+    """Prompt tokens found there."""
+    total_evictions: int = 0
+    total_block_copies: int = 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the pool's blocks in use, 0 to 1."""
+        return self.num_used_blocks / self.num_blocks if self.num_blocks else 0.0
+
+    @property
+    def waste(self) -> float:
+        """Share of the allocated slots that hold no token: the paper's internal fragmentation, 0 to 1."""
+        return 1 - self.num_filled_slots / self.num_allocated_slots if self.num_allocated_slots else 0.0

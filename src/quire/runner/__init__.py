@@ -1,0 +1,1 @@
+"""Executing: the only room where a plan meets tensors."""

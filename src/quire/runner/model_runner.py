@@ -1,0 +1,127 @@
+"""ModelRunner: executes a StepPlan with a model, its KV cache and the sampler.
+
+One step, read from top to bottom in `execute`: take in rows and block tables, copy blocks that are about to be written,
+lay out the inputs, plan attention once for all layers, run the model, draw samples. It decides nothing.
+"""
+
+from typing import Protocol
+
+import torch
+
+from quire.attention.plan import plan_attention
+from quire.kernels.interface import AttentionPlan, Kernels
+from quire.kv_cache.storage import KVCache
+from quire.model_config import ModelConfig
+from quire.runner.input_batch import make_input_batch
+from quire.runner.request_rows import RequestRows
+from quire.sampling.logprobs import prompt_logprobs
+from quire.sampling.sampler import Sampler
+from quire.step import StepPlan, StepResult, TokenLogprobs
+
+_PROMPT_LOGPROB_ROWS = 64
+"""Positions whose logits exist at once when prompt log-probabilities are asked for; the memory plan counts on it."""
+
+
+class Model(Protocol):
+    """What every family in `quire.models` offers."""
+
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, kv: KVCache, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """[T] ids and positions → [T, H] hidden states, final norm applied; the KV of the T tokens is stored."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, H] → float32 [R, vocab_size]"""
+        ...
+
+
+class ModelRunner:
+    """Owns the model, the KV tensors and the rows."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_cache: KVCache,
+        model_config: ModelConfig,
+        kernels: Kernels,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_threads: int,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._config = model_config
+        self._kernels = kernels
+        self._num_threads = num_threads
+        # With one window for all layers the plan leaves out keys that no layer sees.
+        windows = set(model_config.layer_windows) or {0}
+        self._window = 0 if 0 in windows else max(windows)
+        self._rows = RequestRows(
+            max_num_seqs=max_num_seqs,
+            max_blocks=-(-max_model_len // kv_cache.block_size),
+            vocab_size=model_config.vocab_size,
+        )
+        self._sampler = Sampler(model_config.vocab_size)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step. The result's lists are in the order of `plan.sample_rows`."""
+        self._rows.apply(plan)
+        self._copy_blocks(plan)
+        batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
+        attention = plan_attention(
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_tables,
+            batch.slots,
+            num_heads=self._config.num_heads,
+            num_kv_heads=self._config.num_kv_heads,
+            head_dim=self._config.head_dim,
+            block_size=self._kv_cache.block_size,
+            num_threads=self._num_threads,
+            window=self._window,
+        )
+        hidden = self._model(
+            torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
+        )
+        result = StepResult()
+        if plan.sample_after:
+            self._sample(plan, hidden, attention.query_start_loc, result)
+        for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
+            first = int(batch.query_start_loc[index])
+            rows = hidden[first : first + len(targets)]
+            result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
+        return result
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        if plan.block_copies:
+            pairs = torch.tensor(plan.block_copies, dtype=torch.int32)
+            for keys, values in self._kv_cache.layers:
+                self._kernels.copy_blocks(keys, values, pairs)
+
+    def _sample(self, plan: StepPlan, hidden: torch.Tensor, query_start_loc: torch.Tensor, result: StepResult) -> None:
+        if plan.sample_after == list(range(len(hidden))):
+            logits = self._model.logits(hidden)  # a step of decoding: every token is a sequence's last
+        else:
+            last = query_start_loc[1:][plan.sample_after] - 1
+            rows, place = torch.unique_consecutive(last, return_inverse=True)
+            logits = self._model.logits(hidden[rows])
+            if len(rows) < len(last):
+                logits = logits[place]  # where a prompt ends and n samples part, each draws from a copy
+        states = self._rows.sampling_states(plan.sample_rows)
+        sampled = self._sampler.sample(logits, states)
+        for state, token_id, error in zip(states, sampled.token_ids, sampled.errors, strict=True):
+            if error is None:
+                state.append(token_id)
+        result.token_ids = sampled.token_ids
+        result.logprobs = sampled.logprobs
+        result.errors = sampled.errors
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
+        entries: list[TokenLogprobs] = []
+        for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
+            part = slice(first, first + _PROMPT_LOGPROB_ROWS)
+            entries += prompt_logprobs(self._model.logits(hidden[part]), targets[part], num_logprobs)
+        return entries

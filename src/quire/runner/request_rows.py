@@ -1,0 +1,41 @@
+"""RequestRows: what the runner remembers of every sequence that has a row.
+
+A row is a sequence's for as long as it runs. A preempted sequence leaves; when it resumes it comes as new, with all its
+tokens, so there is never a second copy of its state to keep in step.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.sampling.state import SamplingState
+from quire.step import StepPlan
+
+
+class RequestRows:
+    """Block tables as one int32 array [max_num_seqs, max_blocks], and a sampling state per row."""
+
+    def __init__(self, *, max_num_seqs: int, max_blocks: int, vocab_size: int) -> None:
+        self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self._vocab_size = vocab_size
+
+    def apply(self, plan: StepPlan) -> None:
+        """Take in new rows and changed block tables; everything else of a row follows from the plans themselves."""
+        for new in plan.new_rows:
+            self.states[new.row] = SamplingState(
+                params=new.params,
+                prompt_token_ids=new.prompt_token_ids,
+                output_token_ids=new.output_token_ids,
+                seed=new.seed,
+                sample_index=new.sample_index,
+                stop_token_ids=new.stop_token_ids,
+                vocab_size=self._vocab_size,
+            )
+        for row, first, blocks in plan.new_blocks:
+            self.block_tables[row, first : first + len(blocks)] = blocks
+
+    def sampling_states(self, rows: list[int]) -> list[SamplingState]:
+        """The states of rows that sample in this step."""
+        states = [self.states[row] for row in rows]
+        assert all(state is not None for state in states), "a plan samples a row that was never announced"
+        return states  # type: ignore[return-value]  # checked above

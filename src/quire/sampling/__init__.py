@@ -1,0 +1,10 @@
+"""From logits to tokens: edits of logits, filters, the draw itself, and what is reported of it.
+
+`Sampler.sample` is the pipeline from end to end; `SamplingState` is what it remembers of one sequence.
+"""
+
+from quire.sampling.logprobs import prompt_logprobs
+from quire.sampling.sampler import Sampler, SampleResult
+from quire.sampling.state import SamplingState
+
+__all__ = ["SampleResult", "Sampler", "SamplingState", "prompt_logprobs"]

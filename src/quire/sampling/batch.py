@@ -1,0 +1,73 @@
+"""SamplingBatch: what a list of sequences asks of sampling, gathered into arrays and grouped by need.
+
+In decode the same sequences come again step after step, so the gathering is done once and only positions are read anew.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quire.sampling.draws import FloatArray, IntArray
+from quire.sampling.logit_edits import LogitEdits
+from quire.sampling.state import Draw, SamplingState
+from quire.sampling.uniforms import stream_keys, uniforms
+
+MAX_GROUP_ELEMENTS = 2**21
+"""Logits drawn from together (64 rows of 32,768): larger groups gain nothing and their temporaries leave the cache."""
+
+
+class RowGroup:
+    """Rows that are drawn from in the same way, few enough for their temporaries."""
+
+    def __init__(self, draw: Draw, rows: list[int], states: Sequence[SamplingState]) -> None:
+        params = [states[row].params for row in rows]
+        self.draw = draw
+        self.rows: IntArray = np.array(rows, dtype=np.int64)
+        # Neighbouring rows are a view of the logits; others have to be copied out.
+        first, end = rows[0], rows[-1] + 1
+        self.place: slice | IntArray = slice(first, end) if end - first == len(rows) else self.rows
+        self.top_k: IntArray = np.array([p.top_k for p in params], dtype=np.int64)
+        self.top_p: FloatArray = np.array([p.top_p for p in params])
+        # None where every row would be left as it is; a temperature of 1 and a min_p of 0 change no bit either.
+        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32).unsqueeze(1)
+        self.temperatures = None if bool((temperatures == 1.0).all()) else temperatures
+        min_p = np.array([p.min_p for p in params], dtype=np.float32)
+        self.min_p = min_p if min_p.any() else None
+
+
+class SamplingBatch:
+    """The groups, edits, logprob requests and random streams of one list of sequences."""
+
+    def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
+        self.states = list(states)
+        self.edits = LogitEdits(states, vocab_size)
+        self.groups = _group_rows(self.states, vocab_size)
+        self.logprob_rows: defaultdict[int, list[int]] = defaultdict(list)
+        """How many logprobs → the rows that report so many."""
+        for row, state in enumerate(states):
+            if state.params.logprobs is not None:
+                self.logprob_rows[state.params.logprobs].append(row)
+        self._keys: NDArray[np.uint64] = stream_keys(
+            [state.seed for state in states], [state.sample_index for state in states]
+        )
+
+    def uniforms(self) -> FloatArray:
+        """One number in [0, 1) per sequence, for its next token."""
+        return uniforms(self._keys, np.array([state.position for state in self.states], dtype=np.uint64))
+
+
+def _group_rows(states: Sequence[SamplingState], vocab_size: int) -> list[RowGroup]:
+    by_need: defaultdict[tuple[Draw, int], list[int]] = defaultdict(list)
+    for row, state in enumerate(states):
+        # Rows of similar k go together: the largest k of a group is what its rows are searched for.
+        size_class = max(64, state.params.top_k - 1).bit_length() if state.draw is Draw.TOP_K else 0
+        by_need[state.draw, size_class].append(row)
+    max_rows = max(1, MAX_GROUP_ELEMENTS // vocab_size)
+    return [
+        RowGroup(draw, rows[start : start + max_rows], states)
+        for (draw, _), rows in by_need.items()
+        for start in range(0, len(rows), max_rows)
+    ]

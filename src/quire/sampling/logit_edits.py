@@ -1,0 +1,71 @@
+"""LogitEdits: what the requests of one batch change in their logits before anything is drawn.
+
+In vLLM's order: allowed_token_ids, bad_words and min_tokens, logit_bias, then the repetition, frequency and
+presence penalties. Every edit touches few tokens of a row, so all are scattered writes at flat indices
+(row * vocab_size + token).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.sampling.state import SamplingState
+
+
+class LogitEdits:
+    """Built once per batch; only what changes from token to token is read from the states at each step."""
+
+    def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        rows = list(enumerate(states))
+        allowed = [(row, state.allowed_ids) for row, state in rows if state.allowed_ids is not None]
+        self._allowed_rows = [row for row, _ in allowed]
+        self._allowed = self._flat_indices([(row, id) for row, ids in allowed for id in ids])
+        self._banning = [(row, state) for row, state in rows if state.bad_words or state.ending_ids]
+        self._masked_rows = sorted({*self._allowed_rows, *(row for row, _ in self._banning)})
+        self._biased = self._flat_indices([(row, id) for row, state in rows for id in state.bias_by_id])
+        self._biases = np.array([b for state in states for b in state.bias_by_id.values()], dtype=np.float32)
+        counted = [(row, state) for row, state in rows if state.token_counts is not None]
+        self._row_starts = np.array([row * vocab_size for row, _ in counted], dtype=np.int64)
+        self._counts = [state.token_counts for _, state in counted if state.token_counts is not None]
+        strengths = [
+            (state.params.repetition_penalty, state.params.frequency_penalty, state.params.presence_penalty)
+            for _, state in counted
+        ]
+        self._strengths = np.array(strengths, dtype=np.float32).reshape(-1, 3)
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out as NaN, masked or not."""
+        flat = logits.reshape(-1)
+        faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
+        if self._allowed_rows:
+            kept = flat[self._allowed]
+            logits[self._allowed_rows] = -np.inf
+            flat[self._allowed] = kept
+        if self._banning:
+            banned = [(row, id) for row, state in self._banning for id in state.banned_ids()]
+            flat[self._flat_indices(banned)] = -np.inf
+        if self._biased.size:
+            flat[self._biased] += self._biases
+        if self._counts:
+            self._apply_penalties(flat)
+        logits[faulty] = np.nan
+
+    def _apply_penalties(self, flat: NDArray[np.float32]) -> None:
+        lengths = [len(counts.ids) for counts in self._counts]
+        ids = np.concatenate([np.frombuffer(c.ids, dtype=np.int64) for c in self._counts])
+        generated = np.concatenate([np.frombuffer(c.num_generated, dtype=np.float32) for c in self._counts])
+        repetition, frequency, presence = np.repeat(self._strengths, lengths, axis=0).T
+        indices = np.repeat(self._row_starts, lengths) + ids
+        values = flat[indices]
+        # An overflow to −inf rules the token out; one to +inf fails the row later.
+        with np.errstate(over="ignore"):
+            values = np.where(values > 0, values / repetition, values * repetition)
+        values -= frequency * generated
+        values -= presence * (generated > 0)
+        flat[indices] = values
+
+    def _flat_indices(self, cells: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        rows, ids = np.array(cells, dtype=np.int64).reshape(-1, 2).T
+        return np.asarray(rows * self._vocab_size + ids)

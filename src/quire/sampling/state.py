@@ -1,0 +1,101 @@
+"""SamplingState: what sampling remembers of one live sequence between two of its tokens."""
+
+from collections.abc import Sequence
+from enum import Enum
+
+from quire.sampling.bad_words import BadWords
+from quire.sampling.token_counts import TokenCounts
+from quire.sampling_params import SamplingParams
+
+
+class Draw(Enum):
+    """The ways to get from a row of logits to a token; rows of one way are computed together."""
+
+    GREEDY = "the most likely token"
+    UNFILTERED = "any token, by its probability"
+    TOP_K = "one of the k most likely, of which top_p may leave fewer"
+    TOP_P = "one of the fewest most likely that hold enough probability"
+
+
+class SamplingState:
+    """One sequence's parameters and history, in the form the sampler reads; `append` is its only writer.
+
+    A state built with the output so far equals one that was fed it token by token, so preemption, fork and restart
+    cannot be seen in the tokens. Token ids outside the vocabulary are ignored: the engine refuses them where a client
+    names them.
+    """
+
+    __slots__ = (
+        "allowed_ids",
+        "bad_words",
+        "bias_by_id",
+        "draw",
+        "ending_ids",
+        "params",
+        "position",
+        "sample_index",
+        "seed",
+        "token_counts",
+    )
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int],
+        seed: int,
+        sample_index: int,
+        stop_token_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        self.params = params
+        self.seed = seed
+        self.sample_index = sample_index
+        self.position = len(output_token_ids)
+        """Number of tokens generated so far."""
+        self.draw = _choose_draw(params, vocab_size)
+        self.allowed_ids: list[int] | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed_ids = [id for id in params.allowed_token_ids if 0 <= id < vocab_size]
+        self.ending_ids: list[int] = []
+        if self.position < params.min_tokens:
+            self.ending_ids = [id for id in stop_token_ids if 0 <= id < vocab_size]
+        self.bias_by_id: dict[int, float] = {}
+        if params.logit_bias:
+            self.bias_by_id = {id: bias for id, bias in params.logit_bias.items() if 0 <= id < vocab_size}
+        self.bad_words: BadWords | None = None
+        if params.bad_words_token_ids:
+            self.bad_words = BadWords(params.bad_words_token_ids, vocab_size)
+        self.token_counts: TokenCounts | None = None
+        if params.repetition_penalty != 1.0:
+            self.token_counts = TokenCounts(prompt_token_ids, vocab_size)
+        elif params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            self.token_counts = TokenCounts((), vocab_size)
+        for token_id in output_token_ids if self.bad_words or self.token_counts else ():
+            self._remember(token_id)
+
+    def append(self, token_id: int) -> None:
+        """Follow a token that the sequence generated."""
+        self.position += 1
+        self._remember(token_id)
+
+    def banned_ids(self) -> list[int]:
+        """Tokens that `min_tokens` and the bad words rule out at this position; a token may be named twice."""
+        banned = self.bad_words.completions() if self.bad_words else []
+        if self.position < self.params.min_tokens:
+            banned += self.ending_ids
+        return banned
+
+    def _remember(self, token_id: int) -> None:
+        if self.bad_words is not None:
+            self.bad_words.append(token_id)
+        if self.token_counts is not None:
+            self.token_counts.append(token_id)
+
+
+def _choose_draw(params: SamplingParams, vocab_size: int) -> Draw:
+    if params.greedy:
+        return Draw.GREEDY
+    if 0 < params.top_k < vocab_size:
+        return Draw.TOP_K
+    return Draw.TOP_P if params.top_p < 1.0 else Draw.UNFILTERED

@@ -1,0 +1,522 @@
+"""Scheduler: hands out each step's token budget, blocks and rows, and takes in what the step produced.
+
+`schedule()` makes a StepPlan; `update()` takes the StepResult and says what each sample gained. Between the two
+calls no other method may be called. Nothing here knows of models, tensors, text or time; the clock comes in as a
+function.
+
+The rules, in their order:
+1. Sequences that lack one token (decoding) go first, oldest group first. If the pool is exhausted the group that
+   comes last by (priority, arrival) gives everything back and waits; it resumes from what the prefix cache still
+   holds of it.
+2. What remains of the budget is shared by groups that lack more (prompts, chunks, resumed groups): equal shares,
+   what a short prompt does not need goes to the longer ones. So a long prompt delays nobody by more than its share.
+3. Groups are admitted in order while rows, blocks for the whole prompt and a watermark of free blocks allow it.
+   One whose next block is being computed by another group right now waits for that block instead of computing it
+   twice.
+"""
+
+import bisect
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from quire.errors import RequestError
+from quire.kv_cache.block_hash import BlockName, root_name
+from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
+from quire.outputs import EngineStats, SequenceDelta
+from quire.request import FinishReason, Request
+from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
+from quire.scheduler.waiting_queue import WaitingQueue
+from quire.step import NewRow, StepPlan, StepResult, TokenLogprobs
+
+WATERMARK = 0.01
+"""Share of the pool that admission leaves free, so that running sequences can grow before any is preempted."""
+MAX_POSTPONED = 64
+"""Waiting groups passed over in one step because another group computes their prefix."""
+
+
+class Scheduler:
+    """Owns all groups, and the only writer of the pool.
+
+    `max_num_batched_tokens` is at least `max_num_seqs`, so that all sequences can decode in one step.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_num_partial_prefills: int = 4,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_num_partial_prefills = max_num_partial_prefills
+        self._clock = clock
+        self._watermark = int(pool.num_blocks * WATERMARK)
+        self._groups: dict[str, SequenceGroup] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[SequenceGroup] = []
+        """Groups with memory, sorted by `order`: the last one yields first."""
+        self._rows: list[Sequence | None] = [None] * max_num_seqs
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._forked: list[tuple[int, int, list[int]]] = []
+        """Tables that forked since the last plan, as in `StepPlan.new_blocks`."""
+        self._num_arrivals = 0
+        self._stats = EngineStats(num_blocks=pool.num_blocks, block_size=pool.block_size)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` for one that can never run."""
+        if request.request_id in self._groups:
+            raise RequestError(f"request id {request.request_id} is in use", param="request_id")
+        num_prompt, block_size = len(request.prompt_token_ids), self.pool.block_size
+        if num_prompt == 0:
+            raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
+        if num_prompt + request.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}; together they exceed the "
+                f"context of {self.max_model_len} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if request.params.n > self.max_num_seqs:
+            raise RequestError(
+                f"n is {request.params.n}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
+                param="n",
+            )
+        root = root_name(request.cache_salt, block_size)
+        group = SequenceGroup(request, self.pool, root, self._num_arrivals)
+        needed = group.max_blocks(block_size)
+        if needed > self.pool.num_blocks:
+            raise RequestError(
+                f"{request.params.n} samples of {num_prompt} prompt + {request.max_tokens} output tokens can need "
+                f"{needed} KV blocks of {block_size} tokens, but the pool has {self.pool.num_blocks}; ask for less "
+                "or raise kv_cache_memory",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        self._num_arrivals += 1
+        self._groups[request.request_id] = group
+        self._waiting.push(group)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, wherever it is; its blocks are free at once. Unknown ids (already ended) are ignored."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            for sequence in tuple(group.sequences):
+                self._drop(sequence)
+
+    def stop(self, request_id: str, index: int) -> None:
+        """End one sample whose text reached a stop string; the others of its request go on."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            for sequence in tuple(group.sequences):
+                if sequence.index == index:
+                    self._drop(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._groups)
+
+    def stats(self) -> EngineStats:
+        """The present counts; the object is reused by the next call."""
+        stats, pool = self._stats, self.pool
+        stats.num_running = len(self._running)
+        stats.num_waiting = len(self._waiting)
+        stats.num_used_blocks = pool.num_used
+        stats.num_named_free_blocks = pool.num_named_free
+        stats.num_filled_slots = pool.num_filled_slots
+        stats.num_allocated_slots = pool.num_allocated_slots
+        stats.num_shared_slots = pool.num_shared_slots
+        stats.total_evictions = pool.total_evictions
+        stats.total_block_copies = pool.total_block_copies
+        return stats
+
+    # -- deciding -----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """The next step; empty only when no request is left."""
+        plan = StepPlan(new_blocks=self._forked)
+        self._forked = []
+        while True:
+            behind, preempted = self._plan_decoding(plan)
+            budget = self.max_num_batched_tokens - plan.num_tokens
+            if not preempted:
+                self._admit(plan, behind, budget)
+            self._plan_behind(plan, behind, budget)
+            if plan.rows or not self._running:
+                return plan
+            # Prompts hold all blocks and none can go on: the last one makes room for the others.
+            self._preempt(self._running[-1])
+
+    def _plan_decoding(self, plan: StepPlan) -> tuple[list[Sequence], bool]:
+        """Plan every running sequence that lacks just its last output token, in the order of `_running`.
+
+        Returns the sequences that lack more, and whether any group had to yield.
+        """
+        behind: list[Sequence] = []
+        preempted = False
+        running, index = self._running, 0
+        rows, starts, counts, token_ids = plan.rows, plan.starts, plan.counts, plan.token_ids
+        sample_after, sample_rows, copies = plan.sample_after, plan.sample_rows, plan.block_copies
+        while index < len(running):
+            group = running[index]
+            first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
+            for sequence in group.sequences:
+                start = sequence.num_computed_tokens
+                num_tokens = len(sequence.token_ids)
+                if num_tokens - start != 1 or num_tokens == group.num_prompt_tokens:
+                    if not group.waits_for_leader(sequence):
+                        behind.append(sequence)
+                    continue
+                table = sequence.table
+                while True:
+                    try:
+                        changed = table.append(1, copies)
+                        break
+                    except OutOfBlocksError:
+                        preempted = True
+                        self._preempt(running[-1])
+                        if sequence.row == NO_ROW:
+                            break
+                if sequence.row == NO_ROW:
+                    # The group itself was the last one. All or nothing: what was planned of it is taken back.
+                    for planned in (rows, starts, counts, token_ids, sample_after, sample_rows):
+                        del planned[first_row:]
+                    del plan.new_blocks[first_new_blocks:], copies[first_copy:]
+                    behind = [other for other in behind if other.group is not group]
+                    break
+                if changed < len(table.blocks):
+                    plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
+                sample_after.append(len(rows))
+                rows.append(sequence.row)
+                sample_rows.append(sequence.row)
+                starts.append(start)
+                counts.append(1)
+                token_ids.append(sequence.token_ids[start])
+            index += 1
+        return behind, preempted
+
+    def _admit(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
+        """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having."""
+        block_size = self.pool.block_size
+        prefix_caching = self.pool.enable_prefix_caching
+        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in behind)
+        wanted = sum(sequence.num_missing_tokens for sequence in behind)
+        postponed: list[SequenceGroup] = []
+        while len(behind) < budget and len(postponed) < MAX_POSTPONED:
+            if wanted >= budget and len(behind) >= self.max_num_partial_prefills:
+                break
+            group = self._waiting.pop()
+            if group is None:
+                break
+            leader = group.leader
+            found: list[int] = []
+            if prefix_caching and not group.lacks_prompt_logprobs:
+                if group.awaited is None or not _is_being_computed(group.awaited, behind, block_size):
+                    # Where others fork from the leader, it computes at least the last token of the prompt.
+                    alone = len(group.sequences) == 1
+                    token_ids = leader.token_ids if alone else group.request.prompt_token_ids
+                    found = leader.table.find_prefix(token_ids)
+                    group.awaited = _next_full_block(leader, token_ids, len(found), block_size)
+                if group.awaited is not None and _is_being_computed(group.awaited, behind, block_size):
+                    postponed.append(group)
+                    continue
+            if not self._fits(group, found, promised):
+                self._waiting.push(group)
+                break
+            self._start(plan, group, found)
+            behind.append(leader)
+            promised += _num_blocks_to_come(leader, block_size)
+            wanted += leader.num_missing_tokens
+        for group in postponed:
+            self._waiting.push(group)
+
+    def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int) -> bool:
+        """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
+        if len(group.sequences) > len(self._free_rows):
+            return False
+        if not self._running:
+            # Every block is free, and a group that passed the door fits.
+            return True
+        needed = _num_blocks_to_come(group.leader, self.pool.block_size)
+        needed -= sum(1 for block in found if self.pool.ref_counts[block])
+        return needed + promised <= self.pool.num_free - self._watermark
+
+    def _start(self, plan: StepPlan, group: SequenceGroup, found: list[int]) -> None:
+        for sequence in group.sequences:
+            sequence.row = self._free_rows.pop()
+            self._rows[sequence.row] = sequence
+            plan.new_rows.append(_new_row(sequence))
+        leader = group.leader
+        leader.table.adopt(found)
+        leader.num_computed_tokens = leader.table.num_tokens
+        if found:
+            plan.new_blocks.append((leader.row, 0, found))
+        if group.num_cached_tokens < 0:
+            group.first_scheduled_time = self._clock()
+            group.num_cached_tokens = leader.num_computed_tokens
+            self._stats.total_prefix_queries += group.num_prompt_tokens
+            self._stats.total_prefix_hits += leader.num_computed_tokens
+        bisect.insort(self._running, group, key=_order)
+
+    def _plan_behind(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
+        """Share the rest of the budget among sequences that lack more than their last token."""
+        shares = equal_shares(budget, [sequence.num_missing_tokens for sequence in behind])
+        for sequence, share in zip(behind, shares, strict=True):
+            table, group, start = sequence.table, sequence.group, sequence.num_computed_tokens
+            count = min(share, table.num_appendable())
+            if any(group.waits_for_leader(other) for other in group.sequences):
+                # The others fork where the prompt ends, so nothing past it may be in that block yet.
+                count = min(count, group.num_prompt_tokens - start)
+            if count <= 0:
+                continue
+            changed = table.append(count, plan.block_copies)
+            if changed < len(table.blocks):
+                plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
+            index = len(plan.rows)
+            plan.rows.append(sequence.row)
+            plan.starts.append(start)
+            plan.counts.append(count)
+            plan.token_ids += sequence.token_ids[start : start + count]
+            if count == sequence.num_missing_tokens:
+                for other in group.sequences:
+                    # Where the prompt ends, all samples that have no token yet part from the leader.
+                    if other is sequence or (other.num_output_tokens == 0 and group.waits_for_leader(other)):
+                        plan.sample_after.append(index)
+                        plan.sample_rows.append(other.row)
+            num_logprobs = group.request.params.prompt_logprobs
+            if (
+                num_logprobs is not None
+                and group.lacks_prompt_logprobs
+                and start + 1 < group.num_prompt_tokens
+            ):
+                targets = sequence.token_ids[start + 1 : min(start + 1 + count, group.num_prompt_tokens)]
+                plan.prompt_logprobs[index] = (num_logprobs, targets)
+
+    def _preempt(self, group: SequenceGroup) -> None:
+        """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
+        self._stop_running(group)
+        for sequence in group.sequences:
+            self._release(sequence)
+            sequence.num_computed_tokens = 0
+        group.awaited = None
+        group.num_preemptions += 1
+        self._stats.total_preemptions += 1
+        self._waiting.push(group)
+
+    # -- taking in ----------------------------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
+        """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained."""
+        rows, block_size = self._rows, self.pool.block_size
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            sequence = rows[row]
+            assert sequence is not None
+            end = start + count
+            sequence.num_computed_tokens = end
+            if end // block_size > start // block_size:
+                sequence.table.name_full_blocks(sequence.token_ids, end)
+            group = sequence.group
+            if start < group.num_prompt_tokens:
+                self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
+                if len(group.sequences) > 1 and end >= group.num_prompt_tokens:
+                    self._share_prompt(group)
+        deltas: list[SequenceDelta] = []
+        for index, entries in result.prompt_logprobs.items():
+            delta = self._prompt_delta(rows[plan.rows[index]], entries)
+            if delta is not None:
+                deltas.append(delta)
+        sampled = zip(plan.sample_rows, result.token_ids, result.logprobs, result.errors, strict=True)
+        for row, token_id, logprobs, error in sampled:
+            sequence = rows[row]
+            assert sequence is not None
+            deltas.append(self._extend(sequence, token_id, logprobs, error))
+        self._stats.total_steps += 1
+        return deltas
+
+    def fail(self, plan: StepPlan, message: str) -> list[SequenceDelta]:
+        """End every request that was to compute something in a step that could not be executed.
+
+        Whatever else the plan told the runner may be lost, so all others that run start over with new rows.
+        """
+        deltas: list[SequenceDelta] = []
+        planned = {sequence.group for row in plan.rows if (sequence := self._rows[row]) is not None}
+        for group in tuple(self._running):
+            if group in planned:
+                for sequence in tuple(group.sequences):
+                    delta = _delta(sequence)
+                    delta.finish_reason = FinishReason.ERROR
+                    delta.error = message
+                    deltas.append(delta)
+                    self._drop(sequence)
+            else:
+                self._preempt(group)
+        return deltas
+
+    def _share_prompt(self, group: SequenceGroup) -> None:
+        """The leader has the prompt's KV: the others share it. What else of theirs is cached is taken up, too."""
+        prompt, block_size = group.leader.table, self.pool.block_size
+        num_full = group.num_prompt_tokens // block_size
+        for sequence in group.sequences:
+            found = sequence.table.find_prefix(sequence.token_ids) if sequence.num_output_tokens else []
+            if len(found) > num_full:
+                sequence.table = prompt.fork(num_full * block_size)
+                sequence.table.adopt(found[num_full:])
+            elif sequence is not group.leader:
+                sequence.table = prompt.fork()
+            else:
+                continue
+            sequence.num_computed_tokens = sequence.table.num_tokens
+            self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
+        if group.leader.table is not prompt:
+            prompt.free()
+
+    def _prompt_delta(self, leader: Sequence | None, entries: list[TokenLogprobs]) -> SequenceDelta | None:
+        """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
+        assert leader is not None
+        group = leader.group
+        end = min(leader.num_computed_tokens, group.num_prompt_tokens - 1)
+        fresh = end - group.num_prompt_logprobs
+        if fresh <= 0:
+            return None
+        group.num_prompt_logprobs = end
+        delta = _delta(leader)
+        delta.prompt_logprobs = entries[-fresh:]
+        return delta
+
+    def _extend(
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, error: str | None
+    ) -> SequenceDelta:
+        request = sequence.group.request
+        delta = _delta(sequence)
+        if error is not None:
+            delta.error = error
+            delta.finish_reason = FinishReason.ERROR
+            # What made the sample fail may sit in the KV, where the next request of this prefix would find it.
+            sequence.table.forget_names()
+        else:
+            delta.token_ids.append(token_id)
+            if logprobs is not None:
+                delta.logprobs = [logprobs]
+            sequence.token_ids.append(token_id)
+            self._stats.total_generated_tokens += 1
+            if token_id in request.eos_token_ids:
+                delta.finish_reason = FinishReason.STOP
+            elif token_id in request.params.stop_token_ids:
+                delta.finish_reason = FinishReason.STOP
+                delta.stop_reason = token_id
+            elif sequence.num_output_tokens >= request.max_tokens:
+                delta.finish_reason = FinishReason.LENGTH
+        if delta.finish_reason is not None:
+            self._drop(sequence)
+        return delta
+
+    # -- letting go ---------------------------------------------------------------------------------------------------
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back a sequence's blocks and row."""
+        sequence.table.free()
+        if sequence.row != NO_ROW:
+            self._rows[sequence.row] = None
+            self._free_rows.append(sequence.row)
+            sequence.row = NO_ROW
+
+    def _drop(self, sequence: Sequence) -> None:
+        """A sequence has ended; with its last one the group has."""
+        group = sequence.group
+        self._release(sequence)
+        group.sequences.remove(sequence)
+        if not group.sequences:
+            del self._groups[group.request.request_id]
+            self._waiting.remove(group)
+            self._stop_running(group)
+
+    def _stop_running(self, group: SequenceGroup) -> None:
+        """Take a group out of those that run, if it is one."""
+        place = bisect.bisect_left(self._running, group.order, key=_order)
+        if place < len(self._running) and self._running[place] is group:
+            del self._running[place]
+
+
+def equal_shares(budget: int, wants: SequenceOf[int]) -> list[int]:
+    """Split `budget` equally; what somebody does not want is split among the others.
+
+    Where it does not divide, those who want least get one more.
+
+    >>> equal_shares(100, [1000, 10, 40])
+    [50, 10, 40]
+    """
+    shares = [0] * len(wants)
+    left = budget
+    for place, index in enumerate(sorted(range(len(wants)), key=wants.__getitem__)):
+        shares[index] = min(wants[index], -(-left // (len(wants) - place)))
+        left -= shares[index]
+    return shares
+
+
+def _order(group: SequenceGroup) -> tuple[int, int]:
+    return group.order
+
+
+def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
+    """Blocks that a sequence will take until all tokens it has are computed, and those who wait to fork from it."""
+    group = sequence.group
+    blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks)
+    shared = group.num_prompt_tokens // block_size
+    for other in group.sequences:
+        if other is not sequence and group.waits_for_leader(other):
+            blocks += -(-len(other.token_ids) // block_size) - shared
+    return blocks
+
+
+def _next_full_block(
+    sequence: Sequence, token_ids: list[int], index: int, block_size: int
+) -> tuple[int, BlockName] | None:
+    """Logical block `index` of a sequence and its name, if `token_ids` could have it from the cache."""
+    if index >= (len(token_ids) - 1) // block_size:
+        return None
+    return index, sequence.table.name_of(index, token_ids)
+
+
+def _is_being_computed(block: tuple[int, BlockName], behind: list[Sequence], block_size: int) -> bool:
+    """Whether one of the sequences will compute a block of this name in this step or a later one."""
+    index, name = block
+    return any(
+        other.num_computed_tokens // block_size <= index < len(other.token_ids) // block_size
+        and other.table.name_of(index, other.token_ids) == name
+        for other in behind
+    )
+
+
+def _delta(sequence: Sequence) -> SequenceDelta:
+    """What is true of every delta, no token yet."""
+    group = sequence.group
+    return SequenceDelta(
+        group.request.request_id,
+        sequence.index,
+        [],
+        num_cached_tokens=group.num_cached_tokens,
+        first_scheduled_time=group.first_scheduled_time,
+        num_preemptions=group.num_preemptions,
+    )
+
+
+def _new_row(sequence: Sequence) -> NewRow:
+    group = sequence.group
+    request = group.request
+    return NewRow(
+        row=sequence.row,
+        params=request.params,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=sequence.token_ids[group.num_prompt_tokens :],
+        seed=request.seed,
+        sample_index=sequence.index,
+        stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
+    )

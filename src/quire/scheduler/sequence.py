@@ -1,0 +1,99 @@
+"""Sequence and SequenceGroup: what has become of a request so far. Owned and written by the scheduler alone.
+
+There are no phases. A sequence has tokens, and KV stored for the first `num_computed_tokens` of them; a step lets
+the second number catch up with the first, whether the gap is a prompt, a chunk of one, the last sampled token, or
+everything again after a preemption.
+"""
+
+from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import BlockTable
+from quire.request import Request
+
+NO_ROW = -1
+
+
+class Sequence:
+    """One sample of a request."""
+
+    __slots__ = ("group", "index", "num_computed_tokens", "row", "table", "token_ids")
+
+    def __init__(self, group: "SequenceGroup", index: int, table: BlockTable, token_ids: list[int]) -> None:
+        self.group = group
+        self.index = index
+        self.table = table
+        self.token_ids = token_ids
+        """Prompt and output."""
+        self.num_computed_tokens = 0
+        self.row = NO_ROW
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.group.num_prompt_tokens
+
+    @property
+    def num_missing_tokens(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+class SequenceGroup:
+    """A request's unfinished sequences, scheduled and preempted together (paper, section 4.5).
+
+    The first of them leads: it computes the prompt, and the others fork from its table where the prompt ends. The
+    same holds when the group resumes after a preemption, so that the prompt is stored once then, too. Sequences
+    without output come first: they all get their first token where the leader ends the prompt.
+    """
+
+    __slots__ = (
+        "awaited",
+        "first_scheduled_time",
+        "num_cached_tokens",
+        "num_preemptions",
+        "num_prompt_logprobs",
+        "num_prompt_tokens",
+        "order",
+        "request",
+        "sequences",
+    )
+
+    def __init__(self, request: Request, pool: BlockPool, root: BlockName, arrival_number: int) -> None:
+        self.request = request
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.order = (request.priority, arrival_number)
+        """Who comes first; unique, so that every order in the scheduler is total."""
+        self.num_preemptions = 0
+        self.num_cached_tokens = -1
+        """Prompt tokens found in the prefix cache at the first admission; −1 before it."""
+        self.first_scheduled_time = 0.0
+        self.num_prompt_logprobs = 0
+        """Prompt positions whose log-probabilities were delivered."""
+        self.awaited: tuple[int, BlockName] | None = None
+        """The first block the group would have to compute (index and name), while it waits for another one to do so."""
+        outputs = request.output_token_ids or {index: [] for index in range(request.params.n)}
+        self.sequences = [
+            Sequence(self, index, BlockTable(pool, root), [*request.prompt_token_ids, *output])
+            for index, output in outputs.items()
+        ]
+        self.sequences.sort(key=lambda sequence: sequence.num_output_tokens > 0)
+
+    @property
+    def leader(self) -> Sequence:
+        return self.sequences[0]
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of prompt tokens were asked for and are not all delivered."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    def waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether the sequence has no KV yet and will fork from the leader."""
+        return sequence.num_computed_tokens == 0 and sequence is not self.sequences[0]
+
+    def max_blocks(self, block_size: int) -> int:
+        """The most blocks the group can ever hold: the full ones of the prompt once, the rest per sample."""
+        shared = self.num_prompt_tokens // block_size
+        # The last token sampled is never computed, so it needs no slot.
+        longest = -(-(self.num_prompt_tokens + self.request.max_tokens - 1) // block_size)
+        return shared + len(self.sequences) * (longest - shared)

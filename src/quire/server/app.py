@@ -1,0 +1,158 @@
+"""The ASGI application: the table of endpoints, and the door that every request passes on its way to one.
+
+At the door: size of the headers, origin, API key (everything not marked public needs one), then the endpoint; whatever
+is raised on the way leaves as an OpenAI error body. Each answer carries its request's id.
+"""
+
+import time
+import uuid
+from email.utils import formatdate
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quire.server import chat, completions, health, metrics, models, openapi, tokenize
+from quire.server.auth import Doorkeeper
+from quire.server.backend import Engine
+from quire.server.errors import as_request_error, error_body, error_headers
+from quire.server.exchange import Endpoint, Exchange
+from quire.server.limits import ClientGoneError, check_headers
+from quire.server.settings import ServerSettings
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *models.ENDPOINTS,
+    *completions.ENDPOINTS,
+    *chat.ENDPOINTS,
+    *tokenize.ENDPOINTS,
+    *health.ENDPOINTS,
+    *metrics.ENDPOINTS,
+)
+
+_MAX_REQUEST_ID_CHARS = 128
+
+
+def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
+    """The application that serves `engine`; it starts and stops nothing."""
+    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
+    keeper = Doorkeeper(settings)
+    public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
+    middleware = [Middleware(_Door, engine=engine, settings=settings, keeper=keeper, public=public)]
+    if settings.allow_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        middleware.insert(0, cors)
+    return Starlette(
+        routes=[Route(e.path, _Bound(e, engine, settings), methods=[e.method]) for e in endpoints],
+        middleware=middleware,
+        exception_handlers={HTTPException: _routing_error},
+    )
+
+
+class _Bound:
+    """An endpoint as the ASGI application that Starlette routes to."""
+
+    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings) -> None:
+        self.endpoint = endpoint
+        self._engine = engine
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        key_salt = scope["state"]["key_salt"]
+        await self.endpoint.handle(Exchange(self._engine, self._settings, scope, receive, send, key_salt))
+
+
+class _Door:
+    """What happens to every request before and after its endpoint."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        engine: Engine,
+        settings: ServerSettings,
+        keeper: Doorkeeper,
+        public: frozenset[str],
+    ) -> None:
+        self._app = app
+        self._engine = engine
+        self._settings = settings
+        self._keeper = keeper
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 0
+        request_id = (b"x-request-id", _request_id(scope))
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                now = (b"date", formatdate(usegmt=True).encode())
+                message["headers"] = [*message.get("headers", ()), request_id, now]
+            await send(message)
+
+        try:
+            check_headers(scope, self._settings)
+            self._keeper.check_origin(scope["headers"])
+            # The raw path decides: a URL put together with the Host header could be made to name a public route.
+            is_public = scope["path"] in self._public
+            scope.setdefault("state", {})["key_salt"] = (
+                "" if is_public else self._keeper.check_key(scope["headers"])
+            )
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            status = status or 499  # as nginx counts them
+        except Exception as error:
+            shown = as_request_error(error)
+            if not status:
+                await _error_response(error)(scope, receive, send_with_id)
+            status = shown.status
+        finally:
+            self._engine.metrics.observe_http(
+                handler=_handler_name(scope),
+                method=scope["method"],
+                status=status,
+                seconds=time.monotonic() - started,
+            )
+
+
+def _routing_error(_: Request, error: Exception) -> Response:
+    return _error_response(error)
+
+
+def _error_response(error: Exception) -> Response:
+    shown = as_request_error(error)
+    response = Response(
+        msgspec.json.encode(error_body(shown)), status_code=shown.status, media_type="application/json"
+    )
+    response.raw_headers.extend(error_headers(shown))
+    return response
+
+
+def _request_id(scope: Scope) -> bytes:
+    """The client's id, which is echoed and never used as a key; or a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and 0 < len(value) <= _MAX_REQUEST_ID_CHARS and value.isascii():
+            return bytes(value)
+    return uuid.uuid4().hex.encode()
+
+
+def _handler_name(scope: Scope) -> str:
+    """The path of the route, not of the request: metrics must not grow with what clients make up."""
+    bound = scope.get("endpoint")
+    return bound.endpoint.path if isinstance(bound, _Bound) else "none"

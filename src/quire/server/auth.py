@@ -1,0 +1,59 @@
+"""Who may pass: API keys, and web pages of other origins. Raw bytes of the request decide, never a rebuilt URL."""
+
+import hashlib
+import hmac
+
+from quire.server.errors import Refusal
+from quire.server.settings import ServerSettings, is_loopback
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Doorkeeper:
+    """Checks the API key and the origin of requests, and derives the salt that keeps tenants' prefix blocks apart."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
+        self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
+        self._salted = not settings.share_prefix_cache
+
+    def check_key(self, headers: Headers) -> str:
+        """The salt of the client's key ("" where no keys are set). Raises `Refusal` (401) without a valid key."""
+        if not self._digests:
+            return ""
+        value = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = value.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, each in constant time, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise Refusal(
+                401,
+                "a valid API key is needed: send it as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+                headers=((b"www-authenticate", b"Bearer"),),
+            )
+        return hashlib.sha256(b"quire cache salt" + digest).hexdigest()[:32] if self._salted else ""
+
+    def check_origin(self, headers: Headers) -> None:
+        """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.
+
+        CORS alone hides the answer from such a page, not the work from the server; and a page whose name was made to
+        resolve to this machine is not even bound by CORS.
+        """
+        if self._digests or b"*" in self._origins:
+            return
+        origin = next((value for name, value in headers if name == b"origin"), None)
+        if origin is None or origin in self._origins or _is_local(origin):
+            return
+        raise Refusal(
+            403,
+            f"pages of {origin.decode('latin-1')[:200]} may not call this server; --allow-origins names those that may",
+            code="origin_not_allowed",
+        )
+
+
+def _is_local(origin: bytes) -> bool:
+    _, _, authority = origin.decode("latin-1").partition("://")
+    host, colon, port = authority.rpartition(":")
+    return is_loopback(host if colon and port.isdigit() else authority)

@@ -1,0 +1,43 @@
+"""What the server asks of an engine: `AsyncLLM` fulfils it, and so does the scripted engine of the tests."""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+from quire.engine.chat_template import ChatTemplate
+from quire.engine.metrics import Metrics
+from quire.engine.tokenizer import Tokenizer
+from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
+
+
+class Engine(Protocol):
+    """An engine that may still be loading: `tokenizer` is None until its tokenizer is read."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def model_names(self) -> list[str]: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def default_params(self) -> Mapping[str, Any]: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+    def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]: ...
+
+    async def start(self) -> None: ...
+    async def wait_ready(self) -> None: ...
+    async def shutdown(self, drain_seconds: float = 0.0) -> None: ...

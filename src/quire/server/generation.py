@@ -1,0 +1,187 @@
+"""Running what one HTTP request asks of the engine: one stream of outputs for all its prompts, and a tally."""
+
+import asyncio
+from asyncio import Queue, Task
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from quire.engine.metrics import Metrics
+from quire.errors import EngineUnavailableError
+from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.sampling_params import SamplingParams
+from quire.server.backend import Engine
+from quire.server.errors import SampleFailedError
+from quire.server.responses import PromptTokensDetails, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All prompts of one HTTP request, and how each is continued."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+
+    async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(index of the prompt, what is new), as it comes. Raises what the engine refuses, and for a failed sample."""
+        streams = [self._generate(engine, prompt) for prompt in self.prompts]
+        async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
+            async for index, output in items:
+                for sample in output.outputs:
+                    _check(sample)
+                yield index, output
+
+    async def whole(self, engine: Engine) -> list[RequestOutput]:
+        """Everything, one entry per prompt with its samples in order, once all have ended."""
+        wholes: dict[int, RequestOutput] = {}
+        async with aclosing(self.run(engine)) as items:
+            async for index, output in items:
+                if index in wholes:
+                    wholes[index].extend(output)
+                else:
+                    wholes[index] = output
+        for whole in wholes.values():
+            whole.outputs.sort(key=lambda sample: sample.index)
+        return [wholes[index] for index in sorted(wholes)]
+
+    async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
+        outputs = engine.generate(prompt, self.params, priority=self.priority, cache_salt=self.cache_salt)
+        watch = RequestWatch(engine.metrics, self.params)
+        prompt_logprobs: list[PositionLogprobs | None] | None = None
+        try:
+            async for output in outputs:
+                watch.note(output)
+                # A long prompt's come in pieces, before any token; they are passed on together with the first.
+                if output.prompt_logprobs is not None:
+                    prompt_logprobs = (prompt_logprobs or []) + output.prompt_logprobs
+                if output.outputs:
+                    output.prompt_logprobs, prompt_logprobs = prompt_logprobs, None
+                    yield output
+        finally:
+            watch.end()
+            # An async generator that is merely dropped would be closed some time later, its request running on.
+            if isinstance(outputs, AsyncGenerator):
+                await outputs.aclose()
+
+
+@dataclass(slots=True)
+class RequestWatch:
+    """Follows one request of the engine for the metrics."""
+
+    metrics: Metrics
+    params: SamplingParams
+    last: RequestOutput | None = None
+    last_token_time: float = 0.0
+    num_tokens: int = 0
+    finish_reasons: list[str] = field(default_factory=list)
+
+    def note(self, output: RequestOutput) -> None:
+        """Count what is new; tokens that came merged share the time since the last ones."""
+        num_new = sum(len(sample.token_ids) for sample in output.outputs)
+        now = output.metrics.last_token_time if output.metrics is not None else None
+        if num_new and now is not None:
+            if self.last_token_time:
+                self.metrics.observe_token_gap((now - self.last_token_time) / -(-num_new // self.params.n))
+            self.last_token_time = now
+        self.num_tokens += num_new
+        self.finish_reasons += [
+            sample.finish_reason for sample in output.outputs if sample.finish_reason is not None
+        ]
+        self.last = output
+
+    def end(self) -> None:
+        """Count the request; samples that have not ended by now never will."""
+        if self.last is None or self.last.metrics is None:
+            return
+        unfinished = self.params.n - len(self.finish_reasons)
+        self.metrics.observe_request(
+            self.last.metrics,
+            finish_reasons=self.finish_reasons + ["abort"] * unfinished,
+            num_prompt_tokens=len(self.last.prompt_token_ids),
+            num_generated_tokens=self.num_tokens,
+            n=self.params.n,
+            max_tokens=self.params.max_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Tally:
+    """Tokens so far, for `usage`."""
+
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    completion_tokens: int = 0
+
+    def add(self, prompt_index: int, output: RequestOutput, *, dropped: bool = False) -> None:
+        """Count what is new in `output`; where it is `dropped`, the prompt only."""
+        self.prompt_tokens[prompt_index] = len(output.prompt_token_ids)
+        self.cached_tokens[prompt_index] = output.num_cached_tokens
+        if not dropped:
+            self.completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
+
+    def usage(self) -> Usage:
+        prompt_tokens = sum(self.prompt_tokens.values())
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens.values())),
+        )
+
+
+def _check(sample: CompletionOutput) -> None:
+    if sample.finish_reason == "error":
+        raise SampleFailedError(sample.error or "the sample could not be drawn")
+    if sample.finish_reason == "abort":
+        raise EngineUnavailableError("the request was ended before its answer was complete; send it again")
+
+
+async def _numbered(
+    stream: AsyncGenerator[RequestOutput, None],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async with aclosing(stream):
+        async for output in stream:
+            yield 0, output
+
+
+async def _merged(
+    streams: list[AsyncGenerator[RequestOutput, None]],
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Items of all streams as they come; the first error ends all. At most one item per stream is held."""
+    arrived: Queue[tuple[int, RequestOutput] | Exception | None] = Queue(maxsize=1)
+    tasks = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await arrived.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        await _cancel_all(tasks)
+
+
+async def _pump(
+    index: int,
+    stream: AsyncGenerator[RequestOutput, None],
+    arrived: "Queue[tuple[int, RequestOutput] | Exception | None]",
+) -> None:
+    try:
+        async with aclosing(stream):
+            async for output in stream:
+                await arrived.put((index, output))
+    except Exception as error:
+        await arrived.put(error)
+    else:
+        await arrived.put(None)
+
+
+async def _cancel_all(tasks: list[Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,172 @@
+"""How much of a request is taken in: bytes of headers and body, seconds without progress, samples and characters.
+
+Every limit acts before what it limits is buffered, tokenised or queued.
+"""
+
+import asyncio
+from asyncio import TimerHandle, Transport
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
+from quire.server.errors import Refusal, error_body
+from quire.server.settings import ServerSettings
+
+
+_LINGER_SECONDS = 1.0
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+def check_headers(scope: Scope, settings: ServerSettings) -> None:
+    """Refuse headers over the limit with 431."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > settings.max_header_size:
+        raise _headers_too_large(settings.max_header_size)
+
+
+async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
+    """The whole body. Raises `Refusal` (413, 415, 408) before more than the limit is buffered."""
+    headers = dict(scope["headers"])
+    content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if content_type != b"application/json":
+        raise Refusal(
+            415,
+            f"content-type is {content_type.decode('latin-1') or 'missing'}; send JSON as application/json",
+            code="unsupported_media_type",
+        )
+    declared = headers.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > settings.max_body_size:
+        raise _body_too_large(settings)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        try:
+            async with asyncio.timeout(settings.stall_timeout or None):
+                message = await receive()
+        except TimeoutError:
+            raise Refusal(408, "the body did not arrive in time", code="request_timeout") from None
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > settings.max_body_size:
+            raise _body_too_large(settings)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def check_work(prompts: Sequence[object], n: int, settings: ServerSettings) -> None:
+    """Refuse a request whose fan-out or text is over the limit, before any of it is tokenised."""
+    if len(prompts) * n > settings.max_samples:
+        raise RequestError(
+            f"{len(prompts)} prompts × n {n} are {len(prompts) * n} samples; at most {settings.max_samples} are "
+            "allowed in one request (--max-samples)",
+            code="too_many_samples",
+            param="prompt" if len(prompts) > 1 else "n",
+        )
+    chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    if chars > settings.max_prompt_chars:
+        raise RequestError(
+            f"the prompt has {chars} characters; at most {settings.max_prompt_chars} are allowed (--max-prompt-chars)",
+            code="prompt_too_long",
+            param="prompt",
+        )
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int) -> None:
+    """Refuse what has no room in the context, for all prompts before the first is queued; the engine checks again."""
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise RequestError("the prompt has no tokens; give at least one", param="prompt")
+        if len(prompt) >= max_model_len and params.truncate_prompt_tokens is None:
+            which = "the prompt" if len(prompts) == 1 else f"prompt {index}"
+            raise RequestError(
+                f"{which} has {len(prompt)} tokens, but the context holds {max_model_len}, output included; "
+                "shorten it or set truncate_prompt_tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which would buffer headers without end, with a limit on their bytes and their time."""
+
+    settings = ServerSettings()
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as in uvicorn's own class
+        super().connection_made(transport)
+        self._header_bytes = 0
+        self._header_timer: TimerHandle | None = None
+        self._refused = False
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._headers_done()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._header_timer is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > self.settings.max_header_size and not self.transport.is_closing():
+                self._refuse_headers()
+
+    def on_message_begin(self) -> None:
+        self._await_headers()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._headers_done()
+        super().on_headers_complete()
+
+    def _await_headers(self) -> None:
+        if self._header_timer is None and self.settings.stall_timeout:
+            self._header_timer = self.loop.call_later(self.settings.stall_timeout, self._give_up)
+
+    def _headers_done(self) -> None:
+        self._header_bytes = 0
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    def _refuse_headers(self) -> None:
+        body = msgspec.json.encode(error_body(_headers_too_large(self.settings.max_header_size)))
+        self.transport.write(
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        # Closing while the client still sends would take the answer from it; what it sends meanwhile is dropped.
+        self._refused = True
+        self.loop.call_later(_LINGER_SECONDS, self._give_up)
+
+
+def limited_protocol(settings: ServerSettings) -> type[Any]:
+    """`LimitedProtocol` with the limits of `settings`; uvicorn makes the instances itself."""
+    return type("LimitedProtocol", (LimitedProtocol,), {"settings": settings})
+
+
+def _headers_too_large(limit: int) -> Refusal:
+    return Refusal(431, f"request line and headers have more than {limit} bytes", code="headers_too_large")
+
+
+def _body_too_large(settings: ServerSettings) -> Refusal:
+    return Refusal(
+        413,
+        f"the body has more than {settings.max_body_size} bytes (--max-body-size); split the request",
+        code="body_too_large",
+    )

@@ -1,0 +1,146 @@
+"""Listening: the socket, uvicorn around the application, and what SIGTERM does.
+
+The first signal drains: /health and new requests get 503 at once, running ones have `shutdown_timeout` seconds to
+finish, then the process ends. A second signal ends it without waiting.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from quire.errors import ConfigError
+from quire.server.app import build_app
+from quire.server.backend import Engine
+from quire.server.limits import limited_protocol
+from quire.server.settings import ServerSettings
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FLUSH_SECONDS = 5
+"""For the last bytes of answers to reach their clients once the engine has finished."""
+
+
+def bind(settings: ServerSettings) -> socket.socket:
+    """A listening socket. Raises `ConfigError`, with what to do, for an address that cannot be had."""
+    host, port = settings.host.strip("[]"), settings.port
+    try:
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror:
+        raise ConfigError(f"host {host!r} is not an address; check --host") from None
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except PermissionError:
+        raise ConfigError(f"port {port} needs privileges; choose one above 1023 with --port") from None
+    except OSError as error:
+        reason = os.strerror(error.errno or 0).lower()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; stop what uses it, or choose another --port (0: a free one)"
+        ) from None
+
+
+async def serve(
+    engine: Engine, settings: ServerSettings, listener: socket.socket, *, report: Callable[[str], None]
+) -> bool:
+    """Serve until a signal; whether all requests could finish. Starts the engine, and shuts it down at the end."""
+    server = _Server(build_app(engine, settings), settings)
+    listening = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await server.listening.wait()
+        report(f"listening on {url_of(listener)}")
+        starting = asyncio.create_task(_start(engine, report))
+        stopping = asyncio.create_task(server.stop_asked.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+        await stopping
+        starting.cancel()
+        return await _drain(engine, server, settings.shutdown_timeout, report)
+    finally:
+        server.should_exit = True
+        server.stop()
+        await engine.shutdown(0)
+        await listening
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where clients find the server."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    return f"http://{host}:{port}"
+
+
+async def _start(engine: Engine, report: Callable[[str], None]) -> None:
+    await engine.start()
+    await engine.wait_ready()
+    report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
+
+
+async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:
+    report(f"stopping: running requests have {seconds:g} seconds (a second signal stops at once)")
+    server.stop_asked.clear()
+    drained = asyncio.create_task(engine.shutdown(seconds))
+    hurried = asyncio.create_task(server.stop_asked.wait())
+    await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not drained.done():
+        server.force_exit = True
+        drained.cancel()
+        with suppress(asyncio.CancelledError):
+            await drained
+        return False
+    drained.result()
+    return True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with signals that drain first, and asleep while there is nothing to do instead of ticking."""
+
+    def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=limited_protocol(settings),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=settings.access_log,
+                server_header=False,
+                date_header=False,
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
+            )
+        )
+        self.listening = asyncio.Event()
+        self.stop_asked = asyncio.Event()
+        self._may_exit = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    async def main_loop(self) -> None:
+        await self._may_exit.wait()
+
+    def stop(self) -> None:
+        """Close the socket, send what is left to send, and return from `serve`."""
+        self._may_exit.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self.stop_asked.set)
+        try:
+            yield
+        finally:
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)

@@ -1,0 +1,90 @@
+"""Log-probabilities in OpenAI's two forms (parallel lists for completions, objects for chats) and vLLM's of promts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.engine.tokenizer import Tokenizer
+from quire.outputs import Logprob, PositionLogprobs
+from quire.server.responses import (
+    ChatLogprobs,
+    ChosenLogprob,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+)
+
+_LOWEST = -9999.0
+"""Stands for minus infinity, the log-probability of a token that a filter ruled out: JSON has no infinity."""
+
+
+@dataclass(slots=True)
+class LogprobForms:
+    """Writes the logprobs of one choice; remembers how far its text has come, for `text_offset`."""
+
+    tokenizer: Tokenizer
+    as_token_ids: bool
+    num_top: int
+    _offset: int = field(default=0, init=False)
+
+    def for_chat(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> ChatLogprobs:
+        """OpenAI's chat form."""
+        content = []
+        for token_id, position in zip(token_ids, positions, strict=True):
+            # The chosen token is an extra entry where it is not among the most likely.
+            likely = sorted(position.items(), key=lambda item: -item[1].logprob)[: self.num_top]
+            chosen = self._entry(token_id, position[token_id])
+            top = [self._entry(other, entry) for other, entry in likely]
+            content.append(ChosenLogprob(chosen.token, chosen.logprob, chosen.bytes, top))
+        return ChatLogprobs(content)
+
+    def for_completion(
+        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
+    ) -> CompletionLogprobs:
+        """OpenAI's form for completions; a prompt's first token has no log-probability."""
+        form = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+        for token_id, position in zip(token_ids, positions, strict=True):
+            text = self._text(token_id, position[token_id] if position else None)
+            form.tokens.append(text)
+            form.text_offset.append(self._offset)
+            # Special tokens, which text leaves out, take no room in it.
+            self._offset += len(text) if token_id not in self.tokenizer.special_ids else 0
+            form.token_logprobs.append(_finite(position[token_id].logprob) if position else None)
+            if form.top_logprobs is not None:
+                form.top_logprobs.append(self._by_text(position) if position else None)
+        return form
+
+    def _entry(self, token_id: int, entry: Logprob) -> TokenLogprob:
+        text = self._text(token_id, entry)
+        return TokenLogprob(text, _finite(entry.logprob), list(self.tokenizer.token_bytes(token_id)))
+
+    def _by_text(self, position: PositionLogprobs) -> dict[str, float]:
+        likely: dict[str, float] = {}
+        for token_id, entry in position.items():
+            # Two tokens may have the same text (parts of characters do); the first stands, as it is the chosen one.
+            likely.setdefault(self._text(token_id, entry), _finite(entry.logprob))
+        return likely
+
+    def _text(self, token_id: int, entry: Logprob | None) -> str:
+        if self.as_token_ids:
+            return f"token_id:{token_id}"
+        if entry is not None and entry.decoded_token is not None:
+            return entry.decoded_token
+        return self.tokenizer.id_to_text(token_id)
+
+
+def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
+    """vLLM's form for the `prompt_logprobs` field."""
+    return [
+        None
+        if position is None
+        else {
+            str(token_id): PromptLogprob(_finite(entry.logprob), entry.rank, entry.decoded_token)
+            for token_id, entry in position.items()
+        }
+        for position in positions
+    ]
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)

@@ -1,0 +1,137 @@
+"""/openapi.json and /docs: the routes described from the table that serves them; nothing is loaded from elsewhere."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import msgspec
+
+from quire import __version__
+from quire.server.errors import ErrorBody
+from quire.server.exchange import Endpoint, Exchange
+
+_ABOUT = "An engine that serves large language models."
+_REF = "#/components/schemas/{name}"
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "code,.method{font-family:ui-monospace,monospace}.method{font-weight:600}table{border-collapse:collapse;width:100%}"
+    "td{border-top:1px solid #ddd;padding:.3rem .6rem .3rem 0;vertical-align:top}details{margin:.6rem 0}"
+    "summary{cursor:pointer}@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}td{border-color:#444}}"
+)
+_POLICY = (
+    b"content-security-policy",
+    b"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+)
+
+
+def endpoints(described: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
+    """The two endpoints that describe `described`."""
+    spec = describe(described)
+    spec_json = msgspec.json.encode(spec)
+    page = render_page(spec).encode()
+
+    async def get_openapi(exchange: Exchange) -> None:
+        await exchange.reply_bytes(spec_json, b"application/json")
+
+    async def get_docs(exchange: Exchange) -> None:
+        await exchange.reply_bytes(page, b"text/html; charset=utf-8", headers=(_POLICY,))
+
+    return (
+        Endpoint("GET", "/openapi.json", get_openapi, "The OpenAPI description"),
+        Endpoint("GET", "/docs", get_docs, "The same as a page"),
+    )
+
+
+def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
+    """The OpenAPI document."""
+    forms = [form for e in described for form in (e.body, e.reply) if form is not None] + [ErrorBody]
+    references, schemas = msgspec.json.schema_components(forms, ref_template=_REF)
+    reference_of = dict(zip(forms, references, strict=True))
+    paths: dict[str, Any] = {}
+    for endpoint in described:
+        path = endpoint.path.replace(":path}", "}")
+        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, reference_of)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Quire",
+            "version": __version__,
+            "description": _ABOUT,
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}],
+    }
+
+
+def render_page(spec: dict[str, Any]) -> str:
+    """One page of HTML: each route, and the fields of each object."""
+    routes = "".join(
+        f"<tr><td class=method>{method.upper()}</td><td><code>{escape(path)}</code></td>"
+        f"<td>{escape(operation['summary'])}</td></tr>"
+        for path, operations in spec["paths"].items()
+        for method, operation in operations.items()
+    )
+    objects = "".join(_object(name, schema) for name, schema in spec["components"]["schemas"].items())
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Quire {__version__}</title><style>{_STYLE}</style>"
+        f"<h1>Quire {__version__}</h1><p>{_ABOUT} The routes and objects are OpenAI's, "
+        f"with vLLM's additions; <a href=openapi.json>openapi.json</a> says the same to programs.</p>"
+        f"<h2>Routes</h2><table>{routes}</table><h2>Objects</h2>{objects}</html>"
+    )
+
+
+def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if endpoint.reply is not None:
+        content["application/json"] = {"schema": reference_of[endpoint.reply]}
+    if endpoint.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    failure = {"application/json": {"schema": reference_of[ErrorBody]}}
+    operation: dict[str, Any] = {
+        "operationId": endpoint.handle.__name__ if hasattr(endpoint.handle, "__name__") else endpoint.path,
+        "summary": endpoint.summary,
+        "responses": {
+            "200": {"description": "Done", **({"content": content} if content else {})},
+            "default": {"description": "Refused or failed", "content": failure},
+        },
+    }
+    if endpoint.body is not None:
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": reference_of[endpoint.body]}},
+        }
+    if "{model:path}" in endpoint.path:
+        operation["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    if endpoint.public:
+        operation["security"] = []
+    return operation
+
+
+def _object(name: str, schema: dict[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = "".join(
+        f"<tr><td><code>{escape(field)}</code>{'' if field not in required else ' *'}</td>"
+        f"<td>{escape(_kind(about))}</td><td>{escape(about.get('description', ''))}</td></tr>"
+        for field, about in schema.get("properties", {}).items()
+    )
+    about = escape(schema.get("description", ""))
+    title = f"<summary><code>{escape(name)}</code> {about}</summary>"
+    return f"<details id={escape(name)}>{title}<table>{rows}</table></details>"
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """The type of a field in words."""
+    if "anyOf" in schema:
+        return " or ".join(_kind(option) for option in schema["anyOf"])
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "const" in schema or "enum" in schema:
+        return " or ".join(map(repr, schema.get("enum", [schema.get("const")])))
+    kind = str(schema.get("type", "any"))
+    return f"list of {_kind(schema['items'])}" if kind == "array" and "items" in schema else kind

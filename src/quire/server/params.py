@@ -1,0 +1,110 @@
+"""From a request's fields to SamplingParams: defaults, the two spellings of some fields, and what is not available."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import fields
+
+from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
+from quire.server.errors import Refusal
+from quire.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerateRequest,
+    NotAvailable,
+    TokenizeRequest,
+)
+
+_PASSED_ON = (
+    "n",
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "prompt_logprobs",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "truncate_prompt_tokens",
+)
+_REFUSED = (
+    *(field.name for field in fields(NotAvailable)),
+    *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
+)
+_WHY_REFUSED = {
+    "chat_template": "templates come with the model; one in a request is refused",
+    "tools": "tool calling is not available yet; leave tools out, or set tool_choice to none",
+}
+
+
+def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Params of a completion; a request for no tokens is served as one for one token, which is then dropped."""
+    values = _values(request, defaults)
+    values["logprobs"] = request.logprobs
+    if request.max_tokens == 0:
+        values.update(max_tokens=1, min_tokens=0)
+    if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
+        values["prompt_logprobs"] = request.logprobs
+    return SamplingParams(**values)
+
+
+def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Params of a chat; without a limit the answer may take all the context has room for."""
+    values = {"max_tokens": None, **_values(request, defaults)}
+    if request.max_completion_tokens is not None:
+        values["max_tokens"] = request.max_completion_tokens
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    if request.logprobs:
+        values["logprobs"] = request.top_logprobs or 0
+    return SamplingParams(**values)
+
+
+def check_available(request: GenerateRequest | TokenizeRequest) -> None:
+    """Refuse, by name, a field that asks for what Quire cannot do."""
+    for name in _REFUSED:
+        if getattr(request, name, None) and not (name == "tools" and _wants_no_tools(request)):
+            raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
+    if not isinstance(request, GenerateRequest):
+        return
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise _refusal("best_of", f"best_of is {request.best_of}; only the value of n is available")
+    if request.response_format is not None and request.response_format.type != "text":
+        raise _refusal(
+            "response_format",
+            f"response_format {request.response_format.type!r} is not available yet; only text is",
+        )
+    if request.truncation_side not in (None, "left"):
+        raise _refusal(
+            "truncation_side", f"truncation_side is {request.truncation_side!r}; only left is available"
+        )
+    if isinstance(request, ChatCompletionRequest) and set(request.modalities or ()) - {"text"}:
+        raise _refusal(
+            "modalities", f"modalities are {', '.join(request.modalities or ())}; only text is available"
+        )
+
+
+def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: getattr(request, name) for name in _PASSED_ON if getattr(request, name) is not None}
+    return {**defaults, **given}
+
+
+def _wants_no_tools(request: object) -> bool:
+    return isinstance(request, ChatCompletionRequest) and request.tool_choice == "none"
+
+
+def _refusal(name: str, message: str) -> Refusal:
+    return Refusal(400, message, code="not_available", param=name)

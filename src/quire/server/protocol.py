@@ -1,0 +1,162 @@
+"""What clients send: the bodies of the generating routes, as OpenAI and vLLM name their fields.
+
+Unknown fields are ignored, as clients in between forward all sorts. Fields that would change the answer and that Quire
+cannot honour yet are listed in `NotAvailable`, and refused by name where they are set.
+"""
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Refused = Annotated[Any, Meta(description="Not available; refused unless null, false or empty.")]
+
+
+class NotAvailable(Struct, kw_only=True):
+    """Fields whose meaning Quire knows and cannot serve."""
+
+    use_beam_search: Refused = None
+    prompt_embeds: Refused = None
+    logits_processors: Refused = None
+    logprob_token_ids: Refused = None
+    repetition_detection: Refused = None
+    thinking_token_budget: Refused = None
+    kv_transfer_params: Refused = None
+    structured_outputs: Refused = None
+    guided_json: Refused = None
+    guided_regex: Refused = None
+    guided_choice: Refused = None
+    guided_grammar: Refused = None
+
+
+class StreamOptions(Struct):
+    """What a stream reports beside the text."""
+
+    include_usage: bool | None = None
+    """A last event without choices holds the usage."""
+    continuous_usage_stats: bool | None = None
+    """Every event holds the usage so far."""
+
+
+class ResponseFormat(Struct):
+    """The form asked of the text."""
+
+    type: str = "text"
+
+
+class GenerateRequest(NotAvailable, kw_only=True):
+    """The fields that completions and chat completions share; None means the model's default."""
+
+    model: str | None = None
+    n: int | None = None
+    best_of: int | None = None
+    """Only the value of `n` is available."""
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    """Only left, the side that `truncate_prompt_tokens` cuts, is available."""
+    add_special_tokens: bool | None = None
+    """Completions add the tokenizer's special tokens by default, chats do not: the template writes them."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    priority: int | None = None
+    """Lower runs first."""
+    cache_salt: str | None = None
+    """Only requests of the same salt and API key share prefix blocks."""
+    echo: bool | None = None
+    """Completions: the prompt comes before the text. Chats: the last message does, where it is continued."""
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    """In logprobs, name tokens token_id:N instead of by their text."""
+
+
+class CompletionRequest(GenerateRequest, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    """A text, a list of texts, a list of token ids, or a list of such lists."""
+    suffix: str | None = None
+    """Not available; refused unless empty."""
+    logprobs: int | None = None
+
+
+class Message(Struct, kw_only=True):
+    """One message of a chat."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    """A text, or a list of parts of type text."""
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+TemplateOption = str | bool | int | float
+
+
+class ChatCompletionRequest(GenerateRequest, kw_only=True):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """Go on writing the last message instead of starting a new one."""
+    chat_template_kwargs: dict[str, TemplateOption] | None = None
+    """Options of the model's template, such as enable_thinking."""
+    reasoning_effort: str | None = None
+    """Reaches the model's template, as in chat_template_kwargs."""
+    tool_choice: Any = None
+    modalities: list[str] | None = None
+    tools: Refused = None
+    functions: Refused = None
+    chat_template: Refused = None
+    documents: Refused = None
+    audio: Refused = None
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """Body of /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    """True by default for a prompt, False for messages."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, TemplateOption] | None = None
+    reasoning_effort: str | None = None
+    return_token_strs: bool | None = None
+    tools: Refused = None
+    chat_template: Refused = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """Body of /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None

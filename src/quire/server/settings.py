@@ -1,0 +1,74 @@
+"""ServerSettings: every option of the HTTP server. Its fields are flags of `quire serve`, beside EngineConfig's."""
+
+import ipaddress
+from dataclasses import dataclass
+
+from quire.config import parse_size
+from quire.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Options of one server. Raises `ConfigError` for a value out of range or an open door without a key."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback needs an API key."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which one must come as `Authorization: Bearer KEY`; also read from QUIRE_API_KEY. Repeat for several."""
+    allow_unauthenticated: bool = False
+    """Listen on a public address without an API key."""
+    share_prefix_cache: bool = False
+    """Let requests of different API keys share prefix blocks; they could then time each other's prompts."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the server from a browser (CORS); * allows all. Repeat for several."""
+    max_body_size: int = 8 * 2**20
+    """Most bytes in a request body, e.g. 8MiB; beyond it the answer is 413."""
+    max_header_size: int = 32 * 2**10
+    """Most bytes of request line and headers; beyond it the answer is 431."""
+    max_prompt_chars: int = 4_000_000
+    """Most characters in the prompts of one request, before they are tokenised."""
+    max_samples: int = 1024
+    """Most samples one request may ask for: prompts × n."""
+    stall_timeout: float = 30.0
+    """Seconds without progress after which a client that does not read its stream, or send its body, is dropped."""
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests have to finish after SIGTERM; a second signal stops at once."""
+    access_log: bool = False
+    """Print a line per request. Prompts and answers are never printed."""
+
+    def __post_init__(self) -> None:
+        for name in ("api_key", "allow_origins"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("max_body_size", "max_header_size"):
+            object.__setattr__(self, name, parse_size(name, getattr(self, name)))
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("max_header_size", 1024, 2**24),
+            ("max_prompt_chars", 1, 2**31),
+            ("max_samples", 1, 2**20),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
+        for name in ("stall_timeout", "shutdown_timeout"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
+        if any(not key.strip() for key in self.api_key):
+            raise ConfigError("api_key is empty; give a key, or leave the option out")
+        if not (self.api_key or self.allow_unauthenticated or is_loopback(self.host)):
+            raise ConfigError(
+                f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
+                "QUIRE_API_KEY, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

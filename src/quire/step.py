@@ -1,0 +1,75 @@
+"""What crosses between deciding and executing: the scheduler's StepPlan and the runner's StepResult.
+
+Plain values only, so that either side can be replaced: the simulator executes plans without a model, the tests run models
+without a scheduler. Sequences are known here by their row, the slot in the runner's persistent arrays that a sequence
+keeps from admission until it ends or is preempted.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from quire.sampling_params import SamplingParams
+
+
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities at one position: entry 0 is the token that stands there, then the most likely ones."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+    """1-based rank of each token in the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A sequence that takes a row: all the runner must remember of it beyond its block table."""
+
+    row: int
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    """Not empty for a resumed or forked sequence."""
+    seed: int
+    sample_index: int
+    stop_token_ids: tuple[int, ...]
+    """Tokens that `min_tokens` holds back: end of sequence and the request's own."""
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step's work. `rows`, `starts` and `counts` run in parallel, one entry per scheduled sequence."""
+
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """Position of the first token computed: the number of tokens whose KV is already stored."""
+    counts: list[int] = field(default_factory=list)
+    """Tokens computed in this step."""
+    token_ids: list[int] = field(default_factory=list)
+    """The tokens computed, sequence after sequence: sum(counts) entries."""
+    sample_after: list[int] = field(default_factory=list)
+    """Indices into `rows` after whose last token a sample is drawn, ascending; one index n times where n samples part."""
+    sample_rows: list[int] = field(default_factory=list)
+    """For each of those, the row whose sampling state draws it and gets the token."""
+    new_rows: list[NewRow] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """(row, first index, blocks): entries of block tables that changed, to be written before anything is computed."""
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, destination): copy-on-write of this step, done before anything is computed."""
+    prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
+    """Index into `rows` → (how many, the token that follows each computed position)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What came out. The lists run in parallel, one entry per sample, in the order of `StepPlan.sample_rows`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    errors: list[str | None] = field(default_factory=list)
+    """Why a sample could not be drawn (its token is then meaningless); only that sequence ends."""
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Index into the plan's `rows` → one entry per computed position."""

@@ -1,0 +1,153 @@
+"""The planner: what it covers, how evenly, and how fast."""
+
+import time
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from quire.attention.plan import AttentionPlan, MergeColumn, WorkColumn, plan_attention
+
+HEADS = [(1, 1), (6, 2), (8, 8), (12, 1), (32, 8)]
+
+
+def plan(
+    sequences: list[tuple[int, int]],
+    *,
+    num_heads: int = 6,
+    num_kv_heads: int = 2,
+    num_threads: int = 2,
+    window: int = 0,
+) -> AttentionPlan:
+    """Plan sequences given as (tokens, of which new)."""
+    lengths = np.array([length for length, _ in sequences], dtype=np.int32)
+    new = [count for _, count in sequences]
+    return plan_attention(
+        np.cumsum([0, *new]).astype(np.int32),
+        lengths,
+        np.zeros((len(sequences), -(-int(lengths.max(initial=0)) // 16)), dtype=np.int32),
+        np.zeros(sum(new), dtype=np.int32),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        block_size=16,
+        num_threads=num_threads,
+        window=window,
+    )
+
+
+def random_sequences(seed: int) -> list[tuple[int, int]]:
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, random.choice([20, 300, 1500]), size=random.integers(1, 8))
+    return [(int(n), int(random.choice([0, 1, n, random.integers(1, n + 1)]))) for n in lengths]
+
+
+def times_seen(found: AttentionPlan, sequences: list[tuple[int, int]], num_kv_heads: int) -> NDArray[np.int64]:
+    """[T, num_kv_heads, longest sequence]: how many items show a key to a token."""
+    longest = max((length for length, _ in sequences), default=0)
+    seen = np.zeros((sum(new for _, new in sequences), num_kv_heads, longest), dtype=np.int64)
+    for sequence, token, tokens, head, heads, key_begin, key_end, _ in found.work.tolist():
+        assert found.query_start_loc[sequence] <= token
+        assert token + tokens <= found.query_start_loc[sequence + 1]
+        assert key_begin < key_end <= sequences[sequence][0]
+        seen[token : token + tokens, head : head + heads, key_begin:key_end] += 1
+    return seen
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_key_is_shown_once(seed: int) -> None:
+    sequences = random_sequences(seed)
+    num_heads, num_kv_heads = HEADS[seed % len(HEADS)]
+    window = [0, 0, 17, 1000][seed % 4]
+    threads = [1, 2, 16, 128][seed // 4 % 4]
+    found = plan(sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, num_threads=threads, window=window)
+    seen = times_seen(found, sequences, num_kv_heads)
+    assert seen.max(initial=0) <= 1
+    row = 0
+    for length, new in sequences:
+        for position in range(length - new, length):
+            first = max(0, position - window + 1) if window else 0
+            assert seen[row, :, first : position + 1].all(), "a key the token sees is in no item"
+            row += 1
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_partial_results_have_rows_of_their_own(seed: int) -> None:
+    found = plan([*random_sequences(seed), (9000, 1)], num_threads=256)
+    assert len(found.merges) > 0
+    parts: dict[tuple[int, ...], list[int]] = {}
+    owner = np.zeros(len(found.partials), dtype=np.int64)
+    for item in found.work.tolist():
+        if item[WorkColumn.PARTIAL_ROW] >= 0:
+            unit = tuple(item[WorkColumn.TOKEN_BEGIN : WorkColumn.NUM_HEADS + 1])
+            rows = item[WorkColumn.NUM_TOKENS] * item[WorkColumn.NUM_HEADS] * 3
+            begin = item[WorkColumn.PARTIAL_ROW]
+            owner[begin : begin + rows] += 1
+            parts.setdefault(unit, []).append(begin)
+    assert (owner == 1).all()
+    merges = found.merges.tolist()
+    assert len(merges) == len(parts)
+    for merge in merges:
+        begins = sorted(parts[tuple(merge[: MergeColumn.NUM_HEADS + 1])])
+        rows = merge[MergeColumn.NUM_TOKENS] * merge[MergeColumn.NUM_HEADS] * 3
+        assert begins == [merge[MergeColumn.PARTIAL_ROW] + i * rows for i in range(merge[MergeColumn.NUM_SPLITS])]
+
+
+def cost(found: AttentionPlan, group: int) -> NDArray[np.int64]:
+    work = found.work.numpy().astype(np.int64)
+    keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
+    rows = np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, 24)
+    return np.asarray(keys * rows * work[:, WorkColumn.NUM_HEADS])
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [[(32_000, 1)], [(2048, 2048)], [(32_000, 1), *[(500, 1)] * 63], [(4000, 100)] * 3, [(1000, 1)] * 40],
+    ids=["one long decode", "one prefill", "ragged decode", "chunks", "even decode"],
+)
+@pytest.mark.parametrize("threads", [2, 8])
+def test_work_is_balanced(sequences: list[tuple[int, int]], threads: int) -> None:
+    """Taking items in order, no thread ends later than 1.25 times the fair share."""
+    found = plan(sequences, num_heads=32, num_kv_heads=8, num_threads=threads)
+    load = np.zeros(threads)
+    for item in cost(found, 4):
+        load[load.argmin()] += item
+    assert load.max() <= 1.25 * load.mean()
+
+
+def test_one_thread_splits_nothing() -> None:
+    found = plan([(20_000, 1), (40, 3)], num_threads=1)
+    assert len(found.merges) == 0
+    assert len(found.work) == 2
+
+
+def test_nothing_to_do() -> None:
+    assert len(plan([]).work) == 0
+    assert len(plan([(30, 0), (2, 0)]).work) == 0
+
+
+def test_a_block_table_too_short_is_refused() -> None:
+    with pytest.raises(ValueError, match="room for 1 blocks of 16, too few for a sequence of 17 tokens"):
+        plan_attention(
+            np.array([0, 1], dtype=np.int32),
+            np.array([17], dtype=np.int32),
+            np.zeros((1, 1), dtype=np.int32),
+            np.zeros(1, dtype=np.int32),
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=64,
+            block_size=16,
+            num_threads=1,
+        )
+
+
+@pytest.mark.parametrize(("num_sequences", "limit"), [(256, 2e-3), (1024, 4e-3)])
+def test_planning_is_fast(num_sequences: int, limit: float) -> None:
+    """The aim is 0.3 ms at 256 sequences; the limit leaves room for a busy machine."""
+    sequences = [(1000, 1)] * num_sequences
+    seconds = []
+    for _ in range(20):
+        start = time.thread_time()
+        plan(sequences)
+        seconds.append(time.thread_time() - start)
+    assert min(seconds) < limit

@@ -1,0 +1,141 @@
+"""Small Hugging Face checkpoints with random weights, written by transformers: what the model and engine tests load.
+
+`make_checkpoint(folder, family)` writes config.json, generation_config.json, safetensors and a byte-level tokenizer.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.mistral import MistralConfig, MistralForCausalLM
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+VOCAB_SIZE = 260
+BOS_TOKEN_ID, EOS_TOKEN_ID = 257, 258
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_positions": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+
+
+def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}
+
+
+FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, _DECODER),
+    "llama-bias": (LlamaConfig, LlamaForCausalLM, {**_DECODER, "attention_bias": True, "mlp_bias": True}),
+    "llama-rope-linear": (LlamaConfig, LlamaForCausalLM, {**_DECODER, **_rope("linear", factor=4.0)}),
+    "llama-rope-dynamic": (LlamaConfig, LlamaForCausalLM, {**_DECODER, **_rope("dynamic", factor=4.0)}),
+    "llama-rope-llama3": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            **_DECODER,
+            **_rope(
+                "llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    "llama-rope-yarn": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {**_DECODER, **_rope("yarn", factor=4.0, original_max_position_embeddings=64)},
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {**_DECODER, "sliding_window": 24}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {k: v for k, v in _DECODER.items() if k != "head_dim"}),
+    "qwen2-window": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {
+            **_DECODER,
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**_DECODER, "tie_word_embeddings": True}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
+}
+"""Name → transformers' config class, its model class, and the options of a small model."""
+
+
+def make_checkpoint(
+    folder: str | Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write a checkpoint of a small random model; `overrides` are options of the family's transformers config."""
+    folder = Path(folder)
+    config_class, model_class, options = FAMILIES[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # transformers' own scale would make all logits alike; this one tells tokens, positions and layers apart.
+        model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, 1.0 if "bias" not in name else 0.0, 0.1)
+    torch_dtype = getattr(torch, dtype)
+    model.to(torch_dtype)
+    model.config.dtype = torch_dtype
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer(folder)
+    return folder
+
+
+def reference_model(folder: str | Path) -> PreTrainedModel:
+    """transformers' model of a checkpoint, in float32 whatever the checkpoint's dtype."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token per byte, then <pad>, <s>, </s>, <unk>: any text comes back as it was."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

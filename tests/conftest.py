@@ -1,0 +1,13 @@
+"""What holds for every test: no network, no deadlines on a shared machine."""
+
+import os
+
+from hypothesis import settings
+
+# Read by libraries when they are first imported, hence before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# A slow neighbour must not fail a test, and a failure must print what reproduces it.
+settings.register_profile("quire", deadline=None, print_blob=True)
+settings.load_profile("quire")

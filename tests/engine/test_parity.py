@@ -1,0 +1,78 @@
+"""Greedy tokens equal transformers', whatever the batch, the chunks, the prefix hits and the preemptions."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire import LLM, RequestOutput, SamplingParams
+from tests.checkpoints import make_checkpoint, reference_model
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "llama-rope-llama3"]
+NUM_STEPS = 128
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)
+BLOCK_SIZE = 8
+
+
+def make_prompts(count: int, *, longest: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of ragged lengths, among them one token, one block, and one that ends with a full block."""
+    rng = random.Random(seed)
+    lengths = [1, BLOCK_SIZE, 2 * BLOCK_SIZE, *(rng.randint(2, longest) for _ in range(count))][:count]
+    return [[rng.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def assert_greedy(oracle: torch.nn.Module, outputs: list[RequestOutput]) -> None:
+    """Every token is the most likely one after all before it: by induction, what `generate` would have given."""
+    for output in outputs:
+        tokens = output.outputs[0].token_ids
+        assert len(tokens) == NUM_STEPS
+        prompt = output.prompt_token_ids
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        assert tokens == logits.argmax(dim=-1).tolist()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), request.param, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint: Path) -> torch.nn.Module:
+    return reference_model(checkpoint)
+
+
+def make_llm(checkpoint: Path, **options: int) -> LLM:
+    return LLM(str(checkpoint), dtype="float32", **{"block_size": BLOCK_SIZE, "max_num_seqs": 20, "num_blocks": 600, "threads": 1, **options})
+
+
+def test_one_request_and_a_prefix_hit(checkpoint: Path, oracle: torch.nn.Module) -> None:
+    llm = make_llm(checkpoint)
+    rng = random.Random(1)
+    prompt = [rng.randrange(256) for _ in range(100)]
+    first = llm.generate([prompt], GREEDY)
+    again = llm.generate([prompt], GREEDY)
+    assert_greedy(oracle, first)
+    assert first[0].num_cached_tokens == 0
+    assert again[0].num_cached_tokens == 96  # all full blocks but the one with the last token
+    assert again[0].outputs[0].token_ids == first[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("batched_tokens", [512, 20], ids=["unchunked", "chunked"])
+def test_seventeen_requests(checkpoint: Path, oracle: torch.nn.Module, batched_tokens: int) -> None:
+    llm = make_llm(checkpoint, max_num_batched_tokens=batched_tokens)
+    assert_greedy(oracle, llm.generate(make_prompts(17, longest=100), GREEDY))
+    assert llm.stats().total_preemptions == 0
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_forced_preemptions(checkpoint: Path, oracle: torch.nn.Module, enable_prefix_caching: bool) -> None:
+    # The pool holds about three of the seventeen sequences at full length.
+    llm = make_llm(
+        checkpoint, num_blocks=80, max_num_batched_tokens=64, enable_prefix_caching=enable_prefix_caching, max_model_len=240
+    )
+    assert_greedy(oracle, llm.generate(make_prompts(17, longest=100), GREEDY))
+    stats = llm.stats()
+    assert stats.total_preemptions > 0
+    assert stats.num_used_blocks == 0

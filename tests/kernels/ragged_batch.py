@@ -1,0 +1,88 @@
+"""Ragged batches for the attention tests: sequences of any lengths in scattered blocks, and a plan over them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.attention.plan import plan_attention
+from quire.kernels import AttentionPlan, reference
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    plan: AttentionPlan
+    scale: float
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, AttentionPlan, float]:
+        return self.q, self.k_cache, self.v_cache, self.plan, self.scale
+
+    def in_float64(self) -> tuple[Tensor, Tensor, Tensor, AttentionPlan, float]:
+        return self.q.double(), self.k_cache.double(), self.v_cache.double(), self.plan, self.scale
+
+
+def ragged_batch(
+    sequences: Sequence[tuple[int, int]],
+    shape: Shape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    window: int = 0,
+    num_threads: int = 2,
+    seed: int = 0,
+) -> RaggedBatch:
+    """A batch of sequences given as (tokens, of which new).
+
+    Blocks are scattered, slots never written hold NaN, and block table entries past a sequence's end point nowhere:
+    whoever reads what it must not will show it.
+    """
+    random = torch.Generator().manual_seed(seed)
+    block_size = shape.block_size
+    lengths = [length for length, _ in sequences]
+    blocks = [-(-length // block_size) for length in lengths]
+    num_blocks = sum(blocks) + 3
+    free = torch.randperm(num_blocks, generator=random).to(torch.int32).numpy()
+    block_tables = np.full((len(sequences), max(blocks, default=0)), -(2**24), dtype=np.int32)
+    slots, new_slots = [], []
+    for row, (length, new) in enumerate(sequences):
+        block_tables[row, : blocks[row]], free = free[: blocks[row]], free[blocks[row] :]
+        position = np.arange(length)
+        slots.append(block_tables[row, position // block_size] * block_size + position % block_size)
+        new_slots.append(slots[-1][length - new :])
+
+    kv_shape = (num_blocks, shape.num_kv_heads, shape.head_dim, block_size)
+    k_cache = torch.full(kv_shape, float("nan"), dtype=dtype)
+    v_cache = k_cache.transpose(2, 3).contiguous()
+    keys = torch.randn(sum(lengths), shape.num_kv_heads, shape.head_dim, generator=random)
+    values = torch.randn(keys.shape, generator=random)
+    if lengths:
+        all_slots = torch.from_numpy(np.concatenate(slots).astype(np.int32))
+        reference.write_kv(keys, values, k_cache, v_cache, all_slots)
+
+    num_tokens = sum(new for _, new in sequences)
+    fused = torch.randn(num_tokens, shape.num_heads + 2, shape.head_dim, generator=random)
+    plan = plan_attention(
+        np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
+        np.array(lengths, dtype=np.int32),
+        block_tables,
+        np.concatenate([*new_slots, []]).astype(np.int32),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=block_size,
+        num_threads=num_threads,
+        window=window,
+    )
+    return RaggedBatch(fused[:, : shape.num_heads], k_cache, v_cache, plan, shape.head_dim**-0.5)

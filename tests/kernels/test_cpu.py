@@ -1,0 +1,298 @@
+"""The C++ kernels against the reference in float64, in every build this machine can run."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quire.errors import ConfigError
+from quire.kernels import Kernels, cpu, kernels_for, reference
+from tests.kernels.ragged_batch import Shape, ragged_batch
+
+# Errors of float32 arithmetic on values of size one. They are the same for every KV type, since the reference reads the
+# same rounded cache; how much rounding costs is the business of whoever chooses the type.
+TOLERANCE = 5e-6
+KV_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(params=cpu.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = cpu.isa()
+    cpu.use_isa(request.param)
+    yield request.param
+    cpu.use_isa(best)
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert found.dtype == torch.float32
+    assert expected.dtype == torch.float64
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+# Norms, rotary embedding, activations
+
+ROWS = [(1, 8), (3, 64), (2, 77), (5, 4096), (300, 200)]
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+def test_rms_norm(isa: str, tokens: int, hidden: int) -> None:
+    x, weight = 3 * torch.randn(tokens, hidden), torch.rand(hidden)
+    assert_close(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5))
+
+
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+def test_add_rms_norm(isa: str, tokens: int, hidden: int) -> None:
+    x, residual, weight = torch.randn(tokens, hidden), torch.randn(tokens, hidden), torch.rand(hidden)
+    total = residual.double()
+    expected = reference.add_rms_norm(x.double(), total, weight.double(), 1e-5)
+    assert_close(cpu.add_rms_norm(x, residual, weight, 1e-5), expected)
+    assert_close(residual, total)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+@pytest.mark.parametrize("head_dim", [32, 80, 128])
+def test_rms_norm_heads(isa: str, tokens: int, head_dim: int) -> None:
+    fused, weight = torch.randn(tokens, 12, head_dim), torch.rand(head_dim)
+    expected = fused.double()
+    reference.rms_norm_heads_(expected[:, 2:9], weight.double(), 1e-6)
+    cpu.rms_norm_heads_(fused[:, 2:9], weight, 1e-6)
+    assert_close(fused, expected)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 130])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (24, 12), (128, 128)])
+def test_rotary(isa: str, tokens: int, head_dim: int, rotary_dim: int) -> None:
+    fused = torch.randn(tokens, 11, head_dim)
+    expected = fused.double()
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32)
+    angles = torch.rand(50, rotary_dim // 2, dtype=torch.float64)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    reference.rotary_(expected[:, :6], expected[:, 6:8], positions, cos_sin)
+    cpu.rotary_(fused[:, :6], fused[:, 6:8], positions, cos_sin.float())
+    assert_close(fused, expected)
+
+
+@pytest.mark.parametrize("operation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("tokens", "hidden"), ROWS)
+def test_activations(isa: str, operation: str, tokens: int, hidden: int) -> None:
+    x = torch.cat((8 * torch.randn(tokens, hidden), torch.randn(tokens, hidden)), dim=1)
+
+    def run(kernels: Kernels, x: Tensor) -> Tensor:
+        if operation == "silu":
+            return kernels.silu_and_mul(x)
+        return kernels.gelu_and_mul(x, tanh=operation == "gelu_tanh")
+
+    assert_close(run(cpu, x), run(reference, x.double()))
+
+
+def test_activations_of_extremes(isa: str) -> None:
+    gate = torch.tensor([-3e38, -1000.0, -89.0, -0.0, 0.0, 89.0, 1000.0, 3e38])
+    x = torch.cat((gate, torch.ones(8))).view(1, 16)
+    relu = gate.clamp(min=0).view(1, 8)
+    for found in (cpu.silu_and_mul(x), cpu.gelu_and_mul(x, tanh=False), cpu.gelu_and_mul(x, tanh=True)):
+        torch.testing.assert_close(found, relu)
+    assert cpu.silu_and_mul(torch.full((1, 16), float("nan"))).isnan().all()
+
+
+# The cache
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("block_size", [1, 8, 16, 32])
+def test_write_kv(isa: str, dtype: torch.dtype, block_size: int) -> None:
+    k_cache = torch.randn(20, 3, 40, block_size).to(dtype)
+    v_cache = torch.randn(20, 3, block_size, 40).to(dtype)
+    fused = torch.randn(20, 12, 40)
+    slots = torch.randperm(20 * block_size)[:20].to(torch.int32)
+    slots[3] = slots[17] = -1
+    expected = k_cache.clone(), v_cache.clone()
+    reference.write_kv(fused[:, 3:6], fused[:, 6:9], *expected, slots)
+    cpu.write_kv(fused[:, 3:6], fused[:, 6:9], k_cache, v_cache, slots)
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_write_kv_rounds_like_torch(isa: str, dtype: torch.dtype) -> None:
+    """To nearest, ties to even, over all exponents; subnormals, overflow and NaN included."""
+    ties = torch.arange(0, 2**32, 2**11 + 2**8, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    numbers = torch.cat((ties, ties.view(torch.int32).bitwise_and(-4096).view(torch.float32)))
+    numbers = numbers[: len(numbers) // 64 * 64].view(-1, 1, 64)
+    k_cache = torch.zeros(len(numbers), 1, 64, 1, dtype=dtype)
+    v_cache = torch.zeros(len(numbers), 1, 1, 64, dtype=dtype)
+    cpu.write_kv(numbers, numbers, k_cache, v_cache, torch.arange(len(numbers), dtype=torch.int32))
+    expected = numbers.to(dtype)
+    for found in (k_cache.view(-1, 1, 64), v_cache.view(-1, 1, 64)):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(0.0, 1.0, 2.0), expected.nan_to_num(0.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_copy_blocks(dtype: torch.dtype) -> None:
+    k_cache, v_cache = torch.randn(9, 2, 32, 16).to(dtype), torch.randn(9, 2, 16, 32).to(dtype)
+    expected = k_cache.clone(), v_cache.clone()
+    pairs = torch.tensor([[0, 5], [0, 6], [3, 1]], dtype=torch.int32)
+    reference.copy_blocks(*expected, pairs)
+    cpu.copy_blocks(k_cache, v_cache, pairs)
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+
+
+# Attention
+
+MIXED = [(1, 1), (16, 1), (33, 33), (100, 7), (160, 32), (250, 1)]
+SHAPES = [
+    *(Shape(num_heads=2 * group, num_kv_heads=2, head_dim=64) for group in (1, 3, 4, 7, 8, 12)),
+    *(Shape(head_dim=head_dim) for head_dim in (8, 32, 72, 80, 96, 128, 256)),
+    *(Shape(block_size=block_size) for block_size in (1, 4, 8, 24, 32, 64)),
+    Shape(num_heads=7, num_kv_heads=1, head_dim=80, block_size=8),
+]
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_paged_attention(isa: str, shape: Shape, dtype: torch.dtype) -> None:
+    batch = ragged_batch(MIXED, shape, dtype=dtype)
+    assert_close(cpu.paged_attention(*batch.tensors()), reference.paged_attention(*batch.in_float64()))
+
+
+@pytest.mark.parametrize("block_size", [8, 16])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 40, 1000])
+def test_paged_attention_variants(isa: str, block_size: int, softcap: float, alibi: bool, window: int) -> None:
+    shape = Shape(block_size=block_size)
+    batch = ragged_batch(MIXED, shape, window=window)
+    slopes = torch.rand(shape.num_heads) if alibi else None
+    found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
+    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_paged_attention_of_random_batches(isa: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    num_kv_heads = int(random.integers(1, 5))
+    shape = Shape(
+        num_heads=num_kv_heads * int(random.integers(1, 9)),
+        num_kv_heads=num_kv_heads,
+        head_dim=int(random.choice([16, 32, 40, 64, 128])),
+        block_size=int(random.choice([1, 3, 8, 16, 32, 48])),
+    )
+    sequences = []
+    for _ in range(random.integers(1, 9)):
+        length = int(random.integers(1, 200))
+        sequences.append((length, int(random.choice([0, 1, length, random.integers(1, length + 1)]))))
+    window = int(random.choice([0, random.integers(1, 200)]))
+    threads = int(random.integers(1, 5))
+    batch = ragged_batch(sequences, shape, window=window, num_threads=threads, seed=seed)
+    found = cpu.paged_attention(*batch.tensors(), window=window)
+    assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
+
+
+@pytest.mark.parametrize("window", [0, 1500])
+def test_split_keys_are_merged(isa: str, window: int) -> None:
+    batch = ragged_batch([(3000, 1), (50, 50), (2000, 3)], Shape(), window=window, num_threads=8)
+    assert len(batch.plan.merges) > 0
+    found = cpu.paged_attention(*batch.tensors(), window=window)
+    assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
+
+
+def test_large_scores_stay_finite(isa: str) -> None:
+    batch = ragged_batch([(300, 20)], Shape())
+    batch.q.mul_(300)
+    assert_close(cpu.paged_attention(*batch.tensors()), reference.paged_attention(*batch.in_float64()), 1e-3)
+
+
+def test_an_empty_batch(isa: str) -> None:
+    batch = ragged_batch([], Shape())
+    assert cpu.paged_attention(*batch.tensors()).shape == (0, 6, 64)
+    batch = ragged_batch([(40, 0), (3, 0)], Shape())
+    assert cpu.paged_attention(*batch.tensors()).shape == (0, 6, 64)
+
+
+def test_threads_do_not_change_results() -> None:
+    """The same plan gives the same bits whoever takes which item, and however often it is run."""
+    batch = ragged_batch([(3000, 1), (200, 200), (700, 3)], Shape(), num_threads=4)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads in (1, 2, 4, 4):
+            torch.set_num_threads(num_threads)
+            results.append(cpu.paged_attention(*batch.tensors()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], each) for each in results[1:])
+
+
+def test_a_sequence_of_nan_leaves_its_neighbours_alone(isa: str) -> None:
+    sequences = [(40, 1), (100, 30), (70, 1)]
+    clean, broken = ragged_batch(sequences, Shape()), ragged_batch(sequences, Shape())
+    broken.q[1:31] = float("nan")
+    expected, found = cpu.paged_attention(*clean.tensors()), cpu.paged_attention(*broken.tensors())
+    assert found[1:31].isnan().all()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[31], expected[31])
+
+
+# The module
+
+def test_kernels_for() -> None:
+    assert kernels_for("cpu") is cpu
+    with pytest.raises(ValueError, match="no kernels for device type 'tpu'"):
+        kernels_for("tpu")
+
+
+def test_arguments_are_checked() -> None:
+    x, weight = torch.randn(2, 32), torch.rand(32)
+    with pytest.raises(ValueError, match="x: expected float32, found float16"):
+        cpu.rms_norm(x.half(), weight, 1e-5)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[32\], found \[16\]"):
+        cpu.rms_norm(x, weight[:16], 1e-5)
+    with pytest.raises(ValueError, match=r"x: expected contiguous rows, found strides \[32, 2\]"):
+        cpu.rms_norm(x[:, ::2], weight[:16], 1e-5)
+    with pytest.raises(TypeError, match="torch.Tensor"):
+        cpu.rms_norm(x, [1.0] * 32, 1e-5)  # type: ignore[arg-type]  # what an untyped caller may do
+    k, caches = torch.randn(2, 1, 32), (torch.zeros(4, 1, 32, 16), torch.zeros(4, 1, 16, 32))
+    with pytest.raises(ValueError, match="slots: expected int32, found int64"):
+        cpu.write_kv(k, k, *caches, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 32, 16\], found \[4, 1, 16, 32\]"):
+        cpu.write_kv(k, k, caches[1], caches[1], torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="v_cache: expected float32, float16 or bfloat16, found int8"):
+        cpu.write_kv(k, k, caches[0].char(), caches[1].char(), torch.tensor([0, 1], dtype=torch.int32))
+    batch = ragged_batch([(40, 4)], Shape(), window=8)
+    with pytest.raises(ValueError, match="window: expected 1 to 8"):
+        cpu.paged_attention(*batch.tensors(), window=9)
+    with pytest.raises(ValueError, match=r"q: expected shape \[4, 6, 64\], found \[3, 6, 64\]"):
+        cpu.paged_attention(batch.q[1:], *batch.tensors()[1:], window=8)
+
+
+def test_an_unsupported_isa_is_refused() -> None:
+    with pytest.raises(ConfigError, match="QUIRE_CPU_ISA=sse9: unknown; choose one of portable"):
+        cpu.use_isa("sse9")
+
+
+@pytest.mark.parametrize("isa", ["portable", "sse9"])
+def test_the_environment_chooses_the_isa(isa: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from quire.kernels import cpu; print(cpu.isa())"],
+        env={**os.environ, "QUIRE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if isa == "portable":
+        assert done.stdout.strip() == "portable"
+    else:
+        assert "QUIRE_CPU_ISA=sse9: unknown" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
+    """Two copies would mean two thread pools on the same cores."""
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "gomp" in line or "libomp" in line or "iomp" in line}
+    assert len(runtimes) == 1, runtimes

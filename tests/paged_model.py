@@ -1,0 +1,70 @@
+"""A model and a KV cache of shuffled blocks, fed by hand: what a runner does, without scheduler or engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quire.attention.plan import plan_attention
+from quire.kernels import Kernels, kernels_for
+from quire.model_config import ModelConfig
+from quire.models.registry import load_model
+from quire.models.weights import Weights
+
+
+class PagedModel:
+    """`step` computes the next tokens of any sequences together and returns their logits."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str = "float32",
+        *,
+        kernels: Kernels | None = None,
+        block_size: int = 16,
+        max_sequences: int = 4,
+        max_model_len: int | None = None,
+    ) -> None:
+        self.config = config = ModelConfig.from_folder(folder)
+        kernels = kernels or kernels_for("cpu")
+        self.model = load_model(config, Weights.open(folder), kernels, dtype, max_model_len=max_model_len)
+        self.block_size = block_size
+        blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)
+        num_blocks = max_sequences * blocks_per_sequence
+        shuffled = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+        self.block_tables = shuffled.reshape(max_sequences, blocks_per_sequence)
+        keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
+        values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        # What a block held before must never matter.
+        self.layers = [(torch.full(keys, 1e4), torch.full(values, 1e4)) for _ in range(config.num_layers)]
+        self.lengths = [0] * max_sequences
+
+    def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Sequence → its next tokens; returns sequence → logits [its new tokens, vocab_size]."""
+        counts = [len(new) for new in tokens.values()]
+        positions, slots = [], []
+        for sequence, new in tokens.items():
+            here = np.arange(self.lengths[sequence], self.lengths[sequence] + len(new), dtype=np.int32)
+            blocks = self.block_tables[sequence][here // self.block_size]
+            positions.append(here)
+            slots.append(blocks * self.block_size + here % self.block_size)
+            self.lengths[sequence] += len(new)
+        plan = plan_attention(
+            np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+            np.array([self.lengths[sequence] for sequence in tokens], dtype=np.int32),
+            self.block_tables[list(tokens)],
+            np.concatenate(slots),
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=self.block_size,
+            num_threads=torch.get_num_threads(),
+        )
+        ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
+        with torch.inference_mode():
+            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan)
+            logits = self.model.logits(hidden)
+        assert logits.dtype == torch.float32
+        return dict(zip(tokens, logits.split(counts), strict=True))

@@ -1,0 +1,1027 @@
+"""The scheduler against a runner that computes nothing but remembers everything.
+
+`FakeRunner` knows what a real runner knows, the plans. The "KV" of a token is a hash of that token and the KV before it,
+read through the row's block table: a wrong block, copy, order or position shows in the next token. Tokens follow from the
+context alone, so every request must get the tokens it would get if it were alone, whatever else happens.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from quire.errors import RequestError
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import SequenceDelta
+from quire.request import Request
+from quire.sampling_params import SamplingParams
+from quire.scheduler.scheduler import Scheduler, equal_shares
+from quire.scheduler.sequence import SequenceGroup
+from quire.step import NewRow, StepPlan, StepResult, TokenLogprobs
+
+EOS = 15
+STOP_TOKEN = 14
+NOTHING = -1
+
+# -- the model of a model ---------------------------------------------------------------------------------------------
+
+
+def kv_of(previous: int, token_id: int) -> int:
+    return (previous * 1_000_003 + token_id + 1) % (2**61 - 1)
+
+
+def kv_of_all(token_ids: list[int]) -> list[int]:
+    kv, values = 0, []
+    for token_id in token_ids:
+        kv = kv_of(kv, token_id)
+        values.append(kv)
+    return values
+
+
+def next_token(kv: int, seed: int, sample_index: int) -> int:
+    """What comes after a context. Mostly small numbers, so that samples part late and contents are often equal."""
+    draw = random.Random(f"{kv} {seed} {sample_index}").randrange(40)
+    return draw if draw in (EOS, STOP_TOKEN) else draw % 3
+
+
+def is_faulty(kv: int, seed: int) -> bool:
+    return seed < 0 and kv % 5 == 0
+
+
+@dataclass
+class Ending:
+    """How one sample goes if its request is alone."""
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+def alone(request: Request, index: int) -> Ending:
+    token_ids: list[int] = []
+    while True:
+        kv = kv_of_all([*request.prompt_token_ids, *token_ids])[-1]
+        if is_faulty(kv, request.seed):
+            return Ending(token_ids, "error")
+        token_ids.append(next_token(kv, request.seed, index))
+        if token_ids[-1] in (*request.eos_token_ids, *request.params.stop_token_ids):
+            return Ending(token_ids, "stop")
+        if len(token_ids) == request.max_tokens:
+            return Ending(token_ids, "length")
+
+
+@dataclass
+class Row:
+    """What a runner remembers of a row. The block table is never cleared, as the rows of an array are not."""
+
+    new_row: NewRow
+    token_ids: list[int]
+    blocks: list[int]
+
+
+class FakeRunner:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.size = block_size
+        self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
+        self.rows: dict[int, Row] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for new_row in plan.new_rows:
+            old = self.rows.get(new_row.row)
+            token_ids = [*new_row.prompt_token_ids, *new_row.output_token_ids]
+            self.rows[new_row.row] = Row(new_row, token_ids, old.blocks if old else [])
+        for row, first, blocks in plan.new_blocks:
+            if row in self.rows:
+                table = self.rows[row].blocks
+                table += [NOTHING] * (first + len(blocks) - len(table))
+                table[first : first + len(blocks)] = blocks
+        sources, destinations = (
+            {pair[0] for pair in plan.block_copies},
+            [pair[1] for pair in plan.block_copies],
+        )
+        assert len(set(destinations)) == len(destinations)
+        assert not sources & set(destinations), "copies would depend on their order"
+        for source, destination in plan.block_copies:
+            self.memory[destination] = self.memory[source].copy()
+        self._compute(plan)
+        return self._sample(plan)
+
+    def _compute(self, plan: StepPlan) -> None:
+        assert len(plan.rows) == len(plan.starts) == len(plan.counts) == len(set(plan.rows))
+        assert sum(plan.counts) == len(plan.token_ids)
+        written: set[tuple[int, int]] = set()
+        first = 0
+        for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            row = self.rows[row_index]
+            assert count > 0
+            assert plan.token_ids[first : first + count] == row.token_ids[start : start + count]
+            for position in range(start, start + count):
+                previous = self.kv_at(row, position - 1) if position else 0
+                slot = row.blocks[position // self.size], position % self.size
+                assert slot not in written, "two rows write one slot"
+                written.add(slot)
+                self.memory[slot[0]][slot[1]] = kv_of(previous, row.token_ids[position])
+            first += count
+        for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            row = self.rows[row_index]
+            read = [self.kv_at(row, position) for position in range(start + count)]
+            assert read == kv_of_all(row.token_ids[: start + count]), "the context does not read back"
+
+    def _sample(self, plan: StepPlan) -> StepResult:
+        result = StepResult()
+        assert plan.sample_after == sorted(plan.sample_after)
+        for index, row_index in zip(plan.sample_after, plan.sample_rows, strict=True):
+            row, computed = self.rows[row_index], self.rows[plan.rows[index]]
+            end = plan.starts[index] + plan.counts[index]
+            assert end == len(row.token_ids), "a sample is drawn after the sequence's last token"
+            kv = self.kv_at(computed, end - 1)
+            assert kv == kv_of_all(row.token_ids)[-1]
+            new_row = row.new_row
+            token_id = next_token(kv, new_row.seed, new_row.sample_index)
+            row.token_ids.append(token_id)
+            result.token_ids.append(token_id)
+            result.logprobs.append(
+                TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None
+            )
+            result.errors.append("logits are not finite" if is_faulty(kv, new_row.seed) else None)
+        for index, (_, targets) in plan.prompt_logprobs.items():
+            start, row = plan.starts[index], self.rows[plan.rows[index]]
+            assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
+            result.prompt_logprobs[index] = [
+                TokenLogprobs([target], [-float(start + offset)], [1])
+                for offset, target in enumerate(targets)
+            ]
+        return result
+
+    def kv_at(self, row: Row, position: int) -> int:
+        return self.memory[row.blocks[position // self.size]][position % self.size]
+
+
+@dataclass
+class Client:
+    """What the sender of a request has received so far."""
+
+    request: Request
+    token_ids: dict[int, list[int]]
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Engine:
+    """Scheduler, pool and fake runner in a loop, with every promise checked in every step."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_num_partial_prefills: int = 4,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        self.runner = FakeRunner(num_blocks, block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=256,
+            max_num_partial_prefills=max_num_partial_prefills,
+            clock=lambda: 1.0,
+        )
+        self.clients: dict[str, Client] = {}
+        self.request_ids: dict[int, str] = {}
+        """Identity of a prompt's list → its request."""
+        self.num_steps = 0
+
+    def add(self, request: Request) -> Client:
+        self.scheduler.add(request)
+        resumed = request.output_token_ids or {index: [] for index in range(request.params.n)}
+        client = Client(request, {index: list(token_ids) for index, token_ids in resumed.items()})
+        self.clients[request.request_id] = client
+        self.request_ids[id(request.prompt_token_ids)] = request.request_id
+        return client
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        self.check_plan(plan)
+        self.receive(self.scheduler.update(plan, self.runner.execute(plan)))
+        self.num_steps += 1
+        self.check()
+        return plan
+
+    def run(self, max_steps: int = 1_000) -> None:
+        for _ in range(max_steps):
+            if not self.scheduler.has_work:
+                break
+            self.step()
+        assert not self.scheduler.has_work, "no end in sight"
+        assert self.pool.num_free == self.pool.num_blocks
+
+    def abort(self, request_id: str) -> None:
+        self.scheduler.abort(request_id)
+        self.clients.pop(request_id, None)
+        assert request_id not in self.scheduler._groups
+        self.check()
+
+    def stop(self, request_id: str, index: int) -> None:
+        self.scheduler.stop(request_id, index)
+        if request_id in self.clients:
+            self.clients[request_id].finish_reasons[index] = "stopped by its text"
+            self.forget_finished()
+        self.check()
+
+    def fail(self) -> list[SequenceDelta]:
+        """A step in which the runner falls over before it has taken in anything."""
+        plan = self.scheduler.schedule()
+        deltas = self.scheduler.fail(plan, "the step failed")
+        for delta in deltas:
+            client = self.clients[delta.request_id]
+            assert (delta.finish_reason, delta.error, delta.token_ids) == ("error", "the step failed", [])
+            client.finish_reasons[delta.index] = "error"
+        self.forget_finished()
+        self.check()
+        return deltas
+
+    def receive(self, deltas: list[SequenceDelta]) -> None:
+        for delta in deltas:
+            client = self.clients[delta.request_id]
+            assert delta.index not in client.finish_reasons, "a sample that ended goes on"
+            token_ids = client.token_ids[delta.index]
+            token_ids += delta.token_ids
+            client.prompt_logprobs += delta.prompt_logprobs or []
+            ending = alone(client.request, delta.index)
+            assert token_ids == ending.token_ids[: len(token_ids)]
+            if delta.finish_reason is not None:
+                assert (token_ids, delta.finish_reason) == (ending.token_ids, ending.finish_reason)
+                client.finish_reasons[delta.index] = delta.finish_reason
+            if client.request.params.prompt_logprobs is None:
+                assert client.prompt_logprobs == []
+            elif delta.token_ids:
+                prompt = client.request.prompt_token_ids
+                expected = [([token], [-float(start)]) for start, token in enumerate(prompt[1:])]
+                assert [(entry.token_ids, entry.logprobs) for entry in client.prompt_logprobs] == expected
+        self.forget_finished()
+
+    def forget_finished(self) -> None:
+        for request_id, client in list(self.clients.items()):
+            if client.finish_reasons.keys() >= client.token_ids.keys():
+                assert request_id not in self.scheduler._groups
+                del self.clients[request_id]
+
+    def check_plan(self, plan: StepPlan) -> None:
+        scheduler = self.scheduler
+        assert bool(plan.rows) == scheduler.has_work
+        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        new_rows = {new_row.row for new_row in plan.new_rows}
+        assert len(new_rows) == len(plan.new_rows)
+        decoding = {
+            sequence.row
+            for group in scheduler._running
+            for sequence in group.sequences
+            if sequence.num_missing_tokens == 1
+            and sequence.num_output_tokens
+            and sequence.row not in new_rows
+        }
+        assert set(plan.rows[: len(decoding)]) == decoding, (
+            "whoever decodes is in every step, and comes first"
+        )
+
+    def check(self) -> None:
+        scheduler, pool = self.scheduler, self.pool
+        assert scheduler._groups.keys() == self.clients.keys()
+        sequences = [sequence for group in scheduler._groups.values() for sequence in group.sequences]
+        running = [sequence for group in scheduler._running for sequence in group.sequences]
+        assert [group.order for group in scheduler._running] == sorted({g.order for g in scheduler._running})
+        assert len(scheduler._running) + len(scheduler._waiting) == len(scheduler._groups)
+        assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
+        assert pool.num_free == len(list(pool.free_order())) == pool.ref_counts.count(0)
+        assert {sequence.row for sequence in running} == {
+            row for row, sequence in enumerate(scheduler._rows) if sequence is not None
+        }
+        assert len(running) + len(scheduler._free_rows) == scheduler.max_num_seqs
+        for sequence in sequences:
+            assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
+            assert sequence.table.num_tokens == sequence.num_computed_tokens
+            if sequence not in running:
+                assert (sequence.table.blocks, sequence.row) == ([], -1)
+        for group in scheduler._running:
+            held = {block for sequence in group.sequences for block in sequence.table.blocks}
+            assert len(held) <= group.max_blocks(pool.block_size)
+        if not scheduler._groups:
+            assert pool.num_free == pool.num_blocks
+        stats = scheduler.stats()
+        assert (stats.num_running, stats.num_waiting) == (len(scheduler._running), len(scheduler._waiting))
+        assert stats.num_used_blocks == pool.num_blocks - pool.num_free
+
+
+def new_request(
+    request_id: str,
+    prompt: int | list[int],
+    max_tokens: int = 8,
+    *,
+    n: int = 1,
+    seed: int = 1,
+    priority: int = 0,
+    salt: str = "",
+    prompt_logprobs: int | None = None,
+    resumed: dict[int, list[int]] | None = None,
+    can_stop: bool = False,
+) -> Request:
+    """A request with a prompt of its own of a given length, or with a given one. It ends by length unless told."""
+    if isinstance(prompt, int):
+        rng = random.Random(request_id)
+        prompt = [rng.randrange(100, 1_000) for _ in range(prompt)]
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=SamplingParams(
+            n=n, prompt_logprobs=prompt_logprobs, logprobs=1, stop_token_ids=(STOP_TOKEN,) if can_stop else ()
+        ),
+        seed=seed,
+        eos_token_ids=(EOS,) if can_stop else (),
+        max_tokens=max_tokens,
+        priority=priority,
+        cache_salt=salt,
+        output_token_ids=resumed or {},
+    )
+
+
+def counts_by_request(engine: Engine, plan: StepPlan) -> dict[str, int]:
+    """Tokens computed in a step that was just executed."""
+    counts: dict[str, int] = {}
+    for row, count in zip(plan.rows, plan.counts, strict=True):
+        request_id = engine.request_ids[id(engine.runner.rows[row].new_row.prompt_token_ids)]
+        counts[request_id] = counts.get(request_id, 0) + count
+    return counts
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "wants", "shares"),
+    [
+        (100, [1000, 10, 40], [50, 10, 40]),
+        (100, [], []),
+        (0, [3, 4], [0, 0]),
+        (10, [3, 4], [3, 4]),
+        (10, [9, 9, 9], [4, 3, 3]),
+        (1, [5, 3, 3], [0, 1, 0]),
+        (7, [1, 100], [1, 6]),
+    ],
+)
+def test_equal_shares(budget: int, wants: list[int], shares: list[int]) -> None:
+    assert equal_shares(budget, wants) == shares
+
+
+def test_a_request_from_end_to_end() -> None:
+    engine = Engine()
+    client = engine.add(new_request("a", 10, max_tokens=5))
+    plan = engine.step()
+    assert (plan.counts, plan.sample_after, plan.sample_rows) == ([10], [0], plan.rows)
+    assert [engine.step().counts for _ in range(4)] == [[1]] * 4
+    assert not engine.scheduler.has_work
+    assert client.finish_reasons == {0: "length"}
+    assert engine.step().rows == []
+
+
+def test_a_long_prompt_is_computed_in_chunks() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    engine.add(new_request("a", 20, max_tokens=2))
+    plans = [engine.step() for _ in range(4)]
+    assert [(plan.starts, plan.counts, plan.sample_after) for plan in plans] == [
+        ([0], [8], []),
+        ([8], [8], []),
+        ([16], [4], [0]),
+        ([20], [1], [0]),
+    ]
+
+
+def test_running_sequences_decode_first_and_prompts_get_the_rest() -> None:
+    engine = Engine(max_num_batched_tokens=16)
+    for name in "abc":
+        engine.add(new_request(name, 4, max_tokens=20))
+    engine.step()
+    engine.add(new_request("long", 40, max_tokens=2))
+    plan = engine.step()
+    assert plan.counts == [1, 1, 1, 13]
+
+
+def test_a_long_prompt_does_not_starve_short_ones() -> None:
+    engine = Engine(max_num_batched_tokens=32)
+    engine.add(new_request("long", 200, max_tokens=1))
+    engine.step()
+    for name in "abc":
+        engine.add(new_request(name, 6, max_tokens=1))
+    plan = engine.step()
+    assert sorted(plan.counts) == [6, 6, 6, 14]
+    assert engine.clients.keys() == {"long"}
+
+
+def test_as_many_prompts_share_a_step_as_are_allowed() -> None:
+    engine = Engine(max_num_batched_tokens=32, max_num_partial_prefills=2)
+    for name in "abcd":
+        engine.add(new_request(name, 40, max_tokens=1))
+    assert counts_by_request(engine, engine.step()) == {"a": 16, "b": 16}
+
+
+def test_a_budget_of_one_token_a_step_serves_everybody() -> None:
+    engine = Engine(max_num_seqs=1, max_num_batched_tokens=1)
+    for name in "abc":
+        engine.add(new_request(name, 5, max_tokens=3))
+    engine.run(max_steps=3 * (5 + 3))
+
+
+# -- who comes first --------------------------------------------------------------------------------------------------
+
+
+def test_first_come_first_served() -> None:
+    engine = Engine(max_num_seqs=1)
+    for name in "abc":
+        engine.add(new_request(name, 4, max_tokens=2))
+    order = []
+    while engine.scheduler.has_work:
+        order += counts_by_request(engine, engine.step())
+    assert order == ["a", "a", "b", "b", "c", "c"]
+
+
+def test_priority_goes_before_arrival() -> None:
+    engine = Engine(max_num_seqs=1)
+    for name, priority in (("later", 1), ("normal", 0), ("first", -1), ("normal too", 0)):
+        engine.add(new_request(name, 4, max_tokens=1, priority=priority))
+    order = []
+    while engine.scheduler.has_work:
+        order += counts_by_request(engine, engine.step())
+    assert order == ["first", "normal", "normal too", "later"]
+
+
+def test_the_latest_yields_when_memory_runs_short_and_resumes_first() -> None:
+    engine = Engine(num_blocks=6, block_size=4)
+    for name in "ab":
+        engine.add(new_request(name, 8, max_tokens=12))
+    engine.add(new_request("c", 4, max_tokens=1))
+    while engine.scheduler.stats().total_preemptions == 0:
+        engine.step()
+    assert [group.request.request_id for group in engine.scheduler._running] == ["a"]
+    preempted = engine.scheduler._groups["b"]
+    assert (preempted.num_preemptions, preempted.leader.num_computed_tokens) == (1, 0)
+    engine.run()
+
+
+def test_the_least_important_yields_even_if_it_came_first() -> None:
+    engine = Engine(num_blocks=6, block_size=4)
+    engine.add(new_request("batch", 8, max_tokens=12, priority=1))
+    engine.step()
+    engine.add(new_request("urgent", 8, max_tokens=12))
+    while engine.scheduler.stats().total_preemptions == 0:
+        engine.step()
+    assert [group.request.request_id for group in engine.scheduler._running] == ["urgent"]
+    engine.run()
+
+
+def test_what_was_preempted_resumes_from_the_prefix_cache() -> None:
+    engine = Engine(num_blocks=6, block_size=4)
+    for name in "ab":
+        engine.add(new_request(name, 8, max_tokens=12))
+    while engine.scheduler.stats().total_preemptions == 0:
+        engine.step()
+    engine.abort("a")
+    plan = engine.step()
+    assert plan.starts[0] >= 8
+    engine.run()
+
+
+def test_admission_waits_for_room_for_the_whole_prompt_and_a_watermark() -> None:
+    engine = Engine(num_blocks=200, block_size=4, max_num_batched_tokens=256)
+    engine.add(new_request("a", 250, max_tokens=2))
+    engine.add(new_request("b", 250, max_tokens=2))
+    engine.add(new_request("c", 250, max_tokens=2))
+    engine.add(new_request("d", 37, max_tokens=2))
+    engine.step()
+    assert engine.scheduler.stats().num_running == 3
+    assert engine.scheduler.stats().num_waiting == 1, "63 + 63 + 63 + 10 of 200 blocks leave less than two"
+
+
+def test_prompts_that_hold_all_blocks_make_room_for_the_first() -> None:
+    """A step that could compute nothing would be a standstill."""
+    engine = Engine(num_blocks=6, block_size=4, max_num_batched_tokens=8)
+    engine.add(new_request("a", 4, max_tokens=20))
+    for _ in range(4):
+        engine.step()
+    engine.add(new_request("b", 16, max_tokens=1))
+    engine.run()
+
+
+# -- the door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "message"),
+    [
+        (new_request("a", []), "prompt", "the prompt is empty: it must hold at least one token"),
+        (
+            new_request("a", 250, 7),
+            "max_tokens",
+            "the prompt has 250 tokens and max_tokens is 7; together they exceed the context of 256 tokens",
+        ),
+        (new_request("a", 1, n=9), "n", "n is 9, but at most 8 sequences run at once (max_num_seqs)"),
+        (
+            new_request("a", 40, 26),
+            "max_tokens",
+            "1 samples of 40 prompt + 26 output tokens can need 17 KV blocks of 4 tokens, but the pool has 16; "
+            "ask for less or raise kv_cache_memory",
+        ),
+        (
+            new_request("a", 41, 7, n=4),
+            "max_tokens",
+            "4 samples of 41 prompt + 7 output tokens can need 18 KV blocks of 4 tokens, but the pool has 16; "
+            "ask for less or raise kv_cache_memory",
+        ),
+    ],
+)
+def test_what_can_never_run_is_refused_with_the_numbers(request_: Request, param: str, message: str) -> None:
+    engine = Engine(num_blocks=16)
+    with pytest.raises(RequestError) as caught:
+        engine.add(request_)
+    assert (caught.value.param, caught.value.message) == (param, message)
+    assert not engine.scheduler.has_work
+
+
+def test_an_id_in_use_is_refused() -> None:
+    engine = Engine()
+    engine.add(new_request("a", 4))
+    with pytest.raises(RequestError, match="request id a is in use"):
+        engine.scheduler.add(new_request("a", 4))
+    engine.run()
+    engine.add(new_request("a", 4))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("block_size", [1, 3, 4])
+@pytest.mark.parametrize("prompt", [1, 4, 7])
+def test_what_passes_the_door_runs_in_a_pool_of_exactly_its_size(
+    n: int, block_size: int, prompt: int
+) -> None:
+    request = new_request("a", prompt, max_tokens=9, n=n)
+    shared = prompt // block_size
+    exactly = shared + n * (-(-(prompt + 8) // block_size) - shared)
+    with pytest.raises(RequestError, match=f"can need {exactly} KV blocks"):
+        Engine(exactly - 1, block_size).add(request)
+    engine = Engine(exactly, block_size)
+    engine.add(request)
+    engine.run(max_steps=20)
+    assert engine.scheduler.stats().total_preemptions == 0
+
+
+# -- leaving ----------------------------------------------------------------------------------------------------------
+
+
+def test_abort_frees_in_the_same_call_wherever_the_request_is() -> None:
+    engine = Engine(max_num_seqs=4, max_num_batched_tokens=8, enable_prefix_caching=False)
+    for name in ("decoding", "half computed", "queued"):
+        engine.add(new_request(name, 4 if name == "decoding" else 30, n=2))
+        engine.step()
+    for name in ("half computed", "queued", "decoding", "decoding", "unknown"):
+        engine.abort(name)
+    assert (engine.pool.num_free, engine.scheduler.has_work) == (64, False)
+
+
+def test_stop_ends_one_sample_and_the_others_go_on() -> None:
+    engine = Engine()
+    client = engine.add(new_request("a", 6, n=3))
+    engine.step()
+    engine.step()
+    used = engine.pool.num_used
+    engine.stop("a", 1)
+    assert engine.pool.num_used == used - 1
+    engine.stop("a", 1)
+    engine.stop("unknown", 0)
+    engine.run()
+    assert sorted(client.finish_reasons) == [0, 1, 2]
+
+
+def test_end_tokens_and_stop_tokens() -> None:
+    reasons = set()
+    for seed in range(40):
+        engine = Engine()
+        client = engine.add(new_request("a", 3, max_tokens=12, seed=seed, can_stop=True))
+        deltas: list[SequenceDelta] = []
+        while engine.scheduler.has_work:
+            plan = engine.scheduler.schedule()
+            deltas = engine.scheduler.update(plan, engine.runner.execute(plan))
+            engine.receive(deltas)
+        last = client.token_ids[0][-1]
+        assert deltas[0].stop_reason == (STOP_TOKEN if last == STOP_TOKEN else None)
+        reasons.add((last if last in (EOS, STOP_TOKEN) else 0, deltas[0].finish_reason))
+    assert reasons == {(EOS, "stop"), (STOP_TOKEN, "stop"), (0, "length")}
+
+
+def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
+    engine = Engine()
+    prompts = ([number] * 9 for number in range(100, 200))
+    prompt = next(prompt for prompt in prompts if is_faulty(kv_of_all(prompt)[-1], seed=-1))
+    client = engine.add(new_request("faulty", prompt, seed=-1))
+    engine.add(new_request("healthy", 9))
+    engine.step()
+    assert client.finish_reasons == {0: "error"}
+    assert engine.clients.keys() == {"healthy"}
+    engine.add(new_request("same prefix", [*prompt, 5]))
+    engine.step()
+    assert engine.scheduler._groups["same prefix"].num_cached_tokens == 0
+    engine.run()
+
+
+def test_a_step_that_fails_ends_those_it_computed_and_loses_nobody_else() -> None:
+    """The runner took in neither the fork nor the new rows of that step: the plans that follow must not rely on it."""
+    engine = Engine(max_num_seqs=4, max_num_batched_tokens=4, num_blocks=64)
+    engine.add(new_request("decoding", 4, max_tokens=30, n=4))
+    engine.step()
+    engine.stop("decoding", 3)
+    engine.add(new_request("admitted", 30))
+    assert {delta.request_id for delta in engine.fail()} == {"decoding", "admitted"}
+    engine.run()
+
+    first = alone(new_request("a", 6, n=3), 0).token_ids
+    resumed = {index: alone(new_request("a", 6, n=3), index).token_ids[:5] for index in range(3)}
+    assert len(first) == 8
+    engine = Engine(max_num_seqs=4, max_num_batched_tokens=4)
+    engine.add(new_request("b", 4, max_tokens=40))
+    engine.step()
+    engine.add(new_request("a", 6, n=3, resumed=resumed))
+    for _ in range(2):
+        engine.step()
+    engine.fail()
+    engine.run()
+
+
+# -- samples of one request -------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_of_a_group_is_computed_and_stored_once() -> None:
+    engine = Engine()
+    engine.add(new_request("a", 10, n=4))
+    plan = engine.step()
+    assert (plan.counts, plan.sample_after) == ([10], [0, 0, 0, 0])
+    assert len(set(plan.sample_rows)) == 4
+    assert (engine.pool.num_used, engine.pool.num_references) == (3, 12)
+    plan = engine.step()
+    assert plan.counts == [1] * 4
+    assert len(plan.block_copies) == 3, "the last holder writes in place"
+    assert engine.pool.num_used == 2 + 4
+    while engine.scheduler.has_work:
+        assert engine.step().block_copies == []
+
+
+def test_samples_part_without_a_copy_where_a_block_is_full() -> None:
+    engine = Engine()
+    engine.add(new_request("a", 8, n=3))
+    engine.run()
+    assert engine.pool.total_block_copies == 0
+
+
+def test_a_group_waits_until_all_its_samples_have_a_row() -> None:
+    engine = Engine(max_num_seqs=4)
+    engine.add(new_request("a", 4, max_tokens=3, n=2))
+    engine.add(new_request("b", 4, max_tokens=3, n=3))
+    engine.add(new_request("c", 4, max_tokens=3, n=1))
+    engine.step()
+    assert engine.scheduler.stats().num_running == 1
+    engine.run()
+
+
+def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) -> Engine:
+    """An engine in which group b was just preempted for the sake of a, and a is gone."""
+    shared = prompt // 4
+    num_blocks = max(10, shared + n * (-(-(prompt + 29) // 4) - shared))
+    engine = Engine(num_blocks, 4, enable_prefix_caching=enable_prefix_caching)
+    engine.add(new_request("a", 8, max_tokens=30))
+    engine.add(new_request("b", prompt, max_tokens=30, n=n))
+    while engine.scheduler.stats().total_preemptions == 0:
+        engine.step()
+    assert engine.scheduler._groups["b"].num_preemptions == 1
+    engine.abort("a")
+    return engine
+
+
+@pytest.mark.parametrize("prompt", [1, 6, 8, 9])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n: int) -> None:
+    engine = preempted_group(prompt, n)
+    group = engine.scheduler._groups["b"]
+    missing = sum(sequence.num_output_tokens for sequence in group.sequences) + prompt
+    num_steps = computed = 0
+    while any(sequence.num_missing_tokens > 1 for sequence in group.sequences):
+        computed += engine.step().num_tokens
+        num_steps += 1
+    assert num_steps <= 2
+    assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
+    assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
+    assert engine.step().counts == [1] * n
+    engine.run()
+
+
+def test_a_preempted_group_is_resumed_without_a_cache() -> None:
+    engine = preempted_group(9, 3, enable_prefix_caching=False)
+    group = engine.scheduler._groups["b"]
+    missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
+    computed = 0
+    while any(sequence.num_missing_tokens > 1 for sequence in group.sequences):
+        computed += engine.step().num_tokens
+    assert computed == missing, "the prompt is computed once then, too"
+    engine.run()
+
+
+@pytest.mark.parametrize("prompt", [1, 4, 6])
+@pytest.mark.parametrize("lengths", [(2, 0, 3), (0, 0, 5), (5, 1, 1), (0, 4, 0)])
+def test_requests_go_on_from_what_an_earlier_process_generated(prompt: int, lengths: tuple[int, ...]) -> None:
+    request = new_request("a", prompt, n=3)
+    resumed = {index: alone(request, index).token_ids[:length] for index, length in enumerate(lengths)}
+    engine = Engine()
+    client = engine.add(new_request("a", prompt, n=3, resumed=resumed))
+    plan = engine.step()
+    assert plan.counts == [prompt]
+    assert len(plan.sample_rows) == lengths.count(0), "all that have no token part where the prompt ends"
+    engine.run(max_steps=10)
+    assert sorted(client.finish_reasons) == [0, 1, 2]
+
+
+def test_only_unfinished_samples_are_resumed() -> None:
+    request = new_request("a", 6, n=3)
+    engine = Engine()
+    client = engine.add(new_request("a", 6, n=3, resumed={2: alone(request, 2).token_ids[:3]}))
+    engine.run()
+    assert client.finish_reasons == {2: "length"}
+
+
+def test_a_group_whose_leader_leaves_before_the_others_forked() -> None:
+    request = new_request("a", 6, n=3)
+    resumed = {index: alone(request, index).token_ids[:5] for index in range(3)}
+    engine = Engine(max_num_batched_tokens=8, max_num_seqs=4)
+    engine.add(new_request("b", 4))
+    engine.step()
+    engine.add(new_request("a", 6, n=3, resumed=resumed))
+    engine.step()
+    engine.stop("a", 0)
+    engine.run(max_steps=20)
+
+
+# -- shared prefixes --------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_found_and_not_computed_again() -> None:
+    engine = Engine()
+    prompt = list(range(100, 112))
+    engine.add(new_request("a", prompt, max_tokens=3))
+    engine.run()
+    engine.add(new_request("b", [*prompt, 7], max_tokens=3))
+    engine.add(new_request("other salt", [*prompt, 7], max_tokens=3, salt="other"))
+    plan = engine.step()
+    assert (plan.starts, plan.counts) == ([12, 0], [1, 13])
+    assert engine.scheduler._groups["b"].num_cached_tokens == 12
+    stats = engine.scheduler.stats()
+    assert (stats.total_prefix_queries, stats.total_prefix_hits) == (12 + 13 + 13, 12)
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed() -> None:
+    engine = Engine()
+    prompt = list(range(100, 112))
+    for name in "ab":
+        engine.add(new_request(name, prompt, max_tokens=1))
+        plan = engine.step()
+    assert (plan.starts, plan.counts) == ([8], [4])
+
+
+def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:
+    engine = Engine(num_blocks=128, max_num_batched_tokens=32, max_num_seqs=16)
+    prefix = list(range(100, 160))
+    for number in range(8):
+        engine.add(new_request(f"{number}", [*prefix, number, 1, 1, 1], max_tokens=4))
+    engine.add(new_request("other", 10, max_tokens=4))
+    assert counts_by_request(engine, engine.step()) == {"0": 22, "other": 10}
+    engine.run()
+    assert engine.scheduler.stats().total_prompt_tokens == 60 + 8 * 4 + 10
+
+
+def test_nobody_waits_for_a_prefix_that_will_not_be_found() -> None:
+    engine = Engine(enable_prefix_caching=False)
+    prompt = list(range(100, 116))
+    for name in "ab":
+        engine.add(new_request(name, list(prompt)))
+    assert counts_by_request(engine, engine.step()) == {"a": 16, "b": 16}
+
+
+def test_who_waited_for_a_prefix_goes_on_when_its_owner_leaves() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    prompt = list(range(100, 130))
+    engine.add(new_request("a", prompt))
+    engine.add(new_request("b", [*prompt, 1]))
+    engine.step()
+    engine.step()
+    assert engine.scheduler.stats().num_waiting == 1
+    engine.abort("a")
+    plan = engine.step()
+    assert plan.starts == [16]
+    engine.run()
+
+
+# -- log-probabilities of the prompt ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 8, 30])
+@pytest.mark.parametrize("n", [1, 3])
+def test_prompt_logprobs_come_once_for_every_position(prompt: int, n: int) -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    for name in ("one", "two"):
+        client = engine.add(new_request(name, list(range(100, 100 + prompt)), n=n, prompt_logprobs=0))
+        engine.run()
+        assert [entry.token_ids for entry in client.prompt_logprobs] == [[100 + p] for p in range(1, prompt)]
+
+
+def test_prompt_logprobs_are_neither_lost_nor_repeated_by_a_preemption() -> None:
+    engine = Engine(num_blocks=8, max_num_batched_tokens=8)
+    engine.add(new_request("a", 4, max_tokens=25))
+    client = engine.add(new_request("b", 12, max_tokens=12, prompt_logprobs=2))
+    engine.run()
+    assert engine.scheduler.stats().total_preemptions > 0
+    assert len(client.prompt_logprobs) == 11
+    # The check of every step holds them against the prompt.
+
+
+# -- anything in any order --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> None:
+    """Little memory and much to do: groups preempt each other all the time, and everybody still gets through."""
+    rng = random.Random(seed)
+    block_size = rng.choice([1, 2, 4, 7])
+    requests = []
+    for number in range(14):
+        n = rng.choice([1, 1, 2, 4])
+        prompt = [0] * rng.randrange(12) + [rng.randrange(2) for _ in range(rng.randrange(1, 16))]
+        request = new_request(
+            f"{number}",
+            prompt,
+            max_tokens=rng.randrange(1, 28),
+            n=n,
+            seed=rng.randrange(-1, 5),
+            priority=rng.randrange(2),
+            prompt_logprobs=rng.choice([None, None, 0]),
+            can_stop=rng.random() < 0.3,
+        )
+        if rng.random() < 0.3:
+            for index in range(n):
+                token_ids = alone(request, index).token_ids
+                request.output_token_ids[index] = token_ids[: rng.randrange(len(token_ids) + 1)][:-1]
+        requests.append(request)
+    pool = BlockPool(1, block_size)
+    largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(block_size) for request in requests)
+    engine = Engine(
+        largest + rng.choice([0, 0, 1, 8]),
+        block_size,
+        max_num_seqs=rng.randrange(4, 12),
+        max_num_batched_tokens=rng.choice([12, 20, 100]),
+        max_num_partial_prefills=rng.randrange(1, 5),
+        enable_prefix_caching=rng.random() < 0.7,
+    )
+    while requests or engine.scheduler.has_work:
+        while requests and rng.random() < 0.4:
+            engine.add(requests.pop())
+        engine.step()
+        assert engine.num_steps < 2_000
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests of every kind come, go, fail and are preempted; each gets the tokens it would get alone."""
+
+    @initialize(
+        num_blocks=st.integers(1, 64),
+        block_size=st.integers(1, 8),
+        max_num_seqs=st.integers(1, 8),
+        more_budget=st.sampled_from([0, 1, 3, 8, 40]),
+        max_num_partial_prefills=st.integers(1, 4),
+        caching=st.booleans(),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        more_budget: int,
+        max_num_partial_prefills: int,
+        caching: bool,
+    ) -> None:
+        self.engine = Engine(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + more_budget,
+            max_num_partial_prefills=max_num_partial_prefills,
+            enable_prefix_caching=caching,
+        )
+        self.num_requests = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
+        prefix=st.integers(0, 12),
+        max_tokens=st.integers(1, 24),
+        n=st.sampled_from([1, 1, 2, 4]),
+        seed=st.integers(-2, 6),
+        priority=st.integers(0, 1),
+        salt=st.sampled_from(["", "", "b"]),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
+        resumed=st.none() | st.lists(st.integers(0, 20), min_size=4, max_size=4),
+        can_stop=st.booleans(),
+        times=st.sampled_from([1, 1, 3]),
+    )
+    def add(
+        self,
+        prompt: list[int],
+        prefix: int,
+        max_tokens: int,
+        n: int,
+        seed: int,
+        priority: int,
+        salt: str,
+        prompt_logprobs: int | None,
+        resumed: list[int] | None,
+        can_stop: bool,
+        times: int,
+    ) -> None:
+        for _ in range(times):
+            request = new_request(
+                f"request {self.num_requests}",
+                [0] * prefix + prompt,
+                max_tokens,
+                n=n,
+                seed=seed,
+                priority=priority,
+                salt=salt,
+                prompt_logprobs=prompt_logprobs,
+                can_stop=can_stop,
+            )
+            if resumed is not None:
+                for index, length in enumerate(resumed[:n]):
+                    ending = alone(request, index)
+                    if length < len(ending.token_ids):
+                        request.output_token_ids[index] = ending.token_ids[:length]
+            self.num_requests += 1
+            try:
+                self.engine.add(request)
+            except RequestError as error:
+                assert error.param in ("max_tokens", "n")
+            self.engine.check()
+
+    @precondition(lambda self: self.engine.clients)
+    @rule(num_steps=st.integers(1, 20))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.engine.step()
+
+    @precondition(lambda self: self.engine.clients)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        self.engine.abort(data.draw(st.sampled_from(sorted(self.engine.clients))))
+
+    @precondition(lambda self: self.engine.clients)
+    @rule(data=st.data(), index=st.integers(0, 3))
+    def stop(self, data: st.DataObject, index: int) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.engine.clients)))
+        if index in self.engine.clients[request_id].token_ids:
+            self.engine.stop(request_id, index)
+
+    @precondition(lambda self: self.engine.clients)
+    @rule()
+    def fail(self) -> None:
+        self.engine.fail()
+
+    @rule()
+    def forget_names(self) -> None:
+        self.engine.pool.forget_names()
+
+    @precondition(lambda self: self.engine.clients)
+    @rule()
+    def run_to_the_end(self) -> None:
+        tokens = sum(
+            len(client.token_ids) * (len(client.request.prompt_token_ids) + client.request.max_tokens)
+            for client in self.engine.clients.values()
+        )
+        self.engine.run(max_steps=2 * tokens)
+
+    @invariant()
+    def the_pool_agrees(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.run_to_the_end()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=40, stateful_step_count=30)

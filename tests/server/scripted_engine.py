@@ -1,0 +1,160 @@
+"""An engine without a model: says what a test tells it to, as fast or slow as told, and remembers what it was asked."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import quire
+from quire.engine.chat_template import ChatTemplate
+from quire.engine.metrics import Metrics
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import EngineUnavailableError, QueueFullError, RequestError
+from quire.outputs import (
+    CompletionOutput,
+    EngineStats,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+)
+from quire.sampling_params import SamplingParams
+
+BUNDLED = Path(quire.__file__).parent / "bundled"
+ANSWER = "To be, or not to be: that is the question."
+
+
+@cache
+def bundled_tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(BUNDLED)
+
+
+@dataclass
+class Call:
+    """One call of `generate`."""
+
+    prompt: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str
+
+
+@dataclass
+class ScriptedEngine:
+    """Implements what `quire.server.backend.Engine` asks for."""
+
+    answer: str = ANSWER
+    delay: float = 0.0
+    """Seconds before each token."""
+    endless: bool = False
+    """Repeat the answer until the request is closed."""
+    fail_at: int | None = None
+    """The token in whose place the sample fails."""
+    raises: Exception | None = None
+    """Raised by every request, before its first token or in place of token `raises_at`."""
+    raises_at: int = 0
+    full: bool = False
+    load_seconds: float = 0.0
+    max_model_len: int = 256
+    state: str = "loading"
+    model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
+    default_params: dict[str, Any] = field(default_factory=dict)
+    chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate.from_folder(BUNDLED))
+    tokenizer: Tokenizer | None = None
+    metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
+    calls: list[Call] = field(default_factory=list)
+    num_running: int = 0
+    num_closed_early: int = 0
+    num_tokens: int = 0
+    """Handed out, over all requests."""
+
+    async def start(self) -> None:
+        self.tokenizer = bundled_tokenizer()
+
+    async def wait_ready(self) -> None:
+        await asyncio.sleep(self.load_seconds)
+        self.state = "ready"
+        self.metrics.record_stats(EngineStats(num_blocks=64, block_size=16, total_steps=1))
+
+    async def shutdown(self, drain_seconds: float = 0.0) -> None:
+        self.state = "draining"
+        deadline = time.monotonic() + drain_seconds
+        while self.num_running and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self.state = "dead"
+        while self.num_running:
+            await asyncio.sleep(0.01)
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        assert isinstance(prompt, list), "the server tokenises"
+        if self.state != "ready":
+            raise EngineUnavailableError(f"the engine is {self.state}")
+        if self.full:
+            raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
+        self.calls.append(Call(prompt, params, priority, cache_salt))
+        self.num_running += 1
+        finished = False
+        try:
+            async for output in self._outputs(prompt, params):
+                finished = output.finished
+                yield output
+        finally:
+            self.num_running -= 1
+            self.num_closed_early += not finished
+
+    async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)
+        limit = params.max_tokens or len(tokens)
+        length = limit if self.endless else min(limit, len(tokens))
+        metrics = RequestMetrics(arrival_time=time.monotonic(), first_scheduled_time=time.monotonic())
+        if params.prompt_logprobs is not None:  # in two pieces, as of a prompt that took two steps
+            positions = [None, *(self._position(token, params.prompt_logprobs) for token in prompt[1:])]
+            yield RequestOutput("r", None, prompt, [], prompt_logprobs=positions[:1])
+            yield RequestOutput("r", None, prompt, [], prompt_logprobs=positions[1:])
+        for at in range(length):
+            await asyncio.sleep(self.delay)
+            if self.state == "dead":
+                raise EngineUnavailableError("the server is shutting down")
+            if self.raises is not None and at == self.raises_at:
+                raise self.raises
+            metrics.first_token_time = metrics.first_token_time or time.monotonic()
+            metrics.last_token_time = time.monotonic()
+            token, last = tokens[at % len(tokens)], at == length - 1
+            output = RequestOutput("r", None, prompt, [], finished=last, num_cached_tokens=2, metrics=metrics)
+            for index in range(params.n):
+                sample = CompletionOutput(index, bundled_tokenizer().id_to_text(token), [token])
+                if params.logprobs is not None:
+                    sample.logprobs = [self._position(token, params.logprobs)]
+                if last:
+                    sample.finish_reason = "stop" if length < limit or params.max_tokens is None else "length"
+                if at == self.fail_at:
+                    sample.finish_reason, sample.error = "error", "the logits were not finite"
+                output.outputs.append(sample)
+            self.num_tokens += params.n
+            yield output
+
+    @staticmethod
+    def _position(token: int, num_top: int) -> PositionLogprobs:
+        """The token itself comes third in the ranking; the two before it are its neighbours."""
+        tokenizer = bundled_tokenizer()
+        position = {token: Logprob(-3.0, 3, tokenizer.id_to_text(token))}
+        for rank in range(1, num_top + 1):
+            if rank != 3:
+                other = (token + rank) % 256
+                position[other] = Logprob(-float(rank), rank, tokenizer.id_to_text(other))
+        return position
+
+
+def refusing(message: str) -> RequestError:
+    return RequestError(message, param="prompt", code="context_length_exceeded")

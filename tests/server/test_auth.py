@@ -1,0 +1,91 @@
+"""API keys and origins: who may pass, and that nothing but the raw path and the key decides."""
+
+import pytest
+from openai import AuthenticationError
+
+from quire.errors import ConfigError
+from quire.server.app import ENDPOINTS
+from quire.server.auth import Doorkeeper
+from quire.server.settings import ServerSettings
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
+
+KEYS = ("first-key", "second-key")
+PATHS = [(e.method, e.path.replace("{model:path}", "m")) for e in ENDPOINTS if not e.public]
+
+
+def test_every_route_but_health_needs_a_key(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=KEYS)) as server:
+        assert server.send("GET", "/health")[0].status == 200
+        for method, path in [*PATHS, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/no-such-route")]:
+            for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}):
+                response, body = server.send(method, path, {} if method == "POST" else None, headers)
+                assert response.status == 401, path
+                assert body["error"]["code"] == "invalid_api_key"
+        for key in KEYS:
+            assert (
+                server.send("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})[0].status == 200
+            )
+        with pytest.raises(AuthenticationError):
+            server.client("nope").models.list()
+        server.client(KEYS[1]).models.list()
+
+
+@pytest.mark.parametrize("host", ["a/?", "a/health?", "a/#", "localhost/health", "[::1"])
+def test_host_header_does_not_matter(engine: ScriptedEngine, host: str) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=KEYS)) as server:
+        for target in (
+            "/v1/models",
+            f"http://{host.split('/')[0]}/v1/models",
+            "/v1/models?x=/health",
+            "//health",
+        ):
+            answer = server.raw(
+                f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
+            )
+            assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), (target, answer[:100])
+
+
+def test_salt_follows_the_key(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=KEYS)) as server:
+        for key in (*KEYS, KEYS[0]):
+            server.client(key).completions.create(model="scripted", prompt="x")
+        server.client(KEYS[0]).completions.create(
+            model="scripted", prompt="x", extra_body={"cache_salt": "s"}
+        )
+    first, second, again, salted = (call.cache_salt for call in engine.calls)
+    assert first == again != second
+    assert first
+    assert KEYS[0] not in first
+    assert salted not in (first, "s")
+
+
+def test_salt_can_be_shared() -> None:
+    keeper = Doorkeeper(ServerSettings(api_key=KEYS, share_prefix_cache=True))
+    assert keeper.check_key([(b"authorization", b"bearer first-key")]) == ""
+
+
+def test_public_address_needs_a_key() -> None:
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.com"):
+        with pytest.raises(ConfigError, match="there is no API key"):
+            ServerSettings(host=host)
+        ServerSettings(host=host, api_key="k")  # type: ignore[arg-type]  # one key may come alone
+        ServerSettings(host=host, allow_unauthenticated=True)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.9"):
+        ServerSettings(host=host)
+
+
+def test_pages_of_other_sites_are_refused(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, allow_origins=("https://good.example",))) as server:
+        for origin, status in (
+            ("http://localhost:3000", 200),
+            ("https://good.example", 200),
+            ("https://evil.example", 403),
+            ("null", 403),
+            ("http://localhost.evil.example", 403),
+        ):
+            assert server.send("GET", "/v1/models", headers={"origin": origin})[0].status == status, origin
+        asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
+        response, _ = server.send("OPTIONS", "/v1/chat/completions", headers=asked)
+        assert response.status == 200
+        assert response.headers["access-control-allow-origin"] == "https://good.example"

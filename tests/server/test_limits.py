@@ -1,0 +1,137 @@
+"""Sizes, forms and times of requests: each refused with its own status, and before it costs anything."""
+
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from quire.server.settings import ServerSettings
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
+
+JSON = {"content-type": "application/json"}
+
+
+def test_body_too_large(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, max_body_size=10_000)) as server:
+        response, body = server.send("POST", "/v1/completions", {"prompt": "x" * 10_000})
+        assert response.status == 413
+        assert "10000 bytes (--max-body-size)" in body["error"]["message"]
+        chunks = b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        answer = server.raw(head + b"transfer-encoding: chunked\r\n\r\n" + chunks * 3)
+        assert answer.startswith(b"HTTP/1.1 413")
+        declared = server.raw(head + b"content-length: 99999999999\r\n\r\n")
+        assert declared.startswith(b"HTTP/1.1 413")
+    assert engine.calls == []
+
+
+def test_headers_too_large(server: RunningServer) -> None:
+    assert server.send("GET", "/health", headers={"x-filler": "x" * 40_000})[0].status == 431
+    endless = server.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nx-filler: " + b"x" * 200_000)
+    assert endless.startswith(b"HTTP/1.1 431")
+    assert server.send("GET", "/" + "x" * 40_000)[0].status == 431
+    assert server.send("GET", "/health")[0].status == 200
+
+
+def test_slow_headers_and_bodies(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, stall_timeout=0.2)) as server:
+        assert server.raw(b"GET /health HTTP/1.1\r\nhost:") == b""
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        assert server.raw(head + b"content-length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b'{"prompt": "x",}', "byte 15"),
+        (b'{"prompt": "x", "temperature": NaN}', "byte 31"),
+        (b'{"prompt": "x", "temperature": 1e999}', "temperature: Number out of range"),
+        (b'{"prompt": "x", "max_tokens": 1.5}', "max_tokens: Expected"),
+        (b'{"prompt": "\\ud800"}', "not valid JSON"),
+        (b'{"prompt": "\xff"}', "not valid JSON"),
+        (b'{"prompt": "x", "any": ' + b"[" * 200_000, "nested too deeply"),
+        (b'{"messages": "x"}', "missing required field `prompt`"),
+        (b"[]", "the body: Expected `object`"),
+        (b'{"prompt": [1, [2, "x"]]}', "prompt[1][1]: Expected `int`"),
+    ],
+)
+def test_malformed_bodies(server: RunningServer, body: bytes, said: str) -> None:
+    response, reply = server.send("POST", "/v1/completions", body, JSON)
+    assert response.status == 400
+    assert said in reply["error"]["message"]
+    assert reply["error"]["type"] == "invalid_request_error"
+
+
+def test_only_json_is_taken(server: RunningServer) -> None:
+    response, reply = server.send(
+        "POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": "text/plain"}
+    )
+    assert response.status == 415
+    assert "application/json" in reply["error"]["message"]
+
+
+def test_routes_and_methods(server: RunningServer) -> None:
+    response, reply = server.send("GET", "/v1/nothing")
+    assert (response.status, reply["error"]["code"]) == (404, "route_not_found")
+    response, reply = server.send("GET", "/v1/completions")
+    assert (response.status, reply["error"]["code"]) == (405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+def test_prompt_characters(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, max_prompt_chars=100)) as server:
+        response, reply = server.send("POST", "/v1/completions", {"prompt": ["x" * 60, "y" * 60]})
+        assert response.status == 400
+        assert "120 characters" in reply["error"]["message"]
+
+
+def test_many_prompts_are_refused_quickly(server: RunningServer) -> None:
+    body = json.dumps({"prompt": ["x"] * 100_000}).encode()
+    server.send("GET", "/health")
+    started = time.perf_counter()
+    assert server.send("POST", "/v1/completions", body)[0].status == 400
+    assert time.perf_counter() - started < 1.0  # 20 ms alone on a machine
+
+
+def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
+    one = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    answer = server.raw(one + last)
+    assert answer.index(b'"version"') < answer.index(b'"status"')
+
+
+def test_request_ids_are_echoed_or_made(server: RunningServer) -> None:
+    assert (
+        server.send("GET", "/health", headers={"x-request-id": "mine"})[0].headers["x-request-id"] == "mine"
+    )
+    made = [server.send("GET", "/nothing")[0].headers["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1]
+    assert (
+        server.send("GET", "/health", headers={"x-request-id": "x" * 500})[0].headers["x-request-id"]
+        != "x" * 500
+    )
+
+
+def test_garbage_on_the_socket(server: RunningServer) -> None:
+    assert b"400" in server.raw(b"\x16\x03\x01 hello\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", server.port)):
+        pass
+    assert server.send("GET", "/health")[0].status == 200
+
+
+def test_settings_in_text() -> None:
+    settings = ServerSettings(max_body_size="1MiB")  # type: ignore[arg-type]  # as from the command line
+    assert settings.max_body_size == 2**20
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"port": 70000}, {"stall_timeout": -1.0}, {"api_key": (" ",)}, {"max_samples": 0}]
+)
+def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        ServerSettings(**wrong)

@@ -1,0 +1,122 @@
+"""Loading, draining and signals, of a real process with a scripted engine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection, HTTPResponse
+
+import pytest
+
+from quire.errors import ConfigError
+from quire.server.listen import bind
+from quire.server.settings import ServerSettings
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
+
+PROCESS = """
+import asyncio, sys
+from tests.server.scripted_engine import ScriptedEngine
+from quire.server.listen import bind, serve
+from quire.server.settings import ServerSettings
+settings = ServerSettings(port=0, shutdown_timeout={shutdown_timeout})
+engine = ScriptedEngine(delay=0.02, endless=True)
+finished = asyncio.run(serve(engine, settings, bind(settings), report=lambda line: print(line, flush=True)))
+sys.exit(0 if finished else 1)
+"""
+
+
+@contextmanager
+def process(shutdown_timeout: float) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    command = [sys.executable, "-c", PROCESS.format(shutdown_timeout=shutdown_timeout)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as running:
+        assert running.stdout is not None
+        port = int(running.stdout.readline().rpartition(":")[2])
+        assert running.stdout.readline().startswith("ready")
+        try:
+            yield running, port
+        finally:
+            running.kill()
+
+
+@contextmanager
+def stream(port: int, max_tokens: int) -> Iterator[HTTPResponse]:
+    body = json.dumps({"prompt": "x", "max_tokens": max_tokens, "stream": True})
+    with closing(HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        with connection.getresponse() as answer:
+            assert answer.read(6) == b"data: "
+            yield answer
+
+
+def status_of(port: int, path: str) -> int:
+    body = '{"prompt": "x"}' if path != "/health" else None
+    with closing(HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+        connection.request("POST" if body else "GET", path, body, {"content-type": "application/json"})
+        with connection.getresponse() as answer:
+            return answer.status
+
+
+def test_sigterm_lets_running_requests_finish() -> None:
+    with process(shutdown_timeout=20) as (running, port), stream(port, max_tokens=60) as answer:
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert status_of(port, "/health") == 503
+        assert status_of(port, "/v1/completions") == 503
+        rest = answer.read()
+        assert rest.count(b"data: ") == 60
+        assert b'"finish_reason":"length"' in rest
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert running.wait(10) == 0
+
+
+def test_what_does_not_finish_in_time_gets_an_error_event() -> None:
+    with process(shutdown_timeout=0.3) as (running, port), stream(port, max_tokens=100_000) as answer:
+        running.send_signal(signal.SIGTERM)
+        *_, error, done = answer.read().strip().split(b"\n\n")
+        assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "engine_unavailable"
+        assert done == b"data: [DONE]"
+        assert running.wait(10) == 0
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with process(shutdown_timeout=100) as (running, port), stream(port, max_tokens=100_000):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        assert running.wait(5) == 1
+
+
+def test_health_and_refusals_while_loading() -> None:
+    with RunningServer(ScriptedEngine(load_seconds=100), wait=False) as server:
+        response, reply = server.send("GET", "/health")
+        assert (response.status, reply) == (503, {"status": "loading"})
+        response, reply = server.send("POST", "/v1/completions", {"prompt": "x"})
+        assert response.status == 503
+        assert response.headers["retry-after"] == "1"
+        assert reply["error"]["type"] == "service_unavailable_error"
+        assert server.send("GET", "/v1/models")[0].status in (200, 503)
+
+
+def test_a_used_port_is_one_line() -> None:
+    with RunningServer(ScriptedEngine()) as server, pytest.raises(ConfigError) as refused:
+        bind(ServerSettings(port=server.port))
+    assert str(refused.value) == (
+        f"cannot listen on 127.0.0.1:{server.port}: address already in use; stop what uses it, or choose another "
+        "--port (0: a free one)"
+    )
+
+
+def test_an_unknown_host_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="not an address"):
+        bind(ServerSettings(host="999.1.1.1", api_key=("k",)))
