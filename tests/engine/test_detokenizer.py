@@ -253,6 +253,28 @@ def test_stop_strings_follow_the_definition(
         assert found == match
 
 
+@settings(max_examples=200)
+@given(
+    stop=st.text(alphabet="ab", min_size=4, max_size=12),
+    cuts=st.lists(st.integers(1, 12), max_size=12),
+    min_tokens=st.integers(0, 12),
+    seed=st.integers(0, 2**32),
+)
+def test_near_misses_of_a_stop_string(
+    load_tokenizer: Load, stop: str, cuts: list[int], min_tokens: int, seed: int
+) -> None:
+    """Texts made of starts of the stop string: after a near miss, part of it may be the start of the real one."""
+    tokenizer = load_tokenizer("llama3-style-4k")
+    letters = {letter: tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab"}
+    text = "".join(stop[:cut] for cut in cuts)
+    expected, match = expected_stop(list(text), [stop], min_tokens, include=True)
+    chunked = chunks([letters[letter] for letter in text], random.Random(seed))
+    _, detokenizer, found = stream(
+        tokenizer, chunked, stop=stop, min_tokens=min_tokens, include_stop_str_in_output=True, max_tokens=None
+    )
+    assert (detokenizer.text, found) == (expected, match)
+
+
 @settings(max_examples=100)
 @given(
     text=st.text(alphabet="ab", max_size=30),

@@ -101,6 +101,7 @@ def test_activations_of_extremes(isa: str) -> None:
 
 # The cache
 
+
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32])
 def test_write_kv(isa: str, dtype: torch.dtype, block_size: int) -> None:
@@ -164,12 +165,16 @@ def test_paged_attention(isa: str, shape: Shape, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 40, 1000])
-def test_paged_attention_variants(isa: str, block_size: int, softcap: float, alibi: bool, window: int) -> None:
+def test_paged_attention_variants(
+    isa: str, block_size: int, softcap: float, alibi: bool, window: int
+) -> None:
     shape = Shape(block_size=block_size)
     batch = ragged_batch(MIXED, shape, window=window)
     slopes = torch.rand(shape.num_heads) if alibi else None
     found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
-    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
+    expected = reference.paged_attention(
+        *batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes
+    )
     assert_close(found, expected)
 
 
@@ -186,8 +191,8 @@ def test_paged_attention_of_random_batches(isa: str, seed: int) -> None:
     sequences = []
     for _ in range(random.integers(1, 9)):
         length = int(random.integers(1, 200))
-        sequences.append((length, int(random.choice([0, 1, length, random.integers(1, length + 1)]))))
-    window = int(random.choice([0, random.integers(1, 200)]))
+        sequences.append((length, int(random.choice([0, 1, length, int(random.integers(1, length + 1))]))))
+    window = int(random.choice([0, int(random.integers(1, 200))]))
     threads = int(random.integers(1, 5))
     batch = ragged_batch(sequences, shape, window=window, num_threads=threads, seed=seed)
     found = cpu.paged_attention(*batch.tensors(), window=window)
@@ -241,6 +246,7 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(isa: str) -> None:
 
 # The module
 
+
 def test_kernels_for() -> None:
     assert kernels_for("cpu") is cpu
     with pytest.raises(ValueError, match="no kernels for device type 'tpu'"):
@@ -255,7 +261,7 @@ def test_arguments_are_checked() -> None:
         cpu.rms_norm(x, weight[:16], 1e-5)
     with pytest.raises(ValueError, match=r"x: expected contiguous rows, found strides \[32, 2\]"):
         cpu.rms_norm(x[:, ::2], weight[:16], 1e-5)
-    with pytest.raises(TypeError, match="torch.Tensor"):
+    with pytest.raises(TypeError, match=r"torch\.Tensor"):
         cpu.rms_norm(x, [1.0] * 32, 1e-5)  # type: ignore[arg-type]  # what an untyped caller may do
     k, caches = torch.randn(2, 1, 32), (torch.zeros(4, 1, 32, 16), torch.zeros(4, 1, 16, 32))
     with pytest.raises(ValueError, match="slots: expected int32, found int64"):

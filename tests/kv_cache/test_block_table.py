@@ -1,4 +1,4 @@
-"""Block tables by example, then by a state machine that compares pool and tables with a plain model after every step."""
+"""Block tables by example, then by a state machine that compares pool and tables with a plain model at every step."""
 
 import gc
 import random

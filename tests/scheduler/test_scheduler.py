@@ -1,10 +1,12 @@
 """The scheduler against a runner that computes nothing but remembers everything.
 
-`FakeRunner` knows what a real runner knows, the plans. The "KV" of a token is a hash of that token and the KV before it,
-read through the row's block table: a wrong block, copy, order or position shows in the next token. Tokens follow from the
-context alone, so every request must get the tokens it would get if it were alone, whatever else happens.
+`FakeRunner` knows what a real runner knows, the plans. The "KV" of a token is a hash of that token and the KV
+before it, read through the row's block table: a wrong block, copy, order or position shows in the next token.
+Tokens follow from the context alone, so every request must get the tokens it would get if it were alone, whatever
+else happens.
 """
 
+import contextlib
 import random
 from dataclasses import dataclass, field
 
@@ -971,10 +973,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                     if length < len(ending.token_ids):
                         request.output_token_ids[index] = ending.token_ids[:length]
             self.num_requests += 1
-            try:
+            # What can never run is refused; that it is refused for good reason has its own test.
+            with contextlib.suppress(RequestError):
                 self.engine.add(request)
-            except RequestError as error:
-                assert error.param in ("max_tokens", "n")
             self.engine.check()
 
     @precondition(lambda self: self.engine.clients)

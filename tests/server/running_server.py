@@ -24,6 +24,7 @@ class RunningServer:
     settings: ServerSettings = field(default_factory=lambda: ServerSettings(port=0))
     wait: bool = True
     """Until the engine is ready."""
+    start_seconds: float = 10
     reports: list[str] = field(default_factory=list)
 
     def __enter__(self) -> "RunningServer":
@@ -33,7 +34,7 @@ class RunningServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        assert self._events.wait(10), self.reports
+        assert self._events.wait(self.start_seconds), self.reports
         return self
 
     def __exit__(self, *_: object) -> None:

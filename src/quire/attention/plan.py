@@ -17,7 +17,7 @@ from quire.kernels.interface import AttentionPlan
 
 __all__ = ["AttentionPlan", "MergeColumn", "WorkColumn", "plan_attention"]
 
-# Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for the tile's
+# Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
 # queries, outputs and keys to stay in a core's second-level cache.
 _TILE_ROWS = 128
 # Below this many rows an item's time is that of reading its keys, whatever the number of rows.
@@ -99,7 +99,9 @@ def plan_attention(
     if num_threads == 1:
         share = int(cost.sum()) * num_kv_heads
     share = max(share, _MIN_ITEM_KEYS * _MIN_COST_ROWS)
-    heads = np.clip(share // np.maximum(cost, 1), 1, np.clip(_TILE_ROWS // np.maximum(rows, 1), 1, num_kv_heads))
+    heads = np.clip(
+        share // np.maximum(cost, 1), 1, np.clip(_TILE_ROWS // np.maximum(rows, 1), 1, num_kv_heads)
+    )
     groups = -(-num_kv_heads // heads)
     splits = np.clip(-(-cost // share), 1, np.maximum(1, keys // _MIN_ITEM_KEYS))
 

@@ -60,7 +60,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
-    kind = str | None if field.name in _SIZES else get_type_hints(config)[field.name]
+    kind = int | str | None if field.name in _SIZES else get_type_hints(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
     about = Parameter(
         help=field_docs(config).get(field.name, ""),

@@ -24,8 +24,7 @@ from typing import Any
 from quire import errors
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
-from quire.engine.checkpoint import find_model, model_name, read_default_params
-from quire.engine.engine import load_tokenizer
+from quire.engine.checkpoint import find_model, load_tokenizer, model_name, read_default_params
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.messages import (
@@ -341,7 +340,8 @@ class AsyncLLM:
 
     async def _handle_death(self) -> None:
         """The engine process has ended: start another one and hand it what the old one had, or give up."""
-        assert self._process is not None
+        assert self._process is not None and self._writer is not None
+        self._writer.close()
         code = await self._process.wait()
         if self._failure is not None:
             return

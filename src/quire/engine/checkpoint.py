@@ -1,10 +1,10 @@
 """Where a model's files are: the bundled model, a folder, or a repository of the Hugging Face hub fetched on demand."""
 
-import importlib.resources
 from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.engine.tokenizer import Tokenizer
 from quire.errors import CheckpointError
 from quire.model_config import read_json
 
@@ -15,7 +15,7 @@ _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "LIC
 
 def bundled_folder() -> Path:
     """The small model that ships with the package."""
-    return Path(str(importlib.resources.files("quire"))) / "bundled"
+    return Path(__file__).parents[1] / "bundled"
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
@@ -66,3 +66,14 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
     if found.get("do_sample") is False:
         params["temperature"] = 0.0
     return params
+
+def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
+    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
+    if config.tokenizer is not None:
+        return Tokenizer.from_folder(find_model(config.tokenizer, config.revision))
+    try:
+        return Tokenizer.from_folder(folder)
+    except CheckpointError:
+        if (folder / "tokenizer.json").exists():
+            raise
+        return None

@@ -5,17 +5,14 @@
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 
 from quire.config import EngineConfig
-from quire.engine.checkpoint import find_model
+from quire.engine.checkpoint import find_model, load_tokenizer
 from quire.engine.core import EngineCore
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
-from quire.engine.tokenizer import Tokenizer
-from quire.errors import CheckpointError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -84,14 +81,3 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         self._core.reset_prefix_cache()
 
-
-def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
-    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
-    if config.tokenizer is not None:
-        return Tokenizer.from_folder(find_model(config.tokenizer, config.revision))
-    try:
-        return Tokenizer.from_folder(folder)
-    except CheckpointError:
-        if (folder / "tokenizer.json").exists():
-            raise
-        return None

@@ -34,7 +34,9 @@ def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):
         first, second = x[..., : cos_sin.shape[1]].clone().chunk(2, dim=-1)
-        x[..., : cos_sin.shape[1]] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        x[..., : cos_sin.shape[1]] = torch.cat(
+            (first * cos - second * sin, second * cos + first * sin), dim=-1
+        )
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -78,9 +80,10 @@ def paged_attention(
 ) -> Tensor:
     """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
 
-    The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position; with
-    window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score s
-    becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key - query position).
+    The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position;
+    with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score
+    s becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key position -
+    query position).
     """
     num_heads, group = q.shape[1], q.shape[1] // v_cache.shape[1]
     out = torch.zeros_like(q)
@@ -90,8 +93,20 @@ def paged_attention(
         num_blocks = -(-seq_len // v_cache.shape[2])
         table = plan.block_tables[s, :num_blocks].long()
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
-        key = k_cache[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
-        value = v_cache[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+        key = (
+            k_cache[table]
+            .permute(1, 0, 3, 2)
+            .flatten(1, 2)[:, :seq_len]
+            .repeat_interleave(group, 0)
+            .to(q.dtype)
+        )
+        value = (
+            v_cache[table]
+            .permute(1, 0, 2, 3)
+            .flatten(1, 2)[:, :seq_len]
+            .repeat_interleave(group, 0)
+            .to(q.dtype)
+        )
 
         scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
         if softcap > 0:

@@ -321,7 +321,7 @@ class Scheduler:
             assert sequence is not None
             end = start + count
             sequence.num_computed_tokens = end
-            if end // block_size > start // block_size:
+            if end % block_size < count:  # a block was filled
                 sequence.table.name_full_blocks(sequence.token_ids, end)
             group = sequence.group
             if start < group.num_prompt_tokens:

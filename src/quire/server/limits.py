@@ -17,7 +17,6 @@ from quire.sampling_params import SamplingParams
 from quire.server.errors import Refusal, error_body
 from quire.server.settings import ServerSettings
 
-
 _LINGER_SECONDS = 1.0
 
 

@@ -1,0 +1,96 @@
+"""What the benchmarks ask and compute, and `bench serve` against a scripted engine."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from quire.cli.bench_workload import (
+    FIRST_TOKEN,
+    LAST_TOKEN,
+    MEAN_LENGTHS,
+    make_workload,
+    percentile,
+    spread_of,
+)
+from quire.cli.commands import run
+from quire.errors import ConfigError
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
+
+
+def test_random_lengths() -> None:
+    work = make_workload(
+        "random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3
+    )
+    assert {len(prompt) for prompt in work.prompts} <= set(range(10, 31))
+    assert set(work.output_lens) <= set(range(5, 16))
+    assert all(FIRST_TOKEN <= token <= LAST_TOKEN for prompt in work.prompts for token in prompt)
+    again = make_workload(
+        "random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3
+    )
+    assert work == again
+
+
+@pytest.mark.parametrize("dataset", MEAN_LENGTHS)
+def test_named_lengths_have_their_means(dataset: str) -> None:
+    work = make_workload(
+        dataset, num_prompts=3000, input_len=1, output_len=1, range_ratio=0, max_len=100_000, seed=0
+    )
+    mean_input, mean_output = MEAN_LENGTHS[dataset]
+    assert work.num_input_tokens / 3000 == pytest.approx(mean_input, rel=0.1)
+    assert statistics.fmean(work.output_lens) == pytest.approx(mean_output, rel=0.1)
+    short = make_workload(
+        dataset, num_prompts=200, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0
+    )
+    assert max(len(p) + o for p, o in zip(short.prompts, short.output_lens, strict=True)) <= 64
+
+
+def test_unknown_dataset() -> None:
+    with pytest.raises(ConfigError, match="it must be one of random, sharegpt, alpaca"):
+        make_workload("x", num_prompts=1, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0)
+
+
+def test_percentiles() -> None:
+    assert percentile([1, 2, 3, 4, 5], 50) == 3
+    assert percentile([1, 2], 75) == 1.75
+    assert percentile([7], 99) == 7
+    figures = spread_of("ttft", [0.003, 0.001, 0.002], (50, 99.9))
+    assert figures["mean_ttft_ms"] == pytest.approx(2)
+    assert figures["p50_ttft_ms"] == figures["median_ttft_ms"] == pytest.approx(2)
+    assert "p99.9_ttft_ms" in figures
+    assert spread_of("ttft", [], (99,)) == {}
+
+
+def test_serve_measures_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    engine = ScriptedEngine(delay=0.005, endless=True)
+    with RunningServer(engine) as server:
+        arguments = ["--base-url", server.url, "--num-prompts", "12", "--input-len", "9", "--output-len", "6"]
+        rates = [
+            "--request-rate",
+            "200",
+            "--max-concurrency",
+            "4",
+            "--percentiles",
+            "50",
+            "--percentiles",
+            "99",
+        ]
+        assert run(["bench", "serve", *arguments, *rates, "--output-json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["total_input_tokens"] == 12 * 9
+    assert result["total_output_tokens"] == 12 * 6
+    assert result["mean_ttft_ms"] >= 5
+    assert result["median_itl_ms"] >= 4
+    assert result["p99_e2el_ms"] >= result["p50_e2el_ms"] >= 30
+    assert result["output_throughput"] == pytest.approx(12 * 6 / result["duration"])
+    assert "output_throughput" in capsys.readouterr().out
+
+
+def test_serve_tells_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
+    with RunningServer(ScriptedEngine(full=True)) as server:
+        assert run(["bench", "serve", "--base-url", server.url, "--num-prompts", "3"]) == 1
+    assert "3 of 3 requests failed, the first with" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""The conversation: what is asked of the model, what commands do, and that Ctrl-C stops only the answer."""
+
+import builtins
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from quire.cli.commands import run
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
+    """Sets the lines that are typed; an exception among them is raised in their place."""
+    monkeypatch.setattr("quire.cli.chat.HISTORY", tmp_path / "history")
+
+    def with_lines(*lines: str | BaseException) -> None:
+        typed: Iterator[str | BaseException] = iter(lines)
+
+        def read(prompt: str = "") -> str:
+            line = next(typed, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr(builtins, "input", read)
+
+    return with_lines
+
+
+def prompts(engine: ScriptedEngine) -> list[str]:
+    return [bundled_tokenizer().decode(call.prompt, skip_special_tokens=False) for call in engine.calls]
+
+
+def test_conversation(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ScriptedEngine(max_model_len=4096)
+    say("Hello", "", "And then?", "/system Be brief.", "/reset", "Again", "/nonsense", "/exit", "never asked")
+    with RunningServer(engine) as server:
+        assert run(["chat", "--url", f"{server.url}/v1", "--system", "Be kind.", "--max-tokens", "99"]) == 0
+    assert capsys.readouterr().out.count(ANSWER) == 3
+    first, second, third = prompts(engine)
+    assert "<|system|>Be kind." in first
+    assert f"<|user|>Hello<|end|><|assistant|>{ANSWER}<|end|><|user|>And then?" in second
+    assert "<|system|>Be brief." in third
+    assert "Hello" not in third
+    assert engine.calls[0].params.max_tokens == 99
+
+
+def test_a_refusal_does_not_end_it(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = ScriptedEngine(full=True)
+    say("Hello", KeyboardInterrupt())
+    with RunningServer(engine) as server:
+        assert run(["chat", "--url", f"{server.url}/v1"]) == 0
+    assert "9 requests are waiting" in capsys.readouterr().out
+
+
+def test_interrupt_stops_the_answer(
+    say: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine(endless=True, delay=0.001, max_model_len=4096)
+    shown = 0
+
+    def show(text: str = "", **options: Any) -> None:
+        nonlocal shown
+        shown += 1
+        if shown == 5:
+            raise KeyboardInterrupt
+        real_print(text, **options)
+
+    real_print = print
+    monkeypatch.setattr(builtins, "print", show)
+    say("Talk without end", "And on")
+    with RunningServer(engine) as server:
+        run(["chat", "--url", f"{server.url}/v1", "--max-tokens", "20"])
+    assert "(stopped)" in capsys.readouterr().out
+    assert len(engine.calls) == 2
+    assert "<|user|>And on" in prompts(engine)[1]
+    assert engine.num_closed_early == 1

@@ -1,0 +1,120 @@
+"""The command line from outside: speed of the quick answers, refusals in one line, statuses."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from quire import __version__
+from quire.cli.commands import BENCHMARKS, COMMANDS, run
+
+
+def quire(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "quire", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def cpu_seconds(*arguments: str) -> float:
+    """The least of three runs, in time of the CPU: other processes must not fail the test."""
+
+    def once() -> float:
+        before = os.times()
+        assert quire(*arguments).returncode == 0
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    return min(once() for _ in range(3))
+
+
+def test_version_answers_at_once() -> None:
+    assert quire("--version").stdout.strip() == __version__
+    assert cpu_seconds("--version") < 0.15
+
+
+def test_help_is_quick_and_lists_everything() -> None:
+    assert cpu_seconds("--help") < 0.5
+    listed = quire("--help").stdout
+    assert all(name in listed for name in [*COMMANDS, "bench"])
+
+
+@pytest.mark.parametrize("command", [[name] for name in COMMANDS] + [["bench", name] for name in BENCHMARKS])
+def test_every_subcommand_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"Usage: quire {' '.join(command)}")
+    assert "╭" in shown
+
+
+def test_engine_and_server_flags_have_vllms_names(capsys: pytest.CaptureFixture[str]) -> None:
+    run(["serve", "--help"])
+    shown = capsys.readouterr().out
+    for flag in (
+        *(
+            "--max-model-len",
+            "--max-num-seqs",
+            "--max-num-batched-tokens",
+            "--block-size",
+            "--dtype",
+            "--kv-cache-memory",
+        ),
+        *(
+            "--num-gpu-blocks-override",
+            "--served-model-name",
+            "--host",
+            "--port",
+            "--api-key",
+            "--no-enable-prefix-caching",
+        ),
+        *("--tokenizer", "--revision", "--seed", "--max-logprobs", "--generation-config", "--load-format"),
+    ):
+        assert flag in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "--max-modl-len", "4"], "Unknown option: --max-modl-len. Did you mean --max-model-len?"),
+        (["srve"], 'Unknown command "srve". Did you mean "serve"?'),
+        (["serve", "--block-size", "many"], '--block-size: unable to convert "many" into int'),
+        (["serve", "--block-size", "0"], "block_size is 0; it must be an integer from 1 to 1024"),
+        (
+            ["serve", "--kv-cache-memory", "lots"],
+            "kv_cache_memory is 'lots'; give a positive number of bytes",
+        ),
+        (["serve", "--dtype", "int3"], "dtype is 'int3'; it must be one of auto"),
+        (["serve", "--host", "0.0.0.0"], "there is no API key; set --api-key or QUIRE_API_KEY"),
+        (["serve", "--max-body-size", "x"], "max_body_size is 'x'"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be at least 0"),
+        (["chat", "--top-p", "3"], "top_p is 3.0"),
+        (["bench", "serve", "--dataset", "c4"], "dataset is 'c4'; it must be one of random"),
+        (["bench", "serve", "--request-rate", "0"], "request_rate is 0.0; it must be more than 0"),
+        (["bench", "nothing"], 'Unknown command "nothing"'),
+    ],
+)
+def test_wrong_questions_are_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("quire: ")
+    assert shown.err.count("\n") == 1
+    assert said in shown.err
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "./no-such-model"]) == 3
+    assert "./no-such-model is not a folder" in capsys.readouterr().err
+
+
+def test_help_survives_a_closed_pipe() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = f"{sys.executable} -m quire serve --help | head -1"
+    started = time.monotonic()
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("Usage")
+    assert done.stderr == ""
+    assert time.monotonic() - started < 60

@@ -1,0 +1,262 @@
+"""The engine behind its child process, for real: streams, aborts, deaths, idleness, and what the API process imports."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+from quire.errors import CheckpointError, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
+
+OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+PROMPTS = ["ROMEO:", "First Citizen:\nBefore we proceed", "O", "What say you?"]
+
+Test = Callable[[AsyncLLM], Awaitable[None]]
+
+
+@contextlib.asynccontextmanager
+async def running(**options: Any) -> AsyncIterator[AsyncLLM]:
+    engine = AsyncLLM(EngineConfig.from_options({**OPTIONS, **options}))
+    await engine.start()
+    try:
+        await engine.wait_ready()
+        yield engine
+    finally:
+        await engine.shutdown()
+
+
+async def collect(engine: AsyncLLM, prompt: Any, params: SamplingParams, **options: Any) -> RequestOutput:
+    total: RequestOutput | None = None
+    async for delta in engine.generate(prompt, params, **options):
+        if total is None:
+            total = delta
+        else:
+            total.extend(delta)
+    assert total is not None and total.finished
+    return total
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        await asyncio.sleep(0.01)
+
+
+def run(test: Callable[..., Awaitable[None]], **options: Any) -> None:
+    async def main() -> None:
+        async with running(**options) as engine:
+            await test(engine)
+
+    asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    """The greedy tokens of PROMPTS, from the engine in this process."""
+    llm = LLM(**OPTIONS)
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[int]]) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        outputs = await asyncio.gather(*(collect(engine, prompt, GREEDY) for prompt in PROMPTS))
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        for bad, match in (({"logprobs": 21}, "at most 20"), ({"max_tokens": 5000}, "exceed the context")):
+            with pytest.raises(RequestError, match=match):
+                await collect(engine, "O", GREEDY.with_changes(**bad))
+        with pytest.raises(RequestError, match="can need .* KV blocks"):
+            await collect(engine, "O", GREEDY.with_changes(n=16, max_tokens=900))
+        named = await collect(engine, "O", GREEDY, request_id="mine")
+        assert named.request_id == "mine"
+        many = await collect(engine, "O", SamplingParams(n=3, seed=1, max_tokens=12, stop=["e"], logprobs=1))
+        assert sorted(output.index for output in many.outputs) == [0, 1, 2]
+        await until(lambda: engine.stats.num_used_blocks == 0)
+
+    run(test)
+
+
+def test_leaving_a_stream_frees_its_memory_within_a_step() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        stream = engine.generate("ROMEO:", GREEDY.with_changes(max_tokens=900))
+        await anext(stream)
+        await until(lambda: engine.stats.num_used_blocks > 0)
+        await stream.aclose()
+        steps = engine.stats.total_steps
+        await until(lambda: engine.stats.num_used_blocks == 0)
+        assert engine.stats.total_steps - steps <= 2
+
+        task = asyncio.create_task(collect(engine, "ROMEO:", GREEDY.with_changes(max_tokens=900)))
+        await until(lambda: engine.stats.num_used_blocks > 0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: engine.stats.num_used_blocks == 0)
+
+    run(test)
+
+
+def test_a_slow_reader_gets_merged_deltas(expected: list[list[int]]) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        stream = engine.generate(PROMPTS[0], GREEDY)
+        first = await anext(stream)
+        await until(lambda: engine.stats.num_running == 0)
+        rest = [delta async for delta in stream]
+        assert len(rest) == 1
+        first.extend(rest[0])
+        assert first.outputs[0].token_ids == expected[0]
+
+    run(test)
+
+
+def test_a_killed_engine_costs_a_pause_and_no_request(expected: list[list[int]]) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        streams = [asyncio.create_task(collect(engine, prompt, GREEDY)) for prompt in PROMPTS]
+        sampled = SamplingParams(n=2, max_tokens=60, seed=5, ignore_eos=True, prompt_logprobs=1)
+        others = asyncio.create_task(collect(engine, "O, she doth teach", sampled))
+        await until(lambda: engine.stats.total_generated_tokens > 40)
+        assert engine._process is not None
+        os.kill(engine._process.pid, signal.SIGKILL)
+        outputs = await asyncio.gather(*streams)
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert engine.state == "ready"
+        again = await collect(engine, "O, she doth teach", sampled)
+        first = await others
+        assert [sorted((o.index, tuple(o.token_ids)) for o in output.outputs) for output in (first, again)][0] == sorted(
+            (o.index, tuple(o.token_ids)) for o in again.outputs
+        )
+        assert first.prompt_logprobs is not None and again.prompt_logprobs is not None
+        assert len(first.prompt_logprobs) == len(again.prompt_logprobs) == len(again.prompt_token_ids)
+
+    run(test)
+
+
+def test_a_request_present_at_two_deaths_is_ended() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        task = asyncio.create_task(collect(engine, "ROMEO:", GREEDY.with_changes(max_tokens=1000)))
+        for _ in range(2):
+            await until(lambda: engine.state == "ready" and engine.stats.num_running == 1)
+            assert engine._process is not None
+            os.kill(engine._process.pid, signal.SIGKILL)
+            await until(lambda: engine.state == "restarting")
+        with pytest.raises(EngineDeadError, match="died 2 times on this request"):
+            await task
+        await until(lambda: engine.state == "ready")
+        assert (await collect(engine, "O", GREEDY)).finished
+
+    run(test)
+
+
+def test_a_full_queue_answers_429() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        long = GREEDY.with_changes(max_tokens=500)
+        tasks = [asyncio.create_task(collect(engine, "O", long)) for _ in range(3)]
+        await until(lambda: engine.stats.num_running == 1 and engine.stats.num_waiting == 2)
+        with pytest.raises(QueueFullError, match=r"2 requests are waiting, the limit is 2 \(max_queue_size\)") as caught:
+            await collect(engine, "O", long)
+        assert caught.value.retry_after >= 1
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(test, max_num_seqs=1, max_queue_size=2)
+
+
+def test_an_idle_engine_uses_no_cpu() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        await collect(engine, "O", GREEDY)
+        assert engine._process is not None
+        stat = Path(f"/proc/{engine._process.pid}/stat")
+
+        def ticks() -> int:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+            return int(fields[11]) + int(fields[12])  # user and system time
+
+        await asyncio.sleep(0.3)
+        before = ticks()
+        await asyncio.sleep(1.0)
+        assert ticks() == before
+
+    run(test)
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new(expected: list[list[int]]) -> None:
+    async def main() -> None:
+        engine = AsyncLLM(EngineConfig.from_options(OPTIONS))
+        with pytest.raises(EngineUnavailableError, match="the engine is loading"):
+            await collect(engine, "O", GREEDY)
+        await engine.start()
+        await engine.wait_ready()
+        assert engine._process is not None
+        process = engine._process
+        stream = engine.generate(PROMPTS[0], GREEDY)
+        output = await anext(stream)
+        stopping = asyncio.create_task(engine.shutdown(drain_seconds=60))
+        await until(lambda: engine.state == "draining")
+        with pytest.raises(EngineUnavailableError, match="the engine is draining"):
+            await collect(engine, "O", GREEDY)
+        async for delta in stream:
+            output.extend(delta)
+        assert output.outputs[0].token_ids == expected[0]
+        await stopping
+        assert process.returncode == 0
+
+    asyncio.run(main())
+
+
+def test_what_is_wrong_with_the_files_reaches_the_caller(tmp_path: Path) -> None:
+    async def main(model: Path) -> None:
+        engine = AsyncLLM(EngineConfig(model=str(model), num_blocks=10))
+        try:
+            await engine.start()
+            await engine.wait_ready()
+        finally:
+            await engine.shutdown()
+
+    with pytest.raises(CheckpointError, match="not a folder"):
+        asyncio.run(main(tmp_path / "nowhere"))
+    from quire.engine.checkpoint import bundled_folder
+
+    for file in bundled_folder().iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:100_000] if file.suffix == ".safetensors" else data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        asyncio.run(main(tmp_path))
+
+
+def test_the_child_ends_with_its_parent() -> None:
+    code = (
+        "import asyncio, os\n"
+        "from quire import AsyncLLM, EngineConfig\n"
+        "async def main():\n"
+        "    engine = AsyncLLM(EngineConfig(num_blocks=10, threads=1))\n"
+        "    await engine.start()\n"
+        "    await engine.wait_ready()\n"
+        "    print(engine._process.pid, flush=True)\n"
+        "    os._exit(9)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the engine process outlived the process that started it"
+        time.sleep(0.05)
+
+
+def test_the_api_process_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, quire.engine.async_engine\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'pydantic', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,89 @@
+"""The memory plan is arithmetic: these tests do it by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from quire.config import EngineConfig
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.memory_plan import available_memory, plan_memory, show_bytes
+from quire.errors import ConfigError, MemoryPlanError
+from quire.model_config import ModelConfig
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=1024,
+        layer_windows=(0, 0),
+        checkpoint_dtype="float16",
+    )
+
+
+def test_sizes_of_a_plan(model: ModelConfig) -> None:
+    plan = plan_memory(EngineConfig(num_blocks=100, max_num_seqs=8), model, available=GIB)
+    assert (plan.dtype, plan.kv_cache_dtype) == ("float16", "float16")
+    assert plan.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head_dim, bytes
+    assert plan.kv_cache == 100 * 16 * plan.kv_bytes_per_token
+    assert plan.weights == model.weight_bytes("float16")
+    assert plan.total == plan.weights + plan.activations + plan.kv_cache
+    assert plan.max_model_len == 1024
+    assert plan.num_longest_sequences == 1  # 64 of the 100 blocks each
+    assert plan.max_num_batched_tokens == 512
+
+
+def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: ModelConfig) -> None:
+    small = plan_memory(EngineConfig(max_num_seqs=4), model, available=2 * 2**20)
+    left = small.available - small.weights - small.activations
+    assert small.kv_cache <= left * 0.5 < small.kv_cache + 16 * small.kv_bytes_per_token
+    large = plan_memory(EngineConfig(max_num_seqs=4), model, available=64 * GIB)
+    assert large.num_blocks == 4 * 1024 // 16
+
+
+def test_the_context_shrinks_to_the_pool_unless_it_was_asked_for(model: ModelConfig) -> None:
+    assert plan_memory(EngineConfig(num_blocks=10), model, available=GIB).max_model_len == 160
+    with pytest.raises(MemoryPlanError, match=r"max_model_len 200 tokens takes .* max_model_len 160 would fit, or kv_cache_memory"):
+        plan_memory(EngineConfig(num_blocks=10, max_model_len=200), model, available=GIB)
+
+
+def test_what_cannot_fit_is_refused_with_what_would(model: ModelConfig) -> None:
+    with pytest.raises(MemoryPlanError, match=r"the model does not fit: weights take .* as float32 .* as float16 the weights take"):
+        plan_memory(EngineConfig(dtype="float32"), model, available=700_000)
+    with pytest.raises(MemoryPlanError, match=r"1000000 KV blocks take .* blocks \(.*\) would fit"):
+        plan_memory(EngineConfig(num_blocks=1_000_000), model, available=GIB)
+    with pytest.raises(MemoryPlanError, match=r"no room for one block"):
+        plan_memory(EngineConfig(kv_cache_memory=100), model, available=GIB)
+    with pytest.raises(ConfigError, match="max_model_len is 2048, but the model knows 1024 positions"):
+        plan_memory(EngineConfig(max_model_len=2048), model, available=GIB)
+
+
+def test_the_description_names_everything(model: ModelConfig) -> None:
+    text = "\n".join(plan_memory(EngineConfig(num_blocks=128, max_num_seqs=8), model, available=GIB).describe())
+    for part in ("weights", "activations", "KV cache", "128 blocks of 16 tokens = 2048 tokens", "longest context 1024", "2 sequences"):
+        assert part in text
+
+
+def test_available_memory_is_positive_and_below_the_machines() -> None:
+    assert 0 < available_memory() < 2**46
+
+
+def test_the_plan_of_the_bundled_model_is_what_loading_it_takes(tmp_path: Path) -> None:
+    plan = plan_memory(EngineConfig(num_blocks=64), ModelConfig.from_folder(bundled_folder()))
+    weights = (bundled_folder() / "model.safetensors").stat().st_size
+    # The tied table counts twice: once to gather rows from, once packed for the logits.
+    assert weights * 0.98 < plan.weights < weights * 1.3
+
+
+@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (24576, "24 KiB"), (3 * GIB // 2, "1.5 GiB"), (2**42, "4096 GiB")])
+def test_show_bytes(size: int, text: str) -> None:
+    assert show_bytes(size) == text

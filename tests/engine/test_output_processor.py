@@ -1,0 +1,116 @@
+"""Token ids become deltas of text; stop strings end samples; late tokens of ended samples change nothing."""
+
+from typing import Any
+
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.tokenizer import Tokenizer
+from quire.outputs import RequestOutput, SequenceDelta
+from quire.request import Request
+from quire.sampling_params import SamplingParams
+from quire.step import TokenLogprobs
+
+TOKENIZER = Tokenizer.from_folder(bundled_folder())
+TEXT = "What light through yonder window breaks?"
+IDS = TOKENIZER.encode(TEXT)
+
+
+def make_processor(**params: Any) -> OutputProcessor:
+    processor = OutputProcessor(TOKENIZER, clock=lambda: 1.0)
+    request = Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(**params), max_tokens=100)
+    processor.add(request, "prompt")
+    return processor
+
+
+def run(processor: OutputProcessor, ids: list[int], *, reason: str | None = "length", **last: Any) -> RequestOutput:
+    """Feed one token a step; the last one ends the sample with `reason`."""
+    total = RequestOutput("a", "prompt", [1], [])
+    for place, token_id in enumerate(ids):
+        final = place == len(ids) - 1
+        delta = SequenceDelta("a", 0, [token_id], finish_reason=reason if final else None, **(last if final else {}))
+        for output in processor.process([delta])[0]:
+            total.extend(output)
+    return total
+
+
+def test_deltas_add_up_to_the_text() -> None:
+    output = run(make_processor(), IDS)
+    assert output.finished
+    assert output.outputs[0].text == TEXT
+    assert output.outputs[0].token_ids == IDS
+    assert output.outputs[0].finish_reason == "length"
+
+
+def test_a_stop_token_is_no_text_unless_asked_for() -> None:
+    output = run(make_processor(), IDS, reason="stop", stop_reason=IDS[-1])
+    assert output.outputs[0].text == TOKENIZER.decode(IDS[:-1])
+    assert output.outputs[0].stop_reason == IDS[-1]
+    assert run(make_processor(include_stop_str_in_output=True), IDS, reason="stop").outputs[0].text == TEXT
+
+
+def test_a_stop_string_ends_the_sample_and_tells_the_core() -> None:
+    processor = make_processor(stop=["through"])
+    total = RequestOutput("a", "prompt", [1], [])
+    told = []
+    for token_id in IDS:
+        outputs, stopped = processor.process([SequenceDelta("a", 0, [token_id])])
+        told += stopped
+        for output in outputs:
+            total.extend(output)
+    assert told == [("a", 0)]
+    assert total.finished
+    assert total.outputs[0].text == "What light "
+    assert (total.outputs[0].finish_reason, total.outputs[0].stop_reason) == ("stop", "through")
+    assert TOKENIZER.decode(total.outputs[0].token_ids).endswith("through")
+    assert len(processor) == 0
+
+
+def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_not_told_twice() -> None:
+    processor = make_processor(stop=["breaks"])
+    for token_id in IDS[:-1]:
+        outputs, stopped = processor.process([SequenceDelta("a", 0, [token_id])])
+        if stopped:
+            break
+    else:
+        outputs, stopped = processor.process([SequenceDelta("a", 0, IDS[-1:], finish_reason="length")])
+        assert stopped == []
+    assert outputs[0].outputs[0].finish_reason == "stop"
+
+
+def test_samples_end_one_by_one() -> None:
+    processor = make_processor(n=2)
+    (first,), _ = processor.process([SequenceDelta("a", 0, IDS[:1], finish_reason="stop"), SequenceDelta("a", 1, IDS[:1])])
+    assert [output.index for output in first.outputs] == [0, 1]
+    assert not first.finished
+    (second,), _ = processor.process([SequenceDelta("a", 0, IDS[:1]), SequenceDelta("a", 1, IDS[1:2], finish_reason="length")])
+    assert [output.index for output in second.outputs] == [1]
+    assert second.finished
+
+
+def test_logprobs_carry_text_and_add_up() -> None:
+    processor = make_processor(logprobs=1, prompt_logprobs=0)
+    entry = TokenLogprobs([IDS[0], IDS[1]], [-1.0, -0.5], [2, 1])
+    (output,), _ = processor.process([SequenceDelta("a", 0, [], prompt_logprobs=[entry])])
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert output.outputs == []
+    (output,), _ = processor.process([SequenceDelta("a", 0, IDS[:1], logprobs=[entry])])
+    (logprobs,) = output.outputs[0].logprobs or []
+    assert list(logprobs) == [IDS[0], IDS[1]]
+    assert (logprobs[IDS[0]].logprob, logprobs[IDS[0]].rank) == (-1.0, 2)
+    assert logprobs[IDS[0]].decoded_token == TOKENIZER.id_to_text(IDS[0])
+    assert output.outputs[0].cumulative_logprob == -1.0
+
+
+def test_errors_and_aborted_requests() -> None:
+    processor = make_processor()
+    (output,), _ = processor.process([SequenceDelta("a", 0, [], finish_reason="error", error="logits hold NaN")])
+    assert (output.finished, output.outputs[0].finish_reason, output.outputs[0].error) == (True, "error", "logits hold NaN")
+    processor = make_processor()
+    processor.discard("a")
+    assert processor.process([SequenceDelta("a", 0, IDS[:1]), SequenceDelta("unknown", 0, IDS[:1])]) == ([], [])
+
+
+def test_without_detokenising_there_are_ids_only() -> None:
+    output = run(make_processor(detokenize=False), IDS)
+    assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", IDS)

@@ -1,0 +1,133 @@
+"""The whole server: the bundled model, the engine in its child process, HTTP over a socket, the openai client."""
+
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from quire.config import EngineConfig
+from quire.engine.async_engine import AsyncLLM
+from tests.server.running_server import RunningServer
+
+CHAT: list[Any] = [{"role": "user", "content": "Speak, what trade art thou?"}]
+PROMPT = "First Citizen:\nBefore we proceed any further, hear me speak."
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    config = EngineConfig(max_num_seqs=32, num_blocks=512, threads=1, disable_log_stats=True)
+    with RunningServer(AsyncLLM(config), start_seconds=120) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[OpenAI]:
+    with server.client() as client:
+        yield client
+
+
+def gauge(server: RunningServer, name: str) -> float:
+    found = re.search(rf"^quire:{name}{{.*}} (\S+)$", server.send("GET", "/metrics")[1], re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def greedy(client: OpenAI, prompt: Any = PROMPT, **options: Any) -> str:
+    asked = {"model": "quire-bundled", "prompt": prompt, "temperature": 0, "max_tokens": 24, **options}
+    text: str = client.completions.create(**asked).choices[0].text
+    return text
+
+
+def test_chat_whole_and_streamed_agree(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "quire-bundled", "messages": CHAT, "temperature": 0, "max_tokens": 32}
+    whole = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        == whole.choices[0].message.content
+    )
+    assert whole.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+
+
+def test_many_at_once_say_what_each_says_alone(client: OpenAI) -> None:
+    prompts = [PROMPT[:length] for length in range(10, 58, 8)]
+    alone = [greedy(client, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(lambda prompt: greedy(client, prompt), prompts)) == alone
+    together = client.completions.create(model="quire-bundled", prompt=prompts, temperature=0, max_tokens=24)
+    assert [choice.text for choice in sorted(together.choices, key=lambda c: c.index)] == alone
+
+
+def test_seeds_repeat_and_samples_differ(client: OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "quire-bundled",
+        "prompt": PROMPT,
+        "n": 4,
+        "max_tokens": 16,
+        "temperature": 1.0,
+    }
+    first = [choice.text for choice in client.completions.create(**asked, seed=7).choices]
+    assert [choice.text for choice in client.completions.create(**asked, seed=7).choices] == first
+    assert len(set(first)) > 1
+
+
+def test_stop_strings_end_the_text(client: OpenAI) -> None:
+    text = greedy(client)
+    stop = text[5:9]
+    assert greedy(client, stop=stop) == text[: text.index(stop)]
+
+
+def test_echo_scores_are_the_logprobs_of_generating(client: OpenAI) -> None:
+    """What a harness reads from echo equals what was reported when the same tokens were generated."""
+    asked: dict[str, Any] = {"model": "quire-bundled", "temperature": 0}
+    first = client.completions.create(
+        **asked, prompt=PROMPT, max_tokens=8, logprobs=2, extra_body={"return_token_ids": True}
+    )
+    extra = first.choices[0].model_extra
+    assert extra is not None
+    assert first.choices[0].logprobs is not None
+    prompt = extra["prompt_token_ids"] + extra["token_ids"]
+    scored = (
+        client.completions.create(**asked, prompt=prompt, max_tokens=1, logprobs=1, echo=True)
+        .choices[0]
+        .logprobs
+    )
+    assert scored is not None
+    assert scored.token_logprobs is not None
+    assert scored.token_logprobs[0] is None
+    found = scored.token_logprobs[len(extra["prompt_token_ids"]) : -1]
+    assert found == pytest.approx(first.choices[0].logprobs.token_logprobs, abs=1e-3)
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: RunningServer) -> None:
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert connection.recv(100)
+        assert gauge(server, "num_requests_running") == 1
+    deadline = time.monotonic() + 5
+    while gauge(server, "num_used_kv_blocks") or gauge(server, "num_requests_running"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_refusals_of_the_engine_reach_the_client(client: OpenAI) -> None:
+    for options, said in (
+        ({"logprobs": 1000}, "max_logprobs"),
+        ({"extra_body": {"allowed_token_ids": [10**6]}}, "vocabulary"),
+        ({"prompt": [10**6]}, "vocabulary"),
+        ({"prompt": [5] * 5000}, "5000 tokens"),
+    ):
+        with pytest.raises(BadRequestError, match=said):
+            greedy(client, **options)  # type: ignore[arg-type]  # of several kinds
