@@ -21,7 +21,7 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int kTileKeys = 128;
+constexpr int kTileKeys = 64;
 constexpr int kTileColumns = kTileKeys / kLanes;
 // Rows of scores are a vector further apart than a tile is wide: a power of two would map all of them to few cache sets.
 constexpr int kScoreStride = kTileKeys + 16;
@@ -39,8 +39,7 @@ struct Segment {
 struct Tile {
     int64_t begin;                 // position of lane 0 of column 0
     int64_t end;                   // one past the last key
-    int64_t columns[kTileColumns];  // elements from the start of the keys to each vector of keys, for KV head 0;
-                                    // or from the start of their copy
+    int64_t columns[kTileColumns];  // elements from the start of the keys to each vector of keys, for KV head 0
     int num_segments;
     Segment segments[kTileKeys];
 };
@@ -101,26 +100,61 @@ static void weigh_columns(const float* weights, const float* decay, const T* val
 }
 
 // The widest micro-kernel that fits the registers and the columns left.
-QUIRE_INLINE int width_for(int64_t rows, int64_t columns) {
-    for (int width = 8; width > 1; width /= 2)
-        if (rows * width <= kAccumulators && columns >= width) return width;
+template <int kRows>
+QUIRE_INLINE int width_for(int64_t columns) {
+    if (kRows * 8 <= kAccumulators && columns >= 8) return 8;
+    if (kRows * 4 <= kAccumulators && columns >= 4) return 4;
+    if (kRows * 2 <= kAccumulators && columns >= 2) return 2;
     return 1;
 }
 
-// Calls body.operator()<rows, width>() with both as constants, for the pairs that fit the registers.
-template <int kRows = kMaxRows, int kWidth = 8, class Body>
-QUIRE_INLINE void with_constants(int64_t rows, int width, Body&& body) {
+template <class T, int kRows>
+static void score_panel(const float* queries, const T* keys, const int64_t* columns, int64_t num_columns,
+                        int64_t stride, int64_t head_dim, float* scores) {
+    for (int64_t c = 0; c < num_columns;) {
+        const int width = width_for<kRows>(num_columns - c);
+        const auto run = [&]<int kWidth>() {
+            score_columns<T, kRows, kWidth>(queries, keys, columns + c, stride, head_dim, scores + c * kLanes);
+        };
+        if constexpr (kRows * 8 <= kAccumulators)
+            if (width == 8) run.template operator()<8>();
+        if constexpr (kRows * 4 <= kAccumulators)
+            if (width == 4) run.template operator()<4>();
+        if constexpr (kRows * 2 <= kAccumulators)
+            if (width == 2) run.template operator()<2>();
+        if (width == 1) run.template operator()<1>();
+        c += width;
+    }
+}
+
+template <class T, int kRows>
+static void weigh_panel(const float* weights, const float* decay, const T* values, const Segment* segments,
+                        int num_segments, int64_t num_keys, int64_t stride, float* out, int64_t out_stride) {
+    for (int64_t c = 0; c < out_stride / kLanes;) {
+        const int width = width_for<kRows>(out_stride / kLanes - c);
+        const auto run = [&]<int kWidth>() {
+            weigh_columns<T, kRows, kWidth>(weights, decay, values + c * kLanes, segments, num_segments, num_keys,
+                                            stride, out + c * kLanes, out_stride);
+        };
+        if constexpr (kRows * 8 <= kAccumulators)
+            if (width == 8) run.template operator()<8>();
+        if constexpr (kRows * 4 <= kAccumulators)
+            if (width == 4) run.template operator()<4>();
+        if constexpr (kRows * 2 <= kAccumulators)
+            if (width == 2) run.template operator()<2>();
+        if (width == 1) run.template operator()<1>();
+        c += width;
+    }
+}
+
+// Calls body.operator()<rows>() with the number of rows as a constant.
+template <int kRows = kMaxRows, class Body>
+QUIRE_INLINE void with_rows(int rows, Body&& body) {
     if constexpr (kRows > 0) {
-        if (rows != kRows)
-            with_constants<kRows - 1>(rows, width, body);
-        else if constexpr (kWidth > 1 && kRows * kWidth > kAccumulators)
-            with_constants<kRows, kWidth / 2>(rows, width, body);
-        else if constexpr (kWidth > 0) {
-            if (width == kWidth)
-                body.template operator()<kRows, kWidth>();
-            else
-                with_constants<kRows, kWidth / 2>(rows, width, body);
-        }
+        if (rows == kRows)
+            body.template operator()<kRows>();
+        else
+            with_rows<kRows - 1>(rows, body);
     }
 }
 
@@ -167,16 +201,15 @@ struct Scratch {
     float* out;        // [rows][padded_dim]
     float* row_sum;    // [rows][kLanes]
     float* row_max;    // [rows]
-    float* scores;     // [rows of one head][kScoreStride]
-    float* decay;      // [rows of one head]
+    float* scores;     // [kMaxRows][kScoreStride]
     float* keys;       // [head_dim][kTileKeys], if keys are copied
     float* values;     // [kTileKeys][padded_dim], if values are copied
 };
 
 struct ScratchSizes {
-    int64_t rows, head_rows, padded_dim, queries, out, row_sum, row_max, scores, decay, keys, values;
+    int64_t rows, padded_dim, queries, out, row_sum, row_max, scores, keys, values;
 
-    int64_t total() const { return queries + out + row_sum + row_max + scores + decay + keys + values; }
+    int64_t total() const { return queries + out + row_sum + row_max + scores + keys + values; }
 };
 
 static bool keys_are_vectors(const Attention& a) { return a.cache.block_size % kLanes == 0; }
@@ -185,17 +218,14 @@ static bool values_are_vectors(const Attention& a) { return a.cache.head_dim % k
 static ScratchSizes scratch_sizes(const Attention& a) {
     const int64_t group = a.num_heads / a.cache.num_kv_heads;
     ScratchSizes sizes{};
-    for (int64_t i = 0; i < a.num_work; ++i) {
-        sizes.head_rows = max_of(sizes.head_rows, a.work[i].num_tokens * group);
+    for (int64_t i = 0; i < a.num_work; ++i)
         sizes.rows = max_of(sizes.rows, a.work[i].num_tokens * a.work[i].num_heads * group);
-    }
     sizes.padded_dim = round_up(a.cache.head_dim, kLanes);
     sizes.queries = round_up(sizes.rows * a.cache.head_dim, kLanes);
     sizes.out = sizes.rows * sizes.padded_dim;
     sizes.row_sum = sizes.rows * kLanes;
     sizes.row_max = round_up(sizes.rows, kLanes);
-    sizes.scores = sizes.head_rows * kScoreStride;
-    sizes.decay = round_up(sizes.head_rows, kLanes);
+    sizes.scores = kMaxRows * kScoreStride;
     sizes.keys = keys_are_vectors(a) ? 0 : a.cache.head_dim * kTileKeys;
     sizes.values = values_are_vectors(a) ? 0 : kTileKeys * sizes.padded_dim;
     return sizes;
@@ -210,8 +240,7 @@ static Scratch divide(float* area, const ScratchSizes& sizes) {
     s.row_sum = s.out + sizes.out;
     s.row_max = s.row_sum + sizes.row_sum;
     s.scores = s.row_max + sizes.row_max;
-    s.decay = s.scores + sizes.scores;
-    s.keys = s.decay + sizes.decay;
+    s.keys = s.scores + sizes.scores;
     s.values = s.keys + sizes.keys;
     return s;
 }
@@ -239,7 +268,7 @@ public:
             locate(begin);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 copy_unaligned(item.head_begin + head);
-                run_head(head);
+                for (int64_t p = 0; p < num_panels; ++p) run_panel(head, panel_begin(p), panel_begin(p + 1));
             }
         }
         write_out();
@@ -271,9 +300,9 @@ private:
         tile.end = min_of(begin + kTileKeys, item.key_end);
         const int32_t* table = a.block_tables + item.sequence * a.block_table_stride;
         const int64_t block_stride = a.cache.num_kv_heads * head_stride;
-        for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes)
-            tile.columns[c] = keys_are_vectors(a) ? table[key / block_size] * block_stride + key % block_size
-                                                  : c * kLanes;
+        if (keys_are_vectors(a))
+            for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes)
+                tile.columns[c] = table[key / block_size] * block_stride + key % block_size;
         tile.num_segments = 0;
         for (int64_t key = max_of(begin, item.key_begin); key < tile.end;) {
             const int64_t in_block = key % block_size;
@@ -309,80 +338,53 @@ private:
             }
     }
 
-    // One tile for all rows of one head. Panels are the inner loops of both products, so that the few columns of keys
-    // or values in use are read from the first-level cache by all panels but the first.
-    void run_head(int64_t head) {
+    void run_panel(int64_t head, int64_t begin, int64_t end) {
+        // The keys that any row of the panel sees, within the tile.
+        const int64_t low = low_key(begin / group), high = high_key((end - 1) / group);
+        if (low >= tile.end - tile.begin || high <= 0) return;
+        const int64_t columns = (high + kLanes - 1) / kLanes;
+        const int64_t row = head * head_rows + begin;
+        const float* queries = scratch.queries + row * head_dim;
+        float* out = scratch.out + row * padded_dim;
         const int64_t head_offset = (item.head_begin + head) * head_stride;
-        const int64_t first_row = head * head_rows;
-        const int64_t panel_rows = (head_rows + num_panels - 1) / num_panels;  // of the largest panel
-        const bool direct_keys = keys_are_vectors(a), direct_values = values_are_vectors(a);
+        float decay[kMaxRows];
 
-        const int64_t columns = (high_key(item.num_tokens - 1) + kLanes - 1) / kLanes;
-        for (int64_t c = 0, width; c < columns; c += width) {
-            width = width_for(panel_rows, columns - c);
-            for (int64_t p = 0; p < num_panels; ++p) {
-                const int64_t begin = panel_begin(p), end = panel_begin(p + 1);
-                if (c * kLanes >= high_key((end - 1) / group) || (c + width) * kLanes <= low_key(begin / group)) continue;
-                const float* queries = scratch.queries + (first_row + begin) * head_dim;
-                float* scores = scratch.scores + begin * kScoreStride + c * kLanes;
-                with_constants(end - begin, width, [&]<int kRows, int kWidth>() {
-                    if (direct_keys)
-                        score_columns<KV, kRows, kWidth>(queries, keys() + head_offset, tile.columns + c, block_size,
-                                                         head_dim, scores);
-                    else
-                        score_columns<float, kRows, kWidth>(queries, scratch.keys, tile.columns + c, kTileKeys,
-                                                            head_dim, scores);
-                });
+        with_rows(int(end - begin), [&]<int kRows>() {
+            if (keys_are_vectors(a)) {
+                score_panel<KV, kRows>(queries, keys() + head_offset, tile.columns, columns, block_size, head_dim,
+                                       scratch.scores);
+            } else {
+                int64_t copied[kTileColumns];
+                for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
+                score_panel<float, kRows>(queries, scratch.keys, copied, columns, kTileKeys, head_dim, scratch.scores);
             }
-        }
-
-        for (int64_t r = 0; r < head_rows; ++r) scratch.decay[r] = weigh_row(head, r);
-
-        for (int64_t c = 0, width; c < padded_dim / kLanes; c += width) {
-            width = width_for(panel_rows, padded_dim / kLanes - c);
-            for (int64_t p = 0; p < num_panels; ++p) {
-                const int64_t begin = panel_begin(p), end = panel_begin(p + 1);
-                const int64_t high = high_key((end - 1) / group);
-                if (high <= 0 || low_key(begin / group) >= tile.end - tile.begin) continue;
-                const float* weights = scratch.scores + begin * kScoreStride;
-                const float* decay = scratch.decay + begin;
-                float* out = scratch.out + (first_row + begin) * padded_dim + c * kLanes;
-                with_constants(end - begin, width, [&]<int kRows, int kWidth>() {
-                    if (direct_values) {
-                        weigh_columns<KV, kRows, kWidth>(weights, decay, values() + head_offset + c * kLanes,
-                                                         tile.segments, tile.num_segments, high, head_dim, out,
-                                                         padded_dim);
-                    } else {
-                        const int64_t first = tile.segments[0].first;
-                        const Segment copied{first * padded_dim, int32_t(first), kTileKeys};
-                        weigh_columns<float, kRows, kWidth>(weights, decay, scratch.values + c * kLanes, &copied, 1,
-                                                            high, padded_dim, out, padded_dim);
-                    }
-                });
+            for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
+            if (values_are_vectors(a)) {
+                weigh_panel<KV, kRows>(scratch.scores, decay, values() + head_offset, tile.segments, tile.num_segments,
+                                       high, head_dim, out, padded_dim);
+            } else {
+                const int64_t first = tile.segments[0].first;
+                const Segment copied{first * padded_dim, int32_t(first), kTileKeys};
+                weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, high, padded_dim, out,
+                                          padded_dim);
             }
-        }
+        });
     }
 
-    // Softmax of one row's scores; returns the decay of the row's output.
-    float weigh_row(int64_t head, int64_t row_in_head) {
+    float weigh_row(int64_t row_in_head, int64_t row, int64_t head, int64_t columns, int panel_row) {
         const int64_t token = row_in_head / group;
         const int64_t low = low_key(token), high = high_key(token);
-        // All columns that the row's panel will weigh, whether the row sees them or not.
-        const int64_t panel = ((row_in_head + 1) * num_panels - 1) / head_rows;
-        const int64_t panel_high = high_key((panel_begin(panel + 1) - 1) / group);
-        const int64_t columns = (panel_high + kLanes - 1) / kLanes;
-        if (panel_high <= 0) return 1.0f;
-        float* scores = scratch.scores + row_in_head * kScoreStride;
-        float* row_max = scratch.row_max + head * head_rows + row_in_head;
-        float* row_sum = scratch.row_sum + (head * head_rows + row_in_head) * kLanes;
+        float* scores = scratch.scores + panel_row * kScoreStride;
+        float* row_max = scratch.row_max + row;
+        float* row_sum = scratch.row_sum + row * kLanes;
         const int64_t position = first_position + token - tile.begin;
+        const bool edge = low > 0 || high < columns * kLanes;
         if (a.softcap > 0 || a.alibi_slopes) {
             const int64_t query_head = (item.head_begin + head) * group + row_in_head % group;
             const ScoreBias bias{a.softcap * kLog2E, a.alibi_slopes ? a.alibi_slopes[query_head] * kLog2E : 0.0f};
             return weigh_scores<true, true>(scores, columns, low, high, bias, position, row_max, row_sum);
         }
-        if (low > 0 || high < columns * kLanes)
-            return weigh_scores<true, false>(scores, columns, low, high, {}, position, row_max, row_sum);
+        if (edge) return weigh_scores<true, false>(scores, columns, low, high, {}, position, row_max, row_sum);
         return weigh_scores<false, false>(scores, columns, low, high, {}, position, row_max, row_sum);
     }
 

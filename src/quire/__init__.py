@@ -30,9 +30,7 @@ __all__ = ["__version__", *_HOME_OF]
 
 def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
-        raise AttributeError(
-            f"module 'quire' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}"
-        )
+        raise AttributeError(f"module 'quire' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}")
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

@@ -1,7 +1,7 @@
 """EngineConfig: every option of the engine, by vLLM's names, in one frozen value.
 
-Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Values derived from a model or a machine are
-never written back here: they belong to the memory plan.
+Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Values derived from a model or a machine
+are never written back here: they belong to the memory plan.
 """
 
 import difflib

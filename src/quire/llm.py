@@ -26,8 +26,8 @@ class LLM:
     >>> llm = LLM()                                     # the bundled model
     >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
 
-    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. With `verbose` the memory plan
-    and the phases of start-up are printed to standard error.
+    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. With `verbose` the memory
+    plan and the phases of start-up are printed to standard error.
     """
 
     def __init__(self, model: str = "", *, verbose: bool = False, **options: Any) -> None:
@@ -50,8 +50,8 @@ class LLM:
         """Continue every prompt; outputs come in the order of the prompts.
 
         A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. One `SamplingParams`
-        serves all prompts, or there is one for each; None takes the model's own defaults. `use_tqdm` shows a progress bar
-        on a terminal. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
+        serves all prompts, or there is one for each; None takes the model's own defaults. `use_tqdm` shows a progress
+        bar on a terminal. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
         """
         batch = _as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
@@ -100,7 +100,9 @@ class LLM:
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
             )
-            prompts.append({"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)})
+            prompts.append(
+                {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
+            )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
@@ -125,7 +127,9 @@ class LLM:
         """Counts of requests, blocks, slots and tokens as they are now."""
         return self._engine.stats()
 
-    def _params_of(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
+    def _params_of(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
@@ -151,7 +155,13 @@ def _progress(total: int, *, shown: bool) -> Iterator[Any]:
     from rich.console import Console  # only where something is shown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, rate="")
         num_tokens = 0

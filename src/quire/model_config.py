@@ -248,9 +248,7 @@ class _Reader:
         num_heads = self._integer("num_attention_heads")
         num_kv_heads = self._integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            raise self._refuse(
-                "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}"
-            )
+            raise self._refuse("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
         if self._value("head_dim") is None and hidden_size % num_heads:
             raise self._refuse("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
         max_position = self._integer("max_position_embeddings")
@@ -326,9 +324,7 @@ class _Reader:
             attention_factor=optional("attention_factor"),
             mscale=optional("mscale"),
             mscale_all_dim=optional("mscale_all_dim"),
-            partial_rotary_factor=number(
-                "partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0
-            ),
+            partial_rotary_factor=number("partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0),
         )
 
     def _layer_windows(self, num_layers: int) -> tuple[int, ...]:

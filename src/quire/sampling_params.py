@@ -83,9 +83,7 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
-            object.__setattr__(
-                self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids)
-            )
+            object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
         words = tuple(_as_tuple("bad_words_token_ids", word) for word in self.bad_words_token_ids)
         object.__setattr__(self, "bad_words_token_ids", words)
         _check_integer("n", self.n, 1, MAX_N)
@@ -107,9 +105,7 @@ class SamplingParams:
         _check_integer("prompt_logprobs", self.prompt_logprobs, -1, 2**31 - 1, optional=True)
         _check_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, 2**31 - 1, optional=True)
         if self.truncate_prompt_tokens == 0:
-            raise RequestError(
-                "truncate_prompt_tokens is 0; give −1 or at least 1", param="truncate_prompt_tokens"
-            )
+            raise RequestError("truncate_prompt_tokens is 0; give −1 or at least 1", param="truncate_prompt_tokens")
         _check_strings("stop", self.stop, MAX_STOP_STRINGS)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text: set detokenize to true", param="stop")
@@ -118,9 +114,7 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             _check_token_list("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
-                raise RequestError(
-                    "allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids"
-                )
+                raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
         # A word has one form where a text begins with it and another behind a space.
         if len(self.bad_words_token_ids) > 2 * MAX_BAD_WORDS:
             raise RequestError(
@@ -193,9 +187,7 @@ def _check_strings(name: str, values: Sequence[object], limit: int) -> None:
         raise RequestError(f"{name} holds {len(values)} texts; at most {limit} are allowed", param=name)
     for value in values:
         if not isinstance(value, str) or not value:
-            raise RequestError(
-                f"{name} holds {brief(value)}; each entry must be a non-empty string", param=name
-            )
+            raise RequestError(f"{name} holds {brief(value)}; each entry must be a non-empty string", param=name)
         if len(value) > MAX_STOP_STRING_CHARS:
             raise RequestError(
                 f"{name} holds a text of {len(value)} characters; at most {MAX_STOP_STRING_CHARS} are allowed",
@@ -205,9 +197,7 @@ def _check_strings(name: str, values: Sequence[object], limit: int) -> None:
 
 def _check_token_list(name: str, values: Sequence[object]) -> None:
     if len(values) > MAX_TOKEN_LIST:
-        raise RequestError(
-            f"{name} holds {len(values)} tokens; at most {MAX_TOKEN_LIST} are allowed", param=name
-        )
+        raise RequestError(f"{name} holds {len(values)} tokens; at most {MAX_TOKEN_LIST} are allowed", param=name)
     for value in values:
         _check_integer(name, value, 0, 2**31 - 1)
 

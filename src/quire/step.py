@@ -1,8 +1,8 @@
 """What crosses between deciding and executing: the scheduler's StepPlan and the runner's StepResult.
 
-Plain values only, so that either side can be replaced: the simulator executes plans without a model, the tests run models
-without a scheduler. Sequences are known here by their row, the slot in the runner's persistent arrays that a sequence
-keeps from admission until it ends or is preempted.
+Plain values only, so that either side can be replaced: the simulator executes plans without a model, the tests run
+models without a scheduler. Sequences are known here by their row, the slot in the runner's persistent arrays that a
+sequence keeps from admission until it ends or is preempted.
 """
 
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class StepPlan:
     token_ids: list[int] = field(default_factory=list)
     """The tokens computed, sequence after sequence: sum(counts) entries."""
     sample_after: list[int] = field(default_factory=list)
-    """Indices into `rows` after whose last token a sample is drawn, ascending; one index n times where n samples part."""
+    """Indices into `rows` after whose last token a sample is drawn; n times the same one where n samples part."""
     sample_rows: list[int] = field(default_factory=list)
     """For each of those, the row whose sampling state draws it and gets the token."""
     new_rows: list[NewRow] = field(default_factory=list)

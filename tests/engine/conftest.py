@@ -20,9 +20,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     @cache
     def unpacked(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        (folder / "tokenizer.json").write_bytes(
-            lzma.decompress((TOKENIZERS / name / "tokenizer.json.xz").read_bytes())
-        )
+        (folder / "tokenizer.json").write_bytes(lzma.decompress((TOKENIZERS / name / "tokenizer.json.xz").read_bytes()))
         shutil.copy(TOKENIZERS / name / "tokenizer_config.json", folder)
         return folder
 

@@ -1,4 +1,4 @@
-"""The engine behind its child process, for real: streams, aborts, deaths, idleness, and what the API process imports."""
+"""The engine behind its child process, for real: streams, aborts, deaths, idleness, and what is imported where."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,8 @@ async def collect(engine: AsyncLLM, prompt: Any, params: SamplingParams, **optio
             total = delta
         else:
             total.extend(delta)
-    assert total is not None and total.finished
+    assert total is not None
+    assert total.finished
     return total
 
 
@@ -74,7 +75,7 @@ def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[
         for bad, match in (({"logprobs": 21}, "at most 20"), ({"max_tokens": 5000}, "exceed the context")):
             with pytest.raises(RequestError, match=match):
                 await collect(engine, "O", GREEDY.with_changes(**bad))
-        with pytest.raises(RequestError, match="can need .* KV blocks"):
+        with pytest.raises(RequestError, match=r"can need .* KV blocks"):
             await collect(engine, "O", GREEDY.with_changes(n=16, max_tokens=900))
         named = await collect(engine, "O", GREEDY, request_id="mine")
         assert named.request_id == "mine"
@@ -131,10 +132,10 @@ def test_a_killed_engine_costs_a_pause_and_no_request(expected: list[list[int]])
         assert engine.state == "ready"
         again = await collect(engine, "O, she doth teach", sampled)
         first = await others
-        assert [sorted((o.index, tuple(o.token_ids)) for o in output.outputs) for output in (first, again)][0] == sorted(
-            (o.index, tuple(o.token_ids)) for o in again.outputs
-        )
-        assert first.prompt_logprobs is not None and again.prompt_logprobs is not None
+        tokens = [{sample.index: sample.token_ids for sample in output.outputs} for output in (first, again)]
+        assert tokens[0] == tokens[1]
+        assert first.prompt_logprobs is not None
+        assert again.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(again.prompt_logprobs) == len(again.prompt_token_ids)
 
     run(test)
@@ -161,7 +162,9 @@ def test_a_full_queue_answers_429() -> None:
         long = GREEDY.with_changes(max_tokens=500)
         tasks = [asyncio.create_task(collect(engine, "O", long)) for _ in range(3)]
         await until(lambda: engine.stats.num_running == 1 and engine.stats.num_waiting == 2)
-        with pytest.raises(QueueFullError, match=r"2 requests are waiting, the limit is 2 \(max_queue_size\)") as caught:
+        with pytest.raises(
+            QueueFullError, match=r"2 requests are waiting, the limit is 2 \(max_queue_size\)"
+        ) as caught:
             await collect(engine, "O", long)
         assert caught.value.retry_after >= 1
         for task in tasks:

@@ -55,9 +55,7 @@ def test_equals_transformers(name: str, continued: bool) -> None:
         continue_final_message=continued,
         **TOKENS,
     )
-    text = render(
-        TEMPLATES[name], messages, add_generation_prompt=not continued, continue_final_message=continued
-    )
+    text = render(TEMPLATES[name], messages, add_generation_prompt=not continued, continue_final_message=continued)
     assert text == expected[0]
 
 
@@ -103,9 +101,7 @@ def test_final_message_is_continued() -> None:
     options = {"add_generation_prompt": False, "continue_final_message": True}
     messages = [USER, {"role": "assistant", "content": "so be "}]
     assert render(CHATML, messages, **options).endswith("<|assistant|>so be ")
-    assert render(CHATML.replace("content", "content | trim"), messages, **options).endswith(
-        "<|assistant|>so be"
-    )
+    assert render(CHATML.replace("content", "content | trim"), messages, **options).endswith("<|assistant|>so be")
     with pytest.raises(RequestError, match="exclude each other"):
         render(CHATML, messages, add_generation_prompt=True, continue_final_message=True)
     with pytest.raises(RequestError, match="cannot be continued"):
@@ -132,10 +128,7 @@ def test_loops_keep_what_jinja_offers_in_them() -> None:
     source = "{% for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}"
     assert render(source, [USER, ASSISTANT, USER]) == "1/2False 2/2True "
     assert render("{% for x in missing %}x{% else %}none{% endfor %}") == "none"
-    assert (
-        render("{% macro m(x) %}[{% for c in x %}{{ c }},{% endfor %}]{% endmacro %}{{ m('ab') }}")
-        == "[a,b,]"
-    )
+    assert render("{% macro m(x) %}[{% for c in x %}{{ c }},{% endfor %}]{% endmacro %}{{ m('ab') }}") == "[a,b,]"
 
 
 @pytest.mark.parametrize(

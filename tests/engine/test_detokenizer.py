@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -63,9 +63,7 @@ def one_by_one(ids: Sequence[int]) -> list[Sequence[int]]:
 def word_pieces() -> Tokenizer:
     """A vocabulary whose decoder is more than joining bytes: "##s" goes to the word before it, others get a space."""
     words = ["[UNK]", "to", "be", "or", "not", "##s", ".", ",", "it", "'", "##er"]
-    backend = tokenizers.Tokenizer(
-        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    backend = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece(cleanup=False)
     backend.add_special_tokens([AddedToken("[SEP]", special=True), AddedToken("[CLS]", special=True)])
@@ -92,9 +90,7 @@ def test_published_texts_in_any_chunking(load_tokenizer: Load, name: str, skip: 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), length=st.integers(0, 40), skip=st.booleans())
-def test_random_tokens_equal_the_library(
-    load_tokenizer: Load, name: str, seed: int, length: int, skip: bool
-) -> None:
+def test_random_tokens_equal_the_library(load_tokenizer: Load, name: str, seed: int, length: int, skip: bool) -> None:
     """Random tokens break characters in every way; ids beyond the vocabulary add nothing."""
     tokenizer = load_tokenizer(name)
     draw = random.Random(seed)
@@ -108,9 +104,7 @@ def test_random_tokens_equal_the_library(
 @pytest.mark.parametrize("name", ["mistral-v1", "mistral-v3"])
 @settings(max_examples=60)
 @given(text=st.text(max_size=30), seed=st.integers(0, 2**32), skip=st.booleans())
-def test_any_text_through_byte_fallback(
-    load_tokenizer: Load, name: str, text: str, seed: int, skip: bool
-) -> None:
+def test_any_text_through_byte_fallback(load_tokenizer: Load, name: str, text: str, seed: int, skip: bool) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode(text)
     deltas, _, _ = stream(tokenizer, chunks(ids, random.Random(seed)), skip_special_tokens=skip)
@@ -196,10 +190,7 @@ def test_special_tokens_show_on_request(load_tokenizer: Load, word_pieces: Token
     tokenizer = load_tokenizer("qwen2.5")
     ids = tokenizer.encode("<|im_start|>a<|im_end|><tool_call>")
     assert "".join(stream(tokenizer, [ids])[0]) == "a<tool_call>"
-    assert (
-        "".join(stream(tokenizer, [ids], skip_special_tokens=False)[0])
-        == "<|im_start|>a<|im_end|><tool_call>"
-    )
+    assert "".join(stream(tokenizer, [ids], skip_special_tokens=False)[0]) == "<|im_start|>a<|im_end|><tool_call>"
     ids = word_pieces.encode("to [SEP] [CLS] be", add_special_tokens=False)
     for spaces, expected in ((True, "to [SEP] [CLS] be"), (False, "to [SEP][CLS] be")):
         deltas, _, _ = stream(
@@ -260,6 +251,7 @@ def test_stop_strings_follow_the_definition(
     min_tokens=st.integers(0, 12),
     seed=st.integers(0, 2**32),
 )
+@example(stop="abab", cuts=[4, 2], min_tokens=4, seed=0)
 def test_near_misses_of_a_stop_string(
     load_tokenizer: Load, stop: str, cuts: list[int], min_tokens: int, seed: int
 ) -> None:

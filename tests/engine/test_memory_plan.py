@@ -52,12 +52,16 @@ def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: Model
 
 def test_the_context_shrinks_to_the_pool_unless_it_was_asked_for(model: ModelConfig) -> None:
     assert plan_memory(EngineConfig(num_blocks=10), model, available=GIB).max_model_len == 160
-    with pytest.raises(MemoryPlanError, match=r"max_model_len 200 tokens takes .* max_model_len 160 would fit, or kv_cache_memory"):
+    with pytest.raises(
+        MemoryPlanError, match=r"max_model_len 200 tokens takes .* max_model_len 160 would fit, or kv_cache_memory"
+    ):
         plan_memory(EngineConfig(num_blocks=10, max_model_len=200), model, available=GIB)
 
 
 def test_what_cannot_fit_is_refused_with_what_would(model: ModelConfig) -> None:
-    with pytest.raises(MemoryPlanError, match=r"the model does not fit: weights take .* as float32 .* as float16 the weights take"):
+    with pytest.raises(
+        MemoryPlanError, match=r"the model does not fit: weights take .* as float32 .* as float16 the weights take"
+    ):
         plan_memory(EngineConfig(dtype="float32"), model, available=700_000)
     with pytest.raises(MemoryPlanError, match=r"1000000 KV blocks take .* blocks \(.*\) would fit"):
         plan_memory(EngineConfig(num_blocks=1_000_000), model, available=GIB)
@@ -69,7 +73,14 @@ def test_what_cannot_fit_is_refused_with_what_would(model: ModelConfig) -> None:
 
 def test_the_description_names_everything(model: ModelConfig) -> None:
     text = "\n".join(plan_memory(EngineConfig(num_blocks=128, max_num_seqs=8), model, available=GIB).describe())
-    for part in ("weights", "activations", "KV cache", "128 blocks of 16 tokens = 2048 tokens", "longest context 1024", "2 sequences"):
+    for part in (
+        "weights",
+        "activations",
+        "KV cache",
+        "128 blocks of 16 tokens = 2048 tokens",
+        "longest context 1024",
+        "2 sequences",
+    ):
         assert part in text
 
 
@@ -84,6 +95,8 @@ def test_the_plan_of_the_bundled_model_is_what_loading_it_takes(tmp_path: Path) 
     assert weights * 0.98 < plan.weights < weights * 1.3
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (1023, "1023 B"), (24576, "24 KiB"), (3 * GIB // 2, "1.5 GiB"), (2**42, "4096 GiB")])
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (24576, "24 KiB"), (3 * GIB // 2, "1.5 GiB"), (2**42, "4096 GiB")]
+)
 def test_show_bytes(size: int, text: str) -> None:
     assert show_bytes(size) == text

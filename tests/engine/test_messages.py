@@ -24,7 +24,9 @@ from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
 
 PARAMS = SamplingParams(n=2, stop=["a", "b"], logit_bias={5: -1.5}, allowed_token_ids=[1, 2], seed=-1, max_tokens=None)
-REQUEST = Request(request_id="é", prompt_token_ids=[0, 2**31 - 1], params=PARAMS, output_token_ids={1: [3]}, seed=2**64 - 1)
+REQUEST = Request(
+    request_id="é", prompt_token_ids=[0, 2**31 - 1], params=PARAMS, output_token_ids={1: [3]}, seed=2**64 - 1
+)
 MESSAGES: list[ToEngine] = [Add(REQUEST), Abort(["a", "b"]), Stop([("a", 1)])]
 
 
@@ -46,7 +48,9 @@ def test_outputs() -> None:
     assert decode_from_engine(body) == message
 
 
-@pytest.mark.parametrize("body", [b"", b"\xc1", b"\x80", msgspec.msgpack.encode({"type": "Exec", "code": "1"}), b"cos\nsystem\n"])
+@pytest.mark.parametrize(
+    "body", [b"", b"\xc1", b"\x80", msgspec.msgpack.encode({"type": "Exec", "code": "1"}), b"cos\nsystem\n"]
+)
 def test_anything_else_is_refused(body: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         decode_to_engine(body)

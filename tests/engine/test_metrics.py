@@ -41,9 +41,7 @@ def test_both_names(metrics: Metrics, name: str) -> None:
 
 
 def test_gauges_follow_the_latest_snapshot(metrics: Metrics) -> None:
-    metrics.record_stats(
-        EngineStats(num_running=5, num_waiting=9, num_blocks=10, num_used_blocks=4, total_steps=1)
-    )
+    metrics.record_stats(EngineStats(num_running=5, num_waiting=9, num_blocks=10, num_used_blocks=4, total_steps=1))
     metrics.record_stats(EngineStats(num_running=3, num_blocks=10, num_used_blocks=5, total_steps=2))
     assert value(metrics, "vllm:num_requests_running") == 3
     assert value(metrics, "vllm:num_requests_waiting") == 0

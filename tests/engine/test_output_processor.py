@@ -79,10 +79,14 @@ def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_not_told_t
 
 def test_samples_end_one_by_one() -> None:
     processor = make_processor(n=2)
-    (first,), _ = processor.process([SequenceDelta("a", 0, IDS[:1], finish_reason="stop"), SequenceDelta("a", 1, IDS[:1])])
+    (first,), _ = processor.process(
+        [SequenceDelta("a", 0, IDS[:1], finish_reason="stop"), SequenceDelta("a", 1, IDS[:1])]
+    )
     assert [output.index for output in first.outputs] == [0, 1]
     assert not first.finished
-    (second,), _ = processor.process([SequenceDelta("a", 0, IDS[:1]), SequenceDelta("a", 1, IDS[1:2], finish_reason="length")])
+    (second,), _ = processor.process(
+        [SequenceDelta("a", 0, IDS[:1]), SequenceDelta("a", 1, IDS[1:2], finish_reason="length")]
+    )
     assert [output.index for output in second.outputs] == [1]
     assert second.finished
 
@@ -105,7 +109,11 @@ def test_logprobs_carry_text_and_add_up() -> None:
 def test_errors_and_aborted_requests() -> None:
     processor = make_processor()
     (output,), _ = processor.process([SequenceDelta("a", 0, [], finish_reason="error", error="logits hold NaN")])
-    assert (output.finished, output.outputs[0].finish_reason, output.outputs[0].error) == (True, "error", "logits hold NaN")
+    assert (output.finished, output.outputs[0].finish_reason, output.outputs[0].error) == (
+        True,
+        "error",
+        "logits hold NaN",
+    )
     processor = make_processor()
     processor.discard("a")
     assert processor.process([SequenceDelta("a", 0, IDS[:1]), SequenceDelta("unknown", 0, IDS[:1])]) == ([], [])

@@ -44,7 +44,11 @@ def oracle(checkpoint: Path) -> torch.nn.Module:
 
 
 def make_llm(checkpoint: Path, **options: int) -> LLM:
-    return LLM(str(checkpoint), dtype="float32", **{"block_size": BLOCK_SIZE, "max_num_seqs": 20, "num_blocks": 600, "threads": 1, **options})
+    return LLM(
+        str(checkpoint),
+        dtype="float32",
+        **{"block_size": BLOCK_SIZE, "max_num_seqs": 20, "num_blocks": 600, "threads": 1, **options},
+    )
 
 
 def test_one_request_and_a_prefix_hit(checkpoint: Path, oracle: torch.nn.Module) -> None:
@@ -70,7 +74,11 @@ def test_seventeen_requests(checkpoint: Path, oracle: torch.nn.Module, batched_t
 def test_forced_preemptions(checkpoint: Path, oracle: torch.nn.Module, enable_prefix_caching: bool) -> None:
     # The pool holds about three of the seventeen sequences at full length.
     llm = make_llm(
-        checkpoint, num_blocks=80, max_num_batched_tokens=64, enable_prefix_caching=enable_prefix_caching, max_model_len=240
+        checkpoint,
+        num_blocks=80,
+        max_num_batched_tokens=64,
+        enable_prefix_caching=enable_prefix_caching,
+        max_model_len=240,
     )
     assert_greedy(oracle, llm.generate(make_prompts(17, longest=100), GREEDY))
     stats = llm.stats()

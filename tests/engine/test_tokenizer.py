@@ -23,9 +23,7 @@ Folder = Callable[[str], Path]
 
 
 def vectors(name: str) -> list[dict]:
-    return [
-        json.loads(line) for line in (DATA / name / "vectors.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (DATA / name / "vectors.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,11 +86,7 @@ def test_added_token_with_a_space_is_spelled_plainly(load_tokenizer: Load, token
     backend.add_special_tokens(["<|two words|>"])
     tokenizer = Tokenizer(backend, {})
     token_id = backend.token_to_id("<|two words|>")
-    assert (
-        tokenizer.id_to_text(token_id)
-        == "<|two words|>"
-        == tokenizer.decode([token_id], skip_special_tokens=False)
-    )
+    assert tokenizer.id_to_text(token_id) == "<|two words|>" == tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +165,8 @@ def test_corrupt_file_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_special_tokens_come_from_either_file(tmp_path: Path) -> None:
-    (tmp_path / "special_tokens_map.json").write_text(
-        '{"bos_token": {"content": "<s>"}, "eos_token": "<old>"}'
-    )
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"eos_token": "</s>", "pad_token": null, "add_bos_token": true}'
-    )
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}, "eos_token": "<old>"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": null, "add_bos_token": true}')
     assert read_special_tokens(tmp_path) == {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read as JSON"):

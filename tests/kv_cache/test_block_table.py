@@ -191,6 +191,16 @@ def test_twins_keep_their_own_blocks() -> None:
     assert list(pool.free_order()) == [2, 3, 1, 0]
 
 
+def test_a_fork_names_the_blocks_it_fills_itself() -> None:
+    pool = BlockPool(8, 2)
+    table = named_table(pool, [1, 2, 3, 4, 5, 6])
+    child = table.fork(2)
+    child.append(2, [])
+    child.name_full_blocks([1, 2, 7, 8], 4)
+    assert new_table(pool).find_prefix([1, 2, 7, 8, 9]) == child.blocks
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7]) == table.blocks
+
+
 def test_forgotten_names_of_a_table() -> None:
     pool = BlockPool(4, 2)
     table = named_table(pool, [1, 2, 3, 4])
@@ -333,9 +343,7 @@ class PoolMachine(RuleBasedStateMachine):
     def write(self, each: ModelTable, new_tokens: list[int]) -> None:
         """Append through the table, then do to the memory what a runner would, and compare."""
         used, start = len(each.token_ids) % self.size, len(each.token_ids)
-        needs_copy = used > 0 and (
-            self.refs[each.blocks[-1]] > 1 or self.content_of(each.blocks[-1]) is not None
-        )
+        needs_copy = used > 0 and (self.refs[each.blocks[-1]] > 1 or self.content_of(each.blocks[-1]) is not None)
         num_missing = -(-(start + len(new_tokens)) // self.size) - len(each.blocks)
         room = (self.size - used if used else 0) + (len(self.free) - needs_copy) * self.size
         if needs_copy and not self.free:
@@ -469,9 +477,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert each.table.num_tokens == len(each.token_ids)
             read = [token for block in each.blocks for token in self.memory[block]]
             assert read[: len(each.token_ids)] == each.token_ids
-            assert 0 <= len(each.blocks) * self.size - len(each.token_ids) < self.size, (
-                "waste is below a block"
-            )
+            assert 0 <= len(each.blocks) * self.size - len(each.token_ids) < self.size, "waste is below a block"
 
     @invariant()
     def every_block_is_free_or_used(self) -> None:
@@ -479,9 +485,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert list(pool.free_order()) == self.free
         assert pool.ref_counts == self.refs
         assert pool.num_free == len(self.free)
-        assert {block for block, count in enumerate(self.refs) if count} == set(range(pool.num_blocks)) - set(
-            self.free
-        )
+        assert {block for block, count in enumerate(self.refs) if count} == set(range(pool.num_blocks)) - set(self.free)
         assert pool.num_references == sum(self.refs) == sum(len(each.blocks) for each in self.tables)
         if not self.tables:
             assert pool.num_free == pool.num_blocks
@@ -489,9 +493,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def names_mean_content(self) -> None:
         pool = self.pool
-        assert {block for block, name in enumerate(pool.names) if name is not None} == set(
-            self.named.values()
-        )
+        assert {block for block, name in enumerate(pool.names) if name is not None} == set(self.named.values())
         assert len(set(self.named.values())) == len(self.named)
         for (_, token_ids), block in self.named.items():
             assert pool.find(pool.names[block] or b"") == block

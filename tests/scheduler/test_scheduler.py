@@ -144,16 +144,13 @@ class FakeRunner:
             token_id = next_token(kv, new_row.seed, new_row.sample_index)
             row.token_ids.append(token_id)
             result.token_ids.append(token_id)
-            result.logprobs.append(
-                TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None
-            )
+            result.logprobs.append(TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None)
             result.errors.append("logits are not finite" if is_faulty(kv, new_row.seed) else None)
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.starts[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
             result.prompt_logprobs[index] = [
-                TokenLogprobs([target], [-float(start + offset)], [1])
-                for offset, target in enumerate(targets)
+                TokenLogprobs([target], [-float(start + offset)], [1]) for offset, target in enumerate(targets)
             ]
         return result
 
@@ -284,13 +281,9 @@ class Engine:
             sequence.row
             for group in scheduler._running
             for sequence in group.sequences
-            if sequence.num_missing_tokens == 1
-            and sequence.num_output_tokens
-            and sequence.row not in new_rows
+            if sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in new_rows
         }
-        assert set(plan.rows[: len(decoding)]) == decoding, (
-            "whoever decodes is in every step, and comes first"
-        )
+        assert set(plan.rows[: len(decoding)]) == decoding, "whoever decodes is in every step, and comes first"
 
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool
@@ -508,6 +501,18 @@ def test_admission_waits_for_room_for_the_whole_prompt_and_a_watermark() -> None
     assert engine.scheduler.stats().num_waiting == 1, "63 + 63 + 63 + 10 of 200 blocks leave less than two"
 
 
+def test_a_group_that_yields_in_the_middle_of_its_turn_is_not_in_the_plan() -> None:
+    """One of its samples has its copy already when there is no block for the next."""
+    engine = Engine(num_blocks=5, block_size=4)
+    engine.add(new_request("a", 4, max_tokens=4))
+    engine.add(new_request("b", 6, max_tokens=2, n=3))
+    engine.step()
+    plan = engine.step()
+    assert (plan.counts, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), "2 forks of b, 1 block of a"
+    assert engine.scheduler._groups["b"].num_preemptions == 1
+    engine.run()
+
+
 def test_prompts_that_hold_all_blocks_make_room_for_the_first() -> None:
     """A step that could compute nothing would be a standstill."""
     engine = Engine(num_blocks=6, block_size=4, max_num_batched_tokens=8)
@@ -565,9 +570,7 @@ def test_an_id_in_use_is_refused() -> None:
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("block_size", [1, 3, 4])
 @pytest.mark.parametrize("prompt", [1, 4, 7])
-def test_what_passes_the_door_runs_in_a_pool_of_exactly_its_size(
-    n: int, block_size: int, prompt: int
-) -> None:
+def test_what_passes_the_door_runs_in_a_pool_of_exactly_its_size(n: int, block_size: int, prompt: int) -> None:
     request = new_request("a", prompt, max_tokens=9, n=n)
     shared = prompt // block_size
     exactly = shared + n * (-(-(prompt + 8) // block_size) - shared)
@@ -577,6 +580,12 @@ def test_what_passes_the_door_runs_in_a_pool_of_exactly_its_size(
     engine.add(request)
     engine.run(max_steps=20)
     assert engine.scheduler.stats().total_preemptions == 0
+
+
+def test_a_request_as_large_as_the_pool_needs_no_watermark() -> None:
+    engine = Engine(200, 1, max_num_batched_tokens=256)
+    engine.add(new_request("a", 200, max_tokens=1))
+    engine.run(max_steps=1)
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
@@ -637,26 +646,17 @@ def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
     engine.run()
 
 
-def test_a_step_that_fails_ends_those_it_computed_and_loses_nobody_else() -> None:
-    """The runner took in neither the fork nor the new rows of that step: the plans that follow must not rely on it."""
-    engine = Engine(max_num_seqs=4, max_num_batched_tokens=4, num_blocks=64)
-    engine.add(new_request("decoding", 4, max_tokens=30, n=4))
+def test_a_step_that_fails_ends_those_it_computed_and_the_others_start_over() -> None:
+    engine = Engine(num_blocks=4, block_size=4, max_num_batched_tokens=8)
+    engine.add(new_request("decoding", 4, max_tokens=9))
+    engine.add(new_request("stuck", 12, max_tokens=2))
     engine.step()
-    engine.stop("decoding", 3)
-    engine.add(new_request("admitted", 30))
-    assert {delta.request_id for delta in engine.fail()} == {"decoding", "admitted"}
-    engine.run()
-
-    first = alone(new_request("a", 6, n=3), 0).token_ids
-    resumed = {index: alone(new_request("a", 6, n=3), index).token_ids[:5] for index in range(3)}
-    assert len(first) == 8
-    engine = Engine(max_num_seqs=4, max_num_batched_tokens=4)
-    engine.add(new_request("b", 4, max_tokens=40))
     engine.step()
-    engine.add(new_request("a", 6, n=3, resumed=resumed))
-    for _ in range(2):
-        engine.step()
-    engine.fail()
+    assert {delta.request_id for delta in engine.fail()} == {"decoding"}
+    assert (engine.pool.num_free, engine.scheduler.stats().num_waiting) == (4, 1)
+    assert [new_row.prompt_token_ids[0] for new_row in engine.step().new_rows] == [
+        engine.clients["stuck"].request.prompt_token_ids[0]
+    ]
     engine.run()
 
 
@@ -702,8 +702,9 @@ def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) 
     engine = Engine(num_blocks, 4, enable_prefix_caching=enable_prefix_caching)
     engine.add(new_request("a", 8, max_tokens=30))
     engine.add(new_request("b", prompt, max_tokens=30, n=n))
-    while engine.scheduler.stats().total_preemptions == 0:
-        engine.step()
+    for _ in range(40):
+        if engine.scheduler.stats().total_preemptions == 0:
+            engine.step()
     assert engine.scheduler._groups["b"].num_preemptions == 1
     engine.abort("a")
     return engine
@@ -715,11 +716,10 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
     engine = preempted_group(prompt, n)
     group = engine.scheduler._groups["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + prompt
-    num_steps = computed = 0
-    while any(sequence.num_missing_tokens > 1 for sequence in group.sequences):
+    computed = engine.step().num_tokens
+    if n > 1:
         computed += engine.step().num_tokens
-        num_steps += 1
-    assert num_steps <= 2
+    assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
     assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
     assert engine.step().counts == [1] * n
@@ -730,10 +730,9 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     engine = preempted_group(9, 3, enable_prefix_caching=False)
     group = engine.scheduler._groups["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
-    computed = 0
-    while any(sequence.num_missing_tokens > 1 for sequence in group.sequences):
-        computed += engine.step().num_tokens
-    assert computed == missing, "the prompt is computed once then, too"
+    computed = [engine.step().num_tokens for _ in range(2)]
+    assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
+    assert sum(computed) == missing, "the prompt is computed once then, too"
     engine.run()
 
 
@@ -851,6 +850,20 @@ def test_prompt_logprobs_are_neither_lost_nor_repeated_by_a_preemption() -> None
     assert engine.scheduler.stats().total_preemptions > 0
     assert len(client.prompt_logprobs) == 11
     # The check of every step holds them against the prompt.
+
+
+def test_prompt_logprobs_of_a_prompt_that_starts_over() -> None:
+    engine = Engine(num_blocks=4, block_size=4, max_num_batched_tokens=8)
+    engine.add(new_request("decoding", 4, max_tokens=9))
+    client = engine.add(new_request("stuck", 12, max_tokens=2, prompt_logprobs=0))
+    engine.step()
+    engine.step()
+    assert len(client.prompt_logprobs) == 8
+    engine.fail()
+    engine.step()
+    assert len(client.prompt_logprobs) == 8, "these eight positions were computed again"
+    engine.run()
+    assert len(client.prompt_logprobs) == 11
 
 
 # -- anything in any order --------------------------------------------------------------------------------------------

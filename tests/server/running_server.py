@@ -44,9 +44,7 @@ class RunningServer:
 
     def _run(self) -> None:
         async def until_cancelled() -> None:
-            self._task = asyncio.ensure_future(
-                serve(self.engine, self.settings, self.listener, report=self._report)
-            )
+            self._task = asyncio.ensure_future(serve(self.engine, self.settings, self.listener, report=self._report))
             with suppress(asyncio.CancelledError):
                 await self._task
 

@@ -84,8 +84,7 @@ def test_metrics(server: RunningServer, client: OpenAI, engine: ScriptedEngine) 
     for prefix in ("quire", "vllm"):
         assert f"{prefix}:num_requests_running{{{labels}}} 3.0" in text
         assert (
-            f'{prefix}:request_success_total{{engine="0",finished_reason="length",model_name="scripted"}} 2.0'
-            in text
+            f'{prefix}:request_success_total{{engine="0",finished_reason="length",model_name="scripted"}} 2.0' in text
         )
         assert f"{prefix}:time_to_first_token_seconds_count{{{labels}}} 1.0" in text
         assert f"{prefix}:request_generation_tokens_sum{{{labels}}} 8.0" in text
@@ -106,7 +105,5 @@ def test_server_and_cli_import_no_heavy_package() -> None:
         "print(sorted({'torch', 'numpy', 'transformers', 'pydantic', 'httpx', 'openai'} & set(sys.modules)))"
     )
     environment: dict[str, Any] = {"PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

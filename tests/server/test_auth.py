@@ -23,9 +23,7 @@ def test_every_route_but_health_needs_a_key(engine: ScriptedEngine) -> None:
                 assert response.status == 401, path
                 assert body["error"]["code"] == "invalid_api_key"
         for key in KEYS:
-            assert (
-                server.send("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})[0].status == 200
-            )
+            assert server.send("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})[0].status == 200
         with pytest.raises(AuthenticationError):
             server.client("nope").models.list()
         server.client(KEYS[1]).models.list()
@@ -40,9 +38,7 @@ def test_host_header_does_not_matter(engine: ScriptedEngine, host: str) -> None:
             "/v1/models?x=/health",
             "//health",
         ):
-            answer = server.raw(
-                f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
-            )
+            answer = server.raw(f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
             assert answer.startswith((b"HTTP/1.1 401", b"HTTP/1.1 400")), (target, answer[:100])
 
 
@@ -50,9 +46,7 @@ def test_salt_follows_the_key(engine: ScriptedEngine) -> None:
     with RunningServer(engine, ServerSettings(port=0, api_key=KEYS)) as server:
         for key in (*KEYS, KEYS[0]):
             server.client(key).completions.create(model="scripted", prompt="x")
-        server.client(KEYS[0]).completions.create(
-            model="scripted", prompt="x", extra_body={"cache_salt": "s"}
-        )
+        server.client(KEYS[0]).completions.create(model="scripted", prompt="x", extra_body={"cache_salt": "s"})
     first, second, again, salted = (call.cache_salt for call in engine.calls)
     assert first == again != second
     assert first

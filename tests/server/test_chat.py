@@ -55,9 +55,7 @@ def test_streams_text_role_and_usage(client: OpenAI) -> None:
 
 def test_continuous_usage(client: OpenAI) -> None:
     options: Any = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = list(
-        client.chat.completions.create(model="scripted", messages=HELLO, stream=True, stream_options=options)
-    )
+    chunks = list(client.chat.completions.create(model="scripted", messages=HELLO, stream=True, stream_options=options))
     counts = [c.usage.completion_tokens for c in chunks if c.usage is not None]
     assert len(counts) == len(chunks)
     assert counts == sorted(counts)
@@ -220,9 +218,7 @@ def test_failed_sample(server: RunningServer, client: OpenAI, engine: ScriptedEn
     engine.fail_at = 2
     with pytest.raises(InternalServerError, match="not finite"):
         client.chat.completions.create(model="scripted", messages=HELLO)
-    _, text = server.send(
-        "POST", "/v1/chat/completions", {"model": "scripted", "messages": HELLO, "stream": True}
-    )
+    _, text = server.send("POST", "/v1/chat/completions", {"model": "scripted", "messages": HELLO, "stream": True})
     events = text.strip().split("\n\n")
     assert events[-1] == "data: [DONE]"
     assert '"code":"sample_failed"' in events[-2]
@@ -242,8 +238,6 @@ def test_engine_death_and_bugs_are_errors_without_details(
     assert bug.value.code == "internal_error"
     assert "secret" not in str(bug.value)
     engine.raises_at = 3
-    _, text = server.send(
-        "POST", "/v1/chat/completions", {"model": "scripted", "messages": HELLO, "stream": True}
-    )
+    _, text = server.send("POST", "/v1/chat/completions", {"model": "scripted", "messages": HELLO, "stream": True})
     assert "secret" not in text
     assert text.endswith("data: [DONE]\n\n")

@@ -35,12 +35,8 @@ def test_answers(client: OpenAI, engine: ScriptedEngine) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_shapes_of_prompts(
-    client: OpenAI, engine: ScriptedEngine, prompt: Any, expected: Any, stream: bool
-) -> None:
-    reply: Any = client.completions.create(
-        model="scripted", prompt=prompt, n=2, max_tokens=100, stream=stream
-    )
+def test_shapes_of_prompts(client: OpenAI, engine: ScriptedEngine, prompt: Any, expected: Any, stream: bool) -> None:
+    reply: Any = client.completions.create(model="scripted", prompt=prompt, n=2, max_tokens=100, stream=stream)
     texts: dict[int, str] = {}
     for part in reply if stream else [reply]:
         for choice in part.choices:
@@ -97,9 +93,7 @@ def test_echo_of_text_gives_it_back_as_sent(client: OpenAI) -> None:
 
 
 def test_offsets_point_into_the_text(client: OpenAI) -> None:
-    choice = client.completions.create(
-        model="scripted", prompt=PROMPT, echo=True, logprobs=0, max_tokens=4
-    ).choices[0]
+    choice = client.completions.create(model="scripted", prompt=PROMPT, echo=True, logprobs=0, max_tokens=4).choices[0]
     assert choice.logprobs is not None
     tokens, offsets = choice.logprobs.tokens or [], choice.logprobs.text_offset or []
     for token, offset in list(zip(tokens, offsets, strict=True))[1:]:

@@ -49,10 +49,7 @@ def test_chat_whole_and_streamed_agree(client: OpenAI) -> None:
     whole = client.chat.completions.create(**asked)
     stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
-    assert (
-        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        == whole.choices[0].message.content
-    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert whole.choices[0].message.content
     assert chunks[-1].usage is not None
     assert whole.usage is not None
@@ -97,11 +94,7 @@ def test_echo_scores_are_the_logprobs_of_generating(client: OpenAI) -> None:
     assert extra is not None
     assert first.choices[0].logprobs is not None
     prompt = extra["prompt_token_ids"] + extra["token_ids"]
-    scored = (
-        client.completions.create(**asked, prompt=prompt, max_tokens=1, logprobs=1, echo=True)
-        .choices[0]
-        .logprobs
-    )
+    scored = client.completions.create(**asked, prompt=prompt, max_tokens=1, logprobs=1, echo=True).choices[0].logprobs
     assert scored is not None
     assert scored.token_logprobs is not None
     assert scored.token_logprobs[0] is None

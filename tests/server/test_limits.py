@@ -56,6 +56,8 @@ def test_slow_headers_and_bodies(engine: ScriptedEngine) -> None:
         (b'{"prompt": "\xff"}', "not valid JSON"),
         (b'{"prompt": "x", "any": ' + b"[" * 200_000, "nested too deeply"),
         (b'{"messages": "x"}', "missing required field `prompt`"),
+        (b'{"prompt": "x", "priority": 99999999999}', "priority: Expected `int` <= 2147483647"),
+        (b'{"prompt": "x", "cache_salt": "' + b"x" * 300 + b'"}', "cache_salt: Expected `str` of length <= 256"),
         (b"[]", "the body: Expected `object`"),
         (b'{"prompt": [1, [2, "x"]]}', "prompt[1][1]: Expected `int`"),
     ],
@@ -68,9 +70,7 @@ def test_malformed_bodies(server: RunningServer, body: bytes, said: str) -> None
 
 
 def test_only_json_is_taken(server: RunningServer) -> None:
-    response, reply = server.send(
-        "POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": "text/plain"}
-    )
+    response, reply = server.send("POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": "text/plain"})
     assert response.status == 415
     assert "application/json" in reply["error"]["message"]
 
@@ -106,15 +106,10 @@ def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None
 
 
 def test_request_ids_are_echoed_or_made(server: RunningServer) -> None:
-    assert (
-        server.send("GET", "/health", headers={"x-request-id": "mine"})[0].headers["x-request-id"] == "mine"
-    )
+    assert server.send("GET", "/health", headers={"x-request-id": "mine"})[0].headers["x-request-id"] == "mine"
     made = [server.send("GET", "/nothing")[0].headers["x-request-id"] for _ in range(2)]
     assert made[0] != made[1]
-    assert (
-        server.send("GET", "/health", headers={"x-request-id": "x" * 500})[0].headers["x-request-id"]
-        != "x" * 500
-    )
+    assert server.send("GET", "/health", headers={"x-request-id": "x" * 500})[0].headers["x-request-id"] != "x" * 500
 
 
 def test_garbage_on_the_socket(server: RunningServer) -> None:
@@ -129,9 +124,7 @@ def test_settings_in_text() -> None:
     assert settings.max_body_size == 2**20
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"port": 70000}, {"stall_timeout": -1.0}, {"api_key": (" ",)}, {"max_samples": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"port": 70000}, {"stall_timeout": -1.0}, {"api_key": (" ",)}, {"max_samples": 0}])
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         ServerSettings(**wrong)

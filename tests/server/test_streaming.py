@@ -81,9 +81,7 @@ def test_a_client_that_does_not_read_is_waited_for_and_then_dropped(engine: Scri
             assert client.completions.create(model="scripted", prompt="x", max_tokens=3).choices[0].text
 
 
-def test_what_comes_before_the_first_event_is_no_stream(
-    server: RunningServer, engine: ScriptedEngine
-) -> None:
+def test_what_comes_before_the_first_event_is_no_stream(server: RunningServer, engine: ScriptedEngine) -> None:
     engine.full = True
     response, reply = server.send("POST", "/v1/completions", {"prompt": ["x", "y"], "stream": True})
     assert response.status == 429

@@ -3,9 +3,9 @@
     generate ─▶ InputProcessor ─▶ Add ──▶ ┊ engine process: EngineCore.step … ┊
     stream   ◀─ OutputProcessor ◀─ Outputs ◀┊                                   ┊
 
-The child is started with one end of a socketpair and nothing else; torch is never imported here, so this process answers
-while weights load. If the child dies, it is started again and every request goes on from its prompt and the tokens it
-already has; a request that was there at two deaths is taken for the cause and ended.
+The child is started with one end of a socketpair and nothing else; torch is never imported here, so this process
+answers while weights load. If the child dies, it is started again and every request goes on from its prompt and the
+tokens it already has; a request that was there at two deaths is taken for the cause and ended.
 """
 
 import asyncio
@@ -194,10 +194,10 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """Stream deltas of one request, which add up by `RequestOutput.extend`. Closing the iterator aborts the request.
+        """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
-        Raises `RequestError` before the first item for what cannot be served: bad input, a full queue (429), an engine that
-        takes nothing now (503). `request_id` is the caller's name for it and only echoed.
+        Raises `RequestError` before the first item for what cannot be served: bad input, a full queue (429), an engine
+        that takes nothing now (503). `request_id` is the caller's name for it and only echoed.
         """
         if self._inputs is None or self.state in ("draining", "dead") or (self.state == "loading"):
             raise EngineUnavailableError(f"the engine is {self.state}")
@@ -333,25 +333,33 @@ class AsyncLLM:
                 self._report(
                     f"{(stats.total_prompt_tokens - prompt_tokens) / (now - then):.0f} prompt and "
                     f"{(stats.total_generated_tokens - generated) / (now - then):.0f} output tokens/s, "
-                    f"{stats.num_running} running, {stats.num_waiting} waiting, KV cache {stats.kv_cache_usage:.1%} used, "
-                    f"{stats.waste:.1%} of it wasted, {stats.total_preemptions} preemptions"
+                    f"{stats.num_running} running, {stats.num_waiting} waiting, "
+                    f"KV cache {stats.kv_cache_usage:.1%} used, {stats.waste:.1%} of it wasted, "
+                    f"{stats.total_preemptions} preemptions"
                 )
             self._last_log = (now, stats.total_prompt_tokens, stats.total_generated_tokens)
 
     async def _handle_death(self) -> None:
         """The engine process has ended: start another one and hand it what the old one had, or give up."""
-        assert self._process is not None and self._writer is not None
+        assert self._process is not None
+        assert self._writer is not None
         self._writer.close()
         code = await self._process.wait()
         if self._failure is not None:
             return
         if self.state == "loading":
-            self._fail(EngineDeadError(f"the engine process ended while loading (exit code {code}); its output says why"))
+            self._fail(
+                EngineDeadError(f"the engine process ended while loading (exit code {code}); its output says why")
+            )
             return
         now = time.monotonic()
         self._deaths.append(now)
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATH_WINDOW:
-            self._fail(EngineDeadError(f"the engine process died {MAX_DEATHS} times in {DEATH_WINDOW:.0f} s (exit code {code})"))
+            self._fail(
+                EngineDeadError(
+                    f"the engine process died {MAX_DEATHS} times in {DEATH_WINDOW:.0f} s (exit code {code})"
+                )
+            )
             return
         logger.error("the engine process ended (exit code %s); starting another one", code)
         self.state = "restarting" if self.state == "ready" else self.state
@@ -359,7 +367,9 @@ class AsyncLLM:
         for request_id, flight in list(self._in_flight.items()):
             flight.num_deaths += 1
             if flight.num_deaths >= DEATHS_PER_REQUEST:
-                self._end(request_id, EngineDeadError(f"the engine process died {flight.num_deaths} times on this request"))
+                self._end(
+                    request_id, EngineDeadError(f"the engine process died {flight.num_deaths} times on this request")
+                )
         await self._spawn()
         for flight in self._in_flight.values():
             if flight.live:

@@ -44,9 +44,7 @@ class ChatTemplate:
         """`sources` maps names ("default", "tool_use", …) to Jinja texts; `origin` is how errors call them."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
-        environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters |= {"tojson": _to_json, "quire_turns": _turns, "quire_grown": _grown}
         del environment.globals["lipsum"]  # text without end, for web designers
         environment.globals["raise_exception"] = _raise_exception
@@ -132,9 +130,7 @@ def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
             sources = {entry.get("name"): entry.get("template") for entry in entries}
             if all(isinstance(text, str) for pair in sources.items() for text in pair):
                 return sources, str(path)
-    raise CheckpointError(
-        f"{path}: chat_template is neither a text nor a list of objects with name and template"
-    )
+    raise CheckpointError(f"{path}: chat_template is neither a text nor a list of objects with name and template")
 
 
 def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -213,9 +209,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter sorts keys and escapes for HTML, which is not what models were trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(Extension):

@@ -30,23 +30,10 @@ def find_model(model: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name")
-    # A heavy import that only hub models need.
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        try:
-            commit = HfApi().model_info(model, revision=revision).sha
-        except (HfHubHTTPError, HFValidationError):
-            raise
-        except Exception:
-            commit = revision  # not reachable: what an earlier download left is used, if it is complete
-        return Path(snapshot_download(model, revision=commit, allow_patterns=list(_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{model} is neither a folder nor a model the hub gives out ({error.__class__.__name__}: {error})".split("\n")[0]
-        ) from error
+            f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name"
+        )
+    return _download(model, revision)
 
 
 def model_name(model: str) -> str:
@@ -67,6 +54,7 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
         params["temperature"] = 0.0
     return params
 
+
 def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
     """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
     if config.tokenizer is not None:
@@ -77,3 +65,24 @@ def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
         if (folder / "tokenizer.json").exists():
             raise
         return None
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """A hub model's folder in the hub's own cache; files that are there already are not fetched again."""
+    from huggingface_hub import snapshot_download  # only hub models need it
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        # One call resolves the revision to a commit and takes every file from it; without a connection it gives what
+        # an earlier download of that revision has left.
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model} is no folder here, the hub cannot be reached, and nothing was downloaded before; "
+            "give the folder of a checkpoint"
+        ) from error
+    except Exception as error:  # network libraries raise classes of their own, which are not ours to know
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{model} could not be downloaded: {reason}") from error

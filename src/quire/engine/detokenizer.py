@@ -33,18 +33,14 @@ class Detokenizer:
     `params.detokenize` is off.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
         hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset[int]()
         self._decoder: _Decoder
         if tokenizer.pieces is not None:
             self._decoder = _PieceDecoder(tokenizer, tokenizer.pieces, hidden, prompt_token_ids)
         else:
             spaces = params.skip_special_tokens or params.spaces_between_special_tokens
-            self._decoder = _WindowDecoder(
-                tokenizer, hidden, prompt_token_ids, spaces_between_special_tokens=spaces
-            )
+            self._decoder = _WindowDecoder(tokenizer, hidden, prompt_token_ids, spaces_between_special_tokens=spaces)
         self._stops = [_StopString(stop) for stop in params.stop]
         self._include_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
@@ -89,9 +85,7 @@ class Detokenizer:
             self._release(text)
             return
         ends = [stop.first_end(text, allowed=self._num_tokens > self._min_tokens) for stop in self._stops]
-        found = [
-            (end, -len(stop.text), stop.text) for end, stop in zip(ends, self._stops, strict=True) if end
-        ]
+        found = [(end, -len(stop.text), stop.text) for end, stop in zip(ends, self._stops, strict=True) if end]
         pending = self._held + text
         if found:
             # The first to be complete wins, and the longest of those that end together: no chunking can change that.

@@ -1,7 +1,7 @@
 """Engine: everything in one process, text in, text out. `LLM` drives it. **Start reading here.**
 
-    add_request ─▶ InputProcessor ─▶ EngineCore.add
-    step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
+add_request ─▶ InputProcessor ─▶ EngineCore.add
+step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
 from collections.abc import Callable
@@ -52,9 +52,7 @@ class Engine:
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> RequestOutput:
         """Queue a request. Returns its still empty output; raises `RequestError` for one that cannot be served."""
-        request, text = self._inputs.make_request(
-            request_id, prompt, params, priority=priority, cache_salt=cache_salt
-        )
+        request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
         self._core.add(request)
         self._outputs.add(request, text)
         return RequestOutput(request_id, text, request.prompt_token_ids, [])
@@ -80,4 +78,3 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         self._core.reset_prefix_cache()
-

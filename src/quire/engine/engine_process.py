@@ -68,7 +68,7 @@ def main(fd: int) -> None:
             connection.send(Failed(type(error).__name__, str(error)))
             sys.exit(1)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The API process has ended and with it the reason to be here. Destructors of a large pool are not worth waiting for.
+        # The API process has ended, and with it the reason to be here; a large pool's destructors are not worth a wait.
         os._exit(0)
     except Exception:
         traceback.print_exc()

@@ -87,7 +87,7 @@ class InputProcessor:
                     f"a prompt given as a mapping needs the key prompt or prompt_token_ids; it has {sorted(prompt)}",
                     param="prompt",
                 )
-            prompt = prompt["prompt"]
+            return self._tokens_of(prompt["prompt"])
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer.json: send token ids instead of text", param="prompt")

@@ -1,7 +1,7 @@
 """MemoryPlan: what weights, activations and KV blocks will take, computed from config.json before anything is loaded.
 
-The plan is arithmetic over the model's shape and the options; nothing is allocated by trial. A plan that does not fit is
-refused with the numbers and with what would fit.
+The plan is arithmetic over the model's shape and the options; nothing is allocated by trial. A plan that does not fit
+is refused with the numbers and with what would fit.
 """
 
 import os
@@ -51,10 +51,12 @@ class MemoryPlan:
         return [
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.dtype}) + activations {show_bytes(self.activations)} "
-            f"({self.max_num_batched_tokens} tokens a step) + KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})",
-            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens = {self.num_blocks * self.block_size} tokens "
-            f"of {show_bytes(self.kv_bytes_per_token)}; longest context {self.max_model_len} tokens, {longest} sequence"
-            f"{'s' * (longest != 1)} of it fit, at most {self.max_num_seqs} run at once",
+            f"({self.max_num_batched_tokens} tokens a step) "
+            f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})",
+            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens "
+            f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}; "
+            f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
+            f"at most {self.max_num_seqs} run at once",
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,12 +77,13 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     if left < per_block:
         raise MemoryPlanError(
             f"the model does not fit: weights take {show_bytes(weights)} as {dtype} and activations "
-            f"{show_bytes(activations)}, but {show_bytes(available)} are available{_smaller_dtype(model, dtype, available)}"
+            f"{show_bytes(activations)}, but {show_bytes(available)} are available"
+            + _smaller_dtype(model, dtype, available)
         )
     wanted_len = config.max_model_len or model.context_length
     if wanted_len > model.context_length and config.max_model_len:
         raise ConfigError(
-            f"max_model_len is {wanted_len}, but the model knows {model.context_length} positions; ask for no more than that"
+            f"max_model_len is {wanted_len}, but the model knows {model.context_length} positions; ask for at most that"
         )
     blocks_per_sequence = -(-wanted_len // config.block_size)
     if config.num_blocks is not None:
@@ -92,19 +95,21 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         num_blocks = min(int(left * KV_SHARE) // per_block, config.max_num_seqs * blocks_per_sequence)
     if num_blocks < 1:
         raise MemoryPlanError(
-            f"the KV cache has no room for one block of {config.block_size} tokens, which takes {show_bytes(per_block)}; "
-            "raise kv_cache_memory"
+            f"the KV cache has no room for one block of {config.block_size} tokens, "
+            f"which takes {show_bytes(per_block)}; raise kv_cache_memory"
         )
     if num_blocks * per_block > left:
         raise MemoryPlanError(
             f"{num_blocks} KV blocks take {show_bytes(num_blocks * per_block)}, but beside weights and activations "
-            f"{show_bytes(left)} are left; {left // per_block} blocks ({show_bytes(left // per_block * per_block)}) would fit"
+            f"{show_bytes(left)} are left; {left // per_block} blocks "
+            f"({show_bytes(left // per_block * per_block)}) would fit"
         )
     if blocks_per_sequence > num_blocks and config.max_model_len is not None:
         raise MemoryPlanError(
-            f"a sequence of max_model_len {wanted_len} tokens takes {show_bytes(blocks_per_sequence * per_block)} of KV cache, "
-            f"but the pool has {num_blocks} blocks of {config.block_size} tokens; max_model_len {num_blocks * config.block_size} "
-            f"would fit, or kv_cache_memory {show_bytes(blocks_per_sequence * per_block)}"
+            f"a sequence of max_model_len {wanted_len} tokens takes {show_bytes(blocks_per_sequence * per_block)} of "
+            f"KV cache, but the pool has {num_blocks} blocks of {config.block_size} tokens; "
+            f"max_model_len {num_blocks * config.block_size} would fit, or "
+            f"kv_cache_memory {show_bytes(blocks_per_sequence * per_block)}"
         )
     return MemoryPlan(
         dtype=dtype,

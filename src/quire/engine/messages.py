@@ -14,7 +14,6 @@ from quire.outputs import EngineStats, SequenceDelta
 from quire.request import Request
 
 _LENGTH = struct.Struct(">I")
-MAX_FRAME_BYTES = 2**30
 
 
 class Load(msgspec.Struct, tag=True):
@@ -81,8 +80,8 @@ ToEngine = Load | Add | Abort | Stop | ResetPrefixCache
 FromEngine = PhaseDone | Ready | Failed | Refused | Outputs
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -95,17 +95,13 @@ class Metrics:
         self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1")
         self._blocks = self._gauge("num_kv_blocks", "KV blocks in the pool")
         self._used_blocks = self._gauge("num_used_kv_blocks", "KV blocks in use")
-        self._named_free_blocks = self._gauge(
-            "num_named_free_kv_blocks", "Free KV blocks that a prefix may still find"
-        )
+        self._named_free_blocks = self._gauge("num_named_free_kv_blocks", "Free KV blocks that a prefix may still find")
         self._filled = self._gauge("kv_slots_filled", "Token slots that hold KV")
         self._allocated = self._gauge("kv_slots_allocated", "Token slots of the blocks in use")
         self._shared = self._gauge("kv_slots_shared", "Token slots that sharing saved")
         self._waste = self._gauge("kv_waste_perc", "Share of the allocated slots that hold no token, 0 to 1")
 
-        self._prefix_queries = self._counter(
-            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"
-        )
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Preempted requests")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
@@ -113,9 +109,7 @@ class Metrics:
         self._steps = self._counter("steps", "Steps of the engine")
         self._evictions = self._counter("kv_block_evictions", "Named blocks whose space was taken")
         self._copies = self._counter("kv_block_copies", "Blocks copied on write")
-        self._step_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens per step, mean of a snapshot", _TOKENS
-        )
+        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens per step, mean of a snapshot", _TOKENS)
         self._endings = Counter(
             f"{_OWN}request_success",
             "Samples by how they ended",
@@ -125,37 +119,23 @@ class Metrics:
         self._add(self._endings)
 
         seconds = self._histogram
-        self._first_token = seconds(
-            "time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN
-        )
-        self._between = seconds(
-            "inter_token_latency_seconds", "Between two tokens of a request", _BETWEEN_TOKENS
-        )
+        self._first_token = seconds("time_to_first_token_seconds", "From arrival to the first token", _FIRST_TOKEN)
+        self._between = seconds("inter_token_latency_seconds", "Between two tokens of a request", _BETWEEN_TOKENS)
         self._per_token = seconds(
             "request_time_per_output_token_seconds", "Mean time per token after the first", _BETWEEN_TOKENS
         )
         self._whole = seconds("e2e_request_latency_seconds", "From arrival to the last token", _PHASE)
         self._queued = seconds("request_queue_time_seconds", "From arrival to the first step", _PHASE)
-        self._inference = seconds(
-            "request_inference_time_seconds", "From the first step to the last token", _PHASE
-        )
-        self._prefill = seconds(
-            "request_prefill_time_seconds", "From the first step to the first token", _PHASE
-        )
+        self._inference = seconds("request_inference_time_seconds", "From the first step to the last token", _PHASE)
+        self._prefill = seconds("request_prefill_time_seconds", "From the first step to the first token", _PHASE)
         self._decode = seconds("request_decode_time_seconds", "From the first token to the last", _PHASE)
         self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
-        self._request_generated = self._histogram(
-            "request_generation_tokens", "Tokens generated per request", _TOKENS
-        )
+        self._request_generated = self._histogram("request_generation_tokens", "Tokens generated per request", _TOKENS)
         self._request_n = self._histogram("request_params_n", "Samples asked for", _SAMPLES)
         self._request_max = self._histogram("request_params_max_tokens", "Tokens allowed", _TOKENS)
-        self._request_preemptions = self._histogram(
-            "request_num_preemptions", "Preemptions of a request", _PREEMPTIONS
-        )
+        self._request_preemptions = self._histogram("request_num_preemptions", "Preemptions of a request", _PREEMPTIONS)
 
-        self._http = Counter(
-            "http_requests", "HTTP requests", ["handler", "method", "status"], registry=self.registry
-        )
+        self._http = Counter("http_requests", "HTTP requests", ["handler", "method", "status"], registry=self.registry)
         self._http_seconds = Histogram(
             "http_request_duration_seconds",
             "Until the last byte of the answer was handed over",
@@ -262,9 +242,7 @@ class Metrics:
             "num_gpu_blocks": str(stats.num_blocks),
             "kv_cache_size_tokens": str(stats.num_blocks * stats.block_size),
         }
-        info = Gauge(
-            f"{_OWN}cache_config_info", "The KV pool, as labels", [*self._labels, *labels], registry=None
-        )
+        info = Gauge(f"{_OWN}cache_config_info", "The KV pool, as labels", [*self._labels, *labels], registry=None)
         info.labels(**self._labels, **labels).set(1)
         self._add(info)
         self._described_pool = True
@@ -301,7 +279,5 @@ class _Named(Collector):
             own_name = family.name.removeprefix(_OWN)
             if own_name not in _WITHOUT_ALIAS and own_name != family.name:
                 alias = Metric(_ALIAS + own_name, family.documentation, family.type, family.unit)
-                alias.samples = [
-                    sample._replace(name=sample.name.replace(_OWN, _ALIAS)) for sample in family.samples
-                ]
+                alias.samples = [sample._replace(name=sample.name.replace(_OWN, _ALIAS)) for sample in family.samples]
                 yield alias

@@ -53,7 +53,7 @@ class OutputProcessor:
         self._states.pop(request_id, None)
 
     def process(self, deltas: Sequence[SequenceDelta]) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
-        """What each request gained, and the (request id, sample) pairs that a stop string ended: the core must be told."""
+        """What each request gained, and the (request id, sample) pairs that a stop string ended, for the core."""
         outputs: dict[str, RequestOutput] = {}
         stopped: list[tuple[str, int]] = []
         now = self._clock()

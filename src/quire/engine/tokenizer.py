@@ -138,9 +138,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (UnicodeError, TypeError):  # which of the two depends on the library's version
-            raise RequestError(
-                "the prompt holds half of a surrogate pair and is no text", param="prompt"
-            ) from None
+            raise RequestError("the prompt holds half of a surrogate pair and is no text", param="prompt") from None
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -1,7 +1,7 @@
 """KVCache: the tensors behind the blocks, allocated once at start; the one file of this room that knows torch.
 
-Layout per layer (see docs/decisions): keys [num_blocks, num_kv_heads, head_dim, block_size], transposed inside a block so
-that scores need no packing and no horizontal sums; values [num_blocks, num_kv_heads, block_size, head_dim].
+Layout per layer (see docs/decisions): keys [num_blocks, num_kv_heads, head_dim, block_size], transposed inside a block
+so that scores need no packing and no horizontal sums; values [num_blocks, num_kv_heads, block_size, head_dim].
 """
 
 from typing import NamedTuple

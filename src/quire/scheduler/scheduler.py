@@ -292,11 +292,7 @@ class Scheduler:
                         plan.sample_after.append(index)
                         plan.sample_rows.append(other.row)
             num_logprobs = group.request.params.prompt_logprobs
-            if (
-                num_logprobs is not None
-                and group.lacks_prompt_logprobs
-                and start + 1 < group.num_prompt_tokens
-            ):
+            if num_logprobs is not None and group.lacks_prompt_logprobs and start + 1 < group.num_prompt_tokens:
                 targets = sequence.token_ids[start + 1 : min(start + 1 + count, group.num_prompt_tokens)]
                 plan.prompt_logprobs[index] = (num_logprobs, targets)
 

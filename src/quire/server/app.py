@@ -111,9 +111,7 @@ class _Door:
             self._keeper.check_origin(scope["headers"])
             # The raw path decides: a URL put together with the Host header could be made to name a public route.
             is_public = scope["path"] in self._public
-            scope.setdefault("state", {})["key_salt"] = (
-                "" if is_public else self._keeper.check_key(scope["headers"])
-            )
+            scope.setdefault("state", {})["key_salt"] = "" if is_public else self._keeper.check_key(scope["headers"])
             await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             status = status or 499  # as nginx counts them
@@ -137,9 +135,7 @@ def _routing_error(_: Request, error: Exception) -> Response:
 
 def _error_response(error: Exception) -> Response:
     shown = as_request_error(error)
-    response = Response(
-        msgspec.json.encode(error_body(shown)), status_code=shown.status, media_type="application/json"
-    )
+    response = Response(msgspec.json.encode(error_body(shown)), status_code=shown.status, media_type="application/json")
     response.raw_headers.extend(error_headers(shown))
     return response
 

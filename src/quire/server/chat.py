@@ -39,9 +39,9 @@ async def create_chat_completion(exchange: Exchange) -> None:
     params = chat_params(request, engine.default_params)
     text = await render(engine.chat_template, request)
     check_work([text], params.n, exchange.settings)
-    prompt = await tokenize(tokenizer, text, add_special_tokens=request.add_special_tokens or False)
-    check_lengths([prompt], params, engine.max_model_len)
-    job = Job([prompt], params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))
+    prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
+    check_lengths(prompts, params, engine.max_model_len)
+    job = Job(prompts, params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))
     answer = _Answer(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -150,9 +150,7 @@ class _Answer:
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _logprobs(
-        self, token_ids: list[int], positions: list[PositionLogprobs] | None
-    ) -> ChatLogprobs | None:
+    def _logprobs(self, token_ids: list[int], positions: list[PositionLogprobs] | None) -> ChatLogprobs | None:
         if not self.request.logprobs or positions is None:
             return None
         return self.forms.for_chat(token_ids, positions)

@@ -32,15 +32,10 @@ async def create_completion(exchange: Exchange) -> None:
     prompts = split_prompts(request.prompt)
     check_work(prompts, params.n, exchange.settings)
     special = request.add_special_tokens is not False
-    token_ids = [
-        await tokenize(tokenizer, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
     check_lengths(token_ids, params, exchange.engine.max_model_len)
     job = Job(token_ids, params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))
-    answer = _Answer(
-        f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, prompts, params.n, tokenizer
-    )
+    answer = _Answer(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, prompts, params.n, tokenizer)
     if request.stream:
         await exchange.stream(answer.events(exchange, job))
     else:
@@ -73,9 +68,7 @@ class _Answer:
             for sample in output.outputs:
                 index = at * self.n + sample.index
                 choices.append(self._choice(index, self._kept(sample), output, self._forms(), opens=True))
-        return Completion(
-            id=self.id, created=self.created, model=self.model, choices=choices, usage=tally.usage()
-        )
+        return Completion(id=self.id, created=self.created, model=self.model, choices=choices, usage=tally.usage())
 
     async def events(self, exchange: Exchange, job: Job) -> AsyncGenerator[bytes, None]:
         """The same as server-sent events; the first of a choice holds what is echoed of its prompt."""
@@ -119,9 +112,7 @@ class _Answer:
             if request.logprobs is not None and prompt.prompt_logprobs is not None:
                 token_ids = prompt.prompt_token_ids + token_ids
                 positions = prompt.prompt_logprobs + positions
-        choice = CompletionChoice(
-            index, text, self._logprobs(forms, token_ids, positions), delta.finish_reason
-        )
+        choice = CompletionChoice(index, text, self._logprobs(forms, token_ids, positions), delta.finish_reason)
         if delta.finished:
             choice.stop_reason = delta.stop_reason
         if request.return_token_ids:

@@ -80,9 +80,7 @@ class Exchange:
             return self.engine.tokenizer
         if self.engine.state == "loading":
             raise EngineUnavailableError(_UNAVAILABLE["loading"])
-        raise Refusal(
-            400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer"
-        )
+        raise Refusal(400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer")
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under. Raises `Refusal` (404) for a model that is not served."""

@@ -86,9 +86,7 @@ class RequestWatch:
                 self.metrics.observe_token_gap((now - self.last_token_time) / -(-num_new // self.params.n))
             self.last_token_time = now
         self.num_tokens += num_new
-        self.finish_reasons += [
-            sample.finish_reason for sample in output.outputs if sample.finish_reason is not None
-        ]
+        self.finish_reasons += [sample.finish_reason for sample in output.outputs if sample.finish_reason is not None]
         self.last = output
 
     def end(self) -> None:

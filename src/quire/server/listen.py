@@ -51,8 +51,11 @@ async def serve(
     """Serve until a signal; whether all requests could finish. Starts the engine, and shuts it down at the end."""
     server = _Server(build_app(engine, settings), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
+    listening.add_done_callback(lambda _: server.listening.set())
     try:
         await server.listening.wait()
+        if listening.done():
+            listening.result()
         report(f"listening on {url_of(listener)}")
         starting = asyncio.create_task(_start(engine, report))
         stopping = asyncio.create_task(server.stop_asked.wait())

@@ -21,9 +21,7 @@ async def get_model(exchange: Exchange) -> None:
 
 def _card(exchange: Exchange, name: str) -> ModelCard:
     engine = exchange.engine
-    return ModelCard(
-        id=name, created=_STARTED, root=engine.model_names[0], max_model_len=engine.max_model_len
-    )
+    return ModelCard(id=name, created=_STARTED, root=engine.model_names[0], max_model_len=engine.max_model_len)
 
 
 ENDPOINTS = (

@@ -105,9 +105,7 @@ def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, A
             "content": {"application/json": {"schema": reference_of[endpoint.body]}},
         }
     if "{model:path}" in endpoint.path:
-        operation["parameters"] = [
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
+        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     if endpoint.public:
         operation["security"] = []
     return operation

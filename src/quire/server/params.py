@@ -88,13 +88,9 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
             f"response_format {request.response_format.type!r} is not available yet; only text is",
         )
     if request.truncation_side not in (None, "left"):
-        raise _refusal(
-            "truncation_side", f"truncation_side is {request.truncation_side!r}; only left is available"
-        )
+        raise _refusal("truncation_side", f"truncation_side is {request.truncation_side!r}; only left is available")
     if isinstance(request, ChatCompletionRequest) and set(request.modalities or ()) - {"text"}:
-        raise _refusal(
-            "modalities", f"modalities are {', '.join(request.modalities or ())}; only text is available"
-        )
+        raise _refusal("modalities", f"modalities are {', '.join(request.modalities or ())}; only text is available")
 
 
 def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:

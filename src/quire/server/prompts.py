@@ -1,7 +1,7 @@
 """From what a client wrote to token ids: prompts in their four shapes, and messages by way of the chat template."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from msgspec.structs import asdict
@@ -13,12 +13,10 @@ from quire.server.protocol import ChatCompletionRequest, Message, TokenizeReques
 
 T = TypeVar("T")
 
-TEMPLATE_OPTIONS = frozenset(
-    {"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"}
-)
+TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
 """What a request may tell a template; the rest of a template's variables is the server's to set."""
 _INLINE_CHARS = 8192
-"""Texts up to this are tokenised on the event loop, in about a millisecond; a thread costs more than it saves there."""
+"""Texts up to this take the event loop about a millisecond; longer ones go to a thread, so that streams go on."""
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -38,9 +36,17 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
     return prompts
 
 
-async def tokenize(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`; a long text does not hold up the other requests."""
-    return await _off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+async def tokenize(
+    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Token ids of each prompt; what is a list of them already stays as it is."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = await _off_loop(
+        sum(map(len, texts)),
+        lambda: [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts],
+    )
+    remaining = iter(encoded)
+    return [next(remaining) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
@@ -63,9 +69,7 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
     return await _off_loop(
         sum(len(message.content or "") for message in messages),
-        lambda: template.render(
-            plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options
-        ),
+        lambda: template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Salt = Annotated[str, Meta(max_length=256)]
 Refused = Annotated[Any, Meta(description="Not available; refused unless null, false or empty.")]
 
 
@@ -79,9 +80,9 @@ class GenerateRequest(NotAvailable, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     """Lower runs first."""
-    cache_salt: str | None = None
+    cache_salt: Salt | None = None
     """Only requests of the same salt and API key share prefix blocks."""
     echo: bool | None = None
     """Completions: the prompt comes before the text. Chats: the last message does, where it is continued."""

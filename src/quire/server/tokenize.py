@@ -22,15 +22,13 @@ async def tokenize_text(exchange: Exchange) -> None:
         text, special = request.prompt or "", True
     check_work([text], 1, exchange.settings)
     special = special if request.add_special_tokens is None else request.add_special_tokens
-    tokens = await tokenize(tokenizer, text, add_special_tokens=special)
+    (tokens,) = await tokenize(tokenizer, [text], add_special_tokens=special)
     await exchange.reply(
         Tokenized(
             count=len(tokens),
             max_model_len=exchange.engine.max_model_len,
             tokens=tokens,
-            token_strs=[tokenizer.id_to_text(token) for token in tokens]
-            if request.return_token_strs
-            else None,
+            token_strs=[tokenizer.id_to_text(token) for token in tokens] if request.return_token_strs else None,
         )
     )
 

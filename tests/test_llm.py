@@ -1,0 +1,125 @@
+"""LLM, the offline interface, on the bundled model."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from quire import LLM, ConfigError, RequestError, SamplingParams
+from quire.outputs import RequestOutput
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(num_blocks=500, max_num_seqs=32, threads=1, dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(llm: LLM) -> Iterator[None]:
+    yield
+    stats = llm.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    return [output.outputs[0].text for output in outputs]
+
+
+def test_one_prompt_or_many_as_text_or_ids(llm: LLM) -> None:
+    prompts = ["ROMEO:", "JULIET:"]
+    expected = texts(llm.generate(prompts, GREEDY))
+    ids = [llm.get_tokenizer().encode(prompt) for prompt in prompts]
+    assert texts(llm.generate(ids, GREEDY)) == expected
+    assert texts(llm.generate([{"prompt": prompts[0]}, {"prompt_token_ids": ids[1]}], GREEDY)) == expected
+    assert texts(llm.generate(prompts[0], GREEDY)) == expected[:1]
+    assert texts(llm.generate(ids[1], GREEDY)) == expected[1:]
+    assert llm.generate([], GREEDY) == []
+
+
+def test_parameters_per_prompt_in_one_batch(llm: LLM) -> None:
+    params = [
+        GREEDY,
+        SamplingParams(temperature=0.9, seed=3, max_tokens=10, ignore_eos=True),
+        SamplingParams(n=3, seed=4, max_tokens=5, logprobs=2, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=30, stop=["\n"]),
+        SamplingParams(seed=6, max_tokens=4, prompt_logprobs=1, allowed_token_ids=[70, 71], ignore_eos=True),
+    ]
+    together = llm.generate(["ROMEO:"] * 5, params)
+    for params_of_one, output in zip(params, together, strict=True):
+        (alone,) = llm.generate(["ROMEO:"], params_of_one)
+        assert [sample.token_ids for sample in alone.outputs] == [sample.token_ids for sample in output.outputs]
+    assert [sample.index for sample in together[2].outputs] == [0, 1, 2]
+    assert len({tuple(sample.token_ids) for sample in together[2].outputs}) > 1
+    assert all(len(sample.logprobs or []) == 5 for sample in together[2].outputs)
+    assert set(together[4].outputs[0].token_ids) <= {70, 71}
+    assert together[4].prompt_logprobs is not None
+    assert len(together[4].prompt_logprobs) == len(together[4].prompt_token_ids)
+
+
+def test_samples_of_a_prompt_share_its_blocks(llm: LLM) -> None:
+    before = llm.stats().total_prompt_tokens
+    llm.reset_prefix_cache()
+    prompt = list(range(5, 105))  # six full blocks and a partly filled one
+    copies = llm.stats().total_block_copies
+    llm.generate([prompt], SamplingParams(n=4, max_tokens=3, seed=1, ignore_eos=True))
+    stats = llm.stats()
+    assert stats.total_prompt_tokens - before == 100
+    assert stats.total_block_copies - copies == 3
+
+
+def test_same_seed_same_tokens_and_defaults_of_the_model(llm: LLM) -> None:
+    sampled = SamplingParams(temperature=1.0, seed=11, max_tokens=20)
+    assert texts(llm.generate("O", sampled)) == texts(llm.generate("O", sampled))
+    assert llm.get_default_sampling_params().temperature != 0.0
+    assert texts(llm.generate("O"))  # None takes them
+
+
+def test_chat(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Speak, my lord."}]
+    (one,) = llm.chat(messages, GREEDY)
+    assert one.outputs[0].text
+    two = llm.chat([messages, messages], GREEDY)
+    assert texts(two) == [one.outputs[0].text] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seq": 4}, "unknown option max_num_seq; did you mean max_num_seqs?"),
+        ({"dtype": "int3"}, "dtype is 'int3'; it must be one of auto, float32, float16, bfloat16"),
+        ({"block_size": 0}, "block_size is 0; it must be an integer from 1 to 1024"),
+        ({"max_num_seqs": 300, "max_num_batched_tokens": 200}, "less than max_num_seqs 300"),
+        ({"kv_cache_memory": "lots"}, "kv_cache_memory is 'lots'; give a positive number of bytes"),
+        ({"quantization": "int8"}, "no quantisation is available yet"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LLM(**options)
+    assert message in str(caught.value)
+
+
+def test_a_bad_request_leaves_an_empty_engine(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="the model's vocabulary ends"):
+        llm.generate(["ROMEO:", [10**7]], GREEDY)
+    with pytest.raises(RequestError, match="2 prompts came with 1 sampling_params"):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(RequestError, match="it must hold at least one token"):
+        llm.generate([[]], GREEDY)
+
+
+def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llm._engine.step
+    steps = 0
+
+    def interrupted() -> list[RequestOutput]:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm._engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["ROMEO:", "JULIET:"], SamplingParams(n=2, max_tokens=50))
