@@ -21,7 +21,7 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int kTileKeys = 64;
+constexpr int kTileKeys = 256;
 constexpr int kTileColumns = kTileKeys / kLanes;
 // Rows of scores are a vector further apart than a tile is wide: a power of two would map all of them to few cache sets.
 constexpr int kScoreStride = kTileKeys + 16;

@@ -130,9 +130,7 @@ def reference_model(folder: str | Path) -> PreTrainedModel:
 def write_tokenizer(folder: Path) -> None:
     """One token per byte, then <pad>, <s>, </s>, <unk>: any text comes back as it was."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<unk>"])

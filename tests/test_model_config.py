@@ -131,9 +131,7 @@ class TestRope:
         ],
         ids=str,
     )
-    def test_scaling_stretches_the_context(
-        self, scaling: dict[str, Any], expected: int, tmp_path: Path
-    ) -> None:
+    def test_scaling_stretches_the_context(self, scaling: dict[str, Any], expected: int, tmp_path: Path) -> None:
         assert read(tmp_path, LLAMA | {"rope_scaling": scaling}).context_length == expected
 
     @pytest.mark.parametrize(

@@ -21,29 +21,21 @@ from tests.server.scripted_engine import ScriptedEngine
 
 
 def test_random_lengths() -> None:
-    work = make_workload(
-        "random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3
-    )
+    work = make_workload("random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3)
     assert {len(prompt) for prompt in work.prompts} <= set(range(10, 31))
     assert set(work.output_lens) <= set(range(5, 16))
     assert all(FIRST_TOKEN <= token <= LAST_TOKEN for prompt in work.prompts for token in prompt)
-    again = make_workload(
-        "random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3
-    )
+    again = make_workload("random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3)
     assert work == again
 
 
 @pytest.mark.parametrize("dataset", MEAN_LENGTHS)
 def test_named_lengths_have_their_means(dataset: str) -> None:
-    work = make_workload(
-        dataset, num_prompts=3000, input_len=1, output_len=1, range_ratio=0, max_len=100_000, seed=0
-    )
+    work = make_workload(dataset, num_prompts=3000, input_len=1, output_len=1, range_ratio=0, max_len=100_000, seed=0)
     mean_input, mean_output = MEAN_LENGTHS[dataset]
     assert work.num_input_tokens / 3000 == pytest.approx(mean_input, rel=0.1)
     assert statistics.fmean(work.output_lens) == pytest.approx(mean_output, rel=0.1)
-    short = make_workload(
-        dataset, num_prompts=200, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0
-    )
+    short = make_workload(dataset, num_prompts=200, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0)
     assert max(len(p) + o for p, o in zip(short.prompts, short.output_lens, strict=True)) <= 64
 
 

@@ -94,9 +94,7 @@ def test_engine_and_server_flags_have_vllms_names(capsys: pytest.CaptureFixture[
         (["bench", "nothing"], 'Unknown command "nothing"'),
     ],
 )
-def test_wrong_questions_are_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_questions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quire.cli.http_client import Endpoint, HttpError
+from quire.cli.http_client import HttpError, Target
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine
@@ -15,9 +15,7 @@ from tests.server.scripted_engine import ANSWER, ScriptedEngine
 
 def events(url: str, api_key: str | None = None, **body: Any) -> list[dict[str, Any]]:
     async def collect() -> list[dict[str, Any]]:
-        return [
-            event async for event in Endpoint(url, api_key).events({"prompt": "x", "stream": True, **body})
-        ]
+        return [event async for event in Target(url, api_key).events({"prompt": "x", "stream": True, **body})]
 
     return asyncio.run(collect())
 

@@ -68,9 +68,7 @@ def test_what_float16_cannot_hold_stays_float32(value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_plain_products_take_over_where_an_operator_is_missing(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plain_products_take_over_where_an_operator_is_missing(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise NotImplementedError
 

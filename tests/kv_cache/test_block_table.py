@@ -288,6 +288,8 @@ class ModelTable:
     salt: str
     token_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    num_named: int = 0
+    """Blocks that had their turn to be named; each has one."""
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -377,10 +379,11 @@ class PoolMachine(RuleBasedStateMachine):
     def name(self, each: ModelTable, num_computed: int) -> None:
         each.table.name_full_blocks(each.token_ids, num_computed)
         if self.caching:
-            for index in range(num_computed // self.size):
+            for index in range(each.num_named, num_computed // self.size):
                 content = each.salt, tuple(each.token_ids[: (index + 1) * self.size])
                 if self.content_of(each.blocks[index]) is None:
                     self.named.setdefault(content, each.blocks[index])
+            each.num_named = max(each.num_named, num_computed // self.size)
 
     def begin(self, salt: str, token_ids: list[int]) -> None:
         """What the scheduler does with a new or resumed sequence: adopt what is cached, compute the rest, name it."""
@@ -391,6 +394,7 @@ class PoolMachine(RuleBasedStateMachine):
         for block in found:
             self.share(block)
         each.blocks = list(found)
+        each.num_named = len(found)
         each.token_ids = token_ids[: len(found) * self.size]
         self.tables.append(each)
         if len(token_ids) > len(each.token_ids):
@@ -439,6 +443,7 @@ class PoolMachine(RuleBasedStateMachine):
         table = each.table.fork(length)
         token_ids = each.token_ids[:length]
         child = ModelTable(table, each.salt, token_ids, each.blocks[: -(-len(token_ids) // self.size)])
+        child.num_named = min(each.num_named, len(token_ids) // self.size)
         for block in child.blocks:
             self.share(block)
         self.tables.append(child)

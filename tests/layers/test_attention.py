@@ -23,9 +23,7 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         block_size=8,
         num_threads=1,
     )
-    return layer(
-        q, k, v, (torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim)), plan
-    )
+    return layer(q, k, v, (torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim)), plan)
 
 
 def test_equals_dense_attention() -> None:

@@ -15,9 +15,7 @@ from tests.paged_model import PagedModel
     "overrides", [{}, {"tie_word_embeddings": False}, {"n_inner": 72, "activation_function": "gelu"}], ids=str
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_chunks_and_decode_match_transformers(
-    overrides: dict[str, Any], dtype: str, tmp_path: Path
-) -> None:
+def test_prefill_chunks_and_decode_match_transformers(overrides: dict[str, Any], dtype: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "gpt2", dtype=dtype, **overrides)
     ids = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():

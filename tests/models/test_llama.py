@@ -42,9 +42,7 @@ def test_prefill_chunks_and_decode_match_transformers(family: str, tmp_path: Pat
     chunks = [model.step({1: ids[begin:end]})[1] for begin, end in ((0, 33), (33, 34), (34, 80))]
     # A decode step of one sequence, beside a prefill of another.
     for position in range(80, 90):
-        mixed = model.step(
-            {1: ids[position : position + 1], 2: ids[(position - 80) * 9 : (position - 79) * 9]}
-        )
+        mixed = model.step({1: ids[position : position + 1], 2: ids[(position - 80) * 9 : (position - 79) * 9]})
         chunks.append(mixed[1])
         assert_close(mixed[2], expected[(position - 80) * 9 : (position - 79) * 9])
 
@@ -57,9 +55,7 @@ def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None
     folder = make_checkpoint(tmp_path, family)
     ids = prompt(40)
     model = PagedModel(folder, kernels=reference, block_size=8)
-    assert_close(
-        torch.cat([model.step({0: ids[:30]})[0], model.step({0: ids[30:]})[0]]), expected_logits(folder, ids)
-    )
+    assert_close(torch.cat([model.step({0: ids[:30]})[0], model.step({0: ids[30:]})[0]]), expected_logits(folder, ids))
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,7 @@ def test_header_whose_offsets_do_not_fit_a_shape(folder: Path, file: Path) -> No
 def test_pickled_weights_are_refused(folder: Path, file: Path) -> None:
     file.rename(folder / "pytorch_model.bin")
     message = refusal(folder)
-    assert message.startswith(
-        "FOLDER holds its weights in pytorch_model.bin; loading pickled files can run code"
-    )
+    assert message.startswith("FOLDER holds its weights in pytorch_model.bin; loading pickled files can run code")
     assert "AutoModelForCausalLM.from_pretrained('FOLDER').save_pretrained('FOLDER')" in message
 
 

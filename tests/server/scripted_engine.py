@@ -12,7 +12,7 @@ import quire
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import EngineUnavailableError, QueueFullError
 from quire.outputs import (
     CompletionOutput,
     EngineStats,
@@ -154,7 +154,3 @@ class ScriptedEngine:
                 other = (token + rank) % 256
                 position[other] = Logprob(-float(rank), rank, tokenizer.id_to_text(other))
         return position
-
-
-def refusing(message: str) -> RequestError:
-    return RequestError(message, param="prompt", code="context_length_exceeded")

@@ -123,4 +123,4 @@ def test_refusals_of_the_engine_reach_the_client(client: OpenAI) -> None:
         ({"prompt": [5] * 5000}, "5000 tokens"),
     ):
         with pytest.raises(BadRequestError, match=said):
-            greedy(client, **options)  # type: ignore[arg-type]  # of several kinds
+            greedy(client, **options)

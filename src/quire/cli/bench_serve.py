@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from quire.cli.bench_workload import Workload, make_workload, show, spread_of
-from quire.cli.http_client import Endpoint
+from quire.cli.http_client import Target
 from quire.cli.options import OutputJson
 from quire.errors import ConfigError, QuireError
 
@@ -86,9 +86,9 @@ def serve(
         max_len=max_len,
         seed=seed,
     )
-    endpoint = Endpoint(f"{base_url.rstrip('/')}/v1/completions", api_key)
+    target = Target(f"{base_url.rstrip('/')}/v1/completions", api_key)
     started = time.perf_counter()
-    outcomes = asyncio.run(_load(endpoint, work, model, request_rate, max_concurrency, seed))
+    outcomes = asyncio.run(_load(target, work, model, request_rate, max_concurrency, seed))
     result = _figures(outcomes, time.perf_counter() - started, percentiles)
     failed = [outcome.error for outcome in outcomes if outcome.error]
     show(f"{base_url}, {num_prompts} requests at {request_rate:g} per second", result, output_json)
@@ -97,7 +97,7 @@ def serve(
 
 
 async def _load(
-    endpoint: Endpoint, work: Workload, model: str | None, rate: float, max_concurrency: int | None, seed: int
+    target: Target, work: Workload, model: str | None, rate: float, max_concurrency: int | None, seed: int
 ) -> list[_Outcome]:
     draw = random.Random(seed)
     places = asyncio.Semaphore(max_concurrency or len(work.prompts))
@@ -114,19 +114,19 @@ async def _load(
         }
         if model is not None:
             body["model"] = model
-        tasks.append(asyncio.create_task(_request(endpoint, body, places)))
+        tasks.append(asyncio.create_task(_request(target, body, places)))
         # Against the time due, not the last arrival: a late wake-up must not thin the load.
         due += draw.expovariate(rate) if rate != float("inf") else 0.0
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
     return list(await asyncio.gather(*tasks))
 
 
-async def _request(endpoint: Endpoint, body: dict[str, Any], places: asyncio.Semaphore) -> _Outcome:
+async def _request(target: Target, body: dict[str, Any], places: asyncio.Semaphore) -> _Outcome:
     outcome = _Outcome()
     async with places:
         started = last = time.perf_counter()
         try:
-            async with aclosing(endpoint.events(body)) as events:
+            async with aclosing(target.events(body)) as events:
                 async for event in events:
                     now = time.perf_counter()
                     if event.get("usage"):

@@ -13,9 +13,7 @@ from quire.errors import QuireError
 
 
 @flags(EngineConfig)
-def startup(
-    model: ModelArgument = "", *, num_iters: int = 3, output_json: OutputJson = None, **options: Any
-) -> None:
+def startup(model: ModelArgument = "", *, num_iters: int = 3, output_json: OutputJson = None, **options: Any) -> None:
     """Measure the seconds from the start of a process to its first token, in fresh processes.
 
     Parameters

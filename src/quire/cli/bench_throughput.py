@@ -53,10 +53,7 @@ def throughput(
         max_len=max_len,
         seed=options.get("seed", 0),
     )
-    params = [
-        SamplingParams(n=n, max_tokens=length, ignore_eos=True, detokenize=False)
-        for length in work.output_lens
-    ]
+    params = [SamplingParams(n=n, max_tokens=length, ignore_eos=True, detokenize=False) for length in work.output_lens]
     llm.generate([work.prompts[0]], params[0], use_tqdm=False)  # first-use costs are `bench startup`'s
     llm.reset_prefix_cache()
     before = replace(llm.stats())  # the engine goes on counting in its own

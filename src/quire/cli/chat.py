@@ -12,16 +12,14 @@ from typing import Annotated, Any, Protocol
 
 from cyclopts import Parameter
 
-from quire.cli.http_client import Endpoint
+from quire.cli.http_client import Target
 from quire.cli.options import ModelArgument, flags
 from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.sampling_params import SamplingParams
 
 HISTORY = Path("~/.quire_history")
-HELP = (
-    "/system TEXT sets the system prompt, /reset forgets the conversation, /exit ends; Ctrl-C stops an answer"
-)
+HELP = "/system TEXT sets the system prompt, /reset forgets the conversation, /exit ends; Ctrl-C stops an answer"
 
 Messages = list[dict[str, str]]
 
@@ -201,7 +199,7 @@ class _Server:
     """Any server that speaks OpenAI's API."""
 
     def __init__(self, url: str, model: str, api_key: str | None, given: dict[str, Any]) -> None:
-        self._endpoint = Endpoint(f"{url.rstrip('/')}/chat/completions", api_key)
+        self._target = Target(f"{url.rstrip('/')}/chat/completions", api_key)
         self._body = {**({"model": model} if model else {}), **given, "stream": True}
         self._name = model or url
 
@@ -209,7 +207,7 @@ class _Server:
         return self._name
 
     async def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
-        async with aclosing(self._endpoint.events({**self._body, "messages": messages})) as events:
+        async with aclosing(self._target.events({**self._body, "messages": messages})) as events:
             async for event in events:
                 for choice in event.get("choices", ()):
                     yield choice.get("delta", {}).get("content") or ""

@@ -51,9 +51,7 @@ def make_app() -> App:
 def run(arguments: Sequence[str]) -> int:
     """Run one subcommand; its status."""
     try:
-        status = make_app()(
-            list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False
-        )
+        status = make_app()(list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False)
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         return 130

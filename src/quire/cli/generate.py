@@ -11,7 +11,7 @@ from quire.sampling_params import SamplingParams
 
 @flags(EngineConfig, without=frozenset({"seed"}))
 def generate(
-    prompt: str = "-",
+    prompt: str | None = None,
     *,
     max_tokens: int = 256,
     temperature: float | None = None,
@@ -30,7 +30,7 @@ def generate(
     Parameters
     ----------
     prompt
-        The text to continue; - reads it from standard input.
+        The text to continue; standard input if left out.
     max_tokens
         Most tokens to generate.
     temperature
@@ -63,7 +63,7 @@ def generate(
     fixed: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "seed": seed, "ignore_eos": ignore_eos}
     given = {name: value for name, value in chosen.items() if value is not None}
     SamplingParams(**fixed, **given)  # a wrong one is answered before anything is loaded
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt is None else prompt
     asyncio.run(_stream(config, text, {**fixed, **given}, verbose=verbose))
 
 

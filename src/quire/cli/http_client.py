@@ -24,7 +24,7 @@ class HttpError(QuireError):
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class Target:
     """Where to post, e.g. http://127.0.0.1:8000/v1/completions, and the API key if one is needed."""
 
     url: str
@@ -53,17 +53,11 @@ class Endpoint:
                 parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
             )
         except OSError as error:
-            raise HttpError(
-                f"no answer from {self.url}: {error.strerror or error}; is the server running?"
-            ) from error
+            raise HttpError(f"no answer from {self.url}: {error.strerror or error}; is the server running?") from error
         try:
             await self._send(writer, parts.hostname or "", parts.path, body)
             status, headers = await _read_head(reader)
-            lines = (
-                _chunked(reader)
-                if headers.get("transfer-encoding", "") == "chunked"
-                else _plain(reader, headers)
-            )
+            lines = _chunked(reader) if headers.get("transfer-encoding", "") == "chunked" else _plain(reader, headers)
             if status != 200:
                 text = b"".join([line async for line in lines]).decode(errors="replace")
                 raise HttpError(f"{self.url} answers {status}: {_message(text)}")

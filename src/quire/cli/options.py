@@ -30,12 +30,7 @@ def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Cal
     def decorate(command: F) -> F:
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        made = [
-            _flag(config, field)
-            for config in configs
-            for field in fields(config)
-            if field.name not in without
-        ]
+        made = [_flag(config, field) for config in configs for field in fields(config) if field.name not in without]
         command.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
         return command
 

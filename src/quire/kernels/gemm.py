@@ -114,6 +114,5 @@ def _computes(linear: type[OneDNNLinear] | type[FBGEMMLinear], tolerance: float)
         return False
     # Values are about 7 in size.
     return bool(
-        (found[0] - expected).abs().max() <= 50 * tolerance
-        and (found[1] - expected[:1]).abs().max() <= 50 * tolerance
+        (found[0] - expected).abs().max() <= 50 * tolerance and (found[1] - expected[:1]).abs().max() <= 50 * tolerance
     )

@@ -29,9 +29,7 @@ class Rotary:
 def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
     """[num_positions, rotary_dim] float32: the cosines of each position, then its sines."""
     dim = int(head_dim * rope.partial_rotary_factor)
-    frequencies = _FREQUENCIES[rope.rope_type](
-        rope, dim, num_positions
-    )  # [dim / 2] or [num_positions, dim / 2]
+    frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
 
@@ -75,11 +73,7 @@ def _yarn(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
 
     def dimension_with(rotations: float) -> float:
         """The (fractional) dimension that makes so many turns over the length of training."""
-        return (
-            dim
-            * math.log(rope.original_max_position / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
     if rope.truncate:

@@ -33,9 +33,7 @@ class GatedMLP:
 
     def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = fused_linear(
-            weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, dtype=dtype
-        )
+        self.gate_up = fused_linear(weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, dtype=dtype)
         self.activation = gated_activation(kernels, config.activation)
         self.down = fused_linear(weights, {"down_proj": hidden}, inner, bias=bias, dtype=dtype)
 

@@ -31,9 +31,7 @@ class GPT2:
         table = model.take("wte.weight", (config.vocab_size, hidden))
         self.embed = Embedding(table)
         self.embed_position = Embedding(model.take("wpe.weight", (config.max_position_embeddings, hidden)))
-        self.layers = [
-            Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)
-        ]
+        self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
         self.head = linear_for(head, None, dtype)
@@ -76,9 +74,7 @@ class Layer:
 
 def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:
     shape = (config.hidden_size,)
-    return LayerNorm(
-        weights.take("weight", shape).float(), weights.take("bias", shape).float(), config.norm_eps
-    )
+    return LayerNorm(weights.take("weight", shape).float(), weights.take("bias", shape).float(), config.norm_eps)
 
 
 def transposed_linear(weights: TensorSource, in_features: int, out_features: int, dtype: str) -> PackedLinear:

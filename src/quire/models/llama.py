@@ -34,9 +34,7 @@ class Llama:
             DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, rotary, dtype)
             for index in range(config.num_layers)
         ]
-        self.norm = RMSNorm(
-            kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps
-        )
+        self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
         self.head = linear_for(head, None, dtype)
 
@@ -109,9 +107,7 @@ class SelfAttention:
             bias=config.qkv_bias,
             dtype=dtype,
         )
-        self.o = fused_linear(
-            weights, {"o_proj": config.hidden_size}, q_rows, bias=config.o_bias, dtype=dtype
-        )
+        self.o = fused_linear(weights, {"o_proj": config.hidden_size}, q_rows, bias=config.o_bias, dtype=dtype)
         self.qk_norms: tuple[Tensor, Tensor] | None = None
         if config.qk_norm:
             self.qk_norms = (

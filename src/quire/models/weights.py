@@ -153,22 +153,16 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, _Entry]:
     """The tensors of a sharded checkpoint, whose index says which file holds what."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files"
-        )
+        raise CheckpointError(f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files")
     entries: dict[str, _Entry] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         file = folder / name
         if not file.is_file():
-            raise CheckpointError(
-                f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint"
-            )
+            raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")
         entries.update(_header_entries(file))
     for tensor, name in weight_map.items():
         if tensor not in entries or entries[tensor].file.name != name:
-            found = (
-                f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
-            )
+            found = f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
             raise CheckpointError(f"{index}: tensor {tensor} should be in {name}, {found}")
     return entries
 
@@ -202,9 +196,7 @@ def _header_entries(file: Path) -> dict[str, _Entry]:
     expected = 8 + header_bytes + max((end for _, _, end in entries.values()), default=0)
     if file_bytes != expected:
         state = "is truncated" if file_bytes < expected else "is longer than its header says"
-        raise CheckpointError(
-            f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again"
-        )
+        raise CheckpointError(f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again")
     for name, (entry, begin, end) in entries.items():
         if entry.dtype in DTYPES:
             item_bytes = 4 if entry.dtype == "F32" else 2
@@ -226,9 +218,7 @@ def _nothing_to_load(folder: Path) -> str:
             f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return (
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(found) if found else 'nothing'}"
-    )
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; found {_some(found) if found else 'nothing'}"
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,55 @@
+"""`quire serve` and `quire generate` as a user runs them, with the bundled model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from http.client import HTTPConnection
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+QUIRE = [sys.executable, "-m", "quire"]
+
+
+def test_serve_until_sigterm() -> None:
+    command = [*QUIRE, "serve", "--port", "0", "--threads", "1", "--num-blocks", "64", "--served-model-name", "bard"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            port = int(server.stderr.readline().rpartition(":")[2])
+            used = subprocess.run(
+                [*QUIRE, "serve", "--port", str(port)], env=ENVIRONMENT, capture_output=True, text=True
+            )
+            assert used.returncode == 2
+            assert f"quire: cannot listen on 127.0.0.1:{port}: address already in use" in used.stderr
+            phases: list[str] = []
+            while not phases or " ready: bard" not in phases[-1]:
+                phases.append(server.stderr.readline())
+                assert phases[-1], "".join(phases)
+            assert any("KV cache: 64 blocks" in line for line in phases)
+            with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+                body = json.dumps({"model": "bard", "prompt": "ROMEO:", "max_tokens": 4, "ignore_eos": True})
+                connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+                reply = json.loads(connection.getresponse().read())
+            assert reply["usage"]["completion_tokens"] == 4
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_a_status() -> None:
+    command = [*QUIRE, "serve", "--port", "0", "--max-model-len", "1000000"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (2, 3)
+    assert "max_model_len is 1000000" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_generate_reads_standard_input() -> None:
+    options = ["--max-tokens", "8", "--temperature", "0", "--threads", "1", "--num-blocks", "64"]
+    command = [*QUIRE, "generate", *options]
+    done = subprocess.run(command, env=ENVIRONMENT, input="JULIET:", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip()) > 5

@@ -1,0 +1,49 @@
+"""Whatever JSON comes, the answer is a success or a refusal that names its reason; never a fault of the server."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec import Struct
+from msgspec.structs import fields
+
+from quire.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
+
+FORMS: dict[str, tuple[type[Struct], dict[str, Any]]] = {
+    "/v1/completions": (CompletionRequest, {"prompt": "x"}),
+    "/v1/chat/completions": (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
+    "/tokenize": (TokenizeRequest, {"prompt": "x"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
+}
+EDGES = st.sampled_from(
+    [0, -1, 1, 2, 2**31, 2**63, 2**64, 10**30, 0.5, -0.0, 1e308, "", "x", "\x00", "é🎭", True, None]
+)
+VALUES = st.recursive(
+    EDGES | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> Iterator[RunningServer]:
+    with RunningServer(ScriptedEngine()) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", FORMS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(data=st.data())
+def test_no_body_is_a_fault(fuzzed: RunningServer, path: str, data: st.DataObject) -> None:
+    form, valid = FORMS[path]
+    names = st.sampled_from([field.name for field in fields(form)])
+    changes: dict[str, Any] = data.draw(st.dictionaries(names, VALUES, max_size=3))
+    response, reply = fuzzed.send("POST", path, {**valid, **changes})
+    assert response.status in (200, 400, 404), reply
+    if response.status != 200:
+        assert reply["error"]["message"]
+        assert reply["error"]["type"] == "invalid_request_error"
