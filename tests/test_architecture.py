@@ -113,9 +113,7 @@ def imports() -> list[Import]:
         eager = set(map(id, eager_nodes(tree)))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                found += [
-                    Import(module, node.lineno, target, id(node) in eager) for target in targets(module, node)
-                ]
+                found += [Import(module, node.lineno, target, id(node) in eager) for target in targets(module, node)]
     return found
 
 
@@ -158,9 +156,7 @@ def test_imports_only_go_down() -> None:
 
 
 def test_scheduler_and_runner_never_import_each_other() -> None:
-    met = [
-        str(each) for each in inside(imports()) if (room_of(each.module), room_of(each.target)) in STRANGERS
-    ]
+    met = [str(each) for each in inside(imports()) if (room_of(each.module), room_of(each.target)) in STRANGERS]
     assert met == []
 
 
@@ -223,9 +219,7 @@ def is_free_of_torch(module: str) -> bool:
 
 def test_rooms_without_torch_never_name_it() -> None:
     """Not inside functions either."""
-    named = [
-        str(each) for each in imports() if root_of(each.target) == "torch" and is_free_of_torch(each.module)
-    ]
+    named = [str(each) for each in imports() if root_of(each.target) == "torch" and is_free_of_torch(each.module)]
     assert named == []
 
 
@@ -297,19 +291,12 @@ def test_public_names_are_where_the_table_says() -> None:
 
 def test_type_checkers_see_the_same_public_names() -> None:
     stub = ast.parse((SOURCE / "quire" / "__init__.pyi").read_text())
-    seen = {
-        alias.asname: node.module
-        for node in stub.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    seen = {alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == lazy_names()
 
 
 def run_python(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

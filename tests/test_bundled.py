@@ -68,9 +68,7 @@ def write(model: Any) -> Any:
 
 def recorded(label: str) -> float:
     """The number that TRAINING.md's table has under `label`."""
-    match = re.search(
-        rf"^\| {re.escape(label)} \| ([\d.]+)", (FOLDER / "TRAINING.md").read_text(), re.MULTILINE
-    )
+    match = re.search(rf"^\| {re.escape(label)} \| ([\d.]+)", (FOLDER / "TRAINING.md").read_text(), re.MULTILINE)
     assert match, label
     return float(match[1])
 
@@ -127,9 +125,7 @@ def test_held_out_loss_is_as_recorded(model: Any, tokenizer: Tokenizer) -> None:
 
 
 def test_writes_what_reads_like_verse(tokenizer: Tokenizer, write: Any) -> None:
-    passages = [
-        tokenizer.decode(ids) for ids in write(tokenizer.encode("KING HENRY:\n"), 200, seed=0, samples=4)
-    ]
+    passages = [tokenizer.decode(ids) for ids in write(tokenizer.encode("KING HENRY:\n"), 200, seed=0, samples=4)]
     text = "\n".join(passages)
     lines = [line for line in text.splitlines() if line]
     speakers = [line for line in lines if re.fullmatch(r"[A-Z][A-Za-z ]+:", line)]
@@ -145,9 +141,7 @@ def test_writes_what_reads_like_verse(tokenizer: Tokenizer, write: Any) -> None:
 def test_answers_in_a_chat_and_stops(tokenizer: Tokenizer, write: Any) -> None:
     template = ChatTemplate.from_folder(FOLDER)
     for cue in ("What is love?", "ROMEO:"):
-        prompt = tokenizer.encode(
-            template.render([{"role": "user", "content": cue}]), add_special_tokens=False
-        )
+        prompt = tokenizer.encode(template.render([{"role": "user", "content": cue}]), add_special_tokens=False)
         (ids,) = write(prompt, 400, seed=0)
         assert ids[-1] == tokenizer.eos_token_id
         assert re.match(r"[A-Z][A-Za-z ]+:\n\S", tokenizer.decode(ids))

@@ -1,14 +1,15 @@
 """The CPU kernels beside the ceilings of the machine, measured in the same run: `python -m benchmarks.kernels`.
 
-Decode attention is bound by reading the KV cache: its ceiling is the rate at which torch sums a tensor too large for any
-cache. Prefill attention is bound by arithmetic: its ceiling is torch.mm of two 2048 x 2048 float32 matrices. The ceiling
-is measured again before every line, so that a noisy machine slows both; each figure is the best of the repeats.
+Decode attention is bound by reading the KV cache: its ceiling is the rate at which torch sums a tensor too large for
+any cache. Prefill attention is bound by arithmetic: its ceiling is torch.mm of two 2048 x 2048 float32 matrices. The
+ceiling is measured again before every line, so that a noisy machine slows both; each figure is the best of the repeats.
 """
 
 import argparse
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -122,16 +123,15 @@ def small_table(budget: float) -> None:
         x, wide = torch.randn(tokens, 768), torch.randn(tokens, 2 * 2048)
         qkv = torch.randn(tokens, 20, 64)
         positions = torch.arange(tokens, dtype=torch.int32)
+        q, k, v = qkv.split([12, 4, 4], dim=1)
         operations: dict[str, Callable[[], object]] = {
-            "rms_norm": lambda x=x: cpu.rms_norm(x, weight, 1e-5),
-            "add_rms_norm": lambda x=x: cpu.add_rms_norm(x, x, weight, 1e-5),
-            "rms_norm_heads_": lambda qkv=qkv: cpu.rms_norm_heads_(qkv[:, :12], head_weight, 1e-5),
-            "rotary_": lambda qkv=qkv, positions=positions: cpu.rotary_(qkv[:, :12], qkv[:, 12:16], positions, cos_sin),
-            "silu_and_mul": lambda wide=wide: cpu.silu_and_mul(wide),
-            "gelu_and_mul": lambda wide=wide: cpu.gelu_and_mul(wide, tanh=True),
-            "write_kv": lambda qkv=qkv, positions=positions: cpu.write_kv(
-                qkv[:, 12:16], qkv[:, 16:], *caches, positions
-            ),
+            "rms_norm": partial(cpu.rms_norm, x, weight, 1e-5),
+            "add_rms_norm": partial(cpu.add_rms_norm, x, torch.zeros_like(x), weight, 1e-5),
+            "rms_norm_heads_": partial(cpu.rms_norm_heads_, q, head_weight, 1e-5),
+            "rotary_": partial(cpu.rotary_, q, k, positions, cos_sin),
+            "silu_and_mul": partial(cpu.silu_and_mul, wide),
+            "gelu_and_mul": partial(cpu.gelu_and_mul, wide, tanh=True),
+            "write_kv": partial(cpu.write_kv, k, v, *caches, positions),
         }
         for name, operation in operations.items():
             columns.setdefault(name, []).append(best_seconds(operation, budget / 5) * 1e6)
@@ -142,28 +142,18 @@ def small_table(budget: float) -> None:
 def planner_table(budget: float) -> None:
     print("\nPlanning one step of decodes: milliseconds")
     for sequences in (1, 256, 1024):
-        tables = np.zeros((sequences, 64), dtype=np.int32)
-        start = np.arange(sequences + 1, dtype=np.int32)
-        lengths, slots = np.full(sequences, 1000, dtype=np.int32), np.zeros(sequences, dtype=np.int32)
-
-        def plan(
-            start: np.ndarray = start,
-            lengths: np.ndarray = lengths,
-            tables: np.ndarray = tables,
-            slots: np.ndarray = slots,
-        ) -> AttentionPlan:
-            return plan_attention(
-                start,
-                lengths,
-                tables,
-                slots,
-                num_heads=12,
-                num_kv_heads=4,
-                head_dim=64,
-                block_size=BLOCK_SIZE,
-                num_threads=torch.get_num_threads(),
-            )
-
+        plan = partial(
+            plan_attention,
+            np.arange(sequences + 1, dtype=np.int32),
+            np.full(sequences, 1000, dtype=np.int32),
+            np.zeros((sequences, 64), dtype=np.int32),
+            np.zeros(sequences, dtype=np.int32),
+            num_heads=12,
+            num_kv_heads=4,
+            head_dim=64,
+            block_size=BLOCK_SIZE,
+            num_threads=torch.get_num_threads(),
+        )
         print(f"  {sequences:5} sequences {best_seconds(plan, budget / 5) * 1e3:8.3f}")
 
 
@@ -174,9 +164,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"], help="of the KV cache")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(
-        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {cpu.isa()}, torch {torch.__version__}"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {arguments.threads} threads, {cpu.isa()}, torch {torch.__version__}")
     for name in arguments.dtypes:
         decode_table(DTYPES[name], arguments.seconds)
         prefill_table(DTYPES[name], arguments.seconds)

@@ -136,9 +136,7 @@ def gather(runs: list[Report]) -> dict[str, list[float]]:
     return {name: [run["seconds"][name] for run in runs] for name in runs[0]["seconds"]}
 
 
-def table(
-    options: argparse.Namespace, figures: dict[str, dict[str, list[float]]], ceilings: dict[str, float]
-) -> str:
+def table(options: argparse.Namespace, figures: dict[str, dict[str, list[float]]], ceilings: dict[str, float]) -> str:
     """Markdown: a row per workload with medians, ranges, and each other engine's time over the first's."""
     first, *others = figures
     names = [name for name in figures[first] if name != "W7" or "W7" in options.only]

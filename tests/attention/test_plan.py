@@ -42,9 +42,7 @@ def random_sequences(seed: int) -> list[tuple[int, int]]:
     return [(int(n), int(random.choice([0, 1, n, random.integers(1, n + 1)]))) for n in lengths]
 
 
-def times_seen(
-    found: AttentionPlan, sequences: list[tuple[int, int]], num_kv_heads: int
-) -> NDArray[np.int64]:
+def times_seen(found: AttentionPlan, sequences: list[tuple[int, int]], num_kv_heads: int) -> NDArray[np.int64]:
     """[T, num_kv_heads, longest sequence]: how many items show a key to a token."""
     longest = max((length for length, _ in sequences), default=0)
     seen = np.zeros((sum(new for _, new in sequences), num_kv_heads, longest), dtype=np.int64)
@@ -62,9 +60,7 @@ def test_every_key_is_shown_once(seed: int) -> None:
     num_heads, num_kv_heads = HEADS[seed % len(HEADS)]
     window = [0, 0, 17, 1000][seed % 4]
     threads = [1, 2, 16, 128][seed // 4 % 4]
-    found = plan(
-        sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, num_threads=threads, window=window
-    )
+    found = plan(sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, num_threads=threads, window=window)
     seen = times_seen(found, sequences, num_kv_heads)
     assert seen.max(initial=0) <= 1
     row = 0
@@ -94,9 +90,7 @@ def test_partial_results_have_rows_of_their_own(seed: int) -> None:
     for merge in merges:
         begins = sorted(parts[tuple(merge[: MergeColumn.NUM_HEADS + 1])])
         rows = merge[MergeColumn.NUM_TOKENS] * merge[MergeColumn.NUM_HEADS] * 3
-        assert begins == [
-            merge[MergeColumn.PARTIAL_ROW] + i * rows for i in range(merge[MergeColumn.NUM_SPLITS])
-        ]
+        assert begins == [merge[MergeColumn.PARTIAL_ROW] + i * rows for i in range(merge[MergeColumn.NUM_SPLITS])]
 
 
 def cost(found: AttentionPlan, group: int) -> NDArray[np.int64]:

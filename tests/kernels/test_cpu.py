@@ -165,16 +165,12 @@ def test_paged_attention(isa: str, shape: Shape, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 40, 1000])
-def test_paged_attention_variants(
-    isa: str, block_size: int, softcap: float, alibi: bool, window: int
-) -> None:
+def test_paged_attention_variants(isa: str, block_size: int, softcap: float, alibi: bool, window: int) -> None:
     shape = Shape(block_size=block_size)
     batch = ragged_batch(MIXED, shape, window=window)
     slopes = torch.rand(shape.num_heads) if alibi else None
     found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
-    expected = reference.paged_attention(
-        *batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes
-    )
+    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
     assert_close(found, expected)
 
 

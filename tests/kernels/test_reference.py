@@ -37,9 +37,7 @@ def test_softcap_and_alibi_by_hand() -> None:
     batch = ragged_batch([(2, 1)], shape)
     block = batch.plan.block_tables[0, 0]
     scores = (batch.k_cache[block, 0].T @ batch.q[0, 0]) * batch.scale
-    expected = (1.5 * torch.tanh(scores / 1.5) + torch.tensor([-0.25, 0.0])).softmax(0) @ batch.v_cache[
-        block, 0
-    ]
+    expected = (1.5 * torch.tanh(scores / 1.5) + torch.tensor([-0.25, 0.0])).softmax(0) @ batch.v_cache[block, 0]
     slopes = torch.tensor([0.25])
     found = reference.paged_attention(*batch.tensors(), softcap=1.5, alibi_slopes=slopes)
     torch.testing.assert_close(found[0, 0], expected)
@@ -47,9 +45,7 @@ def test_softcap_and_alibi_by_hand() -> None:
 
 def test_rms_norm_is_torchs() -> None:
     x, residual, weight = torch.randn(3, 48), torch.randn(3, 48), torch.rand(48)
-    torch.testing.assert_close(
-        reference.rms_norm(x, weight, 1e-5), functional.rms_norm(x, (48,), weight, 1e-5)
-    )
+    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), functional.rms_norm(x, (48,), weight, 1e-5))
     total = x + residual
     found = reference.add_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(found, functional.rms_norm(total, (48,), weight, 1e-5))

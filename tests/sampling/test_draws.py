@@ -21,9 +21,7 @@ def make_scores(vocab_size: int, spread: float, seed: int) -> torch.Tensor:
     return torch.from_numpy(scores - scores.max())
 
 
-def plain_probabilities(
-    scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> np.ndarray:
+def plain_probabilities(scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
     """The definition: min_p, then the top k, then the fewest that hold top_p of what is left."""
     weights = np.exp(scores.numpy().astype(np.float64))
     order = np.argsort(-weights, kind="stable")
@@ -64,9 +62,7 @@ def min_ps(min_p: float) -> MinP:
 )
 def test_unfiltered(vocab_size: int, spread: float, min_p: float, seed: int) -> None:
     scores = make_scores(vocab_size, spread, seed)
-    assert_matches(
-        draw_unfiltered(repeated(scores), min_ps(min_p), EVEN), plain_probabilities(scores, min_p=min_p)
-    )
+    assert_matches(draw_unfiltered(repeated(scores), min_ps(min_p), EVEN), plain_probabilities(scores, min_p=min_p))
 
 
 @settings(max_examples=25)
@@ -81,9 +77,7 @@ def test_unfiltered(vocab_size: int, spread: float, min_p: float, seed: int) -> 
 def test_top_k(vocab_size: int, spread: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
     scores = make_scores(vocab_size, spread, seed)
     top_k = min(top_k, vocab_size)
-    tokens = draw_top_k(
-        repeated(scores), min_ps(min_p), np.full(NUM_DRAWS, top_k, dtype=np.int64), each(top_p), EVEN
-    )
+    tokens = draw_top_k(repeated(scores), min_ps(min_p), np.full(NUM_DRAWS, top_k, dtype=np.int64), each(top_p), EVEN)
     assert_matches(tokens, plain_probabilities(scores, top_k, top_p, min_p))
 
 
@@ -99,9 +93,7 @@ def test_top_p(vocab_size: int, spread: float, top_p: float, min_p: float, seed:
     scores = make_scores(vocab_size, spread, seed)
     tokens = draw_top_p(repeated(scores), min_ps(min_p), each(top_p), EVEN)
     # Rounding may move the end of the nucleus by a token where probabilities are as good as tied with the limit.
-    expected = [
-        plain_probabilities(scores, 0, p, min_p) for p in (top_p, top_p * (1 - 1e-6), top_p * (1 + 1e-6))
-    ]
+    expected = [plain_probabilities(scores, 0, p, min_p) for p in (top_p, top_p * (1 - 1e-6), top_p * (1 + 1e-6))]
     counts = np.bincount(tokens, minlength=vocab_size)
     assert any(np.allclose(counts, NUM_DRAWS * p, atol=1.5) and not counts[p == 0].any() for p in expected)
 

@@ -20,9 +20,7 @@ def expected_ids(scores: np.ndarray, k: int) -> np.ndarray:
     levels=st.sampled_from([1, 3, 50, 2**24]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_a_stable_sort_with_few_and_with_many_ties(
-    vocab_size: int, k: int, levels: int, seed: int
-) -> None:
+def test_equals_a_stable_sort_with_few_and_with_many_ties(vocab_size: int, k: int, levels: int, seed: int) -> None:
     scores = np.random.default_rng(seed).integers(levels, size=(3, vocab_size)).astype(np.float32)
     values, ids = leading_tokens(torch.from_numpy(scores), k)
     np.testing.assert_array_equal(ids, expected_ids(scores, k))

@@ -123,9 +123,7 @@ def test_a_row_is_bit_identical_in_any_batch(
     params: list[SamplingParams], vocab_size: int, spread: float, fault: float | None, data: st.DataObject
 ) -> None:
     """Alone, among others in any order, and next to a row that fails."""
-    logits = (
-        torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
-    )
+    logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
     states = make_states(params, vocab_size)
     sampler = Sampler(vocab_size)
     alone = [sampler.sample(logits[i : i + 1].clone(), [state]) for i, state in enumerate(states)]
@@ -162,9 +160,7 @@ def test_threads_do_not_change_a_bit(vocab_size: int) -> None:
     assert sample(logits[3:4], [params[3]], seed=5).logprobs[0] is not None
 
 
-@pytest.mark.parametrize(
-    "params", [SamplingParams(top_p=0.9), SamplingParams(presence_penalty=1.5, min_tokens=4)]
-)
+@pytest.mark.parametrize("params", [SamplingParams(top_p=0.9), SamplingParams(presence_penalty=1.5, min_tokens=4)])
 def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(params: SamplingParams) -> None:
     vocab_size, steps = 50, 12
     logits = torch.randn(steps, vocab_size, generator=torch.Generator().manual_seed(2))

@@ -233,18 +233,6 @@ class Engine:
             self.forget_finished()
         self.check()
 
-    def fail(self) -> list[SequenceDelta]:
-        """A step in which the runner falls over before it has taken in anything."""
-        plan = self.scheduler.schedule()
-        deltas = self.scheduler.fail(plan, "the step failed")
-        for delta in deltas:
-            client = self.clients[delta.request_id]
-            assert (delta.finish_reason, delta.error, delta.token_ids) == ("error", "the step failed", [])
-            client.finish_reasons[delta.index] = "error"
-        self.forget_finished()
-        self.check()
-        return deltas
-
     def receive(self, deltas: list[SequenceDelta]) -> None:
         for delta in deltas:
             client = self.clients[delta.request_id]
@@ -646,20 +634,6 @@ def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
     engine.run()
 
 
-def test_a_step_that_fails_ends_those_it_computed_and_the_others_start_over() -> None:
-    engine = Engine(num_blocks=4, block_size=4, max_num_batched_tokens=8)
-    engine.add(new_request("decoding", 4, max_tokens=9))
-    engine.add(new_request("stuck", 12, max_tokens=2))
-    engine.step()
-    engine.step()
-    assert {delta.request_id for delta in engine.fail()} == {"decoding"}
-    assert (engine.pool.num_free, engine.scheduler.stats().num_waiting) == (4, 1)
-    assert [new_row.prompt_token_ids[0] for new_row in engine.step().new_rows] == [
-        engine.clients["stuck"].request.prompt_token_ids[0]
-    ]
-    engine.run()
-
-
 # -- samples of one request -------------------------------------------------------------------------------------------
 
 
@@ -859,7 +833,7 @@ def test_prompt_logprobs_of_a_prompt_that_starts_over() -> None:
     engine.step()
     engine.step()
     assert len(client.prompt_logprobs) == 8
-    engine.fail()
+    engine.scheduler._preempt(engine.scheduler._groups["stuck"])
     engine.step()
     assert len(client.prompt_logprobs) == 8, "these eight positions were computed again"
     engine.run()
@@ -912,7 +886,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> No
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests of every kind come, go, fail and are preempted; each gets the tokens it would get alone."""
+    """Requests of every kind come, go and are preempted; each gets the tokens it would get alone."""
 
     @initialize(
         num_blocks=st.integers(1, 64),
@@ -1008,11 +982,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.engine.clients)))
         if index in self.engine.clients[request_id].token_ids:
             self.engine.stop(request_id, index)
-
-    @precondition(lambda self: self.engine.clients)
-    @rule()
-    def fail(self) -> None:
-        self.engine.fail()
 
     @rule()
     def forget_names(self) -> None:

@@ -73,87 +73,101 @@ def plan_attention(
     window serves the layers that have this window or a smaller one.
     """
     group = num_heads // num_kv_heads
-    start = query_start_loc.astype(np.int64)
-    num_tokens = np.diff(start)
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
         raise ValueError(
             f"block_tables has room for {block_tables.shape[1]} blocks of {block_size}, "
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
+    work = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
+    rows = work[:, WorkColumn.NUM_TOKENS] * group
+    cost = keys.astype(np.int64) * np.maximum(rows, _MIN_COST_ROWS)  # of one head
 
-    # Tiles: runs of new tokens of one sequence, and the keys they see.
-    tile_tokens = max(1, _TILE_ROWS // group)
-    tiles_per_sequence = -(-num_tokens // tile_tokens)
-    sequence, tile_index = _enumerate_runs(tiles_per_sequence)
-    token_begin = start[sequence] + tile_index * tile_tokens
-    tokens = np.minimum(tile_tokens, start[sequence + 1] - token_begin)
-    first_position = token_begin - start[sequence + 1] + seq_lens[sequence]
-    key_end = first_position + tokens
-    key_begin = np.maximum(0, first_position - window + 1) if window > 0 else np.zeros_like(key_end)
-    keys = key_end - key_begin
+    num_items = num_threads * _ITEMS_PER_THREAD if num_threads > 1 else 1
+    share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * _MIN_COST_ROWS)
+    heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
+    num_groups = -(-num_kv_heads // np.minimum(np.maximum(heads, 1), num_kv_heads))
+    num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
 
-    # Heads and splits: an item should cost about `share`, the total cut into a few items per thread.
-    rows = tokens * group
-    cost = keys * np.maximum(rows, _MIN_COST_ROWS)
-    share = int(cost.sum()) * num_kv_heads // (num_threads * _ITEMS_PER_THREAD)
-    if num_threads == 1:
-        share = int(cost.sum()) * num_kv_heads
-    share = max(share, _MIN_ITEM_KEYS * _MIN_COST_ROWS)
-    heads = np.clip(
-        share // np.maximum(cost, 1), 1, np.clip(_TILE_ROWS // np.maximum(rows, 1), 1, num_kv_heads)
-    )
-    groups = -(-num_kv_heads // heads)
-    splits = np.clip(-(-cost // share), 1, np.maximum(1, keys // _MIN_ITEM_KEYS))
-
-    # Items, in three steps: tiles x head groups x splits.
-    tile, group_index = _enumerate_runs(groups)
-    head_begin = group_index * num_kv_heads // groups[tile]
-    num_heads_here = (group_index + 1) * num_kv_heads // groups[tile] - head_begin
-    num_splits = splits[tile]
-    partial_rows = np.where(num_splits > 1, rows[tile] * num_heads_here, 0)
-    partial_end = np.cumsum(partial_rows * num_splits)
-    partial_begin = partial_end - partial_rows * num_splits
-
-    unit, split_index = _enumerate_runs(num_splits)
-    tile_of_item = tile[unit]
-    item_begin, item_end = key_begin[tile_of_item], key_end[tile_of_item]
-    split_begin = _align(item_begin + keys[tile_of_item] * split_index // num_splits[unit])
-    split_end = _align(item_begin + keys[tile_of_item] * (split_index + 1) // num_splits[unit])
-    last = split_index + 1 == num_splits[unit]
-    work = np.empty((len(unit), len(WorkColumn)), dtype=np.int32)
-    work[:, WorkColumn.SEQUENCE] = sequence[tile_of_item]
-    work[:, WorkColumn.TOKEN_BEGIN] = token_begin[tile_of_item]
-    work[:, WorkColumn.NUM_TOKENS] = tokens[tile_of_item]
-    work[:, WorkColumn.HEAD_BEGIN] = head_begin[unit]
-    work[:, WorkColumn.NUM_HEADS] = num_heads_here[unit]
-    work[:, WorkColumn.KEY_BEGIN] = np.where(split_index == 0, item_begin, split_begin)
-    work[:, WorkColumn.KEY_END] = np.where(last, item_end, split_end)
-    work[:, WorkColumn.PARTIAL_ROW] = np.where(
-        num_splits[unit] > 1, partial_begin[unit] + split_index * partial_rows[unit], -1
-    )
-    item_cost = cost[tile_of_item] * num_heads_here[unit] // num_splits[unit]
-    work = work[np.argsort(-item_cost, kind="stable")]
-
-    split = np.flatnonzero(num_splits > 1)
-    merges = np.empty((len(split), len(MergeColumn)), dtype=np.int32)
-    merges[:, MergeColumn.TOKEN_BEGIN] = token_begin[tile[split]]
-    merges[:, MergeColumn.NUM_TOKENS] = tokens[tile[split]]
-    merges[:, MergeColumn.HEAD_BEGIN] = head_begin[split]
-    merges[:, MergeColumn.NUM_HEADS] = num_heads_here[split]
-    merges[:, MergeColumn.PARTIAL_ROW] = partial_begin[split]
-    merges[:, MergeColumn.NUM_SPLITS] = num_splits[split]
-
+    work, tile = _share_out_heads(work, num_groups, num_kv_heads)
+    work, merges, num_partial_rows = _split_keys(work, num_splits[tile], group)
+    cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
+    cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, _MIN_COST_ROWS) * work[:, WorkColumn.NUM_HEADS]
     return AttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         seq_lens=_tensor(seq_lens),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
-        work=torch.from_numpy(work),
-        merges=torch.from_numpy(merges),
-        partials=torch.empty(int(partial_end[-1]) if len(partial_end) else 0, head_dim + 2),
+        work=_tensor(work[np.argsort(-cost, kind="stable")]),
+        merges=_tensor(merges),
+        partials=torch.empty(num_partial_rows, head_dim + 2),
         window=window,
         num_threads=num_threads,
     )
+
+
+def _cut_into_tiles(
+    query_start_loc: NDArray[np.int32], seq_lens: NDArray[np.int32], group: int, num_kv_heads: int, window: int
+) -> NDArray[np.int32]:
+    """Runs of new tokens of one sequence, with all heads and the keys they see."""
+    tile_tokens = max(1, _TILE_ROWS // group)
+    sequence, tile = _enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
+    end = query_start_loc[sequence + 1]
+    token_begin = query_start_loc[sequence] + tile * tile_tokens
+    tokens = np.minimum(tile_tokens, end - token_begin)
+    first_position = token_begin - end + seq_lens[sequence]
+
+    work = np.empty((len(sequence), len(WorkColumn)), dtype=np.int32)
+    work[:, WorkColumn.SEQUENCE] = sequence
+    work[:, WorkColumn.TOKEN_BEGIN] = token_begin
+    work[:, WorkColumn.NUM_TOKENS] = tokens
+    work[:, WorkColumn.HEAD_BEGIN] = 0
+    work[:, WorkColumn.NUM_HEADS] = num_kv_heads
+    work[:, WorkColumn.KEY_BEGIN] = np.maximum(0, first_position - window + 1) if window > 0 else 0
+    work[:, WorkColumn.KEY_END] = first_position + tokens
+    work[:, WorkColumn.PARTIAL_ROW] = -1
+    return work
+
+
+def _share_out_heads(
+    work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Each item becomes `num_groups` items of about as many heads; also says which item each came from."""
+    item, group = _enumerate_runs(num_groups)
+    if len(item) > len(work):
+        work = work[item]
+        head_begin = group * num_kv_heads // num_groups[item]
+        work[:, WorkColumn.HEAD_BEGIN] = head_begin
+        work[:, WorkColumn.NUM_HEADS] = (group + 1) * num_kv_heads // num_groups[item] - head_begin
+    return work, item
+
+
+def _split_keys(
+    work: NDArray[np.int32], num_splits: NDArray[np.int64], group: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+    """Each item becomes `num_splits` items of about as many keys; also returns the merges and the partial rows."""
+    split = np.flatnonzero(num_splits > 1)
+    merges = np.empty((len(split), len(MergeColumn)), dtype=np.int32)
+    if len(split) == 0:
+        return work, merges, 0
+    rows = work[:, WorkColumn.NUM_TOKENS] * work[:, WorkColumn.NUM_HEADS].astype(np.int64) * group
+    partial_rows = np.where(num_splits > 1, rows * num_splits, 0)
+    partial_end = np.cumsum(partial_rows)
+    partial_begin = partial_end - partial_rows
+    merges[:, : MergeColumn.PARTIAL_ROW] = work[split, WorkColumn.TOKEN_BEGIN : WorkColumn.NUM_HEADS + 1]
+    merges[:, MergeColumn.PARTIAL_ROW] = partial_begin[split]
+    merges[:, MergeColumn.NUM_SPLITS] = num_splits[split]
+
+    item, part = _enumerate_runs(num_splits)
+    work, count = work[item], num_splits[item]
+    begin = work[:, WorkColumn.KEY_BEGIN].astype(np.int64)
+    end = work[:, WorkColumn.KEY_END].astype(np.int64)
+    part_begin = _align(begin + (end - begin) * part // count)
+    part_end = _align(begin + (end - begin) * (part + 1) // count)
+    work[:, WorkColumn.KEY_BEGIN] = np.where(part == 0, begin, part_begin)
+    work[:, WorkColumn.KEY_END] = np.where(part + 1 == count, end, part_end)
+    work[:, WorkColumn.PARTIAL_ROW] = np.where(count > 1, partial_begin[item] + part * rows[item], -1)
+    return work, merges, int(partial_end[-1])
 
 
 def _enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

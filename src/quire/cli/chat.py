@@ -182,14 +182,10 @@ class _OwnModel:
             raise QuireError("the model has no chat template; `quire generate` continues a text")
         prompt = tokenizer.encode(template.render(messages), add_special_tokens=False)
         params = SamplingParams(**{"max_tokens": None, **self._engine.default_params, **self._given})
-        outputs = self._engine.generate(prompt, params)
-        try:
+        async with aclosing(self._engine.generate(prompt, params)) as outputs:
             async for output in outputs:
                 for sample in output.outputs:
                     yield sample.text
-        finally:
-            if isinstance(outputs, AsyncGenerator):
-                await outputs.aclose()
 
     async def stop(self) -> None:
         await self._engine.shutdown()

@@ -17,8 +17,9 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from quire import errors
@@ -193,7 +194,7 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
         Raises `RequestError` before the first item for what cannot be served: bad input, a full queue (429), an engine
@@ -207,12 +208,10 @@ class AsyncLLM:
                 f"{num_waiting} requests are waiting, the limit is {self.config.max_queue_size} (max_queue_size)",
                 retry_after=self._retry_after(num_waiting),
             )
-        # Long prompts take milliseconds to tokenise, in which other streams must go on.
         internal_id = f"r{next(self._request_numbers)}"
-        make_request = self._inputs.make_request
-        request, text = await asyncio.to_thread(
-            make_request, internal_id, prompt, params, priority=priority, cache_salt=cache_salt
-        )
+        make = partial(self._inputs.make_request, internal_id, prompt, params, priority=priority, cache_salt=cache_salt)
+        # A long text takes milliseconds to tokenise, in which other streams must go on.
+        request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
         flight = _InFlight(request, {index: [] for index in range(params.n)})
         self._in_flight[internal_id] = flight
         self._outputs.add(request, text)
@@ -329,7 +328,8 @@ class AsyncLLM:
         then, prompt_tokens, generated = self._last_log
         now = time.monotonic()
         if now - then >= LOG_INTERVAL:
-            if not self.config.disable_log_stats:
+            busy = (stats.total_prompt_tokens, stats.total_generated_tokens) != (prompt_tokens, generated)
+            if busy and not self.config.disable_log_stats:
                 self._report(
                     f"{(stats.total_prompt_tokens - prompt_tokens) / (now - then):.0f} prompt and "
                     f"{(stats.total_generated_tokens - generated) / (now - then):.0f} output tokens/s, "

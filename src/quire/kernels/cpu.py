@@ -48,9 +48,7 @@ def use_isa(name: str) -> None:
     """Use another build of every kernel from now on, in the whole process."""
     if name not in supported_isas():
         reason = "this CPU does not support it" if name in _ISAS else "unknown"
-        raise ConfigError(
-            f"QUIRE_CPU_ISA={name}: {reason}; choose one of {', '.join(reversed(supported_isas()))}"
-        )
+        raise ConfigError(f"QUIRE_CPU_ISA={name}: {reason}; choose one of {', '.join(reversed(supported_isas()))}")
     _cpu.use_isa(name)
 
 

@@ -34,9 +34,7 @@ def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
     for x in (q, k):
         first, second = x[..., : cos_sin.shape[1]].clone().chunk(2, dim=-1)
-        x[..., : cos_sin.shape[1]] = torch.cat(
-            (first * cos - second * sin, second * cos + first * sin), dim=-1
-        )
+        x[..., : cos_sin.shape[1]] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -93,20 +91,8 @@ def paged_attention(
         num_blocks = -(-seq_len // v_cache.shape[2])
         table = plan.block_tables[s, :num_blocks].long()
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
-        key = (
-            k_cache[table]
-            .permute(1, 0, 3, 2)
-            .flatten(1, 2)[:, :seq_len]
-            .repeat_interleave(group, 0)
-            .to(q.dtype)
-        )
-        value = (
-            v_cache[table]
-            .permute(1, 0, 2, 3)
-            .flatten(1, 2)[:, :seq_len]
-            .repeat_interleave(group, 0)
-            .to(q.dtype)
-        )
+        key = k_cache[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+        value = v_cache[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
 
         scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
         if softcap > 0:

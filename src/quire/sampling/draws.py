@@ -50,9 +50,7 @@ def draw_unfiltered(scores: Tensor, min_p: MinP, uniform: FloatArray) -> IntArra
     return block * BLOCK_SIZE + _first_above(cumulative, target)
 
 
-def draw_top_k(
-    scores: Tensor, min_p: MinP, top_k: IntArray, top_p: FloatArray, uniform: FloatArray
-) -> IntArray:
+def draw_top_k(scores: Tensor, min_p: MinP, top_k: IntArray, top_p: FloatArray, uniform: FloatArray) -> IntArray:
     """One of the `top_k` highest tokens of each row, of which `top_p` keeps the fewest that hold its share."""
     values, ids = leading_tokens(scores, int(top_k.max()))
     weights = np.exp(values, dtype=np.float64)
@@ -83,9 +81,7 @@ def block_sums(weights: NDArray[np.float32]) -> FloatArray:
     return np.add.reduceat(weights, starts, axis=1).astype(np.float64)
 
 
-def _draw_from_head(
-    ids: IntArray, cumulative: FloatArray, needed: FloatArray, uniform: FloatArray
-) -> IntArray:
+def _draw_from_head(ids: IntArray, cumulative: FloatArray, needed: FloatArray, uniform: FloatArray) -> IntArray:
     """Draw from tokens sorted by weight, cut off at the first whose cumulative weight is at least `needed`."""
     last = np.minimum((cumulative < needed[:, None]).sum(axis=1), cumulative.shape[1] - 1)
     rows = np.arange(len(ids))
@@ -93,9 +89,7 @@ def _draw_from_head(
     return np.asarray(ids[rows, place])
 
 
-def _draw_by_buckets(
-    scores: Tensor, weights: NDArray[np.float32], top_p: FloatArray, uniform: FloatArray
-) -> IntArray:
+def _draw_by_buckets(scores: Tensor, weights: NDArray[np.float32], top_p: FloatArray, uniform: FloatArray) -> IntArray:
     """`draw_top_p` for nuclei of any size: tokens are dealt into buckets of score, of which two are looked into.
 
     One is where the nucleus ends, the other where the draw falls. The rest of the row is never sorted.

@@ -45,9 +45,7 @@ def _report(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogpr
     ranks = [_rank(row, token_id) for row, token_id in zip(logits.numpy(), token_ids, strict=True)]
     return [
         TokenLogprobs([token_id, *ids], values, [rank, *range(1, k + 1)])
-        for token_id, rank, ids, values in zip(
-            token_ids, ranks, leading_ids.tolist(), logprobs.tolist(), strict=True
-        )
+        for token_id, rank, ids, values in zip(token_ids, ranks, leading_ids.tolist(), logprobs.tolist(), strict=True)
     ]
 
 

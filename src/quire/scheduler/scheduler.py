@@ -19,6 +19,7 @@ import bisect
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 from quire.errors import RequestError
 from quire.kv_cache.block_hash import BlockName, root_name
@@ -125,8 +126,8 @@ class Scheduler:
         return bool(self._groups)
 
     def stats(self) -> EngineStats:
-        """The present counts; the object is reused by the next call."""
-        stats, pool = self._stats, self.pool
+        """The present counts."""
+        stats, pool = replace(self._stats), self.pool
         stats.num_running = len(self._running)
         stats.num_waiting = len(self._waiting)
         stats.num_used_blocks = pool.num_used
@@ -335,25 +336,6 @@ class Scheduler:
             assert sequence is not None
             deltas.append(self._extend(sequence, token_id, logprobs, error))
         self._stats.total_steps += 1
-        return deltas
-
-    def fail(self, plan: StepPlan, message: str) -> list[SequenceDelta]:
-        """End every request that was to compute something in a step that could not be executed.
-
-        Whatever else the plan told the runner may be lost, so all others that run start over with new rows.
-        """
-        deltas: list[SequenceDelta] = []
-        planned = {sequence.group for row in plan.rows if (sequence := self._rows[row]) is not None}
-        for group in tuple(self._running):
-            if group in planned:
-                for sequence in tuple(group.sequences):
-                    delta = _delta(sequence)
-                    delta.finish_reason = FinishReason.ERROR
-                    delta.error = message
-                    deltas.append(delta)
-                    self._drop(sequence)
-            else:
-                self._preempt(group)
         return deltas
 
     def _share_prompt(self, group: SequenceGroup) -> None:

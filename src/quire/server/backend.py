@@ -1,6 +1,6 @@
 """What the server asks of an engine: `AsyncLLM` fulfils it, and so does the scripted engine of the tests."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 from quire.engine.chat_template import ChatTemplate
@@ -36,7 +36,7 @@ class Engine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[RequestOutput]: ...
+    ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...

@@ -62,8 +62,7 @@ class Job:
         finally:
             watch.end()
             # An async generator that is merely dropped would be closed some time later, its request running on.
-            if isinstance(outputs, AsyncGenerator):
-                await outputs.aclose()
+            await outputs.aclose()
 
 
 @dataclass(slots=True)
