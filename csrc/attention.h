@@ -44,17 +44,27 @@ struct Tile {
     Segment segments[kTileKeys];
 };
 
-// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors].
+// Block tables scatter, so the processor's own prefetchers start anew in every block. Reading keys therefore asks for
+// the values of the same block, which have the same extent and are read next.
+template <class T>
+QUIRE_INLINE void prefetch(const T* p) { __builtin_prefetch(p, 0, 2); }
+
+// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors]. What lies at the
+// keys' places relative to `ahead` is prefetched.
 template <class T, int kRows, int kWidth>
-static void score_columns(const float* queries, const T* keys, const int64_t* columns, int64_t stride, int64_t head_dim,
-                          float* scores) {
+static void score_columns(const float* queries, const T* keys, const T* ahead, const int64_t* columns, int64_t stride,
+                          int64_t head_dim, float* scores) {
     Vec acc[kRows][kWidth] = {};
     const T* column[kWidth];
     for (int j = 0; j < kWidth; ++j) column[j] = keys + columns[j];
+    const int64_t to_ahead = ahead - keys;
     for (int64_t d = 0; d < head_dim; ++d) {
         Vec key[kWidth];
 #pragma GCC unroll 8
-        for (int j = 0; j < kWidth; ++j) key[j] = load(column[j] + d * stride);
+        for (int j = 0; j < kWidth; ++j) {
+            key[j] = load(column[j] + d * stride);
+            prefetch(column[j] + d * stride + to_ahead);
+        }
 #pragma GCC unroll 14
         for (int r = 0; r < kRows; ++r) {
             const float q = queries[d * kRows + r];
@@ -109,12 +119,12 @@ QUIRE_INLINE int width_for(int64_t columns) {
 }
 
 template <class T, int kRows>
-static void score_panel(const float* queries, const T* keys, const int64_t* columns, int64_t num_columns,
-                        int64_t stride, int64_t head_dim, float* scores) {
+static void score_panel(const float* queries, const T* keys, const T* ahead, const int64_t* columns,
+                        int64_t num_columns, int64_t stride, int64_t head_dim, float* scores) {
     for (int64_t c = 0; c < num_columns;) {
         const int width = width_for<kRows>(num_columns - c);
         const auto run = [&]<int kWidth>() {
-            score_columns<T, kRows, kWidth>(queries, keys, columns + c, stride, head_dim, scores + c * kLanes);
+            score_columns<T, kRows, kWidth>(queries, keys, ahead, columns + c, stride, head_dim, scores + c * kLanes);
         };
         if constexpr (kRows * 8 <= kAccumulators)
             if (width == 8) run.template operator()<8>();
@@ -351,12 +361,12 @@ private:
 
         with_rows(int(end - begin), [&]<int kRows>() {
             if (keys_are_vectors(a)) {
-                score_panel<KV, kRows>(queries, keys() + head_offset, tile.columns, columns, block_size, head_dim,
-                                       scratch.scores);
+                score_panel<KV, kRows>(queries, keys() + head_offset, values() + head_offset, tile.columns, columns,
+                                       block_size, head_dim, scratch.scores);
             } else {
                 int64_t copied[kTileColumns];
                 for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
-                score_panel<float, kRows>(queries, scratch.keys, copied, columns, kTileKeys, head_dim, scratch.scores);
+                score_panel<float, kRows>(queries, scratch.keys, scratch.keys, copied, columns, kTileKeys, head_dim, scratch.scores);
             }
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {

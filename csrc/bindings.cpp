@@ -163,22 +163,20 @@ const int32_t* vector_of_indices(const char* name, const Tensor& tensor, int64_t
     return Argument(name, tensor).of(kInt32).shaped({size}).contiguous().pointer<int32_t>();
 }
 
+Element element_of(const Argument& argument) {
+    const nb::dlpack::dtype dtype = argument.dtype();
+    if (dtype == kFloat32) return Element::float32;
+    if (dtype.code == uint8_t(nb::dlpack::dtype_code::Float) && dtype.bits == 16) return Element::float16;
+    if (dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16) return Element::bfloat16;
+    argument.fail("float32, float16 or bfloat16", dtype_text(dtype));
+}
+
 KVCache kv_cache(const Tensor& k_cache, const Tensor& v_cache) {
     const Argument values("v_cache", v_cache);
     values.shaped({kAny, kAny, kAny, kAny}).contiguous();
     const Argument keys("k_cache", k_cache);
     keys.of(values.dtype()).shaped({values.size(0), values.size(1), values.size(3), values.size(2)}).contiguous();
-    const nb::dlpack::dtype dtype = values.dtype();
-    Element element;
-    if (dtype == kFloat32)
-        element = Element::float32;
-    else if (dtype.code == uint8_t(nb::dlpack::dtype_code::Float) && dtype.bits == 16)
-        element = Element::float16;
-    else if (dtype.code == uint8_t(nb::dlpack::dtype_code::Bfloat) && dtype.bits == 16)
-        element = Element::bfloat16;
-    else
-        values.fail("float32, float16 or bfloat16", dtype_text(dtype));
-    return {keys.pointer<void>(), values.pointer<void>(), element, values.size(1), values.size(3), values.size(2)};
+    return {keys.pointer<void>(), values.pointer<void>(), element_of(values), values.size(1), values.size(3), values.size(2)};
 }
 
 void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, float eps, const Tensor& out) {
@@ -264,6 +262,38 @@ float* scratch_of(size_t floats) {
     return area.get();
 }
 
+void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) {
+    const Argument source("weight", weight), target("packed", packed);
+    source.shaped({kAny, kAny}).contiguous();
+    target.shaped({kAny, source.size(1), kPanel}).contiguous();
+    if (first_row < 0 || first_row + source.size(0) > target.size(0) * kPanel)
+        source.fail("rows " + std::to_string(first_row) + " to at most " + std::to_string(target.size(0) * kPanel),
+                    std::to_string(source.size(0)) + " rows");
+    const Element from = element_of(source), to = element_of(target);
+    nb::gil_scoped_release release;
+    kernels->pack_linear(source.pointer<void>(), from, source.size(0), source.size(1), target.pointer<void>(), to, first_row);
+}
+
+void linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, const Tensor& out) {
+    Linear a{};
+    const Argument input("x", x), weight("packed", packed), output("out", out);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    a.m = output.size(0);
+    a.n = output.size(1);
+    input.of(kFloat32).shaped({a.m, kAny}).contiguous(1);
+    a.k = input.size(1);
+    weight.shaped({(a.n + kPanel - 1) / kPanel, a.k, kPanel}).contiguous();
+    a.x = input.rows();
+    a.weight = weight.pointer<void>();
+    a.element = element_of(weight);
+    a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
+    a.out = output.pointer<float>();
+    if (a.m == 0) return;
+    a.scratch = a.m > 1 ? scratch_of(a.m * a.k) : nullptr;
+    nb::gil_scoped_release release;
+    kernels->linear(a);
+}
+
 void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& merges,
                      const Tensor& partials, float scale, int64_t window, float softcap,
@@ -332,6 +362,9 @@ NB_MODULE(_cpu, m) {
     m.def("gelu_tanh_and_mul", &activate_and_mul<&Kernels::gelu_tanh_and_mul>, nb::arg("x"), nb::arg("out"));
     m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slots"));
     m.def("copy_blocks", &copy_blocks, nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("pairs"));
+    m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
+    m.def("linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
+    m.attr("panel") = kPanel;
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("query_start_loc"),
           nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"), nb::arg("merges"), nb::arg("partials"),
           nb::arg("scale"), nb::arg("window"), nb::arg("softcap"), nb::arg("alibi_slopes").none(),

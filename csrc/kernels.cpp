@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "kv_cache.h"
+#include "linear.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
@@ -19,6 +20,8 @@ extern const Kernels kernels = {
     .gelu_and_mul = activate_and_mul<Gelu>,
     .gelu_tanh_and_mul = activate_and_mul<GeluTanh>,
     .write_kv = write_kv,
+    .pack_linear = pack_linear,
+    .linear = linear,
     .attention_scratch = attention_scratch,
     .attention = attention,
 };

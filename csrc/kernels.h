@@ -60,6 +60,19 @@ struct Attention {
     int num_threads;
 };
 
+// A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel]; lanes past the last output hold zeros.
+constexpr int64_t kPanel = 32;
+
+struct Linear {
+    Rows x;  // [m, k]
+    const void* weight;
+    Element element;
+    const float* bias;  // [n] or null
+    float* out;         // [m, n], contiguous
+    float* scratch;     // m * k floats
+    int64_t m, n, k;
+};
+
 // One implementation of every operation; quire/kernels/reference.py says what each computes.
 struct Kernels {
     const char* isa;
@@ -71,6 +84,9 @@ struct Kernels {
     void (*gelu_and_mul)(Rows x, float* out, int64_t rows, int64_t columns);
     void (*gelu_tanh_and_mul)(Rows x, float* out, int64_t rows, int64_t columns);
     void (*write_kv)(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens);
+    void (*pack_linear)(const void* weight, Element from, int64_t rows, int64_t k, void* packed, Element to,
+                        int64_t first_row);
+    void (*linear)(const Linear& linear);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
 };

@@ -93,13 +93,9 @@ def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_
 def test_16_bit_checkpoints(checkpoint_dtype: str, dtype: str, tied: bool, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "llama", dtype=checkpoint_dtype, tie_word_embeddings=tied)
     ids = prompt(40)
-    # Where the weights are rounded once more, their error shows; where they are not, only that of float32 does.
-    exact = dtype in ("float32", checkpoint_dtype)
-    assert_close(
-        PagedModel(folder, dtype).step({0: ids})[0],
-        expected_logits(folder, ids),
-        TOLERANCE if exact else 2e-2,
-    )
+    # Weights that are rounded once more show it; those that are not show float32's rounding alone.
+    tolerance = TOLERANCE if dtype in ("float32", checkpoint_dtype) else 1e-1
+    assert_close(PagedModel(folder, dtype).step({0: ids})[0], expected_logits(folder, ids), tolerance)
 
 
 def test_shards_hold_the_same_model(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class InputProcessor:
                 raise RequestError("the model has no tokenizer.json: send token ids instead of text", param="prompt")
             return prompt, self._tokenizer.encode(prompt)
         token_ids = list(prompt)
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in token_ids):
+        if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
         return None, token_ids
 

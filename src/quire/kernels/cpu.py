@@ -8,6 +8,7 @@ The best build for this CPU is chosen on import; QUIRE_CPU_ISA forces one of `su
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ __all__ = [
     "copy_blocks",
     "gelu_and_mul",
     "isa",
+    "linear",
+    "pack_linear",
     "paged_attention",
     "rms_norm",
     "rms_norm_heads_",
@@ -94,6 +97,23 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
     _cpu.copy_blocks(k_cache, v_cache, pairs)
+
+
+def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+    num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    # Zeros, since the last panel may have lanes without an output.
+    packed = torch.zeros(-(-num_rows // _cpu.panel), k, _cpu.panel, dtype=getattr(torch, dtype))
+    first_row = 0
+    for weight in weights:
+        _cpu.pack_linear(weight, packed, first_row)
+        first_row += weight.shape[0]
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    out = torch.empty(x.shape[0], num_outputs)
+    _cpu.linear(x, packed, bias, out)
+    return out
 
 
 def paged_attention(

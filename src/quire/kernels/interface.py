@@ -12,6 +12,7 @@ layer is a pair of tensors of blocks, laid out so that both products of attentio
 A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +61,10 @@ class Kernels(Protocol):
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
 
     def copy_blocks(self, k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None: ...
+
+    def pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor: ...
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def paged_attention(
         self,

@@ -4,6 +4,8 @@ Works in any float type; with float64 inputs it is the oracle. Written to be rea
 tokens of all sequences, H hidden size, D head_dim; the cache layout is described in `quire.kernels.interface`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,16 @@ def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
     source, destination = pairs.long().unbind(1)
     k_cache[destination] = k_cache[source]
     v_cache[destination] = v_cache[source]
+
+
+def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+    """weights [N_i, K] -> one weight of sum(N_i) outputs, stored as `dtype`; how it lies is the kernels' own affair."""
+    return torch.cat([weight.to(getattr(torch, dtype)) for weight in weights])
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """x [M, K], a packed weight of N outputs, bias [N] -> x weight^T + bias [M, N]."""
+    return torch.nn.functional.linear(x, packed.to(x.dtype), bias)
 
 
 def paged_attention(

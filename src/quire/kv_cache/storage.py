@@ -6,6 +6,7 @@ so that scores need no packing and no horizontal sums; values [num_blocks, num_k
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
@@ -17,7 +18,7 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """All layers' blocks. Memory is zeroed lazily by the system, so untouched blocks cost nothing yet."""
+    """All layers' blocks, zero at first. A block takes memory when it is first written, not before."""
 
     def __init__(
         self, *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -26,8 +27,13 @@ class KVCache:
         self.block_size = block_size
         self.layers = [
             LayerCache(
-                torch.zeros(num_blocks, num_kv_heads, head_dim, block_size, dtype=dtype),
-                torch.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype=dtype),
+                _zeros((num_blocks, num_kv_heads, head_dim, block_size), dtype),
+                _zeros((num_blocks, num_kv_heads, block_size, head_dim), dtype),
             )
             for _ in range(num_layers)
         ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that the system gives out as zero pages; torch.zeros would write, and so take, every one of them."""
+    return torch.from_numpy(np.zeros(shape, dtype=f"i{dtype.itemsize}")).view(dtype)

@@ -6,24 +6,19 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.kernels.gemm import PackedLinear
 from quire.layers.activation import gated_activation
-from quire.layers.linear import linear_for
+from quire.layers.linear import Linear
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
 
 
 def fused_linear(
-    weights: TensorSource, rows: Mapping[str, int], in_features: int, *, bias: bool, dtype: str
-) -> PackedLinear:
+    weights: TensorSource, rows: Mapping[str, int], in_features: int, *, bias: bool, kernels: Kernels, dtype: str
+) -> Linear:
     """One layer whose output is that of several, side by side; `rows` maps their names to their output sizes."""
     matrices = [weights.take(f"{name}.weight", (n, in_features)) for name, n in rows.items()]
     biases = [weights.take(f"{name}.bias", (n,)) for name, n in rows.items()] if bias else []
-    return linear_for(
-        matrices[0] if len(matrices) == 1 else torch.cat(matrices),
-        torch.cat(biases) if biases else None,
-        dtype,
-    )
+    return Linear(kernels, matrices, torch.cat(biases) if biases else None, dtype)
 
 
 class GatedMLP:
@@ -33,9 +28,11 @@ class GatedMLP:
 
     def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = fused_linear(weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, dtype=dtype)
+        self.gate_up = fused_linear(
+            weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, kernels=kernels, dtype=dtype
+        )
         self.activation = gated_activation(kernels, config.activation)
-        self.down = fused_linear(weights, {"down_proj": hidden}, inner, bias=bias, dtype=dtype)
+        self.down = fused_linear(weights, {"down_proj": hidden}, inner, bias=bias, kernels=kernels, dtype=dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, H] -> [T, H]."""

@@ -6,11 +6,10 @@ T new tokens of all sequences, H hidden size, D head_dim. Activations are float3
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, Kernels
-from quire.kernels.gemm import PackedLinear
 from quire.layers.activation import activation
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
-from quire.layers.linear import linear_for
+from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
@@ -34,7 +33,7 @@ class GPT2:
         self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = linear_for(head, None, dtype)
+        self.head = Linear(kernels, [head], None, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""
@@ -55,13 +54,13 @@ class Layer:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.head_dim = config.head_dim
         self.attention_norm = layer_norm(config, weights.scope("ln_1"))
-        self.qkv = transposed_linear(weights.scope("attn.c_attn"), hidden, 3 * hidden, dtype)
+        self.qkv = transposed_linear(kernels, weights.scope("attn.c_attn"), hidden, 3 * hidden, dtype)
         self.attend = Attention(kernels, scale=config.head_dim**-0.5)
-        self.o = transposed_linear(weights.scope("attn.c_proj"), hidden, hidden, dtype)
+        self.o = transposed_linear(kernels, weights.scope("attn.c_proj"), hidden, hidden, dtype)
         self.mlp_norm = layer_norm(config, weights.scope("ln_2"))
-        self.up = transposed_linear(weights.scope("mlp.c_fc"), hidden, inner, dtype)
+        self.up = transposed_linear(kernels, weights.scope("mlp.c_fc"), hidden, inner, dtype)
         self.activation = activation(config.activation)
-        self.down = transposed_linear(weights.scope("mlp.c_proj"), inner, hidden, dtype)
+        self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
 
     def __call__(self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
@@ -77,7 +76,9 @@ def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:
     return LayerNorm(weights.take("weight", shape).float(), weights.take("bias", shape).float(), config.norm_eps)
 
 
-def transposed_linear(weights: TensorSource, in_features: int, out_features: int, dtype: str) -> PackedLinear:
+def transposed_linear(
+    kernels: Kernels, weights: TensorSource, in_features: int, out_features: int, dtype: str
+) -> Linear:
     """GPT-2 stores a matrix as [in, out]."""
     weight = weights.take("weight", (in_features, out_features))
-    return linear_for(weight.t().contiguous(), weights.take("bias", (out_features,)), dtype)
+    return Linear(kernels, [weight.t().contiguous()], weights.take("bias", (out_features,)), dtype)

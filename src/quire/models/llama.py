@@ -9,7 +9,7 @@ from torch import Tensor
 from quire.kernels import AttentionPlan, Kernels
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
-from quire.layers.linear import linear_for
+from quire.layers.linear import Linear
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import Rotary
 from quire.model_config import ModelConfig, RopeConfig
@@ -36,7 +36,7 @@ class Llama:
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = linear_for(head, None, dtype)
+        self.head = Linear(kernels, [head], None, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""
@@ -105,9 +105,12 @@ class SelfAttention:
             {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows},
             config.hidden_size,
             bias=config.qkv_bias,
+            kernels=kernels,
             dtype=dtype,
         )
-        self.o = fused_linear(weights, {"o_proj": config.hidden_size}, q_rows, bias=config.o_bias, dtype=dtype)
+        self.o = fused_linear(
+            weights, {"o_proj": config.hidden_size}, q_rows, bias=config.o_bias, kernels=kernels, dtype=dtype
+        )
         self.qk_norms: tuple[Tensor, Tensor] | None = None
         if config.qk_norm:
             self.qk_norms = (

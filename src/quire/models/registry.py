@@ -1,4 +1,4 @@
-"""From a ModelConfig to a model: which class, which dtype, every weight accounted for.
+"""From a ModelConfig to a model: which class, and every weight accounted for.
 
 The table of families is `quire.model_config.ARCHITECTURES`; a row's class is imported when a checkpoint needs it.
 """
@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, Kernels
-from quire.kernels.gemm import has_fbgemm
 from quire.layers.attention import KVLayers
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.weights import RandomWeights, Weights
@@ -42,10 +41,3 @@ def load_model(
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.context_length)
     weights.finish(ignored=family.ignored_tensors)
     return model
-
-
-def resolve_dtype(dtype: str, config: ModelConfig) -> str:
-    """What `auto` means here: the checkpoint's own dtype, unless it is a 16-bit one and only a slow product has it."""
-    if dtype != "auto":
-        return dtype
-    return config.checkpoint_dtype if has_fbgemm() else "float32"

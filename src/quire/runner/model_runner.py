@@ -4,14 +4,13 @@ One step, read from top to bottom in `execute`: take in rows and block tables, c
 lay out the inputs, plan attention once for all layers, run the model, draw samples. It decides nothing.
 """
 
-from typing import Protocol
-
 import torch
 
 from quire.attention.plan import plan_attention
-from quire.kernels.interface import AttentionPlan, Kernels
+from quire.kernels.interface import Kernels
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
+from quire.models.registry import Model
 from quire.runner.input_batch import make_input_batch
 from quire.runner.request_rows import RequestRows
 from quire.sampling.logprobs import prompt_logprobs
@@ -20,20 +19,6 @@ from quire.step import StepPlan, StepResult, TokenLogprobs
 
 _PROMPT_LOGPROB_ROWS = 64
 """Positions whose logits exist at once when prompt log-probabilities are asked for; the memory plan counts on it."""
-
-
-class Model(Protocol):
-    """What every family in `quire.models` offers."""
-
-    def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, kv: KVCache, plan: AttentionPlan
-    ) -> torch.Tensor:
-        """[T] ids and positions → [T, H] hidden states, final norm applied; the KV of the T tokens is stored."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, H] → float32 [R, vocab_size]"""
-        ...
 
 
 class ModelRunner:

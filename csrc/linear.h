@@ -1,0 +1,191 @@
+// y = x . weight^T + bias, with the weight packed once and stored as float32, float16 or bfloat16.
+//
+// A packed weight is a row of panels of kPanel outputs. A panel holds [k][kPanel] weights, so that a step along k reads
+// whole cache lines and nothing is summed across lanes. The micro-kernel broadcasts kRows inputs against kWidth vectors
+// of weights and keeps kAccumulators sums in registers: many rows take few vectors; one row takes eight, and streams the
+// weights as fast as memory gives them. While a panel is multiplied, the next one is fetched.
+//
+// Every output is one sum in the order of k, whatever the number of rows, threads and panels: a row's result does not
+// depend on the batch it is computed in.
+#pragma once
+
+#include <omp.h>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int kVectorsPerPanel = kPanel / kLanes;
+// Steps along k whose panel stays in a core's second-level cache while all rows use it.
+constexpr int64_t kSliceDepth = 2048;
+// Waking the other threads costs a few microseconds; fewer multiplications than this are done sooner by one.
+constexpr int64_t kParallelProducts = 1 << 16;
+// Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
+constexpr int64_t kInputRun = 256;
+
+// What a micro-kernel needs of its place in the product.
+struct Place {
+    int64_t k_begin, k_end;
+    bool first;          // of the slices of k: sums start at the bias, else at what `out` holds
+    int64_t tile, num_tiles;  // each row tile fetches its share of the next panel
+};
+
+// kRows x kWidth vectors of outputs over one slice: inputs [k][kRows] times vectors of weights kPanel apart.
+template <class T, int kRows, int kWidth>
+static void multiply_vectors(const Linear& a, const float* inputs, float* out, int64_t vector, const Place& place) {
+    const int64_t column = vector * kLanes, left = a.n - column;
+    float* const result = out + column;
+    // Sums start at the bias or at what the slices before have stored; only a product's last vector may be a part of one.
+    const float* start = place.first ? (a.bias ? a.bias + column : nullptr) : result;
+    const int64_t start_stride = place.first ? 0 : a.n;
+    Vec acc[kRows][kWidth] = {};
+    if (start) {
+#pragma GCC unroll 14
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) {
+                const float* from = start + r * start_stride + j * kLanes;
+                const int64_t lanes = min_of(left - j * kLanes, kLanes);
+                acc[r][j] = lanes == kLanes ? load(from) : load_first(from, lanes);
+            }
+    }
+
+    const T* weights[kWidth];
+    for (int j = 0; j < kWidth; ++j) {
+        const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
+        weights[j] = static_cast<const T*>(a.weight) + (panel * a.k + place.k_begin) * kPanel + lane;
+    }
+    const int64_t depth = place.k_end - place.k_begin, share = kPanel * sizeof(T) / place.num_tiles;
+    const char* ahead = reinterpret_cast<const char*>(weights[0] + a.k * kPanel) + place.tile * depth * share;
+    inputs += place.k_begin * kRows;
+    for (int64_t k = 0; k < depth; ++k) {
+        if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
+        Vec weight[kWidth];
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) weight[j] = load(weights[j] + k * kPanel);
+#pragma GCC unroll 14
+        for (int r = 0; r < kRows; ++r) {
+            const float x = inputs[k * kRows + r];
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) acc[r][j] += weight[j] * x;
+        }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < kWidth; ++j) {
+            float* to = result + r * a.n + j * kLanes;
+            const int64_t lanes = min_of(left - j * kLanes, kLanes);
+            if (lanes == kLanes) store(to, acc[r][j]);
+            else store_first(to, acc[r][j], lanes);
+        }
+}
+
+// One tile of rows against a run of vectors.
+template <class T, int kRows = kMaxRows>
+static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, float* out, int64_t vector,
+                          int64_t vector_end, const Place& place) {
+    if constexpr (kRows > 1)
+        if (rows < kRows) return multiply_tile<T, kRows - 1>(rows, a, inputs, out, vector, vector_end, place);
+    const auto run = [&]<int kWidth>() {
+        if constexpr (kRows * kWidth <= kAccumulators || kWidth == 1)
+            for (; vector + kWidth <= vector_end; vector += kWidth)
+                multiply_vectors<T, kRows, kWidth>(a, inputs, out, vector, place);
+    };
+    run.template operator()<8>();
+    run.template operator()<4>();
+    run.template operator()<2>();
+    run.template operator()<1>();
+}
+
+template <class T>
+static void multiply(const Linear& a) {
+    const int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
+    const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
+    const int64_t num_vectors = (a.n + kLanes - 1) / kLanes, num_runs = (a.k + kInputRun - 1) / kInputRun;
+    const bool parallel = a.m * a.n * a.k >= kParallelProducts;
+    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+
+    // Items are groups of vectors; with many rows one panel, with few as many as the micro-kernel takes at once. Where
+    // that leaves threads idle, rows are cut too.
+    int64_t group = kVectorsPerPanel;
+    while (num_tiles == 1 && group < 8 && num_vectors >= 4 * threads * group) group *= 2;
+    const int64_t num_groups = (num_vectors + group - 1) / group;
+    const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
+
+#pragma omp parallel if (parallel)
+    {
+        // A single row lies as the micro-kernel reads it; more are rearranged to [tile][k][rows of the tile].
+        if (a.m > 1) {
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t tile = 0; tile < num_tiles; ++tile)
+                for (int64_t run = 0; run < num_runs; ++run) {
+                    const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+                    const float* from = a.x.data + begin * a.x.stride;
+                    float* to = a.scratch + begin * a.k;
+                    for (int64_t k = run * kInputRun; k < min_of(a.k, (run + 1) * kInputRun); ++k)
+                        for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * a.x.stride + k];
+                }
+        }
+        const float* inputs = a.m > 1 ? a.scratch : a.x.data;
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t g = 0; g < num_groups; ++g)
+            for (int64_t block = 0; block < num_blocks; ++block) {
+                const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
+                for (int64_t k = 0; k < a.k; k += kSliceDepth)
+                    for (int64_t tile = first; tile < last; ++tile) {
+                        const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+                        const Place place{k, min_of(k + kSliceDepth, a.k), k == 0, tile - first, last - first};
+                        multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, g * group,
+                                         min_of((g + 1) * group, num_vectors), place);
+                    }
+            }
+    }
+}
+
+static void linear(const Linear& a) {
+    switch (a.element) {
+        case Element::float32: return multiply<float>(a);
+        case Element::float16: return multiply<Half>(a);
+        case Element::bfloat16: return multiply<BFloat>(a);
+    }
+}
+
+template <class From, class To>
+static void pack_rows(const From* weight, int64_t rows, int64_t k, To* packed, int64_t first_row) {
+    // Panels are written by one thread each; a cache line of a row is read before the next row's.
+    const int64_t end_row = first_row + rows;
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = first_row / kPanel; panel < (end_row + kPanel - 1) / kPanel; ++panel) {
+        To* to = packed + panel * k * kPanel;
+        const int64_t begin = max_of(first_row, panel * kPanel), end = min_of(end_row, (panel + 1) * kPanel);
+        constexpr int64_t kLine = 64 / sizeof(From);
+        for (int64_t line = 0; line < k; line += kLine)
+            for (int64_t row = begin; row < end; ++row) {
+                const From* from = weight + (row - first_row) * k;
+                for (int64_t i = line; i < min_of(k, line + kLine); ++i)
+                    narrow(to + i * kPanel + row - panel * kPanel, widen(from[i]));
+            }
+    }
+}
+
+template <class From>
+static void pack_from(const From* weight, int64_t rows, int64_t k, void* packed, Element element, int64_t first_row) {
+    switch (element) {
+        case Element::float32: return pack_rows(weight, rows, k, static_cast<float*>(packed), first_row);
+        case Element::float16: return pack_rows(weight, rows, k, static_cast<Half*>(packed), first_row);
+        case Element::bfloat16: return pack_rows(weight, rows, k, static_cast<BFloat*>(packed), first_row);
+    }
+}
+
+static void pack_linear(const void* weight, Element from, int64_t rows, int64_t k, void* packed, Element to,
+                        int64_t first_row) {
+    switch (from) {
+        case Element::float32: return pack_from(static_cast<const float*>(weight), rows, k, packed, to, first_row);
+        case Element::float16: return pack_from(static_cast<const Half*>(weight), rows, k, packed, to, first_row);
+        case Element::bfloat16: return pack_from(static_cast<const BFloat*>(weight), rows, k, packed, to, first_row);
+    }
+}
+
+}  // namespace quire::QUIRE_ISA

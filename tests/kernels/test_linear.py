@@ -1,0 +1,102 @@
+"""Packed products: equal to float64 in every shape, dtype and instruction set, and the same in every batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.kernels import cpu
+
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+@pytest.fixture(params=cpu.supported_isas(), autouse=True)
+def isa(request: pytest.FixtureRequest) -> object:
+    before = cpu.isa()
+    cpu.use_isa(request.param)
+    yield request.param
+    cpu.use_isa(before)
+
+
+def case(m: int, n: int, k: int, dtype: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(m + 1000 * n + k)
+    weight = torch.randn(n, k, generator=generator).to(getattr(torch, dtype))
+    return torch.randn(m, k, generator=generator), weight, torch.randn(n, generator=generator)
+
+
+def check(m: int, n: int, k: int, dtype: str) -> None:
+    x, weight, bias = case(m, n, k, dtype)
+    packed = cpu.pack_linear([weight], dtype)
+    for b in (bias, None):
+        y = cpu.linear(x, packed, b, n)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        assert y.shape == (m, n)
+        # One float32 sum of k products, each of size 1.
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 + 3e-7 * k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (0, 5, 3),
+        (1, 1, 1),
+        (1, 1280, 768),
+        (2, 33, 7),
+        (13, 31, 300),
+        (14, 64, 64),
+        (15, 65, 64),
+        (64, 260, 257),
+        (1, 40, 5000),
+        (29, 40, 5000),
+        (300, 5, 2048),
+        (3, 4096, 20),
+    ],
+)
+def test_products_equal_those_of_float64(m: int, n: int, k: int, dtype: str) -> None:
+    check(m, n, k, dtype)
+
+
+@given(st.integers(1, 40), st.integers(1, 150), st.integers(1, 80), st.sampled_from(DTYPES))
+@settings(max_examples=40)
+def test_any_shape(m: int, n: int, k: int, dtype: str) -> None:
+    check(m, n, k, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_is_the_same_in_every_batch(dtype: str) -> None:
+    x, weight, bias = case(40, 200, 2500, dtype)
+    packed = cpu.pack_linear([weight], dtype)
+    whole = cpu.linear(x, packed, bias, 200)
+    for begin, end in ((0, 1), (3, 9), (7, 39)):
+        assert torch.equal(cpu.linear(x[begin:end], packed, bias, 200), whole[begin:end])
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_rounded_as_torch_rounds_them(stored: str, dtype: str) -> None:
+    weight = torch.randn(70, 9).to(getattr(torch, stored))
+    packed = cpu.pack_linear([weight[:33], weight[33:]], dtype)
+    unpacked = packed.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(unpacked[:70], weight.to(getattr(torch, dtype)))
+    assert not unpacked[70:].any()
+
+
+def test_rows_may_be_strided(isa: str) -> None:
+    x, weight, _ = case(9, 50, 24, "float32")
+    packed = cpu.pack_linear([weight], "float32")
+    wide = torch.randn(9, 40)
+    wide[:, 8:32] = x
+    assert torch.equal(cpu.linear(wide[:, 8:32], packed, None, 50), cpu.linear(x, packed, None, 50))
+
+
+def test_bad_arguments_are_named() -> None:
+    packed = cpu.pack_linear([torch.zeros(50, 24)], "float32")
+    with pytest.raises(ValueError, match=r"packed: expected shape \[2, 25, 32\], found \[2, 24, 32\]"):
+        cpu.linear(torch.zeros(1, 25), packed, None, 50)
+    with pytest.raises(ValueError, match=r"bias: expected shape \[50\], found \[49\]"):
+        cpu.linear(torch.zeros(1, 24), packed, torch.zeros(49), 50)
+    with pytest.raises(ValueError, match="x: expected float32, found float64"):
+        cpu.linear(torch.zeros(1, 24, dtype=torch.float64), packed, None, 50)
+    with pytest.raises(ValueError, match="weight: expected float32, float16 or bfloat16, found int32"):
+        cpu.pack_linear([torch.zeros(5, 5, dtype=torch.int32)], "float32")
