@@ -366,7 +366,8 @@ private:
             } else {
                 int64_t copied[kTileColumns];
                 for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
-                score_panel<float, kRows>(queries, scratch.keys, scratch.keys, copied, columns, kTileKeys, head_dim, scratch.scores);
+                score_panel<float, kRows>(queries, scratch.keys, scratch.keys, copied, columns, kTileKeys, head_dim,
+                                          scratch.scores);
             }
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {

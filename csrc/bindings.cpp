@@ -42,7 +42,8 @@ const ExchangeApi* exchange_api_of(PyTypeObject* type) {
     static PyTypeObject* known_type = nullptr;  // guarded by the GIL
     static const ExchangeApi* known_api = nullptr;
     if (type == known_type) return known_api;
-    nb::object capsule = nb::steal(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
+    auto* const owner = reinterpret_cast<PyObject*>(type);
+    nb::object capsule = nb::steal(PyObject_GetAttrString(owner, "__dlpack_c_exchange_api__"));
     const auto* api = capsule.is_valid()
                           ? static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"))
                           : nullptr;
@@ -186,7 +187,10 @@ void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& wei
     output.of(kFloat32).shaped({rows, columns}).contiguous();
     const float* scale = vector_of_floats("weight", weight, columns);
     float* total = nullptr;
-    if (residual) total = Argument("residual", *residual).of(kFloat32).shaped({rows, columns}).contiguous().pointer<float>();
+    if (residual) {
+        const Argument sum("residual", *residual);
+        total = sum.of(kFloat32).shaped({rows, columns}).contiguous().pointer<float>();
+    }
     nb::gil_scoped_release release;
     kernels->rms_norm(input.rows(), total, scale, eps, output.pointer<float>(), rows, columns);
 }
@@ -300,13 +304,15 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
                      std::optional<Tensor> alibi_slopes, int num_threads, const Tensor& out) {
     Attention a{};
     a.cache = kv_cache(k_cache, v_cache);
-    const Argument query("q", q), items("plan.work", work), joins("plan.merges", merges), tables("plan.block_tables", block_tables);
+    const Argument query("q", q), output("out", out), items("plan.work", work), joins("plan.merges", merges);
+    const Argument tables("plan.block_tables", block_tables), scratch("plan.partials", partials);
     query.of(kFloat32).shaped({kAny, kAny, a.cache.head_dim}).contiguous(1);
     a.num_heads = query.size(1);
     if (a.num_heads % a.cache.num_kv_heads)
         query.fail("a multiple of " + std::to_string(a.cache.num_kv_heads) + " heads", std::to_string(a.num_heads));
     a.q = query.rows();
-    a.out = Argument("out", out).of(kFloat32).shaped({query.size(0), a.num_heads, a.cache.head_dim}).contiguous().pointer<float>();
+    output.of(kFloat32).shaped({query.size(0), a.num_heads, a.cache.head_dim}).contiguous();
+    a.out = output.pointer<float>();
 
     tables.of(kInt32).shaped({kAny, kAny}).contiguous();
     a.block_tables = tables.pointer<int32_t>();
@@ -319,7 +325,7 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
     a.num_work = items.size(0);
     a.merges = joins.of(kInt32).shaped({kAny, 6}).contiguous().pointer<Merge>();
     a.num_merges = joins.size(0);
-    a.partials = Argument("plan.partials", partials).of(kFloat32).shaped({kAny, a.cache.head_dim + 2}).contiguous().pointer<float>();
+    a.partials = scratch.of(kFloat32).shaped({kAny, a.cache.head_dim + 2}).contiguous().pointer<float>();
 
     a.scale = scale;
     a.softcap = softcap;
@@ -354,7 +360,8 @@ NB_MODULE(_cpu, m) {
     m.def("supported_isas", &supported_isas);
     m.def("use_isa", &use_isa, nb::arg("isa"));
     m.def("isa", [] { return kernels->isa; });
-    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"), nb::arg("out"));
+    m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"), nb::arg("eps"),
+          nb::arg("out"));
     m.def("rms_norm_heads", &rms_norm_heads, nb::arg("x"), nb::arg("weight"), nb::arg("eps"));
     m.def("rotary", &rotary, nb::arg("q"), nb::arg("k"), nb::arg("positions"), nb::arg("cos_sin"));
     m.def("silu_and_mul", &activate_and_mul<&Kernels::silu_and_mul>, nb::arg("x"), nb::arg("out"));
@@ -365,8 +372,8 @@ NB_MODULE(_cpu, m) {
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
     m.attr("panel") = kPanel;
-    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("query_start_loc"),
-          nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"), nb::arg("merges"), nb::arg("partials"),
-          nb::arg("scale"), nb::arg("window"), nb::arg("softcap"), nb::arg("alibi_slopes").none(),
-          nb::arg("num_threads"), nb::arg("out"));
+    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),
+          nb::arg("query_start_loc"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"),
+          nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
+          nb::arg("alibi_slopes").none(), nb::arg("num_threads"), nb::arg("out"));
 }

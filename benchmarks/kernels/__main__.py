@@ -116,7 +116,9 @@ def small_table(budget: float) -> None:
     """What the operations around attention cost for one token (mostly the call) and for a prefill chunk."""
     print("\nSmall operations, hidden size 768, 12 heads of 64, 4 KV heads: microseconds")
     print("                      1 token   512 tokens")
-    weight, head_weight, cos_sin = torch.rand(768), torch.rand(64), torch.rand(4096, 64)
+    # Unit weights and true rotations: what runs in place, again and again, must not shrink the numbers to subnormals.
+    weight, head_weight, angles = torch.ones(768), torch.ones(64), torch.rand(4096, 32)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
     caches = torch.zeros(64, 4, 64, BLOCK_SIZE), torch.zeros(64, 4, BLOCK_SIZE, 64)
     columns: dict[str, list[float]] = {}
     for tokens in (1, 512):
