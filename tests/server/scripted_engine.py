@@ -12,7 +12,7 @@ import quire
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError, QueueFullError
+from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError
 from quire.outputs import (
     CompletionOutput,
     EngineStats,
@@ -58,6 +58,8 @@ class ScriptedEngine:
     raises_at: int = 0
     full: bool = False
     load_seconds: float = 0.0
+    lives_for: float | None = None
+    """Seconds from being ready until it is down for good."""
     max_model_len: int = 256
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
@@ -78,6 +80,12 @@ class ScriptedEngine:
         await asyncio.sleep(self.load_seconds)
         self.state = "ready"
         self.metrics.record_stats(EngineStats(num_blocks=64, block_size=16, total_steps=1))
+
+    async def wait_dead(self) -> QuireError:
+        if self.lives_for is None:
+            await asyncio.Event().wait()
+        await asyncio.sleep(self.lives_for or 0.0)
+        return EngineDeadError("the engine process died 5 times in 300 s")
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         self.state = "draining"

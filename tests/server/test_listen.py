@@ -1,5 +1,6 @@
 """Loading, draining and signals, of a real process with a scripted engine."""
 
+import asyncio
 import json
 import os
 import signal
@@ -12,8 +13,8 @@ from http.client import HTTPConnection, HTTPResponse
 
 import pytest
 
-from quire.errors import ConfigError
-from quire.server.listen import bind
+from quire.errors import ConfigError, EngineDeadError
+from quire.server.listen import bind, serve
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -120,3 +121,10 @@ def test_a_used_port_is_one_line() -> None:
 def test_an_unknown_host_is_one_line() -> None:
     with pytest.raises(ConfigError, match="not an address"):
         bind(ServerSettings(host="999.1.1.1", api_key=("k",)))
+
+
+def test_an_engine_that_is_down_for_good_ends_the_server() -> None:
+    engine = ScriptedEngine(lives_for=0.05)
+    settings = ServerSettings(port=0)
+    with pytest.raises(EngineDeadError, match="died 5 times"):
+        asyncio.run(serve(engine, settings, bind(settings), report=lambda line: None))

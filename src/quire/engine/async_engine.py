@@ -108,6 +108,7 @@ class AsyncLLM:
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        self._dead = asyncio.Event()
         self._failure: QuireError | None = None
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._finish_times: deque[float] = deque(maxlen=1024)
@@ -147,6 +148,12 @@ class AsyncLLM:
         await self._ready.wait()
         if self._failure is not None:
             raise self._failure
+
+    async def wait_dead(self) -> QuireError:
+        """Return when the engine is down for good, with the reason."""
+        await self._dead.wait()
+        assert self._failure is not None
+        return self._failure
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         """Take no new requests, let running ones finish for `drain_seconds`, then end what is left and the process."""
@@ -393,4 +400,5 @@ class AsyncLLM:
         self.state = "dead"
         self._failure = error
         self._ready.set()
+        self._dead.set()
         self._end_all(error)

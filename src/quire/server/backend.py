@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
+from quire.errors import QuireError
 from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 
@@ -40,4 +41,5 @@ class Engine(Protocol):
 
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...
+    async def wait_dead(self) -> QuireError: ...
     async def shutdown(self, drain_seconds: float = 0.0) -> None: ...

@@ -62,8 +62,13 @@ async def serve(
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-        await stopping
+        # An engine that is down for good ends the server too: whoever supervises it sees that and can start it anew.
+        dead = asyncio.create_task(engine.wait_dead())
+        await asyncio.wait((stopping, dead), return_when=asyncio.FIRST_COMPLETED)
         starting.cancel()
+        if dead.done():
+            raise dead.result()
+        dead.cancel()
         return await _drain(engine, server, settings.shutdown_timeout, report)
     finally:
         server.should_exit = True
