@@ -51,26 +51,18 @@ async def serve(
     """Serve until a signal; whether all requests could finish. Starts the engine, and shuts it down at the end."""
     server = _Server(build_app(engine, settings), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
-    listening.add_done_callback(lambda _: server.listening.set())
+    stopping = asyncio.create_task(server.stop_asked.wait())
+    living = asyncio.create_task(_live(engine, server, listener, report))
     try:
-        await server.listening.wait()
-        if listening.done():
-            listening.result()
-        report(f"listening on {url_of(listener)}")
-        starting = asyncio.create_task(_start(engine, report))
-        stopping = asyncio.create_task(server.stop_asked.wait())
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if starting.done():
-            starting.result()
-        # An engine that is down for good ends the server too: whoever supervises it sees that and can start it anew.
-        dead = asyncio.create_task(engine.wait_dead())
-        await asyncio.wait((stopping, dead), return_when=asyncio.FIRST_COMPLETED)
-        starting.cancel()
-        if dead.done():
-            raise dead.result()
-        dead.cancel()
+        await asyncio.wait((listening, living, stopping), return_when=asyncio.FIRST_COMPLETED)
+        for ended in (listening, living):
+            if ended.done():
+                ended.result()
+        living.cancel()
         return await _drain(engine, server, settings.shutdown_timeout, report)
     finally:
+        stopping.cancel()
+        living.cancel()
         server.should_exit = True
         server.stop()
         await engine.shutdown(0)
@@ -84,10 +76,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-async def _start(engine: Engine, report: Callable[[str], None]) -> None:
+async def _live(engine: Engine, server: "_Server", listener: socket.socket, report: Callable[[str], None]) -> None:
+    """Start the engine once the server answers. Raises what keeps the engine from starting, or ends it for good:
+    that ends the server too, so that whoever supervises it can start it anew."""
+    await server.listening.wait()
+    report(f"listening on {url_of(listener)}")
     await engine.start()
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
+    raise await engine.wait_dead()
 
 
 async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:
