@@ -241,12 +241,19 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Ten
     kernels->write_kv(key.rows(), value.rows(), cache, slot, tokens);
 }
 
-void copy_blocks(const Tensor& k_cache, const Tensor& v_cache, const Tensor& pairs) {
-    const KVCache cache = kv_cache(k_cache, v_cache);
+void copy_blocks(const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches, const Tensor& pairs) {
+    if (k_caches.size() != v_caches.size()) throw std::invalid_argument("k_caches and v_caches: one of each per layer");
+    std::vector<KVCache> caches;
+    for (size_t layer = 0; layer < k_caches.size(); ++layer)
+        caches.push_back(kv_cache(k_caches[layer], v_caches[layer]));
+    for (const Tensor& cache : k_caches) {
+        const Argument first("k_caches", k_caches[0]);
+        Argument("k_caches", cache).of(first.dtype()).shaped({first.size(0), first.size(1), first.size(2), first.size(3)});
+    }
     const Argument pair("pairs", pairs);
     pair.of(kInt32).shaped({kAny, 2}).contiguous();
     nb::gil_scoped_release release;
-    copy_cache_blocks(cache, pair.pointer<int32_t>(), pair.size(0));
+    copy_cache_blocks(caches.data(), caches.size(), pair.pointer<int32_t>(), pair.size(0));
 }
 
 // Memory for the calling thread's next attention, kept from call to call so that no layer pays for fresh pages.
@@ -368,7 +375,7 @@ NB_MODULE(_cpu, m) {
     m.def("gelu_and_mul", &activate_and_mul<&Kernels::gelu_and_mul>, nb::arg("x"), nb::arg("out"));
     m.def("gelu_tanh_and_mul", &activate_and_mul<&Kernels::gelu_tanh_and_mul>, nb::arg("x"), nb::arg("out"));
     m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slots"));
-    m.def("copy_blocks", &copy_blocks, nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("pairs"));
+    m.def("copy_blocks", &copy_blocks, nb::arg("k_caches"), nb::arg("v_caches"), nb::arg("pairs"));
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
     m.attr("panel") = kPanel;

@@ -95,8 +95,8 @@ namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 
-// copy_blocks.cpp: pairs of (source, destination); needs no arithmetic, hence no instruction set.
-void copy_cache_blocks(const KVCache& cache, const int32_t* pairs, int64_t num_pairs);
+// copy_blocks.cpp: pairs of (source, destination), in every layer; needs no arithmetic, hence no instruction set.
+void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs);
 
 // dispatch.cpp: the implementations this CPU can run, best first, ended by null.
 const Kernels* const* supported_kernels();

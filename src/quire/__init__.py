@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "LLM": "quire.llm",
     "AsyncLLM": "quire.engine.async_engine",
+    "BeamSearchOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",
+    "BeamSearchParams": "quire.sampling_params",
     "SamplingParams": "quire.sampling_params",
     "CheckpointError": "quire.errors",
     "ConfigError": "quire.errors",

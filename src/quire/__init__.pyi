@@ -11,8 +11,10 @@ from quire.errors import QueueFullError as QueueFullError
 from quire.errors import QuireError as QuireError
 from quire.errors import RequestError as RequestError
 from quire.llm import LLM as LLM
+from quire.outputs import BeamSearchOutput as BeamSearchOutput
 from quire.outputs import CompletionOutput as CompletionOutput
 from quire.outputs import RequestOutput as RequestOutput
+from quire.sampling_params import BeamSearchParams as BeamSearchParams
 from quire.sampling_params import SamplingParams as SamplingParams
 
 __version__: str

@@ -14,8 +14,8 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
-from quire.outputs import EngineStats, RequestOutput
-from quire.sampling_params import SamplingParams
+from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RequestOutput
+from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
 
@@ -77,6 +77,37 @@ class LLM:
         for output in outputs.values():
             output.outputs.sort(key=lambda completion: completion.index)
         return list(outputs.values())
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt, searched with `params.beam_width` beams, best first.
+
+        `generate` does the same for `SamplingParams` with a beam width, in one batch with everything else. Raises
+        `RequestError` before anything runs if a prompt or a parameter cannot be served, and after it for a search
+        that failed.
+        """
+        tokenizer, results = self._engine.tokenizer, []
+        for output in self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm):
+            failed = next((sample.error for sample in output.outputs if sample.error is not None), None)
+            if failed is not None:
+                raise RequestError(failed, param="prompt")
+            results.append(
+                BeamSearchOutput(
+                    [
+                        BeamSearchSequence(
+                            tokens=[*output.prompt_token_ids, *sample.token_ids],
+                            text=tokenizer.decode([*output.prompt_token_ids, *sample.token_ids]) if tokenizer else "",
+                            cum_logprob=sample.cumulative_logprob or 0.0,
+                            finish_reason=sample.finish_reason,
+                            stop_reason=sample.stop_reason,
+                            logprobs=sample.logprobs,
+                        )
+                        for sample in output.outputs
+                    ]
+                )
+            )
+        return results
 
     def chat(
         self,

@@ -91,6 +91,28 @@ class RequestOutput:
 
 
 @dataclass(slots=True)
+class BeamSearchSequence:
+    """One finished beam."""
+
+    tokens: list[int]
+    """The prompt's and those that follow."""
+    text: str
+    """Of all of them; empty where the model has no tokenizer."""
+    cum_logprob: float
+    """Log-probability of the tokens that follow."""
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: list[PositionLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(slots=True)
 class SequenceDelta:
     """What one step added to one sample, as it leaves the engine core: ids, no text yet."""
 
@@ -101,6 +123,8 @@ class SequenceDelta:
     finish_reason: str | None = None
     stop_reason: int | None = None
     error: str | None = None
+    cumulative_logprob: float | None = None
+    """Of a whole hypothesis of a beam search; its tokens come in one piece."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Entries for prompt tokens after the first, as far as this step computed them."""
     num_cached_tokens: int = 0

@@ -6,13 +6,14 @@ limits that depend on the engine (vocabulary, context, `max_logprobs`) are check
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from reprlib import repr as brief
-from typing import Any
+from typing import Any, Literal
 
 from quire.errors import RequestError
 
 MAX_N = 128
+MAX_BEAM_WIDTH = 64
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_TOKEN_LIST = 4096
@@ -32,6 +33,13 @@ class SamplingParams:
 
     n: int = 1
     """Samples drawn from the prompt; their KV of the prompt is shared."""
+    beam_width: int | None = None
+    """Search with this many beams instead of sampling; the best n are returned. None samples."""
+    length_penalty: float = 1.0
+    """Of a beam search: finished beams are ranked by their log-probability over length ** length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """Of a beam search: true ends it once beam_width beams are finished; false when a live beam is unlikely to beat
+    them at its present length; "never" when none could at any length (transformers' meanings)."""
     temperature: float = 1.0
     """0 is greedy; otherwise logits are divided by it."""
     top_p: float = 1.0
@@ -87,6 +95,13 @@ class SamplingParams:
         words = tuple(_as_tuple("bad_words_token_ids", word) for word in self.bad_words_token_ids)
         object.__setattr__(self, "bad_words_token_ids", words)
         _check_integer("n", self.n, 1, MAX_N)
+        _check_integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH, optional=True)
+        _check_number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f'early_stopping is {brief(self.early_stopping)}; it must be true, false or "never"',
+                param="early_stopping",
+            )
         _check_number("temperature", self.temperature, 0.0, 1e6)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_included=False)
         _check_integer("top_k", self.top_k, -1, 2**31 - 1)
@@ -138,6 +153,7 @@ class SamplingParams:
             if not isinstance(value := getattr(self, name), bool):
                 raise RequestError(f"{name} is {brief(value)}; it must be true or false", param=name)
         _check_extra(self.extra)
+        self._check_beam_search()
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(
@@ -150,6 +166,26 @@ class SamplingParams:
                 _check_number("logit_bias", value, -100.0, 100.0)
             object.__setattr__(self, "logit_bias", bias)
 
+    def _check_beam_search(self) -> None:
+        if self.beam_width is None:
+            for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
+                if getattr(self, name) != default:
+                    raise RequestError(f"{name} belongs to a beam search: set beam_width", param=name)
+            return
+        if self.n > self.beam_width:
+            raise RequestError(f"n is {self.n}, but {self.beam_width} beams end in at most as many texts", param="n")
+        if self.temperature not in (0.0, 1.0) or self.top_p != 1.0 or self.top_k > 0 or self.min_p != 0.0:
+            raise RequestError(
+                "a beam search takes the most likely sequences and draws nothing: leave out temperature, top_p, top_k "
+                "and min_p",
+                param="beam_width",
+            )
+        if self.stop:
+            raise RequestError(
+                "stop strings would end a beam search in the middle of its comparison; use stop_token_ids",
+                param="stop",
+            )
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
@@ -158,6 +194,28 @@ class SamplingParams:
     def with_changes(self, **changes: object) -> "SamplingParams":
         """A copy with some fields replaced, validated again."""
         return replace(self, **changes)  # type: ignore[arg-type]  # field types are checked in __post_init__
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """A beam search in vLLM's words, for `LLM.beam_search`; `sampling_params` says the same of one request."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    """A search draws nothing: only 0 and 1 are accepted, and mean the same."""
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    include_stop_str_in_output: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """All beams are returned. Raises `RequestError` for a value out of range."""
+        return SamplingParams(
+            n=self.beam_width, **{field.name: getattr(self, field.name) for field in fields(BeamSearchParams)}
+        )
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, low_included: bool = True) -> None:

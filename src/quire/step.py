@@ -20,6 +20,24 @@ class TokenLogprobs(NamedTuple):
     """1-based rank of each token in the vocabulary."""
 
 
+class BeamCandidates(NamedTuple):
+    """What may follow one beam: its most likely tokens, best first, as the request's parameters let them through."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Edited as the request asks; −inf is ruled out."""
+    reports: list[TokenLogprobs]
+    """What the client is told of each, where it asked; else empty."""
+
+
+class RowFork(NamedTuple):
+    """A beam that goes on: `row` takes over what the runner knows of the sequence in `source`, and one more token."""
+
+    row: int
+    source: int
+    token_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class NewRow:
     """A sequence that takes a row: all the runner must remember of it beyond its block table."""
@@ -50,7 +68,10 @@ class StepPlan:
     """Indices into `rows` after whose last token a sample is drawn; n times the same one where n samples part."""
     sample_rows: list[int] = field(default_factory=list)
     """For each of those, the row whose sampling state draws it and gets the token."""
+    row_forks: list[RowFork] = field(default_factory=list)
+    """Beams as the last step left them; they all start from what the rows held before any of them."""
     new_rows: list[NewRow] = field(default_factory=list)
+    """Taken in after `row_forks`, whose rows may have changed hands since."""
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     """(row, first index, blocks): entries of block tables that changed, to be written before anything is computed."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -71,5 +92,7 @@ class StepResult:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
     """Why a sample could not be drawn (its token is then meaningless); only that sequence ends."""
+    candidates: dict[int, BeamCandidates] = field(default_factory=dict)
+    """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""

@@ -134,13 +134,13 @@ def test_write_kv_rounds_like_torch(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_copy_blocks(dtype: torch.dtype) -> None:
-    k_cache, v_cache = torch.randn(9, 2, 32, 16).to(dtype), torch.randn(9, 2, 16, 32).to(dtype)
-    expected = k_cache.clone(), v_cache.clone()
+    caches = [(torch.randn(9, 2, 32, 16).to(dtype), torch.randn(9, 2, 16, 32).to(dtype)) for _ in range(3)]
+    expected = [(keys.clone(), values.clone()) for keys, values in caches]
     pairs = torch.tensor([[0, 5], [0, 6], [3, 1]], dtype=torch.int32)
-    reference.copy_blocks(*expected, pairs)
-    cpu.copy_blocks(k_cache, v_cache, pairs)
-    assert torch.equal(k_cache, expected[0])
-    assert torch.equal(v_cache, expected[1])
+    reference.copy_blocks(expected, pairs)
+    cpu.copy_blocks(caches, pairs)
+    for found, wanted in zip(caches, expected, strict=True):
+        assert all(map(torch.equal, found, wanted))
 
 
 # Attention

@@ -70,6 +70,6 @@ def test_written_blocks_can_be_copied() -> None:
     assert torch.equal(k_cache[1, :, :, 1], k[0])
     assert torch.equal(v_cache[1, :, 3], v[2])
     assert torch.count_nonzero(k_cache) == torch.count_nonzero(v_cache) == 32
-    reference.copy_blocks(k_cache, v_cache, torch.tensor([[1, 3]], dtype=torch.int32))
+    reference.copy_blocks([(k_cache, v_cache)], torch.tensor([[1, 3]], dtype=torch.int32))
     assert torch.equal(k_cache[3], k_cache[1])
     assert torch.equal(v_cache[3], v_cache[1])

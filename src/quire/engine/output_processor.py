@@ -121,6 +121,8 @@ class OutputProcessor:
             sample.cumulative_logprob += sum(entry.logprobs[0] for entry in logprobs)
             completion.logprobs = [self._logprobs(entry) for entry in logprobs]
             completion.cumulative_logprob = sample.cumulative_logprob
+        if delta.cumulative_logprob is not None:
+            completion.cumulative_logprob = delta.cumulative_logprob
         return completion
 
     def _logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:

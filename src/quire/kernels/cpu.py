@@ -95,8 +95,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     _cpu.write_kv(k, v, k_cache, v_cache, slots)
 
 
-def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
-    _cpu.copy_blocks(k_cache, v_cache, pairs)
+def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
+    _cpu.copy_blocks([keys for keys, _ in caches], [values for _, values in caches], pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:

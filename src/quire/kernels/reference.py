@@ -60,11 +60,15 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     v_cache[block, :, offset] = v[written].to(v_cache.dtype)
 
 
-def copy_blocks(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
-    """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1]; no destination is also a source."""
+def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
+    """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1] in every layer's (k_cache, v_cache).
+
+    No destination is also a source.
+    """
     source, destination = pairs.long().unbind(1)
-    k_cache[destination] = k_cache[source]
-    v_cache[destination] = v_cache[source]
+    for k_cache, v_cache in caches:
+        k_cache[destination] = k_cache[source]
+        v_cache[destination] = v_cache[source]
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:

@@ -82,9 +82,7 @@ class ModelRunner:
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
-            pairs = torch.tensor(plan.block_copies, dtype=torch.int32)
-            for keys, values in self._kv_cache.layers:
-                self._kernels.copy_blocks(keys, values, pairs)
+            self._kernels.copy_blocks(self._kv_cache.layers, torch.tensor(plan.block_copies, dtype=torch.int32))
 
     def _sample(self, plan: StepPlan, hidden: torch.Tensor, query_start_loc: torch.Tensor, result: StepResult) -> None:
         if plan.sample_after == list(range(len(hidden))):
@@ -97,12 +95,13 @@ class ModelRunner:
                 logits = logits[place]  # where a prompt ends and n samples part, each draws from a copy
         states = self._rows.sampling_states(plan.sample_rows)
         sampled = self._sampler.sample(logits, states)
-        for state, token_id, error in zip(states, sampled.token_ids, sampled.errors, strict=True):
-            if error is None:
+        for row, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
+            if sampled.errors[row] is None and row not in sampled.candidates:
                 state.append(token_id)
         result.token_ids = sampled.token_ids
         result.logprobs = sampled.logprobs
         result.errors = sampled.errors
+        result.candidates = sampled.candidates
 
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []

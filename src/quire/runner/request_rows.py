@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.sampling.state import SamplingState
-from quire.step import StepPlan
+from quire.step import RowFork, StepPlan
 
 
 class RequestRows:
@@ -20,7 +20,12 @@ class RequestRows:
         self._vocab_size = vocab_size
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in new rows and changed block tables; everything else of a row follows from the plans themselves."""
+        """Take in beams, new rows and changed block tables; the rest of a row follows from the plans themselves."""
+        # All forks are made before any row is written: a row may be the source of some and the place of another.
+        beams = [(fork, self._source_state(fork)) for fork in plan.row_forks]
+        for fork, state in beams:
+            state.append(fork.token_id)
+            self.states[fork.row] = state
         for new in plan.new_rows:
             self.states[new.row] = SamplingState(
                 params=new.params,
@@ -33,6 +38,11 @@ class RequestRows:
             )
         for row, first, blocks in plan.new_blocks:
             self.block_tables[row, first : first + len(blocks)] = blocks
+
+    def _source_state(self, fork: RowFork) -> SamplingState:
+        state = self.states[fork.source]
+        assert state is not None, "a plan forks a row that was never announced"
+        return state if fork.row == fork.source else state.fork()
 
     def sampling_states(self, rows: list[int]) -> list[SamplingState]:
         """The states of rows that sample in this step."""

@@ -2,6 +2,7 @@
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from copy import copy
 
 
 class BadWords:
@@ -24,6 +25,12 @@ class BadWords:
             else:
                 self._single.append(last)
         self._recent: deque[int] = deque(maxlen=longest)
+
+    def fork(self) -> "BadWords":
+        """An equal one that goes its own way."""
+        child = copy(self)
+        child._recent = self._recent.copy()
+        return child
 
     def append(self, token_id: int) -> None:
         """Follow a generated token."""

@@ -47,8 +47,14 @@ class SamplingBatch:
         self.groups = _group_rows(self.states, vocab_size)
         self.logprob_rows: defaultdict[int, list[int]] = defaultdict(list)
         """How many logprobs → the rows that report so many."""
+        self.reporting_beams: dict[int, int] = {}
+        """Beams that report: row → how many logprobs."""
         for row, state in enumerate(states):
-            if state.params.logprobs is not None:
+            if state.params.logprobs is None:
+                continue
+            if state.draw is Draw.BEAM:
+                self.reporting_beams[row] = state.params.logprobs
+            else:
                 self.logprob_rows[state.params.logprobs].append(row)
         self._keys: NDArray[np.uint64] = stream_keys(
             [state.seed for state in states], [state.sample_index for state in states]

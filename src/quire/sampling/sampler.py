@@ -9,8 +9,9 @@ from torch import Tensor
 from quire.sampling.batch import RowGroup, SamplingBatch
 from quire.sampling.draws import FloatArray, IntArray, draw_top_k, draw_top_p, draw_unfiltered
 from quire.sampling.logprobs import token_logprobs
+from quire.sampling.ranking import leading_tokens
 from quire.sampling.state import Draw, SamplingState
-from quire.step import TokenLogprobs
+from quire.step import BeamCandidates, TokenLogprobs
 
 NO_TOKEN = -1
 """Stands where no token could be drawn."""
@@ -18,11 +19,15 @@ NO_TOKEN = -1
 
 @dataclass(slots=True)
 class SampleResult:
-    """The lists run in parallel, one entry per row of logits. A row with an error has the token −1 and no logprobs."""
+    """The lists run in parallel, one entry per row of logits. A row with an error has the token −1 and no logprobs.
+
+    A beam has candidates instead of a token: the token −1 as well, and an entry in `candidates`.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     errors: list[str | None]
+    candidates: dict[int, BeamCandidates]
 
 
 class Sampler:
@@ -40,11 +45,22 @@ class Sampler:
         batch = self._batch_of(states)
         logits = logits.contiguous()
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
+        raw_beams = {row: logits[row].clone() for row in batch.reporting_beams}
+        for group in batch.groups:
+            if group.draw is Draw.BEAM:
+                # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
+                logits[group.place] = logits[group.place].log_softmax(dim=-1)
         batch.edits.apply(logits.numpy())
         token_ids = np.full(len(states), NO_TOKEN, dtype=np.int64)
         errors: list[str | None] = [None] * len(states)
         uniform = batch.uniforms()
+        candidates: dict[int, BeamCandidates] = {}
         for group in batch.groups:
+            if group.draw is Draw.BEAM:
+                num_candidates = [states[row].num_candidates for row in group.rows]
+                of_group = _find_candidates(logits[group.place], num_candidates)
+                candidates.update(zip(group.rows.tolist(), of_group, strict=True))
+                continue
             tokens, peaks = _draw(group, logits, uniform[group.rows])
             sound = np.isfinite(peaks)
             token_ids[group.rows] = np.where(sound, tokens, NO_TOKEN)
@@ -55,7 +71,14 @@ class Sampler:
             reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
             for row, report in zip(rows, reports, strict=True):
                 logprobs[row] = report if errors[row] is None else None
-        return SampleResult(token_ids.tolist(), logprobs, errors)
+        for row, found in candidates.items():
+            if not np.isfinite(found.logprobs[0]):
+                errors[row] = _explain(found.logprobs[0])
+        for row, k in batch.reporting_beams.items():
+            ids = candidates[row].token_ids
+            reports = token_logprobs(raw_beams[row].expand(len(ids), -1), ids, k)
+            candidates[row] = candidates[row]._replace(reports=reports)
+        return SampleResult(token_ids.tolist(), logprobs, errors, candidates)
 
     def _batch_of(self, states: Sequence[SamplingState]) -> SamplingBatch:
         # States compare by identity, so this is a short scan, and the batch keeps them from being replaced unseen.
@@ -85,6 +108,15 @@ def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArra
         case Draw.TOP_P:
             tokens = draw_top_p(scores, group.min_p, group.top_p, uniform)
     return tokens, peaks.squeeze(1).numpy().astype(np.float64)
+
+
+def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[BeamCandidates]:
+    """The most likely tokens of each row of log-probabilities, as many as it asks for."""
+    values, ids = leading_tokens(scores, max(num_candidates))
+    return [
+        BeamCandidates(row_ids[:count], row_values[:count], [])
+        for row_values, row_ids, count in zip(values.tolist(), ids.tolist(), num_candidates, strict=True)
+    ]
 
 
 def _explain(peak: float) -> str:

@@ -1,6 +1,7 @@
 """SamplingState: what sampling remembers of one live sequence between two of its tokens."""
 
 from collections.abc import Sequence
+from copy import copy
 from enum import Enum
 
 from quire.sampling.bad_words import BadWords
@@ -15,6 +16,7 @@ class Draw(Enum):
     UNFILTERED = "any token, by its probability"
     TOP_K = "one of the k most likely, of which top_p may leave fewer"
     TOP_P = "one of the fewest most likely that hold enough probability"
+    BEAM = "none: the most likely ones are candidates of a beam search"
 
 
 class SamplingState:
@@ -31,6 +33,7 @@ class SamplingState:
         "bias_by_id",
         "draw",
         "ending_ids",
+        "num_candidates",
         "params",
         "position",
         "sample_index",
@@ -54,6 +57,10 @@ class SamplingState:
         self.position = len(output_token_ids)
         """Number of tokens generated so far."""
         self.draw = _choose_draw(params, vocab_size)
+        self.num_candidates = 0
+        """Of a beam: so many that a full set of beams can go on, however many of them end a sequence."""
+        if params.beam_width is not None:
+            self.num_candidates = min(vocab_size, params.beam_width + len(stop_token_ids))
         self.allowed_ids: list[int] | None = None
         if params.allowed_token_ids is not None:
             self.allowed_ids = [id for id in params.allowed_token_ids if 0 <= id < vocab_size]
@@ -73,6 +80,15 @@ class SamplingState:
             self.token_counts = TokenCounts((), vocab_size)
         for token_id in output_token_ids if self.bad_words or self.token_counts else ():
             self._remember(token_id)
+
+    def fork(self) -> "SamplingState":
+        """An equal state that goes its own way."""
+        child = copy(self)
+        if self.bad_words is not None:
+            child.bad_words = self.bad_words.fork()
+        if self.token_counts is not None:
+            child.token_counts = self.token_counts.fork()
+        return child
 
     def append(self, token_id: int) -> None:
         """Follow a token that the sequence generated."""
@@ -94,6 +110,8 @@ class SamplingState:
 
 
 def _choose_draw(params: SamplingParams, vocab_size: int) -> Draw:
+    if params.beam_width is not None:
+        return Draw.BEAM
     if params.greedy:
         return Draw.GREEDY
     if 0 < params.top_k < vocab_size:

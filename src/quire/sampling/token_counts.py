@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable
+from copy import copy
 
 
 class TokenCounts:
@@ -18,6 +19,12 @@ class TokenCounts:
         self.num_generated = array("f", bytes(4 * len(self.ids)))
         self._slots = {token_id: slot for slot, token_id in enumerate(self.ids)}
         self._vocab_size = vocab_size
+
+    def fork(self) -> "TokenCounts":
+        """An equal one that goes its own way."""
+        child = copy(self)
+        child.ids, child.num_generated, child._slots = self.ids[:], self.num_generated[:], self._slots.copy()
+        return child
 
     def append(self, token_id: int) -> None:
         """Count a generated token."""

@@ -10,6 +10,7 @@ The rules, in their order:
    holds of it.
 2. What remains of the budget is shared by groups that lack more (prompts, chunks, resumed groups): equal shares,
    what a short prompt does not need goes to the longer ones. So a long prompt delays nobody by more than its share.
+   Beams of one request take their tokens together: who lacks one waits for those who lack more.
 3. Groups are admitted in order while rows, blocks for the whole prompt and a watermark of free blocks allow it.
    One whose next block is being computed by another group right now waits for that block instead of computing it
    twice.
@@ -26,9 +27,10 @@ from quire.kv_cache.block_hash import BlockName, root_name
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.outputs import EngineStats, SequenceDelta
 from quire.request import FinishReason, Request
+from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
-from quire.step import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire.step import BeamCandidates, NewRow, RowFork, StepPlan, StepResult, TokenLogprobs
 
 WATERMARK = 0.01
 """Share of the pool that admission leaves free, so that running sequences can grow before any is preempted."""
@@ -67,6 +69,8 @@ class Scheduler:
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._forked: list[tuple[int, int, list[int]]] = []
         """Tables that forked since the last plan, as in `StepPlan.new_blocks`."""
+        self._row_forks: list[RowFork] = []
+        """Beams that went on since the last plan."""
         self._num_arrivals = 0
         self._stats = EngineStats(num_blocks=pool.num_blocks, block_size=pool.block_size)
 
@@ -86,17 +90,18 @@ class Scheduler:
                 param="max_tokens",
                 code="context_length_exceeded",
             )
-        if request.params.n > self.max_num_seqs:
+        name, num_sequences = _num_sequences(request)
+        if num_sequences > self.max_num_seqs:
             raise RequestError(
-                f"n is {request.params.n}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
-                param="n",
+                f"{name} is {num_sequences}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
+                param=name,
             )
         root = root_name(request.cache_salt, block_size)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
         needed = group.max_blocks(block_size)
         if needed > self.pool.num_blocks:
             raise RequestError(
-                f"{request.params.n} samples of {num_prompt} prompt + {request.max_tokens} output tokens can need "
+                f"{num_sequences} sequences of {num_prompt} prompt + {request.max_tokens} output tokens can need "
                 f"{needed} KV blocks of {block_size} tokens, but the pool has {self.pool.num_blocks}; ask for less "
                 "or raise kv_cache_memory",
                 param="max_tokens",
@@ -110,8 +115,7 @@ class Scheduler:
         """Forget a request, wherever it is; its blocks are free at once. Unknown ids (already ended) are ignored."""
         group = self._groups.get(request_id)
         if group is not None:
-            for sequence in tuple(group.sequences):
-                self._drop(sequence)
+            self._drop_all(group)
 
     def stop(self, request_id: str, index: int) -> None:
         """End one sample whose text reached a stop string; the others of its request go on."""
@@ -143,8 +147,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; empty only when no request is left."""
-        plan = StepPlan(new_blocks=self._forked)
-        self._forked = []
+        plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
+        self._forked, self._row_forks = [], []
         while True:
             behind, preempted = self._plan_decoding(plan)
             budget = self.max_num_batched_tokens - plan.num_tokens
@@ -169,12 +173,15 @@ class Scheduler:
         while index < len(running):
             group = running[index]
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
+            uneven = group.advances_together and any(other.num_missing_tokens != 1 for other in group.sequences)
             for sequence in group.sequences:
                 start = sequence.num_computed_tokens
                 num_tokens = len(sequence.token_ids)
                 if num_tokens - start != 1 or num_tokens == group.num_prompt_tokens:
                     if not group.waits_for_leader(sequence):
                         behind.append(sequence)
+                    continue
+                if uneven:
                     continue
                 table = sequence.table
                 while True:
@@ -241,7 +248,7 @@ class Scheduler:
 
     def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int) -> bool:
         """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
-        if len(group.sequences) > len(self._free_rows):
+        if group.num_rows > len(self._free_rows):
             return False
         if not self._running:
             # Every block is free, and a group that passed the door fits.
@@ -251,10 +258,10 @@ class Scheduler:
         return needed + promised <= self.pool.num_free - self._watermark
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: list[int]) -> None:
-        for sequence in group.sequences:
+        for sequence in (*group.sequences, *group.spares):
             sequence.row = self._free_rows.pop()
             self._rows[sequence.row] = sequence
-            plan.new_rows.append(_new_row(sequence))
+        plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
         leader.table.adopt(found)
         leader.num_computed_tokens = leader.table.num_tokens
@@ -276,6 +283,9 @@ class Scheduler:
             if any(group.waits_for_leader(other) for other in group.sequences):
                 # The others fork where the prompt ends, so nothing past it may be in that block yet.
                 count = min(count, group.num_prompt_tokens - start)
+            if group.advances_together and sequence.num_output_tokens:
+                # The last token is computed when all beams are as far.
+                count = min(count, sequence.num_missing_tokens - 1)
             if count <= 0:
                 continue
             changed = table.append(count, plan.block_copies)
@@ -300,7 +310,7 @@ class Scheduler:
     def _preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
         self._stop_running(group)
-        for sequence in group.sequences:
+        for sequence in (*group.sequences, *group.spares):
             self._release(sequence)
             sequence.num_computed_tokens = 0
         group.awaited = None
@@ -330,11 +340,25 @@ class Scheduler:
             delta = self._prompt_delta(rows[plan.rows[index]], entries)
             if delta is not None:
                 deltas.append(delta)
-        sampled = zip(plan.sample_rows, result.token_ids, result.logprobs, result.errors, strict=True)
-        for row, token_id, logprobs, error in sampled:
-            sequence = rows[row]
+        place = 0
+        while place < len(plan.sample_rows):
+            sequence = rows[plan.sample_rows[place]]
             assert sequence is not None
-            deltas.append(self._extend(sequence, token_id, logprobs, error))
+            group, first = sequence.group, place
+            if group.beam_search is None:
+                place += 1
+                deltas.append(
+                    self._extend(sequence, result.token_ids[first], result.logprobs[first], result.errors[first])
+                )
+            else:
+                place += len(group.sequences)  # its beams stand side by side
+                error = next((error for error in result.errors[first:place] if error is not None), None)
+                if error is not None:
+                    deltas += self._fail(group, error)
+                else:
+                    deltas += self._advance(
+                        group, group.beam_search, [result.candidates[i] for i in range(first, place)]
+                    )
         self._stats.total_steps += 1
         return deltas
 
@@ -365,7 +389,7 @@ class Scheduler:
         if fresh <= 0:
             return None
         group.num_prompt_logprobs = end
-        delta = _delta(leader)
+        delta = _delta(group, leader.index)
         delta.prompt_logprobs = entries[-fresh:]
         return delta
 
@@ -373,7 +397,7 @@ class Scheduler:
         self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, error: str | None
     ) -> SequenceDelta:
         request = sequence.group.request
-        delta = _delta(sequence)
+        delta = _delta(sequence.group, sequence.index)
         if error is not None:
             delta.error = error
             delta.finish_reason = FinishReason.ERROR
@@ -396,6 +420,63 @@ class Scheduler:
             self._drop(sequence)
         return delta
 
+    def _advance(
+        self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
+    ) -> list[SequenceDelta]:
+        """One step of a beam search: survivors fork from their parents, the others' blocks are free (paper, 4.4)."""
+        survivors = search.advance(candidates)
+        if search.done:
+            return self._conclude(group, search)
+        parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
+        for place, parent in enumerate(parents):
+            if place not in chosen:
+                parent.table.free()
+                group.spares.append(parent)
+        beams: list[Sequence] = []
+        for place, token_id in survivors:
+            beam = parent = parents[place]
+            if place in chosen:
+                chosen.remove(place)  # the best child goes on in its parent's place
+            else:
+                beam = group.spares.pop()
+                beam.table = parent.table.fork()
+                beam.num_computed_tokens = parent.num_computed_tokens
+                beam.token_ids = parent.token_ids.copy()
+                self._forked.append((beam.row, 0, beam.table.blocks.copy()))
+            beams.append(beam)
+            self._row_forks.append(RowFork(beam.row, parent.row, token_id))
+        for beam, (_, token_id) in zip(beams, survivors, strict=True):
+            beam.token_ids.append(token_id)
+        group.sequences = beams
+        return []
+
+    def _conclude(self, group: SequenceGroup, search: BeamSearch) -> list[SequenceDelta]:
+        """The search is over: its best hypotheses are the samples, each in one piece."""
+        found = search.hypotheses(group.request.params.n)
+        deltas = [_delta(group, index) for index in range(group.request.params.n)]
+        for delta, hypothesis in zip(deltas, found, strict=False):
+            delta.token_ids = hypothesis.token_ids
+            delta.cumulative_logprob = hypothesis.cumulative_logprob
+            delta.logprobs = hypothesis.logprobs
+            delta.finish_reason = hypothesis.finish_reason
+            delta.stop_reason = hypothesis.stop_reason
+            self._stats.total_generated_tokens += len(hypothesis.token_ids)
+        for delta in deltas[len(found) :]:
+            delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
+            delta.finish_reason = FinishReason.ERROR
+        self._drop_all(group)
+        return deltas
+
+    def _fail(self, group: SequenceGroup, error: str) -> list[SequenceDelta]:
+        """A beam cannot go on, and the search means nothing without it."""
+        for sequence in group.sequences:
+            sequence.table.forget_names()
+        deltas = [_delta(group, index) for index in range(group.request.params.n)]
+        for delta in deltas:
+            delta.error, delta.finish_reason = error, FinishReason.ERROR
+        self._drop_all(group)
+        return deltas
+
     # -- letting go ---------------------------------------------------------------------------------------------------
 
     def _release(self, sequence: Sequence) -> None:
@@ -412,9 +493,16 @@ class Scheduler:
         self._release(sequence)
         group.sequences.remove(sequence)
         if not group.sequences:
+            for spare in group.spares:
+                self._release(spare)
             del self._groups[group.request.request_id]
             self._waiting.remove(group)
             self._stop_running(group)
+
+    def _drop_all(self, group: SequenceGroup) -> None:
+        """The whole group has ended."""
+        for sequence in tuple(group.sequences):
+            self._drop(sequence)
 
     def _stop_running(self, group: SequenceGroup) -> None:
         """Take a group out of those that run, if it is one."""
@@ -473,12 +561,17 @@ def _is_being_computed(block: tuple[int, BlockName], behind: list[Sequence], blo
     )
 
 
-def _delta(sequence: Sequence) -> SequenceDelta:
+def _num_sequences(request: Request) -> tuple[str, int]:
+    """How many sequences a request runs at once, and the parameter that says so."""
+    params = request.params
+    return ("n", params.n) if params.beam_width is None else ("beam_width", params.beam_width)
+
+
+def _delta(group: SequenceGroup, index: int) -> SequenceDelta:
     """What is true of every delta, no token yet."""
-    group = sequence.group
     return SequenceDelta(
         group.request.request_id,
-        sequence.index,
+        index,
         [],
         num_cached_tokens=group.num_cached_tokens,
         first_scheduled_time=group.first_scheduled_time,

@@ -9,6 +9,7 @@ from quire.kv_cache.block_hash import BlockName
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.request import Request
+from quire.scheduler.beam_search import BeamSearch
 
 NO_ROW = -1
 
@@ -43,10 +44,14 @@ class SequenceGroup:
     The first of them leads: it computes the prompt, and the others fork from its table where the prompt ends. The
     same holds when the group resumes after a preemption, so that the prompt is stored once then, too. Sequences
     without output come first: they all get their first token where the leader ends the prompt.
+
+    A beam search begins with one sequence and `spares` for the others: its live beams are `sequences`, the best
+    first, and each holds a row from admission on, so that a fork is never short of one.
     """
 
     __slots__ = (
         "awaited",
+        "beam_search",
         "first_scheduled_time",
         "num_cached_tokens",
         "num_preemptions",
@@ -55,6 +60,7 @@ class SequenceGroup:
         "order",
         "request",
         "sequences",
+        "spares",
     )
 
     def __init__(self, request: Request, pool: BlockPool, root: BlockName, arrival_number: int) -> None:
@@ -70,7 +76,17 @@ class SequenceGroup:
         """Prompt positions whose log-probabilities were delivered."""
         self.awaited: tuple[int, BlockName] | None = None
         """The first block the group would have to compute (index and name), while it waits for another one to do so."""
+        self.beam_search: BeamSearch | None = None
+        self.spares: list[Sequence] = []
+        """Sequences without tokens or blocks that wait to become beams."""
         outputs = request.output_token_ids or {index: [] for index in range(request.params.n)}
+        if request.params.beam_width is not None:
+            # Nothing of a search is delivered before its end, so a resumed request starts over.
+            self.beam_search = BeamSearch(request)
+            self.spares = [
+                Sequence(self, index, BlockTable(pool, root), []) for index in range(1, self.beam_search.width)
+            ]
+            outputs = {0: []}
         self.sequences = [
             Sequence(self, index, BlockTable(pool, root), [*request.prompt_token_ids, *output])
             for index, output in outputs.items()
@@ -87,6 +103,16 @@ class SequenceGroup:
         wanted = self.request.params.prompt_logprobs is not None
         return wanted and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
+    @property
+    def num_rows(self) -> int:
+        """Rows the group holds while it runs."""
+        return len(self.sequences) + len(self.spares)
+
+    @property
+    def advances_together(self) -> bool:
+        """Whether the sequences are beams, which take their next tokens in the same step or not at all."""
+        return self.beam_search is not None
+
     def waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether the sequence has no KV yet and will fork from the leader."""
         return sequence.num_computed_tokens == 0 and sequence is not self.sequences[0]
@@ -96,4 +122,4 @@ class SequenceGroup:
         shared = self.num_prompt_tokens // block_size
         # The last token sampled is never computed, so it needs no slot.
         longest = -(-(self.num_prompt_tokens + self.request.max_tokens - 1) // block_size)
-        return shared + len(self.sequences) * (longest - shared)
+        return shared + self.num_rows * (longest - shared)

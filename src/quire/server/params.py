@@ -18,6 +18,9 @@ from quire.server.protocol import (
 
 _PASSED_ON = (
     "n",
+    "beam_width",
+    "length_penalty",
+    "early_stopping",
     "max_tokens",
     "min_tokens",
     "temperature",
@@ -40,6 +43,7 @@ _PASSED_ON = (
     "include_stop_str_in_output",
     "truncate_prompt_tokens",
 )
+_OF_DRAWING = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
     *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
@@ -95,6 +99,11 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
 
 def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: getattr(request, name) for name in _PASSED_ON if getattr(request, name) is not None}
+    if request.use_beam_search and request.beam_width is None:
+        given["beam_width"] = request.n or 1
+    if "beam_width" in given:
+        # The model's defaults for drawing mean nothing to a search; what the client asked for is refused.
+        defaults = {name: value for name, value in defaults.items() if name not in _OF_DRAWING}
     return {**defaults, **given}
 
 

@@ -16,7 +16,6 @@ Refused = Annotated[Any, Meta(description="Not available; refused unless null, f
 class NotAvailable(Struct, kw_only=True):
     """Fields whose meaning Quire knows and cannot serve."""
 
-    use_beam_search: Refused = None
     prompt_embeds: Refused = None
     logits_processors: Refused = None
     logprob_token_ids: Refused = None
@@ -52,6 +51,12 @@ class GenerateRequest(NotAvailable, kw_only=True):
     n: int | None = None
     best_of: int | None = None
     """Only the value of `n` is available."""
+    use_beam_search: bool | None = None
+    """Search with beams, `beam_width` of them or else n, and return the best n."""
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    """true, false or "never", as in transformers."""
     max_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
