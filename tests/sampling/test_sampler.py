@@ -223,3 +223,26 @@ def test_one_token_and_no_rows() -> None:
     assert sample(torch.tensor([[-3.0]]).repeat(8, 1), MIXED).token_ids == [0] * 8
     result = sample(torch.empty(0, 10), [])
     assert (result.token_ids, result.logprobs, result.errors) == ([], [], [])
+
+
+@pytest.mark.parametrize("vocab_size", [9, 400])
+def test_a_beam_gets_its_likeliest_tokens_among_others_who_draw(vocab_size: int) -> None:
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(1))
+    logits[3] = torch.nan
+    beam = SamplingParams(beam_width=4, logit_bias={3: -5.0}, logprobs=2)
+    result = sample(logits, [beam, SamplingParams(seed=1), SamplingParams(beam_width=2), beam])
+    count = min(vocab_size, 4 + len(STOP))
+    expected = logits[0].double().log_softmax(0).numpy()
+    reported = expected.copy()
+    expected[3] -= 5.0
+    order = np.argsort(-expected, kind="stable")[:count].tolist()
+    found = result.candidates[0]
+    assert found.token_ids == order
+    np.testing.assert_allclose(found.logprobs, expected[order], atol=1e-5)
+    assert [report.token_ids[0] for report in found.reports] == order
+    np.testing.assert_allclose([report.logprobs[0] for report in found.reports], reported[order], atol=1e-5)
+    assert len(result.candidates[2].token_ids) == 2 + len(STOP)
+    assert result.candidates[2].reports == []
+    assert result.token_ids[0] == result.token_ids[2] == -1
+    assert 0 <= result.token_ids[1] < vocab_size
+    assert [error is None for error in result.errors] == [True, True, True, False]

@@ -73,3 +73,22 @@ def test_filters_that_keep_everything_are_no_filters() -> None:
     for draw, fields in ways.items():
         for values in fields:
             assert make(SamplingParams(**values), [], []).draw is draw
+
+
+@given(prompt=tokens, output=tokens, mine=tokens, theirs=tokens)
+def test_a_fork_goes_its_own_way(prompt: list[int], output: list[int], mine: list[int], theirs: list[int]) -> None:
+    params = SamplingParams(repetition_penalty=1.3, bad_words_token_ids=((1, 2), (4, 5, 6)), beam_width=3)
+    parent = make(params, prompt, output)
+    child = parent.fork()
+    for token_id in theirs:
+        child.append(token_id)
+    for token_id in mine:
+        parent.append(token_id)
+    for state, tail in ((parent, mine), (child, theirs)):
+        expected = make(params, prompt, output + tail)
+        assert state.position == expected.position
+        assert state.banned_ids() == expected.banned_ids()
+        assert state.token_counts is not None
+        assert expected.token_counts is not None
+        assert state.token_counts.ids == expected.token_counts.ids
+        assert state.token_counts.num_generated == expected.token_counts.num_generated

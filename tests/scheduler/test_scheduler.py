@@ -9,6 +9,7 @@ else happens.
 import contextlib
 import random
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from hypothesis import settings
@@ -22,7 +23,7 @@ from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler, equal_shares
 from quire.scheduler.sequence import SequenceGroup
-from quire.step import NewRow, StepPlan, StepResult, TokenLogprobs
+from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
 
 EOS = 15
 STOP_TOKEN = 14
@@ -49,6 +50,12 @@ def next_token(kv: int, seed: int, sample_index: int) -> int:
     return draw if draw in (EOS, STOP_TOKEN) else draw % 3
 
 
+def followers(kv: int) -> list[tuple[int, float]]:
+    """What may come after a context in a beam search: every token with its log-probability, the likeliest first."""
+    rng = random.Random(f"{kv} beams")
+    return sorted(((token, -rng.uniform(0.1, 4.0)) for token in range(EOS + 1)), key=lambda pair: -pair[1])
+
+
 def is_faulty(kv: int, seed: int) -> bool:
     return seed < 0 and kv % 5 == 0
 
@@ -61,7 +68,40 @@ class Ending:
     finish_reason: str
 
 
+def searched(request: Request) -> list[Ending]:
+    """A beam search by its plain definition: all candidates of all beams, sorted."""
+    params = request.params
+    width, penalty = params.beam_width or 0, params.length_penalty
+    enders = {*request.eos_token_ids, *params.stop_token_ids}
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    finished: list[tuple[float, list[int]]] = []
+    while live:
+        contexts = [kv_of_all([*request.prompt_token_ids, *tokens])[-1] for _, tokens in live]
+        if any(is_faulty(kv, request.seed) for kv in contexts):
+            return [Ending([], "error")] * params.n
+        candidates = [
+            (score + logprob, [*tokens, token])
+            for (score, tokens), kv in zip(live, contexts, strict=True)
+            for token, logprob in followers(kv)
+        ]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        length = len(live[0][1]) + 1
+        ended = [tokens[-1] in enders or length == request.max_tokens for _, tokens in candidates]
+        for (score, tokens), is_end in list(zip(candidates, ended, strict=True))[:width]:
+            if is_end:
+                finished.append((score / length**penalty, tokens))
+        finished = sorted(finished, key=lambda hypothesis: -hypothesis[0])[:width]
+        live = [candidate for candidate, is_end in zip(candidates, ended, strict=True) if not is_end][:width]
+        if live and len(finished) == width:
+            reach = request.max_tokens if params.early_stopping == "never" and penalty > 0 else length
+            if params.early_stopping is True or live[0][0] / reach**penalty <= finished[-1][0]:
+                break
+    return [Ending(tokens, "stop" if tokens[-1] in enders else "length") for _, tokens in finished[: params.n]]
+
+
 def alone(request: Request, index: int) -> Ending:
+    if request.params.beam_width is not None:
+        return searched(request)[index]
     token_ids: list[int] = []
     while True:
         kv = kv_of_all([*request.prompt_token_ids, *token_ids])[-1]
@@ -90,6 +130,11 @@ class FakeRunner:
         self.rows: dict[int, Row] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
+        sources = {fork.source: self.rows[fork.source] for fork in plan.row_forks}
+        for fork in plan.row_forks:
+            source, old = sources[fork.source], self.rows.get(fork.row)
+            token_ids = [*source.token_ids, fork.token_id]
+            self.rows[fork.row] = Row(source.new_row, token_ids, old.blocks if old else [])
         for new_row in plan.new_rows:
             old = self.rows.get(new_row.row)
             token_ids = [*new_row.prompt_token_ids, *new_row.output_token_ids]
@@ -99,12 +144,10 @@ class FakeRunner:
                 table = self.rows[row].blocks
                 table += [NOTHING] * (first + len(blocks) - len(table))
                 table[first : first + len(blocks)] = blocks
-        sources, destinations = (
-            {pair[0] for pair in plan.block_copies},
-            [pair[1] for pair in plan.block_copies],
-        )
+        copied = {pair[0] for pair in plan.block_copies}
+        destinations = [pair[1] for pair in plan.block_copies]
         assert len(set(destinations)) == len(destinations)
-        assert not sources & set(destinations), "copies would depend on their order"
+        assert not copied & set(destinations), "copies would depend on their order"
         for source, destination in plan.block_copies:
             self.memory[destination] = self.memory[source].copy()
         self._compute(plan)
@@ -141,11 +184,19 @@ class FakeRunner:
             kv = self.kv_at(computed, end - 1)
             assert kv == kv_of_all(row.token_ids)[-1]
             new_row = row.new_row
+            result.errors.append("logits are not finite" if is_faulty(kv, new_row.seed) else None)
+            if new_row.params.beam_width is not None:
+                count = new_row.params.beam_width + len(new_row.stop_token_ids)
+                tokens, logprobs = zip(*followers(kv)[:count], strict=True)
+                reports = [TokenLogprobs([token], [logprob], [1]) for token, logprob in followers(kv)[:count]]
+                result.candidates[len(result.token_ids)] = BeamCandidates(list(tokens), list(logprobs), reports)
+                result.token_ids.append(NOTHING)
+                result.logprobs.append(None)
+                continue
             token_id = next_token(kv, new_row.seed, new_row.sample_index)
             row.token_ids.append(token_id)
             result.token_ids.append(token_id)
             result.logprobs.append(TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None)
-            result.errors.append("logits are not finite" if is_faulty(kv, new_row.seed) else None)
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.starts[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
@@ -268,6 +319,7 @@ class Engine:
         decoding = {
             sequence.row
             for group in scheduler._running
+            if not (group.advances_together and {s.num_missing_tokens for s in group.sequences} != {1})
             for sequence in group.sequences
             if sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in new_rows
         }
@@ -276,8 +328,8 @@ class Engine:
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool
         assert scheduler._groups.keys() == self.clients.keys()
-        sequences = [sequence for group in scheduler._groups.values() for sequence in group.sequences]
-        running = [sequence for group in scheduler._running for sequence in group.sequences]
+        sequences = [s for group in scheduler._groups.values() for s in (*group.sequences, *group.spares)]
+        running = [s for group in scheduler._running for s in (*group.sequences, *group.spares)]
         assert [group.order for group in scheduler._running] == sorted({g.order for g in scheduler._running})
         assert len(scheduler._running) + len(scheduler._waiting) == len(scheduler._groups)
         assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
@@ -313,6 +365,9 @@ def new_request(
     prompt_logprobs: int | None = None,
     resumed: dict[int, list[int]] | None = None,
     can_stop: bool = False,
+    beam_width: int | None = None,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
 ) -> Request:
     """A request with a prompt of its own of a given length, or with a given one. It ends by length unless told."""
     if isinstance(prompt, int):
@@ -322,7 +377,13 @@ def new_request(
         request_id=request_id,
         prompt_token_ids=prompt,
         params=SamplingParams(
-            n=n, prompt_logprobs=prompt_logprobs, logprobs=1, stop_token_ids=(STOP_TOKEN,) if can_stop else ()
+            n=n,
+            prompt_logprobs=prompt_logprobs,
+            logprobs=1,
+            stop_token_ids=(STOP_TOKEN,) if can_stop else (),
+            beam_width=beam_width,
+            length_penalty=1.0 if beam_width is None else length_penalty,
+            early_stopping=False if beam_width is None else early_stopping,
         ),
         seed=seed,
         eos_token_ids=(EOS,) if can_stop else (),
@@ -527,13 +588,13 @@ def test_prompts_that_hold_all_blocks_make_room_for_the_first() -> None:
         (
             new_request("a", 40, 26),
             "max_tokens",
-            "1 samples of 40 prompt + 26 output tokens can need 17 KV blocks of 4 tokens, but the pool has 16; "
+            "1 sequences of 40 prompt + 26 output tokens can need 17 KV blocks of 4 tokens, but the pool has 16; "
             "ask for less or raise kv_cache_memory",
         ),
         (
             new_request("a", 41, 7, n=4),
             "max_tokens",
-            "4 samples of 41 prompt + 7 output tokens can need 18 KV blocks of 4 tokens, but the pool has 16; "
+            "4 sequences of 41 prompt + 7 output tokens can need 18 KV blocks of 4 tokens, but the pool has 16; "
             "ask for less or raise kv_cache_memory",
         ),
     ],
@@ -710,6 +771,64 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     engine.run()
 
 
+# -- beam search ------------------------------------------------------------------------------------------------------
+
+
+def test_beams_fork_and_free_and_copy_one_block_at_most() -> None:
+    engine = Engine(num_blocks=64, block_size=4)
+    engine.add(new_request("a", 9, max_tokens=24, n=2, beam_width=4, early_stopping="never"))
+    group = engine.scheduler._groups["a"]
+    assert engine.step().counts == [9], "the prompt is computed once"
+    assert (len(group.sequences), len(group.spares)) == (4, 0)
+    assert engine.pool.num_used == 3, "and stored once"
+    while engine.scheduler.has_work:
+        plan = engine.step()
+        assert plan.counts == [1] * 4
+        assert len(plan.block_copies) <= 3
+        solo = sum(len(sequence.table.blocks) for sequence in group.sequences)
+        if group.sequences:
+            assert engine.pool.num_used <= solo - 3 * 2, "at least the prompt's full blocks are shared by all"
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("prompt", "width"), [(1, 3), (6, 2), (8, 3), (9, 4)])
+@pytest.mark.parametrize("budget", [8, 64])
+def test_preempted_beams_catch_up_before_any_of_them_goes_on(
+    prompt: int, width: int, caching: bool, budget: int
+) -> None:
+    engine = Engine(enable_prefix_caching=caching, max_num_batched_tokens=budget)
+    engine.add(new_request("a", prompt, max_tokens=30, beam_width=width, early_stopping="never"))
+    group = engine.scheduler._groups["a"]
+    for num_steps in (14, 4, 3):
+        for _ in range(num_steps):
+            engine.step()
+        engine.scheduler._preempt(group)
+        engine.check()
+        lengths = [len(sequence.token_ids) for sequence in group.sequences]
+        assert len(set(lengths)) == 1
+        while any(sequence.num_missing_tokens != 1 for sequence in group.sequences):
+            assert engine.step().sample_rows == []
+        assert [len(sequence.token_ids) for sequence in group.sequences] == lengths
+        assert len(engine.step().sample_rows) == width
+    engine.run()
+
+
+@pytest.mark.parametrize("index", [0, 1, 5])
+def test_aborted_beams_free_everything_at_once(index: int) -> None:
+    engine = Engine(num_blocks=64, block_size=4)
+    engine.add(new_request("a", 9, max_tokens=24, beam_width=4))
+    for _ in range(index):
+        engine.step()
+    engine.abort("a")
+    assert engine.pool.num_free == 64
+    assert len(engine.scheduler._free_rows) == 8
+
+
+def test_more_beams_than_rows_are_refused() -> None:
+    with pytest.raises(RequestError, match="beam_width is 9, but at most 8 sequences run at once"):
+        Engine().add(new_request("a", 4, beam_width=9))
+
+
 @pytest.mark.parametrize("prompt", [1, 4, 6])
 @pytest.mark.parametrize("lengths", [(2, 0, 3), (0, 0, 5), (5, 1, 1), (0, 4, 0)])
 def test_requests_go_on_from_what_an_earlier_process_generated(prompt: int, lengths: tuple[int, ...]) -> None:
@@ -861,8 +980,10 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> No
             priority=rng.randrange(2),
             prompt_logprobs=rng.choice([None, None, 0]),
             can_stop=rng.random() < 0.3,
+            beam_width=min(4, n + rng.randrange(3)) if rng.random() < 0.4 else None,
+            early_stopping=rng.choice([False, True, "never"]),
         )
-        if rng.random() < 0.3:
+        if rng.random() < 0.3 and request.params.beam_width is None:
             for index in range(n):
                 token_ids = alone(request, index).token_ids
                 request.output_token_ids[index] = token_ids[: rng.randrange(len(token_ids) + 1)][:-1]
@@ -926,6 +1047,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0]),
         resumed=st.none() | st.lists(st.integers(0, 20), min_size=4, max_size=4),
         can_stop=st.booleans(),
+        more_beams=st.sampled_from([None, None, 0, 1, 3]),
+        length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
+        early_stopping=st.sampled_from([True, False, "never"]),
         times=st.sampled_from([1, 1, 3]),
     )
     def add(
@@ -940,6 +1064,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         resumed: list[int] | None,
         can_stop: bool,
+        more_beams: int | None,
+        length_penalty: float,
+        early_stopping: bool | Literal["never"],
         times: int,
     ) -> None:
         for _ in range(times):
@@ -953,8 +1080,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 salt=salt,
                 prompt_logprobs=prompt_logprobs,
                 can_stop=can_stop,
+                beam_width=None if more_beams is None else n + more_beams,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
             )
-            if resumed is not None:
+            if resumed is not None and more_beams is None:
                 for index, length in enumerate(resumed[:n]):
                     ending = alone(request, index)
                     if length < len(ending.token_ids):
@@ -980,7 +1110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), index=st.integers(0, 3))
     def stop(self, data: st.DataObject, index: int) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.engine.clients)))
-        if index in self.engine.clients[request_id].token_ids:
+        client = self.engine.clients[request_id]
+        if index in client.token_ids and client.request.params.beam_width is None:
             self.engine.stop(request_id, index)
 
     @rule()
@@ -991,7 +1122,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def run_to_the_end(self) -> None:
         tokens = sum(
-            len(client.token_ids) * (len(client.request.prompt_token_ids) + client.request.max_tokens)
+            (client.request.params.beam_width or len(client.token_ids))
+            * (len(client.request.prompt_token_ids) + client.request.max_tokens)
             for client in self.engine.clients.values()
         )
         self.engine.run(max_steps=2 * tokens)

@@ -56,6 +56,26 @@ def test_chat_whole_and_streamed_agree(client: OpenAI) -> None:
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
 
+def test_beam_search_whole_and_streamed_agree(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "quire-bundled", "prompt": PROMPT, "max_tokens": 12, "n": 2, "logprobs": 1}
+    extra = {"use_beam_search": True, "beam_width": 4, "length_penalty": 0.5, "early_stopping": "never"}
+    whole = client.completions.create(**asked, extra_body=extra)
+    scores = [sum(c.logprobs.token_logprobs) / 12**0.5 for c in whole.choices if c.logprobs is not None]  # type: ignore[arg-type]
+    assert len(scores) == 2
+    assert scores[0] >= scores[1]
+    texts = ["", ""]
+    for chunk in client.completions.create(**asked, extra_body=extra, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert (
+        greedy(client, max_tokens=12)
+        == client.completions.create(model="quire-bundled", prompt=PROMPT, max_tokens=12, extra_body={"beam_width": 1})
+        .choices[0]
+        .text
+    )
+
+
 def test_many_at_once_say_what_each_says_alone(client: OpenAI) -> None:
     prompts = [PROMPT[:length] for length in range(10, 58, 8)]
     alone = [greedy(client, prompt) for prompt in prompts]

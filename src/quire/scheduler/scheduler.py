@@ -431,6 +431,7 @@ class Scheduler:
         for place, parent in enumerate(parents):
             if place not in chosen:
                 parent.table.free()
+                parent.num_computed_tokens, parent.token_ids = 0, []
                 group.spares.append(parent)
         beams: list[Sequence] = []
         for place, token_id in survivors:
