@@ -22,8 +22,9 @@ from benchmarks.peers.workloads import make_workloads
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("quire", "vllm", "vllm-eager")
-WORKLOADS = ("W1", "W2", "W3", "W5", "W6", "W7")
+WORKLOADS = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
 TITLES = {name: workload.title for name, workload in make_workloads().items()} | {
+    "W4-sampled": "as many samples instead of beams",
     "W5-first-token": "single stream, no more than that",
     "W7": "process start to first token",
 }

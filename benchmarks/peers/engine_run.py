@@ -59,13 +59,26 @@ def main() -> None:
         if lengths != expected:
             raise RuntimeError(f"{options.engine} returned samples of {lengths} tokens instead of {expected}")
 
+    def beam_search(requests: list[WorkRequest], *, beam_width: int) -> None:
+        home = importlib.import_module(f"{options.engine}.sampling_params")
+        num_output_tokens = requests[0].num_output_tokens
+        params = home.BeamSearchParams(beam_width=beam_width, max_tokens=num_output_tokens, ignore_eos=True)
+        outputs = llm.beam_search([{"prompt_token_ids": request.prompt_token_ids} for request in requests], params)
+        lengths = [
+            len(beam.tokens) - len(request.prompt_token_ids)
+            for request, output in zip(requests, outputs, strict=True)
+            for beam in output.sequences
+        ]
+        if lengths != [num_output_tokens] * (beam_width * len(requests)):
+            raise RuntimeError(f"{options.engine} returned beams of {lengths} tokens instead of {num_output_tokens}")
+
     single = workloads["W5"].requests[0]
     generate([WorkRequest(single.prompt_token_ids, 1)])
     seconds = {"W7": time.monotonic() - options.started_at}
     stolen = {}
 
     generate(workloads["warm"].requests)
-    for name, run in what_to_time(options.only.split(","), workloads, generate).items():
+    for name, run in what_to_time(options.only.split(","), workloads, generate, beam_search).items():
         llm.reset_prefix_cache()
         stolen_before, start = stolen_seconds(), time.perf_counter()
         run()
@@ -76,7 +89,10 @@ def main() -> None:
 
 
 def what_to_time(
-    only: list[str], workloads: dict[str, Workload], generate: Callable[..., None]
+    only: list[str],
+    workloads: dict[str, Workload],
+    generate: Callable[..., None],
+    beam_search: Callable[..., None],
 ) -> dict[str, Callable[[], None]]:
     """A call for every figure that the chosen workloads ask for."""
     calls: dict[str, Callable[[], None]] = {}
@@ -87,6 +103,11 @@ def what_to_time(
         if name == "W5":
             first_token = [WorkRequest(request.prompt_token_ids, 1) for request in workload.requests]
             calls["W5-first-token"] = partial(generate, first_token)
+        if workload.beam_width is not None:
+            width = workload.beam_width
+            calls[f"{name}-sampled"] = partial(generate, workload.requests, n=width, temperature=1.0)
+            calls[name] = partial(beam_search, workload.requests, beam_width=width)
+            continue
         calls[name] = partial(generate, workload.requests, n=workload.n, temperature=workload.temperature)
     return calls
 

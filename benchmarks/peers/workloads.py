@@ -29,6 +29,8 @@ class Workload:
     requests: list[WorkRequest]
     n: int = 1
     temperature: float = 0.0
+    beam_width: int | None = None
+    """Searched with so many beams, all of which are kept."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -36,7 +38,7 @@ class Workload:
 
     @property
     def num_output_tokens(self) -> int:
-        return self.n * sum(request.num_output_tokens for request in self.requests)
+        return (self.beam_width or self.n) * sum(request.num_output_tokens for request in self.requests)
 
 
 def make_workloads() -> dict[str, Workload]:
@@ -59,7 +61,7 @@ def make_workloads() -> dict[str, Workload]:
         "W1": Workload("offline throughput, mixed lengths", mixed),
         "W2": Workload("shared 512-token prefix", [WorkRequest(prefix + tokens(32), 32) for _ in range(64)]),
         "W3": Workload("parallel sampling, n=8", [request(256, 64) for _ in range(8)], n=8, temperature=1.0),
-        "W4": Workload("beam search, width 4", [request(128, 64) for _ in range(8)]),
+        "W4": Workload("beam search, width 4", [request(128, 64) for _ in range(8)], beam_width=4),
         "W5": Workload("single stream, 128 + 128 tokens", [request(128, 128)]),
         "W6": Workload("prefill of 2,048 tokens", [request(2048, 1)]),
         "warm": Workload("warm-up", [request(64, 16) for _ in range(8)]),
