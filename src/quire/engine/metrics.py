@@ -272,12 +272,13 @@ class Metrics:
             (self._copies, stats.total_block_copies, before.total_block_copies),
         ):
             counter.inc(max(0, now - then))
-        for tier, now in stats.tiers.items():
-            then = before.tiers.get(tier, TierStats())
-            for by_tier, value_of in self._tier_gauges:
-                by_tier.labels(**self._labels, tier=tier).set(value_of(now))
-            for by_tier, value_of in self._tier_counters:
-                by_tier.labels(**self._labels, tier=tier).inc(max(0, value_of(now) - value_of(then)))
+        for name, tier in stats.tiers.items():
+            tier_before = before.tiers.get(name, TierStats())
+            for tier_gauge, value_of in self._tier_gauges:
+                tier_gauge.labels(**self._labels, tier=name).set(value_of(tier))
+            for tier_counter, value_of in self._tier_counters:
+                more = value_of(tier) - value_of(tier_before)
+                tier_counter.labels(**self._labels, tier=name).inc(max(0, more))
         if stats.num_blocks and not self._described_pool:
             self._describe_pool(stats)
 

@@ -72,8 +72,8 @@ class BlockTransfers:
     # -- up -----------------------------------------------------------------------------------------------------------
 
     def is_coming(self, name: BlockName) -> bool:
-        """Whether a block is on its way up."""
-        return name in self._reads or name in self._arrived or name in self._planned
+        """Whether a block is on its way up to somebody."""
+        return name in self._planned or (self._reads.get(name) or self._arrived.get(name)) is not None
 
     def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockName]]:
         """(tier, name) of the blocks from logical block `first` on that tiers hold without a gap.
@@ -112,8 +112,15 @@ class BlockTransfers:
         sequence.num_computed_tokens = table.num_tokens
         self.waiting[sequence] = loading
         for offset, (tier_name, name) in enumerate(sources):
+            block = table.blocks[loading.first + offset]
             if tier_name == HOST:
-                self._load(sequence, loading, HOST, name, table.blocks[loading.first + offset])
+                self._load(sequence, loading, HOST, name, block)
+            elif name in self._arrived:
+                # Whoever had it read is gone.
+                del self._arrived[name]
+                self._load(sequence, loading, DISK, name, block)
+            elif name in self._reads:
+                self._reads[name] = sequence
             else:
                 loading.unread.append(name)
         loading.unread.reverse()
