@@ -89,6 +89,7 @@ class DiskBlocks:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_mode & 0o077:
                 root.chmod(0o700)  # it holds what users have written
+            (root / fingerprint.hex()).mkdir(mode=0o700, exist_ok=True)
             lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigError(
