@@ -60,9 +60,10 @@ def test_64_requests_in_a_pool_for_3(
             stats = llm.stats()
             assert stats.num_used_blocks == 0
             assert stats.total_evictions > 100
+            assert stats.total_preemptions > 0
             assert set(stats.tiers) == {name for name, on in (("host", host), ("disk", disk)) if on}
             for tier in stats.tiers.values():
-                assert tier.total_saved > 0
+                assert tier.num_blocks > 0
                 assert tier.num_bytes <= tier.capacity_bytes
             if disk:
                 assert disk_bytes(tmp_path) <= llm._engine.config.disk_cache_size + 2**17, "removals lag behind"
@@ -109,9 +110,9 @@ def test_a_damaged_file_is_a_miss_and_never_wrong_tokens(
     roomy: LLM, stored: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with LLM(num_blocks=100, disk_cache=str(stored), **OPTIONS) as llm:
-        files = block_files(stored)
-        for path, other in zip(files, reversed(files), strict=True):
-            content = bytearray(path.read_bytes())
+        contents = {path: bytearray(path.read_bytes()) for path in block_files(stored)}
+        others = [*list(contents.values())[1:], b""]
+        for (path, content), other in zip(contents.items(), others, strict=True):
             if damage == "flip":
                 content[len(content) // 2] ^= 64
                 path.write_bytes(content)
@@ -120,11 +121,11 @@ def test_a_damaged_file_is_a_miss_and_never_wrong_tokens(
             elif damage == "remove":
                 path.unlink()
             else:
-                path.write_bytes(other.read_bytes())
+                path.write_bytes(other)
         output = ask(llm, 2)
         assert tokens([output]) == tokens([ask(roomy, 2)])
         assert output.num_cached_tokens == 0
-        assert llm.stats().tiers["disk"].total_corrupt == (0 if damage == "remove" else 1)
+        assert (llm.stats().tiers["disk"].total_corrupt > 0) == (damage != "remove")
         assert ("its tokens are computed" in caplog.text) == (damage != "remove")
 
 
@@ -239,7 +240,7 @@ def test_the_plan_counts_host_memory_and_staging(checkpoint: Path) -> None:
     assert both.swap_space == 5_000_000 // block * block
     assert both.staging == 2 * (64 * 2**20 // block) * block
     assert both.total == without.total + both.swap_space + both.staging
-    assert "+ swap space 4.766 MiB + staging 128 MiB for the disk tier" in both.describe()[0]
+    assert "+ swap space 4.758 MiB + staging 128 MiB for the disk tier" in both.describe()[0]
     assert "swap" not in without.describe()[0]
 
 

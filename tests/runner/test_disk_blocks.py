@@ -214,5 +214,5 @@ def test_nobody_else_may_look(open_store: Open, tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="disk_cache is .* which cannot be used: .* give a folder to write in"):
+    with pytest.raises(ConfigError, match=r"disk_cache is .* which cannot be used: .* give a folder to write in"):
         DiskBlocks.open(tmp_path / "file", MINE, BLOCK_BYTES)
