@@ -20,7 +20,7 @@ from quire.sampling_params import SamplingParams
 
 FIRST_TOKEN, LAST_TOKEN = 3, 250
 POOL_SEQUENCES, NUM_REQUESTS = 3, 64
-PREEMPTED_PROMPT, PREEMPTED_OUTPUT = 200, 56
+PREEMPTED_PROMPT, PREEMPTED_OUTPUT = 64, 96
 
 
 def main() -> None:
