@@ -52,6 +52,12 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     """Bytes for the KV pool, e.g. 4GiB; None plans it from the memory there is."""
     enable_prefix_caching: bool = True
+    swap_space: int | None = None
+    """Bytes of host memory, e.g. 4GiB, for blocks that leave the KV pool; None: they are forgotten."""
+    disk_cache: str | None = None
+    """Folder for blocks of KV that outlive the process, so that prompts of yesterday need not be computed again."""
+    disk_cache_size: int = 10 * 2**30
+    """Bytes that the blocks in disk_cache may take, e.g. 50GiB."""
     seed: int = 0
     """Seeds requests that bring no seed of their own."""
     max_logprobs: int = 20
@@ -71,7 +77,7 @@ class EngineConfig:
             if value not in DTYPES:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("kv_cache_memory",):
+        for name in ("kv_cache_memory", "swap_space", "disk_cache_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if isinstance(self.served_model_name, str):
             object.__setattr__(self, "served_model_name", (self.served_model_name,))
@@ -93,6 +99,12 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "every running sequence needs a token a step; raise the one or lower the other"
+            )
+        if not self.enable_prefix_caching and (self.swap_space or self.disk_cache):
+            option = "swap_space" if self.swap_space else "disk_cache"
+            raise ConfigError(
+                f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
+                "which is off; enable it or leave the tier out"
             )
         if self.quantization is not None:
             raise ConfigError(f"quantization is {self.quantization!r}; no quantisation is available yet, leave it out")

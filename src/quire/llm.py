@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ class LLM:
             EngineConfig.from_options({"model": str(model), **options}),
             report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
         )
+        # Also runs when the interpreter ends.
+        self._finalizer = weakref.finalize(self, self._engine.close)
         self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()
 
@@ -149,6 +152,16 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable, as before the first request."""
         self._engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Save what a disk tier lacks and let go of its folder; happens by itself when object or process ends."""
+        self._finalizer()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def memory_plan(self) -> MemoryPlan:

@@ -133,6 +133,31 @@ class SequenceDelta:
 
 
 @dataclass(slots=True)
+class TierStats:
+    """One tier below the pool. Blocks, unless said otherwise."""
+
+    num_blocks: int = 0
+    num_bytes: int = 0
+    capacity_bytes: int = 0
+    stopped: bool = False
+    """Takes no more blocks, because writing failed; those it has are still found."""
+    total_hits: int = 0
+    """Prompt tokens that did not have to be computed, since they were loaded from here."""
+    total_saved: int = 0
+    total_loaded: int = 0
+    total_saved_bytes: int = 0
+    total_loaded_bytes: int = 0
+    total_dropped: int = 0
+    """Not saved, because too many others were on their way or writing failed."""
+    total_evicted: int = 0
+    """Forgotten to make room."""
+    total_corrupt: int = 0
+    """Found truncated, altered or unreadable."""
+    total_recomputed: int = 0
+    """Computed although they were stored here, since that was faster by the measured rates."""
+
+
+@dataclass(slots=True)
 class EngineStats:
     """A snapshot of the engine after a step. Counts whose name starts with `total_` only grow."""
 
@@ -159,6 +184,8 @@ class EngineStats:
     """Prompt tokens found there."""
     total_evictions: int = 0
     total_block_copies: int = 0
+    tiers: dict[str, TierStats] = field(default_factory=dict)
+    """Of each tier below the pool, by name: host, disk."""
 
     @property
     def kv_cache_usage(self) -> float:

@@ -54,6 +54,44 @@ class NewRow:
 
 
 @dataclass(slots=True)
+class BlockMoves:
+    """What a step moves between the pool and the tiers below it, in this order, before anything else is written.
+
+    Names are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
+    """
+
+    forgotten: list[tuple[str, bytes]] = field(default_factory=list)
+    """(tier, name): stored blocks that make room."""
+    saves: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """(tier, name, block): copies to take now; a host tier has them at once, a disk tier when it has written them."""
+    dropped: list[bytes] = field(default_factory=list)
+    """Blocks whose read ended and that nobody wants any more."""
+    loads: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """(tier, name, block): content to put into the pool now, from host memory or from a read that has ended."""
+    reads: list[bytes] = field(default_factory=list)
+    """Blocks to read from the disk tier in the background; `MovedBlocks` says when they are there."""
+    wait: bool = False
+    """Nothing can be computed before a read has ended."""
+
+
+@dataclass(slots=True)
+class MovedBlocks:
+    """What ended in the background since the last step."""
+
+    saved: list[bytes] = field(default_factory=list)
+    """Blocks the disk tier now holds."""
+    not_saved: list[bytes] = field(default_factory=list)
+    read: list[tuple[bytes, float]] = field(default_factory=list)
+    """(name, seconds it took): in memory, checksum right."""
+    not_read: list[tuple[bytes, str]] = field(default_factory=list)
+    """(name, reason): "missing" or "corrupt"; the disk tier holds it no more."""
+    load_seconds: float = 0.0
+    """Time that this step spent on copying loads from the host tier."""
+    stopped: bool = False
+    """The disk tier takes no more blocks, because writing failed."""
+
+
+@dataclass(slots=True)
 class StepPlan:
     """One step's work. `rows`, `starts` and `counts` run in parallel, one entry per scheduled sequence."""
 
@@ -78,6 +116,8 @@ class StepPlan:
     """(source, destination): copy-on-write of this step, done before anything is computed."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (how many, the token that follows each computed position)."""
+    moves: BlockMoves | None = None
+    """None without tiers, and where nothing moves."""
 
     @property
     def num_tokens(self) -> int:
@@ -96,3 +136,5 @@ class StepResult:
     """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
+    moved: MovedBlocks | None = None
+    """None without tiers."""

@@ -11,18 +11,25 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig
+from quire.engine.fingerprint import fingerprint
 from quire.engine.limits import check_request
 from quire.engine.memory_plan import MemoryPlan
 from quire.kernels import kernels_for
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
+from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import RandomWeights, Weights
 from quire.outputs import EngineStats, SequenceDelta
 from quire.request import Request
+from quire.runner.block_store import BlockStore
+from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner
 from quire.scheduler.scheduler import Scheduler
+
+FLUSH_SECONDS = 4.0
+"""Most time that `close` spends on saving blocks to the disk tier."""
 
 Phase = Callable[[str, float], None]
 """Called with the name of a phase of start-up that has ended and its seconds."""
@@ -36,6 +43,7 @@ class EngineCore:
         self._runner = runner
         self._vocab_size = vocab_size
         self._max_logprobs = max_logprobs
+        self._closed = False
 
     @classmethod
     def load(
@@ -60,6 +68,7 @@ class EngineCore:
             dtype=getattr(torch, plan.kv_cache_dtype),
         )
         pool = BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        tiers, block_store = _open_tiers(config, plan, kv_cache, folder)
         on_phase("KV cache", time.perf_counter() - started)
         scheduler = Scheduler(
             pool,
@@ -67,6 +76,7 @@ class EngineCore:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
+            tiers=tiers,
         )
         runner = ModelRunner(
             model,
@@ -76,6 +86,7 @@ class EngineCore:
             max_num_seqs=plan.max_num_seqs,
             max_model_len=plan.max_model_len,
             num_threads=num_threads,
+            block_store=block_store,
         )
         return cls(scheduler, runner, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 
@@ -93,9 +104,12 @@ class EngineCore:
         self._scheduler.stop(request_id, index)
 
     def step(self) -> list[SequenceDelta]:
-        """Schedule, execute, update: one step of every sequence that got a share of it."""
+        """Schedule, execute, update: one step of every sequence that got a share of it.
+
+        Where all that could run wait for blocks from disk, it waits for one to arrive, but for a moment only.
+        """
         plan = self._scheduler.schedule()
-        if not plan.rows:
+        if not plan.rows and plan.moves is None:
             return []
         result = self._runner.execute(plan)
         return self._scheduler.update(plan, result)
@@ -104,9 +118,47 @@ class EngineCore:
     def has_work(self) -> bool:
         return self._scheduler.has_work
 
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether `step` would save blocks to the disk tier even without requests."""
+        return self._scheduler.has_idle_work
+
+    def close(self) -> None:
+        """End all requests and save to the disk tier what it lacks, for `FLUSH_SECONDS` at most. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        for request_id in self._scheduler.request_ids:
+            self._scheduler.abort(request_id)
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._scheduler.has_idle_work and time.monotonic() < deadline:
+            self.step()
+            time.sleep(0.001)
+        self._runner.close()
+
     def stats(self) -> EngineStats:
         return self._scheduler.stats()
 
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable."""
-        self._scheduler.pool.forget_names()
+        self._scheduler.reset_prefix_cache()
+
+
+def _open_tiers(
+    config: EngineConfig, plan: MemoryPlan, kv_cache: KVCache, folder: Path
+) -> tuple[TierIndex | None, BlockStore | None]:
+    """The tiers that the config asks for: the index for the scheduler, the contents for the runner."""
+    from quire.kernels.cpu import isa
+
+    block_bytes = kv_cache.block_bytes
+    num_host_blocks = plan.swap_space // block_bytes
+    files = None
+    if config.disk_cache is not None:
+        key = fingerprint(config, plan, folder, isa())
+        files = DiskBlocks.open(config.disk_cache, key, block_bytes)
+    if not num_host_blocks and files is None:
+        return None, None
+    host = Tier(num_host_blocks * block_bytes, block_bytes) if num_host_blocks else None
+    disk = Tier(config.disk_cache_size, file_bytes(block_bytes), files.stored) if files is not None else None
+    store = BlockStore(kv_cache, num_host_blocks=num_host_blocks, disk=files)
+    return TierIndex(time.monotonic, host=host, disk=disk), store

@@ -78,3 +78,7 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         self._core.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Save what the disk tier lacks and let go of its files; nothing can be asked for after it."""
+        self._core.close()

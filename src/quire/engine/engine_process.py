@@ -32,6 +32,8 @@ from quire.errors import QuireError, RequestError
 from quire.model_config import ModelConfig
 
 _CHUNK_BYTES = 1 << 20
+_IDLE_STEP_SECONDS = 0.01
+"""Between steps that only save blocks to disk."""
 
 
 class Connection:
@@ -41,10 +43,13 @@ class Connection:
         self._socket = sock
         self._buffer = FrameBuffer()
 
-    def receive(self, *, wait: bool) -> list[ToEngine]:
-        """Messages that have arrived; with `wait`, blocks until there is at least one. Raises `EOFError` at the end."""
+    def receive(self, *, wait: float | None) -> list[ToEngine]:
+        """Messages that have arrived; waits up to `wait` seconds for the first one, or for ever where that is None.
+
+        Raises `EOFError` at the end.
+        """
         messages: list[ToEngine] = []
-        while (wait and not messages) or select.select([self._socket], [], [], 0)[0]:
+        while select.select([self._socket], [], [], 0 if messages else wait)[0]:
             data = self._socket.recv(_CHUNK_BYTES)
             if not data:
                 raise EOFError
@@ -60,7 +65,7 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=fd))
     try:
-        load, *messages = connection.receive(wait=True)
+        load, *messages = connection.receive(wait=None)
         assert isinstance(load, Load), "the first message to an engine is Load"
         try:
             serve(connection, load, messages)
@@ -93,29 +98,37 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
     )
     connection.send(Ready())
-    while True:
-        for message in messages:
-            match message:
-                case Add(request):
-                    try:
-                        core.add(request)
-                    except RequestError as error:
-                        connection.send(Refused(request.request_id, error.message, error.param, error.code))
-                case Abort(request_ids):
-                    for request_id in request_ids:
-                        core.abort(request_id)
-                case Stop(samples):
-                    for request_id, index in samples:
-                        core.stop(request_id, index)
-                case ResetPrefixCache():
-                    core.reset_prefix_cache()
-                case Load():
-                    raise ValueError("an engine loads once")
-        deltas = core.step() if core.has_work else []
-        # Also sent without deltas: after aborts the free blocks must be seen.
-        if deltas or messages:
-            connection.send(Outputs(deltas, core.stats()))
-        messages = connection.receive(wait=not core.has_work)
+    try:
+        while True:
+            for message in messages:
+                match message:
+                    case Add(request):
+                        try:
+                            core.add(request)
+                        except RequestError as error:
+                            connection.send(Refused(request.request_id, error.message, error.param, error.code))
+                    case Abort(request_ids):
+                        for request_id in request_ids:
+                            core.abort(request_id)
+                    case Stop(samples):
+                        for request_id, index in samples:
+                            core.stop(request_id, index)
+                    case ResetPrefixCache():
+                        core.reset_prefix_cache()
+                    case Load():
+                        raise ValueError("an engine loads once")
+            was_saving = core.has_idle_work
+            deltas = core.step() if core.has_work or was_saving else []
+            # Also sent without deltas: after aborts the free blocks must be seen, and what was saved without requests.
+            if deltas or messages or (was_saving and not core.has_idle_work):
+                connection.send(Outputs(deltas, core.stats()))
+            if core.has_work:
+                messages = connection.receive(wait=0)
+            else:
+                messages = connection.receive(wait=_IDLE_STEP_SECONDS if core.has_idle_work else None)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        core.close()
+        raise
 
 
 if __name__ == "__main__":

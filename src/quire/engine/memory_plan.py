@@ -11,6 +11,7 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.errors import ConfigError, MemoryPlanError
+from quire.kv_cache.tiers import num_staged_blocks
 from quire.model_config import DTYPE_BYTES, ModelConfig
 
 MIN_BATCHED_TOKENS = 512
@@ -35,10 +36,14 @@ class MemoryPlan:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    swap_space: int = 0
+    """Of the host tier: whole blocks."""
+    staging: int = 0
+    """Of blocks on their way to and from the disk tier."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv_cache
+        return self.weights + self.activations + self.kv_cache + self.swap_space + self.staging
 
     @property
     def num_longest_sequences(self) -> int:
@@ -52,7 +57,9 @@ class MemoryPlan:
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.dtype}) + activations {show_bytes(self.activations)} "
             f"({self.max_num_batched_tokens} tokens a step) "
-            f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})",
+            f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
+            + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
+            + (f" + staging {show_bytes(self.staging)} for the disk tier" if self.staging else ""),
             f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}; "
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
@@ -73,11 +80,20 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     activations = model.activation_bytes(batched, config.max_num_seqs)
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * config.block_size
-    left = available - weights - activations
+    swap_space = (config.swap_space or 0) // per_block * per_block
+    if config.swap_space is not None and not swap_space:
+        raise MemoryPlanError(
+            f"swap_space is {show_bytes(config.swap_space)}, less than one block of {config.block_size} tokens, "
+            f"which takes {show_bytes(per_block)}; give a size such as 4GiB"
+        )
+    staging = 2 * num_staged_blocks(per_block) * per_block if config.disk_cache is not None else 0
+    left = available - weights - activations - swap_space - staging
     if left < per_block:
         raise MemoryPlanError(
             f"the model does not fit: weights take {show_bytes(weights)} as {dtype} and activations "
-            f"{show_bytes(activations)}, but {show_bytes(available)} are available"
+            f"{show_bytes(activations)}, "
+            + (f"tiers below the KV cache {show_bytes(swap_space + staging)}, " if swap_space + staging else "")
+            + f"but {show_bytes(available)} are available"
             + _smaller_dtype(model, dtype, available)
         )
     wanted_len = config.max_model_len or model.context_length
@@ -124,6 +140,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         max_model_len=min(wanted_len, num_blocks * config.block_size),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=batched,
+        swap_space=swap_space,
+        staging=staging,
     )
 
 

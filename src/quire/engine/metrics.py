@@ -6,6 +6,8 @@ Counts of the engine come as snapshots (`record_stats`); what befalls single req
 """
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -13,7 +15,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from quire.outputs import EngineStats, RequestMetrics
+from quire.outputs import EngineStats, RequestMetrics, TierStats
 
 _OWN, _ALIAS = "quire:", "vllm:"
 _WITHOUT_ALIAS = frozenset(
@@ -28,6 +30,18 @@ _WITHOUT_ALIAS = frozenset(
         "steps",
         "kv_block_evictions",
         "kv_block_copies",
+        "kv_tier_blocks",
+        "kv_tier_bytes",
+        "kv_tier_stopped",
+        "kv_tier_hits",
+        "kv_tier_saved_blocks",
+        "kv_tier_loaded_blocks",
+        "kv_tier_saved_bytes",
+        "kv_tier_loaded_bytes",
+        "kv_tier_dropped_blocks",
+        "kv_tier_evicted_blocks",
+        "kv_tier_corrupt_blocks",
+        "kv_tier_recomputed_blocks",
     }
 )
 """What vLLM does not count."""
@@ -78,6 +92,9 @@ _SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 _PREEMPTIONS = (0, 1, 2, 3, 5, 10, 20)
 
 
+_Metric = TypeVar("_Metric", Gauge, Counter)
+
+
 class Metrics:
     """All metrics of one process, in a registry of their own. Not safe for threads that write at the same time."""
 
@@ -109,6 +126,28 @@ class Metrics:
         self._steps = self._counter("steps", "Steps of the engine")
         self._evictions = self._counter("kv_block_evictions", "Named blocks whose space was taken")
         self._copies = self._counter("kv_block_copies", "Blocks copied on write")
+        self._tier_gauges = [
+            (self._by_tier(Gauge, name, about), attrgetter(field))
+            for name, about, field in (
+                ("kv_tier_blocks", "KV blocks in a tier below the pool", "num_blocks"),
+                ("kv_tier_bytes", "Bytes they take", "num_bytes"),
+                ("kv_tier_stopped", "1 if the tier takes no more blocks, because writing failed", "stopped"),
+            )
+        ]
+        self._tier_counters = [
+            (self._by_tier(Counter, name, about), attrgetter(field))
+            for name, about, field in (
+                ("kv_tier_hits", "Prompt tokens loaded from a tier instead of computed", "total_hits"),
+                ("kv_tier_saved_blocks", "KV blocks saved to a tier", "total_saved"),
+                ("kv_tier_loaded_blocks", "KV blocks loaded from a tier", "total_loaded"),
+                ("kv_tier_saved_bytes", "Bytes saved to a tier", "total_saved_bytes"),
+                ("kv_tier_loaded_bytes", "Bytes loaded from a tier", "total_loaded_bytes"),
+                ("kv_tier_dropped_blocks", "KV blocks that were not saved", "total_dropped"),
+                ("kv_tier_evicted_blocks", "KV blocks a tier forgot to make room", "total_evicted"),
+                ("kv_tier_corrupt_blocks", "KV blocks that were altered or truncated when read", "total_corrupt"),
+                ("kv_tier_recomputed_blocks", "KV blocks computed, since loading is slower", "total_recomputed"),
+            )
+        ]
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens per step, mean of a snapshot", _TOKENS)
         self._endings = Counter(
             f"{_OWN}request_success",
@@ -233,6 +272,13 @@ class Metrics:
             (self._copies, stats.total_block_copies, before.total_block_copies),
         ):
             counter.inc(max(0, now - then))
+        for name, tier in stats.tiers.items():
+            tier_before = before.tiers.get(name, TierStats())
+            for tier_gauge, value_of in self._tier_gauges:
+                tier_gauge.labels(**self._labels, tier=name).set(value_of(tier))
+            for tier_counter, value_of in self._tier_counters:
+                more = value_of(tier) - value_of(tier_before)
+                tier_counter.labels(**self._labels, tier=name).inc(max(0, more))
         if stats.num_blocks and not self._described_pool:
             self._describe_pool(stats)
 
@@ -251,6 +297,11 @@ class Metrics:
         metric = Gauge(_OWN + name, about, [*self._labels], registry=None)
         self._add(metric)
         return metric.labels(**self._labels)
+
+    def _by_tier(self, kind: type[_Metric], name: str, about: str) -> _Metric:
+        metric = kind(_OWN + name, about, [*self._labels, "tier"], registry=None)
+        self._add(metric)
+        return metric
 
     def _counter(self, name: str, about: str) -> Counter:
         metric = Counter(_OWN + name, about, [*self._labels], registry=None)

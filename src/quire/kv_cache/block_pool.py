@@ -10,7 +10,7 @@ deque; and flat lists of integers, not node objects, let a pool of a million blo
 second.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from quire.errors import QuireError
 from quire.kv_cache.block_hash import BlockName
@@ -39,6 +39,10 @@ class BlockPool:
         self.num_named_free = 0
         self.total_evictions = 0
         self.total_block_copies = 0
+        self.on_evict: Callable[[int, BlockName], None] | None = None
+        """Told of a named block that `allocate` takes, while its content is still there; tiers below listen."""
+        self.on_idle: Callable[[int, BlockName], None] | None = None
+        """Told of a named block whose last reference went."""
         self._named: dict[BlockName, int] = {}
         # The entry past the last block is the list's anchor: its next is the head, its previous the tail.
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
@@ -78,6 +82,8 @@ class BlockPool:
             self.names[block] = None
             self.num_named_free -= 1
             self.total_evictions += 1
+            if self.on_evict is not None:
+                self.on_evict(block, name)
         self.ref_counts[block] = 1
         self.num_references += 1
         self.fill[block] = 0
@@ -105,11 +111,14 @@ class BlockPool:
         self.num_free += 1
         self.num_filled_slots -= self.fill[block]
         anchor = self.num_blocks
-        if self.names[block] is None:
+        name = self.names[block]
+        if name is None:
             before, after = anchor, self._next[anchor]
         else:
             before, after = self._prev[anchor], anchor
             self.num_named_free += 1
+            if self.on_idle is not None:
+                self.on_idle(block, name)
         self._next[before] = block
         self._prev[block] = before
         self._next[block] = after

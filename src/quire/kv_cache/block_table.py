@@ -98,6 +98,14 @@ class BlockTable:
         self.num_tokens = 0
         self._num_named = 0
 
+    def truncate(self, num_blocks: int) -> None:
+        """Give back all blocks but the first `num_blocks`, which are full."""
+        for block in reversed(self.blocks[num_blocks:]):
+            self._pool.release(block)
+        del self.blocks[num_blocks:]
+        self.num_tokens = num_blocks * self._pool.block_size
+        self._num_named = min(self._num_named, num_blocks)
+
     def find_prefix(self, token_ids: Sequence[int]) -> list[int]:
         """Blocks of the pool that already hold the longest findable prefix of `token_ids`, for `adopt`.
 

@@ -32,6 +32,24 @@ class KVCache:
             )
             for _ in range(num_layers)
         ]
+        self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for layer in self.layers for tensor in layer]
+        """All tensors as [num_blocks, bytes per block]."""
+        self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
+        """A block's keys and values in all layers."""
+
+    def copy_out(self, block: int, out: torch.Tensor) -> None:
+        """Copy a block to `out`, uint8 [block_bytes]: keys, then values, layer after layer."""
+        first = 0
+        for tensor in self._bytes:
+            out[first : first + tensor.shape[1]].copy_(tensor[block])
+            first += tensor.shape[1]
+
+    def copy_in(self, block: int, content: torch.Tensor) -> None:
+        """Overwrite a block with what `copy_out` made of one."""
+        first = 0
+        for tensor in self._bytes:
+            tensor[block].copy_(content[first : first + tensor.shape[1]])
+            first += tensor.shape[1]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from quire.kernels.interface import Kernels
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
+from quire.runner.block_store import BlockStore
 from quire.runner.input_batch import make_input_batch
 from quire.runner.request_rows import RequestRows
 from quire.sampling.logprobs import prompt_logprobs
@@ -34,7 +35,9 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         num_threads: int,
+        block_store: BlockStore | None = None,
     ) -> None:
+        self._block_store = block_store
         self._model = model
         self._kv_cache = kv_cache
         self._config = model_config
@@ -54,6 +57,23 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. The result's lists are in the order of `plan.sample_rows`."""
         self._rows.apply(plan)
+        load_seconds = 0.0
+        if self._block_store is not None and plan.moves is not None:
+            load_seconds = self._block_store.move(plan.moves)
+        result = StepResult()
+        if plan.rows:
+            self._compute(plan, result)
+        if self._block_store is not None:
+            result.moved = self._block_store.collect(wait=plan.moves is not None and plan.moves.wait)
+            result.moved.load_seconds = load_seconds
+        return result
+
+    def close(self) -> None:
+        """Let go of files."""
+        if self._block_store is not None:
+            self._block_store.close()
+
+    def _compute(self, plan: StepPlan, result: StepResult) -> None:
         self._copy_blocks(plan)
         batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
         attention = plan_attention(
@@ -71,14 +91,12 @@ class ModelRunner:
         hidden = self._model(
             torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
         )
-        result = StepResult()
         if plan.sample_after:
             self._sample(plan, hidden, attention.query_start_loc, result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
             first = int(batch.query_start_loc[index])
             rows = hidden[first : first + len(targets)]
             result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
-        return result
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:

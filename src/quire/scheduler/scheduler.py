@@ -25,9 +25,11 @@ from dataclasses import replace
 from quire.errors import RequestError
 from quire.kv_cache.block_hash import BlockName, root_name
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
+from quire.kv_cache.tiers import TierIndex
 from quire.outputs import EngineStats, SequenceDelta
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
 from quire.step import BeamCandidates, NewRow, RowFork, StepPlan, StepResult, TokenLogprobs
@@ -52,6 +54,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         max_num_partial_prefills: int = 4,
+        tiers: TierIndex | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -73,6 +76,9 @@ class Scheduler:
         """Beams that went on since the last plan."""
         self._num_arrivals = 0
         self._stats = EngineStats(num_blocks=pool.num_blocks, block_size=pool.block_size)
+        self._tiers = tiers
+        self._transfers = None if tiers is None else BlockTransfers(tiers, pool)
+        self._planned_at = 0.0
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -129,6 +135,22 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._groups)
 
+    @property
+    def request_ids(self) -> list[str]:
+        """Of all requests that have not ended."""
+        return list(self._groups)
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether steps without requests would still save blocks to the tiers below."""
+        return self._transfers is not None and self._transfers.has_idle_work
+
+    def reset_prefix_cache(self) -> None:
+        """Make every stored prefix unfindable, in the pool and below it."""
+        self.pool.forget_names()
+        if self._transfers is not None:
+            self._transfers.forget_all()
+
     def stats(self) -> EngineStats:
         """The present counts."""
         stats, pool = replace(self._stats), self.pool
@@ -141,22 +163,34 @@ class Scheduler:
         stats.num_shared_slots = pool.num_shared_slots
         stats.total_evictions = pool.total_evictions
         stats.total_block_copies = pool.total_block_copies
+        if self._transfers is not None:
+            stats.tiers = self._transfers.stats()
         return stats
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next step; empty only when no request is left."""
+        """The next step; it computes nothing only when no request is left, or all that could run wait for reads."""
         plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
         self._forked, self._row_forks = [], []
+        if self._transfers is not None:
+            for sequence, num_tokens in self._transfers.begin():
+                self._count_hits(sequence.group, num_tokens)
+        self._decide(plan)
+        if self._transfers is not None:
+            plan.moves = self._transfers.finish(computes=bool(plan.rows))
+            self._planned_at = self._clock()
+        return plan
+
+    def _decide(self, plan: StepPlan) -> None:
         while True:
             behind, preempted = self._plan_decoding(plan)
             budget = self.max_num_batched_tokens - plan.num_tokens
             if not preempted:
                 self._admit(plan, behind, budget)
             self._plan_behind(plan, behind, budget)
-            if plan.rows or not self._running:
-                return plan
+            if plan.rows or not self._running or (self._transfers is not None and self._transfers.waiting):
+                return
             # Prompts hold all blocks and none can go on: the last one makes room for the others.
             self._preempt(self._running[-1])
 
@@ -170,11 +204,14 @@ class Scheduler:
         running, index = self._running, 0
         rows, starts, counts, token_ids = plan.rows, plan.starts, plan.counts, plan.token_ids
         sample_after, sample_rows, copies = plan.sample_after, plan.sample_rows, plan.block_copies
+        waiting = self._transfers.waiting if self._transfers is not None else None
         while index < len(running):
             group = running[index]
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
             uneven = group.advances_together and any(other.num_missing_tokens != 1 for other in group.sequences)
             for sequence in group.sequences:
+                if waiting and sequence in waiting:
+                    continue
                 start = sequence.num_computed_tokens
                 num_tokens = len(sequence.token_ids)
                 if num_tokens - start != 1 or num_tokens == group.num_prompt_tokens:
@@ -215,7 +252,9 @@ class Scheduler:
         """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having."""
         block_size = self.pool.block_size
         prefix_caching = self.pool.enable_prefix_caching
-        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in behind)
+        transfers = self._transfers
+        loading = list(transfers.waiting) if transfers is not None else []
+        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*behind, *loading))
         wanted = sum(sequence.num_missing_tokens for sequence in behind)
         postponed: list[SequenceGroup] = []
         while len(behind) < budget and len(postponed) < MAX_POSTPONED:
@@ -226,22 +265,28 @@ class Scheduler:
                 break
             leader = group.leader
             found: list[int] = []
+            stored: list[tuple[str, BlockName]] = []
             if prefix_caching and not group.lacks_prompt_logprobs:
-                if group.awaited is None or not _is_being_computed(group.awaited, behind, block_size):
+                if group.awaited is None or not self._is_on_its_way(group.awaited, behind, loading):
                     # Where others fork from the leader, it computes at least the last token of the prompt.
                     alone = len(group.sequences) == 1
                     token_ids = leader.token_ids if alone else group.request.prompt_token_ids
                     found = leader.table.find_prefix(token_ids)
                     group.awaited = _next_full_block(leader, token_ids, len(found), block_size)
-                if group.awaited is not None and _is_being_computed(group.awaited, behind, block_size):
+                    if transfers is not None:
+                        stored = transfers.find(leader, token_ids, len(found))
+                if group.awaited is not None and self._is_on_its_way(group.awaited, behind, loading):
                     postponed.append(group)
                     continue
             if not self._fits(group, found, promised):
                 self._waiting.push(group)
                 break
-            self._start(plan, group, found)
-            behind.append(leader)
+            self._start(plan, group, found, stored)
             promised += _num_blocks_to_come(leader, block_size)
+            if transfers is not None and leader in transfers.waiting:
+                loading.append(leader)
+                continue
+            behind.append(leader)
             wanted += leader.num_missing_tokens
         for group in postponed:
             self._waiting.push(group)
@@ -257,22 +302,40 @@ class Scheduler:
         needed -= sum(1 for block in found if self.pool.ref_counts[block])
         return needed + promised <= self.pool.num_free - self._watermark
 
-    def _start(self, plan: StepPlan, group: SequenceGroup, found: list[int]) -> None:
+    def _is_on_its_way(self, block: tuple[int, BlockName], behind: list[Sequence], loading: list[Sequence]) -> bool:
+        """Whether somebody computes a block or loads it."""
+        if self._transfers is not None and self._transfers.is_coming(block[1]):
+            return True
+        return _is_being_computed(block, [*behind, *loading] if loading else behind, self.pool.block_size)
+
+    def _start(
+        self, plan: StepPlan, group: SequenceGroup, found: list[int], stored: list[tuple[str, BlockName]]
+    ) -> None:
         for sequence in (*group.sequences, *group.spares):
             sequence.row = self._free_rows.pop()
             self._rows[sequence.row] = sequence
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
         leader.table.adopt(found)
-        leader.num_computed_tokens = leader.table.num_tokens
-        if found:
-            plan.new_blocks.append((leader.row, 0, found))
+        leader.num_computed_tokens = num_cached = leader.table.num_tokens
+        if stored and self._transfers is not None:
+            self._transfers.start(leader, stored)
+            if leader not in self._transfers.waiting:
+                num_cached = leader.num_computed_tokens
+        if leader.table.blocks:
+            plan.new_blocks.append((leader.row, 0, leader.table.blocks.copy()))
         if group.num_cached_tokens < 0:
             group.first_scheduled_time = self._clock()
-            group.num_cached_tokens = leader.num_computed_tokens
+            group.num_cached_tokens = 0
             self._stats.total_prefix_queries += group.num_prompt_tokens
-            self._stats.total_prefix_hits += leader.num_computed_tokens
+            self._count_hits(group, num_cached)
         bisect.insort(self._running, group, key=_order)
+
+    def _count_hits(self, group: SequenceGroup, num_tokens: int) -> None:
+        """Tokens that need not be computed, if this is how the group begins and not how it resumes."""
+        if group.num_preemptions == 0:
+            group.num_cached_tokens += num_tokens
+            self._stats.total_prefix_hits += num_tokens
 
     def _plan_behind(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
         """Share the rest of the budget among sequences that lack more than their last token."""
@@ -323,6 +386,9 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
         """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained."""
         rows, block_size = self._rows, self.pool.block_size
+        if self._tiers is not None and self._transfers is not None and result.moved is not None:
+            self._tiers.measure_step(plan, self._clock() - self._planned_at)
+            self._transfers.take_in(plan.moves, result.moved)
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             sequence = rows[row]
             assert sequence is not None
@@ -359,7 +425,7 @@ class Scheduler:
                     deltas += self._advance(
                         group, group.beam_search, [result.candidates[i] for i in range(first, place)]
                     )
-        self._stats.total_steps += 1
+        self._stats.total_steps += bool(plan.rows)
         return deltas
 
     def _share_prompt(self, group: SequenceGroup) -> None:
@@ -403,6 +469,8 @@ class Scheduler:
             delta.finish_reason = FinishReason.ERROR
             # What made the sample fail may sit in the KV, where the next request of this prefix would find it.
             sequence.table.forget_names()
+            if self._transfers is not None:
+                self._transfers.forget(sequence)
         else:
             delta.token_ids.append(token_id)
             if logprobs is not None:
@@ -472,6 +540,8 @@ class Scheduler:
         """A beam cannot go on, and the search means nothing without it."""
         for sequence in group.sequences:
             sequence.table.forget_names()
+            if self._transfers is not None:
+                self._transfers.forget(sequence)
         deltas = [_delta(group, index) for index in range(group.request.params.n)]
         for delta in deltas:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
@@ -482,6 +552,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks and row."""
+        if self._transfers is not None:
+            self._transfers.cancel(sequence)
         sequence.table.free()
         if sequence.row != NO_ROW:
             self._rows[sequence.row] = None

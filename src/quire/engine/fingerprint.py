@@ -1,0 +1,41 @@
+"""What decides the keys and values of a block besides its tokens: a hash that blocks on disk are kept under.
+
+It covers config.json, and of each safetensors file the name, size, time of change and header (every tensor's name,
+dtype, shape and place; not the bytes themselves, which would take as long as loading); the dtypes of weights and KV,
+the layout and the block size; whether weights are random, and their seed; the version of Quire and the CPU kernels'
+instruction set, since both may change the last bits of a value. Any of it different, and nothing stored is found.
+"""
+
+from hashlib import blake2b
+from pathlib import Path
+
+from quire import __version__
+from quire.config import EngineConfig
+from quire.engine.memory_plan import MemoryPlan
+from quire.runner.disk_blocks import FINGERPRINT_BYTES
+
+KV_LAYOUT = "keys transposed, values plain, layer after layer"
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instruction_set: str) -> bytes:
+    """FINGERPRINT_BYTES of BLAKE2b."""
+    digest = blake2b(digest_size=FINGERPRINT_BYTES)
+
+    def add(value: bytes) -> None:
+        digest.update(len(value).to_bytes(8, "little") + value)
+
+    for text in (__version__, KV_LAYOUT, instruction_set, plan.dtype, plan.kv_cache_dtype, str(plan.block_size)):
+        add(text.encode())
+    add((folder / "config.json").read_bytes())
+    if config.load_format == "dummy":
+        add(b"dummy %d" % config.seed)
+        return digest.digest()
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.stat()
+        add(path.name.encode())
+        add(b"%d %d" % (status.st_size, status.st_mtime_ns))
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            add(file.read(min(length, _MAX_HEADER_BYTES)))
+    return digest.digest()

@@ -1,0 +1,81 @@
+"""BlockStore: the contents of the tiers below the pool, and the copies between them. It moves what a plan says.
+
+Host memory is one tensor of blocks, copied to and from within a step. It is trusted as the pool is, and has no
+checksums; what was on a disk has (see `disk_blocks`).
+"""
+
+import time
+
+import numpy as np
+import torch
+
+from quire.kv_cache.storage import KVCache
+from quire.kv_cache.tiers import HOST
+from quire.runner.disk_blocks import HEADER_BYTES, DiskBlocks
+from quire.step import BlockMoves, MovedBlocks
+
+MAX_WAIT_SECONDS = 0.05
+"""The longest a step waits for a read: what clients say meanwhile must not wait longer."""
+
+
+class BlockStore:
+    """The disk's files, and `num_host_blocks` blocks in host memory, which take none before they are written."""
+
+    def __init__(self, kv_cache: KVCache, *, num_host_blocks: int = 0, disk: DiskBlocks | None = None) -> None:
+        self._kv_cache = kv_cache
+        self._disk = disk
+        self._host = torch.from_numpy(np.zeros((num_host_blocks, kv_cache.block_bytes), dtype=np.uint8))
+        self._slots: dict[bytes, int] = {}
+        self._free_slots = list(range(num_host_blocks - 1, -1, -1))
+
+    def move(self, moves: BlockMoves) -> float:
+        """Carry out a plan's moves, in the order of its fields. Returns the seconds spent on loads from host memory."""
+        for tier, name in moves.forgotten:
+            if tier == HOST:
+                self._free_slots.append(self._slots.pop(name))
+            else:
+                self._files.forget(name)
+        for tier, name, block in moves.saves:
+            if tier == HOST:
+                slot = self._slots[name] = self._free_slots.pop()
+                self._kv_cache.copy_out(block, self._host[slot])
+            else:
+                buffer = self._files.new_buffer()
+                self._kv_cache.copy_out(block, _content(buffer))
+                self._files.save(name, buffer)
+        for name in moves.dropped:
+            self._files.give_back(self._files.take(name))
+        seconds = 0.0
+        for tier, name, block in moves.loads:
+            if tier == HOST:
+                started = time.perf_counter()
+                self._kv_cache.copy_in(block, self._host[self._slots[name]])
+                seconds += time.perf_counter() - started
+            else:
+                buffer = self._files.take(name)
+                self._kv_cache.copy_in(block, _content(buffer))
+                self._files.give_back(buffer)
+        for name in moves.reads:
+            self._files.read(name)
+        return seconds
+
+    def collect(self, *, wait: bool) -> MovedBlocks:
+        """What has ended in the background; with `wait`, not before a read has, or a moment has passed."""
+        if self._disk is None:
+            return MovedBlocks()
+        return self._disk.collect(MAX_WAIT_SECONDS if wait else 0.0)
+
+    def close(self) -> None:
+        """Write what is queued and let go of the files."""
+        if self._disk is not None:
+            self._disk.close()
+
+    @property
+    def _files(self) -> DiskBlocks:
+        assert self._disk is not None, "a plan names the disk tier, but there is none"
+        return self._disk
+
+
+def _content(buffer: bytearray) -> torch.Tensor:
+    """A buffer's block as uint8 [block_bytes], in the same memory."""
+    return torch.frombuffer(buffer, dtype=torch.uint8, offset=HEADER_BYTES)

@@ -1,0 +1,467 @@
+"""Tiers below the pool, against a runner that keeps what it is told to keep, late, and sometimes loses it.
+
+As in `test_scheduler`, the content of a block is a chain of hashes of tokens: a block saved too late, loaded too early,
+into the wrong place or into one that somebody else has by now shows in the next token.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, precondition, rule
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
+from quire.scheduler.scheduler import Scheduler
+from quire.step import MovedBlocks, StepPlan, StepResult
+from tests.scheduler.test_scheduler import (
+    NOTHING,
+    Engine,
+    FakeRunner,
+    SchedulerMachine,
+    counts_by_request,
+    is_faulty,
+    kv_of_all,
+    new_request,
+)
+
+BLOCK_BYTES = 2**30
+"""So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
+
+
+@dataclass
+class FakeDisk:
+    """Outlives the engines of a test."""
+
+    blocks: dict[bytes, list[int]] = field(default_factory=dict)
+    broken: set[bytes] = field(default_factory=set)
+    full: bool = False
+
+
+class TieredRunner(FakeRunner):
+    """Reads and writes end some steps later, in their order; `patience` is the chance that one ends in a step."""
+
+    def __init__(self, num_blocks: int, block_size: int, disk: FakeDisk, patience: float, seed: int) -> None:
+        super().__init__(num_blocks, block_size)
+        self.host: dict[bytes, list[int]] = {}
+        self.disk = disk
+        self.writing: list[tuple[bytes, list[int] | None]] = []
+        self.reading: list[bytes] = []
+        self.arrived: dict[bytes, list[int]] = {}
+        self.patience = patience
+        self.rng = random.Random(seed)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if plan.moves is not None:
+            moves = plan.moves
+            for tier, name in moves.forgotten:
+                if tier == HOST:
+                    del self.host[name]
+                else:
+                    self.writing.append((name, None))
+            for tier, name, block in moves.saves:
+                content = self.memory[block].copy()
+                assert NOTHING not in content
+                if tier == HOST:
+                    assert name not in self.host
+                    self.host[name] = content
+                else:
+                    self.writing.append((name, content))
+            for name in moves.dropped:
+                del self.arrived[name]
+            for tier, name, block in moves.loads:
+                self.memory[block] = self.host[name].copy() if tier == HOST else self.arrived.pop(name)
+            self.reading += moves.reads
+        assert sum(content is not None for _, content in self.writing) <= MIN_STAGED_BLOCKS
+        assert len(self.reading) + len(self.arrived) <= MIN_STAGED_BLOCKS
+        result = super().execute(plan)
+        result.moved = self.moved(wait=plan.moves is not None and plan.moves.wait)
+        return result
+
+    def moved(self, *, wait: bool) -> MovedBlocks:
+        moved = MovedBlocks(load_seconds=0.001)
+        while self.writing and self.rng.random() < self.patience:
+            name, content = self.writing.pop(0)
+            if content is None:
+                self.disk.blocks.pop(name, None)
+            elif self.disk.full:
+                moved.not_saved.append(name)
+                moved.stopped = True
+            else:
+                self.disk.blocks[name] = content
+                moved.saved.append(name)
+        while self.reading and (wait or self.rng.random() < self.patience):
+            wait = False
+            name = self.reading.pop(0)
+            if name not in self.disk.blocks:
+                moved.not_read.append((name, "missing"))
+            elif name in self.disk.broken:
+                moved.not_read.append((name, "corrupt"))
+                self.disk.broken.discard(name)
+                del self.disk.blocks[name]
+            else:
+                self.arrived[name] = self.disk.blocks[name].copy()
+                moved.read.append((name, 0.001))
+        return moved
+
+
+class TieredEngine(Engine):
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        *,
+        num_host_blocks: int = 0,
+        num_disk_blocks: int = 0,
+        disk: FakeDisk | None = None,
+        patience: float = 1.0,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_num_partial_prefills: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_blocks, block_size)
+        self.disk = FakeDisk() if disk is None else disk
+        stored = [(name, BLOCK_BYTES) for name in self.disk.blocks]
+        self.index = TierIndex(
+            lambda: 1.0,
+            host=Tier(num_host_blocks * BLOCK_BYTES, BLOCK_BYTES) if num_host_blocks else None,
+            disk=Tier(num_disk_blocks * BLOCK_BYTES, BLOCK_BYTES, stored) if num_disk_blocks else None,
+        )
+        self.num_host_blocks = num_host_blocks
+        self.num_disk_blocks = num_disk_blocks
+        self.pool = BlockPool(num_blocks, block_size)
+        self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=256,
+            max_num_partial_prefills=max_num_partial_prefills,
+            tiers=self.index,
+            clock=lambda: 1.0,
+        )
+
+    def run(self, max_steps: int = 1_000) -> None:
+        super().run(4 * max_steps + 1_000)
+
+    def settle(self) -> None:
+        """Steps without requests, until all is saved."""
+        for _ in range(2_000):
+            if not self.scheduler.has_idle_work:
+                return
+            self.step()
+        raise AssertionError("saving does not end")
+
+    def step(self) -> StepPlan:
+        plan = super().step()
+        transfers = self.scheduler._transfers
+        assert transfers is not None
+        assert len(self.runner.host) <= self.num_host_blocks
+        if DISK in self.index.tiers:
+            removed = {name for name, content in self.runner.writing if content is None}
+            written = {name for name, content in self.runner.writing if content is not None}
+            assert len((self.disk.blocks.keys() - removed) | written) <= self.num_disk_blocks
+        if not transfers._plan.forgotten:
+            if HOST in self.index.tiers:
+                assert set(self.index.tiers[HOST].names()) == self.runner.host.keys()
+            if DISK in self.index.tiers and not self.runner.writing:
+                assert set(self.index.tiers[DISK].names()) == self.disk.blocks.keys()
+        return plan
+
+    def check_plan(self, plan: StepPlan) -> None:
+        scheduler = self.scheduler
+        assert scheduler._transfers is not None
+        waiting = scheduler._transfers.waiting
+        if not plan.rows and scheduler.has_work:
+            assert plan.moves is not None
+            assert plan.moves.wait, "a step that computes nothing waits for something"
+        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert not {sequence.row for sequence in waiting} & set(plan.rows)
+        for tier in self.index.tiers.values():
+            assert tier.stats.num_bytes <= tier.stats.capacity_bytes
+
+
+def stats_of(engine: TieredEngine, tier: str) -> dict[str, int]:
+    stats = engine.scheduler.stats().tiers[tier]
+    names = ("hits", "saved", "loaded", "dropped", "evicted", "corrupt", "recomputed")
+    return {name: value for name in names if (value := getattr(stats, f"total_{name}"))}
+
+
+PROMPT = list(range(100, 112))
+"""Three blocks."""
+
+
+def with_stored_prompt(**options: int) -> TieredEngine:
+    """A new engine on a disk where an earlier one has stored PROMPT and one more block."""
+    engine = TieredEngine(num_disk_blocks=20)
+    engine.add(new_request("a", PROMPT, max_tokens=6))
+    engine.run()
+    engine.settle()
+    assert len(engine.disk.blocks) == 4
+    return TieredEngine(num_disk_blocks=20, disk=engine.disk, **options)
+
+
+def test_what_is_evicted_moves_to_host_memory_and_comes_back_in_the_same_step() -> None:
+    engine = TieredEngine(num_blocks=8, num_host_blocks=20)
+    engine.add(new_request("a", PROMPT, max_tokens=2))
+    engine.run()
+    engine.add(new_request("b", 28, max_tokens=2))
+    engine.run()
+    assert engine.pool.find(next(iter(engine.runner.host))) is None
+    engine.add(new_request("again", [*PROMPT, 1], max_tokens=2))
+    plan = engine.step()
+    assert (plan.starts, plan.counts) == ([12], [1])
+    assert engine.scheduler._groups["again"].num_cached_tokens == 12
+    assert stats_of(engine, HOST)["hits"] == 12
+    engine.run()
+
+
+def test_a_host_tier_forgets_what_was_used_least_recently() -> None:
+    engine = TieredEngine(num_blocks=8, num_host_blocks=6)
+    for number in range(4):
+        engine.add(new_request(f"{number}", 24, max_tokens=2))
+        engine.run()
+    stats = stats_of(engine, HOST)
+    saved = engine.pool.total_evictions
+    assert (stats["saved"], stats["evicted"], len(engine.runner.host)) == (saved, saved - 6, 6)
+
+
+def test_the_disk_tier_survives_a_restart_though_nothing_was_evicted() -> None:
+    engine = with_stored_prompt()
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
+    assert engine.step().rows == []
+    plan = engine.step()
+    assert (plan.starts, plan.counts) == ([12], [1])
+    assert engine.scheduler._groups["b"].num_cached_tokens == 12
+    assert engine.scheduler.stats().total_prefix_hits == 12
+    engine.run()
+    assert stats_of(engine, DISK) == {"hits": 12, "loaded": 3}
+
+
+def test_another_salt_finds_nothing() -> None:
+    engine = with_stored_prompt()
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3, salt="other"))
+    assert engine.step().counts == [13]
+
+
+def test_others_run_while_one_waits_for_its_blocks() -> None:
+    engine = with_stored_prompt()
+    engine.runner.patience = 0.0
+    engine.add(new_request("stored", [*PROMPT, 7], max_tokens=3))
+    engine.add(new_request("new", 8, max_tokens=9))
+    for _ in range(5):
+        assert set(counts_by_request(engine, engine.step())) == {"new"}
+    engine.runner.patience = 1.0
+    engine.step()
+    assert set(counts_by_request(engine, engine.step())) == {"stored", "new"}
+    engine.run()
+
+
+def test_two_requests_for_one_stored_prefix_load_it_once() -> None:
+    engine = with_stored_prompt()
+    for name in "bc":
+        engine.add(new_request(name, [*PROMPT, ord(name)], max_tokens=3))
+    engine.run()
+    assert stats_of(engine, DISK)["loaded"] == 3
+    assert engine.scheduler.stats().total_prompt_tokens == 2
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_what_cannot_be_read_is_computed_from_there_on(broken: int) -> None:
+    engine = with_stored_prompt()
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
+    table = engine.scheduler._groups["b"].leader.table
+    engine.disk.broken.add(table.name_of(broken, PROMPT))
+    engine.step()
+    plan = engine.step()
+    assert (plan.starts, plan.counts) == ([4 * broken], [13 - 4 * broken])
+    assert stats_of(engine, DISK)["corrupt"] == 1
+    assert engine.scheduler.stats().total_prefix_hits == 4 * broken
+    engine.run()
+    engine.settle()
+    assert len(engine.disk.blocks) == 4, "the block is stored anew"
+
+
+def test_abort_while_blocks_are_on_their_way() -> None:
+    engine = with_stored_prompt()
+    engine.runner.patience = 0.0
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
+    engine.step()
+    engine.abort("b")
+    assert engine.pool.num_free == 64
+    engine.add(new_request("c", [*PROMPT, 8], max_tokens=3))
+    engine.run()
+    assert engine.runner.arrived == {}
+    assert engine.scheduler.stats().total_prompt_tokens == 1
+
+
+def test_a_full_disk_stops_the_tier_and_nothing_else() -> None:
+    engine = with_stored_prompt()
+    engine.disk.full = True
+    engine.add(new_request("b", 40, max_tokens=3))
+    engine.run()
+    engine.settle()
+    stats = engine.scheduler.stats().tiers[DISK]
+    assert stats.stopped
+    assert stats.total_dropped > 0
+    engine.add(new_request("c", [*PROMPT, 7], max_tokens=3))
+    engine.run()
+    assert stats_of(engine, DISK)["hits"] == 12, "what is there is still found"
+    assert not engine.scheduler.has_idle_work
+
+
+def test_a_writer_that_is_behind_loses_blocks_and_delays_nobody() -> None:
+    engine = TieredEngine(num_blocks=8, num_disk_blocks=50, patience=0.0)
+    for number in range(4):
+        engine.add(new_request(f"{number}", 24, max_tokens=2))
+        engine.run()
+    stats = stats_of(engine, DISK)
+    assert len(engine.runner.writing) == MIN_STAGED_BLOCKS
+    assert stats["dropped"] == engine.pool.total_evictions - MIN_STAGED_BLOCKS
+
+
+def test_the_beginnings_of_prompts_are_written_first() -> None:
+    engine = TieredEngine(num_disk_blocks=50, patience=0.0)
+    engine.add(new_request("a", 24, max_tokens=1))
+    engine.run()
+    first = engine.step()
+    assert first.moves is not None
+    assert [engine.runner.memory[block][0] for _, _, block in first.moves.saves] == [
+        kv_of_all(new_request("a", 24).prompt_token_ids)[0]
+    ]
+
+
+def test_a_smaller_size_after_a_restart_is_kept_at_once() -> None:
+    disk = with_stored_prompt().disk
+    engine = TieredEngine(num_disk_blocks=2, disk=disk)
+    engine.add(new_request("b", 3, max_tokens=1))
+    engine.run()
+    assert len(disk.blocks) == 2
+
+
+def test_resetting_the_prefix_cache_empties_the_tiers() -> None:
+    engine = with_stored_prompt(num_host_blocks=8)
+    engine.scheduler.reset_prefix_cache()
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=1))
+    assert engine.step().counts == [13]
+    assert engine.disk.blocks == {}
+
+
+def test_what_a_failed_sample_held_is_forgotten_below_too() -> None:
+    prompts = ([number] * 9 for number in range(100, 200))
+    prompt = next(prompt for prompt in prompts if is_faulty(kv_of_all(prompt)[-1], seed=-1))
+    engine = TieredEngine(num_disk_blocks=20)
+    engine.add(new_request("healthy", prompt, max_tokens=1))
+    engine.run()
+    engine.settle()
+    assert len(engine.disk.blocks) == 2
+    engine.add(new_request("faulty", prompt, seed=-1))
+    engine.run()
+    engine.step()
+    assert engine.disk.blocks == {}
+
+
+@pytest.mark.parametrize("tiers", [(0, 0), (12, 0), (0, 60), (6, 60)])
+def test_preempted_requests_resume_from_wherever_their_blocks_are(tiers: tuple[int, int]) -> None:
+    engine = TieredEngine(num_blocks=24, num_host_blocks=tiers[0], num_disk_blocks=tiers[1], patience=0.5)
+    for number in range(24):
+        engine.add(new_request(f"{number}", 12, max_tokens=18))
+    engine.run()
+    assert engine.scheduler.stats().total_preemptions > 5
+    if any(tiers):
+        loaded = sum(tier.stats.total_loaded for tier in engine.index.tiers.values())
+        assert loaded > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_crowds_with_little_memory_at_every_level(seed: int) -> None:
+    rng = random.Random(seed)
+    disk = FakeDisk()
+    for _ in range(2):
+        engine = TieredEngine(
+            rng.choice([12, 16, 30]),
+            4,
+            num_host_blocks=rng.choice([0, 1, 5, 40]),
+            num_disk_blocks=rng.choice([0, 3, 10, 60]),
+            disk=disk,
+            patience=rng.choice([0.1, 0.5, 1.0]),
+            max_num_batched_tokens=rng.choice([8, 20, 64]),
+            seed=seed,
+        )
+        for number in range(20):
+            prompt = [0] * rng.randrange(12) + [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
+            engine.add(new_request(f"{number}", prompt, rng.randrange(1, 10), n=rng.choice([1, 1, 2]), seed=number % 3))
+            disk.broken |= {name for name in disk.blocks if rng.random() < 0.1}
+        engine.run()
+        engine.settle()
+        assert engine.runner.arrived == {}
+
+
+class TieredMachine(SchedulerMachine):
+    """All that befalls a scheduler, with tiers that are slow and lose things; and restarts."""
+
+    @initialize(
+        num_blocks=st.integers(1, 48),
+        block_size=st.integers(1, 5),
+        max_num_seqs=st.integers(1, 8),
+        more_budget=st.sampled_from([0, 3, 40]),
+        num_host_blocks=st.sampled_from([0, 1, 4, 30]),
+        num_disk_blocks=st.sampled_from([0, 2, 10, 80]),
+        patience=st.sampled_from([0.2, 0.6, 1.0]),
+    )
+    def start(  # type: ignore[override]
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        more_budget: int,
+        num_host_blocks: int,
+        num_disk_blocks: int,
+        patience: float,
+    ) -> None:
+        self.options = {
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_seqs + more_budget,
+            "num_host_blocks": num_host_blocks,
+            "num_disk_blocks": num_disk_blocks,
+            "patience": patience,
+            "disk": FakeDisk(),
+        }
+        self.engine: TieredEngine = TieredEngine(**self.options)
+        self.num_requests = 0
+
+    @precondition(lambda self: not self.engine.clients)
+    @rule(flush=st.booleans())
+    def restart(self, flush: bool) -> None:
+        if flush:
+            self.engine.settle()
+        self.engine = TieredEngine(**self.options)
+
+    @precondition(lambda self: self.engine.disk.blocks)
+    @rule(data=st.data())
+    def break_a_block(self, data: st.DataObject) -> None:
+        self.engine.disk.broken.add(data.draw(st.sampled_from(sorted(self.engine.disk.blocks))))
+
+    @rule(full=st.booleans())
+    def fill_the_disk(self, full: bool) -> None:
+        self.engine.disk.full = full
+
+    @rule()
+    def reset(self) -> None:
+        self.engine.scheduler.reset_prefix_cache()
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "engine"):
+            self.engine.settle()
+            self.engine.step()
+            assert self.engine.runner.arrived == {}
+
+
+TestTieredMachine = TieredMachine.TestCase
+TestTieredMachine.settings = settings(max_examples=40, stateful_step_count=25)
