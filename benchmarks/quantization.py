@@ -197,9 +197,11 @@ class Ceilings:
                 self.best[name] = max(rate, self.best.get(name, 0.0))
 
 
-def perplexity(threads: int | None = None, num_tokens: int | None = None, **options: str) -> float:
+def perplexity(
+    *, dtype: str, quantization: str | None = None, threads: int | None = None, num_tokens: int | None = None
+) -> float:
     """Of the bundled model on the held-out text, in rows of the longest context, each opened as a document is."""
-    llm = LLM(max_num_seqs=2, num_blocks=128, threads=threads, **options)
+    llm = LLM(dtype=dtype, quantization=quantization, max_num_seqs=2, num_blocks=128, threads=threads)
     tokenizer = llm.get_tokenizer()
     begin = tokenizer.bos_token_id
     assert begin is not None
@@ -215,8 +217,8 @@ def perplexity(threads: int | None = None, num_tokens: int | None = None, **opti
 
 
 def perplexity_table(threads: int) -> dict[str, float]:
-    found = {"float32": perplexity(threads, dtype="float32")}
-    found |= {name: perplexity(threads, dtype="float32", quantization=name) for name in METHODS}
+    found = {"float32": perplexity(threads=threads, dtype="float32")}
+    found |= {name: perplexity(threads=threads, dtype="float32", quantization=name) for name in METHODS}
     print(f"\nPerplexity of the bundled model on {HELD_OUT.name}")
     for name, value in found.items():
         print(f"  {name:8}{value:9.4f}{value / found['float32'] - 1:+9.2%}")
