@@ -305,6 +305,76 @@ void linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, c
     kernels->linear(a);
 }
 
+int64_t groups_of(int64_t k, int64_t group) { return (k + group - 1) / group; }
+
+const nb::dlpack::dtype kUint8 = nb::dtype<uint8_t>(), kInt8 = nb::dtype<int8_t>();
+
+// Checks a packed low-bit weight of k inputs against its scales, and returns it.
+LowBitWeight low_bit_weight(const Tensor& packed, const Tensor& scales, int bits, int64_t group, int64_t k) {
+    const Argument weight("packed", packed), scale("scales", scales);
+    if (bits != 8 && bits != 4) throw std::invalid_argument("bits: expected 8 or 4, found " + std::to_string(bits));
+    if (k > kMostInputs)
+        throw std::invalid_argument("weight: expected at most " + std::to_string(kMostInputs) + " inputs, found " +
+                                    std::to_string(k));
+    if (group < 1 || (group < k && group % 32))
+        throw std::invalid_argument("group_size: expected a multiple of 32, or at least the " + std::to_string(k) +
+                                    " inputs, found " + std::to_string(group));
+    const int64_t pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
+    weight.of(kUint8).shaped({kAny, pairs, bits / 4, kPanel, 4}).contiguous();
+    scale.of(kFloat32).shaped({weight.size(0), groups_of(k, group), kPanel}).contiguous();
+    const int64_t depth = pairs * kPairOfSteps;
+    return {weight.pointer<uint8_t>(), scale.pointer<float>(), bits, std::min(group, depth), nullptr, depth + 64};
+}
+
+void quantize_rows(const Tensor& x, const Tensor& bytes, const Tensor& scales) {
+    const Argument input("x", x), output("bytes", bytes);
+    input.of(kFloat32).shaped({kAny, kAny}).contiguous(1);
+    const int64_t rows = input.size(0), k = input.size(1);
+    output.of(kInt8).shaped({rows, (k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps}).contiguous();
+    float* scale = const_cast<float*>(vector_of_floats("scales", scales, rows));
+    nb::gil_scoped_release release;
+    kernels->quantize_rows(input.rows(), rows, k, output.pointer<void>(), scale);
+}
+
+void quantize_linear(const Tensor& weight, const Tensor& packed, const Tensor& scales, int bits, int64_t group,
+                     int64_t first_row) {
+    const Argument source("weight", weight), target("packed", packed);
+    source.shaped({kAny, kAny}).contiguous();
+    LowBitWeight to = low_bit_weight(packed, scales, bits, group, source.size(1));
+    if (first_row < 0 || first_row + source.size(0) > target.size(0) * kPanel)
+        source.fail("rows " + std::to_string(first_row) + " to at most " + std::to_string(target.size(0) * kPanel),
+                    std::to_string(source.size(0)) + " rows");
+    const Element from = element_of(source);
+    to.scratch = reinterpret_cast<uint8_t*>(scratch_of(omp_get_max_threads() * to.scratch_bytes / sizeof(float)));
+    nb::gil_scoped_release release;
+    kernels->quantize_linear(source.pointer<void>(), from, source.size(0), source.size(1), to, first_row);
+}
+
+void linear_quantized(const Tensor& x, const Tensor& packed, const Tensor& scales, int bits, int64_t group,
+                      std::optional<Tensor> bias, const Tensor& out) {
+    LowBitLinear a{};
+    const Argument input("x", x), weight("packed", packed), output("out", out);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    a.m = output.size(0);
+    a.n = output.size(1);
+    input.of(kFloat32).shaped({a.m, kAny}).contiguous(1);
+    a.k = input.size(1);
+    const LowBitWeight checked = low_bit_weight(packed, scales, bits, group, a.k);
+    weight.shaped({(a.n + kPanel - 1) / kPanel, kAny, kAny, kAny, kAny});
+    a.x = input.rows();
+    a.weight = checked.weight;
+    a.scales = checked.scales;
+    a.bits = bits;
+    a.group = checked.group;
+    a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
+    a.out = output.pointer<float>();
+    if (a.m == 0) return;
+    const int64_t words = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 4 + 1 + groups_of(a.k, a.group);
+    a.scratch = scratch_of(a.m * words);
+    nb::gil_scoped_release release;
+    kernels->linear_quantized(a);
+}
+
 void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& merges,
                      const Tensor& partials, float scale, int64_t window, float softcap,
@@ -378,7 +448,13 @@ NB_MODULE(_cpu, m) {
     m.def("copy_blocks", &copy_blocks, nb::arg("k_caches"), nb::arg("v_caches"), nb::arg("pairs"));
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
+    m.def("quantize_rows", &quantize_rows, nb::arg("x"), nb::arg("bytes"), nb::arg("scales"));
+    m.def("quantize_linear", &quantize_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"),
+          nb::arg("bits"), nb::arg("group_size"), nb::arg("first_row"));
+    m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
+          nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
     m.attr("panel") = kPanel;
+    m.attr("pair_of_steps") = kPairOfSteps;
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),
           nb::arg("query_start_loc"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"),
           nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),

@@ -7,16 +7,18 @@ namespace quire {
 const Kernels* const* supported_kernels() {
     // Filled once, on first use; the checks below also ask the operating system whether it saves the wide registers.
     static const struct Supported {
-        const Kernels* list[4] = {};
+        const Kernels* list[5] = {};
         Supported() {
             int count = 0;
 #ifdef QUIRE_X86
             __builtin_cpu_init();
             const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                                   __builtin_cpu_supports("f16c");
-            if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-                list[count++] = &avx512::kernels;
+            const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                    __builtin_cpu_supports("avx512vl");
+            if (has_avx512 && __builtin_cpu_supports("avx512vnni")) list[count++] = &avx512vnni::kernels;
+            if (has_avx512) list[count++] = &avx512::kernels;
             if (has_avx2) list[count++] = &avx2::kernels;
 #endif
             list[count++] = &portable::kernels;

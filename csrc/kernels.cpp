@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "kv_cache.h"
 #include "linear.h"
+#include "linear_low_bit.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
@@ -22,6 +23,9 @@ extern const Kernels kernels = {
     .write_kv = write_kv,
     .pack_linear = pack_linear,
     .linear = linear,
+    .quantize_rows = quantize_rows,
+    .quantize_linear = quantize_linear,
+    .linear_quantized = linear_quantized,
     .attention_scratch = attention_scratch,
     .attention = attention,
 };

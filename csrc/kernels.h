@@ -73,6 +73,33 @@ struct Linear {
     int64_t m, n, k;
 };
 
+// Inputs of low-bit weights go in pairs of steps of four; rows are padded to whole pairs.
+constexpr int64_t kPairOfSteps = 8;
+// The sum of so many products of 127 * 127 still fits 32 bits.
+constexpr int64_t kMostInputs = 1 << 17;
+
+// A weight of 8 or 4 bits; how it lies is told in linear_low_bit.h. `scales` are [panel][group][kPanel].
+struct LowBitWeight {
+    uint8_t* weight;
+    float* scales;
+    int bits;
+    int64_t group;  // inputs that share a scale: a multiple of 32, or k in whole pairs
+    uint8_t* scratch;       // for packing: an area per thread
+    int64_t scratch_bytes;  // of one thread: k rounded up to whole pairs, and 64
+};
+
+struct LowBitLinear {
+    Rows x;  // [m, k]
+    const uint8_t* weight;
+    const float* scales;
+    int bits;
+    int64_t group;
+    const float* bias;  // [n] or null
+    float* out;         // [m, n], contiguous
+    void* scratch;      // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words
+    int64_t m, n, k;
+};
+
 // One implementation of every operation; quire/kernels/reference.py says what each computes.
 struct Kernels {
     const char* isa;
@@ -87,6 +114,10 @@ struct Kernels {
     void (*pack_linear)(const void* weight, Element from, int64_t rows, int64_t k, void* packed, Element to,
                         int64_t first_row);
     void (*linear)(const Linear& linear);
+    void (*quantize_rows)(Rows x, int64_t rows, int64_t k, void* bytes, float* scales);
+    void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
+                            int64_t first_row);
+    void (*linear_quantized)(const LowBitLinear& linear);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
 };
@@ -94,6 +125,7 @@ struct Kernels {
 namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
 
 // copy_blocks.cpp: pairs of (source, destination), in every layer; needs no arithmetic, hence no instruction set.
 void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs);

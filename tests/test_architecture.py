@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 
 LEVELS = (
-    {"errors", "sampling_params", "model_config", "config", "request", "step", "outputs"},
+    {"errors", "sampling_params", "quantization", "model_config", "config", "request", "step", "outputs"},
     {"kernels"},
     {"attention"},
     {"layers"},

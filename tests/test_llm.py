@@ -91,7 +91,7 @@ def test_chat(llm: LLM) -> None:
         ({"block_size": 0}, "block_size is 0; it must be an integer from 1 to 1024"),
         ({"max_num_seqs": 300, "max_num_batched_tokens": 200}, "less than max_num_seqs 300"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory is 'lots'; give a positive number of bytes"),
-        ({"quantization": "int8"}, "no quantisation is available yet"),
+        ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, or left out"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, object], message: str) -> None:

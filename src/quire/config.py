@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.quantization import METHODS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
@@ -34,7 +35,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     """What KV is stored in; auto follows dtype."""
     quantization: str | None = None
-    """Weight quantisation; none is available yet, so only None is accepted."""
+    """Store dense layers in fewer bits, made while loading: int8 or int4; None keeps dtype."""
     load_format: str = "auto"
     """auto reads safetensors; dummy makes random weights of the model's shape (for benchmarks)."""
     max_model_len: int | None = None
@@ -106,8 +107,10 @@ class EngineConfig:
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
-        if self.quantization is not None:
-            raise ConfigError(f"quantization is {self.quantization!r}; no quantisation is available yet, leave it out")
+        if self.quantization is not None and self.quantization not in METHODS:
+            raise ConfigError(
+                f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
+            )
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise ConfigError(f"load_format is {self.load_format!r}; it must be auto, safetensors or dummy")
         if self.generation_config not in ("auto", "none"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.quantization import METHODS
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -166,6 +167,17 @@ class ModelConfig:
         return self.max_position_embeddings
 
     @property
+    def linear_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Outputs and inputs of the dense layers of one decoder layer."""
+        heads, queries = self.num_heads + 2 * self.num_kv_heads, self.num_heads * self.head_dim
+        return (
+            (heads * self.head_dim, self.hidden_size),
+            (self.hidden_size, queries),
+            (self.intermediate_size * (2 if self.gated_mlp else 1), self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+        )
+
+    @property
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrix products and embedding tables, a tied one counted once."""
         heads = self.num_heads + 2 * self.num_kv_heads
@@ -194,9 +206,17 @@ class ModelConfig:
         """Exact number of parameters, as a model card counts them."""
         return self.num_matrix_parameters + self.num_vector_parameters
 
-    def weight_bytes(self, dtype: str) -> int:
+    def weight_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the weights stored as `dtype`. A tied table counts twice: rows are gathered from the one, the
-        other is packed for the matrix product that makes logits."""
+        other is packed for the matrix product that makes logits. A quantisation leaves the tables that rows are
+        gathered from in `dtype`."""
+        if quantization is not None:
+            method = METHODS[quantization]
+            layer = sum(method.layers.weight_bytes(*shape) for shape in self.linear_shapes)
+            head = method.head.weight_bytes(self.vocab_size, self.hidden_size)
+            tables = (self.vocab_size + (0 if self.rope else self.max_position_embeddings)) * self.hidden_size
+            vectors = self.num_vector_parameters * _FLOAT32_BYTES
+            return self.num_layers * layer + head + tables * DTYPE_BYTES[dtype] + vectors
         second_table = self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
         matrices = (self.num_matrix_parameters + second_table) * DTYPE_BYTES[dtype]
         return matrices + self.num_vector_parameters * _FLOAT32_BYTES

@@ -55,7 +55,9 @@ class EngineCore:
         torch.set_num_threads(num_threads)
         kernels = kernels_for("cpu")
         weights = RandomWeights(config.seed) if config.load_format == "dummy" else Weights.open(folder)
-        model = load_model(model_config, weights, kernels, plan.dtype, max_model_len=plan.max_model_len)
+        model = load_model(
+            model_config, weights, kernels, plan.quantization or plan.dtype, max_model_len=plan.max_model_len
+        )
         on_phase("weights", time.perf_counter() - started)
 
         started = time.perf_counter()

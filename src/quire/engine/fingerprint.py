@@ -25,7 +25,8 @@ def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instructio
     def add(value: bytes) -> None:
         digest.update(len(value).to_bytes(8, "little") + value)
 
-    for text in (__version__, KV_LAYOUT, instruction_set, plan.dtype, plan.kv_cache_dtype, str(plan.block_size)):
+    weights = f"{plan.dtype} {plan.quantization}"
+    for text in (__version__, KV_LAYOUT, instruction_set, weights, plan.kv_cache_dtype, str(plan.block_size)):
         add(text.encode())
     add((folder / "config.json").read_bytes())
     if config.load_format == "dummy":

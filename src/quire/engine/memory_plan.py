@@ -13,6 +13,7 @@ from quire.config import EngineConfig
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.quantization import METHODS
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
@@ -25,6 +26,7 @@ class MemoryPlan:
     """Sizes in bytes, counts in tokens, blocks and sequences; every open option of the config is decided here."""
 
     dtype: str
+    quantization: str | None = None
     kv_cache_dtype: str
     available: int
     weights: int
@@ -53,9 +55,10 @@ class MemoryPlan:
     def describe(self) -> list[str]:
         """The plan in a few lines, as printed at start."""
         longest = self.num_longest_sequences
+        stored = f"{self.quantization}, embeddings {self.dtype}" if self.quantization else self.dtype
         return [
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
-            f"weights {show_bytes(self.weights)} ({self.dtype}) + activations {show_bytes(self.activations)} "
+            f"weights {show_bytes(self.weights)} ({stored}) + activations {show_bytes(self.activations)} "
             f"({self.max_num_batched_tokens} tokens a step) "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
@@ -76,7 +79,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     dtype = model.checkpoint_dtype if config.dtype == "auto" else config.dtype
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     batched = config.max_num_batched_tokens or max(MIN_BATCHED_TOKENS, config.max_num_seqs)
-    weights = model.weight_bytes(dtype)
+    weights = model.weight_bytes(dtype, config.quantization)
     activations = model.activation_bytes(batched, config.max_num_seqs)
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * config.block_size
@@ -90,11 +93,11 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     left = available - weights - activations - swap_space - staging
     if left < per_block:
         raise MemoryPlanError(
-            f"the model does not fit: weights take {show_bytes(weights)} as {dtype} and activations "
-            f"{show_bytes(activations)}, "
+            f"the model does not fit: weights take {show_bytes(weights)} as {config.quantization or dtype} and "
+            f"activations {show_bytes(activations)}, "
             + (f"tiers below the KV cache {show_bytes(swap_space + staging)}, " if swap_space + staging else "")
             + f"but {show_bytes(available)} are available"
-            + _smaller_dtype(model, dtype, available)
+            + _smaller_weights(model, dtype, config.quantization, available)
         )
     wanted_len = config.max_model_len or model.context_length
     if wanted_len > model.context_length and config.max_model_len:
@@ -129,6 +132,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         )
     return MemoryPlan(
         dtype=dtype,
+        quantization=config.quantization,
         kv_cache_dtype=kv_dtype,
         available=available,
         weights=weights,
@@ -175,7 +179,12 @@ def show_bytes(size: int) -> str:
     return f"{value:.4g} GiB"
 
 
-def _smaller_dtype(model: ModelConfig, dtype: str, available: int) -> str:
-    if DTYPE_BYTES[dtype] > 2 and model.weight_bytes("float16") < available:
-        return f"; as float16 the weights take {show_bytes(model.weight_bytes('float16'))}"
-    return ""
+def _smaller_weights(model: ModelConfig, dtype: str, quantization: str | None, available: int) -> str:
+    """What the weights would take in the ways of storing them that are smaller, and small enough."""
+    choices = {} if DTYPE_BYTES[dtype] <= 2 or quantization else {"float16": model.weight_bytes("float16")}
+    choices |= {f"quantization {name}": model.weight_bytes(dtype, name) for name in METHODS}
+    now = model.weight_bytes(dtype, quantization)
+    fitting = [
+        f"as {name} the weights take {show_bytes(size)}" for name, size in choices.items() if size < min(now, available)
+    ]
+    return "; " + ", ".join(fitting) if fitting else ""

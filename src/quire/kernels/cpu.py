@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionPlan, QuantizedWeight
 
 __all__ = [
     "add_rms_norm",
@@ -23,8 +23,11 @@ __all__ = [
     "gelu_and_mul",
     "isa",
     "linear",
+    "linear_quantized",
     "pack_linear",
     "paged_attention",
+    "quantize_linear",
+    "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
     "rotary_",
@@ -34,11 +37,11 @@ __all__ = [
     "write_kv",
 ]
 
-_ISAS = ("portable", "avx2", "avx512")
+_ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "portable"."""
+    """The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable"."""
     return _cpu.isa()
 
 
@@ -113,6 +116,33 @@ def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     out = torch.empty(x.shape[0], num_outputs)
     _cpu.linear(x, packed, bias, out)
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    num_rows, k = x.shape
+    padded = torch.empty(num_rows, -(-k // _cpu.pair_of_steps) * _cpu.pair_of_steps, dtype=torch.int8)
+    scales = torch.empty(num_rows)
+    _cpu.quantize_rows(x, padded, scales)
+    return padded[:, :k], scales
+
+
+def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+    num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
+    # Zeros, since the last panel may have lanes without an output.
+    packed = torch.zeros(num_panels, num_pairs, bits // 4, _cpu.panel, 4, dtype=torch.uint8)
+    scales = torch.zeros(num_panels, -(-k // group_size), _cpu.panel)
+    first_row = 0
+    for weight in weights:
+        _cpu.quantize_linear(weight, packed, scales, bits, group_size, first_row)
+        first_row += weight.shape[0]
+    return QuantizedWeight(packed, scales, bits, group_size)
+
+
+def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    out = torch.empty(x.shape[0], num_outputs)
+    _cpu.linear_quantized(x, weight.values, weight.scales, weight.bits, weight.group_size, bias, out)
     return out
 
 

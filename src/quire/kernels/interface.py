@@ -43,6 +43,23 @@ class AttentionPlan:
     """The number of threads the work was balanced for."""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """The weight of a dense layer as whole numbers of few bits and float32 scales. How both lie is the kernels' own
+    affair; in `reference` they are values [N, K] int8 and scales [N, groups]."""
+
+    values: Tensor
+    scales: Tensor
+    bits: int
+    """8 or 4."""
+    group_size: int
+    """Inputs that share a scale: a multiple of 32, or at least K, which makes it one scale for each output."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
 class Kernels(Protocol):
     """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
 
@@ -65,6 +82,12 @@ class Kernels(Protocol):
     def pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor: ...
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def quantize_linear(self, weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight: ...
+
+    def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def paged_attention(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionPlan, QuantizedWeight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,6 +79,53 @@ def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     """x [M, K], a packed weight of N outputs, bias [N] -> x weight^T + bias [M, N]."""
     return torch.nn.functional.linear(x, packed.to(x.dtype), bias)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> whole numbers from -127 to 127 [M, K] int8, and what to multiply each row by [M].
+
+    The largest magnitude of a row becomes 127; halves are rounded to even. A row of nothing above 2^-100 becomes zeros.
+    A row with an infinity or a NaN has NaN for its scale, so that nothing computed from it looks like a result.
+    """
+    magnitude = x.abs().amax(-1)
+    finite = magnitude.isfinite()
+    # One division; of a number by a tensor torch makes a reciprocal and a product.
+    inverse = torch.where(finite & (magnitude >= 2.0**-100), torch.full_like(magnitude, 127) / magnitude, 0.0)
+    values = (torch.where(finite[:, None], x, 0.0) * inverse[:, None]).round()
+    return values.to(torch.int8), torch.where(finite, magnitude / 127, float("nan"))
+
+
+def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+    """weights [N_i, K] -> one weight of sum(N_i) outputs, in groups of `group_size` inputs with one scale each.
+
+    With 8 bits the largest magnitude of a group becomes 127 or -127. With 4 bits the value furthest from zero becomes
+    -8, and what would be 8 becomes 7. Halves are rounded to even; a group of nothing above 2^-100 becomes zeros.
+    """
+    values, scales = [], []
+    for group in torch.cat([weight.float() for weight in weights]).split(group_size, dim=1):
+        high, low = group.amax(1).clamp(min=0), -group.amin(1).clamp(max=0)
+        magnitude = torch.maximum(high, low)
+        end = torch.full_like(high, 127.0) if bits == 8 else torch.where(low >= high, 8.0, -8.0)
+        kept = magnitude >= 2.0**-100
+        inverse = torch.where(kept, end / magnitude, 0.0)
+        values.append((group * inverse[:, None]).round().clamp(max=127 if bits == 8 else 7))
+        scales.append(torch.where(kept, magnitude / end, 0.0))
+    return QuantizedWeight(torch.cat(values, dim=1).to(torch.int8), torch.stack(scales, dim=1), bits, group_size)
+
+
+def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in 8 bits.
+
+    Products of whole numbers are summed exactly inside a group of inputs.
+    """
+    values, row_scales = quantize_rows(x)
+    out = torch.zeros(len(x), num_outputs, dtype=x.dtype)
+    groups = zip(values.split(weight.group_size, 1), weight.values.split(weight.group_size, 1), strict=True)
+    for index, (inputs, group) in enumerate(groups):
+        # float64 holds every sum of products of bytes exactly.
+        out += (inputs.double() @ group.double().T).to(x.dtype) * weight.scales[:, index].to(x.dtype)
+    out *= row_scales[:, None]
+    return out if bias is None else out + bias.to(x.dtype)
 
 
 def paged_attention(

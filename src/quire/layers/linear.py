@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.interface import QuantizedWeight
+from quire.quantization import METHODS, WeightFormat
 
 
 class Linear:
-    """x [M, K] -> x weight^T + bias [M, N], the weight stored as `dtype`.
+    """x [M, K] -> x weight^T + bias [M, N], the weight stored as `dtype`: a float type, or a quantisation of METHODS.
 
     Several weights [N_i, K] make one layer whose output is theirs side by side. They are copied, so views of a mapped
     file may be given; a bias is float32 whatever the dtype.
@@ -16,11 +18,27 @@ class Linear:
 
     __slots__ = ("bias", "kernels", "num_outputs", "packed")
 
-    def __init__(self, kernels: Kernels, weights: Sequence[Tensor], bias: Tensor | None, dtype: str) -> None:
+    def __init__(
+        self, kernels: Kernels, weights: Sequence[Tensor], bias: Tensor | None, dtype: str | WeightFormat
+    ) -> None:
         self.kernels = kernels
         self.num_outputs = sum(weight.shape[0] for weight in weights)
-        self.packed = kernels.pack_linear(weights, dtype)
+        if isinstance(dtype, str) and dtype in METHODS:
+            dtype = METHODS[dtype].layers
+        self.packed: Tensor | QuantizedWeight
+        if isinstance(dtype, str):
+            self.packed = kernels.pack_linear(weights, dtype)
+        else:
+            self.packed = kernels.quantize_linear(weights, dtype.bits, dtype.group_size or weights[0].shape[1])
         self.bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.packed, QuantizedWeight):
+            return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
+
+
+def output_head(kernels: Kernels, table: Tensor, dtype: str) -> Linear:
+    """The layer that makes logits: table [vocab_size, H], which may be the embedding's. A quantisation has its own
+    rule for it."""
+    return Linear(kernels, [table], None, METHODS[dtype].head if dtype in METHODS else dtype)

@@ -9,7 +9,7 @@ from quire.kernels import AttentionPlan, Kernels
 from quire.layers.activation import activation
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, output_head
 from quire.layers.norm import LayerNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
@@ -33,7 +33,7 @@ class GPT2:
         self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = Linear(kernels, [head], None, dtype)
+        self.head = output_head(kernels, head, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""

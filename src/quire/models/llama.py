@@ -9,7 +9,7 @@ from torch import Tensor
 from quire.kernels import AttentionPlan, Kernels
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
+from quire.layers.linear import output_head
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import Rotary
 from quire.model_config import ModelConfig, RopeConfig
@@ -36,7 +36,7 @@ class Llama:
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
         head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = Linear(kernels, [head], None, dtype)
+        self.head = output_head(kernels, head, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""

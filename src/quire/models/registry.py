@@ -34,8 +34,9 @@ def load_model(
     *,
     max_model_len: int | None = None,
 ) -> Model:
-    """Build the model from its weights, stored as `dtype`. Positions run up to `max_model_len`, by default the
-    model's context length. Raises `CheckpointError` for weights that are missing, misshapen or left over."""
+    """Build the model from its weights, stored as `dtype`: a float type, or the name of a quantisation. Positions run
+    up to `max_model_len`, by default the model's context length. Raises `CheckpointError` for weights that are missing,
+    misshapen or left over."""
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.context_length)
