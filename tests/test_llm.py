@@ -1,11 +1,14 @@
 """LLM, the offline interface, on the bundled model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from quire import LLM, ConfigError, RequestError, SamplingParams
 from quire.outputs import RequestOutput
+from quire.sampling.logits_processors import RowView
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -107,6 +110,43 @@ def test_a_bad_request_leaves_an_empty_engine(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(RequestError, match="it must hold at least one token"):
         llm.generate([[]], GREEDY)
+
+
+def test_a_raising_logits_processor_ends_its_own_request(llm: LLM) -> None:
+    def late(output_token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output_token_ids) == 3:
+            raise ValueError("three is enough")
+        return logits
+
+    alone = llm.generate(["ROMEO:", "JULIET:"], GREEDY)
+    params = [GREEDY, GREEDY.with_changes(logits_processors=[late]), GREEDY]
+    together = llm.generate(["ROMEO:", "ROMEO:", "JULIET:"], params)
+    assert texts([together[0], together[2]]) == texts(alone)
+    failed = together[1].outputs[0]
+    assert failed.token_ids == alone[0].outputs[0].token_ids[:3]
+    assert failed.finish_reason == "error"
+    assert failed.error == "the logits processor late failed: ValueError: three is enough"
+
+
+class OneLetter:
+    """Lets requests labelled so say nothing but the token of their label."""
+
+    def wants(self, params: SamplingParams) -> bool:
+        return "only" in params.extra
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[RowView]) -> torch.Tensor:
+        kept = torch.full_like(logits, -torch.inf)
+        kept[range(len(rows)), [int(row.params.extra["only"]) for row in rows]] = 0.0
+        return kept
+
+
+@pytest.mark.parametrize("registered", [OneLetter(), f"{__name__}:OneLetter"], ids=["object", "name"])
+def test_a_registered_batch_processor(llm: LLM, registered: Any) -> None:
+    other = LLM(num_blocks=100, max_num_seqs=8, threads=1, dtype="float32", logits_processors=[registered])
+    labelled = GREEDY.with_changes(extra={"only": "77"})
+    plain, only = other.generate(["ROMEO:", "ROMEO:"], [GREEDY, labelled])
+    assert plain.outputs[0].token_ids == llm.generate("ROMEO:", GREEDY)[0].outputs[0].token_ids
+    assert only.outputs[0].token_ids == [77] * 12
 
 
 def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ _HOME_OF = {
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",
     "BeamSearchParams": "quire.sampling_params",
+    "BatchLogitsProcessor": "quire.sampling.logits_processors",
     "SamplingParams": "quire.sampling_params",
     "CheckpointError": "quire.errors",
     "ConfigError": "quire.errors",

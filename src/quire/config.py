@@ -56,8 +56,12 @@ class EngineConfig:
     """Seeds requests that bring no seed of their own."""
     max_logprobs: int = 20
     """Most log-probabilities per position a request may ask for."""
+    logprobs_memory: int | None = None
+    """Bytes in which log-probabilities are worked out at once, e.g. 64MiB; None plans 64 positions, at most 64 MiB."""
     max_queue_size: int = 1024
     """Most requests that wait; beyond it the answer is 429."""
+    logits_processors: tuple[str, ...] = ()
+    """Batch logits processors, as package.module:Class; made without arguments. Repeat for several."""
     generation_config: str = "auto"
     """auto takes sampling defaults from the model's generation_config.json, none ignores it (end tokens excepted)."""
     threads: int | None = None
@@ -71,10 +75,11 @@ class EngineConfig:
             if value not in DTYPES:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("kv_cache_memory",):
+        for name in ("kv_cache_memory", "logprobs_memory"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
-        if isinstance(self.served_model_name, str):
-            object.__setattr__(self, "served_model_name", (self.served_model_name,))
+        for name in ("served_model_name", "logits_processors"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         for name, low, high in (
             ("max_model_len", 1, 2**24),
             ("max_num_seqs", 1, 2**16),

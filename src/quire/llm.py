@@ -15,6 +15,7 @@ from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RequestOutput
+from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -26,14 +27,23 @@ class LLM:
     >>> llm = LLM()                                     # the bundled model
     >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
 
-    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. With `verbose` the memory
+    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. `logits_processors` may also
+    hold objects (see `BatchLogitsProcessor`). With `verbose` the memory
     plan and the phases of start-up are printed to standard error.
     """
 
-    def __init__(self, model: str = "", *, verbose: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        verbose: bool = False,
+        logits_processors: Sequence[str | BatchLogitsProcessor] = (),
+        **options: Any,
+    ) -> None:
         self._engine = Engine(
             EngineConfig.from_options({"model": str(model), **options}),
             report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
+            logits_processors=logits_processors,
         )
         self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
-from quire.errors import CheckpointError, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    EngineUnavailableError,
+    QueueFullError,
+    RequestError,
+)
 
 OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -77,6 +84,8 @@ def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[
                 await collect(engine, "O", GREEDY.with_changes(**bad))
         with pytest.raises(RequestError, match=r"can need .* KV blocks"):
             await collect(engine, "O", GREEDY.with_changes(n=16, max_tokens=900))
+        with pytest.raises(RequestError, match=r"cannot go to another process: use LLM, or .*--logits-processors"):
+            await collect(engine, "O", GREEDY.with_changes(logits_processors=[lambda output, logits: logits]))
         named = await collect(engine, "O", GREEDY, request_id="mine")
         assert named.request_id == "mine"
         many = await collect(engine, "O", SamplingParams(n=3, seed=1, max_tokens=12, stop=["e"], logprobs=1))
@@ -227,6 +236,8 @@ def test_what_is_wrong_with_the_files_reaches_the_caller(tmp_path: Path) -> None
 
     with pytest.raises(CheckpointError, match="not a folder"):
         asyncio.run(main(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="the logits processor json:loads cannot be loaded"):
+        run(collect, logits_processors="json:loads")
     from quire.engine.checkpoint import bundled_folder
 
     for file in bundled_folder().iterdir():

@@ -209,6 +209,12 @@ class AsyncLLM:
         """
         if self._inputs is None or self.state in ("draining", "dead") or (self.state == "loading"):
             raise EngineUnavailableError(f"the engine is {self.state}")
+        if params.logits_processors:
+            raise RequestError(
+                "logits_processors are Python functions, which cannot go to another process: use LLM, or register a "
+                "batch processor with the engine (--logits-processors)",
+                param="logits_processors",
+            )
         num_waiting = sum(1 for flight in self._in_flight.values() if flight.live) - self.stats.num_running
         if num_waiting >= self.config.max_queue_size > 0:
             raise QueueFullError(

@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from quire.models.weights import RandomWeights, Weights
 from quire.outputs import EngineStats, SequenceDelta
 from quire.request import Request
 from quire.runner.model_runner import ModelRunner
+from quire.sampling.logits_processors import BatchLogitsProcessor, load_processors
 from quire.scheduler.scheduler import Scheduler
 
 Phase = Callable[[str, float], None]
@@ -39,9 +40,20 @@ class EngineCore:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path, on_phase: Phase
+        cls,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        plan: MemoryPlan,
+        folder: Path,
+        on_phase: Phase,
+        *,
+        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
     ) -> "EngineCore":
-        """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config."""
+        """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config.
+
+        `logits_processors` stand in the place of the config's, which can only hold names.
+        """
+        processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
         started = time.perf_counter()
         num_threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
@@ -76,6 +88,8 @@ class EngineCore:
             max_num_seqs=plan.max_num_seqs,
             max_model_len=plan.max_model_len,
             num_threads=num_threads,
+            logprobs_memory=plan.logprobs,
+            logits_processors=processors,
         )
         return cls(scheduler, runner, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 

@@ -4,7 +4,7 @@ add_request ─▶ InputProcessor ─▶ EngineCore.add
 step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from quire.config import EngineConfig
@@ -15,14 +15,24 @@ from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, RequestOutput
+from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import SamplingParams
 
 
 class Engine:
     """A model, its memory, and every request in flight."""
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None]) -> None:
-        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: Callable[[str], None],
+        *,
+        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
+    ) -> None:
+        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`.
+
+        `logits_processors` stand in the place of the config's, which can only hold names.
+        """
         self.config = config
         self.folder = find_model(config.model, config.revision)
         self.model_config = ModelConfig.from_folder(self.folder)
@@ -38,6 +48,7 @@ class Engine:
             self.memory_plan,
             self.folder,
             lambda name, seconds: report(f"{name}: {seconds:.2f} s"),
+            logits_processors=logits_processors,
         )
         self._inputs = InputProcessor(
             self.model_config,

@@ -12,11 +12,17 @@ from typing import Any
 from quire.config import EngineConfig
 from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.step import logprob_bytes
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
 KV_SHARE = 0.5
 """Share of the memory left beside weights and activations that the KV pool takes if not told otherwise."""
+
+LOGPROB_POSITIONS = 64
+"""Positions whose log-probabilities are worked out at once if not told otherwise: enough for full-speed products."""
+MAX_LOGPROBS_MEMORY = 64 * 2**20
+"""Bytes for them if not told otherwise, however large the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +34,8 @@ class MemoryPlan:
     available: int
     weights: int
     activations: int
+    logprobs: int
+    """Budget in which log-probabilities of prompts and samples are worked out, piece by piece."""
     kv_cache: int
     kv_bytes_per_token: int
     block_size: int
@@ -38,7 +46,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv_cache
+        return self.weights + self.activations + self.logprobs + self.kv_cache
 
     @property
     def num_longest_sequences(self) -> int:
@@ -51,7 +59,7 @@ class MemoryPlan:
         return [
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.dtype}) + activations {show_bytes(self.activations)} "
-            f"({self.max_num_batched_tokens} tokens a step) "
+            f"({self.max_num_batched_tokens} tokens a step) + log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})",
             f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}; "
@@ -73,12 +81,13 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     activations = model.activation_bytes(batched, config.max_num_seqs)
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * config.block_size
-    left = available - weights - activations
+    logprobs = _logprobs_budget(config, model)
+    left = available - weights - activations - logprobs
     if left < per_block:
         raise MemoryPlanError(
-            f"the model does not fit: weights take {show_bytes(weights)} as {dtype} and activations "
-            f"{show_bytes(activations)}, but {show_bytes(available)} are available"
-            + _smaller_dtype(model, dtype, available)
+            f"the model does not fit: weights take {show_bytes(weights)} as {dtype} beside activations "
+            f"{show_bytes(activations)} and log-probabilities {show_bytes(logprobs)}, "
+            f"but {show_bytes(available)} are available" + _smaller_dtype(model, dtype, available)
         )
     wanted_len = config.max_model_len or model.context_length
     if wanted_len > model.context_length and config.max_model_len:
@@ -100,8 +109,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         )
     if num_blocks * per_block > left:
         raise MemoryPlanError(
-            f"{num_blocks} KV blocks take {show_bytes(num_blocks * per_block)}, but beside weights and activations "
-            f"{show_bytes(left)} are left; {left // per_block} blocks "
+            f"{num_blocks} KV blocks take {show_bytes(num_blocks * per_block)}, but beside weights, activations "
+            f"and log-probabilities {show_bytes(left)} are left; {left // per_block} blocks "
             f"({show_bytes(left // per_block * per_block)}) would fit"
         )
     if blocks_per_sequence > num_blocks and config.max_model_len is not None:
@@ -117,6 +126,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         available=available,
         weights=weights,
         activations=activations,
+        logprobs=logprobs,
         kv_cache=num_blocks * per_block,
         kv_bytes_per_token=per_token,
         block_size=config.block_size,
@@ -155,6 +165,20 @@ def show_bytes(size: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1024
     return f"{value:.4g} GiB"
+
+
+def _logprobs_budget(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes for log-probabilities: as asked, or for `LOGPROB_POSITIONS`; one position must fit."""
+    position = logprob_bytes(model.vocab_size, config.max_logprobs)
+    if config.logprobs_memory is None:
+        return max(position, min(LOGPROB_POSITIONS * position, MAX_LOGPROBS_MEMORY))
+    if config.logprobs_memory < position:
+        raise MemoryPlanError(
+            f"logprobs_memory is {show_bytes(config.logprobs_memory)}, but one position with max_logprobs "
+            f"{config.max_logprobs} of a vocabulary of {model.vocab_size} tokens takes {show_bytes(position)}; "
+            "give at least that"
+        )
+    return config.logprobs_memory
 
 
 def _smaller_dtype(model: ModelConfig, dtype: str, available: int) -> str:

@@ -38,6 +38,7 @@ _PASSED_ON = (
     "allowed_token_ids",
     "bad_words",
     "prompt_logprobs",
+    "logprobs_mode",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",

@@ -74,6 +74,8 @@ class GenerateRequest(NotAvailable, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    logprobs_mode: str | None = None
+    """raw_logprobs (default): of the model's own distribution. processed_logprobs: of the one drawn from."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
