@@ -13,6 +13,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("n", 129, "n is 129; it must be from 1 to 128"),
     ("n", 1.5, "n is 1.5; it must be an integer"),
     ("n", True, "n is True; it must be an integer"),
+    ("best_of", 0, "best_of is 0; it must be from 1 to 128"),
+    ("best_of", 129, "best_of is 129; it must be from 1 to 128"),
     ("temperature", -0.1, "temperature is -0.1; it must be at least 0 and at most 1e+06"),
     ("temperature", math.nan, "temperature is nan; it must be a finite number"),
     ("temperature", "hot", "temperature is 'hot'; it must be a finite number"),
@@ -138,3 +140,9 @@ def test_changes_are_validated() -> None:
     assert SamplingParams(top_k=5).with_changes(top_p=0.5) == SamplingParams(top_k=5, top_p=0.5)
     with pytest.raises(RequestError, match="top_k"):
         SamplingParams().with_changes(top_k=-5)
+
+
+def test_best_of_is_at_least_n() -> None:
+    with pytest.raises(RequestError, match="best_of is 2, less than n 3"):
+        SamplingParams(n=3, best_of=2)
+    assert SamplingParams(n=3, best_of=3).num_samples == SamplingParams(n=3).num_samples == 3

@@ -13,6 +13,7 @@ _HOME_OF = {
     "AsyncLLM": "quire.engine.async_engine",
     "BeamSearchOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
+    "RegisteredPrefix": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",
     "BeamSearchParams": "quire.sampling_params",

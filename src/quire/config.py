@@ -52,6 +52,8 @@ class EngineConfig:
     kv_cache_memory: int | None = None
     """Bytes for the KV pool, e.g. 4GiB; None plans it from the memory there is."""
     enable_prefix_caching: bool = True
+    max_pinned_share: float = 0.5
+    """Most of the pool's blocks, 0 to 1, that registered prefixes may hold."""
     seed: int = 0
     """Seeds requests that bring no seed of their own."""
     max_logprobs: int = 20
@@ -99,6 +101,8 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
                 "every running sequence needs a token a step; raise the one or lower the other"
             )
+        if not 0.0 <= self.max_pinned_share <= 1.0:
+            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
         if self.quantization is not None:
             raise ConfigError(f"quantization is {self.quantization!r}; no quantisation is available yet, leave it out")
         if self.load_format not in ("auto", "safetensors", "dummy"):

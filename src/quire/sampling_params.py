@@ -35,6 +35,8 @@ class SamplingParams:
 
     n: int = 1
     """Samples drawn from the prompt; their KV of the prompt is shared."""
+    best_of: int | None = None
+    """Samples drawn, of which the n of highest cumulative log-probability are returned, best first; None draws n."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""
     length_penalty: float = 1.0
@@ -110,6 +112,12 @@ class SamplingParams:
             raise RequestError(
                 f'early_stopping is {brief(self.early_stopping)}; it must be true, false or "never"',
                 param="early_stopping",
+            )
+        _check_integer("best_of", self.best_of, 1, MAX_N, optional=True)
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(
+                f"best_of is {self.best_of}, less than n {self.n}: so many are returned; raise it or leave it out",
+                param="best_of",
             )
         _check_number("temperature", self.temperature, 0.0, 1e6)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_included=False)
@@ -206,6 +214,8 @@ class SamplingParams:
                 "and min_p",
                 param="beam_width",
             )
+        if self.best_of is not None:
+            raise RequestError("a beam search returns the best n of its beams: leave out best_of", param="best_of")
         if self.logprobs_mode != "raw_logprobs":
             raise RequestError("a beam search reports raw_logprobs: leave out logprobs_mode", param="logprobs_mode")
         if self.stop:
@@ -218,6 +228,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are drawn."""
+        return self.best_of or self.n
 
     def with_changes(self, **changes: object) -> "SamplingParams":
         """A copy with some fields replaced, validated again."""

@@ -23,6 +23,7 @@ from quire.outputs import EngineStats, SequenceDelta
 from quire.request import Request
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.logits_processors import BatchLogitsProcessor, load_processors
+from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
 
 Phase = Callable[[str, float], None]
@@ -79,6 +80,7 @@ class EngineCore:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
+            max_pinned_share=config.max_pinned_share,
         )
         runner = ModelRunner(
             model,
@@ -106,6 +108,27 @@ class EngineCore:
         """End one sample of a request."""
         self._scheduler.stop(request_id, index)
 
+    def register_prefix(self, prefix_id: str, token_ids: Sequence[int], salts: Sequence[str]) -> None:
+        """Begin to compute a prefix that stays. Raises `RequestError` for one that cannot be held."""
+        request = Request(
+            request_id=prefix_id,
+            prompt_token_ids=list(token_ids),
+            params=SamplingParams(temperature=0.0, max_tokens=1),
+            max_tokens=1,
+            priority=-(2**31),
+            cache_salt=salts[0],
+        )
+        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        self._scheduler.register_prefix(request, salts)
+
+    def holds_prefix(self, prefix_id: str) -> bool:
+        """Whether a registered prefix is computed and stays."""
+        return prefix_id in self._scheduler.prefixes
+
+    def unregister_prefix(self, prefix_id: str) -> None:
+        """Let a registered prefix go."""
+        self._scheduler.prefixes.remove(prefix_id)
+
     def step(self) -> list[SequenceDelta]:
         """Schedule, execute, update: one step of every sequence that got a share of it."""
         plan = self._scheduler.schedule()
@@ -122,5 +145,5 @@ class EngineCore:
         return self._scheduler.stats()
 
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable."""
+        """Make every stored prefix unfindable that is not registered."""
         self._scheduler.pool.forget_names()
