@@ -1,11 +1,14 @@
 """LLM, the offline interface, on the bundled model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from quire import LLM, ConfigError, RequestError, SamplingParams
 from quire.outputs import RequestOutput
+from quire.sampling.logits_processors import RowView
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -68,6 +71,28 @@ def test_samples_of_a_prompt_share_its_blocks(llm: LLM) -> None:
     assert stats.total_block_copies - copies == 3
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logprobs"])
+def test_best_of_returns_the_most_likely_of_its_samples(llm: LLM, mode: str) -> None:
+    all_six = SamplingParams(n=6, seed=5, temperature=1.3, top_k=50, max_tokens=9, logprobs=2, logprobs_mode=mode)
+    (whole,) = llm.generate(["ROMEO:"], all_six)
+    best_first = sorted(
+        whole.outputs,
+        key=lambda sample: -sum(p[t].logprob for p, t in zip(sample.logprobs or [], sample.token_ids, strict=True)),
+    )
+    assert len({tuple(sample.token_ids) for sample in whole.outputs}) > 3
+    for asked, shown in ((2, 9), (None, 0)):
+        (best,) = llm.generate(["ROMEO:"], all_six.with_changes(n=2, best_of=6, logprobs=asked))
+        assert [sample.token_ids for sample in best.outputs] == [sample.token_ids for sample in best_first[:2]]
+        assert [sample.text for sample in best.outputs] == [sample.text for sample in best_first[:2]]
+        assert [sample.index for sample in best.outputs] == [0, 1]
+        assert [len(sample.logprobs or []) for sample in best.outputs] == [
+            min(shown, len(s.token_ids)) for s in best.outputs
+        ]
+        assert best.finished
+    (plain,) = llm.generate(["ROMEO:"], all_six.with_changes(best_of=6))
+    assert [sample.token_ids for sample in plain.outputs] == [sample.token_ids for sample in whole.outputs]
+
+
 def test_same_seed_same_tokens_and_defaults_of_the_model(llm: LLM) -> None:
     sampled = SamplingParams(temperature=1.0, seed=11, max_tokens=20)
     assert texts(llm.generate("O", sampled)) == texts(llm.generate("O", sampled))
@@ -107,6 +132,80 @@ def test_a_bad_request_leaves_an_empty_engine(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY])
     with pytest.raises(RequestError, match="it must hold at least one token"):
         llm.generate([[]], GREEDY)
+
+
+def test_a_registered_prefix_outlives_everything_that_would_evict_it() -> None:
+    llm = LLM(num_blocks=40, max_num_seqs=8, threads=1, dtype="float32")
+    prefix = list(range(5, 75))  # four full blocks and six tokens
+    handle = llm.register_prefix(prefix)
+    assert (handle.num_tokens, handle.num_kept_tokens) == (70, 64)
+    assert (llm.stats().num_pinned_blocks, llm.stats().num_used_blocks) == (4, 4)
+    llm.generate([[100 + i] * 90 for i in range(20)], GREEDY)
+    llm.reset_prefix_cache()
+    (output,) = llm.generate([[*prefix, 9, 9]], GREEDY)
+    assert output.num_cached_tokens >= 64
+    (salted,) = llm.generate([[*prefix, 9, 9]], GREEDY, cache_salt="other")
+    assert salted.num_cached_tokens == 0
+    assert salted.outputs[0].token_ids == output.outputs[0].token_ids
+    llm.unregister_prefix(handle)
+    llm.unregister_prefix(handle)
+    assert (llm.stats().num_pinned_blocks, llm.stats().num_used_blocks) == (0, 0)
+    llm.generate([[100 + i] * 90 for i in range(20)], GREEDY)
+    assert llm.generate([[*prefix, 9, 9]], GREEDY)[0].num_cached_tokens == 0
+
+
+def test_prefixes_that_cannot_be_kept_are_refused_with_the_numbers() -> None:
+    llm = LLM(num_blocks=10, max_num_seqs=2, threads=1, dtype="float32")
+    llm.register_prefix([7] * 48)
+    with pytest.raises(
+        RequestError, match=r"takes 3 more KV blocks of 16 tokens; registered prefixes hold 3 and may hold 5 of .* 10"
+    ):
+        llm.register_prefix([8] * 48)
+    with pytest.raises(RequestError, match="the prefix has 15 tokens; only full blocks are kept, of 16 tokens"):
+        llm.register_prefix([8] * 15)
+    with pytest.raises(RequestError, match=r"can need 8 KV blocks .* the pool has 10, of which 3 are registered"):
+        llm.generate([[9] * 100], GREEDY.with_changes(max_tokens=20))
+    # The same length fits where it begins with what is held.
+    assert len(llm.generate([[7] * 100], GREEDY.with_changes(max_tokens=20))[0].outputs[0].token_ids) == 20
+    with pytest.raises(RequestError, match="prefixes need the prefix cache"):
+        LLM(num_blocks=10, max_num_seqs=2, threads=1, enable_prefix_caching=False).register_prefix([7] * 48)
+
+
+def test_a_raising_logits_processor_ends_its_own_request(llm: LLM) -> None:
+    def late(output_token_ids: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        if len(output_token_ids) == 3:
+            raise ValueError("three is enough")
+        return logits
+
+    alone = llm.generate(["ROMEO:", "JULIET:"], GREEDY)
+    params = [GREEDY, GREEDY.with_changes(logits_processors=[late]), GREEDY]
+    together = llm.generate(["ROMEO:", "ROMEO:", "JULIET:"], params)
+    assert texts([together[0], together[2]]) == texts(alone)
+    failed = together[1].outputs[0]
+    assert failed.token_ids == alone[0].outputs[0].token_ids[:3]
+    assert failed.finish_reason == "error"
+    assert failed.error == "the logits processor late failed: ValueError: three is enough"
+
+
+class OneLetter:
+    """Lets requests labelled so say nothing but the token of their label."""
+
+    def wants(self, params: SamplingParams) -> bool:
+        return "only" in params.extra
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[RowView]) -> torch.Tensor:
+        kept = torch.full_like(logits, -torch.inf)
+        kept[range(len(rows)), [int(row.params.extra["only"]) for row in rows]] = 0.0
+        return kept
+
+
+@pytest.mark.parametrize("registered", [OneLetter(), f"{__name__}:OneLetter"], ids=["object", "name"])
+def test_a_registered_batch_processor(llm: LLM, registered: Any) -> None:
+    other = LLM(num_blocks=100, max_num_seqs=8, threads=1, dtype="float32", logits_processors=[registered])
+    labelled = GREEDY.with_changes(extra={"only": "77"})
+    plain, only = other.generate(["ROMEO:", "ROMEO:"], [GREEDY, labelled])
+    assert plain.outputs[0].token_ids == llm.generate("ROMEO:", GREEDY)[0].outputs[0].token_ids
+    assert only.outputs[0].token_ids == [77] * 12
 
 
 def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("n", 129, "n is 129; it must be from 1 to 128"),
     ("n", 1.5, "n is 1.5; it must be an integer"),
     ("n", True, "n is True; it must be an integer"),
+    ("best_of", 0, "best_of is 0; it must be from 1 to 128"),
+    ("best_of", 129, "best_of is 129; it must be from 1 to 128"),
     ("temperature", -0.1, "temperature is -0.1; it must be at least 0 and at most 1e+06"),
     ("temperature", math.nan, "temperature is nan; it must be a finite number"),
     ("temperature", "hot", "temperature is 'hot'; it must be a finite number"),
@@ -46,6 +48,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("min_tokens", -1, "min_tokens is -1; it must be from 0 to 2147483647"),
     ("min_tokens", 17, "min_tokens is 17, more than max_tokens 16"),
     ("logprobs", -2, "logprobs is -2; it must be from -1 to 2147483647"),
+    ("logprobs_mode", "raw", "logprobs_mode is 'raw'; it must be one of raw_logprobs, processed_logprobs"),
+    ("logits_processors", ["f"], "logits_processors holds 'f'; each entry must be callable"),
+    ("logits_processors", [len] * 17, "logits_processors holds 17 callables; at most 16 are allowed"),
     ("prompt_logprobs", -2, "prompt_logprobs is -2; it must be from -1 to 2147483647"),
     ("logit_bias", {5: 101}, "logit_bias is 101; it must be at least -100 and at most 100"),
     ("logit_bias", {"five": 1}, "logit_bias has the key 'five'; keys are token ids"),
@@ -135,3 +140,9 @@ def test_changes_are_validated() -> None:
     assert SamplingParams(top_k=5).with_changes(top_p=0.5) == SamplingParams(top_k=5, top_p=0.5)
     with pytest.raises(RequestError, match="top_k"):
         SamplingParams().with_changes(top_k=-5)
+
+
+def test_best_of_is_at_least_n() -> None:
+    with pytest.raises(RequestError, match="best_of is 2, less than n 3"):
+        SamplingParams(n=3, best_of=2)
+    assert SamplingParams(n=3, best_of=3).num_samples == SamplingParams(n=3).num_samples == 3

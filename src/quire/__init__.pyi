@@ -13,7 +13,9 @@ from quire.errors import RequestError as RequestError
 from quire.llm import LLM as LLM
 from quire.outputs import BeamSearchOutput as BeamSearchOutput
 from quire.outputs import CompletionOutput as CompletionOutput
+from quire.outputs import RegisteredPrefix as RegisteredPrefix
 from quire.outputs import RequestOutput as RequestOutput
+from quire.sampling.logits_processors import BatchLogitsProcessor as BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams as BeamSearchParams
 from quire.sampling_params import SamplingParams as SamplingParams
 

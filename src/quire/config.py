@@ -59,12 +59,18 @@ class EngineConfig:
     """Folder for blocks of KV that outlive the process, so that prompts of yesterday need not be computed again."""
     disk_cache_size: int = 10 * 2**30
     """Bytes that the blocks in disk_cache may take, e.g. 50GiB."""
+    max_pinned_share: float = 0.5
+    """Most of the pool's blocks, 0 to 1, that registered prefixes may hold."""
     seed: int = 0
     """Seeds requests that bring no seed of their own."""
     max_logprobs: int = 20
     """Most log-probabilities per position a request may ask for."""
+    logprobs_memory: int | None = None
+    """Bytes in which log-probabilities are worked out at once, e.g. 64MiB; None plans 64 positions, at most 64 MiB."""
     max_queue_size: int = 1024
     """Most requests that wait; beyond it the answer is 429."""
+    logits_processors: tuple[str, ...] = ()
+    """Batch logits processors, as package.module:Class; made without arguments. Repeat for several."""
     generation_config: str = "auto"
     """auto takes sampling defaults from the model's generation_config.json, none ignores it (end tokens excepted)."""
     threads: int | None = None
@@ -78,10 +84,11 @@ class EngineConfig:
             if value not in DTYPES:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("kv_cache_memory", "swap_space", "disk_cache_size"):
+        for name in ("kv_cache_memory", "logprobs_memory", "swap_space", "disk_cache_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
-        if isinstance(self.served_model_name, str):
-            object.__setattr__(self, "served_model_name", (self.served_model_name,))
+        for name in ("served_model_name", "logits_processors"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         for name, low, high in (
             ("max_model_len", 1, 2**24),
             ("max_num_seqs", 1, 2**16),
@@ -111,6 +118,8 @@ class EngineConfig:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
             )
+        if not 0.0 <= self.max_pinned_share <= 1.0:
+            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
         if self.load_format not in ("auto", "safetensors", "dummy"):
             raise ConfigError(f"load_format is {self.load_format!r}; it must be auto, safetensors or dummy")
         if self.generation_config not in ("auto", "none"):

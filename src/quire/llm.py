@@ -15,7 +15,8 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
-from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RequestOutput
+from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RegisteredPrefix, RequestOutput
+from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -27,14 +28,23 @@ class LLM:
     >>> llm = LLM()                                     # the bundled model
     >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
 
-    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. With `verbose` the memory
+    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. `logits_processors` may also
+    hold objects (see `BatchLogitsProcessor`). With `verbose` the memory
     plan and the phases of start-up are printed to standard error.
     """
 
-    def __init__(self, model: str = "", *, verbose: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        verbose: bool = False,
+        logits_processors: Sequence[str | BatchLogitsProcessor] = (),
+        **options: Any,
+    ) -> None:
         self._engine = Engine(
             EngineConfig.from_options({"model": str(model), **options}),
             report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
+            logits_processors=logits_processors,
         )
         # Also runs when the interpreter ends.
         self._finalizer = weakref.finalize(self, self._engine.close)
@@ -139,6 +149,18 @@ class LLM:
             )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def register_prefix(self, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
+        """Compute the KV of a prefix now and keep its full blocks until `unregister_prefix`, whatever else runs.
+
+        Prompts of the same `cache_salt` that begin with its tokens start from there. Raises `RequestError`, with the
+        numbers, for more than `max_pinned_share` of the pool's blocks.
+        """
+        return self._engine.register_prefix(f"prefix-{next(self._request_ids)}", prefix, cache_salt=cache_salt)
+
+    def unregister_prefix(self, prefix: RegisteredPrefix) -> None:
+        """Let a prefix go, as if it had been used by a request that has ended. Once is enough; more is harmless."""
+        self._engine.unregister_prefix(prefix)
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use. Raises `RequestError` where the model has none."""
         if self._engine.tokenizer is None:
@@ -150,7 +172,7 @@ class LLM:
         return SamplingParams(**read_default_params(self._engine.config, self._engine.folder))
 
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable, as before the first request."""
+        """Make every stored prefix unfindable that is not registered."""
         self._engine.reset_prefix_cache()
 
     def close(self) -> None:

@@ -90,6 +90,16 @@ class RequestOutput:
         self.metrics = delta.metrics
 
 
+@dataclass(frozen=True, slots=True)
+class RegisteredPrefix:
+    """A prefix that stays: what `LLM.register_prefix` returns and `unregister_prefix` takes."""
+
+    prefix_id: str
+    num_tokens: int
+    num_kept_tokens: int
+    """Those of its full blocks; what follows them is computed with each request."""
+
+
 @dataclass(slots=True)
 class BeamSearchSequence:
     """One finished beam."""
@@ -168,6 +178,8 @@ class EngineStats:
     num_used_blocks: int = 0
     num_named_free_blocks: int = 0
     """Free blocks whose content can still be found by the prefix cache."""
+    num_pinned_blocks: int = 0
+    """Blocks in use that registered prefixes hold."""
     block_size: int = 0
     num_filled_slots: int = 0
     """Token slots holding KV, each sharer counted once per physical slot."""

@@ -38,5 +38,10 @@ class Request:
     """Lower runs first, as in vLLM."""
     cache_salt: str = ""
     """Only requests of the same salt share prefix blocks."""
+    num_returned: int = 0
+    """Of the params' n samples, return so many of highest cumulative log-probability, at the end; 0: all, as they come.
+    """
+    hides_logprobs: bool = False
+    """The samples' log-probabilities are asked for to rank them, not by the client."""
     output_token_ids: dict[int, list[int]] = field(default_factory=dict)
     """Samples to go on with after an earlier engine process ended: index → its tokens so far. Empty: n new samples."""

@@ -18,8 +18,10 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_TOKEN_LIST = 4096
 MAX_BAD_WORDS = 256
+MAX_LOGITS_PROCESSORS = 16
 MAX_EXTRA = 16
 MAX_EXTRA_CHARS = 512
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow float32 logits."""
 
@@ -33,6 +35,8 @@ class SamplingParams:
 
     n: int = 1
     """Samples drawn from the prompt; their KV of the prompt is shared."""
+    best_of: int | None = None
+    """Samples drawn, of which the n of highest cumulative log-probability are returned, best first; None draws n."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""
     length_penalty: float = 1.0
@@ -68,7 +72,10 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many most likely ones (−1: the whole vocabulary)."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token after the first."""
+    """The same for each prompt token after the first; always of the model's own distribution."""
+    logprobs_mode: str = "raw_logprobs"
+    """What `logprobs` are of: raw_logprobs, the model's own distribution, or processed_logprobs, the one that was
+    drawn from, after processors, edits, temperature and filters (−inf for tokens these left out)."""
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     """Token id → value added to its logit, from −100 to 100."""
     allowed_token_ids: tuple[int, ...] | None = None
@@ -77,6 +84,10 @@ class SamplingParams:
     """Texts whose last token may not be sampled when it would complete them."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     """The token forms of `bad_words`, filled in where a tokenizer is at hand."""
+    logits_processors: tuple[Any, ...] = ()
+    """Callables f(output_token_ids, logits) or f(prompt_token_ids, output_token_ids, logits), one row's logits in and
+    out, called in turn before anything else changes them. Only where the engine runs in the caller's process (`LLM`).
+    """
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -88,7 +99,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Lists and single strings are what clients send; the stored form is hashable and immutable.
-        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits_processors"):
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
@@ -101,6 +112,12 @@ class SamplingParams:
             raise RequestError(
                 f'early_stopping is {brief(self.early_stopping)}; it must be true, false or "never"',
                 param="early_stopping",
+            )
+        _check_integer("best_of", self.best_of, 1, MAX_N, optional=True)
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(
+                f"best_of is {self.best_of}, less than n {self.n}: so many are returned; raise it or leave it out",
+                param="best_of",
             )
         _check_number("temperature", self.temperature, 0.0, 1e6)
         _check_number("top_p", self.top_p, 0.0, 1.0, low_included=False)
@@ -118,6 +135,11 @@ class SamplingParams:
             )
         _check_integer("logprobs", self.logprobs, -1, 2**31 - 1, optional=True)
         _check_integer("prompt_logprobs", self.prompt_logprobs, -1, 2**31 - 1, optional=True)
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise RequestError(
+                f"logprobs_mode is {brief(self.logprobs_mode)}; it must be one of {', '.join(LOGPROBS_MODES)}",
+                param="logprobs_mode",
+            )
         _check_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, 2**31 - 1, optional=True)
         if self.truncate_prompt_tokens == 0:
             raise RequestError("truncate_prompt_tokens is 0; give −1 or at least 1", param="truncate_prompt_tokens")
@@ -154,6 +176,18 @@ class SamplingParams:
                 raise RequestError(f"{name} is {brief(value)}; it must be true or false", param=name)
         _check_extra(self.extra)
         self._check_beam_search()
+        if len(self.logits_processors) > MAX_LOGITS_PROCESSORS:
+            raise RequestError(
+                f"logits_processors holds {len(self.logits_processors)} callables; at most {MAX_LOGITS_PROCESSORS} are "
+                "allowed",
+                param="logits_processors",
+            )
+        for processor in self.logits_processors:
+            if not callable(processor):
+                raise RequestError(
+                    f"logits_processors holds {brief(processor)}; each entry must be callable",
+                    param="logits_processors",
+                )
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(
@@ -180,6 +214,10 @@ class SamplingParams:
                 "and min_p",
                 param="beam_width",
             )
+        if self.best_of is not None:
+            raise RequestError("a beam search returns the best n of its beams: leave out best_of", param="best_of")
+        if self.logprobs_mode != "raw_logprobs":
+            raise RequestError("a beam search reports raw_logprobs: leave out logprobs_mode", param="logprobs_mode")
         if self.stop:
             raise RequestError(
                 "stop strings would end a beam search in the middle of its comparison; use stop_token_ids",
@@ -190,6 +228,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are drawn."""
+        return self.best_of or self.n
 
     def with_changes(self, **changes: object) -> "SamplingParams":
         """A copy with some fields replaced, validated again."""
@@ -273,7 +316,7 @@ def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
     """Lists become tuples, a single text or token a tuple of one, None an empty tuple."""
     if value is None:
         return ()
-    if isinstance(value, str | int):
+    if isinstance(value, str | int) or callable(value):
         return (value,)
     if not isinstance(value, Iterable):
         raise RequestError(f"{name} is {brief(value)}; it must be a list", param=name)

@@ -38,6 +38,16 @@ class RowFork(NamedTuple):
     token_id: int
 
 
+def logprob_bytes(vocab_size: int, num_logprobs: int) -> int:
+    """Memory in which one position's `TokenLogprobs` are worked out: what the plan counts and the sampler keeps to.
+
+    Two float32 rows of the vocabulary (the logits, and a copy that is exponentiated or filtered), and for each of
+    the tokens reported a score, an id and a log-probability, twice while they are put together.
+    """
+    num_reported = 1 + (vocab_size if num_logprobs < 0 else min(num_logprobs, vocab_size))
+    return 2 * 4 * vocab_size + 2 * (4 + 8 + 8) * num_reported
+
+
 @dataclass(frozen=True, slots=True)
 class NewRow:
     """A sequence that takes a row: all the runner must remember of it beyond its block table."""

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
-from quire.errors import CheckpointError, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    EngineUnavailableError,
+    QueueFullError,
+    RequestError,
+)
 
 OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -77,10 +84,18 @@ def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[
                 await collect(engine, "O", GREEDY.with_changes(**bad))
         with pytest.raises(RequestError, match=r"can need .* KV blocks"):
             await collect(engine, "O", GREEDY.with_changes(n=16, max_tokens=900))
+        with pytest.raises(RequestError, match=r"cannot go to another process: use LLM, or .*--logits-processors"):
+            await collect(engine, "O", GREEDY.with_changes(logits_processors=[lambda output, logits: logits]))
         named = await collect(engine, "O", GREEDY, request_id="mine")
         assert named.request_id == "mine"
         many = await collect(engine, "O", SamplingParams(n=3, seed=1, max_tokens=12, stop=["e"], logprobs=1))
         assert sorted(output.index for output in many.outputs) == [0, 1, 2]
+        best = await collect(engine, "O", SamplingParams(n=2, best_of=5, seed=1, max_tokens=12, stop=["e"]))
+        assert [output.index for output in best.outputs] == [0, 1]
+        first, second = (output.cumulative_logprob for output in best.outputs)
+        assert first is not None
+        assert second is not None
+        assert first >= second
         await until(lambda: engine.stats.num_used_blocks == 0)
 
     run(test)
@@ -139,6 +154,25 @@ def test_a_killed_engine_costs_a_pause_and_no_request(expected: list[list[int]])
         assert len(first.prompt_logprobs) == len(again.prompt_logprobs) == len(again.prompt_token_ids)
 
     run(test)
+
+
+def test_registered_prefixes_come_back_after_a_death() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        prefix = list(range(5, 105))
+        engine.register_prefix(prefix, ("tenant", "other"))
+        with pytest.raises(RequestError, match=r"takes 37 KV blocks .* others hold 6, .* may hold 20 of the pool's 40"):
+            engine.register_prefix([7] * 600)
+        for num_deaths in range(2):
+            await until(lambda: engine.stats.num_pinned_blocks == 6)
+            for salt, cached in (("tenant", 96), ("other", 96), ("", 0)):
+                output = await collect(engine, [*prefix, 3 + num_deaths], GREEDY, cache_salt=salt)
+                assert (output.num_cached_tokens >= 96) == (cached == 96)
+            assert engine._process is not None
+            os.kill(engine._process.pid, signal.SIGKILL)
+            await until(lambda: engine.state == "restarting")
+            assert engine.stats.num_pinned_blocks == 0
+
+    run(test, num_blocks=40)
 
 
 def test_a_request_present_at_two_deaths_is_ended() -> None:
@@ -227,6 +261,8 @@ def test_what_is_wrong_with_the_files_reaches_the_caller(tmp_path: Path) -> None
 
     with pytest.raises(CheckpointError, match="not a folder"):
         asyncio.run(main(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="the logits processor json:loads cannot be loaded"):
+        run(collect, logits_processors="json:loads")
     from quire.engine.checkpoint import bundled_folder
 
     for file in bundled_folder().iterdir():

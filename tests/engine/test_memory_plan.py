@@ -1,5 +1,6 @@
 """The memory plan is arithmetic: these tests do it by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,16 @@ def test_sizes_of_a_plan(model: ModelConfig) -> None:
     assert plan.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head_dim, bytes
     assert plan.kv_cache == 100 * 16 * plan.kv_bytes_per_token
     assert plan.weights == model.weight_bytes("float16")
-    assert plan.total == plan.weights + plan.activations + plan.kv_cache
+    assert plan.total == plan.weights + plan.activations + plan.logprobs + plan.kv_cache
+    assert plan.logprobs == 64 * (2 * 4 * 1000 + 40 * 21)  # positions: two rows of float32, and what is reported
     assert plan.max_model_len == 1024
     assert plan.num_longest_sequences == 1  # 64 of the 100 blocks each
     assert plan.max_num_batched_tokens == 512
 
 
 def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: ModelConfig) -> None:
-    small = plan_memory(EngineConfig(max_num_seqs=4), model, available=2 * 2**20)
-    left = small.available - small.weights - small.activations
+    small = plan_memory(EngineConfig(max_num_seqs=4), model, available=5 * 2**19)
+    left = small.available - small.weights - small.activations - small.logprobs
     assert small.kv_cache <= left * 0.5 < small.kv_cache + 16 * small.kv_bytes_per_token
     large = plan_memory(EngineConfig(max_num_seqs=4), model, available=64 * GIB)
     assert large.num_blocks == 4 * 1024 // 16
@@ -71,11 +73,25 @@ def test_what_cannot_fit_is_refused_with_what_would(model: ModelConfig) -> None:
         plan_memory(EngineConfig(max_model_len=2048), model, available=GIB)
 
 
+def test_the_budget_of_log_probabilities(model: ModelConfig) -> None:
+    def budget(**options: int | str) -> int:
+        return plan_memory(EngineConfig.from_options({"num_blocks": 100, **options}), model, available=GIB).logprobs
+
+    assert budget(max_logprobs=0) == 64 * (8000 + 40)
+    assert budget(logprobs_memory="1MiB") == 2**20
+    assert budget(max_logprobs=2**20) == 64 * (8000 + 40 * 1001)
+    large = replace(model, vocab_size=2_000_000)
+    assert plan_memory(EngineConfig(num_blocks=1), large, available=64 * GIB).logprobs == 64 * 2**20
+    with pytest.raises(MemoryPlanError, match=r"logprobs_memory is 1000 B, but one position .* takes 8.633 KiB"):
+        budget(logprobs_memory=1000)
+
+
 def test_the_description_names_everything(model: ModelConfig) -> None:
     text = "\n".join(plan_memory(EngineConfig(num_blocks=128, max_num_seqs=8), model, available=GIB).describe())
     for part in (
         "weights",
         "activations",
+        "log-probabilities",
         "KV cache",
         "128 blocks of 16 tokens = 2048 tokens",
         "longest context 1024",

@@ -59,8 +59,20 @@ def test_one_request_and_a_prefix_hit(checkpoint: Path, oracle: torch.nn.Module)
     again = llm.generate([prompt], GREEDY)
     assert_greedy(oracle, first)
     assert first[0].num_cached_tokens == 0
-    assert again[0].num_cached_tokens == 96  # all full blocks but the one with the last token
+    assert again[0].num_cached_tokens == 99  # twelve blocks, and of the thirteenth all but the last token
     assert again[0].outputs[0].token_ids == first[0].outputs[0].token_ids
+
+
+def test_prompts_that_part_inside_a_block(checkpoint: Path, oracle: torch.nn.Module) -> None:
+    llm = make_llm(checkpoint)
+    shared = make_prompts(4, longest=60)[3]
+    llm.register_prefix([*shared, *range(BLOCK_SIZE)])
+    prompts = [[*shared[: len(shared) - cut], 200 + cut, 7, 8] for cut in range(10)]
+    outputs = llm.generate(prompts, GREEDY)
+    assert_greedy(oracle, outputs)
+    assert [output.num_cached_tokens for output in outputs] == [len(shared) - cut for cut in range(10)]
+    assert llm.stats().total_block_copies >= 8
+    assert llm.stats().num_used_blocks == llm.stats().num_pinned_blocks
 
 
 @pytest.mark.parametrize("batched_tokens", [512, 20], ids=["unchunked", "chunked"])

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from quire.kv_cache.block_children import MAX_CHILDREN
 from quire.kv_cache.block_hash import root_name
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.kv_cache.block_table import BlockCopies, BlockTable
@@ -131,6 +132,8 @@ def test_a_named_block_is_copied_even_by_its_only_holder() -> None:
     copies: BlockCopies = []
     assert child.append(1, copies) == 0
     assert (copies, child.blocks) == ([(0, 1)], [1])
+    assert pool.num_free == 2, "the source is held until the copy is made"
+    pool.copies_are_done()
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == [0], "the content that has the name is still there"
     assert (pool.num_named_free, pool.num_used) == (1, 1)
 
@@ -234,6 +237,7 @@ def test_a_million_operations_leave_no_trace() -> None:
             gc.collect()
             started_with = sys.getallocatedblocks()
         draw = rng.random()
+        pool.copies_are_done()
         if len(tables) < 12:
             token_ids = [rng.randrange(2) for _ in range(rng.randrange(1, 16))]
             table = new_table(pool)
@@ -269,10 +273,66 @@ def test_a_million_operations_leave_no_trace() -> None:
     for table, _ in tables:
         table.free()
     tables.clear()
+    pool.copies_are_done()
     assert (pool.num_free, pool.num_references, pool.num_filled_slots) == (256, 0, 0)
     pool.forget_names()
     gc.collect()
     assert sys.getallocatedblocks() - started_with < 2_000
+
+
+def test_a_prefix_that_ends_inside_a_block_goes_on_from_there() -> None:
+    pool = BlockPool(8, 4)
+    table = named_table(pool, [1, 2, 3, 4, 5, 6, 7, 8])
+    other = new_table(pool)
+    wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
+    found = other.find_prefix(wanted)
+    inside = other.find_inside(wanted, len(found))
+    assert (found, inside) == ([0], (1, 2))
+    other.adopt(found, inside)
+    assert (other.blocks, other.num_tokens, other.num_copies_to_come) == ([0, 1], 6, 1)
+    copies: BlockCopies = []
+    assert other.append(3, copies) == 1
+    assert (copies, other.blocks) == ([(1, 2)], [0, 2, 3])
+    other.name_full_blocks(wanted, 9)
+    assert new_table(pool).find_prefix([*wanted, 9]) == [0, 2], "the copy has its own name"
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9]) == table.blocks, "and the source keeps its own"
+
+
+def test_no_block_is_copied_from_and_to_in_one_step() -> None:
+    """The first source is free as soon as its copy is ordered, and would be the next block to be taken."""
+    pool = BlockPool(3, 4)
+    sources = [named_table(pool, [token, 1, 2, 3]) for token in (7, 8)]
+    tables = [new_table(pool) for _ in sources]
+    for table, source, token in zip(tables, sources, (7, 8), strict=True):
+        table.adopt([], table.find_inside([token, 1, 9], 0))
+        source.free()
+    copies: BlockCopies = []
+    tables[0].append(1, copies)
+    with pytest.raises(OutOfBlocksError):
+        tables[1].append(1, copies)
+    pool.copies_are_done()
+    tables[1].append(1, copies)
+    assert copies == [(0, 2), (1, 0)]
+
+
+def test_the_last_token_and_other_salts_are_never_found_inside_a_block() -> None:
+    pool = BlockPool(4, 4)
+    named_table(pool, [1, 2, 3, 4])
+    for wanted, inside in (([1], None), ([1, 2], (0, 1)), ([1, 2, 3, 4], (0, 3)), ([2, 1, 1], None)):
+        assert new_table(pool).find_inside(wanted, 0) == inside
+    assert new_table(pool, salt="other").find_inside([1, 2, 3], 0) is None
+
+
+def test_of_many_that_part_the_latest_are_remembered() -> None:
+    pool = BlockPool(MAX_CHILDREN + 2, 2)
+    for token in range(MAX_CHILDREN + 2):
+        named_table(pool, [7 + (token == 0), token]).free()
+    assert new_table(pool).find_inside([7, 99], 0) == (MAX_CHILDREN + 1, 1), "the latest of equals"
+    assert new_table(pool).find_inside([8, 99], 0) is None, "the oldest is forgotten"
+    assert new_table(pool).find_prefix([8, 0, 1]) == [0], "but still found by its name"
+    assert len(pool.children) == MAX_CHILDREN
+    pool.forget_names()
+    assert len(pool.children) == 0
 
 
 # -- the state machine ------------------------------------------------------------------------------------------------
@@ -307,6 +367,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.fill = [0] * num_blocks
         self.named: dict[tuple[str, tuple[int, ...]], int] = {}
         """Salt and all tokens up to the block's end → block."""
+        self.children: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        """Salt and all tokens before the block → the latest named blocks there."""
+        self.pinned: list[ModelTable] = []
+        """Registered prefixes: tables of no sequence."""
         self.num_evictions = self.num_copies = 0
 
     # What the pool should do, written with lists.
@@ -318,10 +382,29 @@ class PoolMachine(RuleBasedStateMachine):
         block = self.free.pop(0)
         content = self.content_of(block)
         if content is not None:
-            del self.named[content]
+            self.forget(content)
             self.num_evictions += 1
         self.refs[block], self.fill[block] = 1, 0
         return block
+
+    def forget(self, content: tuple[str, tuple[int, ...]]) -> None:
+        block = self.named.pop(content)
+        siblings = self.children[content[0], content[1][: -self.size]]
+        if block in siblings:
+            siblings.remove(block)
+
+    def is_pinned(self, block: int) -> bool:
+        return any(block in prefix.blocks for prefix in self.pinned)
+
+    def shared_inside(self, salt: str, token_ids: list[int], num_found: int) -> dict[int, int]:
+        """Block → how many of the tokens after `num_found` blocks it begins with, the last token left out."""
+        start = num_found * self.size
+        wanted = token_ids[start : min(start + self.size, len(token_ids)) - 1]
+        lengths = {}
+        for block in self.children.get((salt, tuple(token_ids[:start])), ()):
+            equal = [a == b for a, b in zip(wanted, self.memory[block], strict=False)]
+            lengths[block] = equal.index(False) if False in equal else len(equal)
+        return {block: length for block, length in lengths.items() if length}
 
     def share(self, block: int) -> None:
         if self.refs[block] == 0:
@@ -363,11 +446,12 @@ class PoolMachine(RuleBasedStateMachine):
         if needs_copy:
             source, each.blocks[-1] = each.blocks[-1], self.take()
             assert copies == [(source, each.blocks[-1])]
-            self.release(source)
             self.num_copies += 1
         each.blocks += [self.take() for _ in range(num_missing)]
         for source, destination in copies:
             self.memory[destination] = self.memory[source].copy()
+            self.release(source)
+        self.pool.copies_are_done()
         each.token_ids += new_tokens
         for position in range(start, len(each.token_ids)):
             block, offset = each.table.blocks[position // self.size], position % self.size
@@ -381,8 +465,11 @@ class PoolMachine(RuleBasedStateMachine):
         if self.caching:
             for index in range(each.num_named, num_computed // self.size):
                 content = each.salt, tuple(each.token_ids[: (index + 1) * self.size])
-                if self.content_of(each.blocks[index]) is None:
-                    self.named.setdefault(content, each.blocks[index])
+                if self.content_of(each.blocks[index]) is None and content not in self.named:
+                    self.named[content] = each.blocks[index]
+                    siblings = self.children.setdefault((each.salt, content[1][: -self.size]), [])
+                    siblings.append(each.blocks[index])
+                    del siblings[:-MAX_CHILDREN]
             each.num_named = max(each.num_named, num_computed // self.size)
 
     def begin(self, salt: str, token_ids: list[int]) -> None:
@@ -390,12 +477,17 @@ class PoolMachine(RuleBasedStateMachine):
         each = ModelTable(BlockTable(self.pool, root_name(salt, self.size)), salt)
         found = each.table.find_prefix(token_ids)
         assert found == self.cached_prefix(salt, token_ids)
-        each.table.adopt(found)
-        for block in found:
+        inside = each.table.find_inside(token_ids, len(found))
+        lengths = self.shared_inside(salt, token_ids, len(found)) if self.caching else {}
+        assert (inside is None) == (not lengths)
+        if inside is not None:
+            assert inside[1] == lengths[inside[0]] == max(lengths.values())
+        each.table.adopt(found, inside)
+        each.blocks = [*found, *([inside[0]] if inside else [])]
+        for block in each.blocks:
             self.share(block)
-        each.blocks = list(found)
         each.num_named = len(found)
-        each.token_ids = token_ids[: len(found) * self.size]
+        each.token_ids = token_ids[: len(found) * self.size + (inside[1] if inside else 0)]
         self.tables.append(each)
         if len(token_ids) > len(each.token_ids):
             self.write(each, token_ids[len(each.token_ids) :])
@@ -464,20 +556,49 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def forget_all_names(self) -> None:
         self.pool.forget_names()
-        self.named.clear()
+        for content in [content for content, block in self.named.items() if not self.is_pinned(block)]:
+            self.forget(content)
+
+    @precondition(lambda self: self.tables and self.caching)
+    @rule(data=st.data())
+    def pin_a_prefix(self, data: st.DataObject) -> None:
+        """What registering does: a table of no sequence takes up what is named, and pins it."""
+        each = data.draw(st.sampled_from(self.tables))
+        prefix = ModelTable(new_table(self.pool, salt=each.salt), each.salt)
+        prefix.blocks = prefix.table.find_prefix([*each.token_ids, 0])
+        prefix.table.adopt(prefix.blocks)
+        self.pool.pin(prefix.blocks)
+        for block in prefix.blocks:
+            self.share(block)
+        prefix.token_ids = each.token_ids[: len(prefix.blocks) * self.size]
+        self.pinned.append(prefix)
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin_a_prefix(self, data: st.DataObject) -> None:
+        self.unpin(data.draw(st.sampled_from(self.pinned)))
+
+    def unpin(self, prefix: ModelTable) -> None:
+        self.pool.unpin(prefix.blocks)
+        prefix.table.free()
+        for block in reversed(prefix.blocks):
+            self.release(block)
+        self.pinned.remove(prefix)
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def forget_names_of_one(self, data: st.DataObject) -> None:
         each = data.draw(st.sampled_from(self.tables))
         each.table.forget_names()
-        self.named = {content: block for content, block in self.named.items() if block not in each.blocks}
+        for content in [content for content, block in self.named.items() if block in each.blocks]:
+            if not self.is_pinned(self.named[content]):
+                self.forget(content)
 
     # What must hold.
 
     @invariant()
     def every_table_reads_back_its_tokens(self) -> None:
-        for each in self.tables:
+        for each in (*self.tables, *self.pinned):
             assert each.table.blocks == each.blocks
             assert each.table.num_tokens == len(each.token_ids)
             read = [token for block in each.blocks for token in self.memory[block]]
@@ -491,9 +612,13 @@ class PoolMachine(RuleBasedStateMachine):
         assert pool.ref_counts == self.refs
         assert pool.num_free == len(self.free)
         assert {block for block, count in enumerate(self.refs) if count} == set(range(pool.num_blocks)) - set(self.free)
-        assert pool.num_references == sum(self.refs) == sum(len(each.blocks) for each in self.tables)
+        holders = (*self.tables, *self.pinned)
+        assert pool.num_references == sum(self.refs) == sum(len(each.blocks) for each in holders)
+        pinned = {block for prefix in self.pinned for block in prefix.blocks}
+        assert set(pool.pinned) == pinned
+        assert pinned <= set(self.named.values()), "what is pinned can be found"
         if not self.tables:
-            assert pool.num_free == pool.num_blocks
+            assert pool.num_free == pool.num_blocks - len(pinned)
 
     @invariant()
     def names_mean_content(self) -> None:
@@ -506,6 +631,9 @@ class PoolMachine(RuleBasedStateMachine):
         named = [pool.names[block] is not None for block in self.free]
         assert named == sorted(named), "blocks without content are taken first"
         assert pool.num_named_free == sum(named)
+        remembered = {block for siblings in self.children.values() for block in siblings}
+        assert remembered == {block for block in range(pool.num_blocks) if block in pool.children}
+        assert len(pool.children) == len(remembered) <= len(self.named)
 
     @invariant()
     def counters_are_exact(self) -> None:
@@ -522,6 +650,8 @@ class PoolMachine(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             for each in list(self.tables):
                 self.end(each)
+            for prefix in list(self.pinned):
+                self.unpin(prefix)
             assert self.pool.num_free == self.pool.num_blocks
             assert self.pool.num_references == self.pool.num_filled_slots == 0
 

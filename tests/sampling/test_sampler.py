@@ -1,6 +1,7 @@
 """The sampler as the runner uses it: distributions, seeds, isolation of faults, logprobs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from quire.sampling import Sampler, SampleResult, SamplingState
+from quire.sampling.batch import SamplingBatch
 from quire.sampling_params import SamplingParams
+from quire.step import logprob_bytes
 
 STOP = (2,)
+ROOM = 2**26
+"""Bytes for log-probabilities."""
 
 
 def make_states(params: Sequence[SamplingParams], vocab_size: int, seed: int = 0) -> list[SamplingState]:
@@ -24,7 +29,7 @@ def make_states(params: Sequence[SamplingParams], vocab_size: int, seed: int = 0
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], seed: int = 0) -> SampleResult:
     vocab_size = logits.shape[1]
-    return Sampler(vocab_size).sample(logits.clone(), make_states(params, vocab_size, seed))
+    return Sampler(vocab_size, ROOM).sample(logits.clone(), make_states(params, vocab_size, seed))
 
 
 def plain_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -107,6 +112,7 @@ def any_params(draw: st.DrawFn) -> SamplingParams:
         logit_bias=draw(st.sampled_from([None, {1: 3.0}])),
         min_tokens=draw(st.sampled_from([0, 2])),
         logprobs=draw(st.sampled_from([None, 0, 3])),
+        logprobs_mode=draw(st.sampled_from(["raw_logprobs", "processed_logprobs"])),
         seed=draw(st.integers(-(2**63), 2**64 - 1)),
     )
 
@@ -125,7 +131,7 @@ def test_a_row_is_bit_identical_in_any_batch(
     """Alone, among others in any order, and next to a row that fails."""
     logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
     states = make_states(params, vocab_size)
-    sampler = Sampler(vocab_size)
+    sampler = Sampler(vocab_size, ROOM)
     alone = [sampler.sample(logits[i : i + 1].clone(), [state]) for i, state in enumerate(states)]
     order = data.draw(st.permutations(range(len(params))))
     faulty = None if fault is None else data.draw(st.sampled_from(order))
@@ -166,7 +172,7 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(params: SamplingP
     logits = torch.randn(steps, vocab_size, generator=torch.Generator().manual_seed(2))
 
     def run(state: SamplingState, start: int, end: int) -> list[int]:
-        sampler, tokens = Sampler(vocab_size), []
+        sampler, tokens = Sampler(vocab_size, ROOM), []
         for step in range(start, end):
             (token_id,) = sampler.sample(logits[step : step + 1].clone(), [state]).token_ids
             state.append(token_id)
@@ -185,13 +191,56 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(params: SamplingP
 def test_the_same_list_of_states_is_read_once_and_a_changed_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(2, 10)
     states = make_states([SamplingParams(), SamplingParams(temperature=0)], 10)
-    sampler = Sampler(10)
+    sampler = Sampler(10, ROOM)
     sampler.sample(logits.clone(), states)
     with monkeypatch.context() as patch:
         patch.setattr("quire.sampling.sampler.SamplingBatch", None)
         sampler.sample(logits.clone(), list(states))
     states[0] = make_states([SamplingParams(logprobs=1)], 10)[0]
     assert sampler.sample(logits.clone(), states).logprobs[0] is not None
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 5])
+def test_batches_are_cut_where_their_logprobs_would_not_fit(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size = 300
+    logits = torch.randn(24, vocab_size, generator=torch.Generator().manual_seed(8))
+    modes = ("raw_logprobs", "processed_logprobs")
+    params = [
+        p.with_changes(logprobs=None if i % 3 == 0 else 4, logprobs_mode=modes[i % 2]) for i, p in enumerate(MIXED * 3)
+    ]
+    whole = Sampler(vocab_size, ROOM).sample(logits.clone(), make_states(params, vocab_size))
+    taken: list[int] = []
+
+    class Counting(SamplingBatch):
+        def __init__(self, states: Sequence[SamplingState], size: int, processors: Sequence[Any]) -> None:
+            super().__init__(states, size, processors)
+            taken.append(sum(logprob_bytes(size, 4) for state in states if state.params.logprobs is not None))
+
+    monkeypatch.setattr("quire.sampling.sampler.SamplingBatch", Counting)
+    room = rows_at_once * logprob_bytes(vocab_size, 4)
+    assert Sampler(vocab_size, room).sample(logits.clone(), make_states(params, vocab_size)) == whole
+    assert len(taken) == -(-16 // rows_at_once)
+    assert max(taken) <= room
+
+
+def test_processed_logprobs_are_those_of_what_was_drawn_from() -> None:
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(4))
+    edits = SamplingParams(
+        allowed_token_ids=(3, 7, 9, 11), logit_bias={7: 2.0}, temperature=0.5, top_k=3, logprobs=-1, seed=1
+    )
+    params = [edits.with_changes(logprobs_mode="processed_logprobs"), edits, SamplingParams(temperature=0, logprobs=1)]
+    processed, raw, greedy = sample(logits, params).logprobs
+    assert processed is not None
+    assert raw is not None
+    edited = torch.full((30,), -torch.inf)
+    edited[[3, 7, 9, 11]] = logits[0, [3, 7, 9, 11]] + torch.tensor([0.0, 2.0, 0.0, 0.0])
+    kept = edited.topk(3).indices
+    expected = torch.full((30,), -torch.inf)
+    expected[kept] = (edited[kept].double() / 0.5).log_softmax(-1).float()
+    np.testing.assert_allclose(processed.logprobs, expected[processed.token_ids], atol=1e-6)
+    assert processed.token_ids[1:4] == kept.tolist()
+    np.testing.assert_allclose(raw.logprobs, logits[1].log_softmax(-1)[raw.token_ids], atol=1e-6)
+    assert greedy is not None
 
 
 def test_logprobs_are_the_models_own_whatever_was_edited() -> None:

@@ -886,7 +886,97 @@ def test_the_last_token_of_a_cached_prompt_is_computed() -> None:
     for name in "ab":
         engine.add(new_request(name, prompt, max_tokens=1))
         plan = engine.step()
-    assert (plan.starts, plan.counts) == ([8], [4])
+    assert (plan.starts, plan.counts) == ([11], [1])
+    assert len(plan.block_copies) == 1
+
+
+def test_a_prompt_goes_on_from_inside_a_block() -> None:
+    engine = Engine()
+    first = list(range(100, 112))
+    engine.add(new_request("first", first, max_tokens=1))
+    engine.run()
+    for name, parted, start in (("a", 6, 6), ("b", 9, 9), ("c", 8, 8), ("none", 0, 0)):
+        engine.add(new_request(name, [*first[:parted], 7, 8, 9, 7, 8, 9], max_tokens=3))
+        plan = engine.step()
+        assert plan.starts == [start]
+        assert len(plan.block_copies) == (start % 4 > 0)
+        engine.run()
+
+
+def test_a_prompt_that_fills_the_pool_starts_without_a_block_to_copy() -> None:
+    engine = Engine(num_blocks=2)
+    engine.add(new_request("first", [1, 2, 3, 4, 5, 6, 7, 8], max_tokens=1))
+    engine.run()
+    engine.add(new_request("second", [1, 2, 3, 4, 5, 6, 7, 9], max_tokens=1))
+    plan = engine.step()
+    assert (plan.starts, plan.block_copies) == ([4], []), "the source would take the room of the copy"
+
+
+# -- registered prefixes ----------------------------------------------------------------------------------------------
+
+
+def register(engine: "Engine", name: str, prompt: list[int], salts: tuple[str, ...] = ("",)) -> None:
+    engine.scheduler.register_prefix(new_request(name, prompt, max_tokens=1, salt=salts[0]), salts)
+    while name not in engine.scheduler.prefixes:
+        plan = engine.scheduler.schedule()
+        engine.scheduler.update(plan, engine.runner.execute(plan))
+
+
+def test_a_registered_prefix_is_found_under_all_its_salts_until_it_is_removed() -> None:
+    engine = Engine(num_blocks=16)
+    prefix = list(range(100, 110))
+    register(engine, "p", prefix, ("one", "two"))
+    pool, scheduler = engine.pool, engine.scheduler
+    assert (scheduler.stats().num_pinned_blocks, pool.num_used) == (2, 2)
+
+    def cached(name: str, salt: str) -> int:
+        scheduler.add(new_request(name, [*prefix[:8], 7, 7], max_tokens=1, salt=salt))
+        plan = scheduler.schedule()
+        scheduler.update(plan, engine.runner.execute(plan))
+        return plan.starts[0]
+
+    assert [cached(f"a{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
+    pool.forget_names()
+    assert [cached(f"b{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
+    register(engine, "q", prefix[:4], ("two",))
+    assert scheduler.stats().num_pinned_blocks == 2, "they share the first block"
+    scheduler.prefixes.remove("p")
+    assert scheduler.stats().num_pinned_blocks == 1
+    pool.forget_names()
+    assert [cached(f"c{salt}", salt) for salt in ("one", "two")] == [4, 4]
+    scheduler.prefixes.remove("q")
+    assert (pool.num_free, pool.num_references) == (pool.num_blocks, 0)
+
+
+def test_what_registered_prefixes_hold_is_no_requests() -> None:
+    engine = Engine(num_blocks=8)
+    register(engine, "p", list(range(100, 108)))
+    scheduler = engine.scheduler
+    with pytest.raises(RequestError, match=r"takes 3 more KV blocks .* hold 2 and may hold 4 of the pool's 8"):
+        register(engine, "q", list(range(200, 212)))
+    with pytest.raises(RequestError, match="the prefix id p is in use"):
+        register(engine, "p", list(range(200, 212)))
+    with pytest.raises(RequestError, match=r"can need 7 KV blocks .* has 8, of which 2 are registered prefixes'"):
+        scheduler.add(new_request("long", 20, max_tokens=9))
+    scheduler.add(new_request("begins with it", [*range(100, 108), *range(12)], max_tokens=9))
+    with pytest.raises(RequestError, match=r"a request in flight can need 7 KV blocks, and the prefix would leave 4"):
+        register(engine, "r", list(range(200, 208)))
+    scheduler.add(new_request("fits", 16, max_tokens=9))
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        scheduler.update(plan, engine.runner.execute(plan))
+    assert scheduler.stats().num_used_blocks == scheduler.stats().num_pinned_blocks == 2
+
+
+def test_an_aborted_registration_leaves_nothing() -> None:
+    engine = Engine()
+    scheduler = engine.scheduler
+    scheduler.register_prefix(new_request("p", 20, max_tokens=1), ("",))
+    assert scheduler.prefixes.num_blocks == 5
+    scheduler.schedule()
+    scheduler.abort("p")
+    assert scheduler.prefixes.num_blocks == 0
+    assert "p" not in scheduler.prefixes
 
 
 def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:

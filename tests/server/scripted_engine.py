@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import quire
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError
+from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.outputs import (
     CompletionOutput,
     EngineStats,
@@ -67,11 +67,18 @@ class ScriptedEngine:
     chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate.from_folder(BUNDLED))
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
+    prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_tokens: int = 0
     """Handed out, over all requests."""
+
+    def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
+        if len(prefix) > self.max_model_len:
+            raise RequestError(f"the prefix has {len(prefix)} tokens")
+        self.prefixes.append((prefix, tuple(salts)))
+        return f"prefix-{len(self.prefixes)}"
 
     async def start(self) -> None:
         self.tokenizer = bundled_tokenizer()

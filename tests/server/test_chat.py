@@ -159,9 +159,10 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"best_of": 4}, "best_of"),
+        ({"best_of": 4, "stream": True}, "best_of"),
         ({"use_beam_search": True, "temperature": 0.7}, "beam_width"),
         ({"beam_width": 2, "n": 3}, "n"),
+        ({"beam_width": 4, "best_of": 4}, "best_of"),
         ({"early_stopping": "never"}, "early_stopping"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"chat_template": "{{ 7 * 7 }}"}, "chat_template"),

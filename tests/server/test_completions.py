@@ -145,7 +145,7 @@ def test_token_ids_and_their_names(client: OpenAI) -> None:
         ({"prompt": ["x"] * 600, "n": 2}, "prompt"),
         ({"prompt": ["x"] * 100_000}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
-        ({"best_of": 3}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"truncation_side": "right"}, "truncation_side"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

@@ -18,7 +18,9 @@ OutputJson = Annotated[Path | None, Parameter(help="Also write the result to thi
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SIZES = frozenset({"kv_cache_memory", "swap_space", "disk_cache_size", "max_body_size", "max_header_size"})
+_SIZES = frozenset(
+    {"kv_cache_memory", "logprobs_memory", "swap_space", "disk_cache_size", "max_body_size", "max_header_size"}
+)
 """Given in bytes or as a text such as 4GiB; the config class reads both."""
 _ENVIRONMENT = {"api_key": "QUIRE_API_KEY"}
 _GROUPS = {EngineConfig: Group("Engine", sort_key=1), ServerSettings: Group("Server", sort_key=2)}

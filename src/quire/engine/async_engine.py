@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,7 @@ from quire.engine.messages import (
     PhaseDone,
     Ready,
     Refused,
+    RegisterPrefix,
     ResetPrefixCache,
     Stop,
     ToEngine,
@@ -103,6 +104,8 @@ class AsyncLLM:
         self._inputs: InputProcessor | None = None
         self._outputs = OutputProcessor(None)
         self._in_flight: dict[str, _InFlight] = {}
+        self._prefixes: dict[str, RegisterPrefix] = {}
+        """What a new engine process registers again."""
         self._request_numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -209,6 +212,12 @@ class AsyncLLM:
         """
         if self._inputs is None or self.state in ("draining", "dead") or (self.state == "loading"):
             raise EngineUnavailableError(f"the engine is {self.state}")
+        if params.logits_processors:
+            raise RequestError(
+                "logits_processors are Python functions, which cannot go to another process: use LLM, or register a "
+                "batch processor with the engine (--logits-processors)",
+                param="logits_processors",
+            )
         num_waiting = sum(1 for flight in self._in_flight.values() if flight.live) - self.stats.num_running
         if num_waiting >= self.config.max_queue_size > 0:
             raise QueueFullError(
@@ -219,7 +228,7 @@ class AsyncLLM:
         make = partial(self._inputs.make_request, internal_id, prompt, params, priority=priority, cache_salt=cache_salt)
         # A long text takes milliseconds to tokenise, in which other streams must go on.
         request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
-        flight = _InFlight(request, {index: [] for index in range(params.n)})
+        flight = _InFlight(request, {index: [] for index in range(request.params.n)})
         self._in_flight[internal_id] = flight
         self._outputs.add(request, text)
         try:
@@ -240,8 +249,37 @@ class AsyncLLM:
                 self._outputs.discard(internal_id)
                 self._send(Abort([internal_id]))
 
+    def register_prefix(self, prefix: Prompt, salts: Sequence[str] = ("",)) -> str:
+        """Have a prefix computed, before whatever waits, and kept: it is found under each of the salts.
+
+        Returns its id. An engine process that replaces a dead one computes it again. Raises `RequestError` with the
+        numbers if it is longer than the context, or all prefixes together could exceed `max_pinned_share`.
+        """
+        assert self._inputs is not None, "start() comes first"
+        token_ids, plan = self._inputs.token_ids_of(prefix), self.memory_plan
+        if not self.config.enable_prefix_caching:
+            raise RequestError("prefixes need the prefix cache; set enable_prefix_caching", param="prefix")
+        if not plan.block_size <= len(token_ids) < plan.max_model_len:
+            raise RequestError(
+                f"the prefix has {len(token_ids)} tokens; it needs a full block of {plan.block_size} and less than "
+                f"the context of {plan.max_model_len}",
+                param="prefix",
+            )
+        held = sum(len(other.token_ids) // plan.block_size for other in self._prefixes.values())
+        needed, limit = len(token_ids) // plan.block_size, int(plan.num_blocks * self.config.max_pinned_share)
+        if held + needed > limit:
+            raise RequestError(
+                f"the prefix takes {needed} KV blocks of {plan.block_size} tokens; others hold {held}, and together "
+                f"they may hold {limit} of the pool's {plan.num_blocks} (max_pinned_share)",
+                param="prefix",
+            )
+        message = RegisterPrefix(f"prefix-{len(self._prefixes)}", token_ids, tuple(salts))
+        self._prefixes[message.prefix_id] = message
+        self._send(message)
+        return message.prefix_id
+
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable."""
+        """Make every stored prefix unfindable that is not registered."""
         self._send(ResetPrefixCache())
 
     def _retry_after(self, num_waiting: int) -> int:
@@ -267,6 +305,8 @@ class AsyncLLM:
             theirs.close()
         reader, self._writer = await asyncio.open_connection(sock=mine)
         self._send(Load(self.config, self.memory_plan, self._folder))
+        for prefix in self._prefixes.values():
+            self._send(prefix)
         self._reader_task = asyncio.create_task(self._read(reader))
 
     def _send(self, message: ToEngine) -> None:
@@ -289,6 +329,8 @@ class AsyncLLM:
                 self._take_stats(stats)
                 self._deliver(deltas)
             case Refused(request_id, text, param, code):
+                if request_id in self._prefixes:
+                    logger.error("the prefix %s is not kept: %s", request_id, text)
                 self._end(request_id, RequestError(text, param=param, code=code))
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
@@ -370,7 +412,7 @@ class AsyncLLM:
             return
         logger.error("the engine process ended (exit code %s); starting another one", code)
         self.state = "restarting" if self.state == "ready" else self.state
-        self.stats = replace(self.stats, num_running=0, num_waiting=0, num_used_blocks=0)
+        self.stats = replace(self.stats, num_running=0, num_waiting=0, num_used_blocks=0, num_pinned_blocks=0)
         for request_id, flight in list(self._in_flight.items()):
             flight.num_deaths += 1
             if flight.num_deaths >= DEATHS_PER_REQUEST:

@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,8 @@ from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner
+from quire.sampling.logits_processors import BatchLogitsProcessor, load_processors
+from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
 
 FLUSH_SECONDS = 4.0
@@ -47,9 +49,20 @@ class EngineCore:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path, on_phase: Phase
+        cls,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        plan: MemoryPlan,
+        folder: Path,
+        on_phase: Phase,
+        *,
+        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
     ) -> "EngineCore":
-        """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config."""
+        """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config.
+
+        `logits_processors` stand in the place of the config's, which can only hold names.
+        """
+        processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
         started = time.perf_counter()
         num_threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
@@ -79,6 +92,7 @@ class EngineCore:
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
             tiers=tiers,
+            max_pinned_share=config.max_pinned_share,
         )
         runner = ModelRunner(
             model,
@@ -89,6 +103,8 @@ class EngineCore:
             max_model_len=plan.max_model_len,
             num_threads=num_threads,
             block_store=block_store,
+            logprobs_memory=plan.logprobs,
+            logits_processors=processors,
         )
         return cls(scheduler, runner, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 
@@ -104,6 +120,27 @@ class EngineCore:
     def stop(self, request_id: str, index: int) -> None:
         """End one sample of a request."""
         self._scheduler.stop(request_id, index)
+
+    def register_prefix(self, prefix_id: str, token_ids: Sequence[int], salts: Sequence[str]) -> None:
+        """Begin to compute a prefix that stays. Raises `RequestError` for one that cannot be held."""
+        request = Request(
+            request_id=prefix_id,
+            prompt_token_ids=list(token_ids),
+            params=SamplingParams(temperature=0.0, max_tokens=1),
+            max_tokens=1,
+            priority=-(2**31),
+            cache_salt=salts[0],
+        )
+        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        self._scheduler.register_prefix(request, salts)
+
+    def holds_prefix(self, prefix_id: str) -> bool:
+        """Whether a registered prefix is computed and stays."""
+        return prefix_id in self._scheduler.prefixes
+
+    def unregister_prefix(self, prefix_id: str) -> None:
+        """Let a registered prefix go."""
+        self._scheduler.prefixes.remove(prefix_id)
 
     def step(self) -> list[SequenceDelta]:
         """Schedule, execute, update: one step of every sequence that got a share of it.
@@ -142,7 +179,7 @@ class EngineCore:
         return self._scheduler.stats()
 
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable."""
+        """Make every stored prefix unfindable that is not registered."""
         self._scheduler.reset_prefix_cache()
 
 

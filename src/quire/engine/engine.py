@@ -4,7 +4,7 @@ add_request ─▶ InputProcessor ─▶ EngineCore.add
 step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from quire.config import EngineConfig
@@ -13,16 +13,27 @@ from quire.engine.core import EngineCore
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
+from quire.errors import RequestError
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, RequestOutput
+from quire.outputs import EngineStats, RegisteredPrefix, RequestOutput
+from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import SamplingParams
 
 
 class Engine:
     """A model, its memory, and every request in flight."""
 
-    def __init__(self, config: EngineConfig, report: Callable[[str], None]) -> None:
-        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: Callable[[str], None],
+        *,
+        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
+    ) -> None:
+        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`.
+
+        `logits_processors` stand in the place of the config's, which can only hold names.
+        """
         self.config = config
         self.folder = find_model(config.model, config.revision)
         self.model_config = ModelConfig.from_folder(self.folder)
@@ -38,6 +49,7 @@ class Engine:
             self.memory_plan,
             self.folder,
             lambda name, seconds: report(f"{name}: {seconds:.2f} s"),
+            logits_processors=logits_processors,
         )
         self._inputs = InputProcessor(
             self.model_config,
@@ -56,6 +68,29 @@ class Engine:
         self._core.add(request)
         self._outputs.add(request, text)
         return RequestOutput(request_id, text, request.prompt_token_ids, [])
+
+    def register_prefix(self, prefix_id: str, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
+        """Compute a prefix now and hold it until `unregister_prefix`.
+
+        Raises `RequestError` for one that cannot be held, and while requests are in flight.
+        """
+        if self._core.has_work:
+            raise RequestError("requests are in flight; register a prefix when they have ended", param="prefix")
+        token_ids = self._inputs.token_ids_of(prefix)
+        self._core.register_prefix(prefix_id, token_ids, (cache_salt,))
+        try:
+            while self._core.has_work:
+                self._core.step()
+        finally:
+            self._core.abort(prefix_id)
+        if not self._core.holds_prefix(prefix_id):
+            raise RequestError("the prefix could not be computed: the model's logits are not finite", param="prefix")
+        block_size = self.memory_plan.block_size
+        return RegisteredPrefix(prefix_id, len(token_ids), len(token_ids) // block_size * block_size)
+
+    def unregister_prefix(self, prefix: RegisteredPrefix) -> None:
+        """Let a registered prefix go; its blocks stay findable until their space is needed."""
+        self._core.unregister_prefix(prefix.prefix_id)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its memory is free when this returns."""

@@ -22,6 +22,7 @@ from quire.engine.messages import (
     PhaseDone,
     Ready,
     Refused,
+    RegisterPrefix,
     ResetPrefixCache,
     Stop,
     ToEngine,
@@ -115,6 +116,11 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
                             core.stop(request_id, index)
                     case ResetPrefixCache():
                         core.reset_prefix_cache()
+                    case RegisterPrefix(prefix_id, token_ids, salts):
+                        try:
+                            core.register_prefix(prefix_id, token_ids, salts)
+                        except RequestError as error:
+                            connection.send(Refused(prefix_id, error.message, error.param, error.code))
                     case Load():
                         raise ValueError("an engine loads once")
             was_saving = core.has_idle_work

@@ -64,6 +64,12 @@ class InputProcessor:
             )
         if params.bad_words and not params.bad_words_token_ids:
             params = params.with_changes(bad_words_token_ids=self._bad_word_tokens(params.bad_words))
+        num_returned, hides_logprobs = 0, False
+        if params.num_samples > params.n:
+            num_returned, hides_logprobs = params.n, params.logprobs is None
+            params = params.with_changes(
+                n=params.num_samples, best_of=None, logprobs=0 if hides_logprobs else params.logprobs
+            )
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
@@ -74,9 +80,15 @@ class InputProcessor:
             arrival_time=self._clock(),
             priority=priority,
             cache_salt=cache_salt,
+            num_returned=num_returned,
+            hides_logprobs=hides_logprobs,
         )
         check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
         return request, text
+
+    def token_ids_of(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt, tokenised where it is text. Raises `RequestError`."""
+        return self._tokens_of(prompt)[1]
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):

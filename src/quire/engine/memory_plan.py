@@ -14,11 +14,17 @@ from quire.errors import ConfigError, MemoryPlanError
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.model_config import DTYPE_BYTES, ModelConfig
 from quire.quantization import METHODS
+from quire.step import logprob_bytes
 
 MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
 KV_SHARE = 0.5
 """Share of the memory left beside weights and activations that the KV pool takes if not told otherwise."""
+
+LOGPROB_POSITIONS = 64
+"""Positions whose log-probabilities are worked out at once if not told otherwise: enough for full-speed products."""
+MAX_LOGPROBS_MEMORY = 64 * 2**20
+"""Bytes for them if not told otherwise, however large the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,8 @@ class MemoryPlan:
     available: int
     weights: int
     activations: int
+    logprobs: int
+    """Budget in which log-probabilities of prompts and samples are worked out, piece by piece."""
     kv_cache: int
     kv_bytes_per_token: int
     block_size: int
@@ -45,7 +53,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv_cache + self.swap_space + self.staging
+        return self.weights + self.activations + self.logprobs + self.kv_cache + self.swap_space + self.staging
 
     @property
     def num_longest_sequences(self) -> int:
@@ -59,7 +67,7 @@ class MemoryPlan:
         return [
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({stored}) + activations {show_bytes(self.activations)} "
-            f"({self.max_num_batched_tokens} tokens a step) "
+            f"({self.max_num_batched_tokens} tokens a step) + log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
             + (f" + staging {show_bytes(self.staging)} for the disk tier" if self.staging else ""),
@@ -90,11 +98,12 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
             f"which takes {show_bytes(per_block)}; give a size such as 4GiB"
         )
     staging = 2 * num_staged_blocks(per_block) * per_block if config.disk_cache is not None else 0
-    left = available - weights - activations - swap_space - staging
+    logprobs = _logprobs_budget(config, model)
+    left = available - weights - activations - logprobs - swap_space - staging
     if left < per_block:
         raise MemoryPlanError(
-            f"the model does not fit: weights take {show_bytes(weights)} as {config.quantization or dtype} and "
-            f"activations {show_bytes(activations)}, "
+            f"the model does not fit: weights take {show_bytes(weights)} as {config.quantization or dtype} beside "
+            f"activations {show_bytes(activations)} and log-probabilities {show_bytes(logprobs)}, "
             + (f"tiers below the KV cache {show_bytes(swap_space + staging)}, " if swap_space + staging else "")
             + f"but {show_bytes(available)} are available"
             + _smaller_weights(model, dtype, config.quantization, available)
@@ -119,8 +128,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         )
     if num_blocks * per_block > left:
         raise MemoryPlanError(
-            f"{num_blocks} KV blocks take {show_bytes(num_blocks * per_block)}, but beside weights and activations "
-            f"{show_bytes(left)} are left; {left // per_block} blocks "
+            f"{num_blocks} KV blocks take {show_bytes(num_blocks * per_block)}, but beside weights, activations "
+            f"and log-probabilities {show_bytes(left)} are left; {left // per_block} blocks "
             f"({show_bytes(left // per_block * per_block)}) would fit"
         )
     if blocks_per_sequence > num_blocks and config.max_model_len is not None:
@@ -137,6 +146,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         available=available,
         weights=weights,
         activations=activations,
+        logprobs=logprobs,
         kv_cache=num_blocks * per_block,
         kv_bytes_per_token=per_token,
         block_size=config.block_size,
@@ -188,3 +198,17 @@ def _smaller_weights(model: ModelConfig, dtype: str, quantization: str | None, a
         f"as {name} the weights take {show_bytes(size)}" for name, size in choices.items() if size < min(now, available)
     ]
     return "; " + ", ".join(fitting) if fitting else ""
+
+
+def _logprobs_budget(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes for log-probabilities: as asked, or for `LOGPROB_POSITIONS`; one position must fit."""
+    position = logprob_bytes(model.vocab_size, config.max_logprobs)
+    if config.logprobs_memory is None:
+        return max(position, min(LOGPROB_POSITIONS * position, MAX_LOGPROBS_MEMORY))
+    if config.logprobs_memory < position:
+        raise MemoryPlanError(
+            f"logprobs_memory is {show_bytes(config.logprobs_memory)}, but one position with max_logprobs "
+            f"{config.max_logprobs} of a vocabulary of {model.vocab_size} tokens takes {show_bytes(position)}; "
+            "give at least that"
+        )
+    return config.logprobs_memory

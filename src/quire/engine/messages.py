@@ -42,6 +42,14 @@ class ResetPrefixCache(msgspec.Struct, tag=True):
     pass
 
 
+class RegisterPrefix(msgspec.Struct, tag=True):
+    """Compute a prefix and keep it, findable under all `salts`."""
+
+    prefix_id: str
+    token_ids: list[int]
+    salts: tuple[str, ...]
+
+
 class PhaseDone(msgspec.Struct, tag=True):
     """A phase of start-up has ended."""
 
@@ -76,7 +84,7 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-ToEngine = Load | Add | Abort | Stop | ResetPrefixCache
+ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix
 FromEngine = PhaseDone | Ready | Failed | Refused | Outputs
 
 _encoder = msgspec.msgpack.Encoder()

@@ -23,6 +23,7 @@ _WITHOUT_ALIAS = frozenset(
         "num_kv_blocks",
         "num_used_kv_blocks",
         "num_named_free_kv_blocks",
+        "num_pinned_kv_blocks",
         "kv_slots_filled",
         "kv_slots_allocated",
         "kv_slots_shared",
@@ -113,6 +114,7 @@ class Metrics:
         self._blocks = self._gauge("num_kv_blocks", "KV blocks in the pool")
         self._used_blocks = self._gauge("num_used_kv_blocks", "KV blocks in use")
         self._named_free_blocks = self._gauge("num_named_free_kv_blocks", "Free KV blocks that a prefix may still find")
+        self._pinned_blocks = self._gauge("num_pinned_kv_blocks", "KV blocks that registered prefixes hold")
         self._filled = self._gauge("kv_slots_filled", "Token slots that hold KV")
         self._allocated = self._gauge("kv_slots_allocated", "Token slots of the blocks in use")
         self._shared = self._gauge("kv_slots_shared", "Token slots that sharing saved")
@@ -255,6 +257,7 @@ class Metrics:
             (self._blocks, stats.num_blocks),
             (self._used_blocks, stats.num_used_blocks),
             (self._named_free_blocks, stats.num_named_free_blocks),
+            (self._pinned_blocks, stats.num_pinned_blocks),
             (self._filled, stats.num_filled_slots),
             (self._allocated, stats.num_allocated_slots),
             (self._shared, stats.num_shared_slots),

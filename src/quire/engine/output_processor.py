@@ -31,6 +31,8 @@ class _RequestState:
         self.live = {index: _Sample(request, tokenizer) for index in range(request.params.n)}
         """Samples that have not ended."""
         self.prompt_logprobs_begun = False
+        self.whole: RequestOutput | None = None
+        """Everything so far of a request of which only the best samples are returned."""
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
 
 
@@ -55,6 +57,7 @@ class OutputProcessor:
     def process(self, deltas: Sequence[SequenceDelta]) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
         """What each request gained, and the (request id, sample) pairs that a stop string ended, for the core."""
         outputs: dict[str, RequestOutput] = {}
+        states: dict[str, _RequestState] = {}
         stopped: list[tuple[str, int]] = []
         now = self._clock()
         for delta in deltas:
@@ -65,6 +68,8 @@ class OutputProcessor:
             output = outputs.get(delta.request_id)
             if output is None:
                 output = outputs[delta.request_id] = self._open(state, delta, now)
+                if state.request.num_returned:
+                    states[delta.request_id] = state
             if delta.prompt_logprobs is not None:
                 output.prompt_logprobs = [] if state.prompt_logprobs_begun else [None]
                 output.prompt_logprobs += [self._logprobs(entry) for entry in delta.prompt_logprobs]
@@ -80,6 +85,10 @@ class OutputProcessor:
                 if not state.live:
                     output.finished = True
                     del self._states[delta.request_id]
+        for request_id, state in states.items():
+            best = _take_best(state, outputs.pop(request_id))
+            if best is not None:
+                outputs[request_id] = best
         return list(outputs.values()), stopped
 
     def _open(self, state: _RequestState, delta: SequenceDelta, now: float) -> RequestOutput:
@@ -131,3 +140,24 @@ class OutputProcessor:
             token_id: Logprob(logprob, rank, tokenizer.id_to_text(token_id) if tokenizer is not None else None)
             for token_id, logprob, rank in zip(entry.token_ids, entry.logprobs, entry.ranks, strict=True)
         }
+
+
+def _take_best(state: _RequestState, news: RequestOutput) -> RequestOutput | None:
+    """Keep what is new; once all samples have ended, the whole output with the best of them, best first.
+
+    A sample that failed is returned only where too few others are left.
+    """
+    if state.whole is None:
+        state.whole = news
+    else:
+        state.whole.extend(news)
+    whole, request = state.whole, state.request
+    if not news.finished:
+        return None
+    whole.outputs.sort(key=lambda sample: (sample.error is not None, -(sample.cumulative_logprob or 0.0), sample.index))
+    del whole.outputs[request.num_returned :]
+    for index, sample in enumerate(whole.outputs):
+        sample.index = index
+        if request.hides_logprobs:
+            sample.logprobs = None
+    return whole

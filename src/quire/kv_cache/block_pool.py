@@ -10,9 +10,11 @@ deque; and flat lists of integers, not node objects, let a pool of a million blo
 second.
 """
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import QuireError
+from quire.kv_cache.block_children import BlockChildren
 from quire.kv_cache.block_hash import BlockName
 
 
@@ -43,7 +45,13 @@ class BlockPool:
         """Told of a named block that `allocate` takes, while its content is still there; tiers below listen."""
         self.on_idle: Callable[[int, BlockName], None] | None = None
         """Told of a named block whose last reference went."""
+        self.pinned: Counter[int] = Counter()
+        """Used blocks that registered prefixes hold → by how many; these never lose their names."""
+        self.children = BlockChildren()
+        self._copied_from: list[int] = []
         self._named: dict[BlockName, int] = {}
+        self._aliases: dict[BlockName, int] = {}
+        """Further names of pinned blocks: what a registered prefix is called under other salts."""
         # The entry past the last block is the list's anchor: its next is the head, its previous the tail.
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
         self._prev: list[int] = [num_blocks, *range(num_blocks)]
@@ -80,6 +88,7 @@ class BlockPool:
         if name is not None:
             del self._named[name]
             self.names[block] = None
+            self.children.remove(block)
             self.num_named_free -= 1
             self.total_evictions += 1
             if self.on_evict is not None:
@@ -124,6 +133,21 @@ class BlockPool:
         self._next[block] = after
         self._prev[after] = block
 
+    def release_after_copy(self, block: int) -> None:
+        """Drop a reference to a block of which a copy was ordered; its space is not taken before `copies_are_done`.
+
+        Were it taken in the same step, it could be the destination of another copy, and the two would depend on order.
+        """
+        if self.ref_counts[block] > 1:
+            self.release(block)
+        else:
+            self._copied_from.append(block)
+
+    def copies_are_done(self) -> None:
+        """The copies ordered so far have been made, or were taken back: drop what was held for them."""
+        while self._copied_from:
+            self.release(self._copied_from.pop())
+
     def write(self, block: int, fill: int) -> None:
         """Note that a block its only holder writes to is now filled up to `fill` slots."""
         self.num_filled_slots += fill - self.fill[block]
@@ -131,27 +155,53 @@ class BlockPool:
 
     def find(self, name: BlockName) -> int | None:
         """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
+        if self._aliases and (block := self._aliases.get(name)) is not None:
+            return block
         return self._named.get(name)
 
-    def set_name(self, block: int, name: BlockName) -> None:
-        """Make a full block findable. The first block of a name keeps it; later twins stay nameless."""
-        if self.enable_prefix_caching and self.names[block] is None and name not in self._named:
+    def set_name(
+        self, block: int, name: BlockName, parent: BlockName = b"", token_ids: Sequence[int] | None = None
+    ) -> None:
+        """Make a full block findable. The first block of a name keeps it; later twins stay nameless.
+
+        With the name of its parent and its tokens, it can also be found by a beginning of the tokens.
+        """
+        if self.enable_prefix_caching and self.names[block] is None and self.find(name) is None:
             self.names[block] = name
             self._named[name] = block
+            if token_ids is not None:
+                self.children.add(block, parent, token_ids)
 
     def forget_name(self, block: int) -> None:
         """Make a used block unfindable, because what it holds is not to be trusted."""
         name = self.names[block]
-        if name is not None:
+        if name is not None and block not in self.pinned:
             del self._named[name]
             self.names[block] = None
+            self.children.remove(block)
 
     def forget_names(self) -> None:
-        """Empty the prefix cache: no block can be found by name any more; tables are untouched."""
+        """Empty the prefix cache: only what is pinned can be found by name any more; tables are untouched."""
+        kept = {name: block for name, block in self._named.items() if block in self.pinned}
         for block in self._named.values():
-            self.names[block] = None
-        self._named.clear()
+            if block not in self.pinned:
+                self.names[block] = None
+                self.children.remove(block)
+        self._named = kept
         self.num_named_free = 0
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Let used, named blocks keep their names whatever happens, once more than before; the holder keeps them."""
+        self.pinned.update(blocks)
+
+    def unpin(self, blocks: Iterable[int]) -> None:
+        """Take back one `pin` of each block."""
+        self.pinned.subtract(blocks)
+        self.pinned += Counter()  # drops what has come to 0
+
+    def set_aliases(self, aliases: dict[BlockName, int]) -> None:
+        """Replace the further names under which pinned blocks are found."""
+        self._aliases = aliases
 
     def free_order(self) -> Iterable[int]:
         """Free blocks in the order in which they would be taken."""

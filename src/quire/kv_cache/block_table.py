@@ -41,6 +41,11 @@ class BlockTable:
             return size - used + pool.num_free * size
         return size - used + (pool.num_free - 1) * size if pool.num_free else 0
 
+    @property
+    def num_copies_to_come(self) -> int:
+        """1 if the next append copies the last block before it writes to it, else 0."""
+        return int(self.num_tokens % self._pool.block_size != 0 and self._write_needs_copy(self.blocks[-1]))
+
     def append(self, num_tokens: int, copies: BlockCopies) -> int:
         """Make room for `num_tokens` ≥ 1 more tokens, which will be written in this step.
 
@@ -66,7 +71,7 @@ class BlockTable:
             shared, blocks[-1] = blocks[-1], pool.allocate()
             copies.append((shared, blocks[-1]))
             pool.total_block_copies += 1
-            pool.release(shared)
+            pool.release_after_copy(shared)
         if used:
             pool.write(blocks[-1], min(size, used + num_tokens))
         self.num_tokens += num_tokens
@@ -121,20 +126,40 @@ class BlockTable:
                 found.append(block)
         return found
 
-    def adopt(self, found: list[int]) -> None:
-        """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none."""
+    def find_inside(self, token_ids: Sequence[int], num_found: int) -> tuple[int, int] | None:
+        """Where the findable prefix goes on after `num_found` blocks from `find_prefix`: inside which block, how far.
+
+        Returns a block whose first `count` ≥ 1 tokens, not all of them, are the next of `token_ids`; or None.
+        """
+        pool = self._pool
+        start = num_found * pool.block_size
+        wanted = token_ids[start : min(start + pool.block_size, len(token_ids)) - 1]
+        if not wanted or not pool.enable_prefix_caching:
+            return None
+        return pool.children.longest(self._names[num_found - 1] if num_found else self._root, wanted)
+
+    def adopt(self, found: list[int], inside: tuple[int, int] | None = None) -> None:
+        """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none.
+
+        And with the first tokens of the block that `find_inside` gave: the next append copies it, as after a fork.
+        """
         for block in found:
             self._pool.share(block)
         self.blocks += found
         self.num_tokens += len(found) * self._pool.block_size
         self._num_named = len(self.blocks)
+        if inside is not None:
+            block, count = inside
+            self._pool.share(block)
+            self.blocks.append(block)
+            self.num_tokens += count
 
     def name_full_blocks(self, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Name the blocks that `num_computed_tokens` tokens with stored KV have filled since the last call."""
         full = num_computed_tokens // self._pool.block_size
         if self._pool.enable_prefix_caching:
             for index in range(self._num_named, full):
-                self._pool.set_name(self.blocks[index], self.name_of(index, token_ids))
+                self._name(index, token_ids)
             self._num_named = max(self._num_named, full)
 
     def forget_names(self) -> None:
@@ -150,6 +175,11 @@ class BlockTable:
             start = len(names) * size
             names.append(block_name(names[-1] if names else self._root, token_ids[start : start + size]))
         return names[index]
+
+    def _name(self, index: int, token_ids: Sequence[int]) -> None:
+        name, start = self.name_of(index, token_ids), index * self._pool.block_size
+        parent = self._names[index - 1] if index else self._root
+        self._pool.set_name(self.blocks[index], name, parent, token_ids[start : start + self._pool.block_size])
 
     def _write_needs_copy(self, block: int) -> bool:
         return self._pool.ref_counts[block] > 1 or self._pool.names[block] is not None

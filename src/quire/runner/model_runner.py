@@ -4,6 +4,8 @@ One step, read from top to bottom in `execute`: take in rows and block tables, c
 lay out the inputs, plan attention once for all layers, run the model, draw samples. It decides nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from quire.attention.plan import plan_attention
@@ -14,12 +16,10 @@ from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.input_batch import make_input_batch
 from quire.runner.request_rows import RequestRows
-from quire.sampling.logprobs import prompt_logprobs
+from quire.sampling.logits_processors import BatchLogitsProcessor
+from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import Sampler
-from quire.step import StepPlan, StepResult, TokenLogprobs
-
-_PROMPT_LOGPROB_ROWS = 64
-"""Positions whose logits exist at once when prompt log-probabilities are asked for; the memory plan counts on it."""
+from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
 
 
 class ModelRunner:
@@ -35,6 +35,8 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         num_threads: int,
+        logprobs_memory: int,
+        logits_processors: Sequence[BatchLogitsProcessor] = (),
         block_store: BlockStore | None = None,
     ) -> None:
         self._block_store = block_store
@@ -51,7 +53,8 @@ class ModelRunner:
             max_blocks=-(-max_model_len // kv_cache.block_size),
             vocab_size=model_config.vocab_size,
         )
-        self._sampler = Sampler(model_config.vocab_size)
+        self._logprobs_memory = logprobs_memory
+        self._sampler = Sampler(model_config.vocab_size, logprobs_memory, logits_processors)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -123,7 +126,9 @@ class ModelRunner:
 
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
-        for first in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
-            part = slice(first, first + _PROMPT_LOGPROB_ROWS)
-            entries += prompt_logprobs(self._model.logits(hidden[part]), targets[part], num_logprobs)
+        # Logits of a long prompt would be larger than its KV: as many positions exist at once as the plan has room for.
+        num_rows = max(1, self._logprobs_memory // logprob_bytes(self._config.vocab_size, num_logprobs))
+        for first in range(0, len(targets), num_rows):
+            part = slice(first, first + num_rows)
+            entries += token_logprobs(self._model.logits(hidden[part]), targets[part], num_logprobs)
         return entries

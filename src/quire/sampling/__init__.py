@@ -3,8 +3,7 @@
 `Sampler.sample` is the pipeline from end to end; `SamplingState` is what it remembers of one sequence.
 """
 
-from quire.sampling.logprobs import prompt_logprobs
 from quire.sampling.sampler import Sampler, SampleResult
 from quire.sampling.state import SamplingState
 
-__all__ = ["SampleResult", "Sampler", "SamplingState", "prompt_logprobs"]
+__all__ = ["SampleResult", "Sampler", "SamplingState"]

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from quire.sampling.draws import FloatArray, IntArray
 from quire.sampling.logit_edits import LogitEdits
+from quire.sampling.logits_processors import BatchLogitsProcessor, LogitsProcessing
 from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
+from quire.step import logprob_bytes
 
 MAX_GROUP_ELEMENTS = 2**21
 """Logits drawn from together (64 rows of 32,768): larger groups gain nothing and their temporaries leave the cache."""
@@ -41,12 +43,20 @@ class RowGroup:
 class SamplingBatch:
     """The groups, edits, logprob requests and random streams of one list of sequences."""
 
-    def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
+    def __init__(
+        self,
+        states: Sequence[SamplingState],
+        vocab_size: int,
+        logits_processors: Sequence[BatchLogitsProcessor] = (),
+    ) -> None:
         self.states = list(states)
+        self.processors = LogitsProcessing(self.states, logits_processors)
         self.edits = LogitEdits(states, vocab_size)
         self.groups = _group_rows(self.states, vocab_size)
         self.logprob_rows: defaultdict[int, list[int]] = defaultdict(list)
-        """How many logprobs → the rows that report so many."""
+        """How many logprobs → the rows that report so many of the model's own."""
+        self.processed_rows: list[int] = []
+        """The rows that report those of the distribution they were drawn from."""
         self.reporting_beams: dict[int, int] = {}
         """Beams that report: row → how many logprobs."""
         for row, state in enumerate(states):
@@ -54,8 +64,10 @@ class SamplingBatch:
                 continue
             if state.draw is Draw.BEAM:
                 self.reporting_beams[row] = state.params.logprobs
-            else:
+            elif state.params.logprobs_mode == "raw_logprobs":
                 self.logprob_rows[state.params.logprobs].append(row)
+            else:
+                self.processed_rows.append(row)
         self._keys: NDArray[np.uint64] = stream_keys(
             [state.seed for state in states], [state.sample_index for state in states]
         )
@@ -63,6 +75,23 @@ class SamplingBatch:
     def uniforms(self) -> FloatArray:
         """One number in [0, 1) per sequence, for its next token."""
         return uniforms(self._keys, np.array([state.position for state in self.states], dtype=np.uint64))
+
+
+def split_by_logprobs(states: Sequence[SamplingState], vocab_size: int, logprobs_memory: int) -> list[slice]:
+    """Pieces of a batch whose log-probabilities fit `logprobs_memory` bytes each; one piece where none are asked for.
+
+    A row is drawn from its own values alone, so it does not notice where the batch is cut.
+    """
+    pieces: list[slice] = []
+    start, taken = 0, 0
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            needed = logprob_bytes(vocab_size, state.params.logprobs)
+            if taken and taken + needed > logprobs_memory:
+                pieces.append(slice(start, row))
+                start, taken = row, 0
+            taken += needed
+    return [*pieces, slice(start, len(states))]
 
 
 def _group_rows(states: Sequence[SamplingState], vocab_size: int) -> list[RowGroup]:

@@ -1,4 +1,8 @@
-"""Log-probabilities as clients see them: of the model's own distribution, before any parameter changed it."""
+"""Log-probabilities as clients see them: of the model's own distribution, or of the one that was drawn from.
+
+Raw ones (the default) are of the model's logits before any parameter changed them. Processed ones are of the logits
+after processors, edits, temperature and filters; a token that was filtered out has −inf.
+"""
 
 from collections.abc import Sequence
 
@@ -8,30 +12,19 @@ from torch import Tensor
 
 from quire.sampling.draws import block_sums
 from quire.sampling.ranking import leading_tokens
+from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
-
-MAX_CHUNK_ELEMENTS = 2**21
-"""Logits looked at together, so that the temporaries of a long prompt stay small."""
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-    """For each row of `logits` [rows, vocabulary]: its token, then its k most likely ones (−1: all there are)."""
-    vocab_size = logits.shape[1]
+    """For each row of `logits` [rows, vocabulary]: its token, then its k most likely ones (−1: all there are).
+
+    Takes `step.logprob_bytes` per row, the logits included; callers keep the number of rows within their budget.
+    """
+    num_rows, vocab_size = logits.shape
     k = vocab_size if k < 0 else min(k, vocab_size)
-    chunk = max(1, MAX_CHUNK_ELEMENTS // vocab_size)
-    reports: list[TokenLogprobs] = []
-    for start in range(0, len(token_ids), chunk):
-        reports += _report(logits[start : start + chunk], token_ids[start : start + chunk], k)
-    return reports
-
-
-def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-    """The same for positions of a prompt: row i of `logits` predicts `target_ids[i]`."""
-    return token_logprobs(logits, target_ids, k)
-
-
-def _report(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-    num_rows = len(token_ids)
+    if not num_rows:
+        return []
     peak = logits.amax(dim=-1, keepdim=True)
     total = block_sums((logits - peak).exp_().numpy()).sum(axis=1)
     normaliser = peak.numpy().astype(np.float64) + np.log(total)[:, None]
@@ -47,6 +40,57 @@ def _report(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogpr
         TokenLogprobs([token_id, *ids], values, [rank, *range(1, k + 1)])
         for token_id, rank, ids, values in zip(token_ids, ranks, leading_ids.tolist(), logprobs.tolist(), strict=True)
     ]
+
+
+def processed_logprobs(logits: Tensor, token_id: int, params: SamplingParams) -> TokenLogprobs:
+    """The report of one sampled token: `logits` [vocabulary] after edits, `params.logprobs` as many likely tokens.
+
+    What min_p, top_k and top_p keep is the head of the order of `ranking`, so it is told by a number. Greedy sampling
+    divides by no temperature and ignores filters. The order of filtered tokens is by id.
+    """
+    values, vocab_size = logits.numpy(), len(logits)
+    k = vocab_size if params.logprobs is None or params.logprobs < 0 else min(params.logprobs, vocab_size)
+    temperature = 1.0 if params.greedy else params.temperature
+    scores = (values.astype(np.float64) - values.max()) / temperature
+    weights = np.exp(scores)
+    own_rank = _rank(values, token_id)
+    # Where rounding at the edge of a filter let the draw have one token more, that token counts as kept.
+    num_kept = max(_num_kept(logits, weights, params), own_rank)
+    mass = weights.sum() if num_kept >= vocab_size else weights[leading_tokens(logits[None], num_kept)[1][0]].sum()
+    leading_ids = leading_tokens(logits[None], k)[1][0] if k else np.empty(0, np.int64)
+    num_real = int(np.count_nonzero(values[leading_ids] > -np.inf))
+    if num_real < k:
+        leading_ids = np.append(leading_ids[:num_real], np.flatnonzero(values == -np.inf)[: k - num_real])
+    logprobs = scores[leading_ids] - np.log(mass)
+    logprobs[num_kept:] = -np.inf
+    return TokenLogprobs(
+        [token_id, *leading_ids.tolist()],
+        [float(scores[token_id] - np.log(mass)), *logprobs.tolist()],
+        [own_rank, *range(1, k + 1)],
+    )
+
+
+def _num_kept(logits: Tensor, weights: NDArray[np.float64], params: SamplingParams) -> int:
+    """How many of the most likely tokens the filters leave; `weights` are relative to the highest."""
+    kept = len(weights)
+    if params.greedy:
+        return kept
+    if params.min_p > 0.0:
+        kept = int(np.count_nonzero(weights >= params.min_p))
+    if 0 < params.top_k < kept:
+        kept = params.top_k
+    if params.top_p < 1.0:
+        everything = kept == len(weights)
+        needed = params.top_p * weights.sum()
+        # Most nuclei are small: a long head is sorted only where a short one does not reach far enough.
+        for length in (256, 4096, kept) if everything else (kept,):
+            head = weights[leading_tokens(logits[None], min(length, kept))[1][0]].cumsum()
+            if not everything:
+                needed = params.top_p * head[-1]
+            if head[-1] >= needed:
+                break
+        kept = min(kept, int(np.searchsorted(head, needed)) + 1)
+    return kept
 
 
 def _rank(row: NDArray[np.float32], token_id: int) -> int:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from quire.sampling.batch import RowGroup, SamplingBatch
+from quire.sampling.batch import RowGroup, SamplingBatch, split_by_logprobs
 from quire.sampling.draws import FloatArray, IntArray, draw_top_k, draw_top_p, draw_unfiltered
-from quire.sampling.logprobs import token_logprobs
+from quire.sampling.logits_processors import BatchLogitsProcessor
+from quire.sampling.logprobs import processed_logprobs, token_logprobs
 from quire.sampling.ranking import leading_tokens
 from quire.sampling.state import Draw, SamplingState
-from quire.step import BeamCandidates, TokenLogprobs
+from quire.step import BeamCandidates, TokenLogprobs, logprob_bytes
 
 NO_TOKEN = -1
 """Stands where no token could be drawn."""
@@ -33,24 +34,42 @@ class SampleResult:
 class Sampler:
     """Draws the next tokens of a batch. Holds no sequence's state, only the last batch's parameters as arrays."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(
+        self, vocab_size: int, logprobs_memory: int, logits_processors: Sequence[BatchLogitsProcessor] = ()
+    ) -> None:
+        """`logprobs_memory` is in bytes: batches whose log-probabilities would need more are sampled in pieces."""
         self._vocab_size = vocab_size
-        self._batch = SamplingBatch([], vocab_size)
+        self._logprobs_memory = logprobs_memory
+        self._states: list[SamplingState] = []
+        self._pieces: list[tuple[slice, SamplingBatch]] = []
+        self._logits_processors = logits_processors
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> SampleResult:
         """Draw one token per row of `logits` [rows, vocabulary] float32, which may be overwritten.
 
         A row that holds NaN or +inf, or in which no token is left, gets an error; the others do not notice.
         """
-        batch = self._batch_of(states)
         logits = logits.contiguous()
+        result = SampleResult([], [], [], {})
+        for piece, batch in self._pieces_of(states):
+            part = self._sample(logits[piece], batch)
+            result.token_ids += part.token_ids
+            result.logprobs += part.logprobs
+            result.errors += part.errors
+            result.candidates |= {piece.start + row: found for row, found in part.candidates.items()}
+        return result
+
+    def _sample(self, logits: Tensor, batch: SamplingBatch) -> SampleResult:
+        states = batch.states
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
         raw_beams = {row: logits[row].clone() for row in batch.reporting_beams}
+        failures = batch.processors.apply(logits)
         for group in batch.groups:
             if group.draw is Draw.BEAM:
                 # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
                 logits[group.place] = logits[group.place].log_softmax(dim=-1)
         batch.edits.apply(logits.numpy())
+        processed = logits[batch.processed_rows]
         token_ids = np.full(len(states), NO_TOKEN, dtype=np.int64)
         errors: list[str | None] = [None] * len(states)
         uniform = batch.uniforms()
@@ -65,26 +84,43 @@ class Sampler:
             sound = np.isfinite(peaks)
             token_ids[group.rows] = np.where(sound, tokens, NO_TOKEN)
             for place in np.flatnonzero(~sound):
-                errors[group.rows[place]] = _explain(float(peaks[place]))
+                row = int(group.rows[place])
+                errors[row] = failures.get(row) or _explain(float(peaks[place]))
         logprobs: list[TokenLogprobs | None] = [None] * len(states)
         for k, rows in batch.logprob_rows.items():
             reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
             for row, report in zip(rows, reports, strict=True):
                 logprobs[row] = report if errors[row] is None else None
+        for row, edited in zip(batch.processed_rows, processed, strict=True):
+            if errors[row] is None:
+                logprobs[row] = processed_logprobs(edited, int(token_ids[row]), states[row].params)
         for row, found in candidates.items():
             if not np.isfinite(found.logprobs[0]):
-                errors[row] = _explain(found.logprobs[0])
+                errors[row] = failures.get(row) or _explain(found.logprobs[0])
         for row, k in batch.reporting_beams.items():
-            ids = candidates[row].token_ids
-            reports = token_logprobs(raw_beams[row].expand(len(ids), -1), ids, k)
-            candidates[row] = candidates[row]._replace(reports=reports)
+            candidates[row] = candidates[row]._replace(
+                reports=self._report_beam(raw_beams[row], candidates[row].token_ids, k)
+            )
         return SampleResult(token_ids.tolist(), logprobs, errors, candidates)
 
-    def _batch_of(self, states: Sequence[SamplingState]) -> SamplingBatch:
-        # States compare by identity, so this is a short scan, and the batch keeps them from being replaced unseen.
-        if self._batch.states != list(states):
-            self._batch = SamplingBatch(states, self._vocab_size)
-        return self._batch
+    def _report_beam(self, logits: Tensor, token_ids: list[int], k: int) -> list[TokenLogprobs]:
+        """What is told of each candidate of one beam, as many at a time as there is room for."""
+        num_rows = max(1, self._logprobs_memory // logprob_bytes(self._vocab_size, k))
+        reports: list[TokenLogprobs] = []
+        for first in range(0, len(token_ids), num_rows):
+            part = token_ids[first : first + num_rows]
+            reports += token_logprobs(logits.expand(len(part), -1), part, k)
+        return reports
+
+    def _pieces_of(self, states: Sequence[SamplingState]) -> list[tuple[slice, SamplingBatch]]:
+        # States compare by identity, so this is a short scan, and the list keeps them from being replaced unseen.
+        if self._states != list(states):
+            self._states = list(states)
+            pieces = split_by_logprobs(states, self._vocab_size, self._logprobs_memory)
+            self._pieces = [
+                (piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces
+            ]
+        return self._pieces
 
 
 def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArray, FloatArray]:

@@ -34,8 +34,10 @@ class SamplingState:
         "draw",
         "ending_ids",
         "num_candidates",
+        "output_token_ids",
         "params",
         "position",
+        "prompt_token_ids",
         "sample_index",
         "seed",
         "token_counts",
@@ -52,6 +54,9 @@ class SamplingState:
         vocab_size: int,
     ) -> None:
         self.params = params
+        self.prompt_token_ids = prompt_token_ids
+        self.output_token_ids = list(output_token_ids)
+        """Kept for logits processors; eight bytes a token."""
         self.seed = seed
         self.sample_index = sample_index
         self.position = len(output_token_ids)
@@ -84,6 +89,7 @@ class SamplingState:
     def fork(self) -> "SamplingState":
         """An equal state that goes its own way."""
         child = copy(self)
+        child.output_token_ids = self.output_token_ids.copy()
         if self.bad_words is not None:
             child.bad_words = self.bad_words.fork()
         if self.token_counts is not None:
@@ -93,6 +99,7 @@ class SamplingState:
     def append(self, token_id: int) -> None:
         """Follow a token that the sequence generated."""
         self.position += 1
+        self.output_token_ids.append(token_id)
         self._remember(token_id)
 
     def banned_ids(self) -> list[int]:

@@ -30,6 +30,7 @@ from quire.outputs import EngineStats, SequenceDelta
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
 from quire.step import BeamCandidates, NewRow, RowFork, StepPlan, StepResult, TokenLogprobs
@@ -55,6 +56,7 @@ class Scheduler:
         max_model_len: int,
         max_num_partial_prefills: int = 4,
         tiers: TierIndex | None = None,
+        max_pinned_share: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -63,6 +65,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_partial_prefills = max_num_partial_prefills
         self._clock = clock
+        self.prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * max_pinned_share))
         self._watermark = int(pool.num_blocks * WATERMARK)
         self._groups: dict[str, SequenceGroup] = {}
         self._waiting = WaitingQueue()
@@ -105,11 +108,15 @@ class Scheduler:
         root = root_name(request.cache_salt, block_size)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
         needed = group.max_blocks(block_size)
-        if needed > self.pool.num_blocks:
+        pinned = self.prefixes.num_blocks
+        if pinned and needed > self.pool.num_blocks - pinned and not group.lacks_prompt_logprobs:
+            needed -= self.prefixes.num_found(group.leader.table, request.prompt_token_ids)
+        if needed > self.pool.num_blocks - pinned:
+            held = f", of which {pinned} are registered prefixes'" if pinned else ""
             raise RequestError(
                 f"{num_sequences} sequences of {num_prompt} prompt + {request.max_tokens} output tokens can need "
-                f"{needed} KV blocks of {block_size} tokens, but the pool has {self.pool.num_blocks}; ask for less "
-                "or raise kv_cache_memory",
+                f"{needed} KV blocks of {block_size} tokens, but the pool has {self.pool.num_blocks}{held}; ask for "
+                "less or raise kv_cache_memory",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
@@ -130,6 +137,23 @@ class Scheduler:
             for sequence in tuple(group.sequences):
                 if sequence.index == index:
                     self._drop(sequence)
+
+    def register_prefix(self, request: Request, salts: SequenceOf[str]) -> None:
+        """Compute the request's prompt and hold its full blocks, findable under all `salts`, until `prefixes.remove`.
+
+        The request asks for one token and has the first of the salts. Raises `RequestError` with the numbers for a
+        prefix that cannot be held, or that would leave too little for a request in flight.
+        """
+        prefix = self.prefixes.check(request.request_id, request.prompt_token_ids, salts)
+        left = self.pool.num_blocks - self.prefixes.num_blocks - prefix.num_new_blocks
+        most = max((group.max_blocks(self.pool.block_size) for group in self._groups.values()), default=0)
+        if most > left:
+            raise RequestError(
+                f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",
+                param="prefix",
+            )
+        self.add(replace(request, prompt_token_ids=prefix.token_ids))
+        self.prefixes.reserve(request.request_id, prefix)
 
     @property
     def has_work(self) -> bool:
@@ -158,6 +182,7 @@ class Scheduler:
         stats.num_waiting = len(self._waiting)
         stats.num_used_blocks = pool.num_used
         stats.num_named_free_blocks = pool.num_named_free
+        stats.num_pinned_blocks = len(pool.pinned)
         stats.num_filled_slots = pool.num_filled_slots
         stats.num_allocated_slots = pool.num_allocated_slots
         stats.num_shared_slots = pool.num_shared_slots
@@ -171,6 +196,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; it computes nothing only when no request is left, or all that could run wait for reads."""
+        self.pool.copies_are_done()
         plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
         self._forked, self._row_forks = [], []
         if self._transfers is not None:
@@ -266,12 +292,14 @@ class Scheduler:
             leader = group.leader
             found: list[int] = []
             stored: list[tuple[str, BlockName]] = []
+            inside = None
             if prefix_caching and not group.lacks_prompt_logprobs:
                 if group.awaited is None or not self._is_on_its_way(group.awaited, behind, loading):
                     # Where others fork from the leader, it computes at least the last token of the prompt.
                     alone = len(group.sequences) == 1
                     token_ids = leader.token_ids if alone else group.request.prompt_token_ids
                     found = leader.table.find_prefix(token_ids)
+                    inside = leader.table.find_inside(token_ids, len(found))
                     group.awaited = _next_full_block(leader, token_ids, len(found), block_size)
                     if transfers is not None:
                         stored = transfers.find(leader, token_ids, len(found))
@@ -281,7 +309,9 @@ class Scheduler:
             if not self._fits(group, found, promised):
                 self._waiting.push(group)
                 break
-            self._start(plan, group, found, stored)
+            if inside is not None and (stored or not self._can_copy(group, found, inside[0], promised)):
+                inside = None
+            self._start(plan, group, found, stored, inside)
             promised += _num_blocks_to_come(leader, block_size)
             if transfers is not None and leader in transfers.waiting:
                 loading.append(leader)
@@ -296,7 +326,7 @@ class Scheduler:
         if group.num_rows > len(self._free_rows):
             return False
         if not self._running:
-            # Every block is free, and a group that passed the door fits.
+            # Every block is free but for registered prefixes', and a group that passed the door fits.
             return True
         needed = _num_blocks_to_come(group.leader, self.pool.block_size)
         needed -= sum(1 for block in found if self.pool.ref_counts[block])
@@ -308,15 +338,26 @@ class Scheduler:
             return True
         return _is_being_computed(block, [*behind, *loading] if loading else behind, self.pool.block_size)
 
+    def _can_copy(self, group: SequenceGroup, found: SequenceOf[int], source: int, promised: int) -> bool:
+        """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
+        needed = _num_blocks_to_come(group.leader, self.pool.block_size)
+        needed -= sum(1 for block in found if self.pool.ref_counts[block])
+        return needed + (self.pool.ref_counts[source] == 0) + promised <= self.pool.num_free
+
     def _start(
-        self, plan: StepPlan, group: SequenceGroup, found: list[int], stored: list[tuple[str, BlockName]]
+        self,
+        plan: StepPlan,
+        group: SequenceGroup,
+        found: list[int],
+        stored: list[tuple[str, BlockName]],
+        inside: tuple[int, int] | None,
     ) -> None:
         for sequence in (*group.sequences, *group.spares):
             sequence.row = self._free_rows.pop()
             self._rows[sequence.row] = sequence
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
-        leader.table.adopt(found)
+        leader.table.adopt(found, inside)
         leader.num_computed_tokens = num_cached = leader.table.num_tokens
         if stored and self._transfers is not None:
             self._transfers.start(leader, stored)
@@ -346,7 +387,7 @@ class Scheduler:
             if any(group.waits_for_leader(other) for other in group.sequences):
                 # The others fork where the prompt ends, so nothing past it may be in that block yet.
                 count = min(count, group.num_prompt_tokens - start)
-            if group.advances_together and sequence.num_output_tokens:
+            if group.advances_together and len(group.sequences) > 1 and sequence.num_output_tokens:
                 # The last token is computed when all beams are as far.
                 count = min(count, sequence.num_missing_tokens - 1)
             if count <= 0:
@@ -385,6 +426,7 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
         """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained."""
+        self.pool.copies_are_done()
         rows, block_size = self._rows, self.pool.block_size
         if self._tiers is not None and self._transfers is not None and result.moved is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
@@ -485,6 +527,8 @@ class Scheduler:
             elif sequence.num_output_tokens >= request.max_tokens:
                 delta.finish_reason = FinishReason.LENGTH
         if delta.finish_reason is not None:
+            if error is None:
+                self.prefixes.complete(request.request_id, sequence.table)
             self._drop(sequence)
         return delta
 
@@ -569,6 +613,7 @@ class Scheduler:
             for spare in group.spares:
                 self._release(spare)
             del self._groups[group.request.request_id]
+            self.prefixes.cancel(group.request.request_id)
             self._waiting.remove(group)
             self._stop_running(group)
 
@@ -607,7 +652,7 @@ def _order(group: SequenceGroup) -> tuple[int, int]:
 def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
     """Blocks that a sequence will take until all tokens it has are computed, and those who wait to fork from it."""
     group = sequence.group
-    blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks)
+    blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks) + sequence.table.num_copies_to_come
     shared = group.num_prompt_tokens // block_size
     for other in group.sequences:
         if other is not sequence and group.waits_for_leader(other):

@@ -17,6 +17,13 @@ class Doorkeeper:
         self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
         self._salted = not settings.share_prefix_cache
 
+    @property
+    def salts(self) -> tuple[str, ...]:
+        """Every salt that `check_key` can return."""
+        if not (self._digests and self._salted):
+            return ("",)
+        return tuple(_salt(digest) for digest in self._digests)
+
     def check_key(self, headers: Headers) -> str:
         """The salt of the client's key ("" where no keys are set). Raises `Refusal` (401) without a valid key."""
         if not self._digests:
@@ -33,7 +40,7 @@ class Doorkeeper:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
-        return hashlib.sha256(b"quire cache salt" + digest).hexdigest()[:32] if self._salted else ""
+        return _salt(digest) if self._salted else ""
 
     def check_origin(self, headers: Headers) -> None:
         """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.
@@ -51,6 +58,10 @@ class Doorkeeper:
             f"pages of {origin.decode('latin-1')[:200]} may not call this server; --allow-origins names those that may",
             code="origin_not_allowed",
         )
+
+
+def _salt(digest: bytes) -> str:
+    return hashlib.sha256(b"quire cache salt" + digest).hexdigest()[:32]
 
 
 def _is_local(origin: bytes) -> bool:

@@ -1,6 +1,6 @@
 """What the server asks of an engine: `AsyncLLM` fulfils it, and so does the scripted engine of the tests."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.engine.chat_template import ChatTemplate
@@ -38,6 +38,8 @@ class Engine(Protocol):
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
 
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...

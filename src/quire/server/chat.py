@@ -38,7 +38,7 @@ async def create_chat_completion(exchange: Exchange) -> None:
     engine, tokenizer = exchange.engine, exchange.tokenizer()
     params = chat_params(request, engine.default_params)
     text = await render(engine.chat_template, request)
-    check_work([text], params.n, exchange.settings)
+    check_work([text], params.num_samples, exchange.settings)
     prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
     check_lengths(prompts, params, engine.max_model_len)
     job = Job(prompts, params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))

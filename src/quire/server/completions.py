@@ -30,7 +30,7 @@ async def create_completion(exchange: Exchange) -> None:
     tokenizer = exchange.tokenizer()
     params = completion_params(request, exchange.engine.default_params)
     prompts = split_prompts(request.prompt)
-    check_work(prompts, params.n, exchange.settings)
+    check_work(prompts, params.num_samples, exchange.settings)
     special = request.add_special_tokens is not False
     token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
     check_lengths(token_ids, params, exchange.engine.max_model_len)

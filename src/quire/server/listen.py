@@ -20,6 +20,7 @@ from quire.errors import ConfigError
 from quire.server.app import build_app
 from quire.server.backend import Engine
 from quire.server.limits import limited_protocol
+from quire.server.prefix_file import register_prefixes
 from quire.server.settings import ServerSettings
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -52,7 +53,7 @@ async def serve(
     server = _Server(build_app(engine, settings), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
-    living = asyncio.create_task(_live(engine, server, listener, report))
+    living = asyncio.create_task(_live(engine, server, settings, listener, report))
     try:
         await asyncio.wait((listening, living, stopping), return_when=asyncio.FIRST_COMPLETED)
         for ended in (listening, living):
@@ -76,12 +77,20 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-async def _live(engine: Engine, server: "_Server", listener: socket.socket, report: Callable[[str], None]) -> None:
+async def _live(
+    engine: Engine,
+    server: "_Server",
+    settings: ServerSettings,
+    listener: socket.socket,
+    report: Callable[[str], None],
+) -> None:
     """Start the engine once the server answers. Raises what keeps the engine from starting, or ends it for good:
     that ends the server too, so that whoever supervises it can start it anew."""
     await server.listening.wait()
     report(f"listening on {url_of(listener)}")
     await engine.start()
+    if num_prefixes := register_prefixes(engine, settings):
+        report(f"prefixes: {num_prefixes} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
     raise await engine.wait_dead()

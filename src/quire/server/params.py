@@ -21,6 +21,7 @@ _PASSED_ON = (
     "beam_width",
     "length_penalty",
     "early_stopping",
+    "best_of",
     "max_tokens",
     "min_tokens",
     "temperature",
@@ -38,6 +39,7 @@ _PASSED_ON = (
     "allowed_token_ids",
     "bad_words",
     "prompt_logprobs",
+    "logprobs_mode",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
@@ -84,8 +86,13 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
             raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
     if not isinstance(request, GenerateRequest):
         return
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise _refusal("best_of", f"best_of is {request.best_of}; only the value of n is available")
+    draws_more = request.best_of is not None and request.best_of > (request.n or 1) and not request.use_beam_search
+    if request.stream and draws_more:
+        raise RequestError(
+            f"best_of is {request.best_of}, more than n {request.n or 1}: which samples are best is known when all "
+            "have ended, so they cannot be streamed",
+            param="best_of",
+        )
     if request.response_format is not None and request.response_format.type != "text":
         raise _refusal(
             "response_format",
@@ -100,7 +107,7 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
 def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: getattr(request, name) for name in _PASSED_ON if getattr(request, name) is not None}
     if request.use_beam_search and request.beam_width is None:
-        given["beam_width"] = request.n or 1
+        given["beam_width"] = given.pop("best_of", None) or request.n or 1  # vLLM's older requests say best_of
     if "beam_width" in given:
         # The model's defaults for drawing mean nothing to a search; what the client asked for is refused.
         defaults = {name: value for name, value in defaults.items() if name not in _OF_DRAWING}

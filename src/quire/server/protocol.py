@@ -50,9 +50,9 @@ class GenerateRequest(NotAvailable, kw_only=True):
     model: str | None = None
     n: int | None = None
     best_of: int | None = None
-    """Only the value of `n` is available."""
+    """Samples drawn, of which the n of highest cumulative log-probability are returned; not with `stream`."""
     use_beam_search: bool | None = None
-    """Search with beams, `beam_width` of them or else n, and return the best n."""
+    """Search with beams, `beam_width` of them or else `best_of` or n, and return the best n."""
     beam_width: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
@@ -74,6 +74,8 @@ class GenerateRequest(NotAvailable, kw_only=True):
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
+    logprobs_mode: str | None = None
+    """raw_logprobs (default): of the model's own distribution. processed_logprobs: of the one drawn from."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

@@ -21,6 +21,9 @@ class ServerSettings:
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
     """Let requests of different API keys share prefix blocks; they could then time each other's prompts."""
+    prefix_file: str | None = None
+    """Prefixes to compute at start and keep in the KV cache, for clients of all API keys: JSON lines, each with a
+    `prompt`, `prompt_token_ids` or `messages`."""
     allow_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the server from a browser (CORS); * allows all. Repeat for several."""
     max_body_size: int = 8 * 2**20

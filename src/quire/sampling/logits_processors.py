@@ -1,0 +1,149 @@
+"""Logits processors: Python that changes logits before anything else does, of one request or of all that want it.
+
+A request's own are callables in `SamplingParams.logits_processors`. A batch processor is the operator's: it is
+registered with the engine, says of each request whether it concerns it, and sees the rows of those together. Both work
+on copies, so that one that raises ends only the requests it was called for, and no other row loses a bit.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quire.errors import ConfigError
+from quire.sampling.state import SamplingState
+from quire.sampling_params import SamplingParams
+
+
+class RowView(Protocol):
+    """What a batch processor may read of the sequence whose logits a row is; nothing of it may be changed."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def output_token_ids(self) -> Sequence[int]:
+        """Generated so far."""
+        ...
+
+    @property
+    def sample_index(self) -> int:
+        """Which of the request's n samples."""
+        ...
+
+
+@runtime_checkable
+class BatchLogitsProcessor(Protocol):
+    """A vectorised processor. It keeps nothing of a row between steps: whatever it needs is in the `RowView`."""
+
+    def wants(self, params: SamplingParams) -> bool:
+        """Whether requests with these params concern it; asked when the batch changes, not at every step."""
+        ...
+
+    def apply(self, logits: Tensor, rows: Sequence[RowView]) -> Tensor:
+        """New logits [rows, vocabulary] float32; `logits` is a copy and may be changed and returned."""
+        ...
+
+
+class LogitsProcessing:
+    """Which rows of one batch which processors are called for; built once per batch."""
+
+    def __init__(self, states: Sequence[SamplingState], batch_processors: Sequence[BatchLogitsProcessor]) -> None:
+        self._states = states
+        self._errors: dict[int, str] = {}
+        self._batched: list[tuple[BatchLogitsProcessor, list[int]]] = []
+        for processor in batch_processors:
+            rows = [row for row, state in enumerate(states) if self._wants(processor, row, state.params)]
+            if rows:
+                self._batched.append((processor, rows))
+        self._own = [
+            (row, [(each, _takes_prompt(each)) for each in state.params.logits_processors])
+            for row, state in enumerate(states)
+            if state.params.logits_processors
+        ]
+
+    def apply(self, logits: Tensor) -> dict[int, str]:
+        """Change `logits` [rows, vocabulary] in place. Returns row → what went wrong; such a row comes out as NaN."""
+        errors = dict(self._errors)
+        for processor, all_rows in self._batched:
+            rows = [row for row in all_rows if row not in errors]
+            if not rows:
+                continue
+            try:
+                given = logits[rows]
+                logits[rows] = _checked(processor.apply(given, [self._states[row] for row in rows]), given)
+            except Exception as error:
+                errors |= dict.fromkeys(rows, _explain(processor, error))
+        for row, processors in self._own:
+            state = self._states[row]
+            for call, takes_prompt in processors if row not in errors else ():
+                prompt = (tuple(state.prompt_token_ids),) if takes_prompt else ()
+                try:
+                    given = logits[row].clone()
+                    logits[row] = _checked(call(*prompt, tuple(state.output_token_ids), given), given)
+                except Exception as error:
+                    errors[row] = _explain(call, error)
+                    break
+        if errors:
+            logits[list(errors)] = torch.nan
+        return errors
+
+    def _wants(self, processor: BatchLogitsProcessor, row: int, params: SamplingParams) -> bool:
+        try:
+            return row not in self._errors and processor.wants(params)
+        except Exception as error:
+            self._errors[row] = _explain(processor, error)
+            return False
+
+
+def load_processors(named: Sequence[str | BatchLogitsProcessor]) -> list[BatchLogitsProcessor]:
+    """Batch processors from `module:Class` names and from objects that are one, in the given order.
+
+    Raises `ConfigError` for what cannot be imported, made without arguments, or used.
+    """
+    return [_load(each) if isinstance(each, str) else _usable(each, repr(each)) for each in named]
+
+
+def _load(name: str) -> BatchLogitsProcessor:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"logits_processors holds {name!r}; write package.module:Class")
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:
+        raise ConfigError(
+            f"the logits processor {name} cannot be loaded: {type(error).__name__}: {error}; it must be importable and "
+            "be made without arguments"
+        ) from error
+    return _usable(made, name)
+
+
+def _usable(made: Any, name: str) -> BatchLogitsProcessor:
+    if isinstance(made, type) or not isinstance(made, BatchLogitsProcessor):
+        raise ConfigError(f"the logits processor {name} has no methods wants(params) and apply(logits, rows)")
+    return made
+
+
+def _takes_prompt(call: Callable[..., Any]) -> bool:
+    """vLLM's rule: a callable of three parameters gets the prompt's tokens first, one of two does not."""
+    try:
+        return len(inspect.signature(call).parameters) == 3
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _checked(result: Any, given: Tensor) -> Tensor:
+    if not isinstance(result, Tensor):
+        raise TypeError(f"it returned {type(result).__name__}; it must return the logits, a tensor")
+    if result.shape != given.shape:
+        raise ValueError(f"it returned a tensor of shape {list(result.shape)}; the logits have {list(given.shape)}")
+    return result
+
+
+def _explain(processor: object, error: Exception) -> str:
+    name = getattr(processor, "__name__", type(processor).__name__)
+    return f"the logits processor {name} failed: {type(error).__name__}: {error}"
