@@ -93,7 +93,8 @@ def restart(engine: dict[str, Any], num_tokens: int, repeats: int) -> dict[str, 
 def preemption(engine: dict[str, Any], tiers: str) -> dict[str, Any]:
     """64 requests in a pool for three of them."""
     per_sequence = -(-(PREEMPTED_PROMPT + PREEMPTED_OUTPUT) // 16)
-    options = {**engine, "num_blocks": POOL_SEQUENCES * per_sequence, "max_num_seqs": 32, "max_model_len": 512}
+    options = {**engine, "num_blocks": POOL_SEQUENCES * per_sequence, "max_num_seqs": 32}
+    options["max_model_len"] = PREEMPTED_PROMPT + PREEMPTED_OUTPUT
     with tempfile.TemporaryDirectory() as folder:
         if tiers in ("host", "both"):
             options["swap_space"] = "1GiB"
