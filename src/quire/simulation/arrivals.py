@@ -11,9 +11,9 @@ from quire.simulation.trace import Trace, TraceRow
 
 
 class Arrival(NamedTuple):
-    """A request that comes at `time` seconds. `index` counts arrivals; `counted` ones are part of the result."""
+    """A request that comes at `time` seconds. `number` counts arrivals; `counted` ones are part of the result."""
 
-    index: int
+    number: int
     time: float
     row: TraceRow
     counted: bool = True
@@ -33,8 +33,8 @@ def arrivals_of(trace: Trace, settings: SimulationSettings) -> Iterator[Arrival]
     limit = settings.num_requests
     if limit is None and settings.duration is None:
         limit = len(rows)
-    for index, time in enumerate(_times(trace, settings)):
-        if index == limit or (settings.duration is not None and time >= settings.duration):
+    for index, time in enumerate(itertools.islice(_times(trace, settings), limit)):
+        if settings.duration is not None and time >= settings.duration:
             return
         yield Arrival(index, time, rows[index % len(rows)])
 

@@ -12,12 +12,14 @@ requests, and an iteration costs the same whatever the batch.
 """
 
 import heapq
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from quire.simulation.arrivals import Arrival
 from quire.simulation.buddy import BuddyAllocator
 from quire.simulation.measures import Measures
+from quire.simulation.settings import SimulationSettings
 from quire.simulation.step_time import StepTime
 
 Progress = Callable[[int], None]
@@ -32,7 +34,7 @@ def reserved_slots(kind: str, prompt: int, output: int, max_model_len: int) -> i
     return max_model_len
 
 
-class BaselineSimulation:
+class BaselineSimulation(ABC):
     """What both ways of batching share: the arrivals, the sums over the batch, the measures."""
 
     def __init__(
@@ -40,11 +42,10 @@ class BaselineSimulation:
         arrivals: Iterator[Arrival],
         step_time: StepTime,
         measures: Measures,
+        settings: SimulationSettings,
         *,
         num_slots: int,
         max_model_len: int,
-        num_samples: int,
-        saturate: bool,
     ) -> None:
         self.now = 0.0
         self.measures = measures
@@ -53,8 +54,8 @@ class BaselineSimulation:
         self._step_time = step_time
         self._num_slots = num_slots
         self._max_model_len = max_model_len
-        self._num_samples = num_samples
-        self._saturate = saturate
+        self._num_samples = settings.n
+        self._saturate = settings.saturate
         self._num_counted = 0
         self._running = 0
         """Sequences in the batch that have not ended."""
@@ -72,6 +73,10 @@ class BaselineSimulation:
     @property
     def _num_ended(self) -> int:
         return self.measures.finished + self.measures.refused
+
+    @abstractmethod
+    def run(self, on_progress: Progress | None = None) -> None:
+        """Until every counted request has ended."""
 
     def result(self) -> dict[str, Any]:
         """The figures of the run."""
@@ -141,7 +146,7 @@ class _Running(NamedTuple):
     """A request in Orca's batch."""
 
     ends: int
-    index: int
+    number: int
     arrival: Arrival
     reserved: int
     chunks: list[tuple[int, int]]
@@ -150,16 +155,25 @@ class _Running(NamedTuple):
 
 
 class OrcaSimulation(BaselineSimulation):
-    """Iteration-level batching; `kind` says what is reserved."""
+    """Iteration-level batching; the policy says what is reserved."""
 
-    def __init__(self, kind: str, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._kind = kind
-        self._memory = BuddyAllocator(self._num_slots)
+    def __init__(
+        self,
+        arrivals: Iterator[Arrival],
+        step_time: StepTime,
+        measures: Measures,
+        settings: SimulationSettings,
+        *,
+        num_slots: int,
+        max_model_len: int,
+    ) -> None:
+        self._kind = settings.policy
+        self._memory = BuddyAllocator(num_slots)
         self._blocked = False
         """Whether the first waiting request did not fit, and nothing has left since."""
         self._batch: list[_Running] = []
         """A heap by the iteration at whose end a request ends."""
+        super().__init__(arrivals, step_time, measures, settings, num_slots=num_slots, max_model_len=max_model_len)
 
     def run(self, on_progress: Progress | None = None) -> None:
         """Until every counted request has ended."""
@@ -203,7 +217,7 @@ class OrcaSimulation(BaselineSimulation):
             times = [self.now if self._saturate else arrival.time, 0.0]
             self._enter(arrival, reserved)
             ends = iteration + row.output_tokens
-            heapq.heappush(self._batch, _Running(ends, arrival.index, arrival, reserved, chunks, times))
+            heapq.heappush(self._batch, _Running(ends, arrival.number, arrival, reserved, chunks, times))
             entered.append((arrival, times))
         return entered
 

@@ -154,13 +154,13 @@ class PagedSimulation:
             prompt = list(chain.from_iterable(repeat(block, HASH_BLOCK_TOKENS) for block in row.hash_ids))
             del prompt[row.prompt_tokens :]
         else:
-            prompt = [_UNIQUE + arrival.index % _UNIQUE] * row.prompt_tokens
+            prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
         params = self._params.get(row.output_tokens)
         if params is None:
             params = SamplingParams(n=self._settings.n, max_tokens=row.output_tokens, ignore_eos=True)
             self._params[row.output_tokens] = params
         request = Request(
-            request_id=f"{arrival.index}",
+            request_id=f"{arrival.number}",
             prompt_token_ids=prompt,
             params=params,
             max_tokens=row.output_tokens,

@@ -13,7 +13,7 @@ ARRIVALS = ("auto", "trace", "poisson", "gamma", "bursts")
 class SimulationSettings:
     """What is simulated. Raises `ConfigError` for a value out of range or options at odds."""
 
-    trace: str
+    trace: str = ""
     """File of request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
     traces_dir: str = "."
     """Folder in which a trace is looked up by name."""
@@ -81,6 +81,8 @@ class SimulationSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_cache_memory", parse_size("kv_cache_memory", self.kv_cache_memory))
+        if not self.trace:
+            raise ConfigError("no trace is given: set trace to a file of request lengths, or to its name in traces_dir")
         for name, known in (("policy", POLICIES), ("arrivals", ARRIVALS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")

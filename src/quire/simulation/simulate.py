@@ -54,22 +54,10 @@ def run_simulation(
         simulation = PagedSimulation(
             arrivals, executor, measures, settings, num_slots=num_slots, max_model_len=max_model_len
         )
-        simulation.run(on_progress)
     else:
-        options = {
-            "num_slots": num_slots,
-            "max_model_len": max_model_len,
-            "num_samples": settings.n,
-            "saturate": settings.saturate,
-        }
-        if settings.policy == "fastertransformer":
-            batches = FasterTransformerSimulation(arrivals, step_time, measures, **options)
-            batches.run(on_progress)
-            simulation = batches
-        else:
-            iterations = OrcaSimulation(settings.policy, arrivals, step_time, measures, **options)
-            iterations.run(on_progress)
-            simulation = iterations
+        batching = FasterTransformerSimulation if settings.policy == "fastertransformer" else OrcaSimulation
+        simulation = batching(arrivals, step_time, measures, settings, num_slots=num_slots, max_model_len=max_model_len)
+    simulation.run(on_progress)
     figures = simulation.result()
     return {
         "policy": settings.policy,

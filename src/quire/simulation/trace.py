@@ -56,11 +56,14 @@ class Trace:
 
 
 def find_trace(name: str, folder: str | Path) -> Path:
-    """The file of a trace: a path, or a name in `folder`, with or without its ending. Raises `ConfigError`."""
+    """The file of a trace: a path, or the beginning of a name in `folder` that only one has. Raises `ConfigError`."""
     for candidate in (Path(name), *(Path(folder) / f"{name}{suffix}" for suffix in _SUFFIXES)):
         if candidate.is_file():
             return candidate
     known = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_SUFFIXES[1:]))
+    alike = [file for file in known if file.startswith(name)]
+    if len(alike) == 1:
+        return Path(folder) / alike[0]
     there = f"; {folder} holds {', '.join(known)}" if known else f"; {folder} holds no trace"
     raise ConfigError(f"trace is {name!r}, which is no file{there}. Give a path, or the folder as traces_dir")
 
