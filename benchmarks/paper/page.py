@@ -47,8 +47,8 @@ executor, and the paper's baselines by its definitions. Printed values are in pa
 **What is modelled.** A step takes the longer of reading the weights and multiplying with them, plus the longer of
 reading KV and computing attention, plus an overhead. Rates are those of data sheets, of which 85 % of the bandwidth and
 55 % of the matrix rate are taken to be reached. The overhead, {1000 * STEP_OVERHEAD:.1f} ms
-a step and {1000 * SEQUENCE_OVERHEAD:.2f} ms for each sequence in it, is taken from two printed numbers (vLLM's batches in Fig. 13, by
-Little's law) and is the same for every system. The paged attention kernel takes {ATTENTION_SLOWDOWN} times as long as a
+a step and {1000 * SEQUENCE_OVERHEAD:.2f} ms for each sequence in it, is taken from two printed numbers (vLLM's batches
+in Fig. 13, by Little's law) and is the same for every system. The paged attention kernel takes {ATTENTION_SLOWDOWN} times as long as a
 contiguous one, as the paper measures. Prefix caching is off, as it was. Nothing else is fitted.
 
 **What differs.** Quire is not the vLLM of 2023: prompts are computed in chunks among decoding sequences, and preemption
@@ -123,7 +123,9 @@ ShareGPT, within 5 % of the printed bounds:
 {chr(10).join(verdicts)}
 
 OPT-175B has 264 GiB for KV, so that Orca's reservations bind little: the printed figure's own curve lies below 1.7×
-there, too. There the 256 sequences that run at most and the overhead per sequence bound Quire. The 8× over Orca (Max) and the 22× over FasterTransformer are the most of three models, and the curves of the printed
+there, too. There the 256 sequences that run at most and the overhead per sequence bound Quire.
+
+The 8× over Orca (Max) and the 22× over FasterTransformer are the most of three models, and the curves of the printed
 figure do not show the former at any threshold either; the multiple of FasterTransformer depends on the threshold most
 of all, because its latency rises long before it breaks.
 
