@@ -48,8 +48,8 @@ executor, and the paper's baselines by its definitions. Printed values are in pa
 reading KV and computing attention, plus an overhead. Rates are those of data sheets, of which 85 % of the bandwidth and
 55 % of the matrix rate are taken to be reached. The overhead, {1000 * STEP_OVERHEAD:.1f} ms
 a step and {1000 * SEQUENCE_OVERHEAD:.2f} ms for each sequence in it, is taken from two printed numbers (vLLM's batches
-in Fig. 13, by Little's law) and is the same for every system. The paged attention kernel takes {ATTENTION_SLOWDOWN} times as long as a
-contiguous one, as the paper measures. Prefix caching is off, as it was. Nothing else is fitted.
+in Fig. 13, by Little's law) and is the same for every system. The paged attention kernel takes {ATTENTION_SLOWDOWN}
+times as long as a contiguous one, as the paper measures. Prefix caching is off, as it was. Nothing else is fitted.
 
 **What differs.** Quire is not the vLLM of 2023: prompts are computed in chunks among decoding sequences, and preemption
 recomputes, never swaps. ShareGPT's lengths are real ones, drawn again so that their means are the paper's; Alpaca's are

@@ -68,6 +68,7 @@ class SimulationSettings:
     slow_steps: float = 0.0
     """Probability that a step takes slow_factor times as long (paged)."""
     slow_factor: float = 10.0
+    """How many times as long a slow step takes (paged)."""
     cancellations: float = 0.0
     """Share of clients that leave before their answer is complete, after patience seconds on average (paged)."""
     patience: float = 10.0
