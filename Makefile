@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: help setup serve test check bench clean
+.PHONY: help setup serve test check bench paper clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -56,6 +56,14 @@ bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundle
 	@$(BIN)/quire bench throughput $(ARGS)
 	@$(BIN)/quire bench latency $(ARGS)
 	@$(BIN)/quire bench startup $(ARGS)
+
+.venv/.bench: $(PROJECT) | .venv/.runtime
+	@echo "quire: installing what the pictures need"
+	@$(PIP) --quiet --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes), into docs/paper.md
+	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean:  ## Remove .venv, build folders and caches
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -23,16 +23,19 @@ LEVELS = (
     {"layers"},
     {"kv_cache", "models", "sampling"},
     {"scheduler", "runner"},
-    {"engine"},
+    {"engine", "simulation"},
     {"llm", "server", "cli"},
     {"__main__"},
 )
 """From the vocabulary up. A room imports rooms below, and its neighbours as long as they do not import it."""
 
-STRANGERS = [("scheduler", "runner"), ("runner", "scheduler")]
-"""They meet in step.py."""
+STRANGERS = [
+    *(("scheduler", "runner"), ("runner", "scheduler")),
+    *(("engine", "simulation"), ("simulation", "engine"), ("simulation", "runner")),
+]
+"""The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "server", "cli", *LEVELS[0]}
+WITHOUT_TORCH = {"scheduler", "kv_cache", "simulation", "server", "cli", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"core", "engine", "engine_process"}
@@ -155,7 +158,7 @@ def test_imports_only_go_down() -> None:
     assert upward == []
 
 
-def test_scheduler_and_runner_never_import_each_other() -> None:
+def test_scheduler_runner_and_simulation_meet_in_plain_values() -> None:
     met = [str(each) for each in inside(imports()) if (room_of(each.module), room_of(each.target)) in STRANGERS]
     assert met == []
 
@@ -301,7 +304,7 @@ def run_python(program: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("part", ["quire.server", "quire.cli", "quire.engine.async_engine"])
+@pytest.mark.parametrize("part", ["quire.server", "quire.cli", "quire.simulation", "quire.engine.async_engine"])
 def test_the_api_process_stays_light(part: str) -> None:
     names = [module for module in modules() if module == part or module.startswith(f"{part}.")]
     program = f"import sys, {', '.join(names)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"

@@ -9,6 +9,7 @@ from cyclopts import App
 from quire.cli.options import field_docs, flags, split
 from quire.config import EngineConfig
 from quire.server.settings import ServerSettings
+from quire.simulation.settings import SimulationSettings
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert parsed("--api-key", "given")["api_key"] == ("given",)
 
 
-@pytest.mark.parametrize("config", [EngineConfig, ServerSettings])
+@pytest.mark.parametrize("config", [EngineConfig, ServerSettings, SimulationSettings])
 def test_fields_explain_themselves(config: type) -> None:
     docs = field_docs(config)
     undocumented = {field.name for field in fields(config)} - docs.keys()

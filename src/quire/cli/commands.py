@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "Continue a prompt on the terminal.",
     "chat": "Talk to a model on the terminal.",
     "plan": "Show what a model takes of the memory, and how much context fits, without loading it.",
+    "simulate": "Replay a trace through the scheduler or the paper's baselines, on a modelled device.",
 }
 BENCHMARKS = {
     "throughput": "Tokens per second over a batch of prompts.",

@@ -12,6 +12,7 @@ from cyclopts import Group, Parameter
 
 from quire.config import OPTION_ALIASES, EngineConfig
 from quire.server.settings import ServerSettings
+from quire.simulation.settings import SimulationSettings
 
 ModelArgument = Annotated[str, Parameter(show_default=False)]
 OutputJson = Annotated[Path | None, Parameter(help="Also write the result to this file, as JSON.")]
@@ -22,8 +23,12 @@ _SIZES = frozenset(
     {"kv_cache_memory", "logprobs_memory", "swap_space", "disk_cache_size", "max_body_size", "max_header_size"}
 )
 """Given in bytes or as a text such as 4GiB; the config class reads both."""
-_ENVIRONMENT = {"api_key": "QUIRE_API_KEY"}
-_GROUPS = {EngineConfig: Group("Engine", sort_key=1), ServerSettings: Group("Server", sort_key=2)}
+_ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}
+_GROUPS = {
+    EngineConfig: Group("Engine", sort_key=1),
+    ServerSettings: Group("Server", sort_key=2),
+    SimulationSettings: Group("Simulation", sort_key=1),
+}
 
 
 def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Callable[[F], F]:

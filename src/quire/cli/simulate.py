@@ -1,0 +1,69 @@
+"""`quire simulate`: a trace through the scheduler, or a baseline of the paper, on a modelled device."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from quire.cli.bench_workload import show
+from quire.cli.options import flags
+from quire.simulation.arrivals import expected_requests
+from quire.simulation.devices import find_device
+from quire.simulation.model_shapes import find_model_shape
+from quire.simulation.paged import Progress
+from quire.simulation.picture import check_picture, draw_run
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.simulate import run_simulation
+from quire.simulation.trace import find_trace, read_trace
+
+
+@flags(SimulationSettings, without=frozenset())
+def simulate(
+    *,
+    json: Annotated[Path | None, Parameter(help="Also write the figures to this file, as JSON.")] = None,
+    plot: Annotated[Path | None, Parameter(help="Draw the run into this file (needs the bench extra).")] = None,
+    **options: Any,
+) -> None:
+    """Replay a trace through this engine's scheduler or one of the paper's baselines, on a modelled device."""
+    settings = SimulationSettings(**options)
+    if plot is not None:
+        check_picture(plot)
+    trace = read_trace(find_trace(settings.trace, settings.traces_dir))
+    model, device = find_model_shape(settings.model), find_device(settings.device)
+    started = time.perf_counter()
+    with _progress(settings.policy, expected_requests(trace, settings)) as progress:
+        figures = run_simulation(trace, model, device, settings, progress)
+    seconds = time.perf_counter() - started
+    title = f"{settings.policy}: {figures['trace']} on {figures['num_devices']} × {figures['device']}"
+    show(title, figures, json)
+    print(
+        f"simulated in {seconds:.1f} s: {figures['steps'] / seconds:,.0f} steps/s, "
+        f"{figures['generated_tokens'] / seconds:,.0f} tokens/s",
+        file=sys.stderr,
+    )
+    if plot is not None:
+        draw_run(figures, plot)
+
+
+@contextmanager
+def _progress(name: str, total: int | None) -> Iterator[Progress | None]:
+    """A bar on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda ended: bar.update(task, completed=ended)

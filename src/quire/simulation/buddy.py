@@ -1,0 +1,52 @@
+"""BuddyAllocator: contiguous chunks of a power of two of slots, as the paper's baselines allocate KV memory."""
+
+
+class BuddyAllocator:
+    """`num_slots` slots, cut into powers of two, the largest first; chunks never span two of those pieces.
+
+    A chunk is (offset, order): 2^order slots from `offset` on, which is a multiple of its size.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.largest_order = num_slots.bit_length() - 1
+        # Dicts without values: sets whose order is that of insertion, whatever the interpreter.
+        self._free: list[dict[int, None]] = [{} for _ in range(self.largest_order + 1)]
+        offset = 0
+        for order in range(self.largest_order, -1, -1):
+            if num_slots >> order & 1:
+                self._free[order][offset] = None
+                offset += 1 << order
+
+    @staticmethod
+    def order_for(num_slots: int) -> int:
+        """The order of the smallest chunk that holds `num_slots` ≥ 1."""
+        return (num_slots - 1).bit_length()
+
+    def capacity(self, order: int) -> int:
+        """How many chunks of an order there are when all is free."""
+        return self.num_slots >> order
+
+    def allocate(self, order: int) -> tuple[int, int] | None:
+        """A chunk from the smallest free one that holds it; None if there is none."""
+        for source in range(order, self.largest_order + 1):
+            if self._free[source]:
+                offset, _ = self._free[source].popitem()
+                for half in range(source - 1, order - 1, -1):
+                    self._free[half][offset + (1 << half)] = None
+                return offset, order
+        return None
+
+    def free(self, chunk: tuple[int, int]) -> None:
+        """Give a chunk back and join it with its buddy, as often as that is free too."""
+        offset, order = chunk
+        # A whole piece never finds its buddy: what lies there belongs to smaller pieces.
+        while order < self.largest_order and (offset ^ (1 << order)) in self._free[order]:
+            del self._free[order][offset ^ (1 << order)]
+            offset &= ~(1 << order)
+            order += 1
+        self._free[order][offset] = None
+
+    def num_free(self) -> int:
+        """Slots in free chunks."""
+        return sum(len(chunks) << order for order, chunks in enumerate(self._free))

@@ -1,0 +1,142 @@
+"""Device: what a machine can do per second and what a step costs besides; a table of known ones, or a JSON file.
+
+The table's rates are what the makers' data sheets print (dense float16), and the shares of them that programs
+reach are round assumptions. Measured figures belong in a JSON file with the same field names:
+
+    {"name": "mine", "memory": 25769803776, "bandwidth": 2.2e10, "matrix_rate": 2.0e11, "step_overhead": 0.002}
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.errors import ConfigError
+from quire.simulation.model_shapes import ModelShape
+
+_GIB = 2**30
+
+MEMORY_SHARE = 0.9
+"""Share of a device's memory for weights and KV; the rest is for activations and the driver. vLLM's default, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Coefficients of one device. Raises `ConfigError` for a value that is not possible."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Bytes per second read from memory."""
+    matrix_rate: float
+    """Floating-point operations per second in matrix products, a multiplication with its addition being two."""
+    bandwidth_share: float = 1.0
+    """Share of `bandwidth` that is reached; 1 where it was measured."""
+    matrix_share: float = 1.0
+    step_overhead: float = 0.0
+    """Seconds a step takes besides computing: scheduling, launches, sampling."""
+    sequence_overhead: float = 0.0
+    """The same per sequence in the step."""
+    link_bandwidth: float = 0.0
+    """Bytes per second between devices that share a model, per direction."""
+    reduce_latency: float = 0.0
+    """Seconds of one all-reduce of next to nothing; a layer does two."""
+    host_bandwidth: float = 0.0
+    """Bytes per second between the device and host memory."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "name":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(f"device {self.name}: {field.name} is {value!r}; it must be a number of at least 0")
+        for name in ("memory", "bandwidth", "matrix_rate", "bandwidth_share", "matrix_share"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"device {self.name}: {name} is 0; it must be more")
+
+
+def _gpu(name: str, memory: float, bandwidth: float, matrix_rate: float, link: float, host: float) -> Device:
+    return Device(
+        name=name,
+        memory=memory,
+        bandwidth=bandwidth,
+        matrix_rate=matrix_rate,
+        bandwidth_share=0.85,
+        matrix_share=0.55,
+        step_overhead=0.002,
+        sequence_overhead=5e-6,
+        link_bandwidth=link,
+        reduce_latency=1e-5,
+        host_bandwidth=host,
+    )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        _gpu("A100-40GB", 40 * _GIB, 1.555e12, 3.12e14, 3.0e11, 2.5e10),
+        _gpu("A100-80GB", 80 * _GIB, 2.039e12, 3.12e14, 3.0e11, 2.5e10),
+        _gpu("H100", 80 * _GIB, 3.35e12, 9.89e14, 4.5e11, 5.0e10),
+        _gpu("H200", 141e9, 4.8e12, 9.89e14, 4.5e11, 5.0e10),
+        # Two virtual cores of a Xeon at 2.5 GHz, float32: measured ceilings of docs/benchmarks.md.
+        Device(
+            name="xeon-2core",
+            memory=24 * _GIB,
+            bandwidth=2.07e10,
+            matrix_rate=2.2e11,
+            step_overhead=0.002,
+            sequence_overhead=5e-6,
+        ),
+    )
+}
+
+_TABLE_1 = {
+    ("OPT-13B", "A100-40GB", 1): 12 * _GIB,
+    ("LLaMA-13B", "A100-40GB", 1): 12 * _GIB,
+    ("OPT-66B", "A100-40GB", 4): 21 * _GIB,
+    ("OPT-175B", "A100-80GB", 8): 264 * _GIB,
+}
+"""KV memory that the paper's table 1 prints for its set-ups: (model, device, devices) → bytes."""
+
+
+def find_device(name: str) -> Device:
+    """A known device (case does not matter), or one from a JSON file. Raises `ConfigError`."""
+    for known, device in DEVICES.items():
+        if known.lower() == name.lower():
+            return device
+    path = Path(name)
+    if not path.is_file():
+        raise ConfigError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}, or a JSON file of coefficients")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Device(**{"name": path.stem, **values})
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"device file {path}: {error}") from error
+
+
+def fewest_devices(model: ModelShape, device: Device) -> int:
+    """The smallest power of two of devices that hold the weights. Raises `ConfigError` if no 4096 do."""
+    count = 1
+    while count * device.memory * MEMORY_SHARE <= model.weight_bytes:
+        count *= 2
+        if count > 4096:
+            raise ConfigError(
+                f"{model.name} does not fit any number of {device.name}; its memory is {device.memory:g} B"
+            )
+    return count
+
+
+def kv_bytes_left(model: ModelShape, device: Device, num_devices: int) -> int:
+    """Bytes for KV on all devices. Raises `ConfigError` where the weights leave none."""
+    printed = _TABLE_1.get((model.name, device.name, num_devices))
+    if printed is not None:
+        return printed
+    left = int(num_devices * device.memory * MEMORY_SHARE) - model.weight_bytes
+    if left < model.kv_bytes_per_token:
+        raise ConfigError(
+            f"{model.name} takes {model.weight_bytes / _GIB:.1f} GiB, but {num_devices} {device.name} have "
+            f"{num_devices * device.memory * MEMORY_SHARE / _GIB:.1f} GiB to use; set num_devices or another device"
+        )
+    return left

@@ -1,0 +1,32 @@
+"""What must hold of the pool after every step, whatever went wrong in it. Costs a walk over all blocks."""
+
+from quire.errors import QuireError
+from quire.kv_cache.block_pool import BlockPool
+
+
+class InvariantError(QuireError):
+    """The pool's books do not add up: a fault of Quire, never of a request."""
+
+
+def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
+    """Raise `InvariantError` where the pool contradicts itself. `idle` says that nobody holds a block any more."""
+    free = list(pool.free_order())
+    used = [block for block in range(pool.num_blocks) if pool.ref_counts[block] > 0]
+    _equal("free blocks", len(set(free)), pool.num_free)
+    _equal("length of the free list", len(free), pool.num_free)
+    _equal("free and used blocks", len(free) + len(used), pool.num_blocks)
+    _equal("references to free blocks", sum(pool.ref_counts[block] for block in free), 0)
+    _equal("sum of reference counts", sum(pool.ref_counts), pool.num_references)
+    _equal("filled slots of used blocks", sum(pool.fill[block] for block in used), pool.num_filled_slots)
+    _equal("named free blocks", sum(1 for block in free if pool.names[block] is not None), pool.num_named_free)
+    for block, name in enumerate(pool.names):
+        if name is not None:
+            _equal(f"block that the name of block {block} finds", pool.find(name), block)
+            _equal(f"fill of named block {block}", pool.fill[block], pool.block_size)
+    if idle:
+        _equal("blocks in use after the last request", len(used), 0)
+
+
+def _equal(what: str, found: int | None, expected: int) -> None:
+    if found != expected:
+        raise InvariantError(f"{what}: {found}, expected {expected}")

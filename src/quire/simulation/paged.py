@@ -1,0 +1,261 @@
+"""The engine as it is, against a modelled executor: its Scheduler and its BlockPool on a simulated clock."""
+
+import heapq
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from typing import Any
+
+from quire.errors import RequestError
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import SequenceDelta
+from quire.request import Request
+from quire.sampling_params import SamplingParams
+from quire.scheduler.scheduler import Scheduler
+from quire.simulation.arrivals import Arrival
+from quire.simulation.faults import Faults
+from quire.simulation.invariants import check_pool
+from quire.simulation.measures import Measures
+from quire.simulation.modelled_executor import SAMPLED_TOKEN, ModelledExecutor
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.trace import HASH_BLOCK_TOKENS
+
+QUEUE_AHEAD = 512
+"""Requests in the scheduler's queue beyond those that can run. What arrived later waits outside, in the same order:
+first come, first served makes no difference between the two, and prompts need memory."""
+
+_UNIQUE = 2**31
+"""Token ids from here on stand for prompts of which nothing is known but their length."""
+
+Progress = Callable[[int], None]
+"""Called now and then with the number of requests that have ended."""
+
+
+class _Client:
+    """One request as its client sees it."""
+
+    __slots__ = ("arrival", "failed", "first_token", "last_token", "lengths", "request", "start")
+
+    def __init__(self, arrival: Arrival, request: Request) -> None:
+        self.arrival = arrival
+        self.start = arrival.time
+        self.request = request
+        self.failed = False
+        self.first_token = -1.0
+        self.last_token = -1.0
+        self.lengths = dict.fromkeys(range(request.params.n), 0)
+        """Tokens received by each sample that has not ended."""
+
+
+class PagedSimulation:
+    """One run of the scheduler over a stream of requests. `run` does it, then `result` has the figures."""
+
+    def __init__(
+        self,
+        arrivals: Iterator[Arrival],
+        executor: ModelledExecutor,
+        measures: Measures,
+        settings: SimulationSettings,
+        *,
+        num_slots: int,
+        max_model_len: int,
+    ) -> None:
+        self.now = 0.0
+        self.measures = measures
+        self.num_deaths = 0
+        self._arrivals = arrivals
+        self._next = next(arrivals, None)
+        self._executor = executor
+        self._settings = settings
+        self._faults = Faults(settings)
+        self._num_blocks = num_slots // settings.block_size
+        self._max_model_len = max_model_len
+        self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD
+        self._clients: dict[str, _Client] = {}
+        self._leaving: list[tuple[float, str]] = []
+        """When clients lose patience, as a heap."""
+        self._params: dict[int, SamplingParams] = {}
+        self._num_counted = 0
+        """Clients waiting or running that are part of the result."""
+        self._preemptions = self._prefix_queries = self._prefix_hits = 0
+        self.scheduler = self._start_engine()
+
+    def run(self, on_progress: Progress | None = None) -> None:
+        """Until every counted request has ended."""
+        measures, faults, settings = self.measures, self._faults, self._settings
+        while True:
+            self._take_in()
+            if not self._num_counted and (self._next is None or not self._next.counted):
+                break
+            if not self._clients:
+                assert self._next is not None
+                self.now = max(self.now, self._next.time)
+                continue
+            plan = self.scheduler.schedule()
+            pool = self.scheduler.pool
+            filled, allocated = pool.num_filled_slots, pool.num_allocated_slots
+            saved = pool.num_shared_slots
+            if faults.kills_engine():
+                self._restart()
+                continue
+            result, seconds = self._executor.execute(plan)
+            seconds = faults.slowed(seconds)
+            failed = faults.fails_one(result)
+            previous = self.now
+            self.now += seconds
+            measures.step(self.now, seconds, len(plan.rows), filled, 0, allocated - filled, allocated, saved)
+            self._receive(self.scheduler.update(plan, result), previous)
+            every = settings.check_every
+            if failed or (every and measures.num_steps % every == 0):
+                check_pool(pool)
+            if on_progress and measures.num_steps % 256 == 0:
+                on_progress(self._num_ended)
+        for request_id in self._clients:
+            self.scheduler.abort(request_id)
+        check_pool(self.scheduler.pool, idle=True)
+        self._keep_counts()
+        if on_progress:
+            on_progress(self._num_ended)
+
+    def result(self) -> dict[str, Any]:
+        """The figures of the run."""
+        return {
+            **self.measures.result(self.now),
+            "preemptions": self._preemptions,
+            "prefix_hit_pct": 100 * self._prefix_hits / self._prefix_queries if self._prefix_queries else 0.0,
+            "engine_deaths": self.num_deaths,
+        }
+
+    @property
+    def _num_ended(self) -> int:
+        measures = self.measures
+        return measures.finished + measures.failed + measures.cancelled + measures.refused
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _take_in(self) -> None:
+        """Let clients come whose time it is, and clients leave."""
+        clients = self._clients
+        while (arrival := self._next) is not None and arrival.time <= self.now:
+            if len(clients) >= self._most_outstanding or not (arrival.counted or self._num_counted):
+                break
+            self._next = next(self._arrivals, None)
+            self._add(arrival)
+        while self._leaving and self._leaving[0][0] <= self.now:
+            _, request_id = heapq.heappop(self._leaving)
+            if request_id in clients:
+                self.measures.cancelled += clients[request_id].arrival.counted
+                self._forget(clients[request_id])
+                self.scheduler.abort(request_id)
+                check_pool(self.scheduler.pool)
+
+    def _add(self, arrival: Arrival) -> None:
+        row = arrival.row
+        if row.hash_ids:
+            prompt = list(chain.from_iterable(repeat(block, HASH_BLOCK_TOKENS) for block in row.hash_ids))
+            del prompt[row.prompt_tokens :]
+        else:
+            prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
+        params = self._params.get(row.output_tokens)
+        if params is None:
+            params = SamplingParams(n=self._settings.n, max_tokens=row.output_tokens, ignore_eos=True)
+            self._params[row.output_tokens] = params
+        request = Request(
+            request_id=f"{arrival.number}",
+            prompt_token_ids=prompt,
+            params=params,
+            max_tokens=row.output_tokens,
+            arrival_time=arrival.time,
+        )
+        patience = self._faults.patience()
+        try:
+            self.scheduler.add(request)
+        except RequestError:
+            self.measures.refused += arrival.counted
+            return
+        self._clients[request.request_id] = _Client(arrival, request)
+        self._num_counted += arrival.counted
+        if patience is not None:
+            since = self.now if self._settings.saturate else arrival.time
+            heapq.heappush(self._leaving, (since + patience, request.request_id))
+
+    def _receive(self, deltas: list[SequenceDelta], previous: float) -> None:
+        """Clients get what the step brought; `previous` is when the step before it ended."""
+        clients, now = self._clients, self.now
+        num_steady = 0
+        for delta in deltas:
+            client = clients[delta.request_id]
+            if delta.error is None:
+                client.lengths[delta.index] += 1
+                self.measures.num_tokens += 1
+                last = client.last_token
+                if last == previous:
+                    num_steady += 1
+                elif last < 0:
+                    client.first_token = now
+                    if self._settings.saturate:
+                        client.start = delta.first_scheduled_time
+                elif last < now:  # the first time in this step that the request gets a token
+                    self.measures.gaps.add(now - last)
+                client.last_token = now
+            else:
+                client.failed = True
+            if delta.finish_reason is not None:
+                del client.lengths[delta.index]
+                if not client.lengths:
+                    self._end(client)
+        if num_steady:
+            self.measures.gaps.add(now - previous, num_steady)
+
+    def _end(self, client: _Client) -> None:
+        """The last sample of a request has ended."""
+        self._forget(client)
+        if client.failed:
+            self.measures.failed += client.arrival.counted
+        elif client.arrival.counted:
+            self.measures.request_finished(
+                client.start, client.first_token, client.last_token, client.arrival.row.output_tokens
+            )
+
+    def _forget(self, client: _Client) -> None:
+        del self._clients[client.request.request_id]
+        self._num_counted -= client.arrival.counted
+
+    # -- engines ------------------------------------------------------------------------------------------------------
+
+    def _start_engine(self) -> Scheduler:
+        settings = self._settings
+        pool = BlockPool(self._num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
+        return Scheduler(
+            pool,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self._max_model_len,
+            clock=lambda: self.now,
+        )
+
+    def _restart(self) -> None:
+        """The engine dies with its memory; a new one goes on with what the clients have received."""
+        check_pool(self.scheduler.pool)
+        self._keep_counts()
+        self.num_deaths += 1
+        self.now += self._settings.restart_time
+        self.scheduler = self._start_engine()
+        for client in self._clients.values():
+            asked = client.request
+            received = {index: [SAMPLED_TOKEN] * length for index, length in client.lengths.items()}
+            self.scheduler.add(
+                Request(
+                    request_id=asked.request_id,
+                    prompt_token_ids=asked.prompt_token_ids,
+                    params=asked.params,
+                    max_tokens=asked.max_tokens,
+                    arrival_time=asked.arrival_time,
+                    output_token_ids=received,
+                )
+            )
+
+    def _keep_counts(self) -> None:
+        stats = self.scheduler.stats()
+        self._preemptions += stats.total_preemptions
+        self._prefix_queries += stats.total_prefix_queries
+        self._prefix_hits += stats.total_prefix_hits

@@ -1,0 +1,130 @@
+"""SimulationSettings: every option of one simulation, in one frozen value; the flags of `quire simulate`."""
+
+from dataclasses import dataclass
+
+from quire.config import parse_size
+from quire.errors import ConfigError
+
+POLICIES = ("paged", "orca-max", "orca-pow2", "orca-oracle", "fastertransformer")
+ARRIVALS = ("auto", "trace", "poisson", "gamma", "bursts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationSettings:
+    """What is simulated. Raises `ConfigError` for a value out of range or options at odds."""
+
+    trace: str = ""
+    """File of request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
+    traces_dir: str = "."
+    """Folder in which a trace is looked up by name."""
+    model: str = "OPT-13B"
+    """Shape of the model: a known name, or the path of a config.json or its folder."""
+    device: str = "A100-40GB"
+    """What it runs on: a known name, or a JSON file of measured coefficients."""
+    num_devices: int | None = None
+    """Devices that share the model (tensor parallel); None takes as few, a power of two, as hold the weights."""
+    policy: str = "paged"
+    """paged is this engine; orca-max, orca-pow2, orca-oracle and fastertransformer are the paper's baselines."""
+    rate: float | None = None
+    """Requests per second; a trace's own arrivals are stretched to it. None takes them as they are."""
+    arrivals: str = "auto"
+    """trace, poisson, gamma or bursts; auto takes the trace's own where it has them, else Poisson."""
+    cv: float = 2.0
+    """Coefficient of variation of gamma arrivals; 1 is Poisson."""
+    burst_size: int = 16
+    """Requests that come at once, where arrivals come in bursts."""
+    num_requests: int | None = None
+    """Requests simulated; a shorter trace is begun again. None takes every row once."""
+    duration: float | None = None
+    """Seconds after which nothing arrives any more; begins a trace without arrivals again as often as needed."""
+    saturate: bool = False
+    """Keep the queue always full instead of letting requests arrive; latencies then count from admission."""
+    seed: int = 0
+    """Seeds arrivals and faults; the same seed gives the same result, byte for byte."""
+    kv_cache_memory: int | None = None
+    """Bytes for KV over all devices, e.g. 12GiB; None takes what the weights leave of 90 % of the memory."""
+    kv_slots: int | None = None
+    """Tokens the KV memory holds, instead of kv_cache_memory."""
+    block_size: int = 16
+    """Tokens per KV block (paged)."""
+    max_num_seqs: int = 256
+    """Most sequences that run at once (paged)."""
+    max_num_batched_tokens: int = 2048
+    """Most tokens computed in one step (paged)."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens, and what orca-max reserves; None takes the model's context."""
+    enable_prefix_caching: bool = True
+    """Find blocks by content (paged)."""
+    n: int = 1
+    """Samples per request; the baselines store the prompt once for each."""
+    attention_slowdown: float = 1.0
+    """Time of the attention kernel over that of one for contiguous KV (paged); the paper measures 1.20 to 1.26."""
+    ttft_limit: float = 1.0
+    """Seconds to the first token within which a request counts for goodput."""
+    tbt_limit: float = 0.2
+    """Seconds per further token, on average over a request, within which it counts for goodput."""
+    step_failures: float = 0.0
+    """Probability that a step fails for one of its sequences, which ends with an error (paged)."""
+    slow_steps: float = 0.0
+    """Probability that a step takes slow_factor times as long (paged)."""
+    slow_factor: float = 10.0
+    """How many times as long a slow step takes (paged)."""
+    cancellations: float = 0.0
+    """Share of clients that leave before their answer is complete, after patience seconds on average (paged)."""
+    patience: float = 10.0
+    """Mean of the exponential time after which such a client leaves, in seconds."""
+    engine_deaths: float = 0.0
+    """Probability that the engine dies in a step; it starts anew and running requests go on (paged)."""
+    restart_time: float = 5.0
+    """Seconds a new engine needs to start."""
+    check_every: int = 0
+    """Verify the pool's invariants every so many steps; 0 only at the end and after each fault."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_cache_memory", parse_size("kv_cache_memory", self.kv_cache_memory))
+        if not self.trace:
+            raise ConfigError("no trace is given: set trace to a file of request lengths, or to its name in traces_dir")
+        for name, known in (("policy", POLICIES), ("arrivals", ARRIVALS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        for name, low, high in (
+            ("num_devices", 1, 4096),
+            ("burst_size", 1, 2**20),
+            ("num_requests", 1, 10**9),
+            ("kv_slots", 1, 2**40),
+            ("block_size", 1, 1024),
+            ("max_num_seqs", 1, 2**16),
+            ("max_num_batched_tokens", 1, 2**20),
+            ("max_model_len", 1, 2**24),
+            ("n", 1, 128),
+            ("check_every", 0, 2**31),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{name} is {value}; it must be from {low} to {high}")
+        for name in ("step_failures", "slow_steps", "cancellations", "engine_deaths"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; a probability is from 0 to 1")
+        for name in ("rate", "duration", "cv", "patience", "ttft_limit", "tbt_limit", "slow_factor"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} is {value}; it must be more than 0, and finite")
+        if self.attention_slowdown < 1:
+            raise ConfigError(f"attention_slowdown is {self.attention_slowdown}; it must be at least 1")
+        if not 0 <= self.restart_time < float("inf"):
+            raise ConfigError(f"restart_time is {self.restart_time}; it must be at least 0, and finite")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}; "
+                "raise the one or lower the other"
+            )
+        if self.saturate and (self.rate is not None or self.duration is not None or self.arrivals != "auto"):
+            raise ConfigError("saturate keeps the queue full: leave out rate, duration and arrivals")
+        if self.kv_slots is not None and self.kv_cache_memory is not None:
+            raise ConfigError("kv_slots and kv_cache_memory both size the KV memory; give one")
+        if self.has_faults and self.policy != "paged":
+            raise ConfigError(f"policy is {self.policy!r}; faults are modelled for policy paged only")
+
+    @property
+    def has_faults(self) -> bool:
+        return any((self.step_failures, self.slow_steps, self.cancellations, self.engine_deaths))

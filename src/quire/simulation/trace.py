@@ -1,0 +1,162 @@
+"""Traces: what was asked of a server, as lengths, times and prefixes; read from the formats they are published in.
+
+CSV with a header, or JSON lines, either of them gzipped. A row says how many tokens its prompt and its output have,
+may say when it arrived, and may name the blocks of its prompt (`hash_ids`, as Mooncake's traces do): one number per
+512 tokens, the same number for the same whole prefix up to there.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quire.errors import ConfigError
+
+HASH_BLOCK_TOKENS = 512
+"""Prompt tokens per entry of `hash_ids`."""
+
+_SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz")
+_PROMPT = ("prompt_tokens", "input_length", "ContextTokens", "num_prefill_tokens", "Request tokens")
+_OUTPUT = ("output_tokens", "output_length", "GeneratedTokens", "num_decode_tokens", "Response tokens")
+_ARRIVAL_UNITS = {"arrival_s": 1.0, "arrived_at": 1.0, "timestamp": 1e-3, "TIMESTAMP": 1.0, "Timestamp": 1.0}
+"""Column → seconds per unit. Azure's TIMESTAMP is a date and time."""
+
+
+class TraceRow(NamedTuple):
+    """One request."""
+
+    prompt_tokens: int
+    output_tokens: int
+    arrival: float | None = None
+    """Seconds after the trace's first request."""
+    hash_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Rows in order of arrival, where they have one, else in the order of the file."""
+
+    name: str
+    rows: list[TraceRow]
+    num_skipped: int = 0
+    """Rows of the file with an empty prompt or no output, which are left out."""
+
+    @property
+    def has_arrivals(self) -> bool:
+        return self.rows[0].arrival is not None
+
+    @property
+    def has_prefixes(self) -> bool:
+        return any(row.hash_ids for row in self.rows)
+
+
+def find_trace(name: str, folder: str | Path) -> Path:
+    """The file of a trace: a path, or the beginning of a name in `folder` that only one has. Raises `ConfigError`."""
+    for candidate in (Path(name), *(Path(folder) / f"{name}{suffix}" for suffix in _SUFFIXES)):
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.name for path in Path(folder).glob("*") if path.name.endswith(_SUFFIXES[1:]))
+    alike = [file for file in known if file.startswith(name)]
+    if len(alike) == 1:
+        return Path(folder) / alike[0]
+    there = f"; {folder} holds {', '.join(known)}" if known else f"; {folder} holds no trace"
+    raise ConfigError(f"trace is {name!r}, which is no file{there}. Give a path, or the folder as traces_dir")
+
+
+def read_trace(path: str | Path) -> Trace:
+    """Read a trace. Raises `ConfigError`, with the line, for what is not one."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ConfigError(f"trace {path} cannot be read: {error}") from error
+    rows: list[TraceRow] = []
+    num_skipped = 0
+    for line, fields in _json_lines(path, text) if text.lstrip().startswith("{") else _csv_lines(text):
+        try:
+            row = _row(fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"trace {path}, line {line}: {error}") from error
+        if row.prompt_tokens and row.output_tokens:
+            rows.append(row)
+        else:
+            num_skipped += 1
+    if not rows:
+        raise ConfigError(f"trace {path} holds no request with a prompt and an output")
+    if len({row.arrival is None for row in rows}) == 2:
+        raise ConfigError(f"trace {path} gives an arrival for some rows only; give it for all or for none")
+    if rows[0].arrival is not None:
+        rows.sort(key=lambda row: row.arrival or 0.0)
+        first = rows[0].arrival or 0.0
+        rows = [row._replace(arrival=(row.arrival or 0.0) - first) for row in rows]
+    return Trace(path.name, rows, num_skipped)
+
+
+def unbounded_hit_percent(rows: Iterable[TraceRow]) -> float | None:
+    """Share of `hash_ids` blocks that a prefix cache which forgets nothing would hit; None without any."""
+    seen: set[int] = set()
+    num_asked = num_hit = 0
+    for row in rows:
+        num_asked += len(row.hash_ids)
+        num_hit += sum(1 for block in row.hash_ids if block in seen)
+        seen.update(row.hash_ids)
+    return 100 * num_hit / num_asked if num_asked else None
+
+
+def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    for fields in reader:
+        yield reader.line_num, fields
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for line, content in enumerate(text.splitlines(), start=1):
+        if content.strip():
+            try:
+                fields = json.loads(content)
+            except ValueError as error:
+                raise ConfigError(f"trace {path}, line {line}: {error}") from error
+            if not isinstance(fields, dict):
+                raise ConfigError(f"trace {path}, line {line}: expected an object")
+            yield line, fields
+
+
+def _row(fields: Mapping[str, Any]) -> TraceRow:
+    prompt, output = _count(fields, _PROMPT), _count(fields, _OUTPUT)
+    hash_ids = tuple(map(int, fields.get("hash_ids") or ()))
+    if hash_ids and len(hash_ids) != -(-prompt // HASH_BLOCK_TOKENS):
+        raise ValueError(
+            f"{len(hash_ids)} hash_ids for {prompt} prompt tokens; one per {HASH_BLOCK_TOKENS} is expected"
+        )
+    if any(not 0 <= block < 2**31 for block in hash_ids):
+        raise ValueError("a hash id is out of range; they are from 0 to 2^31 - 1")
+    column = next((name for name in _ARRIVAL_UNITS if fields.get(name) is not None), None)
+    if column is None:
+        return TraceRow(prompt, output, None, hash_ids)
+    return TraceRow(prompt, output, _seconds(fields[column]) * _ARRIVAL_UNITS[column], hash_ids)
+
+
+def _count(fields: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    for name in names:
+        if fields.get(name) is not None:
+            count = int(fields[name])
+            if count < 0:
+                raise ValueError(f"{name} is {count}; it must be at least 0")
+            return count
+    raise ValueError(f"no column {names[0]} (nor {', '.join(names[1:])})")
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        return datetime.fromisoformat(value[:26]).timestamp()
+    if not abs(seconds) < float("inf"):
+        raise ValueError(f"arrival is {value}; it must be finite")
+    return seconds

@@ -1,0 +1,53 @@
+"""What docs/paper.md says, on less of its traces: the set-ups stay the paper's, and claims keep coming out."""
+
+import pytest
+
+from benchmarks.paper import experiments
+from benchmarks.paper.experiments import BLOCK_SIZES, CHAT, CHAT_LIMIT, PANELS, Knee, find_knee, simulated, trace_of
+from quire.simulation.model_shapes import MODEL_SHAPES
+
+PRINTED_TOKEN_STATES = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2}
+
+
+@pytest.mark.parametrize("policy", PRINTED_TOKEN_STATES)
+def test_waste_of_the_baselines_is_near_what_is_printed(policy: str) -> None:
+    figures = simulated(PANELS[0], policy=policy, saturate=True)
+    assert figures["kv_slots"] == 15_728
+    assert figures["token_states_pct"] == pytest.approx(PRINTED_TOKEN_STATES[policy], abs=2.0)
+    if policy == "orca-max":
+        assert figures["mean_batch"] == pytest.approx(7)
+        assert figures["external_pct"] == pytest.approx(8.9, abs=0.1)
+
+
+def test_paging_fills_the_memory_and_runs_more_at_once() -> None:
+    figures = {
+        policy: simulated(PANELS[0], policy=policy, saturate=True, num_requests=400)
+        for policy in ("paged", "orca-oracle", "orca-max")
+    }
+    assert figures["paged"]["token_states_pct"] >= 96
+    assert figures["paged"]["token_states_of_pool_pct"] >= 95
+    assert figures["paged"]["mean_batch"] >= 2.2 * figures["orca-oracle"]["mean_batch"]
+    assert figures["paged"]["mean_batch"] >= 4.3 * figures["orca-max"]["mean_batch"]
+
+
+def test_a_knee_is_where_latency_crosses_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "SECONDS", 60.0)
+    knee: Knee = find_knee(PANELS[0], "orca-max")
+    assert all((latency <= experiments.THRESHOLD) == (rate <= knee.rate) for rate, latency in knee.points)
+    assert min(rate for rate, latency in knee.points if latency > experiments.THRESHOLD) <= 1.03 * knee.rate
+
+
+def test_chat_keeps_the_last_tokens_only() -> None:
+    rows = trace_of(CHAT).rows
+    assert max(row.prompt_tokens for row in rows) == CHAT_LIMIT
+    assert max(row.prompt_tokens + row.output_tokens for row in rows) <= MODEL_SHAPES[CHAT.model].context_length
+
+
+def test_swapping_small_blocks_is_slow_and_recomputing_does_not_care() -> None:
+    costs = [experiments.swap_and_recompute(256, size) for size in BLOCK_SIZES]
+    swaps, recomputes = zip(*costs, strict=True)
+    assert list(swaps) == sorted(swaps, reverse=True)
+    assert len(set(recomputes)) == 1
+    assert swaps[0] > recomputes[0] > swaps[-1]
+    # 256 tokens of 800 KiB there and back at 25 GB/s, and 80 copies of 10 µs each way for one block.
+    assert swaps[-1] == pytest.approx(2 * (256 * 819_200 / 25e9 + 80 * 1e-5))
