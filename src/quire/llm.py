@@ -15,7 +15,7 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
-from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RequestOutput
+from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, MemoryReport, RequestOutput
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -166,6 +166,10 @@ class LLM:
     @property
     def memory_plan(self) -> MemoryPlan:
         return self._engine.memory_plan
+
+    def memory_report(self) -> MemoryReport:
+        """What the KV pool holds, in all and per unfinished request, and why prompts missed the prefix cache."""
+        return self._engine.memory_report()
 
     def stats(self) -> EngineStats:
         """Counts of requests, blocks, slots and tokens as they are now."""

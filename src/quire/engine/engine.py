@@ -14,7 +14,7 @@ from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, RequestOutput
+from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
 
 
@@ -72,6 +72,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._core.has_work
+
+    def memory_report(self) -> MemoryReport:
+        return self._core.memory_report()
 
     def stats(self) -> EngineStats:
         return self._core.stats()

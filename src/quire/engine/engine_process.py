@@ -18,10 +18,12 @@ from quire.engine.messages import (
     FrameBuffer,
     FromEngine,
     Load,
+    MemoryReported,
     Outputs,
     PhaseDone,
     Ready,
     Refused,
+    ReportMemory,
     ResetPrefixCache,
     Stop,
     ToEngine,
@@ -115,6 +117,8 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
                             core.stop(request_id, index)
                     case ResetPrefixCache():
                         core.reset_prefix_cache()
+                    case ReportMemory():
+                        connection.send(MemoryReported(core.memory_report()))
                     case Load():
                         raise ValueError("an engine loads once")
             was_saving = core.has_idle_work

@@ -7,7 +7,7 @@ from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import QuireError
-from quire.outputs import RequestOutput
+from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
 
 
@@ -39,6 +39,7 @@ class Engine(Protocol):
         cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
+    async def memory_report(self) -> MemoryReport: ...
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...
     async def wait_dead(self) -> QuireError: ...
