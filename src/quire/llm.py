@@ -15,7 +15,14 @@ from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
-from quire.outputs import BeamSearchOutput, BeamSearchSequence, EngineStats, RegisteredPrefix, RequestOutput
+from quire.outputs import (
+    BeamSearchOutput,
+    BeamSearchSequence,
+    EngineStats,
+    MemoryReport,
+    RegisteredPrefix,
+    RequestOutput,
+)
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
@@ -188,6 +195,10 @@ class LLM:
     @property
     def memory_plan(self) -> MemoryPlan:
         return self._engine.memory_plan
+
+    def memory_report(self) -> MemoryReport:
+        """What the KV pool holds, in all and per unfinished request, and why prompts missed the prefix cache."""
+        return self._engine.memory_report()
 
     def stats(self) -> EngineStats:
         """Counts of requests, blocks, slots and tokens as they are now."""

@@ -1,6 +1,7 @@
 """What a user receives: RequestOutput with one CompletionOutput per sample. Names are vLLM's."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quire.step import TokenLogprobs
 
@@ -165,6 +166,69 @@ class TierStats:
     """Found truncated, altered or unreadable."""
     total_recomputed: int = 0
     """Computed although they were stored here, since that was faster by the measured rates."""
+
+
+class PrefixMiss(NamedTuple):
+    """Where a prompt left what the prefix cache holds, and why."""
+
+    block: int
+    """The first logical block that had to be computed."""
+    reason: str
+    """new: nothing begins like this; differs: others go on differently from here; evicted: it was here; salt: it may
+    be here, but for another tenant."""
+    evicted_seconds_ago: float | None
+
+
+@dataclass(slots=True)
+class RequestMemory:
+    """What one unfinished request holds. Slots are tokens' worth of KV."""
+
+    request_id: str
+    running: bool
+    num_sequences: int
+    num_tokens: int
+    """Prompt and output of all its sequences, each sharer's counted."""
+    num_blocks: int
+    """Distinct blocks."""
+    num_filled_slots: int
+    num_allocated_slots: int
+    num_shared_slots: int
+    """What its sequences save by sharing, among themselves and with other requests."""
+    num_copied_slots: int
+    """In blocks copied on write since it came."""
+    waste: float
+    """Share of its allocated slots that hold no token, 0 to 1."""
+    num_preemptions: int
+    cached_tokens: dict[str, int]
+    """Prompt tokens that were not computed, by where their KV came from: device, host, disk."""
+    miss: PrefixMiss | None
+    """None where all of the prompt was found that can be, or nothing was looked for."""
+
+
+@dataclass(slots=True)
+class AgeQuantiles:
+    """Seconds."""
+
+    p50: float = 0.0
+    p90: float = 0.0
+    max: float = 0.0
+
+
+@dataclass(slots=True)
+class MemoryReport:
+    """What the pool holds, in all and per request."""
+
+    stats: "EngineStats"
+    waste: float
+    """Share of all allocated slots that hold no token, 0 to 1."""
+    used_block_ages: AgeQuantiles
+    """Since a block in use was taken."""
+    named_free_block_ages: AgeQuantiles
+    """Since a free block whose content can still be found was taken."""
+    misses: dict[str, int]
+    """Reasons of `PrefixMiss` → requests since the start."""
+    requests: list[RequestMemory]
+    """At most `MAX_REPORTED_REQUESTS`, those that run first."""
 
 
 @dataclass(slots=True)

@@ -14,9 +14,11 @@ from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.outputs import (
+    AgeQuantiles,
     CompletionOutput,
     EngineStats,
     Logprob,
+    MemoryReport,
     PositionLogprobs,
     RequestMetrics,
     RequestOutput,
@@ -87,6 +89,10 @@ class ScriptedEngine:
         await asyncio.sleep(self.load_seconds)
         self.state = "ready"
         self.metrics.record_stats(EngineStats(num_blocks=64, block_size=16, total_steps=1))
+
+    async def memory_report(self) -> MemoryReport:
+        stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
+        return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), {"new": 1}, [])
 
     async def wait_dead(self) -> QuireError:
         if self.lives_for is None:

@@ -76,6 +76,22 @@ def test_beam_search_whole_and_streamed_agree(client: OpenAI) -> None:
     )
 
 
+def test_kv_tells_what_the_pool_holds(server: RunningServer, client: OpenAI) -> None:
+    stream = client.completions.create(
+        model="quire-bundled", prompt=PROMPT, max_tokens=400, n=2, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    report = json.loads(server.send("GET", "/kv")[1])
+    (request,) = report["requests"]
+    assert request["running"]
+    assert request["num_sequences"] == 2
+    assert request["num_filled_slots"] <= request["num_allocated_slots"]
+    assert 0.0 <= request["waste"] < 1.0
+    assert report["stats"]["num_running"] == 1
+    assert report["used_block_ages"]["max"] >= 0.0
+    stream.close()
+
+
 def test_many_at_once_say_what_each_says_alone(client: OpenAI) -> None:
     prompts = [PROMPT[:length] for length in range(10, 58, 8)]
     alone = [greedy(client, prompt) for prompt in prompts]

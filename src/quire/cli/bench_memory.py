@@ -1,13 +1,23 @@
 """`quire bench memory`: how much of the KV cache that sequences hold has tokens in it, step by step under load."""
 
 import statistics
-from typing import Any
+from typing import Any, Protocol
 
-from quire.cli.bench_workload import make_workload, show
+from quire.cli.bench_workload import Workload, make_workload, show
 from quire.cli.options import ModelArgument, OutputJson, flags
 from quire.config import EngineConfig
 from quire.outputs import EngineStats
 from quire.sampling_params import SamplingParams
+
+
+class SteppingEngine(Protocol):
+    """What is asked of `quire.engine.engine.Engine`, which would import torch here."""
+
+    def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, /) -> object: ...
+    def step(self) -> object: ...
+    def stats(self) -> EngineStats: ...
+    @property
+    def has_work(self) -> bool: ...
 
 
 @flags(EngineConfig)
@@ -20,6 +30,7 @@ def memory(
     output_len: int = 128,
     range_ratio: float = 0.5,
     n: int = 1,
+    beam_width: int | None = None,
     output_json: OutputJson = None,
     **options: Any,
 ) -> None:
@@ -39,6 +50,8 @@ def memory(
         Random lengths are within this share of those given.
     n
         Samples per prompt, which share its blocks.
+    beam_width
+        Search with so many beams per prompt instead of sampling.
     """
     from quire.engine.engine import Engine
 
@@ -52,8 +65,16 @@ def memory(
         max_len=engine.memory_plan.max_model_len,
         seed=options.get("seed", 0),
     )
+    figures = measure_memory(engine, work, n=n, beam_width=beam_width)
+    show(f"KV cache of {model or 'the bundled model'}, {dataset} lengths", figures, output_json)
+
+
+def measure_memory(
+    engine: SteppingEngine, work: Workload, *, n: int = 1, beam_width: int | None = None
+) -> dict[str, Any]:
+    """Run the work, all of it there from the start, and look at the pool after every step."""
     for index, (prompt, length) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
-        params = SamplingParams(n=n, max_tokens=length, ignore_eos=True, detokenize=False)
+        params = SamplingParams(n=n, beam_width=beam_width, max_tokens=length, ignore_eos=True, detokenize=False)
         engine.add_request(str(index), prompt, params)
     seen: list[EngineStats] = []
     while engine.has_work:
@@ -61,7 +82,7 @@ def memory(
         stats = engine.stats()
         if stats.num_allocated_slots:
             seen.append(stats)
-    show(f"KV cache of {model or 'the bundled model'}, {dataset} lengths", _figures(seen), output_json)
+    return _figures(seen)
 
 
 def _figures(seen: list[EngineStats]) -> dict[str, Any]:

@@ -35,11 +35,13 @@ from quire.engine.messages import (
     FrameBuffer,
     FromEngine,
     Load,
+    MemoryReported,
     Outputs,
     PhaseDone,
     Ready,
     Refused,
     RegisterPrefix,
+    ReportMemory,
     ResetPrefixCache,
     Stop,
     ToEngine,
@@ -51,7 +53,7 @@ from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, RequestOutput, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, RequestOutput, SequenceDelta
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 
@@ -107,6 +109,7 @@ class AsyncLLM:
         self._prefixes: dict[str, RegisterPrefix] = {}
         """What a new engine process registers again."""
         self._request_numbers = itertools.count()
+        self._report_waiters: deque[asyncio.Future[MemoryReport]] = deque()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
@@ -282,6 +285,15 @@ class AsyncLLM:
         """Make every stored prefix unfindable that is not registered."""
         self._send(ResetPrefixCache())
 
+    async def memory_report(self) -> MemoryReport:
+        """What the KV pool holds now. Raises `EngineUnavailableError` where there is no engine to ask."""
+        if self.state not in ("ready", "draining"):
+            raise EngineUnavailableError(f"the engine is {self.state}")
+        answer: asyncio.Future[MemoryReport] = asyncio.get_running_loop().create_future()
+        self._report_waiters.append(answer)
+        self._send(ReportMemory())
+        return await answer
+
     def _retry_after(self, num_waiting: int) -> int:
         """Seconds until the queue has room, from the rate at which requests finished lately."""
         now = time.monotonic()
@@ -328,6 +340,10 @@ class AsyncLLM:
             case Outputs(deltas, stats):
                 self._take_stats(stats)
                 self._deliver(deltas)
+            case MemoryReported(report):
+                waiter = self._report_waiters.popleft()
+                if not waiter.done():
+                    waiter.set_result(report)
             case Refused(request_id, text, param, code):
                 if request_id in self._prefixes:
                     logger.error("the prefix %s is not kept: %s", request_id, text)
@@ -393,6 +409,10 @@ class AsyncLLM:
         assert self._process is not None
         assert self._writer is not None
         self._writer.close()
+        for waiter in self._report_waiters:
+            if not waiter.done():
+                waiter.set_exception(EngineUnavailableError("the engine ended before it could answer"))
+        self._report_waiters.clear()
         code = await self._process.wait()
         if self._failure is not None:
             return

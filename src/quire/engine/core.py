@@ -21,7 +21,7 @@ from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import RandomWeights, Weights
-from quire.outputs import EngineStats, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
@@ -174,6 +174,9 @@ class EngineCore:
             self.step()
             time.sleep(0.001)
         self._runner.close()
+
+    def memory_report(self) -> MemoryReport:
+        return self._scheduler.memory_report()
 
     def stats(self) -> EngineStats:
         return self._scheduler.stats()

@@ -15,7 +15,7 @@ from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, RegisteredPrefix, RequestOutput
+from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import SamplingParams
 
@@ -107,6 +107,9 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._core.has_work
+
+    def memory_report(self) -> MemoryReport:
+        return self._core.memory_report()
 
     def stats(self) -> EngineStats:
         return self._core.stats()

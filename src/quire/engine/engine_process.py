@@ -18,11 +18,13 @@ from quire.engine.messages import (
     FrameBuffer,
     FromEngine,
     Load,
+    MemoryReported,
     Outputs,
     PhaseDone,
     Ready,
     Refused,
     RegisterPrefix,
+    ReportMemory,
     ResetPrefixCache,
     Stop,
     ToEngine,
@@ -121,6 +123,8 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
                             core.register_prefix(prefix_id, token_ids, salts)
                         except RequestError as error:
                             connection.send(Refused(prefix_id, error.message, error.param, error.code))
+                    case ReportMemory():
+                        connection.send(MemoryReported(core.memory_report()))
                     case Load():
                         raise ValueError("an engine loads once")
             was_saving = core.has_idle_work

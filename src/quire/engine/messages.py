@@ -10,7 +10,7 @@ import msgspec
 
 from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
-from quire.outputs import EngineStats, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
 
 _LENGTH = struct.Struct(">I")
@@ -50,6 +50,10 @@ class RegisterPrefix(msgspec.Struct, tag=True):
     salts: tuple[str, ...]
 
 
+class ReportMemory(msgspec.Struct, tag=True):
+    """Asks for one `MemoryReported`."""
+
+
 class PhaseDone(msgspec.Struct, tag=True):
     """A phase of start-up has ended."""
 
@@ -84,8 +88,14 @@ class Outputs(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix
-FromEngine = PhaseDone | Ready | Failed | Refused | Outputs
+class MemoryReported(msgspec.Struct, tag=True):
+    """The answer to `ReportMemory`; answers come in the order of the questions."""
+
+    report: MemoryReport
+
+
+ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
+FromEngine = PhaseDone | Ready | Failed | Refused | Outputs | MemoryReported
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -39,6 +39,10 @@ class BlockPool:
         self.num_filled_slots = 0
         """Sum of `fill` over used blocks."""
         self.num_named_free = 0
+        self.now = 0.0
+        """Seconds, set by whoever steps; the pool keeps no clock."""
+        self.taken_at = [0.0] * num_blocks
+        """`now` when the block was last taken from the free list."""
         self.total_evictions = 0
         self.total_block_copies = 0
         self.on_evict: Callable[[int, BlockName], None] | None = None
@@ -93,6 +97,7 @@ class BlockPool:
             self.total_evictions += 1
             if self.on_evict is not None:
                 self.on_evict(block, name)
+        self.taken_at[block] = self.now
         self.ref_counts[block] = 1
         self.num_references += 1
         self.fill[block] = 0

@@ -25,11 +25,13 @@ from dataclasses import replace
 from quire.errors import RequestError
 from quire.kv_cache.block_hash import BlockName, root_name
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
+from quire.kv_cache.prefix_history import PrefixHistory
 from quire.kv_cache.tiers import TierIndex
-from quire.outputs import EngineStats, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.memory_report import report_memory
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
@@ -81,6 +83,9 @@ class Scheduler:
         self._stats = EngineStats(num_blocks=pool.num_blocks, block_size=pool.block_size)
         self._tiers = tiers
         self._transfers = None if tiers is None else BlockTransfers(tiers, pool)
+        self._history = PrefixHistory(pool.block_size, clock)
+        self._misses: dict[str, int] = {}
+        self._save_evicted, pool.on_evict = pool.on_evict, self._note_eviction
         self._planned_at = 0.0
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -192,11 +197,16 @@ class Scheduler:
             stats.tiers = self._transfers.stats()
         return stats
 
+    def memory_report(self) -> MemoryReport:
+        """Who holds what, how old it is, and why prompts were not found."""
+        return report_memory(self.pool, self._groups.values(), self.stats(), self._misses, self._clock())
+
     # -- deciding -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """The next step; it computes nothing only when no request is left, or all that could run wait for reads."""
         self.pool.copies_are_done()
+        self.pool.now = self._clock()
         plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
         self._forked, self._row_forks = [], []
         if self._transfers is not None:
@@ -271,6 +281,7 @@ class Scheduler:
                 starts.append(start)
                 counts.append(1)
                 token_ids.append(sequence.token_ids[start])
+            group.num_copied_blocks += len(copies) - first_copy
             index += 1
         return behind, preempted
 
@@ -368,9 +379,27 @@ class Scheduler:
         if group.num_cached_tokens < 0:
             group.first_scheduled_time = self._clock()
             group.num_cached_tokens = 0
+            self._explain(group, len(found), stored)
             self._stats.total_prefix_queries += group.num_prompt_tokens
             self._count_hits(group, num_cached)
         bisect.insort(self._running, group, key=_order)
+
+    def _explain(self, group: SequenceGroup, num_found: int, stored: list[tuple[str, BlockName]]) -> None:
+        """Note where a group's first blocks come from, and why the next one comes from nowhere."""
+        leader, block_size = group.leader, self.pool.block_size
+        covered = leader.num_computed_tokens // block_size
+        for tier in ("device",) * num_found + tuple(tier for tier, _ in stored[: covered - num_found]):
+            group.cached_tokens[tier] = group.cached_tokens.get(tier, 0) + block_size
+        prompt = group.request.prompt_token_ids
+        if covered >= (len(prompt) - 1) // block_size or not self.pool.enable_prefix_caching:
+            return
+        group.miss = self._history.explain(prompt, covered, leader.table.name_of(covered, prompt))
+        self._misses[group.miss.reason] = self._misses.get(group.miss.reason, 0) + 1
+
+    def _note_eviction(self, block: int, name: BlockName) -> None:
+        self._history.note_eviction(name)
+        if self._save_evicted is not None:
+            self._save_evicted(block, name)
 
     def _count_hits(self, group: SequenceGroup, num_tokens: int) -> None:
         """Tokens that need not be computed, if this is how the group begins and not how it resumes."""
@@ -392,7 +421,9 @@ class Scheduler:
                 count = min(count, sequence.num_missing_tokens - 1)
             if count <= 0:
                 continue
+            num_copies = len(plan.block_copies)
             changed = table.append(count, plan.block_copies)
+            group.num_copied_blocks += len(plan.block_copies) - num_copies
             if changed < len(table.blocks):
                 plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
             index = len(plan.rows)

@@ -8,6 +8,7 @@ everything again after a preemption.
 from quire.kv_cache.block_hash import BlockName
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
+from quire.outputs import PrefixMiss
 from quire.request import Request
 from quire.scheduler.beam_search import BeamSearch
 
@@ -52,8 +53,11 @@ class SequenceGroup:
     __slots__ = (
         "awaited",
         "beam_search",
+        "cached_tokens",
         "first_scheduled_time",
+        "miss",
         "num_cached_tokens",
+        "num_copied_blocks",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
@@ -69,6 +73,7 @@ class SequenceGroup:
         self.order = (request.priority, arrival_number)
         """Who comes first; unique, so that every order in the scheduler is total."""
         self.num_preemptions = 0
+        self.num_copied_blocks = 0
         self.num_cached_tokens = -1
         """Prompt tokens found in the prefix cache at the first admission; −1 before it."""
         self.first_scheduled_time = 0.0
@@ -76,6 +81,10 @@ class SequenceGroup:
         """Prompt positions whose log-probabilities were delivered."""
         self.awaited: tuple[int, BlockName] | None = None
         """The first block the group would have to compute (index and name), while it waits for another one to do so."""
+        self.cached_tokens: dict[str, int] = {}
+        """Prompt tokens that needed no computing at the first admission, by where their KV was: device, host, disk."""
+        self.miss: PrefixMiss | None = None
+        """What kept the rest of the prompt from being found."""
         self.beam_search: BeamSearch | None = None
         self.spares: list[Sequence] = []
         """Sequences without tokens or blocks that wait to become beams."""

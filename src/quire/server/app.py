@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.server import chat, completions, health, metrics, models, openapi, tokenize
+from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
 from quire.server.auth import Doorkeeper
 from quire.server.backend import Engine
 from quire.server.errors import as_request_error, error_body, error_headers
@@ -33,6 +33,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
+    *kv.ENDPOINTS,
 )
 
 _MAX_REQUEST_ID_CHARS = 128

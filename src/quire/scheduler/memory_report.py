@@ -1,0 +1,58 @@
+"""What the scheduler's groups hold of the pool, told in one piece. Reads only; a snapshot between two steps."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import AgeQuantiles, EngineStats, MemoryReport, RequestMemory
+from quire.scheduler.sequence import NO_ROW, SequenceGroup
+
+MAX_REPORTED_REQUESTS = 1000
+
+
+def report_memory(
+    pool: BlockPool, groups: Iterable[SequenceGroup], stats: EngineStats, misses: dict[str, int], now: float
+) -> MemoryReport:
+    """The whole report; `now` is on the clock that set `pool.now`."""
+    requests = sorted((_of_request(pool, group) for group in groups), key=lambda request: not request.running)
+    used = [now - pool.taken_at[block] for block, count in enumerate(pool.ref_counts) if count]
+    named = [now - pool.taken_at[block] for block in pool.free_order() if pool.names[block] is not None]
+    return MemoryReport(
+        stats=stats,
+        waste=stats.waste,
+        used_block_ages=_quantiles(used),
+        named_free_block_ages=_quantiles(named),
+        misses=misses.copy(),
+        requests=requests[:MAX_REPORTED_REQUESTS],
+    )
+
+
+def _of_request(pool: BlockPool, group: SequenceGroup) -> RequestMemory:
+    blocks = Counter(block for sequence in group.sequences for block in sequence.table.blocks)
+    num_shared_outside = sum(1 for block, mine in blocks.items() if pool.ref_counts[block] > mine)
+    num_shared_inside = blocks.total() - len(blocks)
+    num_filled_slots = sum(pool.fill[block] for block in blocks)
+    num_allocated_slots = len(blocks) * pool.block_size
+    return RequestMemory(
+        request_id=group.request.request_id,
+        running=group.leader.row != NO_ROW,
+        num_sequences=len(group.sequences),
+        num_tokens=sum(len(sequence.token_ids) for sequence in group.sequences),
+        num_blocks=len(blocks),
+        num_filled_slots=num_filled_slots,
+        num_allocated_slots=num_allocated_slots,
+        num_shared_slots=(num_shared_inside + num_shared_outside) * pool.block_size,
+        num_copied_slots=group.num_copied_blocks * pool.block_size,
+        waste=1 - num_filled_slots / num_allocated_slots if num_allocated_slots else 0.0,
+        num_preemptions=group.num_preemptions,
+        cached_tokens=group.cached_tokens.copy(),
+        miss=group.miss,
+    )
+
+
+def _quantiles(seconds: list[float]) -> AgeQuantiles:
+    if not seconds:
+        return AgeQuantiles()
+    seconds.sort()
+    last = len(seconds) - 1
+    return AgeQuantiles(p50=seconds[last // 2], p90=seconds[last * 9 // 10], max=seconds[last])

@@ -1,0 +1,39 @@
+"""PrefixHistory: each reason in its plainest form, and its bounds."""
+
+from quire.kv_cache.block_hash import block_name, root_name
+from quire.kv_cache.prefix_history import PrefixHistory
+
+PROMPT = list(range(12))
+
+
+def names(salt: str, count: int = 3) -> list[bytes]:
+    parent, found = root_name(salt, 4), []
+    for index in range(count):
+        parent = block_name(parent, PROMPT[4 * index : 4 * index + 4])
+        found.append(parent)
+    return found
+
+
+def test_every_reason() -> None:
+    now = [10.0]
+    history = PrefixHistory(4, lambda: now[0])
+    assert history.explain(PROMPT, 0, names("")[0]) == (0, "new", None)
+    assert history.explain(PROMPT, 0, names("")[0]) == (0, "new", None), "under the same salt it is just not there"
+    assert history.explain(PROMPT, 0, names("other")[0]) == (0, "salt", None)
+    assert history.explain(PROMPT, 2, names("")[2]) == (2, "differs", None)
+    history.note_eviction(names("")[2])
+    now[0] = 12.5
+    assert history.explain(PROMPT, 2, names("")[2]) == (2, "evicted", 2.5)
+    assert history.explain(PROMPT, 2, names("")[2]) == (2, "differs", None), "it was computed again since"
+
+
+def test_it_forgets_the_oldest() -> None:
+    history = PrefixHistory(4, lambda: 0.0, capacity=2)
+    for index in range(3):
+        history.note_eviction(names("")[index])
+    assert [history.explain(PROMPT, index, names("")[index]).reason for index in (1, 2)] == ["evicted", "evicted"]
+    assert history.explain(PROMPT, 0, names("")[0]).reason == "new"
+    assert len(history._evicted) == 0
+    for salt in "abc":
+        history.explain([ord(salt), *PROMPT], 0, names(salt)[0])
+    assert len(history._beginnings) == 2
