@@ -81,7 +81,7 @@ def test_kv_tells_what_the_pool_holds(server: RunningServer, client: OpenAI) -> 
         model="quire-bundled", prompt=PROMPT, max_tokens=400, n=2, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    report = json.loads(server.send("GET", "/kv")[1])
+    report = server.send("GET", "/kv")[1]
     (request,) = report["requests"]
     assert request["running"]
     assert request["num_sequences"] == 2
