@@ -17,8 +17,18 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 
 LEVELS = (
-    {"errors", "sampling_params", "quantization", "model_config", "config", "request", "step", "outputs"},
-    {"kernels"},
+    {
+        "errors",
+        "structured_outputs",
+        "sampling_params",
+        "quantization",
+        "model_config",
+        "config",
+        "request",
+        "step",
+        "outputs",
+    },
+    {"kernels", "grammar"},
     {"attention"},
     {"layers"},
     {"kv_cache", "models", "sampling"},
@@ -35,7 +45,7 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "simulation", "server", "cli", *LEVELS[0]}
+WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"core", "engine", "engine_process"}

@@ -19,6 +19,7 @@ _HOME_OF = {
     "BeamSearchParams": "quire.sampling_params",
     "BatchLogitsProcessor": "quire.sampling.logits_processors",
     "SamplingParams": "quire.sampling_params",
+    "StructuredOutputsParams": "quire.structured_outputs",
     "CheckpointError": "quire.errors",
     "ConfigError": "quire.errors",
     "EngineDeadError": "quire.errors",

@@ -18,5 +18,6 @@ from quire.outputs import RequestOutput as RequestOutput
 from quire.sampling.logits_processors import BatchLogitsProcessor as BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams as BeamSearchParams
 from quire.sampling_params import SamplingParams as SamplingParams
+from quire.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__: str

@@ -67,6 +67,10 @@ class EngineConfig:
     """Most log-probabilities per position a request may ask for."""
     logprobs_memory: int | None = None
     """Bytes in which log-probabilities are worked out at once, e.g. 64MiB; None plans 64 positions, at most 64 MiB."""
+    max_grammars: int = 64
+    """Compiled grammars of structured outputs that are kept for the next request that asks for the same."""
+    fast_forward: bool = True
+    """Take tokens that a grammar forces without asking the model for each."""
     max_queue_size: int = 1024
     """Most requests that wait; beyond it the answer is 429."""
     logits_processors: tuple[str, ...] = ()
@@ -97,6 +101,7 @@ class EngineConfig:
             ("block_size", 1, 1024),
             ("num_blocks", 1, 2**31 - 1),
             ("max_logprobs", 0, 2**20),
+            ("max_grammars", 1, 2**16),
             ("max_queue_size", 0, 2**20),
             ("threads", 1, 1024),
         ):

@@ -133,6 +133,8 @@ class SequenceDelta:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
+    ends_with_text: bool = False
+    """The finish reason is stop and the last token is part of the text: it made its grammar complete."""
     error: str | None = None
     cumulative_logprob: float | None = None
     """Of a whole hypothesis of a beam search; its tokens come in one piece."""

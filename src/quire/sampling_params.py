@@ -11,6 +11,7 @@ from reprlib import repr as brief
 from typing import Any, Literal
 
 from quire.errors import RequestError
+from quire.structured_outputs import StructuredOutputsParams
 
 MAX_N = 128
 MAX_BEAM_WIDTH = 64
@@ -88,6 +89,8 @@ class SamplingParams:
     """Callables f(output_token_ids, logits) or f(prompt_token_ids, output_token_ids, logits), one row's logits in and
     out, called in turn before anything else changes them. Only where the engine runs in the caller's process (`LLM`).
     """
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form that the text must have; end of sequence is possible only where the text is whole."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -174,6 +177,11 @@ class SamplingParams:
         ):
             if not isinstance(value := getattr(self, name), bool):
                 raise RequestError(f"{name} is {brief(value)}; it must be true or false", param=name)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                f"structured_outputs is {brief(self.structured_outputs)}; it must be a StructuredOutputsParams",
+                param="structured_outputs",
+            )
         _check_extra(self.extra)
         self._check_beam_search()
         if len(self.logits_processors) > MAX_LOGITS_PROCESSORS:

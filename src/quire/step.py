@@ -146,5 +146,9 @@ class StepResult:
     """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
+    forced_token_ids: dict[int, list[int]] = field(default_factory=dict)
+    """Index into `token_ids` → the tokens that a grammar forces after it, of which the model was not asked."""
+    complete: list[int] = field(default_factory=list)
+    """Indices into `token_ids` of the samples whose grammar lets nothing follow, the forced tokens included."""
     moved: MovedBlocks | None = None
     """None without tiers."""

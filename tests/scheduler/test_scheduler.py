@@ -128,6 +128,8 @@ class FakeRunner:
         self.size = block_size
         self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, Row] = {}
+        self.forces = False
+        """Whether some samples come with tokens that are forced to follow them."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         sources = {fork.source: self.rows[fork.source] for fork in plan.row_forks}
@@ -197,6 +199,10 @@ class FakeRunner:
             row.token_ids.append(token_id)
             result.token_ids.append(token_id)
             result.logprobs.append(TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None)
+            if self.forces and not is_faulty(kv, new_row.seed) and not new_row.params.logprobs:
+                forced = self._forced(row, kv % 4)
+                if forced:
+                    result.forced_token_ids[len(result.token_ids) - 1] = forced
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.starts[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
@@ -204,6 +210,18 @@ class FakeRunner:
                 TokenLogprobs([target], [-float(start + offset)], [1]) for offset, target in enumerate(targets)
             ]
         return result
+
+    @staticmethod
+    def _forced(row: Row, count: int) -> list[int]:
+        """What would be sampled next, as a grammar that leaves no choice knows it."""
+        new_row, forced = row.new_row, list[int]()
+        for _ in range(count):
+            kv = kv_of_all(row.token_ids)[-1]
+            if is_faulty(kv, new_row.seed):
+                break
+            forced.append(next_token(kv, new_row.seed, new_row.sample_index))
+            row.token_ids.append(forced[-1])
+        return forced
 
     def kv_at(self, row: Row, position: int) -> int:
         return self.memory[row.blocks[position // self.size]][position % self.size]
@@ -1106,6 +1124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_budget=st.sampled_from([0, 1, 3, 8, 40]),
         max_num_partial_prefills=st.integers(1, 4),
         caching=st.booleans(),
+        forces=st.booleans(),
     )
     def start(
         self,
@@ -1115,6 +1134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_budget: int,
         max_num_partial_prefills: int,
         caching: bool,
+        forces: bool,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -1124,6 +1144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
         )
+        self.engine.runner.forces = forces
         self.num_requests = 0
 
     @rule(

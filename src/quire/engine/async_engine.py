@@ -26,6 +26,7 @@ from quire import errors
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import find_model, load_tokenizer, model_name, read_default_params
+from quire.engine.grammar_door import GrammarDoor
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.messages import (
@@ -104,6 +105,7 @@ class AsyncLLM:
         self._model_config: ModelConfig | None = None
         self._memory_plan: MemoryPlan | None = None
         self._inputs: InputProcessor | None = None
+        self._grammar_door: GrammarDoor | None = None
         self._outputs = OutputProcessor(None)
         self._in_flight: dict[str, _InFlight] = {}
         self._prefixes: dict[str, RegisterPrefix] = {}
@@ -147,6 +149,11 @@ class AsyncLLM:
             max_logprobs=self.config.max_logprobs,
             seed=self.config.seed,
         )
+        self._grammar_door = GrammarDoor(
+            str(find_model(self.config.tokenizer, self.config.revision) if self.config.tokenizer else folder),
+            vocab_size=self._model_config.vocab_size,
+            eos_token_ids=self._model_config.eos_token_ids,
+        )
         self._report(f"tokenizer: {time.perf_counter() - started:.2f} s")
 
     async def wait_ready(self) -> None:
@@ -169,6 +176,8 @@ class AsyncLLM:
             await asyncio.sleep(0.05)
         self._end_all(EngineUnavailableError("the server is shutting down"))
         self.state = "dead"
+        if self._grammar_door is not None:
+            await self._grammar_door.close()
         if self._reader_task is not None:
             self._reader_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -231,6 +240,8 @@ class AsyncLLM:
         make = partial(self._inputs.make_request, internal_id, prompt, params, priority=priority, cache_salt=cache_salt)
         # A long text takes milliseconds to tokenise, in which other streams must go on.
         request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
+        if params.structured_outputs is not None and self._grammar_door is not None:
+            await self._grammar_door.check(params.structured_outputs)
         flight = _InFlight(request, {index: [] for index in range(request.params.n)})
         self._in_flight[internal_id] = flight
         self._outputs.add(request, text)

@@ -12,8 +12,11 @@ import torch
 
 from quire.config import EngineConfig
 from quire.engine.fingerprint import fingerprint
+from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
 from quire.engine.memory_plan import MemoryPlan
+from quire.errors import RequestError
+from quire.grammar.cache import GrammarCache
 from quire.kernels import kernels_for
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
@@ -40,9 +43,20 @@ Phase = Callable[[str, float], None]
 class EngineCore:
     """One model on one device."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, *, vocab_size: int, max_logprobs: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        grammars: GrammarCache,
+        *,
+        vocab_size: int,
+        max_logprobs: int,
+    ) -> None:
+        """`grammars` is the one that the runner finds them in."""
         self._scheduler = scheduler
         self._runner = runner
+        self._grammars = WaitingForGrammar(grammars)
+        self._refused: list[tuple[str, RequestError]] = []
         self._vocab_size = vocab_size
         self._max_logprobs = max_logprobs
         self._closed = False
@@ -57,12 +71,18 @@ class EngineCore:
         on_phase: Phase,
         *,
         logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
+        warm_grammars: bool = False,
     ) -> "EngineCore":
         """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config.
 
-        `logits_processors` stand in the place of the config's, which can only hold names.
+        `logits_processors` stand in the place of the config's, which can only hold names. `warm_grammars` also reads
+        the vocabulary for structured outputs, in a thread: that of a large one would hold up running requests for a
+        second if it were read when the first grammar comes.
         """
         processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
+        grammars = GrammarCache(lambda: load_compiler(config, model_config, folder), config.max_grammars)
+        if warm_grammars:
+            grammars.warm()
         started = time.perf_counter()
         num_threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
@@ -105,16 +125,38 @@ class EngineCore:
             block_store=block_store,
             logprobs_memory=plan.logprobs,
             logits_processors=processors,
+            grammars=grammars,
+            fast_forward=config.fast_forward,
         )
-        return cls(scheduler, runner, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
+        return cls(scheduler, runner, grammars, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestError` for one that can never run."""
+    def add(self, request: Request, *, wait: bool = False) -> None:
+        """Queue a request. Raises `RequestError` for one that can never run.
+
+        One with a grammar is queued when that is compiled. Whoever has nothing else to do can `wait` for it; otherwise
+        what is wrong with it comes out of `take_refused`.
+        """
         check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
-        self._scheduler.add(request)
+        if request.params.structured_outputs is None:
+            self._scheduler.add(request)
+            return
+        self._grammars.add(request)
+        self._queue_compiled(block=False)
+        while wait and request.request_id in self._grammars:
+            self._queue_compiled(block=True)
+        for place, (request_id, error) in enumerate(self._refused):
+            if request_id == request.request_id:
+                del self._refused[place]
+                raise error
+
+    def take_refused(self) -> list[tuple[str, RequestError]]:
+        """Requests refused since the last call, after `add` had taken them."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its memory is free when this returns."""
+        self._grammars.abort(request_id)
         self._scheduler.abort(request_id)
 
     def stop(self, request_id: str, index: int) -> None:
@@ -147,15 +189,30 @@ class EngineCore:
 
         Where all that could run wait for blocks from disk, it waits for one to arrive, but for a moment only.
         """
+        if len(self._grammars):
+            self._queue_compiled(block=not self._scheduler.has_work)
         plan = self._scheduler.schedule()
         if not plan.rows and plan.moves is None:
             return []
         result = self._runner.execute(plan)
-        return self._scheduler.update(plan, result)
+        deltas = self._scheduler.update(plan, result)
+        self._grammars.keep_held(self._scheduler.request_ids)
+        return deltas
+
+    def _queue_compiled(self, *, block: bool) -> None:
+        """Queue the requests whose grammar is compiled, and refuse those it fails."""
+        for request, error in self._grammars.take(block=block):
+            try:
+                if error is not None:
+                    raise error
+                self._scheduler.add(request)
+            except RequestError as refusal:
+                self._grammars.abort(request.request_id)
+                self._refused.append((request.request_id, refusal))
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or len(self._grammars) > 0 or len(self._refused) > 0
 
     @property
     def has_idle_work(self) -> bool:

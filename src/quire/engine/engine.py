@@ -65,7 +65,7 @@ class Engine:
     ) -> RequestOutput:
         """Queue a request. Returns its still empty output; raises `RequestError` for one that cannot be served."""
         request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
-        self._core.add(request)
+        self._core.add(request, wait=True)
         self._outputs.add(request, text)
         return RequestOutput(request_id, text, request.prompt_token_ids, [])
 

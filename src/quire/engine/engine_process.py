@@ -99,6 +99,7 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
         load.plan,
         folder,
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
+        warm_grammars=True,
     )
     connection.send(Ready())
     try:
@@ -129,6 +130,8 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
                         raise ValueError("an engine loads once")
             was_saving = core.has_idle_work
             deltas = core.step() if core.has_work or was_saving else []
+            for request_id, refusal in core.take_refused():
+                connection.send(Refused(request_id, refusal.message, refusal.param, refusal.code))
             # Also sent without deltas: after aborts the free blocks must be seen, and what was saved without requests.
             if deltas or messages or (was_saving and not core.has_idle_work):
                 connection.send(Outputs(deltas, core.stats()))

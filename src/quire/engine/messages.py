@@ -12,6 +12,7 @@ from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
 from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
+from quire.structured_outputs import StructuredOutputsParams
 
 _LENGTH = struct.Struct(">I")
 
@@ -94,15 +95,37 @@ class MemoryReported(msgspec.Struct, tag=True):
     report: MemoryReport
 
 
+class LoadVocabulary(msgspec.Struct, tag=True):
+    """First message to a grammar process: whose tokens to compile for."""
+
+    folder: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class CheckGrammar(msgspec.Struct, tag=True):
+    form: StructuredOutputsParams
+
+
+class GrammarChecked(msgspec.Struct, tag=True):
+    """The answer to either; the error is for the client."""
+
+    error: str | None = None
+    code: str = "invalid_value"
+
+
 ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
 FromEngine = PhaseDone | Ready | Failed | Refused | Outputs | MemoryReported
+ToChecker = LoadVocabulary | CheckGrammar
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_to_checker: msgspec.msgpack.Decoder[ToChecker] = msgspec.msgpack.Decoder(ToChecker)
+_from_checker = msgspec.msgpack.Decoder(GrammarChecked)
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
+def encode(message: ToEngine | FromEngine | ToChecker | GrammarChecked) -> bytes:
     """One frame: four bytes of length, then the message."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -114,6 +137,14 @@ def decode_to_engine(body: bytes) -> ToEngine:
 
 def decode_from_engine(body: bytes) -> FromEngine:
     return _from_engine.decode(body)
+
+
+def decode_to_checker(body: bytes) -> ToChecker:
+    return _to_checker.decode(body)
+
+
+def decode_from_checker(body: bytes) -> GrammarChecked:
+    return _from_checker.decode(body)
 
 
 class FrameBuffer:

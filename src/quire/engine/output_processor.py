@@ -112,7 +112,7 @@ class OutputProcessor:
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
         completion = CompletionOutput(index=delta.index, error=delta.error)
         if sample.detokenizer is not None:
-            ended_by_token = finish_reason == FinishReason.STOP
+            ended_by_token = finish_reason == FinishReason.STOP and not delta.ends_with_text
             shown = token_ids[:-1] if ended_by_token and not sample.shows_stop_token else token_ids
             match = sample.detokenizer.append(shown, finished=finish_reason is not None)
             if match is not None:

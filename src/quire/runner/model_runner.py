@@ -1,7 +1,8 @@
 """ModelRunner: executes a StepPlan with a model, its KV cache and the sampler.
 
 One step, read from top to bottom in `execute`: take in rows and block tables, copy blocks that are about to be written,
-lay out the inputs, plan attention once for all layers, run the model, draw samples. It decides nothing.
+lay out the inputs, plan attention once for all layers, run the model while a thread computes what grammars forbid, draw
+samples. It decides nothing.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from quire.attention.plan import plan_attention
+from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import Kernels
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
@@ -19,6 +21,8 @@ from quire.runner.request_rows import RequestRows
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import Sampler
+from quire.sampling.state import SamplingState
+from quire.sampling.structured_output import GrammarState, MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
 
 
@@ -38,13 +42,17 @@ class ModelRunner:
         logprobs_memory: int,
         logits_processors: Sequence[BatchLogitsProcessor] = (),
         block_store: BlockStore | None = None,
+        grammars: GrammarCache | None = None,
+        fast_forward: bool = True,
     ) -> None:
+        """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted."""
         self._block_store = block_store
         self._model = model
         self._kv_cache = kv_cache
         self._config = model_config
         self._kernels = kernels
         self._num_threads = num_threads
+        self._max_model_len = max_model_len
         # With one window for all layers the plan leaves out keys that no layer sees.
         windows = set(model_config.layer_windows) or {0}
         self._window = 0 if 0 in windows else max(windows)
@@ -52,9 +60,12 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             max_blocks=-(-max_model_len // kv_cache.block_size),
             vocab_size=model_config.vocab_size,
+            grammars=grammars,
+            fast_forward=fast_forward and not logits_processors,  # they are there to see every token's logits
         )
         self._logprobs_memory = logprobs_memory
         self._sampler = Sampler(model_config.vocab_size, logprobs_memory, logits_processors)
+        self._masks = MaskWorker(model_config.vocab_size, num_threads=max(1, num_threads // 2))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -77,6 +88,8 @@ class ModelRunner:
             self._block_store.close()
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
+        states = self._rows.sampling_states(plan.sample_rows)
+        self._masks.start([state.grammar for state in states if state.grammar is not None])
         self._copy_blocks(plan)
         batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
         attention = plan_attention(
@@ -95,7 +108,7 @@ class ModelRunner:
             torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
         )
         if plan.sample_after:
-            self._sample(plan, hidden, attention.query_start_loc, result)
+            self._sample(plan, states, hidden, attention.query_start_loc, result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
             first = int(batch.query_start_loc[index])
             rows = hidden[first : first + len(targets)]
@@ -105,7 +118,14 @@ class ModelRunner:
         if plan.block_copies:
             self._kernels.copy_blocks(self._kv_cache.layers, torch.tensor(plan.block_copies, dtype=torch.int32))
 
-    def _sample(self, plan: StepPlan, hidden: torch.Tensor, query_start_loc: torch.Tensor, result: StepResult) -> None:
+    def _sample(
+        self,
+        plan: StepPlan,
+        states: list[SamplingState],
+        hidden: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        result: StepResult,
+    ) -> None:
         if plan.sample_after == list(range(len(hidden))):
             logits = self._model.logits(hidden)  # a step of decoding: every token is a sequence's last
         else:
@@ -114,15 +134,30 @@ class ModelRunner:
             logits = self._model.logits(hidden[rows])
             if len(rows) < len(last):
                 logits = logits[place]  # where a prompt ends and n samples part, each draws from a copy
-        states = self._rows.sampling_states(plan.sample_rows)
+        self._masks.join()
         sampled = self._sampler.sample(logits, states)
-        for row, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
-            if sampled.errors[row] is None and row not in sampled.candidates:
+        for index, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
+            if sampled.errors[index] is None and index not in sampled.candidates:
                 state.append(token_id)
+                if state.grammar is not None:
+                    limit = min(state.params.max_tokens or self._max_model_len, self._max_model_len) - state.position
+                    self._follow_grammar(index, state, state.grammar, limit, result)
         result.token_ids = sampled.token_ids
         result.logprobs = sampled.logprobs
         result.errors = sampled.errors
         result.candidates = sampled.candidates
+
+    @staticmethod
+    def _follow_grammar(
+        index: int, state: SamplingState, grammar: GrammarState, limit: int, result: StepResult
+    ) -> None:
+        """Take the tokens that can only come next, and see whether the text is complete."""
+        # Never more than the request may have: a grammar can force a million tokens.
+        forced = state.take_forced(limit)
+        if forced:
+            result.forced_token_ids[index] = forced
+        if grammar.complete:
+            result.complete.append(index)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []

@@ -7,17 +7,29 @@ tokens, so there is never a second copy of its state to keep in step.
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.grammar.cache import GrammarCache
 from quire.sampling.state import SamplingState
-from quire.step import RowFork, StepPlan
+from quire.sampling.structured_output import GrammarState
+from quire.step import NewRow, RowFork, StepPlan
 
 
 class RequestRows:
     """Block tables as one int32 array [max_num_seqs, max_blocks], and a sampling state per row."""
 
-    def __init__(self, *, max_num_seqs: int, max_blocks: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        vocab_size: int,
+        grammars: GrammarCache | None = None,
+        fast_forward: bool = True,
+    ) -> None:
         self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.states: list[SamplingState | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
+        self._grammars = grammars
+        self._fast_forward = fast_forward
 
     def apply(self, plan: StepPlan) -> None:
         """Take in beams, new rows and changed block tables; the rest of a row follows from the plans themselves."""
@@ -35,6 +47,7 @@ class RequestRows:
                 sample_index=new.sample_index,
                 stop_token_ids=new.stop_token_ids,
                 vocab_size=self._vocab_size,
+                grammar=self._grammar_state(new),
             )
         for row, first, blocks in plan.new_blocks:
             self.block_tables[row, first : first + len(blocks)] = blocks
@@ -49,3 +62,22 @@ class RequestRows:
         states = [self.states[row] for row in rows]
         assert all(state is not None for state in states), "a plan samples a row that was never announced"
         return states  # type: ignore[return-value]  # checked above
+
+    def _grammar_state(self, new: NewRow) -> GrammarState | None:
+        """The sequence's place in the grammar it asks for, which was compiled before it was scheduled."""
+        params = new.params
+        if params.structured_outputs is None:
+            return None
+        grammar = self._grammars and self._grammars.find(params.structured_outputs)
+        if not grammar:
+            return GrammarState(None, error="the grammar of structured_outputs is not compiled")
+        # What a client bans or asks to see of single tokens holds only where the model is asked for each.
+        asks_each = (
+            params.logprobs is not None or params.logit_bias or params.bad_words_token_ids or params.logits_processors
+        )
+        return GrammarState(
+            grammar,
+            new.output_token_ids,
+            fast_forwards=self._fast_forward and not asks_each and params.allowed_token_ids is None,
+            banned_ids=grammar.eos_token_ids if params.ignore_eos else (),
+        )

@@ -1,7 +1,7 @@
 """LogitEdits: what the requests of one batch change in their logits before anything is drawn.
 
-In vLLM's order: allowed_token_ids, bad_words and min_tokens, logit_bias, then the repetition, frequency and
-presence penalties. Every edit touches few tokens of a row, so all are scattered writes at flat indices
+In vLLM's order: the grammar's mask, allowed_token_ids, bad_words and min_tokens, logit_bias, then the repetition,
+frequency and presence penalties. All but the mask touch few tokens of a row and are scattered writes at flat indices
 (row * vocab_size + token).
 """
 
@@ -23,7 +23,9 @@ class LogitEdits:
         self._allowed_rows = [row for row, _ in allowed]
         self._allowed = self._flat_indices([(row, id) for row, ids in allowed for id in ids])
         self._banning = [(row, state) for row, state in rows if state.bad_words or state.ending_ids]
-        self._masked_rows = sorted({*self._allowed_rows, *(row for row, _ in self._banning)})
+        self._grammars = [(row, state.grammar) for row, state in rows if state.grammar is not None]
+        masked = [row for row, _ in self._banning] + [row for row, _ in self._grammars]
+        self._masked_rows = sorted({*self._allowed_rows, *masked})
         self._biased = self._flat_indices([(row, id) for row, state in rows for id in state.bias_by_id])
         self._biases = np.array([b for state in states for b in state.bias_by_id.values()], dtype=np.float32)
         counted = [(row, state) for row, state in rows if state.token_counts is not None]
@@ -39,6 +41,9 @@ class LogitEdits:
         """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out as NaN, masked or not."""
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
+        for row, grammar in self._grammars:
+            assert grammar.forbidden is not None, "masks are computed before logits are edited"
+            np.copyto(logits[row], -np.inf, where=grammar.forbidden)
         if self._allowed_rows:
             kept = flat[self._allowed]
             logits[self._allowed_rows] = -np.inf

@@ -85,7 +85,7 @@ class Sampler:
             token_ids[group.rows] = np.where(sound, tokens, NO_TOKEN)
             for place in np.flatnonzero(~sound):
                 row = int(group.rows[place])
-                errors[row] = failures.get(row) or _explain(float(peaks[place]))
+                errors[row] = failures.get(row) or _grammar_error(states[row]) or _explain(float(peaks[place]))
         logprobs: list[TokenLogprobs | None] = [None] * len(states)
         for k, rows in batch.logprob_rows.items():
             reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
@@ -96,7 +96,7 @@ class Sampler:
                 logprobs[row] = processed_logprobs(edited, int(token_ids[row]), states[row].params)
         for row, found in candidates.items():
             if not np.isfinite(found.logprobs[0]):
-                errors[row] = failures.get(row) or _explain(found.logprobs[0])
+                errors[row] = failures.get(row) or _grammar_error(states[row]) or _explain(found.logprobs[0])
         for row, k in batch.reporting_beams.items():
             candidates[row] = candidates[row]._replace(
                 reports=self._report_beam(raw_beams[row], candidates[row].token_ids, k)
@@ -155,7 +155,14 @@ def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[Beam
     ]
 
 
+def _grammar_error(state: SamplingState) -> str | None:
+    return state.grammar.error if state.grammar is not None else None
+
+
 def _explain(peak: float) -> str:
     if peak == -np.inf:
-        return "no token is left to sample: every logit is −inf after allowed_token_ids, bad_words and min_tokens"
+        return (
+            "no token is left to sample: every logit is −inf after structured_outputs, allowed_token_ids, bad_words "
+            "and min_tokens"
+        )
     return f"the model's logits hold {'NaN' if np.isnan(peak) else '+inf'}; the sequence cannot go on"

@@ -5,6 +5,7 @@ from copy import copy
 from enum import Enum
 
 from quire.sampling.bad_words import BadWords
+from quire.sampling.structured_output import GrammarState
 from quire.sampling.token_counts import TokenCounts
 from quire.sampling_params import SamplingParams
 
@@ -33,6 +34,7 @@ class SamplingState:
         "bias_by_id",
         "draw",
         "ending_ids",
+        "grammar",
         "num_candidates",
         "output_token_ids",
         "params",
@@ -52,11 +54,14 @@ class SamplingState:
         sample_index: int,
         stop_token_ids: Sequence[int],
         vocab_size: int,
+        grammar: GrammarState | None = None,
     ) -> None:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids)
         """Kept for logits processors; eight bytes a token."""
+        self.grammar = grammar
+        """Where the sequence is in the grammar it follows; it has consumed `output_token_ids` already."""
         self.seed = seed
         self.sample_index = sample_index
         self.position = len(output_token_ids)
@@ -94,6 +99,8 @@ class SamplingState:
             child.bad_words = self.bad_words.fork()
         if self.token_counts is not None:
             child.token_counts = self.token_counts.fork()
+        if self.grammar is not None:
+            child.grammar = self.grammar.fork()
         return child
 
     def append(self, token_id: int) -> None:
@@ -101,11 +108,23 @@ class SamplingState:
         self.position += 1
         self.output_token_ids.append(token_id)
         self._remember(token_id)
+        if self.grammar is not None:
+            self.grammar.append(token_id)
+
+    def take_forced(self, limit: int) -> list[int]:
+        """Follow the tokens that the grammar forces, at most `limit` of them."""
+        forced = self.grammar.take_forced(limit) if self.grammar is not None else []
+        self.position += len(forced)
+        self.output_token_ids += forced
+        for token_id in forced:
+            self._remember(token_id)
+        return forced
 
     def banned_ids(self) -> list[int]:
         """Tokens that `min_tokens` and the bad words rule out at this position; a token may be named twice."""
         banned = self.bad_words.completions() if self.bad_words else []
-        if self.position < self.params.min_tokens:
+        # A text that is whole ends, however short it is.
+        if self.position < self.params.min_tokens and not (self.grammar and self.grammar.complete):
             banned += self.ending_ids
         return banned
 

@@ -479,16 +479,16 @@ class Scheduler:
             delta = self._prompt_delta(rows[plan.rows[index]], entries)
             if delta is not None:
                 deltas.append(delta)
-        place = 0
+        place, complete = 0, set(result.complete)
         while place < len(plan.sample_rows):
             sequence = rows[plan.sample_rows[place]]
             assert sequence is not None
             group, first = sequence.group, place
             if group.beam_search is None:
                 place += 1
-                deltas.append(
-                    self._extend(sequence, result.token_ids[first], result.logprobs[first], result.errors[first])
-                )
+                token_ids = [result.token_ids[first], *result.forced_token_ids.get(first, ())]
+                logprobs, error = result.logprobs[first], result.errors[first]
+                deltas.append(self._extend(sequence, token_ids, logprobs, error, complete=first in complete))
             else:
                 place += len(group.sequences)  # its beams stand side by side
                 error = next((error for error in result.errors[first:place] if error is not None), None)
@@ -533,8 +533,15 @@ class Scheduler:
         return delta
 
     def _extend(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None, error: str | None
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        error: str | None,
+        *,
+        complete: bool = False,
     ) -> SequenceDelta:
+        """Append a sample and what is forced to follow it, up to where the sequence ends."""
         request = sequence.group.request
         delta = _delta(sequence.group, sequence.index)
         if error is not None:
@@ -545,18 +552,24 @@ class Scheduler:
             if self._transfers is not None:
                 self._transfers.forget(sequence)
         else:
-            delta.token_ids.append(token_id)
             if logprobs is not None:
                 delta.logprobs = [logprobs]
-            sequence.token_ids.append(token_id)
-            self._stats.total_generated_tokens += 1
-            if token_id in request.eos_token_ids:
-                delta.finish_reason = FinishReason.STOP
-            elif token_id in request.params.stop_token_ids:
-                delta.finish_reason = FinishReason.STOP
-                delta.stop_reason = token_id
-            elif sequence.num_output_tokens >= request.max_tokens:
-                delta.finish_reason = FinishReason.LENGTH
+            for place, token_id in enumerate(token_ids, start=1):
+                delta.token_ids.append(token_id)
+                sequence.token_ids.append(token_id)
+                self._stats.total_generated_tokens += 1
+                if token_id in request.eos_token_ids:
+                    delta.finish_reason = FinishReason.STOP
+                elif token_id in request.params.stop_token_ids:
+                    delta.finish_reason = FinishReason.STOP
+                    delta.stop_reason = token_id
+                elif complete and place == len(token_ids):
+                    delta.finish_reason = FinishReason.STOP
+                    delta.ends_with_text = True
+                elif sequence.num_output_tokens >= request.max_tokens:
+                    delta.finish_reason = FinishReason.LENGTH
+                if delta.finish_reason is not None:
+                    break
         if delta.finish_reason is not None:
             if error is None:
                 self.prefixes.complete(request.request_id, sequence.table)

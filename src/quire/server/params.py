@@ -15,6 +15,7 @@ from quire.server.protocol import (
     NotAvailable,
     TokenizeRequest,
 )
+from quire.structured_outputs import StructuredOutputsParams
 
 _PASSED_ON = (
     "n",
@@ -50,6 +51,7 @@ _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
     *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
 )
+_GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
     "chat_template": "templates come with the model; one in a request is refused",
     "tools": "tool calling is not available yet; leave tools out, or set tool_choice to none",
@@ -93,11 +95,8 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
             "have ended, so they cannot be streamed",
             param="best_of",
         )
-    if request.response_format is not None and request.response_format.type != "text":
-        raise _refusal(
-            "response_format",
-            f"response_format {request.response_format.type!r} is not available yet; only text is",
-        )
+    if request.structured_outputs is not None and request.structured_outputs.structural_tag:
+        raise _refusal("structured_outputs", "structural_tag is not available; leave it out")
     if request.truncation_side not in (None, "left"):
         raise _refusal("truncation_side", f"truncation_side is {request.truncation_side!r}; only left is available")
     if isinstance(request, ChatCompletionRequest) and set(request.modalities or ()) - {"text"}:
@@ -111,7 +110,39 @@ def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, 
     if "beam_width" in given:
         # The model's defaults for drawing mean nothing to a search; what the client asked for is refused.
         defaults = {name: value for name, value in defaults.items() if name not in _OF_DRAWING}
-    return {**defaults, **given}
+    return {**defaults, **given, "structured_outputs": structured_outputs(request)}
+
+
+def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | None:
+    """The form asked of the text, in whichever of three ways. Raises `RequestError` for more than one."""
+    guided = {name: value for name in _GUIDED if (value := getattr(request, f"guided_{name}")) is not None}
+    asked = [f"guided_{name}" for name in guided if name != "whitespace_pattern"]
+    if request.structured_outputs is not None:
+        asked.append("structured_outputs")
+    form = request.response_format
+    if form is not None and form.type != "text":
+        asked.append("response_format")
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise RequestError(f"{' and '.join(asked)} are set; set one of them", param=asked[-1])
+    if request.structured_outputs is not None:
+        given = {
+            name: getattr(request.structured_outputs, name) for name in request.structured_outputs.__struct_fields__
+        }
+        return StructuredOutputsParams(**{name: value for name, value in given.items() if value is not None})
+    if form is None or form.type == "text":
+        return StructuredOutputsParams(**guided)
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if form.type != "json_schema":
+        raise RequestError(
+            f"response_format is of type {form.type!r}; there is text, json_object and json_schema",
+            param="response_format",
+        )
+    if form.json_schema is None or form.json_schema.schema is None:
+        raise RequestError("response_format of type json_schema needs json_schema.schema", param="response_format")
+    return StructuredOutputsParams(json=form.json_schema.schema)
 
 
 def _wants_no_tools(request: object) -> bool:

@@ -22,11 +22,7 @@ class NotAvailable(Struct, kw_only=True):
     repetition_detection: Refused = None
     thinking_token_budget: Refused = None
     kv_transfer_params: Refused = None
-    structured_outputs: Refused = None
-    guided_json: Refused = None
-    guided_regex: Refused = None
-    guided_choice: Refused = None
-    guided_grammar: Refused = None
+    guided_decoding_backend: Refused = None
 
 
 class StreamOptions(Struct):
@@ -38,10 +34,35 @@ class StreamOptions(Struct):
     """Every event holds the usage so far."""
 
 
+class JsonSchema(Struct):
+    """OpenAI's wrapping of a schema."""
+
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """The text follows the schema either way."""
+
+
 class ResponseFormat(Struct):
     """The form asked of the text."""
 
     type: str = "text"
+    """text, json_object or json_schema."""
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Struct):
+    """The form asked of the text, in vLLM's words; one of the first five is set."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    structural_tag: Refused = None
 
 
 class GenerateRequest(NotAvailable, kw_only=True):
@@ -87,6 +108,13 @@ class GenerateRequest(NotAvailable, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    """This and the next are older names of what `structured_outputs` holds."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
     priority: Priority | None = None
     """Lower runs first."""
     cache_salt: Salt | None = None

@@ -1,0 +1,98 @@
+"""Where grammars meet a model: whose tokens they are over, and which requests wait until theirs is compiled."""
+
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from pathlib import Path
+
+from quire.config import EngineConfig
+from quire.engine.checkpoint import find_model
+from quire.errors import RequestError
+from quire.grammar.cache import Compiler, GrammarCache
+from quire.grammar.compiled import Grammar
+from quire.model_config import ModelConfig
+from quire.request import Request
+
+WAIT_SECONDS = 0.05
+"""The longest that a step without other work waits for a grammar before it looks for messages again."""
+
+
+def load_compiler(config: EngineConfig, model_config: ModelConfig, folder: Path) -> Compiler:
+    """The compiler for a model's tokens. Raises `RequestError` where there is no tokenizer to compile for."""
+    if config.tokenizer is not None:
+        folder = find_model(config.tokenizer, config.revision)
+    return read_compiler(folder, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
+
+
+def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler:
+    """The same from the tokenizer's folder."""
+    from quire.grammar.compiler import GrammarCompiler  # imports llguidance, which only structured output needs
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise RequestError(
+            "structured_outputs needs the model's tokenizer.json, which is missing",
+            param="structured_outputs",
+            code="not_available",
+        )
+    if not eos_token_ids:
+        from quire.engine.tokenizer import Tokenizer  # most models name their end tokens in their config
+
+        eos = Tokenizer.from_folder(folder).eos_token_id
+        eos_token_ids = () if eos is None else (eos,)
+    return GrammarCompiler(path.read_text(encoding="utf-8"), vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+
+
+class WaitingForGrammar:
+    """Requests whose grammar is being compiled, and the grammars of those that run.
+
+    A running request's grammar is held here, so that it is found whatever else is compiled meanwhile.
+    """
+
+    def __init__(self, cache: GrammarCache) -> None:
+        self._cache = cache
+        self._compiling: dict[str, tuple[Request, Future[Grammar]]] = {}
+        self._held: dict[str, Grammar] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiling)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._compiling
+
+    def add(self, request: Request) -> None:
+        """Begin to compile; `take` gives the request back."""
+        form = request.params.structured_outputs
+        assert form is not None
+        self._compiling[request.request_id] = (request, self._cache.compile(form))
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request. What is being compiled is kept for the next one."""
+        self._compiling.pop(request_id, None)
+        self._held.pop(request_id, None)
+
+    def take(self, *, block: bool) -> list[tuple[Request, RequestError | None]]:
+        """Requests whose grammar is ready, and those it fails. With `block`, waits a moment for one."""
+        if block and self._compiling:
+            wait([future for _, future in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
+        taken: list[tuple[Request, RequestError | None]] = []
+        for request, future in [entry for entry in self._compiling.values() if entry[1].done()]:
+            del self._compiling[request.request_id]
+            taken.append((request, self._error_of(request, future)))
+        return taken
+
+    def keep_held(self, request_ids: Iterable[str]) -> None:
+        """Let go of the grammars of requests that are not among these."""
+        if self._held:
+            alive = set(request_ids)
+            self._held = {name: grammar for name, grammar in self._held.items() if name in alive}
+
+    def _error_of(self, request: Request, future: "Future[Grammar]") -> RequestError | None:
+        try:
+            self._held[request.request_id] = future.result()
+        except RequestError as error:
+            return error
+        except (Exception, CancelledError) as error:
+            return RequestError(
+                f"structured_outputs could not be compiled: {error}", param="structured_outputs", code="invalid_grammar"
+            )
+        return None

@@ -1,0 +1,113 @@
+"""StructuredOutputsParams: the form that the text of an answer must have, as a client asks for it.
+
+Field names are vLLM's. What a value says is checked here as far as it can be without compiling it; whether it is a
+grammar is decided by `quire.grammar`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from reprlib import repr as brief
+from typing import Any
+
+from quire.errors import RequestError
+
+MAX_GRAMMAR_CHARS = 2**17
+"""Characters of a schema, a regular expression, a grammar, or all choices together."""
+MAX_CHOICES = 2**12
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+"""Fields of which exactly one is set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """One form, and how JSON is spaced. Two values are equal if they ask for the same.
+
+    Raises `RequestError` for a value out of range, and unless exactly one form is given.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema, as an object or as its text; kept as text."""
+    regex: str | None = None
+    """A regular expression that all of the text matches."""
+    choice: tuple[str, ...] | None = None
+    """Texts of which one is the answer."""
+    grammar: str | None = None
+    """A context-free grammar in Lark's syntax, or in EBNF as llama.cpp writes it (`root ::= …`)."""
+    json_object: bool | None = None
+    """Any JSON object."""
+    disable_any_whitespace: bool = False
+    """No whitespace between the tokens of JSON; by default the model puts what it likes, up to 32 characters."""
+    whitespace_pattern: str | None = None
+    """A regular expression for the whitespace between the tokens of JSON."""
+
+    def __post_init__(self) -> None:
+        if self.json_object is False:
+            object.__setattr__(self, "json_object", None)
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise _error(f"structured_outputs sets {' and '.join(given) or 'nothing'}; set one of {', '.join(KINDS)}")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", _choices(self.choice))
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            _check_text(name, getattr(self, name))
+        if self.json_object not in (None, True) or not isinstance(self.disable_any_whitespace, bool):
+            raise _error("json_object and disable_any_whitespace must be true or false")
+        spaced = self.disable_any_whitespace or self.whitespace_pattern is not None
+        if spaced and self.kind not in ("json", "json_object"):
+            raise _error(f"disable_any_whitespace and whitespace_pattern are for JSON; {self.kind} is set")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise _error("disable_any_whitespace and whitespace_pattern are both set; set one")
+
+    @property
+    def kind(self) -> str:
+        """Which field is set."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+
+def _schema_text(schema: object) -> str:
+    """The schema as compact JSON, in which equal schemas are equal texts."""
+    try:
+        if isinstance(schema, str):
+            _check_text("json", schema)
+            schema = json.loads(schema)
+        if not isinstance(schema, Mapping):
+            raise _error(f"json is {brief(schema)}; a JSON schema is an object")
+        # allow_nan: NaN is no JSON, and a schema that holds it would be refused with less of a reason.
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise _error("json is nested too deeply to be read") from None
+    except RequestError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise _error(f"json is not a JSON schema: {error}") from None
+
+
+def _choices(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise _error(f"choice is {brief(value)}; it must be a list of texts")
+    choices = tuple(dict.fromkeys(value))
+    if not 1 <= len(choices) <= MAX_CHOICES:
+        raise _error(f"choice holds {len(choices)} texts; give 1 to {MAX_CHOICES}")
+    for text in choices:
+        if not isinstance(text, str) or not text:
+            raise _error(f"choice holds {brief(text)}; each must be a non-empty text")
+    _check_text("choice", "".join(choices))
+    return choices
+
+
+def _check_text(name: str, text: object) -> None:
+    if text is None:
+        return
+    if not isinstance(text, str) or not text:
+        raise _error(f"{name} is {brief(text)}; it must be a non-empty text")
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise _error(f"{name} has {len(text):,} characters; at most {MAX_GRAMMAR_CHARS:,} are allowed")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _error(f"{name} holds half of a surrogate pair and is no text")
+
+
+def _error(message: str) -> RequestError:
+    return RequestError(message, param="structured_outputs")

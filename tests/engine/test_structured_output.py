@@ -1,0 +1,197 @@
+"""Structured output through the whole engine: every form holds, and nothing but the form changes the tokens."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import LLM, RequestError, SamplingParams, StructuredOutputsParams
+from quire.outputs import RequestOutput
+from tests.checkpoints import make_checkpoint
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"type": "string", "pattern": "^[A-Z][a-z]{1,6}$"}, "open": {"type": "boolean"}},
+            "required": ["street", "open"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["name", "age", "tags", "address"],
+    "additionalProperties": False,
+}
+JSON = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
+PROMPTS = ["ROMEO:", "First Citizen:\nBefore we", "O"]
+OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(**OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token per byte, so that a text can be written in one way only."""
+    return make_checkpoint(tmp_path_factory.mktemp("random"), "llama", max_position_embeddings=512)
+
+
+def run(llm: LLM, params: Any, prompts: Any = PROMPTS) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def texts(outputs: list[RequestOutput]) -> list[str]:
+    for sample in (sample for output in outputs for sample in output.outputs):
+        assert sample.finish_reason == "stop", sample
+    return [sample.text for output in outputs for sample in output.outputs]
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
+def check_json(text: str) -> None:
+    """Against SCHEMA, in plain Python."""
+    value = json.loads(text)
+    assert list(value) == ["name", "age", "tags", "address"]
+    assert isinstance(value["name"], str)
+    assert len(value["name"]) <= 12
+    assert type(value["age"]) is int
+    assert 0 <= value["age"] <= 150
+    assert len(value["tags"]) <= 3
+    assert set(value["tags"]) <= {"red", "green", "blue"}
+    assert set(value["address"]) == {"street", "open"}
+    assert re.fullmatch("[A-Z][a-z]{1,6}", value["address"]["street"])
+    assert type(value["address"]["open"]) is bool
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_json_follows_its_schema_at_any_temperature(llm: LLM, random_model: Path, random: bool) -> None:
+    model = LLM(str(random_model), **OPTIONS) if random else llm
+    for params in (
+        SamplingParams(temperature=1.0, seed=5, n=4, max_tokens=220, structured_outputs=JSON),
+        SamplingParams(temperature=0.0, max_tokens=220, structured_outputs=JSON),
+    ):
+        found = texts(run(model, params))
+        for text in found:
+            check_json(text)
+        assert len(set(found)) > 1 or params.greedy
+
+
+def test_json_object_is_one(llm: LLM) -> None:
+    """A small model may write strings without end, so what is cut off must at least be the beginning of an object."""
+    form = StructuredOutputsParams(json_object=True)
+    params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=120, structured_outputs=form)
+    for output in run(llm, params):
+        for sample in output.outputs:
+            assert sample.text.startswith("{")
+            if sample.finish_reason == "stop":
+                assert isinstance(json.loads(sample.text), dict)
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"regex": r"[0-9]{3}-(north|south) [A-Z]{2}"}, r"[0-9]{3}-(north|south) [A-Z]{2}"),
+        ({"regex": r"(ab){0,9}"}, r"(ab){0,9}"),
+        ({"choice": ["yes", "no", "né 😀"]}, "yes|no|né 😀"),
+        ({"grammar": 'start: x ("+" x)~1..3\nx: "a" | "(" x ")"'}, r"\(*a\)*(\+\(*a\)*){1,3}"),
+        ({"grammar": 'root ::= "<" [a-z]{2,5} ">"'}, "<[a-z]{2,5}>"),
+    ],
+)
+def test_every_form_holds_for_every_sample(llm: LLM, fields: dict[str, Any], pattern: str) -> None:
+    form = StructuredOutputsParams(**fields)
+    for text in texts(run(llm, SamplingParams(seed=2, n=4, max_tokens=80, structured_outputs=form))):
+        assert re.fullmatch(pattern, text), text
+
+
+def test_fast_forward_changes_no_token_and_saves_steps(random_model: Path) -> None:
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=200, structured_outputs=JSON),
+        SamplingParams(temperature=1.0, seed=3, n=3, max_tokens=200, structured_outputs=JSON),
+        SamplingParams(temperature=0.0, max_tokens=30, structured_outputs=JSON),
+    ]
+    fast, slow = LLM(str(random_model), **OPTIONS), LLM(str(random_model), **OPTIONS, fast_forward=False)
+    assert tokens(run(fast, params)) == tokens(run(slow, params))
+    assert fast.stats().total_generated_tokens == slow.stats().total_generated_tokens
+    assert fast.stats().total_steps < 0.6 * slow.stats().total_steps
+    assert len(tokens(run(fast, params))[-1]) == 30  # cut off where max_tokens ends inside a forced run
+
+
+def test_with_logprobs_every_token_is_the_models(llm: LLM) -> None:
+    plain = SamplingParams(temperature=0.0, max_tokens=200, structured_outputs=JSON)
+    (with_logprobs,), (without,) = (run(llm, params, PROMPTS[0]) for params in (plain.with_changes(logprobs=1), plain))
+    assert with_logprobs.outputs[0].logprobs is not None
+    assert len(with_logprobs.outputs[0].logprobs) == len(with_logprobs.outputs[0].token_ids)
+    assert with_logprobs.outputs[0].text == without.outputs[0].text
+
+
+def test_preempted_samples_go_on_as_if_nothing_had_been(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=7, n=4, max_tokens=120, structured_outputs=JSON)
+    small = LLM(**{**OPTIONS, "num_blocks": 130, "block_size": 4})
+    outputs = run(small, params)
+    assert small.stats().total_preemptions > 0
+    assert tokens(outputs) == tokens(run(llm, params))
+
+
+def test_neighbours_keep_their_tokens(llm: LLM) -> None:
+    plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    sampled = SamplingParams(temperature=1.0, seed=11, n=2, max_tokens=40, ignore_eos=True)
+    form = SamplingParams(temperature=1.0, seed=4, n=2, max_tokens=150, structured_outputs=JSON)
+    mixed = run(llm, [plain, form, sampled], PROMPTS)
+    alone = [run(llm, params, prompt)[0] for params, prompt in zip([plain, form, sampled], PROMPTS, strict=True)]
+    assert tokens(mixed) == tokens(alone)
+
+
+def test_samples_end_by_other_reasons_too(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=200, structured_outputs=JSON)
+    whole = run(llm, params, "O")[0].outputs[0].text
+    (stopped,) = run(llm, params.with_changes(stop=['"age"']), "O")
+    assert (stopped.outputs[0].text, stopped.outputs[0].stop_reason) == (whole.split('"age"')[0], '"age"')
+    form = StructuredOutputsParams(regex="a{0,12}")
+    (ignoring,) = run(llm, SamplingParams(ignore_eos=True, max_tokens=30, structured_outputs=form), "O")
+    assert (ignoring.outputs[0].text, ignoring.outputs[0].finish_reason) == ("a" * 12, "stop")
+
+
+def test_a_bad_grammar_stops_the_call_before_anything_runs(llm: LLM) -> None:
+    steps = llm.stats().total_steps
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
+    with pytest.raises(RequestError, match="unclosed group"):
+        run(llm, [SamplingParams(), bad], ["a", "b"])
+    assert llm.stats().total_steps == steps
+    assert texts(run(llm, SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(choice=("x",))), "a"))
+
+
+def test_a_model_without_tokenizer_has_no_structured_outputs(random_model: Path, tmp_path: Path) -> None:
+    for file in random_model.iterdir():
+        if "tokenizer" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(RequestError, match=r"needs the model's tokenizer\.json"):
+        run(LLM(str(tmp_path), **OPTIONS), SamplingParams(structured_outputs=JSON, detokenize=False), [[5]])
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_every_beam_follows_the_form(llm: LLM, width: int) -> None:
+    """And as wide as there are choices, the search finds them all, each once."""
+    beams = SamplingParams(temperature=0.0, beam_width=width, n=width, max_tokens=200, structured_outputs=JSON)
+    for output in run(llm, beams):
+        found = texts([output])
+        for text in found:
+            check_json(text)
+        assert len(set(output.outputs[0].token_ids)) > 1
+    choices = ["yes", "no", "never", "anon"][:width]
+    form = StructuredOutputsParams(choice=tuple(choices))
+    for output in run(llm, beams.with_changes(structured_outputs=form, early_stopping=False, length_penalty=0.0)):
+        assert set(texts([output])) <= set(choices)
+    greedy = SamplingParams(temperature=0.0, max_tokens=200, structured_outputs=JSON)
+    assert tokens(run(llm, beams.with_changes(beam_width=1, n=1), "O")) == [
+        # A beam ends with the end token, which a sample whose text is whole does without.
+        [*tokens(run(llm, greedy, "O"))[0], 1]
+    ]

@@ -1,0 +1,150 @@
+"""GrammarCompiler: the token table is the tokenizer's, masks are right by definition, explosions are errors."""
+
+import lzma
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import RequestError
+from quire.grammar.compiler import GrammarCompiler
+from quire.structured_outputs import StructuredOutputsParams
+
+TOKENIZERS = Path(__file__).parents[1] / "data" / "tokenizers"
+VOCAB_SIZE, EOS = 1024, 1
+
+
+@cache
+def compiler() -> GrammarCompiler:
+    text = (bundled_folder() / "tokenizer.json").read_text()
+    return GrammarCompiler(text, vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
+
+
+@cache
+def bundled() -> Tokenizer:
+    return Tokenizer.from_folder(bundled_folder())
+
+
+def allowed(form: StructuredOutputsParams, token_ids: list[int]) -> tuple[set[int], list[int]]:
+    """The tokens that may follow, read from llguidance's mask, and those it takes for forced."""
+    matcher: Any = compiler().compile(form).matcher()
+    assert matcher.consume_tokens(token_ids), matcher.get_error()
+    if matcher.is_stopped():
+        return {EOS}, []
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    forced = matcher.compute_ff_tokens()
+    return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")[:VOCAB_SIZE]).tolist()), forced
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3-style-4k", "mistral-v1"])
+def test_tokens_are_the_bytes_that_the_tokenizer_writes(name: str, tmp_path: Path) -> None:
+    text = lzma.decompress((TOKENIZERS / name / "tokenizer.json.xz").read_bytes()).decode()
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    table = GrammarCompiler(text, vocab_size=tokenizer.vocab_size + 5, eos_token_ids=(2,)).tokenizer
+    assert table.vocab_size == tokenizer.vocab_size + 5
+    plain = [token_id for token_id in range(tokenizer.vocab_size) if token_id not in tokenizer.added_tokens]
+    differing = [i for i in plain if table.decode_bytes([i]) != tokenizer.token_bytes(i)]
+    # 0xFF is in no UTF-8 text; llguidance marks special tokens with it.
+    assert [tokenizer.token_bytes(i) for i in differing] == [b"\xff"]
+
+
+words = st.text(st.sampled_from("abtheé "), min_size=1, max_size=6)
+
+
+@settings(max_examples=60)
+@given(st.lists(words, min_size=1, max_size=6, unique=True), st.data())
+def test_a_mask_is_what_keeps_the_text_a_prefix_of_an_answer(choices: list[str], data: st.DataObject) -> None:
+    """By the plain definition, over every token: some answer begins with the text and the token's bytes.
+
+    Where the next bytes are the same in all answers, only the token is left with which the tokenizer would write them,
+    and what is forced beyond it is in all answers.
+    """
+    answers = [choice.encode() for choice in choices]
+    spelled = {i: bundled().token_bytes(i) for i in range(VOCAB_SIZE) if i not in bundled().special_ids}
+    text, tokens = b"", list[int]()
+    form = StructuredOutputsParams(choice=tuple(choices))
+    while True:
+        expected = {
+            i for i, piece in spelled.items() if piece and any(answer.startswith(text + piece) for answer in answers)
+        }
+        expected |= {EOS} if text in answers else set()
+        found, forced = allowed(form, tokens)
+        if forced:
+            assert found == {forced[0]} <= expected
+            run = text + b"".join(spelled[token] for token in forced)
+            assert all(answer.startswith(run) for answer in answers if answer.startswith(text))
+            expected = found
+        assert found == expected
+        token = data.draw(st.sampled_from(sorted(expected)))
+        if token == EOS:
+            return
+        tokens.append(token)
+        text += spelled[token]
+
+
+@pytest.mark.parametrize(
+    ("fields", "whole", "broken"),
+    [
+        ({"regex": r"[0-9]{2}-(ab|cd)+"}, ["12-ab", "90-cdab"], ["1-ab", "12-abx", "12-"]),
+        ({"grammar": 'start: "a" number\nnumber: /[0-9]+/'}, ["a1", "a42"], ["a", "1", "a1b"]),
+        ({"grammar": 'root ::= "a" num\nnum ::= [0-9]+'}, ["a1", "a42"], ["a", "ab"]),
+        ({"choice": ["é\n\"'😀", "b"]}, ["é\n\"'😀", "b"], ["é\n", "c"]),
+        ({"json_object": True}, ['{"a": [1, {"b": null}]}', "{}"], ["[]", '{"a"', "{} x"]),
+        ({"json_object": True, "disable_any_whitespace": True}, ['{"a":[1,2]}'], ['{"a": 1}', "{ }"]),
+        ({"json_object": True, "whitespace_pattern": " "}, ['{"a": 1}'], ['{"a":  1}', '{"a":\n1}']),
+        ({"json_object": True}, ['{"a":' + " " * 32 + "1}"], ['{"a":' + " " * 33 + "1}"]),
+        ({"json": {"type": "integer", "minimum": 3, "maximum": 12}}, ["3", "12"], ["2", "13", "03"]),
+    ],
+)
+def test_whole_texts_are_accepted_and_others_are_not(
+    fields: dict[str, Any], whole: list[str], broken: list[str]
+) -> None:
+    grammar = compiler().compile(StructuredOutputsParams(**fields))
+    for text in whole + broken:
+        matcher: Any = grammar.matcher()
+        accepted = matcher.consume_tokens(bundled().encode(text, add_special_tokens=False)) and matcher.is_accepting()
+        assert accepted == (text in whole), text
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-ahead"),
+        ({"regex": "(" * 3000 + "a" + ")" * 3000}, "regex"),
+        ({"grammar": "start: missing"}, "unknown name"),
+        ({"grammar": 'root ::= "a" [0-9'}, "end of input"),
+        ({"grammar": "start: A\nA: /(.*[abc]){30}/ & ~/(.*[bcd]){30}/ & /(.*x.*y){20}/"}, "fuel exhausted"),
+        ({"json": {"type": "string", "format": "no-such"}}, "Unknown format"),
+        ({"json": {"$ref": "https://example.com/s.json"}}, "does not fetch"),
+        ({"json": {"$ref": "#"}}, "compiled"),
+        (
+            {
+                "json": {
+                    "allOf": [
+                        {"anyOf": [{"properties": {f"p{i}_{j}": {"type": "integer"}}} for j in range(3)]}
+                        for i in range(14)
+                    ]
+                }
+            },
+            "too large",
+        ),
+    ],
+)
+def test_what_is_no_grammar_or_explodes_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as refused:
+        compiler().compile(StructuredOutputsParams(**fields))
+    assert (refused.value.param, refused.value.code) == ("structured_outputs", "invalid_grammar")
+    assert len(refused.value.message) < 600
+
+
+def test_a_tokenizer_llguidance_cannot_read_is_said_to_be_one() -> None:
+    with pytest.raises(RequestError, match="not available with this model's tokenizer"):
+        GrammarCompiler("{}", vocab_size=10, eos_token_ids=(1,))
