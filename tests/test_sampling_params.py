@@ -75,6 +75,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("truncate_prompt_tokens", 0, "truncate_prompt_tokens is 0; give −1 or at least 1"),
     ("truncate_prompt_tokens", -2, "truncate_prompt_tokens is -2; it must be from -1 to 2147483647"),
     ("detokenize", "no", "detokenize is 'no'; it must be true or false"),
+    (
+        "structured_outputs",
+        {"regex": "a"},
+        "structured_outputs is {'regex': 'a'}; it must be a StructuredOutputsParams",
+    ),
     ("extra", {"label": 1}, "extra is {'label': 1}; it must map texts to texts"),
     ("extra", {str(i): "" for i in range(17)}, "extra holds 17 labels; at most 16 are allowed"),
     ("extra", {"label": "x" * 513}, "extra holds a text of 513 characters; at most 512 are allowed"),

@@ -16,6 +16,8 @@ from quire.sampling_params import SamplingParams
 from quire.structured_outputs import StructuredOutputsParams
 
 VOCAB_SIZE, EOS = 1024, 1
+ROOM = 2**24
+"""Bytes for log-probabilities, which nobody asks for here."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -134,7 +136,7 @@ def test_a_wrong_token_ends_this_sequence_alone(compiler: GrammarCompiler, token
     assert wrong.take_forced(5) == []
     assert fill([wrong, right]) == [set(), letters(tokenizer, "ab")]
     states = [SamplingState(GREEDY, [], [], 0, 0, (), VOCAB_SIZE, grammar=each) for each in (wrong, right)]
-    result = Sampler(VOCAB_SIZE).sample(torch.zeros(2, VOCAB_SIZE), states)
+    result = Sampler(VOCAB_SIZE, ROOM).sample(torch.zeros(2, VOCAB_SIZE), states)
     assert result.errors[1] is None
     assert result.token_ids[1] == min(letters(tokenizer, "ab"))
     assert "the grammar of structured_outputs failed" in (result.errors[0] or "")
@@ -149,9 +151,9 @@ def test_masks_come_before_the_other_edits(compiler: GrammarCompiler, tokenizer:
     assert state.grammar is not None
     fill([state.grammar])
     logits = torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    together = Sampler(VOCAB_SIZE).sample(logits.clone(), [state, plain])
+    together = Sampler(VOCAB_SIZE, ROOM).sample(logits.clone(), [state, plain])
     assert together.token_ids[0] == ab[1]
-    assert together.token_ids[1] == Sampler(VOCAB_SIZE).sample(logits[1:].clone(), [plain]).token_ids[0]
+    assert together.token_ids[1] == Sampler(VOCAB_SIZE, ROOM).sample(logits[1:].clone(), [plain]).token_ids[0]
 
 
 def test_forced_tokens_are_followed_up_to_the_limit(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
