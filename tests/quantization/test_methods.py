@@ -72,7 +72,9 @@ def test_what_does_not_fit_is_told_what_would() -> None:
         MemoryPlanError, match=r"as float16 .*; as quantization int8 the weights take .* MiB, as quantiz"
     ):
         plan_memory(EngineConfig(), model, available=6_500_000)
-    with pytest.raises(MemoryPlanError, match=r"take .* as int8 and .*; as quantization int4 the weights take [^,]*$"):
+    with pytest.raises(
+        MemoryPlanError, match=r"take .* as int8 beside .*; as quantization int4 the weights take [^,]*$"
+    ):
         plan_memory(EngineConfig(quantization="int8"), model, available=3_700_000)
 
 
