@@ -16,10 +16,10 @@ _WASTE = (
 
 def check_picture(path: Path) -> None:
     """Raise `ConfigError` if no picture could be written there; asked before a long run."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a picture needs matplotlib: pip install 'quire[bench]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"picture is {path}; its name must end in .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("a picture needs matplotlib: pip install 'quire[bench]'")
 
 
 def draw_run(figures: dict[str, Any], path: Path) -> None:
