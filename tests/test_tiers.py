@@ -63,7 +63,7 @@ def test_64_requests_in_a_pool_for_3(
             assert stats.total_preemptions > 0
             assert set(stats.tiers) == {name for name, on in (("host", host), ("disk", disk)) if on}
             for tier in stats.tiers.values():
-                assert tier.total_saved > 0
+                assert tier.num_blocks or tier.total_saved, "a tiny tier may be empty between two blocks"
                 assert tier.num_bytes <= tier.capacity_bytes
             if disk:
                 assert disk_bytes(tmp_path) <= llm._engine.config.disk_cache_size + 2**17, "removals lag behind"
