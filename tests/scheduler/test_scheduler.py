@@ -831,6 +831,17 @@ def test_preempted_beams_catch_up_before_any_of_them_goes_on(
     engine.run()
 
 
+def test_a_lone_beam_that_resumes_with_one_token_missing_goes_on_at_once() -> None:
+    engine = Engine(block_size=4)
+    engine.add(new_request("a", 9, max_tokens=12, beam_width=1))
+    for _ in range(4):
+        engine.step()
+    engine.scheduler._preempt(engine.scheduler._groups["a"])
+    plan = engine.step()
+    assert (plan.starts, plan.counts, len(plan.sample_rows)) == ([12], [1], 1)
+    engine.run()
+
+
 @pytest.mark.parametrize("index", [0, 1, 5])
 def test_aborted_beams_free_everything_at_once(index: int) -> None:
     engine = Engine(num_blocks=64, block_size=4)
