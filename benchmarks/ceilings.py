@@ -1,7 +1,7 @@
-"""What this machine can do at most: the rate of fp32 matrix products and the bandwidth of reading memory.
+"""What this machine can do at most: the rates of fp32 and int8 matrix products and the bandwidth of reading memory.
 
-Every figure of an engine is read against these two, taken in the same run: prefill cannot pass the first,
-decode cannot pass the second. `python -m benchmarks.ceilings` prints them as JSON.
+Every figure of an engine is read against these, taken in the same run: prefill cannot pass the first (the second with
+int8 weights), decode cannot pass the third. `python -m benchmarks.ceilings` prints them as JSON.
 """
 
 import json
@@ -19,13 +19,25 @@ READ_BYTES = 2**30
 def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
     """Median rates, with the threads torch is set to."""
     left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+    product_of_bytes = int8_product(MATRIX_SIZE)
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     return {
         "threads": torch.get_num_threads(),
         "fp32_gflops": median_rate(lambda: left @ right, 2 * MATRIX_SIZE**3, seconds),
+        "int8_gops": median_rate(product_of_bytes, 2 * MATRIX_SIZE**3, seconds),
         # A sum of integers costs one cheap instruction per vector, so memory is what it waits for.
         "read_gb_per_s": median_rate(memory.sum, READ_BYTES, seconds),
     }
+
+
+def int8_product(size: int) -> Callable[[], object]:
+    """A product of two square matrices of bytes by oneDNN, the fastest that torch offers (a private operator)."""
+    rows = torch.randint(0, 256, (size, size), dtype=torch.uint8)
+    packed = torch.ops.onednn.qlinear_prepack(torch.randint(-128, 128, (size, size), dtype=torch.int8), None)
+    scales, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+    return lambda: torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 def median_rate(run: Callable[[], object], work: float, seconds: float) -> float:

@@ -49,6 +49,7 @@ def main() -> None:
                 "machine": describe_machine(),
                 "model": options.model_dir.name,
                 "dtype": options.dtype,
+                "quantization": options.quantization,
                 "ceilings": ceilings,
                 "runs": reports,
             },
@@ -63,6 +64,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--model-dir", type=Path, required=True, help="a checkpoint of benchmarks.make_models")
     add("--dtype", default="float32")
+    add("--quantization", help="int8 or int4, of Quire's weights; vLLM keeps its dtype")
     add("--vllm-python", type=Path, help="interpreter of an environment with vLLM's CPU build")
     add("--quire-python", type=Path, default=Path(sys.executable))
     add("--engines", default="quire,vllm", help=f"from {', '.join(ENGINES)} (default: %(default)s)")
@@ -104,6 +106,8 @@ def run_engine(engine: str, options: argparse.Namespace) -> Report:
         command = [str(python), "-m", "benchmarks.peers.engine_run"]
         command += [str(word) for pair in arguments.items() for word in pair]
         command += ["--eager"] * engine.endswith("-eager")
+        if options.quantization and engine == "quire":
+            command += ["--quantization", options.quantization]
         with log.open("w") as out:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
         if done.returncode or not report.exists():
@@ -149,9 +153,9 @@ def table(options: argparse.Namespace, figures: dict[str, dict[str, list[float]]
         ratios = [f"{medians[other] / medians[first]:.2f}" for other in others]
         rows.append([f"{name} {TITLES[name]}", *cells, *ratios])
     lines = [
-        f"{options.model_dir.name}, {options.dtype}, {options.repeats} runs each, median [least, most]",
+        f"{options.model_dir.name}, {options.quantization or options.dtype}, {options.repeats} runs each, median [least, most]",
         f"{describe_machine()}; fp32 matrix product {ceilings['fp32_gflops']} GFLOP/s, "
-        f"memory read {ceilings['read_gb_per_s']} GB/s",
+        f"int8 {ceilings['int8_gops']} GOP/s, memory read {ceilings['read_gb_per_s']} GB/s",
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM without its compiler")
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
+    parser.add_argument("--quantization", help="of Quire's weights")
     parser.add_argument("--only", required=True)
     parser.add_argument("--started-at", type=float, required=True, help="the parent's monotonic clock")
     parser.add_argument("--report", type=Path, required=True)
@@ -30,6 +31,8 @@ def main() -> None:
 
     library: Any = importlib.import_module(options.engine)
     extra = {"enforce_eager": options.eager, "disable_log_stats": True} if options.engine == "vllm" else {}
+    if options.quantization is not None:
+        extra["quantization"] = options.quantization
     llm = library.LLM(
         model=options.model,
         dtype=options.dtype,
