@@ -1,8 +1,8 @@
 """Where a step's time goes: `python -m benchmarks.steps MODEL [--quantization int8]`.
 
-Steps of decoding with so many sequences each, and one step of a prompt's 512 tokens, milliseconds by part. The parts
-outside the layers and the logits are the host's: what the engine asks for beside the arithmetic. Medians over the steps;
-the parts are timed in the running engine, by functions put around its own.
+Steps of decoding with so many sequences each, and one step of a prompt's 512 tokens, milliseconds by part, medians over
+the steps. What is outside the layers and the logits is the host's. The parts are timed in the running engine, by
+functions put around its own.
 """
 
 import argparse
@@ -142,10 +142,8 @@ def main() -> None:
     }
     prompts = [step for _ in range(5) for step in run_steps(llm, timers, 1, PROMPT, 0)]
     columns[f"{PROMPT} of a prompt"] = breakdown(prompts)
-    stored = arguments.quantization or arguments.dtype
-    print(
-        f"{Path(arguments.model).name}, {stored}, {torch.get_num_threads()} threads, {cpu.isa()}; {json.dumps(ceilings)}"
-    )
+    name, stored = Path(arguments.model).name, arguments.quantization or arguments.dtype
+    print(f"{name}, {stored}, {torch.get_num_threads()} threads, {cpu.isa()}; {json.dumps(ceilings)}")
     print("\nmilliseconds | " + " | ".join(columns))
     print("--- | " + " | ".join("---" for _ in columns))
     for part in ("step", "layers", *KERNELS, "other in layers", "logits", "host", *HOST):

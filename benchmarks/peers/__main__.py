@@ -152,8 +152,9 @@ def table(options: argparse.Namespace, figures: dict[str, dict[str, list[float]]
         cells = [with_range(seconds[name]) for seconds in figures.values()]
         ratios = [f"{medians[other] / medians[first]:.2f}" for other in others]
         rows.append([f"{name} {TITLES[name]}", *cells, *ratios])
+    weights = options.quantization or options.dtype
     lines = [
-        f"{options.model_dir.name}, {options.quantization or options.dtype}, {options.repeats} runs each, median [least, most]",
+        f"{options.model_dir.name}, {weights}, {options.repeats} runs each, median [least, most]",
         f"{describe_machine()}; fp32 matrix product {ceilings['fp32_gflops']} GFLOP/s, "
         f"int8 {ceilings['int8_gops']} GOP/s, memory read {ceilings['read_gb_per_s']} GB/s",
         "",
