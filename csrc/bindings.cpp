@@ -375,6 +375,36 @@ void linear_quantized(const Tensor& x, const Tensor& packed, const Tensor& scale
     kernels->linear_quantized(a);
 }
 
+// The rows of a packed weight that `ids` names, all of which it has.
+const int32_t* row_ids(const Tensor& ids, const Argument& packed, int64_t count) {
+    const int32_t* id = vector_of_indices("ids", ids, count);
+    for (int64_t i = 0; i < count; ++i)
+        if (id[i] < 0 || id[i] >= packed.size(0) * kPanel)
+            throw std::invalid_argument("ids: expected rows 0 to " + std::to_string(packed.size(0) * kPanel - 1) +
+                                        ", found " + std::to_string(id[i]));
+    return id;
+}
+
+void gather_rows(const Tensor& packed, const Tensor& ids, const Tensor& out) {
+    const Argument weight("packed", packed), output("out", out);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    weight.shaped({kAny, output.size(1), kPanel}).contiguous();
+    const Element element = element_of(weight);
+    const int32_t* id = row_ids(ids, weight, output.size(0));
+    nb::gil_scoped_release release;
+    kernels->gather_rows(weight.pointer<void>(), element, output.size(1), id, output.size(0), output.pointer<float>());
+}
+
+void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits, int64_t group, const Tensor& ids,
+                           const Tensor& out) {
+    const Argument weight("packed", packed), output("out", out);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    const LowBitWeight from = low_bit_weight(packed, scales, bits, group, output.size(1));
+    const int32_t* id = row_ids(ids, weight, output.size(0));
+    nb::gil_scoped_release release;
+    kernels->gather_rows_quantized(from, output.size(1), id, output.size(0), output.pointer<float>());
+}
+
 void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& merges,
                      const Tensor& partials, float scale, int64_t window, float softcap,
@@ -453,6 +483,9 @@ NB_MODULE(_cpu, m) {
           nb::arg("bits"), nb::arg("group_size"), nb::arg("first_row"));
     m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
+    m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
+    m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
+          nb::arg("group_size"), nb::arg("ids"), nb::arg("out"));
     m.attr("panel") = kPanel;
     m.attr("pair_of_steps") = kPairOfSteps;
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),

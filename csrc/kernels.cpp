@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "embedding.h"
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
@@ -26,6 +27,8 @@ extern const Kernels kernels = {
     .quantize_rows = quantize_rows,
     .quantize_linear = quantize_linear,
     .linear_quantized = linear_quantized,
+    .gather_rows = gather_rows,
+    .gather_rows_quantized = gather_rows_quantized,
     .attention_scratch = attention_scratch,
     .attention = attention,
 };

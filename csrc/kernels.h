@@ -118,6 +118,8 @@ struct Kernels {
     void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
                             int64_t first_row);
     void (*linear_quantized)(const LowBitLinear& linear);
+    void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);
+    void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
 };

@@ -207,19 +207,18 @@ class ModelConfig:
         return self.num_matrix_parameters + self.num_vector_parameters
 
     def weight_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of the weights stored as `dtype`. A tied table counts twice: rows are gathered from the one, the
-        other is packed for the matrix product that makes logits. A quantisation leaves the tables that rows are
-        gathered from in `dtype`."""
+        """Memory of the weights stored as `dtype`. A tied table is held once, as the output head holds it. A
+        quantisation leaves the tables that only give rows in `dtype`."""
         if quantization is not None:
             method = METHODS[quantization]
             layer = sum(method.layers.weight_bytes(*shape) for shape in self.linear_shapes)
             head = method.head.weight_bytes(self.vocab_size, self.hidden_size)
-            tables = (self.vocab_size + (0 if self.rope else self.max_position_embeddings)) * self.hidden_size
+            rows = (0 if self.tie_word_embeddings else self.vocab_size) + (
+                0 if self.rope else self.max_position_embeddings
+            )
             vectors = self.num_vector_parameters * _FLOAT32_BYTES
-            return self.num_layers * layer + head + tables * DTYPE_BYTES[dtype] + vectors
-        second_table = self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
-        matrices = (self.num_matrix_parameters + second_table) * DTYPE_BYTES[dtype]
-        return matrices + self.num_vector_parameters * _FLOAT32_BYTES
+            return self.num_layers * layer + head + rows * self.hidden_size * DTYPE_BYTES[dtype] + vectors
+        return self.num_matrix_parameters * DTYPE_BYTES[dtype] + self.num_vector_parameters * _FLOAT32_BYTES
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token in all layers."""

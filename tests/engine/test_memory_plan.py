@@ -107,8 +107,8 @@ def test_available_memory_is_positive_and_below_the_machines() -> None:
 def test_the_plan_of_the_bundled_model_is_what_loading_it_takes(tmp_path: Path) -> None:
     plan = plan_memory(EngineConfig(num_blocks=64), ModelConfig.from_folder(bundled_folder()))
     weights = (bundled_folder() / "model.safetensors").stat().st_size
-    # The tied table counts twice: once to gather rows from, once packed for the logits.
-    assert weights * 0.98 < plan.weights < weights * 1.3
+    # Norms are widened to float32; the tied table is held once.
+    assert weights * 0.98 < plan.weights < weights * 1.02
 
 
 @pytest.mark.parametrize(

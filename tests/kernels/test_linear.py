@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.kernels import cpu
+from quire.kernels import cpu, reference
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -100,3 +100,25 @@ def test_bad_arguments_are_named() -> None:
         cpu.linear(torch.zeros(1, 24, dtype=torch.float64), packed, None, 50)
     with pytest.raises(ValueError, match="weight: expected float32, float16 or bfloat16, found int32"):
         cpu.pack_linear([torch.zeros(5, 5, dtype=torch.int32)], "float32")
+
+
+@given(st.integers(1, 70), st.integers(1, 50), st.sampled_from(DTYPES), st.data())
+@settings(max_examples=30)
+def test_rows_come_out_as_they_were_packed(n: int, k: int, dtype: str, data: st.DataObject) -> None:
+    weight = torch.randn(n, k)
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), max_size=9)), dtype=torch.int32)
+    rows = cpu.gather_rows(cpu.pack_linear([weight], dtype), ids)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, reference.gather_rows(reference.pack_linear([weight], dtype), ids))
+
+
+def test_rows_of_a_large_table_are_gathered_by_several_threads() -> None:
+    table, ids = torch.randn(1000, 257), torch.randint(0, 1000, (400,), dtype=torch.int32)
+    assert torch.equal(cpu.gather_rows(cpu.pack_linear([table], "float32"), ids), table[ids])
+
+
+@pytest.mark.parametrize("wrong", [-1, 64, 2**31 - 1])
+def test_rows_outside_the_table_are_refused(wrong: int) -> None:
+    packed = cpu.pack_linear([torch.ones(40, 3)], "float32")
+    with pytest.raises(ValueError, match=f"ids: expected rows 0 to 63, found {wrong}"):
+        cpu.gather_rows(packed, torch.tensor([0, wrong], dtype=torch.int32))

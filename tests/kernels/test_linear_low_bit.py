@@ -212,3 +212,15 @@ def test_bad_arguments_are_named() -> None:
         cpu.quantize_linear([torch.zeros(1, (1 << 17) + 1)], 8, 1 << 20)
     with pytest.raises(ValueError, match="x: expected float32, found float64"):
         cpu.linear_quantized(torch.zeros(1, 64, dtype=torch.float64), packed, None, 50)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(70, 100), (1, 1), (400, 257)])
+def test_rows_are_values_times_scales(n: int, k: int, bits: int, group_size: int) -> None:
+    weight, ids = torch.randn(n, k), torch.randint(0, n, (200,), dtype=torch.int32)
+    packed = cpu.quantize_linear([weight], bits, group_size)
+    rows = cpu.gather_rows_quantized(packed, ids, k)
+    assert torch.equal(rows, reference.gather_rows_quantized(unpack(packed, n, k), ids, k))
+    assert cpu.gather_rows_quantized(packed, ids[:0], k).shape == (0, k)
+    with pytest.raises(ValueError, match="ids: expected rows 0 to"):
+        cpu.gather_rows_quantized(packed, ids - n, k)

@@ -63,11 +63,11 @@ class MemoryPlan:
     def describe(self) -> list[str]:
         """The plan in a few lines, as printed at start."""
         longest = self.num_longest_sequences
-        stored = f"{self.quantization}, embeddings {self.dtype}" if self.quantization else self.dtype
         return [
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
-            f"weights {show_bytes(self.weights)} ({stored}) + activations {show_bytes(self.activations)} "
-            f"({self.max_num_batched_tokens} tokens a step) + log-probabilities {show_bytes(self.logprobs)} "
+            f"weights {show_bytes(self.weights)} ({self.quantization or self.dtype}) "
+            f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
+            f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
             + (f" + staging {show_bytes(self.staging)} for the disk tier" if self.staging else ""),

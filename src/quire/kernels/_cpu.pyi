@@ -23,6 +23,10 @@ def quantize_linear(
 def linear_quantized(
     x: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, bias: Tensor | None, out: Tensor
 ) -> None: ...
+def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
+def gather_rows_quantized(
+    packed: Tensor, scales: Tensor, bits: int, group_size: int, ids: Tensor, out: Tensor
+) -> None: ...
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

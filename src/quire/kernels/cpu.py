@@ -20,6 +20,8 @@ from quire.kernels.interface import AttentionPlan, QuantizedWeight
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
+    "gather_rows",
+    "gather_rows_quantized",
     "gelu_and_mul",
     "isa",
     "linear",
@@ -143,6 +145,18 @@ def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> Qu
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     out = torch.empty(x.shape[0], num_outputs)
     _cpu.linear_quantized(x, weight.values, weight.scales, weight.bits, weight.group_size, bias, out)
+    return out
+
+
+def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
+    out = torch.empty(ids.shape[0], packed.shape[1])
+    _cpu.gather_rows(packed, ids, out)
+    return out
+
+
+def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    out = torch.empty(ids.shape[0], num_inputs)
+    _cpu.gather_rows_quantized(weight.values, weight.scales, weight.bits, weight.group_size, ids, out)
     return out
 
 

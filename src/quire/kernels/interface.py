@@ -89,6 +89,10 @@ class Kernels(Protocol):
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
+    def gather_rows(self, packed: Tensor, ids: Tensor) -> Tensor: ...
+
+    def gather_rows_quantized(self, weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
+
     def paged_attention(
         self,
         q: Tensor,

@@ -128,6 +128,18 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return out if bias is None else out + bias.to(x.dtype)
 
 
+def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
+    """A packed weight [N, K], ids [T] of its outputs -> their rows [T, K], in float32."""
+    return packed[ids].float()
+
+
+def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    """A weight of `num_inputs` inputs, ids [T] of its outputs -> their rows [T, num_inputs], each value times its
+    group's scale, in float32."""
+    scales = weight.scales[ids].float().repeat_interleave(min(weight.group_size, num_inputs), dim=1)
+    return weight.values[ids].float() * scales[:, :num_inputs]
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -16,20 +16,21 @@ class Linear:
     file may be given; a bias is float32 whatever the dtype.
     """
 
-    __slots__ = ("bias", "kernels", "num_outputs", "packed")
+    __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
 
     def __init__(
         self, kernels: Kernels, weights: Sequence[Tensor], bias: Tensor | None, dtype: str | WeightFormat
     ) -> None:
         self.kernels = kernels
         self.num_outputs = sum(weight.shape[0] for weight in weights)
+        self.num_inputs = weights[0].shape[1]
         if isinstance(dtype, str) and dtype in METHODS:
             dtype = METHODS[dtype].layers
         self.packed: Tensor | QuantizedWeight
         if isinstance(dtype, str):
             self.packed = kernels.pack_linear(weights, dtype)
         else:
-            self.packed = kernels.quantize_linear(weights, dtype.bits, dtype.group_size or weights[0].shape[1])
+            self.packed = kernels.quantize_linear(weights, dtype.bits, dtype.group_size or self.num_inputs)
         self.bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What model families share: a fused linear layer from several tensors, the gated MLP, the step through layers."""
+"""What model families share: embedding and output head, a fused linear layer from several tensors, the gated MLP."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,20 @@ from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.layers.activation import gated_activation
-from quire.layers.linear import Linear
+from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.layers.linear import Linear, output_head
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
+
+
+def embedding_and_head(
+    config: ModelConfig, table: Tensor, weights: TensorSource, kernels: Kernels, dtype: str
+) -> tuple[Embedding | TiedEmbedding, Linear]:
+    """The two ends of a model, of the embedding's `table` [vocab_size, H] and, where they are not tied, lm_head."""
+    if config.tie_word_embeddings:
+        head = output_head(kernels, table, dtype)
+        return TiedEmbedding(head), head
+    return Embedding(table), output_head(kernels, weights.take("lm_head.weight", tuple(table.shape)), dtype)
 
 
 def fused_linear(

@@ -9,9 +9,10 @@ from quire.kernels import AttentionPlan, Kernels
 from quire.layers.activation import activation
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear, output_head
+from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
 from quire.model_config import ModelConfig
+from quire.models.blocks import embedding_and_head
 from quire.models.weights import TensorSource
 
 
@@ -28,12 +29,10 @@ class GPT2:
         # OpenAI's own checkpoints hold the bare model, later ones a "transformer" beside the head.
         model = weights if weights.has("wte.weight") else weights.scope("transformer")
         table = model.take("wte.weight", (config.vocab_size, hidden))
-        self.embed = Embedding(table)
+        self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
         self.embed_position = Embedding(model.take("wpe.weight", (config.max_position_embeddings, hidden)))
         self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
-        head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = output_head(kernels, head, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""

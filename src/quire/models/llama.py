@@ -8,12 +8,10 @@ from torch import Tensor
 
 from quire.kernels import AttentionPlan, Kernels
 from quire.layers.attention import Attention, KVLayers, LayerKV
-from quire.layers.embedding import Embedding
-from quire.layers.linear import output_head
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import Rotary
 from quire.model_config import ModelConfig, RopeConfig
-from quire.models.blocks import GatedMLP, fused_linear
+from quire.models.blocks import GatedMLP, embedding_and_head, fused_linear
 from quire.models.weights import TensorSource
 
 
@@ -28,15 +26,13 @@ class Llama:
     ) -> None:
         model = weights.scope("model")
         table = model.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self.embed = Embedding(table)
+        self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
         rotary = Rotary(kernels, config.rope or RopeConfig(), config.head_dim, max_model_len)
         self.layers = [
             DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, rotary, dtype)
             for index in range(config.num_layers)
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
-        head = table if config.tie_word_embeddings else weights.take("lm_head.weight", tuple(table.shape))
-        self.head = output_head(kernels, head, dtype)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H]."""

@@ -21,8 +21,8 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A row of METHODS. Embeddings, norms and biases are never quantised; a tied head is a copy of the embedding, so
-    it can be."""
+    """A row of METHODS. Norms, biases and tables that only give rows are never quantised; a tied embedding reads its
+    rows from the head."""
 
     layers: WeightFormat
     """The dense layers inside attention and MLP."""
