@@ -459,7 +459,9 @@ static void merge_splits(const Attention& a, const Merge& merge) {
             total += part[head_dim + 1] * decay;
             for (int64_t d = 0; d < head_dim; ++d) out[d] += part[d] * decay;
         }
-        for (int64_t d = 0; d < head_dim; ++d) out[d] /= total;
+        // As in write_out, so that a row all of whose keys lie in one part has the same bits with and without a split.
+        const float inverse = 1.0f / total;
+        for (int64_t d = 0; d < head_dim; ++d) out[d] *= inverse;
     }
 }
 

@@ -71,6 +71,8 @@ class EngineConfig:
     """Compiled grammars of structured outputs that are kept for the next request that asks for the same."""
     fast_forward: bool = True
     """Take tokens that a grammar forces without asking the model for each."""
+    deterministic: bool = False
+    """Batch invariance: a request's tokens and log-probabilities are the same bits whatever else runs beside it."""
     max_queue_size: int = 1024
     """Most requests that wait; beyond it the answer is 429."""
     logits_processors: tuple[str, ...] = ()

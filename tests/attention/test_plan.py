@@ -18,6 +18,7 @@ def plan(
     num_kv_heads: int = 2,
     num_threads: int = 2,
     window: int = 0,
+    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Plan sequences given as (tokens, of which new)."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
@@ -33,6 +34,7 @@ def plan(
         block_size=16,
         num_threads=num_threads,
         window=window,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -54,13 +56,21 @@ def times_seen(found: AttentionPlan, sequences: list[tuple[int, int]], num_kv_he
     return seen
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_every_key_is_shown_once(seed: int) -> None:
+def test_every_key_is_shown_once(seed: int, batch_invariant: bool) -> None:
     sequences = random_sequences(seed)
     num_heads, num_kv_heads = HEADS[seed % len(HEADS)]
     window = [0, 0, 17, 1000][seed % 4]
     threads = [1, 2, 16, 128][seed // 4 % 4]
-    found = plan(sequences, num_heads=num_heads, num_kv_heads=num_kv_heads, num_threads=threads, window=window)
+    found = plan(
+        sequences,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        num_threads=threads,
+        window=window,
+        batch_invariant=batch_invariant,
+    )
     seen = times_seen(found, sequences, num_kv_heads)
     assert seen.max(initial=0) <= 1
     row = 0
@@ -91,6 +101,21 @@ def test_partial_results_have_rows_of_their_own(seed: int) -> None:
         begins = sorted(parts[tuple(merge[: MergeColumn.NUM_HEADS + 1])])
         rows = merge[MergeColumn.NUM_TOKENS] * merge[MergeColumn.NUM_HEADS] * 3
         assert begins == [merge[MergeColumn.PARTIAL_ROW] + i * rows for i in range(merge[MergeColumn.NUM_SPLITS])]
+
+
+def test_a_batch_invariant_plan_splits_by_position_alone() -> None:
+    """At every 1,024 keys; what a window leaves out at the beginning, in steps of 256."""
+
+    def parts(found: AttentionPlan) -> list[tuple[int, int]]:
+        return sorted({(item[WorkColumn.KEY_BEGIN], item[WorkColumn.KEY_END]) for item in found.work.tolist()})
+
+    for threads in (1, 64):
+        assert parts(plan([(3000, 1)], num_threads=threads, batch_invariant=True)) == [
+            (0, 1024),
+            (1024, 2048),
+            (2048, 3000),
+        ]
+    assert parts(plan([(3000, 1)], window=1500, batch_invariant=True)) == [(1280, 2048), (2048, 3000)]
 
 
 def cost(found: AttentionPlan, group: int) -> NDArray[np.int64]:

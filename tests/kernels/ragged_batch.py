@@ -42,6 +42,7 @@ def ragged_batch(
     window: int = 0,
     num_threads: int = 2,
     seed: int = 0,
+    batch_invariant: bool = False,
 ) -> RaggedBatch:
     """A batch of sequences given as (tokens, of which new).
 
@@ -84,5 +85,6 @@ def ragged_batch(
         block_size=block_size,
         num_threads=num_threads,
         window=window,
+        batch_invariant=batch_invariant,
     )
     return RaggedBatch(fused[:, : shape.num_heads], k_cache, v_cache, plan, shape.head_dim**-0.5)

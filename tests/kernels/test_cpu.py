@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.attention.plan import plan_attention
 from quire.errors import ConfigError
 from quire.kernels import Kernels, cpu, kernels_for, reference
 from tests.kernels.ragged_batch import Shape, ragged_batch
@@ -228,6 +229,38 @@ def test_threads_do_not_change_results() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], each) for each in results[1:])
+
+
+@pytest.mark.parametrize("window", [0, 300, 1500])
+@pytest.mark.parametrize("shape", [Shape(), Shape(num_heads=7, num_kv_heads=1, head_dim=80, block_size=8)], ids=str)
+def test_a_batch_invariant_plan_gives_a_token_the_same_bits_in_any_batch(isa: str, shape: Shape, window: int) -> None:
+    """Tokens 900 to 1,299 of a sequence, across the first boundary between parts: with others and many threads, and
+    alone in chunks."""
+    sequences = [(1300, 400), (2500, 1), (90, 90)]
+    batch = ragged_batch(sequences, shape, window=window, num_threads=8, batch_invariant=True)
+    together = cpu.paged_attention(*batch.tensors(), window=window)
+    assert_close(together, reference.paged_attention(*batch.in_float64(), window=window))
+    assert len(batch.plan.merges) > 0
+    for chunk in (1, 7, 100):
+        for first in range(0, 400, 9 * chunk):
+            last = min(first + chunk, 400)
+            plan = plan_attention(
+                np.array([0, last - first], dtype=np.int32),
+                np.array([900 + last], dtype=np.int32),
+                batch.plan.block_tables[:1].numpy(),
+                np.zeros(last - first, dtype=np.int32),
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                block_size=shape.block_size,
+                num_threads=1,
+                window=window,
+                batch_invariant=True,
+            )
+            alone = cpu.paged_attention(
+                batch.q[first:last], batch.k_cache, batch.v_cache, plan, batch.scale, window=window
+            )
+            assert torch.equal(alone, together[first:last]), f"tokens {first} to {last}"
 
 
 def test_a_sequence_of_nan_leaves_its_neighbours_alone(isa: str) -> None:

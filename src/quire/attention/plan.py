@@ -28,6 +28,11 @@ _ITEMS_PER_THREAD = 8
 _MIN_ITEM_KEYS = 256
 # Splits fall on multiples of this, so that no part begins inside a vector of keys.
 _SPLIT_ALIGNMENT = 64
+# Of a batch-invariant plan: keys are split at every multiple of this, whatever the load.
+_INVARIANT_PART_KEYS = 1024
+# And they begin at a multiple of this, the keys that csrc/attention.h takes at a time, so that a window's keys are
+# summed in the same groups wherever the step began.
+_INVARIANT_ALIGNMENT = 256
 
 
 class WorkColumn(IntEnum):
@@ -66,11 +71,14 @@ def plan_attention(
     block_size: int,
     num_threads: int,
     window: int = 0,
+    batch_invariant: bool = False,
 ) -> AttentionPlan:
     """Plan one step of B sequences with T new tokens; `AttentionPlan` says what the arrays hold.
 
     The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
-    window serves the layers that have this window or a smaller one.
+    window serves the layers that have this window or a smaller one. Where a plan is `batch_invariant`, the order in
+    which a token's keys are summed depends on its position alone: no other sequence, no chunk and no number of threads
+    changes a bit of its result.
     """
     group = num_heads // num_kv_heads
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
@@ -79,18 +87,24 @@ def plan_attention(
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
     work = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    if batch_invariant:
+        work[:, WorkColumn.KEY_BEGIN] -= work[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
     keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
     rows = work[:, WorkColumn.NUM_TOKENS] * group
     cost = keys.astype(np.int64) * np.maximum(rows, _MIN_COST_ROWS)  # of one head
 
+    part_keys = _INVARIANT_PART_KEYS if batch_invariant else None
     num_items = num_threads * _ITEMS_PER_THREAD if num_threads > 1 else 1
     share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * _MIN_COST_ROWS)
     heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
     num_groups = -(-num_kv_heads // np.minimum(np.maximum(heads, 1), num_kv_heads))
-    num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
+    if part_keys is not None:
+        num_splits = -(-work[:, WorkColumn.KEY_END] // part_keys) - work[:, WorkColumn.KEY_BEGIN] // part_keys
+    else:
+        num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
 
     work, tile = _share_out_heads(work, num_groups, num_kv_heads)
-    work, merges, num_partial_rows = _split_keys(work, num_splits[tile], group)
+    work, merges, num_partial_rows = _split_keys(work, num_splits[tile], group, part_keys)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, _MIN_COST_ROWS) * work[:, WorkColumn.NUM_HEADS]
     return AttentionPlan(
@@ -143,9 +157,12 @@ def _share_out_heads(
 
 
 def _split_keys(
-    work: NDArray[np.int32], num_splits: NDArray[np.int64], group: int
+    work: NDArray[np.int32], num_splits: NDArray[np.int64], group: int, part_keys: int | None
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Each item becomes `num_splits` items of about as many keys; also returns the merges and the partial rows."""
+    """Each item becomes `num_splits` items; also returns the merges and the partial rows.
+
+    The items get about as many keys each, or where `part_keys` is given begin at its multiples.
+    """
     split = np.flatnonzero(num_splits > 1)
     merges = np.empty((len(split), len(MergeColumn)), dtype=np.int32)
     if len(split) == 0:
@@ -162,8 +179,12 @@ def _split_keys(
     work, count = work[item], num_splits[item]
     begin = work[:, WorkColumn.KEY_BEGIN].astype(np.int64)
     end = work[:, WorkColumn.KEY_END].astype(np.int64)
-    part_begin = _align(begin + (end - begin) * part // count)
-    part_end = _align(begin + (end - begin) * (part + 1) // count)
+    if part_keys is not None:
+        part_begin = (begin // part_keys + part) * part_keys
+        part_end = part_begin + part_keys
+    else:
+        part_begin = _align(begin + (end - begin) * part // count)
+        part_end = _align(begin + (end - begin) * (part + 1) // count)
     work[:, WorkColumn.KEY_BEGIN] = np.where(part == 0, begin, part_begin)
     work[:, WorkColumn.KEY_END] = np.where(part + 1 == count, end, part_end)
     work[:, WorkColumn.PARTIAL_ROW] = np.where(count > 1, partial_begin[item] + part * rows[item], -1)

@@ -127,6 +127,7 @@ class EngineCore:
             logits_processors=processors,
             grammars=grammars,
             fast_forward=config.fast_forward,
+            batch_invariant=config.deterministic,
         )
         return cls(scheduler, runner, grammars, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 

@@ -44,8 +44,12 @@ class ModelRunner:
         block_store: BlockStore | None = None,
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
-        """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted."""
+        """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted.
+
+        `batch_invariant`: no bit of a sequence's logits depends on what shares its step.
+        """
         self._block_store = block_store
         self._model = model
         self._kv_cache = kv_cache
@@ -53,6 +57,7 @@ class ModelRunner:
         self._kernels = kernels
         self._num_threads = num_threads
         self._max_model_len = max_model_len
+        self._batch_invariant = batch_invariant
         # With one window for all layers the plan leaves out keys that no layer sees.
         windows = set(model_config.layer_windows) or {0}
         self._window = 0 if 0 in windows else max(windows)
@@ -103,6 +108,7 @@ class ModelRunner:
             block_size=self._kv_cache.block_size,
             num_threads=self._num_threads,
             window=self._window,
+            batch_invariant=self._batch_invariant,
         )
         hidden = self._model(
             torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
