@@ -1,7 +1,8 @@
-"""`python -m benchmarks.peers --model-dir DIR --vllm-python PATH`: Quire and vLLM's CPU build, side by side.
+"""`python -m benchmarks.peers DIR`: Quire, vLLM, OpenVINO GenAI, llama.cpp and transformers on the same requests.
 
-Every repeat of every engine is a fresh process in its own interpreter, and the engines take turns (A B A B),
-so that the slow drift of a machine falls on both. Prints one table and writes all figures as JSON.
+DIR is what `python -m benchmarks.peers.prepare DIR` made. Every repeat of every engine is a fresh process in its own
+interpreter, and the engines take turns (A B A B), so that the slow drift of a machine falls on all. The machine's
+ceilings are measured before every round. Prints one table and writes all figures as JSON.
 """
 
 import argparse
@@ -14,14 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from ctypes.util import find_library
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.engines import ENGINES, interpreter, model_path
 from benchmarks.peers.workloads import make_workloads
 
 ROOT = Path(__file__).parents[2]
-ENGINES = ("quire", "vllm", "vllm-eager")
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
 TITLES = {name: workload.title for name, workload in make_workloads().items()} | {
     "W4-sampled": "as many samples instead of beams",
@@ -35,24 +38,17 @@ Report = dict[str, Any]
 def main() -> None:
     options = parse_options()
     reports: dict[str, list[Report]] = {engine: [] for engine in options.engines}
-    ceilings = measure_ceilings(options.quire_python)
+    ceilings: list[dict[str, float]] = []
     for repeat in range(options.repeats):
+        ceilings.append(measure_ceilings())
         for engine in options.engines:
             print(f"run {repeat + 1} of {options.repeats}: {engine} …", file=sys.stderr, flush=True)
             reports[engine].append(run_engine(engine, options))
-    figures = {engine: gather(runs) for engine, runs in reports.items()}
-    print(table(options, figures, ceilings))
+    print(table(options, reports, ceilings))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps(
-            {
-                "machine": describe_machine(),
-                "model": options.model_dir.name,
-                "dtype": options.dtype,
-                "quantization": options.quantization,
-                "ceilings": ceilings,
-                "runs": reports,
-            },
+            {"machine": describe_machine(), "model": options.model, "ceilings": ceilings, "runs": reports},
             indent=1,
         )
     )
@@ -62,13 +58,10 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add = parser.add_argument
-    add("--model-dir", type=Path, required=True, help="a checkpoint of benchmarks.make_models")
-    add("--dtype", default="float32")
-    add("--quantization", help="int8 or int4, of Quire's weights; vLLM keeps its dtype")
-    add("--vllm-python", type=Path, help="interpreter of an environment with vLLM's CPU build")
-    add("--quire-python", type=Path, default=Path(sys.executable))
+    add("peers", type=Path, help="folder made by python -m benchmarks.peers.prepare")
+    add("--model", default="M160", help="of benchmarks.make_models (default: %(default)s)")
     add("--engines", default="quire,vllm", help=f"from {', '.join(ENGINES)} (default: %(default)s)")
-    add("--only", default="W1,W2,W3,W7", help=f"from {', '.join(WORKLOADS)} (default: %(default)s)")
+    add("--only", default=",".join(WORKLOADS), help="workloads (default: %(default)s)")
     add("--repeats", type=int, default=3)
     add("--output", type=Path)
     options = parser.parse_args()
@@ -77,37 +70,38 @@ def parse_options() -> argparse.Namespace:
         for name in chosen:
             if name not in known:
                 parser.error(f"--{flag} has {name!r}; there are {', '.join(known)}")
-    if options.engines != ["quire"] and options.vllm_python is None:
-        parser.error("name the interpreter that has vLLM with --vllm-python, or run --engines quire")
-    if not (options.model_dir / "config.json").exists():
-        parser.error(f"{options.model_dir} has no config.json; python -m benchmarks.make_models makes models")
-    options.model_dir = options.model_dir.resolve()
+    options.peers = options.peers.absolute()
+    for name in options.engines:
+        for needed in (
+            interpreter(ENGINES[name], options.peers),
+            model_path(ENGINES[name], options.peers, options.model),
+        ):
+            if not needed.exists():
+                parser.error(f"{name} needs {needed}; python -m benchmarks.peers.prepare {options.peers} makes it")
     if options.output is None:
-        options.output = ROOT / "benchmarks" / "results" / f"peers-{options.model_dir.name}.json"
+        options.output = ROOT / "benchmarks" / "results" / f"peers-{options.model}.json"
     return options
 
 
 def run_engine(engine: str, options: argparse.Namespace) -> Report:
     """One fresh process of `engine`; what it printed is shown only if it fails."""
-    python = options.quire_python if engine == "quire" else options.vllm_python
+    row = ENGINES[engine]
+    python = interpreter(row, options.peers)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if engine != "quire":
+    if row.folder == "vllm":
         environment |= vllm_environment(python)
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.json", Path(folder) / "log"
         arguments = {
-            "--engine": engine.removesuffix("-eager"),
-            "--model": options.model_dir,
-            "--dtype": options.dtype,
+            "--engine": engine,
+            "--peers": options.peers,
+            "--model": options.model,
             "--only": ",".join(options.only),
             "--report": report,
             "--started-at": time.monotonic(),
         }
         command = [str(python), "-m", "benchmarks.peers.engine_run"]
         command += [str(word) for pair in arguments.items() for word in pair]
-        command += ["--eager"] * engine.endswith("-eager")
-        if options.quantization and engine == "quire":
-            command += ["--quantization", options.quantization]
         with log.open("w") as out:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
         if done.returncode or not report.exists():
@@ -129,42 +123,56 @@ def vllm_environment(python: Path) -> dict[str, str]:
     }
 
 
-def measure_ceilings(python: Path) -> dict[str, float]:
-    command = [str(python), "-m", "benchmarks.ceilings"]
+def measure_ceilings() -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.ceilings"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     ceilings: dict[str, float] = json.loads(done.stdout)
     return ceilings
 
 
-def gather(runs: list[Report]) -> dict[str, list[float]]:
-    """Seconds of every run, by workload."""
-    return {name: [run["seconds"][name] for run in runs] for name in runs[0]["seconds"]}
-
-
-def table(options: argparse.Namespace, figures: dict[str, dict[str, list[float]]], ceilings: dict[str, float]) -> str:
-    """Markdown: a row per workload with medians, ranges, and each other engine's time over the first's."""
-    first, *others = figures
-    names = [name for name in figures[first] if name != "W7" or "W7" in options.only]
-    heads = ["workload", *(f"{engine}, s" for engine in figures), *(f"{other} / {first}" for other in others)]
-    rows = [heads, ["---"] * len(heads)]
-    for name in names:
-        medians = {engine: statistics.median(seconds[name]) for engine, seconds in figures.items()}
-        cells = [with_range(seconds[name]) for seconds in figures.values()]
-        ratios = [f"{medians[other] / medians[first]:.2f}" for other in others]
-        rows.append([f"{name} {TITLES[name]}", *cells, *ratios])
-    weights = options.quantization or options.dtype
+def table(options: argparse.Namespace, reports: dict[str, list[Report]], ceilings: list[dict[str, float]]) -> str:
+    """Markdown: a row per figure, a column per engine."""
+    figures = list(dict.fromkeys(name for runs in reports.values() for run in runs for name in run["seconds"]))
+    figures = [name for name in figures if name != "W7" or name in options.only]
+    rows = [["", *reports], ["---"] * (len(reports) + 1)]
+    rows += [[f"{name} {TITLES[name]}, s", *_cells(reports, partial(_seconds, name))] for name in figures]
+    if "W5" in figures:
+        rows.append(["W5 decoding, tokens/s", *_cells(reports, _decode_rate)])
+    rows.append(["peak memory, MiB", *_cells(reports, lambda run: run["peak_memory_bytes"] / 2**20)])
     lines = [
-        f"{options.model_dir.name}, {weights}, {options.repeats} runs each, median [least, most]",
-        f"{describe_machine()}; fp32 matrix product {ceilings['fp32_gflops']} GFLOP/s, "
-        f"int8 {ceilings['int8_gops']} GOP/s, memory read {ceilings['read_gb_per_s']} GB/s",
+        f"{options.model}, {options.repeats} runs each, median [least, most]",
+        f"{describe_machine()}; "
+        + ", ".join(f"{name} {_with_range([each[name] for each in ceilings])}" for name in ceilings[0]),
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
     ]
     return "\n".join(lines)
 
 
-def with_range(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+def _cells(reports: dict[str, list[Report]], figure: Callable[[Report], float | None]) -> list[str]:
+    """A cell per engine: the figure over its runs, or a dash where it has none."""
+    cells = []
+    for runs in reports.values():
+        values = [value for run in runs if (value := figure(run)) is not None]
+        cells.append(_with_range(values) if values else "–")
+    return cells
+
+
+def _seconds(figure: str, run: Report) -> float | None:
+    seconds: float | None = run["seconds"].get(figure)
+    return seconds
+
+
+def _decode_rate(run: Report) -> float:
+    """Tokens per second of a single stream after its first token."""
+    decoded = make_workloads()["W5"].num_output_tokens - 1
+    return float(decoded / (run["seconds"]["W5"] - run["seconds"]["W5-first-token"]))
+
+
+def _with_range(values: list[float]) -> str:
+    digits = 0 if min(values) >= 100 else 2
+    median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return median if least == most else f"{median} [{least}, {most}]"
 
 
 def describe_machine() -> str:

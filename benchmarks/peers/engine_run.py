@@ -1,124 +1,113 @@
 """One engine, one process: loads the model, runs the chosen workloads once each, reports what it measured.
 
 Runs in the engine's own interpreter, as `python -m benchmarks.peers.engine_run`; started by `__main__.py`,
-which also took the time of the start. Quire and vLLM answer to the same names, so both take the same path
-through this file.
+which also took the time of the start.
 """
 
 import argparse
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from benchmarks.peers.engines import ENGINES, model_path
+from benchmarks.peers.peer_engine import NotOffered, PeerEngine
 from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--engine", required=True, choices=["quire", "vllm"])
-    parser.add_argument("--eager", action="store_true", help="vLLM without its compiler")
+    parser.add_argument("--engine", required=True, choices=list(ENGINES))
+    parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--quantization", help="of Quire's weights")
     parser.add_argument("--only", required=True)
     parser.add_argument("--started-at", type=float, required=True, help="the parent's monotonic clock")
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
 
-    library: Any = importlib.import_module(options.engine)
-    extra = {"enforce_eager": options.eager, "disable_log_stats": True} if options.engine == "vllm" else {}
-    if options.quantization is not None:
-        extra["quantization"] = options.quantization
-    llm = library.LLM(
-        model=options.model,
-        dtype=options.dtype,
-        max_model_len=4096,
-        max_num_seqs=64,
-        enable_prefix_caching=True,
-        **extra,
-    )
+    row = ENGINES[options.engine]
+    adapter = importlib.import_module(f"benchmarks.peers.{row.adapter}")
+    engine: PeerEngine = adapter.open_engine(model_path(row, options.peers, options.model), **row.options)
     workloads = make_workloads()
-
-    def generate(requests: list[WorkRequest], *, n: int = 1, temperature: float = 0.0) -> None:
-        params = [
-            library.SamplingParams(
-                n=n,
-                temperature=temperature,
-                max_tokens=request.num_output_tokens,
-                min_tokens=request.num_output_tokens,
-                ignore_eos=True,
-                detokenize=False,
-            )
-            for request in requests
-        ]
-        prompts = [{"prompt_token_ids": request.prompt_token_ids} for request in requests]
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        lengths = [len(sample.token_ids) for output in outputs for sample in output.outputs]
-        expected = [request.num_output_tokens for request in requests for _ in range(n)]
-        if lengths != expected:
-            raise RuntimeError(f"{options.engine} returned samples of {lengths} tokens instead of {expected}")
-
-    def beam_search(requests: list[WorkRequest], *, beam_width: int) -> None:
-        home = importlib.import_module(f"{options.engine}.sampling_params")
-        num_output_tokens = requests[0].num_output_tokens
-        params = home.BeamSearchParams(beam_width=beam_width, max_tokens=num_output_tokens, ignore_eos=True)
-        outputs = llm.beam_search([{"prompt_token_ids": request.prompt_token_ids} for request in requests], params)
-        lengths = [
-            len(beam.tokens) - len(request.prompt_token_ids)
-            for request, output in zip(requests, outputs, strict=True)
-            for beam in output.sequences
-        ]
-        if lengths != [num_output_tokens] * (beam_width * len(requests)):
-            raise RuntimeError(f"{options.engine} returned beams of {lengths} tokens instead of {num_output_tokens}")
-
     single = workloads["W5"].requests[0]
-    generate([WorkRequest(single.prompt_token_ids, 1)])
+    engine.generate([WorkRequest(single.prompt_token_ids, 1)], n=1, temperature=0.0)
     seconds = {"W7": time.monotonic() - options.started_at}
-    stolen = {}
+    stolen: dict[str, float] = {}
 
-    generate(workloads["warm"].requests)
-    for name, run in what_to_time(options.only.split(","), workloads, generate, beam_search).items():
-        llm.reset_prefix_cache()
-        stolen_before, start = stolen_seconds(), time.perf_counter()
-        run()
-        seconds[name] = time.perf_counter() - start
-        stolen[name] = stolen_seconds() - stolen_before
-    report = {"version": library.__version__, "seconds": seconds, "stolen_cpu_seconds": stolen}
+    engine.generate(workloads["warm"].requests, n=1, temperature=0.0)
+    for name in options.only.split(","):
+        if name == "W7":  # the start of the process, which is over by now
+            continue
+        for figure, requests, run in what_to_time(name, workloads[name], engine):
+            engine.forget(requests)
+            stolen_before, start = stolen_seconds(), time.perf_counter()
+            try:
+                run()
+            except NotOffered:
+                continue
+            seconds[figure] = time.perf_counter() - start
+            stolen[figure] = stolen_seconds() - stolen_before
+    report = {
+        "version": engine.version,
+        "seconds": seconds,
+        "stolen_cpu_seconds": stolen,
+        "peak_memory_bytes": peak_memory(os.getpid()),
+    }
+    engine.close()
     options.report.write_text(json.dumps(report))
 
 
 def what_to_time(
-    only: list[str],
-    workloads: dict[str, Workload],
-    generate: Callable[..., None],
-    beam_search: Callable[..., None],
-) -> dict[str, Callable[[], None]]:
-    """A call for every figure that the chosen workloads ask for."""
-    calls: dict[str, Callable[[], None]] = {}
-    for name in only:
-        if name == "W7":  # the start of the process, which is over by now
-            continue
-        workload = workloads[name]
-        if name == "W5":
-            first_token = [WorkRequest(request.prompt_token_ids, 1) for request in workload.requests]
-            calls["W5-first-token"] = partial(generate, first_token)
-        if workload.beam_width is not None:
-            width = workload.beam_width
-            calls[f"{name}-sampled"] = partial(generate, workload.requests, n=width, temperature=1.0)
-            calls[name] = partial(beam_search, workload.requests, beam_width=width)
-            continue
-        calls[name] = partial(generate, workload.requests, n=workload.n, temperature=workload.temperature)
-    return calls
+    name: str, workload: Workload, engine: PeerEngine
+) -> list[tuple[str, list[WorkRequest], Callable[[], None]]]:
+    """Every figure of a workload: its name, its requests, and what to time."""
+
+    def generate(requests: list[WorkRequest], n: int, temperature: float) -> None:
+        check(engine.generate(requests, n=n, temperature=temperature), requests, n)
+
+    def beam_search(beam_width: int) -> None:
+        check(engine.beam_search(workload.requests, beam_width=beam_width), workload.requests, beam_width)
+
+    plain = partial(generate, workload.requests, workload.n, workload.temperature)
+    if name == "W5":
+        first_token = [WorkRequest(request.prompt_token_ids, 1) for request in workload.requests]
+        return [
+            ("W5-first-token", first_token, partial(generate, first_token, 1, 0.0)),
+            (name, workload.requests, plain),
+        ]
+    if workload.beam_width is not None:
+        sampled = partial(generate, workload.requests, workload.beam_width, 1.0)
+        return [
+            (f"{name}-sampled", workload.requests, sampled),
+            (name, workload.requests, partial(beam_search, workload.beam_width)),
+        ]
+    return [(name, workload.requests, plain)]
+
+
+def check(lengths: list[int], requests: list[WorkRequest], num_samples: int) -> None:
+    """Output lengths are part of a workload: an engine that stops early has not done it."""
+    expected = [request.num_output_tokens for request in requests for _ in range(num_samples)]
+    if lengths != expected:
+        raise RuntimeError(f"samples of {lengths} tokens instead of {expected}")
 
 
 def stolen_seconds() -> float:
     """CPU time the hypervisor gave to others since boot; a run that lost some is one to repeat."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / 100
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes: the most that was ever resident, of the process and of those it started that still run."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    own = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0) * 1024
+    children = [
+        child for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()
+    ]
+    return own + sum(peak_memory(int(child)) for child in children)
 
 
 if __name__ == "__main__":
