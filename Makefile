@@ -4,6 +4,8 @@
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+PEERS ?=
+ENGINES ?= quire,quire-bf16,quire-int8,quire-int4,vllm,vllm-bf16,openvino,openvino-int8,llama.cpp-f32,llama.cpp-q8_0,llama.cpp-q4_0,transformers
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -13,10 +15,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: help setup serve test check bench paper clean
+.PHONY: help setup serve test check bench bench-peers paper clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: .venv/.runtime .venv/.test  ## Make .venv with Quire in it (editable), its kernels built, and what the tests need
 
@@ -56,6 +58,11 @@ bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundle
 	@$(BIN)/quire bench throughput $(ARGS)
 	@$(BIN)/quire bench latency $(ARGS)
 	@$(BIN)/quire bench startup $(ARGS)
+
+bench-peers: .venv/.test  ## Measure Quire beside vLLM, OpenVINO, llama.cpp, transformers: PEERS=DIR (hours the first time)
+	@test -n "$(PEERS)" || { echo "quire: name a folder for the peers' environments, some gigabytes: make bench-peers PEERS=DIR"; exit 2; }
+	@$(BIN)/python -m benchmarks.peers.prepare $(PEERS)
+	@$(BIN)/python -m benchmarks.peers $(PEERS) --engines $(ENGINES) $(ARGS)
 
 .venv/.bench: $(PROJECT) | .venv/.runtime
 	@echo "quire: installing what the pictures need"

@@ -88,15 +88,15 @@ def serve(
     )
     target = Target(f"{base_url.rstrip('/')}/v1/completions", api_key)
     started = time.perf_counter()
-    outcomes = asyncio.run(_load(target, work, model, request_rate, max_concurrency, seed))
-    result = _figures(outcomes, time.perf_counter() - started, percentiles)
+    outcomes = asyncio.run(run_load(target, work, model, request_rate, max_concurrency, seed))
+    result = load_figures(outcomes, time.perf_counter() - started, percentiles)
     failed = [outcome.error for outcome in outcomes if outcome.error]
     show(f"{base_url}, {num_prompts} requests at {request_rate:g} per second", result, output_json)
     if failed:
         raise QuireError(f"{len(failed)} of {num_prompts} requests failed, the first with: {failed[0]}")
 
 
-async def _load(
+async def run_load(
     target: Target, work: Workload, model: str | None, rate: float, max_concurrency: int | None, seed: int
 ) -> list[_Outcome]:
     draw = random.Random(seed)
@@ -145,7 +145,7 @@ async def _request(target: Target, body: dict[str, Any], places: asyncio.Semapho
     return outcome
 
 
-def _figures(outcomes: list[_Outcome], duration: float, percentiles: tuple[float, ...]) -> dict[str, Any]:
+def load_figures(outcomes: list[_Outcome], duration: float, percentiles: tuple[float, ...]) -> dict[str, Any]:
     """Under the names of `vllm bench serve`."""
     done = [outcome for outcome in outcomes if not outcome.error and outcome.first]
     num_input = sum(outcome.num_input for outcome in done)
