@@ -16,9 +16,9 @@ for _ in range(100_000):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({}, "sets nothing"),
-        ({"json_object": False}, "sets nothing"),
-        ({"regex": "a", "choice": ["b"]}, "sets regex and choice"),
+        ({}, "it sets nothing"),
+        ({"json_object": False}, "it sets nothing"),
+        ({"regex": "a", "choice": ["b"]}, "it sets regex and choice"),
         ({"regex": ""}, "regex is ''"),
         ({"regex": 5}, "regex is 5"),
         ({"regex": "a\ud800"}, "surrogate"),
@@ -43,12 +43,15 @@ def test_what_is_no_form_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said) as refused:
         StructuredOutputsParams(**fields)
     assert refused.value.param == "structured_outputs"
+    with pytest.raises(RequestError, match=r"^guided_x: ") as refused:
+        StructuredOutputsParams(**fields, asked_as="guided_x")
+    assert refused.value.param == "guided_x"
 
 
 def test_forms_are_equal_by_what_they_ask_for() -> None:
     as_object = StructuredOutputsParams(json={"type": "object", "é": 1})
     as_text = StructuredOutputsParams(json=' {"type":"object" , "\\u00e9": 1} ')
-    assert as_object == as_text
+    assert as_object == as_text == StructuredOutputsParams(json=as_text.json, asked_as="guided_json")
     assert len({as_object, as_text, StructuredOutputsParams(json_object=True)}) == 2
     assert StructuredOutputsParams(choice=["b", "a", "b"]).choice == ("b", "a")  # type: ignore[arg-type]  # as JSON has it
 

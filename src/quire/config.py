@@ -69,6 +69,8 @@ class EngineConfig:
     """Bytes in which log-probabilities are worked out at once, e.g. 64MiB; None plans 64 positions, at most 64 MiB."""
     max_grammars: int = 64
     """Compiled grammars of structured outputs that are kept for the next request that asks for the same."""
+    grammar_memory: int = 128 * 2**20
+    """Bytes that they may take in all when compiled, e.g. 128MiB."""
     fast_forward: bool = True
     """Take tokens that a grammar forces without asking the model for each."""
     deterministic: bool = False
@@ -90,7 +92,7 @@ class EngineConfig:
             if value not in DTYPES:
                 raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
             object.__setattr__(self, name, value)
-        for name in ("kv_cache_memory", "logprobs_memory", "swap_space", "disk_cache_size"):
+        for name in ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         for name in ("served_model_name", "logits_processors"):
             if isinstance(getattr(self, name), str):

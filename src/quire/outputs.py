@@ -155,7 +155,7 @@ class TierStats:
     stopped: bool = False
     """Takes no more blocks, because writing failed; those it has are still found."""
     total_hits: int = 0
-    """Prompt tokens that did not have to be computed, since they were loaded from here."""
+    """Tokens that did not have to be computed, since they were loaded from here: of prompts, and of what resumed."""
     total_saved: int = 0
     total_loaded: int = 0
     total_saved_bytes: int = 0
@@ -227,8 +227,6 @@ class MemoryReport:
     """Since a block in use was taken."""
     named_free_block_ages: AgeQuantiles
     """Since a free block whose content can still be found was taken."""
-    misses: dict[str, int]
-    """Reasons of `PrefixMiss` → requests since the start."""
     requests: list[RequestMemory]
     """At most `MAX_REPORTED_REQUESTS`, those that run first."""
 
@@ -262,6 +260,13 @@ class EngineStats:
     """Prompt tokens found there."""
     total_evictions: int = 0
     total_block_copies: int = 0
+    prefix_hits: dict[str, int] = field(default_factory=dict)
+    """`total_prefix_hits` by where the KV was: device, host, disk."""
+    prefix_misses: dict[str, int] = field(default_factory=dict)
+    """Reasons of `PrefixMiss` → requests since the start."""
+    num_grammars: int = 0
+    """Compiled grammars that are kept, and the bytes they took when compiled."""
+    num_grammar_bytes: int = 0
     tiers: dict[str, TierStats] = field(default_factory=dict)
     """Of each tier below the pool, by name: host, disk."""
 

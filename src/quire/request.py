@@ -41,6 +41,8 @@ class Request:
     num_returned: int = 0
     """Of the params' n samples, return so many of highest cumulative log-probability, at the end; 0: all, as they come.
     """
+    grammar_bytes: int = 0
+    """What the grammar of `structured_outputs` takes once compiled, as measured when it was checked."""
     hides_logprobs: bool = False
     """The samples' log-probabilities are asked for to rank them, not by the client."""
     output_token_ids: dict[int, list[int]] = field(default_factory=dict)

@@ -28,6 +28,8 @@ class BeamCandidates(NamedTuple):
     """Edited as the request asks; −inf is ruled out."""
     reports: list[TokenLogprobs]
     """What the client is told of each, where it asked; else empty."""
+    last: bool = False
+    """The beam's text is whole by its grammar: whatever follows, an end token, ends the sequence."""
 
 
 class RowFork(NamedTuple):

@@ -6,7 +6,7 @@ grammar is decided by `quire.grammar`.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from reprlib import repr as brief
 from typing import Any
 
@@ -40,13 +40,21 @@ class StructuredOutputsParams:
     """No whitespace between the tokens of JSON; by default the model puts what it likes, up to 32 characters."""
     whitespace_pattern: str | None = None
     """A regular expression for the whitespace between the tokens of JSON."""
+    asked_as: str = field(default="structured_outputs", compare=False)
+    """The field in which the client sent this: what a refusal names."""
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except RequestError as error:
+            raise RequestError(f"{self.asked_as}: {error.message}", param=self.asked_as) from None
+
+    def _check(self) -> None:
         if self.json_object is False:
             object.__setattr__(self, "json_object", None)
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise _error(f"structured_outputs sets {' and '.join(given) or 'nothing'}; set one of {', '.join(KINDS)}")
+            raise RequestError(f"it sets {' and '.join(given) or 'nothing'}; set one of {', '.join(KINDS)}")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         if self.choice is not None:
@@ -54,12 +62,12 @@ class StructuredOutputsParams:
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
         if self.json_object not in (None, True) or not isinstance(self.disable_any_whitespace, bool):
-            raise _error("json_object and disable_any_whitespace must be true or false")
+            raise RequestError("json_object and disable_any_whitespace must be true or false")
         spaced = self.disable_any_whitespace or self.whitespace_pattern is not None
         if spaced and self.kind not in ("json", "json_object"):
-            raise _error(f"disable_any_whitespace and whitespace_pattern are for JSON; {self.kind} is set")
+            raise RequestError(f"disable_any_whitespace and whitespace_pattern are for JSON; {self.kind} is set")
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
-            raise _error("disable_any_whitespace and whitespace_pattern are both set; set one")
+            raise RequestError("disable_any_whitespace and whitespace_pattern are both set; set one")
 
     @property
     def kind(self) -> str:
@@ -74,26 +82,26 @@ def _schema_text(schema: object) -> str:
             _check_text("json", schema)
             schema = json.loads(schema)
         if not isinstance(schema, Mapping):
-            raise _error(f"json is {brief(schema)}; a JSON schema is an object")
+            raise RequestError(f"json is {brief(schema)}; a JSON schema is an object")
         # allow_nan: NaN is no JSON, and a schema that holds it would be refused with less of a reason.
         return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except RecursionError:
-        raise _error("json is nested too deeply to be read") from None
+        raise RequestError("json is nested too deeply to be read") from None
     except RequestError:
         raise
     except (TypeError, ValueError) as error:
-        raise _error(f"json is not a JSON schema: {error}") from None
+        raise RequestError(f"json is not a JSON schema: {error}") from None
 
 
 def _choices(value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise _error(f"choice is {brief(value)}; it must be a list of texts")
+        raise RequestError(f"choice is {brief(value)}; it must be a list of texts")
     choices = tuple(dict.fromkeys(value))
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise _error(f"choice holds {len(choices)} texts; give 1 to {MAX_CHOICES}")
+        raise RequestError(f"choice holds {len(choices)} texts; give 1 to {MAX_CHOICES}")
     for text in choices:
         if not isinstance(text, str) or not text:
-            raise _error(f"choice holds {brief(text)}; each must be a non-empty text")
+            raise RequestError(f"choice holds {brief(text)}; each must be a non-empty text")
     _check_text("choice", "".join(choices))
     return choices
 
@@ -102,12 +110,8 @@ def _check_text(name: str, text: object) -> None:
     if text is None:
         return
     if not isinstance(text, str) or not text:
-        raise _error(f"{name} is {brief(text)}; it must be a non-empty text")
+        raise RequestError(f"{name} is {brief(text)}; it must be a non-empty text")
     if len(text) > MAX_GRAMMAR_CHARS:
-        raise _error(f"{name} has {len(text):,} characters; at most {MAX_GRAMMAR_CHARS:,} are allowed")
+        raise RequestError(f"{name} has {len(text):,} characters; at most {MAX_GRAMMAR_CHARS:,} are allowed")
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise _error(f"{name} holds half of a surrogate pair and is no text")
-
-
-def _error(message: str) -> RequestError:
-    return RequestError(message, param="structured_outputs")
+        raise RequestError(f"{name} holds half of a surrogate pair and is no text")

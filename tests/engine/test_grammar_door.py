@@ -1,80 +1,114 @@
-"""GrammarDoor: every answer within a second, whatever the grammar does to the process that compiles it."""
+"""Grammars are checked within a second, whatever one does to the process that compiles it."""
 
 import asyncio
+import os
+import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from quire.engine import grammar_door
+from quire.engine import grammar_door, grammar_process
 from quire.engine.checkpoint import bundled_folder
-from quire.engine.grammar_door import GrammarDoor
-from quire.errors import QueueFullError, RequestError
+from quire.engine.grammar_door import GrammarChecker, GrammarDoor
+from quire.errors import EngineUnavailableError, QueueFullError, RequestError
+from quire.grammar.compiled import Grammar
 from quire.structured_outputs import StructuredOutputsParams
 
 GOOD = StructuredOutputsParams(regex="[a-z]+")
-SLOW = StructuredOutputsParams(json={"type": "integer", "multipleOf": 999983})
+SLOW = StructuredOutputsParams(json={"type": "integer", "multipleOf": 999983}, asked_as="response_format")
 """Within llguidance's limits, and seconds to compile."""
 
 
-def run(test: Callable[[GrammarDoor], Awaitable[None]], folder: Path | None = None) -> None:
+def new_checker(folder: Path | None = None) -> GrammarChecker:
+    return GrammarChecker(folder or bundled_folder(), vocab_size=1024, eos_token_ids=(1,))
+
+
+@pytest.fixture
+def checker() -> Iterator[GrammarChecker]:
+    checker = new_checker()
+    yield checker
+    checker.close()
+
+
+def test_good_passes_bad_is_refused_and_the_process_stays(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    process = checker._process
+    for bad, reason in (
+        (StructuredOutputsParams(regex="(", asked_as="guided_regex"), "guided_regex: .* unclosed group"),
+        (StructuredOutputsParams(json={"type": "strnig"}, asked_as="guided_json"), "json cannot be compiled"),
+    ):
+        started = time.monotonic()
+        with pytest.raises(RequestError, match=reason) as refused:
+            checker.check(bad)
+        assert time.monotonic() - started < 1
+        assert (refused.value.status, refused.value.code, refused.value.param) == (400, "invalid_grammar", bad.asked_as)
+    checker.check(StructuredOutputsParams(json_object=True))
+    assert checker._process is process
+
+
+def test_an_explosion_ends_within_a_second_and_the_next_grammar_is_checked(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    process = checker._process
+    for _ in range(2):
+        started = time.monotonic()
+        with pytest.raises(
+            RequestError, match=r"response_format: the json takes more than 0\.7 s to compile"
+        ) as refused:
+            checker.check(SLOW)
+        assert time.monotonic() - started < 1
+        assert refused.value.param == "response_format"
+    checker.check(StructuredOutputsParams(regex="[0-9]+"))
+    assert checker._process is process
+
+
+def test_a_grammar_that_kills_who_compiles_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killing:
+        def compile(self, form: StructuredOutputsParams) -> Grammar:
+            os.kill(os.getpid(), signal.SIGSEGV)
+            raise AssertionError("unreachable")
+
+    answer = grammar_process._check(Killing(), SLOW)
+    assert answer.error == "response_format: the json takes too much memory; make it simpler"
+
+
+def test_a_process_that_has_ended_is_replaced(checker: GrammarChecker) -> None:
+    checker.check(GOOD)
+    process = checker._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    checker.check(GOOD)  # known, so it needs no process
+    assert checker._process is process
+    checker.check(StructuredOutputsParams(regex="[0-9]+"))
+    assert checker._process is not process
+
+
+def test_the_bytes_of_a_grammar_grow_with_it(checker: GrammarChecker) -> None:
+    small, large = (
+        checker.check(StructuredOutputsParams(choice=tuple(f"choice {index}" for index in range(count))))
+        for count in (10, 4000)
+    )
+    assert 1_000 < small < 1_000_000 < large < 100_000_000
+    assert checker.check(GOOD) == checker.known(GOOD)
+
+
+def run(test: Callable[[GrammarDoor, GrammarChecker], Awaitable[None]]) -> None:
     async def main() -> None:
-        door = GrammarDoor(str(folder or bundled_folder()), vocab_size=1024, eos_token_ids=(1,))
+        checker = new_checker()
+        door = GrammarDoor(checker)
         try:
-            await test(door)
+            await test(door, checker)
         finally:
             await door.close()
+        assert checker._process is None
 
     asyncio.run(main())
 
 
-def test_good_passes_bad_is_refused_and_the_process_stays() -> None:
-    async def test(door: GrammarDoor) -> None:
-        await door.check(GOOD)
-        process = door._process
-        for bad, reason in (
-            (StructuredOutputsParams(regex="("), "unclosed group"),
-            (StructuredOutputsParams(json={"type": "strnig"}), "json cannot be compiled"),
-        ):
-            started = time.monotonic()
-            with pytest.raises(RequestError, match=reason) as refused:
-                await door.check(bad)
-            assert time.monotonic() - started < 1
-            assert (refused.value.status, refused.value.code) == (400, "invalid_grammar")
-        await door.check(StructuredOutputsParams(json_object=True))
-        assert door._process is process
-
-    run(test)
-
-
-def test_an_explosion_ends_within_a_second_and_the_next_grammar_is_checked() -> None:
-    async def test(door: GrammarDoor) -> None:
-        await door.check(GOOD)
-        started = time.monotonic()
-        with pytest.raises(RequestError, match=r"takes more than 0\.7 s to compile"):
-            await door.check(SLOW)
-        assert time.monotonic() - started < 1
-        await door.check(GOOD)  # known, so it needs no process
-        await door.check(StructuredOutputsParams(regex="[0-9]+"))
-
-    run(test)
-
-
-def test_a_process_that_dies_refuses_the_grammar_it_died_of() -> None:
-    async def test(door: GrammarDoor) -> None:
-        await door.check(GOOD)
-        assert door._process is not None
-        door._process.kill()
-        with pytest.raises(RequestError, match="takes more than can be compiled"):
-            await door.check(SLOW)
-        await door.check(StructuredOutputsParams(regex="[0-9]+"))
-
-    run(test)
-
-
 def test_a_client_that_leaves_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(door: GrammarDoor) -> None:
+    async def test(door: GrammarDoor, checker: GrammarChecker) -> None:
         await door.check(GOOD)
         leaving = asyncio.create_task(door.check(SLOW))
         await asyncio.sleep(0.05)
@@ -91,10 +125,24 @@ def test_a_client_that_leaves_leaves_no_answer_behind(monkeypatch: pytest.Monkey
     run(test)
 
 
+def test_a_door_that_closes_ends_what_is_being_checked() -> None:
+    async def main() -> None:
+        door = GrammarDoor(new_checker())
+        await door.check(GOOD)
+        checking = asyncio.create_task(door.check(SLOW))
+        await asyncio.sleep(0.05)
+        await door.close()
+        with pytest.raises(EngineUnavailableError):
+            await checking
+
+    asyncio.run(main())
+
+
 def test_without_a_tokenizer_there_is_a_reason(tmp_path: Path) -> None:
-    async def test(door: GrammarDoor) -> None:
+    checker = new_checker(tmp_path)
+    try:
         for _ in range(2):
             with pytest.raises(RequestError, match=r"needs the model's tokenizer\.json"):
-                await door.check(GOOD)
-
-    run(test, tmp_path)
+                checker.check(GOOD)
+    finally:
+        checker.close()

@@ -59,6 +59,20 @@ def test_counters_survive_a_restart_of_the_engine(metrics: Metrics) -> None:
     assert value(metrics, "vllm:generation_tokens_total") == 159
 
 
+def test_prefix_hits_by_origin_and_misses_by_reason(metrics: Metrics) -> None:
+    def by(label: str, value: str) -> str:
+        return LABELS.replace('m"}', f'm",{label}="{value}"}}')
+
+    metrics.record_stats(EngineStats(total_steps=1, prefix_hits={"device": 32}, prefix_misses={"salt": 1}))
+    metrics.record_stats(EngineStats(total_steps=2, prefix_hits={"device": 48, "disk": 16}, prefix_misses={"salt": 3}))
+    assert value(metrics, "quire:prefix_cache_hits_by_origin_total", by("origin", "device")) == 48
+    metrics.record_stats(EngineStats(total_steps=1, prefix_hits={"disk": 64}, prefix_misses={"evicted": 2}))
+    assert value(metrics, "quire:prefix_cache_hits_by_origin_total", by("origin", "disk")) == 80
+    assert value(metrics, "quire:prefix_cache_misses_total", by("reason", "salt")) == 3
+    assert value(metrics, "quire:prefix_cache_misses_total", by("reason", "evicted")) == 2
+    assert "vllm:prefix_cache_misses" not in metrics.render().decode()
+
+
 def test_a_request(metrics: Metrics) -> None:
     times = RequestMetrics(
         arrival_time=10.0,

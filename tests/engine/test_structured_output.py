@@ -163,8 +163,10 @@ def test_samples_end_by_other_reasons_too(llm: LLM) -> None:
 def test_a_bad_grammar_stops_the_call_before_anything_runs(llm: LLM) -> None:
     steps = llm.stats().total_steps
     bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="("))
-    with pytest.raises(RequestError, match="unclosed group"):
-        run(llm, [SamplingParams(), bad], ["a", "b"])
+    slow = SamplingParams(structured_outputs=StructuredOutputsParams(json={"type": "integer", "multipleOf": 999983}))
+    for params, reason in ((bad, "unclosed group"), (slow, r"takes more than 0\.7 s to compile")):
+        with pytest.raises(RequestError, match=reason):
+            run(llm, [SamplingParams(), params], ["a", "b"])
     assert llm.stats().total_steps == steps
     assert texts(run(llm, SamplingParams(max_tokens=9, structured_outputs=StructuredOutputsParams(choice=("x",))), "a"))
 
@@ -175,6 +177,23 @@ def test_a_model_without_tokenizer_has_no_structured_outputs(random_model: Path,
             (tmp_path / file.name).symlink_to(file)
     with pytest.raises(RequestError, match=r"needs the model's tokenizer\.json"):
         run(LLM(str(tmp_path), **OPTIONS), SamplingParams(structured_outputs=JSON, detokenize=False), [[5]])
+
+
+def test_a_beam_that_ignores_the_end_ends_where_its_text_is_whole(llm: LLM) -> None:
+    """With one end token, after which nothing comes; and where the text can go on, it does."""
+    choices = ["yes", "no", "never"]
+    for form, expected in (
+        (StructuredOutputsParams(choice=tuple(choices)), choices),
+        (StructuredOutputsParams(regex="a{0,12}"), ["a" * 12]),
+    ):
+        params = SamplingParams(
+            beam_width=3, n=len(expected), max_tokens=30, ignore_eos=True, structured_outputs=form, length_penalty=0.0
+        )
+        (output,) = run(llm, params, "O")
+        assert sorted(texts([output])) == sorted(expected)
+        for sample in output.outputs:
+            assert sample.stop_reason is None
+            assert [place for place, token in enumerate(sample.token_ids, 1) if token == 1] == [len(sample.token_ids)]
 
 
 @pytest.mark.parametrize("width", [2, 4])

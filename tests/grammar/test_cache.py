@@ -34,7 +34,7 @@ def form(regex: str) -> StructuredOutputsParams:
 
 def test_compiles_once_and_keeps_the_last_used() -> None:
     compiler = CountingCompiler()
-    cache = GrammarCache(lambda: compiler, max_grammars=2)
+    cache = GrammarCache(lambda: compiler, max_grammars=2, max_bytes=100)
     first = cache.compile(form("a")).result()
     assert first.num_mask_words == 2
     assert cache.compile(form("a")).result() is first
@@ -51,7 +51,7 @@ def test_compiles_once_and_keeps_the_last_used() -> None:
 
 def test_what_is_in_use_is_found_however_many_came_since() -> None:
     compiler = CountingCompiler()
-    cache = GrammarCache(lambda: compiler, max_grammars=1)
+    cache = GrammarCache(lambda: compiler, max_grammars=1, max_bytes=100)
     in_use = cache.compile(form("a")).result()
     for number in range(5):
         cache.compile(form(f"x{number}")).result()
@@ -60,9 +60,20 @@ def test_what_is_in_use_is_found_however_many_came_since() -> None:
     assert compiler.compiled.count("a") == 1
 
 
+def test_what_exceeds_the_bytes_is_forgotten_the_least_recently_used_first() -> None:
+    compiler = CountingCompiler()
+    cache = GrammarCache(lambda: compiler, max_grammars=9, max_bytes=100)
+    for name, num_bytes, kept, held in (("a", 40, 1, 40), ("b", 60, 2, 100), ("a", 40, 2, 100), ("c", 30, 2, 70)):
+        cache.compile(form(name), num_bytes).result()
+        assert (len(cache), cache.num_bytes) == (kept, held), name
+    large = cache.compile(form("d"), 101).result()
+    assert (len(cache), cache.num_bytes) == (0, 0)
+    assert cache.find(form("d")) is large, "as long as it is in use"
+
+
 def test_a_failure_is_told_and_not_kept() -> None:
     compiler = CountingCompiler()
-    cache = GrammarCache(lambda: compiler, max_grammars=4)
+    cache = GrammarCache(lambda: compiler, max_grammars=4, max_bytes=100)
     for _ in range(2):
         with pytest.raises(RequestError, match="no grammar"):
             cache.compile(form("bad")).result()
@@ -70,7 +81,7 @@ def test_a_failure_is_told_and_not_kept() -> None:
 
 
 def test_a_worn_grammar_is_compiled_anew() -> None:
-    cache = GrammarCache(CountingCompiler, max_grammars=4)
+    cache = GrammarCache(CountingCompiler, max_grammars=4, max_bytes=100)
     worn = cache.compile(form("a")).result()
     worn.worn = True
     fresh = cache.compile(form("a")).result()
@@ -82,7 +93,7 @@ def test_a_vocabulary_that_cannot_be_loaded_fails_every_grammar() -> None:
     def load() -> CountingCompiler:
         raise RequestError("no tokenizer.json")
 
-    cache = GrammarCache(load, max_grammars=4)
+    cache = GrammarCache(load, max_grammars=4, max_bytes=100)
     cache.warm()
     for _ in range(2):
         with pytest.raises(RequestError, match=r"no tokenizer\.json"):

@@ -52,7 +52,7 @@ class Steps:
 
 def test_an_empty_pool() -> None:
     report = Steps().report()
-    assert (report.requests, report.misses, report.waste) == ([], {}, 0.0)
+    assert (report.requests, report.stats.prefix_misses, report.waste) == ([], {}, 0.0)
     assert (report.used_block_ages.max, report.named_free_block_ages.max) == (0.0, 0.0)
 
 
@@ -106,7 +106,10 @@ def test_where_prompts_were_found_and_why_not() -> None:
     assert miss.evicted_seconds_ago is not None
     assert 0.0 < miss.evicted_seconds_ago <= steps.seconds - evicted_at + 3.0
     steps.finish()
-    assert steps.report().misses == {"new": 2, "differs": 1, "salt": 1, "evicted": 1}
+    stats = steps.report().stats
+    assert stats.prefix_misses == {"new": 2, "differs": 1, "salt": 1, "evicted": 1}
+    assert stats.prefix_hits == {"device": 24}
+    assert stats.total_prefix_hits == 24
 
 
 def test_blocks_shared_with_other_requests_are_counted_for_each() -> None:

@@ -20,7 +20,10 @@ OutputJson = Annotated[Path | None, Parameter(help="Also write the result to thi
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SIZES = frozenset(
-    {"kv_cache_memory", "logprobs_memory", "swap_space", "disk_cache_size", "max_body_size", "max_header_size"}
+    {
+        *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
+        *("max_body_size", "max_header_size"),
+    }
 )
 """Given in bytes or as a text such as 4GiB; the config class reads both."""
 _ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}

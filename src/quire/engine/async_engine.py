@@ -26,7 +26,7 @@ from quire import errors
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import find_model, load_tokenizer, model_name, read_default_params
-from quire.engine.grammar_door import GrammarDoor
+from quire.engine.grammar_door import GrammarChecker, GrammarDoor
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.messages import (
@@ -149,12 +149,11 @@ class AsyncLLM:
             max_logprobs=self.config.max_logprobs,
             seed=self.config.seed,
         )
-        self._grammar_door = GrammarDoor(
-            str(find_model(self.config.tokenizer, self.config.revision) if self.config.tokenizer else folder),
-            vocab_size=self._model_config.vocab_size,
-            eos_token_ids=self._model_config.eos_token_ids,
-        )
         self._report(f"tokenizer: {time.perf_counter() - started:.2f} s")
+        self._grammar_door = GrammarDoor(GrammarChecker.for_model(self.config, self._model_config, folder))
+        if self.tokenizer is not None:
+            # Now, while the engine process reads its weights and nobody is served yet.
+            self._grammar_door.warm()
 
     async def wait_ready(self) -> None:
         """Return when the engine can compute. Raises what kept it from that."""
@@ -241,7 +240,7 @@ class AsyncLLM:
         # A long text takes milliseconds to tokenise, in which other streams must go on.
         request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
         if params.structured_outputs is not None and self._grammar_door is not None:
-            await self._grammar_door.check(params.structured_outputs)
+            request = replace(request, grammar_bytes=await self._grammar_door.check(params.structured_outputs))
         flight = _InFlight(request, {index: [] for index in range(request.params.n)})
         self._in_flight[internal_id] = flight
         self._outputs.add(request, text)

@@ -57,14 +57,18 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
     """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
-    if config.tokenizer is not None:
-        return Tokenizer.from_folder(find_model(config.tokenizer, config.revision))
+    folder = tokenizer_folder(config, folder)
     try:
         return Tokenizer.from_folder(folder)
     except CheckpointError:
-        if (folder / "tokenizer.json").exists():
+        if config.tokenizer is not None or (folder / "tokenizer.json").exists():
             raise
         return None
+
+
+def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
+    """The model's folder, or the one asked for."""
+    return folder if config.tokenizer is None else find_model(config.tokenizer, config.revision)
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -55,6 +55,7 @@ class EngineCore:
         """`grammars` is the one that the runner finds them in."""
         self._scheduler = scheduler
         self._runner = runner
+        self._grammar_cache = grammars
         self._grammars = WaitingForGrammar(grammars)
         self._refused: list[tuple[str, RequestError]] = []
         self._vocab_size = vocab_size
@@ -80,7 +81,9 @@ class EngineCore:
         second if it were read when the first grammar comes.
         """
         processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
-        grammars = GrammarCache(lambda: load_compiler(config, model_config, folder), config.max_grammars)
+        grammars = GrammarCache(
+            lambda: load_compiler(config, model_config, folder), config.max_grammars, config.grammar_memory
+        )
         if warm_grammars:
             grammars.warm()
         started = time.perf_counter()
@@ -234,10 +237,14 @@ class EngineCore:
         self._runner.close()
 
     def memory_report(self) -> MemoryReport:
-        return self._scheduler.memory_report()
+        report = self._scheduler.memory_report()
+        report.stats = self.stats()
+        return report
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        stats.num_grammars, stats.num_grammar_bytes = len(self._grammar_cache), self._grammar_cache.num_bytes
+        return stats
 
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable that is not registered."""

@@ -5,11 +5,13 @@ step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import perf_counter
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model, load_tokenizer
 from quire.engine.core import EngineCore
+from quire.engine.grammar_door import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
@@ -59,12 +61,15 @@ class Engine:
             seed=config.seed,
         )
         self._outputs = OutputProcessor(self.tokenizer)
+        self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> RequestOutput:
         """Queue a request. Returns its still empty output; raises `RequestError` for one that cannot be served."""
         request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+        if params.structured_outputs is not None:
+            request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)
         self._outputs.add(request, text)
         return RequestOutput(request_id, text, request.prompt_token_ids, [])
@@ -119,4 +124,5 @@ class Engine:
 
     def close(self) -> None:
         """Save what the disk tier lacks and let go of its files; nothing can be asked for after it."""
+        self._grammar_checker.close()
         self._core.close()

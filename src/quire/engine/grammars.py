@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from pathlib import Path
 
 from quire.config import EngineConfig
-from quire.engine.checkpoint import find_model
+from quire.engine.checkpoint import tokenizer_folder
 from quire.errors import RequestError
 from quire.grammar.cache import Compiler, GrammarCache
 from quire.grammar.compiled import Grammar
@@ -18,8 +18,7 @@ WAIT_SECONDS = 0.05
 
 def load_compiler(config: EngineConfig, model_config: ModelConfig, folder: Path) -> Compiler:
     """The compiler for a model's tokens. Raises `RequestError` where there is no tokenizer to compile for."""
-    if config.tokenizer is not None:
-        folder = find_model(config.tokenizer, config.revision)
+    folder = tokenizer_folder(config, folder)
     return read_compiler(folder, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
 
 
@@ -30,7 +29,7 @@ def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ..
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise RequestError(
-            "structured_outputs needs the model's tokenizer.json, which is missing",
+            "structured output needs the model's tokenizer.json, which is missing",
             param="structured_outputs",
             code="not_available",
         )
@@ -63,7 +62,7 @@ class WaitingForGrammar:
         """Begin to compile; `take` gives the request back."""
         form = request.params.structured_outputs
         assert form is not None
-        self._compiling[request.request_id] = (request, self._cache.compile(form))
+        self._compiling[request.request_id] = (request, self._cache.compile(form, request.grammar_bytes))
 
     def abort(self, request_id: str) -> None:
         """Forget a request. What is being compiled is kept for the next one."""
@@ -92,7 +91,7 @@ class WaitingForGrammar:
         except RequestError as error:
             return error
         except (Exception, CancelledError) as error:
-            return RequestError(
-                f"structured_outputs could not be compiled: {error}", param="structured_outputs", code="invalid_grammar"
-            )
+            form = request.params.structured_outputs
+            asked_as = form.asked_as if form is not None else None
+            return RequestError(f"{asked_as} could not be compiled: {error}", param=asked_as, code="invalid_grammar")
         return None

@@ -110,6 +110,8 @@ class CheckGrammar(msgspec.Struct, tag=True):
 class GrammarChecked(msgspec.Struct, tag=True):
     """The answer to either; the error is for the client."""
 
+    num_bytes: int = 0
+    """Of the compiled grammar."""
     error: str | None = None
     code: str = "invalid_value"
 

@@ -31,6 +31,10 @@ _WITHOUT_ALIAS = frozenset(
         "steps",
         "kv_block_evictions",
         "kv_block_copies",
+        "grammar_cache_grammars",
+        "grammar_cache_bytes",
+        "prefix_cache_hits_by_origin",
+        "prefix_cache_misses",
         "kv_tier_blocks",
         "kv_tier_bytes",
         "kv_tier_stopped",
@@ -120,6 +124,9 @@ class Metrics:
         self._shared = self._gauge("kv_slots_shared", "Token slots that sharing saved")
         self._waste = self._gauge("kv_waste_perc", "Share of the allocated slots that hold no token, 0 to 1")
 
+        self._grammars = self._gauge("grammar_cache_grammars", "Compiled grammars that are kept")
+        self._grammar_bytes = self._gauge("grammar_cache_bytes", "Bytes they took when they were compiled")
+
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Preempted requests")
@@ -128,8 +135,14 @@ class Metrics:
         self._steps = self._counter("steps", "Steps of the engine")
         self._evictions = self._counter("kv_block_evictions", "Named blocks whose space was taken")
         self._copies = self._counter("kv_block_copies", "Blocks copied on write")
+        self._hits_by_origin = self._labelled(
+            Counter, "prefix_cache_hits_by_origin", "The same by where their KV was: device, host, disk", "origin"
+        )
+        self._misses = self._labelled(
+            Counter, "prefix_cache_misses", "Prompts not found as a whole, by why the first block was not", "reason"
+        )
         self._tier_gauges = [
-            (self._by_tier(Gauge, name, about), attrgetter(field))
+            (self._labelled(Gauge, name, about, "tier"), attrgetter(field))
             for name, about, field in (
                 ("kv_tier_blocks", "KV blocks in a tier below the pool", "num_blocks"),
                 ("kv_tier_bytes", "Bytes they take", "num_bytes"),
@@ -137,9 +150,9 @@ class Metrics:
             )
         ]
         self._tier_counters = [
-            (self._by_tier(Counter, name, about), attrgetter(field))
+            (self._labelled(Counter, name, about, "tier"), attrgetter(field))
             for name, about, field in (
-                ("kv_tier_hits", "Prompt tokens loaded from a tier instead of computed", "total_hits"),
+                ("kv_tier_hits", "Tokens loaded from a tier instead of computed", "total_hits"),
                 ("kv_tier_saved_blocks", "KV blocks saved to a tier", "total_saved"),
                 ("kv_tier_loaded_blocks", "KV blocks loaded from a tier", "total_loaded"),
                 ("kv_tier_saved_bytes", "Bytes saved to a tier", "total_saved_bytes"),
@@ -262,6 +275,8 @@ class Metrics:
             (self._allocated, stats.num_allocated_slots),
             (self._shared, stats.num_shared_slots),
             (self._waste, stats.waste),
+            (self._grammars, stats.num_grammars),
+            (self._grammar_bytes, stats.num_grammar_bytes),
         ):
             gauge.set(value)
         for counter, now, then in (
@@ -275,6 +290,12 @@ class Metrics:
             (self._copies, stats.total_block_copies, before.total_block_copies),
         ):
             counter.inc(max(0, now - then))
+        for origin, hits in stats.prefix_hits.items():
+            more = hits - before.prefix_hits.get(origin, 0)
+            self._hits_by_origin.labels(**self._labels, origin=origin).inc(max(0, more))
+        for reason, misses in stats.prefix_misses.items():
+            more = misses - before.prefix_misses.get(reason, 0)
+            self._misses.labels(**self._labels, reason=reason).inc(max(0, more))
         for name, tier in stats.tiers.items():
             tier_before = before.tiers.get(name, TierStats())
             for tier_gauge, value_of in self._tier_gauges:
@@ -301,8 +322,8 @@ class Metrics:
         self._add(metric)
         return metric.labels(**self._labels)
 
-    def _by_tier(self, kind: type[_Metric], name: str, about: str) -> _Metric:
-        metric = kind(_OWN + name, about, [*self._labels, "tier"], registry=None)
+    def _labelled(self, kind: type[_Metric], name: str, about: str, label: str) -> _Metric:
+        metric = kind(_OWN + name, about, [*self._labels, label], registry=None)
         self._add(metric)
         return metric
 

@@ -1,4 +1,7 @@
-"""GrammarCache: the compiled grammars of one engine, bounded, by what was asked for; compiling is done in a thread."""
+"""GrammarCache: the compiled grammars of one engine, by what was asked for, bounded in number and bytes.
+
+Compiling is done in a thread.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,14 +20,18 @@ class Compiler(Protocol):
 
 
 class GrammarCache:
-    """Keeps the `max_grammars` that were used last; those in use elsewhere are found as long as they are in use.
+    """Keeps those that were used last, at most `max_grammars` of `max_bytes` in all; others only while they are in use.
 
     `load` makes the compiler when the first grammar is asked for; it may raise what `compile` raises.
     """
 
-    def __init__(self, load: Callable[[], Compiler], max_grammars: int) -> None:
+    def __init__(self, load: Callable[[], Compiler], max_grammars: int, max_bytes: int) -> None:
+        self.num_bytes = 0
+        """What the kept ones took when they were compiled. Following a grammar adds what is learned of it."""
         self._load = load
         self._max_grammars = max_grammars
+        self._max_bytes = max_bytes
+        self._sizes: dict[StructuredOutputsParams, int] = {}
         self._compiler: Compiler | None = None
         self._recent: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
         self._in_use: WeakValueDictionary[StructuredOutputsParams, Grammar] = WeakValueDictionary()
@@ -33,8 +40,8 @@ class GrammarCache:
     def __len__(self) -> int:
         return len(self._recent)
 
-    def compile(self, form: StructuredOutputsParams) -> "Future[Grammar]":
-        """The grammar, compiled once; a failure is the future's exception, and is not kept."""
+    def compile(self, form: StructuredOutputsParams, num_bytes: int = 0) -> "Future[Grammar]":
+        """The grammar, compiled once, which takes `num_bytes`; a failure is the future's exception, and is not kept."""
         future = self._recent.get(form)
         if future is not None and not (future.done() and (future.exception() is not None or future.result().worn)):
             self._recent.move_to_end(form)
@@ -45,10 +52,12 @@ class GrammarCache:
             future.set_result(grammar)
         else:
             future = self._background().submit(self._compile, form)
+        self._forget(form)
         self._recent[form] = future
-        self._recent.move_to_end(form)
-        while len(self._recent) > self._max_grammars:
-            self._recent.popitem(last=False)
+        self._sizes[form] = num_bytes
+        self.num_bytes += num_bytes
+        while len(self._recent) > self._max_grammars or self.num_bytes > self._max_bytes:
+            self._forget(next(iter(self._recent)))
         return future
 
     def warm(self) -> None:
@@ -61,6 +70,10 @@ class GrammarCache:
         if grammar is not None and form in self._recent:
             self._recent.move_to_end(form)
         return grammar
+
+    def _forget(self, form: StructuredOutputsParams) -> None:
+        if self._recent.pop(form, None) is not None:
+            self.num_bytes -= self._sizes.pop(form)
 
     def _compile(self, form: StructuredOutputsParams) -> Grammar:
         grammar = self._load_once().compile(form)

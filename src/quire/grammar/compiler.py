@@ -89,7 +89,7 @@ def _refusal(form: StructuredOutputsParams, reason: str) -> RequestError:
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[:MAX_REASON_CHARS] + "…"
     return RequestError(
-        f"structured_outputs: the {form.kind} cannot be compiled: {reason}",
-        param="structured_outputs",
+        f"{form.asked_as}: the {form.kind} cannot be compiled: {reason}",
+        param=form.asked_as,
         code="invalid_grammar",
     )

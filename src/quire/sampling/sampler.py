@@ -97,6 +97,9 @@ class Sampler:
         for row, found in candidates.items():
             if not np.isfinite(found.logprobs[0]):
                 errors[row] = failures.get(row) or _grammar_error(states[row]) or _explain(found.logprobs[0])
+            grammar = states[row].grammar
+            if grammar is not None and grammar.complete:
+                candidates[row] = found._replace(last=True)
         for row, k in batch.reporting_beams.items():
             candidates[row] = candidates[row]._replace(
                 reports=self._report_beam(raw_beams[row], candidates[row].token_ids, k)

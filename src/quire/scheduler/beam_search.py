@@ -75,7 +75,7 @@ class BeamSearch:
         live: list[tuple[float, int, int]] = []
         for rank, (score, beam, place) in enumerate(self._by_score(candidates)):
             token_id = candidates[beam].token_ids[place]
-            if at_limit or token_id in self._enders:
+            if at_limit or token_id in self._enders or candidates[beam].last:
                 if rank < self.width:
                     self._finish(beam, candidates[beam], place, score)
             else:
@@ -117,14 +117,14 @@ class BeamSearch:
     def _finish(self, beam: int, candidates: BeamCandidates, place: int, score: float) -> None:
         token_id = candidates.token_ids[place]
         token_ids = [*self._beams[beam].token_ids, token_id]
-        ended = token_id in self._enders
+        ended = token_id in self._enders or candidates.last
         self._finished.append(
             Hypothesis(
                 token_ids=token_ids,
                 cumulative_logprob=score,
                 score=score / len(token_ids) ** self._length_penalty,
                 finish_reason=FinishReason.STOP if ended else FinishReason.LENGTH,
-                stop_reason=token_id if ended and token_id not in self._eos_token_ids else None,
+                stop_reason=token_id if token_id in self._enders - self._eos_token_ids else None,
                 logprobs=self._logprobs_with(beam, candidates, place),
             )
         )

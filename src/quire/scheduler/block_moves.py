@@ -10,6 +10,7 @@ of the step that also computes; reads from disk run in the background, and until
 memory and a row but is in no plan. A read that fails cuts its table there: the rest is computed.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from quire.kv_cache.block_hash import BlockName
@@ -29,10 +30,16 @@ class _Loading:
 
     first: int
     names: list[BlockName]
+    origins: list[str]
+    """The tier of each."""
     missing: set[BlockName] = field(default_factory=set)
     """Those that no plan has put into the pool yet."""
     unread: list[BlockName] = field(default_factory=list)
     """Those that are on disk and were not asked for yet, the first at the end."""
+
+    def tokens_by_tier(self, block_size: int) -> dict[str, int]:
+        """What is loaded when nothing is missing any more."""
+        return {tier_name: count * block_size for tier_name, count in Counter(self.origins).items()}
 
 
 class BlockTransfers:
@@ -50,8 +57,8 @@ class BlockTransfers:
         """Loads of that plan: tier, block, for whom."""
         self._complete: dict[Sequence, int] = {}
         """Sequences that have all their blocks with that plan, and how many of their tokens that makes."""
-        self._ended: list[tuple[Sequence, int]] = []
-        """(sequence, tokens loaded) since the scheduler last asked, of sequences that had to wait."""
+        self._ended: list[tuple[Sequence, dict[str, int]]] = []
+        """(sequence, tokens loaded by tier) since the scheduler last asked, of sequences that had to wait."""
         self._idle: dict[BlockName, int] = {}
         """Blocks to write behind, the last first."""
         self._saving: set[BlockName] = set()
@@ -89,10 +96,11 @@ class BlockTransfers:
             found.append((tier_name, name))
         return found
 
-    def start(self, sequence: Sequence, found: list[tuple[str, BlockName]]) -> None:
+    def start(self, sequence: Sequence, found: list[tuple[str, BlockName]]) -> dict[str, int]:
         """Load what of `found` is worth it, into new blocks at the end of a table whose last block is full.
 
-        The pool must have a free block for each.
+        The pool must have a free block for each. Returns the tokens by tier if the plan in the making loads all of
+        them; otherwise `begin` tells of the sequence when it need wait no longer.
         """
         block_size, table = self._pool.block_size, sequence.table
         num_queued = len(self._reads) + sum(len(loading.unread) for loading in self.waiting.values())
@@ -101,8 +109,8 @@ class BlockTransfers:
             self._index.tiers[tier_name].stats.total_recomputed += 1
         sources = found[:num_worth]
         if not sources:
-            return
-        loading = _Loading(len(table.blocks), [name for _, name in sources])
+            return {}
+        loading = _Loading(len(table.blocks), [name for _, name in sources], [tier_name for tier_name, _ in sources])
         loading.missing.update(loading.names)
         self._pinned.update(loading.names)
         for tier_name, name in reversed(sources):
@@ -125,9 +133,10 @@ class BlockTransfers:
                 loading.unread.append(name)
         loading.unread.reverse()
         self._ask_for_reads()
+        return {} if sequence in self.waiting else loading.tokens_by_tier(block_size)
 
-    def begin(self) -> list[tuple[Sequence, int]]:
-        """Open a plan with what has arrived. Returns (sequence, tokens loaded) of those that need wait no longer."""
+    def begin(self) -> list[tuple[Sequence, dict[str, int]]]:
+        """Open a plan with what has arrived. Returns (sequence, tokens by tier) of those that need wait no longer."""
         for name, sequence in self._arrived.items():
             if sequence is None:
                 self._plan.dropped.append(name)
@@ -136,7 +145,7 @@ class BlockTransfers:
                 block = sequence.table.blocks[loading.first + loading.names.index(name)]
                 self._load(sequence, loading, DISK, name, block)
                 if sequence not in self.waiting:
-                    self._ended.append((sequence, len(loading.names) * self._pool.block_size))
+                    self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
         self._arrived.clear()
         self._ask_for_reads()
         ended, self._ended = self._ended, []
@@ -146,7 +155,7 @@ class BlockTransfers:
         """A sequence gives its blocks back: nothing may be written into them any more."""
         self.waiting.pop(sequence, None)
         self._complete.pop(sequence, None)
-        self._ended = [(other, num_tokens) for other, num_tokens in self._ended if other is not sequence]
+        self._ended = [(other, loaded) for other, loaded in self._ended if other is not sequence]
         for orphans in (self._reads, self._arrived):
             for name in [name for name, owner in orphans.items() if owner is sequence]:
                 orphans[name] = None
@@ -180,7 +189,7 @@ class BlockTransfers:
         loading = self.waiting[sequence]
         end = loading.names.index(failed)
         lost = set(loading.names[end:])
-        del loading.names[end:]
+        del loading.names[end:], loading.origins[end:]
         loading.missing -= lost
         loading.unread = [name for name in loading.unread if name not in lost]
         for orphans in (self._reads, self._arrived):
@@ -192,7 +201,7 @@ class BlockTransfers:
         if not loading.missing:
             del self.waiting[sequence]
             table.name_full_blocks(sequence.token_ids, table.num_tokens)
-            self._ended.append((sequence, end * self._pool.block_size))
+            self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
 
     # -- down ---------------------------------------------------------------------------------------------------------
 

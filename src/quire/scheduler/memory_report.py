@@ -10,9 +10,7 @@ from quire.scheduler.sequence import NO_ROW, SequenceGroup
 MAX_REPORTED_REQUESTS = 1000
 
 
-def report_memory(
-    pool: BlockPool, groups: Iterable[SequenceGroup], stats: EngineStats, misses: dict[str, int], now: float
-) -> MemoryReport:
+def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: EngineStats, now: float) -> MemoryReport:
     """The whole report; `now` is on the clock that set `pool.now`."""
     requests = sorted((_of_request(pool, group) for group in groups), key=lambda request: not request.running)
     used = [now - pool.taken_at[block] for block, count in enumerate(pool.ref_counts) if count]
@@ -22,7 +20,6 @@ def report_memory(
         waste=stats.waste,
         used_block_ages=_quantiles(used),
         named_free_block_ages=_quantiles(named),
-        misses=misses.copy(),
         requests=requests[:MAX_REPORTED_REQUESTS],
     )
 

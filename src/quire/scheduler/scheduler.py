@@ -84,7 +84,6 @@ class Scheduler:
         self._tiers = tiers
         self._transfers = None if tiers is None else BlockTransfers(tiers, pool)
         self._history = PrefixHistory(pool.block_size, clock)
-        self._misses: dict[str, int] = {}
         self._save_evicted, pool.on_evict = pool.on_evict, self._note_eviction
         self._planned_at = 0.0
 
@@ -183,6 +182,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """The present counts."""
         stats, pool = replace(self._stats), self.pool
+        stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
         stats.num_running = len(self._running)
         stats.num_waiting = len(self._waiting)
         stats.num_used_blocks = pool.num_used
@@ -199,7 +199,7 @@ class Scheduler:
 
     def memory_report(self) -> MemoryReport:
         """Who holds what, how old it is, and why prompts were not found."""
-        return report_memory(self.pool, self._groups.values(), self.stats(), self._misses, self._clock())
+        return report_memory(self.pool, self._groups.values(), self.stats(), self._clock())
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
@@ -210,8 +210,8 @@ class Scheduler:
         plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
         self._forked, self._row_forks = [], []
         if self._transfers is not None:
-            for sequence, num_tokens in self._transfers.begin():
-                self._count_hits(sequence.group, num_tokens)
+            for sequence, loaded in self._transfers.begin():
+                self._count_hits(sequence, loaded)
         self._decide(plan)
         if self._transfers is not None:
             plan.moves = self._transfers.finish(computes=bool(plan.rows))
@@ -369,43 +369,48 @@ class Scheduler:
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
         leader.table.adopt(found, inside)
-        leader.num_computed_tokens = num_cached = leader.table.num_tokens
+        leader.num_computed_tokens = leader.table.num_tokens
+        hits = {"device": leader.table.num_tokens}
         if stored and self._transfers is not None:
-            self._transfers.start(leader, stored)
-            if leader not in self._transfers.waiting:
-                num_cached = leader.num_computed_tokens
+            hits |= self._transfers.start(leader, stored)
         if leader.table.blocks:
             plan.new_blocks.append((leader.row, 0, leader.table.blocks.copy()))
         if group.num_cached_tokens < 0:
             group.first_scheduled_time = self._clock()
             group.num_cached_tokens = 0
-            self._explain(group, len(found), stored)
+            self._explain(group)
             self._stats.total_prefix_queries += group.num_prompt_tokens
-            self._count_hits(group, num_cached)
+            self._count_hits(leader, hits)
         bisect.insort(self._running, group, key=_order)
 
-    def _explain(self, group: SequenceGroup, num_found: int, stored: list[tuple[str, BlockName]]) -> None:
-        """Note where a group's first blocks come from, and why the next one comes from nowhere."""
-        leader, block_size = group.leader, self.pool.block_size
-        covered = leader.num_computed_tokens // block_size
-        for tier in ("device",) * num_found + tuple(tier for tier, _ in stored[: covered - num_found]):
-            group.cached_tokens[tier] = group.cached_tokens.get(tier, 0) + block_size
-        prompt = group.request.prompt_token_ids
-        if covered >= (len(prompt) - 1) // block_size or not self.pool.enable_prefix_caching:
+    def _explain(self, group: SequenceGroup) -> None:
+        """Note why the first block that a group must compute was not found."""
+        leader, prompt = group.leader, group.request.prompt_token_ids
+        covered = leader.num_computed_tokens // self.pool.block_size
+        if covered >= (len(prompt) - 1) // self.pool.block_size or not self.pool.enable_prefix_caching:
             return
         group.miss = self._history.explain(prompt, covered, leader.table.name_of(covered, prompt))
-        self._misses[group.miss.reason] = self._misses.get(group.miss.reason, 0) + 1
+        misses = self._stats.prefix_misses
+        misses[group.miss.reason] = misses.get(group.miss.reason, 0) + 1
 
     def _note_eviction(self, block: int, name: BlockName) -> None:
         self._history.note_eviction(name)
         if self._save_evicted is not None:
             self._save_evicted(block, name)
 
-    def _count_hits(self, group: SequenceGroup, num_tokens: int) -> None:
-        """Tokens that need not be computed, if this is how the group begins and not how it resumes."""
-        if group.num_preemptions == 0:
-            group.num_cached_tokens += num_tokens
-            self._stats.total_prefix_hits += num_tokens
+    def _count_hits(self, sequence: Sequence, hits: dict[str, int]) -> None:
+        """Prompt tokens by where their KV was found, if this is how the group begins and not how it resumes."""
+        group = sequence.group
+        if group.num_preemptions or sequence is not group.leader:
+            return
+        for origin, found in hits.items():
+            # After a restart of the engine, tokens that were output before may be found, too.
+            num_tokens = min(found, group.num_prompt_tokens - group.num_cached_tokens)
+            if num_tokens > 0:
+                group.num_cached_tokens += num_tokens
+                self._stats.total_prefix_hits += num_tokens
+                for counts in (group.cached_tokens, self._stats.prefix_hits):
+                    counts[origin] = counts.get(origin, 0) + num_tokens
 
     def _plan_behind(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
         """Share the rest of the budget among sequences that lack more than their last token."""

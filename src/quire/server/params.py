@@ -126,15 +126,16 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
         return None
     if len(asked) > 1:
         raise RequestError(f"{' and '.join(asked)} are set; set one of them", param=asked[-1])
+    (asked_as,) = asked
     if request.structured_outputs is not None:
         given = {
             name: getattr(request.structured_outputs, name) for name in request.structured_outputs.__struct_fields__
         }
         return StructuredOutputsParams(**{name: value for name, value in given.items() if value is not None})
     if form is None or form.type == "text":
-        return StructuredOutputsParams(**guided)
+        return StructuredOutputsParams(**guided, asked_as=asked_as)
     if form.type == "json_object":
-        return StructuredOutputsParams(json_object=True)
+        return StructuredOutputsParams(json_object=True, asked_as=asked_as)
     if form.type != "json_schema":
         raise RequestError(
             f"response_format is of type {form.type!r}; there is text, json_object and json_schema",
@@ -142,7 +143,7 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
         )
     if form.json_schema is None or form.json_schema.schema is None:
         raise RequestError("response_format of type json_schema needs json_schema.schema", param="response_format")
-    return StructuredOutputsParams(json=form.json_schema.schema)
+    return StructuredOutputsParams(json=form.json_schema.schema, asked_as=asked_as)
 
 
 def _wants_no_tools(request: object) -> bool:
