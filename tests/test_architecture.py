@@ -53,6 +53,9 @@ ENGINE_WITH_TORCH = {"core", "engine", "engine_process"}
 
 TENSORS_OF_THE_CACHE = "quire.kv_cache.storage"
 
+GPU_LIBRARIES = {"triton", "flashinfer"}
+ROOMS_OF_THE_GPU = ("quire.kernels.triton", "quire.kernels.flashinfer")
+
 NEVER_IMPORTED = {"transformers", "pydantic", "pickle", "cloudpickle", "dill", "shelve", "marshal"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 
@@ -270,6 +273,14 @@ def chain_to_torch(start: str, loads: dict[str, set[str]]) -> list[str]:
 
 def test_what_is_never_imported() -> None:
     assert [str(each) for each in imports() if root_of(each.target) in NEVER_IMPORTED] == []
+
+
+def test_gpu_libraries_are_imported_only_where_kernels_need_them() -> None:
+    """And nothing imports those rooms when it is imported itself: `import quire` must work without them."""
+    named = [each for each in imports() if root_of(each.target) in GPU_LIBRARIES]
+    assert [str(each) for each in named if not each.module.startswith(ROOMS_OF_THE_GPU)] == []
+    loaders = [each for each in inside(imports()) if each.target.startswith(ROOMS_OF_THE_GPU) and each.eager]
+    assert [str(each) for each in loaders if not each.module.startswith(ROOMS_OF_THE_GPU)] == []
 
 
 def test_no_code_is_made_from_data() -> None:

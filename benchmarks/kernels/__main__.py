@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention.plan import AttentionPlan, plan_attention
+from quire.attention.plan import CpuAttentionPlan, plan_attention
 from quire.kernels import cpu
 
 BLOCK_SIZE = 16
@@ -50,7 +50,7 @@ class Attention:
             (torch.full(keys, 0.5, dtype=dtype), torch.full(values, 0.5, dtype=dtype)) for _ in range(layers)
         ]
         self.q = torch.randn(sequences * new, num_heads, self.head_dim)
-        self.plan: AttentionPlan = plan_attention(
+        self.plan: CpuAttentionPlan = plan_attention(
             np.arange(sequences + 1, dtype=np.int32) * new,
             np.full(sequences, context, dtype=np.int32),
             tables,

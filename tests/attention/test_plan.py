@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quire.attention.plan import AttentionPlan, MergeColumn, WorkColumn, plan_attention
+from quire.attention.plan import CpuAttentionPlan, MergeColumn, WorkColumn, plan_attention
 
 HEADS = [(1, 1), (6, 2), (8, 8), (12, 1), (32, 8)]
 
@@ -19,7 +19,7 @@ def plan(
     num_threads: int = 2,
     window: int = 0,
     batch_invariant: bool = False,
-) -> AttentionPlan:
+) -> CpuAttentionPlan:
     """Plan sequences given as (tokens, of which new)."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
     new = [count for _, count in sequences]
@@ -44,7 +44,7 @@ def random_sequences(seed: int) -> list[tuple[int, int]]:
     return [(int(n), int(random.choice([0, 1, n, random.integers(1, n + 1)]))) for n in lengths]
 
 
-def times_seen(found: AttentionPlan, sequences: list[tuple[int, int]], num_kv_heads: int) -> NDArray[np.int64]:
+def times_seen(found: CpuAttentionPlan, sequences: list[tuple[int, int]], num_kv_heads: int) -> NDArray[np.int64]:
     """[T, num_kv_heads, longest sequence]: how many items show a key to a token."""
     longest = max((length for length, _ in sequences), default=0)
     seen = np.zeros((sum(new for _, new in sequences), num_kv_heads, longest), dtype=np.int64)
@@ -106,7 +106,7 @@ def test_partial_results_have_rows_of_their_own(seed: int) -> None:
 def test_a_batch_invariant_plan_splits_by_position_alone() -> None:
     """At every 1,024 keys; what a window leaves out at the beginning, in steps of 256."""
 
-    def parts(found: AttentionPlan) -> list[tuple[int, int]]:
+    def parts(found: CpuAttentionPlan) -> list[tuple[int, int]]:
         return sorted({(item[WorkColumn.KEY_BEGIN], item[WorkColumn.KEY_END]) for item in found.work.tolist()})
 
     for threads in (1, 64):
@@ -118,7 +118,7 @@ def test_a_batch_invariant_plan_splits_by_position_alone() -> None:
     assert parts(plan([(3000, 1)], window=1500, batch_invariant=True)) == [(1280, 2048), (2048, 3000)]
 
 
-def cost(found: AttentionPlan, group: int) -> NDArray[np.int64]:
+def cost(found: CpuAttentionPlan, group: int) -> NDArray[np.int64]:
     work = found.work.numpy().astype(np.int64)
     keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
     rows = np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, 24)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, reference
+from quire.kernels import reference
+from quire.kernels.interface import CpuAttentionPlan
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class RaggedBatch:
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
-    plan: AttentionPlan
+    plan: CpuAttentionPlan
     scale: float
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, AttentionPlan, float]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, CpuAttentionPlan, float]:
         return self.q, self.k_cache, self.v_cache, self.plan, self.scale
 
-    def in_float64(self) -> tuple[Tensor, Tensor, Tensor, AttentionPlan, float]:
+    def in_float64(self) -> tuple[Tensor, Tensor, Tensor, CpuAttentionPlan, float]:
         return self.q.double(), self.k_cache.double(), self.v_cache.double(), self.plan, self.scale
 
 

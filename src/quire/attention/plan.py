@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import CpuAttentionPlan
 
-__all__ = ["AttentionPlan", "MergeColumn", "WorkColumn", "plan_attention"]
+__all__ = ["CpuAttentionPlan", "MergeColumn", "WorkColumn", "plan_attention"]
 
 # Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
 # queries, outputs and keys to stay in a core's second-level cache.
@@ -36,7 +36,7 @@ _INVARIANT_ALIGNMENT = 256
 
 
 class WorkColumn(IntEnum):
-    """Columns of `AttentionPlan.work`."""
+    """Columns of `CpuAttentionPlan.work`."""
 
     SEQUENCE = 0
     TOKEN_BEGIN = 1  # row of q and out
@@ -49,7 +49,7 @@ class WorkColumn(IntEnum):
 
 
 class MergeColumn(IntEnum):
-    """Columns of `AttentionPlan.merges`."""
+    """Columns of `CpuAttentionPlan.merges`."""
 
     TOKEN_BEGIN = 0
     NUM_TOKENS = 1
@@ -72,8 +72,8 @@ def plan_attention(
     num_threads: int,
     window: int = 0,
     batch_invariant: bool = False,
-) -> AttentionPlan:
-    """Plan one step of B sequences with T new tokens; `AttentionPlan` says what the arrays hold.
+) -> CpuAttentionPlan:
+    """Plan one step of B sequences with T new tokens; `CpuAttentionPlan` says what the arrays hold.
 
     The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
     window serves the layers that have this window or a smaller one. Where a plan is `batch_invariant`, the order in
@@ -107,7 +107,7 @@ def plan_attention(
     work, merges, num_partial_rows = _split_keys(work, num_splits[tile], group, part_keys)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, _MIN_COST_ROWS) * work[:, WorkColumn.NUM_HEADS]
-    return AttentionPlan(
+    return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         seq_lens=_tensor(seq_lens),
         block_tables=_tensor(block_tables),
@@ -125,7 +125,7 @@ def _cut_into_tiles(
 ) -> NDArray[np.int32]:
     """Runs of new tokens of one sequence, with all heads and the keys they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
-    sequence, tile = _enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
+    sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
     end = query_start_loc[sequence + 1]
     token_begin = query_start_loc[sequence] + tile * tile_tokens
     tokens = np.minimum(tile_tokens, end - token_begin)
@@ -147,7 +147,7 @@ def _share_out_heads(
     work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Each item becomes `num_groups` items of about as many heads; also says which item each came from."""
-    item, group = _enumerate_runs(num_groups)
+    item, group = enumerate_runs(num_groups)
     if len(item) > len(work):
         work = work[item]
         head_begin = group * num_kv_heads // num_groups[item]
@@ -175,7 +175,7 @@ def _split_keys(
     merges[:, MergeColumn.PARTIAL_ROW] = partial_begin[split]
     merges[:, MergeColumn.NUM_SPLITS] = num_splits[split]
 
-    item, part = _enumerate_runs(num_splits)
+    item, part = enumerate_runs(num_splits)
     work, count = work[item], num_splits[item]
     begin = work[:, WorkColumn.KEY_BEGIN].astype(np.int64)
     end = work[:, WorkColumn.KEY_END].astype(np.int64)
@@ -191,7 +191,7 @@ def _split_keys(
     return work, merges, int(partial_end[-1])
 
 
-def _enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Lengths [2, 0, 3] -> runs [0, 0, 2, 2, 2] and places in them [0, 1, 0, 1, 2]."""
     run = np.repeat(np.arange(len(lengths)), lengths)
     return run, np.arange(len(run)) - (np.cumsum(lengths) - lengths)[run]

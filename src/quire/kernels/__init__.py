@@ -11,4 +11,8 @@ def kernels_for(device_type: str) -> Kernels:
         import quire.kernels.cpu as cpu
 
         return cpu
-    raise ValueError(f"no kernels for device type {device_type!r}; there are kernels for 'cpu'")
+    if device_type == "cuda":
+        import quire.kernels.triton as triton
+
+        return triton
+    raise ValueError(f"no kernels for device type {device_type!r}; there are kernels for 'cpu' and 'cuda'")

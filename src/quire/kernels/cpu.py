@@ -15,7 +15,8 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
-from quire.kernels.interface import AttentionPlan, QuantizedWeight
+from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, QuantizedWeight
+from quire.kernels.reference import kv_cache_shapes
 
 __all__ = [
     "add_rms_norm",
@@ -24,6 +25,7 @@ __all__ = [
     "gather_rows_quantized",
     "gelu_and_mul",
     "isa",
+    "kv_cache_shapes",
     "linear",
     "linear_quantized",
     "pack_linear",
@@ -96,7 +98,17 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return out
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    _refuse_scales(k_scale, v_scale)
     _cpu.write_kv(k, v, k_cache, v_cache, slots)
 
 
@@ -170,7 +182,11 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
+    assert isinstance(plan, CpuAttentionPlan)
+    _refuse_scales(k_scale, v_scale)
     if plan.window and not 0 < window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
     out = torch.empty_like(q)
@@ -192,3 +208,8 @@ def paged_attention(
         out,
     )
     return out
+
+
+def _refuse_scales(k_scale: float, v_scale: float) -> None:
+    if (k_scale, v_scale) != (1.0, 1.0):
+        raise ValueError(f"k_scale, v_scale: caches on a CPU are not scaled; expected 1.0, found {k_scale}, {v_scale}")

@@ -1,15 +1,17 @@
 """What every kernel module offers, and the plan its attention reads.
 
-`reference` (plain PyTorch) is the specification; `cpu` has the same names and signatures. The plan is built once per
-step by `quire.attention.plan` and lives here because kernels take it as an argument.
+`reference` (plain PyTorch) is the specification; `cpu` and `triton` have the same names and signatures. The plan is
+built once per step by the device's planner in `quire.attention` and lives here because kernels take it as an argument.
 
 Shapes: T new tokens of all sequences, B sequences, H hidden size, D head_dim. Indices are int32. The KV cache of one
-layer is a pair of tensors of blocks, laid out so that both products of attention run over it without repacking:
+layer is a pair of tensors of blocks, laid out as the device multiplies them best; `kv_cache_shapes` says how:
 
-    k_cache  [num_blocks, num_kv_heads, head_dim, block_size]    keys are transposed inside a block
-    v_cache  [num_blocks, num_kv_heads, block_size, head_dim]
+              reference, cpu                                         triton
+    k_cache   [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
+    v_cache   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
 
-A slot is `block * block_size + offset`; slot -1 means "write nothing".
+A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 holds keys and values divided
+by their layer's `k_scale` and `v_scale`.
 """
 
 from collections.abc import Sequence
@@ -18,10 +20,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+KVShape = tuple[int, int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """One step's attention, ready to run on every layer. All tensors are contiguous, on the CPU, int32 unless noted."""
+    """One step's attention as every device knows it. All tensors are contiguous, on the device, int32.
+
+    What a device's planner found out beyond this is in a class of its own below this one.
+    """
 
     query_start_loc: Tensor
     """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
@@ -31,14 +38,20 @@ class AttentionPlan:
     """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
     slots: Tensor
     """[T]: where the keys and values of each new token go."""
+    window: int
+    """The plan left out keys that a window of this many positions never sees; 0: none left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuAttentionPlan(AttentionPlan):
+    """The plan of `quire.attention.plan`, balanced over threads."""
+
     work: Tensor
     """[num_items, 8]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
     merges: Tensor
     """[num_merges, 6]: results that were split over their keys; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
     """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
-    window: int
-    """The plan left out keys that a window of this many positions never sees; 0: none left out."""
     num_threads: int
     """The number of threads the work was balanced for."""
 
@@ -63,6 +76,10 @@ class QuantizedWeight:
 class Kernels(Protocol):
     """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
 
+    def kv_cache_shapes(
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int
+    ) -> tuple[KVShape, KVShape]: ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -75,7 +92,17 @@ class Kernels(Protocol):
 
     def gelu_and_mul(self, x: Tensor, tanh: bool) -> Tensor: ...
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
+    def write_kv(
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None: ...
 
     def copy_blocks(self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None: ...
 
@@ -104,4 +131,6 @@ class Kernels(Protocol):
         window: int = 0,
         softcap: float = 0.0,
         alibi_slopes: Tensor | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
     ) -> Tensor: ...

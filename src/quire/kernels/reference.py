@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import AttentionPlan, QuantizedWeight
+from quire.kernels.interface import AttentionPlan, KVShape, QuantizedWeight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,13 +51,30 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing."""
+def kv_cache_shapes(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[KVShape, KVShape]:
+    """The shapes of one layer's k_cache and v_cache."""
+    return (num_blocks, num_kv_heads, head_dim, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
+
+    They are divided by their scales before they are rounded to the cache's type.
+    """
     block_size = v_cache.shape[2]
     written = slots >= 0
     block, offset = slots[written].long() // block_size, slots[written].long() % block_size
-    k_cache[block, :, :, offset] = k[written].to(k_cache.dtype)
-    v_cache[block, :, offset] = v[written].to(v_cache.dtype)
+    k_cache[block, :, :, offset] = (k[written] / k_scale).to(k_cache.dtype)
+    v_cache[block, :, offset] = (v[written] / v_scale).to(v_cache.dtype)
 
 
 def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
@@ -150,13 +167,15 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
     """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
 
     The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position;
     with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score
     s becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key position -
-    query position).
+    query position). What the cache holds is multiplied by its scale.
     """
     num_heads, group = q.shape[1], q.shape[1] // v_cache.shape[1]
     out = torch.zeros_like(q)
@@ -167,7 +186,9 @@ def paged_attention(
         table = plan.block_tables[s, :num_blocks].long()
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
         key = k_cache[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+        key = key * k_scale
         value = v_cache[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
+        value = value * v_scale
 
         scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
         if softcap > 0:

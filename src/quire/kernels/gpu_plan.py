@@ -1,0 +1,83 @@
+"""GpuAttentionPlan: one step's attention as work lists in device memory. `quire.attention.triton` makes it, the kernels
+of a GPU read it. Nothing here needs Triton."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+
+from quire.kernels.interface import AttentionPlan
+
+
+class ItemColumn(IntEnum):
+    """Columns of `WorkList.items`. An item is a run of new tokens and a range of keys, for every KV head."""
+
+    TOKEN = 0  # first row of q and out; of an item that gathers, first row of `GpuAttentionPlan.gathered`
+    NUM_TOKENS = 1
+    POSITION = 2  # of the first token; the others follow it. Of an item that gathers: the lowest of its tokens
+    KEY_BEGIN = 3  # positions in the sequence, a multiple of the tile
+    KEY_END = 4
+    TABLE = 5  # where in `block_tables`, seen as flat, the sequence's blocks begin
+    PARTIAL = 6  # the first token's place in `partials`, the others follow it; -1: the item writes `out` itself
+
+
+class GatheredColumn(IntEnum):
+    """Columns of `GpuAttentionPlan.gathered`, for items whose tokens are scattered over the batch."""
+
+    TOKEN = 0
+    PARTIAL = 1
+
+
+class MergeColumn(IntEnum):
+    """Columns of `GpuAttentionPlan.merges`. Parts of one token lie `STRIDE` places apart in `partials`."""
+
+    TOKEN = 0
+    PARTIAL = 1
+    NUM_PARTS = 2
+    STRIDE = 3
+
+
+NUM_ITEM_COLUMNS = 8
+"""A power of two: an item is 32 bytes, one sector of memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """Items of one launch, costliest first."""
+
+    items: Tensor
+    """[capacity, 8]; columns in `ItemColumn`."""
+    count: Tensor
+    """[1]: how many there are in this step; programs beyond return at once."""
+    num_programs: int
+    """Items the launch has programs for: a bound that holds for every step a CUDA graph is replayed in, or the exact
+    count. 0: nothing to launch."""
+    num_rows: int
+    """Rows (tokens x query heads of one KV head) a program holds: 16, 32, 64 or 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuAttentionPlan(AttentionPlan):
+    """The tensors are views of one buffer at fixed addresses, which the next plan overwrites.
+
+    Sequences with few new tokens (decode, verified drafts) are in `narrow`, the others (prefill, chunks of it) in
+    `wide`; `shared` holds the keys that many sequences have in common, once for all of them.
+    """
+
+    narrow: WorkList
+    wide: WorkList
+    shared: WorkList
+    gathered: Tensor
+    """[capacity, 2]: the tokens of `shared`; columns in `GatheredColumn`."""
+    merges: Tensor
+    """[capacity, 4]: tokens whose keys were split; columns in `MergeColumn`."""
+    num_merges: Tensor
+    """[1]: how many there are in this step."""
+    num_merge_programs: int
+    """Like `WorkList.num_programs`."""
+    partials: Tensor
+    """[places, num_heads, head_dim] float32: results of parts of the keys."""
+    partial_lse: Tensor
+    """[places, num_heads] float32: the base-2 logarithm of the sum each part's softmax divided by."""
+    tile: int
+    """Keys a program takes at a time: items begin at multiples of it, and it divides the block size."""

@@ -1,0 +1,48 @@
+"""How each kernel is launched: tables, no autotuning, so that no request ever waits for one. `tests/kernels/triton`
+compiles every row for every architecture and holds its registers and shared memory to a budget."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter. It computes with the bits of bfloat16 and float8 as if they were whole
+numbers, so kernels widen what they load when this is set."""
+
+
+class AttentionConfig(NamedTuple):
+    tile: int
+    """Keys taken at a time."""
+    num_warps: int
+    num_stages: int
+
+
+def attention_config(num_rows: int, head_dim: int, max_tile: int, kv_bytes: int) -> AttentionConfig:
+    """For a tile of rows, a head size, and the widest tile of keys that the plan allows.
+
+    Few rows are decode: the time is that of reading keys, so three stages keep copies in flight. Many rows are prefill:
+    the tensor cores set the pace, and registers how much a warp may hold.
+    """
+    tile = min(64, max_tile)
+    if head_dim > 128:
+        return AttentionConfig(min(32, tile), 8 if num_rows == 128 else 4, 2)
+    if num_rows <= 32:
+        return AttentionConfig(tile, 4, 3)
+    return AttentionConfig(tile, 8 if num_rows == 128 else 4, 3)
+
+
+def compute_dtype(activations: torch.dtype, cache: torch.dtype) -> Any:
+    """What both products are computed in. float8 becomes float16, which holds each of its values and takes a third of
+    the instructions that bfloat16 takes."""
+    if INTERPRETED:
+        return tl.float32
+    if cache.itemsize == 1:
+        return tl.float16
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[activations]
+
+
+def num_warps_for(row_size: int) -> int:
+    """For a program that takes a whole row: at most 16 elements a thread, as long as there are warps."""
+    return min(16, max(1, row_size // 512))

@@ -1,0 +1,47 @@
+"""Dense layers: torch's products (cuBLAS) over weights joined once. Weights of few bits are not there yet."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from quire.errors import ConfigError
+from quire.kernels.interface import QuantizedWeight
+
+
+def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+    """The weights one below the other, on the device of the first."""
+    return torch.cat([weight.to(getattr(torch, dtype)) for weight in weights])
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """Computed in the type of the weight; the result has the type of x. A bias of another type is widened or rounded as
+    it is added."""
+    out = torch.nn.functional.linear(x.to(packed.dtype), packed).to(x.dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    _refuse()
+
+
+def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+    _refuse()
+
+
+def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    _refuse()
+
+
+def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
+    """In the type of the weight, which is that of the activations."""
+    return packed.index_select(0, ids)
+
+
+def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise ConfigError("quantization: the GPU kernels have no int8 or int4 weights yet; leave it out, or run on the CPU")

@@ -1,0 +1,135 @@
+"""The GPU's plan: every key a token sees is in exactly one item, and what a CUDA graph may rely on holds."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
+from quire.kernels.gpu_plan import ItemColumn, MergeColumn
+
+BLOCK_SIZE = 64
+
+
+def buffers_for(group: int, num_sms: int = 4) -> PlanBuffers:
+    return PlanBuffers(
+        num_heads=2 * group,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=12,
+        max_num_tokens=1024,
+        max_blocks=64,
+        device=torch.device("cpu"),
+        num_sms=num_sms,
+    )
+
+
+def plan(sequences: list[tuple[int, int]], buffers: PlanBuffers, **options: int) -> GpuAttentionPlan:
+    """Of sequences given as (tokens, of which new), whose block tables count up."""
+    lengths = np.array([length for length, _ in sequences], dtype=np.int32)
+    new = [new for _, new in sequences]
+    width = -(-int(lengths.max(initial=0)) // BLOCK_SIZE)
+    tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
+    starts = np.cumsum([0, *new]).astype(np.int32)
+    return plan_attention(starts, lengths, tables, np.arange(sum(new), dtype=np.int32), buffers=buffers, **options)
+
+
+def check_coverage(found: GpuAttentionPlan, sequences: list[tuple[int, int]], window: int) -> None:
+    """Each new token has an output from one item, or from the parts that a merge names; together they hold each key
+    that it sees once."""
+    num_tokens = sum(new for _, new in sequences)
+    seen: list[list[tuple[int, int, int]]] = [[] for _ in range(num_tokens)]  # (place, keys from, keys to)
+    table_of = [s * found.block_tables.shape[1] for s, (_, new) in enumerate(sequences) for _ in range(new)]
+    positions = [position for length, new in sequences for position in range(length - new, length)]
+    for work in (found.narrow, found.wide):
+        assert int(work.count) <= work.num_programs
+        for item in work.items[: int(work.count)].tolist():
+            assert item[ItemColumn.KEY_BEGIN] % found.tile == 0
+            assert item[ItemColumn.KEY_BEGIN] < item[ItemColumn.KEY_END]
+            for index in range(item[ItemColumn.NUM_TOKENS]):
+                token, partial = item[ItemColumn.TOKEN] + index, item[ItemColumn.PARTIAL]
+                assert item[ItemColumn.TABLE] == table_of[token]
+                assert item[ItemColumn.POSITION] + index == positions[token]
+                place = -1 if partial < 0 else partial + index
+                seen[token].append((place, item[ItemColumn.KEY_BEGIN], item[ItemColumn.KEY_END]))
+    merges = {merge[MergeColumn.TOKEN]: merge for merge in found.merges[: int(found.num_merges)].tolist()}
+    places = [place for parts in seen for place, _, _ in parts if place >= 0]
+    assert len(places) == len(set(places))
+    assert max(places, default=0) < len(found.partials)
+    for token, parts in enumerate(seen):
+        if token in merges:
+            _, first, num_parts, stride = merges[token]
+            assert sorted(place for place, _, _ in parts) == [first + stride * part for part in range(num_parts)]
+        else:
+            assert [place for place, _, _ in parts] == [-1]
+        ranges = sorted((begin, end) for _, begin, end in parts)
+        assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(ranges))
+        first_visible = max(0, positions[token] - window + 1) if window else 0
+        assert ranges[0][0] <= first_visible
+        assert ranges[-1][1] >= positions[token] + 1
+
+
+SEQUENCES = st.lists(
+    st.tuples(st.integers(1, 4000), st.integers(1, 80)).map(lambda each: (max(each), min(each))),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(SEQUENCES, st.sampled_from([1, 4, 7, 8]), st.sampled_from([0, 100]))
+def test_every_visible_key_is_read_once(sequences: list[tuple[int, int]], group: int, window: int) -> None:
+    check_coverage(plan(sequences, buffers_for(group), window=window), sequences, window)
+
+
+@given(st.lists(st.integers(8, 4000), max_size=12), st.sampled_from([1, 4, 5]))
+def test_a_captured_plan_launches_the_same_programs_whatever_the_step(lengths: list[int], query_len: int) -> None:
+    sequences = [(length, 1 + length % query_len) for length in lengths]
+    buffers = buffers_for(4)
+    found = plan(sequences, buffers, captured_seqs=12, captured_query_len=query_len)
+    check_coverage(found, sequences, window=0)
+    other = plan([(9, 1)], buffers, captured_seqs=12, captured_query_len=query_len)
+    for one, two in ((found.narrow, other.narrow), (found.wide, other.wide), (found.shared, other.shared)):
+        assert (one.num_programs, one.num_rows) == (two.num_programs, two.num_rows)
+        assert (one.items.data_ptr(), one.count.data_ptr()) == (two.items.data_ptr(), two.count.data_ptr())
+    assert found.num_merge_programs == other.num_merge_programs >= int(found.num_merges)
+    assert found.slots.data_ptr() == other.slots.data_ptr()
+    assert len(found.slots) == 12 * query_len
+
+
+def test_one_long_sequence_is_spread_over_the_device() -> None:
+    buffers = buffers_for(4, num_sms=16)
+    found = plan([(4000, 1)] + [(64, 1)] * 7, buffers)
+    keys = found.narrow.items[:, ItemColumn.KEY_END] - found.narrow.items[:, ItemColumn.KEY_BEGIN]
+    assert keys.max() <= 4 * BLOCK_SIZE
+    assert keys.tolist() == sorted(keys.tolist(), reverse=True)
+
+
+def test_splits_stop_where_their_results_have_no_room() -> None:
+    """Many tokens over many keys: parts get longer instead of more than fit."""
+    sequences = [(4000, 80)] * 12
+    check_coverage(plan(sequences, buffers_for(1, num_sms=1000)), sequences, window=0)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    buffers = buffers_for(4)
+    with pytest.raises(
+        ValueError, match="3 sequences of up to 1 new tokens do not fit a graph of 2 sequences of up to 1"
+    ):
+        plan([(9, 1)] * 3, buffers, captured_seqs=2)
+    one = np.ones(1, dtype=np.int32)
+    with pytest.raises(ValueError, match="block_tables has room for 1 blocks of 64, too few for a sequence of 65"):
+        plan_attention(np.arange(2, dtype=np.int32), 65 * one, one[None], one, buffers=buffers)
+    with pytest.raises(ValueError, match="multiples of 16 from 16 to 256, found 8"):
+        PlanBuffers(
+            num_heads=1, num_kv_heads=1, head_dim=64, block_size=8, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
+            device=torch.device("cpu"), num_sms=1,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="200 query heads share a KV head"):
+        PlanBuffers(
+            num_heads=200, num_kv_heads=1, head_dim=64, block_size=64, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
+            device=torch.device("cpu"), num_sms=1,
+        )  # fmt: skip

@@ -1,0 +1,143 @@
+"""Paged attention on a GPU, or in Triton's interpreter, against the reference in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
+from quire.kernels import Kernels, reference
+from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
+
+FP32, FP16, BF16, FP8 = torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
+# Of values of size one. Tensor cores round queries, keys and weights to the type; float8 is computed in float16.
+TOLERANCE = {FP32: 2e-6, FP16: 2e-3, BF16: 1.6e-2}
+
+DECODE = [(33, 1), (1, 1), (200, 1)]
+MIXED = [(70, 1), (150, 40), (9, 9), (130, 3)]
+GQA1, GQA4, GQA7, GQA8 = Shape(2, 2, 64), Shape(4, 1, 64), Shape(7, 1, 64), Shape(8, 1, 64)
+
+
+def blocks(shape: Shape, block_size: int) -> Shape:
+    return Shape(shape.num_heads, shape.num_kv_heads, shape.head_dim, block_size)
+
+
+def buffers_for(shape: Shape, device: torch.device, num_sms: int = 2) -> PlanBuffers:
+    return PlanBuffers(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        max_num_seqs=8,
+        max_num_tokens=256,
+        max_blocks=64,
+        device=device,
+        num_sms=num_sms,
+    )
+
+
+def plan_of(batch: RaggedBatch, buffers: PlanBuffers, **options: int) -> GpuAttentionPlan:
+    of_cpu = batch.plan
+    host = [each.numpy() for each in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots)]
+    return plan_attention(*host, buffers=buffers, **options)
+
+
+def caches_of(batch: RaggedBatch, kv_dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The batch's keys and values as a GPU lays them out."""
+    keys, values = batch.k_cache.transpose(2, 3).contiguous(), batch.v_cache
+    return keys.to(device, kv_dtype), values.to(device, kv_dtype)
+
+
+def expected_of(batch: RaggedBatch, q: Tensor, caches: tuple[Tensor, Tensor], **options: object) -> Tensor:
+    keys, values = (cache.cpu().double() for cache in caches)
+    return reference.paged_attention(q.double(), keys.transpose(2, 3), values, batch.plan, batch.scale, **options)
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "shape", "dtype", "kv_dtype", "options"),
+    [
+        pytest.param(DECODE, blocks(GQA1, 16), FP32, FP32, {}, id="decode-fp32-gqa1-block16"),
+        pytest.param(DECODE, blocks(GQA4, 64), FP16, FP16, {}, id="decode-fp16-gqa4-block64"),
+        pytest.param(DECODE, blocks(GQA7, 256), BF16, BF16, {}, id="decode-bf16-gqa7-block256"),
+        pytest.param(DECODE, blocks(GQA8, 48), FP32, FP32, {}, id="decode-fp32-gqa8-block48"),
+        pytest.param(DECODE, Shape(4, 2, 80, 64), FP32, FP16, {}, id="decode-fp16kv-head80"),
+        pytest.param(DECODE, Shape(2, 1, 128, 64), BF16, BF16, {}, id="decode-bf16-head128"),
+        pytest.param([(40, 1)], Shape(2, 1, 256, 64), FP32, FP32, {}, id="decode-fp32-head256"),
+        pytest.param([(40, 1)], Shape(20, 1, 64, 64), FP32, FP32, {}, id="decode-fp32-gqa20"),
+        pytest.param([(90, 4), (5, 2), (160, 8)], blocks(GQA4, 64), BF16, BF16, {}, id="drafts-bf16-gqa4"),
+        pytest.param([(90, 5), (64, 1)], blocks(GQA7, 64), FP32, FP32, {}, id="drafts-fp32-gqa7"),
+        pytest.param(DECODE, blocks(GQA4, 64), BF16, FP8, {}, id="decode-bf16-fp8kv"),
+        pytest.param(DECODE, blocks(GQA4, 16), FP32, FP32, {"window": 37}, id="decode-window"),
+        pytest.param(DECODE, blocks(GQA4, 64), BF16, BF16, {"window": 64}, id="decode-bf16-window"),
+        pytest.param(DECODE, blocks(GQA4, 64), FP32, FP32, {"softcap": 2.0}, id="decode-softcap"),
+        pytest.param(MIXED, blocks(GQA1, 16), FP32, FP32, {}, id="mixed-fp32-gqa1-block16"),
+        pytest.param(MIXED, blocks(GQA4, 64), FP16, FP16, {}, id="mixed-fp16-gqa4-block64"),
+        pytest.param(MIXED, blocks(GQA7, 64), BF16, BF16, {}, id="mixed-bf16-gqa7-block64"),
+        pytest.param(MIXED, blocks(GQA8, 256), FP32, FP32, {}, id="mixed-fp32-gqa8-block256"),
+        pytest.param(MIXED, blocks(GQA4, 64), BF16, FP8, {}, id="mixed-bf16-fp8kv"),
+        pytest.param(MIXED, blocks(GQA4, 64), FP32, FP32, {"window": 37}, id="mixed-window"),
+        pytest.param(MIXED, blocks(GQA4, 64), FP32, FP32, {"window": 20, "softcap": 3.0}, id="mixed-window-softcap"),
+    ],
+)
+def test_paged_attention(
+    kernels: Kernels,
+    device: torch.device,
+    sequences: list[tuple[int, int]],
+    shape: Shape,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    options: dict[str, float],
+) -> None:
+    batch = ragged_batch(sequences, shape)
+    caches = caches_of(batch, kv_dtype, device)
+    q = batch.q.to(dtype)
+    if kv_dtype == FP8:
+        options = {**options, "k_scale": 1.25, "v_scale": 0.75}
+    expected = expected_of(batch, q, caches, **options)
+    for planned_window in {0, int(options.get("window", 0))}:
+        plan = plan_of(batch, buffers_for(shape, device), window=planned_window)
+        found = kernels.paged_attention(q.to(device), *caches, plan, batch.scale, **options)
+        assert_close(found, expected, dtype)
+
+
+def test_slopes(kernels: Kernels, device: torch.device) -> None:
+    batch = ragged_batch(MIXED, blocks(GQA4, 64))
+    caches = caches_of(batch, FP32, device)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    plan = plan_of(batch, buffers_for(blocks(GQA4, 64), device))
+    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, alibi_slopes=slopes.to(device))
+    assert_close(found, expected_of(batch, batch.q, caches, alibi_slopes=slopes), FP32)
+
+
+def test_a_captured_plan_serves_another_step(kernels: Kernels, device: torch.device) -> None:
+    """What a graph holds is the launch of one plan; the next plan's numbers lie in the same memory."""
+    shape = blocks(GQA4, 64)
+    buffers = buffers_for(shape, device)
+    captured = plan_of(ragged_batch([(9, 1)] * 6, shape), buffers, captured_seqs=6)
+    batch = ragged_batch([(500, 1), (3, 1), (64, 1)], shape)
+    replayed = plan_of(batch, buffers, captured_seqs=6)
+    assert int(replayed.num_merges) == 1  # the long sequence's keys are split
+    caches = caches_of(batch, FP32, device)
+    q = torch.full((6, shape.num_heads, shape.head_dim), float("nan"))
+    q[:3] = batch.q
+    found = kernels.paged_attention(q.to(device), *caches, captured, batch.scale)
+    assert_close(found[:3], expected_of(batch, batch.q, caches), FP32)
+    assert captured.slots.tolist() == [*batch.plan.slots.tolist(), -1, -1, -1]
+
+
+def test_arguments_are_checked(kernels: Kernels, device: torch.device) -> None:
+    batch = ragged_batch([(40, 4)], blocks(GQA4, 64))
+    keys, values = caches_of(batch, FP32, device)
+    plan = plan_of(batch, buffers_for(blocks(GQA4, 64), device), window=8)
+    with pytest.raises(ValueError, match="window: expected 1 to 8"):
+        kernels.paged_attention(batch.q.to(device), keys, values, plan, batch.scale, window=9)
+    with pytest.raises(ValueError, match=r"q: expected \[T, 1 x n, 64\]"):
+        kernels.paged_attention(batch.q[..., ::2].to(device), keys, values, plan, batch.scale, window=8)
+    with pytest.raises(ValueError, match="blocks of a multiple of 64, found 16"):
+        kernels.paged_attention(batch.q.to(device), keys[:, :, :16].contiguous(), values, plan, batch.scale, window=8)

@@ -1,0 +1,131 @@
+"""Norms, activations, rotary embedding, KV writes and copies on a GPU, or in Triton's interpreter, against the
+reference in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.errors import ConfigError
+from quire.kernels import Kernels, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # Triton's interpreter
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Triton's interpreter cuts a float32 off where it should round to bfloat16: one unit in the last place.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "hidden"), [(0, 64), (3, 77), (2, 1024)])
+def test_rms_norm(kernels: Kernels, device: torch.device, dtype: torch.dtype, tokens: int, hidden: int) -> None:
+    x, residual, weight = torch.randn(tokens, hidden), torch.randn(tokens, hidden), torch.rand(hidden)
+    x, residual = x.to(device, dtype), residual.to(device, dtype)
+    expected = reference.rms_norm(x.cpu().double(), weight.double(), 1e-5)
+    assert_close(kernels.rms_norm(x, weight.to(device), 1e-5), expected, dtype)
+    total = residual.cpu().double()
+    expected = reference.add_rms_norm(x.cpu().double(), total, weight.double(), 1e-5)
+    assert_close(kernels.add_rms_norm(x, residual, weight.to(device), 1e-5), expected, dtype)
+    assert_close(residual, total, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_heads(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    fused, weight = torch.randn(3, 12, 80).to(device, dtype), torch.rand(80)
+    expected = fused.cpu().double()
+    reference.rms_norm_heads_(expected[:, 2:11], weight.double(), 1e-6)
+    kernels.rms_norm_heads_(fused[:, 2:11], weight.to(device), 1e-6)
+    assert_close(fused, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_activations(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    x = (3 * torch.randn(3, 2 * 1100)).to(device, dtype)
+    operations: list[Callable[[Kernels, Tensor], Tensor]] = [
+        lambda of, x: of.silu_and_mul(x),
+        lambda of, x: of.gelu_and_mul(x, False),
+        lambda of, x: of.gelu_and_mul(x, True),
+    ]
+    for operation in operations:
+        assert_close(operation(kernels, x), operation(reference, x.cpu().double()), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (24, 12)])
+def test_rotary(kernels: Kernels, device: torch.device, dtype: torch.dtype, head_dim: int, rotary_dim: int) -> None:
+    fused = torch.randn(3, 11, head_dim).to(device, dtype)
+    expected = fused.cpu().double()
+    positions = torch.tensor([0, 49, 7], dtype=torch.int32)
+    cos_sin = cos_sin_table(rotary_dim)
+    reference.rotary_(expected[:, :6], expected[:, 6:8], positions, cos_sin.double())
+    kernels.rotary_(fused[:, :6], fused[:, 6:8], positions.to(device), cos_sin.to(device))
+    assert_close(fused, expected, dtype)
+
+
+def cos_sin_table(rotary_dim: int) -> Tensor:
+    angles = torch.rand(50, rotary_dim // 2)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, torch.float8_e4m3fn])
+def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype) -> None:
+    # Values that float8 holds: the interpreter loses the carry when rounding to it lengthens the number.
+    fused = torch.randn(5, 9, 80).to(torch.float8_e4m3fn).float().to(device)
+    slots = torch.tensor([3, 63, -1, 16, 40], dtype=torch.int32)
+    shapes = kernels.kv_cache_shapes(5, 3, 16, 80)
+    k_cache, v_cache = (torch.zeros(shape, dtype=kv_dtype, device=device) for shape in shapes)
+    scales = {"k_scale": 0.5, "v_scale": 0.25} if kv_dtype.itemsize == 1 else {}
+    expected_k, expected_v = torch.zeros(shapes[0]).double(), torch.zeros(shapes[1]).double()
+    reference.write_kv(
+        fused[:, 3:6].cpu().double(),
+        fused[:, 6:].cpu().double(),
+        expected_k.transpose(2, 3),
+        expected_v,
+        slots,
+        **scales,
+    )
+    kernels.write_kv(fused[:, 3:6], fused[:, 6:], k_cache, v_cache, slots.to(device), **scales)
+    assert torch.equal(k_cache.cpu().double(), expected_k)
+    assert torch.equal(v_cache.cpu().double(), expected_v)
+
+
+def test_what_float8_cannot_hold_becomes_the_largest(kernels: Kernels, device: torch.device) -> None:
+    k = torch.tensor([1e6, -1e6, 448.0, 1.0]).repeat(4).view(1, 1, 16).to(device)
+    caches = [torch.zeros(1, 1, 16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]
+    kernels.write_kv(k, k, *caches, torch.zeros(1, dtype=torch.int32, device=device))
+    assert caches[0][0, 0, 0, :4].float().tolist() == [448.0, -448.0, 448.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+def test_copy_blocks(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    caches = [
+        tuple(torch.randn(shape).to(device, dtype) for shape in kernels.kv_cache_shapes(6, 2, 16, 80)) for _ in range(3)
+    ]
+    expected = [(keys.cpu().double(), values.cpu().double()) for keys, values in caches]
+    pairs = torch.tensor([[0, 5], [2, 3], [0, 1]], dtype=torch.int32)
+    reference.copy_blocks(expected, pairs)
+    kernels.copy_blocks(caches, pairs.to(device))
+    kernels.copy_blocks(caches, pairs[:0].to(device))
+    for layer, expected_layer in zip(caches, expected, strict=True):
+        for found, wanted in zip(layer, expected_layer, strict=True):
+            assert torch.equal(found.cpu().double(), wanted)
+
+
+def test_linear(kernels: Kernels, device: torch.device) -> None:
+    weights = [torch.randn(5, 32, device=device), torch.randn(3, 32, device=device)]
+    x, bias = torch.randn(4, 32, device=device).bfloat16(), torch.randn(8, device=device)
+    packed = kernels.pack_linear(weights, "bfloat16")
+    found = kernels.linear(x, packed, bias, 8)
+    expected = x.double() @ torch.cat(weights).bfloat16().double().T + bias.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1.6e-2, atol=5e-2)
+    assert found.dtype == torch.bfloat16
+    ids = torch.tensor([7, 0, 7], dtype=torch.int32, device=device)
+    assert torch.equal(kernels.gather_rows(packed, ids), packed[[7, 0, 7]])
+    with pytest.raises(ConfigError, match="no int8 or int4 weights yet"):
+        kernels.quantize_linear(weights, 8, 32)
