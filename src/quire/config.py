@@ -5,6 +5,7 @@ are never written back here: they belong to the memory plan.
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,50 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How tokens are guessed before they are drawn. Names and meanings are vLLM's."""
+
+    method: str = "ngram"
+    """ngram: what followed the last tokens where they stood before, in prompt or output."""
+    num_speculative_tokens: int = 5
+    """The longest draft; how many of it are taken is decided anew in every step."""
+    prompt_lookup_max: int = 4
+    """The most tokens that are looked for; more are preferred."""
+    prompt_lookup_min: int = 2
+    """The fewest tokens that are looked for."""
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise ConfigError(f"speculative_config: method is {self.method!r}; it must be ngram")
+        for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 8), ("prompt_lookup_min", 8)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= high:
+                raise ConfigError(f"speculative_config: {name} is {value!r}; it must be an integer from 1 to {high}")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"speculative_config: prompt_lookup_min is {self.prompt_lookup_min}, more than prompt_lookup_max "
+                f"{self.prompt_lookup_max}"
+            )
+
+    @classmethod
+    def read(cls, value: "SpeculativeConfig | Mapping[str, Any] | str") -> "SpeculativeConfig":
+        """From a mapping, or from JSON. Raises `ConfigError`."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ConfigError(f"speculative_config is {value!r}, which is not JSON: {error}") from error
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"speculative_config is {value!r}; it must be an object such as {{'method': 'ngram'}}")
+        known = [f.name for f in fields(cls)]
+        if unknown := value.keys() - known:
+            raise ConfigError(f"speculative_config has unknown {sorted(unknown)}; it may have {', '.join(known)}")
+        return cls(**value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +118,8 @@ class EngineConfig:
     """Bytes that they may take in all when compiled, e.g. 128MiB."""
     fast_forward: bool = True
     """Take tokens that a grammar forces without asking the model for each."""
+    speculative_config: SpeculativeConfig | None = None
+    """Guess tokens and check several in one step, where that is faster: {"method": "ngram"}, as JSON or a dict."""
     deterministic: bool = False
     """Batch invariance: a request's tokens and log-probabilities are the same bits whatever else runs beside it."""
     max_queue_size: int = 1024
@@ -94,6 +141,8 @@ class EngineConfig:
             object.__setattr__(self, name, value)
         for name in ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
+        if self.speculative_config is not None:
+            object.__setattr__(self, "speculative_config", SpeculativeConfig.read(self.speculative_config))
         for name in ("served_model_name", "logits_processors"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))

@@ -60,6 +60,10 @@ class RequestMetrics:
     first_token_time: float | None = None
     last_token_time: float | None = None
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    """Guessed and computed before it was known whether they come."""
+    num_accepted_tokens: int = 0
+    """Those of them that came."""
 
 
 @dataclass(slots=True)
@@ -143,6 +147,8 @@ class SequenceDelta:
     num_cached_tokens: int = 0
     first_scheduled_time: float = 0.0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -267,6 +273,11 @@ class EngineStats:
     num_grammars: int = 0
     """Compiled grammars that are kept, and the bytes they took when compiled."""
     num_grammar_bytes: int = 0
+    total_drafts: int = 0
+    """Runs of drafted tokens, one sequence's in one step."""
+    total_draft_tokens: int = 0
+    total_accepted_tokens: int = 0
+    """Draft tokens that turned out to be what came next."""
     tiers: dict[str, TierStats] = field(default_factory=dict)
     """Of each tier below the pool, by name: host, disk."""
 

@@ -118,6 +118,9 @@ class StepPlan:
     """Indices into `rows` after whose last token a sample is drawn; n times the same one where n samples part."""
     sample_rows: list[int] = field(default_factory=list)
     """For each of those, the row whose sampling state draws it and gets the token."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """Index into `sample_rows` → tokens that are guessed to come next, the last of those computed for its row. Samples
+    are drawn where the first of them is guessed and after each that holds."""
     row_forks: list[RowFork] = field(default_factory=list)
     """Beams as the last step left them; they all start from what the rows held before any of them."""
     new_rows: list[NewRow] = field(default_factory=list)
@@ -148,9 +151,12 @@ class StepResult:
     """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
-    forced_token_ids: dict[int, list[int]] = field(default_factory=dict)
-    """Index into `token_ids` → the tokens that a grammar forces after it, of which the model was not asked."""
+    following: dict[int, list[int]] = field(default_factory=dict)
+    """Index into `token_ids` → what follows it: the samples after drafted tokens that held, then the tokens that a
+    grammar forces, of which the model was not asked."""
+    following_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the samples in `following`, where asked for; nobody who asks gets forced tokens."""
     complete: list[int] = field(default_factory=list)
-    """Indices into `token_ids` of the samples whose grammar lets nothing follow, the forced tokens included."""
+    """Indices into `token_ids` of the samples whose grammar lets nothing follow, all of `following` included."""
     moved: MovedBlocks | None = None
     """None without tiers."""

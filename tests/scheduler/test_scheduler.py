@@ -8,6 +8,7 @@ else happens.
 
 import contextlib
 import random
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from quire.config import SpeculativeConfig
 from quire.errors import RequestError
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import SequenceDelta
@@ -23,6 +25,7 @@ from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler, equal_shares
 from quire.scheduler.sequence import SequenceGroup
+from quire.scheduler.speculation import Drafts, Speculation
 from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
 
 EOS = 15
@@ -159,29 +162,33 @@ class FakeRunner:
         assert len(plan.rows) == len(plan.starts) == len(plan.counts) == len(set(plan.rows))
         assert sum(plan.counts) == len(plan.token_ids)
         written: set[tuple[int, int]] = set()
+        drafts = {plan.sample_rows[index]: draft for index, draft in plan.drafts.items()}
         first = 0
         for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             row = self.rows[row_index]
+            token_ids = row.token_ids + drafts.get(row_index, [])
             assert count > 0
-            assert plan.token_ids[first : first + count] == row.token_ids[start : start + count]
+            assert plan.token_ids[first : first + count] == token_ids[start : start + count]
             for position in range(start, start + count):
                 previous = self.kv_at(row, position - 1) if position else 0
                 slot = row.blocks[position // self.size], position % self.size
                 assert slot not in written, "two rows write one slot"
                 written.add(slot)
-                self.memory[slot[0]][slot[1]] = kv_of(previous, row.token_ids[position])
+                self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position])
             first += count
         for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             row = self.rows[row_index]
             read = [self.kv_at(row, position) for position in range(start + count)]
-            assert read == kv_of_all(row.token_ids[: start + count]), "the context does not read back"
+            token_ids = row.token_ids + drafts.get(row_index, [])
+            assert read == kv_of_all(token_ids[: start + count]), "the context does not read back"
 
     def _sample(self, plan: StepPlan) -> StepResult:
         result = StepResult()
         assert plan.sample_after == sorted(plan.sample_after)
         for index, row_index in zip(plan.sample_after, plan.sample_rows, strict=True):
             row, computed = self.rows[row_index], self.rows[plan.rows[index]]
-            end = plan.starts[index] + plan.counts[index]
+            draft = plan.drafts.get(len(result.token_ids), [])
+            end = plan.starts[index] + plan.counts[index] - len(draft)
             assert end == len(row.token_ids), "a sample is drawn after the sequence's last token"
             kv = self.kv_at(computed, end - 1)
             assert kv == kv_of_all(row.token_ids)[-1]
@@ -199,10 +206,12 @@ class FakeRunner:
             row.token_ids.append(token_id)
             result.token_ids.append(token_id)
             result.logprobs.append(TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None)
+            if not is_faulty(kv, new_row.seed):
+                self._accept(row, computed, draft, end, result)
             if self.forces and not is_faulty(kv, new_row.seed) and not new_row.params.logprobs:
                 forced = self._forced(row, kv % 4)
                 if forced:
-                    result.forced_token_ids[len(result.token_ids) - 1] = forced
+                    result.following.setdefault(len(result.token_ids) - 1, []).extend(forced)
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.starts[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
@@ -210,6 +219,19 @@ class FakeRunner:
                 TokenLogprobs([target], [-float(start + offset)], [1]) for offset, target in enumerate(targets)
             ]
         return result
+
+    def _accept(self, row: Row, computed: Row, draft: list[int], end: int, result: StepResult) -> None:
+        """Draw again after each token of a draft that holds, from what stands in the memory there."""
+        place, new_row = len(result.token_ids) - 1, row.new_row
+        for offset, drafted in enumerate(draft):
+            kv = self.kv_at(computed, end + offset)
+            if drafted != row.token_ids[-1] or is_faulty(kv, new_row.seed):
+                break
+            row.token_ids.append(next_token(kv, new_row.seed, new_row.sample_index))
+            result.following.setdefault(place, []).append(row.token_ids[-1])
+            if new_row.params.logprobs:
+                logprobs = TokenLogprobs([row.token_ids[-1]], [-1.0], [1])
+                result.following_logprobs.setdefault(place, []).append(logprobs)
 
     @staticmethod
     def _forced(row: Row, count: int) -> list[int]:
@@ -225,6 +247,31 @@ class FakeRunner:
 
     def kv_at(self, row: Row, position: int) -> int:
         return self.memory[row.blocks[position // self.size]][position % self.size]
+
+
+class Guesses(Speculation):
+    """Drafts of any length, some of which are right: what comes next, with a wrong token now and then."""
+
+    def __init__(self, seed: int, max_tokens: int) -> None:
+        super().__init__(SpeculativeConfig(num_speculative_tokens=max_tokens))
+        self._random = random.Random(seed)
+        self.groups: dict[str, SequenceGroup] = {}
+
+    def choose(
+        self, candidates: SequenceOf[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
+    ) -> list[list[int]]:
+        sequences = {id(s.token_ids): s for group in self.groups.values() for s in group.sequences}
+        drafts = []
+        for _, token_ids, most in candidates:
+            assert most >= 0
+            sequence, draft = sequences[id(token_ids)], list[int]()
+            length = max(0, min(most, max_drafted, self._random.randrange(self.max_tokens + 1)))
+            for _ in range(length):
+                token = next_token(kv_of_all([*token_ids, *draft])[-1], sequence.group.request.seed, sequence.index)
+                draft.append(token if self._random.random() < 0.8 else 3)
+            max_drafted -= length
+            drafts.append(draft)
+        return drafts
 
 
 @dataclass
@@ -249,6 +296,7 @@ class Engine:
         max_num_batched_tokens: int = 64,
         max_num_partial_prefills: int = 4,
         enable_prefix_caching: bool = True,
+        guesses: Guesses | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self.runner = FakeRunner(num_blocks, block_size)
@@ -258,8 +306,11 @@ class Engine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=256,
             max_num_partial_prefills=max_num_partial_prefills,
+            speculation=guesses,
             clock=lambda: 1.0,
         )
+        if guesses is not None:
+            guesses.groups = self.scheduler._groups
         self.clients: dict[str, Client] = {}
         self.request_ids: dict[int, str] = {}
         """Identity of a prompt's list → its request."""
@@ -1116,6 +1167,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> No
         max_num_batched_tokens=rng.choice([12, 20, 100]),
         max_num_partial_prefills=rng.randrange(1, 5),
         enable_prefix_caching=rng.random() < 0.7,
+        guesses=Guesses(seed, rng.randrange(1, 9)) if seed % 2 else None,
     )
     while requests or engine.scheduler.has_work:
         while requests and rng.random() < 0.4:
@@ -1136,6 +1188,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_partial_prefills=st.integers(1, 4),
         caching=st.booleans(),
         forces=st.booleans(),
+        longest_draft=st.sampled_from([0, 1, 3, 9]),
     )
     def start(
         self,
@@ -1146,6 +1199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_partial_prefills: int,
         caching: bool,
         forces: bool,
+        longest_draft: int,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -1154,6 +1208,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + more_budget,
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
+            guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
         )
         self.engine.runner.forces = forces
         self.num_requests = 0

@@ -19,13 +19,13 @@ OutputJson = Annotated[Path | None, Parameter(help="Also write the result to thi
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SIZES = frozenset(
-    {
-        *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
-        *("max_body_size", "max_header_size"),
-    }
+_SIZES = (
+    *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
+    *("max_body_size", "max_header_size"),
 )
-"""Given in bytes or as a text such as 4GiB; the config class reads both."""
+"""Given in bytes or as a text such as 4GiB."""
+_TEXTS: dict[str, Any] = {**dict.fromkeys(_SIZES, int | str | None), "speculative_config": str | None}
+"""Options whose text the config class reads."""
 _ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
@@ -65,7 +65,7 @@ def field_docs(config: type) -> dict[str, str]:
 
 
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
-    kind = int | str | None if field.name in _SIZES else get_type_hints(config)[field.name]
+    kind = _TEXTS.get(field.name) or get_type_hints(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
     about = Parameter(
         help=field_docs(config).get(field.name, ""),

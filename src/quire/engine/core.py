@@ -32,6 +32,7 @@ from quire.runner.model_runner import ModelRunner
 from quire.sampling.logits_processors import BatchLogitsProcessor, load_processors
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.speculation import Speculation
 
 FLUSH_SECONDS = 4.0
 """Most time that `close` spends on saving blocks to the disk tier."""
@@ -116,6 +117,7 @@ class EngineCore:
             max_num_partial_prefills=config.max_num_partial_prefills,
             tiers=tiers,
             max_pinned_share=config.max_pinned_share,
+            speculation=None if config.speculative_config is None else Speculation(config.speculative_config),
         )
         runner = ModelRunner(
             model,

@@ -88,7 +88,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     batched = config.max_num_batched_tokens or max(MIN_BATCHED_TOKENS, config.max_num_seqs)
     weights = model.weight_bytes(dtype, config.quantization)
-    activations = model.activation_bytes(batched, config.max_num_seqs)
+    activations = model.activation_bytes(batched, max_num_samples(config))
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * config.block_size
     swap_space = (config.swap_space or 0) // per_block * per_block
@@ -157,6 +157,12 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         swap_space=swap_space,
         staging=staging,
     )
+
+
+def max_num_samples(config: EngineConfig) -> int:
+    """Rows of logits of the largest step: every sequence's, and those of one longest draft."""
+    drafted = config.speculative_config.num_speculative_tokens if config.speculative_config is not None else 0
+    return config.max_num_seqs + drafted
 
 
 def available_memory() -> int:

@@ -141,6 +141,9 @@ class Metrics:
         self._misses = self._labelled(
             Counter, "prefix_cache_misses", "Prompts not found as a whole, by why the first block was not", "reason"
         )
+        self._drafts = self._counter("spec_decode_num_drafts", "Runs of drafted tokens")
+        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Drafted tokens computed")
+        self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that held")
         self._tier_gauges = [
             (self._labelled(Gauge, name, about, "tier"), attrgetter(field))
             for name, about, field in (
@@ -288,6 +291,9 @@ class Metrics:
             (self._steps, stats.total_steps, before.total_steps),
             (self._evictions, stats.total_evictions, before.total_evictions),
             (self._copies, stats.total_block_copies, before.total_block_copies),
+            (self._drafts, stats.total_drafts, before.total_drafts),
+            (self._draft_tokens, stats.total_draft_tokens, before.total_draft_tokens),
+            (self._accepted_tokens, stats.total_accepted_tokens, before.total_accepted_tokens),
         ):
             counter.inc(max(0, now - then))
         for origin, hits in stats.prefix_hits.items():

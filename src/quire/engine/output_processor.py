@@ -98,6 +98,8 @@ class OutputProcessor:
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
             metrics.num_preemptions = delta.num_preemptions
+            metrics.num_draft_tokens = delta.num_draft_tokens
+            metrics.num_accepted_tokens = delta.num_accepted_tokens
         return RequestOutput(
             request_id=delta.request_id,
             prompt=state.prompt,

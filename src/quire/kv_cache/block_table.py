@@ -103,13 +103,17 @@ class BlockTable:
         self.num_tokens = 0
         self._num_named = 0
 
-    def truncate(self, num_blocks: int) -> None:
-        """Give back all blocks but the first `num_blocks`, which are full."""
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens only, and give back the blocks that no longer hold any."""
+        size = self._pool.block_size
+        num_blocks, used = -(-num_tokens // size), num_tokens % size
         for block in reversed(self.blocks[num_blocks:]):
             self._pool.release(block)
         del self.blocks[num_blocks:]
-        self.num_tokens = num_blocks * self._pool.block_size
-        self._num_named = min(self._num_named, num_blocks)
+        self.num_tokens = num_tokens
+        self._num_named = min(self._num_named, num_tokens // size)
+        if used and not self._write_needs_copy(self.blocks[-1]):
+            self._pool.write(self.blocks[-1], used)
 
     def find_prefix(self, token_ids: Sequence[int]) -> list[int]:
         """Blocks of the pool that already hold the longest findable prefix of `token_ids`, for `adopt`.

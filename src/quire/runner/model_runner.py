@@ -7,6 +7,7 @@ samples. It decides nothing.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from quire.attention.plan import plan_attention
@@ -18,11 +19,12 @@ from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.input_batch import make_input_batch
 from quire.runner.request_rows import RequestRows
+from quire.runner.sample_points import SamplePoints, make_sample_points
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
-from quire.sampling.sampler import Sampler
+from quire.sampling.sampler import Sampler, SampleResult
 from quire.sampling.state import SamplingState
-from quire.sampling.structured_output import GrammarState, MaskWorker
+from quire.sampling.structured_output import MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
 
 
@@ -93,8 +95,8 @@ class ModelRunner:
             self._block_store.close()
 
     def _compute(self, plan: StepPlan, result: StepResult) -> None:
-        states = self._rows.sampling_states(plan.sample_rows)
-        self._masks.start([state.grammar for state in states if state.grammar is not None])
+        points = make_sample_points(plan, self._rows.sampling_states(plan.sample_rows))
+        self._masks.start([state.grammar for state in points.states if state.grammar is not None])
         self._copy_blocks(plan)
         batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
         attention = plan_attention(
@@ -114,7 +116,7 @@ class ModelRunner:
             torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
         )
         if plan.sample_after:
-            self._sample(plan, states, hidden, attention.query_start_loc, result)
+            self._sample(plan, points, hidden, result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
             first = int(batch.query_start_loc[index])
             rows = hidden[first : first + len(targets)]
@@ -124,46 +126,64 @@ class ModelRunner:
         if plan.block_copies:
             self._kernels.copy_blocks(self._kv_cache.layers, torch.tensor(plan.block_copies, dtype=torch.int32))
 
-    def _sample(
-        self,
-        plan: StepPlan,
-        states: list[SamplingState],
-        hidden: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        result: StepResult,
-    ) -> None:
-        if plan.sample_after == list(range(len(hidden))):
-            logits = self._model.logits(hidden)  # a step of decoding: every token is a sequence's last
+    def _sample(self, plan: StepPlan, points: SamplePoints, hidden: torch.Tensor, result: StepResult) -> None:
+        if np.array_equal(points.tokens, np.arange(len(hidden))):
+            logits = self._model.logits(hidden)  # a step of decoding: something is drawn after every token
         else:
-            last = query_start_loc[1:][plan.sample_after] - 1
-            rows, place = torch.unique_consecutive(last, return_inverse=True)
+            rows, place = torch.unique_consecutive(torch.from_numpy(points.tokens), return_inverse=True)
             logits = self._model.logits(hidden[rows])
-            if len(rows) < len(last):
+            if len(rows) < len(points.tokens):
                 logits = logits[place]  # where a prompt ends and n samples part, each draws from a copy
         self._masks.join()
-        sampled = self._sampler.sample(logits, states)
-        for index, (state, token_id) in enumerate(zip(states, sampled.token_ids, strict=True)):
-            if sampled.errors[index] is None and index not in sampled.candidates:
-                state.append(token_id)
-                if state.grammar is not None:
-                    limit = min(state.params.max_tokens or self._max_model_len, self._max_model_len) - state.position
-                    self._follow_grammar(index, state, state.grammar, limit, result)
-        result.token_ids = sampled.token_ids
-        result.logprobs = sampled.logprobs
-        result.errors = sampled.errors
-        result.candidates = sampled.candidates
+        sampled = self._sampler.sample(logits, points.states)
+        for index, first in enumerate(points.first[:-1]):
+            result.token_ids.append(sampled.token_ids[first])
+            result.logprobs.append(sampled.logprobs[first])
+            result.errors.append(sampled.errors[first])
+            if first in sampled.candidates:
+                result.candidates[index] = sampled.candidates[first]
+            elif sampled.errors[first] is None:
+                state, num_points = points.states[first], points.first[index + 1] - first
+                following, logprobs = self._accept(sampled, first, num_points, plan.drafts.get(index, []), state)
+                following += self._follow_grammar(index, state, result)
+                if following:
+                    result.following[index] = following
+                if logprobs:
+                    result.following_logprobs[index] = logprobs
 
     @staticmethod
-    def _follow_grammar(
-        index: int, state: SamplingState, grammar: GrammarState, limit: int, result: StepResult
-    ) -> None:
+    def _accept(
+        sampled: SampleResult, first: int, num_points: int, draft: list[int], state: SamplingState
+    ) -> tuple[list[int], list[TokenLogprobs]]:
+        """Let a sequence take its sample, and those after drafted tokens as far as these are what was drawn.
+
+        Returns what follows the first sample. A sample that failed is drawn again, and fails again, in the next step.
+        """
+        following: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        state.append(sampled.token_ids[first])
+        for point in range(first + 1, first + num_points):
+            if sampled.token_ids[point - 1] != draft[len(following)] or sampled.errors[point] is not None:
+                break
+            if state.grammar is not None and not state.grammar.has_choice:
+                break
+            state.append(sampled.token_ids[point])
+            following.append(sampled.token_ids[point])
+            logprob = sampled.logprobs[point]
+            if logprob is not None:
+                logprobs.append(logprob)
+        return following, logprobs
+
+    def _follow_grammar(self, index: int, state: SamplingState, result: StepResult) -> list[int]:
         """Take the tokens that can only come next, and see whether the text is complete."""
+        if state.grammar is None:
+            return []
         # Never more than the request may have: a grammar can force a million tokens.
+        limit = min(state.params.max_tokens or self._max_model_len, self._max_model_len) - state.position
         forced = state.take_forced(limit)
-        if forced:
-            result.forced_token_ids[index] = forced
-        if grammar.complete:
+        if state.grammar.complete:
             result.complete.append(index)
+        return forced
 
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []

@@ -67,18 +67,32 @@ class GrammarState:
             self.matcher.consume_token(token_id)
             self.note_error()
 
+    def lets_follow(self, token_id: int) -> bool:
+        """Whether a token may come next."""
+        return self.matcher is not None and self.matcher.validate_tokens([token_id]) == 1
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the next token is to be drawn: the text is not whole, and `take_forced` would take nothing."""
+        forces = self._may_force and self._matcher is not None and self._matcher.compute_ff_tokens()
+        return not forces and not self.complete
+
     def take_forced(self, limit: int) -> list[int]:
         """Follow the tokens that must come next, at most `limit`, as the tokenizer would write their text.
 
         Empty where there is a choice, of texts or of how to write one.
         """
-        if not self.fast_forwards or self.matcher is None or self.matcher.is_stopped():
+        if not self._may_force or self.matcher is None:
             return []
         forced = self.matcher.compute_ff_tokens()[:limit]
         if forced:
             self.matcher.consume_tokens(forced)
             self.note_error()
         return forced
+
+    @property
+    def _may_force(self) -> bool:
+        return self.fast_forwards and self.matcher is not None and not self.matcher.is_stopped()
 
     def fork(self) -> "GrammarState":
         """A copy that goes its own way."""

@@ -196,7 +196,7 @@ class BlockTransfers:
             for name in lost & orphans.keys():
                 orphans[name] = None
         table = sequence.table
-        table.truncate(loading.first + end)
+        table.truncate((loading.first + end) * self._pool.block_size)
         sequence.num_computed_tokens = table.num_tokens
         if not loading.missing:
             del self.waiting[sequence]

@@ -14,6 +14,8 @@ The rules, in their order:
 3. Groups are admitted in order while rows, blocks for the whole prompt and a watermark of free blocks allow it.
    One whose next block is being computed by another group right now waits for that block instead of computing it
    twice.
+4. A step that only decodes may take drafted tokens too, where they pay (`speculation`). They come last: they yield
+   nobody's memory, and what of them does not hold is taken back when the step ends.
 """
 
 import bisect
@@ -34,6 +36,7 @@ from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.memory_report import report_memory
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
+from quire.scheduler.speculation import Speculation, num_equal
 from quire.scheduler.waiting_queue import WaitingQueue
 from quire.step import BeamCandidates, NewRow, RowFork, StepPlan, StepResult, TokenLogprobs
 
@@ -59,6 +62,7 @@ class Scheduler:
         max_num_partial_prefills: int = 4,
         tiers: TierIndex | None = None,
         max_pinned_share: float = 0.5,
+        speculation: Speculation | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -86,6 +90,7 @@ class Scheduler:
         self._history = PrefixHistory(pool.block_size, clock)
         self._save_evicted, pool.on_evict = pool.on_evict, self._note_eviction
         self._planned_at = 0.0
+        self._speculation = speculation
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -221,10 +226,13 @@ class Scheduler:
     def _decide(self, plan: StepPlan) -> None:
         while True:
             behind, preempted = self._plan_decoding(plan)
+            num_decoding = len(plan.rows)
             budget = self.max_num_batched_tokens - plan.num_tokens
             if not preempted:
                 self._admit(plan, behind, budget)
             self._plan_behind(plan, behind, budget)
+            if self._speculation is not None and num_decoding and num_decoding == len(plan.rows):
+                self._plan_drafts(plan, self._speculation)
             if plan.rows or not self._running or (self._transfers is not None and self._transfers.waiting):
                 return
             # Prompts hold all blocks and none can go on: the last one makes room for the others.
@@ -447,6 +455,36 @@ class Scheduler:
                 targets = sequence.token_ids[start + 1 : min(start + 1 + count, group.num_prompt_tokens)]
                 plan.prompt_logprobs[index] = (num_logprobs, targets)
 
+    def _plan_drafts(self, plan: StepPlan, speculation: Speculation) -> None:
+        """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
+        decoding = [sequence for row in plan.rows if (sequence := self._rows[row]) is not None]
+        sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
+        # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.
+        num_slots = (self.pool.num_free - max(self._watermark, len(plan.rows))) * self.pool.block_size
+        num_rows = self.max_num_seqs + speculation.max_tokens - len(plan.rows)
+        candidates = []
+        for sequence in sequences:
+            if sequence.drafts is None:
+                sequence.drafts = speculation.new_drafts()
+            # The last token that a request may have is drawn and not computed.
+            most = sequence.group.request.max_tokens - sequence.num_output_tokens - 1
+            candidates.append((sequence.drafts, sequence.token_ids, most))
+        max_drafted = min(num_slots, num_rows, self.max_num_batched_tokens - plan.num_tokens)
+        drafts = speculation.choose(candidates, plan.num_tokens, max_drafted, self.pool.now)
+        chosen = {sequence.row: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
+        if not chosen:
+            return
+        plan.token_ids.clear()
+        for index, sequence in enumerate(decoding):
+            draft = chosen.get(sequence.row, [])
+            plan.token_ids += [sequence.token_ids[plan.starts[index]], *draft]
+            if draft:
+                plan.drafts[index] = draft
+                plan.counts[index] += len(draft)
+                changed = sequence.table.append(len(draft), plan.block_copies)
+                if changed < len(sequence.table.blocks):
+                    plan.new_blocks.append((sequence.row, changed, sequence.table.blocks[changed:]))
+
     def _preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
         self._stop_running(group)
@@ -467,7 +505,8 @@ class Scheduler:
         if self._tiers is not None and self._transfers is not None and result.moved is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
             self._transfers.take_in(plan.moves, result.moved)
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        counts = plan.counts if self._speculation is None else self._settle_drafts(plan, result, self._speculation)
+        for row, start, count in zip(plan.rows, plan.starts, counts, strict=True):
             sequence = rows[row]
             assert sequence is not None
             end = start + count
@@ -491,8 +530,9 @@ class Scheduler:
             group, first = sequence.group, place
             if group.beam_search is None:
                 place += 1
-                token_ids = [result.token_ids[first], *result.forced_token_ids.get(first, ())]
-                logprobs, error = result.logprobs[first], result.errors[first]
+                token_ids = [result.token_ids[first], *result.following.get(first, ())]
+                own, error = result.logprobs[first], result.errors[first]
+                logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
                 deltas.append(self._extend(sequence, token_ids, logprobs, error, complete=first in complete))
             else:
                 place += len(group.sequences)  # its beams stand side by side
@@ -505,6 +545,32 @@ class Scheduler:
                     )
         self._stats.total_steps += bool(plan.rows)
         return deltas
+
+    def _settle_drafts(self, plan: StepPlan, result: StepResult, speculation: Speculation) -> list[int]:
+        """Take back drafted tokens that did not come. Returns how many of each row's computed tokens stay."""
+        now = self._clock()
+        if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
+            speculation.times.measure(plan.num_tokens, now - self.pool.now, now)
+        counts = plan.counts.copy()
+        for index, draft in plan.drafts.items():
+            sequence, block_size = self._rows[plan.rows[index]], self.pool.block_size
+            assert sequence is not None
+            came = [result.token_ids[index], *result.following.get(index, ())]
+            num_held = num_equal(draft, came) if result.errors[index] is None else 0
+            # The last token is computed in the next step, which needs what the model makes of it.
+            num_kept = min(num_held, len(came) - 1)
+            counts[index] -= len(draft) - num_kept
+            end = plan.starts[index] + counts[index]
+            sequence.table.truncate(end)
+            if end % block_size < counts[index]:
+                sequence.table.name_full_blocks([*sequence.token_ids, *draft[:num_kept]], end)
+            group = sequence.group
+            group.num_draft_tokens += len(draft)
+            group.num_accepted_tokens += num_held
+            self._stats.total_drafts += 1
+            self._stats.total_draft_tokens += len(draft)
+            self._stats.total_accepted_tokens += num_held
+        return counts
 
     def _share_prompt(self, group: SequenceGroup) -> None:
         """The leader has the prompt's KV: the others share it. What else of theirs is cached is taken up, too."""
@@ -541,12 +607,12 @@ class Scheduler:
         self,
         sequence: Sequence,
         token_ids: list[int],
-        logprobs: TokenLogprobs | None,
+        logprobs: list[TokenLogprobs] | None,
         error: str | None,
         *,
         complete: bool = False,
     ) -> SequenceDelta:
-        """Append a sample and what is forced to follow it, up to where the sequence ends."""
+        """Append a sample and what follows it, up to where the sequence ends."""
         request = sequence.group.request
         delta = _delta(sequence.group, sequence.index)
         if error is not None:
@@ -557,8 +623,6 @@ class Scheduler:
             if self._transfers is not None:
                 self._transfers.forget(sequence)
         else:
-            if logprobs is not None:
-                delta.logprobs = [logprobs]
             for place, token_id in enumerate(token_ids, start=1):
                 delta.token_ids.append(token_id)
                 sequence.token_ids.append(token_id)
@@ -575,6 +639,8 @@ class Scheduler:
                     delta.finish_reason = FinishReason.LENGTH
                 if delta.finish_reason is not None:
                     break
+            if logprobs is not None:
+                delta.logprobs = logprobs[: len(delta.token_ids)]
         if delta.finish_reason is not None:
             if error is None:
                 self.prefixes.complete(request.request_id, sequence.table)
@@ -648,6 +714,7 @@ class Scheduler:
         if self._transfers is not None:
             self._transfers.cancel(sequence)
         sequence.table.free()
+        sequence.drafts = None
         if sequence.row != NO_ROW:
             self._rows[sequence.row] = None
             self._free_rows.append(sequence.row)
@@ -743,6 +810,8 @@ def _delta(group: SequenceGroup, index: int) -> SequenceDelta:
         num_cached_tokens=group.num_cached_tokens,
         first_scheduled_time=group.first_scheduled_time,
         num_preemptions=group.num_preemptions,
+        num_draft_tokens=group.num_draft_tokens,
+        num_accepted_tokens=group.num_accepted_tokens,
     )
 
 

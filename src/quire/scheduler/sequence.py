@@ -11,6 +11,7 @@ from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
 from quire.request import Request
 from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.speculation import Drafts
 
 NO_ROW = -1
 
@@ -18,7 +19,7 @@ NO_ROW = -1
 class Sequence:
     """One sample of a request."""
 
-    __slots__ = ("group", "index", "num_computed_tokens", "row", "table", "token_ids")
+    __slots__ = ("drafts", "group", "index", "num_computed_tokens", "row", "table", "token_ids")
 
     def __init__(self, group: "SequenceGroup", index: int, table: BlockTable, token_ids: list[int]) -> None:
         self.group = group
@@ -28,6 +29,8 @@ class Sequence:
         """Prompt and output."""
         self.num_computed_tokens = 0
         self.row = NO_ROW
+        self.drafts: Drafts | None = None
+        """While it runs and speculation is on."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -56,8 +59,10 @@ class SequenceGroup:
         "cached_tokens",
         "first_scheduled_time",
         "miss",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_copied_blocks",
+        "num_draft_tokens",
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
@@ -74,6 +79,8 @@ class SequenceGroup:
         """Who comes first; unique, so that every order in the scheduler is total."""
         self.num_preemptions = 0
         self.num_copied_blocks = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self.num_cached_tokens = -1
         """Prompt tokens found in the prefix cache at the first admission; −1 before it."""
         self.first_scheduled_time = 0.0
@@ -121,6 +128,11 @@ class SequenceGroup:
     def advances_together(self) -> bool:
         """Whether the sequences are beams, which take their next tokens in the same step or not at all."""
         return self.beam_search is not None
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Beams take no drafts: what follows one is not drawn. Nor does who is to be called once for every token."""
+        return self.beam_search is None and not self.request.params.logits_processors
 
     def waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether the sequence has no KV yet and will fork from the leader."""

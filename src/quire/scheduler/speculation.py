@@ -1,0 +1,181 @@
+"""Speculation: how many drafted tokens each decoding sequence takes into a step, so that the most tokens come out per
+second.
+
+A draft is a guess at the next tokens. Computed with the sequence's last token in one step, it shows which of its tokens
+are those that would have been drawn; the others are taken back. What is decided here costs or saves time and never
+changes a token.
+
+Two things are known of a choice. What it brings: each sequence's drafts are judged by what came after them, whether
+they were computed or not, which gives the probability p that a drafted token holds; the j-th of a run does with p ** j.
+What it costs: the times of the last steps, by their number of tokens. Of all drafted tokens of the batch, likeliest
+first, as many are taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing
+Speculative Decoding for Serving LLMs Using Goodput", 2024). So a sequence whose drafts fail gets short ones or none,
+and a batch that keeps the machine busy by itself gets none.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+from quire.config import SpeculativeConfig
+from quire.scheduler.ngram_lookup import NgramLookup
+
+_FORGETTING = 0.8
+"""Weight that what is known of a sequence's drafts keeps from one to the next."""
+_PRIOR = 0.5
+"""How likely a drafted token is taken to hold before anything is known, with the weight of one token."""
+_MIN_GAIN = 1.02
+"""Drafts are made only where they promise more tokens per second by this factor: less is noise of the clock."""
+_NUM_TIMES = 7
+"""Steps of one size whose median counts."""
+_MIN_TIMES = 3
+"""Steps of a size that must have been seen before anything is added to steps of that size."""
+_MAX_AGE = 30.0
+"""Seconds after which a step time is no longer believed: contexts have grown, neighbours have come or gone."""
+
+
+class Drafts:
+    """One sequence's drafts and how they fared."""
+
+    __slots__ = ("_held", "_lookup", "_missed", "_proposed", "_start")
+
+    def __init__(self, lookup: NgramLookup) -> None:
+        self._lookup = lookup
+        self._held = self._missed = 0.0
+        self._proposed: list[int] = []
+        self._start = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The probability that the next drafted token holds, if those before it do; below 1."""
+        return (self._held + _PRIOR) / (self._held + self._missed + 1.0)
+
+    def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """Judge the last draft by what `token_ids` has gained since, and make the next."""
+        came = token_ids[self._start : self._start + len(self._proposed)]
+        if came:
+            num_held = num_equal(self._proposed, came)
+            self._held = _FORGETTING * self._held + num_held
+            self._missed = _FORGETTING * self._missed + (num_held < len(came))
+        self._start = len(token_ids)
+        self._proposed = self._lookup.draft(token_ids, max_tokens)
+        return self._proposed
+
+
+class StepTimes:
+    """Seconds of steps by their number of tokens."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, deque[float]] = {}
+        self._measured_at: dict[int, float] = {}
+
+    def measure(self, num_tokens: int, seconds: float, now: float) -> None:
+        size = _size_class(num_tokens)
+        self._times.setdefault(size, deque(maxlen=_NUM_TIMES)).append(seconds)
+        self._measured_at[size] = now
+
+    def curve(self, num_tokens: int, now: float) -> "StepCurve | None":
+        """What steps take that were measured lately; None if those of `num_tokens` are not known well enough."""
+        size = _size_class(num_tokens)
+        for old in [old for old, at in self._measured_at.items() if now - at > _MAX_AGE]:
+            del self._times[old], self._measured_at[old]
+        if len(self._times.get(size, ())) < _MIN_TIMES:
+            return None
+        return StepCurve(sorted((size, median(times)) for size, times in self._times.items()))
+
+
+class StepCurve:
+    """Seconds of a step as a function of its number of tokens, by interpolation between those that were measured.
+
+    Beyond the largest more tokens are taken to cost nothing: the way to measure them is to try.
+    """
+
+    def __init__(self, points: list[tuple[int, float]]) -> None:
+        self._points = points
+
+    def seconds(self, num_tokens: int) -> float:
+        place = bisect.bisect_left(self._points, (num_tokens, 0.0))
+        if place == len(self._points):
+            return self._points[-1][1]
+        right, after = self._points[place]
+        if place == 0:
+            return after
+        left, before = self._points[place - 1]
+        return before + (after - before) * (num_tokens - left) / (right - left)
+
+    def best_rate(self, first: int, last: int) -> float:
+        """The most tokens per second of any step of `first` to `last` tokens. It is reached where a piece ends."""
+        sizes = {first, last, *(size for size, _ in self._points if first < size < last)}
+        return max(size / self.seconds(size) for size in sizes)
+
+
+class Speculation:
+    """Chooses the drafts of every step. Owned by the scheduler."""
+
+    def __init__(self, config: SpeculativeConfig) -> None:
+        self._config = config
+        self.times = StepTimes()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest draft."""
+        return self._config.num_speculative_tokens
+
+    def new_drafts(self) -> Drafts:
+        """For a sequence that has none yet."""
+        return Drafts(NgramLookup(self._config.prompt_lookup_min, self._config.prompt_lookup_max))
+
+    def choose(
+        self, candidates: Sequence[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
+    ) -> list[list[int]]:
+        """The draft, perhaps empty, of each of `candidates`, whose tokens are to be computed beside `num_tokens`.
+
+        A candidate is a sequence's drafts, its tokens, and how many may be drafted; `max_drafted` is for all.
+        """
+        nothing: list[list[int]] = [[] for _ in candidates]
+        max_drafted = min(max_drafted, len(candidates) * self.max_tokens)
+        if max_drafted <= 0:
+            return nothing
+        curve = self.times.curve(num_tokens, now)
+        if curve is None:
+            return nothing
+        best_rate = _MIN_GAIN * num_tokens / curve.seconds(num_tokens)
+        if curve.best_rate(num_tokens, num_tokens + max_drafted) < best_rate:
+            return nothing  # not even if every token held: nobody's tokens are looked at
+        proposed = [
+            drafts.propose(token_ids, min(most, self.max_tokens)) if most > 0 else []
+            for drafts, token_ids, most in candidates
+        ]
+        likely = [
+            (drafts.acceptance**place, index)
+            for index, ((drafts, _, _), draft) in enumerate(zip(candidates, proposed, strict=True))
+            for place in range(1, len(draft) + 1)
+        ]
+        likely.sort(key=lambda each: -each[0])
+        expected, num_best = float(num_tokens), 0
+        for count, (probability, _) in enumerate(likely[:max_drafted], start=1):
+            expected += probability
+            rate = expected / curve.seconds(num_tokens + count)
+            if rate > best_rate:
+                best_rate, num_best = rate, count
+        lengths = [0] * len(candidates)
+        for _, index in likely[:num_best]:
+            lengths[index] += 1
+        return [draft[:length] for draft, length in zip(proposed, lengths, strict=True)]
+
+
+def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _size_class(num_tokens: int) -> int:
+    """Steps of up to 16 tokens have a class each; larger ones share it with those less than an eighth larger."""
+    shift = max(0, num_tokens.bit_length() - 4)
+    return num_tokens >> shift << shift

@@ -1,0 +1,104 @@
+"""Which drafts are made: those that promise more tokens per second by the times of the last steps."""
+
+from collections.abc import Callable
+
+import pytest
+
+from quire.config import SpeculativeConfig
+from quire.scheduler.ngram_lookup import NgramLookup
+from quire.scheduler.speculation import Drafts, Speculation, StepCurve
+
+LOOP = [1, 2, 3, 4, 5, 6, 7] * 3
+RANDOM = list(range(100, 150))
+MEMORY_BOUND: Callable[[int], float] = lambda num_tokens: 0.01 + 0.0003 * num_tokens  # noqa: E731
+COMPUTE_BOUND: Callable[[int], float] = lambda num_tokens: 0.0001 + 0.001 * num_tokens  # noqa: E731
+
+
+class Sequence:
+    """Tokens and their drafts, as the scheduler has them."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = list(token_ids)
+        self.drafts = Drafts(NgramLookup(2, 4))
+
+    def candidate(self, most: int = 100) -> tuple[Drafts, list[int], int]:
+        return self.drafts, self.token_ids, most
+
+
+def run(seconds: Callable[[int], float], sequences: list[Sequence], next_token: Callable[[Sequence], int]) -> list[int]:
+    """Fifty steps of all sequences; returns how many tokens each step drafted."""
+    speculation, now, drafted = Speculation(SpeculativeConfig()), 0.0, []
+    for _ in range(50):
+        candidates = [sequence.candidate() for sequence in sequences]
+        drafts = speculation.choose(candidates, len(sequences), 64, now)
+        num_tokens = len(sequences) + sum(map(len, drafts))
+        now += seconds(num_tokens)
+        speculation.times.measure(num_tokens, seconds(num_tokens), now)
+        drafted.append(num_tokens - len(sequences))
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            for expected in [*draft, -1]:
+                token = next_token(sequence)
+                sequence.token_ids.append(token)
+                if token != expected:
+                    break
+    return drafted
+
+
+def next_in_loop(sequence: Sequence) -> int:
+    return sequence.token_ids[-1] % 7 + 1
+
+
+def never_as_before(sequence: Sequence) -> int:
+    """After any two tokens that stood there before comes another one than last time."""
+    return [1, 2, len(sequence.token_ids) + 1000][len(sequence.token_ids) % 3]
+
+
+def test_a_loop_gets_the_longest_drafts_once_a_plain_step_is_known() -> None:
+    drafted = run(MEMORY_BOUND, [Sequence(LOOP)], next_in_loop)
+    assert drafted[:3] == [0, 0, 0]
+    assert set(drafted[3:]) == {5}
+
+
+def test_a_batch_that_fills_the_machine_gets_none() -> None:
+    """But for the steps in which it is found out."""
+    drafted = run(COMPUTE_BOUND, [Sequence(LOOP) for _ in range(8)], next_in_loop)
+    assert sum(num > 0 for num in drafted) <= 2
+
+
+def test_drafts_that_fail_become_short_and_end() -> None:
+    drafted = run(MEMORY_BOUND, [Sequence([1, 2, 3, 1, 2])], never_as_before)
+    assert max(drafted) == 5
+    assert max(drafted[25:]) <= 1
+
+
+def test_of_two_sequences_the_one_that_repeats_is_drafted() -> None:
+    loop, other = Sequence(LOOP), Sequence(RANDOM)
+    drafted = run(MEMORY_BOUND, [loop, other], lambda s: next_in_loop(s) if s is loop else 1000 + len(s.token_ids))
+    assert set(drafted[3:]) == {5}
+
+
+def test_a_request_that_may_have_no_more_gets_no_draft() -> None:
+    speculation = Speculation(SpeculativeConfig())
+    for _ in range(3):
+        speculation.times.measure(1, 1.0, 0.0)
+    sequence = Sequence(LOOP)
+    assert speculation.choose([sequence.candidate(most=0)], 1, 64, 0.0) == [[]]
+    assert speculation.choose([sequence.candidate(most=-1)], 1, 64, 0.0) == [[]]
+    assert speculation.choose([sequence.candidate(most=2)], 1, 64, 0.0) == [[1, 2]]
+    assert speculation.choose([sequence.candidate()], 1, 3, 0.0) == [[1, 2, 3]]
+    assert speculation.choose([sequence.candidate()], 1, -5, 0.0) == [[]]
+
+
+def test_old_times_are_not_believed() -> None:
+    speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
+    for _ in range(3):
+        speculation.times.measure(1, 1.0, 0.0)
+    assert speculation.choose([sequence.candidate()], 1, 64, 29.0) != [[]]
+    assert speculation.choose([sequence.candidate()], 1, 64, 31.0) == [[]]
+
+
+def test_times_between_those_measured() -> None:
+    curve = StepCurve([(2, 10.0), (4, 20.0), (8, 30.0)])
+    assert [curve.seconds(num) for num in (1, 2, 3, 4, 6, 8, 100)] == pytest.approx([10, 10, 15, 20, 25, 30, 30])
+    assert curve.best_rate(2, 16) == pytest.approx(16 / 30)
+    assert curve.best_rate(2, 4) == pytest.approx(0.2)
