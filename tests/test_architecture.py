@@ -23,6 +23,7 @@ LEVELS = (
         "sampling_params",
         "quantization",
         "model_config",
+        "backends",
         "config",
         "request",
         "step",

@@ -10,11 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.quantization import METHODS
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "half": "float16", "fp16": "float16", "bf16": "bfloat16"}
+DTYPE_ALIASES = {
+    "float": "float32",
+    "fp32": "float32",
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "fp8_e4m3",
+}
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -75,10 +83,14 @@ class EngineConfig:
     """Branch, tag or commit of a hub model; resolved to one commit for every file."""
     served_model_name: tuple[str, ...] = ()
     """Names the server answers to; the model's own name if empty."""
+    device: str = "auto"
+    """What computes: cpu, cuda, mps; auto takes a CUDA device where there is one."""
+    attention_backend: str = "auto"
+    """Kernels of attention and what goes with them: cpu, sdpa (any device); auto takes the best of the device."""
     dtype: str = "auto"
-    """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU."""
+    """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU, else the same."""
     kv_cache_dtype: str = "auto"
-    """What KV is stored in; auto follows dtype."""
+    """What KV is stored in: a dtype, or fp8_e4m3 where the backend can; auto follows dtype."""
     quantization: str | None = None
     """Store dense layers in fewer bits, made while loading: int8 or int4; None keeps dtype."""
     load_format: str = "auto"
@@ -88,15 +100,21 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: int | None = None
-    """Most tokens computed in one step; None takes 512, or max_num_seqs if that is more."""
+    """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
     """Prompts that may share a step's budget when they do not fit it together."""
-    block_size: int = 16
-    """Tokens per KV block."""
+    block_size: int | None = None
+    """Tokens per KV block; None takes 16 on a CPU, 64 on a GPU."""
     num_blocks: int | None = None
     """KV blocks in the pool; None derives it from the memory. vLLM's num_gpu_blocks_override is an alias."""
     kv_cache_memory: int | None = None
     """Bytes for the KV pool, e.g. 4GiB; None plans it from the memory there is."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory, above 0 to 1, that all together may take."""
+    enforce_eager: bool = False
+    """Do not capture CUDA graphs of steps."""
+    async_scheduling: bool | None = None
+    """Plan a step while the one before it runs; None does so on a CUDA device."""
     enable_prefix_caching: bool = True
     swap_space: int | None = None
     """Bytes of host memory, e.g. 4GiB, for blocks that leave the KV pool; None: they are forgotten."""
@@ -134,11 +152,15 @@ class EngineConfig:
     """Do not print a line of throughput every ten seconds while serving."""
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "kv_cache_dtype"):
+        for name, allowed in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
             value = DTYPE_ALIASES.get(getattr(self, name), getattr(self, name))
-            if value not in DTYPES:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(DTYPES)}")
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
             object.__setattr__(self, name, value)
+        for name, choices in (("device", DEVICES), ("attention_backend", tuple(BACKENDS))):
+            value = getattr(self, name)
+            if value not in ("auto", *choices):
+                raise ConfigError(f"{name} is {value!r}; it must be auto or one of {', '.join(choices)}")
         for name in ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if self.speculative_config is not None:
@@ -175,6 +197,10 @@ class EngineConfig:
         if self.quantization is not None and self.quantization not in METHODS:
             raise ConfigError(
                 f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
             )
         if not 0.0 <= self.max_pinned_share <= 1.0:
             raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")

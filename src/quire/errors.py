@@ -7,6 +7,7 @@
     ├── ConfigError             an option of the engine or the command line
     ├── CheckpointError         a file of the model: missing, truncated, misshapen, unsupported
     ├── MemoryPlanError         what was asked does not fit the memory there is
+    ├── DeviceMemoryError       a device had not the memory that a step asked for; the engine goes on with less
     └── EngineDeadError         the engine process ended and could not be restarted
 
 A message names the value seen, the limit or the expectation, and the way out.
@@ -59,6 +60,10 @@ class CheckpointError(QuireError):
 
 class MemoryPlanError(QuireError):
     """Weights, activations and KV blocks do not fit; the message holds the plan and what would fit."""
+
+
+class DeviceMemoryError(QuireError):
+    """A device was out of memory inside a step. Nothing of the step counts; it can be planned again, smaller."""
 
 
 class EngineDeadError(QuireError):

@@ -278,7 +278,7 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(isa: str) -> None:
 
 def test_kernels_for() -> None:
     assert kernels_for("cpu") is cpu
-    with pytest.raises(ValueError, match="no kernels for device type 'tpu'"):
+    with pytest.raises(ValueError, match=r"no kernels for .tpu."):
         kernels_for("tpu")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from quire.backends import BACKENDS
 from quire.config import EngineConfig
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
@@ -17,12 +18,13 @@ from quire.engine.limits import check_request
 from quire.engine.memory_plan import MemoryPlan
 from quire.errors import RequestError
 from quire.grammar.cache import GrammarCache
-from quire.kernels import kernels_for
+from quire.kernels import Kernels, kernels_for
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
-from quire.models.registry import load_model
+from quire.models.device_weights import DeviceWeights
+from quire.models.registry import Model, load_model
 from quire.models.weights import RandomWeights, Weights
 from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
@@ -36,6 +38,9 @@ from quire.scheduler.speculation import Speculation
 
 FLUSH_SECONDS = 4.0
 """Most time that `close` spends on saving blocks to the disk tier."""
+
+_KV_TYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""Names of KV types that are not torch's."""
 
 Phase = Callable[[str, float], None]
 """Called with the name of a phase of start-up that has ended and its seconds."""
@@ -90,21 +95,20 @@ class EngineCore:
         started = time.perf_counter()
         num_threads = config.threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(num_threads)
-        kernels = kernels_for("cpu")
-        weights = RandomWeights(config.seed) if config.load_format == "dummy" else Weights.open(folder)
-        model = load_model(
-            model_config, weights, kernels, plan.quantization or plan.dtype, max_model_len=plan.max_model_len
-        )
+        device = torch.device(plan.device)
+        kernels = kernels_for(plan.attention_backend)
+        model = _load_model(config, model_config, plan, folder, kernels, device)
         on_phase("weights", time.perf_counter() - started)
 
         started = time.perf_counter()
         kv_cache = KVCache(
             num_layers=model_config.num_layers,
-            num_blocks=plan.num_blocks,
-            num_kv_heads=model_config.num_kv_heads,
+            shapes=kernels.kv_cache_shapes(
+                plan.num_blocks, model_config.num_kv_heads, plan.block_size, model_config.head_dim
+            ),
             block_size=plan.block_size,
-            head_dim=model_config.head_dim,
-            dtype=getattr(torch, plan.kv_cache_dtype),
+            dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
+            device=device,
         )
         pool = BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching)
         tiers, block_store = _open_tiers(config, plan, kv_cache, folder)
@@ -124,7 +128,9 @@ class EngineCore:
             kv_cache,
             model_config,
             kernels,
+            backend=plan.attention_backend,
             max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             num_threads=num_threads,
             block_store=block_store,
@@ -133,6 +139,7 @@ class EngineCore:
             grammars=grammars,
             fast_forward=config.fast_forward,
             batch_invariant=config.deterministic,
+            draws_on_device=plan.async_scheduling or device.type == "cuda",
         )
         return cls(scheduler, runner, grammars, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
 
@@ -251,6 +258,21 @@ class EngineCore:
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable that is not registered."""
         self._scheduler.reset_prefix_cache()
+
+
+def _load_model(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    plan: MemoryPlan,
+    folder: Path,
+    kernels: Kernels,
+    device: torch.device,
+) -> Model:
+    float32_activations = BACKENDS[plan.attention_backend].float32_activations
+    made_on = torch.device("cpu") if float32_activations else device
+    source = RandomWeights(config.seed, device=made_on) if config.load_format == "dummy" else Weights.open(folder)
+    weights = source if float32_activations else DeviceWeights(source, device, getattr(torch, plan.dtype))
+    return load_model(model_config, weights, kernels, plan.quantization or plan.dtype, max_model_len=plan.max_model_len)
 
 
 def _open_tiers(

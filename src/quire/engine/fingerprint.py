@@ -2,8 +2,9 @@
 
 It covers config.json, and of each safetensors file the name, size, time of change and header (every tensor's name,
 dtype, shape and place; not the bytes themselves, which would take as long as loading); the dtypes of weights and KV,
-the layout and the block size; whether weights are random, and their seed; the version of Quire and the CPU kernels'
-instruction set, since both may change the last bits of a value. Any of it different, and nothing stored is found.
+the layout and the block size; whether weights are random, and their seed; the version of Quire, the device, the backend
+and the CPU kernels' instruction set, since each may change the last bits of a value. Any of it different, and nothing
+stored is found.
 """
 
 from hashlib import blake2b
@@ -14,7 +15,7 @@ from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
 from quire.runner.disk_blocks import FINGERPRINT_BYTES
 
-KV_LAYOUT = "keys transposed, values plain, layer after layer"
+KV_LAYOUT = "as the backend has it, layer after layer"
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -26,7 +27,8 @@ def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instructio
         digest.update(len(value).to_bytes(8, "little") + value)
 
     weights = f"{plan.dtype} {plan.quantization}"
-    for text in (__version__, KV_LAYOUT, instruction_set, weights, plan.kv_cache_dtype, str(plan.block_size)):
+    computed = f"{instruction_set} {plan.device} {plan.attention_backend}"
+    for text in (__version__, KV_LAYOUT, computed, weights, plan.kv_cache_dtype, str(plan.block_size)):
         add(text.encode())
     add((folder / "config.json").read_bytes())
     if config.load_format == "dummy":

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
+from quire.engine.device import Device, find_device
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.model_config import DTYPE_BYTES, ModelConfig
@@ -20,6 +22,15 @@ MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
 KV_SHARE = 0.5
 """Share of the memory left beside weights and activations that the KV pool takes if not told otherwise."""
+MIN_BATCHED_TOKENS_ON_GPU = 8192
+"""Enough rows for a GPU to compute at full rate while a long prompt is read; a step of an 8B model takes 0.2 s then."""
+CONTEXT_BYTES = 640 * 2**20
+"""What a CUDA context, its kernels and the workspaces of cuBLAS take of a card before anything is allocated."""
+GRAPH_BYTES = 512 * 2**20
+"""Allowance for captured steps: their activations, which all of them share, and their launches."""
+DRAW_BYTES_PER_LOGIT = 4 + 4 + 8
+"""Sampling on a device: float32 logits, and a sorted copy with its ids."""
+_FLOAT32_BYTES = 4
 
 LOGPROB_POSITIONS = 64
 """Positions whose log-probabilities are worked out at once if not told otherwise: enough for full-speed products."""
@@ -31,6 +42,9 @@ MAX_LOGPROBS_MEMORY = 64 * 2**20
 class MemoryPlan:
     """Sizes in bytes, counts in tokens, blocks and sequences; every open option of the config is decided here."""
 
+    device: str = "cpu"
+    device_name: str = ""
+    attention_backend: str = "cpu"
     dtype: str
     quantization: str | None = None
     kv_cache_dtype: str
@@ -50,10 +64,17 @@ class MemoryPlan:
     """Of the host tier: whole blocks."""
     staging: int = 0
     """Of blocks on their way to and from the disk tier."""
+    context: int = 0
+    """What a device takes before anything is allocated."""
+    graphs: int = 0
+    """Allowance for captured steps."""
+    async_scheduling: bool = False
 
     @property
     def total(self) -> int:
-        return self.weights + self.activations + self.logprobs + self.kv_cache + self.swap_space + self.staging
+        """Of `available`: on a card of its own memory, tiers and staging are the host's and do not count."""
+        device = self.weights + self.activations + self.logprobs + self.kv_cache + self.context + self.graphs
+        return device if self.device == "cuda" else device + self.swap_space + self.staging
 
     @property
     def num_longest_sequences(self) -> int:
@@ -63,12 +84,17 @@ class MemoryPlan:
     def describe(self) -> list[str]:
         """The plan in a few lines, as printed at start."""
         longest = self.num_longest_sequences
+        computed = [f"device: {self.device_name or self.device}, attention {self.attention_backend}"]
         return [
+            *(computed if self.attention_backend != "cpu" else []),
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
             f"weights {show_bytes(self.weights)} ({self.quantization or self.dtype}) "
             f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
             f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
+            + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
+            + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
+            + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
             + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
             + (f" + staging {show_bytes(self.staging)} for the disk tier" if self.staging else ""),
             f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens "
@@ -81,31 +107,61 @@ class MemoryPlan:
         return {**asdict(self), "total": self.total, "num_longest_sequences": self.num_longest_sequences}
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None = None) -> MemoryPlan:
-    """Decide every size. Raises `MemoryPlanError` for a plan that cannot fit, `ConfigError` for options at odds."""
-    available = available_memory() if available is None else available
-    dtype = model.checkpoint_dtype if config.dtype == "auto" else config.dtype
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, available: int | None = None, *, device: Device | None = None
+) -> MemoryPlan:
+    """Decide every size. Raises `MemoryPlanError` for a plan that cannot fit, `ConfigError` for options at odds.
+
+    A card's memory is known from its size alone; what others have taken of it at this moment never decides anything.
+    """
+    device = device or find_device(config.device)
+    name = choose_backend(config.attention_backend, device.type, device.capability)
+    backend = BACKENDS[name]
+    host = available_memory() if available is None else available
+    own_memory = device.total_memory is not None
+    available = int((device.total_memory or 0) * config.gpu_memory_utilization) if own_memory else host
+    dtype = _dtype(config, model, device)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    batched = config.max_num_batched_tokens or max(MIN_BATCHED_TOKENS, config.max_num_seqs)
+    _check_backend(config, name, backend, kv_dtype)
+    block_size = config.block_size or backend.block_size
+    min_batched = MIN_BATCHED_TOKENS_ON_GPU if own_memory else MIN_BATCHED_TOKENS
+    batched = config.max_num_batched_tokens or max(min_batched, config.max_num_seqs)
     weights = model.weight_bytes(dtype, config.quantization)
     activations = model.activation_bytes(batched, max_num_samples(config))
+    if not backend.float32_activations:
+        activations = _device_activations(backend, model, dtype, batched, max_num_samples(config))
+    context = CONTEXT_BYTES if device.type == "cuda" else 0
+    graphs = GRAPH_BYTES if device.type == "cuda" and backend.captures and not config.enforce_eager else 0
     per_token = model.kv_bytes_per_token(kv_dtype)
-    per_block = per_token * config.block_size
+    per_block = per_token * block_size
     swap_space = (config.swap_space or 0) // per_block * per_block
     if config.swap_space is not None and not swap_space:
         raise MemoryPlanError(
-            f"swap_space is {show_bytes(config.swap_space)}, less than one block of {config.block_size} tokens, "
+            f"swap_space is {show_bytes(config.swap_space)}, less than one block of {block_size} tokens, "
             f"which takes {show_bytes(per_block)}; give a size such as 4GiB"
         )
     staging = 2 * num_staged_blocks(per_block) * per_block if config.disk_cache is not None else 0
     logprobs = _logprobs_budget(config, model)
-    left = available - weights - activations - logprobs - swap_space - staging
+    left = available - weights - activations - logprobs - context - graphs
+    if not own_memory:
+        left -= swap_space + staging
+    elif swap_space + staging > host:
+        raise MemoryPlanError(
+            f"swap_space and staging take {show_bytes(swap_space + staging)} of the host's memory, of which "
+            f"{show_bytes(host)} is available; give less"
+        )
     if left < per_block:
         raise MemoryPlanError(
             f"the model does not fit: weights take {show_bytes(weights)} as {config.quantization or dtype} beside "
             f"activations {show_bytes(activations)} and log-probabilities {show_bytes(logprobs)}, "
             + (f"tiers below the KV cache {show_bytes(swap_space + staging)}, " if swap_space + staging else "")
+            + (f"CUDA context and graphs {show_bytes(context + graphs)}, " if context else "")
             + f"but {show_bytes(available)} are available"
+            + (
+                f", gpu_memory_utilization {config.gpu_memory_utilization:g} of {show_bytes(device.total_memory or 0)}"
+                if own_memory
+                else ""
+            )
             + _smaller_weights(model, dtype, config.quantization, available)
         )
     wanted_len = config.max_model_len or model.context_length
@@ -113,17 +169,18 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         raise ConfigError(
             f"max_model_len is {wanted_len}, but the model knows {model.context_length} positions; ask for at most that"
         )
-    blocks_per_sequence = -(-wanted_len // config.block_size)
+    blocks_per_sequence = -(-wanted_len // block_size)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // per_block
     else:
         # More than every sequence at full length could never be used.
-        num_blocks = min(int(left * KV_SHARE) // per_block, config.max_num_seqs * blocks_per_sequence)
+        share = 1.0 if own_memory else KV_SHARE
+        num_blocks = min(int(left * share) // per_block, config.max_num_seqs * blocks_per_sequence)
     if num_blocks < 1:
         raise MemoryPlanError(
-            f"the KV cache has no room for one block of {config.block_size} tokens, "
+            f"the KV cache has no room for one block of {block_size} tokens, "
             f"which takes {show_bytes(per_block)}; raise kv_cache_memory"
         )
     if num_blocks * per_block > left:
@@ -135,11 +192,14 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
     if blocks_per_sequence > num_blocks and config.max_model_len is not None:
         raise MemoryPlanError(
             f"a sequence of max_model_len {wanted_len} tokens takes {show_bytes(blocks_per_sequence * per_block)} of "
-            f"KV cache, but the pool has {num_blocks} blocks of {config.block_size} tokens; "
-            f"max_model_len {num_blocks * config.block_size} would fit, or "
+            f"KV cache, but the pool has {num_blocks} blocks of {block_size} tokens; "
+            f"max_model_len {num_blocks * block_size} would fit, or "
             f"kv_cache_memory {show_bytes(blocks_per_sequence * per_block)}"
         )
     return MemoryPlan(
+        device=device.type,
+        device_name=device.name,
+        attention_backend=name,
         dtype=dtype,
         quantization=config.quantization,
         kv_cache_dtype=kv_dtype,
@@ -149,13 +209,16 @@ def plan_memory(config: EngineConfig, model: ModelConfig, available: int | None 
         logprobs=logprobs,
         kv_cache=num_blocks * per_block,
         kv_bytes_per_token=per_token,
-        block_size=config.block_size,
+        block_size=block_size,
         num_blocks=num_blocks,
-        max_model_len=min(wanted_len, num_blocks * config.block_size),
+        max_model_len=min(wanted_len, num_blocks * block_size),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=batched,
         swap_space=swap_space,
         staging=staging,
+        context=context,
+        graphs=graphs,
+        async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 
 
@@ -163,6 +226,52 @@ def max_num_samples(config: EngineConfig) -> int:
     """Rows of logits of the largest step: every sequence's, and those of one longest draft."""
     drafted = config.speculative_config.num_speculative_tokens if config.speculative_config is not None else 0
     return config.max_num_seqs + drafted
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: Device) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    # Cards before Ampere compute in float16 but not in bfloat16.
+    if device.type == "cuda" and device.capability < (8, 0) and model.checkpoint_dtype == "bfloat16":
+        return "float16"
+    return model.checkpoint_dtype
+
+
+def _check_backend(config: EngineConfig, name: str, backend: Backend, kv_dtype: str) -> None:
+    """Refuse what the backend's kernels do not have."""
+    if kv_dtype not in backend.kv_cache_dtypes:
+        able = [other for other, row in BACKENDS.items() if kv_dtype in row.kv_cache_dtypes]
+        raise ConfigError(
+            f"kv_cache_dtype is {kv_dtype}, which the {name} backend cannot store; it stores "
+            f"{', '.join(backend.kv_cache_dtypes)}. attention_backend {' and '.join(able)} can"
+        )
+    if config.deterministic and not backend.deterministic:
+        able = [other for other, row in BACKENDS.items() if row.deterministic]
+        raise ConfigError(
+            f"deterministic is asked for, but what the {name} backend computes can depend on the batch; leave it out, "
+            f"or choose attention_backend {' or '.join(able)}"
+        )
+    if config.block_size and backend.block_sizes and config.block_size not in backend.block_sizes:
+        raise ConfigError(
+            f"block_size is {config.block_size}; the {name} backend takes {', '.join(map(str, backend.block_sizes))}"
+        )
+    if config.quantization is not None and not backend.quantizes:
+        able = [other for other, row in BACKENDS.items() if row.quantizes]
+        raise ConfigError(
+            f"quantization is {config.quantization}, but the {name} backend has no layers of few bits; leave it out, "
+            f"or choose attention_backend {' or '.join(able)}"
+        )
+
+
+def _device_activations(backend: Backend, model: ModelConfig, dtype: str, num_tokens: int, num_seqs: int) -> int:
+    """Peak of a step on a device, whose activations are in `dtype`, and whose sampling sorts at worst."""
+    size = DTYPE_BYTES[dtype]
+    tokens = model.activation_bytes(num_tokens, 0) * size // _FLOAT32_BYTES
+    logits = num_seqs * model.vocab_size * (size + DRAW_BYTES_PER_LOGIT)
+    rope = model.context_length * model.head_dim * _FLOAT32_BYTES
+    # Keys and values, each as it is stored and as it is read.
+    gathered = 4 * backend.gathered_slots * model.num_kv_heads * model.head_dim * size
+    return tokens + logits + rope + gathered
 
 
 def available_memory() -> int:

@@ -8,17 +8,18 @@ from quire.layers.linear import Linear
 
 
 class Embedding:
-    """table [N, H] in any float type, kept as it is stored: rows are widened after they were gathered, so a table that
-    is a view of a mapped file costs no memory that the system could not take back."""
+    """table [N, H] in any float type, kept as it is stored: rows become `dtype` after they were gathered, so a table
+    that is a view of a mapped file costs no memory that the system could not take back."""
 
-    __slots__ = ("table",)
+    __slots__ = ("dtype", "table")
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self.table = table
+        self.dtype = dtype
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids [T] -> [T, H] float32, a fresh tensor."""
-        return torch.index_select(self.table, 0, ids).float()
+        """ids [T] -> [T, H], a fresh tensor."""
+        return torch.index_select(self.table, 0, ids).to(self.dtype)
 
 
 class TiedEmbedding:
@@ -31,7 +32,7 @@ class TiedEmbedding:
         self.head = head
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """ids int32 [T] -> [T, H] float32, a fresh tensor."""
+        """ids int32 [T] -> [T, H], a fresh tensor."""
         kernels, packed = self.head.kernels, self.head.packed
         if isinstance(packed, QuantizedWeight):
             return kernels.gather_rows_quantized(packed, ids, self.head.num_inputs)

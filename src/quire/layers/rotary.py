@@ -17,9 +17,16 @@ class Rotary:
 
     __slots__ = ("cos_sin", "kernels")
 
-    def __init__(self, kernels: Kernels, rope: RopeConfig, head_dim: int, num_positions: int) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        rope: RopeConfig,
+        head_dim: int,
+        num_positions: int,
+        device: torch.device | None = None,
+    ) -> None:
         self.kernels = kernels
-        self.cos_sin = cos_sin_table(rope, head_dim, num_positions)
+        self.cos_sin = cos_sin_table(rope, head_dim, num_positions).to(device)
 
     def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
         """q, k [T, heads, D], positions [T] int32."""

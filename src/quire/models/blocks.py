@@ -20,7 +20,9 @@ def embedding_and_head(
     if config.tie_word_embeddings:
         head = output_head(kernels, table, dtype)
         return TiedEmbedding(head), head
-    return Embedding(table), output_head(kernels, weights.take("lm_head.weight", tuple(table.shape)), dtype)
+    return Embedding(table, weights.activations), output_head(
+        kernels, weights.take("lm_head.weight", tuple(table.shape)), dtype
+    )
 
 
 def fused_linear(

@@ -1,6 +1,6 @@
 """GPT-2: LayerNorm, learned positions, a plain MLP, and matrices stored transposed.
 
-T new tokens of all sequences, H hidden size, D head_dim. Activations are float32.
+T new tokens of all sequences, H hidden size, D head_dim.
 """
 
 from torch import Tensor
@@ -30,7 +30,8 @@ class GPT2:
         model = weights if weights.has("wte.weight") else weights.scope("transformer")
         table = model.take("wte.weight", (config.vocab_size, hidden))
         self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
-        self.embed_position = Embedding(model.take("wpe.weight", (config.max_position_embeddings, hidden)))
+        positions = model.take("wpe.weight", (config.max_position_embeddings, hidden))
+        self.embed_position = Embedding(positions, weights.activations)
         self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
 
@@ -72,7 +73,8 @@ class Layer:
 
 def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:
     shape = (config.hidden_size,)
-    return LayerNorm(weights.take("weight", shape).float(), weights.take("bias", shape).float(), config.norm_eps)
+    weight, bias = (weights.take(name, shape).to(weights.activations) for name in ("weight", "bias"))
+    return LayerNorm(weight, bias, config.norm_eps)
 
 
 def transposed_linear(

@@ -1,7 +1,7 @@
 """Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
 queries, keys and values), Qwen3 (norms of queries and keys).
 
-T new tokens of all sequences, H hidden size, D head_dim. Activations are float32.
+T new tokens of all sequences, H hidden size, D head_dim.
 """
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class Llama:
         model = weights.scope("model")
         table = model.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
-        rotary = Rotary(kernels, config.rope or RopeConfig(), config.head_dim, max_model_len)
+        rotary = Rotary(kernels, config.rope or RopeConfig(), config.head_dim, max_model_len, table.device)
         self.layers = [
             DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, rotary, dtype)
             for index in range(config.num_layers)

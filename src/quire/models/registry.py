@@ -11,11 +11,12 @@ from torch import Tensor
 from quire.kernels import AttentionPlan, Kernels
 from quire.layers.attention import KVLayers
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.device_weights import DeviceWeights
 from quire.models.weights import RandomWeights, Weights
 
 
 class Model(Protocol):
-    """What the runner asks of a model. Indices are int32, activations float32."""
+    """What the runner asks of a model. Indices are int32; activations are what the weights' source says."""
 
     def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
         """input_ids, positions [T] -> hidden [T, H], the final norm applied; writes the KV of the T tokens."""
@@ -28,7 +29,7 @@ class Model(Protocol):
 
 def load_model(
     config: ModelConfig,
-    weights: Weights | RandomWeights,
+    weights: Weights | RandomWeights | DeviceWeights,
     kernels: Kernels,
     dtype: str,
     *,

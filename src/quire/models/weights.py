@@ -31,6 +31,11 @@ _NUM_NAMED = 5
 class TensorSource(Protocol):
     """What a model is built from."""
 
+    @property
+    def activations(self) -> torch.dtype:
+        """What the model computes in: float32 on a CPU."""
+        ...
+
     def has(self, name: str) -> bool: ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
@@ -46,6 +51,8 @@ class _Entry(NamedTuple):
 
 class Weights:
     """The tensors under a prefix of a checkpoint. All scopes of one checkpoint share one list of what was taken."""
+
+    activations = torch.float32
 
     def __init__(self, folder: Path, entries: Mapping[str, _Entry]) -> None:
         self._folder = folder
@@ -124,26 +131,30 @@ class Weights:
 class RandomWeights:
     """Weights of the right shapes and a sensible scale, for measuring without a checkpoint (load_format="dummy").
 
-    A tensor depends on the seed and its name alone, whatever the order of taking.
+    A tensor depends on the seed, its name and the kind of device alone, whatever the order of taking.
     """
 
-    def __init__(self, seed: int = 0, prefix: str = "") -> None:
+    activations = torch.float32
+
+    def __init__(self, seed: int = 0, prefix: str = "", device: torch.device | None = None) -> None:
         self._seed = seed
         self._prefix = prefix
+        self._device = device or torch.device("cpu")
 
     def scope(self, prefix: str) -> "RandomWeights":
-        return RandomWeights(self._seed, f"{self._prefix}{prefix}.")
+        return RandomWeights(self._seed, f"{self._prefix}{prefix}.", self._device)
 
     def has(self, name: str) -> bool:
         return True
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):
-            return torch.zeros(shape)
+            return torch.zeros(shape, device=self._device)
         if len(shape) == 1:
-            return torch.ones(shape)  # the weight of a norm
+            return torch.ones(shape, device=self._device)  # the weight of a norm
         seed = zlib.crc32(f"{self._seed}/{self._prefix}{name}".encode())
-        return torch.empty(shape).normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator(self._device).manual_seed(seed)
+        return torch.empty(shape, device=self._device).normal_(0.0, 0.02, generator=generator)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Nothing is ever left over."""

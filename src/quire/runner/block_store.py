@@ -19,12 +19,12 @@ MAX_WAIT_SECONDS = 0.05
 
 
 class BlockStore:
-    """The disk's files, and `num_host_blocks` blocks in host memory, which take none before they are written."""
+    """The disk's files, and `num_host_blocks` blocks in host memory."""
 
     def __init__(self, kv_cache: KVCache, *, num_host_blocks: int = 0, disk: DiskBlocks | None = None) -> None:
         self._kv_cache = kv_cache
         self._disk = disk
-        self._host = torch.from_numpy(np.zeros((num_host_blocks, kv_cache.block_bytes), dtype=np.uint8))
+        self._host = _host_memory(num_host_blocks, kv_cache)
         self._slots: dict[bytes, int] = {}
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
 
@@ -50,6 +50,7 @@ class BlockStore:
             if tier == HOST:
                 started = time.perf_counter()
                 self._kv_cache.copy_in(block, self._host[self._slots[name]])
+                self._kv_cache.synchronize()
                 seconds += time.perf_counter() - started
             else:
                 buffer = self._files.take(name)
@@ -74,6 +75,14 @@ class BlockStore:
     def _files(self) -> DiskBlocks:
         assert self._disk is not None, "a plan names the disk tier, but there is none"
         return self._disk
+
+
+def _host_memory(num_blocks: int, kv_cache: KVCache) -> torch.Tensor:
+    """uint8 [num_blocks, block_bytes]: pinned for a GPU, which then copies by itself; else it takes no memory before it
+    is written."""
+    if kv_cache.device.type == "cuda":
+        return torch.empty(num_blocks, kv_cache.block_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.from_numpy(np.zeros((num_blocks, kv_cache.block_bytes), dtype=np.uint8))
 
 
 def _content(buffer: bytearray) -> torch.Tensor:

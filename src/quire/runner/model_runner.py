@@ -1,31 +1,57 @@
 """ModelRunner: executes a StepPlan with a model, its KV cache and the sampler.
 
-One step, read from top to bottom in `execute`: take in rows and block tables, copy blocks that are about to be written,
+One step, read from top to bottom in `launch`: take in rows and block tables, copy blocks that are about to be written,
 lay out the inputs, plan attention once for all layers, run the model while a thread computes what grammars forbid, draw
 samples. It decides nothing.
+
+On a CPU a step has ended when it is launched. On a device it need not have: where all samples are drawn there, nothing
+waits, the next step may be launched, and its plan names a token that is drawn but not known by the row that has it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from quire.attention.plan import plan_attention
+from quire.attention import AttentionShape, make_planner
+from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import Kernels
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
-from quire.runner.input_batch import make_input_batch
+from quire.runner.input_batch import Int32Array, make_input_batch
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
+from quire.sampling.device_sampler import DeviceSampler, draws_only, to_device
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
-from quire.sampling.sampler import Sampler, SampleResult
+from quire.sampling.sampler import NO_TOKEN, Sampler, SampleResult, explain_peak
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
+
+
+class PendingStep:
+    """A step that was launched."""
+
+    def __init__(self, result: StepResult, finish: Callable[[], None] | None) -> None:
+        self._result = result
+        self._finish = finish
+
+    @property
+    def ready(self) -> bool:
+        """Whether `result` need not wait."""
+        return self._finish is None
+
+    def result(self) -> StepResult:
+        """What came out, when it has. The lists are in the order of `plan.sample_rows`."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+        return self._result
 
 
 class ModelRunner:
@@ -38,7 +64,9 @@ class ModelRunner:
         model_config: ModelConfig,
         kernels: Kernels,
         *,
+        backend: str,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         max_model_len: int,
         num_threads: int,
         logprobs_memory: int,
@@ -47,25 +75,24 @@ class ModelRunner:
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
         batch_invariant: bool = False,
+        draws_on_device: bool = False,
     ) -> None:
         """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted.
 
-        `batch_invariant`: no bit of a sequence's logits depends on what shares its step.
+        `batch_invariant`: no bit of a sequence's logits depends on what shares its step. With `draws_on_device` a step
+        whose samples are no more than draws does not wait for them.
         """
         self._block_store = block_store
         self._model = model
         self._kv_cache = kv_cache
         self._config = model_config
         self._kernels = kernels
-        self._num_threads = num_threads
         self._max_model_len = max_model_len
-        self._batch_invariant = batch_invariant
-        # With one window for all layers the plan leaves out keys that no layer sees.
         windows = set(model_config.layer_windows) or {0}
-        self._window = 0 if 0 in windows else max(windows)
+        max_blocks = -(-max_model_len // kv_cache.block_size)
         self._rows = RequestRows(
             max_num_seqs=max_num_seqs,
-            max_blocks=-(-max_model_len // kv_cache.block_size),
+            max_blocks=max_blocks,
             vocab_size=model_config.vocab_size,
             grammars=grammars,
             fast_forward=fast_forward and not logits_processors,  # they are there to see every token's logits
@@ -73,68 +100,153 @@ class ModelRunner:
         self._logprobs_memory = logprobs_memory
         self._sampler = Sampler(model_config.vocab_size, logprobs_memory, logits_processors)
         self._masks = MaskWorker(model_config.vocab_size, num_threads=max(1, num_threads // 2))
+        self._plan_attention = make_planner(
+            backend,
+            AttentionShape(
+                num_heads=model_config.num_heads,
+                num_kv_heads=model_config.num_kv_heads,
+                head_dim=model_config.head_dim,
+                block_size=kv_cache.block_size,
+                # With one window for all layers the plan leaves out keys that no layer sees.
+                window=0 if 0 in windows else max(windows),
+                max_num_seqs=max_num_seqs,
+                max_num_tokens=max_num_batched_tokens,
+                max_blocks=max_blocks,
+                num_threads=num_threads,
+                batch_invariant=batch_invariant,
+                device=kv_cache.device,
+            ),
+        )
+        self._device = kv_cache.device
+        self._device_sampler: DeviceSampler | None = None
+        if draws_on_device and not logits_processors:
+            self._device_sampler = DeviceSampler(self._device)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
+        """Per row, the token that was last drawn on the device."""
+        self._pending = PendingStep(StepResult(), None)
+        """The step launched last."""
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step. The result's lists are in the order of `plan.sample_rows`."""
+        """Run one step to its end."""
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Run one step, as far as the host need not wait for it. At most the step before it may be pending.
+
+        Raises `DeviceMemoryError` where a device has too little memory for it. Nothing was drawn then, and what was
+        written will be written again.
+        """
+        try:
+            with torch.inference_mode():
+                self._pending = self._launch(plan)
+        except torch.OutOfMemoryError as error:
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise DeviceMemoryError(f"a step of {plan.num_tokens} tokens: {error}") from error
+        return self._pending
+
+    def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
         load_seconds = 0.0
         if self._block_store is not None and plan.moves is not None:
             load_seconds = self._block_store.move(plan.moves)
         result = StepResult()
-        if plan.rows:
-            self._compute(plan, result)
+        finish = self._compute(plan, result) if plan.rows else None
         if self._block_store is not None:
             result.moved = self._block_store.collect(wait=plan.moves is not None and plan.moves.wait)
             result.moved.load_seconds = load_seconds
-        return result
+        return PendingStep(result, finish)
 
     def close(self) -> None:
         """Let go of files."""
         if self._block_store is not None:
             self._block_store.close()
 
-    def _compute(self, plan: StepPlan, result: StepResult) -> None:
+    def _compute(self, plan: StepPlan, result: StepResult) -> Callable[[], None] | None:
+        """Fill `result`, or say how it will be filled when the device is done."""
         points = make_sample_points(plan, self._rows.sampling_states(plan.sample_rows))
         self._masks.start([state.grammar for state in points.states if state.grammar is not None])
         self._copy_blocks(plan)
         batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
-        attention = plan_attention(
+        attention = self._plan_attention(
             batch.query_start_loc,
             batch.seq_lens,
             batch.block_tables,
             batch.slots,
-            num_heads=self._config.num_heads,
-            num_kv_heads=self._config.num_kv_heads,
-            head_dim=self._config.head_dim,
-            block_size=self._kv_cache.block_size,
-            num_threads=self._num_threads,
-            window=self._window,
-            batch_invariant=self._batch_invariant,
         )
-        hidden = self._model(
-            torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), self._kv_cache, attention
+        sample_rows = np.array(plan.sample_rows, dtype=np.int32)
+        input_ids, positions, tokens_on_device, rows_on_device = self._send(
+            batch.input_ids, batch.positions, points.tokens, sample_rows
         )
+        if (batch.input_ids < 0).any():
+            known = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
+            input_ids = torch.where(input_ids < 0, known, input_ids)
+        hidden = self._model(input_ids, positions, self._kv_cache, attention)
+        finish = None
         if plan.sample_after:
-            self._sample(plan, points, hidden, result)
+            # In a step of decoding something is drawn after every token.
+            every = np.array_equal(points.tokens, np.arange(len(hidden)))
+            logits = self._model.logits(hidden) if every else self._logits(hidden, points.tokens, tokens_on_device)
+            self._masks.join()
+            if self._draws_on_device(plan, points):
+                finish = self._draw(logits, points.states, rows_on_device, result)
+            else:
+                self._pending.result()  # what was drawn before decides what may be drawn now
+                self._sample(plan, points, logits.float().cpu(), result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
             first = int(batch.query_start_loc[index])
             rows = hidden[first : first + len(targets)]
             result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
+        return finish
+
+    def _send(self, *arrays: Int32Array) -> tuple[torch.Tensor, ...]:
+        """A step's arrays on the device, in one copy."""
+        if self._device.type == "cpu":
+            return tuple(map(torch.from_numpy, arrays))
+        parts = to_device(np.concatenate(arrays), self._device).split_with_sizes([len(array) for array in arrays])
+        return tuple(parts)
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
-            self._kernels.copy_blocks(self._kv_cache.layers, torch.tensor(plan.block_copies, dtype=torch.int32))
+            pairs = to_device(np.array(plan.block_copies, dtype=np.int32), self._device)
+            self._kernels.copy_blocks(self._kv_cache.layers, pairs)
 
-    def _sample(self, plan: StepPlan, points: SamplePoints, hidden: torch.Tensor, result: StepResult) -> None:
-        if np.array_equal(points.tokens, np.arange(len(hidden))):
-            logits = self._model.logits(hidden)  # a step of decoding: something is drawn after every token
-        else:
-            rows, place = torch.unique_consecutive(torch.from_numpy(points.tokens), return_inverse=True)
-            logits = self._model.logits(hidden[rows])
-            if len(rows) < len(points.tokens):
-                logits = logits[place]  # where a prompt ends and n samples part, each draws from a copy
-        self._masks.join()
+    def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
+        return self._device_sampler is not None and not plan.drafts and all(map(draws_only, points.states))
+
+    def _logits(self, hidden: torch.Tensor, tokens: Int32Array, tokens_on_device: torch.Tensor) -> torch.Tensor:
+        """A row of logits for each sample, which the sampler may overwrite."""
+        rows, place = np.unique(tokens, return_inverse=True)
+        if len(rows) == len(tokens):
+            return self._model.logits(hidden[tokens_on_device])
+        # Where a prompt ends and n samples part, each draws from a copy.
+        return self._model.logits(hidden[to_device(rows, self._device)])[to_device(place, self._device)]
+
+    def _draw(
+        self, logits: torch.Tensor, states: Sequence[SamplingState], rows: torch.Tensor, result: StepResult
+    ) -> Callable[[], None]:
+        """Draw on the device. What is returned waits for the tokens and fills `result`."""
+        assert self._device_sampler is not None
+        drawn = self._device_sampler.draw(logits, states)
+        self._last_tokens.index_copy_(0, rows.long(), drawn[0])
+        fetch = _fetch(drawn)
+        places = [state.promise() for state in states]
+
+        def finish() -> None:
+            tokens, bits = fetch()
+            peaks = bits.view(np.float32)
+            sound = np.isfinite(peaks)
+            result.token_ids = np.where(sound, tokens, NO_TOKEN).tolist()
+            result.logprobs = [None] * len(states)
+            result.errors = [None] * len(states)
+            for index in np.flatnonzero(~sound):
+                result.errors[index] = explain_peak(float(peaks[index]))
+            for state, place, token_id in zip(states, places, result.token_ids, strict=True):
+                state.keep(place, token_id)
+
+        return finish
+
+    def _sample(self, plan: StepPlan, points: SamplePoints, logits: torch.Tensor, result: StepResult) -> None:
         sampled = self._sampler.sample(logits, points.states)
         for index, first in enumerate(points.first[:-1]):
             result.token_ids.append(sampled.token_ids[first])
@@ -191,5 +303,22 @@ class ModelRunner:
         num_rows = max(1, self._logprobs_memory // logprob_bytes(self._config.vocab_size, num_logprobs))
         for first in range(0, len(targets), num_rows):
             part = slice(first, first + num_rows)
-            entries += token_logprobs(self._model.logits(hidden[part]), targets[part], num_logprobs)
+            logits = self._model.logits(hidden[part]).float().cpu()
+            entries += token_logprobs(logits, targets[part], num_logprobs)
         return entries
+
+
+def _fetch(tensor: torch.Tensor) -> Callable[[], NDArray[np.int32]]:
+    """Begin to copy a tensor to the host. What is returned waits for the copy."""
+    if tensor.device.type != "cuda":
+        return lambda: tensor.cpu().numpy()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> NDArray[np.int32]:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait

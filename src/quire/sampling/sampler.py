@@ -85,7 +85,7 @@ class Sampler:
             token_ids[group.rows] = np.where(sound, tokens, NO_TOKEN)
             for place in np.flatnonzero(~sound):
                 row = int(group.rows[place])
-                errors[row] = failures.get(row) or _grammar_error(states[row]) or _explain(float(peaks[place]))
+                errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(float(peaks[place]))
         logprobs: list[TokenLogprobs | None] = [None] * len(states)
         for k, rows in batch.logprob_rows.items():
             reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
@@ -96,7 +96,7 @@ class Sampler:
                 logprobs[row] = processed_logprobs(edited, int(token_ids[row]), states[row].params)
         for row, found in candidates.items():
             if not np.isfinite(found.logprobs[0]):
-                errors[row] = failures.get(row) or _grammar_error(states[row]) or _explain(found.logprobs[0])
+                errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(found.logprobs[0])
             grammar = states[row].grammar
             if grammar is not None and grammar.complete:
                 candidates[row] = found._replace(last=True)
@@ -162,7 +162,8 @@ def _grammar_error(state: SamplingState) -> str | None:
     return state.grammar.error if state.grammar is not None else None
 
 
-def _explain(peak: float) -> str:
+def explain_peak(peak: float) -> str:
+    """Why nothing can be drawn from a row of which this is the highest logit."""
     if peak == -np.inf:
         return (
             "no token is left to sample: every logit is −inf after structured_outputs, allowed_token_ids, bad_words "

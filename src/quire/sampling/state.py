@@ -9,6 +9,8 @@ from quire.sampling.structured_output import GrammarState
 from quire.sampling.token_counts import TokenCounts
 from quire.sampling_params import SamplingParams
 
+UNKNOWN_TOKEN = -1
+
 
 class Draw(Enum):
     """The ways to get from a row of logits to a token; rows of one way are computed together."""
@@ -110,6 +112,17 @@ class SamplingState:
         self._remember(token_id)
         if self.grammar is not None:
             self.grammar.append(token_id)
+
+    def promise(self) -> int:
+        """Follow a token that is drawn but not known yet; returns where `keep` puts it. For sequences that need not
+        know their tokens to draw the next."""
+        self.position += 1
+        self.output_token_ids.append(UNKNOWN_TOKEN)
+        return len(self.output_token_ids) - 1
+
+    def keep(self, place: int, token_id: int) -> None:
+        """The token that was promised."""
+        self.output_token_ids[place] = token_id
 
     def take_forced(self, limit: int) -> list[int]:
         """Follow the tokens that the grammar forces, at most `limit` of them."""

@@ -1,0 +1,150 @@
+"""Planners of the backends: what turns a step's arrays on the host into the plan that one backend's attention reads.
+
+A planner is made once, for a model and the limits of a batch, by the function that the backend's row in BACKENDS names.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quire.backends import BACKENDS
+from quire.kernels.interface import AttentionPlan
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What does not change from step to step."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    window: int
+    """Most positions that any layer sees; 0: all."""
+    max_num_seqs: int
+    max_num_tokens: int
+    """Of all sequences in a step."""
+    max_blocks: int
+    """Of one sequence."""
+    num_threads: int
+    batch_invariant: bool
+    device: torch.device
+
+
+class Planner(Protocol):
+    """Plans one step; `quire.attention.plan` says what the arrays hold."""
+
+    def __call__(
+        self,
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        block_tables: Int32Array,
+        slots: Int32Array,
+        *,
+        captured_seqs: int = 0,
+    ) -> AttentionPlan:
+        """With `captured_seqs` > 0 the plan is for a captured step of so many sequences of one new token each, of which
+        the last need not be there; only backends that capture are asked for such."""
+        ...
+
+
+def make_planner(backend: str, shape: AttentionShape) -> Planner:
+    """The planner of a backend of BACKENDS."""
+    module, name = BACKENDS[backend].planner.split(":")
+    made: Planner = getattr(import_module(module), name)(shape)
+    return made
+
+
+def cpu_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.plan import plan_attention
+
+    def plan(
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        block_tables: Int32Array,
+        slots: Int32Array,
+        *,
+        captured_seqs: int = 0,
+    ) -> AttentionPlan:
+        assert not captured_seqs, "a CPU has no graphs"
+        return plan_attention(
+            query_start_loc,
+            seq_lens,
+            block_tables,
+            slots,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            num_threads=shape.num_threads,
+            window=shape.window,
+            batch_invariant=shape.batch_invariant,
+        )
+
+    return plan
+
+
+def gathered_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.gathered import plan_attention
+
+    def plan(
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        block_tables: Int32Array,
+        slots: Int32Array,
+        *,
+        captured_seqs: int = 0,
+    ) -> AttentionPlan:
+        assert not captured_seqs, "what is gathered differs from step to step"
+        return plan_attention(
+            query_start_loc,
+            seq_lens,
+            block_tables,
+            slots,
+            device=shape.device,
+            block_size=shape.block_size,
+            window=shape.window,
+        )
+
+    return plan
+
+
+def gpu_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.triton import PlanBuffers, plan_attention
+
+    buffers = PlanBuffers(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        max_num_seqs=shape.max_num_seqs,
+        max_num_tokens=shape.max_num_tokens,
+        max_blocks=shape.max_blocks,
+        device=shape.device,
+    )
+
+    def plan(
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        block_tables: Int32Array,
+        slots: Int32Array,
+        *,
+        captured_seqs: int = 0,
+    ) -> AttentionPlan:
+        return plan_attention(
+            query_start_loc,
+            seq_lens,
+            block_tables,
+            slots,
+            buffers=buffers,
+            window=shape.window,
+            captured_seqs=captured_seqs,
+        )
+
+    return plan

@@ -1,0 +1,111 @@
+"""BACKENDS: the ways a model can be computed, one row each, and the choice among them. No torch.
+
+A backend is a kernel module and the planner of its attention; the option `attention_backend` names it, by vLLM's name
+where vLLM has one. What follows from the choice (KV types, block size, what activations are kept in) stands in the row.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+
+from quire.errors import ConfigError
+
+DEVICES = ("cpu", "cuda", "mps")
+KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "fp8_e4m3")
+"""What KV may be stored in, where a backend can."""
+GATHERED_SLOTS = 2**17
+"""KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
+_PLAIN = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """A row of BACKENDS."""
+
+    kernels: str
+    """The module that offers `quire.kernels.interface.Kernels`."""
+    planner: str
+    """What makes the planner of its attention, as "module:function" (see `quire.attention.planners`)."""
+    devices: tuple[str, ...]
+    kv_cache_dtypes: tuple[str, ...] = _PLAIN
+    package: str = ""
+    """What must be installed for it beside Quire's own dependencies."""
+    block_size: int = 64
+    """Tokens per block if not told otherwise."""
+    block_sizes: tuple[int, ...] = ()
+    """Those it takes; empty: all."""
+    min_capability: tuple[int, int] = (0, 0)
+    """The oldest CUDA device it runs on."""
+    float32_activations: bool = False
+    """Activations are float32 whatever weights are stored in; otherwise they follow `dtype`."""
+    gathered_slots: int = 0
+    """KV slots of one layer that its attention copies at once."""
+    quantizes: bool = False
+    """Whether its kernels have layers of few bits."""
+    deterministic: bool = False
+    """Whether it can compute a sequence without a bit of it depending on the batch."""
+    captures: bool = False
+    """Whether its steps can be captured as CUDA graphs: its plans lie in buffers that stay."""
+
+
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        "cpu": Backend(
+            kernels="quire.kernels.cpu",
+            planner="quire.attention.planners:cpu_planner",
+            devices=("cpu",),
+            block_size=16,
+            float32_activations=True,
+            quantizes=True,
+            deterministic=True,
+        ),
+        "triton": Backend(
+            kernels="quire.kernels.triton",
+            planner="quire.attention.planners:gpu_planner",
+            devices=("cuda",),
+            package="triton",
+            kv_cache_dtypes=KV_CACHE_DTYPES,
+            min_capability=(8, 0),
+            block_sizes=tuple(range(16, 257, 16)),
+            captures=True,
+        ),
+        "sdpa": Backend(
+            kernels="quire.kernels.gathered",
+            planner="quire.attention.planners:gathered_planner",
+            devices=DEVICES,
+            kv_cache_dtypes=KV_CACHE_DTYPES,
+            gathered_slots=GATHERED_SLOTS,
+        ),
+    }
+)
+"""In order of preference on each device."""
+
+
+def choose_backend(
+    name: str,
+    device: str,
+    capability: tuple[int, int] = (0, 0),
+    has_package: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+) -> str:
+    """The backend that the option `attention_backend` means on a device. Raises `ConfigError` for one that cannot be.
+
+    `capability` is that of a CUDA device, such as (8, 0).
+    """
+
+    def obstacle(row: Backend) -> str:
+        if device not in row.devices:
+            return f"runs on {', '.join(row.devices)}, but device is {device}"
+        if device == "cuda" and capability < row.min_capability:
+            needed, found = (".".join(map(str, version)) for version in (row.min_capability, capability))
+            return f"needs a CUDA device of capability {needed}, but this one has {found}"
+        if row.package and not has_package(row.package):
+            return f"needs the package {row.package}, which is not installed"
+        return ""
+
+    possible = [other for other, row in BACKENDS.items() if not obstacle(row)]
+    if name == "auto":
+        return possible[0]
+    if reason := obstacle(BACKENDS[name]):
+        raise ConfigError(f"attention_backend is {name}, which {reason}; choose {' or '.join(possible)}")
+    return name

@@ -1,0 +1,88 @@
+"""Device: what a model is computed on, and what must be known of it before torch is imported.
+
+A CUDA device is asked through its driver library, which torch loads anyway: the number of devices, names, memory and
+capability, all of which need no context on the card. CUDA_VISIBLE_DEVICES is the driver's affair and holds.
+"""
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quire.errors import ConfigError
+
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+"""Of cuDeviceGetAttribute."""
+_NAME_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The first device of its type; Quire computes on one."""
+
+    type: str
+    """cpu, cuda or mps, as torch says."""
+    name: str = ""
+    total_memory: int | None = None
+    """Bytes of the device's own; None where it shares the host's."""
+    capability: tuple[int, int] = (0, 0)
+    """Of a CUDA device."""
+
+
+CPU = Device("cpu")
+
+
+def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None) -> Device:
+    """The device that the option `device` means; auto is a CUDA device where there is one that torch can use.
+
+    Raises `ConfigError` for one that is not there. `probe` looks for a CUDA device.
+    """
+    if wanted == "cpu":
+        return CPU
+    if wanted == "mps":
+        if sys.platform != "darwin":
+            raise ConfigError(f"device is mps, which is Apple's, but this is {sys.platform}; choose cpu or cuda")
+        return Device("mps")
+    version = importlib.metadata.version("torch")
+    if version.endswith("+cpu"):
+        if wanted == "cuda":
+            raise ConfigError(
+                f"device is cuda, but torch {version} is built without CUDA; install PyTorch's CUDA build"
+            )
+        return CPU
+    device = (probe or probe_cuda)()
+    if device is not None:
+        return device
+    if wanted == "cuda":
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        because = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
+        raise ConfigError(f"device is cuda, but the driver shows no CUDA device{because}; choose cpu or auto")
+    return CPU
+
+
+def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:
+    """The first CUDA device, or None where there is no driver or no device."""
+    try:
+        driver = load("libcuda.so.1")
+    except OSError:
+        return None
+    count, handle, total = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+        return None
+    calls = (
+        (driver.cuDeviceGet, ctypes.byref(handle), 0),
+        (driver.cuDeviceGetName, name, _NAME_BYTES, handle),
+        (driver.cuDeviceTotalMem_v2, ctypes.byref(total), handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(major), _CAPABILITY_MAJOR, handle),
+        (driver.cuDeviceGetAttribute, ctypes.byref(minor), _CAPABILITY_MINOR, handle),
+    )
+    for call, *arguments in calls:
+        if call(*arguments):
+            # A type cannot be guessed of a card that does not answer.
+            return None
+    return Device("cuda", name.value.decode(errors="replace"), total.value, (major.value, minor.value))

@@ -1,0 +1,222 @@
+"""The path of a device, run on a CPU by the backend that runs anywhere: the same tokens, plans, clear refusals."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from quire.backends import BACKENDS, choose_backend
+from quire.config import EngineConfig
+from quire.engine import device as devices
+from quire.engine.device import Device, find_device, probe_cuda
+from quire.engine.memory_plan import CONTEXT_BYTES, plan_memory
+from quire.errors import ConfigError, MemoryPlanError
+from quire.model_config import ModelConfig, RopeConfig
+from quire.models.device_weights import Upload
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.engine.test_parity import NUM_STEPS, assert_greedy, make_prompts
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)
+CARD = Device("cuda", "a card", 80 * 2**30, (9, 0))
+OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, family)
+    options = {"attention_backend": "sdpa", "threads": 1, "max_num_seqs": 20}
+    llm = LLM(str(checkpoint), num_blocks=160, max_num_batched_tokens=40, **options)
+    oracle = reference_model(checkpoint)
+    prompts = make_prompts(9, longest=100)
+    assert llm.stats().block_size == 64
+    assert_greedy(oracle, llm.generate(prompts, GREEDY))
+    again = llm.generate(prompts, GREEDY)
+    assert_greedy(oracle, again)
+    assert any(output.num_cached_tokens for output in again)
+    small = LLM(str(checkpoint), block_size=16, num_blocks=24, max_model_len=240, **options)
+    assert_greedy(oracle, small.generate(prompts, GREEDY))
+    assert small.stats().total_preemptions > 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_activations_of_sixteen_bits(kv_cache_dtype: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")
+    llm = LLM(str(checkpoint), attention_backend="sdpa", kv_cache_dtype=kv_cache_dtype, num_blocks=40, threads=1)
+    core: Any = llm._engine._core  # what is stored is not otherwise shown
+    assert core._runner._kv_cache.layers[0].keys.dtype == (
+        torch.float8_e4m3fn if kv_cache_dtype == "fp8" else torch.bfloat16
+    )
+    prompt = make_prompts(4, longest=60)[3]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    (output,) = llm.generate([prompt], params)
+    with torch.inference_mode():
+        expected = reference_model(checkpoint)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    wanted = expected[range(len(prompt) - 1), prompt[1:]]
+    # Sixteen bits, and eight of KV, cost that much of what the model says, and no more.
+    assert (torch.tensor(found) - wanted).abs().mean() < (0.3 if kv_cache_dtype == "fp8" else 0.1)
+
+
+# Choosing
+
+
+def test_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.importlib.metadata, "version", lambda name: "2.13.0")
+    assert find_device("auto", probe=lambda: CARD) is CARD
+    assert find_device("cuda", probe=lambda: CARD) is CARD
+    assert find_device("cpu", probe=lambda: CARD).type == "cpu"
+    assert find_device("auto", probe=lambda: None).type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(ConfigError, match=r"shows no CUDA device .CUDA_VISIBLE_DEVICES is '7'.; choose cpu or auto"):
+        find_device("cuda", probe=lambda: None)
+    monkeypatch.setattr(devices.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    assert find_device("auto", probe=lambda: CARD).type == "cpu"
+    with pytest.raises(ConfigError, match=r"torch 2.13.0\+cpu is built without CUDA"):
+        find_device("cuda", probe=lambda: CARD)
+
+
+class FakeDriver:
+    """What is asked of libcuda, with one card or none."""
+
+    def __init__(self, count: int, *, init: int = 0) -> None:
+        self.count, self.init = count, init
+
+    def cuInit(self, flags: int) -> int:
+        return self.init
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.count
+        return 0
+
+    def cuDeviceGet(self, handle: Any, ordinal: int) -> int:
+        handle._obj.value = 17
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, handle: ctypes.c_int) -> int:
+        assert handle.value == 17
+        name.value = b"Card X"
+        return 0
+
+    def cuDeviceTotalMem_v2(self, total: Any, handle: ctypes.c_int) -> int:
+        total._obj.value = 80 * 2**30
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, handle: ctypes.c_int) -> int:
+        value._obj.value = {75: 9, 76: 0}[attribute]
+        return 0
+
+
+def test_what_the_driver_says() -> None:
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    assert probe_cuda(missing) is None
+    assert probe_cuda(lambda name: FakeDriver(0)) is None
+    assert probe_cuda(lambda name: FakeDriver(1, init=100)) is None
+    assert probe_cuda(lambda name: FakeDriver(1)) == Device("cuda", "Card X", 80 * 2**30, (9, 0))
+
+
+def test_backends_of_devices() -> None:
+    assert choose_backend("auto", "cpu") == "cpu"
+    assert choose_backend("sdpa", "cpu") == "sdpa"
+    assert choose_backend("auto", "mps") == "sdpa"
+    assert choose_backend("auto", "cuda", (6, 1)) == "sdpa"
+    assert choose_backend("auto", "cuda", (9, 0), lambda package: True) == "triton"
+    assert choose_backend("auto", "cuda", (9, 0), lambda package: False) == "sdpa"
+    with pytest.raises(ConfigError, match="attention_backend is cpu, which runs on cpu, but device is cuda; choose"):
+        choose_backend("cpu", "cuda", (9, 0))
+    with pytest.raises(ConfigError, match=r"triton, which needs .* capability 8.0, but .* 7.5; choose sdpa"):
+        choose_backend("triton", "cuda", (7, 5), lambda package: True)
+    with pytest.raises(ConfigError, match=r"triton, which needs the package triton, .* choose sdpa"):
+        choose_backend("triton", "cuda", (9, 0), lambda package: False)
+    for name in BACKENDS:
+        EngineConfig(attention_backend=name)
+    with pytest.raises(ConfigError, match=r"attention_backend is 'magic'; it must be auto or one of cpu"):
+        EngineConfig(attention_backend="magic")
+    with pytest.raises(ConfigError, match="device is 'tpu'; it must be auto or one of cpu, cuda, mps"):
+        EngineConfig(device="tpu")
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization is 1.5; it must be above 0 and at most 1"):
+        EngineConfig(gpu_memory_utilization=1.5)
+
+
+# Memory
+
+
+@pytest.fixture(scope="module")
+def llama_8b() -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131_072,
+        rope=RopeConfig(),
+        layer_windows=(0,) * 32,
+        checkpoint_dtype="bfloat16",
+    )
+
+
+def test_a_card_is_planned_from_its_size(llama_8b: ModelConfig) -> None:
+    plan = plan_memory(EngineConfig(max_model_len=32_768), llama_8b, device=CARD)
+    assert (plan.device, plan.dtype, plan.block_size) == ("cuda", "bfloat16", 64)
+    assert plan.available == int(80 * 2**30 * 0.9)
+    assert plan.weights == pytest.approx(16.06e9, rel=0.01)
+    assert plan.context == CONTEXT_BYTES
+    assert plan.kv_bytes_per_token == 128 * 1024
+    left = plan.available - plan.weights - plan.activations - plan.logprobs - plan.context - plan.graphs
+    assert plan.kv_cache <= left < plan.kv_cache + 64 * plan.kv_bytes_per_token
+    assert plan.total <= plan.available
+    text = "\n".join(plan.describe())
+    assert "device: a card" in text
+    assert "CUDA context" in text
+    eager = plan_memory(EngineConfig(max_model_len=32_768, enforce_eager=True), llama_8b, device=CARD)
+    assert eager.graphs == 0
+    assert plan_memory(EngineConfig(kv_cache_dtype="fp8"), llama_8b, device=CARD).kv_bytes_per_token == 64 * 1024
+
+
+def test_tiers_of_a_card_are_the_hosts(llama_8b: ModelConfig) -> None:
+    plan = plan_memory(EngineConfig(swap_space=64 * 2**30), llama_8b, 100 * 2**30, device=CARD)
+    assert plan.total <= plan.available
+    assert plan.swap_space == 64 * 2**30
+    with pytest.raises(MemoryPlanError, match=r"take 64 GiB of the host's memory, of which 32 GiB is available"):
+        plan_memory(EngineConfig(swap_space=64 * 2**30), llama_8b, 32 * 2**30, device=CARD)
+
+
+def test_what_a_card_cannot_do_is_refused(llama_8b: ModelConfig) -> None:
+    with pytest.raises(MemoryPlanError, match=r"CUDA context .* gpu_memory_utilization 0.2 of 80 GiB"):
+        plan_memory(EngineConfig(gpu_memory_utilization=0.2), llama_8b, device=CARD)
+    with pytest.raises(ConfigError, match=r"quantization is int8, but the .* backend has no layers of few bits"):
+        plan_memory(EngineConfig(quantization="int8"), llama_8b, device=CARD)
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype is fp8_e4m3, which the cpu backend cannot store"):
+        plan_memory(EngineConfig(kv_cache_dtype="fp8_e4m3", device="cpu"), llama_8b, 2**40)
+    # Cards before Ampere have no bfloat16, and the kernels that need more than they are do not run there.
+    plan = plan_memory(EngineConfig(max_model_len=1024), llama_8b, device=OLD_CARD)
+    assert (plan.dtype, plan.attention_backend) == ("float16", "sdpa")
+
+
+# Weights
+
+
+def test_tensors_pass_through_staging_in_pieces() -> None:
+    upload = Upload(torch.device("cpu"), staging_bytes=56)
+    for tensor in (
+        torch.randn(7, 9),
+        torch.randn(100).bfloat16(),
+        torch.randn(0, 3),
+        torch.randn(6, 5).t(),
+        torch.ones(1),
+    ):
+        copy = upload(tensor)
+        assert torch.equal(copy, tensor)
+        assert copy.dtype == tensor.dtype
+        assert not copy.numel() or copy.data_ptr() != tensor.data_ptr()
