@@ -116,6 +116,12 @@ def test_chat(llm: LLM) -> None:
         ({"block_size": 0}, "block_size is 0; it must be an integer from 1 to 1024"),
         ({"max_num_seqs": 300, "max_num_batched_tokens": 200}, "less than max_num_seqs 300"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory is 'lots'; give a positive number of bytes"),
+        ({"speculative_config": "ngram"}, "speculative_config is 'ngram', which is not JSON"),
+        ({"speculative_config": [1]}, "speculative_config is [1]; it must be an object"),
+        ({"speculative_config": {"method": "eagle"}}, "method is 'eagle'; it must be ngram"),
+        ({"speculative_config": {"tokens": 5}}, "unknown ['tokens']; it may have method, num_speculative_tokens"),
+        ({"speculative_config": {"num_speculative_tokens": 0}}, "is 0; it must be an integer from 1 to 64"),
+        ({"speculative_config": {"prompt_lookup_min": 6}}, "prompt_lookup_min is 6, more than prompt_lookup_max 4"),
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, or left out"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from cyclopts import App
 
 from quire.cli.options import field_docs, flags, split
-from quire.config import EngineConfig
+from quire.config import EngineConfig, SpeculativeConfig
 from quire.server.settings import ServerSettings
 from quire.simulation.settings import SimulationSettings
 
@@ -48,12 +48,14 @@ def test_lists_sizes_switches_and_other_names() -> None:
         ),
         *("--kv-cache-memory-bytes", "1GiB", "--num-gpu-blocks-override", "7", "--max-body-size", "1MB"),
         *("--allow-unauthenticated", "--stall-timeout", "2"),
+        *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 7}'),
     )
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
     config = EngineConfig.from_options(engine_options)
     assert config.served_model_name == ("a", "b")
     assert not config.enable_prefix_caching
     assert (config.max_model_len, config.kv_cache_memory, config.num_blocks) == (9, 2**30, 7)
+    assert config.speculative_config == SpeculativeConfig(num_speculative_tokens=7)
     settings = ServerSettings(**server_options)
     assert (settings.max_body_size, settings.stall_timeout, settings.allow_unauthenticated) == (
         10**6,

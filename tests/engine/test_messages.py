@@ -67,5 +67,5 @@ def test_refused_and_config_round_trip() -> None:
     for message in (Refused("a", "m", None, "c"),):
         (body,) = FrameBuffer().feed(encode(message))
         assert decode_from_engine(body) == message
-    config = EngineConfig(model="x", kv_cache_memory="1GiB", served_model_name=("a",))  # type: ignore[arg-type]  # as flags give it
+    config = EngineConfig(model="x", kv_cache_memory="1GiB", speculative_config={"method": "ngram"})  # type: ignore[arg-type]  # as flags give it
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config

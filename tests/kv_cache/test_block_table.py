@@ -522,6 +522,22 @@ class PoolMachine(RuleBasedStateMachine):
             self.name(each, data.draw(st.integers(0, len(each.token_ids))))
 
     @precondition(lambda self: self.tables)
+    @rule(data=st.data(), drafted=st.lists(st.integers(0, 1), min_size=1, max_size=40))
+    def append_and_take_back(self, data: st.DataObject, drafted: list[int]) -> None:
+        """As drafted tokens are, of which only the first hold."""
+        each = data.draw(st.sampled_from(self.tables))
+        start = len(each.token_ids)
+        self.write(each, drafted)
+        if len(each.token_ids) > start:
+            end = data.draw(st.integers(start, len(each.token_ids)))
+            each.table.truncate(end)
+            for block in reversed(each.blocks[-(-end // self.size) :]):
+                self.release(block)
+            del each.blocks[-(-end // self.size) :], each.token_ids[end:]
+            if end % self.size:
+                self.fill[each.blocks[-1]] = end % self.size
+
+    @precondition(lambda self: self.tables)
     @rule(token=st.integers(0, 1))
     def append_one_to_all(self, token: int) -> None:
         for each in self.tables:

@@ -641,6 +641,46 @@ def test_prompts_that_hold_all_blocks_make_room_for_the_first() -> None:
     engine.run()
 
 
+# -- drafts -----------------------------------------------------------------------------------------------------------
+
+
+class AllRight(Guesses):
+    """The longest drafts, all of them what comes next."""
+
+    def __init__(self, max_tokens: int) -> None:
+        super().__init__(0, max_tokens)
+        self._random.randrange = lambda *_: max_tokens  # type: ignore[method-assign,assignment]
+        self._random.random = lambda: 0.0  # type: ignore[method-assign]
+
+
+def test_drafts_that_hold_save_steps() -> None:
+    engine = Engine(guesses=AllRight(3))
+    engine.add(new_request("a", 6, max_tokens=14))
+    plans = [engine.step() for _ in range(5)]
+    assert [plan.counts for plan in plans] == [[6], [4], [4], [4], [1]], "the last token is drawn and not computed"
+    assert not engine.scheduler.has_work
+    stats = engine.scheduler.stats()
+    assert (stats.total_drafts, stats.total_draft_tokens, stats.total_accepted_tokens) == (3, 9, 9)
+
+
+def test_a_draft_ends_before_a_sample_that_fails() -> None:
+    engine = Engine(guesses=AllRight(9))
+    client = engine.add(new_request("a", 3, max_tokens=100, seed=-3))
+    engine.run()
+    assert (client.finish_reasons, len(client.token_ids[0]), engine.num_steps) == ({0: "error"}, 4, 3)
+    assert engine.scheduler.stats().total_preemptions == 0
+
+
+def test_drafts_take_no_memory_that_others_may_need() -> None:
+    engine = Engine(num_blocks=6, block_size=4, guesses=AllRight(9))
+    engine.add(new_request("a", 8, max_tokens=4))
+    engine.add(new_request("b", 8, max_tokens=4))
+    engine.step()
+    assert engine.step().drafts == {}, "of two free blocks each may need one"
+    engine.run()
+    assert engine.scheduler.stats().total_preemptions == 0
+
+
 # -- the door ---------------------------------------------------------------------------------------------------------
 
 

@@ -184,9 +184,10 @@ class ModelRunner:
         hidden = self._model(input_ids, positions, self._kv_cache, attention)
         finish = None
         if plan.sample_after:
-            # In a step of decoding something is drawn after every token.
-            every = np.array_equal(points.tokens, np.arange(len(hidden)))
-            logits = self._model.logits(hidden) if every else self._logits(hidden, points.tokens, tokens_on_device)
+            if points.after_every_token:
+                logits = self._model.logits(hidden)
+            else:
+                logits = self._logits(hidden, points.tokens, tokens_on_device)
             self._masks.join()
             if self._draws_on_device(plan, points):
                 finish = self._draw(logits, points.states, rows_on_device, result)
@@ -247,7 +248,7 @@ class ModelRunner:
         return finish
 
     def _sample(self, plan: StepPlan, points: SamplePoints, logits: torch.Tensor, result: StepResult) -> None:
-        sampled = self._sampler.sample(logits, points.states)
+        sampled = self._sampler.sample(logits, points.states, passing=bool(plan.drafts))
         for index, first in enumerate(points.first[:-1]):
             result.token_ids.append(sampled.token_ids[first])
             result.logprobs.append(sampled.logprobs[first])

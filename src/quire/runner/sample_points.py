@@ -23,13 +23,16 @@ class SamplePoints:
     """[N]: index of the step's token after which each is drawn."""
     first: list[int]
     """Index of each sequence's first sample, in the order of `StepPlan.sample_rows`, and N at the end."""
+    after_every_token: bool
+    """Whether the samples are one after every token of the step, in their order, as where all only decode."""
 
 
 def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoints:
     """`states` are those of `plan.sample_rows`. A draft is followed as far as the sequence's grammar lets it."""
-    last = np.cumsum(np.array(plan.counts, dtype=np.int32), dtype=np.int32)[plan.sample_after] - np.int32(1)
+    last = np.cumsum(plan.counts, dtype=np.int32)[plan.sample_after] - np.int32(1)
     if not plan.drafts:
-        return SamplePoints(states, last, list(range(len(states) + 1)))
+        decodes = plan.sample_after == list(range(plan.num_tokens))
+        return SamplePoints(states, last, list(range(len(states) + 1)), decodes)
     all_states: list[SamplingState] = []
     tokens: list[int] = []
     first: list[int] = []
@@ -46,4 +49,5 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
             all_states.append(state)
             tokens.append(token - len(draft) + place)
     first.append(len(tokens))
-    return SamplePoints(all_states, np.array(tokens, dtype=np.int32), first)
+    after_every_token = tokens == list(range(plan.num_tokens))
+    return SamplePoints(all_states, np.array(tokens, dtype=np.int32), first, after_every_token)

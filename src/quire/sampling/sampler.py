@@ -44,14 +44,15 @@ class Sampler:
         self._pieces: list[tuple[slice, SamplingBatch]] = []
         self._logits_processors = logits_processors
 
-    def sample(self, logits: Tensor, states: Sequence[SamplingState]) -> SampleResult:
+    def sample(self, logits: Tensor, states: Sequence[SamplingState], *, passing: bool = False) -> SampleResult:
         """Draw one token per row of `logits` [rows, vocabulary] float32, which may be overwritten.
 
         A row that holds NaN or +inf, or in which no token is left, gets an error; the others do not notice.
+        `passing` states do not come again: what was gathered of those before them is kept.
         """
         logits = logits.contiguous()
         result = SampleResult([], [], [], {})
-        for piece, batch in self._pieces_of(states):
+        for piece, batch in self._gather(states) if passing else self._pieces_of(states):
             part = self._sample(logits[piece], batch)
             result.token_ids += part.token_ids
             result.logprobs += part.logprobs
@@ -119,11 +120,12 @@ class Sampler:
         # States compare by identity, so this is a short scan, and the list keeps them from being replaced unseen.
         if self._states != list(states):
             self._states = list(states)
-            pieces = split_by_logprobs(states, self._vocab_size, self._logprobs_memory)
-            self._pieces = [
-                (piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces
-            ]
+            self._pieces = self._gather(states)
         return self._pieces
+
+    def _gather(self, states: Sequence[SamplingState]) -> list[tuple[slice, SamplingBatch]]:
+        pieces = split_by_logprobs(states, self._vocab_size, self._logprobs_memory)
+        return [(piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces]
 
 
 def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArray, FloatArray]:

@@ -551,7 +551,7 @@ class Scheduler:
         now = self._clock()
         if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
             speculation.times.measure(plan.num_tokens, now - self.pool.now, now)
-        counts = plan.counts.copy()
+        counts = plan.counts.copy() if plan.drafts else plan.counts
         for index, draft in plan.drafts.items():
             sequence, block_size = self._rows[plan.rows[index]], self.pool.block_size
             assert sequence is not None

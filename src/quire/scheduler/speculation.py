@@ -16,7 +16,6 @@ and a batch that keeps the machine busy by itself gets none.
 import bisect
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
 from quire.config import SpeculativeConfig
 from quire.scheduler.ngram_lookup import NgramLookup
@@ -25,8 +24,9 @@ _FORGETTING = 0.8
 """Weight that what is known of a sequence's drafts keeps from one to the next."""
 _PRIOR = 0.5
 """How likely a drafted token is taken to hold before anything is known, with the weight of one token."""
-_MIN_GAIN = 1.02
-"""Drafts are made only where they promise more tokens per second by this factor: less is noise of the clock."""
+_MIN_GAIN = 1.05
+"""Drafts are made only where they promise more tokens per second by this factor. The best of many noisy estimates
+promises too much; this much is not lost to it."""
 _NUM_TIMES = 7
 """Steps of one size whose median counts."""
 _MIN_TIMES = 3
@@ -68,21 +68,25 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
         self._measured_at: dict[int, float] = {}
 
     def measure(self, num_tokens: int, seconds: float, now: float) -> None:
         size = _size_class(num_tokens)
-        self._times.setdefault(size, deque(maxlen=_NUM_TIMES)).append(seconds)
+        if now - self._measured_at.get(size, now) > _MAX_AGE:
+            del self._times[size]
+        times = self._times.setdefault(size, deque(maxlen=_NUM_TIMES))
+        times.append(seconds)
+        self._medians[size] = sorted(times)[len(times) // 2]
         self._measured_at[size] = now
 
     def curve(self, num_tokens: int, now: float) -> "StepCurve | None":
         """What steps take that were measured lately; None if those of `num_tokens` are not known well enough."""
         size = _size_class(num_tokens)
-        for old in [old for old, at in self._measured_at.items() if now - at > _MAX_AGE]:
-            del self._times[old], self._measured_at[old]
-        if len(self._times.get(size, ())) < _MIN_TIMES:
+        if len(self._times.get(size, ())) < _MIN_TIMES or now - self._measured_at[size] > _MAX_AGE:
             return None
-        return StepCurve(sorted((size, median(times)) for size, times in self._times.items()))
+        points = [(size, self._medians[size]) for size, at in self._measured_at.items() if now - at <= _MAX_AGE]
+        return StepCurve(sorted(points))
 
 
 class StepCurve:
@@ -147,6 +151,8 @@ class Speculation:
             drafts.propose(token_ids, min(most, self.max_tokens)) if most > 0 else []
             for drafts, token_ids, most in candidates
         ]
+        if not any(proposed):
+            return nothing
         likely = [
             (drafts.acceptance**place, index)
             for index, ((drafts, _, _), draft) in enumerate(zip(candidates, proposed, strict=True))
