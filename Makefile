@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: help setup serve test check bench bench-peers paper clean
+.PHONY: help setup serve test test-gpu-offline check bench bench-peers paper clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 setup: .venv/.runtime .venv/.test  ## Make .venv with Quire in it (editable), its kernels built, and what the tests need
 
@@ -47,6 +47,10 @@ serve: .venv/.runtime  ## Serve the bundled model; PORT=8000 HOST=127.0.0.1 ARGS
 
 test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
 	@$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
+
+test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
+	@scripts/test_gpu_offline.sh $(ARGS)
 
 check: setup  ## Lint, format, types, and the laws of the architecture
 	@$(BIN)/ruff check .
@@ -73,5 +77,5 @@ paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes)
 	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean:  ## Remove .venv, build folders and caches
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,7 +35,7 @@ Int64Array = NDArray[np.int64]
 
 MAX_NARROW_TOKENS = 8
 """New tokens up to which a sequence is planned as decode: its rows fill less than one tile of prefill."""
-_MIN_ROWS, _MAX_ROWS = 16, 128
+_MIN_ROWS = 16
 # Programs per multiprocessor that run at once, times how often each place is filled: fewer leave some idle at the end,
 # more read too little each to reach full speed.
 _PROGRAMS_PER_SM = 12
@@ -67,8 +67,10 @@ class PlanBuffers:
         self.head_dim = head_dim
         self.block_size = block_size
         self.group = num_heads // num_kv_heads
-        if self.group > _MAX_ROWS:
-            raise ValueError(f"{self.group} query heads share a KV head; the GPU kernels take at most {_MAX_ROWS}")
+        self.max_rows = 128 if head_dim <= 128 else 64
+        """Of a program: larger heads leave room for fewer."""
+        if self.group > self.max_rows:
+            raise ValueError(f"{self.group} query heads share a KV head; the GPU kernels take at most {self.max_rows}")
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         self.max_blocks = max_blocks
@@ -78,7 +80,7 @@ class PlanBuffers:
             num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.target_items = max(1, num_sms * _PROGRAMS_PER_SM // num_kv_heads)
         """Items that keep the device busy."""
-        max_tiles = max_num_seqs + max_num_tokens // self.tokens_per_tile(max(64, _rows_for(self.group)))
+        max_tiles = max_num_seqs + max_num_tokens // self.tokens_per_tile(max(64, self.rows_for(self.group)))
         max_items = max_tiles + self.target_items
         self.max_places = max(1024, 2 * self.target_items)
         """Tokens' parts that `partials` holds."""
@@ -111,6 +113,10 @@ class PlanBuffers:
     def nbytes(self) -> int:
         """Of device memory."""
         return self.on_device.nbytes + self.partials.nbytes + self.partial_lse.nbytes
+
+    def rows_for(self, num_rows: int) -> int:
+        """The smallest tile of rows that holds so many, or the largest there is."""
+        return min(self.max_rows, max(_MIN_ROWS, 1 << (num_rows - 1).bit_length()))
 
     def tokens_per_tile(self, num_rows: int) -> int:
         """New tokens of one sequence that a program of `num_rows` rows takes."""
@@ -177,10 +183,9 @@ def plan_attention(
             f"{captured_seqs} sequences of up to {captured_query_len}"
         )
     longest = captured_query_len if captured_seqs else int(query_lens[query_lens <= MAX_NARROW_TOKENS].max(initial=1))
-    narrow_rows = _rows_for(longest * buffers.group)
+    narrow_rows = buffers.rows_for(longest * buffers.group)
     narrow = query_lens <= (captured_query_len if captured_seqs else MAX_NARROW_TOKENS)
-    wide_rows = 64 if query_lens.max(initial=0) * buffers.group <= 64 or buffers.head_dim > 128 else _MAX_ROWS
-    wide_rows = max(wide_rows, _rows_for(buffers.group))
+    wide_rows = buffers.rows_for(max(64, int(query_lens.max(initial=0)) * buffers.group))
 
     geometry = _Geometry(query_start_loc, seq_lens, block_tables.shape[1], window, buffers)
     splitter = _Splitter(buffers)
@@ -309,11 +314,6 @@ class _Splitter:
     def merges(self) -> Int32Array:
         """What is left to put together after all items ran."""
         return np.concatenate([np.empty((0, len(MergeColumn)), dtype=np.int32), *self._merges])
-
-
-def _rows_for(num_rows: int) -> int:
-    """The smallest tile of rows that holds so many, or the largest there is."""
-    return min(_MAX_ROWS, max(_MIN_ROWS, 1 << (num_rows - 1).bit_length()))
 
 
 def _put(host: Int32Array, section: slice, values: Int32Array | Sequence[int], fill_to: int = 0) -> None:

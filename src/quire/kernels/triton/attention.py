@@ -16,9 +16,11 @@ from torch import Tensor
 
 from quire.kernels.gpu_plan import GpuAttentionPlan, WorkList
 from quire.kernels.interface import AttentionPlan
-from quire.kernels.triton.configs import INTERPRETED, attention_config, compute_dtype
+from quire.kernels.triton.configs import INTERPRETED, architecture_of, attention_config, compute_dtype
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+MERGE_PARTS = 8
+"""Of one token, taken in at a time."""
 MERGE_WARPS = 4
 
 
@@ -274,6 +276,8 @@ def paged_attention(
             f"q: expected [T, {num_kv_heads} x n, {head_dim}] with heads next to each other, "
             f"found {list(q.shape)} with strides {list(q.stride())}"
         )
+    if k_cache.element_size() == 1 and architecture_of(q.device) < 89:
+        raise ValueError("k_cache: float8 needs a GPU of compute capability 8.9 or higher; use bfloat16")
     if block_size % plan.tile:
         raise ValueError(f"k_cache: the plan was made for blocks of a multiple of {plan.tile}, found {block_size}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -282,7 +286,7 @@ def paged_attention(
     def attend(work: WorkList, gathered: bool) -> None:
         if not work.num_programs:
             return
-        config = attention_config(work.num_rows, head_dim, plan.tile, k_cache.element_size())
+        config = attention_config(work.num_rows, head_dim, plan.tile, architecture_of(q.device))
         attention_kernel[(work.num_programs * num_kv_heads,)](
             q,
             k_cache,
@@ -329,7 +333,7 @@ def paged_attention(
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            PARTS=8,
+            PARTS=MERGE_PARTS,
             num_warps=MERGE_WARPS,
         )
     return out

@@ -2,6 +2,7 @@
 compiles every row for every architecture and holds its registers and shared memory to a budget."""
 
 import os
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,20 +18,36 @@ class AttentionConfig(NamedTuple):
     """Keys taken at a time."""
     num_warps: int
     num_stages: int
+    programs_per_sm: int
+    """That have room on a multiprocessor of a Hopper GPU at once, by their registers and shared memory."""
 
 
-def attention_config(num_rows: int, head_dim: int, max_tile: int, kv_bytes: int) -> AttentionConfig:
-    """For a tile of rows, a head size, and the widest tile of keys that the plan allows.
+def attention_config(num_rows: int, head_dim: int, max_tile: int, architecture: int) -> AttentionConfig:
+    """For a tile of rows, a head size, the widest tile of keys that the plan allows, and an architecture (90: Hopper).
 
     Few rows are decode: the time is that of reading keys, so three stages keep copies in flight. Many rows are prefill:
-    the tensor cores set the pace, and registers how much a warp may hold.
+    the tensor cores set the pace, and registers limit how much a warp may hold. Where they do, an Ampere GPU takes
+    narrower tiles or more warps, and a Blackwell GPU more warps.
     """
     tile = min(64, max_tile)
     if head_dim > 128:
-        return AttentionConfig(min(32, tile), 8 if num_rows == 128 else 4, 2)
+        if num_rows <= 32:
+            return AttentionConfig(min(32, tile), 4, 3, 2 if num_rows == 16 else 1)
+        return AttentionConfig(min(32, tile), 8 if architecture < 90 else 4, 2, 1)
     if num_rows <= 32:
-        return AttentionConfig(tile, 4, 3)
-    return AttentionConfig(tile, 8 if num_rows == 128 else 4, 3)
+        return AttentionConfig(tile, 4, 3, 3 if num_rows == 16 else 2)
+    if num_rows == 64:
+        return AttentionConfig(tile, 8 if architecture >= 100 else 4, 3, 1)
+    return AttentionConfig(min(32, tile) if architecture < 90 and head_dim > 64 else tile, 8, 3, 1)
+
+
+@lru_cache
+def architecture_of(device: torch.device) -> int:
+    """Its compute capability times ten; in the interpreter that of Hopper."""
+    if INTERPRETED:
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def compute_dtype(activations: torch.dtype, cache: torch.dtype) -> Any:

@@ -1,0 +1,104 @@
+"""Sampling on a GPU, or in Triton's interpreter, draws what the CPU's sampler draws."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quire.sampling.logprobs import token_logprobs
+from quire.sampling.sampler import Sampler
+from quire.sampling.state import SamplingState
+from quire.sampling.uniforms import stream_keys
+from quire.sampling_params import SamplingParams
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+]
+
+VOCAB_SIZE = 1500  # more than a block, and no multiple of one
+
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "min_p": 0.02},
+    {"temperature": 1.3, "top_k": 1},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 0.9, "top_k": 200, "top_p": 0.8},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 2.0, "top_p": 0.999},
+    {"temperature": 1.0, "top_p": 0.3, "min_p": 0.01},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.05},
+]
+
+
+def states_of(params: list[dict[str, Any]]) -> list[SamplingState]:
+    return [
+        SamplingState(
+            params=SamplingParams(**each, max_tokens=100),
+            prompt_token_ids=[1] * (3 + index % 5),
+            output_token_ids=[2] * (index % 7),
+            seed=1000 + index,
+            sample_index=index % 2,
+            stop_token_ids=[],
+            vocab_size=VOCAB_SIZE,
+        )
+        for index, each in enumerate(params)
+    ]
+
+
+def rows_of(states: list[SamplingState], device: torch.device) -> Any:
+    from quire.kernels.triton.sampling import SamplingRows
+
+    params = [state.params for state in states]
+    keys = stream_keys([state.seed for state in states], [state.sample_index for state in states])
+    return SamplingRows(
+        temperature=torch.tensor([0.0 if each.greedy else each.temperature for each in params], device=device),
+        top_k=torch.tensor([each.top_k for each in params], dtype=torch.int32, device=device),
+        top_p=torch.tensor([each.top_p for each in params], dtype=torch.float64, device=device),
+        min_p=torch.tensor([each.min_p for each in params], device=device),
+        keys=torch.from_numpy(keys.view(np.int64)).to(device),
+        positions=torch.tensor([state.position for state in states], device=device),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16 has many equal logits
+def test_the_draws_of_a_cpu(kernels: Any, device: torch.device, dtype: torch.dtype) -> None:
+    from quire.kernels.triton.sampling import sample
+
+    states = states_of(PARAMS)
+    generator = torch.Generator().manual_seed(7)
+    logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=generator)).to(dtype)
+    logits[4, ::3] = float("-inf")
+    logits[6, :20] = 9.0  # the nucleus ends among equals
+    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float(), states)
+    tokens, peaks = sample(logits.float().to(device), rows_of(states, device))
+    assert expected.errors == [None] * len(states)
+    assert tokens.tolist() == expected.token_ids
+    assert torch.equal(peaks.cpu(), logits.float().amax(1))
+
+
+def test_a_row_without_a_finite_peak_has_no_token(kernels: Any, device: torch.device) -> None:
+    from quire.kernels.triton.sampling import sample
+
+    states = states_of(PARAMS[:4])
+    logits = torch.randn(4, VOCAB_SIZE)
+    sound = sample(logits.to(device), rows_of(states, device))[0].tolist()
+    logits[0, 3], logits[1, 1400], logits[2] = float("nan"), float("inf"), float("-inf")
+    tokens, peaks = sample(logits.to(device), rows_of(states, device))
+    assert peaks.isfinite().tolist() == [False, False, False, True]
+    assert peaks[0].isnan()
+    assert tokens.tolist() == [0, 0, 0, sound[3]]
+
+
+def test_logprobs_of_chosen_tokens(kernels: Any, device: torch.device) -> None:
+    from quire.kernels.triton.sampling import chosen_logprobs
+
+    logits = 4 * torch.randn(3, VOCAB_SIZE)
+    logits[1, 5] = logits[1, 1200] = logits[1].amax()
+    tokens = [17, 1200, 1499]
+    logprobs, ranks = chosen_logprobs(logits.to(device), torch.tensor(tokens, dtype=torch.int32, device=device))
+    for row, report in enumerate(token_logprobs(logits, tokens, 0)):
+        assert logprobs[row].item() == pytest.approx(report.logprobs[0], abs=1e-5)
+        assert ranks[row].item() == report.ranks[0]
