@@ -46,11 +46,12 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", *LEVELS[0]}
+WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", "llm", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
-ENGINE_WITH_TORCH = {"core", "engine", "engine_process"}
-"""The files of the engine that hold a runner. The API process uses the others, so they are held to the same."""
+ENGINE_WITH_TORCH = {"core"}
+"""The file of the engine that holds a runner. The API process uses the others, and loading begins in them before torch
+is there."""
 
 TENSORS_OF_THE_CACHE = "quire.kv_cache.storage"
 
@@ -326,7 +327,9 @@ def run_python(program: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("part", ["quire.server", "quire.cli", "quire.simulation", "quire.engine.async_engine"])
+@pytest.mark.parametrize(
+    "part", ["quire.server", "quire.cli", "quire.llm", "quire.simulation", "quire.engine.async_engine"]
+)
 def test_the_api_process_stays_light(part: str) -> None:
     names = [module for module in modules() if module == part or module.startswith(f"{part}.")]
     program = f"import sys, {', '.join(names)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"

@@ -23,7 +23,6 @@ from quire.outputs import (
     RegisteredPrefix,
     RequestOutput,
 )
-from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -36,8 +35,8 @@ class LLM:
     >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
 
     Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. `logits_processors` may also
-    hold objects (see `BatchLogitsProcessor`). With `verbose` the memory
-    plan and the phases of start-up are printed to standard error.
+    hold objects (see `BatchLogitsProcessor`). With `verbose` the memory plan and the phases of start-up are printed to
+    standard error.
     """
 
     def __init__(
@@ -45,7 +44,7 @@ class LLM:
         model: str = "",
         *,
         verbose: bool = False,
-        logits_processors: Sequence[str | BatchLogitsProcessor] = (),
+        logits_processors: Sequence[object] = (),
         **options: Any,
     ) -> None:
         self._engine = Engine(

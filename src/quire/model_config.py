@@ -6,6 +6,7 @@ the model and what config.json leaves unsaid about it. No torch.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,16 +211,19 @@ class ModelConfig:
     def weight_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the weights stored as `dtype`. A tied table is held once, as the output head holds it. A
         quantisation leaves the tables that only give rows in `dtype`."""
+        rows = (0 if self.tie_word_embeddings else self.vocab_size) + (0 if self.rope else self.max_position_embeddings)
+        tables = rows * self.hidden_size * DTYPE_BYTES[dtype]
+        return self.packed_bytes(dtype, quantization) + tables + self.num_vector_parameters * _FLOAT32_BYTES
+
+    def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Of `weight_bytes`, those of the dense layers and the output head."""
+        head = (self.vocab_size, self.hidden_size)
         if quantization is not None:
             method = METHODS[quantization]
             layer = sum(method.layers.weight_bytes(*shape) for shape in self.linear_shapes)
-            head = method.head.weight_bytes(self.vocab_size, self.hidden_size)
-            rows = (0 if self.tie_word_embeddings else self.vocab_size) + (
-                0 if self.rope else self.max_position_embeddings
-            )
-            vectors = self.num_vector_parameters * _FLOAT32_BYTES
-            return self.num_layers * layer + head + rows * self.hidden_size * DTYPE_BYTES[dtype] + vectors
-        return self.num_matrix_parameters * DTYPE_BYTES[dtype] + self.num_vector_parameters * _FLOAT32_BYTES
+            return self.num_layers * layer + method.head.weight_bytes(*head)
+        layer = sum(map(math.prod, self.linear_shapes))
+        return (self.num_layers * layer + math.prod(head)) * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Keys and values of one token in all layers."""

@@ -37,6 +37,15 @@ def file(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+def test_pages_that_were_given_back_are_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.models.weights._RELEASED_BYTES", 30_000)
+    weights, expected = Weights.open(file.parent), load_file(file)
+    taken = {name: weights.take(name, tuple(tensor.shape)) for name, tensor in expected.items()}
+    weights.finish()
+    for name, tensor in expected.items():
+        assert torch.equal(taken[name], tensor)
+
+
 def test_missing_tensor(folder: Path, file: Path) -> None:
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]

@@ -15,6 +15,7 @@ from quire.config import EngineConfig
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
+from quire.engine.load_ahead import LoadAhead, load_ahead
 from quire.engine.memory_plan import MemoryPlan
 from quire.errors import RequestError
 from quire.grammar.cache import GrammarCache
@@ -24,6 +25,7 @@ from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
 from quire.models.device_weights import DeviceWeights
+from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
 from quire.models.weights import RandomWeights, Weights
 from quire.outputs import EngineStats, MemoryReport, SequenceDelta
@@ -31,7 +33,7 @@ from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner
-from quire.sampling.logits_processors import BatchLogitsProcessor, load_processors
+from quire.sampling.logits_processors import load_processors
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.speculation import Speculation
@@ -77,14 +79,16 @@ class EngineCore:
         folder: Path,
         on_phase: Phase,
         *,
-        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
+        ahead: LoadAhead | None = None,
+        logits_processors: Sequence[object] | None = None,
         warm_grammars: bool = False,
     ) -> "EngineCore":
         """Read the weights and allocate the KV cache. Raises `CheckpointError` for files that do not fit the config.
 
-        `logits_processors` stand in the place of the config's, which can only hold names. `warm_grammars` also reads
-        the vocabulary for structured outputs, in a thread: that of a large one would hold up running requests for a
-        second if it were read when the first grammar comes.
+        `ahead` was made for these arguments before this module was imported. `logits_processors`, names and objects,
+        stand in the place of the config's, which can only hold names. `warm_grammars` also reads the vocabulary for
+        structured outputs, in a thread: that of a large one would hold up running requests for a second if it were read
+        when the first grammar comes.
         """
         processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
         grammars = GrammarCache(
@@ -97,7 +101,10 @@ class EngineCore:
         torch.set_num_threads(num_threads)
         device = torch.device(plan.device)
         kernels = kernels_for(plan.attention_backend)
-        model = _load_model(config, model_config, plan, folder, kernels, device)
+        ahead = ahead or load_ahead(config, model_config, plan, folder)
+        ahead.finish()
+        packing = PackedWeights(ahead.memory).kernels if ahead.memory is not None else kernels
+        model = _load_model(config, model_config, plan, folder, packing, device)
         on_phase("weights", time.perf_counter() - started)
 
         started = time.perf_counter()

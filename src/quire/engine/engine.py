@@ -10,15 +10,14 @@ from time import perf_counter
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model, load_tokenizer
-from quire.engine.core import EngineCore
 from quire.engine.grammar_door import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.load_ahead import load_ahead, without_garbage_collection
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
-from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling_params import SamplingParams
 
 
@@ -30,7 +29,7 @@ class Engine:
         config: EngineConfig,
         report: Callable[[str], None],
         *,
-        logits_processors: Sequence[str | BatchLogitsProcessor] | None = None,
+        logits_processors: Sequence[object] | None = None,
     ) -> None:
         """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`.
 
@@ -42,15 +41,21 @@ class Engine:
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)
+        ahead = load_ahead(config, self.model_config, self.memory_plan, self.folder)
         started = perf_counter()
         self.tokenizer = load_tokenizer(config, self.folder)
         report(f"tokenizer: {perf_counter() - started:.2f} s")
+        started = perf_counter()
+        with without_garbage_collection():
+            from quire.engine.core import EngineCore  # imports torch: a second that is not lost
+        report(f"import torch: {perf_counter() - started:.2f} s")
         self._core = EngineCore.load(
             config,
             self.model_config,
             self.memory_plan,
             self.folder,
             lambda name, seconds: report(f"{name}: {seconds:.2f} s"),
+            ahead=ahead,
             logits_processors=logits_processors,
         )
         self._inputs = InputProcessor(

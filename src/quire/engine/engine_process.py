@@ -4,6 +4,7 @@ It speaks over one inherited end of a socketpair. While there is work it looks f
 it blocks in `recv`, so an idle engine uses no CPU. When the other end closes, whatever the reason, it exits.
 """
 
+import gc
 import os
 import select
 import signal
@@ -11,6 +12,7 @@ import socket
 import sys
 import traceback
 
+from quire.engine.load_ahead import load_ahead, without_garbage_collection
 from quire.engine.messages import (
     Abort,
     Add,
@@ -88,19 +90,23 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
     from pathlib import Path
     from time import perf_counter
 
-    started = perf_counter()
-    from quire.engine.core import EngineCore  # imports torch: seconds in which the API process already answers
-
-    connection.send(PhaseDone("import torch", perf_counter() - started))
     folder = Path(load.folder)
+    model_config = ModelConfig.from_folder(folder)
+    ahead = load_ahead(load.config, model_config, load.plan, folder)
+    started = perf_counter()
+    with without_garbage_collection():
+        from quire.engine.core import EngineCore  # imports torch: a second in which the API process already answers
+    connection.send(PhaseDone("import torch", perf_counter() - started))
     core = EngineCore.load(
         load.config,
-        ModelConfig.from_folder(folder),
+        model_config,
         load.plan,
         folder,
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
+        ahead=ahead,
         warm_grammars=True,
     )
+    gc.freeze()  # what a model is made of stays; a collection that looked through it would hold up a step
     connection.send(Ready())
     try:
         while True:

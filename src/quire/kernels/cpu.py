@@ -9,6 +9,7 @@ The best build for this CPU is chosen on import; QUIRE_CPU_ISA forces one of `su
 
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -116,10 +117,20 @@ def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
     _cpu.copy_blocks([keys for keys, _ in caches], [values for _, values in caches], pairs)
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+class Allocate(Protocol):
+    """Memory of zeros for a packed weight: `torch.zeros`, or what the caller has put aside."""
+
+    def __call__(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor: ...
+
+
+def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     # Zeros, since the last panel may have lanes without an output.
-    packed = torch.zeros(-(-num_rows // _cpu.panel), k, _cpu.panel, dtype=getattr(torch, dtype))
+    packed = allocate((-(-num_rows // _cpu.panel), k, _cpu.panel), dtype=getattr(torch, dtype))
     first_row = 0
     for weight in weights:
         _cpu.pack_linear(weight, packed, first_row)
@@ -141,12 +152,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return padded[:, :k], scales
 
 
-def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+def quantize_linear(
+    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+) -> QuantizedWeight:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
     # Zeros, since the last panel may have lanes without an output.
-    packed = torch.zeros(num_panels, num_pairs, bits // 4, _cpu.panel, 4, dtype=torch.uint8)
-    scales = torch.zeros(num_panels, -(-k // group_size), _cpu.panel)
+    packed = allocate((num_panels, num_pairs, bits // 4, _cpu.panel, 4), dtype=torch.uint8)
+    scales = allocate((num_panels, -(-k // group_size), _cpu.panel), dtype=torch.float32)
     first_row = 0
     for weight in weights:
         _cpu.quantize_linear(weight, packed, scales, bits, group_size, first_row)

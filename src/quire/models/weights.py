@@ -1,29 +1,29 @@
 """Weights: the tensors of a checkpoint, taken by name and checked; every one must be asked for.
 
-Files are mapped, not read: a tensor is a view of its file until a layer packs it. Headers are checked against file
-sizes before anything is mapped, since touching a page beyond the end of a truncated file would kill the process.
+Files are mapped, not read: a tensor is a view of its file until a layer packs it.
 """
 
 import json
 import math
-import os
+import mmap
 import re
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.model_config import read_json
+from quire.models.safetensors_file import DTYPES, Entry, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MAX_HEADER_BYTES = 100_000_000
+_FLOATS = ("F32", "F16", "BF16")
+_RELEASED_BYTES = 256 << 20
+"""A file's pages are given back to the system whenever tensors of this many bytes were taken."""
 _NUM_NAMED = 5
 """Tensors a message names before it says how many more there are."""
 
@@ -43,10 +43,29 @@ class TensorSource(Protocol):
     def scope(self, prefix: str) -> "TensorSource": ...
 
 
-class _Entry(NamedTuple):
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+class _MappedFile:
+    """A file in memory. What is taken from it is packed soon and not read again, so its pages need not stay: without
+    them a load takes little more than what it makes. A page that is read again is mapped again."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            # Private and writable as far as torch knows; nothing writes.
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._taken_bytes = 0
+
+    def take(self, entry: Entry) -> Tensor:
+        self._taken_bytes += entry.end - entry.begin
+        if self._taken_bytes > _RELEASED_BYTES:
+            self.release()
+        dtype = getattr(torch, DTYPES[entry.dtype])
+        return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin).view(
+            entry.shape
+        )
+
+    def release(self) -> None:
+        self._taken_bytes = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Weights:
@@ -54,13 +73,12 @@ class Weights:
 
     activations = torch.float32
 
-    def __init__(self, folder: Path, entries: Mapping[str, _Entry]) -> None:
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
         self._folder = folder
         self._prefix = ""
         self._entries = entries
         self._taken: set[str] = set()
-        # One handle per file, held so that its mapping is shared by all tensors of the file.
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, _MappedFile] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> "Weights":
@@ -71,7 +89,7 @@ class Weights:
             return cls(folder, _indexed_entries(folder, index))
         single = folder / SINGLE_FILE
         if single.is_file():
-            return cls(folder, _header_entries(single))
+            return cls(folder, read_header(single)[0])
         raise CheckpointError(_nothing_to_load(folder))
 
     def scope(self, prefix: str) -> "Weights":
@@ -95,15 +113,14 @@ class Weights:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
             )
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(_FLOATS)}"
             )
         self._taken.add(name)
         if entry.file not in self._files:
-            self._files[entry.file] = safe_open(entry.file, framework="pt")
-        tensor: Tensor = self._files[entry.file].get_tensor(name)
-        return tensor
+            self._files[entry.file] = _MappedFile(entry.file)
+        return self._files[entry.file].take(entry)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Raise `CheckpointError` if tensors were never taken, apart from those a pattern of `ignored` finds."""
@@ -118,6 +135,8 @@ class Weights:
                 f"{self._folder}: {len(left)} tensors are not part of the model config.json describes: "
                 f"{_some(sorted(left))}; expected only the {len(self._taken)} that were loaded"
             )
+        for file in self._files.values():
+            file.release()
 
     def _similar(self, name: str) -> str:
         """What the checkpoint has in the place of a missing tensor."""
@@ -160,63 +179,22 @@ class RandomWeights:
         """Nothing is ever left over."""
 
 
-def _indexed_entries(folder: Path, index: Path) -> dict[str, _Entry]:
+def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
     """The tensors of a sharded checkpoint, whose index says which file holds what."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for name in sorted(set(map(str, weight_map.values()))):
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")
-        entries.update(_header_entries(file))
+        entries.update(read_header(file)[0])
     for tensor, name in weight_map.items():
         if tensor not in entries or entries[tensor].file.name != name:
             found = f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
             raise CheckpointError(f"{index}: tensor {tensor} should be in {name}, {found}")
     return entries
-
-
-def _header_entries(file: Path) -> dict[str, _Entry]:
-    """The tensors of one safetensors file, after checking that the file holds all their bytes."""
-    file_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        # Starts reading ahead while Python is still importing and planning.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        if file_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{file} ({file_bytes} bytes) is not a safetensors file: its header has no valid length"
-            )
-        if file_bytes < 8 + header_bytes:
-            raise CheckpointError(
-                f"{file} is truncated: its header alone needs {8 + header_bytes} bytes, found {file_bytes}; "
-                "fetch it again"
-            )
-        try:
-            header = json.loads(stream.read(header_bytes))
-            entries = {
-                name: (_Entry(file, str(value["dtype"]), tuple(value["shape"])), *value["data_offsets"])
-                for name, value in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a corrupt header: {error!r}; fetch it again") from error
-    expected = 8 + header_bytes + max((end for _, _, end in entries.values()), default=0)
-    if file_bytes != expected:
-        state = "is truncated" if file_bytes < expected else "is longer than its header says"
-        raise CheckpointError(f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again")
-    for name, (entry, begin, end) in entries.items():
-        if entry.dtype in DTYPES:
-            item_bytes = 4 if entry.dtype == "F32" else 2
-            if end - begin != math.prod(entry.shape) * item_bytes:
-                raise CheckpointError(
-                    f"{file}: tensor {name} of shape {list(entry.shape)} and dtype {entry.dtype} should have "
-                    f"{math.prod(entry.shape) * item_bytes} bytes, its header gives it {end - begin}"
-                )
-    return {name: entry for name, (entry, _, _) in entries.items()}
 
 
 def _nothing_to_load(folder: Path) -> str:

@@ -100,7 +100,7 @@ class LogitsProcessing:
             return False
 
 
-def load_processors(named: Sequence[str | BatchLogitsProcessor]) -> list[BatchLogitsProcessor]:
+def load_processors(named: Sequence[object]) -> list[BatchLogitsProcessor]:
     """Batch processors from `module:Class` names and from objects that are one, in the given order.
 
     Raises `ConfigError` for what cannot be imported, made without arguments, or used.

@@ -1,0 +1,95 @@
+"""LoadAhead: what of loading needs no torch, done by threads while the process spends a second on importing it.
+
+The checkpoint is read into the system's file cache, and the memory that weights are packed into is taken: fresh pages
+are handed out slower than weights are packed, the slower where a hypervisor must find them first.
+"""
+
+import contextlib
+import ctypes
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from quire.config import EngineConfig
+from quire.engine.memory_plan import MemoryPlan
+from quire.model_config import ModelConfig
+
+PACKING_BACKEND = "cpu"
+"""The backend whose weights are packed; others keep them as they are stored, on a device."""
+_PIECE_BYTES = 64 << 20
+
+
+class LoadAhead:
+    """Threads at work for one model from the moment this is made until `finish`."""
+
+    def __init__(self, folder: Path | None, packed_bytes: int) -> None:
+        """Begin for the checkpoint in `folder`, None for weights that are no files; `packed_bytes` is what they take
+        when packed, 0 where nothing is packed."""
+        self.memory: mmap.mmap | None = None
+        """Zeros to pack weights into, for a backend that packs."""
+        self._finished = threading.Event()
+        tasks: list[Callable[[], None]] = []
+        if packed_bytes:
+            memory = self.memory = mmap.mmap(-1, packed_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            tasks.append(lambda: self._take_pages(memory))
+        if folder is not None:
+            tasks.append(lambda: self._read(folder))
+        self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self) -> None:
+        """Stop; from now on whoever packs has the cores to itself."""
+        self._finished.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _take_pages(self, memory: mmap.mmap) -> None:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Huge pages come faster, and reading weights through them misses fewer translations.
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        if Path("/sys/devices/system/node/node1").exists():
+            return  # pages belong to the node of the thread that takes them, and should to that of one that reads them
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for begin in range(0, len(memory), _PIECE_BYTES):
+            if self._finished.is_set():
+                return
+            # Written, not asked for with madvise: that would lock the address space against the import's own needs.
+            ctypes.memset(address + begin, 0, min(_PIECE_BYTES, len(memory) - begin))
+
+    def _read(self, folder: Path) -> None:
+        for path in sorted(folder.glob("*.safetensors")):
+            if not hasattr(os, "posix_fadvise"):
+                return
+            with contextlib.suppress(OSError), path.open("rb") as file:  # whoever loads it will say what is wrong
+                for begin in range(0, os.fstat(file.fileno()).st_size, _PIECE_BYTES):
+                    if self._finished.is_set():
+                        return
+                    os.posix_fadvise(file.fileno(), begin, _PIECE_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def load_ahead(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path) -> LoadAhead:
+    """Begin, for what `EngineCore.load` will be given."""
+    packs = plan.attention_backend == PACKING_BACKEND
+    return LoadAhead(
+        None if config.load_format == "dummy" else folder,
+        model_config.packed_bytes(plan.dtype, plan.quantization) if packs else 0,
+    )
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """For imports: they make a million objects that stay, and looking through them again and again finds nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Straight to the oldest generation, so that the next collection does not look through them either.
+        gc.freeze()
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

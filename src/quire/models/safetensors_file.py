@@ -1,0 +1,65 @@
+"""The header of a safetensors file: which tensors lie where. Checked before anything is mapped, since touching a page
+beyond the end of a truncated file would kill the process. No torch: files are opened while it is still being imported.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from quire.errors import CheckpointError
+
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+"""A file's names → torch's, of the dtypes that Quire reads."""
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor: its bytes are `begin` to `end` of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file by name, and its metadata. Raises `CheckpointError` for a file that does not hold all their
+    bytes or does not say where."""
+    file_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        if file_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
+            raise CheckpointError(
+                f"{file} ({file_bytes} bytes) is not a safetensors file: its header has no valid length"
+            )
+        begin = 8 + header_bytes
+        if file_bytes < begin:
+            raise CheckpointError(
+                f"{file} is truncated: its header alone needs {begin} bytes, found {file_bytes}; fetch it again"
+            )
+        try:
+            header = json.loads(stream.read(header_bytes))
+            metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {}
+            for name, value in header.items():
+                first, last = value["data_offsets"]
+                entries[name] = Entry(file, str(value["dtype"]), tuple(value["shape"]), begin + first, begin + last)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} has a corrupt header: {error!r}; fetch it again") from error
+    expected = max((entry.end for entry in entries.values()), default=begin)
+    if file_bytes != expected:
+        state = "is truncated" if file_bytes < expected else "is longer than its header says"
+        raise CheckpointError(f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again")
+    for name, entry in entries.items():
+        if entry.dtype in DTYPES:
+            size = math.prod(entry.shape) * _ITEM_BYTES[entry.dtype]
+            if entry.end - entry.begin != size:
+                raise CheckpointError(
+                    f"{file}: tensor {name} of shape {list(entry.shape)} and dtype {entry.dtype} should have "
+                    f"{size} bytes, its header gives it {entry.end - entry.begin}"
+                )
+    return entries, metadata

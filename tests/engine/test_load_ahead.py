@@ -1,0 +1,61 @@
+"""What is done before torch is there: it may be stopped at any moment and never speaks of a broken checkpoint."""
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from quire.config import EngineConfig
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.load_ahead import LoadAhead, load_ahead, without_garbage_collection
+from quire.engine.memory_plan import plan_memory
+from quire.model_config import ModelConfig
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, 200 << 20])
+def test_memory_is_zero_whenever_it_is_asked_for(num_bytes: int) -> None:
+    ahead = LoadAhead(bundled_folder(), num_bytes)
+    ahead.finish()
+    assert ahead.memory is not None
+    assert len(ahead.memory) == num_bytes
+    assert ahead.memory[0] == ahead.memory[-1] == 0
+    ahead.memory[0] = 7
+    ahead.finish()  # twice is harmless
+    assert ahead.memory[0] == 7
+
+
+def test_what_cannot_be_read_is_left_to_the_load(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    LoadAhead(tmp_path, 100).finish()
+    LoadAhead(None, 100).finish()
+
+
+def test_a_backend_that_packs_nothing_takes_no_memory() -> None:
+    config = EngineConfig(num_blocks=64, attention_backend="sdpa")
+    model = ModelConfig.from_folder(bundled_folder())
+    ahead = load_ahead(config, model, plan_memory(config, model), bundled_folder())
+    ahead.finish()
+    assert ahead.memory is None
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_it_takes_what_the_plan_gives_dense_layers(quantization: str | None) -> None:
+    config = EngineConfig(num_blocks=64, quantization=quantization)
+    model = ModelConfig.from_folder(bundled_folder())
+    plan = plan_memory(config, model)
+    ahead = load_ahead(config, model, plan, bundled_folder())
+    ahead.finish()
+    assert ahead.memory is not None
+    assert len(ahead.memory) == plan.weights - 4 * model.num_vector_parameters
+
+
+def test_collection_goes_on_as_it_was() -> None:
+    try:
+        for switch in (gc.enable, gc.disable):
+            switch()
+            before = gc.isenabled()
+            with without_garbage_collection():
+                assert not gc.isenabled()
+            assert gc.isenabled() == before
+    finally:
+        gc.enable()
