@@ -198,10 +198,22 @@ class Ceilings:
 
 
 def perplexity(
-    *, dtype: str, quantization: str | None = None, threads: int | None = None, num_tokens: int | None = None
+    *,
+    dtype: str,
+    quantization: str | None = None,
+    kv_cache_dtype: str = "auto",
+    threads: int | None = None,
+    num_tokens: int | None = None,
 ) -> float:
     """Of the bundled model on the held-out text, in rows of the longest context, each opened as a document is."""
-    llm = LLM(dtype=dtype, quantization=quantization, max_num_seqs=2, num_blocks=128, threads=threads)
+    llm = LLM(
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=2,
+        num_blocks=128,
+        threads=threads,
+    )
     tokenizer = llm.get_tokenizer()
     begin = tokenizer.bos_token_id
     assert begin is not None

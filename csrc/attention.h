@@ -1,7 +1,8 @@
 // Paged attention over ragged batches: decode, chunked prefill and mixed batches are the same code.
 //
-// An item is a run of query tokens of one sequence, a run of KV heads and a range of keys. Its rows are the pairs of a
-// token and a query head that read one KV head, so that keys and values are read once for all query heads sharing them.
+// An item is a run of query tokens of one sequence, or tokens of sequences that share the blocks it reads, a run of KV
+// heads and a range of keys. Its rows are the pairs of a token and a query head that read one KV head, so that keys and
+// values are read once for all query heads and sequences sharing them.
 // Rows are cut into panels of at most kMaxRows, keys into tiles of kTileKeys. For each tile and panel
 //
 //     scores  = panel . keys        keys lie transposed in their blocks: one dimension of kLanes keys is one vector
@@ -10,6 +11,8 @@
 //
 // where both products broadcast one operand and keep kAccumulators vectors in registers. Nothing is summed across lanes
 // but one maximum per row and tile, and one sum per row at the end.
+//
+// Bytes are widened as they are loaded; their scales, one a key and one a value, multiply scores and weights.
 //
 // Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded float32 tile.
 #pragma once
@@ -32,7 +35,9 @@ constexpr float kHidden = -INFINITY;
 // A run of keys of the current tile that lie in one block.
 struct Segment {
     int64_t offset;  // elements from the start of the values to the first key's, for KV head 0
-    int32_t first;   // key within the tile
+    int32_t block;
+    int32_t in_block;  // the first key's place
+    int32_t first;     // the same within the tile
     int32_t count;
 };
 
@@ -40,6 +45,7 @@ struct Tile {
     int64_t begin;                 // position of lane 0 of column 0
     int64_t end;                   // one past the last key
     int64_t columns[kTileColumns];  // elements from the start of the keys to each vector of keys, for KV head 0
+    int64_t ahead[kTileColumns];    // the same of the values, to be fetched meanwhile
     int num_segments;
     Segment segments[kTileKeys];
 };
@@ -49,21 +55,31 @@ struct Tile {
 template <class T>
 QUIRE_INLINE void prefetch(const T* p) { __builtin_prefetch(p, 0, 2); }
 
-// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors]. What lies at the
-// keys' places relative to `ahead` is prefetched.
+// Vectors of keys: where each begins, and what to fetch while it is read.
+template <class T>
+struct Columns {
+    const T* keys;
+    const T* values;
+    const int64_t* offsets;  // from `keys`
+    const int64_t* ahead;    // from `values`
+};
+
+// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors].
 template <class T, int kRows, int kWidth>
-static void score_columns(const float* queries, const T* keys, const T* ahead, const int64_t* columns, int64_t stride,
+static void score_columns(const float* queries, const Columns<T>& columns, int64_t first, int64_t stride,
                           int64_t head_dim, float* scores) {
     Vec acc[kRows][kWidth] = {};
-    const T* column[kWidth];
-    for (int j = 0; j < kWidth; ++j) column[j] = keys + columns[j];
-    const int64_t to_ahead = ahead - keys;
+    const T *column[kWidth], *ahead[kWidth];
+    for (int j = 0; j < kWidth; ++j) column[j] = columns.keys + columns.offsets[first + j];
+    for (int j = 0; j < kWidth; ++j) ahead[j] = columns.values + columns.ahead[first + j];
+    // One fetch a cache line, if blocks are of 16.
+    constexpr int64_t steps_per_line = sizeof(float) / sizeof(T);
     for (int64_t d = 0; d < head_dim; ++d) {
         Vec key[kWidth];
 #pragma GCC unroll 8
         for (int j = 0; j < kWidth; ++j) {
             key[j] = load(column[j] + d * stride);
-            prefetch(column[j] + d * stride + to_ahead);
+            if (d % steps_per_line == 0) prefetch(ahead[j] + d * stride);
         }
 #pragma GCC unroll 14
         for (int r = 0; r < kRows; ++r) {
@@ -119,12 +135,12 @@ QUIRE_INLINE int width_for(int64_t columns) {
 }
 
 template <class T, int kRows>
-static void score_panel(const float* queries, const T* keys, const T* ahead, const int64_t* columns,
-                        int64_t num_columns, int64_t stride, int64_t head_dim, float* scores) {
+static void score_panel(const float* queries, const Columns<T>& columns, int64_t num_columns, int64_t stride,
+                        int64_t head_dim, float* scores) {
     for (int64_t c = 0; c < num_columns;) {
         const int width = width_for<kRows>(num_columns - c);
         const auto run = [&]<int kWidth>() {
-            score_columns<T, kRows, kWidth>(queries, keys, ahead, columns + c, stride, head_dim, scores + c * kLanes);
+            score_columns<T, kRows, kWidth>(queries, columns, c, stride, head_dim, scores + c * kLanes);
         };
         if constexpr (kRows * 8 <= kAccumulators)
             if (width == 8) run.template operator()<8>();
@@ -174,29 +190,39 @@ struct ScoreBias {
     float slope;    // ALiBi
 };
 
+// What the keys and the values of a tile are to be multiplied with, if they are bytes.
+struct Scales {
+    float keys[kTileKeys];
+    float values[kTileKeys];
+};
+
 // Turns one row of scores into weights; keys outside [low, high) weigh exactly nothing. Returns the decay of what the
 // row holds so far. Positions are relative to the tile.
-template <bool kEdge, bool kBias>
-QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int64_t high, ScoreBias bias,
-                                int64_t query_position, float* row_max, float* row_sum) {
+template <bool kEdge, bool kBias, bool kScaled>
+QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int64_t high, const Scales& scales,
+                                ScoreBias bias, int64_t query_position, float* row_max, float* row_sum) {
     const Vec lanes = lane_numbers();
     Vec top = broadcast(*row_max);
     for (int64_t c = 0; c < columns; ++c) {
         Vec s = load(scores + c * kLanes);
         const Vec key = lanes + float(c * kLanes);
+        if constexpr (kScaled) s *= load(scales.keys + c * kLanes);
         if constexpr (kBias) {
             if (bias.softcap > 0) s = bias.softcap * tanh(s);
             s += bias.slope * (key - float(query_position));
         }
         if constexpr (kEdge) s = key >= float(low) && key < float(high) ? s : broadcast(kHidden);
-        if constexpr (kEdge || kBias) store(scores + c * kLanes, s);
+        if constexpr (kEdge || kBias || kScaled) store(scores + c * kLanes, s);
         top = maximum(s, top);
     }
     const float new_max = largest(top);
     Vec total{};
     for (int64_t c = 0; c < columns; ++c) {
         const Vec w = exp2(load(scores + c * kLanes) - new_max);
-        store(scores + c * kLanes, w);
+        if constexpr (kScaled)
+            store(scores + c * kLanes, w * load(scales.values + c * kLanes));
+        else
+            store(scores + c * kLanes, w);
         total += w;
     }
     const float decay = exp2(broadcast(*row_max - new_max))[0];
@@ -258,11 +284,13 @@ static Scratch divide(float* area, const ScratchSizes& sizes) {
 // One item of the plan, for one storage type.
 template <class KV>
 class ItemRun {
+    static constexpr bool kScaled = sizeof(KV) == 1;
+
 public:
     ItemRun(const Attention& attention, const WorkItem& work_item, const Scratch& s)
         : a(attention), item(work_item), scratch(s), group(a.num_heads / a.cache.num_kv_heads),
           head_dim(a.cache.head_dim), padded_dim(round_up(head_dim, kLanes)), block_size(a.cache.block_size),
-          head_stride(head_dim * block_size), head_rows(item.num_tokens * group),
+          key_stride(a.cache.key_stride()), value_stride(a.cache.value_stride()), head_rows(item.num_tokens * group),
           num_panels((head_rows + kMaxRows - 1) / kMaxRows),
           first_position(item.token_begin - a.query_start_loc[item.sequence + 1] + a.seq_lens[item.sequence]) {}
 
@@ -278,6 +306,7 @@ public:
             locate(begin);
             for (int64_t head = 0; head < item.num_heads; ++head) {
                 copy_unaligned(item.head_begin + head);
+                if constexpr (kScaled) copy_scales(item.head_begin + head);
                 for (int64_t p = 0; p < num_panels; ++p) run_panel(head, panel_begin(p), panel_begin(p + 1));
             }
         }
@@ -298,7 +327,7 @@ private:
                 for (int64_t r = 0; r < rows; ++r) {
                     const int64_t token = (begin + r) / group;
                     const int64_t query_head = (item.head_begin + head) * group + (begin + r) % group;
-                    const float* q = a.q.data + (item.token_begin + token) * a.q.stride + query_head * head_dim;
+                    const float* q = a.q.data + query_row(token) * a.q.stride + query_head * head_dim;
                     for (int64_t d = 0; d < head_dim; ++d) packed[d * rows + r] = q[d] * scale;
                 }
             }
@@ -309,16 +338,20 @@ private:
         tile.begin = begin;
         tile.end = min_of(begin + kTileKeys, item.key_end);
         const int32_t* table = a.block_tables + item.sequence * a.block_table_stride;
-        const int64_t block_stride = a.cache.num_kv_heads * head_stride;
+        const int64_t heads = a.cache.num_kv_heads;
         if (keys_are_vectors(a))
-            for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes)
-                tile.columns[c] = table[key / block_size] * block_stride + key % block_size;
+            for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes) {
+                const int64_t block = table[key / block_size] * heads;
+                tile.columns[c] = block * key_stride + key % block_size;
+                tile.ahead[c] = block * value_stride + key % block_size;
+            }
         tile.num_segments = 0;
         for (int64_t key = max_of(begin, item.key_begin); key < tile.end;) {
             const int64_t in_block = key % block_size;
             const int64_t count = min_of(block_size - in_block, tile.end - key);
-            tile.segments[tile.num_segments++] = {table[key / block_size] * block_stride + in_block * head_dim,
-                                                  int32_t(key - begin), int32_t(count)};
+            const int32_t block = table[key / block_size];
+            tile.segments[tile.num_segments++] = {block * heads * value_stride + in_block * head_dim, block,
+                                                  int32_t(in_block), int32_t(key - begin), int32_t(count)};
             key += count;
         }
     }
@@ -329,8 +362,7 @@ private:
             memset(scratch.keys, 0, head_dim * kTileKeys * sizeof(float));
             for (int s = 0; s < tile.num_segments; ++s) {
                 const Segment& segment = tile.segments[s];
-                const int64_t in_block = (tile.begin + segment.first) % block_size;
-                const KV* block = keys() + segment.offset - in_block * head_dim + in_block + head * head_stride;
+                const KV* block = keys_of(segment.block, head) + segment.in_block;
                 for (int64_t d = 0; d < head_dim; ++d)
                     for (int64_t i = 0; i < segment.count; ++i)
                         scratch.keys[d * kTileKeys + segment.first + i] = widen(block[d * block_size + i]);
@@ -339,7 +371,7 @@ private:
         if (!values_are_vectors(a))
             for (int s = 0; s < tile.num_segments; ++s) {
                 const Segment& segment = tile.segments[s];
-                const KV* value = values() + segment.offset + head * head_stride;
+                const KV* value = values() + segment.offset + head * value_stride;
                 for (int64_t i = 0; i < segment.count; ++i) {
                     float* copy = scratch.values + (segment.first + i) * padded_dim;
                     for (int64_t d = 0; d < head_dim; ++d) copy[d] = widen(value[i * head_dim + d]);
@@ -348,34 +380,53 @@ private:
             }
     }
 
+    // Lanes without a key get zeros: what is stored there may be NaN, which nothing would hide.
+    void copy_scales(int64_t head) {
+        const int64_t end = round_up(tile.end - tile.begin, kLanes);
+        memset(scales.keys, 0, end * sizeof(float));
+        memset(scales.values, 0, end * sizeof(float));
+        for (int s = 0; s < tile.num_segments; ++s) {
+            const Segment& segment = tile.segments[s];
+            const auto* stored = reinterpret_cast<const char*>(keys_of(segment.block, head) + head_dim * block_size);
+            const size_t count = segment.count * sizeof(float);
+            memcpy(scales.keys + segment.first, stored + segment.in_block * sizeof(float), count);
+            memcpy(scales.values + segment.first, stored + (block_size + segment.in_block) * sizeof(float), count);
+        }
+    }
+
     void run_panel(int64_t head, int64_t begin, int64_t end) {
         // The keys that any row of the panel sees, within the tile.
-        const int64_t low = low_key(begin / group), high = high_key((end - 1) / group);
+        int64_t low = kTileKeys, high = 0;
+        for (int64_t token = begin / group; token <= (end - 1) / group; ++token) {
+            low = min_of(low, low_key(token));
+            high = max_of(high, high_key(token));
+        }
         if (low >= tile.end - tile.begin || high <= 0) return;
         const int64_t columns = (high + kLanes - 1) / kLanes;
         const int64_t row = head * head_rows + begin;
         const float* queries = scratch.queries + row * head_dim;
         float* out = scratch.out + row * padded_dim;
-        const int64_t head_offset = (item.head_begin + head) * head_stride;
+        const int64_t kv_head = item.head_begin + head;
         float decay[kMaxRows];
 
         with_rows(int(end - begin), [&]<int kRows>() {
             if (keys_are_vectors(a)) {
-                score_panel<KV, kRows>(queries, keys() + head_offset, values() + head_offset, tile.columns, columns,
-                                       block_size, head_dim, scratch.scores);
+                const Columns<KV> stored{keys() + kv_head * key_stride, values() + kv_head * value_stride,
+                                         tile.columns, tile.ahead};
+                score_panel<KV, kRows>(queries, stored, columns, block_size, head_dim, scratch.scores);
             } else {
                 int64_t copied[kTileColumns];
                 for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
-                score_panel<float, kRows>(queries, scratch.keys, scratch.keys, copied, columns, kTileKeys, head_dim,
-                                          scratch.scores);
+                score_panel<float, kRows>(queries, {scratch.keys, scratch.keys, copied, copied}, columns, kTileKeys,
+                                          head_dim, scratch.scores);
             }
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {
-                weigh_panel<KV, kRows>(scratch.scores, decay, values() + head_offset, tile.segments, tile.num_segments,
-                                       high, head_dim, out, padded_dim);
+                weigh_panel<KV, kRows>(scratch.scores, decay, values() + kv_head * value_stride, tile.segments,
+                                       tile.num_segments, high, head_dim, out, padded_dim);
             } else {
                 const int64_t first = tile.segments[0].first;
-                const Segment copied{first * padded_dim, int32_t(first), kTileKeys};
+                const Segment copied{first * padded_dim, 0, 0, int32_t(first), kTileKeys};
                 weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, high, padded_dim, out,
                                           padded_dim);
             }
@@ -388,23 +439,35 @@ private:
         float* scores = scratch.scores + panel_row * kScoreStride;
         float* row_max = scratch.row_max + row;
         float* row_sum = scratch.row_sum + row * kLanes;
-        const int64_t position = first_position + token - tile.begin;
+        const int64_t query_position = position(token) - tile.begin;
         const bool edge = low > 0 || high < columns * kLanes;
         if (a.softcap > 0 || a.alibi_slopes) {
             const int64_t query_head = (item.head_begin + head) * group + row_in_head % group;
             const ScoreBias bias{a.softcap * kLog2E, a.alibi_slopes ? a.alibi_slopes[query_head] * kLog2E : 0.0f};
-            return weigh_scores<true, true>(scores, columns, low, high, bias, position, row_max, row_sum);
+            return weigh_scores<true, true, kScaled>(scores, columns, low, high, scales, bias, query_position,
+                                                     row_max, row_sum);
         }
-        if (edge) return weigh_scores<true, false>(scores, columns, low, high, {}, position, row_max, row_sum);
-        return weigh_scores<false, false>(scores, columns, low, high, {}, position, row_max, row_sum);
+        if (edge)
+            return weigh_scores<true, false, kScaled>(scores, columns, low, high, scales, {}, query_position,
+                                                      row_max, row_sum);
+        return weigh_scores<false, false, kScaled>(scores, columns, low, high, scales, {}, query_position, row_max,
+                                                   row_sum);
     }
 
     // The keys a token sees are [low_key, high_key), relative to the tile.
     int64_t low_key(int64_t token) const {
-        const int64_t low = a.window > 0 ? first_position + token - a.window + 1 : 0;
+        const int64_t low = a.window > 0 ? position(token) - a.window + 1 : 0;
         return max_of(low, item.key_begin) - tile.begin;
     }
-    int64_t high_key(int64_t token) const { return min_of(first_position + token + 1, tile.end) - tile.begin; }
+    int64_t high_key(int64_t token) const { return min_of(position(token) + 1, tile.end) - tile.begin; }
+
+    // Of the item's tokens: row of q and out, position in the sequence, row of the first head's partial result.
+    const SharedToken& sharer(int64_t token) const { return a.shared[item.token_begin + token]; }
+    int64_t query_row(int64_t token) const { return item.shared ? sharer(token).row : item.token_begin + token; }
+    int64_t position(int64_t token) const { return item.shared ? sharer(token).position : first_position + token; }
+    int64_t partial_row(int64_t token) const {
+        return item.shared ? sharer(token).partial_row : item.partial_row + token * a.num_heads;
+    }
 
     void write_out() const {
         for (int64_t head = 0; head < item.num_heads; ++head)
@@ -412,13 +475,13 @@ private:
                 const int64_t row = head * head_rows + r;
                 const float* source = scratch.out + row * padded_dim;
                 const float total = sum(load(scratch.row_sum + row * kLanes));
-                if (item.partial_row >= 0) {
-                    float* partial = a.partials + (item.partial_row + row) * (head_dim + 2);
+                const int64_t query_head = (item.head_begin + head) * group + r % group;
+                if (item.shared || item.partial_row >= 0) {
+                    float* partial = a.partials + (partial_row(r / group) + query_head) * (head_dim + 2);
                     memcpy(partial, source, head_dim * sizeof(float));
                     partial[head_dim] = scratch.row_max[row];
                     partial[head_dim + 1] = total;
                 } else {
-                    const int64_t query_head = (item.head_begin + head) * group + r % group;
                     float* target = a.out + ((item.token_begin + r / group) * a.num_heads + query_head) * head_dim;
                     const float inverse = 1.0f / total;
                     for (int64_t d = 0; d < head_dim; ++d) target[d] = source[d] * inverse;
@@ -426,34 +489,38 @@ private:
             }
     }
 
+    const KV* keys_of(int64_t block, int64_t head) const {
+        return keys() + (block * a.cache.num_kv_heads + head) * key_stride;
+    }
     const KV* keys() const { return static_cast<const KV*>(a.cache.keys); }
     const KV* values() const { return static_cast<const KV*>(a.cache.values); }
 
     const Attention& a;
     const WorkItem& item;
     const Scratch& scratch;
-    const int64_t group, head_dim, padded_dim, block_size, head_stride;
+    const int64_t group, head_dim, padded_dim, block_size;
+    const int64_t key_stride, value_stride;  // elements of one head of a block
     const int64_t head_rows;       // rows of one KV head
     const int64_t num_panels;      // per KV head
-    const int64_t first_position;  // of the item's first token in its sequence
+    const int64_t first_position;  // of the item's first token in its sequence, unless tokens are shared
     Tile tile;
+    Scales scales;  // of the current head, if kScaled
 };
 
-// Joins the parts of one split result: each part decays by what its maximum lacks to the largest.
-static void merge_splits(const Attention& a, const Merge& merge) {
+// Joins the parts of a run of tokens, for the query heads of one KV head: each part decays by what its maximum lacks to
+// the largest. A row with one part that saw keys gets the bits that an item without partial results would have written.
+static void merge_parts(const Attention& a, const Merge& merge, int64_t kv_head) {
     const int64_t group = a.num_heads / a.cache.num_kv_heads, head_dim = a.cache.head_dim;
-    const int64_t head_rows = merge.num_tokens * group, rows = head_rows * merge.num_heads;
-    const int64_t part_stride = rows * (head_dim + 2);
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* parts = a.partials + (merge.partial_row + row) * (head_dim + 2);
-        const int64_t r = row % head_rows;
-        const int64_t query_head = (merge.head_begin + row / head_rows) * group + r % group;
-        float* out = a.out + ((merge.token_begin + r / group) * a.num_heads + query_head) * head_dim;
+    const int64_t part_stride = merge.num_tokens * a.num_heads * (head_dim + 2);
+    for (int64_t row = 0; row < merge.num_tokens * group; ++row) {
+        const int64_t token = row / group, head = kv_head * group + row % group;
+        const float* parts = a.partials + (merge.partial_row + token * a.num_heads + head) * (head_dim + 2);
+        float* out = a.out + ((merge.token_begin + token) * a.num_heads + head) * head_dim;
 
         float top = kNoMaximum, total = 0;
-        for (int64_t s = 0; s < merge.num_splits; ++s) top = fmaxf(top, parts[s * part_stride + head_dim]);
+        for (int64_t s = 0; s < merge.num_parts; ++s) top = fmaxf(top, parts[s * part_stride + head_dim]);
         for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
-        for (int64_t s = 0; s < merge.num_splits; ++s) {
+        for (int64_t s = 0; s < merge.num_parts; ++s) {
             const float* part = parts + s * part_stride;
             const float decay = exp2(broadcast(part[head_dim] - top))[0];
             total += part[head_dim + 1] * decay;
@@ -478,14 +545,16 @@ static void attention(const Attention& a) {
             i = next++;
             if (i >= a.num_work) break;
             switch (a.cache.element) {
-                case Element::float32: ItemRun<float>(a, a.work[i], scratch).run(); break;
-                case Element::float16: ItemRun<Half>(a, a.work[i], scratch).run(); break;
-                case Element::bfloat16: ItemRun<BFloat>(a, a.work[i], scratch).run(); break;
+                case KVElement::float32: ItemRun<float>(a, a.work[i], scratch).run(); break;
+                case KVElement::float16: ItemRun<Half>(a, a.work[i], scratch).run(); break;
+                case KVElement::bfloat16: ItemRun<BFloat>(a, a.work[i], scratch).run(); break;
+                case KVElement::int8: ItemRun<Byte>(a, a.work[i], scratch).run(); break;
             }
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.num_merges; ++i) merge_splits(a, a.merges[i]);
+        for (int64_t i = 0; i < a.num_merges * a.cache.num_kv_heads; ++i)
+            merge_parts(a, a.merges[i / a.cache.num_kv_heads], i % a.cache.num_kv_heads);
     }
 }
 

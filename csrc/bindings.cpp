@@ -172,12 +172,30 @@ Element element_of(const Argument& argument) {
     argument.fail("float32, float16 or bfloat16", dtype_text(dtype));
 }
 
+const nb::dlpack::dtype kInt8 = nb::dtype<int8_t>();
+
+KVElement kv_element_of(const Argument& argument) {
+    if (argument.dtype() == kInt8) return KVElement::int8;
+    switch (element_of(argument)) {
+        case Element::float32: return KVElement::float32;
+        case Element::float16: return KVElement::float16;
+        default: return KVElement::bfloat16;
+    }
+}
+
 KVCache kv_cache(const Tensor& k_cache, const Tensor& v_cache) {
     const Argument values("v_cache", v_cache);
     values.shaped({kAny, kAny, kAny, kAny}).contiguous();
     const Argument keys("k_cache", k_cache);
-    keys.of(values.dtype()).shaped({values.size(0), values.size(1), values.size(3), values.size(2)}).contiguous();
-    return {keys.pointer<void>(), values.pointer<void>(), element_of(values), values.size(1), values.size(3), values.size(2)};
+    KVCache cache{keys.pointer<void>(), values.pointer<void>(), kv_element_of(values),
+                  values.size(1), values.size(3), values.size(2)};
+    if (cache.element == KVElement::int8 && (cache.head_dim % 4 || cache.head_dim > kMostHeadDim))
+        values.fail("a head size that is a multiple of 4, at most " + std::to_string(kMostHeadDim) + ", for int8",
+                    std::to_string(cache.head_dim));
+    keys.of(values.dtype())
+        .shaped({values.size(0), cache.num_kv_heads, cache.head_dim + cache.scale_rows(), cache.block_size})
+        .contiguous();
+    return cache;
 }
 
 void rms_norm(const Tensor& x, std::optional<Tensor> residual, const Tensor& weight, float eps, const Tensor& out) {
@@ -307,7 +325,7 @@ void linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, c
 
 int64_t groups_of(int64_t k, int64_t group) { return (k + group - 1) / group; }
 
-const nb::dlpack::dtype kUint8 = nb::dtype<uint8_t>(), kInt8 = nb::dtype<int8_t>();
+const nb::dlpack::dtype kUint8 = nb::dtype<uint8_t>();
 
 // Checks a packed low-bit weight of k inputs against its scales, and returns it.
 LowBitWeight low_bit_weight(const Tensor& packed, const Tensor& scales, int bits, int64_t group, int64_t k) {
@@ -406,12 +424,13 @@ void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits,
 }
 
 void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
-                     const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& merges,
-                     const Tensor& partials, float scale, int64_t window, float softcap,
+                     const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& shared,
+                     const Tensor& merges, const Tensor& partials, float scale, int64_t window, float softcap,
                      std::optional<Tensor> alibi_slopes, int num_threads, const Tensor& out) {
     Attention a{};
     a.cache = kv_cache(k_cache, v_cache);
     const Argument query("q", q), output("out", out), items("plan.work", work), joins("plan.merges", merges);
+    const Argument sharers("plan.shared", shared);
     const Argument tables("plan.block_tables", block_tables), scratch("plan.partials", partials);
     query.of(kFloat32).shaped({kAny, kAny, a.cache.head_dim}).contiguous(1);
     a.num_heads = query.size(1);
@@ -428,9 +447,10 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
     a.seq_lens = vector_of_indices("plan.seq_lens", seq_lens, tables.size(0));
     query.shaped({a.query_start_loc[tables.size(0)], a.num_heads, a.cache.head_dim});
 
-    a.work = items.of(kInt32).shaped({kAny, 8}).contiguous().pointer<WorkItem>();
+    a.work = items.of(kInt32).shaped({kAny, 9}).contiguous().pointer<WorkItem>();
     a.num_work = items.size(0);
-    a.merges = joins.of(kInt32).shaped({kAny, 6}).contiguous().pointer<Merge>();
+    a.shared = sharers.of(kInt32).shaped({kAny, 3}).contiguous().pointer<SharedToken>();
+    a.merges = joins.of(kInt32).shaped({kAny, 4}).contiguous().pointer<Merge>();
     a.num_merges = joins.size(0);
     a.partials = scratch.of(kFloat32).shaped({kAny, a.cache.head_dim + 2}).contiguous().pointer<float>();
 
@@ -490,6 +510,6 @@ NB_MODULE(_cpu, m) {
     m.attr("pair_of_steps") = kPairOfSteps;
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),
           nb::arg("query_start_loc"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"),
-          nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
+          nb::arg("shared"), nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
           nb::arg("alibi_slopes").none(), nb::arg("num_threads"), nb::arg("out"));
 }

@@ -6,15 +6,26 @@
 
 namespace quire {
 
+static int64_t element_size(KVElement element) {
+    switch (element) {
+        case KVElement::float32: return 4;
+        case KVElement::float16:
+        case KVElement::bfloat16: return 2;
+        case KVElement::int8: return 1;
+    }
+    return 0;
+}
+
 void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs) {
     if (num_caches == 0) return;
-    const int64_t element_size = caches->element == Element::float32 ? 4 : 2;
-    const int64_t block_bytes = caches->num_kv_heads * caches->head_dim * caches->block_size * element_size;
+    const int64_t head_bytes = caches->num_kv_heads * element_size(caches->element);
+    const int64_t key_bytes = caches->key_stride() * head_bytes, value_bytes = caches->value_stride() * head_bytes;
     const int64_t num_copies = 2 * num_caches * num_pairs;
-#pragma omp parallel for schedule(static) if (num_copies * block_bytes >= (1 << 19))
+#pragma omp parallel for schedule(static) if (num_copies * key_bytes >= (1 << 19))
     for (int64_t i = 0; i < num_copies; ++i) {
         const KVCache& cache = caches[i / (2 * num_pairs)];
         char* blocks = static_cast<char*>(i % 2 ? cache.values : cache.keys);
+        const int64_t block_bytes = i % 2 ? value_bytes : key_bytes;
         const int32_t* pair = pairs + i / 2 % num_pairs * 2;
         memcpy(blocks + pair[1] * block_bytes, blocks + pair[0] * block_bytes, block_bytes);
     }

@@ -18,24 +18,40 @@ struct Rows {
     int64_t stride;
 };
 
+enum class KVElement : uint8_t { float32, float16, bfloat16, int8 };
+
+// Bytes that two float32 scales take: of int8, a key and a value have one each, and both lie behind the keys.
+constexpr int64_t kScaleRows = 8;
+// Of int8; a key is brought to 8 bits on the stack.
+constexpr int64_t kMostHeadDim = 1024;
+
 // The two cache tensors of one layer:
-//   keys    [num_blocks, num_kv_heads, head_dim, block_size]
+//   keys    [num_blocks, num_kv_heads, head_dim + scale_rows, block_size]
 //   values  [num_blocks, num_kv_heads, block_size, head_dim]
+// The last kScaleRows rows of a head's keys are 2 x block_size float32: scales of the keys, then of the values.
 struct KVCache {
     void* keys;
     void* values;
-    Element element;
+    KVElement element;
     int64_t num_kv_heads;
     int64_t head_dim;
     int64_t block_size;
+
+    int64_t scale_rows() const { return element == KVElement::int8 ? kScaleRows : 0; }
+    // Elements of one head of a block.
+    int64_t key_stride() const { return (head_dim + scale_rows()) * block_size; }
+    int64_t value_stride() const { return block_size * head_dim; }
 };
 
-// One row of AttentionPlan.work and of AttentionPlan.merges (quire/attention/plan.py).
+// One row of AttentionPlan.work, of AttentionPlan.shared and of AttentionPlan.merges (quire/attention/plan.py).
 struct WorkItem {
-    int32_t sequence, token_begin, num_tokens, head_begin, num_heads, key_begin, key_end, partial_row;
+    int32_t sequence, token_begin, num_tokens, head_begin, num_heads, key_begin, key_end, partial_row, shared;
+};
+struct SharedToken {
+    int32_t row, position, partial_row;
 };
 struct Merge {
-    int32_t token_begin, num_tokens, head_begin, num_heads, partial_row, num_splits;
+    int32_t token_begin, num_tokens, partial_row, num_parts;
 };
 
 struct Attention {
@@ -49,6 +65,7 @@ struct Attention {
     int64_t block_table_stride;
     const WorkItem* work;
     int64_t num_work;
+    const SharedToken* shared;
     const Merge* merges;
     int64_t num_merges;
     float* partials;  // rows of head_dim outputs, then the row's maximum and its sum

@@ -31,6 +31,8 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 // 16-bit storage; arithmetic is always in float32.
 struct Half { uint16_t bits; };
 struct BFloat { uint16_t bits; };
+// A whole number that a scale kept elsewhere is to be multiplied with.
+struct Byte { int8_t value; };
 
 QUIRE_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 QUIRE_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -84,6 +86,9 @@ QUIRE_INLINE Vec load(const BFloat* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+QUIRE_INLINE Vec load(const Byte* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 #elif defined(__AVX2__)
 QUIRE_INLINE Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 QUIRE_INLINE float largest(Vec v) {
@@ -102,6 +107,9 @@ QUIRE_INLINE Vec load(const Half* p) {
 QUIRE_INLINE Vec load(const BFloat* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+QUIRE_INLINE Vec load(const Byte* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 #else
 QUIRE_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
@@ -131,6 +139,12 @@ QUIRE_INLINE Vec load(const Half* p) {
     return (Vec)((magnitude >= (31 << 23) ? special : finite) | (bits & 0x8000) << 16);
 }
 QUIRE_INLINE Vec load(const BFloat* p) { return (Vec)(load_16_bits(p) << 16); }
+QUIRE_INLINE Vec load(const Byte* p) {
+    typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+    Bytes bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, Vec);
+}
 #endif
 
 QUIRE_INLINE Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
@@ -158,6 +172,7 @@ QUIRE_INLINE void narrow(Half* p, float x) {
 }
 
 QUIRE_INLINE float widen(float x) { return x; }
+QUIRE_INLINE float widen(Byte x) { return float(x.value); }
 QUIRE_INLINE float widen(BFloat x) { return as_float(uint32_t(x.bits) << 16); }
 QUIRE_INLINE float widen(Half x) {
 #if defined(__F16C__)

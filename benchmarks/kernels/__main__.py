@@ -8,7 +8,7 @@ ceiling is measured again before every line, so that a noisy machine slows both;
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from quire.kernels import cpu
 BLOCK_SIZE = 16
 # Decode walks through several layers, so that no cache of the processor holds what is read next.
 MIN_KV_BYTES = 512 << 20
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 # sequences, context, query heads, KV heads, head size
 DECODE = [
@@ -31,6 +31,28 @@ DECODE = [
     (16, 1024, 12, 12, 64),
     (1, 16384, 32, 8, 128),
 ]
+# What a step of decoding may consist of, from one long sequence to many short ones: contexts.
+LOADS = {
+    "1 x 8k": [8192],
+    "4 x 2k": [2048] * 4,
+    "16 x 512": [512] * 16,
+    "64 x 256": [256] * 64,
+    "256 x 64": [64] * 256,
+    "8k + 63 x 128": [8192] + [128] * 63,
+}
+# Query heads, KV heads, tokens in common, sequences that share them, groups of such, tokens of its own each has.
+SHARED = [
+    (12, 4, 512, 64, 1, 48),
+    (12, 4, 256, 8, 8, 32),
+    (12, 4, 128, 64, 1, 128),
+    (12, 4, 2048, 16, 1, 64),
+    (12, 4, 1024, 2, 32, 64),
+    (12, 12, 512, 64, 1, 48),
+    (12, 12, 256, 8, 8, 32),
+    (12, 12, 128, 8, 2, 128),
+    (12, 12, 64, 4, 8, 64),
+    (32, 4, 512, 16, 1, 64),
+]
 # new tokens, context, query heads, KV heads, head size
 PREFILL = [(2048, 2048, 12, 4, 64), (2048, 2048, 12, 4, 128), (512, 4096, 12, 4, 64), (2048, 2048, 12, 12, 64)]
 
@@ -39,20 +61,44 @@ class Attention:
     """One attention call over `layers` caches in turn."""
 
     def __init__(
-        self, sequences: int, new: int, context: int, heads: tuple[int, int, int], dtype: torch.dtype, layers: int
+        self,
+        contexts: Sequence[int],
+        new: int,
+        heads: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        group: int = 1,
+        num_shared: int = 0,
+        share_prefixes: bool = True,
     ) -> None:
+        """Sequences of these contexts with `new` new tokens each, walking through layers of MIN_KV_BYTES in all.
+
+        Runs of `group` sequences have their first `num_shared` tokens in common.
+        """
         num_heads, num_kv_heads, self.head_dim = heads
-        blocks = -(-context // BLOCK_SIZE)
-        tables = torch.randperm(sequences * blocks).to(torch.int32).view(sequences, blocks).numpy()
-        keys = (sequences * blocks, num_kv_heads, self.head_dim, BLOCK_SIZE)
-        values = (sequences * blocks, num_kv_heads, BLOCK_SIZE, self.head_dim)
+        sequences, lengths = len(contexts), np.array(contexts, dtype=np.int32)
+        blocks = -(-lengths // BLOCK_SIZE)
+        tables = np.zeros((sequences, blocks.max()), dtype=np.int32)
+        free = np.random.default_rng(0).permutation(blocks.sum()).astype(np.int32)
+        tables[np.arange(blocks.max()) < blocks[:, None]] = free
+        common = num_shared // BLOCK_SIZE
+        tables[:, :common] = tables[np.arange(sequences) // group * group, :common]
+        shapes = cpu.kv_cache_shapes(len(free), num_kv_heads, BLOCK_SIZE, self.head_dim, scaled=dtype == torch.int8)
+        # Every byte alike, that is no subnormal number and no large one in any type.
+        layer_bytes = sum(np.prod(shape) for shape in shapes) * dtype.itemsize
         self.caches = [
-            (torch.full(keys, 0.5, dtype=dtype), torch.full(values, 0.5, dtype=dtype)) for _ in range(layers)
+            tuple(
+                torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0x3C, dtype=torch.uint8).view(dtype)
+                for shape in shapes
+            )
+            for _ in range(-(-MIN_KV_BYTES // int(layer_bytes)))
         ]
+        token_bytes = num_kv_heads * (2 * self.head_dim * dtype.itemsize + (8 if dtype == torch.int8 else 0))
+        self.kv_bytes = sum(contexts) * token_bytes
         self.q = torch.randn(sequences * new, num_heads, self.head_dim)
         self.plan: CpuAttentionPlan = plan_attention(
             np.arange(sequences + 1, dtype=np.int32) * new,
-            np.full(sequences, context, dtype=np.int32),
+            lengths,
             tables,
             np.zeros(sequences * new, dtype=np.int32),
             num_heads=num_heads,
@@ -60,6 +106,8 @@ class Attention:
             head_dim=self.head_dim,
             block_size=BLOCK_SIZE,
             num_threads=torch.get_num_threads(),
+            kv_element_size=dtype.itemsize,
+            share_prefixes=share_prefixes,
         )
         self.calls = 0
 
@@ -85,9 +133,8 @@ def decode_table(dtype: torch.dtype, budget: float) -> None:
     print(f"\nDecode attention, {dtype}: GB/s of KV read")
     print("  seqs  context  heads  kv heads  head dim   KV MB       ms    GB/s  ceiling  share")
     for sequences, context, num_heads, num_kv_heads, head_dim in DECODE:
-        kv_bytes = 2 * sequences * context * num_kv_heads * head_dim * dtype.itemsize
-        layers = -(-MIN_KV_BYTES // kv_bytes)
-        attention = Attention(sequences, 1, context, (num_heads, num_kv_heads, head_dim), dtype, layers)
+        attention = Attention([context] * sequences, 1, (num_heads, num_kv_heads, head_dim), dtype)
+        kv_bytes = attention.kv_bytes
         ceiling = read.nbytes / best_seconds(read.sum, budget)
         seconds = best_seconds(attention, budget)
         rate = kv_bytes / seconds
@@ -97,12 +144,53 @@ def decode_table(dtype: torch.dtype, budget: float) -> None:
         )
 
 
+def load_table(dtype: torch.dtype, budget: float) -> None:
+    """How evenly the planner loads the cores. 12 query heads on 4 KV heads of 64."""
+    read = torch.ones(64 << 20)
+    print(f"\nLoads of one step of decoding, {dtype}, {cpu.isa()}: GB/s of KV read")
+    print("  load             items   KV MB       ms    GB/s  ceiling  share")
+    for name, contexts in LOADS.items():
+        attention = Attention(contexts, 1, (12, 4, 64), dtype)
+        ceiling = read.nbytes / best_seconds(read.sum, budget / 2)
+        seconds = best_seconds(attention, budget)
+        rate = attention.kv_bytes / seconds
+        print(
+            f"  {name:16}{len(attention.plan.work):6}{attention.kv_bytes / 1e6:8.1f}{seconds * 1e3:9.3f}"
+            f"{rate / 1e9:8.1f}{ceiling / 1e9:9.1f}{rate / ceiling:7.0%}"
+        )
+
+
+def sharing_table(dtype: torch.dtype, budget: float) -> None:
+    """Prefixes read once against prefixes read by everyone, in turn; heads of 64."""
+    print(f"\nDecoding behind shared prefixes, {dtype}: milliseconds")
+    print("  heads  kv heads  shared  sharers  groups  own   read by all   as planned   ratio")
+    for num_heads, num_kv_heads, num_shared, sharers, groups, own in SHARED:
+        apart, planned = (
+            Attention(
+                [num_shared + own] * (sharers * groups),
+                1,
+                (num_heads, num_kv_heads, 64),
+                dtype,
+                group=sharers,
+                num_shared=num_shared,
+                share_prefixes=share,
+            )
+            for share in (False, True)
+        )
+        rounds = [[best_seconds(call, budget / 6) * 1e3 for call in (apart, planned)] for _ in range(3)]
+        by_all, once = map(min, zip(*rounds, strict=True))
+        print(
+            f"{num_heads:7}{num_kv_heads:10}{num_shared:8}{sharers:9}{groups:8}{own:5}{by_all:14.3f}{once:13.3f}"
+            f"{by_all / once:8.2f}" + ("" if len(planned.plan.shared) else "  (not shared)")
+        )
+
+
 def prefill_table(dtype: torch.dtype, budget: float) -> None:
     left, right, product = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.empty(2048, 2048)
     print(f"\nPrefill attention, {dtype}: GFLOP/s, counting what the causal mask leaves")
     print("   new  context  heads  kv heads  head dim       ms  GFLOP/s  ceiling  share")
     for new, context, num_heads, num_kv_heads, head_dim in PREFILL:
-        attention = Attention(1, new, context, (num_heads, num_kv_heads, head_dim), dtype, layers=1)
+        attention = Attention([context], new, (num_heads, num_kv_heads, head_dim), dtype)
         ceiling = 2 * 2048**3 / best_seconds(lambda: torch.mm(left, right, out=product), budget)
         seconds = best_seconds(attention, budget)
         rate = 4 * head_dim * num_heads * sum(range(context - new + 1, context + 1)) / seconds
@@ -142,37 +230,51 @@ def small_table(budget: float) -> None:
 
 
 def planner_table(budget: float) -> None:
-    print("\nPlanning one step of decodes: milliseconds")
+    print(
+        "\nPlanning one step of decodes: milliseconds; then where each 8 sequences have half of their blocks in common"
+    )
     for sequences in (1, 256, 1024):
+        tables = np.arange(sequences * 64, dtype=np.int32).reshape(sequences, 64)
+        shared = tables.copy()
+        shared[:, :32] = tables[np.arange(sequences) // 8 * 8, :32]
         plan = partial(
             plan_attention,
             np.arange(sequences + 1, dtype=np.int32),
             np.full(sequences, 1000, dtype=np.int32),
-            np.zeros((sequences, 64), dtype=np.int32),
-            np.zeros(sequences, dtype=np.int32),
+            slots=np.zeros(sequences, dtype=np.int32),
             num_heads=12,
             num_kv_heads=4,
             head_dim=64,
             block_size=BLOCK_SIZE,
             num_threads=torch.get_num_threads(),
         )
-        print(f"  {sequences:5} sequences {best_seconds(plan, budget / 5) * 1e3:8.3f}")
+        seconds = [best_seconds(partial(plan, block_tables=each), budget / 5) for each in (tables, shared)]
+        print(f"  {sequences:5} sequences {seconds[0] * 1e3:8.3f}{seconds[1] * 1e3:8.3f}")
+
+
+ATTENTION_TABLES = {"decode": decode_table, "loads": load_table, "sharing": sharing_table, "prefill": prefill_table}
+OTHER_TABLES = {"small": small_table, "planner": planner_table}
+TABLES = (*ATTENTION_TABLES, *OTHER_TABLES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"], help="of the KV cache")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "int8"], help="of the KV cache"
+    )
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {arguments.threads} threads, {cpu.isa()}, torch {torch.__version__}")
-    for name in arguments.dtypes:
-        decode_table(DTYPES[name], arguments.seconds)
-        prefill_table(DTYPES[name], arguments.seconds)
-    small_table(arguments.seconds)
-    planner_table(arguments.seconds)
+    for table in arguments.tables:
+        if table in ATTENTION_TABLES:
+            for name in arguments.dtypes:
+                ATTENTION_TABLES[table](DTYPES[name], arguments.seconds)
+        else:
+            OTHER_TABLES[table](arguments.seconds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from quire.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps")
-KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "fp8_e4m3")
+KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "fp8_e4m3")
 """What KV may be stored in, where a backend can."""
 GATHERED_SLOTS = 2**17
 """KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
@@ -55,6 +55,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             kernels="quire.kernels.cpu",
             planner="quire.attention.planners:cpu_planner",
             devices=("cpu",),
+            kv_cache_dtypes=(*_PLAIN, "int8"),
             block_size=16,
             float32_activations=True,
             quantizes=True,
@@ -65,7 +66,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             planner="quire.attention.planners:gpu_planner",
             devices=("cuda",),
             package="triton",
-            kv_cache_dtypes=KV_CACHE_DTYPES,
+            kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             min_capability=(8, 0),
             block_sizes=tuple(range(16, 257, 16)),
             captures=True,
@@ -74,7 +75,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             kernels="quire.kernels.gathered",
             planner="quire.attention.planners:gathered_planner",
             devices=DEVICES,
-            kv_cache_dtypes=KV_CACHE_DTYPES,
+            kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,
         ),
     }

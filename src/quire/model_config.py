@@ -16,7 +16,7 @@ from quire.errors import CheckpointError
 from quire.quantization import METHODS
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-KV_DTYPE_BYTES = {**DTYPE_BYTES, "fp8_e4m3": 1}
+KV_DTYPE_BYTES = {**DTYPE_BYTES, "int8": 1, "fp8_e4m3": 1}
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """config.json's name → ours."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -226,8 +226,9 @@ class ModelConfig:
         return (self.num_layers * layer + math.prod(head)) * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Keys and values of one token in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_DTYPE_BYTES[dtype]
+        """Keys and values of one token in all layers; of int8 with a float32 scale for each."""
+        scale = _FLOAT32_BYTES if dtype == "int8" else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * KV_DTYPE_BYTES[dtype] + scale)
 
     def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Peak of a step that computes `num_tokens` and samples from `num_logits` rows of logits."""

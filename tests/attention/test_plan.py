@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quire.attention.plan import CpuAttentionPlan, MergeColumn, WorkColumn, plan_attention
+from quire.attention.plan import CpuAttentionPlan, MergeColumn, SharedColumn, WorkColumn, plan_attention
 
 HEADS = [(1, 1), (6, 2), (8, 8), (12, 1), (32, 8)]
 
@@ -19,14 +19,18 @@ def plan(
     num_threads: int = 2,
     window: int = 0,
     batch_invariant: bool = False,
+    block_tables: NDArray[np.int32] | None = None,
 ) -> CpuAttentionPlan:
-    """Plan sequences given as (tokens, of which new)."""
+    """Plan sequences given as (tokens, of which new), with blocks of their own unless given."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
+    if block_tables is None:
+        width = -(-int(lengths.max(initial=0)) // 16)
+        block_tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
     new = [count for _, count in sequences]
     return plan_attention(
         np.cumsum([0, *new]).astype(np.int32),
         lengths,
-        np.zeros((len(sequences), -(-int(lengths.max(initial=0)) // 16)), dtype=np.int32),
+        block_tables,
         np.zeros(sum(new), dtype=np.int32),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -48,11 +52,16 @@ def times_seen(found: CpuAttentionPlan, sequences: list[tuple[int, int]], num_kv
     """[T, num_kv_heads, longest sequence]: how many items show a key to a token."""
     longest = max((length for length, _ in sequences), default=0)
     seen = np.zeros((sum(new for _, new in sequences), num_kv_heads, longest), dtype=np.int64)
-    for sequence, token, tokens, head, heads, key_begin, key_end, _ in found.work.tolist():
-        assert found.query_start_loc[sequence] <= token
-        assert token + tokens <= found.query_start_loc[sequence + 1]
+    for sequence, token, tokens, head, heads, key_begin, key_end, _, is_shared in found.work.tolist():
         assert key_begin < key_end <= sequences[sequence][0]
-        seen[token : token + tokens, head : head + heads, key_begin:key_end] += 1
+        if is_shared:
+            rows = found.shared[token : token + tokens, SharedColumn.ROW].numpy()
+            assert (found.shared[token : token + tokens, SharedColumn.POSITION] >= key_end).all()
+        else:
+            rows = np.arange(token, token + tokens)
+            assert found.query_start_loc[sequence] <= token
+            assert token + tokens <= found.query_start_loc[sequence + 1]
+        seen[rows, head : head + heads, key_begin:key_end] += 1
     return seen
 
 
@@ -81,26 +90,64 @@ def test_every_key_is_shown_once(seed: int, batch_invariant: bool) -> None:
             row += 1
 
 
+def sharing_tables(sequences: list[tuple[int, int]], seed: int) -> NDArray[np.int32]:
+    """Each sequence begins like an earlier one, up to a block at random among those it only reads."""
+    random = np.random.default_rng(seed)
+    width = max(-(-length // 16) for length, _ in sequences)
+    tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
+    for row in range(1, len(sequences)):
+        other = int(random.integers(0, row))
+        most = min(sequences[other][0], sequences[row][0] - sequences[row][1]) // 16
+        count = int(random.integers(most // 2, most + 1))
+        tables[row, :count] = tables[other, :count]
+    return tables
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_shared_is_shown_once_to_everyone(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sequences = [(int(random.integers(600, 1500)), int(random.choice([1, 1, 1, 2, 80]))) for _ in range(12)]
+    tables = sharing_tables(sequences, seed)
+    found = plan(sequences, num_heads=2, block_tables=tables, num_threads=[1, 2, 16][seed % 3])
+    assert len(found.shared) > 0
+    seen = times_seen(found, sequences, 2)
+    assert seen.max() == 1
+    row = 0
+    for length, new in sequences:
+        for position in range(length - new, length):
+            assert seen[row, :, : position + 1].all(), "a key the token sees is in no item"
+            row += 1
+
+
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("seed", range(10))
-def test_partial_results_have_rows_of_their_own(seed: int) -> None:
-    found = plan([*random_sequences(seed), (9000, 1)], num_threads=256)
+def test_partial_results_have_rows_of_their_own(seed: int, sharing: bool) -> None:
+    """Every row of a merge is written once, and no merge takes another's."""
+    sequences = [*random_sequences(seed), (9000, 1), *[(600, 1)] * 8]
+    tables = sharing_tables(sequences, seed) if sharing else None
+    found = plan(sequences, num_threads=[16, 256][seed % 2], block_tables=tables)
     assert len(found.merges) > 0
-    parts: dict[tuple[int, ...], list[int]] = {}
-    owner = np.zeros(len(found.partials), dtype=np.int64)
+    written = np.zeros(len(found.partials), dtype=np.int64)
     for item in found.work.tolist():
-        if item[WorkColumn.PARTIAL_ROW] >= 0:
-            unit = tuple(item[WorkColumn.TOKEN_BEGIN : WorkColumn.NUM_HEADS + 1])
-            rows = item[WorkColumn.NUM_TOKENS] * item[WorkColumn.NUM_HEADS] * 3
-            begin = item[WorkColumn.PARTIAL_ROW]
-            owner[begin : begin + rows] += 1
-            parts.setdefault(unit, []).append(begin)
-    assert (owner == 1).all()
-    merges = found.merges.tolist()
-    assert len(merges) == len(parts)
+        begin, tokens = item[WorkColumn.TOKEN_BEGIN], item[WorkColumn.NUM_TOKENS]
+        first_head = item[WorkColumn.HEAD_BEGIN] * 3
+        heads = np.arange(first_head, first_head + item[WorkColumn.NUM_HEADS] * 3)
+        if item[WorkColumn.SHARED]:
+            for row in found.shared[begin : begin + tokens, SharedColumn.PARTIAL_ROW].tolist():
+                written[row + heads] += 1
+        elif item[WorkColumn.PARTIAL_ROW] >= 0:
+            for token in range(tokens):
+                written[item[WorkColumn.PARTIAL_ROW] + token * 6 + heads] += 1
+    assert (written == 1).all()
+    merges = sorted(found.merges.tolist(), key=lambda merge: merge[MergeColumn.PARTIAL_ROW])
+    end = 0
     for merge in merges:
-        begins = sorted(parts[tuple(merge[: MergeColumn.NUM_HEADS + 1])])
-        rows = merge[MergeColumn.NUM_TOKENS] * merge[MergeColumn.NUM_HEADS] * 3
-        assert begins == [merge[MergeColumn.PARTIAL_ROW] + i * rows for i in range(merge[MergeColumn.NUM_SPLITS])]
+        assert merge[MergeColumn.PARTIAL_ROW] == end
+        assert merge[MergeColumn.NUM_PARTS] > 1
+        end += merge[MergeColumn.NUM_TOKENS] * merge[MergeColumn.NUM_PARTS] * 6
+    assert end == len(found.partials)
+    tokens_of_merges = [m[MergeColumn.TOKEN_BEGIN] + t for m in merges for t in range(m[MergeColumn.NUM_TOKENS])]
+    assert len(set(tokens_of_merges)) == len(tokens_of_merges)
 
 
 def test_a_batch_invariant_plan_splits_by_position_alone() -> None:

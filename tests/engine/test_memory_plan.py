@@ -4,11 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import bundled_folder
 from quire.engine.memory_plan import available_memory, plan_memory, show_bytes
 from quire.errors import ConfigError, MemoryPlanError
+from quire.kernels import reference
+from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 
 GIB = 2**30
@@ -42,6 +45,30 @@ def test_sizes_of_a_plan(model: ModelConfig) -> None:
     assert plan.max_model_len == 1024
     assert plan.num_longest_sequences == 1  # 64 of the 100 blocks each
     assert plan.max_num_batched_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "kv_cache_dtype"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16"}, "float16"),
+        ({"dtype": "float32", "quantization": "int8"}, "float16"),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "kv_cache_dtype": "int8"}, "int8"),
+    ],
+)
+def test_the_type_of_kv(model: ModelConfig, options: dict[str, str], kv_cache_dtype: str) -> None:
+    plan = plan_memory(EngineConfig.from_options({"num_blocks": 100, **options}), model, available=GIB)
+    assert plan.kv_cache_dtype == kv_cache_dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_the_plan_counts_what_the_pool_takes(model: ModelConfig, dtype: str) -> None:
+    plan = plan_memory(EngineConfig(num_blocks=7, kv_cache_dtype=dtype), model, available=GIB)
+    shapes = reference.kv_cache_shapes(7, 2, 16, 16, scaled=dtype == "int8")
+    cache = KVCache(num_layers=2, shapes=shapes, block_size=16, dtype=getattr(torch, dtype))
+    assert plan.kv_cache == sum(tensor.nbytes for layer in cache.layers for tensor in layer)
 
 
 def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: ModelConfig) -> None:

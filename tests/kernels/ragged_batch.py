@@ -1,6 +1,6 @@
 """Ragged batches for the attention tests: sequences of any lengths in scattered blocks, and a plan over them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ class RaggedBatch:
         return self.q, self.k_cache, self.v_cache, self.plan, self.scale
 
     def in_float64(self) -> tuple[Tensor, Tensor, Tensor, CpuAttentionPlan, float]:
+        if self.v_cache.dtype == torch.int8:
+            return self.q.double(), self.k_cache, self.v_cache, self.plan, self.scale
         return self.q.double(), self.k_cache.double(), self.v_cache.double(), self.plan, self.scale
 
 
@@ -43,10 +45,13 @@ def ragged_batch(
     window: int = 0,
     num_threads: int = 2,
     seed: int = 0,
+    shared: Mapping[int, tuple[int, int]] | None = None,
+    share_prefixes: bool = True,
     batch_invariant: bool = False,
 ) -> RaggedBatch:
     """A batch of sequences given as (tokens, of which new).
 
+    `shared` has of a sequence an earlier one, and with how many blocks of that it begins.
     Blocks are scattered, slots never written hold NaN, and block table entries past a sequence's end point nowhere:
     whoever reads what it must not will show it.
     """
@@ -60,13 +65,17 @@ def ragged_batch(
     slots, new_slots = [], []
     for row, (length, new) in enumerate(sequences):
         block_tables[row, : blocks[row]], free = free[: blocks[row]], free[blocks[row] :]
+        if shared and row in shared:
+            other, count = shared[row]
+            block_tables[row, :count] = block_tables[other, :count]
         position = np.arange(length)
         slots.append(block_tables[row, position // block_size] * block_size + position % block_size)
         new_slots.append(slots[-1][length - new :])
 
-    kv_shape = (num_blocks, shape.num_kv_heads, shape.head_dim, block_size)
-    k_cache = torch.full(kv_shape, float("nan"), dtype=dtype)
-    v_cache = k_cache.transpose(2, 3).contiguous()
+    scaled = dtype == torch.int8
+    shapes = reference.kv_cache_shapes(num_blocks, shape.num_kv_heads, block_size, shape.head_dim, scaled=scaled)
+    nan = -1 if dtype == torch.int8 else float("nan")  # four bytes of -1 are one
+    k_cache, v_cache = (torch.full(each, nan, dtype=dtype) for each in shapes)
     keys = torch.randn(sum(lengths), shape.num_kv_heads, shape.head_dim, generator=random)
     values = torch.randn(keys.shape, generator=random)
     if lengths:
@@ -86,6 +95,8 @@ def ragged_batch(
         block_size=block_size,
         num_threads=num_threads,
         window=window,
+        kv_element_size=dtype.itemsize,
+        share_prefixes=share_prefixes,
         batch_invariant=batch_invariant,
     )
     return RaggedBatch(fused[:, : shape.num_heads], k_cache, v_cache, plan, shape.head_dim**-0.5)

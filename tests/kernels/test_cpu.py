@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from tests.kernels.ragged_batch import Shape, ragged_batch
 # Errors of float32 arithmetic on values of size one. They are the same for every KV type, since the reference reads the
 # same rounded cache; how much rounding costs is the business of whoever chooses the type.
 TOLERANCE = 5e-6
-KV_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KV_FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+KV_DTYPES = [*KV_FLOATS, torch.int8]
 
 
 @pytest.fixture(params=cpu.supported_isas())
@@ -106,8 +108,8 @@ def test_activations_of_extremes(isa: str) -> None:
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32])
 def test_write_kv(isa: str, dtype: torch.dtype, block_size: int) -> None:
-    k_cache = torch.randn(20, 3, 40, block_size).to(dtype)
-    v_cache = torch.randn(20, 3, block_size, 40).to(dtype)
+    shapes = cpu.kv_cache_shapes(20, 3, block_size, 40, scaled=dtype == torch.int8)
+    k_cache, v_cache = (torch.randn(shape).to(dtype) for shape in shapes)
     fused = torch.randn(20, 12, 40)
     slots = torch.randperm(20 * block_size)[:20].to(torch.int32)
     slots[3] = slots[17] = -1
@@ -118,24 +120,36 @@ def test_write_kv(isa: str, dtype: torch.dtype, block_size: int) -> None:
     assert torch.equal(v_cache, expected[1])
 
 
-@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("dtype", KV_FLOATS)
 def test_write_kv_rounds_like_torch(isa: str, dtype: torch.dtype) -> None:
-    """To nearest, ties to even, over all exponents; subnormals, overflow and NaN included."""
+    """To nearest, ties to even, over all exponents; subnormals and NaN included. Beyond float16 lies its largest."""
     ties = torch.arange(0, 2**32, 2**11 + 2**8, dtype=torch.int64).to(torch.int32).view(torch.float32)
     numbers = torch.cat((ties, ties.view(torch.int32).bitwise_and(-4096).view(torch.float32)))
     numbers = numbers[: len(numbers) // 64 * 64].view(-1, 1, 64)
     k_cache = torch.zeros(len(numbers), 1, 64, 1, dtype=dtype)
     v_cache = torch.zeros(len(numbers), 1, 1, 64, dtype=dtype)
     cpu.write_kv(numbers, numbers, k_cache, v_cache, torch.arange(len(numbers), dtype=torch.int32))
-    expected = numbers.to(dtype)
+    expected = (numbers.clamp(-65504, 65504) if dtype == torch.float16 else numbers).to(dtype)
     for found in (k_cache.view(-1, 1, 64), v_cache.view(-1, 1, 64)):
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(0.0, 1.0, 2.0), expected.nan_to_num(0.0, 1.0, 2.0))
 
 
+def test_values_beyond_float16_leave_attention_finite(isa: str) -> None:
+    """A token with values of 1e6 does not turn what later tokens see into NaN."""
+    k_cache, v_cache = torch.zeros(1, 1, 32, 16).half(), torch.zeros(1, 1, 16, 32).half()
+    k, v = torch.ones(3, 1, 32), torch.tensor([1e6, -1e6, 1.0]).view(3, 1, 1).expand(3, 1, 32).contiguous()
+    cpu.write_kv(k, v, k_cache, v_cache, torch.arange(3, dtype=torch.int32))
+    batch = ragged_batch([(3, 1)], Shape(1, 1, 32))
+    batch.plan.block_tables.zero_()
+    found = cpu.paged_attention(torch.ones(1, 1, 32), k_cache, v_cache, batch.plan, 1.0)
+    torch.testing.assert_close(found, torch.full((1, 1, 32), 1 / 3), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_copy_blocks(dtype: torch.dtype) -> None:
-    caches = [(torch.randn(9, 2, 32, 16).to(dtype), torch.randn(9, 2, 16, 32).to(dtype)) for _ in range(3)]
+    keys, values = cpu.kv_cache_shapes(9, 2, 16, 32, scaled=dtype == torch.int8)
+    caches = [((9 * torch.randn(keys)).to(dtype), (9 * torch.randn(values)).to(dtype)) for _ in range(3)]
     expected = [(keys.clone(), values.clone()) for keys, values in caches]
     pairs = torch.tensor([[0, 5], [0, 6], [3, 1]], dtype=torch.int32)
     reference.copy_blocks(expected, pairs)
@@ -162,13 +176,16 @@ def test_paged_attention(isa: str, shape: Shape, dtype: torch.dtype) -> None:
     assert_close(cpu.paged_attention(*batch.tensors()), reference.paged_attention(*batch.in_float64()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("block_size", [8, 16])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 40, 1000])
-def test_paged_attention_variants(isa: str, block_size: int, softcap: float, alibi: bool, window: int) -> None:
+def test_paged_attention_variants(
+    isa: str, dtype: torch.dtype, block_size: int, softcap: float, alibi: bool, window: int
+) -> None:
     shape = Shape(block_size=block_size)
-    batch = ragged_batch(MIXED, shape, window=window)
+    batch = ragged_batch(MIXED, shape, dtype=dtype, window=window)
     slopes = torch.rand(shape.num_heads) if alibi else None
     found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
     expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
@@ -202,6 +219,57 @@ def test_split_keys_are_merged(isa: str, window: int) -> None:
     assert len(batch.plan.merges) > 0
     found = cpu.paged_attention(*batch.tensors(), window=window)
     assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_shared_prefixes(isa: str, seed: int) -> None:
+    """Trees of prefixes at random, in any order, among sequences of other kinds, with every type and mask."""
+    random = np.random.default_rng(seed)
+    num_kv_heads = int(random.integers(1, 4))
+    shape = Shape(
+        num_heads=num_kv_heads * int(random.integers(1, 4)),
+        num_kv_heads=num_kv_heads,
+        head_dim=int(random.choice([16, 32, 40, 64])),
+        block_size=int(random.choice([1, 8, 16, 24])),
+    )
+    sequences: list[tuple[int, int]] = []
+    shared = {}
+    for row in range(random.integers(2, 40)):
+        length = int(random.integers(1, 900))
+        sequences.append((length, min(length, int(random.choice([1, 1, 1, 1, 0, 2, 60])))))
+        if row and random.random() < 0.9:
+            other = int(random.integers(0, row))
+            most = min(sequences[other][0], length - sequences[row][1]) // shape.block_size
+            shared[row] = other, most - int(random.integers(0, min(3, most + 1)))
+    window = int(random.choice([0, 0, 300]))
+    softcap = float(random.choice([0.0, 3.0]))
+    slopes = torch.rand(shape.num_heads) if random.random() < 0.3 else None
+    batch = ragged_batch(
+        sequences,
+        shape,
+        dtype=KV_DTYPES[seed % len(KV_DTYPES)],
+        num_threads=int(random.integers(1, 5)),
+        seed=seed,
+        shared=shared,
+        window=int(random.choice([0, window])),
+    )
+    found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
+    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
+    assert_close(found, expected)
+
+
+def test_prefixes_are_shared_where_it_pays() -> None:
+    samples = dict.fromkeys(range(1, 16), (0, 32))
+
+    def num_shared(shared: dict[int, tuple[int, int]], **options: Any) -> int:
+        return len(ragged_batch([(600, 1)] * 16, Shape(), shared=shared, **options).plan.shared)
+
+    assert num_shared(samples) > 0
+    assert num_shared(samples, share_prefixes=False) == 0
+    assert num_shared(samples, batch_invariant=True) == 0
+    assert num_shared(samples, window=100) == 0
+    assert num_shared({1: (0, 1)}) == 0
+    assert num_shared({}) == 0
 
 
 def test_large_scores_stay_finite(isa: str) -> None:
@@ -297,8 +365,15 @@ def test_arguments_are_checked() -> None:
         cpu.write_kv(k, k, *caches, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 32, 16\], found \[4, 1, 16, 32\]"):
         cpu.write_kv(k, k, caches[1], caches[1], torch.tensor([0, 1], dtype=torch.int32))
-    with pytest.raises(ValueError, match="v_cache: expected float32, float16 or bfloat16, found int8"):
+    with pytest.raises(ValueError, match="v_cache: expected float32, float16 or bfloat16, found int16"):
+        cpu.write_kv(k, k, caches[0].short(), caches[1].short(), torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 40, 16\], found \[4, 1, 32, 16\]"):
         cpu.write_kv(k, k, caches[0].char(), caches[1].char(), torch.tensor([0, 1], dtype=torch.int32))
+    odd = torch.zeros(4, 1, 14, 16, dtype=torch.int8), torch.zeros(4, 1, 16, 6, dtype=torch.int8)
+    with pytest.raises(
+        ValueError, match="v_cache: expected a head size that is a multiple of 4, at most 1024, for int8"
+    ):
+        cpu.write_kv(torch.zeros(2, 1, 6), torch.zeros(2, 1, 6), *odd, torch.tensor([0, 1], dtype=torch.int32))
     batch = ragged_batch([(40, 4)], Shape(), window=8)
     with pytest.raises(ValueError, match="window: expected 1 to 8"):
         cpu.paged_attention(*batch.tensors(), window=9)

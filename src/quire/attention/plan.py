@@ -2,26 +2,32 @@
 
 An item is a run of new tokens of one sequence, a run of its KV heads, and a range of its keys. Few tokens share an item
 with several heads, since a block's heads lie next to each other in memory; many tokens are cut into tiles. When one
-head of one tile is still too much for a balanced load, its keys are split, and the parts are merged afterwards.
+head of one tile is still too much for a balanced load, its keys are split, and the parts are merged afterwards. Blocks
+that several sequences begin with are read by one item for all of them where that pays (`shared_prefixes`), which leaves
+another part to be merged.
 
 The plan says what is computed, never by whom: threads take items in order, and no result depends on who takes what.
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.interface import CpuAttentionPlan
 
-__all__ = ["CpuAttentionPlan", "MergeColumn", "WorkColumn", "plan_attention"]
+__all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "plan_attention"]
 
 # Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
 # queries, outputs and keys to stay in a core's second-level cache.
 _TILE_ROWS = 128
-# Below this many rows an item's time is that of reading its keys, whatever the number of rows.
-_MIN_COST_ROWS = 24
+# Below this many rows an item's time is that of reading its keys, whatever the number of rows; by bytes per number.
+_MIN_COST_ROWS = {4: 24, 2: 16, 1: 12}
+# The same where several sequences read the same keys: all but the first find them in a cache.
+_CACHED_ROWS = {4: 4.5, 2: 3.5, 1: 3.5}
 # Items per thread: the last one to finish then wastes little.
 _ITEMS_PER_THREAD = 8
 # Less work than this many keys of one head is not worth an item of its own, nor a part of a split.
@@ -39,13 +45,22 @@ class WorkColumn(IntEnum):
     """Columns of `CpuAttentionPlan.work`."""
 
     SEQUENCE = 0
-    TOKEN_BEGIN = 1  # row of q and out
+    TOKEN_BEGIN = 1  # row of q and out, or if shared of `CpuAttentionPlan.shared`
     NUM_TOKENS = 2
     HEAD_BEGIN = 3  # KV heads
     NUM_HEADS = 4
     KEY_BEGIN = 5  # positions in the sequence
     KEY_END = 6
-    PARTIAL_ROW = 7  # first of its rows in `partials`; -1: the item writes `out` itself
+    PARTIAL_ROW = 7  # where in `partials` its first token's heads begin, and then a token's each; -1: it writes `out`
+    SHARED = 8  # 1: of several sequences, all of which have the item's keys in the blocks of `SEQUENCE`
+
+
+class SharedColumn(IntEnum):
+    """Columns of `CpuAttentionPlan.shared`."""
+
+    ROW = 0  # of q and out
+    POSITION = 1
+    PARTIAL_ROW = 2  # where the token's heads begin
 
 
 class MergeColumn(IntEnum):
@@ -53,10 +68,8 @@ class MergeColumn(IntEnum):
 
     TOKEN_BEGIN = 0
     NUM_TOKENS = 1
-    HEAD_BEGIN = 2
-    NUM_HEADS = 3
-    PARTIAL_ROW = 4  # first row of the first part; the parts follow each other
-    NUM_SPLITS = 5
+    PARTIAL_ROW = 2  # of the first part: [NUM_TOKENS, num_heads] rows; the parts follow each other
+    NUM_PARTS = 3
 
 
 def plan_attention(
@@ -71,14 +84,17 @@ def plan_attention(
     block_size: int,
     num_threads: int,
     window: int = 0,
+    kv_element_size: int = 4,
+    share_prefixes: bool = True,
     batch_invariant: bool = False,
 ) -> CpuAttentionPlan:
     """Plan one step of B sequences with T new tokens; `CpuAttentionPlan` says what the arrays hold.
 
     The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
-    window serves the layers that have this window or a smaller one. Where a plan is `batch_invariant`, the order in
-    which a token's keys are summed depends on its position alone: no other sequence, no chunk and no number of threads
-    changes a bit of its result.
+    window serves the layers that have this window or a smaller one. `kv_element_size` is the bytes of a number in the
+    cache. `share_prefixes`: leading blocks of several sequences may be read once for all. Where a plan is
+    `batch_invariant`, nothing is shared, and the order in which a token's keys are summed depends on its position
+    alone: no other sequence, no chunk and no number of threads changes a bit of its result.
     """
     group = num_heads // num_kv_heads
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
@@ -86,16 +102,22 @@ def plan_attention(
             f"block_tables has room for {block_tables.shape[1]} blocks of {block_size}, "
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
-    work = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    min_cost_rows = _MIN_COST_ROWS[kv_element_size]
+    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    sharers = _NO_SHARERS
     if batch_invariant:
-        work[:, WorkColumn.KEY_BEGIN] -= work[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
+        tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
+    elif share_prefixes and len(tiles) > 1:
+        read_rows = _CACHED_ROWS[kv_element_size]
+        sharers = _share_prefixes(tiles, block_tables, seq_lens, query_start_loc, group, block_size, read_rows)
+    work = np.concatenate((tiles, sharers.items))
     keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
     rows = work[:, WorkColumn.NUM_TOKENS] * group
-    cost = keys.astype(np.int64) * np.maximum(rows, _MIN_COST_ROWS)  # of one head
+    cost = keys.astype(np.int64) * np.maximum(rows, min_cost_rows)  # of one head
 
     part_keys = _INVARIANT_PART_KEYS if batch_invariant else None
     num_items = num_threads * _ITEMS_PER_THREAD if num_threads > 1 else 1
-    share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * _MIN_COST_ROWS)
+    share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * min_cost_rows)
     heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
     num_groups = -(-num_kv_heads // np.minimum(np.maximum(heads, 1), num_kv_heads))
     if part_keys is not None:
@@ -103,21 +125,37 @@ def plan_attention(
     else:
         num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
 
-    work, tile = _share_out_heads(work, num_groups, num_kv_heads)
-    work, merges, num_partial_rows = _split_keys(work, num_splits[tile], group, part_keys)
+    shared, merges, num_partial_rows = _lay_out_parts(work, num_splits, sharers, seq_lens, query_start_loc, num_heads)
+    work = _split_keys(work, num_splits, num_heads, part_keys)
+    work = _share_out_heads(work, np.repeat(num_groups, num_splits), num_kv_heads)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
-    cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, _MIN_COST_ROWS) * work[:, WorkColumn.NUM_HEADS]
+    cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         seq_lens=_tensor(seq_lens),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
         work=_tensor(work[np.argsort(-cost, kind="stable")]),
+        shared=_tensor(shared),
         merges=_tensor(merges),
         partials=torch.empty(num_partial_rows, head_dim + 2),
         window=window,
         num_threads=num_threads,
     )
+
+
+class _Sharers(NamedTuple):
+    """Items for several tiles, and which tiles these are."""
+
+    items: NDArray[np.int32]
+    tile: NDArray[np.int64]
+    item: NDArray[np.int64]
+    """[N]: one for each pair of a tile and an item, ordered by item."""
+
+
+_NO_SHARERS = _Sharers(
+    np.empty((0, len(WorkColumn)), dtype=np.int32), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+)
 
 
 def _cut_into_tiles(
@@ -140,42 +178,115 @@ def _cut_into_tiles(
     work[:, WorkColumn.KEY_BEGIN] = np.maximum(0, first_position - window + 1) if window > 0 else 0
     work[:, WorkColumn.KEY_END] = first_position + tokens
     work[:, WorkColumn.PARTIAL_ROW] = -1
+    work[:, WorkColumn.SHARED] = 0
     return work
 
 
-def _share_out_heads(
-    work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Each item becomes `num_groups` items of about as many heads; also says which item each came from."""
-    item, group = enumerate_runs(num_groups)
-    if len(item) > len(work):
-        work = work[item]
-        head_begin = group * num_kv_heads // num_groups[item]
-        work[:, WorkColumn.HEAD_BEGIN] = head_begin
-        work[:, WorkColumn.NUM_HEADS] = (group + 1) * num_kv_heads // num_groups[item] - head_begin
-    return work, item
+def _share_prefixes(
+    tiles: NDArray[np.int32],
+    block_tables: NDArray[np.int32],
+    seq_lens: NDArray[np.int32],
+    query_start_loc: NDArray[np.int32],
+    group: int,
+    block_size: int,
+    read_rows: float,
+) -> _Sharers:
+    """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
+    sequence, tokens = tiles[:, WorkColumn.SEQUENCE], tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
+    # Many rows make good use of keys by themselves; where a window cuts a prefix, each row sees another part of it.
+    few = np.flatnonzero((tokens * group < read_rows) & (tiles[:, WorkColumn.KEY_BEGIN] == 0))
+    if len(few) < 2:
+        return _NO_SHARERS
+    sequence = sequence[few]
+    num_blocks = (seq_lens - np.diff(query_start_loc))[sequence].astype(np.int64) // block_size
+    prefixes = find_shared_prefixes(
+        block_tables[sequence], num_blocks, tokens[few] * group, block_size=block_size, read_rows=read_rows
+    )
+    if not prefixes:
+        return _NO_SHARERS
+    tile = np.concatenate([few[prefix.members] for prefix in prefixes])
+    prefix_of = np.repeat(np.arange(len(prefixes)), [len(prefix.members) for prefix in prefixes])
+    for prefix in prefixes:
+        tiles[few[prefix.members], WorkColumn.KEY_BEGIN] = prefix.key_end
+
+    # A prefix of many rows becomes several items of about as many.
+    end = np.cumsum(tokens[tile])
+    total = np.bincount(prefix_of, weights=tokens[tile]).astype(np.int64)
+    before = (end - tokens[tile]) - (np.cumsum(total) - total)[prefix_of]
+    num_items = -(-total * group // _TILE_ROWS)
+    item = (np.cumsum(num_items) - num_items)[prefix_of] + before * num_items[prefix_of] // total[prefix_of]
+    first = np.flatnonzero(np.diff(item, prepend=-1))
+    items = tiles[tile[first]]
+    items[:, WorkColumn.KEY_BEGIN] = np.array([prefix.key_begin for prefix in prefixes])[prefix_of[first]]
+    items[:, WorkColumn.KEY_END] = np.array([prefix.key_end for prefix in prefixes])[prefix_of[first]]
+    items[:, WorkColumn.NUM_TOKENS] = np.add.reduceat(tokens[tile], first)
+    items[:, WorkColumn.SHARED] = 1
+    return _Sharers(items, tile, np.cumsum(np.diff(item, prepend=-1) > 0) - 1)
+
+
+def _lay_out_parts(
+    work: NDArray[np.int32],
+    num_splits: NDArray[np.int64],
+    sharers: _Sharers,
+    seq_lens: NDArray[np.int32],
+    query_start_loc: NDArray[np.int32],
+    num_heads: int,
+) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+    """Gives every tile of several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
+
+    Of a tile the parts of its own item come first, then those of the items it shares.
+    """
+    num_tiles = len(work) - len(sharers.items)
+    tiles, tile_splits, item_splits = work[:num_tiles], num_splits[:num_tiles], num_splits[num_tiles:]
+    tokens = tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
+    num_parts = tile_splits + np.bincount(sharers.tile, item_splits[sharers.item], num_tiles).astype(np.int64)
+    partial_rows = np.where(num_parts > 1, tokens * num_heads * num_parts, 0)
+    partial_end = np.cumsum(partial_rows)
+    partial_begin = partial_end - partial_rows
+    split = np.flatnonzero(num_parts > 1)
+    merges = np.empty((len(split), len(MergeColumn)), dtype=np.int32)
+    merges[:, : MergeColumn.PARTIAL_ROW] = tiles[split, WorkColumn.TOKEN_BEGIN : WorkColumn.NUM_TOKENS + 1]
+    merges[:, MergeColumn.PARTIAL_ROW] = partial_begin[split]
+    merges[:, MergeColumn.NUM_PARTS] = num_parts[split]
+    tiles[:, WorkColumn.PARTIAL_ROW] = np.where(num_parts > 1, partial_begin, -1)
+    num_rows = int(partial_rows.sum())
+    if len(sharers.items) == 0:
+        return np.empty((0, len(SharedColumn)), dtype=np.int32), merges, num_rows
+
+    # The first part that a tile has of an item it shares.
+    order = np.argsort(sharers.tile, kind="stable")
+    by_tile, splits = sharers.tile[order], item_splits[sharers.item[order]]
+    before = np.cumsum(splits) - splits
+    part = np.empty_like(order)
+    part[order] = tile_splits[by_tile] + before - before[np.searchsorted(by_tile, by_tile)]
+
+    # Tokens of an item, then once more for each of its splits.
+    pair, token = enumerate_runs(tokens[sharers.tile])
+    item_tokens = work[num_tiles:, WorkColumn.NUM_TOKENS].astype(np.int64)
+    item, split_of_item = enumerate_runs(item_splits)
+    run, place = enumerate_runs(item_tokens[item])
+    place += (np.cumsum(item_tokens) - item_tokens)[item[run]]
+    pair, token = pair[place], token[place]
+    tile = sharers.tile[pair]
+    sequence = tiles[tile, WorkColumn.SEQUENCE]
+    shared = np.empty((len(tile), len(SharedColumn)), dtype=np.int32)
+    row = tiles[tile, WorkColumn.TOKEN_BEGIN] + token
+    shared[:, SharedColumn.ROW] = row
+    shared[:, SharedColumn.POSITION] = row - query_start_loc[sequence + 1] + seq_lens[sequence]
+    part_of = part[pair] + split_of_item[run]
+    shared[:, SharedColumn.PARTIAL_ROW] = partial_begin[tile] + (part_of * tokens[tile] + token) * num_heads
+    shared_rows = item_tokens * item_splits
+    work[num_tiles:, WorkColumn.TOKEN_BEGIN] = np.cumsum(shared_rows) - shared_rows
+    return shared, merges, num_rows
 
 
 def _split_keys(
-    work: NDArray[np.int32], num_splits: NDArray[np.int64], group: int, part_keys: int | None
-) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Each item becomes `num_splits` items; also returns the merges and the partial rows.
-
-    The items get about as many keys each, or where `part_keys` is given begin at its multiples.
-    """
-    split = np.flatnonzero(num_splits > 1)
-    merges = np.empty((len(split), len(MergeColumn)), dtype=np.int32)
-    if len(split) == 0:
-        return work, merges, 0
-    rows = work[:, WorkColumn.NUM_TOKENS] * work[:, WorkColumn.NUM_HEADS].astype(np.int64) * group
-    partial_rows = np.where(num_splits > 1, rows * num_splits, 0)
-    partial_end = np.cumsum(partial_rows)
-    partial_begin = partial_end - partial_rows
-    merges[:, : MergeColumn.PARTIAL_ROW] = work[split, WorkColumn.TOKEN_BEGIN : WorkColumn.NUM_HEADS + 1]
-    merges[:, MergeColumn.PARTIAL_ROW] = partial_begin[split]
-    merges[:, MergeColumn.NUM_SPLITS] = num_splits[split]
-
+    work: NDArray[np.int32], num_splits: NDArray[np.int64], num_heads: int, part_keys: int | None
+) -> NDArray[np.int32]:
+    """Each item becomes `num_splits` items of about as many keys, or begun at multiples of `part_keys`."""
     item, part = enumerate_runs(num_splits)
+    if len(item) == len(work):
+        return work
     work, count = work[item], num_splits[item]
     begin = work[:, WorkColumn.KEY_BEGIN].astype(np.int64)
     end = work[:, WorkColumn.KEY_END].astype(np.int64)
@@ -187,8 +298,21 @@ def _split_keys(
         part_end = _align(begin + (end - begin) * (part + 1) // count)
     work[:, WorkColumn.KEY_BEGIN] = np.where(part == 0, begin, part_begin)
     work[:, WorkColumn.KEY_END] = np.where(part + 1 == count, end, part_end)
-    work[:, WorkColumn.PARTIAL_ROW] = np.where(count > 1, partial_begin[item] + part * rows[item], -1)
-    return work, merges, int(partial_end[-1])
+    tokens, shared = work[:, WorkColumn.NUM_TOKENS], work[:, WorkColumn.SHARED] == 1
+    work[:, WorkColumn.PARTIAL_ROW] += np.where((count > 1) & ~shared, part * tokens * num_heads, 0).astype(np.int32)
+    work[:, WorkColumn.TOKEN_BEGIN] += np.where(shared, part * tokens, 0).astype(np.int32)
+    return work
+
+
+def _share_out_heads(work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int) -> NDArray[np.int32]:
+    """Each item becomes `num_groups` items of about as many heads."""
+    item, group = enumerate_runs(num_groups)
+    if len(item) > len(work):
+        work = work[item]
+        head_begin = group * num_kv_heads // num_groups[item]
+        work[:, WorkColumn.HEAD_BEGIN] = head_begin
+        work[:, WorkColumn.NUM_HEADS] = (group + 1) * num_kv_heads // num_groups[item] - head_begin
+    return work
 
 
 def enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -33,6 +33,8 @@ class AttentionShape:
     max_blocks: int
     """Of one sequence."""
     num_threads: int
+    kv_element_size: int
+    """Bytes of a number in the cache."""
     batch_invariant: bool
     device: torch.device
 
@@ -84,6 +86,7 @@ def cpu_planner(shape: AttentionShape) -> Planner:
             block_size=shape.block_size,
             num_threads=shape.num_threads,
             window=shape.window,
+            kv_element_size=shape.kv_element_size,
             batch_invariant=shape.batch_invariant,
         )
 

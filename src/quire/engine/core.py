@@ -111,7 +111,11 @@ class EngineCore:
         kv_cache = KVCache(
             num_layers=model_config.num_layers,
             shapes=kernels.kv_cache_shapes(
-                plan.num_blocks, model_config.num_kv_heads, plan.block_size, model_config.head_dim
+                plan.num_blocks,
+                model_config.num_kv_heads,
+                plan.block_size,
+                model_config.head_dim,
+                scaled=plan.kv_cache_dtype == "int8",
             ),
             block_size=plan.block_size,
             dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),

@@ -35,6 +35,7 @@ def paged_attention(
     seq_lens: Tensor,
     block_tables: Tensor,
     work: Tensor,
+    shared: Tensor,
     merges: Tensor,
     partials: Tensor,
     scale: float,

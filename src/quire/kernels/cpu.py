@@ -211,6 +211,7 @@ def paged_attention(
         plan.seq_lens,
         plan.block_tables,
         plan.work,
+        plan.shared,
         plan.merges,
         plan.partials,
         scale,

@@ -10,6 +10,10 @@ layer is a pair of tensors of blocks, laid out as the device multiplies them bes
     k_cache   [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
     v_cache   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
 
+Of int8 on a CPU, a key and a value are whole numbers from -127 to 127 and a float32 scale each. The scales of a head's
+block are 8 more rows of its keys, head_dim + 8 in all: the bytes of [2, block_size] float32, the keys' scales, then the
+values'. So they go wherever the block goes.
+
 A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 holds keys and values divided
 by their layer's `k_scale` and `v_scale`.
 """
@@ -21,6 +25,9 @@ from typing import Protocol
 from torch import Tensor
 
 KVShape = tuple[int, int, int, int]
+
+KV_SCALE_ROWS = 8
+"""Rows of int8 keys that hold scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +54,11 @@ class CpuAttentionPlan(AttentionPlan):
     """The plan of `quire.attention.plan`, balanced over threads."""
 
     work: Tensor
-    """[num_items, 8]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
+    """[num_items, 9]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
+    shared: Tensor
+    """[any, 3]: tokens of the items that serve several sequences; columns in `quire.attention.plan.SharedColumn`."""
     merges: Tensor
-    """[num_merges, 6]: results that were split over their keys; columns in `quire.attention.plan.MergeColumn`."""
+    """[num_merges, 4]: runs of tokens with partial results; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
     """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
@@ -77,7 +86,7 @@ class Kernels(Protocol):
     """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
 
     def kv_cache_shapes(
-        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int
+        self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
     ) -> tuple[KVShape, KVShape]: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...

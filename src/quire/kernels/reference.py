@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import AttentionPlan, KVShape, QuantizedWeight
+from quire.kernels.interface import KV_SCALE_ROWS, AttentionPlan, KVShape, QuantizedWeight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,9 +51,12 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
 
 
-def kv_cache_shapes(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[KVShape, KVShape]:
-    """The shapes of one layer's k_cache and v_cache."""
-    return (num_blocks, num_kv_heads, head_dim, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
+def kv_cache_shapes(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
+) -> tuple[KVShape, KVShape]:
+    """The shapes of one layer's k_cache and v_cache; `scaled` if they are int8."""
+    key_rows = head_dim + (KV_SCALE_ROWS if scaled else 0)
+    return (num_blocks, num_kv_heads, key_rows, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
 
 
 def write_kv(
@@ -68,13 +71,45 @@ def write_kv(
 ) -> None:
     """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
 
-    They are divided by their scales before they are rounded to the cache's type.
+    They are divided by their scales before they are rounded to the cache's type. What is beyond the range of float16
+    becomes its largest number: one infinite key or value would turn all later tokens of its sequence into NaN. To int8
+    each key and each value is brought as `quantize_rows` says.
     """
     block_size = v_cache.shape[2]
     written = slots >= 0
     block, offset = slots[written].long() // block_size, slots[written].long() % block_size
-    k_cache[block, :, :, offset] = (k[written] / k_scale).to(k_cache.dtype)
-    v_cache[block, :, offset] = (v[written] / v_scale).to(v_cache.dtype)
+    k, v = k[written] / k_scale, v[written] / v_scale
+    if v_cache.dtype == torch.int8:
+        _write_quantized(k, v, k_cache, v_cache, block, offset)
+        return
+    if v_cache.dtype == torch.float16:
+        k, v = k.clamp(-65504, 65504), v.clamp(-65504, 65504)
+    k_cache[block, :, :, offset] = k.to(k_cache.dtype)
+    v_cache[block, :, offset] = v.to(v_cache.dtype)
+
+
+def _write_quantized(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block: Tensor, offset: Tensor) -> None:
+    """Numbers to their places, scales to the last rows of the keys."""
+    head_dim, block_size = v.shape[2], v_cache.shape[2]
+    key_bytes = k_cache.view(*k_cache.shape[:2], -1)
+    for index, x in enumerate((k, v)):
+        numbers, scales = quantize_rows(x.flatten(0, 1))
+        if index == 0:
+            k_cache[block, :, :head_dim, offset] = numbers.view(x.shape)
+        else:
+            v_cache[block, :, offset] = numbers.view(x.shape)
+        place = head_dim * block_size + 4 * (index * block_size + offset)
+        for byte in range(4):
+            key_bytes[block, :, place + byte] = scales.float().view(torch.int8).view(*x.shape[:2], 4)[:, :, byte]
+
+
+def stored_kv(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Caches of any type -> their numbers, of the same shapes, as `dtype`; of int8 multiplied by their scales."""
+    if v_cache.dtype != torch.int8:
+        return k_cache.to(dtype), v_cache.to(dtype)
+    scales = k_cache[:, :, -KV_SCALE_ROWS:].flatten(2).contiguous().view(torch.float32).to(dtype)
+    key_scales, value_scales = scales.unflatten(2, (2, -1)).unbind(2)
+    return k_cache[:, :, :-KV_SCALE_ROWS] * key_scales.unsqueeze(2), v_cache * value_scales.unsqueeze(3)
 
 
 def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
@@ -184,11 +219,10 @@ def paged_attention(
         query = q[start[s] : start[s + 1]]
         num_blocks = -(-seq_len // v_cache.shape[2])
         table = plan.block_tables[s, :num_blocks].long()
+        keys, values = stored_kv(k_cache[table], v_cache[table], q.dtype)
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
-        key = k_cache[table].permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
-        key = key * k_scale
-        value = v_cache[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0).to(q.dtype)
-        value = value * v_scale
+        key = keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0) * k_scale
+        value = values.permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0) * v_scale
 
         scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
         if softcap > 0:

@@ -37,6 +37,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
+        self.element_size = dtype.itemsize
         self.layers = [
             LayerCache(_zeros(keys, dtype, device), _zeros(values, dtype, device)) for _ in range(num_layers)
         ]

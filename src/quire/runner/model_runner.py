@@ -113,6 +113,7 @@ class ModelRunner:
                 max_num_tokens=max_num_batched_tokens,
                 max_blocks=max_blocks,
                 num_threads=num_threads,
+                kv_element_size=kv_cache.element_size,
                 batch_invariant=batch_invariant,
                 device=kv_cache.device,
             ),

@@ -12,8 +12,11 @@ HEADS = 4
 NUM_WARPS = 4
 
 
-def kv_cache_shapes(num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int) -> tuple[KVShape, KVShape]:
+def kv_cache_shapes(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
+) -> tuple[KVShape, KVShape]:
     """The shapes of one layer's k_cache and v_cache."""
+    assert not scaled, "int8 is of the CPU's own kernels"
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return shape, shape
 

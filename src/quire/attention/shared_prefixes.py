@@ -1,0 +1,87 @@
+"""Which sequences of a step begin with the same blocks, and where reading those once for all of them pays.
+
+Block tables that begin alike form a tree: a system prompt at its root, prompts that follow it, samples of a prompt at
+the leaves. Each edge whose keys are worth it becomes a `SharedPrefix`; one that is not is left to those below it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What one more part of a row costs, in keys that the row could be scored against meanwhile; and one more item. Measured
+# by `benchmarks.kernels --tables sharing`.
+_PART_KEYS = 90
+_ITEM_KEYS = 400
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Keys that all members see, in the same blocks."""
+
+    members: NDArray[np.int64]
+    """Rows of the block tables."""
+    key_begin: int
+    key_end: int
+
+
+def find_shared_prefixes(
+    block_tables: NDArray[np.int32],
+    num_blocks: NDArray[np.int64],
+    num_rows: NDArray[np.int64],
+    *,
+    block_size: int,
+    read_rows: float,
+) -> list[SharedPrefix]:
+    """block_tables [M, any], of each its leading blocks that may be shared [M], query rows of one KV head [M].
+
+    An item's time is taken for keys x the larger of its rows and `read_rows`: reading a key takes as long as scoring it
+    against so many rows. The key ranges of the prefixes that a sequence is a member of follow each other from key 0.
+    """
+    first = np.where(num_blocks > 0, block_tables[:, 0], -1 - np.arange(len(block_tables)))
+    _, group, size = np.unique(first, return_inverse=True, return_counts=True)
+    member = np.flatnonzero(size[group] > 1)
+    if len(member) == 0:
+        return []
+    order, depths = _sort(block_tables[member], num_blocks[member])
+    member = member[order]
+    rows = num_rows[member]
+    cost = np.concatenate(([0], np.cumsum(np.maximum(rows, read_rows))))
+    total = np.concatenate(([0], np.cumsum(rows)))
+    begin = np.zeros(len(member), dtype=np.int64)  # blocks that are shared already
+    found = []
+    for left, right, depth in _branches(depths.tolist()):
+        num_keys = (depth - int(begin[left])) * block_size
+        together = int(total[right] - total[left])
+        saved = num_keys * (cost[right] - cost[left] - max(together, read_rows))
+        if saved > together * _PART_KEYS + _ITEM_KEYS:
+            found.append(SharedPrefix(member[left:right], int(begin[left]) * block_size, depth * block_size))
+            begin[left:right] = depth
+    return found
+
+
+def _sort(
+    block_tables: NDArray[np.int32], num_blocks: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """An order [M] in which tables that begin alike are neighbours, and how many blocks neighbours share [M - 1]."""
+    width = max(1, int(num_blocks.max()))
+    # What may not be shared is made unlike everything else.
+    unlike = -1 - np.arange(len(block_tables), dtype=np.int32)[:, None]
+    tables = np.where(np.arange(width) < num_blocks[:, None], block_tables[:, :width], unlike)
+    order = np.ascontiguousarray(tables).view(np.dtype((np.void, tables.itemsize * width))).ravel().argsort()
+    tables = tables[order]
+    differs = np.concatenate((tables[1:] != tables[:-1], np.ones((len(tables) - 1, 1), dtype=bool)), axis=1)
+    return order, differs.argmax(axis=1)
+
+
+def _branches(depths: list[int]) -> list[tuple[int, int, int]]:
+    """Runs of neighbours that share more blocks than the run around them: (first, end, blocks), the widest first."""
+    found, open_runs = [], [(0, 0)]
+    for index, depth in enumerate([*depths, 0]):
+        left = index
+        while depth < open_runs[-1][0]:
+            blocks, left = open_runs.pop()
+            found.append((left, index + 1, blocks))
+        if depth > open_runs[-1][0]:
+            open_runs.append((depth, left))
+    return found[::-1]

@@ -1,0 +1,23 @@
+"""KVCache: a block's bytes hold all that its keys and values are made of."""
+
+import pytest
+import torch
+
+from quire.kernels import reference
+from quire.kv_cache.storage import KVCache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
+    shapes = reference.kv_cache_shapes(4, 2, 8, 16, scaled=dtype == torch.int8)
+    cache = KVCache(num_layers=2, shapes=shapes, block_size=8, dtype=dtype)
+    slots = torch.arange(32, dtype=torch.int32)
+    for layer in cache.layers:
+        reference.write_kv(torch.randn(32, 2, 16), torch.randn(32, 2, 16), *layer, slots)
+    content = torch.empty(cache.block_bytes, dtype=torch.uint8)
+    cache.copy_out(1, content)
+    cache.copy_in(3, content)
+    for layer in cache.layers:
+        for numbers in reference.stored_kv(*layer, torch.float32):
+            assert torch.equal(numbers[3], numbers[1])
+            assert not torch.equal(numbers[3], numbers[2])
