@@ -36,6 +36,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_heads_",
     "rotary_",
+    "rotary_write_kv",
     "silu_and_mul",
     "supported_isas",
     "use_isa",
@@ -111,6 +112,23 @@ def write_kv(
 ) -> None:
     _refuse_scales(k_scale, v_scale)
     _cpu.write_kv(k, v, k_cache, v_cache, slots)
+
+
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    rotary_(q, k, positions, cos_sin)
+    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
 
 
 def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_heads_",
     "rotary_",
+    "rotary_write_kv",
     "silu_and_mul",
     "write_kv",
 ]
@@ -124,6 +125,23 @@ def write_kv(
         values = _narrow(new.index_select(0, row) / scale, cache.dtype)
         raw = _bits(cache)
         raw[place] = torch.where(any_stored, _bits(values), raw[place])
+
+
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    rotary_(q, k, positions, cos_sin)
+    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
 
 
 def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:

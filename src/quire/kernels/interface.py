@@ -113,6 +113,21 @@ class Kernels(Protocol):
         v_scale: float = 1.0,
     ) -> None: ...
 
+    def rotary_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+        *,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None: ...
+
     def copy_blocks(self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None: ...
 
     def pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor: ...

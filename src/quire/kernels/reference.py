@@ -112,6 +112,24 @@ def stored_kv(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> tuple[Ten
     return k_cache[:, :, :-KV_SCALE_ROWS] * key_scales.unsqueeze(2), v_cache * value_scales.unsqueeze(3)
 
 
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """`rotary_`, then `write_kv`; one pass where a device can. What is left in k is not defined."""
+    rotary_(q, k, positions, cos_sin)
+    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+
+
 def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
     """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1] in every layer's (k_cache, v_cache).
 

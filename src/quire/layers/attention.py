@@ -19,20 +19,39 @@ class KVLayers(Protocol):
 
 
 class Attention:
-    """Writes the new keys and values to their slots, then lets the new queries read all they may see."""
+    """Writes the new keys and values to their slots, then lets the new queries read all they may see. With
+    `cos_sin`, the table of a rotary embedding, queries and keys are first rotated by their positions."""
 
-    __slots__ = ("kernels", "scale", "softcap", "window")
+    __slots__ = ("cos_sin", "kernels", "scale", "softcap", "window")
 
-    def __init__(self, kernels: Kernels, *, scale: float, window: int = 0, softcap: float = 0.0) -> None:
+    def __init__(
+        self, kernels: Kernels, *, scale: float, cos_sin: Tensor | None = None, window: int = 0, softcap: float = 0.0
+    ) -> None:
         self.kernels = kernels
+        self.cos_sin = cos_sin
         self.scale = scale
         self.window = window
         self.softcap = softcap
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
-        """q [T, num_heads, D], k, v [T, num_kv_heads, D] -> [T, num_heads, D]."""
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer_kv: LayerKV,
+        plan: AttentionPlan,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """q [T, num_heads, D], k, v [T, num_kv_heads, D], positions [T] int32 -> [T, num_heads, D].
+
+        With a rotary embedding q and k are overwritten, and positions must be given.
+        """
         k_cache, v_cache = layer_kv
-        self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots)
+        if self.cos_sin is None:
+            self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots)
+        else:
+            assert positions is not None
+            self.kernels.rotary_write_kv(q, k, v, positions, self.cos_sin, k_cache, v_cache, plan.slots)
         return self.kernels.paged_attention(
             q, k_cache, v_cache, plan, self.scale, window=self.window, softcap=self.softcap
         )

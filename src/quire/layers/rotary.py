@@ -1,4 +1,4 @@
-"""Rotary position embedding: the table of cosines and sines of every position, and its use.
+"""Rotary position embedding: the table of cosines and sines of every position.
 
 The table is computed as transformers computes it, in float32, since models were trained with that rounding.
 """
@@ -8,29 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from quire.kernels import Kernels
 from quire.model_config import RopeConfig
-
-
-class Rotary:
-    """Rotates queries and keys by their positions, in place. One for all layers of a model."""
-
-    __slots__ = ("cos_sin", "kernels")
-
-    def __init__(
-        self,
-        kernels: Kernels,
-        rope: RopeConfig,
-        head_dim: int,
-        num_positions: int,
-        device: torch.device | None = None,
-    ) -> None:
-        self.kernels = kernels
-        self.cos_sin = cos_sin_table(rope, head_dim, num_positions).to(device)
-
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> None:
-        """q, k [T, heads, D], positions [T] int32."""
-        self.kernels.rotary_(q, k, positions, self.cos_sin)
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:

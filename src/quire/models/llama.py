@@ -9,7 +9,7 @@ from torch import Tensor
 from quire.kernels import AttentionPlan, Kernels
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.norm import RMSNorm
-from quire.layers.rotary import Rotary
+from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.blocks import GatedMLP, embedding_and_head, fused_linear
 from quire.models.weights import TensorSource
@@ -27,9 +27,9 @@ class Llama:
         model = weights.scope("model")
         table = model.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
-        rotary = Rotary(kernels, config.rope or RopeConfig(), config.head_dim, max_model_len, table.device)
+        cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
         self.layers = [
-            DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, rotary, dtype)
+            DecoderLayer(config, index, model.scope(f"layers.{index}"), kernels, cos_sin, dtype)
             for index in range(config.num_layers)
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
@@ -56,14 +56,14 @@ class DecoderLayer:
         index: int,
         weights: TensorSource,
         kernels: Kernels,
-        rotary: Rotary,
+        cos_sin: Tensor,
         dtype: str,
     ) -> None:
         def norm(name: str) -> RMSNorm:
             return RMSNorm(kernels, weights.take(name, (config.hidden_size,)).float(), config.norm_eps)
 
         self.attention_norm = norm("input_layernorm.weight")
-        self.attention = SelfAttention(config, index, weights.scope("self_attn"), kernels, rotary, dtype)
+        self.attention = SelfAttention(config, index, weights.scope("self_attn"), kernels, cos_sin, dtype)
         self.mlp_norm = norm("post_attention_layernorm.weight")
         self.mlp = GatedMLP(config, weights.scope("mlp"), kernels, dtype)
 
@@ -89,7 +89,7 @@ class SelfAttention:
         index: int,
         weights: TensorSource,
         kernels: Kernels,
-        rotary: Rotary,
+        cos_sin: Tensor,
         dtype: str,
     ) -> None:
         self.kernels = kernels
@@ -114,8 +114,9 @@ class SelfAttention:
                 weights.take("k_norm.weight", (config.head_dim,)).float(),
             )
         self.norm_eps = config.norm_eps
-        self.rotary = rotary
-        self.attend = Attention(kernels, scale=config.head_dim**-0.5, window=config.layer_windows[index])
+        self.attend = Attention(
+            kernels, scale=config.head_dim**-0.5, cos_sin=cos_sin, window=config.layer_windows[index]
+        )
 
     def __call__(self, x: Tensor, positions: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
         """x [T, H] -> [T, H]."""
@@ -125,5 +126,4 @@ class SelfAttention:
         if self.qk_norms is not None:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
-        self.rotary(q, k, positions)
-        return self.o(self.attend(q, k, v, layer_kv, plan).view(num_tokens, -1))
+        return self.o(self.attend(q, k, v, layer_kv, plan, positions).view(num_tokens, -1))

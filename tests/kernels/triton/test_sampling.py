@@ -72,7 +72,7 @@ def test_the_draws_of_a_cpu(kernels: Any, device: torch.device, dtype: torch.dty
     logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=generator)).to(dtype)
     logits[4, ::3] = float("-inf")
     logits[6, :20] = 9.0  # the nucleus ends among equals
-    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float(), states)
+    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states)  # it overwrites them
     tokens, peaks = sample(logits.float().to(device), rows_of(states, device))
     assert expected.errors == [None] * len(states)
     assert tokens.tolist() == expected.token_ids

@@ -95,6 +95,25 @@ def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype)
     assert torch.equal(v_cache.cpu().double(), expected_v)
 
 
+@pytest.mark.parametrize("rotary_dim", [80, 32])
+def test_rotary_write_kv(kernels: Kernels, device: torch.device, rotary_dim: int) -> None:
+    fused = torch.randn(5, 12, 80).to(device)
+    expected = fused.cpu().double()
+    slots, positions = torch.tensor([[3, 63, -1, 16, 40], [0, 9, 49, 1, 30]], dtype=torch.int32)
+    cos_sin = cos_sin_table(rotary_dim)
+    k_cache, v_cache = (torch.zeros(shape, device=device) for shape in kernels.kv_cache_shapes(5, 3, 16, 80))
+    expected_k, expected_v = (torch.zeros(k_cache.shape).double() for _ in range(2))
+    q, k, v = expected.split_with_sizes((6, 3, 3), dim=1)
+    cached = (expected_k.transpose(2, 3), expected_v)
+    reference.rotary_write_kv(q, k, v, positions, cos_sin.double(), *cached, slots, k_scale=0.5, v_scale=2.0)
+    found = fused.split_with_sizes((6, 3, 3), dim=1)
+    on_device = (positions.to(device), cos_sin.to(device), k_cache, v_cache, slots.to(device))
+    kernels.rotary_write_kv(*found, *on_device, k_scale=0.5, v_scale=2.0)
+    assert_close(fused[:, :6], expected[:, :6], torch.float32)
+    assert_close(k_cache, expected_k, torch.float32)
+    assert_close(v_cache, expected_v, torch.float32)
+
+
 def test_what_float8_cannot_hold_becomes_the_largest(kernels: Kernels, device: torch.device) -> None:
     k = torch.tensor([1e6, -1e6, 448.0, 1.0]).repeat(4).view(1, 1, 16).to(device)
     caches = [torch.zeros(1, 1, 16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]

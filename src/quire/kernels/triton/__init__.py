@@ -22,7 +22,7 @@ from quire.kernels.triton.linear import (
     quantize_rows,
 )
 from quire.kernels.triton.norm import add_rms_norm, rms_norm, rms_norm_heads_
-from quire.kernels.triton.rotary_kv import kv_cache_shapes, rotary_, write_kv
+from quire.kernels.triton.rotary_kv import kv_cache_shapes, rotary_, rotary_write_kv, write_kv
 
 __all__ = [
     "add_rms_norm",
@@ -40,6 +40,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_heads_",
     "rotary_",
+    "rotary_write_kv",
     "silu_and_mul",
     "write_kv",
 ]

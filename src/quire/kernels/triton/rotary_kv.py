@@ -130,6 +130,22 @@ def write_kv(
     _launch(None, k, v, None, None, k_cache, v_cache, slots, k_scale, v_scale)
 
 
+def rotary_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    _launch(q, k, v, positions, cos_sin, k_cache, v_cache, slots, k_scale, v_scale)
+
+
 def _launch(
     q: Tensor | None,
     k: Tensor,
