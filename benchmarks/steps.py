@@ -149,7 +149,13 @@ def main() -> None:
     for part in ("step", "layers", *KERNELS, "other in layers", "logits", "host", *HOST):
         print(f"{part} | " + " | ".join(f"{column[part]:.3f}" for column in columns.values()))
     if arguments.output:
-        arguments.output.write_text(json.dumps({"ceilings": ceilings, "steps": columns}, indent=1) + "\n")
+        found = {
+            "weights": stored,
+            "kv_cache_dtype": llm._engine.memory_plan.kv_cache_dtype,
+            "context": CONTEXT + STEPS // 2,
+            "ceilings": ceilings,
+        }
+        arguments.output.write_text(json.dumps(found | {"steps": columns}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

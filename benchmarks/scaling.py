@@ -1,0 +1,105 @@
+"""Tokens per second against concurrency and against context: `python -m benchmarks.scaling MODEL [--plot FILE]`.
+
+Decoding only: a run's clock starts when every sequence has its first token. Each concurrency decodes prompts of 128
+tokens; each context decodes one sequence and sixteen behind prompts of that length, which share nothing.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ceilings import measure_ceilings
+from quire import LLM, SamplingParams
+from quire.quantization import METHODS
+
+CONCURRENCY = (1, 4, 16, 64, 256)
+CONTEXTS = (128, 512, 2048, 8192)
+SEQUENCES = (1, 16)
+"""Concurrency at which contexts are compared."""
+PROMPT = 128
+STEPS = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", choices=METHODS)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--output", type=Path, help="also write the figures to this file, as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them to this SVG")
+    options = parser.parse_args()
+    llm = LLM(
+        model=options.model,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
+        max_num_seqs=max(CONCURRENCY),
+        enable_prefix_caching=False,
+    )
+    ceilings = measure_ceilings(0.5)
+    decode_rate(llm, 1, 16)
+    by_concurrency = {count: decode_rate(llm, count, PROMPT) for count in CONCURRENCY}
+    by_context = {
+        count: {length: decode_rate(llm, count, length) for length in options.contexts} for count in SEQUENCES
+    }
+    stored = options.quantization or options.dtype
+    print(f"{Path(options.model).name}, {stored}; {json.dumps(ceilings)}\n")
+    print("| sequences at once | " + " | ".join(map(str, by_concurrency)) + " |")
+    print("| --- |" + " --- |" * len(by_concurrency))
+    print("| tokens/s | " + " | ".join(f"{rate:.0f}" for rate in by_concurrency.values()) + " |\n")
+    print("| context | " + " | ".join(map(str, options.contexts)) + " |")
+    print("| --- |" + " --- |" * len(options.contexts))
+    for count, rates in by_context.items():
+        print(f"| tokens/s of {count} | " + " | ".join(f"{rate:.0f}" for rate in rates.values()) + " |")
+    found = {"weights": stored, "ceilings": ceilings, "by_concurrency": by_concurrency, "by_context": by_context}
+    if options.output is not None:
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot is not None:
+        draw(found, options.plot)
+
+
+def decode_rate(llm: LLM, num_sequences: int, prompt: int) -> float:
+    """Tokens per second of `num_sequences` decoding together, each behind `prompt` tokens of its own."""
+    engine = llm._engine
+    budget = engine.memory_plan.max_num_batched_tokens
+    # The first to have their prompt decode while the others' prompts are computed, and must not end before.
+    max_tokens = STEPS + 2 + 2 * num_sequences * prompt // max(1, budget - num_sequences)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    names = [f"{num_sequences} behind {prompt}, {index}" for index in range(num_sequences)]
+    for index, name in enumerate(names):
+        ids = [3 + (7919 * index + 31 * place) % 200 for place in range(prompt)]
+        engine.add_request(name, {"prompt_token_ids": ids}, params)
+    seconds: list[float] = []
+    while len(seconds) <= STEPS:
+        start = time.perf_counter()
+        outputs = engine.step()
+        took = time.perf_counter() - start
+        if len(outputs) == num_sequences:
+            seconds.append(took)
+    for name in names:
+        engine.abort(name)
+    return num_sequences * STEPS / sum(seconds[1:])  # the first of them may have ended a prompt
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "quire", "font.size": 8, "axes.spines.top": False}):
+        figure = Figure(figsize=(6.4, 2.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.plot(*zip(*found["by_concurrency"].items(), strict=True), "o-", color="#1d5f8a")
+        left.set(xscale="log", yscale="log", xlabel="sequences at once", ylabel="tokens/s")
+        for (count, rates), color in zip(found["by_context"].items(), ("#1d5f8a", "#c8553d"), strict=True):
+            right.plot(*zip(*rates.items(), strict=True), "o-", color=color, label=f"{count} at once")
+        right.set(xscale="log", yscale="log", xlabel="context, tokens")
+        right.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
