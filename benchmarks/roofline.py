@@ -60,9 +60,7 @@ def main() -> None:
     points = [point for run in runs for point in points_of(run, model)]
     ceilings = {name: max(run["ceilings"][name] for run in runs) for name in runs[0]["ceilings"]}
     print(f"{options.fp32.name}; best ceilings of the runs: {json.dumps(ceilings)}\n")
-    print(
-        "| weights | step | part | ms | operations per byte | GOP/s | GB/s |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| weights | step | part | ms | operations per byte | GOP/s | GB/s |\n" + "| --- " * 7 + "|")
     for point in points:
         gops, gbs = point.operations / point.seconds / 1e9, point.read / point.seconds / 1e9
         where = f"{point.weights} | {point.step} | {point.part}"
