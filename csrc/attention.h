@@ -31,11 +31,13 @@ constexpr int kScoreStride = kTileKeys + 16;
 // Stands for "no key seen yet" in a row's maximum: far below any score, yet finite, so that differences are numbers.
 constexpr float kNoMaximum = -1e30f;
 constexpr float kHidden = -INFINITY;
+constexpr int64_t kLineBytes = 64;
 
 // A run of keys of the current tile that lie in one block.
 struct Segment {
     int64_t offset;  // elements from the start of the values to the first key's, for KV head 0
     int32_t block;
+    int32_t next_block;  // of the same segment of the next tile; this tile's own where there is none
     int32_t in_block;  // the first key's place
     int32_t first;     // the same within the tile
     int32_t count;
@@ -51,7 +53,8 @@ struct Tile {
 };
 
 // Block tables scatter, so the processor's own prefetchers start anew in every block. Reading keys therefore asks for
-// the values of the same block, which have the same extent and are read next.
+// the values of the same block, which have the same extent and are read next; and reading values for the keys that come
+// after them, of the next head or the next tile.
 template <class T>
 QUIRE_INLINE void prefetch(const T* p) { __builtin_prefetch(p, 0, 2); }
 
@@ -94,23 +97,33 @@ static void score_columns(const float* queries, const Columns<T>& columns, int64
         for (int j = 0; j < kWidth; ++j) store(scores + r * kScoreStride + j * kLanes, acc[r][j]);
 }
 
+// With more rows a panel is bound by arithmetic, and its keys come soon enough.
+constexpr int kMaxRowsAhead = 6;
+
 // kRows x kWidth vectors of outputs: out = decay out + weights [kRows][keys] times values [keys][kWidth vectors].
+// `ahead` are the keys to fetch meanwhile, one place for each segment.
 template <class T, int kRows, int kWidth>
 static void weigh_columns(const float* weights, const float* decay, const T* values, const Segment* segments,
-                          int num_segments, int64_t num_keys, int64_t stride, float* out, int64_t out_stride) {
+                          int num_segments, const T* const* ahead, int64_t column, int64_t num_keys, int64_t stride,
+                          float* out, int64_t out_stride) {
     Vec acc[kRows][kWidth];
 #pragma GCC unroll 14
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int j = 0; j < kWidth; ++j) acc[r][j] = load(out + r * out_stride + j * kLanes) * decay[r];
     for (int s = 0; s < num_segments && segments[s].first < num_keys; ++s) {
-        const T* value = values + segments[s].offset;
+        const T* value = values + segments[s].offset + column;
         const float* weight = weights + segments[s].first;
         const float* end = weight + min_of(segments[s].count, num_keys - segments[s].first);
+        const int64_t to_ahead = kRows <= kMaxRowsAhead ? ahead[s] - (values + segments[s].offset) : 0;
         for (; weight < end; ++weight, value += stride) {
             Vec v[kWidth];
 #pragma GCC unroll 8
-            for (int j = 0; j < kWidth; ++j) v[j] = load(value + j * kLanes);
+            for (int j = 0; j < kWidth; ++j) {
+                v[j] = load(value + j * kLanes);
+                if constexpr (kRows <= kMaxRowsAhead)
+                    if (j * kLanes * sizeof(T) % kLineBytes == 0) prefetch(value + j * kLanes + to_ahead);
+            }
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) {
                 const float w = weight[r * kScoreStride];
@@ -155,12 +168,13 @@ static void score_panel(const float* queries, const Columns<T>& columns, int64_t
 
 template <class T, int kRows>
 static void weigh_panel(const float* weights, const float* decay, const T* values, const Segment* segments,
-                        int num_segments, int64_t num_keys, int64_t stride, float* out, int64_t out_stride) {
+                        int num_segments, const T* const* ahead, int64_t num_keys, int64_t stride, float* out,
+                        int64_t out_stride) {
     for (int64_t c = 0; c < out_stride / kLanes;) {
         const int width = width_for<kRows>(out_stride / kLanes - c);
         const auto run = [&]<int kWidth>() {
-            weigh_columns<T, kRows, kWidth>(weights, decay, values + c * kLanes, segments, num_segments, num_keys,
-                                            stride, out + c * kLanes, out_stride);
+            weigh_columns<T, kRows, kWidth>(weights, decay, values, segments, num_segments, ahead, c * kLanes,
+                                            num_keys, stride, out + c * kLanes, out_stride);
         };
         if constexpr (kRows * 8 <= kAccumulators)
             if (width == 8) run.template operator()<8>();
@@ -350,7 +364,8 @@ private:
             const int64_t in_block = key % block_size;
             const int64_t count = min_of(block_size - in_block, tile.end - key);
             const int32_t block = table[key / block_size];
-            tile.segments[tile.num_segments++] = {block * heads * value_stride + in_block * head_dim, block,
+            const int32_t next_block = key + kTileKeys < item.key_end ? table[(key + kTileKeys) / block_size] : block;
+            tile.segments[tile.num_segments++] = {block * heads * value_stride + in_block * head_dim, block, next_block,
                                                   int32_t(in_block), int32_t(key - begin), int32_t(count)};
             key += count;
         }
@@ -408,6 +423,13 @@ private:
         float* out = scratch.out + row * padded_dim;
         const int64_t kv_head = item.head_begin + head;
         float decay[kMaxRows];
+        const KV* ahead[kTileKeys];
+        const bool last_head = head + 1 == item.num_heads;
+        for (int s = 0; s < tile.num_segments && end - begin <= kMaxRowsAhead; ++s) {
+            const Segment& segment = tile.segments[s];
+            ahead[s] = keys_of(last_head ? segment.next_block : segment.block, last_head ? item.head_begin : kv_head + 1) +
+                       segment.in_block * head_dim;
+        }
 
         with_rows(int(end - begin), [&]<int kRows>() {
             if (keys_are_vectors(a)) {
@@ -423,12 +445,13 @@ private:
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {
                 weigh_panel<KV, kRows>(scratch.scores, decay, values() + kv_head * value_stride, tile.segments,
-                                       tile.num_segments, high, head_dim, out, padded_dim);
+                                       tile.num_segments, ahead, high, head_dim, out, padded_dim);
             } else {
                 const int64_t first = tile.segments[0].first;
-                const Segment copied{first * padded_dim, 0, 0, int32_t(first), kTileKeys};
-                weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, high, padded_dim, out,
-                                          padded_dim);
+                const Segment copied{first * padded_dim, 0, 0, 0, int32_t(first), kTileKeys};
+                const float* const nothing = scratch.values;
+                weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, &nothing, high, padded_dim,
+                                          out, padded_dim);
             }
         });
     }
