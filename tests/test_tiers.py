@@ -23,8 +23,13 @@ OPTIONS: dict[str, Any] = {"max_num_seqs": 32, "threads": 1, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 PROMPTS = [list(range(5 + number, 45 + 2 * number)) for number in range(64)]
 """40 to 103 tokens."""
+KINDS: dict[int, dict[str, int]] = {
+    0: {"n": 2},
+    3: {"beam_width": 3, "n": 3},
+    4: {"n": 3},
+}
 PARAMS = [
-    GREEDY if number % 4 else SamplingParams(n=2, seed=number, max_tokens=16, ignore_eos=True)
+    SamplingParams(seed=number, max_tokens=16, ignore_eos=True, **KINDS[number % 8]) if number % 8 in KINDS else GREEDY
     for number in range(len(PROMPTS))
 ]
 BLOCKS_OF_LONGEST = 9

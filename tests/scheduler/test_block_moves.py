@@ -155,6 +155,20 @@ class TieredEngine(Engine):
             self.step()
         raise AssertionError("saving does not end")
 
+    def push_down(self) -> None:
+        """Somebody else takes all free blocks, and gives them back; meanwhile no request runs."""
+        scheduler, transfers = self.scheduler, self.scheduler._transfers
+        assert transfers is not None
+        taken: list[int] = []
+        while self.pool.num_free or transfers._saving or transfers._idle:
+            if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
+                taken.append(self.pool.allocate())
+            plan = StepPlan(moves=transfers.finish(computes=False))
+            scheduler.update(plan, self.runner.execute(plan))
+        for block in taken:
+            self.pool.release(block)
+        assert self.pool.num_named_free == 0
+
     def step(self) -> StepPlan:
         plan = super().step()
         transfers = self.scheduler._transfers
@@ -177,7 +191,7 @@ class TieredEngine(Engine):
         waiting = scheduler._transfers.waiting
         if not plan.rows and scheduler.has_work:
             assert plan.moves is not None
-            assert plan.moves.wait, "a step that computes nothing waits for something"
+            assert plan.moves.wait or plan.moves.loads, "a step that computes nothing brings what is waited for"
         assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
@@ -374,6 +388,46 @@ def test_preempted_requests_resume_from_wherever_their_blocks_are(tiers: tuple[i
     if any(tiers):
         loaded = sum(tier.stats.total_loaded for tier in engine.index.tiers.values())
         assert loaded > 0
+
+
+@pytest.mark.parametrize("tiers", [(0, 0), (60, 0), (0, 60), (60, 60)])
+@pytest.mark.parametrize("prompt", [8, 9, 11])
+@pytest.mark.parametrize(("width", "beams"), [(3, False), (2, True), (4, True)])
+def test_every_sequence_of_a_group_resumes_from_its_own_output(
+    tiers: tuple[int, int], prompt: int, width: int, beams: bool
+) -> None:
+    """Of each at most the last, partly filled block is computed again, and what beams share is loaded once."""
+    engine = TieredEngine(num_host_blocks=tiers[0], num_disk_blocks=tiers[1], patience=0.5)
+    engine.add(new_request("a", prompt, max_tokens=40, **({"beam_width": width} if beams else {"n": width})))
+    group = engine.scheduler._groups["a"]
+    for _ in range(18):
+        engine.step()
+    assert len(group.sequences) == width
+    engine.scheduler._preempt(group)
+    lengths = {sequence: len(sequence.token_ids) for sequence in group.sequences}
+    names = {
+        sequence.table.name_of(index, sequence.token_ids)
+        for sequence, length in lengths.items()
+        for index in range((length - 1) // 4)
+    }
+    engine.check()
+    if any(tiers):
+        engine.push_down()
+    before = engine.scheduler.stats()
+    transfers = engine.scheduler._transfers
+    assert transfers is not None
+    num_repeated = 0
+    while transfers.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
+        plan = engine.step()
+        stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            num_repeated += max(0, min(start + count, stored[row]) - start)
+    assert num_repeated == sum((length - 1) % 4 for length in lengths.values())
+    stats = engine.scheduler.stats()
+    loaded = sum(tier.total_loaded for tier in stats.tiers.values())
+    loaded -= sum(tier.total_loaded for tier in before.tiers.values())
+    assert loaded == (len(names) if any(tiers) else 0)
+    engine.run()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -325,6 +325,8 @@ class Engine:
         return client
 
     def step(self) -> StepPlan:
+        running = [sequence for group in self.scheduler._running for sequence in group.sequences]
+        self.rows_without_kv = {sequence.row for sequence in running if sequence.num_computed_tokens == 0}
         plan = self.scheduler.schedule()
         self.check_plan(plan)
         self.receive(self.scheduler.update(plan, self.runner.execute(plan)))
@@ -385,12 +387,16 @@ class Engine:
         assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
         new_rows = {new_row.row for new_row in plan.new_rows}
         assert len(new_rows) == len(plan.new_rows)
+        starting = new_rows | self.rows_without_kv
         decoding = {
             sequence.row
             for group in scheduler._running
-            if not (group.advances_together and {s.num_missing_tokens for s in group.sequences} != {1})
+            if not (
+                group.advances_together
+                and any(other.num_missing_tokens != 1 or other.row in starting for other in group.sequences)
+            )
             for sequence in group.sequences
-            if sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in new_rows
+            if sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in starting
         }
         assert set(plan.rows[: len(decoding)]) == decoding, "whoever decodes is in every step, and comes first"
 
@@ -915,10 +921,9 @@ def test_preempted_beams_catch_up_before_any_of_them_goes_on(
         engine.check()
         lengths = [len(sequence.token_ids) for sequence in group.sequences]
         assert len(set(lengths)) == 1
-        while any(sequence.num_missing_tokens != 1 for sequence in group.sequences):
-            assert engine.step().sample_rows == []
-        assert [len(sequence.token_ids) for sequence in group.sequences] == lengths
-        assert len(engine.step().sample_rows) == width
+        while not (sampled := engine.step().sample_rows):
+            assert [len(sequence.token_ids) for sequence in group.sequences] == lengths
+        assert len(sampled) == width
     engine.run()
 
 

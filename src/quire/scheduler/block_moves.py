@@ -55,8 +55,11 @@ class BlockTransfers:
         """What the plan in the making loads from host memory or saves there: it must not make room in it."""
         self._planned: dict[BlockName, tuple[str, int, Sequence]] = {}
         """Loads of that plan: tier, block, for whom."""
-        self._complete: dict[Sequence, int] = {}
-        """Sequences that have all their blocks with that plan, and how many of their tokens that makes."""
+        self._complete: dict[Sequence, _Loading] = {}
+        """Sequences that have all their blocks with that plan."""
+        self._coming: set[BlockName] = set()
+        """Names of all these, and of those that sequences wait for: in the pool they have them only when all are there.
+        """
         self._ended: list[tuple[Sequence, dict[str, int]]] = []
         """(sequence, tokens loaded by tier) since the scheduler last asked, of sequences that had to wait."""
         self._idle: dict[BlockName, int] = {}
@@ -80,7 +83,12 @@ class BlockTransfers:
 
     def is_coming(self, name: BlockName) -> bool:
         """Whether a block is on its way up to somebody."""
-        return name in self._planned or (self._reads.get(name) or self._arrived.get(name)) is not None
+        return name in self._coming
+
+    @property
+    def brings_blocks(self) -> bool:
+        """Whether anybody waits for a block, or the plan in the making loads one."""
+        return bool(self._coming)
 
     def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockName]]:
         """(tier, name) of the blocks from logical block `first` on that tiers hold without a gap.
@@ -112,6 +120,7 @@ class BlockTransfers:
             return {}
         loading = _Loading(len(table.blocks), [name for _, name in sources], [tier_name for tier_name, _ in sources])
         loading.missing.update(loading.names)
+        self._coming.update(loading.names)
         self._pinned.update(loading.names)
         for tier_name, name in reversed(sources):
             # The beginnings of prompts are to survive longest here, too.
@@ -153,8 +162,9 @@ class BlockTransfers:
 
     def cancel(self, sequence: Sequence) -> None:
         """A sequence gives its blocks back: nothing may be written into them any more."""
-        self.waiting.pop(sequence, None)
-        self._complete.pop(sequence, None)
+        loading = self.waiting.pop(sequence, None) or self._complete.pop(sequence, None)
+        if loading is not None:
+            self._coming.difference_update(loading.names)
         self._ended = [(other, loaded) for other, loaded in self._ended if other is not sequence]
         for orphans in (self._reads, self._arrived):
             for name in [name for name, owner in orphans.items() if owner is sequence]:
@@ -172,7 +182,7 @@ class BlockTransfers:
         stats.total_hits += size
         if not loading.missing:
             del self.waiting[sequence]
-            self._complete[sequence] = (loading.first + len(loading.names)) * size
+            self._complete[sequence] = loading
 
     def _ask_for_reads(self) -> None:
         """Begin as many reads as may be on their way, in the order in which sequences came."""
@@ -191,6 +201,7 @@ class BlockTransfers:
         lost = set(loading.names[end:])
         del loading.names[end:], loading.origins[end:]
         loading.missing -= lost
+        self._coming -= lost
         loading.unread = [name for name in loading.unread if name not in lost]
         for orphans in (self._reads, self._arrived):
             for name in lost & orphans.keys():
@@ -201,6 +212,7 @@ class BlockTransfers:
         if not loading.missing:
             del self.waiting[sequence]
             table.name_full_blocks(sequence.token_ids, table.num_tokens)
+            self._coming.difference_update(loading.names)
             self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
 
     # -- down ---------------------------------------------------------------------------------------------------------
@@ -273,8 +285,10 @@ class BlockTransfers:
 
     def take_in(self, moves: BlockMoves | None, moved: MovedBlocks) -> None:
         """The plan was executed; note what has ended meanwhile."""
-        for sequence, num_tokens in self._complete.items():
-            sequence.table.name_full_blocks(sequence.token_ids, num_tokens)
+        for sequence, loading in self._complete.items():
+            end = (loading.first + len(loading.names)) * self._pool.block_size
+            sequence.table.name_full_blocks(sequence.token_ids, end)
+            self._coming.difference_update(loading.names)
         self._complete.clear()
         self._planned.clear()
         if self._host is not None and moves is not None:

@@ -209,7 +209,7 @@ class Scheduler:
     # -- deciding -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """The next step; it computes nothing only when no request is left, or all that could run wait for reads."""
+        """The next step; it computes nothing only when no request is left, or all that could run wait for blocks."""
         self.pool.copies_are_done()
         self.pool.now = self._clock()
         plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
@@ -227,16 +227,22 @@ class Scheduler:
         while True:
             behind, preempted = self._plan_decoding(plan)
             num_decoding = len(plan.rows)
+            resuming = [sequence for sequence in behind if sequence.group.looks_for_blocks(sequence)]
+            if resuming:
+                behind = [sequence for sequence in behind if not sequence.group.looks_for_blocks(sequence)]
             budget = self.max_num_batched_tokens - plan.num_tokens
+            started = False
             if not preempted:
-                self._admit(plan, behind, budget)
+                started = self._resume(plan, resuming, behind)
+                started = self._admit(plan, behind, budget) or started
             self._plan_behind(plan, behind, budget)
             if self._speculation is not None and num_decoding and num_decoding == len(plan.rows):
                 self._plan_drafts(plan, self._speculation)
-            if plan.rows or not self._running or (self._transfers is not None and self._transfers.waiting):
+            if plan.rows or not self._running or (self._transfers is not None and self._transfers.brings_blocks):
                 return
-            # Prompts hold all blocks and none can go on: the last one makes room for the others.
-            self._preempt(self._running[-1])
+            if not started:
+                # Prompts hold all blocks and none can go on: the last one makes room for the others.
+                self._preempt(self._running[-1])
 
     def _plan_decoding(self, plan: StepPlan) -> tuple[list[Sequence], bool]:
         """Plan every running sequence that lacks just its last output token, in the order of `_running`.
@@ -252,7 +258,9 @@ class Scheduler:
         while index < len(running):
             group = running[index]
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
-            uneven = group.advances_together and any(other.num_missing_tokens != 1 for other in group.sequences)
+            uneven = group.advances_together and any(
+                other.num_missing_tokens != 1 or (waiting and other in waiting) for other in group.sequences
+            )
             for sequence in group.sequences:
                 if waiting and sequence in waiting:
                     continue
@@ -293,8 +301,59 @@ class Scheduler:
             index += 1
         return behind, preempted
 
-    def _admit(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
-        """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having."""
+    def _resume(self, plan: StepPlan, resuming: list[Sequence], behind: list[Sequence]) -> bool:
+        """Let sequences of running groups start from what is found of their output; whether any has.
+
+        They join those `behind`, unless somebody else computes or loads their next block just now: then they wait, and
+        share it.
+        """
+        started = False
+        for sequence in resuming:
+            looked_up = self._look_up(sequence, behind)
+            if looked_up is None:
+                continue
+            found, stored = looked_up
+            leader = sequence.group.leader
+            if sequence is not leader:
+                num_shared = sequence.group.num_prompt_tokens // self.pool.block_size * self.pool.block_size
+                sequence.table = leader.table.fork(num_shared)
+            sequence.table.adopt(found)
+            sequence.num_computed_tokens = sequence.table.num_tokens
+            if self._transfers is not None:
+                self._transfers.start(sequence, stored[: self.pool.num_free])
+            if sequence.table.blocks:
+                plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
+                started = True
+            if self._transfers is None or sequence not in self._transfers.waiting:
+                behind.append(sequence)
+        return started
+
+    def _look_up(
+        self, sequence: Sequence, behind: list[Sequence]
+    ) -> tuple[list[int], list[tuple[str, BlockName]]] | None:
+        """What is found of a resumed sequence, past the full blocks of the prompt where it shares those of its leader.
+
+        First blocks of the pool, then (tier, name) below it. None while somebody computes or loads the next block.
+        """
+        if not self.pool.enable_prefix_caching:
+            return [], []
+        group, loading = sequence.group, list(self._transfers.waiting) if self._transfers is not None else []
+        if group.leader in loading and sequence is not group.leader:
+            return None
+        num_shared = 0 if sequence is group.leader else group.num_prompt_tokens // self.pool.block_size
+        found = sequence.table.find_prefix(sequence.token_ids)[num_shared:]
+        first = num_shared + len(found)
+        awaited = _next_full_block(sequence, sequence.token_ids, first, self.pool.block_size)
+        if awaited is not None and self._is_on_its_way(awaited, behind, loading):
+            return None
+        return found, [] if self._transfers is None else self._transfers.find(sequence, sequence.token_ids, first)
+
+    def _admit(self, plan: StepPlan, behind: list[Sequence], budget: int) -> bool:
+        """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having.
+
+        Returns whether any group started.
+        """
+        started = False
         block_size = self.pool.block_size
         prefix_caching = self.pool.enable_prefix_caching
         transfers = self._transfers
@@ -314,8 +373,8 @@ class Scheduler:
             inside = None
             if prefix_caching and not group.lacks_prompt_logprobs:
                 if group.awaited is None or not self._is_on_its_way(group.awaited, behind, loading):
-                    # Where others fork from the leader, it computes at least the last token of the prompt.
-                    alone = len(group.sequences) == 1
+                    # Where others get their first token with the leader, it computes the last token of the prompt.
+                    alone = len(group.sequences) == 1 or leader.num_output_tokens > 0
                     token_ids = leader.token_ids if alone else group.request.prompt_token_ids
                     found = leader.table.find_prefix(token_ids)
                     inside = leader.table.find_inside(token_ids, len(found))
@@ -331,7 +390,10 @@ class Scheduler:
             if inside is not None and (stored or not self._can_copy(group, found, inside[0], promised)):
                 inside = None
             self._start(plan, group, found, stored, inside)
-            promised += _num_blocks_to_come(leader, block_size)
+            started = True
+            for sequence in group.sequences:
+                if not group.waits_for_leader(sequence):
+                    promised += _num_blocks_to_come(sequence, block_size)
             if transfers is not None and leader in transfers.waiting:
                 loading.append(leader)
                 continue
@@ -339,6 +401,7 @@ class Scheduler:
             wanted += leader.num_missing_tokens
         for group in postponed:
             self._waiting.push(group)
+        return started
 
     def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int) -> bool:
         """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
@@ -573,22 +636,15 @@ class Scheduler:
         return counts
 
     def _share_prompt(self, group: SequenceGroup) -> None:
-        """The leader has the prompt's KV: the others share it. What else of theirs is cached is taken up, too."""
-        prompt, block_size = group.leader.table, self.pool.block_size
-        num_full = group.num_prompt_tokens // block_size
-        for sequence in group.sequences:
-            found = sequence.table.find_prefix(sequence.token_ids) if sequence.num_output_tokens else []
-            if len(found) > num_full:
-                sequence.table = prompt.fork(num_full * block_size)
-                sequence.table.adopt(found[num_full:])
-            elif sequence is not group.leader:
-                sequence.table = prompt.fork()
-            else:
+        """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""
+        forked = [group.leader]
+        for sequence in group.sequences[1:]:
+            if sequence.num_output_tokens and self._look_up(sequence, forked) != ([], []):
                 continue
+            sequence.table = group.leader.table.fork()
             sequence.num_computed_tokens = sequence.table.num_tokens
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
-        if group.leader.table is not prompt:
-            prompt.free()
+            forked.append(sequence)
 
     def _prompt_delta(self, leader: Sequence | None, entries: list[TokenLogprobs]) -> SequenceDelta | None:
         """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
@@ -770,6 +826,8 @@ def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
     group = sequence.group
     blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks) + sequence.table.num_copies_to_come
     shared = group.num_prompt_tokens // block_size
+    if sequence is not group.leader and not sequence.table.blocks:
+        blocks -= shared
     for other in group.sequences:
         if other is not sequence and group.waits_for_leader(other):
             blocks += -(-len(other.token_ids) // block_size) - shared

@@ -46,8 +46,9 @@ class SequenceGroup:
     """A request's unfinished sequences, scheduled and preempted together (paper, section 4.5).
 
     The first of them leads: it computes the prompt, and the others fork from its table where the prompt ends. The
-    same holds when the group resumes after a preemption, so that the prompt is stored once then, too. Sequences
-    without output come first: they all get their first token where the leader ends the prompt.
+    same holds when the group resumes after a preemption, so that the prompt is stored once then, too; past it each
+    starts from what is found of its own output. Sequences without output come first: they all get their first token
+    where the leader ends the prompt.
 
     A beam search begins with one sequence and `spares` for the others: its live beams are `sequences`, the best
     first, and each holds a row from admission on, so that a fork is never short of one.
@@ -135,8 +136,16 @@ class SequenceGroup:
         return self.beam_search is None and not self.request.params.logits_processors
 
     def waits_for_leader(self, sequence: Sequence) -> bool:
-        """Whether the sequence has no KV yet and will fork from the leader."""
-        return sequence.num_computed_tokens == 0 and sequence is not self.sequences[0]
+        """Whether the sequence has no KV yet and will fork from the leader, which is still at the prompt."""
+        leader = self.sequences[0]
+        is_behind = leader.num_computed_tokens < self.num_prompt_tokens
+        return is_behind and sequence.num_computed_tokens == 0 and sequence is not leader
+
+    def looks_for_blocks(self, sequence: Sequence) -> bool:
+        """Whether the sequence resumes and has not started from what is found of it yet."""
+        if sequence.num_computed_tokens or not sequence.num_output_tokens or self.waits_for_leader(sequence):
+            return False
+        return sequence is not self.sequences[0] or not self.lacks_prompt_logprobs
 
     def max_blocks(self, block_size: int) -> int:
         """The most blocks the group can ever hold: the full ones of the prompt once, the rest per sample."""
