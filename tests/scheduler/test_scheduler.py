@@ -927,6 +927,28 @@ def test_preempted_beams_catch_up_before_any_of_them_goes_on(
     engine.run()
 
 
+def test_samples_whose_own_blocks_are_gone_resume_behind_their_leader() -> None:
+    """It goes on from its output at once; the others compute the end of the prompt again, each by itself."""
+    engine = Engine(num_blocks=40, block_size=4)
+    engine.add(new_request("a", 10, max_tokens=30, n=3))
+    for _ in range(12):
+        engine.step()
+    group = engine.scheduler._groups["a"]
+    leader = group.leader
+    engine.scheduler._preempt(group)
+    kept = leader.table.find_prefix(leader.token_ids)
+    assert len(kept) == 5
+    for block in kept:
+        engine.pool.share(block)
+    for block in [engine.pool.allocate() for _ in range(engine.pool.num_free)]:
+        engine.pool.release(block)
+    for block in reversed(kept):
+        engine.pool.release(block)
+    assert engine.step().starts == [20]
+    assert engine.step().starts == [22, 8, 8]
+    engine.run()
+
+
 def test_a_lone_beam_that_resumes_with_one_token_missing_goes_on_at_once() -> None:
     engine = Engine(block_size=4)
     engine.add(new_request("a", 9, max_tokens=12, beam_width=1))

@@ -579,7 +579,7 @@ class Scheduler:
             group = sequence.group
             if start < group.num_prompt_tokens:
                 self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
-                if len(group.sequences) > 1 and end >= group.num_prompt_tokens:
+                if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
                     self._share_prompt(group)
         deltas: list[SequenceDelta] = []
         for index, entries in result.prompt_logprobs.items():
@@ -639,6 +639,8 @@ class Scheduler:
         """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""
         forked = [group.leader]
         for sequence in group.sequences[1:]:
+            if sequence.num_computed_tokens:
+                continue  # it started with another leader
             if sequence.num_output_tokens and self._look_up(sequence, forked) != ([], []):
                 continue
             sequence.table = group.leader.table.fork()
