@@ -1,9 +1,10 @@
 """What the tiers below the pool bring: a restart with a disk tier, preemption with each, and load against compute.
 
-`python -m benchmarks.tiers MODEL [--dtype float32] [--load-format dummy] [--prompt 2048]` prints JSON. MODEL is the
-folder of a checkpoint whose context holds the prompt; a disk tier is put into a folder that is removed afterwards. Each
-figure of a restart is the median over engines of their own, of which the file cache of the system knows the blocks: the
-disk itself is not measured, what it adds is `bytes_per_block` over its rate.
+`python -m benchmarks.tiers MODEL [--dtype float32] [--load-format dummy] [--prompt 2048] [--only crossover]` prints
+JSON. MODEL is the folder of a checkpoint whose context holds the prompt; a disk tier is put into a folder that is
+removed afterwards. Each figure of a restart is the median over engines of their own, of which the file cache of the
+system knows the blocks: the disk itself is not measured, what it adds is `bytes_per_block` over its rate. The crossover
+is measured with a store that is throttled to one rate after another.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from quire.sampling_params import SamplingParams
 
 FIRST_TOKEN, LAST_TOKEN = 3, 250
 POOL_SEQUENCES, NUM_REQUESTS = 3, 64
+RATES = (5, 10, 20, 40, 80)
+"""MB/s that a throttled disk reads."""
 PREEMPTED_PROMPT, PREEMPTED_OUTPUT = 64, 96
 
 
@@ -30,13 +34,15 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=("restart", "crossover", "preemption"))
     options = parser.parse_args()
     engine: dict[str, Any] = {"model": options.model, "dtype": options.dtype, "load_format": options.load_format}
-    figures = {
-        "restart": restart(engine, options.prompt, options.repeats),
-        "preemption": {name: preemption(engine, name) for name in ("none", "host", "disk", "both")},
+    parts: dict[str, Callable[[], Any]] = {
+        "restart": lambda: restart(engine, options.prompt, options.repeats),
+        "crossover": lambda: crossover(engine, options.prompt // 4, options.repeats),
+        "preemption": lambda: {name: preemption(engine, name) for name in ("none", "host", "disk", "both")},
     }
-    print(json.dumps(figures, indent=2))
+    print(json.dumps({name: run() for name, run in parts.items() if options.only in (None, name)}, indent=2))
 
 
 def prompt_of(num_tokens: int, seed: int) -> list[int]:
@@ -84,10 +90,61 @@ def restart(engine: dict[str, Any], num_tokens: int, repeats: int) -> dict[str, 
             "bytes_per_block": bytes_per_block,
             "loaded_MB_per_s": round(num_blocks * bytes_per_block / hit / 1e6),
             "computed_tokens_per_s": round(num_tokens / cold),
-            # A disk that reads slower than this is left aside, and blocks are computed.
-            "crossover_MB_per_s": round(num_tokens / cold / 16 * bytes_per_block / 1e6, 1),
             "longest_close_s": round(flush_seconds, 3),
         }
+
+
+def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dict[str, float]]:
+    """Seconds to the first token of a stored prompt, by the rate of the disk: loaded, computed, as the engine does."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    prompt, rows = prompt_of(num_tokens, seed=0), []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LLM(**engine, num_blocks=num_tokens // 8, max_num_seqs=8, disk_cache=folder) as llm,
+    ):
+        core = llm._engine._core
+        scheduler, store = core._scheduler, core._runner._block_store
+        index, files = scheduler._tiers, store._disk if store is not None else None
+        assert index is not None
+        assert files is not None
+        decide, read = index.num_worth_loading, files._read_file
+        rate = float("inf")
+
+        def read_throttled(name: bytes, buffer: bytearray) -> str | None:
+            started = time.perf_counter()
+            reason = read(name, buffer)
+            time.sleep(max(0.0, len(buffer) / (rate * 1e6) - (time.perf_counter() - started)))
+            return reason
+
+        def first_token(way: str) -> float:
+            scheduler.pool.forget_names()
+            index.num_worth_loading = {  # type: ignore[method-assign]  # what is measured is what it would choose
+                "loaded": lambda stored_in, *_: len(stored_in),
+                "computed": lambda *_: 0,
+                "chosen": decide,
+            }[way]
+            started = time.perf_counter()
+            llm.generate([prompt], params, use_tqdm=False)
+            return time.perf_counter() - started
+
+        files._read_file = read_throttled  # type: ignore[method-assign]
+        for _ in range(2):
+            llm.generate([prompt], params, use_tqdm=False)
+        while core.has_idle_work:
+            core.step()
+        for rate in RATES:
+            seconds: dict[str, list[float]] = {"loaded": [], "computed": [], "chosen": []}
+            loaded_before = 0
+            for _ in range(repeats):
+                for way, found in seconds.items():
+                    loaded_before = llm.stats().tiers["disk"].total_loaded
+                    found.append(first_token(way))
+            rows.append(
+                {"disk_MB_per_s": rate}
+                | {f"{way}_s": round(statistics.median(found), 3) for way, found in seconds.items()}
+                | {"chosen_to_load": llm.stats().tiers["disk"].total_loaded - loaded_before}
+            )
+    return [{"prompt_tokens": num_tokens, "blocks": (num_tokens - 1) // 16, **row} for row in rows]
 
 
 def preemption(engine: dict[str, Any], tiers: str) -> dict[str, Any]:
