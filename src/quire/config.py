@@ -96,6 +96,10 @@ class EngineConfig:
     """Store dense layers in fewer bits, made while loading: int8 or int4; None keeps dtype."""
     load_format: str = "auto"
     """auto reads safetensors; dummy makes random weights of the model's shape (for benchmarks)."""
+    weights_cache: str | None = None
+    """Folder for packed weights, so that a second start of a model maps them and packs or quantises nothing."""
+    weights_cache_size: int = 20 * 2**30
+    """Most bytes the folder may take, e.g. 20GiB; the files used least recently make room."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None takes the model's limit, or what fits if that is less."""
     max_num_seqs: int = 256
@@ -162,7 +166,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in ("auto", *choices):
                 raise ConfigError(f"{name} is {value!r}; it must be auto or one of {', '.join(choices)}")
-        for name in ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"):
+        for name in (
+            "kv_cache_memory",
+            "logprobs_memory",
+            "grammar_memory",
+            "swap_space",
+            "disk_cache_size",
+            "weights_cache_size",
+        ):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.read(self.speculative_config))

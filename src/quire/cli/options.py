@@ -20,7 +20,7 @@ OutputJson = Annotated[Path | None, Parameter(help="Also write the result to thi
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SIZES = (
-    *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
+    *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size", "weights_cache_size"),
     *("max_body_size", "max_header_size"),
 )
 """Given in bytes or as a text such as 4GiB."""

@@ -28,6 +28,7 @@ from quire.models.device_weights import DeviceWeights
 from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
 from quire.models.weights import RandomWeights, Weights
+from quire.models.weights_cache import WeightsCache
 from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
 from quire.runner.block_store import BlockStore
@@ -56,11 +57,12 @@ class EngineCore:
         scheduler: Scheduler,
         runner: ModelRunner,
         grammars: GrammarCache,
+        weights_cache: WeightsCache | None,
         *,
         vocab_size: int,
         max_logprobs: int,
     ) -> None:
-        """`grammars` is the one that the runner finds them in."""
+        """`grammars` is the one that the runner finds them in; `weights_cache` may still be writing."""
         self._scheduler = scheduler
         self._runner = runner
         self._grammar_cache = grammars
@@ -68,6 +70,7 @@ class EngineCore:
         self._refused: list[tuple[str, RequestError]] = []
         self._vocab_size = vocab_size
         self._max_logprobs = max_logprobs
+        self._weights_cache = weights_cache
         self._closed = False
 
     @classmethod
@@ -103,9 +106,12 @@ class EngineCore:
         kernels = kernels_for(plan.attention_backend)
         ahead = ahead or load_ahead(config, model_config, plan, folder)
         ahead.finish()
-        packing = PackedWeights(ahead.memory).kernels if ahead.memory is not None else kernels
-        model = _load_model(config, model_config, plan, folder, packing, device)
-        on_phase("weights", time.perf_counter() - started)
+        packed = None if ahead.memory is None else PackedWeights(ahead.memory, ahead.stored)
+        model = _load_model(config, model_config, plan, folder, kernels if packed is None else packed.kernels, device)
+        from_cache = packed is not None and packed.num_packed == 0
+        on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
+        if ahead.cache is not None and packed is not None and not from_cache:
+            ahead.cache.store(packed.parts)
 
         started = time.perf_counter()
         kv_cache = KVCache(
@@ -152,7 +158,14 @@ class EngineCore:
             batch_invariant=config.deterministic,
             draws_on_device=plan.async_scheduling or device.type == "cuda",
         )
-        return cls(scheduler, runner, grammars, vocab_size=model_config.vocab_size, max_logprobs=config.max_logprobs)
+        return cls(
+            scheduler,
+            runner,
+            grammars,
+            ahead.cache,
+            vocab_size=model_config.vocab_size,
+            max_logprobs=config.max_logprobs,
+        )
 
     def add(self, request: Request, *, wait: bool = False) -> None:
         """Queue a request. Raises `RequestError` for one that can never run.
@@ -255,6 +268,8 @@ class EngineCore:
             self.step()
             time.sleep(0.001)
         self._runner.close()
+        if self._weights_cache is not None:
+            self._weights_cache.close()
 
     def memory_report(self) -> MemoryReport:
         report = self._scheduler.memory_report()

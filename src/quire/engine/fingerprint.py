@@ -21,14 +21,23 @@ _MAX_HEADER_BYTES = 100_000_000
 
 def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instruction_set: str) -> bytes:
     """FINGERPRINT_BYTES of BLAKE2b."""
+    computed = f"{instruction_set} {plan.device} {plan.attention_backend}"
+    kv = (KV_LAYOUT, computed, plan.kv_cache_dtype, str(plan.block_size))
+    return _digest(config, plan, folder, kv)
+
+
+def weights_fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path) -> bytes:
+    """The same of the weights alone; how they were packed is told by what is kept under it."""
+    return _digest(config, plan, folder, ("packed weights",))
+
+
+def _digest(config: EngineConfig, plan: MemoryPlan, folder: Path, texts: tuple[str, ...]) -> bytes:
     digest = blake2b(digest_size=FINGERPRINT_BYTES)
 
     def add(value: bytes) -> None:
         digest.update(len(value).to_bytes(8, "little") + value)
 
-    weights = f"{plan.dtype} {plan.quantization}"
-    computed = f"{instruction_set} {plan.device} {plan.attention_backend}"
-    for text in (__version__, KV_LAYOUT, computed, weights, plan.kv_cache_dtype, str(plan.block_size)):
+    for text in (__version__, f"{plan.dtype} {plan.quantization}", *texts):
         add(text.encode())
     add((folder / "config.json").read_bytes())
     if config.load_format == "dummy":

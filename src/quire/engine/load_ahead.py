@@ -1,7 +1,8 @@
 """LoadAhead: what of loading needs no torch, done by threads while the process spends a second on importing it.
 
-The checkpoint is read into the system's file cache, and the memory that weights are packed into is taken: fresh pages
-are handed out slower than weights are packed, the slower where a hypervisor must find them first.
+Where an earlier start has left packed weights, they are mapped and checked. Elsewhere the checkpoint is read into the
+system's file cache, and the memory that weights are packed into is taken: fresh pages are handed out slower than
+weights are packed, the slower where a hypervisor must find them first.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.engine.fingerprint import weights_fingerprint
 from quire.engine.memory_plan import MemoryPlan
 from quire.model_config import ModelConfig
+from quire.models.weights_cache import PackedTensor, WeightsCache
 
 PACKING_BACKEND = "cpu"
 """The backend whose weights are packed; others keep them as they are stored, on a device."""
@@ -25,9 +28,12 @@ _PIECE_BYTES = 64 << 20
 class LoadAhead:
     """Threads at work for one model from the moment this is made until `finish`."""
 
-    def __init__(self, folder: Path | None, packed_bytes: int) -> None:
+    def __init__(self, folder: Path | None, packed_bytes: int, cache: WeightsCache | None = None) -> None:
         """Begin for the checkpoint in `folder`, None for weights that are no files; `packed_bytes` is what they take
         when packed, 0 where nothing is packed."""
+        self.cache = cache
+        self.stored: list[PackedTensor] = []
+        """What the cache holds, after `finish`."""
         self.memory: mmap.mmap | None = None
         """Zeros to pack weights into, for a backend that packs."""
         self._finished = threading.Event()
@@ -37,15 +43,20 @@ class LoadAhead:
             tasks.append(lambda: self._take_pages(memory))
         if folder is not None:
             tasks.append(lambda: self._read(folder))
+        if cache is not None and cache.path.is_file():
+            tasks = [lambda: self._load_stored(cache)]
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self._threads:
             thread.start()
 
     def finish(self) -> None:
-        """Stop; from now on whoever packs has the cores to itself."""
+        """Stop, but for the checking of stored weights; from now on whoever packs has the cores to itself."""
         self._finished.set()
         for thread in self._threads:
             thread.join()
+
+    def _load_stored(self, cache: WeightsCache) -> None:
+        self.stored = cache.load()
 
     def _take_pages(self, memory: mmap.mmap) -> None:
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -73,11 +84,14 @@ class LoadAhead:
 
 def load_ahead(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path) -> LoadAhead:
     """Begin, for what `EngineCore.load` will be given."""
-    packs = plan.attention_backend == PACKING_BACKEND
-    return LoadAhead(
-        None if config.load_format == "dummy" else folder,
-        model_config.packed_bytes(plan.dtype, plan.quantization) if packs else 0,
-    )
+    source = None if config.load_format == "dummy" else folder
+    if plan.attention_backend != PACKING_BACKEND:
+        return LoadAhead(source, 0)
+    cache = None
+    if config.weights_cache is not None and source is not None:
+        key = weights_fingerprint(config, plan, folder)
+        cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
+    return LoadAhead(source, model_config.packed_bytes(plan.dtype, plan.quantization), cache)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ __all__ = [
     "write_kv",
 ]
 
+PACKING = 1
+"""Raised by whoever changes the bytes of a packed weight, so that none packed before is read as one packed after."""
 _ISAS = ("portable", "avx2", "avx512", "avx512vnni")
 
 
@@ -151,7 +153,7 @@ def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zero
     packed = allocate((-(-num_rows // _cpu.panel), k, _cpu.panel), dtype=getattr(torch, dtype))
     first_row = 0
     for weight in weights:
-        _cpu.pack_linear(weight, packed, first_row)
+        _cpu.pack_linear(weight.contiguous(), packed, first_row)
         first_row += weight.shape[0]
     return packed
 
@@ -180,7 +182,7 @@ def quantize_linear(
     scales = allocate((num_panels, -(-k // group_size), _cpu.panel), dtype=torch.float32)
     first_row = 0
     for weight in weights:
-        _cpu.quantize_linear(weight, packed, scales, bits, group_size, first_row)
+        _cpu.quantize_linear(weight.contiguous(), packed, scales, bits, group_size, first_row)
         first_row += weight.shape[0]
     return QuantizedWeight(packed, scales, bits, group_size)
 

@@ -82,4 +82,4 @@ def transposed_linear(
 ) -> Linear:
     """GPT-2 stores a matrix as [in, out]."""
     weight = weights.take("weight", (in_features, out_features))
-    return Linear(kernels, [weight.t().contiguous()], weights.take("bias", (out_features,)), dtype)
+    return Linear(kernels, [weight.t()], weights.take("bias", (out_features,)), dtype)

@@ -49,7 +49,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 first, last = value["data_offsets"]
                 entries[name] = Entry(file, str(value["dtype"]), tuple(value["shape"]), begin + first, begin + last)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a corrupt header: {error!r}; fetch it again") from error
+            raise CheckpointError(
+                f"{file} has a corrupt header: {type(error).__name__}: {error}; fetch it again"
+            ) from error
     expected = max((entry.end for entry in entries.values()), default=begin)
     if file_bytes != expected:
         state = "is truncated" if file_bytes < expected else "is longer than its header says"
