@@ -25,7 +25,8 @@ from pathlib import Path
 from quire.errors import CheckpointError
 from quire.models.safetensors_file import Entry, read_header
 
-CLOSE_SECONDS = 60.0
+CLOSE_SECONDS = 5.0
+"""Less than the API process waits for its engine to end."""
 _PREFIX, _SUFFIX, _UNFINISHED = "quire-weights-", ".safetensors", ".part"
 _DIGEST_BYTES = 16
 _PAGE = 4096
