@@ -8,8 +8,10 @@ request, its prompt included. Ratios are with / without, over the medians.
 
 - copy: one request at a time whose answer is mostly in its prompt, as in an edit or a summary that quotes: a passage of
   held-out text, and its beginning once more. Greedy.
-- text: the same passages without the beginning again. Greedy, and at temperature 1.
-- W5, W1, W3: those of `benchmarks.peers`, random token ids.
+- text: the same passages without the beginning again.
+- long: one request of 3,000 random tokens.
+- W1, W3, W5: those of `benchmarks.peers`, random token ids. Greedy models of random weights fall into loops.
+- A name with -sampled: the same at temperature 1, where nothing repeats.
 """
 
 import argparse
@@ -28,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "speculation": {"speculative_config": {"method": "ngram"}},
     "deterministic": {"deterministic": True},
 }
-DEFAULT = "copy,text,sampled,W5,W1,W3"
+DEFAULT = "copy,text,text-sampled,W5,W5-sampled,W1,W1-sampled"
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def compare(without: LLM, with_option: LLM, name: str, rounds: int) -> dict[str,
             llm = (without, with_option)[place]
             llm.reset_prefix_cache()
             started = time.perf_counter()
-            outputs.append((place, run(llm, workload, one_by_one=name in ("copy", "text", "sampled"))))
+            outputs.append((place, run(llm, workload, one_by_one=name.startswith(("copy", "text")))))
             seconds = time.perf_counter() - started
             if number >= 0:
                 rates[place].append(workload.num_output_tokens / seconds)
@@ -91,7 +93,8 @@ def compare(without: LLM, with_option: LLM, name: str, rounds: int) -> dict[str,
 def make_workload(llm: LLM, name: str, seed: int) -> Workload:
     """Requests that only this seed brings."""
     rng = random.Random(seed)
-    if name in ("copy", "text", "sampled"):
+    name, sampled = name.removesuffix("-sampled"), name.endswith("-sampled")
+    if name in ("copy", "text"):
         token_ids = llm.get_tokenizer().encode(HELD_OUT.read_text(encoding="utf-8"))
         requests = []
         for _ in range(4):
@@ -99,7 +102,9 @@ def make_workload(llm: LLM, name: str, seed: int) -> Workload:
             passage = token_ids[start : start + 200]
             again = passage[:40] if name == "copy" else []
             requests.append(WorkRequest(passage + again, 128))
-        return Workload(name, requests, temperature=1.0 if name == "sampled" else 0.0)
+        return Workload(name, requests, temperature=float(sampled))
+    if name == "long":
+        return Workload(name, [WorkRequest([rng.randrange(3, 32_000) for _ in range(3_000)], 64)])
     workload = make_workloads()[name]
     shift = rng.randrange(1, 30_000)
     vocab = 32_000 - 3
@@ -107,7 +112,7 @@ def make_workload(llm: LLM, name: str, seed: int) -> Workload:
         WorkRequest([3 + (token + shift) % vocab for token in each.prompt_token_ids], each.num_output_tokens)
         for each in workload.requests
     ]
-    return Workload(workload.title, requests, workload.n, workload.temperature)
+    return Workload(workload.title, requests, workload.n, float(sampled) or workload.temperature)
 
 
 def run(llm: LLM, workload: Workload, *, one_by_one: bool) -> list[list[int]]:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from quire.config import SpeculativeConfig
-from quire.scheduler.ngram_lookup import NgramLookup
 from quire.scheduler.speculation import Drafts, Speculation, StepCurve
 
 LOOP = [1, 2, 3, 4, 5, 6, 7] * 3
@@ -19,7 +18,7 @@ class Sequence:
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = list(token_ids)
-        self.drafts = Drafts(NgramLookup(2, 4))
+        self.drafts = Speculation(SpeculativeConfig()).new_drafts()
 
     def candidate(self, most: int = 100) -> tuple[Drafts, list[int], int]:
         return self.drafts, self.token_ids, most
@@ -69,6 +68,15 @@ def test_drafts_that_fail_become_short_and_end() -> None:
     drafted = run(MEMORY_BOUND, [Sequence([1, 2, 3, 1, 2])], never_as_before)
     assert max(drafted) == 5
     assert max(drafted[25:]) <= 1
+
+
+def test_a_new_sequence_is_expected_to_be_as_those_before_it() -> None:
+    speculation = Speculation(SpeculativeConfig())
+    old, new = speculation.new_drafts(), speculation.new_drafts()
+    assert new.acceptance.probability == 0.5
+    for token_ids in ([1, 2, 3, 1, 2], [1, 2, 3, 1, 2, 9], [1, 2, 3, 1, 2, 9, 1, 2], [1, 2, 3, 1, 2, 9, 1, 2, 8]):
+        old.propose(token_ids, 3)
+    assert old.acceptance.probability < new.acceptance.probability < 0.2
 
 
 def test_of_two_sequences_the_one_that_repeats_is_drafted() -> None:

@@ -22,8 +22,8 @@ from quire.scheduler.ngram_lookup import NgramLookup
 
 _FORGETTING = 0.8
 """Weight that what is known of a sequence's drafts keeps from one to the next."""
-_PRIOR = 0.5
-"""How likely a drafted token is taken to hold before anything is known, with the weight of one token."""
+_SLOW_FORGETTING = 0.98
+"""The same of all sequences' drafts together."""
 _MIN_GAIN = 1.05
 """Drafts are made only where they promise more tokens per second by this factor. The best of many noisy estimates
 promises too much; this much is not lost to it."""
@@ -31,33 +31,55 @@ _NUM_TIMES = 7
 """Steps of one size whose median counts."""
 _MIN_TIMES = 3
 """Steps of a size that must have been seen before anything is added to steps of that size."""
+_FEW = 4
+"""Up to this many sequences are looked up at once: asking first whether it can pay would take as long."""
 _MAX_AGE = 30.0
 """Seconds after which a step time is no longer believed: contexts have grown, neighbours have come or gone."""
+
+
+class Acceptance:
+    """How likely a drafted token holds if those before it do, by how the last drafts fared."""
+
+    __slots__ = ("_forgetting", "_held", "_missed", "_prior")
+
+    def __init__(self, forgetting: float, prior: "Acceptance | None" = None) -> None:
+        """`prior` is what to expect before anything is known, with the weight of one token; else as likely as not."""
+        self._forgetting = forgetting
+        self._prior = prior
+        self._held = self._missed = 0.0
+
+    @property
+    def probability(self) -> float:
+        """Below 1."""
+        prior = 0.5 if self._prior is None else self._prior.probability
+        return (self._held + prior) / (self._held + self._missed + 1.0)
+
+    def judge(self, draft: Sequence[int], came: Sequence[int]) -> None:
+        """Learn from a draft of which `came` shows at least the first token."""
+        num_held = num_equal(draft, came)
+        self._held = self._forgetting * self._held + num_held
+        self._missed = self._forgetting * self._missed + (num_held < min(len(draft), len(came)))
 
 
 class Drafts:
     """One sequence's drafts and how they fared."""
 
-    __slots__ = ("_held", "_lookup", "_missed", "_proposed", "_start")
+    __slots__ = ("_lookup", "_of_all", "_proposed", "_start", "acceptance")
 
-    def __init__(self, lookup: NgramLookup) -> None:
+    def __init__(self, lookup: NgramLookup, of_all: Acceptance) -> None:
+        """`of_all` is what all sequences' drafts are judged by together: what a new one is expected to be."""
         self._lookup = lookup
-        self._held = self._missed = 0.0
+        self._of_all = of_all
+        self.acceptance = Acceptance(_FORGETTING, of_all)
         self._proposed: list[int] = []
         self._start = 0
-
-    @property
-    def acceptance(self) -> float:
-        """The probability that the next drafted token holds, if those before it do; below 1."""
-        return (self._held + _PRIOR) / (self._held + self._missed + 1.0)
 
     def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """Judge the last draft by what `token_ids` has gained since, and make the next."""
         came = token_ids[self._start : self._start + len(self._proposed)]
         if came:
-            num_held = num_equal(self._proposed, came)
-            self._held = _FORGETTING * self._held + num_held
-            self._missed = _FORGETTING * self._missed + (num_held < len(came))
+            self.acceptance.judge(self._proposed, came)
+            self._of_all.judge(self._proposed, came)
         self._start = len(token_ids)
         self._proposed = self._lookup.draft(token_ids, max_tokens)
         return self._proposed
@@ -108,10 +130,14 @@ class StepCurve:
         left, before = self._points[place - 1]
         return before + (after - before) * (num_tokens - left) / (right - left)
 
+    def rate(self, num_tokens: int) -> float:
+        """Tokens per second."""
+        return num_tokens / self.seconds(num_tokens)
+
     def best_rate(self, first: int, last: int) -> float:
         """The most tokens per second of any step of `first` to `last` tokens. It is reached where a piece ends."""
         sizes = {first, last, *(size for size, _ in self._points if first < size < last)}
-        return max(size / self.seconds(size) for size in sizes)
+        return max(map(self.rate, sizes))
 
 
 class Speculation:
@@ -120,6 +146,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self.times = StepTimes()
+        self._acceptance = Acceptance(_SLOW_FORGETTING)
 
     @property
     def max_tokens(self) -> int:
@@ -128,7 +155,8 @@ class Speculation:
 
     def new_drafts(self) -> Drafts:
         """For a sequence that has none yet."""
-        return Drafts(NgramLookup(self._config.prompt_lookup_min, self._config.prompt_lookup_max))
+        lookup = NgramLookup(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
+        return Drafts(lookup, self._acceptance)
 
     def choose(
         self, candidates: Sequence[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
@@ -141,25 +169,24 @@ class Speculation:
         max_drafted = min(max_drafted, len(candidates) * self.max_tokens)
         if max_drafted <= 0:
             return nothing
-        curve = self.times.curve(num_tokens, now)
-        if curve is None:
-            return nothing
-        best_rate = _MIN_GAIN * num_tokens / curve.seconds(num_tokens)
-        if curve.best_rate(num_tokens, num_tokens + max_drafted) < best_rate:
+        curve = self.times.curve(num_tokens, now) if len(candidates) > _FEW else None
+        if curve is not None and curve.best_rate(num_tokens, num_tokens + max_drafted) < _MIN_GAIN * curve.rate(
+            num_tokens
+        ):
             return nothing  # not even if every token held: nobody's tokens are looked at
         proposed = [
             drafts.propose(token_ids, min(most, self.max_tokens)) if most > 0 else []
             for drafts, token_ids, most in candidates
         ]
-        if not any(proposed):
+        curve = self.times.curve(num_tokens, now) if any(proposed) else None
+        if curve is None:
             return nothing
-        likely = [
-            (drafts.acceptance**place, index)
-            for index, ((drafts, _, _), draft) in enumerate(zip(candidates, proposed, strict=True))
-            for place in range(1, len(draft) + 1)
-        ]
+        likely: list[tuple[float, int]] = []
+        for index, ((drafts, _, _), draft) in enumerate(zip(candidates, proposed, strict=True)):
+            probability = drafts.acceptance.probability
+            likely += [(probability**place, index) for place in range(1, len(draft) + 1)]
         likely.sort(key=lambda each: -each[0])
-        expected, num_best = float(num_tokens), 0
+        expected, best_rate, num_best = float(num_tokens), _MIN_GAIN * curve.rate(num_tokens), 0
         for count, (probability, _) in enumerate(likely[:max_drafted], start=1):
             expected += probability
             rate = expected / curve.seconds(num_tokens + count)
