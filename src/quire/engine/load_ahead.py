@@ -59,9 +59,7 @@ class LoadAhead:
         self.stored = cache.load()
 
     def _take_pages(self, memory: mmap.mmap) -> None:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # Huge pages come faster, and reading weights through them misses fewer translations.
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        # Pages of the plain size: a huge one is more likely to be one that a hypervisor has taken back (docs/log.md).
         if Path("/sys/devices/system/node/node1").exists():
             return  # pages belong to the node of the thread that takes them, and should to that of one that reads them
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
