@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: help setup serve test test-gpu-offline check bench bench-peers paper clean
+.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers paper clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -51,6 +51,12 @@ test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)
+
+test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), into one table
+	@$(BIN)/python -m tests.gpu $(ARGS)
+
+bench-gpu: setup  ## Measure a CUDA GPU against its ceilings and transformers, into one table
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: setup  ## Lint, format, types, and the laws of the architecture
 	@$(BIN)/ruff check .

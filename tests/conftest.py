@@ -7,6 +7,8 @@ from hypothesis import settings
 # Read by libraries when they are first imported, hence before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "QUIRE_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test-gpu` is what tests a GPU; all else is the same everywhere
 
 # A slow neighbour must not fail a test, and a failure must print what reproduces it.
 settings.register_profile("quire", deadline=None, print_blob=True)

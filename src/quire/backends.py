@@ -41,6 +41,8 @@ class Backend:
     """Activations are float32 whatever weights are stored in; otherwise they follow `dtype`."""
     gathered_slots: int = 0
     """KV slots of one layer that its attention copies at once."""
+    sampling: str = ""
+    """The module of its sampling kernels (see `quire.sampling.device_sampler.SamplingKernels`); else torch draws."""
     quantizes: bool = False
     """Whether its kernels have layers of few bits."""
     deterministic: bool = False
@@ -68,6 +70,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             package="triton",
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             min_capability=(8, 0),
+            sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
             captures=True,
         ),

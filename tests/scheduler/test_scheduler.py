@@ -9,7 +9,7 @@ else happens.
 import contextlib
 import random
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -297,7 +297,16 @@ class Engine:
         max_num_partial_prefills: int = 4,
         enable_prefix_caching: bool = True,
         guesses: Guesses | None = None,
+        overlaps: bool = False,
+        num_failures: int = 0,
     ) -> None:
+        """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
+        has `num_failures` times no memory for a step of more than one token."""
+        self.overlaps = overlaps
+        self.num_failures = num_failures
+        self.random = random.Random(num_failures)
+        self.in_flight: tuple[StepPlan, StepResult] | None = None
+        self.num_ahead = 0
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
         self.runner = FakeRunner(num_blocks, block_size)
         self.scheduler = Scheduler(
@@ -325,14 +334,47 @@ class Engine:
         return client
 
     def step(self) -> StepPlan:
-        running = [sequence for group in self.scheduler._running for sequence in group.sequences]
-        self.rows_without_kv = {sequence.row for sequence in running if sequence.num_computed_tokens == 0}
-        plan = self.scheduler.schedule()
-        self.check_plan(plan)
-        self.receive(self.scheduler.update(plan, self.runner.execute(plan)))
+        if self.in_flight is None:
+            running = [sequence for group in self.scheduler._running for sequence in group.sequences]
+            self.rows_without_kv = {sequence.row for sequence in running if sequence.num_computed_tokens == 0}
+            plan = self.scheduler.schedule()
+            self.check_plan(plan)
+            result = self.launch(plan)
+            if result is None:
+                self.scheduler.retreat(plan)
+                self.check()
+                return plan
+            self.in_flight = plan, result
+        (plan, result), self.in_flight = self.in_flight, None
+        ahead, failed = self.scheduler.schedule_ahead(plan) if self.overlaps else None, False
+        if ahead is not None:
+            next_result = self.launch(ahead)
+            failed = next_result is None
+            if next_result is not None:
+                self.in_flight = ahead, next_result
+                self.num_ahead += 1
+        self.receive(self.scheduler.update(plan, result))
+        if failed and ahead is not None:
+            self.scheduler.retreat(ahead)
         self.num_steps += 1
         self.check()
         return plan
+
+    def launch(self, plan: StepPlan) -> StepResult | None:
+        """What a device makes of a plan; None where it has no memory. It knows the tokens that it has drawn."""
+        if plan.num_tokens > 1 and self.num_failures and self.random.random() < 0.2:
+            self.num_failures -= 1
+            self.runner.execute(
+                StepPlan(
+                    new_rows=plan.new_rows,
+                    row_forks=plan.row_forks,
+                    new_blocks=plan.new_blocks,
+                    block_copies=plan.block_copies,
+                )
+            )
+            return None
+        known = [self.runner.rows[~token].token_ids[-1] if token < 0 else token for token in plan.token_ids]
+        return self.runner.execute(replace(plan, token_ids=known))
 
     def run(self, max_steps: int = 1_000) -> None:
         for _ in range(max_steps):
@@ -415,7 +457,9 @@ class Engine:
         assert len(running) + len(scheduler._free_rows) == scheduler.max_num_seqs
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
-            assert sequence.table.num_tokens == sequence.num_computed_tokens
+            if self.in_flight is None:
+                assert sequence.table.num_tokens == sequence.num_computed_tokens
+                assert all(token >= 0 for token in sequence.token_ids)
             if sequence not in running:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
         for group in scheduler._running:
@@ -1126,6 +1170,72 @@ def test_an_aborted_registration_leaves_nothing() -> None:
     assert "p" not in scheduler.prefixes
 
 
+# Steps whose results are late
+
+
+def test_decoding_is_planned_ahead_until_the_last_token() -> None:
+    engine = Engine(overlaps=True)
+    for index in range(3):
+        engine.add(new_request(f"request {index}", [index, 1, 1], 12, can_stop=False))
+    engine.run()
+    assert engine.num_ahead == 11  # all but the first step, since where a sequence ends by length is known
+    assert engine.num_steps == 12
+
+
+def test_a_sequence_that_ends_while_the_next_step_runs_is_forgotten() -> None:
+    engine = Engine(overlaps=True)
+    requests = [new_request("a", [index % 3, index], 40, can_stop=True) for index in range(100)]
+    request = next(r for r in requests if len(alone(r, 0).token_ids) in range(3, 20))
+    client = engine.add(request)
+    other = engine.add(new_request("b", [1, 1], 60, can_stop=False))
+    engine.run()
+    assert client.token_ids[0] == alone(request, 0).token_ids
+    assert len(other.token_ids[0]) == 60
+    assert engine.num_ahead > 40
+
+
+@pytest.mark.parametrize("leave", ["abort", "stop"])
+def test_who_leaves_while_a_step_runs_frees_everything(leave: str) -> None:
+    engine = Engine(overlaps=True, max_num_seqs=2)
+    engine.add(new_request("a", [0] * 6, 40, can_stop=False))
+    for _ in range(4):
+        engine.step()
+    assert engine.in_flight is not None
+    if leave == "abort":
+        engine.abort("a")
+    else:
+        engine.stop("a", 0)
+    assert engine.pool.num_free == engine.pool.num_blocks
+    engine.add(new_request("b", [0] * 6, 40, can_stop=False))  # takes the row, and finds the blocks
+    engine.run()
+
+
+def test_beams_are_not_planned_ahead() -> None:
+    engine = Engine(overlaps=True)
+    engine.add(new_request("a", [0, 1], 6, n=2, beam_width=3))
+    engine.run()
+    assert engine.num_ahead == 0
+
+
+def test_a_step_for_which_there_is_no_memory_is_planned_again_and_smaller() -> None:
+    engine = Engine(max_num_batched_tokens=64)
+    for index in range(6):
+        engine.add(new_request(f"request {index}", [index % 3, 1, 1], 12, can_stop=False))
+    for _ in range(3):
+        engine.step()
+    plan = engine.scheduler.schedule()
+    assert len(plan.rows) == 6
+    engine.scheduler.retreat(plan)
+    engine.check()
+    assert engine.scheduler.stats().num_running == 0
+    smaller = engine.step()
+    assert smaller.num_tokens == 3
+    first = [group.request.request_id for group in engine.scheduler._running]
+    assert first == [f"request {index}" for index in range(len(first))]
+    engine.run()
+    assert engine.scheduler.stats().total_preemptions == 6
+
+
 def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:
     engine = Engine(num_blocks=128, max_num_batched_tokens=32, max_num_seqs=16)
     prefix = list(range(100, 160))
@@ -1255,7 +1365,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_partial_prefills=st.integers(1, 4),
         caching=st.booleans(),
         forces=st.booleans(),
-        longest_draft=st.sampled_from([0, 1, 3, 9]),
+        longest_draft=st.sampled_from([0, 0, 1, 3, 9]),
+        overlaps=st.booleans(),
+        num_failures=st.sampled_from([0, 0, 1, 5]),
     )
     def start(
         self,
@@ -1267,6 +1379,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching: bool,
         forces: bool,
         longest_draft: int,
+        overlaps: bool,
+        num_failures: int,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -1276,6 +1390,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
             guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
+            overlaps=overlaps,
+            num_failures=num_failures,
         )
         self.engine.runner.forces = forces
         self.num_requests = 0
@@ -1370,7 +1486,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             * (len(client.request.prompt_token_ids) + client.request.max_tokens)
             for client in self.engine.clients.values()
         )
-        self.engine.run(max_steps=2 * tokens)
+        self.engine.run(max_steps=2 * tokens + 50 * self.engine.num_failures + 2)
 
     @invariant()
     def the_pool_agrees(self) -> None:

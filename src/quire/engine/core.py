@@ -3,6 +3,7 @@
 `load` builds one from a plan of the memory. The whole life of the engine is `step`.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
 from quire.engine.load_ahead import LoadAhead, load_ahead
 from quire.engine.memory_plan import MemoryPlan
-from quire.errors import RequestError
+from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, kernels_for
 from quire.kv_cache.block_pool import BlockPool
@@ -33,11 +34,14 @@ from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
-from quire.runner.model_runner import ModelRunner
+from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling.logits_processors import load_processors
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.speculation import Speculation
+from quire.step import StepPlan
+
+logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 4.0
 """Most time that `close` spends on saving blocks to the disk tier."""
@@ -61,6 +65,7 @@ class EngineCore:
         *,
         vocab_size: int,
         max_logprobs: int,
+        overlaps: bool = False,
     ) -> None:
         """`grammars` is the one that the runner finds them in; `weights_cache` may still be writing."""
         self._scheduler = scheduler
@@ -72,6 +77,9 @@ class EngineCore:
         self._max_logprobs = max_logprobs
         self._weights_cache = weights_cache
         self._closed = False
+        self._overlaps = overlaps
+        self._under_way: tuple[StepPlan, PendingStep] | None = None
+        """The step that was planned ahead."""
 
     @classmethod
     def load(
@@ -129,6 +137,10 @@ class EngineCore:
         )
         pool = BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching)
         tiers, block_store = _open_tiers(config, plan, kv_cache, folder)
+        if device.type == "cuda":
+            surplus = plan.surplus(torch.cuda.memory_allocated(device))
+            if surplus:
+                logger.warning("%s", surplus)
         on_phase("KV cache", time.perf_counter() - started)
         scheduler = Scheduler(
             pool,
@@ -156,7 +168,8 @@ class EngineCore:
             grammars=grammars,
             fast_forward=config.fast_forward,
             batch_invariant=config.deterministic,
-            draws_on_device=plan.async_scheduling or device.type == "cuda",
+            draws_on_device=device.type == "cuda" or (plan.async_scheduling and device.type == "cpu"),
+            captures=plan.graphs > 0,
         )
         return cls(
             scheduler,
@@ -165,6 +178,7 @@ class EngineCore:
             ahead.cache,
             vocab_size=model_config.vocab_size,
             max_logprobs=config.max_logprobs,
+            overlaps=plan.async_scheduling,
         )
 
     def add(self, request: Request, *, wait: bool = False) -> None:
@@ -224,17 +238,44 @@ class EngineCore:
     def step(self) -> list[SequenceDelta]:
         """Schedule, execute, update: one step of every sequence that got a share of it.
 
+        On a device the next step is planned and begun before the result of this one is waited for, where it can be.
+
         Where all that could run wait for blocks from disk, it waits for one to arrive, but for a moment only.
         """
         if len(self._grammars):
             self._queue_compiled(block=not self._scheduler.has_work)
-        plan = self._scheduler.schedule()
-        if not plan.rows and plan.moves is None:
-            return []
-        result = self._runner.execute(plan)
-        deltas = self._scheduler.update(plan, result)
+        if self._under_way is None:
+            plan = self._scheduler.schedule()
+            if not plan.rows and plan.moves is None:
+                return []
+            pending = self._launch(plan)
+            if pending is None:
+                self._scheduler.retreat(plan)
+                return []
+        else:
+            (plan, pending), self._under_way = self._under_way, None
+        ahead = next_pending = None
+        if self._overlaps and not pending.ready:
+            ahead = self._scheduler.schedule_ahead(plan)
+            if ahead is not None:
+                next_pending = self._launch(ahead)
+        deltas = self._scheduler.update(plan, pending.result())
+        if ahead is not None and next_pending is not None:
+            self._under_way = ahead, next_pending
+        elif ahead is not None:
+            self._scheduler.retreat(ahead)
         self._grammars.keep_held(self._scheduler.request_ids)
         return deltas
+
+    def _launch(self, plan: StepPlan) -> PendingStep | None:
+        """Begin a step; None where the device has no memory for it. One that has none for a single token is broken."""
+        try:
+            return self._runner.launch(plan)
+        except DeviceMemoryError as error:
+            if plan.num_tokens <= 1:
+                raise
+            logger.warning("out of memory: %s; its requests wait, and the next steps are half as large", error)
+            return None
 
     def _queue_compiled(self, *, block: bool) -> None:
         """Queue the requests whose grammar is compiled, and refuse those it fails."""

@@ -30,6 +30,8 @@ GRAPH_BYTES = 512 * 2**20
 """Allowance for captured steps: their activations, which all of them share, and their launches."""
 DRAW_BYTES_PER_LOGIT = 4 + 4 + 8
 """Sampling on a device: float32 logits, and a sorted copy with its ids."""
+PLAN_TOLERANCE = 0.01
+"""By how much allocations may exceed the plan: they are rounded up, and a table of positions comes with the weights."""
 _FLOAT32_BYTES = 4
 
 LOGPROB_POSITIONS = 64
@@ -80,6 +82,17 @@ class MemoryPlan:
     def num_longest_sequences(self) -> int:
         """How many sequences of the longest context fit at once."""
         return self.num_blocks // -(-self.max_model_len // self.block_size)
+
+    def surplus(self, allocated: int) -> str:
+        """What to say of the bytes this process itself has allocated once weights and KV cache are there, if it is more
+        than planned; else nothing. What others take of a card is never asked."""
+        planned = self.weights + self.kv_cache
+        if allocated <= planned * (1 + PLAN_TOLERANCE):
+            return ""
+        return (
+            f"memory plan: weights and KV cache were planned as {show_bytes(planned)}, but take "
+            f"{show_bytes(allocated)}; lower gpu_memory_utilization if steps run out of memory"
+        )
 
     def describe(self) -> list[str]:
         """The plan in a few lines, as printed at start."""

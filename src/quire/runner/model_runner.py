@@ -9,19 +9,22 @@ waits, the next step may be launched, and its plan names a token that is drawn b
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from quire.attention import AttentionShape, make_planner
+from quire.backends import BACKENDS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
-from quire.kernels.interface import Kernels
+from quire.kernels.interface import AttentionPlan, Kernels
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
+from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs
 from quire.runner.input_batch import Int32Array, make_input_batch
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
@@ -76,11 +79,13 @@ class ModelRunner:
         fast_forward: bool = True,
         batch_invariant: bool = False,
         draws_on_device: bool = False,
+        captures: bool = False,
     ) -> None:
         """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted.
 
         `batch_invariant`: no bit of a sequence's logits depends on what shares its step. With `draws_on_device` a step
-        whose samples are no more than draws does not wait for them.
+        whose samples are no more than draws does not wait for them. With `captures` steps of decoding become CUDA
+        graphs.
         """
         self._block_store = block_store
         self._model = model
@@ -121,9 +126,13 @@ class ModelRunner:
         self._device = kv_cache.device
         self._device_sampler: DeviceSampler | None = None
         if draws_on_device and not logits_processors:
-            self._device_sampler = DeviceSampler(self._device)
+            module = BACKENDS[backend].sampling
+            self._device_sampler = DeviceSampler(self._device, import_module(module) if module else None)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
         """Per row, the token that was last drawn on the device."""
+        self._graphs: DecodeGraphs | None = None
+        if captures:
+            self._graphs = DecodeGraphs(self._run_whole, CudaCapture(), max_num_seqs=max_num_seqs, device=self._device)
         self._pending = PendingStep(StepResult(), None)
         """The step launched last."""
 
@@ -141,6 +150,9 @@ class ModelRunner:
             with torch.inference_mode():
                 self._pending = self._launch(plan)
         except torch.OutOfMemoryError as error:
+            self._masks.join()
+            if self._graphs is not None:
+                self._graphs.forget()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise DeviceMemoryError(f"a step of {plan.num_tokens} tokens: {error}") from error
@@ -169,11 +181,11 @@ class ModelRunner:
         self._masks.start([state.grammar for state in points.states if state.grammar is not None])
         self._copy_blocks(plan)
         batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
+        size = 0
+        if self._graphs is not None and points.after_every_token and not plan.drafts and not plan.prompt_logprobs:
+            size = self._graphs.size_for(plan.num_tokens)
         attention = self._plan_attention(
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.block_tables,
-            batch.slots,
+            batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots, captured_seqs=size
         )
         sample_rows = np.array(plan.sample_rows, dtype=np.int32)
         input_ids, positions, tokens_on_device, rows_on_device = self._send(
@@ -182,13 +194,16 @@ class ModelRunner:
         if (batch.input_ids < 0).any():
             known = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
             input_ids = torch.where(input_ids < 0, known, input_ids)
-        hidden = self._model(input_ids, positions, self._kv_cache, attention)
-        finish = None
-        if plan.sample_after:
+        if self._graphs is not None and size:
+            logits = self._graphs.run(size, input_ids, positions, attention)
+        else:
+            hidden = self._model(input_ids, positions, self._kv_cache, attention)
             if points.after_every_token:
                 logits = self._model.logits(hidden)
-            else:
+            elif plan.sample_after:
                 logits = self._logits(hidden, points.tokens, tokens_on_device)
+        finish = None
+        if plan.sample_after:
             self._masks.join()
             if self._draws_on_device(plan, points):
                 finish = self._draw(logits, points.states, rows_on_device, result)
@@ -212,6 +227,10 @@ class ModelRunner:
         if plan.block_copies:
             pairs = to_device(np.array(plan.block_copies, dtype=np.int32), self._device)
             self._kernels.copy_blocks(self._kv_cache.layers, pairs)
+
+    def _run_whole(self, input_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """A step of decoding, from tokens to logits."""
+        return self._model.logits(self._model(input_ids, positions, self._kv_cache, plan))
 
     def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
         return self._device_sampler is not None and not plan.drafts and all(map(draws_only, points.states))

@@ -2,10 +2,12 @@
 
 The rules are those of `quire.sampling.draws`: the same numbers drawn, the same order among equals, sums in float64 over
 float32 blocks. So a row gets the token that the sampler on the host would give it, but where rounding puts a target on
-the other side of a token's edge. Filtered rows are sorted; a kernel that need not is the backend's business.
+the other side of a token's edge. Where the backend has kernels for it they draw; else torch does, which sorts filtered
+rows.
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,11 +39,27 @@ def draws_only(state: SamplingState) -> bool:
     )
 
 
+class SamplingKernels(Protocol):
+    """A module that draws without sorting."""
+
+    def SamplingRows(
+        self, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor, positions: Tensor
+    ) -> Any:
+        """What R rows ask for, [R] each: temperature float32 (0: the most likely token), top_k int32 (0: all), top_p
+        float64, min_p float32, and as int64 the bits of `uniforms.stream_keys` and the positions to be drawn."""
+        ...
+
+    def sample(self, logits: Tensor, rows: Any) -> tuple[Tensor, Tensor]:
+        """logits [R, vocabulary] -> tokens [R], and the highest logit of each row [R] float32."""
+        ...
+
+
 class DeviceSampler:
     """Draws for one batch after the other; what does not change between the steps of a batch stays on the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kernels: SamplingKernels | None = None) -> None:
         self._device = device
+        self._kernels = kernels
         self._states: list[SamplingState] = []
         self._batch: _Batch | None = None
 
@@ -53,6 +71,8 @@ class DeviceSampler:
         if self._batch is None or self._states != list(states):
             self._states = list(states)
             self._batch = _Batch(states, logits.shape[1], self._device)
+        if self._kernels is not None:
+            return self._batch.draw_with(self._kernels, logits)
         return self._batch.draw(logits)
 
 
@@ -62,6 +82,8 @@ class _Batch:
         self._device = device
         self._keys = stream_keys([state.seed for state in states], [state.sample_index for state in states])
         draws = [state.draw for state in states]
+        self._keys_on_device = to_device(self._keys.view(np.int64), device)
+        self._greedy = torch.tensor([draw is Draw.GREEDY for draw in draws], device=device)
         self._all_greedy = all(draw is Draw.GREEDY for draw in draws)
         self._unfiltered = self._indices([draw is Draw.UNFILTERED for draw in draws])
         self._filtered = self._indices([draw in (Draw.TOP_K, Draw.TOP_P) for draw in draws])
@@ -73,6 +95,21 @@ class _Batch:
         self._top_k = self._column(
             [p.top_k if draw is Draw.TOP_K else vocab_size for p, draw in zip(params, draws, strict=True)], torch.int64
         )
+
+    def draw_with(self, kernels: SamplingKernels, logits: Tensor) -> Tensor:
+        positions = np.array([state.position for state in self._states], dtype=np.int64)
+        tokens, peaks = kernels.sample(
+            logits,
+            kernels.SamplingRows(
+                temperature=self._temperature.flatten().masked_fill(self._greedy, 0.0),
+                top_k=self._top_k.flatten().int(),
+                top_p=self._top_p.flatten(),
+                min_p=self._min_p.flatten(),
+                keys=self._keys_on_device,
+                positions=to_device(positions, self._device),
+            ),
+        )
+        return torch.stack((tokens.int(), peaks.view(torch.int32)))
 
     def _indices(self, chosen: list[bool]) -> Tensor | None:
         (indices,) = np.nonzero(np.array(chosen))

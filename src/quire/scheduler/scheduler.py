@@ -1,8 +1,8 @@
 """Scheduler: hands out each step's token budget, blocks and rows, and takes in what the step produced.
 
 `schedule()` makes a StepPlan; `update()` takes the StepResult and says what each sample gained. Between the two
-calls no other method may be called. Nothing here knows of models, tensors, text or time; the clock comes in as a
-function.
+calls `schedule_ahead()` may plan the step after, on tokens that are not known yet, and requests may come and go.
+Nothing here knows of models, tensors, text or time; the clock comes in as a function.
 
 The rules, in their order:
 1. Sequences that lack one token (decoding) go first, oldest group first. If the pool is exhausted the group that
@@ -20,6 +20,7 @@ The rules, in their order:
 
 import bisect
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -90,6 +91,12 @@ class Scheduler:
         self._history = PrefixHistory(pool.block_size, clock)
         self._save_evicted, pool.on_evict = pool.on_evict, self._note_eviction
         self._planned_at = 0.0
+        self._in_flight: deque[list[Sequence | None]] = deque()
+        """Of each step planned and not taken in, who has which row."""
+        self._ending: set[Sequence] = set()
+        """Sequences whose last token is being drawn."""
+        self._max_step_tokens = max_num_batched_tokens
+        """Less than `max_num_batched_tokens` for a while after a device had no memory for a step."""
         self._speculation = speculation
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -210,10 +217,9 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """The next step; it computes nothing only when no request is left, or all that could run wait for blocks."""
-        self.pool.copies_are_done()
-        self.pool.now = self._clock()
-        plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
-        self._forked, self._row_forks = [], []
+        self._in_flight.clear()
+        self._ending.clear()
+        plan = self._begin_plan()
         if self._transfers is not None:
             for sequence, loaded in self._transfers.begin():
                 self._count_hits(sequence, loaded)
@@ -221,16 +227,77 @@ class Scheduler:
         if self._transfers is not None:
             plan.moves = self._transfers.finish(computes=bool(plan.rows))
             self._planned_at = self._clock()
+        self._in_flight.append(self._rows.copy())
         return plan
 
-    def _decide(self, plan: StepPlan) -> None:
+    def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after `plan`, whose result is not known yet; None where it has to be.
+
+        A sequence that `plan` draws a token for goes on with the number ~row in its place: the token last drawn for
+        that row. One that turns out to have ended was computed in vain. What only a step with all known can decide is
+        left to it: nothing is preempted, forked or drafted, no search or grammar goes on, and no tier is used.
+        """
+        if not self._can_plan_ahead(plan):
+            return None
+        self._ending.clear()
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            sequence = self._rows[row]
+            if sequence is not None:
+                sequence.num_computed_tokens = start + count
+        for row in plan.sample_rows:
+            sequence = self._rows[row]
+            if sequence is not None:
+                sequence.token_ids.append(~row)
+                if sequence.num_output_tokens == sequence.group.request.max_tokens:
+                    self._ending.add(sequence)
+        ahead = self._begin_plan()
+        self._decide(ahead, may_preempt=False)
+        self._in_flight.append(self._rows.copy())
+        return ahead
+
+    def _can_plan_ahead(self, plan: StepPlan) -> bool:
+        if self._transfers is not None or self._speculation is not None:
+            return False
+        if len(self._waiting) and plan.num_tokens > len(plan.rows):
+            return False  # who waits may find what this step computes
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            sequence = self._rows[row]
+            if sequence is not None:
+                group, end = sequence.group, start + count
+                if len(group.sequences) > 1 and start < group.num_prompt_tokens <= end:
+                    return False  # the others will fork from it
+        num_drawn: dict[Sequence, int] = {}
+        for row in plan.sample_rows:
+            sequence = self._rows[row]
+            if sequence is not None:
+                params = sequence.group.request.params
+                if params.beam_width is not None or params.structured_outputs is not None:
+                    return False
+                num_drawn[sequence] = 1
+        goes_on, num_blocks = False, 0
+        for group in self._running:
+            for sequence in group.sequences:
+                if sequence.num_output_tokens + num_drawn.get(sequence, 0) < group.request.max_tokens:
+                    goes_on = True
+                    table = sequence.table
+                    num_blocks += (table.num_tokens % self.pool.block_size == 0) + table.num_copies_to_come
+        return goes_on and num_blocks <= self.pool.num_free
+
+    def _begin_plan(self) -> StepPlan:
+        self.pool.copies_are_done()
+        self.pool.now = self._clock()
+        plan = StepPlan(new_blocks=self._forked, row_forks=self._row_forks)
+        self._forked, self._row_forks = [], []
+        return plan
+
+    def _decide(self, plan: StepPlan, *, may_preempt: bool = True) -> None:
         while True:
             behind, preempted = self._plan_decoding(plan)
             num_decoding = len(plan.rows)
             resuming = [sequence for sequence in behind if sequence.group.looks_for_blocks(sequence)]
             if resuming:
                 behind = [sequence for sequence in behind if not sequence.group.looks_for_blocks(sequence)]
-            budget = self.max_num_batched_tokens - plan.num_tokens
+            budget = self._max_step_tokens - plan.num_tokens
             started = False
             if not preempted:
                 started = self._resume(plan, resuming, behind)
@@ -239,6 +306,8 @@ class Scheduler:
             if self._speculation is not None and num_decoding and num_decoding == len(plan.rows):
                 self._plan_drafts(plan, self._speculation)
             if plan.rows or not self._running or (self._transfers is not None and self._transfers.brings_blocks):
+                return
+            if not may_preempt:
                 return
             if not started:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.
@@ -254,7 +323,8 @@ class Scheduler:
         running, index = self._running, 0
         rows, starts, counts, token_ids = plan.rows, plan.starts, plan.counts, plan.token_ids
         sample_after, sample_rows, copies = plan.sample_after, plan.sample_rows, plan.block_copies
-        waiting = self._transfers.waiting if self._transfers is not None else None
+        # Neither those who wait for a tier nor those whose last token is being drawn; never both.
+        waiting = self._transfers.waiting if self._transfers is not None else self._ending
         while index < len(running):
             group = running[index]
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
@@ -405,11 +475,12 @@ class Scheduler:
 
     def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int) -> bool:
         """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
-        if group.num_rows > len(self._free_rows):
-            return False
         if not self._running:
             # Every block is free but for registered prefixes', and a group that passed the door fits.
-            return True
+            return group.num_rows <= len(self._free_rows)
+        # Every sequence needs a token a step, of which there may be few for a while.
+        if group.num_rows > len(self._free_rows) - max(0, self.max_num_seqs - self._max_step_tokens):
+            return False
         needed = _num_blocks_to_come(group.leader, self.pool.block_size)
         needed -= sum(1 for block in found if self.pool.ref_counts[block])
         return needed + promised <= self.pool.num_free - self._watermark
@@ -559,19 +630,36 @@ class Scheduler:
         self._stats.total_preemptions += 1
         self._waiting.push(group)
 
+    def retreat(self, plan: StepPlan) -> None:
+        """Take back the step planned last, for which a device had no memory: its groups wait and start over from what
+        stays cached, the first of them first, and steps are half as large until many have succeeded."""
+        rows = self._in_flight.pop()
+        groups = {sequence.group.order: sequence.group for row in plan.rows if (sequence := rows[row]) is not None}
+        for group in groups.values():
+            if any(sequence.row != NO_ROW for sequence in group.sequences):
+                self._preempt(group)
+        self._max_step_tokens = max(1, plan.num_tokens // 2)
+
     # -- taking in ----------------------------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
-        """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained."""
+        """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained.
+
+        Plans are taken in in the order in which they were made. A sequence that left meanwhile is passed over.
+        """
         self.pool.copies_are_done()
-        rows, block_size = self._rows, self.pool.block_size
+        rows, block_size = self._in_flight.popleft(), self.pool.block_size
+        self._max_step_tokens = min(
+            self.max_num_batched_tokens, self._max_step_tokens + 1 + self._max_step_tokens // 64
+        )
         if self._tiers is not None and self._transfers is not None and result.moved is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
             self._transfers.take_in(plan.moves, result.moved)
         counts = plan.counts if self._speculation is None else self._settle_drafts(plan, result, self._speculation)
         for row, start, count in zip(plan.rows, plan.starts, counts, strict=True):
             sequence = rows[row]
-            assert sequence is not None
+            if sequence is None or sequence.row == NO_ROW:
+                continue
             end = start + count
             sequence.num_computed_tokens = end
             if end % block_size < count:  # a block was filled
@@ -583,16 +671,22 @@ class Scheduler:
                     self._share_prompt(group)
         deltas: list[SequenceDelta] = []
         for index, entries in result.prompt_logprobs.items():
-            delta = self._prompt_delta(rows[plan.rows[index]], entries)
-            if delta is not None:
-                deltas.append(delta)
+            sequence = rows[plan.rows[index]]
+            if sequence is not None and sequence.row != NO_ROW:
+                delta = self._prompt_delta(sequence, entries)
+                if delta is not None:
+                    deltas.append(delta)
         place, complete = 0, set(result.complete)
         while place < len(plan.sample_rows):
             sequence = rows[plan.sample_rows[place]]
-            assert sequence is not None
+            if sequence is None or sequence.row == NO_ROW:
+                place += 1
+                continue
             group, first = sequence.group, place
             if group.beam_search is None:
                 place += 1
+                if sequence.token_ids[-1] < 0:
+                    sequence.token_ids.pop()  # the token was named before it was known
                 token_ids = [result.token_ids[first], *result.following.get(first, ())]
                 own, error = result.logprobs[first], result.errors[first]
                 logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
@@ -648,9 +742,8 @@ class Scheduler:
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
             forked.append(sequence)
 
-    def _prompt_delta(self, leader: Sequence | None, entries: list[TokenLogprobs]) -> SequenceDelta | None:
+    def _prompt_delta(self, leader: Sequence, entries: list[TokenLogprobs]) -> SequenceDelta | None:
         """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
-        assert leader is not None
         group = leader.group
         end = min(leader.num_computed_tokens, group.num_prompt_tokens - 1)
         fresh = end - group.num_prompt_logprobs

@@ -1,0 +1,120 @@
+"""Planning a step while the one before it runs changes no token, whatever is asked for; nor does a lack of memory."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from quire.runner.model_runner import ModelRunner, PendingStep
+from quire.step import StepPlan
+from tests.checkpoints import make_checkpoint
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 1.3, "seed": 1},
+    "top_k": {"temperature": 1.1, "top_k": 12, "seed": 2},
+    "top_p": {"temperature": 1.5, "top_p": 0.7, "min_p": 0.01, "seed": 3},
+    "both": {"temperature": 1.5, "top_k": 50, "top_p": 0.8, "seed": 4},
+    "n": {"temperature": 1.2, "n": 3, "seed": 5},
+    "penalties": {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "seed": 6},
+    "logprobs": {"temperature": 1.0, "logprobs": 3, "seed": 7},
+    "prompt_logprobs": {"temperature": 1.0, "prompt_logprobs": 1, "seed": 8},
+    "beams": {"temperature": 0.0, "beam_width": 3},
+    "min_tokens": {"temperature": 1.4, "min_tokens": 9, "seed": 9},
+    "stop_tokens": {"temperature": 1.4, "stop_token_ids": list(range(60)), "seed": 10},
+    "bias": {"temperature": 1.0, "logit_bias": {7: 5.0}, "seed": 11},
+    "bad_words": {"temperature": 1.0, "bad_words": ["a"], "seed": 12},
+    "stop": {"temperature": 1.4, "stop": ["e", "3"], "seed": 13},
+    "grammar": {"temperature": 1.0, "structured_outputs": StructuredOutputsParams(regex="[a-e]{1,30}"), "seed": 14},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "qwen3")
+
+
+def make_llm(checkpoint: Path, **options: Any) -> LLM:
+    defaults = {"attention_backend": "sdpa", "block_size": 16, "num_blocks": 200, "max_num_seqs": 16, "threads": 1}
+    return LLM(str(checkpoint), **{**defaults, **options})
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = random.Random(0)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 60))] for _ in PARAMS for _ in range(2)]
+    kinds = [options for options in PARAMS.values() for _ in range(2)]
+    return prompts, [SamplingParams(max_tokens=rng.randint(8, 40), **options) for options in kinds]
+
+
+def seen(outputs: list[RequestOutput]) -> list[Any]:
+    return [
+        [(sample.token_ids, sample.text, sample.finish_reason, sample.stop_reason) for sample in output.outputs]
+        for output in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[Any]:
+    """One step after the other, with the sampler of the host."""
+    return seen(make_llm(checkpoint, async_scheduling=False).generate(*requests()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_blocks": 24, "max_model_len": 200}, {"max_num_batched_tokens": 20}, {"enable_prefix_caching": False}],
+    ids=["roomy", "preempted", "chunked", "no cache"],
+)
+def test_no_token_changes(checkpoint: Path, expected: list[Any], options: dict[str, Any]) -> None:
+    llm = make_llm(checkpoint, async_scheduling=True, **options)
+    assert seen(llm.generate(*requests())) == expected
+    assert llm.stats().num_used_blocks == 0
+    if "num_blocks" in options:
+        assert llm.stats().total_preemptions > 0
+
+
+def test_draws_run_ahead(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind that only draws has its steps launched before the result of the one before is asked for."""
+    order: list[str] = []
+    launch, result = ModelRunner.launch, PendingStep.result
+
+    def noted_launch(self: ModelRunner, plan: StepPlan) -> PendingStep:
+        order.append("launch")
+        return launch(self, plan)
+
+    def noted_result(self: PendingStep) -> Any:
+        if not self.ready:
+            order.append("result")
+        return result(self)
+
+    monkeypatch.setattr(ModelRunner, "launch", noted_launch)
+    monkeypatch.setattr(PendingStep, "result", noted_result)
+    prompts, params = requests()
+    chosen = [
+        place for place, kind in enumerate(kind for kind in PARAMS for _ in range(2)) if kind in ("greedy", "both")
+    ]
+    llm = make_llm(checkpoint, async_scheduling=True)
+    found = seen(llm.generate([prompts[place] for place in chosen], [params[place] for place in chosen]))
+    assert found == [expected[place] for place in chosen]
+    assert order[:5] == ["launch", "launch", "result", "launch", "result"]
+
+
+def test_a_device_out_of_memory(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    launch = ModelRunner._compute
+    failures = []
+
+    def failing(self: ModelRunner, plan: StepPlan, result: Any) -> Any:
+        if plan.num_tokens > 1 and rng.random() < 0.1:
+            failures.append(plan.num_tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return launch(self, plan, result)
+
+    monkeypatch.setattr(ModelRunner, "_compute", failing)
+    llm = make_llm(checkpoint, async_scheduling=True)
+    assert seen(llm.generate(*requests())) == expected
+    assert len(failures) > 3
+    assert llm.stats().total_preemptions >= len(failures)
+    assert llm.stats().num_used_blocks == 0

@@ -1,0 +1,81 @@
+"""The engine on a real card: the tokens of transformers, whatever the backend, graphs, overlap and memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.engine.test_overlap import requests, seen
+from tests.engine.test_parity import NUM_STEPS, assert_greedy, make_prompts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)
+BACKENDS = ["triton", "sdpa"]
+
+
+def make_llm(checkpoint: Path, **options: Any) -> LLM:
+    return LLM(str(checkpoint), **{"device": "cuda", "num_blocks": 200, "max_num_seqs": 20, **options})
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    """float32 products without TF32, as the oracle on the CPU computes them."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "llama-rope-llama3"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_equal_transformers(family: str, backend: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, family)
+    oracle, prompts = reference_model(checkpoint), make_prompts(17, longest=100)
+    llm = make_llm(checkpoint, attention_backend=backend, max_num_batched_tokens=64)
+    assert_greedy(oracle, llm.generate(prompts, GREEDY))
+    assert_greedy(oracle, llm.generate(prompts, GREEDY))  # from the prefix cache, and from graphs
+    small = make_llm(checkpoint, attention_backend=backend, block_size=16, num_blocks=40, max_model_len=240)
+    assert_greedy(oracle, small.generate(prompts, GREEDY))
+    assert small.stats().total_preemptions > 0
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["one by one", "overlapped"])
+def test_no_token_depends_on_how_steps_are_run(enforce_eager: bool, async_scheduling: bool, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, "qwen3")
+    on_cpu = LLM(str(checkpoint), device="cpu", num_blocks=400, max_num_seqs=16)
+    llm = make_llm(checkpoint, enforce_eager=enforce_eager, async_scheduling=async_scheduling)
+    assert seen(llm.generate(*requests())) == seen(on_cpu.generate(*requests()))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8"])
+def test_sixteen_bits_and_eight_of_kv(kv_cache_dtype: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")
+    prompt = make_prompts(4, longest=60)[3]
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    (output,) = make_llm(checkpoint, kv_cache_dtype=kv_cache_dtype).generate([prompt], params)
+    with torch.inference_mode():
+        expected = reference_model(checkpoint)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    wanted = expected[range(len(prompt) - 1), prompt[1:]]
+    assert (torch.tensor(found) - wanted).abs().mean() < (0.3 if kv_cache_dtype == "fp8" else 0.1)
+
+
+def test_swapped_blocks_come_back(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, "llama")
+    oracle, prompts = reference_model(checkpoint), make_prompts(17, longest=100)
+    llm = make_llm(checkpoint, block_size=16, num_blocks=40, max_model_len=240, swap_space="64MiB")
+    assert_greedy(oracle, llm.generate(prompts, GREEDY))
+    assert_greedy(oracle, llm.generate(prompts, GREEDY))
+
+
+def test_a_plan_holds_what_is_allocated(tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    llm = make_llm(make_checkpoint(tmp_path, "llama"), num_blocks=2000)
+    plan = llm._engine.memory_plan
+    allocated = torch.cuda.memory_allocated() - before
+    assert allocated <= 1.05 * (plan.weights + plan.kv_cache) + 2**24

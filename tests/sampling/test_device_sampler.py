@@ -1,0 +1,119 @@
+"""What is drawn on a device is what the sampler on the host draws, of the same logits with the same numbers."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quire.sampling.device_sampler import DeviceSampler, draws_only
+from quire.sampling.sampler import NO_TOKEN, Sampler
+from quire.sampling.state import SamplingState
+from quire.sampling_params import SamplingParams
+
+CPU = torch.device("cpu")
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.4, "min_p": 0.05},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.5, "top_k": 40},
+    {"temperature": 1.0, "top_k": 200, "top_p": 0.6},
+    {"temperature": 1.0, "top_p": 0.3},
+    {"temperature": 3.0, "top_p": 0.95},
+    {"temperature": 1.0, "top_p": 0.9, "min_p": 0.02},
+]
+
+
+def states(vocab_size: int, count: int, position: int = 3, **more: Any) -> list[SamplingState]:
+    return [
+        SamplingState(
+            params=SamplingParams(**{**KINDS[index % len(KINDS)], **more}),
+            prompt_token_ids=[1],
+            output_token_ids=[2] * position,
+            seed=index,
+            sample_index=index % 3,
+            stop_token_ids=(),
+            vocab_size=vocab_size,
+        )
+        for index in range(count)
+    ]
+
+
+def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
+    tokens, bits = sampler.draw(logits, batch)
+    return tokens.tolist(), bits.view(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bfloat16 many logits are equal
+@pytest.mark.parametrize("vocab_size", [7, 300, 5_000])
+def test_the_host_draws_the_same(vocab_size: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(vocab_size)
+    device, host = DeviceSampler(CPU), Sampler(vocab_size, 2**24)
+    batch = states(vocab_size, 4 * len(KINDS))
+    for _ in range(12):
+        logits = (3 * torch.randn(len(batch), vocab_size, generator=random)).to(dtype)
+        expected = host.sample(logits.float(), batch).token_ids
+        tokens, peaks = drawn(device, logits, batch)
+        assert tokens == expected
+        assert torch.equal(peaks, logits.float().amax(1))
+        for state, token in zip(batch, tokens, strict=True):
+            state.keep(state.promise(), token)
+
+
+def test_what_cannot_be_drawn_shows_in_its_peak() -> None:
+    logits = torch.randn(4 * len(KINDS), 300)
+    logits[0, 5], logits[7, 9], logits[8] = float("nan"), float("inf"), float("-inf")
+    batch = states(300, len(logits))
+    expected = Sampler(300, 2**24).sample(logits.clone(), batch)
+    tokens, peaks = drawn(DeviceSampler(CPU), logits, batch)
+    sound = peaks.isfinite().tolist()
+    assert sound == [error is None for error in expected.errors]
+    assert [token if fine else NO_TOKEN for token, fine in zip(tokens, sound, strict=True)] == expected.token_ids
+    assert all(0 <= token < 300 for token in tokens)
+
+
+def test_kernels_are_told_what_rows_ask_for() -> None:
+    seen: dict[str, Any] = {}
+
+    def sample(logits: Tensor, rows: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        seen.update(vars(rows))
+        return logits.argmax(1), logits.amax(1)
+
+    kernels: Any = SimpleNamespace(SamplingRows=SimpleNamespace, sample=sample)
+    logits, batch = torch.randn(len(KINDS), 300), states(300, len(KINDS))
+    tokens, peaks = drawn(DeviceSampler(CPU, kernels), logits, batch)
+    assert tokens == logits.argmax(1).tolist()
+    assert torch.equal(peaks, logits.amax(1))
+    assert seen["temperature"].tolist() == pytest.approx([kind["temperature"] for kind in KINDS])
+    assert seen["top_k"].tolist() == [kind.get("top_k", 300) for kind in KINDS]
+    assert seen["top_p"].tolist() == [kind.get("top_p", 1.0) for kind in KINDS]
+    assert seen["min_p"].tolist() == pytest.approx([kind.get("min_p", 0.0) for kind in KINDS])
+    assert seen["positions"].tolist() == [3] * len(KINDS)
+    assert {name: value.dtype for name, value in seen.items()} == {
+        "temperature": torch.float32,
+        "top_k": torch.int32,
+        "top_p": torch.float64,
+        "min_p": torch.float32,
+        "keys": torch.int64,
+        "positions": torch.int64,
+    }
+    assert len(np.unique(seen["keys"])) == len(KINDS)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"logprobs": 0},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 9},
+        {"presence_penalty": 0.1},
+        {"allowed_token_ids": [4]},
+    ],
+    ids=str,
+)
+def test_who_asks_for_more_is_sampled_on_the_host(more: dict[str, Any]) -> None:
+    assert all(map(draws_only, states(300, len(KINDS))))
+    assert not any(map(draws_only, states(300, len(KINDS), **more)))
