@@ -1309,10 +1309,12 @@ def test_prompt_logprobs_of_a_prompt_that_starts_over() -> None:
 # -- anything in any order --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("overlaps", [False, True], ids=["one by one", "overlapped"])
 @pytest.mark.parametrize("seed", range(24))
-def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> None:
+def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overlaps: bool) -> None:
     """Little memory and much to do: groups preempt each other all the time, and everybody still gets through."""
     rng = random.Random(seed)
+    beams = 0.1 if overlaps else 0.4
     block_size = rng.choice([1, 2, 4, 7])
     requests = []
     for number in range(14):
@@ -1327,7 +1329,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> No
             priority=rng.randrange(2),
             prompt_logprobs=rng.choice([None, None, 0]),
             can_stop=rng.random() < 0.3,
-            beam_width=min(4, n + rng.randrange(3)) if rng.random() < 0.4 else None,
+            beam_width=min(4, n + rng.randrange(3)) if rng.random() < beams else None,
             early_stopping=rng.choice([False, True, "never"]),
         )
         if rng.random() < 0.3 and request.params.beam_width is None:
@@ -1344,7 +1346,9 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int) -> No
         max_num_batched_tokens=rng.choice([12, 20, 100]),
         max_num_partial_prefills=rng.randrange(1, 5),
         enable_prefix_caching=rng.random() < 0.7,
-        guesses=Guesses(seed, rng.randrange(1, 9)) if seed % 2 else None,
+        guesses=Guesses(seed, rng.randrange(1, 9)) if seed % 2 and not overlaps else None,
+        overlaps=overlaps,
+        num_failures=seed % 3 if overlaps else 0,
     )
     while requests or engine.scheduler.has_work:
         while requests and rng.random() < 0.4:
