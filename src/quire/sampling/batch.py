@@ -53,6 +53,7 @@ class SamplingBatch:
         self.processors = LogitsProcessing(self.states, logits_processors)
         self.edits = LogitEdits(states, vocab_size)
         self.groups = _group_rows(self.states, vocab_size)
+        self._draws = any(group.draw not in (Draw.GREEDY, Draw.BEAM) for group in self.groups)
         self.logprob_rows: defaultdict[int, list[int]] = defaultdict(list)
         """How many logprobs → the rows that report so many of the model's own."""
         self.processed_rows: list[int] = []
@@ -73,7 +74,9 @@ class SamplingBatch:
         )
 
     def uniforms(self) -> FloatArray:
-        """One number in [0, 1) per sequence, for its next token."""
+        """One number in [0, 1) per sequence, for its next token; zeros if none is left to chance."""
+        if not self._draws:
+            return np.zeros(len(self.states))
         return uniforms(self._keys, np.array([state.position for state in self.states], dtype=np.uint64))
 
 

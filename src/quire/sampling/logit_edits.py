@@ -39,6 +39,8 @@ class LogitEdits:
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out as NaN, masked or not."""
+        if not (self._masked_rows or self._biased.size or self._counts):
+            return
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
         for row, grammar in self._grammars:

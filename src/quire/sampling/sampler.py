@@ -70,7 +70,7 @@ class Sampler:
                 # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
                 logits[group.place] = logits[group.place].log_softmax(dim=-1)
         batch.edits.apply(logits.numpy())
-        processed = logits[batch.processed_rows]
+        processed = {row: logits[row].clone() for row in batch.processed_rows}
         token_ids = np.full(len(states), NO_TOKEN, dtype=np.int64)
         errors: list[str | None] = [None] * len(states)
         uniform = batch.uniforms()
@@ -92,7 +92,7 @@ class Sampler:
             reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
             for row, report in zip(rows, reports, strict=True):
                 logprobs[row] = report if errors[row] is None else None
-        for row, edited in zip(batch.processed_rows, processed, strict=True):
+        for row, edited in processed.items():
             if errors[row] is None:
                 logprobs[row] = processed_logprobs(edited, int(token_ids[row]), states[row].params)
         for row, found in candidates.items():
@@ -134,7 +134,7 @@ def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArra
     if group.draw is Draw.GREEDY:
         values = scores.numpy()
         best = values.argmax(axis=1)  # the lowest id among equals; NaN counts as highest
-        return best, np.take_along_axis(values, best[:, None], axis=1)[:, 0].astype(np.float64)
+        return best, values[np.arange(len(best)), best].astype(np.float64)
     peaks = scores.amax(dim=-1, keepdim=True)
     # Shifting first keeps what matters, the small differences between likely tokens, exact at any temperature. It turns
     # a row whose peak is not finite into NaN, which no comparison of a draw is true of: such a row draws some valid id.
