@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quire.simulation.arrivals import arrivals_of
 from quire.simulation.baselines import reserved_slots
 from quire.simulation.buddy import BuddyAllocator
+from quire.simulation.invariants import InvariantError, check_buddy
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.step_time import StepTime
@@ -17,14 +20,13 @@ NUM_SLOTS = 1000
 
 
 def figures_of(trace: Trace, policy: str, **options: Any) -> dict[str, Any]:
-    settings = SimulationSettings(trace="made", policy=policy, kv_slots=NUM_SLOTS, **options)
-    return run_simulation(trace, TINY, SLOW, settings)
+    asked = SimulationSettings(trace="made", policy=policy, kv_slots=NUM_SLOTS, **options)
+    return run_simulation(trace, TINY, SLOW, asked)
 
 
 def plain_orca(trace: Trace, policy: str, **options: Any) -> dict[str, float]:
     """Section 8's words, one request at a time, nothing kept that could be summed anew."""
-    settings = SimulationSettings(trace="made", policy=policy, **options)
-    waiting = list(arrivals_of(trace, settings))
+    waiting = list(arrivals_of(trace, SimulationSettings(trace="made", policy=policy, **options)))
     memory, step_time, now = BuddyAllocator(NUM_SLOTS), StepTime(TINY, SLOW), 0.0
     running: list[dict[str, Any]] = []
     sums = dict.fromkeys(("seconds", "batch", "tokens", "reserved", "internal", "allocated"), 0.0)
@@ -165,3 +167,59 @@ def test_what_never_fits_is_refused() -> None:
     assert (all_too_long["finished"], all_too_long["refused"]) == (0, 1)
     all_too_long = figures_of(Trace("t", [TraceRow(200, 200)]), "paged", saturate=True)
     assert (all_too_long["finished"], all_too_long["refused"]) == (0, 1)
+
+
+PROBABILITIES = st.sampled_from([0.0, 0.01, 0.2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(["orca-max", "orca-pow2", "orca-oracle", "fastertransformer"]),
+    trace=st.builds(lengths, st.integers(1, 60), st.integers(0, 9)),
+    queue=st.sampled_from([{"rate": 1.0}, {"rate": 1000.0}, {"saturate": True}]),
+    n=st.integers(1, 3),
+    step_failures=PROBABILITIES,
+    slow_steps=PROBABILITIES,
+    cancellations=st.sampled_from([0.0, 0.3, 1.0]),
+    engine_deaths=st.sampled_from([0.0, 0.01]),
+    seed=st.integers(0, 99),
+)
+def test_whatever_goes_wrong_every_request_ends_and_the_memory_adds_up(
+    policy: str, trace: Trace, queue: dict[str, Any], **options: Any
+) -> None:
+    figures = figures_of(trace, policy, patience=0.2, restart_time=0.1, check_every=1, **queue, **options)
+    assert figures["requests"] == len(trace.rows)
+    assert all(figures[ending] >= 0 for ending in ("finished", "failed", "cancelled", "refused"))
+    if not options["step_failures"]:
+        assert figures["failed"] == 0
+    if not options["cancellations"]:
+        assert figures["cancelled"] == 0
+
+
+@pytest.mark.parametrize("policy", ["orca-oracle", "fastertransformer"])
+def test_deaths_cost_time_and_no_request(policy: str) -> None:
+    calm = figures_of(lengths(60), policy, rate=30.0)
+    deadly = figures_of(lengths(60), policy, rate=30.0, engine_deaths=0.005, restart_time=3.0)
+    assert deadly["engine_deaths"] > 2
+    assert deadly["finished"] == calm["finished"] == 60
+    # Orca's clients keep what they have; FasterTransformer has given them nothing, so a batch is computed again.
+    extra = deadly["generated_tokens"] - calm["generated_tokens"]
+    assert extra == 0 if policy == "orca-oracle" else extra > 0
+    assert deadly["duration_s"] > calm["duration_s"]
+
+
+def test_a_failure_ends_one_request_and_gives_its_memory_to_the_next() -> None:
+    trace = Trace("t", [TraceRow(10, 200, 0.0)] * 8)
+    assert figures_of(trace, "orca-max")["failed"] == 0
+    failing = figures_of(trace, "orca-max", step_failures=1.0)
+    assert (failing["failed"], failing["finished"], failing["steps"]) == (8, 0, 8)
+
+
+def test_the_check_sees_slots_that_are_nobody_s_or_two_owners() -> None:
+    memory = BuddyAllocator(100)
+    held = [memory.allocate(3), memory.allocate(5)]
+    check_buddy(memory, [chunk for chunk in held if chunk])
+    with pytest.raises(InvariantError, match="expected"):
+        check_buddy(memory, held[:1])  # type: ignore[arg-type]
+    with pytest.raises(InvariantError, match="expected"):
+        check_buddy(memory, [*held, held[0]])  # type: ignore[list-item]

@@ -15,7 +15,7 @@ from quire.simulation.invariants import InvariantError, check_pool
 from quire.simulation.measures import Measures
 from quire.simulation.modelled_executor import ModelledExecutor
 from quire.simulation.paged import PagedSimulation
-from quire.simulation.settings import SimulationSettings
+from quire.simulation.settings import POLICIES, SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.step_time import StepTime
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace, TraceRow, unbounded_hit_percent
@@ -68,10 +68,10 @@ def test_more_run_at_once_than_with_reservations() -> None:
     assert batch["paged"] > 1.5 * batch["orca-oracle"] > 1.5 * batch["orca-pow2"] > 1.5 * batch["orca-max"] / 1.5
 
 
-@pytest.mark.parametrize("policy", ["paged", "orca-pow2", "fastertransformer"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_one_seed_one_result(policy: str) -> None:
     faults: dict[str, Any] = {"step_failures": 0.01, "slow_steps": 0.05, "engine_deaths": 0.003, "cancellations": 0.2}
-    options = {"policy": policy, "rate": 30.0, **(faults if policy == "paged" else {})}
+    options = {"policy": policy, "rate": 30.0, **faults}
     first, again, other = (json.dumps(figures_of(lengths(200), seed=seed, **options)) for seed in (7, 7, 8))
     assert first == again
     assert first != other
@@ -84,8 +84,10 @@ PROBABILITIES = st.sampled_from([0.0, 0.01, 0.2])
 @given(
     trace=st.builds(lengths, st.integers(1, 60), st.integers(0, 9)),
     rate=st.sampled_from([1.0, 50.0, 1000.0]),
-    num_blocks=st.integers(15, 60),
-    n=st.integers(1, 3),
+    num_blocks=st.integers(20, 60),
+    sequences=st.sampled_from([{"n": 1}, {"n": 3}, {"beam_width": 1}, {"n": 2, "beam_width": 3}]),
+    tiers=st.sampled_from([{}, {"swap_space": 100_000}, {"swap_space": 30_000, "disk_cache_size": 200_000}]),
+    shared_prefix=st.sampled_from([0, 21]),
     step_failures=PROBABILITIES,
     slow_steps=PROBABILITIES,
     cancellations=st.sampled_from([0.0, 0.3, 1.0]),
@@ -94,10 +96,14 @@ PROBABILITIES = st.sampled_from([0.0, 0.01, 0.2])
     seed=st.integers(0, 99),
 )
 def test_whatever_goes_wrong_the_pool_is_in_order_and_every_request_ends(
-    trace: Trace, num_blocks: int, **options: Any
+    trace: Trace, num_blocks: int, sequences: dict[str, int], tiers: dict[str, int], **options: Any
 ) -> None:
     """The pool is checked after every step, and empty at the end; requests end one way each."""
-    options = {"patience": 0.2, "restart_time": 0.1, "check_every": 1, "kv_slots": 16 * num_blocks, **options}
+    if not options["enable_prefix_caching"]:
+        tiers = {}
+        options["shared_prefix"] = 0
+    options = {"patience": 0.2, "restart_time": 0.1, "check_every": 1, **sequences, **tiers, **options}
+    options["kv_slots"] = 16 * num_blocks
     figures = figures_of(trace, **options)
     assert figures["requests"] == len(trace.rows)
     if not options["step_failures"]:
@@ -131,6 +137,47 @@ def test_samples_share_their_prompt() -> None:
     assert figures["finished"] == 1
     # 8 blocks of prompt and one of each sample's own (a step before that, 8 of one sample), against 9 for each.
     assert figures["saved_by_sharing_pct"] == pytest.approx(100 * 24 / 36, abs=5)
+
+
+def test_beams_share_more_than_samples() -> None:
+    """Losing beams give their blocks back, so the living ones have a past in common; samples only have the prompt."""
+    rows = [TraceRow(16, 64, 0.0)] * 8
+    samples, beams = (
+        figures_of(Trace("t", rows), block_size=4, **options) for options in ({"n": 4}, {"beam_width": 4})
+    )
+    assert beams["finished"] == samples["finished"] == 8
+    assert beams["generated_tokens"] == 8 * 64  # the best beam of each is delivered, at its end
+    assert beams["ttft_mean"] == beams["latency_mean"]
+    assert beams["saved_by_sharing_pct"] > 1.5 * samples["saved_by_sharing_pct"]
+
+
+def test_a_shared_prefix_is_held_and_not_computed() -> None:
+    rows = lengths(50, most=80).rows
+    held = figures_of(Trace("t", rows), rate=20.0, shared_prefix=64)
+    # Of every prompt the prefix is found: four blocks of 16.
+    assert held["prefix_hit_pct"] == pytest.approx(100 * 64 * 50 / (64 * 50 + sum(row.prompt_tokens for row in rows)))
+    assert held["finished"] == 50
+    computed = figures_of(Trace("t", rows), rate=20.0, shared_prefix=64, policy="orca-oracle")
+    without = figures_of(Trace("t", rows), rate=20.0, policy="orca-oracle")
+    assert computed["busy_s"] > without["busy_s"]
+    assert computed["finished"] == 50
+
+
+def test_tiers_bring_back_what_the_pool_has_evicted() -> None:
+    trace = conversation(6, 8)
+    options = {"block_size": 512, "max_model_len": 8192, "max_num_batched_tokens": 8192, "kv_slots": 512 * 12}
+    block_bytes = 512 * TINY.kv_bytes_per_token
+    alone = figures_of(trace, **options)
+    host = figures_of(trace, swap_space=1000 * block_bytes, **options)
+    both = figures_of(trace, swap_space=2 * block_bytes, disk_cache_size=1000 * block_bytes, **options)
+    assert alone["prefix_hit_pct"] < 0.5 * host["prefix_hit_pct"]
+    assert host["prefix_hit_pct"] == pytest.approx(host["unbounded_prefix_hit_pct"], abs=5)
+    assert host["host_hit_pct"] > 0 == host["disk_hit_pct"]
+    assert both["disk_hit_pct"] > 10
+    assert alone["disk_hit_pct"] == alone["host_hit_pct"] == 0
+    # A tier that takes longer than computing is left alone: the rates decide, as in the engine.
+    slow = figures_of(trace, disk_cache_size=1000 * block_bytes, disk_bandwidth=1e3, **options)
+    assert slow["prefix_hit_pct"] < both["prefix_hit_pct"]
 
 
 def conversation(num_turns: int, num_users: int) -> Trace:
@@ -199,7 +246,8 @@ def test_the_check_sees_books_that_do_not_add_up() -> None:
         ({"max_num_seqs": 4096}, "less than max_num_seqs"),
         ({"saturate": True, "rate": 1.0}, "leave out rate"),
         ({"kv_slots": 5, "kv_cache_memory": "1GiB"}, "give one"),
-        ({"policy": "orca-max", "engine_deaths": 0.1}, "faults are modelled for policy paged only"),
+        ({"policy": "orca-max", "swap_space": "1GiB"}, "are tiers of policy paged"),
+        ({"n": 3, "beam_width": 2}, "n is 3, but 2 beams"),
         ({"restart_time": -1.0}, "restart_time is -1.0"),
     ],
 )

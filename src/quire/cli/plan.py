@@ -1,36 +1,286 @@
-"""`quire plan`: what a model would take of the memory, from its config.json alone."""
+"""`quire plan`: what a model would take of the memory and how fast it would be, from its config.json alone."""
 
 import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from quire.cli.options import ModelArgument, flags
+from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
-from quire.engine.memory_plan import plan_memory
-from quire.model_config import ModelConfig
+from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.errors import ConfigError, MemoryPlanError
+from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.quantization import METHODS
+from quire.simulation.devices import DEVICES, MEMORY_SHARE, Device, fewest_devices, find_device
+from quire.simulation.model_shapes import ModelShape
+from quire.simulation.planner import EngineSizes, expect_trace, expect_users
+from quire.simulation.trace import find_trace, read_trace
+
+PROMPT, OUTPUT = 512, 128
+"""Tokens of a request if not told otherwise, as far as the context reaches."""
 
 
 @flags(EngineConfig)
 def plan(
     model: ModelArgument = "",
     *,
+    device: str = "",
+    num_devices: int | None = None,
+    context: int | None = None,
+    users: int | None = None,
+    prompt: int | None = None,
+    output: int | None = None,
+    trace: str = "",
+    compare: bool = True,
+    measure: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
     **options: Any,
 ) -> None:
-    """Show what a model takes of the memory, and how much context fits, without loading it.
+    """Show what a model takes of the memory, how many users fit, and how fast it would be, without loading it.
 
     Parameters
     ----------
     model
         Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+    device
+        A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote; left out, this machine, without times.
+    num_devices
+        Devices that share the model; as few as hold it if left out.
+    context
+        Tokens that each user holds; the longest context if left out.
+    users
+        Users at once; several numbers up to what fits if left out.
+    prompt
+        Tokens of each prompt (512 if left out, or what the context allows).
+    output
+        Tokens of each answer (128 if left out, or what the context allows).
+    trace
+        File of request lengths to expect instead, as for `quire simulate`.
+    compare
+        Show what other ways of storing weights and KV, and other devices, would change.
+    measure
+        Measure this machine's coefficients (a minute or two, with nothing else running) and write them to this file.
     as_json
-        Print the plan as JSON, sizes in bytes.
+        Print the plan as JSON, sizes in bytes, times in seconds.
     """
     config = EngineConfig.from_options({"model": model, **options})
-    memory_plan = plan_memory(config, ModelConfig.from_folder(find_model(config.model, config.revision)))
+    if measure is not None:
+        _measure(measure, config.threads)
+        return
+    for name, value in (("context", context), ("users", users), ("prompt", prompt), ("output", output)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    folder = find_model(config.model, config.revision)
+    asked = _Asked(
+        config,
+        ModelConfig.from_folder(folder),
+        folder.resolve().name,
+        find_device(device) if device else None,
+        num_devices,
+        context,
+        users,
+        prompt,
+        output,
+        trace,
+    )
+    figures = _figures(asked, compare=compare)
     if as_json:
-        print(json.dumps(memory_plan.to_dict(), indent=2))
+        print(json.dumps(figures, indent=2))
     else:
-        print("\n".join(memory_plan.describe()))
+        print_plan(figures, asked.memory_plan().describe())
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is to be planned; the alternatives replace a field of it."""
+
+    config: EngineConfig
+    model: ModelConfig
+    name: str
+    device: Device | None
+    num_devices: int | None = None
+    context: int | None = None
+    users: int | None = None
+    prompt: int | None = None
+    output: int | None = None
+    trace: str = ""
+    kv_dtype: str | None = None
+    """Instead of the engine's, which stores no float8."""
+
+    @property
+    def shape(self) -> ModelShape:
+        config = self.config
+        return ModelShape.of(
+            self.model,
+            self.name,
+            dtype=None if config.dtype == "auto" else config.dtype,
+            kv_dtype=self.kv_dtype or (None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype),
+            quantization=config.quantization,
+        )
+
+    def num_shared(self) -> int:
+        """Devices that share the model."""
+        return 1 if self.device is None else self.num_devices or fewest_devices(self.shape, self.device)
+
+    def memory_plan(self) -> MemoryPlan:
+        """As the engine would make it; where the device has its own memory, KV takes what the rest leaves."""
+        config, device = self.config, self.device
+        if device is None:
+            return plan_memory(config, self.model)
+        available = int(device.memory)
+        if device.is_host:
+            return plan_memory(config, self.model, available - int(device.process_memory))
+        available = int(self.num_shared() * available * MEMORY_SHARE)
+        if config.num_blocks is None and config.kv_cache_memory is None:
+            least = plan_memory(replace(config, num_blocks=1, max_model_len=None), self.model, available)
+            length = config.max_model_len or self.model.context_length
+            most = config.max_num_seqs * -(-length // config.block_size)
+            per_block = least.kv_cache
+            blocks = min(most, (available - least.total + per_block) // per_block)
+            config = replace(config, num_blocks=blocks)
+        return plan_memory(config, self.model, available)
+
+    def sizes(self, plan: MemoryPlan) -> EngineSizes:
+        """What the scheduler sees; KV that is stored smaller makes more blocks."""
+        per_token = self.shape.kv_bytes_per_token
+        return EngineSizes(
+            num_blocks=plan.kv_cache // (per_token * plan.block_size),
+            block_size=plan.block_size,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+        )
+
+
+def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
+    """All that is known of a plan, ready for JSON."""
+    plan, shape = asked.memory_plan(), asked.shape
+    sizes = asked.sizes(plan)
+    context = asked.context or plan.max_model_len
+    if context > plan.max_model_len:
+        raise ConfigError(f"context is {context}, but the longest context is {plan.max_model_len} tokens; ask for less")
+    prompt, output = _lengths(asked, context)
+    most = sizes.num_users(context)
+    if asked.users is not None and asked.users > sizes.max_num_seqs:
+        raise ConfigError(f"users is {asked.users}, but at most {sizes.max_num_seqs} run at once; raise max_num_seqs")
+    figures: dict[str, Any] = {
+        **plan.to_dict(),
+        "model": asked.name,
+        "device": asked.device.name if asked.device else None,
+        "num_devices": asked.num_shared(),
+        "kv_bytes_per_1k_tokens": 1000 * shape.kv_bytes_per_token,
+        "peak_resident": peak_resident(plan, asked.model, asked.device) if _on_host(asked) else None,
+        "context": context,
+        "users_that_fit": most,
+        "expected": [],
+    }
+    if asked.device is not None:
+        device, count = asked.device, asked.num_shared()
+        if asked.trace:
+            trace = read_trace(find_trace(asked.trace, "."))
+            figures["expected"] = [expect_trace(trace, shape, device, count, sizes)]
+        else:
+            numbers = [asked.users] if asked.users else [4**power for power in range(8) if 4**power < most] + [most]
+            figures["expected"] = [
+                expect_users(shape, device, count, sizes, users=number, prompt=prompt, output=output)
+                for number in numbers
+                if number
+            ]
+    if compare:
+        alternatives = [_alternative("as planned", asked, context, prompt, output)]
+        alternatives += [_alternative(name, other, context, prompt, output) for name, other in _others(asked)]
+        figures["alternatives"] = alternatives
+    return figures
+
+
+def _lengths(asked: _Asked, context: int) -> tuple[int, int]:
+    output = asked.output or max(1, min(OUTPUT, (context - (asked.prompt or 0)) // (1 if asked.prompt else 4)))
+    prompt = asked.prompt or max(1, min(PROMPT, context - output))
+    if prompt + output > context:
+        raise ConfigError(
+            f"prompt is {prompt} and output {output}, together more than the context of {context} tokens; ask for less"
+        )
+    return prompt, output
+
+
+def _on_host(asked: _Asked) -> bool:
+    return asked.device is None or asked.device.is_host
+
+
+def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
+    """What one could change, one thing at a time."""
+    config, shape = asked.config, asked.shape
+    others = []
+    if shape.quantization is None and shape.dtype == "float32":
+        others.append(("bfloat16", replace(asked, config=replace(config, dtype="bfloat16"))))
+    others += [
+        (method, replace(asked, config=replace(config, quantization=method)))
+        for method in METHODS
+        if method != config.quantization
+    ]
+    others.append(("fp8 KV (not in this engine)", replace(asked, kv_dtype="float8")))
+    if asked.device is not None:
+        others += [
+            (name, replace(asked, device=device, num_devices=None))
+            for name, device in DEVICES.items()
+            if name != asked.device.name and not device.is_host
+        ]
+    return others
+
+
+def _alternative(name: str, asked: _Asked, context: int, prompt: int, output: int) -> dict[str, Any]:
+    """One line of the comparison: what fits, and tokens per second with as many users as fit, or as were asked for."""
+    line: dict[str, Any] = {"name": name}
+    try:
+        plan = asked.memory_plan()
+        sizes = asked.sizes(plan)
+        users = min(asked.users or sizes.max_num_seqs, sizes.num_users(min(context, plan.max_model_len)))
+        line |= {
+            "num_devices": asked.num_shared(),
+            "weights": plan.weights,
+            "kv_bytes_per_1k_tokens": 1000 * asked.shape.kv_bytes_per_token,
+            "kv_tokens": sizes.num_blocks * sizes.block_size,
+            "users_that_fit": sizes.num_users(min(context, plan.max_model_len)),
+            "users": users,
+        }
+        if asked.device is not None and users:
+            expected = expect_users(
+                asked.shape, asked.device, asked.num_shared(), sizes, users=users, prompt=prompt, output=output
+            )
+            line |= {figure: expected[figure] for figure in ("tokens_per_s", "ttft_p50", "tbt_p50")}
+    except (ConfigError, MemoryPlanError) as error:
+        line["refused"] = str(error)
+    return line
+
+
+def peak_resident(plan: MemoryPlan, model: ModelConfig, device: Device | None) -> dict[str, int]:
+    """Most that the system will show as the engine's memory, with every block written and log-probabilities asked for.
+
+    The checkpoint is mapped, not read: its pages count while they are in memory, but the system can take them back.
+    The table that embeddings are gathered from stays such a view where its dtype is the checkpoint's.
+    """
+    checkpoint = model.num_parameters() * DTYPE_BYTES[model.checkpoint_dtype]
+    view = model.vocab_size * model.hidden_size * DTYPE_BYTES[plan.dtype] if plan.dtype == model.checkpoint_dtype else 0
+    process = int(device.process_memory) if device else 0
+    return {
+        "process": process,
+        "engine": plan.total - view,
+        "checkpoint": checkpoint,
+        "total": process + plan.total - view + checkpoint,
+    }
+
+
+def _measure(path: Path, threads: int | None) -> None:
+    from quire.cli.probe import measure_device
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"measure is {path}, but there is no folder {path.parent}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device = measure_device(path.stem, memory, threads, lambda line: print(f"measured {line}", flush=True))
+    path.write_text(device.to_json())
+    print(f"wrote {path}; use it as --device {path}")

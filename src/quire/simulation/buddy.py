@@ -1,5 +1,7 @@
 """BuddyAllocator: contiguous chunks of a power of two of slots, as the paper's baselines allocate KV memory."""
 
+from collections.abc import Iterator
+
 
 class BuddyAllocator:
     """`num_slots` slots, cut into powers of two, the largest first; chunks never span two of those pieces.
@@ -46,6 +48,12 @@ class BuddyAllocator:
             offset &= ~(1 << order)
             order += 1
         self._free[order][offset] = None
+
+    def free_chunks(self) -> Iterator[tuple[int, int]]:
+        """Every free chunk."""
+        for order, chunks in enumerate(self._free):
+            for offset in chunks:
+                yield offset, order
 
     def num_free(self) -> int:
         """Slots in free chunks."""

@@ -4,11 +4,16 @@ The table's rates are what the makers' data sheets print (dense float16), and th
 reach are round assumptions. Measured figures belong in a JSON file with the same field names:
 
     {"name": "mine", "memory": 25769803776, "bandwidth": 2.2e10, "matrix_rate": 2.0e11, "step_overhead": 0.002}
+
+`quire plan --measure FILE` writes one for the machine it runs on. There, `products` stand in the place of a roofline: a
+processor's time for a matrix product bends with the number of rows, and differs between ways of storing weights.
 """
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from quire.errors import ConfigError
@@ -44,17 +49,50 @@ class Device:
     """Seconds of one all-reduce of next to nothing; a layer does two."""
     host_bandwidth: float = 0.0
     """Bytes per second between the device and host memory."""
+    layer_overhead: float = 0.0
+    """Seconds a step takes per layer besides computing."""
+    element_time: float = 0.0
+    """Seconds per element of what a token's layers pass to each other: norms, activations, rotations."""
+    logit_time: float = 0.0
+    """Seconds per logit that a sample is drawn from."""
+    process_memory: float = 0.0
+    """Bytes a process takes before it holds anything of a model: interpreter and libraries."""
+    products: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Weight format (a dtype or a quantisation) → (rows, seconds per parameter) in ascending order: how long a matrix
+    product of so many rows takes, linear in between and beyond. `bandwidth` and `matrix_rate` are then attention's
+    alone. Empty: they are a roofline for both."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "name":
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in ("name", "products"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-                raise ConfigError(f"device {self.name}: {field.name} is {value!r}; it must be a number of at least 0")
+            if not _is_amount(value):
+                raise ConfigError(f"device {self.name}: {entry.name} is {value!r}; it must be a number of at least 0")
+        for weight_format, curve in self.products.items():
+            points = [tuple(point) for point in curve]
+            sound = all(len(point) == 2 and _is_amount(point[0]) and _is_amount(point[1]) for point in points)
+            if not sound or len(points) < 2 or any(a[0] >= b[0] or a[1] > b[1] for a, b in pairwise(points)):
+                raise ConfigError(
+                    f"device {self.name}: products of {weight_format} is {list(curve)!r}; it must be two or more pairs "
+                    "of rows and seconds per parameter, both ascending"
+                )
         for name in ("memory", "bandwidth", "matrix_rate", "bandwidth_share", "matrix_share"):
             if getattr(self, name) == 0:
                 raise ConfigError(f"device {self.name}: {name} is 0; it must be more")
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it computes in host memory, beside whatever else is there."""
+        return self.host_bandwidth == 0
+
+    def to_json(self) -> str:
+        """As a file that `find_device` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
 def _gpu(name: str, memory: float, bandwidth: float, matrix_rate: float, link: float, host: float) -> Device:

@@ -28,13 +28,20 @@ class Faults:
             return seconds * self._settings.slow_factor
         return seconds
 
+    def fails_step(self) -> float | None:
+        """Whether a step fails for one of its sequences: at which place among them, from 0 to less than 1."""
+        likely = self._settings.step_failures
+        if likely > 0 and self._failures.random() < likely:
+            return self._failures.random()
+        return None
+
     def fails_one(self, result: StepResult) -> bool:
         """Perhaps turn one of the step's samples into an error; whether it did."""
-        likely = self._settings.step_failures
-        if result.errors and likely > 0 and self._failures.random() < likely:
-            result.errors[self._failures.randrange(len(result.errors))] = FAULT
-            return True
-        return False
+        place = self.fails_step() if result.errors else None
+        if place is None:
+            return False
+        result.errors[int(place * len(result.errors))] = FAULT
+        return True
 
     def patience(self) -> float | None:
         """After how many seconds the next client leaves; None if it stays."""

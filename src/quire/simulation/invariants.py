@@ -1,7 +1,10 @@
-"""What must hold of the pool after every step, whatever went wrong in it. Costs a walk over all blocks."""
+"""What must hold of the memory after every step, whatever went wrong in it. Costs a walk over all of it."""
+
+from collections.abc import Iterable
 
 from quire.errors import QuireError
 from quire.kv_cache.block_pool import BlockPool
+from quire.simulation.buddy import BuddyAllocator
 
 
 class InvariantError(QuireError):
@@ -25,6 +28,17 @@ def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
             _equal(f"fill of named block {block}", pool.fill[block], pool.block_size)
     if idle:
         _equal("blocks in use after the last request", len(used), 0)
+
+
+def check_buddy(memory: BuddyAllocator, held: Iterable[tuple[int, int]]) -> None:
+    """Raise `InvariantError` unless the free chunks and those that are held are all slots, each once."""
+    chunks = sorted([*memory.free_chunks(), *held])
+    end = 0
+    for offset, order in chunks:
+        _equal("first slot of a chunk", offset, end)
+        _equal("alignment of a chunk", offset % (1 << order), 0)
+        end = offset + (1 << order)
+    _equal("slots in chunks", end, memory.num_slots)
 
 
 def _equal(what: str, found: int | None, expected: int) -> None:

@@ -5,6 +5,10 @@ from pathlib import Path
 
 from quire.errors import ConfigError
 from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.quantization import METHODS
+
+KV_BYTES = {**DTYPE_BYTES, "float8": 1}
+"""Bytes of a stored key or value; float8 is simulated whether or not the engine stores it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +27,75 @@ class ModelShape:
     gated_mlp: bool = True
     tied: bool = False
     learned_positions: bool = False
-    dtype_bytes: int = 2
-    """Bytes per parameter and per stored key or value."""
+    dtype: str = "float16"
+    """What parameters are stored in, where they are not quantised, and activations pass between devices in."""
+    kv_dtype: str | None = None
+    """What keys and values are stored in; None follows dtype."""
+    quantization: str | None = None
+    """A row of METHODS: how the matrices of the layers and the head are stored instead."""
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        name: str,
+        *,
+        dtype: str | None = None,
+        kv_dtype: str | None = None,
+        quantization: str | None = None,
+    ) -> "ModelShape":
+        """The shape of a checkpoint, stored as asked."""
+        return cls(
+            name=name,
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+            gated_mlp=config.gated_mlp,
+            tied=config.tie_word_embeddings,
+            learned_positions=config.rope is None,
+            dtype=dtype or config.checkpoint_dtype,
+            kv_dtype=kv_dtype,
+            quantization=quantization,
+        )
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def weight_format(self) -> str:
+        """How the layers' matrices are stored: a quantisation, or a dtype."""
+        return self.quantization or self.dtype
+
+    @property
+    def head_format(self) -> str:
+        """How the matrix that makes logits is stored: by the method whose layers are stored that way."""
+        if self.quantization is None:
+            return self.dtype
+        head = METHODS[self.quantization].head
+        return next(name for name, method in METHODS.items() if method.layers == head)
+
+    @property
+    def layer_bytes(self) -> float:
+        """Memory of the layers' matrices, which every step reads."""
+        return self.num_layer_parameters * self._bytes_per_parameter(head=False)
+
+    @property
+    def head_bytes(self) -> float:
+        """Memory of the matrix that makes logits."""
+        return self.num_head_parameters * self._bytes_per_parameter(head=True)
+
+    def _bytes_per_parameter(self, *, head: bool) -> float:
+        if self.quantization is None:
+            return self.dtype_bytes
+        method = METHODS[self.quantization]
+        # A row of `hidden_size` inputs with its scales; other widths differ by a scale.
+        return (method.head if head else method.layers).weight_bytes(1, self.hidden_size) / self.hidden_size
 
     @property
     def num_layer_parameters(self) -> int:
@@ -39,16 +110,24 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
+    def num_elements_per_token(self) -> int:
+        """What the layers pass to each other for one token: twice a norm's output, queries, keys, values, attention's
+        output, and what goes into and comes out of the activation."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        mlp = self.intermediate_size * (3 if self.gated_mlp else 2)
+        return self.num_layers * (2 * self.hidden_size + heads + mlp)
+
+    @property
     def weight_bytes(self) -> int:
         """Memory of all matrices and tables; norms and biases are too small to count."""
-        tables = self.num_head_parameters * (1 if self.tied else 2)
+        tables = 0 if self.tied and self.quantization is None else self.num_head_parameters
         if self.learned_positions:
             tables += self.context_length * self.hidden_size
-        return (self.num_layer_parameters + tables) * self.dtype_bytes
+        return int(self.layer_bytes + self.head_bytes) + tables * self.dtype_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_BYTES[self.kv_dtype or self.dtype]
 
 
 def _opt(name: str, num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:
@@ -127,19 +206,4 @@ def find_model_shape(name: str) -> ModelShape:
         raise ConfigError(
             f"model is {name!r}; it must be one of {', '.join(MODEL_SHAPES)}, or a config.json or its folder"
         )
-    config = ModelConfig.from_folder(folder)
-    return ModelShape(
-        name=folder.resolve().name,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        context_length=config.context_length,
-        gated_mlp=config.gated_mlp,
-        tied=config.tie_word_embeddings,
-        learned_positions=config.rope is None,
-        dtype_bytes=DTYPE_BYTES[config.checkpoint_dtype],
-    )
+    return ModelShape.of(ModelConfig.from_folder(folder), folder.resolve().name)

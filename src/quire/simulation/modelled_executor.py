@@ -1,22 +1,82 @@
-"""ModelledExecutor: takes the place of the runner. Executes a StepPlan without a model, and says how long it took."""
+"""ModelledExecutor: takes the place of the runner. Executes a StepPlan without a model, and says how long it took.
 
+Beams. What a model says of the next token is modelled by breaking a stick: the likeliest token gets a share of the
+probability drawn evenly from 0 to 1, the next one such a share of the rest, and so on. The entropy of that is 1 nat
+on average, about what a large language model has on text. One beam's candidates are drawn apart from another's.
+
+Tiers. Copies to and from host memory are part of the step, as in the engine; the disk reads and writes in the
+background, one block after the other.
+"""
+
+import math
+import random
+from collections import deque
 from operator import mul
 
+from quire.kv_cache.tiers import DISK, HOST
 from quire.simulation.step_time import StepTime
-from quire.step import StepPlan, StepResult
+from quire.step import BeamCandidates, BlockMoves, MovedBlocks, StepPlan, StepResult
 
 SAMPLED_TOKEN = 1
 """What every sample draws; a sequence ends by its length."""
 
 
+class ModelledTiers:
+    """Where moved blocks of `block_bytes` are, and when they get there; rates in bytes per second."""
+
+    def __init__(self, block_bytes: int, *, host_rate: float, disk_rate: float) -> None:
+        self._host_seconds = block_bytes / host_rate
+        self._disk_seconds = block_bytes / disk_rate
+        self._reads: deque[tuple[float, bytes, float]] = deque()
+        """(when it ends, name, seconds it takes) in that order."""
+        self._writes: deque[tuple[float, bytes]] = deque()
+
+    def move(self, moves: BlockMoves | None, now: float, seconds: float) -> tuple[MovedBlocks, float]:
+        """What ends by the end of a step that begins `now` and computes for `seconds`; and how long it then takes."""
+        moved = MovedBlocks()
+        wait = False
+        if moves is not None:
+            num_loads = sum(tier == HOST for tier, _, _ in moves.loads)
+            num_saves = sum(tier == HOST for tier, _, _ in moves.saves)
+            moved.load_seconds = num_loads * self._host_seconds
+            seconds += (num_loads + num_saves) * self._host_seconds
+            for name in moves.reads:
+                begin = max(now, self._reads[-1][0]) if self._reads else now
+                self._reads.append((begin + self._disk_seconds, name, self._disk_seconds))
+            for tier, name, _ in moves.saves:
+                if tier == DISK:
+                    begin = max(now, self._writes[-1][0]) if self._writes else now
+                    self._writes.append((begin + self._disk_seconds, name))
+            wait = moves.wait
+        if wait and self._reads:
+            seconds = max(seconds, self._reads[0][0] - now)
+        end = now + seconds
+        while self._reads and self._reads[0][0] <= end:
+            _, name, took = self._reads.popleft()
+            moved.read.append((name, took))
+        while self._writes and self._writes[0][0] <= end:
+            moved.saved.append(self._writes.popleft()[1])
+        return moved, seconds
+
+    def forget(self) -> None:
+        """What is on its way is lost."""
+        self._reads.clear()
+        self._writes.clear()
+
+
 class ModelledExecutor:
     """The results of steps, and their times by a `StepTime`."""
 
-    def __init__(self, step_time: StepTime) -> None:
+    def __init__(self, step_time: StepTime, *, seed: int = 0, tiers: ModelledTiers | None = None) -> None:
+        """`seed` is that of what follows beams."""
         self._step_time = step_time
+        self._tiers = tiers
+        self._draw = random.Random(f"beams {seed}")
+        self._beam_widths: dict[int, int] = {}
+        """Row → width of the search that it is a beam of."""
 
-    def execute(self, plan: StepPlan) -> tuple[StepResult, float]:
-        """What a runner would return, and the seconds it would take."""
+    def execute(self, plan: StepPlan, now: float = 0.0) -> tuple[StepResult, float]:
+        """What a runner would return of a step that begins at `now`, and the seconds it would take."""
         num_samples = len(plan.sample_rows)
         num_rows, num_tokens = len(plan.rows), len(plan.token_ids)
         context = sum(plan.starts) + num_tokens
@@ -26,6 +86,39 @@ class ModelledExecutor:
             # Token i of c after s earlier ones attends to s + i + 1 keys: c s + c (c + 1) / 2 for all of them.
             counts = plan.counts
             num_pairs = sum(map(mul, plan.starts, counts)) + (sum(map(mul, counts, counts)) + num_tokens) / 2
-        seconds = self._step_time.seconds(num_rows, num_tokens, context, num_pairs, num_samples)
+        seconds = self._step_time.seconds(num_rows, num_tokens, context, num_pairs, num_samples) if num_rows else 0.0
         nothing: list[None] = [None] * num_samples
-        return StepResult([SAMPLED_TOKEN] * num_samples, [*nothing], [*nothing]), seconds
+        result = StepResult([SAMPLED_TOKEN] * num_samples, [*nothing], [*nothing])
+        self._follow_beams(plan, result)
+        if self._tiers is not None:
+            result.moved, seconds = self._tiers.move(plan.moves, now, seconds)
+        return result, seconds
+
+    def forget(self) -> None:
+        """The engine died: what was on its way is lost."""
+        self._beam_widths.clear()
+        if self._tiers is not None:
+            self._tiers.forget()
+
+    def _follow_beams(self, plan: StepPlan, result: StepResult) -> None:
+        widths = self._beam_widths
+        for fork in plan.row_forks:
+            widths[fork.row] = widths[fork.source]
+        for new in plan.new_rows:
+            if new.params.beam_width is not None:
+                widths[new.row] = new.params.beam_width
+            elif widths:
+                widths.pop(new.row, None)
+        if widths:
+            for place, row in enumerate(plan.sample_rows):
+                if row in widths:
+                    result.candidates[place] = self._candidates(widths[row])
+
+    def _candidates(self, width: int) -> BeamCandidates:
+        rest, shares = 1.0, []
+        for _ in range(width):
+            share = rest * (1.0 - self._draw.random())
+            shares.append(share)
+            rest = max(rest - share, 1e-300)
+        shares.sort(reverse=True)
+        return BeamCandidates(list(range(1, width + 1)), [math.log(share) for share in shares], [])

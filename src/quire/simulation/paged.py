@@ -7,6 +7,7 @@ from typing import Any
 
 from quire.errors import RequestError
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex
 from quire.outputs import SequenceDelta
 from quire.request import Request
 from quire.sampling_params import SamplingParams
@@ -25,6 +26,9 @@ first come, first served makes no difference between the two, and prompts need m
 
 _UNIQUE = 2**31
 """Token ids from here on stand for prompts of which nothing is known but their length."""
+_SHARED = 2**32 - 1
+"""The token that shared prefixes are made of."""
+_PREFIX_ID = "shared prefix"
 
 Progress = Callable[[int], None]
 """Called now and then with the number of requests that have ended."""
@@ -58,7 +62,9 @@ class PagedSimulation:
         *,
         num_slots: int,
         max_model_len: int,
+        kv_bytes_per_token: int = 0,
     ) -> None:
+        """`kv_bytes_per_token` sizes the blocks of tiers, where there are any."""
         self.now = 0.0
         self.measures = measures
         self.num_deaths = 0
@@ -69,11 +75,16 @@ class PagedSimulation:
         self._faults = Faults(settings)
         self._num_blocks = num_slots // settings.block_size
         self._max_model_len = max_model_len
+        self._block_bytes = kv_bytes_per_token * settings.block_size
+        self._tier_hits = {HOST: 0, DISK: 0}
+        self._on_disk: list[tuple[bytes, int]] = []
+        """What the engine before this one left on disk."""
         self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD
         self._clients: dict[str, _Client] = {}
         self._leaving: list[tuple[float, str]] = []
         """When clients lose patience, as a heap."""
         self._params: dict[int, SamplingParams] = {}
+        self._prefix = [_SHARED] * settings.shared_prefix
         self._num_counted = 0
         """Clients waiting or running that are part of the result."""
         self._preemptions = self._prefix_queries = self._prefix_hits = 0
@@ -97,7 +108,7 @@ class PagedSimulation:
             if faults.kills_engine():
                 self._restart()
                 continue
-            result, seconds = self._executor.execute(plan)
+            result, seconds = self._executor.execute(plan, self.now)
             seconds = faults.slowed(seconds)
             failed = faults.fails_one(result)
             previous = self.now
@@ -111,6 +122,8 @@ class PagedSimulation:
                 on_progress(self._num_ended)
         for request_id in self._clients:
             self.scheduler.abort(request_id)
+        if self._prefix:
+            self.scheduler.prefixes.remove(_PREFIX_ID)
         check_pool(self.scheduler.pool, idle=True)
         self._keep_counts()
         if on_progress:
@@ -121,9 +134,14 @@ class PagedSimulation:
         return {
             **self.measures.result(self.now),
             "preemptions": self._preemptions,
-            "prefix_hit_pct": 100 * self._prefix_hits / self._prefix_queries if self._prefix_queries else 0.0,
+            "prefix_hit_pct": self._percent_of_queries(self._prefix_hits),
+            "host_hit_pct": self._percent_of_queries(self._tier_hits[HOST]),
+            "disk_hit_pct": self._percent_of_queries(self._tier_hits[DISK]),
             "engine_deaths": self.num_deaths,
         }
+
+    def _percent_of_queries(self, num_tokens: int) -> float:
+        return 100 * num_tokens / self._prefix_queries if self._prefix_queries else 0.0
 
     @property
     def _num_ended(self) -> int:
@@ -155,9 +173,13 @@ class PagedSimulation:
             del prompt[row.prompt_tokens :]
         else:
             prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
+        prompt[:0] = self._prefix
         params = self._params.get(row.output_tokens)
         if params is None:
-            params = SamplingParams(n=self._settings.n, max_tokens=row.output_tokens, ignore_eos=True)
+            settings = self._settings
+            params = SamplingParams(
+                n=settings.n, beam_width=settings.beam_width, max_tokens=row.output_tokens, ignore_eos=True
+            )
             self._params[row.output_tokens] = params
         request = Request(
             request_id=f"{arrival.number}",
@@ -185,8 +207,9 @@ class PagedSimulation:
         for delta in deltas:
             client = clients[delta.request_id]
             if delta.error is None:
-                client.lengths[delta.index] += 1
-                self.measures.num_tokens += 1
+                num_new = len(delta.token_ids)  # a search delivers all of a beam at its end
+                client.lengths[delta.index] += num_new
+                self.measures.num_tokens += num_new
                 last = client.last_token
                 if last == previous:
                     num_steady += 1
@@ -225,13 +248,35 @@ class PagedSimulation:
     def _start_engine(self) -> Scheduler:
         settings = self._settings
         pool = BlockPool(self._num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
-        return Scheduler(
+        self._tiers = self._open_tiers()
+        scheduler = Scheduler(
             pool,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self._max_model_len,
+            tiers=self._tiers,
             clock=lambda: self.now,
         )
+        if self._prefix:
+            # Provided in advance, as the paper has it: computed before the clock runs.
+            params = SamplingParams(max_tokens=1, ignore_eos=True)
+            scheduler.register_prefix(
+                Request(request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, max_tokens=1), [""]
+            )
+            while scheduler.has_work:
+                plan = scheduler.schedule()
+                scheduler.update(plan, self._executor.execute(plan, self.now)[0])
+            self._prefix_queries -= scheduler.stats().total_prefix_queries  # no client's
+        return scheduler
+
+    def _open_tiers(self) -> TierIndex | None:
+        """Host memory starts empty; the disk has what an engine before left there."""
+        settings, size = self._settings, self._block_bytes
+        if not settings.has_tiers:
+            return None
+        host = Tier(settings.swap_space, size) if settings.swap_space else None
+        disk = Tier(settings.disk_cache_size, size, self._on_disk) if settings.disk_cache_size else None
+        return TierIndex(lambda: self.now, host=host, disk=disk)
 
     def _restart(self) -> None:
         """The engine dies with its memory; a new one goes on with what the clients have received."""
@@ -239,6 +284,9 @@ class PagedSimulation:
         self._keep_counts()
         self.num_deaths += 1
         self.now += self._settings.restart_time
+        if self._tiers is not None and DISK in self._tiers.tiers:
+            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].names()]
+        self._executor.forget()
         self.scheduler = self._start_engine()
         for client in self._clients.values():
             asked = client.request
@@ -259,3 +307,5 @@ class PagedSimulation:
         self._preemptions += stats.total_preemptions
         self._prefix_queries += stats.total_prefix_queries
         self._prefix_hits += stats.total_prefix_hits
+        for tier_name, tier in stats.tiers.items():
+            self._tier_hits[tier_name] += tier.total_hits

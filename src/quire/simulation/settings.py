@@ -57,6 +57,16 @@ class SimulationSettings:
     """Find blocks by content (paged)."""
     n: int = 1
     """Samples per request; the baselines store the prompt once for each."""
+    beam_width: int | None = None
+    """Beams per request, searched for instead of sampled; the baselines store the prompt once for each."""
+    shared_prefix: int = 0
+    """Tokens that every prompt begins with besides its own; paged holds them ready, the baselines compute them."""
+    swap_space: int | None = None
+    """Bytes of host memory, e.g. 64GiB, for blocks that leave the KV memory (paged)."""
+    disk_cache_size: int | None = None
+    """Bytes on disk for blocks (paged)."""
+    disk_bandwidth: float = 3e9
+    """Bytes per second read from that disk, and as many written."""
     attention_slowdown: float = 1.0
     """Time of the attention kernel over that of one for contiguous KV (paged); the paper measures 1.20 to 1.26."""
     ttft_limit: float = 1.0
@@ -64,24 +74,25 @@ class SimulationSettings:
     tbt_limit: float = 0.2
     """Seconds per further token, on average over a request, within which it counts for goodput."""
     step_failures: float = 0.0
-    """Probability that a step fails for one of its sequences, which ends with an error (paged)."""
+    """Probability that a step fails for one of its sequences, which ends with an error."""
     slow_steps: float = 0.0
-    """Probability that a step takes slow_factor times as long (paged)."""
+    """Probability that a step takes slow_factor times as long."""
     slow_factor: float = 10.0
-    """How many times as long a slow step takes (paged)."""
+    """How many times as long a slow step takes."""
     cancellations: float = 0.0
-    """Share of clients that leave before their answer is complete, after patience seconds on average (paged)."""
+    """Share of clients that leave before their answer is complete, after patience seconds on average."""
     patience: float = 10.0
     """Mean of the exponential time after which such a client leaves, in seconds."""
     engine_deaths: float = 0.0
-    """Probability that the engine dies in a step; it starts anew and running requests go on (paged)."""
+    """Probability that the engine dies in a step; it starts anew and running requests go on."""
     restart_time: float = 5.0
     """Seconds a new engine needs to start."""
     check_every: int = 0
-    """Verify the pool's invariants every so many steps; 0 only at the end and after each fault."""
+    """Verify the invariants of the memory every so many steps; 0 only at the end and after each fault."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kv_cache_memory", parse_size("kv_cache_memory", self.kv_cache_memory))
+        for name in ("kv_cache_memory", "swap_space", "disk_cache_size"):
+            object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if not self.trace:
             raise ConfigError("no trace is given: set trace to a file of request lengths, or to its name in traces_dir")
         for name, known in (("policy", POLICIES), ("arrivals", ARRIVALS)):
@@ -97,6 +108,8 @@ class SimulationSettings:
             ("max_num_batched_tokens", 1, 2**20),
             ("max_model_len", 1, 2**24),
             ("n", 1, 128),
+            ("beam_width", 1, 128),
+            ("shared_prefix", 0, 2**24),
             ("check_every", 0, 2**31),
         ):
             value = getattr(self, name)
@@ -105,7 +118,7 @@ class SimulationSettings:
         for name in ("step_failures", "slow_steps", "cancellations", "engine_deaths"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; a probability is from 0 to 1")
-        for name in ("rate", "duration", "cv", "patience", "ttft_limit", "tbt_limit", "slow_factor"):
+        for name in ("rate", "duration", "cv", "patience", "ttft_limit", "tbt_limit", "slow_factor", "disk_bandwidth"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} is {value}; it must be more than 0, and finite")
@@ -122,9 +135,18 @@ class SimulationSettings:
             raise ConfigError("saturate keeps the queue full: leave out rate, duration and arrivals")
         if self.kv_slots is not None and self.kv_cache_memory is not None:
             raise ConfigError("kv_slots and kv_cache_memory both size the KV memory; give one")
-        if self.has_faults and self.policy != "paged":
-            raise ConfigError(f"policy is {self.policy!r}; faults are modelled for policy paged only")
+        if self.beam_width is not None and self.n > self.beam_width:
+            raise ConfigError(f"n is {self.n}, but {self.beam_width} beams end in at most as many; raise beam_width")
+        if self.has_tiers and not (self.policy == "paged" and self.enable_prefix_caching):
+            raise ConfigError("swap_space and disk_cache_size are tiers of policy paged with enable_prefix_caching")
+        if self.shared_prefix and self.policy == "paged" and not self.enable_prefix_caching:
+            raise ConfigError(f"shared_prefix is {self.shared_prefix}, but enable_prefix_caching is off")
 
     @property
-    def has_faults(self) -> bool:
-        return any((self.step_failures, self.slow_steps, self.cancellations, self.engine_deaths))
+    def num_sequences(self) -> int:
+        """Sequences of a request: samples or beams."""
+        return self.beam_width or self.n
+
+    @property
+    def has_tiers(self) -> bool:
+        return self.swap_space is not None or self.disk_cache_size is not None

@@ -3,12 +3,12 @@
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.simulation.arrivals import arrivals_of
+from quire.simulation.arrivals import Arrival, arrivals_of
 from quire.simulation.baselines import BaselineSimulation, FasterTransformerSimulation, OrcaSimulation, Progress
 from quire.simulation.devices import Device, fewest_devices, kv_bytes_left
 from quire.simulation.measures import Measures
 from quire.simulation.model_shapes import ModelShape
-from quire.simulation.modelled_executor import ModelledExecutor
+from quire.simulation.modelled_executor import ModelledExecutor, ModelledTiers
 from quire.simulation.paged import PagedSimulation
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.step_time import StepTime
@@ -46,13 +46,27 @@ def run_simulation(
         tbt_limit=settings.tbt_limit,
     )
     arrivals = arrivals_of(trace, settings)
+    if settings.shared_prefix and not paged:
+        arrivals = (_with_prefix(arrival, settings.shared_prefix) for arrival in arrivals)
     slowdown = settings.attention_slowdown if paged else 1.0
     step_time = StepTime(model, device, num_devices, attention_slowdown=slowdown)
     simulation: PagedSimulation | BaselineSimulation
     if paged:
-        executor = ModelledExecutor(step_time)
+        per_token = model.kv_bytes_per_token
+        tiers = None
+        if settings.has_tiers:
+            host_rate = num_devices * (device.host_bandwidth or device.bandwidth)
+            tiers = ModelledTiers(
+                settings.block_size * per_token, host_rate=host_rate, disk_rate=settings.disk_bandwidth
+            )
         simulation = PagedSimulation(
-            arrivals, executor, measures, settings, num_slots=num_slots, max_model_len=max_model_len
+            arrivals,
+            ModelledExecutor(step_time, seed=settings.seed, tiers=tiers),
+            measures,
+            settings,
+            num_slots=num_slots,
+            max_model_len=max_model_len,
+            kv_bytes_per_token=per_token,
         )
     else:
         batching = FasterTransformerSimulation if settings.policy == "fastertransformer" else OrcaSimulation
@@ -69,6 +83,7 @@ def run_simulation(
         "max_model_len": max_model_len,
         "block_size": settings.block_size if paged else None,
         "n": settings.n,
+        "beam_width": settings.beam_width,
         "rate": settings.rate,
         "saturate": settings.saturate,
         "seed": settings.seed,
@@ -77,3 +92,9 @@ def run_simulation(
         **figures,
         "unbounded_prefix_hit_pct": unbounded_hit_percent(trace.rows[: settings.num_requests]),
     }
+
+
+def _with_prefix(arrival: Arrival, num_tokens: int) -> Arrival:
+    """The same request for a system that knows no prefixes: they are part of its prompt."""
+    row = arrival.row
+    return arrival._replace(row=row._replace(prompt_tokens=row.prompt_tokens + num_tokens))

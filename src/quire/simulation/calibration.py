@@ -1,0 +1,128 @@
+"""fit_device: the coefficients of a device from steps that were timed on it.
+
+Every coefficient of `StepTime` for a measured device enters a step's time linearly, and none can be negative. So they
+are the non-negative least squares of the measured times (Lawson and Hanson 1974), relative errors counting alike. A
+curve of products is a sum of rises between its points, which keeps it ascending.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.errors import QuireError
+from quire.simulation.devices import Device
+from quire.simulation.model_shapes import ModelShape
+
+_SHARED = ("step_overhead", "layer_overhead", "sequence_overhead", "element_time", "logit_time", "read", "pair")
+"""Unknowns besides the curves, the last two in seconds per byte of KV and per operation of attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedStep:
+    """One step of known work. Either every sequence computes one token, or every one computes its whole prompt."""
+
+    model: ModelShape
+    num_sequences: int
+    tokens_per_sequence: int
+    context: int
+    """Tokens before those computed, per sequence."""
+    seconds: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_sequences * self.tokens_per_sequence
+
+
+def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_memory: float) -> Device:
+    """The device on which `steps` would take what they took. Raises `QuireError` where they do not determine it."""
+    formats = dict.fromkeys(step.model.weight_format for step in steps)
+    # Points of a curve are the numbers of rows that were measured, and the one that a sample needs.
+    knots = {each: sorted(_rows_of(steps, each)) for each in formats}
+    columns: list[tuple[str, int]] = [(shared, 0) for shared in _SHARED]
+    columns += [(each, row) for each, rows in knots.items() for row in rows]
+    place = {column: index for index, column in enumerate(columns)}
+    matrix = np.zeros((len(steps), len(columns)))
+    for line, step in zip(matrix, steps, strict=True):
+        model = step.model
+        for shared, amount in zip(_SHARED, _shared_work(step), strict=True):
+            line[place[shared, 0]] = amount
+        for weight_format, num_rows, num_parameters in (
+            (model.weight_format, step.num_tokens, model.num_layer_parameters),
+            (model.head_format, step.num_sequences, model.num_head_parameters),
+        ):
+            for row in knots.get(weight_format, ()):
+                line[place[weight_format, row]] += num_parameters if row <= num_rows else 0
+    seconds = np.array([step.seconds for step in steps])
+    solution = non_negative_least_squares(matrix / seconds[:, None], np.ones(len(steps)))
+    fitted = {column: float(value) for column, value in zip(columns, solution, strict=True)}
+    products = {}
+    for each, rows in knots.items():
+        rises = np.cumsum([fitted[each, row] for row in rows])
+        products[each] = [(row, float(value)) for row, value in zip(rows, rises, strict=True)]
+    overheads = {shared: fitted[shared, 0] for shared in _SHARED}
+    read, pair = overheads.pop("read"), overheads.pop("pair")
+    if not read or not pair or any(len(curve) < 2 or not curve[0][1] for curve in products.values()):
+        raise QuireError("the steps' times do not tell what the device can do; let nothing else run, and measure again")
+    return Device(
+        name=name,
+        memory=memory,
+        bandwidth=1 / read,
+        matrix_rate=1 / pair,
+        process_memory=process_memory,
+        products=products,
+        **overheads,
+    )
+
+
+def _rows_of(steps: Sequence[TimedStep], weight_format: str) -> set[int]:
+    layers = {step.num_tokens for step in steps if step.model.weight_format == weight_format}
+    return layers | {step.num_sequences for step in steps if step.model.head_format == weight_format}
+
+
+def _shared_work(step: TimedStep) -> tuple[float, ...]:
+    """How often each of `_SHARED` comes in a step."""
+    model, count = step.model, step.tokens_per_sequence
+    # What attention reads decides where a sequence computes one token, what it computes where it computes many.
+    decodes = count == 1
+    pairs = step.num_sequences * (count * step.context + count * (count + 1) / 2)
+    operations = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    return (
+        1,
+        model.num_layers,
+        step.num_sequences,
+        step.num_tokens * model.num_elements_per_token,
+        step.num_sequences * model.vocab_size,
+        step.num_sequences * (step.context + 1) * model.kv_bytes_per_token if decodes else 0,
+        0 if decodes else operations,
+    )
+
+
+def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x ≥ 0 that makes |matrix x − target| least, by Lawson and Hanson's active sets."""
+    scale = np.linalg.norm(matrix, axis=0)
+    matrix = matrix / np.where(scale > 0, scale, 1)
+    num_columns = matrix.shape[1]
+    x = np.zeros(num_columns)
+    free = np.zeros(num_columns, dtype=bool)
+    for _ in range(10 * num_columns):
+        gradient = np.where(free, -np.inf, matrix.T @ (target - matrix @ x))
+        best = int(np.argmax(gradient))
+        if gradient[best] <= 1e-10:
+            break
+        free[best] = True
+        while True:
+            wanted = np.zeros(num_columns)
+            wanted[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            sinking = free & (wanted <= 0)
+            if not sinking.any():
+                x = wanted
+                break
+            # As far towards it as nothing sinks below 0; what gets there is held.
+            step = float(np.min(x[sinking] / (x[sinking] - wanted[sinking])))
+            x += step * (wanted - x)
+            free &= x > 1e-12
+            x[~free] = 0
+    result: NDArray[np.float64] = x / np.where(scale > 0, scale, 1)
+    return result

@@ -1,0 +1,94 @@
+"""What to expect of a model on a device: users at once, tokens per second, latencies; from simulations, not formulas.
+
+Users are a closed loop: each sends its next request when it has the answer to the last one, so as many requests run at
+any time as there are users. They start one after the other, so that their prompts do not come in waves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from quire.simulation.devices import Device
+from quire.simulation.model_shapes import ModelShape
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.simulate import run_simulation
+from quire.simulation.trace import Trace, TraceRow
+
+ROUNDS = 5
+"""Requests per user, the first of which is cut short."""
+MAX_TOKENS = 400_000
+"""Generated in one simulation: a few seconds of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSizes:
+    """What an engine's memory plan decides, as far as its scheduler sees it."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+    def num_users(self, context: int) -> int:
+        """How many sequences of `context` tokens run at once."""
+        return min(self.max_num_seqs, self.num_blocks // -(-context // self.block_size))
+
+
+_FIGURES = (
+    "tokens_per_s",
+    "requests_per_s",
+    "ttft_p50",
+    "ttft_p99",
+    "tbt_p50",
+    "tbt_p99",
+    "mean_batch",
+    "preemptions",
+    "prefix_hit_pct",
+)
+
+
+def expect_users(
+    model: ModelShape, device: Device, num_devices: int, sizes: EngineSizes, *, users: int, prompt: int, output: int
+) -> dict[str, Any]:
+    """Figures of `users` that send prompts of `prompt` tokens, all different, and want `output` tokens each.
+
+    Times in seconds; tokens_per_s counts generated ones. Raises `ConfigError` for what cannot be simulated.
+    """
+    rounds = max(2, min(ROUNDS, MAX_TOKENS // (users * output)))
+    first = [TraceRow(prompt, max(1, output * (user + 1) // users)) for user in range(users)]
+    trace = Trace("users", first + [TraceRow(prompt, output)] * (users * (rounds - 1)))
+    figures = _simulate(trace, model, device, num_devices, sizes, saturate=True, max_num_seqs=users)
+    return {"users": users, "prompt": prompt, "output": output, **figures}
+
+
+def expect_trace(
+    trace: Trace, model: ModelShape, device: Device, num_devices: int, sizes: EngineSizes
+) -> dict[str, Any]:
+    """Figures of a trace with its own arrivals, or of a queue that is always full where it has none."""
+    saturate = not trace.has_arrivals
+    figures = _simulate(trace, model, device, num_devices, sizes, saturate=saturate, max_num_seqs=sizes.max_num_seqs)
+    return {"trace": trace.name, "saturate": saturate, **figures}
+
+
+def _simulate(
+    trace: Trace,
+    model: ModelShape,
+    device: Device,
+    num_devices: int,
+    sizes: EngineSizes,
+    *,
+    saturate: bool,
+    max_num_seqs: int,
+) -> dict[str, Any]:
+    settings = SimulationSettings(
+        trace=trace.name,
+        num_devices=num_devices,
+        kv_slots=sizes.num_blocks * sizes.block_size,
+        block_size=sizes.block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+        saturate=saturate,
+    )
+    figures = run_simulation(trace, model, device, settings)
+    return {name: figures[name] for name in _FIGURES}

@@ -1,0 +1,145 @@
+"""`quire plan` from outside: figures by hand, the tables, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.cli import probe
+from quire.cli.commands import run
+from quire.cli.plan import peak_resident
+from quire.config import EngineConfig
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.memory_plan import plan_memory
+from quire.model_config import ModelConfig
+from quire.simulation.calibration import TimedStep
+from quire.simulation.devices import Device, find_device
+from tests.simulation.traces import SLOW
+
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> str:
+    path = tmp_path / "slow.json"
+    curve = [[1, 1e-9], [64, 4e-9]]
+    values = {**json.loads(SLOW.to_json()), "products": dict.fromkeys(FORMATS, curve), "process_memory": 2**28}
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run(["plan", "--json", *arguments]) == 0
+    figures: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return figures
+
+
+def test_a_plan_of_this_machine_tells_no_times(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = planned(capsys, "--num-blocks", "64", "--context", "128")
+    config = ModelConfig.from_folder(bundled_folder())
+    assert figures["kv_bytes_per_1k_tokens"] == 1000 * config.kv_bytes_per_token("float16")
+    assert figures["users_that_fit"] == 8
+    assert figures["expected"] == []
+    assert figures["weights"] == config.weight_bytes("float16")
+    lines = {line["name"]: line for line in figures["alternatives"]}
+    assert list(lines) == ["as planned", "int8", "int4", "fp8 KV (not in this engine)"]
+    assert lines["int8"]["weights"] == config.weight_bytes("float16", "int8")
+    assert lines["fp8 KV (not in this engine)"]["kv_tokens"] == 2 * 64 * 16
+    assert lines["fp8 KV (not in this engine)"]["users_that_fit"] == 16
+
+
+def test_expectations_on_a_device(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--device", device, "--num-blocks", "64", "--context", "128", "--prompt", "96", "--output", "32")
+    figures = planned(capsys, *options)
+    assert [row["users"] for row in figures["expected"]] == [1, 4, 8]
+    assert figures["expected"][2]["tokens_per_s"] > figures["expected"][0]["tokens_per_s"]
+    resident = figures["peak_resident"]
+    assert resident["total"] == resident["process"] + resident["engine"] + resident["checkpoint"]
+    only = planned(capsys, *options, "--users", "3", "--no-compare")
+    assert [row["users"] for row in only["expected"]] == [3]
+    assert "alternatives" not in only
+    assert run(["plan", *options]) == 0
+    shown = capsys.readouterr().out
+    for part in ("expected on slow: prompts of 96 tokens, answers of 32", "what would change", "int4", "H200"):
+        assert part in shown
+
+
+def test_a_gpu_gives_kv_what_the_weights_leave(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = planned(capsys, "--device", "A100-40GB", "--users", "2", "--no-compare")
+    assert figures["available"] == int(0.9 * 40 * 2**30)
+    assert figures["total"] <= figures["available"]
+    # The bundled model is so small that all sequences at their longest fit.
+    assert figures["users_that_fit"] == 256
+    assert figures["peak_resident"] is None
+
+
+def test_a_trace_in_the_place_of_users(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "made.csv"
+    trace.write_text("prompt_tokens,output_tokens,arrival_s\n10,5,0\n20,5,1\n")
+    figures = planned(capsys, "--device", device, "--trace", str(trace), "--no-compare")
+    assert figures["expected"][0]["trace"] == "made.csv"
+    assert figures["expected"][0]["requests_per_s"] > 0
+
+
+def test_what_the_system_shows_is_counted_once() -> None:
+    """The table that stays a view of the checkpoint is in its mapping, and not a second time in the engine's part."""
+    model = ModelConfig.from_folder(bundled_folder())
+    plan = plan_memory(EngineConfig(num_blocks=8), model)
+    table = 2 * model.vocab_size * model.hidden_size
+    assert peak_resident(plan, model, None)["total"] == plan.total - table + 2 * model.num_parameters()
+    other = plan_memory(EngineConfig(num_blocks=8, dtype="bfloat16"), model)
+    assert peak_resident(other, model, None)["engine"] == other.total
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "abacus"], "device is 'abacus'; it must be one of"),
+        (["--users", "0"], "users is 0; it must be at least 1"),
+        (["--users", "300"], "users is 300, but at most 256 run at once; raise max_num_seqs"),
+        (["--context", "9999999"], "context is 9999999, but the longest context is"),
+        (["--context", "64", "--prompt", "60", "--output", "10"], "together more than the context of 64 tokens"),
+        (["--measure", "no/such/folder/cpu.json"], "there is no folder no/such/folder"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_measuring_times_real_steps_and_writes_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On models a hundredth of the size, whose times say nothing of the machine; so the fit is another test's."""
+    tiny = {"hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+    monkeypatch.setattr(probe, "_SHAPES", (tiny,))
+    monkeypatch.setattr(probe, "_LONG_SHAPE", {**tiny, "num_hidden_layers": 3})
+    monkeypatch.setattr(probe, "_BATCHES", ((1, 16), (4, 16), (1, 512)))
+    monkeypatch.setattr(probe, "_LONG_BATCHES", ((4, 256), (1, 16)))
+    monkeypatch.setattr(probe, "NUM_PASSES", 1)
+    timed: list[TimedStep] = []
+
+    def keep(steps: list[TimedStep], *, process_memory: float, **values: Any) -> Device:
+        timed.extend(steps)
+        return replace(SLOW, process_memory=process_memory, **values)
+
+    monkeypatch.setattr(probe, "fit_device", keep)
+    path = tmp_path / "cpu.json"
+    assert run(["plan", "--measure", str(path), "--threads", "1"]) == 0
+    assert "wrote" in capsys.readouterr().out
+    measured = find_device(str(path))
+    assert (measured.name, measured.bandwidth) == ("cpu", SLOW.bandwidth)
+    assert measured.process_memory > 50 * 2**20
+    assert {step.model.weight_format for step in timed} == set(FORMATS)
+    assert all(step.seconds > 0 for step in timed)
+    short = [step for step in timed if step.model.num_layers == 2 and step.model.weight_format == "int8"]
+    assert [(step.num_sequences, step.tokens_per_sequence) for step in short] == [
+        (1, 16), (1, 1), (4, 16), (4, 1), (1, 512), (1, 1)
+    ]  # fmt: skip
+    # Steps 2 to 7 decode; the middle one is the fifth, which finds four tokens more than the prompt less the last.
+    assert [step.context for step in short] == [0, 19, 0, 19, 0, 515]
+    long = next(step for step in timed if step.model.num_layers == 3 and step.tokens_per_sequence == 1)
+    assert long.num_sequences == 4
+    assert 256 + probe.NUM_DECODING // 2 <= long.context < 256 + 16
