@@ -51,7 +51,7 @@ def fill(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
         enable_prefix_caching=False,
     )
     engine = Engine(config, lambda line: None)
-    output = 8
+    output = 96  # so many that nobody ends before the last prompt is computed
     params = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False, logprobs=20, seed=0)
     for number in range(NUM_SEQUENCES):
         prompt = [3 + (5 * place + number) % 200 for place in range(CONTEXT - output)]

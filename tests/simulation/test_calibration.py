@@ -110,6 +110,6 @@ MATRICES = npst.arrays(np.float64, (9, 5), elements=st.integers(-9, 9).map(float
 @settings(max_examples=100, deadline=None)
 @given(MATRICES, npst.arrays(np.float64, 9, elements=st.integers(-9, 9).map(float)))
 def test_least_squares_are_scipy_s(matrix: Any, target: Any) -> None:
-    x = non_negative_least_squares(matrix, target)
+    x = np.array(non_negative_least_squares(matrix, target))
     assert (x >= 0).all()
     assert np.linalg.norm(matrix @ x - target) == pytest.approx(nnls(matrix, target)[1], abs=1e-6)

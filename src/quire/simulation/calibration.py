@@ -7,9 +7,7 @@ curve of products is a sum of rises between its points, which keeps it ascending
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate
 
 from quire.errors import QuireError
 from quire.simulation.devices import Device
@@ -43,9 +41,9 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
     columns: list[tuple[str, int]] = [(shared, 0) for shared in _SHARED]
     columns += [(each, row) for each, rows in knots.items() for row in rows]
     place = {column: index for index, column in enumerate(columns)}
-    matrix = np.zeros((len(steps), len(columns)))
-    for line, step in zip(matrix, steps, strict=True):
-        model = step.model
+    matrix = []
+    for step in steps:
+        model, line = step.model, [0.0] * len(columns)
         for shared, amount in zip(_SHARED, _shared_work(step), strict=True):
             line[place[shared, 0]] = amount
         for weight_format, num_rows, num_parameters in (
@@ -54,13 +52,11 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
         ):
             for row in knots.get(weight_format, ()):
                 line[place[weight_format, row]] += num_parameters if row <= num_rows else 0
-    seconds = np.array([step.seconds for step in steps])
-    solution = non_negative_least_squares(matrix / seconds[:, None], np.ones(len(steps)))
-    fitted = {column: float(value) for column, value in zip(columns, solution, strict=True)}
+        matrix.append([amount / step.seconds for amount in line])
+    fitted = dict(zip(columns, non_negative_least_squares(matrix, [1.0] * len(steps)), strict=True))
     products = {}
     for each, rows in knots.items():
-        rises = np.cumsum([fitted[each, row] for row in rows])
-        products[each] = [(row, float(value)) for row, value in zip(rows, rises, strict=True)]
+        products[each] = list(zip(rows, accumulate(fitted[each, row] for row in rows), strict=True))
     overheads = {shared: fitted[shared, 0] for shared in _SHARED}
     read, pair = overheads.pop("read"), overheads.pop("pair")
     if not read or not pair or any(len(curve) < 2 or not curve[0][1] for curve in products.values()):
@@ -99,22 +95,26 @@ def _shared_work(step: TimedStep) -> tuple[float, ...]:
     )
 
 
-def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+def non_negative_least_squares(matrix: Sequence[Sequence[float]], target: Sequence[float]) -> list[float]:
     """The x ≥ 0 that makes |matrix x − target| least, by Lawson and Hanson's active sets."""
-    scale = np.linalg.norm(matrix, axis=0)
-    matrix = matrix / np.where(scale > 0, scale, 1)
-    num_columns = matrix.shape[1]
+    import numpy as np  # simulations run without it
+
+    rows, wanted_sums = np.asarray(matrix, dtype=float), np.asarray(target, dtype=float)
+    scale = np.linalg.norm(rows, axis=0)
+    scale = np.where(scale > 0, scale, 1)
+    rows = rows / scale
+    num_columns = rows.shape[1]
     x = np.zeros(num_columns)
     free = np.zeros(num_columns, dtype=bool)
     for _ in range(10 * num_columns):
-        gradient = np.where(free, -np.inf, matrix.T @ (target - matrix @ x))
+        gradient = np.where(free, -np.inf, rows.T @ (wanted_sums - rows @ x))
         best = int(np.argmax(gradient))
         if gradient[best] <= 1e-10:
             break
         free[best] = True
         while True:
             wanted = np.zeros(num_columns)
-            wanted[free] = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+            wanted[free] = np.linalg.lstsq(rows[:, free], wanted_sums, rcond=None)[0]
             sinking = free & (wanted <= 0)
             if not sinking.any():
                 x = wanted
@@ -124,5 +124,4 @@ def non_negative_least_squares(matrix: NDArray[np.float64], target: NDArray[np.f
             x += step * (wanted - x)
             free &= x > 1e-12
             x[~free] = 0
-    result: NDArray[np.float64] = x / np.where(scale > 0, scale, 1)
-    return result
+    return [float(value) for value in x / scale]
