@@ -44,10 +44,9 @@ def test_a_plan_of_this_machine_tells_no_times(capsys: pytest.CaptureFixture[str
     assert figures["expected"] == []
     assert figures["weights"] == config.weight_bytes("float16")
     lines = {line["name"]: line for line in figures["alternatives"]}
-    assert list(lines) == ["as planned", "int8", "int4", "fp8 KV (not in this engine)"]
+    assert list(lines) == ["as planned", "int8", "int4", "fp8 KV"]
     assert lines["int8"]["weights"] == config.weight_bytes("float16", "int8")
-    assert lines["fp8 KV (not in this engine)"]["kv_tokens"] == 2 * 64 * 16
-    assert lines["fp8 KV (not in this engine)"]["users_that_fit"] == 16
+    assert "fp8_e4m3" in lines["fp8 KV"]["refused"]  # what the engine says of it on this machine
 
 
 def test_expectations_on_a_device(device: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +72,11 @@ def test_a_gpu_gives_kv_what_the_weights_leave(capsys: pytest.CaptureFixture[str
     # The bundled model is so small that all sequences at their longest fit.
     assert figures["users_that_fit"] == 256
     assert figures["peak_resident"] is None
+    small = planned(capsys, "--device", "A100-40GB", "--users", "2", "--kv-cache-memory", "1GiB", "--context", "64")
+    lines = {line["name"]: line for line in small["alternatives"]}
+    assert lines["fp8 KV"]["kv_tokens"] == 2 * lines["as planned"]["kv_tokens"]
+    assert lines["as planned"]["kv_tokens"] == small["num_blocks"] * small["block_size"]
+    assert lines["H200"]["tokens_per_s"] > lines["as planned"]["tokens_per_s"] > 0
 
 
 def test_a_trace_in_the_place_of_users(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,24 +8,29 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from quire.backends import DEVICES as DEVICE_TYPES
 from quire.cli.options import ModelArgument, flags
 from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
+from quire.engine.device import Device as EngineDevice
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import DTYPE_BYTES, ModelConfig
 from quire.quantization import METHODS
-from quire.simulation.devices import DEVICES, MEMORY_SHARE, Device, fewest_devices, find_device
+from quire.simulation.devices import DEVICES, Device, fewest_devices, find_device
 from quire.simulation.model_shapes import ModelShape
 from quire.simulation.planner import EngineSizes, expect_trace, expect_users
 from quire.simulation.trace import find_trace, read_trace
 
+FP8 = "fp8_e4m3"
+_CAPABILITY = (8, 0)
+"""Of the GPUs that are known by name, at least."""
 PROMPT, OUTPUT = 512, 128
 """Tokens of a request if not told otherwise, as far as the context reaches."""
 
 
-@flags(EngineConfig)
+@flags(EngineConfig, without=frozenset({"model", "device"}))
 def plan(
     model: ModelArgument = "",
     *,
@@ -48,7 +53,8 @@ def plan(
     model
         Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
     device
-        A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote; left out, this machine, without times.
+        A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote. Left out, or cpu or cuda: this machine,
+        without times.
     num_devices
         Devices that share the model; as few as hold it if left out.
     context
@@ -68,7 +74,8 @@ def plan(
     as_json
         Print the plan as JSON, sizes in bytes, times in seconds.
     """
-    config = EngineConfig.from_options({"model": model, **options})
+    here = not device or device in DEVICE_TYPES
+    config = EngineConfig.from_options({"model": model, **options, **({"device": device} if here and device else {})})
     if measure is not None:
         _measure(measure, config.threads)
         return
@@ -80,7 +87,7 @@ def plan(
         config,
         ModelConfig.from_folder(folder),
         folder.resolve().name,
-        find_device(device) if device else None,
+        None if here else find_device(device),
         num_devices,
         context,
         users,
@@ -109,8 +116,6 @@ class _Asked:
     prompt: int | None = None
     output: int | None = None
     trace: str = ""
-    kv_dtype: str | None = None
-    """Instead of the engine's, which stores no float8."""
 
     @property
     def shape(self) -> ModelShape:
@@ -119,7 +124,7 @@ class _Asked:
             self.model,
             self.name,
             dtype=None if config.dtype == "auto" else config.dtype,
-            kv_dtype=self.kv_dtype or (None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype),
+            kv_dtype=None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
             quantization=config.quantization,
         )
 
@@ -128,28 +133,20 @@ class _Asked:
         return 1 if self.device is None else self.num_devices or fewest_devices(self.shape, self.device)
 
     def memory_plan(self) -> MemoryPlan:
-        """As the engine would make it; where the device has its own memory, KV takes what the rest leaves."""
+        """As the engine would make it there."""
         config, device = self.config, self.device
         if device is None:
             return plan_memory(config, self.model)
-        available = int(device.memory)
         if device.is_host:
-            return plan_memory(config, self.model, available - int(device.process_memory))
-        available = int(self.num_shared() * available * MEMORY_SHARE)
-        if config.num_blocks is None and config.kv_cache_memory is None:
-            least = plan_memory(replace(config, num_blocks=1, max_model_len=None), self.model, available)
-            length = config.max_model_len or self.model.context_length
-            most = config.max_num_seqs * -(-length // config.block_size)
-            per_block = least.kv_cache
-            blocks = min(most, (available - least.total + per_block) // per_block)
-            config = replace(config, num_blocks=blocks)
-        return plan_memory(config, self.model, available)
+            available = int(device.memory - device.process_memory)
+            return plan_memory(replace(config, device="cpu"), self.model, available)
+        total = int(self.num_shared() * device.memory)
+        return plan_memory(config, self.model, device=EngineDevice("cuda", device.name, total, _CAPABILITY))
 
     def sizes(self, plan: MemoryPlan) -> EngineSizes:
-        """What the scheduler sees; KV that is stored smaller makes more blocks."""
-        per_token = self.shape.kv_bytes_per_token
+        """What the scheduler sees of a plan."""
         return EngineSizes(
-            num_blocks=plan.kv_cache // (per_token * plan.block_size),
+            num_blocks=plan.num_blocks,
             block_size=plan.block_size,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
@@ -223,7 +220,8 @@ def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
         for method in METHODS
         if method != config.quantization
     ]
-    others.append(("fp8 KV (not in this engine)", replace(asked, kv_dtype="float8")))
+    if config.kv_cache_dtype != FP8:
+        others.append(("fp8 KV", replace(asked, config=replace(config, kv_cache_dtype=FP8))))
     if asked.device is not None:
         others += [
             (name, replace(asked, device=device, num_devices=None))

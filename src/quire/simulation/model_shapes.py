@@ -4,11 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.errors import ConfigError
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import DTYPE_BYTES, KV_DTYPE_BYTES, ModelConfig
 from quire.quantization import METHODS
-
-KV_BYTES = {**DTYPE_BYTES, "float8": 1}
-"""Bytes of a stored key or value; float8 is simulated whether or not the engine stores it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +124,7 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_BYTES[self.kv_dtype or self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_DTYPE_BYTES[self.kv_dtype or self.dtype]
 
 
 def _opt(name: str, num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:

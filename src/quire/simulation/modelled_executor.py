@@ -18,7 +18,7 @@ from quire.simulation.step_time import StepTime
 from quire.step import BeamCandidates, BlockMoves, MovedBlocks, StepPlan, StepResult
 
 SAMPLED_TOKEN = 1
-"""What every sample draws; a sequence ends by its length."""
+"""What the first sample of every request draws, the next sample the next token; a sequence ends by its length."""
 
 
 class ModelledTiers:
@@ -74,6 +74,8 @@ class ModelledExecutor:
         self._draw = random.Random(f"beams {seed}")
         self._beam_widths: dict[int, int] = {}
         """Row → width of the search that it is a beam of."""
+        self._sampled: dict[int, int] = {}
+        """Row → what it draws, where that is not `SAMPLED_TOKEN`."""
 
     def execute(self, plan: StepPlan, now: float = 0.0) -> tuple[StepResult, float]:
         """What a runner would return of a step that begins at `now`, and the seconds it would take."""
@@ -89,6 +91,14 @@ class ModelledExecutor:
         seconds = self._step_time.seconds(num_rows, num_tokens, context, num_pairs, num_samples) if num_rows else 0.0
         nothing: list[None] = [None] * num_samples
         result = StepResult([SAMPLED_TOKEN] * num_samples, [*nothing], [*nothing])
+        for new in plan.new_rows:
+            if new.sample_index:
+                self._sampled[new.row] = SAMPLED_TOKEN + new.sample_index
+            elif self._sampled:
+                self._sampled.pop(new.row, None)
+        if self._sampled:
+            # Samples that drew alike would be found in the prefix cache by each other.
+            result.token_ids = [self._sampled.get(row, SAMPLED_TOKEN) for row in plan.sample_rows]
         self._follow_beams(plan, result)
         if self._tiers is not None:
             result.moved, seconds = self._tiers.move(plan.moves, now, seconds)
@@ -97,6 +107,7 @@ class ModelledExecutor:
     def forget(self) -> None:
         """The engine died: what was on its way is lost."""
         self._beam_widths.clear()
+        self._sampled.clear()
         if self._tiers is not None:
             self._tiers.forget()
 

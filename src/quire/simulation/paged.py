@@ -290,7 +290,7 @@ class PagedSimulation:
         self.scheduler = self._start_engine()
         for client in self._clients.values():
             asked = client.request
-            received = {index: [SAMPLED_TOKEN] * length for index, length in client.lengths.items()}
+            received = {index: [SAMPLED_TOKEN + index] * length for index, length in client.lengths.items()}
             self.scheduler.add(
                 Request(
                     request_id=asked.request_id,

@@ -1,0 +1,146 @@
+"""The simulator decides what the engine decides: same arrivals, same step times, the same StepPlans to the last block.
+
+The engine runs a real model. Its clock is the sum of what its steps took; the simulation is told those times and
+nothing else. They meet at the seam that both have: who executes a plan.
+"""
+
+import random
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+from quire.config import EngineConfig
+from quire.engine import core as engine_core
+from quire.engine.checkpoint import bundled_folder
+from quire.engine.memory_plan import plan_memory
+from quire.model_config import ModelConfig
+from quire.request import Request
+from quire.runner.model_runner import ModelRunner
+from quire.sampling_params import SamplingParams
+from quire.scheduler.scheduler import Scheduler
+from quire.simulation.arrivals import arrivals_of
+from quire.simulation.measures import Measures
+from quire.simulation.modelled_executor import ModelledExecutor
+from quire.simulation.paged import PagedSimulation
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.step_time import StepTime
+from quire.simulation.trace import Trace, TraceRow
+from quire.step import StepPlan, StepResult
+from tests.simulation.traces import SLOW, TINY
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_TOKENS, MAX_LEN = 48, 16, 12, 64, 256
+
+
+@dataclass
+class Recording:
+    """What was decided, what each step took, and the clock that follows from it."""
+
+    now: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+    plans: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def note(self, plan: StepPlan) -> None:
+        """Which sequences compute what where; not which tokens, which a simulation does not know."""
+        self.plans.append(
+            (
+                [*plan.rows],
+                [*plan.starts],
+                [*plan.counts],
+                [*plan.sample_after],
+                [*plan.sample_rows],
+                [(row, first, [*blocks]) for row, first, blocks in plan.new_blocks],
+                [*plan.block_copies],
+                [(new.row, len(new.prompt_token_ids), len(new.output_token_ids)) for new in plan.new_rows],
+            )
+        )
+
+
+def run_engine(rows: list[TraceRow], n: int, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    recording = Recording()
+
+    class RecordingRunner(ModelRunner):
+        def execute(self, plan: StepPlan) -> StepResult:
+            recording.note(plan)
+            return super().execute(plan)
+
+    monkeypatch.setattr(engine_core, "ModelRunner", RecordingRunner)
+    monkeypatch.setattr(engine_core, "Scheduler", partial(Scheduler, clock=lambda: recording.now))
+    config = EngineConfig(
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        max_model_len=MAX_LEN,
+        threads=1,
+    )
+    model_config = ModelConfig.from_folder(bundled_folder())
+    plan = plan_memory(config, model_config)
+    core = engine_core.EngineCore.load(config, model_config, plan, bundled_folder(), lambda name, seconds: None)
+    draw, waiting = random.Random(0), list(enumerate(rows))
+    while waiting or core.has_work:
+        while waiting and (waiting[0][1].arrival or 0.0) <= recording.now:
+            number, row = waiting.pop(0)
+            core.add(
+                Request(
+                    request_id=str(number),
+                    # No two begin alike: what a cache finds by accident is not in the trace.
+                    prompt_token_ids=[3 + number, *(draw.randint(3, 900) for _ in range(row.prompt_tokens - 1))],
+                    params=SamplingParams(n=n, max_tokens=row.output_tokens, ignore_eos=True, seed=number),
+                    max_tokens=row.output_tokens,
+                    arrival_time=row.arrival or 0.0,
+                )
+            )
+        if not core.has_work:
+            recording.now = max(recording.now, waiting[0][1].arrival or 0.0)
+            continue
+        started = time.perf_counter()
+        core.step()
+        recording.seconds.append(time.perf_counter() - started)
+        recording.now += recording.seconds[-1]
+    core.close()
+    return recording
+
+
+def run_simulation_of(rows: list[TraceRow], n: int, seconds: list[float]) -> tuple[Recording, dict[str, Any]]:
+    recording = Recording()
+    times = iter(seconds)
+
+    class ReplayedTimes(ModelledExecutor):
+        def execute(self, plan: StepPlan, now: float = 0.0) -> tuple[StepResult, float]:
+            recording.note(plan)
+            return super().execute(plan, now)[0], next(times)
+
+    settings = SimulationSettings(
+        trace="made", n=n, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS
+    )
+    simulation = PagedSimulation(
+        arrivals_of(Trace("made", rows), settings),
+        ReplayedTimes(StepTime(TINY, SLOW)),
+        Measures(NUM_BLOCKS * BLOCK_SIZE, of_allocated=True, ttft_limit=1.0, tbt_limit=1.0),
+        settings,
+        num_slots=NUM_BLOCKS * BLOCK_SIZE,
+        max_model_len=MAX_LEN,
+    )
+    simulation.run()
+    return recording, simulation.result()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_simulator_and_engine_make_the_same_plans(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a load that waits, preempts and comes back: prompts longer than a step, a pool too small for all."""
+    draw = random.Random(n)
+    rows = [TraceRow(draw.randint(1, 150), draw.randint(1, 60), 0.0)]
+    while len(rows) < 24:
+        # A third of them at once, the rest while others run.
+        gap = 0.0 if len(rows) < 8 else draw.expovariate(100.0)
+        rows.append(TraceRow(draw.randint(1, 150), draw.randint(1, 60), (rows[-1].arrival or 0.0) + gap))
+    engine = run_engine(rows, n, monkeypatch)
+    simulated, figures = run_simulation_of(rows, n, engine.seconds)
+    assert figures["finished"] == len(rows)
+    assert figures["preemptions"] > 0
+    assert len(simulated.plans) == len(engine.plans)
+    for step, (mine, theirs) in enumerate(zip(simulated.plans, engine.plans, strict=True)):
+        assert mine == theirs, f"step {step}"
