@@ -7,6 +7,8 @@ explains 28 and 31 ms of those; the rest is taken as a constant and a share per 
 vLLM's batches in Fig. 13 are no test of the simulation; everything else is.
 """
 
+import math
+import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -45,6 +47,10 @@ class Panel:
     device: str
     trace: str
     highest_rate: float
+    option: str = ""
+    """An option of the simulation that the panel is about, and its value."""
+    value: int = 0
+    seconds: float = SECONDS
 
 
 PANELS = (
@@ -56,6 +62,41 @@ PANELS = (
     Panel("f", "OPT-175B", "A100-80GB", "alpaca_like", 60.0),
 )
 CHAT = Panel("chat", "OPT-13B", "A100-40GB", "sharegpt_turns", 2.0)
+SHARING_SECONDS = 240.0
+SHARING = tuple(
+    Panel(f"{name} {width}", "OPT-13B", "A100-40GB", "alpaca_like", 60.0 / width, option, width, SHARING_SECONDS)
+    for name, option in (("parallel", "n"), ("beam", "beam_width"))
+    for width in (2, 4, 6)
+)
+"""Fig. 14."""
+PREFIXES = tuple(
+    Panel(f"prefix {length}", "LLaMA-13B", "A100-40GB", "wmt_like", 120.0, "shared_prefix", length, SHARING_SECONDS)
+    for length in (80, 341)
+)
+"""Fig. 16: one and five examples before the sentence that is to be translated."""
+WMT_MEANS = (40, 40)
+"""Tokens of a sentence and of its translation; the paper prints none."""
+SAVINGS = (
+    *(
+        ("alpaca", option, width, rate)
+        for option in ("n", "beam_width")
+        for width, rate in ((2, 8.0), (4, 5.0), (6, 3.0))
+    ),
+    *(
+        ("sharegpt", option, width, rate)
+        for option in ("n", "beam_width")
+        for width, rate in ((2, 1.0), (4, 0.5), (6, 0.4))
+    ),
+)
+"""Fig. 15 and what the text says of ShareGPT: trace, option, sequences, requests per second."""
+TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("none", {}),
+    ("256 GiB of host memory", {"swap_space": 2**38}),
+    ("1 TiB of host memory", {"swap_space": 2**40}),
+    ("256 GiB and 4 TiB of disk at 50 GB/s", {"swap_space": 2**38, "disk_cache_size": 2**42, "disk_bandwidth": 5e10}),
+    ("256 GiB and 4 TiB of disk at 6 GB/s", {"swap_space": 2**38, "disk_cache_size": 2**42, "disk_bandwidth": 6e9}),
+)
+POOLS = tuple(2**power for power in range(18, 24))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +112,36 @@ class Knee:
 def simulated(panel: Panel, **options: Any) -> dict[str, Any]:
     """The figures of one run of a panel's set-up."""
     device = replace(DEVICES[panel.device], step_overhead=STEP_OVERHEAD, sequence_overhead=SEQUENCE_OVERHEAD)
-    defaults = {
+    defaults: dict[str, Any] = {
         "attention_slowdown": ATTENTION_SLOWDOWN,
         "enable_prefix_caching": False,
         "max_num_batched_tokens": 2560,
     }
+    if panel.option:
+        defaults[panel.option] = panel.value
+    if panel in PREFIXES:
+        defaults["enable_prefix_caching"] = True  # what a registered prefix is found by; nothing else is shared
     settings = SimulationSettings(trace=panel.trace, **{**defaults, **options})
     return run_simulation(trace_of(panel), MODEL_SHAPES[panel.model], device, settings)
 
 
 def trace_of(panel: Panel) -> Trace:
     """The panel's trace; of conversations the last tokens only, as the paper's chat test has it."""
+    if panel in PREFIXES:
+        return _wmt_like()
     trace = read_trace(find_trace(panel.trace, TRACES))
     if panel.label != CHAT.label:
         return trace
     rows = [TraceRow(min(row.prompt_tokens, CHAT_LIMIT), min(row.output_tokens, CHAT_LIMIT)) for row in trace.rows]
     return replace(trace, rows=rows)
+
+
+def _wmt_like(num_rows: int = 4000, sigma: float = 0.5) -> Trace:
+    """Sentences and translations of log-normal lengths."""
+    draw = random.Random("wmt")
+    means = [math.log(mean) - sigma**2 / 2 for mean in WMT_MEANS]
+    lengths = [[max(1, round(draw.lognormvariate(mean, sigma))) for mean in means] for _ in range(num_rows)]
+    return Trace("wmt_like", [TraceRow(sentence, translation) for sentence, translation in lengths])
 
 
 def find_knee(panel: Panel, policy: str) -> Knee:
@@ -95,7 +150,7 @@ def find_knee(panel: Panel, policy: str) -> Knee:
     points: list[tuple[float, float]] = []
     while high / low > 1.02:
         rate = (low * high) ** 0.5
-        latency = simulated(panel, policy=policy, rate=rate, duration=SECONDS)["normalized_latency_mean"]
+        latency = simulated(panel, policy=policy, rate=rate, duration=panel.seconds)["normalized_latency_mean"]
         points.append((rate, latency))
         if latency <= THRESHOLD:
             low = rate
@@ -115,10 +170,11 @@ def batch_sizes(job: tuple[Panel, str, float]) -> dict[str, Any]:
     return simulated(panel, policy=policy, rate=rate, duration=900.0)
 
 
-def sharing(job: tuple[Panel, int, float]) -> dict[str, Any]:
-    """Fig. 15a: parallel sampling."""
-    panel, num_samples, rate = job
-    return simulated(panel, n=num_samples, rate=rate, duration=300.0)
+def sharing(job: tuple[str, str, int, float]) -> dict[str, Any]:
+    """Fig. 15: what several sequences of a prompt save."""
+    name, option, width, rate = job
+    panel = next(panel for panel in PANELS if panel.model == "OPT-13B" and panel.trace.startswith(name))
+    return {**simulated(panel, **{option: width}, rate=rate, duration=300.0), "option": option, "width": width}
 
 
 def block_sizes(job: tuple[Panel, int, float]) -> dict[str, Any]:
@@ -127,8 +183,9 @@ def block_sizes(job: tuple[Panel, int, float]) -> dict[str, Any]:
     return simulated(panel, block_size=block_size, rate=rate, duration=SECONDS)
 
 
-def prefix_hits(num_slots: int) -> dict[str, Any]:
-    """The prefix cache on Mooncake's conversations, for one size of the pool."""
+def prefix_hits(job: tuple[int, str]) -> dict[str, Any]:
+    """The prefix cache on Mooncake's conversations, for one size of the pool and the tiers below it."""
+    num_slots, tiers = job
     settings = SimulationSettings(
         trace="mooncake_conversation",
         num_devices=8,
@@ -136,9 +193,10 @@ def prefix_hits(num_slots: int) -> dict[str, Any]:
         block_size=512,
         max_num_batched_tokens=8192,
         max_model_len=131072,
+        **dict(TIERS)[tiers],
     )
     trace = read_trace(find_trace(settings.trace, TRACES))
-    return run_simulation(trace, MODEL_SHAPES["Llama-3.1-8B"], DEVICES["H100"], settings)
+    return {**run_simulation(trace, MODEL_SHAPES["Llama-3.1-8B"], DEVICES["H100"], settings), "tiers": tiers}
 
 
 def swap_and_recompute(num_tokens: int, block_size: int) -> tuple[float, float]:
@@ -162,16 +220,17 @@ def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
     with ProcessPoolExecutor(num_workers) as pool:
         jobs = [(panel, policy) for panel in PANELS for policy in POLICIES]
         jobs += [(CHAT, policy) for policy in orcas]
+        jobs += [(panel, policy) for panel in (*SHARING, *PREFIXES) for policy in orcas]
         # The longest first, so that none is left over at the end.
         knees = pool.map(find_knee, *zip(*sorted(jobs, key=lambda job: -job[0].highest_rate), strict=True))
         fig_2 = pool.map(waste, orcas)
         fig_13 = pool.map(
             batch_sizes, [(p, policy, r) for p, r in ((sharegpt, 2.0), (alpaca, 30.0)) for policy in orcas]
         )
-        fig_15 = pool.map(sharing, [(alpaca, n, rate) for n, rate in ((2, 8.0), (4, 5.0), (6, 3.0))])
+        fig_15 = pool.map(sharing, SAVINGS)
         sizes = [(p, size, r) for p, r in ((sharegpt, 2.2), (alpaca, 29.0)) for size in BLOCK_SIZES]
         fig_18 = pool.map(block_sizes, sizes)
-        hits = pool.map(prefix_hits, (2**18, 2**19, 2**20, 2**21, 2**22, 2**23))
+        hits = pool.map(prefix_hits, [(slots, name) for name, _ in TIERS for slots in POOLS])
         results: dict[str, Any] = {}
         for name, what in (
             ("knees", knees),

@@ -6,11 +6,16 @@ from typing import Any
 from benchmarks.paper.experiments import (
     ATTENTION_SLOWDOWN,
     PANELS,
+    PREFIXES,
     SECONDS,
     SEQUENCE_OVERHEAD,
+    SHARING,
     STEP_OVERHEAD,
     THRESHOLD,
+    TIERS,
+    WMT_MEANS,
     Knee,
+    Panel,
 )
 from benchmarks.paper.pictures import NAMES
 
@@ -24,7 +29,10 @@ _FIG_13 = {
     "sharegpt": {"orca-max": 7.00, "orca-pow2": 9.81, "orca-oracle": 13.62, "paged": 30.42},
     "alpaca": {"orca-max": 7.00, "orca-pow2": 43.24, "orca-oracle": 72.75, "paged": 132.44},
 }
-_FIG_15 = {2: 6.09, 4: 8.53, 6: 9.79}
+_FIG_15 = {"n": {2: 6.09, 4: 8.53, 6: 9.79}, "beam_width": {2: 37.56, 4: 53.13, 6: 55.16}}
+_FIG_15_SHAREGPT = {"n": (16.2, 30.5), "beam_width": (44.3, 66.3)}
+_FIG_16 = {80: 1.67, 341: 3.58}
+_ORCAS = ("paged", "orca-oracle", "orca-pow2", "orca-max")
 _RATIOS = {"orca-oracle": (1.7, 2.7), "orca-max": (2.7, 8.0), "fastertransformer": (None, 22.0)}
 """Section 6.2, ShareGPT: vLLM's sustained rate over that of others, least and most over three models."""
 
@@ -32,8 +40,9 @@ _RATIOS = {"orca-oracle": (1.7, 2.7), "orca-max": (2.7, 8.0), "fastertransformer
 def write_page(results: dict[str, Any]) -> str:
     """The page in Markdown."""
     sections = [_opening(), _fig_2(results["fig_2"]), _fig_12(results["knees"]), _fig_13(results["fig_13"])]
-    sections += [_fig_15(results["fig_15"]), _fig_17(results["knees"]), _fig_18(results["fig_18"])]
-    sections += [_fig_19(results["fig_19"]), _hits(results["hits"]), _headlines(results), _missing()]
+    sections += [_fig_14(results["knees"]), _fig_15(results["fig_15"]), _fig_16(results["knees"])]
+    sections += [_fig_17(results["knees"]), _fig_18(results["fig_18"]), _fig_19(results["fig_19"])]
+    sections += [_hits(results["hits"]), _headlines(results), _missing()]
     return "\n\n".join(sections) + "\n"
 
 
@@ -150,23 +159,101 @@ the queue up to what memory holds (about 190). A step 5 % faster or slower moves
 rate by 5 %."""
 
 
+def _rates(knees: Sequence[Knee], panels: Sequence[Panel]) -> list[list[str]]:
+    """A line per panel: Quire's sustained rate, and the Orcas' with its multiple of them."""
+    body = []
+    for panel in panels:
+        rates = {policy: _knee_of(knees, panel.label, policy) for policy in _ORCAS}
+        cells = [f"{rates[policy]:.2f} · {rates['paged'] / rates[policy]:.2f}×" for policy in _ORCAS[1:]]
+        body.append([panel.label, f"{rates['paged']:.2f}", *cells])
+    return body
+
+
+def _ratio(knees: Sequence[Knee], label: str, policy: str = "orca-oracle") -> float:
+    return _knee_of(knees, label, "paged") / _knee_of(knees, label, policy)
+
+
+def _fig_14(knees: Sequence[Knee]) -> str:
+    basic, widest = _ratio(knees, "d"), _ratio(knees, "beam 6")
+    grows = _ratio(knees, "beam 2") < _ratio(knees, "beam 4") < widest
+    near = abs(widest / 2.3 - 1) <= 0.15
+    return f"""## Fig. 14: parallel sampling and beam search
+
+OPT-13B, Alpaca; the Orcas keep a prompt for every sample and every beam. Sustained requests per second at
+{THRESHOLD} s/token, over {SHARING[0].seconds:g} s of arrivals:
+
+{_table(["sequences", *(NAMES[policy] for policy in _ORCAS)], _rates(knees, SHARING))}
+
+![Fig. 14](paper/fig14-sharing.svg)
+
+What a model says of beams is modelled: of the next token's probability the likeliest one takes a share drawn evenly
+from 0 to 1, the next one such a share of the rest, and so on, 1 nat of entropy on average. The search itself, its forks
+and its copies are the engine's.
+
+Over Orca (Oracle) Quire goes from {basic:.2f}× in basic sampling (printed 1.3×) to {widest:.2f}× at six beams (printed
+2.3×), {"more with every beam" if grows else "not more with every beam"}: {
+        "comes out" if near and grows else "comes out in direction, not in size"
+    }. {_FIG_14_WHY if not near else ""}"""
+
+
+_FIG_14_WHY = f"""What bounds Quire at many beams is the overhead of {1000 * SEQUENCE_OVERHEAD:.2f} ms per
+sequence of a step and the 256 sequences that run at most, which sharing memory does not help."""
+
+
 def _fig_15(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        [str(row["n"]), f"{row['rate']:g}", f"{row['saved_by_sharing_pct']:.2f} ({_FIG_15[row['n']]})"] for row in rows
-    ]
-    return f"""## Fig. 15a: memory saved by sharing, parallel sampling
+    def line(row: dict[str, Any]) -> list[str]:
+        printed = _FIG_15[row["option"]][row["width"]] if row["trace"].startswith("alpaca") else None
+        kind = "samples" if row["option"] == "n" else "beams"
+        saved = f"{row['saved_by_sharing_pct']:.1f}" + (f" ({printed:.1f})" if printed else "")
+        return [row["trace"].split("_")[0], f"{row['width']} {kind}", f"{row['rate']:g}", saved]
 
-OPT-13B, Alpaca; blocks saved in % of those needed without sharing, averaged over time. The samples of a request end
-together here, because the trace has one length per request.
+    saved = {
+        option: [
+            row["saved_by_sharing_pct"]
+            for row in rows
+            if row["option"] == option and row["trace"].startswith("sharegpt")
+        ]
+        for option in _FIG_15_SHAREGPT
+    }
+    said = ", ".join(
+        f"{name} {min(saved[option]):.1f}–{max(saved[option]):.1f} % (printed {least}–{most} %)"
+        for (option, (least, most)), name in zip(_FIG_15_SHAREGPT.items(), ("samples", "beams"), strict=True)
+    )
+    return f"""## Fig. 15: memory saved by sharing
 
-{_table(["samples", "requests/s", "saved, %"], body)}
+OPT-13B; blocks saved in % of those needed without sharing, averaged over time.
 
-It comes out somewhat higher. What is shared is the prompt; in the paper, samples that ended early no longer shared it,
-and prompts may have been shorter beside outputs than in this synthetic trace."""
+{_table(["trace", "sequences", "requests/s", "saved, %"], [line(row) for row in rows])}
+
+On ShareGPT, for which the text prints ranges only: {said}.
+
+Samples save somewhat more here than printed. What they share is the prompt, and all samples of a request end together,
+because a trace has one length per request; in the paper those that ended early no longer shared it, and prompts may
+have been shorter beside outputs than in this synthetic Alpaca. What beams save depends on how far back their last
+common ancestor lies, so on the model's probabilities: that a plain choice of these comes near says that the mechanism
+is the same, not more."""
+
+
+def _fig_16(knees: Sequence[Knee]) -> str:
+    said = []
+    for panel in PREFIXES:
+        ratio, printed = _ratio(knees, panel.label), _FIG_16[panel.value]
+        verdict = "comes out" if abs(ratio / printed - 1) <= 0.15 else "does not come out in size"
+        said.append(f"{ratio:.2f}× with {panel.value} tokens (printed {printed}×): {verdict}")
+    return f"""## Fig. 16: a shared prefix
+
+LLaMA-13B translates: every prompt begins with the same 80 tokens (one example) or 341 (five). Quire holds them, the
+Orcas store and compute them for every request. The paper prints no lengths of WMT16's sentences; these are log-normal
+with means of {WMT_MEANS[0]} and {WMT_MEANS[1]} tokens. Sustained requests per second at {THRESHOLD} s/token:
+
+{_table(["", *(NAMES[policy] for policy in _ORCAS)], _rates(knees, PREFIXES))}
+
+Over Orca (Oracle): {"; ".join(said)}. What is gained depends on how long sentences are beside the prefix,
+and on what a step costs besides memory."""
 
 
 def _fig_17(knees: Sequence[Knee]) -> str:
-    policies = ("paged", "orca-oracle", "orca-pow2", "orca-max")
+    policies = _ORCAS
     rates = [_knee_of(knees, "chat", policy) for policy in policies]
     others = [rates[0] / rate for rate in rates[1:]]
     coincide = max(others) < 1.15 * min(others)
@@ -231,30 +318,40 @@ the link is taken at its full rate."""
 
 
 def _hits(rows: Sequence[dict[str, Any]]) -> str:
-    body = [
-        [
-            f"{row['kv_slots'] / 2**20:g} Mi",
-            f"{row['prefix_hit_pct']:.1f}",
-            f"{row['peak_batch']}",
-            f"{row['preemptions']}",
-        ]
-        for row in rows
-    ]
-    return f"""## Not in the paper: prefix caching on Mooncake's conversations
+    pools = list(dict.fromkeys(row["kv_slots"] for row in rows))
+    body = [[name, *(f"{row['prefix_hit_pct']:.1f}" for row in rows if row["tiers"] == name)] for name, _ in TIERS]
+    alone = [row for row in rows if row["tiers"] == "none"]
+    unbounded = rows[0]["unbounded_prefix_hit_pct"]
+    return f"""## Not in the paper: prefix caching and tiers on Mooncake's conversations
 
-The first 1500 requests with their own arrivals, Llama-3.1-8B on eight H100, blocks of 512 tokens. A cache that forgets
-nothing would hit {rows[0]["unbounded_prefix_hit_pct"]:.1f} % of prompt blocks; outputs, which the trace does not
-name, are not counted.
+The first 1500 requests with their own arrivals, Llama-3.1-8B on eight H100, blocks of 512 tokens, 128 KiB a token.
+A cache that forgets nothing would hit {unbounded:.1f} % of prompt blocks; outputs, which the trace does not name, are
+not counted. What is evicted goes to the tiers below and comes back on a hit, if loading takes less than computing
+by the rates that the scheduler measures: the index and the decisions are the engine's own. Hits in % of prompt tokens,
+by the tokens that the pool holds:
 
-{_table(["pool, tokens", "hit, % of prompt tokens", "largest batch", "preemptions"], body)}"""
+{_table(["below the pool", *(f"{slots / 2**20:g} Mi" for slots in pools)], body)}
+
+![Hit rates](paper/mooncake-tiers.svg)
+
+Without tiers the largest batches have {", ".join(str(row["peak_batch"]) for row in alone)} sequences. A disk of 6 GB/s
+gives nothing here: it takes 11 ms to bring a block that eight H100 compute in 2."""
 
 
 def _headlines(results: dict[str, Any]) -> str:
     waste = {row["policy"]: row for row in results["fig_2"]}
     batch = {row["policy"]: row["mean_batch"] for row in results["fig_13"] if row["trace"].startswith("sharegpt")}
     others = [waste[policy]["token_states_pct"] for policy in ("orca-max", "orca-pow2", "orca-oracle")]
-    saved = [row["saved_by_sharing_pct"] for row in results["fig_15"]]
+    saved = {
+        option: [
+            row["saved_by_sharing_pct"]
+            for row in results["fig_15"]
+            if row["option"] == option and row["trace"].startswith("alpaca")
+        ]
+        for option in _FIG_15
+    }
     knees = results["knees"]
+    prefixes = ", ".join(f"{_ratio(knees, panel.label):.2f}×" for panel in PREFIXES)
     throughput = [
         _knee_of(knees, label, "paged") / _knee_of(knees, label, policy)
         for label in "abcdef"
@@ -268,12 +365,14 @@ def _headlines(results: dict[str, Any]) -> str:
 | and with paging | ≥ 96 % | {waste["paged"]["token_states_pct"]:.1f} % |
 | requests at once over Orca (Oracle), ShareGPT | 2.2× | {batch["paged"] / batch["orca-oracle"]:.2f}× |
 | and over Orca (Max) | 4.3× | {batch["paged"] / batch["orca-max"]:.2f}× |
-| saved by sharing, parallel sampling | 6.1–9.8 % | {min(saved):.1f}–{max(saved):.1f} % |
+| saved by sharing, parallel sampling | 6.1–9.8 % | {min(saved["n"]):.1f}–{max(saved["n"]):.1f} % |
+| saved by sharing, beam search | 37.6–55.2 % | {min(saved["beam_width"]):.1f}–{max(saved["beam_width"]):.1f} % |
+| over Orca (Oracle) with six beams | 2.3× | {_ratio(knees, "beam 6"):.2f}× |
+| with a shared prefix of 80, 341 tokens | 1.67×, 3.58× | {prefixes} |
 | throughput over Orca (Oracle) and (Max), all of Fig. 12 | 2–4× | {min(throughput):.2f}–{max(throughput):.2f}× |"""
 
 
 def _missing() -> str:
-    return """## Not here yet
+    return """## Not here
 
-Beam search (Fig. 14, 15b: 37.6–55.2 % saved), the shared prefix (Fig. 16), and Fig. 18a, which measures a kernel and
-cannot be simulated."""
+Fig. 18a measures a kernel and cannot be simulated; docs/benchmarks.md has the figures of Quire's own."""

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.paper.experiments import THRESHOLD, Knee
+from benchmarks.paper.experiments import PANELS, SHARING, THRESHOLD, Knee
 
 COLORS = {
     "paged": "#1d5f8a",
@@ -36,8 +36,10 @@ def draw_all(results: dict[str, Any], folder: Path) -> None:
     # Fixed ids and no date: a picture changes only with its figures.
     with matplotlib.rc_context({"svg.hashsalt": "quire", "font.size": 8, "axes.spines.top": False}):
         _save(_waste(results["fig_2"]), folder / "fig02-waste.svg")
-        _save(_latency(results["knees"]), folder / "fig12-latency.svg")
+        _save(_latency(results["knees"], [panel.label for panel in PANELS]), folder / "fig12-latency.svg")
+        _save(_latency(results["knees"], [panel.label for panel in SHARING]), folder / "fig14-sharing.svg")
         _save(_block_sizes(results["fig_18"]), folder / "fig18b-block-size.svg")
+        _save(_hits(results["hits"]), folder / "mooncake-tiers.svg")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -59,8 +61,7 @@ def _waste(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _latency(knees: Sequence[Knee]) -> Figure:
-    labels = sorted({knee.panel.label for knee in knees if len(knee.panel.label) == 1})
+def _latency(knees: Sequence[Knee], labels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     for axes, label in zip(figure.subplots(2, 3).flat, labels, strict=True):
         here = [knee for knee in knees if knee.panel.label == label]
@@ -95,4 +96,18 @@ def _block_sizes(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="block size (tokens)", ylabel="s per token", yscale="log")
     axes.legend(frameon=False)
+    return figure
+
+
+def _hits(rows: Sequence[dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(6, 2.8), layout="constrained")
+    axes = figure.subplots()
+    for tiers in dict.fromkeys(row["tiers"] for row in rows):
+        here = [row for row in rows if row["tiers"] == tiers]
+        pools = [row["kv_slots"] / 2**20 for row in here]
+        axes.plot(pools, [row["prefix_hit_pct"] for row in here], marker=".", label=f"below the pool: {tiers}")
+    axes.axhline(rows[0]["unbounded_prefix_hit_pct"], color="black", linewidth=0.5, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="pool (Mi tokens)", ylabel="hits (% of prompt tokens)", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=6)
     return figure

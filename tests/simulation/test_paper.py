@@ -3,7 +3,17 @@
 import pytest
 
 from benchmarks.paper import experiments
-from benchmarks.paper.experiments import BLOCK_SIZES, CHAT, CHAT_LIMIT, PANELS, Knee, find_knee, simulated, trace_of
+from benchmarks.paper.experiments import (
+    BLOCK_SIZES,
+    CHAT,
+    CHAT_LIMIT,
+    PANELS,
+    PREFIXES,
+    Knee,
+    find_knee,
+    simulated,
+    trace_of,
+)
 from quire.simulation.model_shapes import MODEL_SHAPES
 
 PRINTED_TOKEN_STATES = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2}
@@ -51,3 +61,24 @@ def test_swapping_small_blocks_is_slow_and_recomputing_does_not_care() -> None:
     assert swaps[0] > recomputes[0] > swaps[-1]
     # 256 tokens of 800 KiB there and back at 25 GB/s, and 80 copies of 10 µs each way for one block.
     assert swaps[-1] == pytest.approx(2 * (256 * 819_200 / 25e9 + 80 * 1e-5))
+
+
+def test_beams_save_most_of_their_memory_and_samples_little() -> None:
+    """Fig. 15, on an eighth of its time: within a fifth of what is printed for beams."""
+    for width, printed in ((2, 37.56), (4, 53.13), (6, 55.16)):
+        beams, samples = (
+            simulated(PANELS[3], **{option: width}, rate=16.0 / width, duration=40.0)["saved_by_sharing_pct"]
+            for option in ("beam_width", "n")
+        )
+        assert beams == pytest.approx(printed, rel=0.2)
+        assert 4 < samples < 16
+
+
+def test_the_longer_the_shared_prefix_the_more_is_gained() -> None:
+    """Fig. 16: at a rate that the baseline cannot sustain, one that holds the prefix can."""
+    for panel, rate in zip(PREFIXES, (40.0, 24.0), strict=True):
+        held, computed = (
+            simulated(panel, policy=policy, rate=rate, duration=60.0)["normalized_latency_mean"]
+            for policy in ("paged", "orca-oracle")
+        )
+        assert held < experiments.THRESHOLD < computed

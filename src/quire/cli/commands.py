@@ -19,7 +19,7 @@ COMMANDS = {
     "serve": "Serve a model through OpenAI's API.",
     "generate": "Continue a prompt on the terminal.",
     "chat": "Talk to a model on the terminal.",
-    "plan": "Show what a model takes of the memory, and how much context fits, without loading it.",
+    "plan": "Show what a model takes of the memory, how many users fit and how fast it would be, without loading it.",
     "simulate": "Replay a trace through the scheduler or the paper's baselines, on a modelled device.",
 }
 BENCHMARKS = {
