@@ -59,7 +59,7 @@ def fill(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
     while engine.has_work:
         engine.step()
     plan = engine.memory_plan
-    planned = peak_resident(plan, engine.model_config, None)
+    planned = peak_resident(plan, None)
     return {"plan": plan.total, "planned": planned["total"], "measured": resident()}
 
 

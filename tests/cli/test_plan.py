@@ -9,10 +9,7 @@ import pytest
 
 from quire.cli import probe
 from quire.cli.commands import run
-from quire.cli.plan import peak_resident
-from quire.config import EngineConfig
 from quire.engine.checkpoint import bundled_folder
-from quire.engine.memory_plan import plan_memory
 from quire.model_config import ModelConfig
 from quire.simulation.calibration import TimedStep
 from quire.simulation.devices import Device, find_device
@@ -55,7 +52,7 @@ def test_expectations_on_a_device(device: str, capsys: pytest.CaptureFixture[str
     assert [row["users"] for row in figures["expected"]] == [1, 4, 8]
     assert figures["expected"][2]["tokens_per_s"] > figures["expected"][0]["tokens_per_s"]
     resident = figures["peak_resident"]
-    assert resident["total"] == resident["process"] + resident["engine"] + resident["checkpoint"]
+    assert resident["total"] == resident["process"] + resident["engine"]
     only = planned(capsys, *options, "--users", "3", "--no-compare")
     assert [row["users"] for row in only["expected"]] == [3]
     assert "alternatives" not in only
@@ -85,16 +82,6 @@ def test_a_trace_in_the_place_of_users(device: str, tmp_path: Path, capsys: pyte
     figures = planned(capsys, "--device", device, "--trace", str(trace), "--no-compare")
     assert figures["expected"][0]["trace"] == "made.csv"
     assert figures["expected"][0]["requests_per_s"] > 0
-
-
-def test_what_the_system_shows_is_counted_once() -> None:
-    """The table that stays a view of the checkpoint is in its mapping, and not a second time in the engine's part."""
-    model = ModelConfig.from_folder(bundled_folder())
-    plan = plan_memory(EngineConfig(num_blocks=8), model)
-    table = 2 * model.vocab_size * model.hidden_size
-    assert peak_resident(plan, model, None)["total"] == plan.total - table + 2 * model.num_parameters()
-    other = plan_memory(EngineConfig(num_blocks=8, dtype="bfloat16"), model)
-    assert peak_resident(other, model, None)["engine"] == other.total
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from quire.engine.checkpoint import find_model
 from quire.engine.device import Device as EngineDevice
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.errors import ConfigError, MemoryPlanError
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.quantization import METHODS
 from quire.simulation.devices import DEVICES, Device, fewest_devices, find_device
 from quire.simulation.model_shapes import ModelShape
@@ -117,20 +117,19 @@ class _Asked:
     output: int | None = None
     trace: str = ""
 
-    @property
-    def shape(self) -> ModelShape:
-        config = self.config
+    def shape(self, plan: MemoryPlan) -> ModelShape:
+        """As it is stored by a plan."""
         return ModelShape.of(
-            self.model,
-            self.name,
-            dtype=None if config.dtype == "auto" else config.dtype,
-            kv_dtype=None if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
-            quantization=config.quantization,
+            self.model, self.name, dtype=plan.dtype, kv_dtype=plan.kv_cache_dtype, quantization=plan.quantization
         )
 
     def num_shared(self) -> int:
         """Devices that share the model."""
-        return 1 if self.device is None else self.num_devices or fewest_devices(self.shape, self.device)
+        if self.device is None:
+            return 1
+        dtype = None if self.config.dtype == "auto" else self.config.dtype
+        shape = ModelShape.of(self.model, self.name, dtype=dtype, quantization=self.config.quantization)
+        return self.num_devices or fewest_devices(shape, self.device)
 
     def memory_plan(self) -> MemoryPlan:
         """As the engine would make it there."""
@@ -156,7 +155,8 @@ class _Asked:
 
 def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
     """All that is known of a plan, ready for JSON."""
-    plan, shape = asked.memory_plan(), asked.shape
+    plan = asked.memory_plan()
+    shape = asked.shape(plan)
     sizes = asked.sizes(plan)
     context = asked.context or plan.max_model_len
     if context > plan.max_model_len:
@@ -170,8 +170,8 @@ def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
         "model": asked.name,
         "device": asked.device.name if asked.device else None,
         "num_devices": asked.num_shared(),
-        "kv_bytes_per_1k_tokens": 1000 * shape.kv_bytes_per_token,
-        "peak_resident": peak_resident(plan, asked.model, asked.device) if _on_host(asked) else None,
+        "kv_bytes_per_1k_tokens": 1000 * plan.kv_bytes_per_token,
+        "peak_resident": peak_resident(plan, asked.device) if _on_host(asked) else None,
         "context": context,
         "users_that_fit": most,
         "expected": [],
@@ -211,9 +211,10 @@ def _on_host(asked: _Asked) -> bool:
 
 def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
     """What one could change, one thing at a time."""
-    config, shape = asked.config, asked.shape
+    config = asked.config
+    now = asked.model.checkpoint_dtype if config.dtype == "auto" else config.dtype
     others = []
-    if shape.quantization is None and shape.dtype == "float32":
+    if config.quantization is None and now == "float32":
         others.append(("bfloat16", replace(asked, config=replace(config, dtype="bfloat16"))))
     others += [
         (method, replace(asked, config=replace(config, quantization=method)))
@@ -241,14 +242,14 @@ def _alternative(name: str, asked: _Asked, context: int, prompt: int, output: in
         line |= {
             "num_devices": asked.num_shared(),
             "weights": plan.weights,
-            "kv_bytes_per_1k_tokens": 1000 * asked.shape.kv_bytes_per_token,
+            "kv_bytes_per_1k_tokens": 1000 * plan.kv_bytes_per_token,
             "kv_tokens": sizes.num_blocks * sizes.block_size,
             "users_that_fit": sizes.num_users(min(context, plan.max_model_len)),
             "users": users,
         }
         if asked.device is not None and users:
             expected = expect_users(
-                asked.shape, asked.device, asked.num_shared(), sizes, users=users, prompt=prompt, output=output
+                asked.shape(plan), asked.device, asked.num_shared(), sizes, users=users, prompt=prompt, output=output
             )
             line |= {figure: expected[figure] for figure in ("tokens_per_s", "ttft_p50", "tbt_p50")}
     except (ConfigError, MemoryPlanError) as error:
@@ -256,21 +257,10 @@ def _alternative(name: str, asked: _Asked, context: int, prompt: int, output: in
     return line
 
 
-def peak_resident(plan: MemoryPlan, model: ModelConfig, device: Device | None) -> dict[str, int]:
-    """Most that the system will show as the engine's memory, with every block written and log-probabilities asked for.
-
-    The checkpoint is mapped, not read: its pages count while they are in memory, but the system can take them back.
-    The table that embeddings are gathered from stays such a view where its dtype is the checkpoint's.
-    """
-    checkpoint = model.num_parameters() * DTYPE_BYTES[model.checkpoint_dtype]
-    view = model.vocab_size * model.hidden_size * DTYPE_BYTES[plan.dtype] if plan.dtype == model.checkpoint_dtype else 0
+def peak_resident(plan: MemoryPlan, device: Device | None) -> dict[str, int]:
+    """Most that the system will show of the engine, with every block written and log-probabilities asked for."""
     process = int(device.process_memory) if device else 0
-    return {
-        "process": process,
-        "engine": plan.total - view,
-        "checkpoint": checkpoint,
-        "total": process + plan.total - view + checkpoint,
-    }
+    return {"process": process, "engine": plan.total, "total": process + plan.total}
 
 
 def _measure(path: Path, threads: int | None) -> None:

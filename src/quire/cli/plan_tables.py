@@ -15,12 +15,9 @@ def print_plan(figures: dict[str, Any], memory: Sequence[str]) -> None:
         console.print(line, markup=False)
     resident = figures["peak_resident"]
     if resident and resident["process"]:
-        engine, process, checkpoint, total = (
-            show_bytes(resident[part]) for part in ("engine", "process", "checkpoint", "total")
-        )
+        engine, process, total = (show_bytes(resident[part]) for part in ("engine", "process", "total"))
         console.print(
-            f"the system will show at most {total}: the engine's {engine}, {process} of interpreter and libraries, and "
-            f"{checkpoint} of the mapped checkpoint, which it can take back"
+            f"the system will show at most {total}: the engine's {engine} and {process} of interpreter and libraries"
         )
     console.print(
         f"KV of 1,000 tokens takes {show_bytes(figures['kv_bytes_per_1k_tokens'])}; "

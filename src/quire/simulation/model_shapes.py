@@ -7,6 +7,9 @@ from quire.errors import ConfigError
 from quire.model_config import DTYPE_BYTES, KV_DTYPE_BYTES, ModelConfig
 from quire.quantization import METHODS
 
+_SCALE_BYTES = 4
+"""Of a key or value stored in int8."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -124,7 +127,9 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * KV_DTYPE_BYTES[self.kv_dtype or self.dtype]
+        kv_dtype = self.kv_dtype or self.dtype
+        scale = _SCALE_BYTES if kv_dtype == "int8" else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * KV_DTYPE_BYTES[kv_dtype] + scale)
 
 
 def _opt(name: str, num_layers: int, hidden_size: int, num_heads: int) -> ModelShape:
