@@ -29,12 +29,11 @@ PROMPT = 512
 STEPS = 24
 HOST = ("schedule", "input batch", "plan", "sampling", "update", "the rest")
 KERNELS = {
-    "dense": ("linear", "linear_quantized"),
+    "dense": ("linear", "linear_quantized", "linear_of_norm", "linear_of_gate"),
     "attention": ("paged_attention",),
     "KV write": ("write_kv",),
     "norm": ("rms_norm", "add_rms_norm", "rms_norm_heads_"),
     "rotary": ("rotary_",),
-    "activation": ("silu_and_mul", "gelu_and_mul"),
 }
 
 

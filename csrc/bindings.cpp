@@ -303,22 +303,44 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) 
     kernels->pack_linear(source.pointer<void>(), from, source.size(0), source.size(1), target.pointer<void>(), to, first_row);
 }
 
-void linear(const Tensor& x, const Tensor& packed, std::optional<Tensor> bias, const Tensor& out) {
+const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh"};  // in the order of InputOp
+
+// The input [m, k] of a dense layer, made of x as `op` says; m and k are what x has.
+LinearInput linear_input(const Tensor& x, const std::string& op, const std::optional<Tensor>& residual,
+                         const std::optional<Tensor>& norm_weight, float eps, int64_t& m, int64_t& k) {
+    const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), op);
+    if (known == std::end(kInputOps)) throw std::invalid_argument("op: no input is made by '" + op + "'");
+    LinearInput made{{}, InputOp(known - std::begin(kInputOps)), nullptr, nullptr, eps};
+    const Argument input("x", x);
+    made.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
+    m = input.size(0);
+    k = input.size(1);
+    if (made.op == InputOp::rms_norm) {
+        if (!norm_weight) throw std::invalid_argument("norm_weight: expected one for rms_norm, found none");
+        made.norm_weight = vector_of_floats("norm_weight", *norm_weight, k);
+        if (residual)
+            made.residual = Argument("residual", *residual).of(kFloat32).shaped({m, k}).contiguous().pointer<float>();
+    } else if (made.op != InputOp::none) {
+        if (k % 2) input.fail("two halves of columns", std::to_string(k));
+        k /= 2;
+    }
+    return made;
+}
+
+void linear(const Tensor& x, const std::string& op, std::optional<Tensor> residual, std::optional<Tensor> norm_weight,
+            float eps, const Tensor& packed, std::optional<Tensor> bias, const Tensor& out) {
     Linear a{};
-    const Argument input("x", x), weight("packed", packed), output("out", out);
-    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
-    a.m = output.size(0);
+    a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
+    const Argument weight("packed", packed), output("out", out);
+    output.of(kFloat32).shaped({a.m, kAny}).contiguous();
     a.n = output.size(1);
-    input.of(kFloat32).shaped({a.m, kAny}).contiguous(1);
-    a.k = input.size(1);
     weight.shaped({(a.n + kPanel - 1) / kPanel, a.k, kPanel}).contiguous();
-    a.x = input.rows();
     a.weight = weight.pointer<void>();
     a.element = element_of(weight);
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
-    a.scratch = a.m > 1 ? scratch_of(a.m * a.k) : nullptr;
+    a.scratch = scratch_of(2 * a.m * a.k);
     nb::gil_scoped_release release;
     kernels->linear(a);
 }
@@ -368,18 +390,16 @@ void quantize_linear(const Tensor& weight, const Tensor& packed, const Tensor& s
     kernels->quantize_linear(source.pointer<void>(), from, source.size(0), source.size(1), to, first_row);
 }
 
-void linear_quantized(const Tensor& x, const Tensor& packed, const Tensor& scales, int bits, int64_t group,
-                      std::optional<Tensor> bias, const Tensor& out) {
+void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
+                      std::optional<Tensor> norm_weight, float eps, const Tensor& packed, const Tensor& scales,
+                      int bits, int64_t group, std::optional<Tensor> bias, const Tensor& out) {
     LowBitLinear a{};
-    const Argument input("x", x), weight("packed", packed), output("out", out);
-    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
-    a.m = output.size(0);
+    a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
+    const Argument output("out", out);
+    output.of(kFloat32).shaped({a.m, kAny}).contiguous();
     a.n = output.size(1);
-    input.of(kFloat32).shaped({a.m, kAny}).contiguous(1);
-    a.k = input.size(1);
     const LowBitWeight checked = low_bit_weight(packed, scales, bits, group, a.k);
-    weight.shaped({(a.n + kPanel - 1) / kPanel, kAny, kAny, kAny, kAny});
-    a.x = input.rows();
+    Argument("packed", packed).shaped({(a.n + kPanel - 1) / kPanel, kAny, kAny, kAny, kAny});
     a.weight = checked.weight;
     a.scales = checked.scales;
     a.bits = bits;
@@ -387,8 +407,8 @@ void linear_quantized(const Tensor& x, const Tensor& packed, const Tensor& scale
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
-    const int64_t words = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 4 + 1 + groups_of(a.k, a.group);
-    a.scratch = scratch_of(a.m * words);
+    const int64_t words = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 2 + 1 + groups_of(a.k, a.group);
+    a.scratch = scratch_of(a.m * words + omp_get_max_threads() * a.k);
     nb::gil_scoped_release release;
     kernels->linear_quantized(a);
 }
@@ -497,11 +517,13 @@ NB_MODULE(_cpu, m) {
     m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slots"));
     m.def("copy_blocks", &copy_blocks, nb::arg("k_caches"), nb::arg("v_caches"), nb::arg("pairs"));
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
-    m.def("linear", &linear, nb::arg("x"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
+    m.def("linear", &linear, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(), nb::arg("norm_weight").none(),
+          nb::arg("eps"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
     m.def("quantize_rows", &quantize_rows, nb::arg("x"), nb::arg("bytes"), nb::arg("scales"));
     m.def("quantize_linear", &quantize_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"),
           nb::arg("bits"), nb::arg("group_size"), nb::arg("first_row"));
-    m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
+    m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
+          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
     m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),

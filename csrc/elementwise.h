@@ -26,20 +26,23 @@ QUIRE_INLINE void normalise(const float* x, const float* weight, float eps, floa
     for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
+// The norm of x, or with a residual of the residual after adding x to it.
+QUIRE_INLINE void rms_norm_row(const float* x, float* residual, const float* weight, float eps, float* out, int64_t n) {
+    if (residual) {
+        int64_t i = 0;
+        for (; i + kLanes <= n; i += kLanes) store(residual + i, load(residual + i) + load(x + i));
+        for (; i < n; ++i) residual[i] += x[i];
+        x = residual;
+    }
+    normalise(x, weight, eps, out, n);
+}
+
 static void rms_norm(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows,
                      int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* source = x.data + row * x.stride;
-        if (residual) {
-            float* total = residual + row * columns;
-            int64_t i = 0;
-            for (; i + kLanes <= columns; i += kLanes) store(total + i, load(total + i) + load(source + i));
-            for (; i < columns; ++i) total[i] += source[i];
-            source = total;
-        }
-        normalise(source, weight, eps, out + row * columns, columns);
-    }
+    for (int64_t row = 0; row < rows; ++row)
+        rms_norm_row(x.data + row * x.stride, residual ? residual + row * columns : nullptr, weight, eps,
+                     out + row * columns, columns);
 }
 
 static void rms_norm_heads(Rows x, const float* weight, float eps, int64_t tokens, int64_t heads, int64_t head_dim) {
@@ -108,21 +111,23 @@ struct Gelu {
     }
 };
 
-// x [rows, 2 columns] -> out [rows, columns]
+// x [2 columns] -> out [columns]: the activation of the first half times the second.
+template <class Activation>
+QUIRE_INLINE void activate_and_mul_row(const float* x, float* out, int64_t columns) {
+    const float* up = x + columns;
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) store(out + i, Activation::of(load(x + i)) * load(up + i));
+    if (i < columns) {
+        const int64_t rest = columns - i;
+        store_first(out + i, Activation::of(load_first(x + i, rest)) * load_first(up + i, rest), rest);
+    }
+}
+
 template <class Activation>
 static void activate_and_mul(Rows x, float* out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* gate = x.data + row * x.stride;
-        const float* up = gate + columns;
-        float* target = out + row * columns;
-        int64_t i = 0;
-        for (; i + kLanes <= columns; i += kLanes) store(target + i, Activation::of(load(gate + i)) * load(up + i));
-        if (i < columns) {
-            const int64_t rest = columns - i;
-            store_first(target + i, Activation::of(load_first(gate + i, rest)) * load_first(up + i, rest), rest);
-        }
-    }
+    for (int64_t row = 0; row < rows; ++row)
+        activate_and_mul_row<Activation>(x.data + row * x.stride, out + row * columns, columns);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -80,13 +80,29 @@ struct Attention {
 // A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel]; lanes past the last output hold zeros.
 constexpr int64_t kPanel = 32;
 
+// What becomes of x before a dense layer multiplies it.
+enum class InputOp : uint8_t {
+    none,      // x [m, k] is the input
+    rms_norm,  // the norm of x [m, k], or with a residual of the residual, to which x is added
+    silu,      // x [m, 2 k]: the activation of the first half times the second
+    gelu,
+    gelu_tanh,
+};
+struct LinearInput {
+    Rows x;
+    InputOp op;
+    float* residual;           // rms_norm: [m, k] contiguous, or null
+    const float* norm_weight;  // rms_norm: [k]
+    float eps;
+};
+
 struct Linear {
-    Rows x;  // [m, k]
+    LinearInput x;
     const void* weight;
     Element element;
     const float* bias;  // [n] or null
     float* out;         // [m, n], contiguous
-    float* scratch;     // m * k floats
+    float* scratch;     // m * k floats, twice as many if the input is made
     int64_t m, n, k;
 };
 
@@ -106,14 +122,15 @@ struct LowBitWeight {
 };
 
 struct LowBitLinear {
-    Rows x;  // [m, k]
+    LinearInput x;
     const uint8_t* weight;
     const float* scales;
     int bits;
     int64_t group;
     const float* bias;  // [n] or null
     float* out;         // [m, n], contiguous
-    void* scratch;      // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words
+    // m * (k rounded up to whole pairs / 2 + 1 + number of groups) words, and k for each thread
+    void* scratch;
     int64_t m, n, k;
 };
 

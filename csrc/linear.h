@@ -12,6 +12,7 @@
 #include <omp.h>
 
 #include "kernels.h"
+#include "linear_input.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -114,21 +115,28 @@ static void multiply(const Linear& a) {
     const int64_t num_groups = (num_vectors + group - 1) / group;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
+    float* const made = a.x.op == InputOp::none ? nullptr : a.scratch + (a.m > 1 ? a.m * a.k : 0);
+    const Rows given = made ? Rows{made, a.k} : a.x.x;
+
 #pragma omp parallel if (parallel)
     {
+        if (made) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < a.m; ++row) input_row(a.x, row, a.k, made + row * a.k);
+        }
         // A single row lies as the micro-kernel reads it; more are rearranged to [tile][k][rows of the tile].
         if (a.m > 1) {
 #pragma omp for schedule(static) collapse(2)
             for (int64_t tile = 0; tile < num_tiles; ++tile)
                 for (int64_t run = 0; run < num_runs; ++run) {
                     const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    const float* from = a.x.data + begin * a.x.stride;
+                    const float* from = given.data + begin * given.stride;
                     float* to = a.scratch + begin * a.k;
                     for (int64_t k = run * kInputRun; k < min_of(a.k, (run + 1) * kInputRun); ++k)
-                        for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * a.x.stride + k];
+                        for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * given.stride + k];
                 }
         }
-        const float* inputs = a.m > 1 ? a.scratch : a.x.data;
+        const float* inputs = a.m > 1 ? a.scratch : given.data;
 #pragma omp for schedule(static) collapse(2)
         for (int64_t g = 0; g < num_groups; ++g)
             for (int64_t block = 0; block < num_blocks; ++block) {

@@ -155,9 +155,9 @@ struct RowsOfBytes {
     int64_t num_words;  // a row
 };
 
-// One row: to words `stride` apart. A row with an infinity or a NaN gets a NaN for its scale, and so for its results.
-static void quantize_row(const float* x, int64_t k, int64_t group, int64_t num_words, int32_t zero_point, int32_t* words,
-                         int64_t stride, float* scale, int32_t* starts) {
+// One row of k numbers to `depth` bytes. With an infinity or a NaN it gets a NaN for its scale, and so for its results.
+static void quantize_row(const float* x, int64_t k, int64_t depth, int64_t group, int32_t zero_point, int8_t* bytes,
+                         float* scale, int32_t* starts) {
     // Compared as integers, magnitudes keep their order, and NaN is larger than all.
     IntVec magnitudes{};
     for (int64_t i = 0; i < k; i += kLanes) {
@@ -179,11 +179,9 @@ static void quantize_row(const float* x, int64_t k, int64_t group, int64_t num_w
             const IntVec rounded = finite ? nearest(values * inverse) : IntVec{};
             sums += rounded;
             typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-            const Bytes bytes = __builtin_convertvector(rounded, Bytes);
-            int32_t four[kLanes / 4];
-            memcpy(four, &bytes, sizeof four);
-            for (int64_t w = 0; w < kLanes / 4; ++w)
-                if (i / 4 + w < num_words) words[(i / 4 + w) * stride] = four[w];
+            const Bytes narrow = __builtin_convertvector(rounded, Bytes);
+            if (depth - i >= kLanes) memcpy(bytes + i, &narrow, kLanes);
+            else memcpy(bytes + i, &narrow, depth - i);
         }
         if (starts) {
             int32_t sum = 0;
@@ -191,15 +189,16 @@ static void quantize_row(const float* x, int64_t k, int64_t group, int64_t num_w
             *starts++ = -zero_point * sum;
         }
     }
-    for (int64_t w = round_up(k, kLanes) / 4; w < num_words; ++w) words[w * stride] = 0;
+    const int64_t written = round_up(k, kLanes);
+    if (written < depth) memset(bytes + written, 0, depth - written);
 }
 
 static void quantize_rows(Rows x, int64_t rows, int64_t k, void* bytes, float* scales) {
-    const int64_t num_words = round_up(k, kPairOfSteps) / 4;
+    const int64_t depth = round_up(k, kPairOfSteps);
 #pragma omp parallel for schedule(static) if (rows * k >= kParallelProducts)
     for (int64_t row = 0; row < rows; ++row)
-        quantize_row(x.data + row * x.stride, k, k, num_words, 0, static_cast<int32_t*>(bytes) + row * num_words, 1,
-                     scales + row, nullptr);
+        quantize_row(x.data + row * x.stride, k, depth, k, 0, static_cast<int8_t*>(bytes) + row * depth, scales + row,
+                     nullptr);
 }
 
 // kRows x kWidth vectors of outputs, over all of k.
@@ -304,12 +303,18 @@ static void multiply_quantized(const LowBitLinear& a) {
     const int64_t num_tiles = (a.m + kRowsOfBytes - 1) / kRowsOfBytes;
     const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
     const int64_t num_words = round_up(a.k, kPairOfSteps) / 4, num_groups = (a.k + a.group - 1) / a.group;
+    const int64_t num_runs = (num_words + kInputRun - 1) / kInputRun;
     // Whole panels, so an even number.
     const int64_t num_vectors = (a.n + kPanel - 1) / kPanel * kVectorsPerPanel;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
     const int64_t threads = parallel ? omp_get_max_threads() : 1;
-    const RowsOfBytes x{static_cast<int32_t*>(a.scratch), static_cast<float*>(a.scratch) + a.m * num_words,
-                        static_cast<int32_t*>(a.scratch) + a.m * (num_words + 1), num_words};
+    // In the scratch: rows as they are quantised, tiles of them, their scales and starts, and a row for each thread.
+    int32_t* const rows_of_words = static_cast<int32_t*>(a.scratch);
+    int32_t* const tiles = a.m > 1 ? rows_of_words + a.m * num_words : rows_of_words;
+    float* const scales = reinterpret_cast<float*>(rows_of_words + 2 * a.m * num_words);
+    int32_t* const starts = reinterpret_cast<int32_t*>(scales + a.m);
+    float* const made = reinterpret_cast<float*>(starts + a.m * num_groups);
+    const RowsOfBytes x{tiles, scales, starts, num_words};
 
     // Items as in linear.h.
     int64_t group = kVectorsPerPanel;
@@ -320,12 +325,21 @@ static void multiply_quantized(const LowBitLinear& a) {
 #pragma omp parallel if (parallel)
     {
 #pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-            for (int64_t r = 0; r < rows; ++r)
-                quantize_row(a.x.data + (begin + r) * a.x.stride, a.k, a.group, num_words, Stored::kZeroPoint,
-                             x.words + begin * num_words + r, rows, x.scales + begin + r,
-                             x.starts + (begin + r) * num_groups);
+        for (int64_t row = 0; row < a.m; ++row)
+            quantize_row(input_row(a.x, row, a.k, made + omp_get_thread_num() * a.k), a.k, num_words * 4, a.group,
+                         Stored::kZeroPoint, reinterpret_cast<int8_t*>(rows_of_words + row * num_words), scales + row,
+                         starts + row * num_groups);
+        // A single row lies as the micro-kernel reads it.
+        if (a.m > 1) {
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t tile = 0; tile < num_tiles; ++tile)
+                for (int64_t run = 0; run < num_runs; ++run) {
+                    const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+                    const int32_t* from = rows_of_words + begin * num_words;
+                    int32_t* to = tiles + begin * num_words;
+                    for (int64_t w = run * kInputRun; w < min_of(num_words, (run + 1) * kInputRun); ++w)
+                        for (int64_t r = 0; r < rows; ++r) to[w * rows + r] = from[r * num_words + w];
+                }
         }
 #pragma omp for schedule(static) collapse(2)
         for (int64_t item = 0; item < num_items; ++item)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.kernels import cpu, reference
+from quire.kernels.interface import PackedWeight, QuantizedWeight
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -88,6 +89,64 @@ def test_rows_may_be_strided(isa: str) -> None:
     wide = torch.randn(9, 40)
     wide[:, 8:32] = x
     assert torch.equal(cpu.linear(wide[:, 8:32], packed, None, 50), cpu.linear(x, packed, None, 50))
+
+
+FORMATS: list[str | tuple[int, int]] = [*DTYPES, (8, 4096), (4, 32)]
+"""Float types, and the bits and group size of quantised weights."""
+
+
+def pack(weight: torch.Tensor, stored: str | tuple[int, int]) -> PackedWeight:
+    return cpu.pack_linear([weight], stored) if isinstance(stored, str) else cpu.quantize_linear([weight], *stored)
+
+
+def product(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor, n: int) -> torch.Tensor:
+    if isinstance(packed, QuantizedWeight):
+        return cpu.linear_quantized(x, packed, bias, n)
+    return cpu.linear(x, packed, bias, n)
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (1, 40, 100), (2, 33, 7), (15, 65, 257), (40, 96, 64)])
+def test_the_norm_before_a_layer_is_the_same_with_it(m: int, n: int, k: int, stored: str | tuple[int, int]) -> None:
+    x, weight, bias = case(m, n, k, "float32")
+    packed, scale, update = pack(weight, stored), torch.rand(k), torch.randn(m, k)
+    found = cpu.linear_of_norm(x, None, scale, 1e-5, packed, bias, n)
+    assert torch.equal(found, product(cpu.rms_norm(x, scale, 1e-5), packed, bias, n))
+
+    residual, expected_residual = x.clone(), x.clone()
+    found = cpu.linear_of_norm(residual, update, scale, 1e-5, packed, bias, n)
+    normed = cpu.add_rms_norm(update, expected_residual, scale, 1e-5)
+    assert torch.equal(residual, expected_residual)
+    assert torch.equal(found, product(normed, packed, bias, n))
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (1, 40, 100), (2, 33, 7), (15, 65, 257), (40, 96, 64)])
+def test_the_gate_before_a_layer_is_the_same_with_it(
+    m: int, n: int, k: int, activation: str, stored: str | tuple[int, int]
+) -> None:
+    _, weight, bias = case(m, n, k, "float32")
+    x, packed = torch.randn(m, 2 * k + 8)[:, 8:], pack(weight, stored)
+    gated = cpu.silu_and_mul(x) if activation == "silu" else cpu.gelu_and_mul(x, tanh=activation == "gelu_tanh")
+    found = cpu.linear_of_gate(x, activation, packed, bias, n)
+    assert torch.equal(found, product(gated, packed, bias, n))
+    for begin, end in ((0, 1), (3, 9), (7, 39)):
+        part = cpu.linear_of_gate(x[begin:end], activation, packed, bias, n)
+        assert torch.equal(part, found[begin:end])
+
+
+@pytest.mark.parametrize("stored", FORMATS, ids=str)
+def test_what_a_layer_is_made_of_is_checked(stored: str | tuple[int, int]) -> None:
+    packed = pack(torch.zeros(50, 24), stored)
+    with pytest.raises(ValueError, match=r"residual: expected shape \[2, 24\], found \[3, 24\]"):
+        cpu.linear_of_norm(torch.zeros(3, 24), torch.zeros(2, 24), torch.ones(24), 1e-5, packed, None, 50)
+    with pytest.raises(ValueError, match=r"norm_weight: expected shape \[24\], found \[23\]"):
+        cpu.linear_of_norm(torch.zeros(2, 24), None, torch.ones(23), 1e-5, packed, None, 50)
+    with pytest.raises(ValueError, match="x: expected two halves of columns, found 47"):
+        cpu.linear_of_gate(torch.zeros(2, 47), "silu", packed, None, 50)
+    with pytest.raises(ValueError, match="op: no input is made by 'relu'"):
+        cpu.linear_of_gate(torch.zeros(2, 48), "relu", packed, None, 50)
 
 
 def test_bad_arguments_are_named() -> None:

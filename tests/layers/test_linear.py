@@ -5,6 +5,7 @@ import torch
 
 from quire.kernels import kernels_for, reference
 from quire.layers.linear import Linear
+from quire.layers.norm import RMSNorm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -20,3 +21,22 @@ def test_side_by_side(kernels: object, dtype: str) -> None:
     torch.testing.assert_close(layer(x), expected + bias.float(), rtol=1e-5, atol=1e-4)
     layer.bias = None
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_what_comes_before_a_layer(dtype: str, activation: str) -> None:
+    """As the reference has it, one operation after the other; with few bits a value may fall beside a half."""
+    weight, scale = torch.randn(40, 64), torch.rand(64)
+    residual, update, x = torch.randn(5, 64), torch.randn(5, 64), torch.randn(5, 128)
+    results = []
+    for kernels in (reference, kernels_for("cpu")):
+        layer, stream = Linear(kernels, [weight], None, dtype), residual.clone()  # type: ignore[arg-type]
+        norm = RMSNorm(kernels, scale, 1e-5)  # type: ignore[arg-type]
+        first = layer.of_norm(norm, stream, None)
+        second = layer.of_norm(norm, stream, update)
+        results.append(torch.cat((first, second, layer.of_gate(x, activation))))
+        torch.testing.assert_close(stream, residual + update)
+        torch.testing.assert_close(first, layer(norm(residual)), rtol=1e-5, atol=1e-4)
+    expected, found = results
+    assert (found - expected).norm() < (1e-5 if dtype == "float32" else 5e-3) * expected.norm()

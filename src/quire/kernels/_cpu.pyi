@@ -15,13 +15,32 @@ def gelu_tanh_and_mul(x: Tensor, out: Tensor) -> None: ...
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
 def copy_blocks(k_caches: list[Tensor], v_caches: list[Tensor], pairs: Tensor) -> None: ...
 def pack_linear(weight: Tensor, packed: Tensor, first_row: int) -> None: ...
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+def linear(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    packed: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def quantize_rows(x: Tensor, bytes: Tensor, scales: Tensor) -> None: ...
 def quantize_linear(
     weight: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, first_row: int
 ) -> None: ...
 def linear_quantized(
-    x: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, bias: Tensor | None, out: Tensor
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    packed: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    bias: Tensor | None,
+    out: Tensor,
 ) -> None: ...
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
-from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, QuantizedWeight
+from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, PackedWeight, QuantizedWeight
 from quire.kernels.reference import kv_cache_shapes
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "isa",
     "kv_cache_shapes",
     "linear",
+    "linear_of_gate",
+    "linear_of_norm",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -159,8 +161,44 @@ def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zero
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return _linear(x, "none", None, None, 0.0, packed, bias, num_outputs)
+
+
+def linear_of_norm(
+    residual: Tensor,
+    update: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    num_outputs: int,
+) -> Tensor:
+    if update is None:
+        return _linear(residual, "rms_norm", None, norm_weight, eps, packed, bias, num_outputs)
+    return _linear(update, "rms_norm", residual, norm_weight, eps, packed, bias, num_outputs)
+
+
+def linear_of_gate(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return _linear(x, activation, None, None, 0.0, packed, bias, num_outputs)
+
+
+def _linear(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    num_outputs: int,
+) -> Tensor:
+    """The product of what `op` makes of x: nothing else, its norm, or a gate's activation times its other half."""
     out = torch.empty(x.shape[0], num_outputs)
-    _cpu.linear(x, packed, bias, out)
+    if isinstance(packed, QuantizedWeight):
+        values, scales, bits, group_size = packed.values, packed.scales, packed.bits, packed.group_size
+        _cpu.linear_quantized(x, op, residual, norm_weight, eps, values, scales, bits, group_size, bias, out)
+    else:
+        _cpu.linear(x, op, residual, norm_weight, eps, packed, bias, out)
     return out
 
 
@@ -188,9 +226,7 @@ def quantize_linear(
 
 
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-    out = torch.empty(x.shape[0], num_outputs)
-    _cpu.linear_quantized(x, weight.values, weight.scales, weight.bits, weight.group_size, bias, out)
-    return out
+    return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
 def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:

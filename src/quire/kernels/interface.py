@@ -82,6 +82,10 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
 
+PackedWeight = Tensor | QuantizedWeight
+"""What `pack_linear` or `quantize_linear` made."""
+
+
 class Kernels(Protocol):
     """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
 
@@ -139,6 +143,21 @@ class Kernels(Protocol):
     def quantize_linear(self, weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight: ...
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+
+    def linear_of_norm(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        num_outputs: int,
+    ) -> Tensor: ...
+
+    def linear_of_gate(
+        self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
+    ) -> Tensor: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor) -> Tensor: ...
 

@@ -6,8 +6,6 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
-from quire.kernels import Kernels
-
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -18,10 +16,3 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """x [T, I] -> [T, I]."""
     return _PLAIN[name]
-
-
-def gated_activation(kernels: Kernels, name: str) -> Callable[[Tensor], Tensor]:
-    """x [T, 2 I] -> [T, I]: the activation of the first half times the second."""
-    if name == "silu":
-        return kernels.silu_and_mul
-    return partial(kernels.gelu_and_mul, tanh=name == "gelu_tanh")

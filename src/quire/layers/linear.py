@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.kernels.interface import QuantizedWeight
+from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.layers.norm import RMSNorm
 from quire.quantization import METHODS, WeightFormat
 
 
@@ -13,7 +14,8 @@ class Linear:
     """x [M, K] -> x weight^T + bias [M, N], the weight stored as `dtype`: a float type, or a quantisation of METHODS.
 
     Several weights [N_i, K] make one layer whose output is theirs side by side. They are copied, so views of a mapped
-    file may be given; a bias is float32 whatever the dtype.
+    file may be given; a bias is float32 whatever the dtype. What comes before a layer is one kernel with it where it
+    works row by row: `of_norm`, `of_gate`.
     """
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
@@ -26,7 +28,7 @@ class Linear:
         self.num_inputs = weights[0].shape[1]
         if isinstance(dtype, str) and dtype in METHODS:
             dtype = METHODS[dtype].layers
-        self.packed: Tensor | QuantizedWeight
+        self.packed: PackedWeight
         if isinstance(dtype, str):
             self.packed = kernels.pack_linear(weights, dtype)
         else:
@@ -37,6 +39,16 @@ class Linear:
         if isinstance(self.packed, QuantizedWeight):
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
+
+    def of_norm(self, norm: RMSNorm, residual: Tensor, update: Tensor | None) -> Tensor:
+        """residual, update [M, K] -> [M, N]: of the norm of the residual stream, after adding the update to it."""
+        return self.kernels.linear_of_norm(
+            residual, update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
+        )
+
+    def of_gate(self, x: Tensor, activation: str) -> Tensor:
+        """x [M, 2 K] -> [M, N]: of the activation of the first half times the second."""
+        return self.kernels.linear_of_gate(x, activation, self.packed, self.bias, self.num_outputs)
 
 
 def output_head(kernels: Kernels, table: Tensor, dtype: str) -> Linear:

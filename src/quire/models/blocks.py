@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.layers.activation import gated_activation
 from quire.layers.embedding import Embedding, TiedEmbedding
 from quire.layers.linear import Linear, output_head
+from quire.layers.norm import RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
 
@@ -35,18 +35,19 @@ def fused_linear(
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), where x is the norm of the residual stream."""
 
-    __slots__ = ("activation", "down", "gate_up")
+    __slots__ = ("activation", "down", "gate_up", "norm")
 
-    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str, norm: RMSNorm) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.norm = norm
         self.gate_up = fused_linear(
             weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, kernels=kernels, dtype=dtype
         )
-        self.activation = gated_activation(kernels, config.activation)
+        self.activation = config.activation
         self.down = fused_linear(weights, {"down_proj": hidden}, inner, bias=bias, kernels=kernels, dtype=dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        return self.down(self.activation(self.gate_up(x)))
+    def __call__(self, residual: Tensor, update: Tensor) -> Tensor:
+        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+        return self.down.of_gate(self.gate_up.of_norm(self.norm, residual, update), self.activation)

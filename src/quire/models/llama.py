@@ -48,7 +48,7 @@ class Llama:
 
 class DecoderLayer:
     """Attention and MLP, each behind a norm. What a half computes is added to the residual stream by the norm of the
-    next half, so that addition and norm are one kernel."""
+    next half, so that addition, norm and first product are one kernel."""
 
     def __init__(
         self,
@@ -62,10 +62,10 @@ class DecoderLayer:
         def norm(name: str) -> RMSNorm:
             return RMSNorm(kernels, weights.take(name, (config.hidden_size,)).float(), config.norm_eps)
 
-        self.attention_norm = norm("input_layernorm.weight")
-        self.attention = SelfAttention(config, index, weights.scope("self_attn"), kernels, cos_sin, dtype)
-        self.mlp_norm = norm("post_attention_layernorm.weight")
-        self.mlp = GatedMLP(config, weights.scope("mlp"), kernels, dtype)
+        before = norm("input_layernorm.weight")
+        self.attention = SelfAttention(config, index, weights.scope("self_attn"), kernels, cos_sin, dtype, before)
+        before = norm("post_attention_layernorm.weight")
+        self.mlp = GatedMLP(config, weights.scope("mlp"), kernels, dtype, before)
 
     def __call__(
         self,
@@ -76,12 +76,11 @@ class DecoderLayer:
         plan: AttentionPlan,
     ) -> Tensor:
         """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
-        update = self.attention(self.attention_norm(residual, update), positions, layer_kv, plan)
-        return self.mlp(self.mlp_norm(residual, update))
+        return self.mlp(residual, self.attention(residual, update, positions, layer_kv, plan))
 
 
 class SelfAttention:
-    """Causal self-attention with rotary positions and grouped KV heads."""
+    """Causal self-attention with rotary positions and grouped KV heads, of the norm of the residual stream."""
 
     def __init__(
         self,
@@ -91,8 +90,10 @@ class SelfAttention:
         kernels: Kernels,
         cos_sin: Tensor,
         dtype: str,
+        norm: RMSNorm,
     ) -> None:
         self.kernels = kernels
+        self.norm = norm
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -118,11 +119,22 @@ class SelfAttention:
             kernels, scale=config.head_dim**-0.5, cos_sin=cos_sin, window=config.layer_windows[index]
         )
 
-    def __call__(self, x: Tensor, positions: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
-        """x [T, H] -> [T, H]."""
-        num_tokens = x.shape[0]
+    def __call__(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        positions: Tensor,
+        layer_kv: LayerKV,
+        plan: AttentionPlan,
+    ) -> Tensor:
+        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+        num_tokens = residual.shape[0]
         # Views of one [T, heads, D] matrix; what follows works on them in place.
-        q, k, v = self.qkv(x).view(num_tokens, -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        q, k, v = (
+            self.qkv.of_norm(self.norm, residual, update)
+            .view(num_tokens, -1, self.head_dim)
+            .split_with_sizes(self.heads, dim=1)
+        )
         if self.qk_norms is not None:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
