@@ -25,6 +25,7 @@ from quire.kernels.reference import (
     quantize_rows,
     silu_and_mul,
 )
+from quire.kernels.unfused import unfused
 
 __all__ = [
     "GatheredPlan",
@@ -36,6 +37,8 @@ __all__ = [
     "gelu_and_mul",
     "kv_cache_shapes",
     "linear",
+    "linear_of_gate",
+    "linear_of_norm",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -159,6 +162,9 @@ def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
     return functional.linear(x, packed, None if bias is None else bias.to(x.dtype))
+
+
+linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def paged_attention(

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import KV_SCALE_ROWS, AttentionPlan, KVShape, PackedWeight, QuantizedWeight
+from quire.kernels.interface import KV_SCALE_ROWS, AttentionPlan, KVShape, QuantizedWeight
+from quire.kernels.unfused import unfused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -198,33 +199,7 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return out if bias is None else out + bias.to(x.dtype)
 
 
-def linear_of_norm(
-    residual: Tensor,
-    update: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    num_outputs: int,
-) -> Tensor:
-    """residual, update [M, K], norm_weight [K] -> [M, N]: the dense layer of the residual's norm; an update is first
-    added to the residual in place."""
-    if update is None:
-        x = rms_norm(residual, norm_weight, eps)
-    else:
-        x = add_rms_norm(update, residual, norm_weight, eps)
-    return _linear_of(x, packed, bias, num_outputs)
-
-
-def linear_of_gate(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-    """x [M, 2 K] -> [M, N]: the layer of the first half's activation (silu, gelu or gelu_tanh) times the second."""
-    gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, tanh=activation == "gelu_tanh")
-    return _linear_of(gated, packed, bias, num_outputs)
-
-
-def _linear_of(x: Tensor, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-    product = linear_quantized if isinstance(packed, QuantizedWeight) else linear
-    return product(x, packed, bias, num_outputs)  # type: ignore[arg-type]  # told apart above
+linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:

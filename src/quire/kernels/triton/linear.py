@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
-from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.kernels.interface import QuantizedWeight
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.norm import add_rms_norm, rms_norm
+from quire.kernels.unfused import unfused
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
@@ -24,31 +25,6 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return out if bias is None else out.add_(bias)
 
 
-def linear_of_norm(
-    residual: Tensor,
-    update: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    packed: PackedWeight,
-    bias: Tensor | None,
-    num_outputs: int,
-) -> Tensor:
-    """Two kernels: the product is cuBLAS's."""
-    if isinstance(packed, QuantizedWeight):
-        _refuse()
-    if update is None:
-        return linear(rms_norm(residual, norm_weight, eps), packed, bias, num_outputs)
-    return linear(add_rms_norm(update, residual, norm_weight, eps), packed, bias, num_outputs)
-
-
-def linear_of_gate(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-    """Two kernels, as above."""
-    if isinstance(packed, QuantizedWeight):
-        _refuse()
-    gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, tanh=activation == "gelu_tanh")
-    return linear(gated, packed, bias, num_outputs)
-
-
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     _refuse()
 
@@ -59,6 +35,9 @@ def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> Qu
 
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     _refuse()
+
+
+linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:

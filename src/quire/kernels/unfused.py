@@ -1,0 +1,69 @@
+"""`linear_of_norm` and `linear_of_gate` for kernel modules whose best way is one operation after the other."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from quire.kernels.interface import PackedWeight, QuantizedWeight
+
+
+class OfNorm(Protocol):
+    def __call__(
+        self,
+        residual: Tensor,
+        update: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        num_outputs: int,
+    ) -> Tensor: ...
+
+
+class OfGate(Protocol):
+    def __call__(
+        self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
+    ) -> Tensor: ...
+
+
+def unfused(
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor],
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    silu_and_mul: Callable[[Tensor], Tensor],
+    gelu_and_mul: Callable[[Tensor, bool], Tensor],
+    linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor],
+    linear_quantized: Callable[[Tensor, QuantizedWeight, Tensor | None, int], Tensor],
+) -> tuple[OfNorm, OfGate]:
+    """A module's own operations, joined. What the two compute:
+
+    `linear_of_norm`: residual, update [M, K], norm_weight [K] -> [M, N], the dense layer of the residual's norm; an
+    update is first added to the residual in place. `linear_of_gate`: x [M, 2 K] -> [M, N], the dense layer of the first
+    half's activation (silu, gelu or gelu_tanh) times the second half.
+    """
+
+    def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+        if isinstance(packed, QuantizedWeight):
+            return linear_quantized(x, packed, bias, num_outputs)
+        return linear(x, packed, bias, num_outputs)
+
+    def linear_of_norm(
+        residual: Tensor,
+        update: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        num_outputs: int,
+    ) -> Tensor:
+        if update is None:
+            return product(rms_norm(residual, norm_weight, eps), packed, bias, num_outputs)
+        return product(add_rms_norm(update, residual, norm_weight, eps), packed, bias, num_outputs)
+
+    def linear_of_gate(
+        x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
+    ) -> Tensor:
+        gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, activation == "gelu_tanh")
+        return product(gated, packed, bias, num_outputs)
+
+    return linear_of_norm, linear_of_gate
