@@ -37,7 +37,7 @@ static void write_kv_as(Rows k, Rows v, const KVCache& cache, const int32_t* slo
 
 // Each key and each value becomes whole numbers from -127 to 127 and one scale.
 static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {
-    const int64_t head_dim = cache.head_dim, block_size = cache.block_size, num_words = head_dim / 4;
+    const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
 #pragma omp parallel for schedule(static) if (tokens * cache.num_kv_heads * head_dim >= (1 << 14))
     for (int64_t token = 0; token < tokens; ++token) {
         if (slots[token] < 0) continue;
@@ -46,14 +46,11 @@ static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_
             const int64_t block_head = block * cache.num_kv_heads + head;
             int8_t* keys = static_cast<int8_t*>(cache.keys) + block_head * cache.key_stride();
             int8_t* values = static_cast<int8_t*>(cache.values) + block_head * cache.value_stride() + offset * head_dim;
-            int32_t words[kMostHeadDim / 4];
+            int8_t key[kMostHeadDim];
             float scales[2];
-            quantize_row(v.data + token * v.stride + head * head_dim, head_dim, head_dim, num_words, 0, words, 1,
-                         scales + 1, nullptr);
-            memcpy(values, words, head_dim);
-            quantize_row(k.data + token * k.stride + head * head_dim, head_dim, head_dim, num_words, 0, words, 1,
-                         scales, nullptr);
-            const auto* key = reinterpret_cast<const int8_t*>(words);
+            quantize_row(k.data + token * k.stride + head * head_dim, head_dim, head_dim, head_dim, 0, key, scales, nullptr);
+            quantize_row(v.data + token * v.stride + head * head_dim, head_dim, head_dim, head_dim, 0, values, scales + 1,
+                         nullptr);
             for (int64_t d = 0; d < head_dim; ++d) keys[d * block_size + offset] = key[d];
             int8_t* key_scales = keys + head_dim * block_size;
             memcpy(key_scales + offset * sizeof(float), scales, sizeof(float));
