@@ -69,13 +69,14 @@ def install(timers: Timers) -> None:
     timers.around(Scheduler, "schedule", "schedule")
     timers.around(Scheduler, "update", "update")
     timers.around(model_runner, "make_input_batch", "input batch")
-    timers.around(model_runner, "plan_attention", "plan")
     timers.around(Sampler, "sample", "sampling")
     timers.around(ModelRunner, "execute", "execute")
 
 
 def around_model(timers: Timers, llm: LLM) -> None:
-    model = llm._engine._core._runner._model
+    runner = llm._engine._core._runner
+    timers.around(runner, "_plan_attention", "plan")
+    model = runner._model
     timers.around(type(model), "__call__", "layers")
     timers.around(type(model), "logits", "logits")
 
