@@ -164,6 +164,7 @@ class TieredEngine(Engine):
             if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(moves=transfers.finish(computes=False))
+            scheduler._in_flight.append(scheduler._rows.copy())
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)

@@ -148,7 +148,7 @@ def test_token_ids_and_their_names(client: OpenAI) -> None:
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),
         ({"guided_json": {}, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_whitespace_pattern": " ", "guided_choice": ["a"]}, "structured_outputs"),
+        ({"guided_whitespace_pattern": " ", "guided_choice": ["a"]}, "guided_choice"),
         ({"structured_outputs": {}}, "structured_outputs"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
         ({"response_format": {"type": "xml"}}, "response_format"),
