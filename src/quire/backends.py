@@ -16,6 +16,8 @@ KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "fp8_e4m3")
 """What KV may be stored in, where a backend can."""
 GATHERED_SLOTS = 2**17
 """KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
+FLASHINFER_WORKSPACE = 384 * 2**20
+"""Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
 _PLAIN = ("float32", "float16", "bfloat16")
 
 
@@ -29,7 +31,7 @@ class Backend:
     """What makes the planner of its attention, as "module:function" (see `quire.attention.planners`)."""
     devices: tuple[str, ...]
     kv_cache_dtypes: tuple[str, ...] = _PLAIN
-    package: str = ""
+    packages: tuple[str, ...] = ()
     """What must be installed for it beside Quire's own dependencies."""
     block_size: int = 64
     """Tokens per block if not told otherwise."""
@@ -37,10 +39,14 @@ class Backend:
     """Those it takes; empty: all."""
     min_capability: tuple[int, int] = (0, 0)
     """The oldest CUDA device it runs on."""
+    dtypes: tuple[str, ...] = _PLAIN
+    """What activations and weights may be."""
     float32_activations: bool = False
     """Activations are float32 whatever weights are stored in; otherwise they follow `dtype`."""
     gathered_slots: int = 0
     """KV slots of one layer that its attention copies at once."""
+    workspace: int = 0
+    """Bytes of the device that its attention works in, beside all that."""
     sampling: str = ""
     """The module of its sampling kernels (see `quire.sampling.device_sampler.SamplingKernels`); else torch draws."""
     quantizes: bool = False
@@ -67,7 +73,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             kernels="quire.kernels.triton",
             planner="quire.attention.planners:gpu_planner",
             devices=("cuda",),
-            package="triton",
+            packages=("triton",),
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             min_capability=(8, 0),
             sampling="quire.kernels.triton.sampling",
@@ -80,6 +86,18 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             devices=DEVICES,
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,
+        ),
+        "flashinfer": Backend(
+            kernels="quire.kernels.flashinfer",
+            planner="quire.attention.planners:flashinfer_planner",
+            devices=("cuda",),
+            packages=("triton", "flashinfer"),
+            kv_cache_dtypes=("float16", "bfloat16", "fp8_e4m3"),
+            dtypes=("float16", "bfloat16"),
+            min_capability=(8, 0),
+            workspace=FLASHINFER_WORKSPACE + 64 * 2**20,  # and 8 MiB for each wrapper
+            sampling="quire.kernels.triton.sampling",
+            block_sizes=tuple(range(16, 257, 16)),
         ),
     }
 )
@@ -103,8 +121,9 @@ def choose_backend(
         if device == "cuda" and capability < row.min_capability:
             needed, found = (".".join(map(str, version)) for version in (row.min_capability, capability))
             return f"needs a CUDA device of capability {needed}, but this one has {found}"
-        if row.package and not has_package(row.package):
-            return f"needs the package {row.package}, which is not installed"
+        for package in row.packages:
+            if not has_package(package):
+                return f"needs the package {package}, which is not installed"
         return ""
 
     possible = [other for other, row in BACKENDS.items() if not obstacle(row)]

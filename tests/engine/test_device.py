@@ -135,6 +135,11 @@ def test_backends_of_devices() -> None:
         choose_backend("triton", "cuda", (7, 5), lambda package: True)
     with pytest.raises(ConfigError, match=r"triton, which needs the package triton, .* choose sdpa"):
         choose_backend("triton", "cuda", (9, 0), lambda package: False)
+    assert choose_backend("flashinfer", "cuda", (9, 0), lambda package: True) == "flashinfer"
+    with pytest.raises(ConfigError, match=r"flashinfer, which needs the package flashinfer, .* choose triton or sdpa"):
+        choose_backend("flashinfer", "cuda", (9, 0), lambda package: package == "triton")
+    with pytest.raises(ConfigError, match="flashinfer, which runs on cuda, but device is cpu; choose cpu or sdpa"):
+        choose_backend("flashinfer", "cpu")
     for name in BACKENDS:
         EngineConfig(attention_backend=name)
     with pytest.raises(ConfigError, match=r"attention_backend is 'magic'; it must be auto or one of cpu"):
@@ -202,6 +207,18 @@ def test_what_a_card_cannot_do_is_refused(llama_8b: ModelConfig) -> None:
     # Cards before Ampere have no bfloat16, and the kernels that need more than they are do not run there.
     plan = plan_memory(EngineConfig(max_model_len=1024), llama_8b, device=OLD_CARD)
     assert (plan.dtype, plan.attention_backend) == ("float16", "sdpa")
+
+
+def test_flashinfer_in_the_plan(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "flashinfer")
+    plan = plan_memory(EngineConfig(), llama_8b, device=CARD)
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
+    other = plan_memory(EngineConfig(), llama_8b, device=CARD)
+    assert plan.activations - other.activations == BACKENDS["flashinfer"].workspace
+    assert plan.graphs == 0
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "flashinfer")
+    with pytest.raises(ConfigError, match="dtype is float32, which the flashinfer backend does not compute in"):
+        plan_memory(EngineConfig(dtype="float32"), llama_8b, device=CARD)
 
 
 # Weights

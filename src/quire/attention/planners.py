@@ -151,3 +151,47 @@ def gpu_planner(shape: AttentionShape) -> Planner:
         )
 
     return plan
+
+
+def flashinfer_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.flashinfer import list_pages
+    from quire.kernels.flashinfer import FlashInferPlan, Wrappers
+
+    wrappers = Wrappers(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        device=shape.device,
+    )
+
+    def plan(
+        query_start_loc: Int32Array,
+        seq_lens: Int32Array,
+        block_tables: Int32Array,
+        slots: Int32Array,
+        *,
+        captured_seqs: int = 0,
+    ) -> AttentionPlan:
+        assert not captured_seqs, "a wrapper's launches differ from step to step"
+        pages = list_pages(seq_lens, block_tables, shape.block_size)
+
+        def on_device(array: Int32Array) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(shape.device, non_blocking=True)
+
+        return FlashInferPlan(
+            query_start_loc=on_device(query_start_loc),
+            seq_lens=on_device(seq_lens),
+            block_tables=on_device(block_tables),
+            slots=on_device(slots),
+            window=0,
+            qo_indptr=torch.from_numpy(query_start_loc),
+            kv_indptr=torch.from_numpy(pages.indptr),
+            kv_indices=torch.from_numpy(pages.indices),
+            last_page_len=torch.from_numpy(pages.last_page_len),
+            max_query_len=int(np.diff(query_start_loc).max()),
+            wrappers=wrappers,
+            turn=wrappers.next_turn(),
+        )
+
+    return plan
