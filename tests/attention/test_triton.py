@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
-from quire.kernels.gpu_plan import ItemColumn, MergeColumn
+from quire.kernels.gpu_plan import GatheredColumn, ItemColumn, MergeColumn
 
 BLOCK_SIZE = 64
 
 
-def buffers_for(group: int, num_sms: int = 4) -> PlanBuffers:
+def buffers_for(group: int, num_sms: int = 4, **options: float) -> PlanBuffers:
     return PlanBuffers(
         num_heads=2 * group,
         num_kv_heads=2,
@@ -25,15 +25,21 @@ def buffers_for(group: int, num_sms: int = 4) -> PlanBuffers:
         max_blocks=64,
         device=torch.device("cpu"),
         num_sms=num_sms,
+        **options,
     )
 
 
-def plan(sequences: list[tuple[int, int]], buffers: PlanBuffers, **options: int) -> GpuAttentionPlan:
-    """Of sequences given as (tokens, of which new), whose block tables count up."""
+def plan(
+    sequences: list[tuple[int, int]], buffers: PlanBuffers, shared: dict[int, int] | None = None, **options: int
+) -> GpuAttentionPlan:
+    """Of sequences given as (tokens, of which new), whose block tables count up; `shared` has of a sequence how many
+    blocks it begins with like the first."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
     new = [new for _, new in sequences]
     width = -(-int(lengths.max(initial=0)) // BLOCK_SIZE)
     tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
+    for row, count in (shared or {}).items():
+        tables[row, :count] = tables[0, :count]
     starts = np.cumsum([0, *new]).astype(np.int32)
     return plan_attention(starts, lengths, tables, np.arange(sum(new), dtype=np.int32), buffers=buffers, **options)
 
@@ -56,6 +62,21 @@ def check_coverage(found: GpuAttentionPlan, sequences: list[tuple[int, int]], wi
                 assert item[ItemColumn.POSITION] + index == positions[token]
                 place = -1 if partial < 0 else partial + index
                 seen[token].append((place, item[ItemColumn.KEY_BEGIN], item[ItemColumn.KEY_END]))
+    tables = found.block_tables.numpy()
+    for item in found.shared.items[: int(found.shared.count)].tolist():
+        begin, end = item[ItemColumn.KEY_BEGIN], item[ItemColumn.KEY_END]
+        assert begin < end
+        assert begin % found.tile == end % found.tile == 0
+        read = tables.ravel()[item[ItemColumn.TABLE] :][begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)].tolist()
+        first = item[ItemColumn.TOKEN]
+        members = found.gathered[first : first + item[ItemColumn.NUM_TOKENS]].tolist()
+        assert item[ItemColumn.POSITION] == min(member[GatheredColumn.POSITION] for member in members)
+        for member in members:
+            token = member[GatheredColumn.TOKEN]
+            assert member[GatheredColumn.POSITION] == positions[token] >= end
+            own = tables.ravel()[table_of[token] :][begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)].tolist()
+            assert own == read
+            seen[token].append((member[GatheredColumn.PARTIAL], begin, end))
     merges = {merge[MergeColumn.TOKEN]: merge for merge in found.merges[: int(found.num_merges)].tolist()}
     places = [place for parts in seen for place, _, _ in parts if place >= 0]
     assert len(places) == len(set(places))
@@ -83,6 +104,32 @@ SEQUENCES = st.lists(
 @given(SEQUENCES, st.sampled_from([1, 4, 7, 8]), st.sampled_from([0, 100]))
 def test_every_visible_key_is_read_once(sequences: list[tuple[int, int]], group: int, window: int) -> None:
     check_coverage(plan(sequences, buffers_for(group), window=window), sequences, window)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 9), st.sampled_from([0, 3, 20])), min_size=8, max_size=12),
+    st.sampled_from([1, 4, 40]),
+    st.sampled_from([1, 16]),
+    st.sampled_from([0, 300]),
+)
+def test_shared_keys_are_read_once(tails: list[tuple[int, int, int]], group: int, num_sms: int, window: int) -> None:
+    """Of sequences with (tokens beyond what they share, new ones, blocks they share), some share two levels."""
+    sequences = [(BLOCK_SIZE * blocks + tail + new, new) for tail, new, blocks in tails]
+    shared = {row: blocks for row, (_, _, blocks) in enumerate(tails) if blocks <= tails[0][2]}
+    found = plan(sequences, buffers_for(group, num_sms, min_shared_bytes=1), shared, window=window)
+    check_coverage(found, sequences, window)
+
+
+def test_a_prefix_is_shared_where_it_saves_enough() -> None:
+    sequences = [(20 * BLOCK_SIZE + 9, 1)] * 12
+    everyone = dict.fromkeys(range(12), 20)
+    saved = 11 * 20 * BLOCK_SIZE * 2 * 2 * 64 * 2  # sharers but one, keys, of 2 heads of 64 keys and values in 16 bits
+    assert plan(sequences, buffers_for(4, min_shared_bytes=saved - 1), everyone).shared.num_programs
+    assert not plan(sequences, buffers_for(4, min_shared_bytes=saved), everyone).shared.num_programs
+    some = dict.fromkeys(range(7), 20)
+    assert not plan(sequences, buffers_for(4, min_shared_bytes=1), some).shared.num_programs
+    captured = plan(sequences, buffers_for(4, min_shared_bytes=1), everyone, captured_seqs=12)
+    assert not captured.shared.num_programs
 
 
 @given(st.lists(st.integers(8, 4000), max_size=12), st.sampled_from([1, 4, 5]))

@@ -130,6 +130,7 @@ def gpu_planner(shape: AttentionShape) -> Planner:
         max_num_tokens=shape.max_num_tokens,
         max_blocks=shape.max_blocks,
         device=shape.device,
+        kv_element_size=shape.kv_element_size,
     )
 
     def plan(

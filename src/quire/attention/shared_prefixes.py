@@ -32,11 +32,14 @@ def find_shared_prefixes(
     *,
     block_size: int,
     read_rows: float,
+    min_saved: float = 0.0,
+    min_members: int = 2,
 ) -> list[SharedPrefix]:
     """block_tables [M, any], of each its leading blocks that may be shared [M], query rows of one KV head [M].
 
     An item's time is taken for keys x the larger of its rows and `read_rows`: reading a key takes as long as scoring it
     against so many rows. The key ranges of the prefixes that a sequence is a member of follow each other from key 0.
+    A prefix has at least `min_members` and saves more than `min_saved`, in the same unit of keys x rows.
     """
     first = np.where(num_blocks > 0, block_tables[:, 0], -1 - np.arange(len(block_tables)))
     _, group, size = np.unique(first, return_inverse=True, return_counts=True)
@@ -54,7 +57,7 @@ def find_shared_prefixes(
         num_keys = (depth - int(begin[left])) * block_size
         together = int(total[right] - total[left])
         saved = num_keys * (cost[right] - cost[left] - max(together, read_rows))
-        if saved > together * _PART_KEYS + _ITEM_KEYS:
+        if right - left >= min_members and saved > max(min_saved, together * _PART_KEYS + _ITEM_KEYS):
             found.append(SharedPrefix(member[left:right], int(begin[left]) * block_size, depth * block_size))
             begin[left:right] = depth
     return found

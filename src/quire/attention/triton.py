@@ -2,7 +2,8 @@
 
 An item is a run of new tokens of one sequence and a range of its keys; a program of the kernel takes an item for one KV
 head, whose query heads share each key that is read. Long ranges are cut so that the whole GPU has work however ragged
-the batch is, and the parts are merged by a second kernel.
+the batch is, and the parts are merged by a second kernel. Keys that many sequences begin with become items of their
+own, read once for all of them, where that pays (cascade attention; `shared_prefixes`): another part to merge.
 
 All that a step's kernels read travels to the device as one array of int32, in one copy, into memory that never moves.
 So a CUDA graph captured with one plan can be replayed with the next, as long as both were planned with the same
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from quire.attention.plan import enumerate_runs
+from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.gpu_plan import (
     NUM_ITEM_COLUMNS,
     GatheredColumn,
@@ -41,6 +43,12 @@ _MIN_ROWS = 16
 _PROGRAMS_PER_SM = 12
 # Less than this many tiles of keys are not worth a part of their own.
 _MIN_TILES = 4
+# An item of a shared prefix holds many rows, for which a multiprocessor has room once: fewer programs fill it.
+_SHARED_PROGRAMS_PER_SM = 4
+# Where a shared prefix pays: bytes of a layer's KV that need not be read again, and sequences that share. Not measured
+# here; below them other engines report losses.
+_MIN_SHARED_BYTES = 100e6
+_MIN_SHARERS = 8
 _MAX_TILE = 64
 _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector loads want it
 
@@ -60,8 +68,13 @@ class PlanBuffers:
         max_blocks: int,
         device: torch.device,
         num_sms: int | None = None,
+        kv_element_size: int = 2,
+        min_shared_bytes: float = _MIN_SHARED_BYTES,
     ) -> None:
-        """`max_blocks` is of one sequence. `num_sms` is asked of the device if not given."""
+        """`max_blocks` is of one sequence. `num_sms` is asked of the device if not given.
+
+        A prefix is shared where more than `min_shared_bytes` of a layer's KV, of which a number takes
+        `kv_element_size` bytes, need not be read again."""
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -82,6 +95,9 @@ class PlanBuffers:
         """Items that keep the device busy."""
         max_tiles = max_num_seqs + max_num_tokens // self.tokens_per_tile(max(64, self.rows_for(self.group)))
         max_items = max_tiles + self.target_items
+        self.target_shared_items = max(1, self.target_items * _SHARED_PROGRAMS_PER_SM // _PROGRAMS_PER_SM)
+        self.min_shared_keys = min_shared_bytes / (2 * num_kv_heads * head_dim * kv_element_size)
+        """Keys, times the sequences that need not read them, from which a prefix is shared."""
         self.max_places = max(1024, 2 * self.target_items)
         """Tokens' parts that `partials` holds."""
         sizes = {
@@ -91,7 +107,7 @@ class PlanBuffers:
             "seq_lens": max_num_seqs,
             "narrow": max_items * NUM_ITEM_COLUMNS,
             "wide": max_items * NUM_ITEM_COLUMNS,
-            "shared": self.target_items * NUM_ITEM_COLUMNS,
+            "shared": max_items * NUM_ITEM_COLUMNS,
             "gathered": self.max_places * len(GatheredColumn),
             "merges": self.max_places * len(MergeColumn),
             "block_tables": max_num_seqs * max_blocks,  # last: a step sends no more of it than it has
@@ -189,18 +205,24 @@ def plan_attention(
 
     geometry = _Geometry(query_start_loc, seq_lens, block_tables.shape[1], window, buffers)
     splitter = _Splitter(buffers)
-    narrow_items = splitter.split(geometry.tiles(np.flatnonzero(narrow), buffers.tokens_per_tile(narrow_rows)))
-    wide_items = splitter.split(geometry.tiles(np.flatnonzero(~narrow), buffers.tokens_per_tile(wide_rows)))
+    narrow_tiles = geometry.tiles(np.flatnonzero(narrow), buffers.tokens_per_tile(narrow_rows))
+    # A graph launches the same programs whatever the step, and most steps share nothing.
+    sharers = _NO_SHARERS if captured_seqs else _share_prefixes(narrow_tiles, block_tables, buffers)
+    narrow_items, first_place, num_parts = splitter.split(narrow_tiles, sharers.parts_of(narrow_tiles))
+    wide_items, _, _ = splitter.split(geometry.tiles(np.flatnonzero(~narrow), buffers.tokens_per_tile(wide_rows)))
     merges = splitter.merges()
+    shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
 
     host, sections = buffers.host(), buffers.sections
-    host[sections["counts"]] = len(narrow_items), len(wide_items), 0, len(merges)
+    host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
     num_slots = max(num_tokens, captured_seqs * captured_query_len)
     _put(host, sections["slots"], slots, fill_to=num_slots)
     _put(host, sections["query_start_loc"], query_start_loc)
     _put(host, sections["seq_lens"], seq_lens)
     _put(host, sections["narrow"], narrow_items)
     _put(host, sections["wide"], wide_items)
+    _put(host, sections["shared"], shared_items)
+    _put(host, sections["gathered"], gathered)
     _put(host, sections["merges"], merges)
     _put(host, sections["block_tables"], block_tables)
     buffers.send(sections["block_tables"].start + block_tables.size)
@@ -223,8 +245,8 @@ def plan_attention(
         window=window,
         narrow=work_list(0, "narrow", bound or len(narrow_items), narrow_rows),
         wide=work_list(1, "wide", 0 if captured_seqs else len(wide_items), wide_rows),
-        shared=work_list(2, "shared", 0, 16),
-        gathered=buffers.view("gathered", 0, len(GatheredColumn)),
+        shared=work_list(2, "shared", len(shared_items), sharers.num_rows),
+        gathered=buffers.view("gathered", len(gathered), len(GatheredColumn)),
         merges=buffers.view("merges", num_merge_programs, len(MergeColumn)),
         num_merges=counts[3:4],
         num_merge_programs=num_merge_programs,
@@ -272,11 +294,15 @@ class _Splitter:
         self._num_places = 0
         self._merges: list[Int32Array] = []
 
-    def split(self, items: Int32Array) -> Int32Array:
+    def split(self, items: Int32Array, others: Int64Array | None = None) -> tuple[Int32Array, Int64Array, Int64Array]:
         """The items, with those of many keys in parts of about equal length, costliest first.
 
-        No more than `target_items` items are added.
+        No more than `target_items` items are added. `others` counts, of each item, parts that are not its own: they
+        get places behind its own. Returned beside the items are each one's first place, where it has one, and how many
+        parts it became.
         """
+        if others is None:
+            others = np.zeros(len(items), dtype=np.int64)
         tile = self._buffers.tile
         first_tile = items[:, ItemColumn.KEY_BEGIN] // tile
         num_tiles = -(-items[:, ItemColumn.KEY_END] // tile) - first_tile
@@ -284,36 +310,159 @@ class _Splitter:
         share = max(_MIN_TILES, -(-int(num_tiles.sum()) // self._buffers.target_items))
         while True:
             num_parts = -(-num_tiles // share)
-            places = np.where(num_parts > 1, num_parts * num_tokens, 0)
+            all_parts = num_parts + others
+            places = np.where(all_parts > 1, all_parts * num_tokens, 0)
             if self._num_places + places.sum() <= self._buffers.max_places:
                 break
             share *= 2
         first_place = self._num_places + np.cumsum(places) - places
+        own_parts = num_parts
         if places.any():
             self._num_places += int(places.sum())
-            (cut,) = np.nonzero(num_parts > 1)
+            (cut,) = np.nonzero(all_parts > 1)
             run, token = enumerate_runs(num_tokens[cut])
             merges = np.empty((len(run), len(MergeColumn)), dtype=np.int32)
             merges[:, MergeColumn.TOKEN] = items[cut[run], ItemColumn.TOKEN] + token
             merges[:, MergeColumn.PARTIAL] = first_place[cut[run]] + token
-            merges[:, MergeColumn.NUM_PARTS] = num_parts[cut[run]]
+            merges[:, MergeColumn.NUM_PARTS] = all_parts[cut[run]]
             merges[:, MergeColumn.STRIDE] = num_tokens[cut[run]]
             self._merges.append(merges)
 
             run, part = enumerate_runs(num_parts)
-            items, num_parts, first_tile = items[run], num_parts[run], first_tile[run]
+            items, num_parts, first_tile, all_parts = items[run], num_parts[run], first_tile[run], all_parts[run]
             begin = first_tile + num_tiles[run] * part // num_parts
             end = first_tile + num_tiles[run] * (part + 1) // num_parts
             items[:, ItemColumn.KEY_BEGIN] = begin * tile
             items[:, ItemColumn.KEY_END] = np.minimum(items[:, ItemColumn.KEY_END], end * tile)
             place = first_place[run] + part * num_tokens[run]
-            items[:, ItemColumn.PARTIAL] = np.where(num_parts > 1, place, -1)
+            items[:, ItemColumn.PARTIAL] = np.where(all_parts > 1, place, -1)
         num_keys = items[:, ItemColumn.KEY_END] - items[:, ItemColumn.KEY_BEGIN]
-        return items[np.argsort(-num_keys, kind="stable")]
+        return items[np.argsort(-num_keys, kind="stable")], first_place, own_parts
 
     def merges(self) -> Int32Array:
         """What is left to put together after all items ran."""
         return np.concatenate([np.empty((0, len(MergeColumn)), dtype=np.int32), *self._merges])
+
+
+@dataclass(frozen=True, slots=True)
+class _Sharers:
+    """Items of shared prefixes, before they are cut along their keys, and who takes part in each."""
+
+    items: Int32Array
+    """[S, columns]; TOKEN counts in `token`."""
+    num_parts: Int64Array
+    """[S]"""
+    item: Int64Array
+    """[N]: one for each pair of an item and a token of it, ordered by item."""
+    tile: Int64Array
+    """[N]: the tile that the token is of."""
+    token: Int64Array
+    """[N]: its place in the tile."""
+    num_rows: int
+
+    def parts_of(self, tiles: Int32Array) -> Int64Array:
+        """Of each tile, its parts of all shared items."""
+        first = self.token == 0
+        counts = np.bincount(self.tile[first], self.num_parts[self.item[first]], len(tiles))
+        parts: Int64Array = counts.astype(np.int64)
+        return parts
+
+    def lay_out(
+        self, tiles: Int32Array, first_place: Int64Array, own_parts: Int64Array, key_tile: int
+    ) -> tuple[Int32Array, Int32Array]:
+        """The items, cut, and `gathered`. A tile's places are those of its own parts, then of its items' in order."""
+        # Of each pair, the parts that its tile has before this item's.
+        parts = self.num_parts[self.item]
+        key = self.tile * (MAX_NARROW_TOKENS + 1) + self.token
+        order = np.argsort(key, kind="stable")
+        by_key, ordered = key[order], parts[order]
+        before = np.cumsum(ordered) - ordered
+        earlier = np.empty_like(order)
+        earlier[order] = before - before[np.searchsorted(by_key, by_key)]
+
+        item, part = enumerate_runs(self.num_parts)
+        items = self.items[item]
+        first = self.items[item, ItemColumn.KEY_BEGIN].astype(np.int64) // key_tile
+        num_tiles = self.items[item, ItemColumn.KEY_END] // key_tile - first
+        items[:, ItemColumn.KEY_BEGIN] = (first + num_tiles * part // self.num_parts[item]) * key_tile
+        items[:, ItemColumn.KEY_END] = (first + num_tiles * (part + 1) // self.num_parts[item]) * key_tile
+        lengths = items[:, ItemColumn.NUM_TOKENS].astype(np.int64)
+        run, place = enumerate_runs(lengths)
+        pair = items[run, ItemColumn.TOKEN] + place
+        tile, token = self.tile[pair], self.token[pair]
+        gathered = np.zeros((len(pair), len(GatheredColumn)), dtype=np.int32)
+        gathered[:, GatheredColumn.TOKEN] = tiles[tile, ItemColumn.TOKEN] + token
+        part_of_tile = own_parts[tile] + earlier[pair] + part[run]
+        stride = tiles[tile, ItemColumn.NUM_TOKENS]
+        gathered[:, GatheredColumn.PARTIAL] = first_place[tile] + part_of_tile * stride + token
+        gathered[:, GatheredColumn.POSITION] = tiles[tile, ItemColumn.POSITION] + token
+        items[:, ItemColumn.TOKEN] = np.cumsum(lengths) - lengths
+        return items, gathered
+
+
+_NO_PAIRS = np.empty(0, dtype=np.int64)
+_NO_SHARERS = _Sharers(
+    np.empty((0, NUM_ITEM_COLUMNS), dtype=np.int32), _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _MIN_ROWS
+)
+
+
+def _share_prefixes(tiles: Int32Array, block_tables: Int32Array, buffers: PlanBuffers) -> _Sharers:
+    """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
+    (whole,) = np.nonzero(tiles[:, ItemColumn.KEY_BEGIN] == 0)  # where a window cuts, each row sees another part
+    if len(whole) < _MIN_SHARERS:
+        return _NO_SHARERS
+    num_tokens = tiles[whole, ItemColumn.NUM_TOKENS].astype(np.int64)
+    prefixes = find_shared_prefixes(
+        block_tables[tiles[whole, ItemColumn.TABLE] // block_tables.shape[1]],
+        tiles[whole, ItemColumn.POSITION].astype(np.int64) // buffers.block_size,
+        num_tokens * buffers.group,
+        block_size=buffers.block_size,
+        read_rows=buffers.max_rows,
+        min_saved=buffers.min_shared_keys * buffers.max_rows,
+        min_members=_MIN_SHARERS,
+    )
+    if not prefixes:
+        return _NO_SHARERS
+    sizes = [int(num_tokens[prefix.members].sum()) for prefix in prefixes]
+    num_rows = buffers.rows_for(max(sizes) * buffers.group)
+    item_tokens = buffers.tokens_per_tile(num_rows)
+
+    tile_runs, token_runs, item_runs = [], [], []
+    ranges: list[tuple[int, int]] = []
+    for prefix, size in zip(prefixes, sizes, strict=True):
+        run, token = enumerate_runs(num_tokens[prefix.members])
+        tile_runs.append(whole[prefix.members][run])
+        token_runs.append(token)
+        num_items = -(-size // item_tokens)
+        item_runs.append(len(ranges) + np.arange(size) * num_items // size)
+        ranges += [(prefix.key_begin, prefix.key_end)] * num_items
+    tile, token, item = (np.concatenate(runs) for runs in (tile_runs, token_runs, item_runs))
+    first = np.flatnonzero(np.diff(item, prepend=-1))
+    position = tiles[tile, ItemColumn.POSITION] + token
+    items = np.zeros((len(ranges), NUM_ITEM_COLUMNS), dtype=np.int32)
+    items[:, ItemColumn.TOKEN] = first
+    items[:, ItemColumn.NUM_TOKENS] = np.diff(first, append=len(item))
+    items[:, ItemColumn.POSITION] = np.minimum.reduceat(position, first)
+    items[:, [ItemColumn.KEY_BEGIN, ItemColumn.KEY_END]] = ranges
+    items[:, ItemColumn.TABLE] = tiles[tile[first], ItemColumn.TABLE]
+
+    key_tiles = (items[:, ItemColumn.KEY_END] - items[:, ItemColumn.KEY_BEGIN]) // buffers.tile
+    share = max(_MIN_TILES, -(-int(key_tiles.sum()) // buffers.target_shared_items))
+    while True:
+        num_parts = -(-key_tiles.astype(np.int64) // share)
+        sharers = _Sharers(items, num_parts, item, tile, token, num_rows)
+        # Each sharing tile has a part of its own, too.
+        parts = sharers.parts_of(tiles)
+        num_places = int((np.where(parts > 0, parts + 1, 0) * tiles[:, ItemColumn.NUM_TOKENS]).sum())
+        capacity = buffers.sections["shared"].stop - buffers.sections["shared"].start
+        if num_places <= buffers.max_places and num_parts.sum() * NUM_ITEM_COLUMNS <= capacity:
+            break
+        if num_parts.max() == 1:
+            return _NO_SHARERS
+        share *= 2
+    for prefix in prefixes:
+        tiles[whole[prefix.members], ItemColumn.KEY_BEGIN] = prefix.key_end
+    return sharers
 
 
 def _put(host: Int32Array, section: slice, values: Int32Array | Sequence[int], fill_to: int = 0) -> None:

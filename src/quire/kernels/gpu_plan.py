@@ -26,6 +26,8 @@ class GatheredColumn(IntEnum):
 
     TOKEN = 0
     PARTIAL = 1
+    POSITION = 2
+    _UNUSED = 3  # a row is 16 bytes
 
 
 class MergeColumn(IntEnum):
@@ -68,7 +70,7 @@ class GpuAttentionPlan(AttentionPlan):
     wide: WorkList
     shared: WorkList
     gathered: Tensor
-    """[capacity, 2]: the tokens of `shared`; columns in `GatheredColumn`."""
+    """[capacity, 4]: the tokens of `shared`; columns in `GatheredColumn`."""
     merges: Tensor
     """[capacity, 4]: tokens whose keys were split; columns in `MergeColumn`."""
     num_merges: Tensor

@@ -23,17 +23,18 @@ def blocks(shape: Shape, block_size: int) -> Shape:
     return Shape(shape.num_heads, shape.num_kv_heads, shape.head_dim, block_size)
 
 
-def buffers_for(shape: Shape, device: torch.device, num_sms: int = 2) -> PlanBuffers:
+def buffers_for(shape: Shape, device: torch.device, num_sms: int = 2, **options: float) -> PlanBuffers:
     return PlanBuffers(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         block_size=shape.block_size,
-        max_num_seqs=8,
+        max_num_seqs=12,
         max_num_tokens=256,
         max_blocks=64,
         device=device,
         num_sms=num_sms,
+        **options,
     )
 
 
@@ -111,6 +112,24 @@ def test_slopes(kernels: Kernels, device: torch.device) -> None:
     caches = caches_of(batch, FP32, device)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     plan = plan_of(batch, buffers_for(blocks(GQA4, 64), device))
+    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, alibi_slopes=slopes.to(device))
+    assert_close(found, expected_of(batch, batch.q, caches, alibi_slopes=slopes), FP32)
+
+
+@pytest.mark.parametrize("window", [0, 150])
+def test_shared_prefixes(kernels: Kernels, device: torch.device, window: int) -> None:
+    """A system prompt of all and a prompt of most of them; decode, drafts and a prompt together."""
+    shape = blocks(GQA4, 16)
+    sequences = [(200, 1), (230, 3), (160, 1), *[(170 + n, 1) for n in range(7)], (180, 30), (40, 1)]
+    shared = {n: (0, 8 if n < 9 else 4) for n in range(1, 11)}
+    batch = ragged_batch(sequences, shape, shared=shared)
+    caches = caches_of(batch, FP32, device)
+    plan = plan_of(batch, buffers_for(shape, device, num_sms=1, min_shared_bytes=1))
+    assert int(plan.shared.count) > 1
+    # The prompt's own window is the layer's affair: a plan for all layers shares whatever a layer sees of it.
+    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, window=window)
+    assert_close(found, expected_of(batch, batch.q, caches, window=window), FP32)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, alibi_slopes=slopes.to(device))
     assert_close(found, expected_of(batch, batch.q, caches, alibi_slopes=slopes), FP32)
 

@@ -152,10 +152,11 @@ def attention_kernel(
     live = index < num_tokens
     dim = tl.arange(0, BLOCK_D)
     if GATHERED:
-        token = tl.load(gathered + (first_token + index) * 2, mask=live, other=0).to(tl.int64)
-        place = tl.load(gathered + (first_token + index) * 2 + 1, mask=live, other=0).to(tl.int64)
-        position = tl.zeros_like(index) + first_position
-        last_position = first_position
+        entry = gathered + (first_token + index) * 4
+        token = tl.load(entry, mask=live, other=0).to(tl.int64)
+        place = tl.load(entry + 1, mask=live, other=0).to(tl.int64)
+        position = tl.load(entry + 2, mask=live, other=0)
+        last_position = tl.max(position, 0)
     else:
         token = (first_token + index).to(tl.int64)
         place = (first_place + index).to(tl.int64)
