@@ -41,7 +41,8 @@ def main() -> None:
         enable_prefix_caching=False,
     )
     ceilings = measure_ceilings(0.5)
-    decode_rate(llm, 1, 16)
+    for _ in range(3):
+        decode_rate(llm, 4, 64)  # caches and clocks warm up
     by_concurrency = {count: decode_rate(llm, count, PROMPT) for count in CONCURRENCY}
     by_context = {
         count: {length: decode_rate(llm, count, length) for length in options.contexts} for count in SEQUENCES
