@@ -55,7 +55,7 @@ test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 M
 test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), into one table
 	@$(BIN)/python -m tests.gpu $(ARGS)
 
-bench-gpu: setup  ## Measure a CUDA GPU against its ceilings and transformers, into one table
+bench-gpu: setup  ## Measure a CUDA GPU, kernels and engine, against its ceilings and transformers, into one table
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 check: setup  ## Lint, format, types, and the laws of the architecture

@@ -1,6 +1,8 @@
-"""What a GPU does, against what it could: decode and a serving workload of two published shapes, and transformers.
+"""What a GPU does, against what it could: kernels, decode and a serving workload of two published shapes, transformers.
 
     python -m benchmarks.gpu [--models 0.6B 8B] [--skip-transformers]
+
+With `--models` and no name after it, the kernels alone.
 
 One run, one table, the card named; the ceilings are measured in the same run. Weights are random (load_format=dummy) in
 the shapes of Qwen3-0.6B and Llama-3.1-8B, in bfloat16; sequences ignore end tokens, so that every run does the
@@ -16,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from benchmarks.gpu_kernels import Figure, kernel_figures
 from quire import LLM, SamplingParams
 
 REPEATS = 3
@@ -65,31 +68,11 @@ CONTEXT, DECODE_STEPS = 1024, 128
 MODEL_LEN = 2304
 
 
-class Row(NamedTuple):
-    what: str
-    measured: str
-    target: str = ""
-    limit: str = ""
-
-
 def write_shape(folder: Path, shape: dict[str, Any]) -> Path:
     """A model folder with a config.json and no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
     return folder
-
-
-def measure_ceilings(device: torch.device, num_bytes: int = 2**31, size: int = 8192) -> list[Row]:
-    """The rates of copying (read and written bytes counted) and of bfloat16 products."""
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copy = 2 * num_bytes / best_seconds(lambda: target.copy_(source), device)
-    left, right = torch.randn(2, size, size, device=device).bfloat16()
-    product = 2 * size**3 / best_seconds(lambda: left @ right, device)
-    return [
-        Row("copy rate", f"{copy / 1e12:.2f} TB/s"),
-        Row("matrix rate, bf16", f"{product / 1e12:.0f} TFLOP/s"),
-    ]
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
@@ -180,19 +163,23 @@ def transformers_rates(folder: Path, batch: int, context: int, num_steps: int) -
     return rates
 
 
-def measure_model(name: str, folder: Path, *, with_transformers: bool) -> list[Row]:
+def measure_model(name: str, folder: Path, *, with_transformers: bool) -> list[Figure]:
     llm = LLM(str(folder), device="cuda", load_format="dummy", max_model_len=MODEL_LEN, max_num_seqs=256, verbose=True)
     rows = []
     for batch, (target, limit) in DECODE_TARGETS[name].items():
         rate = decode_rate(llm, batch, CONTEXT, DECODE_STEPS)
-        rows.append(Row(f"{name} decode, batch {batch}, 1k context", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}"))
+        rows.append(
+            Figure(f"{name} decode, batch {batch}, 1k context", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}")
+        )
         if batch == 256:
             exposed = exposed_host_time(llm, rate, batch)
             shown = "no graph" if exposed is None else f"{1e3 * exposed:.2f} ms"
-            rows.append(Row(f"{name} exposed host time, batch 256", shown, "0.2 ms", "0"))
+            rows.append(Figure(f"{name} exposed host time, batch 256", shown, "0.2 ms", "0"))
     target, limit = WORKLOAD_TARGETS[name]
     rate = workload_rate(llm)
-    rows.append(Row(f"{name} 256 sequences of 100–1,024 in and out", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}"))
+    rows.append(
+        Figure(f"{name} 256 sequences of 100–1,024 in and out", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}")
+    )
     if with_transformers:
         batch, context, num_steps = 64, 512, 128
         rng = random.Random(0)
@@ -210,25 +197,26 @@ def measure_model(name: str, folder: Path, *, with_transformers: bool) -> list[R
         for way, other in transformers_rates(folder, batch, context, num_steps).items():
             target_times = {"generate": "10×", "generate_batch": "3×"}[way]
             rows.append(
-                Row(f"{name} against transformers' {way} ({other:,.0f} tok/s)", f"{own / other:.1f}×", target_times)
+                Figure(f"{name} against transformers' {way} ({other:,.0f} tok/s)", f"{own / other:.1f}×", target_times)
             )
     return rows
 
 
-def table(title: str, rows: list[Row]) -> str:
+def table(title: str, rows: list[Figure]) -> str:
     lines = [f"{title}\n", "| figure | measured | target | limit |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {row.what} | {row.measured} | {row.target} | {row.limit} |" for row in rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure one GPU; targets and limits are an H200's.")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--skip-transformers", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: not measured")
         return
-    rows = measure_ceilings(torch.device("cuda"))
+    rows = kernel_figures()
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             shape = write_shape(Path(folder) / name, SHAPES[name])

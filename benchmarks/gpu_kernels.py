@@ -1,12 +1,10 @@
-"""The GPU kernels beside the ceilings of the card, measured in the same run: `python -m benchmarks.gpu_kernels`.
+"""The GPU kernels beside the ceilings of the card, measured in the same run: rows of the table of `benchmarks.gpu`.
 
 Decode attention is bound by reading the KV cache: its ceiling is the bytes a second that a copy moves, read and
 written. Prefill attention is bound by arithmetic: its ceiling is the
 rate of a large bfloat16 product. Beside them stand gathering KV for torch's own attention, and FlashInfer where it is
 installed. Every launch is timed from a CUDA graph, over several layers' caches in turn, so that no cache of the card
 holds what is read next.
-
-Without a CUDA device it says so and measures nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from quire.backends import choose_backend
 
 BLOCK_SIZE = 64
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -31,9 +31,12 @@ SMALL_TOKENS = 256
 
 
 class Figure(NamedTuple):
+    """A row of the table."""
+
     what: str
     measured: str
     target: str = ""
+    limit: str = ""
 
 
 def seconds_of(launches: Sequence[Callable[[], object]]) -> float:
@@ -222,22 +225,13 @@ def small_figures(copy_rate: float) -> list[Figure]:
     return figures
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        print("no CUDA device: not measured")
-        return
+def kernel_figures() -> list[Figure]:
+    """The ceilings, and what the Triton kernels make of them where the card has them."""
     copy_rate, matrix_rate = ceilings()
     figures = [
         Figure("copy rate", f"{copy_rate / 1e12:.2f} TB/s"),
         Figure("matrix rate, bf16", f"{matrix_rate / 1e12:.0f} TFLOP/s"),
-        *decode_figures(copy_rate),
-        *prefill_figures(matrix_rate),
-        *small_figures(copy_rate),
     ]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; targets are an H200's\n")
-    print("| figure | measured | target |\n|---|---|---|")
-    print("\n".join(f"| {each.what} | {each.measured} | {each.target} |" for each in figures))
-
-
-if __name__ == "__main__":
-    main()
+    if choose_backend("auto", "cuda", torch.cuda.get_device_capability()) != "triton":
+        return figures
+    return [*figures, *decode_figures(copy_rate), *prefill_figures(matrix_rate), *small_figures(copy_rate)]

@@ -1,6 +1,7 @@
 """What `make bench-gpu` measures with, on a CPU and a small shape: not the figures, but the way to them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,25 @@ def test_rates_of_a_small_shape(name: str, tmp_path: Path) -> None:
     assert gpu.exposed_host_time(llm, 1.0, 3) is None
 
 
-def test_the_table() -> None:
-    rows = gpu.measure_ceilings(torch.device("cpu"), num_bytes=2**16, size=64)
-    assert gpu.table("a card", rows).count("|") == 5 * (2 + len(rows))
+def test_one_table_of_kernels_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty_cache() -> None:
+        pass
+
+    monkeypatch.setattr(
+        torch,
+        "cuda",
+        SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "a card", empty_cache=empty_cache),
+    )
+    monkeypatch.setattr(gpu, "kernel_figures", lambda: [gpu.Figure("copy rate", "4 TB/s")])
+    monkeypatch.setattr(
+        gpu, "measure_model", lambda name, folder, *, with_transformers: [gpu.Figure(f"{name} decode", "1", "2", "3")]
+    )
+    monkeypatch.setattr("sys.argv", ["gpu", "--skip-transformers"])
+    gpu.main()
+    title, _, head, _, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("a card, ")
+    assert head == "| figure | measured | target | limit |"
+    assert rows == ["| copy rate | 4 TB/s |  |  |", "| 0.6B decode | 1 | 2 | 3 |", "| 8B decode | 1 | 2 | 3 |"]
 
 
 def test_without_a_device_nothing_is_measured(
