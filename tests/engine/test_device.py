@@ -202,6 +202,8 @@ def test_what_a_card_cannot_do_is_refused(llama_8b: ModelConfig) -> None:
         plan_memory(EngineConfig(gpu_memory_utilization=0.2), llama_8b, device=CARD)
     with pytest.raises(ConfigError, match=r"quantization is int8, but the .* backend has no layers of few bits"):
         plan_memory(EngineConfig(quantization="int8"), llama_8b, device=CARD)
+    with pytest.raises(ConfigError, match=r"deterministic is asked for, but .* attention_backend cpu"):
+        plan_memory(EngineConfig(deterministic=True), llama_8b, device=CARD)
     with pytest.raises(ConfigError, match=r"kv_cache_dtype is fp8_e4m3, which the cpu backend cannot store"):
         plan_memory(EngineConfig(kv_cache_dtype="fp8_e4m3", device="cpu"), llama_8b, 2**40)
     # Cards before Ampere have no bfloat16, and the kernels that need more than they are do not run there.

@@ -1,11 +1,14 @@
 """Sampling on a GPU, or in Triton's interpreter, draws what the CPU's sampler draws."""
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from quire.backends import BACKENDS
+from quire.sampling.device_sampler import DeviceSampler
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import Sampler
 from quire.sampling.state import SamplingState
@@ -77,6 +80,17 @@ def test_the_draws_of_a_cpu(kernels: Any, device: torch.device, dtype: torch.dty
     assert expected.errors == [None] * len(states)
     assert tokens.tolist() == expected.token_ids
     assert torch.equal(peaks.cpu(), logits.float().amax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_runners_sampler_draws_with_them(kernels: Any, device: torch.device, dtype: torch.dtype) -> None:
+    own = import_module(BACKENDS["triton"].sampling)
+    states = states_of(PARAMS)
+    logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=torch.Generator().manual_seed(8))).to(dtype)
+    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states).token_ids  # it overwrites them
+    tokens, bits = DeviceSampler(device, own).draw(logits.to(device), states)
+    assert tokens.tolist() == expected
+    assert torch.equal(bits.view(torch.float32).cpu(), logits.float().amax(1))
 
 
 def test_a_row_without_a_finite_peak_has_no_token(kernels: Any, device: torch.device) -> None:
