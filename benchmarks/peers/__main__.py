@@ -35,6 +35,10 @@ TITLES = {name: workload.title for name, workload in make_workloads().items()} |
 Report = dict[str, Any]
 
 
+class EngineFailed(Exception):
+    """A run that ended without figures, with the last words of its process."""
+
+
 def main() -> None:
     options = parse_options()
     reports: dict[str, list[Report]] = {engine: [] for engine in options.engines}
@@ -43,7 +47,10 @@ def main() -> None:
         ceilings.append(measure_ceilings())
         for engine in options.engines:
             print(f"run {repeat + 1} of {options.repeats}: {engine} …", file=sys.stderr, flush=True)
-            reports[engine].append(run_engine(engine, options))
+            try:
+                reports[engine].append(run_engine(engine, options))
+            except EngineFailed as failure:  # its column stays empty; the others' hours count
+                print(failure, file=sys.stderr, flush=True)
     print(table(options, reports, ceilings))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
@@ -106,7 +113,7 @@ def run_engine(engine: str, options: argparse.Namespace) -> Report:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
         if done.returncode or not report.exists():
             words = log.read_text()[-4000:]
-            sys.exit(f"{engine} ended with status {done.returncode}; its last words:\n{words}")
+            raise EngineFailed(f"{engine} ended with status {done.returncode}; its last words:\n{words}")
         figures: Report = json.loads(report.read_text())
     return figures
 

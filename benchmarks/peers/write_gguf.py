@@ -70,7 +70,8 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
-    merges = tokenizer["model"]["merges"]
+    # A vocabulary without merges is not loaded. One changes nothing here, where prompts are token ids.
+    merges = tokenizer["model"]["merges"] or [tokens[3:5]]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
