@@ -164,7 +164,7 @@ class TieredEngine(Engine):
             if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(moves=transfers.finish(computes=False))
-            scheduler._in_flight.append(scheduler._rows.copy())
+            scheduler._in_flight.append(scheduler._groups.rows.copy())
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)
@@ -229,7 +229,7 @@ def test_what_is_evicted_moves_to_host_memory_and_comes_back_in_the_same_step() 
     engine.add(new_request("again", [*PROMPT, 1], max_tokens=2))
     plan = engine.step()
     assert (plan.starts, plan.counts) == ([12], [1])
-    assert engine.scheduler._groups["again"].num_cached_tokens == 12
+    assert engine.scheduler._groups.by_id["again"].num_cached_tokens == 12
     assert stats_of(engine, HOST)["hits"] == 12
     engine.run()
 
@@ -250,7 +250,7 @@ def test_the_disk_tier_survives_a_restart_though_nothing_was_evicted() -> None:
     assert engine.step().rows == []
     plan = engine.step()
     assert (plan.starts, plan.counts) == ([12], [1])
-    assert engine.scheduler._groups["b"].num_cached_tokens == 12
+    assert engine.scheduler._groups.by_id["b"].num_cached_tokens == 12
     assert engine.scheduler.stats().total_prefix_hits == 12
     engine.run()
     assert stats_of(engine, DISK) == {"hits": 12, "loaded": 3}
@@ -288,7 +288,7 @@ def test_two_requests_for_one_stored_prefix_load_it_once() -> None:
 def test_what_cannot_be_read_is_computed_from_there_on(broken: int) -> None:
     engine = with_stored_prompt()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
-    table = engine.scheduler._groups["b"].leader.table
+    table = engine.scheduler._groups.by_id["b"].leader.table
     engine.disk.broken.add(table.name_of(broken, PROMPT))
     engine.step()
     plan = engine.step()
@@ -400,11 +400,11 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     """Of each at most the last, partly filled block is computed again, and what beams share is loaded once."""
     engine = TieredEngine(num_host_blocks=tiers[0], num_disk_blocks=tiers[1], patience=0.5)
     engine.add(new_request("a", prompt, max_tokens=40, **({"beam_width": width} if beams else {"n": width})))
-    group = engine.scheduler._groups["a"]
+    group = engine.scheduler._groups.by_id["a"]
     for _ in range(18):
         engine.step()
     assert len(group.sequences) == width
-    engine.scheduler._preempt(group)
+    engine.scheduler._groups.preempt(group)
     lengths = {sequence: len(sequence.token_ids) for sequence in group.sequences}
     names = {
         sequence.table.name_of(index, sequence.token_ids)

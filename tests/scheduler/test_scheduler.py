@@ -319,7 +319,7 @@ class Engine:
             clock=lambda: 1.0,
         )
         if guesses is not None:
-            guesses.groups = self.scheduler._groups
+            guesses.groups = self.scheduler._groups.by_id
         self.clients: dict[str, Client] = {}
         self.request_ids: dict[int, str] = {}
         """Identity of a prompt's list → its request."""
@@ -335,7 +335,7 @@ class Engine:
 
     def step(self) -> StepPlan:
         if self.in_flight is None:
-            running = [sequence for group in self.scheduler._running for sequence in group.sequences]
+            running = [sequence for group in self.scheduler._groups.running for sequence in group.sequences]
             self.rows_without_kv = {sequence.row for sequence in running if sequence.num_computed_tokens == 0}
             plan = self.scheduler.schedule()
             self.check_plan(plan)
@@ -387,7 +387,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
         self.clients.pop(request_id, None)
-        assert request_id not in self.scheduler._groups
+        assert request_id not in self.scheduler._groups.by_id
         self.check()
 
     def stop(self, request_id: str, index: int) -> None:
@@ -420,7 +420,7 @@ class Engine:
     def forget_finished(self) -> None:
         for request_id, client in list(self.clients.items()):
             if client.finish_reasons.keys() >= client.token_ids.keys():
-                assert request_id not in self.scheduler._groups
+                assert request_id not in self.scheduler._groups.by_id
                 del self.clients[request_id]
 
     def check_plan(self, plan: StepPlan) -> None:
@@ -432,7 +432,7 @@ class Engine:
         starting = new_rows | self.rows_without_kv
         decoding = {
             sequence.row
-            for group in scheduler._running
+            for group in scheduler._groups.running
             if not (
                 group.advances_together
                 and any(other.num_missing_tokens != 1 or other.row in starting for other in group.sequences)
@@ -444,17 +444,19 @@ class Engine:
 
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool
-        assert scheduler._groups.keys() == self.clients.keys()
-        sequences = [s for group in scheduler._groups.values() for s in (*group.sequences, *group.spares)]
-        running = [s for group in scheduler._running for s in (*group.sequences, *group.spares)]
-        assert [group.order for group in scheduler._running] == sorted({g.order for g in scheduler._running})
-        assert len(scheduler._running) + len(scheduler._waiting) == len(scheduler._groups)
+        assert scheduler._groups.by_id.keys() == self.clients.keys()
+        sequences = [s for group in scheduler._groups.by_id.values() for s in (*group.sequences, *group.spares)]
+        running = [s for group in scheduler._groups.running for s in (*group.sequences, *group.spares)]
+        assert [group.order for group in scheduler._groups.running] == sorted(
+            {g.order for g in scheduler._groups.running}
+        )
+        assert len(scheduler._groups.running) + len(scheduler._groups.waiting) == len(scheduler._groups.by_id)
         assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
         assert pool.num_free == len(list(pool.free_order())) == pool.ref_counts.count(0)
         assert {sequence.row for sequence in running} == {
-            row for row, sequence in enumerate(scheduler._rows) if sequence is not None
+            row for row, sequence in enumerate(scheduler._groups.rows) if sequence is not None
         }
-        assert len(running) + len(scheduler._free_rows) == scheduler.max_num_seqs
+        assert len(running) + len(scheduler._groups.free_rows) == scheduler.max_num_seqs
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
             if self.in_flight is None:
@@ -462,13 +464,16 @@ class Engine:
                 assert all(token >= 0 for token in sequence.token_ids)
             if sequence not in running:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
-        for group in scheduler._running:
+        for group in scheduler._groups.running:
             held = {block for sequence in group.sequences for block in sequence.table.blocks}
             assert len(held) <= group.max_blocks(pool.block_size)
-        if not scheduler._groups:
+        if not scheduler._groups.by_id:
             assert pool.num_free == pool.num_blocks
         stats = scheduler.stats()
-        assert (stats.num_running, stats.num_waiting) == (len(scheduler._running), len(scheduler._waiting))
+        assert (stats.num_running, stats.num_waiting) == (
+            len(scheduler._groups.running),
+            len(scheduler._groups.waiting),
+        )
         assert stats.num_used_blocks == pool.num_blocks - pool.num_free
 
 
@@ -629,8 +634,8 @@ def test_the_latest_yields_when_memory_runs_short_and_resumes_first() -> None:
     engine.add(new_request("c", 4, max_tokens=1))
     while engine.scheduler.stats().total_preemptions == 0:
         engine.step()
-    assert [group.request.request_id for group in engine.scheduler._running] == ["a"]
-    preempted = engine.scheduler._groups["b"]
+    assert [group.request.request_id for group in engine.scheduler._groups.running] == ["a"]
+    preempted = engine.scheduler._groups.by_id["b"]
     assert (preempted.num_preemptions, preempted.leader.num_computed_tokens) == (1, 0)
     engine.run()
 
@@ -642,7 +647,7 @@ def test_the_least_important_yields_even_if_it_came_first() -> None:
     engine.add(new_request("urgent", 8, max_tokens=12))
     while engine.scheduler.stats().total_preemptions == 0:
         engine.step()
-    assert [group.request.request_id for group in engine.scheduler._running] == ["urgent"]
+    assert [group.request.request_id for group in engine.scheduler._groups.running] == ["urgent"]
     engine.run()
 
 
@@ -677,7 +682,7 @@ def test_a_group_that_yields_in_the_middle_of_its_turn_is_not_in_the_plan() -> N
     engine.step()
     plan = engine.step()
     assert (plan.counts, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), "2 forks of b, 1 block of a"
-    assert engine.scheduler._groups["b"].num_preemptions == 1
+    assert engine.scheduler._groups.by_id["b"].num_preemptions == 1
     engine.run()
 
 
@@ -850,7 +855,7 @@ def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
     assert engine.clients.keys() == {"healthy"}
     engine.add(new_request("same prefix", [*prompt, 5]))
     engine.step()
-    assert engine.scheduler._groups["same prefix"].num_cached_tokens == 0
+    assert engine.scheduler._groups.by_id["same prefix"].num_cached_tokens == 0
     engine.run()
 
 
@@ -899,7 +904,7 @@ def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) 
     for _ in range(40):
         if engine.scheduler.stats().total_preemptions == 0:
             engine.step()
-    assert engine.scheduler._groups["b"].num_preemptions == 1
+    assert engine.scheduler._groups.by_id["b"].num_preemptions == 1
     engine.abort("a")
     return engine
 
@@ -908,7 +913,7 @@ def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n: int) -> None:
     engine = preempted_group(prompt, n)
-    group = engine.scheduler._groups["b"]
+    group = engine.scheduler._groups.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + prompt
     computed = engine.step().num_tokens
     if n > 1:
@@ -922,7 +927,7 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
 
 def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     engine = preempted_group(9, 3, enable_prefix_caching=False)
-    group = engine.scheduler._groups["b"]
+    group = engine.scheduler._groups.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
     computed = [engine.step().num_tokens for _ in range(2)]
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
@@ -936,7 +941,7 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
 def test_beams_fork_and_free_and_copy_one_block_at_most() -> None:
     engine = Engine(num_blocks=64, block_size=4)
     engine.add(new_request("a", 9, max_tokens=24, n=2, beam_width=4, early_stopping="never"))
-    group = engine.scheduler._groups["a"]
+    group = engine.scheduler._groups.by_id["a"]
     assert engine.step().counts == [9], "the prompt is computed once"
     assert (len(group.sequences), len(group.spares)) == (4, 0)
     assert engine.pool.num_used == 3, "and stored once"
@@ -957,11 +962,11 @@ def test_preempted_beams_catch_up_before_any_of_them_goes_on(
 ) -> None:
     engine = Engine(enable_prefix_caching=caching, max_num_batched_tokens=budget)
     engine.add(new_request("a", prompt, max_tokens=30, beam_width=width, early_stopping="never"))
-    group = engine.scheduler._groups["a"]
+    group = engine.scheduler._groups.by_id["a"]
     for num_steps in (14, 4, 3):
         for _ in range(num_steps):
             engine.step()
-        engine.scheduler._preempt(group)
+        engine.scheduler._groups.preempt(group)
         engine.check()
         lengths = [len(sequence.token_ids) for sequence in group.sequences]
         assert len(set(lengths)) == 1
@@ -977,9 +982,9 @@ def test_samples_whose_own_blocks_are_gone_resume_behind_their_leader() -> None:
     engine.add(new_request("a", 10, max_tokens=30, n=3))
     for _ in range(12):
         engine.step()
-    group = engine.scheduler._groups["a"]
+    group = engine.scheduler._groups.by_id["a"]
     leader = group.leader
-    engine.scheduler._preempt(group)
+    engine.scheduler._groups.preempt(group)
     kept = leader.table.find_prefix(leader.token_ids)
     assert len(kept) == 5
     for block in kept:
@@ -998,7 +1003,7 @@ def test_a_lone_beam_that_resumes_with_one_token_missing_goes_on_at_once() -> No
     engine.add(new_request("a", 9, max_tokens=12, beam_width=1))
     for _ in range(4):
         engine.step()
-    engine.scheduler._preempt(engine.scheduler._groups["a"])
+    engine.scheduler._groups.preempt(engine.scheduler._groups.by_id["a"])
     plan = engine.step()
     assert (plan.starts, plan.counts, len(plan.sample_rows)) == ([12], [1], 1)
     engine.run()
@@ -1012,7 +1017,7 @@ def test_aborted_beams_free_everything_at_once(index: int) -> None:
         engine.step()
     engine.abort("a")
     assert engine.pool.num_free == 64
-    assert len(engine.scheduler._free_rows) == 8
+    assert len(engine.scheduler._groups.free_rows) == 8
 
 
 def test_more_beams_than_rows_are_refused() -> None:
@@ -1066,7 +1071,7 @@ def test_a_prefix_is_found_and_not_computed_again() -> None:
     engine.add(new_request("other salt", [*prompt, 7], max_tokens=3, salt="other"))
     plan = engine.step()
     assert (plan.starts, plan.counts) == ([12, 0], [1, 13])
-    assert engine.scheduler._groups["b"].num_cached_tokens == 12
+    assert engine.scheduler._groups.by_id["b"].num_cached_tokens == 12
     stats = engine.scheduler.stats()
     assert (stats.total_prefix_queries, stats.total_prefix_hits) == (12 + 13 + 13, 12)
 
@@ -1230,7 +1235,7 @@ def test_a_step_for_which_there_is_no_memory_is_planned_again_and_smaller() -> N
     assert engine.scheduler.stats().num_running == 0
     smaller = engine.step()
     assert smaller.num_tokens == 3
-    first = [group.request.request_id for group in engine.scheduler._running]
+    first = [group.request.request_id for group in engine.scheduler._groups.running]
     assert first == [f"request {index}" for index in range(len(first))]
     engine.run()
     assert engine.scheduler.stats().total_preemptions == 6
@@ -1299,7 +1304,7 @@ def test_prompt_logprobs_of_a_prompt_that_starts_over() -> None:
     engine.step()
     engine.step()
     assert len(client.prompt_logprobs) == 8
-    engine.scheduler._preempt(engine.scheduler._groups["stuck"])
+    engine.scheduler._groups.preempt(engine.scheduler._groups.by_id["stuck"])
     engine.step()
     assert len(client.prompt_logprobs) == 8, "these eight positions were computed again"
     engine.run()

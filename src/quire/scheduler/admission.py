@@ -1,0 +1,182 @@
+"""Admission: who of those that wait gets rows and memory, and what of their KV they start from.
+
+Groups are admitted in their order while rows, blocks for the whole prompt and a watermark of free blocks allow it. One
+whose next block is being computed by another group right now waits for that block instead of computing it twice.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import EngineStats
+from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.groups import Groups
+from quire.scheduler.prefix_lookup import Found, PrefixLookup
+from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.step import NewRow, StepPlan
+
+MAX_POSTPONED = 64
+"""Waiting groups passed over in one step because another group computes their prefix."""
+
+
+class Admission:
+    """Owned by the scheduler."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        groups: Groups,
+        lookup: PrefixLookup,
+        transfers: BlockTransfers | None,
+        stats: EngineStats,
+        clock: Callable[[], float],
+        *,
+        watermark: int,
+        max_num_partial_prefills: int,
+    ) -> None:
+        """`watermark` blocks are left free, so that running sequences can grow before any is preempted."""
+        self._pool = pool
+        self._groups = groups
+        self._lookup = lookup
+        self._transfers = transfers
+        self._stats = stats
+        self._clock = clock
+        self._watermark = watermark
+        self._max_num_partial_prefills = max_num_partial_prefills
+
+    def admit(self, plan: StepPlan, behind: list[Sequence], max_step_tokens: int) -> bool:
+        """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having.
+
+        The budget is what `plan` leaves of `max_step_tokens`. Their leaders join those `behind`, but for those that
+        wait for a tier. Returns whether any group started.
+        """
+        started, budget = False, max_step_tokens - plan.num_tokens
+        block_size, transfers, waiting = self._pool.block_size, self._transfers, self._groups.waiting
+        # Every sequence needs a token a step, of which there may be few for a while.
+        num_rows_kept = max(0, len(self._groups.rows) - max_step_tokens)
+        loading = list(transfers.waiting) if transfers is not None else []
+        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*behind, *loading))
+        wanted = sum(sequence.num_missing_tokens for sequence in behind)
+        postponed: list[SequenceGroup] = []
+        while len(behind) < budget and len(postponed) < MAX_POSTPONED:
+            if wanted >= budget and len(behind) >= self._max_num_partial_prefills:
+                break
+            group = waiting.pop()
+            if group is None:
+                break
+            found = self._lookup.find(group, behind, loading)
+            if found is None:
+                postponed.append(group)
+                continue
+            if not self._fits(group, found.blocks, promised, num_rows_kept):
+                waiting.push(group)
+                break
+            if found.inside is not None and (found.stored or not self._can_copy(group, found, promised)):
+                found = found._replace(inside=None)
+            self._start(plan, group, found)
+            started = True
+            for sequence in group.sequences:
+                if not group.waits_for_leader(sequence):
+                    promised += _num_blocks_to_come(sequence, block_size)
+            leader = group.leader
+            if transfers is not None and leader in transfers.waiting:
+                loading.append(leader)
+                continue
+            behind.append(leader)
+            wanted += leader.num_missing_tokens
+        for group in postponed:
+            waiting.push(group)
+        return started
+
+    def resume(self, plan: StepPlan, resuming: list[Sequence], behind: list[Sequence]) -> bool:
+        """Let sequences of running groups start from what is found of their output; whether any has.
+
+        They join those `behind`, unless somebody else computes or loads their next block just now: then they wait, and
+        share it.
+        """
+        started = False
+        for sequence in resuming:
+            looked_up = self._lookup.find_output(sequence, behind)
+            if looked_up is None:
+                continue
+            found, stored = looked_up
+            leader = sequence.group.leader
+            if sequence is not leader:
+                num_shared = sequence.group.num_prompt_tokens // self._pool.block_size * self._pool.block_size
+                sequence.table = leader.table.fork(num_shared)
+            sequence.table.adopt(found)
+            sequence.num_computed_tokens = sequence.table.num_tokens
+            if self._transfers is not None:
+                self._transfers.start(sequence, stored[: self._pool.num_free])
+            if sequence.table.blocks:
+                plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
+                started = True
+            if self._transfers is None or sequence not in self._transfers.waiting:
+                behind.append(sequence)
+        return started
+
+    def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int, num_rows_kept: int) -> bool:
+        """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
+        num_free_rows = len(self._groups.free_rows)
+        if not self._groups.running:
+            # Every block is free but for registered prefixes', and a group that passed the door fits.
+            return group.num_rows <= num_free_rows
+        if group.num_rows > num_free_rows - num_rows_kept:
+            return False
+        return self._num_needed(group, found) + promised <= self._pool.num_free - self._watermark
+
+    def _can_copy(self, group: SequenceGroup, found: Found, promised: int) -> bool:
+        """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
+        assert found.inside is not None
+        held = self._pool.ref_counts[found.inside[0]] == 0
+        return self._num_needed(group, found.blocks) + held + promised <= self._pool.num_free
+
+    def _num_needed(self, group: SequenceGroup, found: SequenceOf[int]) -> int:
+        """Blocks that are free now and would not be when all tokens of the group are computed."""
+        needed = _num_blocks_to_come(group.leader, self._pool.block_size)
+        return needed - sum(1 for block in found if self._pool.ref_counts[block])
+
+    def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
+        self._groups.start(group)
+        plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
+        leader = group.leader
+        leader.table.adopt(found.blocks, found.inside)
+        leader.num_computed_tokens = leader.table.num_tokens
+        hits = {"device": leader.table.num_tokens}
+        if found.stored and self._transfers is not None:
+            hits |= self._transfers.start(leader, found.stored)
+        if leader.table.blocks:
+            plan.new_blocks.append((leader.row, 0, leader.table.blocks.copy()))
+        if group.num_cached_tokens < 0:
+            group.first_scheduled_time = self._clock()
+            group.num_cached_tokens = 0
+            self._lookup.explain(group)
+            self._stats.total_prefix_queries += group.num_prompt_tokens
+            self._lookup.count_hits(leader, hits)
+
+
+def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
+    """Blocks that a sequence will take until all tokens it has are computed, and those who wait to fork from it."""
+    group = sequence.group
+    blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks) + sequence.table.num_copies_to_come
+    shared = group.num_prompt_tokens // block_size
+    if sequence is not group.leader and not sequence.table.blocks:
+        blocks -= shared
+    for other in group.sequences:
+        if other is not sequence and group.waits_for_leader(other):
+            blocks += -(-len(other.token_ids) // block_size) - shared
+    return blocks
+
+
+def _new_row(sequence: Sequence) -> NewRow:
+    group = sequence.group
+    request = group.request
+    return NewRow(
+        row=sequence.row,
+        params=request.params,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=sequence.token_ids[group.num_prompt_tokens :],
+        seed=request.seed,
+        sample_index=sequence.index,
+        stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
+    )

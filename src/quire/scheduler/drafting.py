@@ -1,0 +1,93 @@
+"""Drafting: puts drafted tokens into a step's plan, and takes back those that did not come.
+
+Which tokens, and whether it pays, `Speculation` says; what is here keeps blocks, rows and counts right.
+"""
+
+from collections.abc import Callable
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import EngineStats
+from quire.scheduler.groups import Groups
+from quire.scheduler.speculation import Speculation, num_equal
+from quire.step import StepPlan, StepResult
+
+
+class Drafting:
+    """Owned by the scheduler, where speculation is on."""
+
+    def __init__(
+        self,
+        speculation: Speculation,
+        pool: BlockPool,
+        groups: Groups,
+        stats: EngineStats,
+        clock: Callable[[], float],
+        *,
+        watermark: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """`watermark` free blocks are left to others."""
+        self._speculation = speculation
+        self._pool = pool
+        self._groups = groups
+        self._stats = stats
+        self._clock = clock
+        self._watermark = watermark
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def extend(self, plan: StepPlan) -> None:
+        """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
+        pool, speculation, rows = self._pool, self._speculation, self._groups.rows
+        decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
+        sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
+        # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.
+        num_slots = (pool.num_free - max(self._watermark, len(plan.rows))) * pool.block_size
+        num_rows = len(rows) + speculation.max_tokens - len(plan.rows)
+        candidates = []
+        for sequence in sequences:
+            if sequence.drafts is None:
+                sequence.drafts = speculation.new_drafts()
+            # The last token that a request may have is drawn and not computed.
+            most = sequence.group.request.max_tokens - sequence.num_output_tokens - 1
+            candidates.append((sequence.drafts, sequence.token_ids, most))
+        max_drafted = min(num_slots, num_rows, self._max_num_batched_tokens - plan.num_tokens)
+        drafts = speculation.choose(candidates, plan.num_tokens, max_drafted, pool.now)
+        chosen = {sequence.row: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
+        if not chosen:
+            return
+        plan.token_ids.clear()
+        for index, sequence in enumerate(decoding):
+            draft = chosen.get(sequence.row, [])
+            plan.token_ids += [sequence.token_ids[plan.starts[index]], *draft]
+            if draft:
+                plan.drafts[index] = draft
+                plan.counts[index] += len(draft)
+                changed = sequence.table.append(len(draft), plan.block_copies)
+                if changed < len(sequence.table.blocks):
+                    plan.new_blocks.append((sequence.row, changed, sequence.table.blocks[changed:]))
+
+    def settle(self, plan: StepPlan, result: StepResult) -> list[int]:
+        """Take back drafted tokens that did not come. Returns how many of each row's computed tokens stay."""
+        now, block_size = self._clock(), self._pool.block_size
+        if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
+            self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now)
+        counts = plan.counts.copy() if plan.drafts else plan.counts
+        for index, draft in plan.drafts.items():
+            sequence = self._groups.rows[plan.rows[index]]
+            assert sequence is not None
+            came = [result.token_ids[index], *result.following.get(index, ())]
+            num_held = num_equal(draft, came) if result.errors[index] is None else 0
+            # The last token is computed in the next step, which needs what the model makes of it.
+            num_kept = min(num_held, len(came) - 1)
+            counts[index] -= len(draft) - num_kept
+            end = plan.starts[index] + counts[index]
+            sequence.table.truncate(end)
+            if end % block_size < counts[index]:
+                sequence.table.name_full_blocks([*sequence.token_ids, *draft[:num_kept]], end)
+            group = sequence.group
+            group.num_draft_tokens += len(draft)
+            group.num_accepted_tokens += num_held
+            self._stats.total_drafts += 1
+            self._stats.total_draft_tokens += len(draft)
+            self._stats.total_accepted_tokens += num_held
+        return counts

@@ -1,0 +1,92 @@
+"""Groups: every request that has not ended, those that wait and those that run, and who has which row.
+
+The one place where a group gets its rows and where memory is given back: it waits, runs, may be preempted and wait
+again, and ends.
+"""
+
+import bisect
+
+from quire.outputs import EngineStats
+from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.registered_prefixes import RegisteredPrefixes
+from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
+from quire.scheduler.waiting_queue import WaitingQueue
+
+
+class Groups:
+    """Owned by the scheduler, whose parts read it and call its methods."""
+
+    def __init__(
+        self, max_num_seqs: int, transfers: BlockTransfers | None, prefixes: RegisteredPrefixes, stats: EngineStats
+    ) -> None:
+        self.by_id: dict[str, SequenceGroup] = {}
+        self.waiting = WaitingQueue()
+        self.running: list[SequenceGroup] = []
+        """Groups with memory, sorted by `order`: the last one yields first."""
+        self.rows: list[Sequence | None] = [None] * max_num_seqs
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._transfers = transfers
+        self._prefixes = prefixes
+        self._stats = stats
+
+    def enter(self, group: SequenceGroup) -> None:
+        """A new request waits."""
+        self.by_id[group.request.request_id] = group
+        self.waiting.push(group)
+
+    def start(self, group: SequenceGroup) -> None:
+        """A group taken from those that wait gets its rows and runs."""
+        for sequence in (*group.sequences, *group.spares):
+            sequence.row = self.free_rows.pop()
+            self.rows[sequence.row] = sequence
+        bisect.insort(self.running, group, key=_order)
+
+    def preempt(self, group: SequenceGroup) -> None:
+        """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
+        self._stop_running(group)
+        for sequence in (*group.sequences, *group.spares):
+            self._release(sequence)
+            sequence.num_computed_tokens = 0
+        group.awaited = None
+        group.num_preemptions += 1
+        self._stats.total_preemptions += 1
+        self.waiting.push(group)
+
+    def drop(self, sequence: Sequence) -> None:
+        """A sequence has ended; with its last one the group has."""
+        group = sequence.group
+        self._release(sequence)
+        group.sequences.remove(sequence)
+        if not group.sequences:
+            for spare in group.spares:
+                self._release(spare)
+            del self.by_id[group.request.request_id]
+            self._prefixes.cancel(group.request.request_id)
+            self.waiting.remove(group)
+            self._stop_running(group)
+
+    def drop_all(self, group: SequenceGroup) -> None:
+        """The whole group has ended."""
+        for sequence in tuple(group.sequences):
+            self.drop(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back a sequence's blocks and row."""
+        if self._transfers is not None:
+            self._transfers.cancel(sequence)
+        sequence.table.free()
+        sequence.drafts = None
+        if sequence.row != NO_ROW:
+            self.rows[sequence.row] = None
+            self.free_rows.append(sequence.row)
+            sequence.row = NO_ROW
+
+    def _stop_running(self, group: SequenceGroup) -> None:
+        """Take a group out of those that run, if it is one."""
+        place = bisect.bisect_left(self.running, group.order, key=_order)
+        if place < len(self.running) and self.running[place] is group:
+            del self.running[place]
+
+
+def _order(group: SequenceGroup) -> tuple[int, int]:
+    return group.order

@@ -1,0 +1,248 @@
+"""Intake: what a step's result makes of the sequences that were in it.
+
+Their computed tokens advance, samples are appended, full blocks named; the prompt's samples and a search's beams fork;
+what has ended leaves. Nothing is decided here but whether a sequence has ended.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import EngineStats, SequenceDelta
+from quire.request import FinishReason
+from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.groups import Groups
+from quire.scheduler.prefix_lookup import PrefixLookup
+from quire.scheduler.registered_prefixes import RegisteredPrefixes
+from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
+from quire.step import BeamCandidates, RowFork, StepPlan, StepResult, TokenLogprobs
+
+ForkedTable = tuple[int, int, list[int]]
+"""A table that forked, as in `StepPlan.new_blocks`."""
+
+
+class Intake:
+    """Owned by the scheduler."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        groups: Groups,
+        lookup: PrefixLookup,
+        transfers: BlockTransfers | None,
+        prefixes: RegisteredPrefixes,
+        stats: EngineStats,
+    ) -> None:
+        self._pool = pool
+        self._groups = groups
+        self._lookup = lookup
+        self._transfers = transfers
+        self._prefixes = prefixes
+        self._stats = stats
+        self._forked: list[ForkedTable] = []
+        self._row_forks: list[RowFork] = []
+
+    def take_forks(self) -> tuple[list[ForkedTable], list[RowFork]]:
+        """Tables that forked, and beams that went on, since the last call: for the next plan."""
+        forked, row_forks = self._forked, self._row_forks
+        self._forked, self._row_forks = [], []
+        return forked, row_forks
+
+    def take_in(
+        self, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None], counts: SequenceOf[int]
+    ) -> list[SequenceDelta]:
+        """Advance every sequence of the plan; returns what each sample gained.
+
+        `rows` says who had which row when it was planned, `counts` how many of each row's computed tokens stay. A
+        sequence that left meanwhile is passed over.
+        """
+        block_size = self._pool.block_size
+        for row, start, count in zip(plan.rows, plan.starts, counts, strict=True):
+            sequence = rows[row]
+            if sequence is None or sequence.row == NO_ROW:
+                continue
+            end = start + count
+            sequence.num_computed_tokens = end
+            if end % block_size < count:  # a block was filled
+                sequence.table.name_full_blocks(sequence.token_ids, end)
+            group = sequence.group
+            if start < group.num_prompt_tokens:
+                self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
+                if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
+                    self._share_prompt(group)
+        deltas: list[SequenceDelta] = []
+        for index, entries in result.prompt_logprobs.items():
+            sequence = rows[plan.rows[index]]
+            if sequence is not None and sequence.row != NO_ROW:
+                delta = self._prompt_delta(sequence, entries)
+                if delta is not None:
+                    deltas.append(delta)
+        place, complete = 0, set(result.complete)
+        while place < len(plan.sample_rows):
+            sequence = rows[plan.sample_rows[place]]
+            if sequence is None or sequence.row == NO_ROW:
+                place += 1
+                continue
+            group, first = sequence.group, place
+            if group.beam_search is None:
+                place += 1
+                if sequence.token_ids[-1] < 0:
+                    sequence.token_ids.pop()  # the token was named before it was known
+                token_ids = [result.token_ids[first], *result.following.get(first, ())]
+                own, error = result.logprobs[first], result.errors[first]
+                logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
+                deltas.append(self._extend(sequence, token_ids, logprobs, error, complete=first in complete))
+            else:
+                place += len(group.sequences)  # its beams stand side by side
+                error = next((error for error in result.errors[first:place] if error is not None), None)
+                if error is not None:
+                    deltas += self._fail(group, error)
+                else:
+                    deltas += self._advance(
+                        group, group.beam_search, [result.candidates[i] for i in range(first, place)]
+                    )
+        self._stats.total_steps += bool(plan.rows)
+        return deltas
+
+    def _share_prompt(self, group: SequenceGroup) -> None:
+        """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""
+        forked = [group.leader]
+        for sequence in group.sequences[1:]:
+            if sequence.num_computed_tokens:
+                continue  # it started with another leader
+            if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
+                continue
+            sequence.table = group.leader.table.fork()
+            sequence.num_computed_tokens = sequence.table.num_tokens
+            self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
+            forked.append(sequence)
+
+    def _prompt_delta(self, leader: Sequence, entries: list[TokenLogprobs]) -> SequenceDelta | None:
+        """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
+        group = leader.group
+        end = min(leader.num_computed_tokens, group.num_prompt_tokens - 1)
+        fresh = end - group.num_prompt_logprobs
+        if fresh <= 0:
+            return None
+        group.num_prompt_logprobs = end
+        delta = _delta(group, leader.index)
+        delta.prompt_logprobs = entries[-fresh:]
+        return delta
+
+    def _extend(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        error: str | None,
+        *,
+        complete: bool = False,
+    ) -> SequenceDelta:
+        """Append a sample and what follows it, up to where the sequence ends."""
+        request = sequence.group.request
+        delta = _delta(sequence.group, sequence.index)
+        if error is not None:
+            delta.error = error
+            delta.finish_reason = FinishReason.ERROR
+            # What made the sample fail may sit in the KV, where the next request of this prefix would find it.
+            sequence.table.forget_names()
+            if self._transfers is not None:
+                self._transfers.forget(sequence)
+        else:
+            for place, token_id in enumerate(token_ids, start=1):
+                delta.token_ids.append(token_id)
+                sequence.token_ids.append(token_id)
+                self._stats.total_generated_tokens += 1
+                if token_id in request.eos_token_ids:
+                    delta.finish_reason = FinishReason.STOP
+                elif token_id in request.params.stop_token_ids:
+                    delta.finish_reason = FinishReason.STOP
+                    delta.stop_reason = token_id
+                elif complete and place == len(token_ids):
+                    delta.finish_reason = FinishReason.STOP
+                    delta.ends_with_text = True
+                elif sequence.num_output_tokens >= request.max_tokens:
+                    delta.finish_reason = FinishReason.LENGTH
+                if delta.finish_reason is not None:
+                    break
+            if logprobs is not None:
+                delta.logprobs = logprobs[: len(delta.token_ids)]
+        if delta.finish_reason is not None:
+            if error is None:
+                self._prefixes.complete(request.request_id, sequence.table)
+            self._groups.drop(sequence)
+        return delta
+
+    def _advance(
+        self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
+    ) -> list[SequenceDelta]:
+        """One step of a beam search: survivors fork from their parents, the others' blocks are free (paper, 4.4)."""
+        survivors = search.advance(candidates)
+        if search.done:
+            return self._conclude(group, search)
+        parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
+        for place, parent in enumerate(parents):
+            if place not in chosen:
+                parent.table.free()
+                parent.num_computed_tokens, parent.token_ids = 0, []
+                group.spares.append(parent)
+        beams: list[Sequence] = []
+        for place, token_id in survivors:
+            beam = parent = parents[place]
+            if place in chosen:
+                chosen.remove(place)  # the best child goes on in its parent's place
+            else:
+                beam = group.spares.pop()
+                beam.table = parent.table.fork()
+                beam.num_computed_tokens = parent.num_computed_tokens
+                beam.token_ids = parent.token_ids.copy()
+                self._forked.append((beam.row, 0, beam.table.blocks.copy()))
+            beams.append(beam)
+            self._row_forks.append(RowFork(beam.row, parent.row, token_id))
+        for beam, (_, token_id) in zip(beams, survivors, strict=True):
+            beam.token_ids.append(token_id)
+        group.sequences = beams
+        return []
+
+    def _conclude(self, group: SequenceGroup, search: BeamSearch) -> list[SequenceDelta]:
+        """The search is over: its best hypotheses are the samples, each in one piece."""
+        found = search.hypotheses(group.request.params.n)
+        deltas = [_delta(group, index) for index in range(group.request.params.n)]
+        for delta, hypothesis in zip(deltas, found, strict=False):
+            delta.token_ids = hypothesis.token_ids
+            delta.cumulative_logprob = hypothesis.cumulative_logprob
+            delta.logprobs = hypothesis.logprobs
+            delta.finish_reason = hypothesis.finish_reason
+            delta.stop_reason = hypothesis.stop_reason
+            self._stats.total_generated_tokens += len(hypothesis.token_ids)
+        for delta in deltas[len(found) :]:
+            delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
+            delta.finish_reason = FinishReason.ERROR
+        self._groups.drop_all(group)
+        return deltas
+
+    def _fail(self, group: SequenceGroup, error: str) -> list[SequenceDelta]:
+        """A beam cannot go on, and the search means nothing without it."""
+        for sequence in group.sequences:
+            sequence.table.forget_names()
+            if self._transfers is not None:
+                self._transfers.forget(sequence)
+        deltas = [_delta(group, index) for index in range(group.request.params.n)]
+        for delta in deltas:
+            delta.error, delta.finish_reason = error, FinishReason.ERROR
+        self._groups.drop_all(group)
+        return deltas
+
+
+def _delta(group: SequenceGroup, index: int) -> SequenceDelta:
+    """What is true of every delta, no token yet."""
+    return SequenceDelta(
+        group.request.request_id,
+        index,
+        [],
+        num_cached_tokens=group.num_cached_tokens,
+        first_scheduled_time=group.first_scheduled_time,
+        num_preemptions=group.num_preemptions,
+        num_draft_tokens=group.num_draft_tokens,
+        num_accepted_tokens=group.num_accepted_tokens,
+    )
