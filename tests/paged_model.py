@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import Kernels, kernels_for
+from quire.kernels import AttentionPlan, Kernels, Readout, kernels_for
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import Weights
@@ -41,8 +42,13 @@ class PagedModel:
         self.layers = [(torch.full(keys, 1e4), torch.full(values, 1e4)) for _ in range(config.num_layers)]
         self.lengths = [0] * max_sequences
 
-    def step(self, tokens: dict[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Sequence → its next tokens; returns sequence → logits [its new tokens, vocab_size]."""
+    def step(
+        self, tokens: dict[int, Sequence[int]], read: dict[int, int] | None = None, *, replan: bool = True
+    ) -> dict[int, Tensor]:
+        """Sequence → its next tokens; returns sequence → logits [its new tokens, vocab_size].
+
+        With `read` only that many last tokens of each sequence are read; `replan`: they get a plan of their own.
+        """
         counts = [len(new) for new in tokens.values()]
         positions, slots = [], []
         for sequence, new in tokens.items():
@@ -51,20 +57,31 @@ class PagedModel:
             positions.append(here)
             slots.append(blocks * self.block_size + here % self.block_size)
             self.lengths[sequence] += len(new)
-        plan = plan_attention(
+        plan = self._plan(list(tokens), counts, np.concatenate(slots))
+        readout = None
+        if read is not None:
+            end = np.cumsum(counts)
+            chosen = [np.arange(end[i] - read[sequence], end[i]) for i, sequence in enumerate(tokens)]
+            counts = [read[sequence] for sequence in tokens]
+            rows = torch.from_numpy(np.concatenate(chosen).astype(np.int32))
+            own = self._plan(list(tokens), counts, np.concatenate(slots)[rows.numpy()]) if replan else None
+            readout = Readout(rows, own)
+        ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
+        with torch.inference_mode():
+            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, readout)
+            logits = self.model.logits(hidden)
+        assert logits.dtype == torch.float32
+        return dict(zip(tokens, logits.split(counts), strict=True))
+
+    def _plan(self, sequences: list[int], counts: list[int], slots: NDArray[np.int32]) -> AttentionPlan:
+        return plan_attention(
             np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
-            np.array([self.lengths[sequence] for sequence in tokens], dtype=np.int32),
-            self.block_tables[list(tokens)],
-            np.concatenate(slots),
+            np.array([self.lengths[sequence] for sequence in sequences], dtype=np.int32),
+            self.block_tables[sequences],
+            slots,
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )
-        ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
-        with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan)
-            logits = self.model.logits(hidden)
-        assert logits.dtype == torch.float32
-        return dict(zip(tokens, logits.split(counts), strict=True))

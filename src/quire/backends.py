@@ -53,6 +53,8 @@ class Backend:
     """Whether its kernels have layers of few bits."""
     deterministic: bool = False
     """Whether it can compute a sequence without a bit of it depending on the batch."""
+    replans: bool = False
+    """Whether a step may have a second plan, for the tokens that are read: plans do not lie in buffers that stay."""
     captures: bool = False
     """Whether its steps can be captured as CUDA graphs: its plans lie in buffers that stay."""
 
@@ -68,6 +70,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             float32_activations=True,
             quantizes=True,
             deterministic=True,
+            replans=True,
         ),
         "triton": Backend(
             kernels="quire.kernels.triton",
@@ -86,6 +89,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             devices=DEVICES,
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,
+            replans=True,
         ),
         "flashinfer": Backend(
             kernels="quire.kernels.flashinfer",

@@ -66,6 +66,16 @@ class CpuAttentionPlan(AttentionPlan):
 
 
 @dataclass(frozen=True, slots=True)
+class Readout:
+    """The tokens whose hidden states are read, if not all: what the last layer computes beyond keys and values."""
+
+    tokens: Tensor
+    """[R], R > 0: rows of the step's T tokens, ascending; of each sequence its last few or none."""
+    plan: AttentionPlan | None
+    """The attention of these tokens by themselves; None: what all tokens' gives is chosen from."""
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """The weight of a dense layer as whole numbers of few bits and float32 scales. How both lie is the kernels' own
     affair; in `reference` they are values [N, K] int8 and scales [N, groups]."""

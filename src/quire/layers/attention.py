@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels
+from quire.kernels import AttentionPlan, Kernels, Readout
 
 LayerKV = tuple[Tensor, Tensor]
 """k_cache and v_cache of one layer; `quire.kernels.interface` has their layout."""
@@ -41,8 +41,10 @@ class Attention:
         layer_kv: LayerKV,
         plan: AttentionPlan,
         positions: Tensor | None = None,
+        readout: Readout | None = None,
     ) -> Tensor:
-        """q [T, num_heads, D], k, v [T, num_kv_heads, D], positions [T] int32 -> [T, num_heads, D].
+        """q [T, num_heads, D], k, v [T, num_kv_heads, D], positions [T] int32 -> [T, num_heads, D], or of the R tokens
+        that are read [R, num_heads, D].
 
         With a rotary embedding q and k are overwritten, and positions must be given.
         """
@@ -52,6 +54,9 @@ class Attention:
         else:
             assert positions is not None
             self.kernels.rotary_write_kv(q, k, v, positions, self.cos_sin, k_cache, v_cache, plan.slots)
-        return self.kernels.paged_attention(
+        if readout is not None and readout.plan is not None:
+            q, plan, readout = q[readout.tokens], readout.plan, None
+        out = self.kernels.paged_attention(
             q, k_cache, v_cache, plan, self.scale, window=self.window, softcap=self.softcap
         )
+        return out if readout is None else out[readout.tokens]

@@ -5,7 +5,7 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels
+from quire.kernels import AttentionPlan, Kernels, Readout
 from quire.layers.activation import activation
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
@@ -35,11 +35,14 @@ class GPT2:
         self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
         self.norm = layer_norm(config, model.scope("ln_f"))
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
-        """input_ids, positions int32 [T] -> hidden [T, H]."""
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+    ) -> Tensor:
+        """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), self.embed_position(positions)
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            update = layer(residual, update, layer_kv, plan)
+            last = layer is self.layers[-1]
+            residual, update = layer(residual, update, layer_kv, plan, readout if last else None)
         return self.norm(residual, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -62,13 +65,20 @@ class Layer:
         self.activation = activation(config.activation)
         self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
 
-    def __call__(self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan) -> Tensor:
-        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+    def __call__(
+        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, readout: Readout | None
+    ) -> tuple[Tensor, Tensor]:
+        """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
+
+        `update` is added to `residual`, in place.
+        """
         num_tokens = residual.shape[0]
         qkv = self.qkv(self.attention_norm(residual, update))
         q, k, v = qkv.view(num_tokens, -1, self.head_dim).chunk(3, dim=1)
-        update = self.o(self.attend(q, k, v, layer_kv, plan).view(num_tokens, -1))
-        return self.down(self.activation(self.up(self.mlp_norm(residual, update))))
+        update = self.o(self.attend(q, k, v, layer_kv, plan, readout=readout).flatten(1))
+        if readout is not None:
+            residual = residual[readout.tokens]
+        return residual, self.down(self.activation(self.up(self.mlp_norm(residual, update))))
 
 
 def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:

@@ -6,7 +6,7 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels
+from quire.kernels import AttentionPlan, Kernels, Readout
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import cos_sin_table
@@ -34,11 +34,14 @@ class Llama:
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
-        """input_ids, positions int32 [T] -> hidden [T, H]."""
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+    ) -> Tensor:
+        """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), None
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            update = layer(residual, update, positions, layer_kv, plan)
+            last = layer is self.layers[-1]
+            residual, update = layer(residual, update, positions, layer_kv, plan, readout if last else None)
         return self.norm(residual, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -74,9 +77,16 @@ class DecoderLayer:
         positions: Tensor,
         layer_kv: LayerKV,
         plan: AttentionPlan,
-    ) -> Tensor:
-        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
-        return self.mlp(residual, self.attention(residual, update, positions, layer_kv, plan))
+        readout: Readout | None,
+    ) -> tuple[Tensor, Tensor]:
+        """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
+
+        `update` is added to `residual`, in place.
+        """
+        update = self.attention(residual, update, positions, layer_kv, plan, readout)
+        if readout is not None:
+            residual = residual[readout.tokens]
+        return residual, self.mlp(residual, update)
 
 
 class SelfAttention:
@@ -126,8 +136,9 @@ class SelfAttention:
         positions: Tensor,
         layer_kv: LayerKV,
         plan: AttentionPlan,
+        readout: Readout | None,
     ) -> Tensor:
-        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
+        """residual, update [T, H] -> the next update, [T, H] or [R, H]; `update` is added to `residual`."""
         num_tokens = residual.shape[0]
         # Views of one [T, heads, D] matrix; what follows works on them in place.
         q, k, v = (
@@ -138,4 +149,4 @@ class SelfAttention:
         if self.qk_norms is not None:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
-        return self.o(self.attend(q, k, v, layer_kv, plan, positions).view(num_tokens, -1))
+        return self.o(self.attend(q, k, v, layer_kv, plan, positions, readout).flatten(1))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels
+from quire.kernels import AttentionPlan, Kernels, Readout
 from quire.layers.attention import KVLayers
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.device_weights import DeviceWeights
@@ -18,8 +18,11 @@ from quire.models.weights import RandomWeights, Weights
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations are what the weights' source says."""
 
-    def __call__(self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan) -> Tensor:
-        """input_ids, positions [T] -> hidden [T, H], the final norm applied; writes the KV of the T tokens."""
+    def __call__(
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+    ) -> Tensor:
+        """input_ids, positions [T] -> hidden [T, H], or with a readout of its tokens [R, H], the final norm applied;
+        writes the KV of the T tokens."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -19,13 +19,14 @@ from quire.attention import AttentionShape, make_planner
 from quire.backends import BACKENDS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
-from quire.kernels.interface import AttentionPlan, Kernels
+from quire.kernels.interface import AttentionPlan, Kernels, Readout
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs
-from quire.runner.input_batch import Int32Array, make_input_batch
+from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
+from quire.runner.readout import TokensRead, find_tokens_read
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
 from quire.sampling.device_sampler import DeviceSampler, draws_only, to_device
@@ -123,6 +124,7 @@ class ModelRunner:
                 device=kv_cache.device,
             ),
         )
+        self._replans = BACKENDS[backend].replans
         self._device = kv_cache.device
         self._device_sampler: DeviceSampler | None = None
         if draws_on_device and not logits_processors:
@@ -187,9 +189,12 @@ class ModelRunner:
         attention = self._plan_attention(
             batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots, captured_seqs=size
         )
+        read = find_tokens_read(plan, points, batch)
+        tokens_read = points.tokens if read is None else read.tokens
+        sampled = points.tokens if read is None else read.places(points.tokens)
         sample_rows = np.array(plan.sample_rows, dtype=np.int32)
-        input_ids, positions, tokens_on_device, rows_on_device = self._send(
-            batch.input_ids, batch.positions, points.tokens, sample_rows
+        input_ids, positions, sampled_on_device, rows_on_device, read_on_device = self._send(
+            batch.input_ids, batch.positions, sampled, sample_rows, tokens_read
         )
         if (batch.input_ids < 0).any():
             known = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
@@ -197,11 +202,12 @@ class ModelRunner:
         if self._graphs is not None and size:
             logits = self._graphs.run(size, input_ids, positions, attention)
         else:
-            hidden = self._model(input_ids, positions, self._kv_cache, attention)
+            readout = None if read is None else Readout(read_on_device, self._plan_read(batch, read))
+            hidden = self._model(input_ids, positions, self._kv_cache, attention, readout)
             if points.after_every_token:
                 logits = self._model.logits(hidden)
             elif plan.sample_after:
-                logits = self._logits(hidden, points.tokens, tokens_on_device)
+                logits = self._logits(hidden, sampled, sampled_on_device)
         finish = None
         if plan.sample_after:
             self._masks.join()
@@ -211,10 +217,22 @@ class ModelRunner:
                 self._pending.result()  # what was drawn before decides what may be drawn now
                 self._sample(plan, points, logits.float().cpu(), result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
-            first = int(batch.query_start_loc[index])
-            rows = hidden[first : first + len(targets)]
+            first = batch.query_start_loc[index : index + 1]
+            place = int(first[0] if read is None else read.places(first)[0])
+            rows = hidden[place : place + len(targets)]
             result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
         return finish
+
+    def _plan_read(self, batch: InputBatch, read: TokensRead) -> AttentionPlan | None:
+        """The last layer's attention."""
+        if not self._replans:
+            return None
+        return self._plan_attention(
+            read.query_start_loc,
+            batch.seq_lens[read.sequences],
+            batch.block_tables[read.sequences],
+            batch.slots[read.tokens],
+        )
 
     def _send(self, *arrays: Int32Array) -> tuple[torch.Tensor, ...]:
         """A step's arrays on the device, in one copy."""
@@ -235,11 +253,11 @@ class ModelRunner:
     def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
         return self._device_sampler is not None and not plan.drafts and all(map(draws_only, points.states))
 
-    def _logits(self, hidden: torch.Tensor, tokens: Int32Array, tokens_on_device: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor, places: Int32Array, places_on_device: torch.Tensor) -> torch.Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
-        rows, place = np.unique(tokens, return_inverse=True)
-        if len(rows) == len(tokens):
-            return self._model.logits(hidden[tokens_on_device])
+        rows, place = np.unique(places, return_inverse=True)
+        if len(rows) == len(places):
+            return self._model.logits(hidden[places_on_device])
         # Where a prompt ends and n samples part, each draws from a copy.
         return self._model.logits(hidden[to_device(rows, self._device)])[to_device(place, self._device)]
 

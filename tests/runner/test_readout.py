@@ -1,0 +1,68 @@
+"""Which tokens of a step are read, against the plain definition."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.runner.input_batch import InputBatch
+from quire.runner.readout import _MIN_UNREAD, find_tokens_read
+from quire.runner.sample_points import SamplePoints
+from quire.step import StepPlan
+
+
+@given(st.data())
+def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> None:
+    counts = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))
+    end = np.cumsum(counts)
+    sample_after, sampled = [], []
+    for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1))):
+        # The last known token, and drafted ones after it, of which a grammar may have cut some.
+        last_known = data.draw(st.integers(0, min(4, counts[sequence] - 1)))
+        points = data.draw(st.integers(1, last_known + 1))
+        repeats = data.draw(st.integers(1, 3)) if last_known == 0 else 1  # samples part where the prompt ends
+        sample_after += [sequence] * repeats
+        sampled += [end[sequence] - 1 - last_known + point for point in range(points)] * repeats
+    plan = StepPlan(counts=counts, sample_after=sample_after, token_ids=[0] * int(end[-1]))
+    for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1), max_size=2)):
+        plan.prompt_logprobs[sequence] = (0, [0] * counts[sequence])
+
+    asked = set(map(int, sampled))
+    for sequence in plan.prompt_logprobs:
+        asked |= set(range(int(end[sequence]) - counts[sequence], int(end[sequence])))
+    read = find_tokens_read(plan, _points(sampled), _batch(counts))
+
+    if read is None:
+        first = [min((t for t in asked if e - c <= t < e), default=e) for e, c in zip(end, counts, strict=True)]
+        assert sum(counts) - sum(end - first) < _MIN_UNREAD
+        return
+    assert asked <= set(read.tokens.tolist())
+    np.testing.assert_array_equal(read.tokens[read.places(np.array(sampled, dtype=np.int32))], sampled)
+    assert len(read.tokens) > 0
+    assert sum(counts) - len(read.tokens) >= _MIN_UNREAD
+    for sequence, (begin, stop) in enumerate(zip(end - counts, end, strict=True)):
+        tokens = [token for token in read.tokens.tolist() if begin <= token < stop]
+        assert tokens == list(range(stop - len(tokens), stop))
+        assert (sequence in read.sequences.tolist()) == bool(tokens)
+        if tokens and asked:
+            assert tokens[0] in asked
+        if tokens:
+            place = read.sequences.tolist().index(sequence)
+            assert read.query_start_loc[place + 1] - read.query_start_loc[place] == len(tokens)
+
+
+def test_one_token_where_nobody_asks() -> None:
+    plan = StepPlan(counts=[64, 64], token_ids=[0] * 128)
+    read = find_tokens_read(plan, _points([]), _batch([64, 64]))
+    assert read is not None
+    assert read.tokens.tolist() == [127]
+
+
+def _points(tokens: list[int]) -> SamplePoints:
+    return SamplePoints([], np.array(tokens, dtype=np.int32), [], after_every_token=False)
+
+
+def _batch(counts: list[int]) -> InputBatch:
+    empty = np.empty(0, dtype=np.int32)
+    query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    tokens = np.zeros(sum(counts), dtype=np.int32)
+    return InputBatch(tokens, tokens, query_start_loc, empty, empty, empty)
