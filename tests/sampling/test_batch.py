@@ -38,7 +38,7 @@ def test_a_large_k_is_not_sought_for_rows_of_small_k() -> None:
 
 
 def test_large_groups_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.sampling.batch.MAX_GROUP_ELEMENTS", 2 * VOCAB_SIZE)
+    monkeypatch.setattr("quire.sampling.row_places.MAX_ELEMENTS", 2 * VOCAB_SIZE)
     assert [rows for _, rows in group([{}] * 5)] == [[0, 1], [2, 3], [4]]
 
 

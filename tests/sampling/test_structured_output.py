@@ -11,7 +11,7 @@ from quire.grammar.compiler import GrammarCompiler
 from quire.sampling import structured_output
 from quire.sampling.sampler import Sampler
 from quire.sampling.state import SamplingState
-from quire.sampling.structured_output import GrammarState, MaskWorker
+from quire.sampling.structured_output import GrammarState, MaskPenalties, MaskWorker
 from quire.sampling_params import SamplingParams
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -48,12 +48,10 @@ def fill(states: list[GrammarState], vocab_size: int = VOCAB_SIZE) -> list[set[i
     worker = MaskWorker(vocab_size)
     worker.start(states)
     worker.join()
-    found = []
-    for state in states:
-        assert state.forbidden is not None
-        assert state.forbidden.shape == (vocab_size,)
-        found.append(set(np.flatnonzero(~state.forbidden).tolist()))
-    return found
+    penalties = MaskPenalties(states, vocab_size).now()
+    assert penalties.shape == (len(states), vocab_size)
+    assert set(np.unique(penalties)) <= {0.0, -np.inf}
+    return [set(np.flatnonzero(row == 0.0).tolist()) for row in penalties]
 
 
 def letters(tokenizer: Tokenizer, text: str) -> set[int]:
@@ -140,6 +138,27 @@ def test_a_wrong_token_ends_this_sequence_alone(compiler: GrammarCompiler, token
     assert result.errors[1] is None
     assert result.token_ids[1] == min(letters(tokenizer, "ab"))
     assert "the grammar of structured_outputs failed" in (result.errors[0] or "")
+
+
+@pytest.mark.parametrize("vocab_size", [300, VOCAB_SIZE])
+def test_a_grammar_that_is_missing_ends_its_sequence_alone(compiler: GrammarCompiler, vocab_size: int) -> None:
+    missing = GrammarState(None, error="not compiled")
+    assert fill([missing], vocab_size) == [set()]
+    none, some = fill([missing, GrammarState(regex(compiler, "[ab]+"))], vocab_size)
+    assert not none
+    assert some
+    assert fill([missing], vocab_size) == [set()]
+
+
+@pytest.mark.parametrize("fault", [np.nan, np.inf])
+def test_a_fault_does_not_hide_behind_a_grammar(compiler: GrammarCompiler, tokenizer: Tokenizer, fault: float) -> None:
+    state = SamplingState(GREEDY, [], [], 0, 0, (), VOCAB_SIZE, GrammarState(regex(compiler, "[ab]+")))
+    assert state.grammar is not None
+    (allowed,) = fill([state.grammar])
+    for place in (min(allowed), min({*range(VOCAB_SIZE)} - allowed)):
+        logits = torch.zeros(1, VOCAB_SIZE)
+        logits[0, place] = fault
+        assert Sampler(VOCAB_SIZE, ROOM).sample(logits, [state]).errors != [None]
 
 
 def test_masks_come_before_the_other_edits(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

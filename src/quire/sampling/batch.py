@@ -13,24 +13,20 @@ from numpy.typing import NDArray
 from quire.sampling.draws import FloatArray, IntArray
 from quire.sampling.logit_edits import LogitEdits
 from quire.sampling.logits_processors import BatchLogitsProcessor, LogitsProcessing
+from quire.sampling.row_places import place_of, split_rows
 from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
 from quire.step import logprob_bytes
-
-MAX_GROUP_ELEMENTS = 2**21
-"""Logits drawn from together (64 rows of 32,768): larger groups gain nothing and their temporaries leave the cache."""
 
 
 class RowGroup:
     """Rows that are drawn from in the same way, few enough for their temporaries."""
 
-    def __init__(self, draw: Draw, rows: list[int], states: Sequence[SamplingState]) -> None:
+    def __init__(self, draw: Draw, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
         params = [states[row].params for row in rows]
         self.draw = draw
         self.rows: IntArray = np.array(rows, dtype=np.int64)
-        # Neighbouring rows are a view of the logits; others have to be copied out.
-        first, end = rows[0], rows[-1] + 1
-        self.place: slice | IntArray = slice(first, end) if end - first == len(rows) else self.rows
+        self.place = place_of(rows)
         self.top_k: IntArray = np.array([p.top_k for p in params], dtype=np.int64)
         self.top_p: FloatArray = np.array([p.top_p for p in params])
         # None where every row would be left as it is; a temperature of 1 and a min_p of 0 change no bit either.
@@ -103,9 +99,6 @@ def _group_rows(states: Sequence[SamplingState], vocab_size: int) -> list[RowGro
         # Rows of similar k go together: the largest k of a group is what its rows are searched for.
         size_class = max(64, state.params.top_k - 1).bit_length() if state.draw is Draw.TOP_K else 0
         by_need[state.draw, size_class].append(row)
-    max_rows = max(1, MAX_GROUP_ELEMENTS // vocab_size)
     return [
-        RowGroup(draw, rows[start : start + max_rows], states)
-        for (draw, _), rows in by_need.items()
-        for start in range(0, len(rows), max_rows)
+        RowGroup(draw, part, states) for (draw, _), rows in by_need.items() for part in split_rows(rows, vocab_size)
     ]

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.sampling.row_places import place_of, split_rows
 from quire.sampling.state import SamplingState
+from quire.sampling.structured_output import MaskPenalties
 
 
 class LogitEdits:
@@ -23,9 +25,12 @@ class LogitEdits:
         self._allowed_rows = [row for row, _ in allowed]
         self._allowed = self._flat_indices([(row, id) for row, ids in allowed for id in ids])
         self._banning = [(row, state) for row, state in rows if state.bad_words or state.ending_ids]
-        self._grammars = [(row, state.grammar) for row, state in rows if state.grammar is not None]
-        masked = [row for row, _ in self._banning] + [row for row, _ in self._grammars]
-        self._masked_rows = sorted({*self._allowed_rows, *masked})
+        grammars = {row: state.grammar for row, state in rows if state.grammar is not None}
+        self._grammars = [
+            (place_of(rows), MaskPenalties([grammars[row] for row in rows], vocab_size))
+            for rows in split_rows(list(grammars), vocab_size)
+        ]
+        self._masked_rows = sorted({*self._allowed_rows, *(row for row, _ in self._banning)})
         self._biased = self._flat_indices([(row, id) for row, state in rows for id in state.bias_by_id])
         self._biases = np.array([b for state in states for b in state.bias_by_id.values()], dtype=np.float32)
         counted = [(row, state) for row, state in rows if state.token_counts is not None]
@@ -38,14 +43,14 @@ class LogitEdits:
         self._strengths = np.array(strengths, dtype=np.float32).reshape(-1, 3)
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out as NaN, masked or not."""
-        if not (self._masked_rows or self._biased.size or self._counts):
+        """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out with either."""
+        if not (self._masked_rows or self._grammars or self._biased.size or self._counts):
             return
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
-        for row, grammar in self._grammars:
-            assert grammar.forbidden is not None, "masks are computed before logits are edited"
-            np.copyto(logits[row], -np.inf, where=grammar.forbidden)
+        with np.errstate(invalid="ignore"):  # +inf that is forbidden becomes NaN, as it should
+            for place, penalties in self._grammars:
+                logits[place] += penalties.now()
         if self._allowed_rows:
             kept = flat[self._allowed]
             logits[self._allowed_rows] = -np.inf

@@ -15,6 +15,9 @@ from quire.grammar.compiled import Grammar, Matcher
 
 INLINE_WORDS = 2**11
 """Up to this many words, the masks of a step cost less than handing them to a thread: 64 rows of 1,024 tokens."""
+_PENALTIES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
+_PENALTIES = _PENALTIES.astype(np.float32)
+"""[256, 8]: for a byte of a mask, what to add to the logits of its eight tokens."""
 
 
 class GrammarState:
@@ -24,7 +27,7 @@ class GrammarState:
     as one that takes too much, ends this sequence alone: nothing is allowed any more, and `error` says why.
     """
 
-    __slots__ = ("_matcher", "banned_ids", "error", "fast_forwards", "forbidden", "grammar")
+    __slots__ = ("_matcher", "allowed", "banned_ids", "error", "fast_forwards", "grammar")
 
     def __init__(
         self,
@@ -42,8 +45,8 @@ class GrammarState:
         self.banned_ids = list(banned_ids)
         """Tokens that are never allowed, whatever the grammar says: end tokens that the request ignores."""
         self.error = error
-        self.forbidden: NDArray[np.bool_] | None = None
-        """[vocabulary]: what may not come next, as `MaskWorker` computed it for the present step."""
+        self.allowed: NDArray[np.uint32] | None = None
+        """[words of 32 tokens], the lowest bit first: may it come next, as `MaskWorker` found for this step."""
         self._matcher: Matcher | None = None
         if grammar is not None:
             self._matcher = grammar.matcher()
@@ -63,8 +66,7 @@ class GrammarState:
 
     def append(self, token_id: int) -> None:
         """Follow a token that the sequence generated."""
-        if self.matcher is not None:
-            self.matcher.consume_token(token_id)
+        if self.matcher is not None and not self.matcher.consume_token(token_id):
             self.note_error()
 
     def lets_follow(self, token_id: int) -> bool:
@@ -99,7 +101,7 @@ class GrammarState:
         copy = GrammarState(None, fast_forwards=self.fast_forwards, banned_ids=self.banned_ids, error=self.error)
         copy.grammar = self.grammar
         copy._matcher = self._matcher.deep_copy() if self._matcher is not None else None
-        copy.forbidden = self.forbidden
+        copy.allowed = self.allowed
         return copy
 
     def note_error(self) -> None:
@@ -122,55 +124,73 @@ class MaskWorker:
     """Computes the masks of all sequences of a step that follow a grammar: `start`, run the model, `join`."""
 
     def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
-        self._vocab_size = vocab_size
+        self._num_words = _num_words(vocab_size)
         self._num_threads = num_threads
         self._thread: ThreadPoolExecutor | None = None
         self._executor: _MaskFiller | None = None
         self._running: Future[None] | None = None
-        self._bits: NDArray[np.uint32] = np.empty((0, 0), dtype=np.uint32)
-        self._forbidden: NDArray[np.bool_] = np.empty((0, 0), dtype=np.bool_)
+        self._masks: NDArray[np.uint32] = np.empty((0, 0), dtype=np.uint32)
 
     def start(self, states: Sequence[GrammarState]) -> None:
         """Begin; until `join` the states belong to the worker. Costs nothing for no states."""
         num_words = sum(state.grammar.num_mask_words for state in states if state.grammar is not None)
         if num_words <= INLINE_WORDS:
             if states:
-                self.fill(states)
+                self._fill(states, None)
             return
-        if self._thread is None:
+        if self._thread is None or self._executor is None:
+            from llguidance import LLExecutor  # only where there is a grammar
+
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
-        self._running = self._thread.submit(self.fill, states)
+            self._executor = cast(_MaskFiller, LLExecutor(self._num_threads))
+        self._running = self._thread.submit(self._fill, states, self._executor)
 
     def join(self) -> None:
-        """Return when `forbidden` of every state is filled."""
+        """Return when `allowed` of every state is filled."""
         if self._running is not None:
             self._running.result()
             self._running = None
 
-    def fill(self, states: Sequence[GrammarState]) -> None:
-        """Set `forbidden` of each state, as a view of one array that the next call overwrites."""
+    def _fill(self, states: Sequence[GrammarState], executor: _MaskFiller | None) -> None:
+        """Set `allowed` of each state, as a view of one array that the next call overwrites."""
+        num_words = max(state.grammar.num_mask_words if state.grammar else self._num_words for state in states)
+        if len(states) > len(self._masks) or num_words != self._masks.shape[1]:
+            self._masks = np.zeros((1 << (len(states) - 1).bit_length(), num_words), dtype=np.uint32)
+        pointer, row_bytes = self._masks.ctypes.data, 4 * num_words
         following = [(state.matcher, row) for row, state in enumerate(states) if state.matcher is not None]
-        num_words = max((state.grammar.num_mask_words for state in states if state.grammar is not None), default=1)
-        self._make_room(len(states), num_words)
-        bits, forbidden = self._bits[: len(states)], self._forbidden[: len(states)]
-        if following:
-            if self._executor is None:
-                from llguidance import LLExecutor  # only where there is a grammar
-
-                self._executor = cast(_MaskFiller, LLExecutor(self._num_threads))
-            self._executor.unsafe_compute_mask_ptr(following, bits.ctypes.data, 4 * num_words, len(bits))
-            allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-            np.equal(allowed, 0, out=forbidden)
-        for row, state in enumerate(states):
+        if executor is None:
+            for matcher, row in following:
+                matcher.unsafe_compute_mask_ptr(pointer + row * row_bytes, row_bytes)
+        elif following:
+            executor.unsafe_compute_mask_ptr(following, pointer, row_bytes, len(self._masks))
+        for state, mask in zip(states, self._masks, strict=False):
             state.note_error()
             if state.error is not None:
-                forbidden[row] = True
+                mask[:] = 0
             elif state.banned_ids and not state.complete:
-                forbidden[row, state.banned_ids] = True
-            state.forbidden = forbidden[row]
+                for token_id in state.banned_ids:
+                    mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+            state.allowed = mask[: self._num_words]  # a tokenizer may have more tokens than its model
 
-    def _make_room(self, num_rows: int, num_words: int) -> None:
-        if num_rows > len(self._bits) or num_words != self._bits.shape[1]:
-            num_rows = 1 << (num_rows - 1).bit_length()
-            self._bits = np.zeros((num_rows, num_words), dtype=np.uint32)
-            self._forbidden = np.zeros((num_rows, self._vocab_size), dtype=np.bool_)
+
+class MaskPenalties:
+    """What the masks of some sequences add to their logits, step after step in the same memory."""
+
+    def __init__(self, states: Sequence[GrammarState], vocab_size: int) -> None:
+        self._states = states
+        self._masks: NDArray[np.uint32] = np.empty((len(states), _num_words(vocab_size)), dtype=np.uint32)
+        self._penalties: NDArray[np.float32] = np.empty((*self._masks.shape, 4, 8), dtype=np.float32)
+        self._of_vocabulary = self._penalties.reshape(len(states), -1)[:, :vocab_size]
+
+    def now(self) -> NDArray[np.float32]:
+        """[states, vocab_size]: 0 or −inf. Masks have been computed, and the next call overwrites what is returned."""
+        masks = [state.allowed for state in self._states if state.allowed is not None]
+        np.concatenate(masks, out=self._masks.reshape(-1))
+        bytes_of_masks = self._masks.view(np.uint8).reshape(self._penalties.shape[:3])
+        # With "clip", which no byte needs, numpy writes to `out` without a copy of its own.
+        _PENALTIES.take(bytes_of_masks, axis=0, out=self._penalties, mode="clip")
+        return self._of_vocabulary
+
+
+def _num_words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
