@@ -27,6 +27,7 @@ from quire.scheduler.scheduler import Scheduler, equal_shares
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.speculation import Drafts, Speculation
 from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
+from quire.structured_outputs import StructuredOutputsParams
 
 EOS = 15
 STOP_TOKEN = 14
@@ -61,6 +62,11 @@ def followers(kv: int) -> list[tuple[int, float]]:
 
 def is_faulty(kv: int, seed: int) -> bool:
     return seed < 0 and kv % 5 == 0
+
+
+def is_whole(kv: int) -> bool:
+    """Whether the text of a context is whole, for a request with a grammar."""
+    return kv % 23 == 0
 
 
 @dataclass
@@ -113,6 +119,8 @@ def alone(request: Request, index: int) -> Ending:
         token_ids.append(next_token(kv, request.seed, index))
         if token_ids[-1] in (*request.eos_token_ids, *request.params.stop_token_ids):
             return Ending(token_ids, "stop")
+        if request.params.structured_outputs is not None and is_whole(kv_of(kv, token_ids[-1])):
+            return Ending(token_ids, "stop")
         if len(token_ids) == request.max_tokens:
             return Ending(token_ids, "length")
 
@@ -131,8 +139,7 @@ class FakeRunner:
         self.size = block_size
         self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, Row] = {}
-        self.forces = False
-        """Whether some samples come with tokens that are forced to follow them."""
+        self.num_forced = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         sources = {fork.source: self.rows[fork.source] for fork in plan.row_forks}
@@ -208,10 +215,8 @@ class FakeRunner:
             result.logprobs.append(TokenLogprobs([token_id], [-1.0], [1]) if new_row.params.logprobs else None)
             if not is_faulty(kv, new_row.seed):
                 self._accept(row, computed, draft, end, result)
-            if self.forces and not is_faulty(kv, new_row.seed) and not new_row.params.logprobs:
-                forced = self._forced(row, kv % 4)
-                if forced:
-                    result.following.setdefault(len(result.token_ids) - 1, []).extend(forced)
+            if new_row.params.structured_outputs is not None and not is_faulty(kv, new_row.seed):
+                self._follow_grammar(row, result)
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.starts[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
@@ -227,23 +232,27 @@ class FakeRunner:
             kv = self.kv_at(computed, end + offset)
             if drafted != row.token_ids[-1] or is_faulty(kv, new_row.seed):
                 break
+            if new_row.params.structured_outputs is not None and is_whole(kv):
+                break
             row.token_ids.append(next_token(kv, new_row.seed, new_row.sample_index))
             result.following.setdefault(place, []).append(row.token_ids[-1])
             if new_row.params.logprobs:
                 logprobs = TokenLogprobs([row.token_ids[-1]], [-1.0], [1])
                 result.following_logprobs.setdefault(place, []).append(logprobs)
 
-    @staticmethod
-    def _forced(row: Row, count: int) -> list[int]:
-        """What would be sampled next, as a grammar that leaves no choice knows it."""
-        new_row, forced = row.new_row, list[int]()
-        for _ in range(count):
-            kv = kv_of_all(row.token_ids)[-1]
-            if is_faulty(kv, new_row.seed):
+    def _follow_grammar(self, row: Row, result: StepResult) -> None:
+        """Up to three tokens that would be sampled next, as a grammar that leaves no choice knows them."""
+        place, new_row = len(result.token_ids) - 1, row.new_row
+        kv = kv_of_all(row.token_ids)[-1]
+        for _ in range(kv % 4):
+            if is_whole(kv) or is_faulty(kv, new_row.seed):
                 break
-            forced.append(next_token(kv, new_row.seed, new_row.sample_index))
-            row.token_ids.append(forced[-1])
-        return forced
+            row.token_ids.append(next_token(kv, new_row.seed, new_row.sample_index))
+            result.following.setdefault(place, []).append(row.token_ids[-1])
+            kv = kv_of(kv, row.token_ids[-1])
+            self.num_forced += 1
+        if is_whole(kv):
+            result.complete.append(place)
 
     def kv_at(self, row: Row, position: int) -> int:
         return self.memory[row.blocks[position // self.size]][position % self.size]
@@ -492,8 +501,12 @@ def new_request(
     beam_width: int | None = None,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
+    structured: bool = False,
 ) -> Request:
-    """A request with a prompt of its own of a given length, or with a given one. It ends by length unless told."""
+    """A request with a prompt of its own of a given length, or with a given one. It ends by length unless told.
+
+    A `structured` one follows a grammar: tokens may be forced on it, and it ends where its text is whole.
+    """
     if isinstance(prompt, int):
         rng = random.Random(request_id)
         prompt = [rng.randrange(100, 1_000) for _ in range(prompt)]
@@ -503,7 +516,8 @@ def new_request(
         params=SamplingParams(
             n=n,
             prompt_logprobs=prompt_logprobs,
-            logprobs=1,
+            logprobs=None if structured else 1,
+            structured_outputs=StructuredOutputsParams(regex="any") if structured else None,
             stop_token_ids=(STOP_TOKEN,) if can_stop else (),
             beam_width=beam_width,
             length_penalty=1.0 if beam_width is None else length_penalty,
@@ -1241,6 +1255,18 @@ def test_a_step_for_which_there_is_no_memory_is_planned_again_and_smaller() -> N
     assert engine.scheduler.stats().total_preemptions == 6
 
 
+def test_a_step_taken_back_holds_no_block_for_its_copies() -> None:
+    engine = Engine()
+    engine.add(new_request("a", list(range(100, 108)), max_tokens=1))
+    engine.run()
+    engine.add(new_request("b", [*range(100, 106), 1, 1]))
+    plan = engine.scheduler.schedule()
+    assert len(plan.block_copies) == 1
+    engine.scheduler.retreat(plan)
+    engine.check()
+    engine.run()
+
+
 def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:
     engine = Engine(num_blocks=128, max_num_batched_tokens=32, max_num_seqs=16)
     prefix = list(range(100, 160))
@@ -1336,6 +1362,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
             can_stop=rng.random() < 0.3,
             beam_width=min(4, n + rng.randrange(3)) if rng.random() < beams else None,
             early_stopping=rng.choice([False, True, "never"]),
+            structured=rng.random() < 0.3,
         )
         if rng.random() < 0.3 and request.params.beam_width is None:
             for index in range(n):
@@ -1373,7 +1400,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_budget=st.sampled_from([0, 1, 3, 8, 40]),
         max_num_partial_prefills=st.integers(1, 4),
         caching=st.booleans(),
-        forces=st.booleans(),
         longest_draft=st.sampled_from([0, 0, 1, 3, 9]),
         overlaps=st.booleans(),
         num_failures=st.sampled_from([0, 0, 1, 5]),
@@ -1386,7 +1412,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_budget: int,
         max_num_partial_prefills: int,
         caching: bool,
-        forces: bool,
         longest_draft: int,
         overlaps: bool,
         num_failures: int,
@@ -1402,7 +1427,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             overlaps=overlaps,
             num_failures=num_failures,
         )
-        self.engine.runner.forces = forces
         self.num_requests = 0
 
     @rule(
@@ -1419,6 +1443,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_beams=st.sampled_from([None, None, 0, 1, 3]),
         length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
         early_stopping=st.sampled_from([True, False, "never"]),
+        structured=st.sampled_from([False, False, True]),
         times=st.sampled_from([1, 1, 3]),
     )
     def add(
@@ -1436,6 +1461,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_beams: int | None,
         length_penalty: float,
         early_stopping: bool | Literal["never"],
+        structured: bool,
         times: int,
     ) -> None:
         for _ in range(times):
@@ -1452,6 +1478,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 beam_width=None if more_beams is None else n + more_beams,
                 length_penalty=length_penalty,
                 early_stopping=early_stopping,
+                structured=structured,
             )
             if resumed is not None and more_beams is None:
                 for index, length in enumerate(resumed[:n]):

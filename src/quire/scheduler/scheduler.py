@@ -413,6 +413,7 @@ class Scheduler:
     def retreat(self, plan: StepPlan) -> None:
         """Take back the step planned last, for which a device had no memory: its groups wait and start over from what
         stays cached, the first of them first, and steps are half as large until many have succeeded."""
+        self.pool.copies_are_done()
         rows = self._in_flight.pop()
         groups = {sequence.group.order: sequence.group for row in plan.rows if (sequence := rows[row]) is not None}
         for group in groups.values():
