@@ -485,6 +485,17 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
     kernels->attention(a);
 }
 
+void row_peaks(const Tensor& x, const Tensor& peaks, const Tensor& ids) {
+    const Argument input("x", x), index("ids", ids);
+    input.of(kFloat32).shaped({kAny, kAny}).contiguous(1);
+    const int64_t rows = input.size(0), columns = input.size(1);
+    if (columns == 0) input.fail("at least one column", "none");
+    float* peak = Argument("peaks", peaks).of(kFloat32).shaped({rows}).contiguous().pointer<float>();
+    int32_t* id = index.of(kInt32).shaped({rows}).contiguous().pointer<int32_t>();
+    nb::gil_scoped_release release;
+    kernels->row_peaks(input.rows(), rows, columns, peak, id);
+}
+
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
     for (const Kernels* const* k = supported_kernels(); *k; ++k) names.emplace_back((*k)->isa);
@@ -534,4 +545,5 @@ NB_MODULE(_cpu, m) {
           nb::arg("query_start_loc"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"),
           nb::arg("shared"), nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
           nb::arg("alibi_slopes").none(), nb::arg("num_threads"), nb::arg("out"));
+    m.def("row_peaks", &row_peaks, nb::arg("x"), nb::arg("peaks"), nb::arg("ids"));
 }

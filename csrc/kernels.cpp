@@ -7,6 +7,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "row_peaks.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
@@ -31,6 +32,7 @@ extern const Kernels kernels = {
     .gather_rows_quantized = gather_rows_quantized,
     .attention_scratch = attention_scratch,
     .attention = attention,
+    .row_peaks = row_peaks,
 };
 
 }  // namespace quire::QUIRE_ISA

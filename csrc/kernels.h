@@ -156,6 +156,7 @@ struct Kernels {
     void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
+    void (*row_peaks)(Rows x, int64_t rows, int64_t columns, float* peaks, int32_t* ids);
 };
 
 namespace portable { extern const Kernels kernels; }

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from quire.attention.plan import CpuAttentionPlan, MergeColumn, SharedColumn, WorkColumn, plan_attention
+from quire.attention.plan import (
+    CpuAttentionPlan,
+    MergeColumn,
+    SharedColumn,
+    WorkColumn,
+    advance_plan,
+    plan_attention,
+)
 
 HEADS = [(1, 1), (6, 2), (8, 8), (12, 1), (32, 8)]
 
@@ -101,6 +108,27 @@ def sharing_tables(sequences: list[tuple[int, int]], seed: int) -> NDArray[np.in
         count = int(random.integers(most // 2, most + 1))
         tables[row, :count] = tables[other, :count]
     return tables
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_advanced_plan_shows_the_new_keys_too(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sequences = [(int(length), 1) for length in random.integers(1, random.choice([40, 3000]), size=9)]
+    width = -(-max(length for length, _ in sequences) // 16) + 1
+    tables = sharing_tables([(16 * width, 1)] * 9, seed) if seed % 2 else None
+    found = plan(sequences, num_threads=[1, 2, 16][seed % 3], block_tables=tables)
+    for _ in range(20):
+        sequences = [(length + 1, 1) for length, _ in sequences]
+        lengths = np.array([length for length, _ in sequences], dtype=np.int32)
+        slots = np.zeros(len(sequences), dtype=np.int32)
+        found = advance_plan(found, lengths, np.zeros((9, width + 1), dtype=np.int32), slots)
+    seen = times_seen(found, sequences, 2)
+    for row, (length, _) in enumerate(sequences):
+        assert (seen[row, :, :length] == 1).all()
+        assert not seen[row, :, length:].any()
+    assert (
+        found.shared[:, SharedColumn.POSITION] == found.seq_lens[found.shared[:, SharedColumn.ROW].long()] - 1
+    ).all()
 
 
 @pytest.mark.parametrize("seed", range(20))

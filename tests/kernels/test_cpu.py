@@ -57,6 +57,32 @@ def test_add_rms_norm(isa: str, tokens: int, hidden: int) -> None:
     assert_close(residual, total)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 15), (2, 1024), (5, 4099), (40, 3000)])
+def test_row_peaks(isa: str, rows: int, columns: int) -> None:
+    x = torch.randint(-5, 5, (rows, 2 * columns)).float()[:, :columns]  # most peaks stand in several places
+    peaks, ids = cpu.row_peaks(x)
+    expected_peaks, expected_ids = reference.row_peaks(x)
+    assert torch.equal(peaks, expected_peaks)
+    assert torch.equal(ids, expected_ids)
+
+
+def test_row_peaks_of_what_is_not_finite(isa: str) -> None:
+    inf, nan = torch.inf, torch.nan
+    x = torch.full((6, 2050), -inf)
+    x[1, 2040] = -1.0
+    x[2, 7] = inf
+    x[3, [2, 2049]] = nan
+    x[3, 1] = inf
+    x[4, 2049] = -nan
+    x[5, 3], x[5, 1500] = -0.0, 0.0
+    peaks, ids = cpu.row_peaks(x)
+    assert ids.tolist() == [0, 2040, 7, 2, 2049, 3]
+    torch.testing.assert_close(peaks, torch.tensor([-inf, -1.0, inf, nan, nan, 0.0]), equal_nan=True)
+    expected_peaks, expected_ids = reference.row_peaks(x)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(peaks, expected_peaks, equal_nan=True)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 70])
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 def test_rms_norm_heads(isa: str, tokens: int, head_dim: int) -> None:

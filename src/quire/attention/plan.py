@@ -9,6 +9,7 @@ another part to be merged.
 The plan says what is computed, never by whom: threads take items in order, and no result depends on who takes what.
 """
 
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.interface import CpuAttentionPlan
 
-__all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "plan_attention"]
+__all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
 
 # Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
 # queries, outputs and keys to stay in a core's second-level cache.
@@ -142,6 +143,22 @@ def plan_attention(
         window=window,
         num_threads=num_threads,
     )
+
+
+def advance_plan(
+    plan: CpuAttentionPlan,
+    seq_lens: NDArray[np.int32],
+    block_tables: NDArray[np.int32],
+    slots: NDArray[np.int32],
+) -> CpuAttentionPlan:
+    """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
+    last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more."""
+    work = plan.work.numpy()
+    ends = work[:, WorkColumn.KEY_END] == plan.seq_lens.numpy()[work[:, WorkColumn.SEQUENCE]]
+    work[:, WorkColumn.KEY_END] += ends
+    if len(plan.shared):
+        plan.shared.numpy()[:, SharedColumn.POSITION] += 1
+    return replace(plan, seq_lens=_tensor(seq_lens), block_tables=_tensor(block_tables), slots=_tensor(slots))
 
 
 class _Sharers(NamedTuple):

@@ -16,6 +16,9 @@ from quire.kernels.interface import AttentionPlan
 
 Int32Array = NDArray[np.int32]
 
+ADVANCED_KEYS = 32
+"""A CPU goes on with a plan for so many keys at most: the loads that it balanced are about equal still."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
@@ -50,9 +53,14 @@ class Planner(Protocol):
         slots: Int32Array,
         *,
         captured_seqs: int = 0,
+        before: AttentionPlan | None = None,
     ) -> AttentionPlan:
         """With `captured_seqs` > 0 the plan is for a captured step of so many sequences of one new token each, of which
-        the last need not be there; only backends that capture are asked for such."""
+        the last need not be there; only backends that capture are asked for such.
+
+        `before` is the plan of the step before, where all sequences computed one token and now compute the one after
+        it: a planner may go on with it, and overwrite it.
+        """
         ...
 
 
@@ -64,7 +72,10 @@ def make_planner(backend: str, shape: AttentionShape) -> Planner:
 
 
 def cpu_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.plan import plan_attention
+    from quire.attention.plan import CpuAttentionPlan, advance_plan, plan_attention
+
+    # A plan that began each of its parts for a reason of position is made anew.
+    may_advance = not shape.window and not shape.batch_invariant
 
     def plan(
         query_start_loc: Int32Array,
@@ -73,8 +84,11 @@ def cpu_planner(shape: AttentionShape) -> Planner:
         slots: Int32Array,
         *,
         captured_seqs: int = 0,
+        before: AttentionPlan | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "a CPU has no graphs"
+        if isinstance(before, CpuAttentionPlan) and may_advance and seq_lens[0] % ADVANCED_KEYS:
+            return advance_plan(before, seq_lens, block_tables, slots)
         return plan_attention(
             query_start_loc,
             seq_lens,
@@ -103,6 +117,7 @@ def gathered_planner(shape: AttentionShape) -> Planner:
         slots: Int32Array,
         *,
         captured_seqs: int = 0,
+        before: AttentionPlan | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "what is gathered differs from step to step"
         return plan_attention(
@@ -140,6 +155,7 @@ def gpu_planner(shape: AttentionShape) -> Planner:
         slots: Int32Array,
         *,
         captured_seqs: int = 0,
+        before: AttentionPlan | None = None,
     ) -> AttentionPlan:
         return plan_attention(
             query_start_loc,
@@ -173,6 +189,7 @@ def flashinfer_planner(shape: AttentionShape) -> Planner:
         slots: Int32Array,
         *,
         captured_seqs: int = 0,
+        before: AttentionPlan | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "a wrapper's launches differ from step to step"
         pages = list_pages(seq_lens, block_tables, shape.block_size)

@@ -39,6 +39,7 @@ __all__ = [
     "rms_norm_heads_",
     "rotary_",
     "rotary_write_kv",
+    "row_peaks",
     "silu_and_mul",
     "supported_isas",
     "use_isa",
@@ -278,6 +279,12 @@ def paged_attention(
         out,
     )
     return out
+
+
+def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+    peaks, ids = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.int32)
+    _cpu.row_peaks(x, peaks, ids)
+    return peaks, ids
 
 
 def _refuse_scales(k_scale: float, v_scale: float) -> None:

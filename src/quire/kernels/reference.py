@@ -260,3 +260,10 @@ def paged_attention(
         probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[start[s] : start[s + 1]] = torch.einsum("hqk,hkd->qhd", probabilities, value)
     return out
+
+
+def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, N], N > 0 -> the highest number of each row [M] and its first index [M] int32. NaN is higher than all."""
+    peaks = x.amax(dim=1)
+    is_peak = torch.where(peaks.isnan()[:, None], x.isnan(), x == peaks[:, None])
+    return peaks, is_peak.int().cummax(dim=1).values.eq(0).sum(dim=1).int()

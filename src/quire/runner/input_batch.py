@@ -15,6 +15,8 @@ Int32Array = NDArray[np.int32]
 class InputBatch:
     """T tokens of B sequences. All arrays are int32."""
 
+    rows: list[int]
+    """[B]: the row of each sequence."""
     input_ids: Int32Array
     """[T]"""
     positions: Int32Array
@@ -27,10 +29,17 @@ class InputBatch:
     """[B, most blocks of any]"""
     slots: Int32Array
     """[T]: where each token's KV goes, block * block_size + offset."""
+    follows: bool
+    """Whether it is the batch before with one more token of each sequence, and nothing else of them has changed: then
+    what was made of that batch is advanced instead of made anew."""
 
 
-def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> InputBatch:
-    """Vectorised over sequences and tokens; no Python per either."""
+def make_input_batch(
+    plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch | None = None
+) -> InputBatch:
+    """Vectorised over sequences and tokens; no Python per either. `before` is the batch of the step before."""
+    if before is not None and _follows(plan, before):
+        return _advance(plan, rows, block_size, before)
     row_index = np.array(plan.rows, dtype=np.int32)
     counts = np.array(plan.counts, dtype=np.int32)
     starts = np.array(plan.starts, dtype=np.int32)
@@ -41,10 +50,43 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
     max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
     blocks = rows.block_tables[np.repeat(row_index, counts), positions // block_size]
     return InputBatch(
+        rows=plan.rows,
         input_ids=np.array(plan.token_ids, dtype=np.int32),
         positions=positions,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_tables=np.ascontiguousarray(rows.block_tables[row_index, :max_blocks]),
         slots=blocks * np.int32(block_size) + positions % block_size,
+        follows=False,
+    )
+
+
+def _follows(plan: StepPlan, before: InputBatch) -> bool:
+    return (
+        plan.rows == before.rows
+        and plan.num_tokens == len(plan.rows) == len(before.positions)
+        and plan.starts == before.seq_lens.tolist()
+        # Rows that begin, fork or lose a block to a copy are told by these; else tables only grow.
+        and not (plan.new_rows or plan.row_forks or plan.block_copies)
+        and all(first > 0 for _, first, _ in plan.new_blocks)
+    )
+
+
+def _advance(plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch) -> InputBatch:
+    positions = before.seq_lens
+    block_tables, slots = before.block_tables, before.slots + np.int32(1)
+    if plan.new_blocks:
+        max_blocks = int(positions.max()) // block_size + 1
+        block_tables = rows.block_tables[np.array(plan.rows), :max_blocks]
+        blocks = block_tables[np.arange(len(positions)), positions // block_size]
+        slots = blocks * np.int32(block_size) + positions % block_size
+    return InputBatch(
+        rows=plan.rows,
+        input_ids=np.array(plan.token_ids, dtype=np.int32),
+        positions=positions,
+        query_start_loc=before.query_start_loc,
+        seq_lens=positions + np.int32(1),
+        block_tables=block_tables,
+        slots=slots,
+        follows=True,
     )

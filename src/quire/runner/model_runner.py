@@ -34,7 +34,7 @@ from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NO_TOKEN, Sampler, SampleResult, explain_peak
 from quire.sampling.state import SamplingState
-from quire.sampling.structured_output import MaskWorker
+from quire.sampling.structured_output import GrammarState, MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
 
 
@@ -137,6 +137,10 @@ class ModelRunner:
             self._graphs = DecodeGraphs(self._run_whole, CudaCapture(), max_num_seqs=max_num_seqs, device=self._device)
         self._pending = PendingStep(StepResult(), None)
         """The step launched last."""
+        self._batch: InputBatch | None = None
+        self._points: SamplePoints | None = None
+        self._attention: AttentionPlan | None = None
+        """Those of the step before, unless it computed nothing."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
@@ -166,7 +170,10 @@ class ModelRunner:
         if self._block_store is not None and plan.moves is not None:
             load_seconds = self._block_store.move(plan.moves)
         result = StepResult()
-        finish = self._compute(plan, result) if plan.rows else None
+        if plan.rows:
+            finish = self._compute(plan, result)
+        else:
+            finish = self._batch = None
         if self._block_store is not None:
             result.moved = self._block_store.collect(wait=plan.moves is not None and plan.moves.wait)
             result.moved.load_seconds = load_seconds
@@ -179,24 +186,28 @@ class ModelRunner:
 
     def _compute(self, plan: StepPlan, result: StepResult) -> Callable[[], None] | None:
         """Fill `result`, or say how it will be filled when the device is done."""
-        points = make_sample_points(plan, self._rows.sampling_states(plan.sample_rows))
-        self._masks.start([state.grammar for state in points.states if state.grammar is not None])
+        batch, points = self._lay_out(plan)
+        self._masks.start(points.grammars)
         self._copy_blocks(plan)
-        batch = make_input_batch(plan, self._rows, self._kv_cache.block_size)
         size = 0
         if self._graphs is not None and points.after_every_token and not plan.drafts and not plan.prompt_logprobs:
             size = self._graphs.size_for(plan.num_tokens)
         attention = self._plan_attention(
-            batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots, captured_seqs=size
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_tables,
+            batch.slots,
+            captured_seqs=size,
+            before=self._attention if batch.follows else None,
         )
+        self._attention = attention
         read = find_tokens_read(plan, points, batch)
         tokens_read = points.tokens if read is None else read.tokens
         sampled = points.tokens if read is None else read.places(points.tokens)
-        sample_rows = np.array(plan.sample_rows, dtype=np.int32)
         input_ids, positions, sampled_on_device, rows_on_device, read_on_device = self._send(
-            batch.input_ids, batch.positions, sampled, sample_rows, tokens_read
+            batch.input_ids, batch.positions, sampled, points.rows, tokens_read
         )
-        if (batch.input_ids < 0).any():
+        if self._device_sampler is not None and (batch.input_ids < 0).any():
             known = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
             input_ids = torch.where(input_ids < 0, known, input_ids)
         if self._graphs is not None and size:
@@ -222,6 +233,14 @@ class ModelRunner:
             rows = hidden[place : place + len(targets)]
             result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
         return finish
+
+    def _lay_out(self, plan: StepPlan) -> tuple[InputBatch, SamplePoints]:
+        """The step's tokens, and where samples are drawn: that stays as it is while the same sequences decode."""
+        batch, points = make_input_batch(plan, self._rows, self._kv_cache.block_size, self._batch), self._points
+        if points is None or not (batch.follows and points.after_every_token and plan.sample_rows == plan.rows):
+            points = make_sample_points(plan, self._rows.sampling_states(plan.sample_rows))
+        self._batch, self._points = batch, points
+        return batch, points
 
     def _plan_read(self, batch: InputBatch, read: TokensRead) -> AttentionPlan | None:
         """The last layer's attention."""
@@ -287,33 +306,38 @@ class ModelRunner:
 
     def _sample(self, plan: StepPlan, points: SamplePoints, logits: torch.Tensor, result: StepResult) -> None:
         sampled = self._sampler.sample(logits, points.states, passing=bool(plan.drafts))
-        for index, first in enumerate(points.first[:-1]):
-            result.token_ids.append(sampled.token_ids[first])
-            result.logprobs.append(sampled.logprobs[first])
-            result.errors.append(sampled.errors[first])
+        firsts = points.first[:-1]
+        result.token_ids = [sampled.token_ids[first] for first in firsts]
+        result.logprobs = [sampled.logprobs[first] for first in firsts]
+        result.errors = [sampled.errors[first] for first in firsts]
+        for index, (first, token_id, error) in enumerate(zip(firsts, result.token_ids, result.errors, strict=True)):
             if first in sampled.candidates:
                 result.candidates[index] = sampled.candidates[first]
-            elif sampled.errors[first] is None:
-                state, num_points = points.states[first], points.first[index + 1] - first
-                following, logprobs = self._accept(sampled, first, num_points, plan.drafts.get(index, []), state)
-                following += self._follow_grammar(index, state, result)
+            elif error is None:
+                state = points.states[first]
+                state.append(token_id)
+                following: list[int] = []
+                if index in plan.drafts:
+                    drafted = range(first + 1, points.first[index + 1])
+                    following, logprobs = self._accept(sampled, drafted, plan.drafts[index], state)
+                    if logprobs:
+                        result.following_logprobs[index] = logprobs
+                if state.grammar is not None:
+                    following += self._follow_grammar(index, state, state.grammar, result)
                 if following:
                     result.following[index] = following
-                if logprobs:
-                    result.following_logprobs[index] = logprobs
 
     @staticmethod
     def _accept(
-        sampled: SampleResult, first: int, num_points: int, draft: list[int], state: SamplingState
+        sampled: SampleResult, points: range, draft: list[int], state: SamplingState
     ) -> tuple[list[int], list[TokenLogprobs]]:
-        """Let a sequence take its sample, and those after drafted tokens as far as these are what was drawn.
+        """Let a sequence take the samples at `points`, after its drafted tokens, as far as these are what was drawn.
 
-        Returns what follows the first sample. A sample that failed is drawn again, and fails again, in the next step.
+        A sample that failed is drawn again, and fails again, in the next step.
         """
         following: list[int] = []
         logprobs: list[TokenLogprobs] = []
-        state.append(sampled.token_ids[first])
-        for point in range(first + 1, first + num_points):
+        for point in points:
             if sampled.token_ids[point - 1] != draft[len(following)] or sampled.errors[point] is not None:
                 break
             if state.grammar is not None and not state.grammar.has_choice:
@@ -325,14 +349,12 @@ class ModelRunner:
                 logprobs.append(logprob)
         return following, logprobs
 
-    def _follow_grammar(self, index: int, state: SamplingState, result: StepResult) -> list[int]:
+    def _follow_grammar(self, index: int, state: SamplingState, grammar: GrammarState, result: StepResult) -> list[int]:
         """Take the tokens that can only come next, and see whether the text is complete."""
-        if state.grammar is None:
-            return []
         # Never more than the request may have: a grammar can force a million tokens.
         limit = min(state.params.max_tokens or self._max_model_len, self._max_model_len) - state.position
         forced = state.take_forced(limit)
-        if state.grammar.complete:
+        if grammar.complete:
             result.complete.append(index)
         return forced
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.sampling.state import SamplingState
+from quire.sampling.structured_output import GrammarState
 from quire.step import StepPlan
 
 
@@ -21,18 +22,23 @@ class SamplePoints:
     """[N]"""
     tokens: NDArray[np.int32]
     """[N]: index of the step's token after which each is drawn."""
+    rows: NDArray[np.int32]
+    """The row that each sequence's samples are drawn for, in the order of `StepPlan.sample_rows`."""
     first: list[int]
     """Index of each sequence's first sample, in the order of `StepPlan.sample_rows`, and N at the end."""
     after_every_token: bool
     """Whether the samples are one after every token of the step, in their order, as where all only decode."""
+    grammars: list[GrammarState]
+    """Those that any of the states follow."""
 
 
 def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoints:
     """`states` are those of `plan.sample_rows`. A draft is followed as far as the sequence's grammar lets it."""
     last = np.cumsum(plan.counts, dtype=np.int32)[plan.sample_after] - np.int32(1)
+    rows = np.array(plan.sample_rows, dtype=np.int32)
     if not plan.drafts:
         decodes = plan.sample_after == list(range(plan.num_tokens))
-        return SamplePoints(states, last, list(range(len(states) + 1)), decodes)
+        return SamplePoints(states, last, rows, list(range(len(states) + 1)), decodes, _grammars(states))
     all_states: list[SamplingState] = []
     tokens: list[int] = []
     first: list[int] = []
@@ -50,4 +56,10 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
             tokens.append(token - len(draft) + place)
     first.append(len(tokens))
     after_every_token = tokens == list(range(plan.num_tokens))
-    return SamplePoints(all_states, np.array(tokens, dtype=np.int32), first, after_every_token)
+    return SamplePoints(
+        all_states, np.array(tokens, dtype=np.int32), rows, first, after_every_token, _grammars(all_states)
+    )
+
+
+def _grammars(states: list[SamplingState]) -> list[GrammarState]:
+    return [state.grammar for state in states if state.grammar is not None]

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.cpu import row_peaks
 from quire.sampling.batch import RowGroup, SamplingBatch, split_by_logprobs
-from quire.sampling.draws import FloatArray, IntArray, draw_top_k, draw_top_p, draw_unfiltered
+from quire.sampling.draws import FloatArray, draw_top_k, draw_top_p, draw_unfiltered
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs
 from quire.sampling.ranking import leading_tokens
@@ -51,8 +53,11 @@ class Sampler:
         `passing` states do not come again: what was gathered of those before them is kept.
         """
         logits = logits.contiguous()
+        pieces = self._gather(states) if passing else self._pieces_of(states)
+        if len(pieces) == 1:
+            return self._sample(logits, pieces[0][1])
         result = SampleResult([], [], [], {})
-        for piece, batch in self._gather(states) if passing else self._pieces_of(states):
+        for piece, batch in pieces:
             part = self._sample(logits[piece], batch)
             result.token_ids += part.token_ids
             result.logprobs += part.logprobs
@@ -81,11 +86,11 @@ class Sampler:
                 of_group = _find_candidates(logits[group.place], num_candidates)
                 candidates.update(zip(group.rows.tolist(), of_group, strict=True))
                 continue
-            tokens, peaks = _draw(group, logits, uniform[group.rows])
-            sound = np.isfinite(peaks)
-            token_ids[group.rows] = np.where(sound, tokens, NO_TOKEN)
-            for place in np.flatnonzero(~sound):
+            tokens, peaks = _draw(group, logits, uniform)
+            token_ids[group.place] = tokens
+            for place in np.flatnonzero(~np.isfinite(peaks)):
                 row = int(group.rows[place])
+                token_ids[row] = NO_TOKEN
                 errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(float(peaks[place]))
         logprobs: list[TokenLogprobs | None] = [None] * len(states)
         for k, rows in batch.logprob_rows.items():
@@ -128,19 +133,19 @@ class Sampler:
         return [(piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces]
 
 
-def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArray, FloatArray]:
+def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
     """A token and the highest logit of each row of the group; where the logit is not finite, the token is void."""
     scores = logits[group.place]
     if group.draw is Draw.GREEDY:
-        values = scores.numpy()
-        best = values.argmax(axis=1)  # the lowest id among equals; NaN counts as highest
-        return best, values[np.arange(len(best)), best].astype(np.float64)
+        peaks, ids = row_peaks(scores)
+        return ids.numpy(), peaks.numpy()  # of equals the lowest id
     peaks = scores.amax(dim=-1, keepdim=True)
     # Shifting first keeps what matters, the small differences between likely tokens, exact at any temperature. It turns
     # a row whose peak is not finite into NaN, which no comparison of a draw is true of: such a row draws some valid id.
     scores.sub_(peaks)
     if group.temperatures is not None:
         scores.div_(group.temperatures)
+    uniform = uniforms[group.rows]
     match group.draw:
         case Draw.UNFILTERED:
             tokens = draw_unfiltered(scores, group.min_p, uniform)
@@ -148,7 +153,7 @@ def _draw(group: RowGroup, logits: Tensor, uniform: FloatArray) -> tuple[IntArra
             tokens = draw_top_k(scores, group.min_p, group.top_k, group.top_p, uniform)
         case Draw.TOP_P:
             tokens = draw_top_p(scores, group.min_p, group.top_p, uniform)
-    return tokens, peaks.squeeze(1).numpy().astype(np.float64)
+    return tokens, peaks.squeeze(1).numpy()
 
 
 def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[BeamCandidates]:
