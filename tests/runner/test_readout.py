@@ -58,11 +58,12 @@ def test_one_token_where_nobody_asks() -> None:
 
 
 def _points(tokens: list[int]) -> SamplePoints:
-    return SamplePoints([], np.array(tokens, dtype=np.int32), [], after_every_token=False)
+    empty = np.empty(0, dtype=np.int32)
+    return SamplePoints([], np.array(tokens, dtype=np.int32), empty, [], after_every_token=False, grammars=[])
 
 
 def _batch(counts: list[int]) -> InputBatch:
     empty = np.empty(0, dtype=np.int32)
     query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     tokens = np.zeros(sum(counts), dtype=np.int32)
-    return InputBatch(tokens, tokens, query_start_loc, empty, empty, empty)
+    return InputBatch([], tokens, tokens, query_start_loc, empty, empty, empty, follows=False)
