@@ -18,6 +18,8 @@ GATHERED_SLOTS = 2**17
 """KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
 FLASHINFER_WORKSPACE = 384 * 2**20
 """Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
+MAX_CAPTURED_SEQS = 512
+"""The most sequences that a captured step has room for: larger batches keep a GPU busy without."""
 _PLAIN = ("float32", "float16", "bfloat16")
 
 

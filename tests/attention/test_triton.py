@@ -1,6 +1,7 @@
 """The GPU's plan: every key a token sees is in exactly one item, and what a CUDA graph may rely on holds."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -116,34 +117,44 @@ def test_shared_keys_are_read_once(tails: list[tuple[int, int, int]], group: int
     """Of sequences with (tokens beyond what they share, new ones, blocks they share), some share two levels."""
     sequences = [(BLOCK_SIZE * blocks + tail + new, new) for tail, new, blocks in tails]
     shared = {row: blocks for row, (_, _, blocks) in enumerate(tails) if blocks <= tails[0][2]}
-    found = plan(sequences, buffers_for(group, num_sms, min_shared_bytes=1), shared, window=window)
-    check_coverage(found, sequences, window)
+    buffers = buffers_for(group, num_sms, min_shared_bytes=-math.inf)
+    check_coverage(plan(sequences, buffers, shared, window=window), sequences, window)
+    decoding = [(length, 1) for length, _ in sequences]
+    check_coverage(plan(decoding, buffers, shared, window=window, captured_seqs=12), decoding, window)
 
 
 def test_a_prefix_is_shared_where_it_saves_enough() -> None:
     sequences = [(20 * BLOCK_SIZE + 9, 1)] * 12
     everyone = dict.fromkeys(range(12), 20)
+    always = plan(sequences, buffers_for(4, min_shared_bytes=-math.inf), everyone)
+    num_parts = 1 + int(always.shared.count)
     saved = 11 * 20 * BLOCK_SIZE * 2 * 2 * 64 * 2  # sharers but one, keys, of 2 heads of 64 keys and values in 16 bits
+    saved -= 12 * num_parts * 8 * (64 + 1) * 4 * 2  # tokens, parts, of 8 heads float32 sums, written and read
     assert plan(sequences, buffers_for(4, min_shared_bytes=saved - 1), everyone).shared.num_programs
     assert not plan(sequences, buffers_for(4, min_shared_bytes=saved), everyone).shared.num_programs
     some = dict.fromkeys(range(7), 20)
-    assert not plan(sequences, buffers_for(4, min_shared_bytes=1), some).shared.num_programs
-    captured = plan(sequences, buffers_for(4, min_shared_bytes=1), everyone, captured_seqs=12)
-    assert not captured.shared.num_programs
+    assert not plan(sequences, buffers_for(4, min_shared_bytes=-math.inf), some).shared.num_programs
 
 
-@given(st.lists(st.integers(8, 4000), max_size=12), st.sampled_from([1, 4, 5]))
-def test_a_captured_plan_launches_the_same_programs_whatever_the_step(lengths: list[int], query_len: int) -> None:
+@given(st.lists(st.integers(8, 4000), max_size=12), st.sampled_from([1, 4, 5]), st.integers(0, 12))
+def test_a_captured_plan_launches_the_same_programs_whatever_the_step(
+    lengths: list[int], query_len: int, num_sharers: int
+) -> None:
     sequences = [(length, 1 + length % query_len) for length in lengths]
-    buffers = buffers_for(4)
-    found = plan(sequences, buffers, captured_seqs=12, captured_query_len=query_len)
+    buffers = buffers_for(4, min_shared_bytes=-math.inf)
+    shared = {row: min(lengths[row], lengths[0]) // BLOCK_SIZE for row in range(min(num_sharers, len(lengths)))}
+    captured = {"captured_seqs": 12, "captured_query_len": query_len}
+    found = plan(sequences, buffers, shared, **captured)
     check_coverage(found, sequences, window=0)
-    other = plan([(9, 1)], buffers, captured_seqs=12, captured_query_len=query_len)
+    other = plan([], buffers, variant=found.variant, **captured)
+    assert other.variant == found.variant
+    assert int(other.shared.count) == int(other.narrow.count) == int(other.num_merges) == 0
     for one, two in ((found.narrow, other.narrow), (found.wide, other.wide), (found.shared, other.shared)):
         assert (one.num_programs, one.num_rows) == (two.num_programs, two.num_rows)
         assert (one.items.data_ptr(), one.count.data_ptr()) == (two.items.data_ptr(), two.count.data_ptr())
     assert found.num_merge_programs == other.num_merge_programs >= int(found.num_merges)
-    assert found.slots.data_ptr() == other.slots.data_ptr()
+    for name in ("slots", "gathered", "merges", "block_tables", "num_merges"):
+        assert getattr(found, name).data_ptr() == getattr(other, name).data_ptr() != 0, name
     assert len(found.slots) == 12 * query_len
 
 

@@ -1,23 +1,22 @@
-"""Which steps are captured, for which size, over which memory; on a CPU, by a graph that runs what it recorded."""
+"""Which steps are captured, when, for which size and over which memory; on a CPU, by a graph that runs what it
+recorded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
-from quire.kernels.interface import AttentionPlan
-from quire.runner.cuda_graphs import EAGER_STEPS, DecodeGraphs, Graph, graph_sizes
+from quire.runner.cuda_graphs import CAPTURE_SHARE, EAGER_STEPS, DecodeGraphs, Graph, GraphKey, graph_sizes
 
 CPU = torch.device("cpu")
-Planned = tuple[GpuAttentionPlan, Tensor]
-"""With the slots it should hold."""
+PADDING = {"input_ids": np.int32(0), "rows": np.int32(99)}
 
 
 class FakeGraph:
     def __init__(self, run: Callable[[], Tensor]) -> None:
+        run()
         self.run, self.num_replays = run, 0
         self.result = run()
 
@@ -27,41 +26,42 @@ class FakeGraph:
 
 
 class FakeCapture:
-    def __init__(self) -> None:
+    """Takes a second of its own clock; what has no memory for it fails."""
+
+    def __init__(self, room: int = 10**6) -> None:
         self.graphs: list[FakeGraph] = []
+        self.now, self.room = 0.0, room
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-        self.graphs.append(FakeGraph(run))
-        return self.graphs[-1], self.graphs[-1].result
+        self.now += 1.0
+        graph = FakeGraph(run)
+        if graph.result.shape[-1] > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.graphs.append(graph)
+        return graph, graph.result
+
+    def clock(self) -> float:
+        return self.now
 
 
-def model(input_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
-    """Reads all that a replay must find renewed: tokens, positions, and the plan's memory."""
-    return torch.stack((input_ids, positions, plan.slots), dim=1).float()
+def prepare_step(key: GraphKey, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """A step that reads all that a replay must find renewed."""
+    assert inputs["rows"].tolist() == [99] * key.size, "captured over nothing but padding"
+    if key.draws:
+        return lambda: torch.stack((inputs["input_ids"] + key.variant, inputs["rows"]))
+    return lambda: torch.stack((inputs["input_ids"], inputs["rows"], inputs["rows"]), dim=1).float()
 
 
-@pytest.fixture
-def buffers() -> PlanBuffers:
-    return PlanBuffers(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        block_size=16,
-        max_num_seqs=40,
-        max_num_tokens=64,
-        max_blocks=8,
-        device=CPU,
-        num_sms=4,
+def make_graphs(capture: FakeCapture, max_num_seqs: int = 40) -> DecodeGraphs:
+    return DecodeGraphs(
+        prepare_step, capture, padding=PADDING, max_num_seqs=max_num_seqs, device=CPU, clock=capture.clock
     )
 
 
-def planned(buffers: PlanBuffers, num_seqs: int, size: int, rng: np.random.Generator) -> Planned:
-    seq_lens = rng.integers(1, 100, num_seqs).astype(np.int32)
-    tables = rng.permutation(num_seqs * 8).astype(np.int32).reshape(num_seqs, 8)
-    slots = tables[np.arange(num_seqs), (seq_lens - 1) // 16] * 16 + (seq_lens - 1) % 16
-    start = np.arange(num_seqs + 1, dtype=np.int32)
-    plan = plan_attention(start, seq_lens, tables, slots.astype(np.int32), buffers=buffers, captured_seqs=size)
-    return plan, torch.from_numpy(slots.astype(np.int32))
+def use(graphs: DecodeGraphs, key: GraphKey) -> None:
+    """Steps enough to want a graph."""
+    for _ in range(EAGER_STEPS):
+        graphs.has(key)
 
 
 def test_sizes() -> None:
@@ -73,41 +73,89 @@ def test_sizes() -> None:
     for wanted in range(1, 513):
         size = next(size for size in graph_sizes(512) if size >= wanted)
         assert size <= 1.25 * wanted + 8
+    assert make_graphs(FakeCapture(), 600).size_for(600) == 0
 
 
-def test_replays_see_what_is_new_and_pad_what_is_not_there(buffers: PlanBuffers) -> None:
+def test_replays_see_what_is_new_and_pad_what_is_not_there() -> None:
     rng, capture = np.random.default_rng(0), FakeCapture()
-    graphs = DecodeGraphs(model, capture, max_num_seqs=40, device=CPU)
-    for step in range(60):
+    graphs = make_graphs(capture)
+    num_replays = 0
+    for _ in range(200):
         num_seqs = int(rng.integers(1, 41))
-        size = graphs.size_for(num_seqs)
-        if not size:
-            continue
-        assert size >= num_seqs
-        plan, slots = planned(buffers, num_seqs, size, rng)
-        ids, positions = (torch.from_numpy(rng.integers(0, 99, num_seqs).astype(np.int32)) for _ in range(2))
-        logits = graphs.run(size, ids, positions, plan)
-        assert torch.equal(logits, torch.stack((ids, positions, slots), dim=1).float()), step
-        padded = next(graph for graph in capture.graphs if len(graph.result) == size).result[num_seqs:]
-        assert torch.equal(padded, torch.tensor([[0.0, 0.0, -1.0]]).expand(len(padded), 3)), "padding writes no KV"
-        logits.fill_(-7)  # as a sampler may
-    assert 1 < len(capture.graphs) <= len(graph_sizes(40))
-    assert sum(graph.num_replays for graph in capture.graphs) > 2 * len(capture.graphs)
+        key = GraphKey(graphs.size_for(num_seqs), int(rng.choice([0, 64])), bool(rng.integers(2)))
+        ids = rng.integers(0, 99, num_seqs).astype(np.int32)
+        rows = np.arange(num_seqs, dtype=np.int32)
+        if graphs.has(key):
+            num_replays += 1
+            result = graphs.replay(key, {"input_ids": ids, "rows": rows})
+            found = (result - torch.tensor([[key.variant], [0]]) if key.draws else result[:, :2].T).int()
+            assert found[:, :num_seqs].tolist() == [ids.tolist(), rows.tolist()]
+            assert found[:, num_seqs:].tolist() == [[0] * (key.size - num_seqs), [99] * (key.size - num_seqs)]
+            result.fill_(-7)  # as a sampler may
+        graphs.capture_one(idle=True)
+    assert num_replays > 50
+    assert sum(graph.num_replays for graph in capture.graphs) == num_replays
 
 
-def test_first_steps_are_eager_and_memory_can_be_given_back(buffers: PlanBuffers) -> None:
-    rng, capture = np.random.default_rng(1), FakeCapture()
-    graphs = DecodeGraphs(model, capture, max_num_seqs=40, device=CPU)
-    ids = torch.zeros(3, dtype=torch.int32)
+def test_what_comes_often_is_captured_and_memory_can_be_given_back() -> None:
+    capture = FakeCapture()
+    graphs = make_graphs(capture)
+    key = GraphKey(4, 0, True)
     for _ in range(2):
-        assert [graphs.size_for(3) for _ in range(EAGER_STEPS)] == [0] * EAGER_STEPS
-        assert graphs.size_for(3) == graphs.size_for(4) == 4
-        graphs.run(4, ids, ids, planned(buffers, 3, 4, rng)[0])
-        graphs.run(4, ids, ids, planned(buffers, 3, 4, rng)[0])
+        graphs.has(key)
+        graphs.capture_one(idle=True)
+        assert not graphs.is_wanted
+        assert len(capture.graphs) == 0, "the first steps of a kind are eager"
+        use(graphs, key)
+        assert graphs.is_wanted
+        graphs.capture_one(idle=True)
+        assert capture.graphs[0].result.shape == (2, 40), "the largest comes first: others use its memory again"
+        graphs.capture_one(idle=True)
+        assert graphs.has(key)
+        assert not graphs.is_wanted
+        assert len(capture.graphs) == 2
         graphs.forget()
-    assert [graph.num_replays for graph in capture.graphs] == [2, 2]
+        capture.graphs.clear()
 
 
-def test_batches_beyond_the_largest_graph_are_eager() -> None:
-    graphs = DecodeGraphs(model, FakeCapture(), max_num_seqs=600, device=CPU)
-    assert {graphs.size_for(600) for _ in range(3 * EAGER_STEPS)} == {0}
+def test_captures_take_a_small_share_of_the_time_unless_idle() -> None:
+    """A hundred steps of a second wait for a capture ten times at most, and never for two between each other."""
+    capture = FakeCapture()
+    graphs = make_graphs(capture, 512)
+    for size in graph_sizes(512):
+        use(graphs, GraphKey(size, 0, True))
+    delays = []
+    for _ in range(100):
+        capture.now += 1.0
+        before = capture.now
+        graphs.capture_one(idle=False)
+        delays.append(capture.now - before)
+    assert max(delays) == 1.0
+    assert 0 < sum(delays) <= CAPTURE_SHARE * capture.now + 1
+    while graphs.is_wanted:
+        graphs.capture_one(idle=True)
+    assert len(capture.graphs) == len(graph_sizes(512))
+
+
+def test_sizes_without_memory_run_without_a_graph() -> None:
+    capture = FakeCapture(room=16)
+    graphs = make_graphs(capture)
+    use(graphs, GraphKey(16, 0, True))
+    for _ in range(len([size for size in graph_sizes(40) if size > 16])):
+        with pytest.raises(torch.OutOfMemoryError):
+            graphs.capture_one(idle=True)
+        use(graphs, GraphKey(16, 0, True))
+    graphs.capture_one(idle=True)
+    assert graphs.has(GraphKey(16, 0, True))
+    assert [graphs.size_for(16), graphs.size_for(17)] == [16, 0]
+
+
+def test_graphs_that_end_in_logits_share_their_memory() -> None:
+    graphs = make_graphs(FakeCapture())
+    results = []
+    for size in (8, 16):
+        use(graphs, GraphKey(size, 0, False))
+        while graphs.is_wanted:
+            graphs.capture_one(idle=True)
+        results.append(graphs.replay(GraphKey(size, 0, False), {}))
+    assert results[0].data_ptr() == results[1].data_ptr()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.sampling.device_sampler import DeviceSampler, draws_only
+from quire.kernels.transfer import send
+from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only
 from quire.sampling.sampler import NO_TOKEN, Sampler
 from quire.sampling.state import SamplingState
 from quire.sampling_params import SamplingParams
@@ -43,7 +44,7 @@ def states(vocab_size: int, count: int, position: int = 3, **more: Any) -> list[
 
 
 def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
-    tokens, bits = sampler.draw(logits, batch)
+    tokens, bits = sampler.draw(logits, send(sampler.columns(batch), CPU))
     return tokens.tolist(), bits.view(torch.float32)
 
 
@@ -51,7 +52,7 @@ def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) ->
 @pytest.mark.parametrize("vocab_size", [7, 300, 5_000])
 def test_the_host_draws_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(vocab_size)
-    device, host = DeviceSampler(CPU), Sampler(vocab_size, 2**24)
+    device, host = DeviceSampler(vocab_size), Sampler(vocab_size, 2**24)
     batch = states(vocab_size, 4 * len(KINDS))
     for _ in range(12):
         logits = (3 * torch.randn(len(batch), vocab_size, generator=random)).to(dtype)
@@ -68,7 +69,7 @@ def test_what_cannot_be_drawn_shows_in_its_peak() -> None:
     logits[0, 5], logits[7, 9], logits[8] = float("nan"), float("inf"), float("-inf")
     batch = states(300, len(logits))
     expected = Sampler(300, 2**24).sample(logits.clone(), batch)
-    tokens, peaks = drawn(DeviceSampler(CPU), logits, batch)
+    tokens, peaks = drawn(DeviceSampler(300), logits, batch)
     sound = peaks.isfinite().tolist()
     assert sound == [error is None for error in expected.errors]
     assert [token if fine else NO_TOKEN for token, fine in zip(tokens, sound, strict=True)] == expected.token_ids
@@ -84,7 +85,7 @@ def test_kernels_are_told_what_rows_ask_for() -> None:
 
     kernels: Any = SimpleNamespace(SamplingRows=SimpleNamespace, sample=sample)
     logits, batch = torch.randn(len(KINDS), 300), states(300, len(KINDS))
-    tokens, peaks = drawn(DeviceSampler(CPU, kernels), logits, batch)
+    tokens, peaks = drawn(DeviceSampler(300, kernels), logits, batch)
     assert tokens == logits.argmax(1).tolist()
     assert torch.equal(peaks, logits.amax(1))
     assert seen["temperature"].tolist() == pytest.approx([kind["temperature"] for kind in KINDS])
@@ -101,6 +102,10 @@ def test_kernels_are_told_what_rows_ask_for() -> None:
         "positions": torch.int64,
     }
     assert len(np.unique(seen["keys"])) == len(KINDS)
+    columns = DeviceSampler(300, kernels).columns(batch)
+    assert {name: value.dtype for name, value in columns.items()} == {
+        name: value.dtype for name, value in KERNEL_COLUMNS.items()
+    }, "what a graph keeps room for"
 
 
 @pytest.mark.parametrize(

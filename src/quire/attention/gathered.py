@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from quire.backends import GATHERED_SLOTS
 from quire.kernels.gathered import GatheredPlan, SequenceRun
+from quire.kernels.transfer import to_device
 
 
 def plan_attention(
@@ -23,7 +24,7 @@ def plan_attention(
     num_blocks = -(-seq_lens // block_size)
 
     def on_device(array: NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device, non_blocking=True)
+        return to_device(array.astype(np.int32, copy=False), device)
 
     def make_run(members: NDArray[np.int64]) -> SequenceRun:
         count, most = int(counts[members[0]]), int(num_blocks[members].max())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from quire.backends import BACKENDS
 from quire.kernels.interface import AttentionPlan
+from quire.kernels.transfer import send
 
 Int32Array = NDArray[np.int32]
 
@@ -54,9 +55,11 @@ class Planner(Protocol):
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
+        variant: int | None = None,
     ) -> AttentionPlan:
         """With `captured_seqs` > 0 the plan is for a captured step of so many sequences of one new token each, of which
-        the last need not be there; only backends that capture are asked for such.
+        the last need not be there; only backends that capture are asked for such. A `variant` of AttentionPlan is asked
+        for where a step without sequences is captured; else the planner chooses.
 
         `before` is the plan of the step before, where all sequences computed one token and now compute the one after
         it: a planner may go on with it, and overwrite it.
@@ -85,6 +88,7 @@ def cpu_planner(shape: AttentionShape) -> Planner:
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
+        variant: int | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "a CPU has no graphs"
         if isinstance(before, CpuAttentionPlan) and may_advance and seq_lens[0] % ADVANCED_KEYS:
@@ -118,6 +122,7 @@ def gathered_planner(shape: AttentionShape) -> Planner:
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
+        variant: int | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "what is gathered differs from step to step"
         return plan_attention(
@@ -156,6 +161,7 @@ def gpu_planner(shape: AttentionShape) -> Planner:
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
+        variant: int | None = None,
     ) -> AttentionPlan:
         return plan_attention(
             query_start_loc,
@@ -165,6 +171,7 @@ def gpu_planner(shape: AttentionShape) -> Planner:
             buffers=buffers,
             window=shape.window,
             captured_seqs=captured_seqs,
+            variant=variant,
         )
 
     return plan
@@ -190,18 +197,17 @@ def flashinfer_planner(shape: AttentionShape) -> Planner:
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
+        variant: int | None = None,
     ) -> AttentionPlan:
         assert not captured_seqs, "a wrapper's launches differ from step to step"
         pages = list_pages(seq_lens, block_tables, shape.block_size)
 
-        def on_device(array: Int32Array) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(shape.device, non_blocking=True)
-
+        sent = send({"starts": query_start_loc, "lens": seq_lens, "tables": block_tables, "slots": slots}, shape.device)
         return FlashInferPlan(
-            query_start_loc=on_device(query_start_loc),
-            seq_lens=on_device(seq_lens),
-            block_tables=on_device(block_tables),
-            slots=on_device(slots),
+            query_start_loc=sent["starts"],
+            seq_lens=sent["lens"],
+            block_tables=sent["tables"],
+            slots=sent["slots"],
             window=0,
             qo_indptr=torch.from_numpy(query_start_loc),
             kv_indptr=torch.from_numpy(pages.indptr),

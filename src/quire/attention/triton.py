@@ -7,7 +7,8 @@ own, read once for all of them, where that pays (cascade attention; `shared_pref
 
 All that a step's kernels read travels to the device as one array of int32, in one copy, into memory that never moves.
 So a CUDA graph captured with one plan can be replayed with the next, as long as both were planned with the same
-`captured_seqs` and `captured_query_len`: they bound the number of programs, and surplus programs return at once.
+`captured_seqs` and `captured_query_len` and are of one `variant`: these bound the number of programs, and surplus
+programs return at once. Variants differ in the rows of the programs for shared keys, 0 being none of them.
 
 Nothing here imports Triton.
 """
@@ -45,10 +46,13 @@ _PROGRAMS_PER_SM = 12
 _MIN_TILES = 4
 # An item of a shared prefix holds many rows, for which a multiprocessor has room once: fewer programs fill it.
 _SHARED_PROGRAMS_PER_SM = 4
-# Where a shared prefix pays: bytes of a layer's KV that need not be read again, and sequences that share. Not measured
-# here; below them other engines report losses.
+# What sharing must save: so many bytes of a layer's KV that need not be read again, beyond those of the parts that it
+# writes and reads instead. They stand for one launch more and two tails where there was one, at the rate of a cache,
+# where sharers find what one of them has just read. Not measured: calculated in `tests/attention/test_sharing_cost.py`.
 _MIN_SHARED_BYTES = 100e6
 _MIN_SHARERS = 8
+# In a captured step programs of shared keys hold at least so many rows, so that few variants serve all batches.
+_MIN_CAPTURED_SHARED_ROWS = 64
 _MAX_TILE = 64
 _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector loads want it
 
@@ -73,8 +77,8 @@ class PlanBuffers:
     ) -> None:
         """`max_blocks` is of one sequence. `num_sms` is asked of the device if not given.
 
-        A prefix is shared where more than `min_shared_bytes` of a layer's KV, of which a number takes
-        `kv_element_size` bytes, need not be read again."""
+        Prefixes are shared where that saves more than `min_shared_bytes` of a layer, in whose KV a number takes
+        `kv_element_size` bytes."""
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -94,10 +98,14 @@ class PlanBuffers:
         self.target_items = max(1, num_sms * _PROGRAMS_PER_SM // num_kv_heads)
         """Items that keep the device busy."""
         max_tiles = max_num_seqs + max_num_tokens // self.tokens_per_tile(max(64, self.rows_for(self.group)))
-        max_items = max_tiles + self.target_items
+        self.max_items = max_tiles + self.target_items
+        """Of one list."""
         self.target_shared_items = max(1, self.target_items * _SHARED_PROGRAMS_PER_SM // _PROGRAMS_PER_SM)
-        self.min_shared_keys = min_shared_bytes / (2 * num_kv_heads * head_dim * kv_element_size)
-        """Keys, times the sequences that need not read them, from which a prefix is shared."""
+        self.key_bytes = 2 * num_kv_heads * head_dim * kv_element_size
+        """Of one position in one layer: its keys and values."""
+        self.part_bytes = 2 * num_heads * (head_dim + 1) * 4
+        """Of one token's part, written and read."""
+        self.min_shared_bytes = min_shared_bytes
         self.max_places = max(1024, 2 * self.target_items)
         """Tokens' parts that `partials` holds."""
         sizes = {
@@ -105,9 +113,9 @@ class PlanBuffers:
             "slots": max_num_tokens,
             "query_start_loc": max_num_seqs + 1,
             "seq_lens": max_num_seqs,
-            "narrow": max_items * NUM_ITEM_COLUMNS,
-            "wide": max_items * NUM_ITEM_COLUMNS,
-            "shared": max_items * NUM_ITEM_COLUMNS,
+            "narrow": self.max_items * NUM_ITEM_COLUMNS,
+            "wide": self.max_items * NUM_ITEM_COLUMNS,
+            "shared": self.max_items * NUM_ITEM_COLUMNS,
             "gathered": self.max_places * len(GatheredColumn),
             "merges": self.max_places * len(MergeColumn),
             "block_tables": max_num_seqs * max_blocks,  # last: a step sends no more of it than it has
@@ -137,6 +145,10 @@ class PlanBuffers:
     def tokens_per_tile(self, num_rows: int) -> int:
         """New tokens of one sequence that a program of `num_rows` rows takes."""
         return num_rows // self.group
+
+    def captured_shared_items(self, num_rows: int, num_tokens: int) -> int:
+        """Items of shared keys that a graph of so many tokens has programs of `num_rows` rows for."""
+        return min(self.max_items, self.target_shared_items + -(-num_tokens // self.tokens_per_tile(num_rows)))
 
     def host(self) -> Int32Array:
         """The next host buffer to write a plan to, once the device has read what it last held."""
@@ -177,6 +189,7 @@ def plan_attention(
     window: int = 0,
     captured_seqs: int = 0,
     captured_query_len: int = 1,
+    variant: int | None = None,
 ) -> GpuAttentionPlan:
     """Plan one step of B sequences with T new tokens and send the plan to the device; arguments as for a CPU.
 
@@ -184,7 +197,8 @@ def plan_attention(
     window serves the layers that have this window or a smaller one.
 
     `captured_seqs` > 0 plans for a CUDA graph of so many sequences of up to `captured_query_len` new tokens each: the
-    plan has a slot for every token the graph has room for, -1 beyond T, and launches that do not depend on the step.
+    plan has a slot for every token the graph has room for, -1 beyond T, and launches that depend on its variant alone.
+    A `variant` is asked for where such a plan is made without sequences.
     """
     num_seqs, num_tokens = len(seq_lens), len(slots)
     if block_tables.shape[1] * buffers.block_size < seq_lens.max(initial=0):
@@ -206,8 +220,7 @@ def plan_attention(
     geometry = _Geometry(query_start_loc, seq_lens, block_tables.shape[1], window, buffers)
     splitter = _Splitter(buffers)
     narrow_tiles = geometry.tiles(np.flatnonzero(narrow), buffers.tokens_per_tile(narrow_rows))
-    # A graph launches the same programs whatever the step, and most steps share nothing.
-    sharers = _NO_SHARERS if captured_seqs else _share_prefixes(narrow_tiles, block_tables, buffers)
+    sharers = _share_prefixes(narrow_tiles, block_tables, buffers, captured_seqs * captured_query_len)
     narrow_items, first_place, num_parts = splitter.split(narrow_tiles, sharers.parts_of(narrow_tiles))
     wide_items, _, _ = splitter.split(geometry.tiles(np.flatnonzero(~narrow), buffers.tokens_per_tile(wide_rows)))
     merges = splitter.merges()
@@ -237,16 +250,21 @@ def plan_attention(
     bound = captured_seqs * -(-captured_query_len // buffers.tokens_per_tile(narrow_rows))
     bound += buffers.target_items if captured_seqs else 0
     num_merge_programs = min(buffers.max_places, captured_seqs * captured_query_len) or len(merges)
+    shared_rows, num_shared_programs = sharers.num_rows, len(shared_items)
+    if captured_seqs and (num_shared_programs or variant):
+        shared_rows = variant or shared_rows
+        num_shared_programs = buffers.captured_shared_items(shared_rows, captured_seqs * captured_query_len)
     return GpuAttentionPlan(
         query_start_loc=buffers.view("query_start_loc", num_seqs + 1),
         seq_lens=buffers.view("seq_lens", num_seqs),
-        block_tables=buffers.view("block_tables", *block_tables.shape),
+        # A tensor of nothing has no address, and a graph keeps the one it was captured with.
+        block_tables=buffers.view("block_tables", max(num_seqs, captured_seqs), max(1, block_tables.shape[1])),
         slots=buffers.view("slots", num_slots),
         window=window,
         narrow=work_list(0, "narrow", bound or len(narrow_items), narrow_rows),
         wide=work_list(1, "wide", 0 if captured_seqs else len(wide_items), wide_rows),
-        shared=work_list(2, "shared", len(shared_items), sharers.num_rows),
-        gathered=buffers.view("gathered", len(gathered), len(GatheredColumn)),
+        shared=work_list(2, "shared", num_shared_programs, shared_rows),
+        gathered=buffers.view("gathered", buffers.max_places, len(GatheredColumn)),
         merges=buffers.view("merges", num_merge_programs, len(MergeColumn)),
         num_merges=counts[3:4],
         num_merge_programs=num_merge_programs,
@@ -406,8 +424,11 @@ _NO_SHARERS = _Sharers(
 )
 
 
-def _share_prefixes(tiles: Int32Array, block_tables: Int32Array, buffers: PlanBuffers) -> _Sharers:
-    """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
+def _share_prefixes(
+    tiles: Int32Array, block_tables: Int32Array, buffers: PlanBuffers, captured_tokens: int
+) -> _Sharers:
+    """Makes items of the prefixes that are worth it, and takes their keys from the tiles. `captured_tokens` is 0, or
+    what a graph has room for."""
     (whole,) = np.nonzero(tiles[:, ItemColumn.KEY_BEGIN] == 0)  # where a window cuts, each row sees another part
     if len(whole) < _MIN_SHARERS:
         return _NO_SHARERS
@@ -418,13 +439,17 @@ def _share_prefixes(tiles: Int32Array, block_tables: Int32Array, buffers: PlanBu
         num_tokens * buffers.group,
         block_size=buffers.block_size,
         read_rows=buffers.max_rows,
-        min_saved=buffers.min_shared_keys * buffers.max_rows,
+        min_saved=buffers.min_shared_bytes / buffers.key_bytes * buffers.max_rows,
         min_members=_MIN_SHARERS,
     )
     if not prefixes:
         return _NO_SHARERS
     sizes = [int(num_tokens[prefix.members].sum()) for prefix in prefixes]
     num_rows = buffers.rows_for(max(sizes) * buffers.group)
+    max_items = buffers.max_items
+    if captured_tokens:
+        num_rows = max(num_rows, _MIN_CAPTURED_SHARED_ROWS)
+        max_items = buffers.captured_shared_items(num_rows, captured_tokens)
     item_tokens = buffers.tokens_per_tile(num_rows)
 
     tile_runs, token_runs, item_runs = [], [], []
@@ -454,12 +479,15 @@ def _share_prefixes(tiles: Int32Array, block_tables: Int32Array, buffers: PlanBu
         # Each sharing tile has a part of its own, too.
         parts = sharers.parts_of(tiles)
         num_places = int((np.where(parts > 0, parts + 1, 0) * tiles[:, ItemColumn.NUM_TOKENS]).sum())
-        capacity = buffers.sections["shared"].stop - buffers.sections["shared"].start
-        if num_places <= buffers.max_places and num_parts.sum() * NUM_ITEM_COLUMNS <= capacity:
+        if num_places <= buffers.max_places and num_parts.sum() <= max_items:
             break
         if num_parts.max() == 1:
             return _NO_SHARERS
         share *= 2
+    saved = sum((prefix.key_end - prefix.key_begin) * len(prefix.members) for prefix in prefixes)
+    saved -= int(key_tiles.sum()) * buffers.tile
+    if saved * buffers.key_bytes <= num_places * buffers.part_bytes + buffers.min_shared_bytes:
+        return _NO_SHARERS
     for prefix in prefixes:
         tiles[whole[prefix.members], ItemColumn.KEY_BEGIN] = prefix.key_end
     return sharers

@@ -33,6 +33,7 @@ from quire.models.weights_cache import WeightsCache
 from quire.outputs import EngineStats, MemoryReport, SequenceDelta
 from quire.request import Request
 from quire.runner.block_store import BlockStore
+from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling.logits_processors import load_processors
@@ -169,7 +170,7 @@ class EngineCore:
             fast_forward=config.fast_forward,
             batch_invariant=config.deterministic,
             draws_on_device=device.type == "cuda" or (plan.async_scheduling and device.type == "cpu"),
-            captures=plan.graphs > 0,
+            capture=CudaCapture() if plan.graphs else None,
         )
         return cls(
             scheduler,
@@ -241,12 +242,15 @@ class EngineCore:
         On a device the next step is planned and begun before the result of this one is waited for, where it can be.
 
         Where all that could run wait for blocks from disk, it waits for one to arrive, but for a moment only.
+
+        What makes later steps faster is done between two of them, and where there is nothing else to do.
         """
         if len(self._grammars):
             self._queue_compiled(block=not self._scheduler.has_work)
         if self._under_way is None:
             plan = self._scheduler.schedule()
             if not plan.rows and plan.moves is None:
+                self._runner.prepare(idle=True)
                 return []
             pending = self._launch(plan)
             if pending is None:
@@ -259,6 +263,7 @@ class EngineCore:
             ahead = self._scheduler.schedule_ahead(plan)
             if ahead is not None:
                 next_pending = self._launch(ahead)
+        self._runner.prepare(idle=False)
         deltas = self._scheduler.update(plan, pending.result())
         if ahead is not None and next_pending is not None:
             self._under_way = ahead, next_pending
@@ -294,8 +299,8 @@ class EngineCore:
 
     @property
     def has_idle_work(self) -> bool:
-        """Whether `step` would save blocks to the disk tier even without requests."""
-        return self._scheduler.has_idle_work
+        """Whether `step` would save blocks to the disk tier, or capture steps to come, even without requests."""
+        return self._scheduler.has_idle_work or self._runner.has_idle_work
 
     def close(self) -> None:
         """End all requests and save to the disk tier what it lacks, for `FLUSH_SECONDS` at most. Safe to repeat."""

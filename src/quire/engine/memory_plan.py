@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.backends import BACKENDS, Backend, choose_backend
+from quire.backends import BACKENDS, MAX_CAPTURED_SEQS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
 from quire.errors import ConfigError, MemoryPlanError
@@ -26,8 +26,8 @@ MIN_BATCHED_TOKENS_ON_GPU = 8192
 """Enough rows for a GPU to compute at full rate while a long prompt is read; a step of an 8B model takes 0.2 s then."""
 CONTEXT_BYTES = 640 * 2**20
 """What a CUDA context, its kernels and the workspaces of cuBLAS take of a card before anything is allocated."""
-GRAPH_BYTES = 512 * 2**20
-"""Allowance for captured steps: their activations, which all of them share, and their launches."""
+GRAPH_BYTES = 256 * 2**20
+"""Allowance for what captured steps take beside their activations: their launches, a workspace of cuBLAS."""
 DRAW_BYTES_PER_LOGIT = 4 + 4 + 8
 """Sampling on a device: float32 logits, and a sorted copy with its ids."""
 PLAN_TOLERANCE = 0.01
@@ -144,7 +144,8 @@ def plan_memory(
     if not backend.float32_activations:
         activations = _device_activations(backend, model, dtype, batched, max_num_samples(config))
     context = CONTEXT_BYTES if device.type == "cuda" else 0
-    graphs = GRAPH_BYTES if device.type == "cuda" and backend.captures and not config.enforce_eager else 0
+    captures = device.type == "cuda" and backend.captures and not config.enforce_eager
+    graphs = _graph_bytes(model, dtype, min(MAX_CAPTURED_SEQS, config.max_num_seqs)) if captures else 0
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * block_size
     swap_space = (config.swap_space or 0) // per_block * per_block
@@ -290,6 +291,13 @@ def _device_activations(backend: Backend, model: ModelConfig, dtype: str, num_to
     # Keys and values, each as it is stored and as it is read.
     gathered = 4 * backend.gathered_slots * model.num_kv_heads * model.head_dim * size
     return tokens + logits + rope + gathered + backend.workspace
+
+
+def _graph_bytes(model: ModelConfig, dtype: str, num_seqs: int) -> int:
+    """Of all captured steps: they use one memory for their activations, and one for logits that the host asks for."""
+    size = DTYPE_BYTES[dtype]
+    activations = model.activation_bytes(num_seqs, 0) * size // _FLOAT32_BYTES
+    return GRAPH_BYTES + activations + 2 * num_seqs * model.vocab_size * size
 
 
 def available_memory() -> int:

@@ -83,3 +83,8 @@ class GpuAttentionPlan(AttentionPlan):
     """[places, num_heads] float32: the base-2 logarithm of the sum each part's softmax divided by."""
     tile: int
     """Keys a program takes at a time: items begin at multiples of it, and it divides the block size."""
+
+    @property
+    def variant(self) -> int:
+        """The rows of the programs that take shared keys; 0 where there are none."""
+        return self.shared.num_rows if self.shared.num_programs else 0

@@ -48,6 +48,12 @@ class AttentionPlan:
     window: int
     """The plan left out keys that a window of this many positions never sees; 0: none left out."""
 
+    @property
+    def variant(self) -> int:
+        """Plans for captured steps of one size make the same launches if they are of one variant; 0 is the usual one,
+        which every planner that captures has."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class CpuAttentionPlan(AttentionPlan):

@@ -2,27 +2,47 @@
 
 Launching a model's kernels one by one takes the host longer than a GPU needs to run them for few sequences. A step in
 which every sequence computes one token looks the same every time but for its numbers, so it is recorded once for each
-of a few batch sizes, over inputs that lie in fixed memory, and launched whole. A batch is padded to the next size:
-what is padded writes nothing, and what it computes is thrown away.
+of a few batch sizes, over inputs that lie in fixed memory, and launched whole, down to the drawn tokens. A batch is
+padded to the next size: what is padded writes nothing, and what it computes is thrown away.
 
-Nothing is captured at start. The first steps of a size run kernel by kernel, so that the first request waits for
-nothing and all kernels are compiled by then; the next one is captured, which costs it some tens of milliseconds.
+Nothing is captured at start, and never inside a step: steps run kernel by kernel until one of their kind is captured,
+which happens between two steps or when there is nothing to do. It takes some tens of milliseconds, so there is at most
+one capture between two steps, and all of them take a small share of the time that requests run.
 """
 
+import time
 from collections import Counter
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import AttentionPlan
+from quire.backends import MAX_CAPTURED_SEQS
+from quire.kernels.transfer import Arrays, FixedArrays
 
 EAGER_STEPS = 4
-"""Steps of a size that run kernel by kernel before it is captured."""
+"""Steps of a kind that run kernel by kernel before it is worth a capture."""
+CAPTURE_SHARE = 0.1
+"""Of the time in which requests run, what captures take at most."""
 
-RunModel = Callable[[Tensor, Tensor, AttentionPlan], Tensor]
-"""input_ids, positions int32 [P], plan -> logits [P, vocab_size]"""
+
+class GraphKey(NamedTuple):
+    """A kind of step: the same kernels over the same shapes."""
+
+    size: int
+    """Sequences it has room for."""
+    variant: int
+    """Of the attention plan (`AttentionPlan.variant`)."""
+    draws: bool
+    """Whether it ends in drawn tokens; else in logits."""
+
+
+PrepareStep = Callable[[GraphKey, Mapping[str, Tensor]], Callable[[], Tensor]]
+"""Plans a step of a kind over inputs [size], and returns what launches it: drawn tokens [2, size], or logits [size,
+vocab_size]."""
 
 
 class Graph(Protocol):
@@ -32,54 +52,102 @@ class Graph(Protocol):
 
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
-"""Records a run; gives what replays it, and the tensor that every replay writes its result to."""
+"""Runs once and records a second run; gives what replays it, and the tensor that every replay writes its result to."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes worth a graph: padding wastes at most half of a small batch and a ninth of a large one."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 512, 32)]
-    sizes = [size for size in sizes if size < max_num_seqs]
-    return [*sizes, max_num_seqs] if max_num_seqs <= 512 else [*sizes, 512]
+    largest = min(max_num_seqs, MAX_CAPTURED_SEQS)
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MAX_CAPTURED_SEQS, 32)]
+    return [*(size for size in sizes if size < largest), largest]
 
 
 class DecodeGraphs:
-    """The graphs of one model, by batch size, and the memory that their inputs lie in."""
+    """The graphs of one model, and the memory that their inputs lie in."""
 
-    def __init__(self, run_model: RunModel, capture: Capture, *, max_num_seqs: int, device: torch.device) -> None:
-        self._run_model = run_model
+    def __init__(
+        self,
+        prepare_step: PrepareStep,
+        capture: Capture,
+        *,
+        padding: Mapping[str, np.generic],
+        max_num_seqs: int,
+        device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`padding` names the inputs of a step, with what stands for a sequence that is not there: its step must
+        change nothing. `prepare_step` is only ever called to capture, over nothing but padding."""
+        self._prepare_step = prepare_step
         self._capture = capture
         self._sizes = graph_sizes(max_num_seqs)
-        self._input_ids = torch.zeros(self._sizes[-1], dtype=torch.int32, device=device)
-        self._positions = torch.zeros(self._sizes[-1], dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[Graph, Tensor]] = {}
-        self._num_steps: Counter[int] = Counter()
+        self._inputs = FixedArrays(padding, self._sizes[-1], device)
+        self._graphs: dict[GraphKey, tuple[Graph, Tensor]] = {}
+        self._num_steps: Counter[GraphKey] = Counter()
+        self._clock = clock
+        self._next_capture = 0.0
+        self._logits: Tensor | None = None
 
     def size_for(self, num_seqs: int) -> int:
-        """The batch size that a step of decoding is to be planned for and given to `run`; 0: run it without a graph."""
-        size = next((size for size in self._sizes if size >= num_seqs), 0)
-        self._num_steps[size] += 1
-        return size if self._num_steps[size] > EAGER_STEPS else 0
+        """The batch size that a step of decoding is to be planned for; 0: none is large enough."""
+        return next((size for size in self._sizes if size >= num_seqs), 0)
 
-    def run(self, size: int, input_ids: Tensor, positions: Tensor, plan: AttentionPlan) -> Tensor:
-        """input_ids, positions int32 [B], a plan made for `size` ≥ B sequences -> logits [B, vocab_size].
+    def has(self, key: GraphKey) -> bool:
+        """Whether a step of this kind, which is about to run, can be replayed."""
+        self._num_steps[key] += 1
+        return key in self._graphs
 
-        The logits may be overwritten, and are by the next run.
-        """
-        num_seqs = len(input_ids)
-        for fixed, given in ((self._input_ids, input_ids), (self._positions, positions)):
-            fixed[:num_seqs].copy_(given)
-            fixed[num_seqs:size].zero_()
-        if size not in self._graphs:
-            fixed_ids, fixed_positions = self._input_ids[:size], self._positions[:size]
-            self._graphs[size] = self._capture(lambda: self._run_model(fixed_ids, fixed_positions, plan))
-        graph, logits = self._graphs[size]
+    def replay(self, key: GraphKey, inputs: Arrays) -> Tensor:
+        """inputs [B], B ≤ size -> the result of the whole size, overwritten by the next replay."""
+        self._inputs.send(inputs)
+        graph, result = self._graphs[key]
         graph.replay()
-        return logits[:num_seqs]
+        return result
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is something to capture."""
+        return self._wanted() is not None
+
+    def capture_one(self, *, idle: bool) -> None:
+        """Capture what came most often and is not there yet; unless `idle`, only if it has been long enough since the
+        last time. Raises `torch.OutOfMemoryError`; then nothing of this size or above is tried again."""
+        key = self._wanted()
+        started = self._clock()
+        if key is None or (not idle and started < self._next_capture):
+            return
+        if not self._graphs:
+            # Memory that a graph has let go of is used again by the next one that needs no more.
+            key = key._replace(size=self._sizes[-1])
+        self._inputs.send({})
+        run = self._prepare_step(key, self._inputs.first(key.size))
+        try:
+            self._graphs[key] = self._capture(run if key.draws else lambda: self._keep(run()))
+        except torch.OutOfMemoryError:
+            self._sizes = [size for size in self._sizes if size < key.size]
+            self.forget()
+            raise
+        finished = self._clock()
+        self._next_capture = finished + (finished - started) * (1 / CAPTURE_SHARE - 1)
 
     def forget(self) -> None:
-        """Give back the memory of all graphs; they are captured anew when their sizes have come often again."""
+        """Give back the memory of all graphs; they are captured anew when their kinds have come often again."""
         self._graphs.clear()
         self._num_steps.clear()
+        self._logits = None
+
+    def _wanted(self) -> GraphKey | None:
+        often = [
+            (count, key)
+            for key, count in self._num_steps.items()
+            if count >= EAGER_STEPS and key not in self._graphs and key.size in self._sizes
+        ]
+        return max(often)[1] if often else None
+
+    def _keep(self, logits: Tensor) -> Tensor:
+        """Logits are copied to memory that all graphs share: each graph's own would stay allocated as long as it."""
+        if self._logits is None:  # in the run that is not recorded
+            self._logits = logits.new_empty(self._sizes[-1], logits.shape[1])
+        return self._logits[: len(logits)].copy_(logits)
 
 
 class CudaCapture:
@@ -87,15 +155,21 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
-        # Once without recording, on a stream of its own: libraries allocate what they allocate the first time.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
+        run()  # compiles what is not compiled, and lets libraries allocate what they allocate the first time
+        # `torch.cuda.graph` would wait for the device and empty PyTorch's caches of memory, which serving goes on with.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = run()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            except BaseException:
+                with suppress(RuntimeError):  # what broke off is told already
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return graph, result

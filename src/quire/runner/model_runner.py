@@ -8,8 +8,10 @@ On a CPU a step has ended when it is launched. On a device it need not have: whe
 waits, the next step may be launched, and its plan names a token that is drawn but not known by the row that has it.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +22,25 @@ from quire.backends import BACKENDS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import AttentionPlan, Kernels, Readout
+from quire.kernels.transfer import send, to_device
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
-from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs
+from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey
 from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
 from quire.runner.readout import TokensRead, find_tokens_read
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
-from quire.sampling.device_sampler import DeviceSampler, draws_only, to_device
+from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NO_TOKEN, Sampler, SampleResult, explain_peak
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import GrammarState, MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class PendingStep:
@@ -80,13 +85,12 @@ class ModelRunner:
         fast_forward: bool = True,
         batch_invariant: bool = False,
         draws_on_device: bool = False,
-        captures: bool = False,
+        capture: Capture | None = None,
     ) -> None:
         """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted.
 
         `batch_invariant`: no bit of a sequence's logits depends on what shares its step. With `draws_on_device` a step
-        whose samples are no more than draws does not wait for them. With `captures` steps of decoding become CUDA
-        graphs.
+        whose samples are no more than draws does not wait for them. With `capture` steps of decoding become graphs.
         """
         self._block_store = block_store
         self._model = model
@@ -129,12 +133,25 @@ class ModelRunner:
         self._device_sampler: DeviceSampler | None = None
         if draws_on_device and not logits_processors:
             module = BACKENDS[backend].sampling
-            self._device_sampler = DeviceSampler(self._device, import_module(module) if module else None)
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=self._device)
-        """Per row, the token that was last drawn on the device."""
+            kernels_of_sampling = import_module(module) if module else None
+            self._device_sampler = DeviceSampler(model_config.vocab_size, kernels_of_sampling)
+        self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=self._device)
+        """Per row, the token that was last drawn on the device; and a place for what padding draws."""
         self._graphs: DecodeGraphs | None = None
-        if captures:
-            self._graphs = DecodeGraphs(self._run_whole, CudaCapture(), max_num_seqs=max_num_seqs, device=self._device)
+        if capture is not None:
+            padding = {
+                **KERNEL_COLUMNS,
+                "input_ids": np.int32(0),
+                "token_positions": np.int32(0),
+                "rows": np.int32(max_num_seqs),
+            }
+            self._graphs = DecodeGraphs(
+                self._prepare_captured,
+                capture,
+                padding=padding,
+                max_num_seqs=max_num_seqs,
+                device=self._device,
+            )
         self._pending = PendingStep(StepResult(), None)
         """The step launched last."""
         self._batch: InputBatch | None = None
@@ -159,10 +176,25 @@ class ModelRunner:
             self._masks.join()
             if self._graphs is not None:
                 self._graphs.forget()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._empty_cache()
             raise DeviceMemoryError(f"a step of {plan.num_tokens} tokens: {error}") from error
         return self._pending
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Whether there is something to prepare for steps to come."""
+        return self._graphs is not None and self._graphs.is_wanted
+
+    def prepare(self, *, idle: bool) -> None:
+        """Make steps to come faster, between two steps or, if `idle`, while nothing is to be done: capture one."""
+        if self._graphs is None:
+            return
+        try:
+            with torch.inference_mode():
+                self._graphs.capture_one(idle=idle)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a CUDA graph: %s; batches of its size run without", error)
+            self._empty_cache()
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
@@ -189,6 +221,10 @@ class ModelRunner:
         batch, points = self._lay_out(plan)
         self._masks.start(points.grammars)
         self._copy_blocks(plan)
+        sampler = self._device_sampler if self._draws_on_device(plan, points) else None
+        inputs: dict[str, NDArray[Any]] = {"input_ids": batch.input_ids, "token_positions": batch.positions}
+        if sampler is not None:
+            inputs |= {"rows": points.rows, **sampler.columns(points.states)}
         size = 0
         if self._graphs is not None and points.after_every_token and not plan.drafts and not plan.prompt_logprobs:
             size = self._graphs.size_for(plan.num_tokens)
@@ -201,33 +237,39 @@ class ModelRunner:
             before=self._attention if batch.follows else None,
         )
         self._attention = attention
-        read = find_tokens_read(plan, points, batch)
-        tokens_read = points.tokens if read is None else read.tokens
-        sampled = points.tokens if read is None else read.places(points.tokens)
-        input_ids, positions, sampled_on_device, rows_on_device, read_on_device = self._send(
-            batch.input_ids, batch.positions, sampled, points.rows, tokens_read
-        )
-        if self._device_sampler is not None and (batch.input_ids < 0).any():
-            known = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
-            input_ids = torch.where(input_ids < 0, known, input_ids)
-        if self._graphs is not None and size:
-            logits = self._graphs.run(size, input_ids, positions, attention)
+        key = GraphKey(size, attention.variant, sampler is not None)
+        drawn = logits = hidden = read = None
+        if self._graphs is not None and size and self._graphs.has(key):
+            outcome = self._graphs.replay(key, inputs)
+            if sampler is not None:
+                drawn = outcome[:, : plan.num_tokens]
+            else:
+                logits = outcome[: plan.num_tokens]
         else:
-            readout = None if read is None else Readout(read_on_device, self._plan_read(batch, read))
-            hidden = self._model(input_ids, positions, self._kv_cache, attention, readout)
+            read = find_tokens_read(plan, points, batch)
+            sampled = points.tokens if read is None else read.places(points.tokens)
+            tokens_read = points.tokens if read is None else read.tokens
+            sent = send({**inputs, "sampled": sampled, "tokens_read": tokens_read}, self._device)
+            input_ids = sent["input_ids"]
+            if self._device_sampler is not None and (batch.input_ids < 0).any():
+                input_ids = self._known(input_ids)
+            readout = None if read is None else Readout(sent["tokens_read"], self._plan_read(batch, read))
+            hidden = self._model(input_ids, sent["token_positions"], self._kv_cache, attention, readout)
             if points.after_every_token:
                 logits = self._model.logits(hidden)
             elif plan.sample_after:
-                logits = self._logits(hidden, sampled, sampled_on_device)
+                logits = self._logits(hidden, sampled, sent["sampled"])
+            if sampler is not None and logits is not None:
+                drawn = self._draw(sampler, logits, sent)
         finish = None
-        if plan.sample_after:
-            self._masks.join()
-            if self._draws_on_device(plan, points):
-                finish = self._draw(logits, points.states, rows_on_device, result)
-            else:
-                self._pending.result()  # what was drawn before decides what may be drawn now
-                self._sample(plan, points, logits.float().cpu(), result)
+        self._masks.join()
+        if drawn is not None:
+            finish = self._promise(drawn, points.states, result)
+        elif logits is not None:
+            self._pending.result()  # what was drawn before decides what may be drawn now
+            self._sample(plan, points, logits.float().cpu(), result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
+            assert hidden is not None, "a step that is captured is asked for none"
             first = batch.query_start_loc[index : index + 1]
             place = int(first[0] if read is None else read.places(first)[0])
             rows = hidden[place : place + len(targets)]
@@ -253,24 +295,38 @@ class ModelRunner:
             batch.slots[read.tokens],
         )
 
-    def _send(self, *arrays: Int32Array) -> tuple[torch.Tensor, ...]:
-        """A step's arrays on the device, in one copy."""
-        if self._device.type == "cpu":
-            return tuple(map(torch.from_numpy, arrays))
-        parts = to_device(np.concatenate(arrays), self._device).split_with_sizes([len(array) for array in arrays])
-        return tuple(parts)
-
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
             pairs = to_device(np.array(plan.block_copies, dtype=np.int32), self._device)
             self._kernels.copy_blocks(self._kv_cache.layers, pairs)
 
-    def _run_whole(self, input_ids: torch.Tensor, positions: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-        """A step of decoding, from tokens to logits."""
-        return self._model.logits(self._model(input_ids, positions, self._kv_cache, plan))
+    def _prepare_captured(self, key: GraphKey, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """A step of decoding over fixed inputs, down to drawn tokens or logits, planned without any sequence."""
+        tables, no_tokens = np.zeros((0, 1), dtype=np.int32), np.zeros(0, dtype=np.int32)
+        attention = self._plan_attention(
+            np.zeros(1, dtype=np.int32), no_tokens, tables, no_tokens, captured_seqs=key.size, variant=key.variant
+        )
+        sampler = self._device_sampler if key.draws else None
+
+        def run() -> torch.Tensor:
+            input_ids = self._known(inputs["input_ids"])
+            logits = self._model.logits(self._model(input_ids, inputs["token_positions"], self._kv_cache, attention))
+            return logits if sampler is None else self._draw(sampler, logits, inputs)
+
+        return run
+
+    def _known(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids, with those put in that were drawn on the device and are named by `~row`."""
+        drawn = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
+        return torch.where(input_ids < 0, drawn, input_ids)
 
     def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
-        return self._device_sampler is not None and not plan.drafts and all(map(draws_only, points.states))
+        return (
+            self._device_sampler is not None
+            and bool(plan.sample_after)
+            and not plan.drafts
+            and all(map(draws_only, points.states))
+        )
 
     def _logits(self, hidden: torch.Tensor, places: Int32Array, places_on_device: torch.Tensor) -> torch.Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
@@ -280,13 +336,14 @@ class ModelRunner:
         # Where a prompt ends and n samples part, each draws from a copy.
         return self._model.logits(hidden[to_device(rows, self._device)])[to_device(place, self._device)]
 
-    def _draw(
-        self, logits: torch.Tensor, states: Sequence[SamplingState], rows: torch.Tensor, result: StepResult
-    ) -> Callable[[], None]:
-        """Draw on the device. What is returned waits for the tokens and fills `result`."""
-        assert self._device_sampler is not None
-        drawn = self._device_sampler.draw(logits, states)
-        self._last_tokens.index_copy_(0, rows.long(), drawn[0])
+    def _draw(self, sampler: DeviceSampler, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Draw on the device, and keep the tokens there for the step that computes them."""
+        drawn = sampler.draw(logits, inputs)
+        self._last_tokens.index_copy_(0, inputs["rows"].long(), drawn[0])
+        return drawn
+
+    def _promise(self, drawn: torch.Tensor, states: Sequence[SamplingState], result: StepResult) -> Callable[[], None]:
+        """What is returned waits for the drawn tokens and fills `result`."""
         fetch = _fetch(drawn)
         places = [state.promise() for state in states]
 
@@ -358,6 +415,10 @@ class ModelRunner:
             result.complete.append(index)
         return forced
 
+    def _empty_cache(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
         entries: list[TokenLogprobs] = []
         # Logits of a long prompt would be larger than its KV: as many positions exist at once as the plan has room for.
@@ -370,7 +431,9 @@ class ModelRunner:
 
 
 def _fetch(tensor: torch.Tensor) -> Callable[[], NDArray[np.int32]]:
-    """Begin to copy a tensor to the host. What is returned waits for the copy."""
+    """Begin to copy a tensor, which the next step may overwrite, to the host. What is returned waits for the copy."""
+    if tensor.device.type == "cpu":
+        tensor = tensor.clone()
     if tensor.device.type != "cuda":
         return lambda: tensor.cpu().numpy()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

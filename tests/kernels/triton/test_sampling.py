@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quire.backends import BACKENDS
+from quire.kernels.transfer import send
 from quire.sampling.device_sampler import DeviceSampler
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import Sampler
@@ -88,7 +89,8 @@ def test_the_runners_sampler_draws_with_them(kernels: Any, device: torch.device,
     states = states_of(PARAMS)
     logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=torch.Generator().manual_seed(8))).to(dtype)
     expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states).token_ids  # it overwrites them
-    tokens, bits = DeviceSampler(device, own).draw(logits.to(device), states)
+    sampler = DeviceSampler(VOCAB_SIZE, own)
+    tokens, bits = sampler.draw(logits.to(device), send(sampler.columns(states), device))
     assert tokens.tolist() == expected
     assert torch.equal(bits.view(torch.float32).cpu(), logits.float().amax(1))
 

@@ -1,0 +1,162 @@
+"""Whole steps of the engine over the Triton kernels: captured, with prefixes shared or not, they give the tokens of a
+CPU. Off a card a graph is a fake that launches again what was recorded, over the same memory."""
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quire.attention.triton import PlanBuffers
+from quire.engine.core import EngineCore
+from quire.grammar.cache import GrammarCache
+from quire.kernels import kernels_for
+from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.storage import KVCache
+from quire.model_config import ModelConfig, RopeConfig
+from quire.models.device_weights import DeviceWeights
+from quire.models.registry import load_model
+from quire.models.weights import RandomWeights
+from quire.request import Request
+from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey
+from quire.runner.model_runner import ModelRunner
+from quire.sampling_params import SamplingParams
+from quire.scheduler.scheduler import Scheduler
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+]
+
+CONFIG = ModelConfig(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rope=RopeConfig(),
+    layer_windows=(0,),
+    checkpoint_dtype="float32",
+    qk_norm=True,
+    tie_word_embeddings=True,
+)
+MAX_NUM_SEQS, BLOCK_SIZE = 8, 16
+
+
+class FakeGraph:
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        run()
+        self._run, self.result = run, run()
+
+    def replay(self) -> None:
+        self.result.copy_(self._run())
+
+
+def fake_capture(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
+    graph = FakeGraph(run)
+    return graph, graph.result
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
+    """The kinds of steps that were replayed. Prefixes are shared wherever they can be."""
+    keys: list[GraphKey] = []
+    replay = DecodeGraphs.replay
+
+    def noted(self: DecodeGraphs, key: GraphKey, inputs: Any) -> Tensor:
+        keys.append(key)
+        return replay(self, key, inputs)
+
+    monkeypatch.setattr(DecodeGraphs, "replay", noted)
+    monkeypatch.setitem(PlanBuffers.__init__.__kwdefaults__, "min_shared_bytes", -math.inf)
+    if not torch.cuda.is_available():
+        card = SimpleNamespace(multi_processor_count=1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    return keys
+
+
+def make_core(backend: str, device: torch.device, *, captures: bool = False) -> EngineCore:
+    kernels = kernels_for(backend)
+    weights: Any = RandomWeights(3)
+    if backend == "triton":
+        weights = DeviceWeights(weights, device, torch.float32)
+    shapes = kernels.kv_cache_shapes(80, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
+    capture: Any = CudaCapture if device.type == "cuda" else lambda: fake_capture
+    runner = ModelRunner(
+        load_model(CONFIG, weights, kernels, "float32"),
+        KVCache(num_layers=1, shapes=shapes, block_size=BLOCK_SIZE, dtype=torch.float32, device=device),
+        CONFIG,
+        kernels,
+        backend=backend,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=128,
+        max_model_len=256,
+        num_threads=1,
+        logprobs_memory=2**20,
+        draws_on_device=backend == "triton",
+        capture=capture() if captures else None,
+    )
+    scheduler = Scheduler(
+        BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=128,
+        max_model_len=256,
+        max_num_partial_prefills=4,
+    )
+    grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
+    return EngineCore(scheduler, runner, grammars, None, vocab_size=300, max_logprobs=5, overlaps=backend == "triton")
+
+
+def tokens_of(core: EngineCore, requests: list[Request]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        core.add(request)
+    while core.has_work:
+        for delta in core.step():
+            found[delta.request_id] += delta.token_ids
+    return found
+
+
+def requests_of(name: str, count: int, max_tokens: int, prompt: list[int], **params: Any) -> list[Request]:
+    """Sequences behind one prompt, some of them drawn at random."""
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}] * 6
+    ways[1:3] = {"temperature": 1.2, "seed": 7}, {"temperature": 0.8, "seed": 5, "top_k": 20, "min_p": 0.01}
+    return [
+        Request(
+            request_id=f"{name}-{index}",
+            prompt_token_ids=[*prompt, (17 * index) % 300],
+            params=SamplingParams(**{**ways[index % 6], **params}, max_tokens=max_tokens, ignore_eos=True),
+            max_tokens=max_tokens,
+        )
+        for index in range(count)
+    ]
+
+
+def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed: list[GraphKey]) -> None:
+    """Batches behind a prefix that is worth sharing, that need their logits on the host, and that need neither: eager
+    at first, captured in idle moments, replayed."""
+    prefix = [(7 * place) % 300 for place in range(BLOCK_SIZE)]
+    batches = [
+        requests_of("shared", 8, 6, prefix),
+        requests_of("alone", 2, 6, [3, 4]),
+        requests_of("penalised", 2, 6, [5], presence_penalty=0.5),
+    ]
+    plain, captured = make_core("cpu", torch.device("cpu")), make_core("triton", device, captures=True)
+    for batch in batches:
+        expected = tokens_of(plain, batch)
+        assert tokens_of(captured, batch) == expected
+        while captured.has_idle_work:
+            assert captured.step() == []
+        assert tokens_of(captured, batch) == expected
+    assert {key._replace(variant=min(1, key.variant)) for key in replayed} >= {
+        GraphKey(8, 1, draws=True),
+        GraphKey(2, 0, draws=True),
+        GraphKey(2, 0, draws=False),
+    }
