@@ -49,7 +49,7 @@ _SHARED_PROGRAMS_PER_SM = 4
 # What sharing must save: so many bytes of a layer's KV that need not be read again, beyond those of the parts that it
 # writes and reads instead. They stand for one launch more and two tails where there was one, at the rate of a cache,
 # where sharers find what one of them has just read. Not measured: calculated in `tests/attention/test_sharing_cost.py`.
-_MIN_SHARED_BYTES = 100e6
+_MIN_SHARED_BYTES = 150e6
 _MIN_SHARERS = 8
 # In a captured step programs of shared keys hold at least so many rows, so that few variants serve all batches.
 _MIN_CAPTURED_SHARED_ROWS = 64
@@ -106,7 +106,9 @@ class PlanBuffers:
         self.part_bytes = 2 * num_heads * (head_dim + 1) * 4
         """Of one token's part, written and read."""
         self.min_shared_bytes = min_shared_bytes
-        self.max_places = max(1024, 2 * self.target_items)
+        self.max_shared_places = 2 * (max_num_seqs + num_sms * self.max_rows // num_heads)
+        """Tokens' parts that sharing may make: enough for its full programs to fill the device."""
+        self.max_places = max(1024, 2 * self.target_items) + self.max_shared_places
         """Tokens' parts that `partials` holds."""
         sizes = {
             "counts": 4,
@@ -479,7 +481,7 @@ def _share_prefixes(
         # Each sharing tile has a part of its own, too.
         parts = sharers.parts_of(tiles)
         num_places = int((np.where(parts > 0, parts + 1, 0) * tiles[:, ItemColumn.NUM_TOKENS]).sum())
-        if num_places <= buffers.max_places and num_parts.sum() <= max_items:
+        if num_places <= buffers.max_shared_places and num_parts.sum() <= max_items:
             break
         if num_parts.max() == 1:
             return _NO_SHARERS
