@@ -30,6 +30,7 @@ from quire.kernels.gpu_plan import (
     MergeColumn,
     WorkList,
 )
+from quire.kernels.transfer import staged
 
 __all__ = ["MAX_NARROW_TOKENS", "GpuAttentionPlan", "PlanBuffers", "plan_attention"]
 
@@ -58,7 +59,7 @@ _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector l
 
 
 class PlanBuffers:
-    """The memory of plans: fixed on the device, written from one of two pinned host buffers in turn."""
+    """The memory of plans: fixed on the device, written by one copy a step."""
 
     def __init__(
         self,
@@ -127,11 +128,9 @@ class PlanBuffers:
         for name, size in sizes.items():
             self.sections[name] = slice(end, end + size)
             end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
-        on_cuda = device.type == "cuda"
         self.on_device = torch.zeros(end, dtype=torch.int32, device=device)
-        self._on_host = [torch.zeros(end, dtype=torch.int32, pin_memory=on_cuda) for _ in range(2)]
-        self._sent = [torch.cuda.Event() if on_cuda else None for _ in range(2)]
-        self._turn = 0
+        self.on_host: Int32Array = np.zeros(end, dtype=np.int32)
+        """Where a plan is written before `send`."""
         self.partials = torch.empty(self.max_places, num_heads, head_dim, device=device)
         self.partial_lse = torch.empty(self.max_places, num_heads, device=device)
 
@@ -152,21 +151,9 @@ class PlanBuffers:
         """Items of shared keys that a graph of so many tokens has programs of `num_rows` rows for."""
         return min(self.max_items, self.target_shared_items + -(-num_tokens // self.tokens_per_tile(num_rows)))
 
-    def host(self) -> Int32Array:
-        """The next host buffer to write a plan to, once the device has read what it last held."""
-        self._turn = 1 - self._turn
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()
-        array: Int32Array = self._on_host[self._turn].numpy()
-        return array
-
     def send(self, end: int) -> None:
-        """Copy the buffer last given by `host` up to `end` to the device, in the order of its current stream."""
-        self.on_device[:end].copy_(self._on_host[self._turn][:end], non_blocking=True)
-        event = self._sent[self._turn]
-        if event is not None:
-            event.record()
+        """Copy `on_host` up to `end` to the device, in the order of its current stream."""
+        self.on_device[:end].copy_(staged(self.on_host[:end], self.device), non_blocking=True)
 
     def view(self, section: str, *shape: int) -> torch.Tensor:
         """The beginning of a section on the device."""
@@ -228,7 +215,7 @@ def plan_attention(
     merges = splitter.merges()
     shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
 
-    host, sections = buffers.host(), buffers.sections
+    host, sections = buffers.on_host, buffers.sections
     host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
     num_slots = max(num_tokens, captured_seqs * captured_query_len)
     _put(host, sections["slots"], slots, fill_to=num_slots)
