@@ -1,11 +1,11 @@
 """The planner against the engine: memory and throughput as planned, beside what a real run took.
 
-    python -m benchmarks.planner memory MODEL… [--dtype …] [--quantization …]
+    python -m benchmarks.planner memory MODEL… [--num-blocks 128 512]
     python -m benchmarks.planner speed MODEL --device FILE [--dtype …] [--quantization …]
 
-`memory` fills every block of a pool, with full steps and log-probabilities asked for, and looks at what the system
-shows; a process each, and the interpreter's own from a run of the bundled model. `speed` runs workloads of the lengths
-of W1 and W2 and W5 itself (see benchmarks.peers), and simulates them on a device that `quire plan --measure` wrote.
+`memory` stores each model in every way, fills every block of its pools, with full steps and log-probabilities asked
+for, and looks at what the system shows; a process each. `speed` runs workloads of the lengths of W1 and W2 and W5
+itself (see benchmarks.peers), and simulates them on a device that `quire plan --measure` wrote.
 """
 
 import argparse
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from quire.cli.bench_workload import make_workload
-from quire.cli.plan import peak_resident
+from quire.cli.peak_resident import peak_resident
 from quire.config import EngineConfig
+from quire.engine.checkpoint import find_model
 from quire.model_config import ModelConfig
 from quire.sampling_params import SamplingParams
 from quire.simulation.devices import find_device
@@ -28,64 +29,66 @@ from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace, TraceRow
 
-NUM_SEQUENCES, CONTEXT = 32, 1024
+CONTEXT = 512
+"""Tokens of a sequence that fills blocks: few, because what is computed for them shows nothing here."""
+KINDS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"))
 
 
-def resident(field: str = "VmHWM") -> int:
-    """Bytes of this process in memory, at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def fill(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
-    """Load a model, write every block of its pool, and say what was planned and what the process took."""
+def fill(config: EngineConfig) -> dict[str, Any]:
+    """Load a model, write every block of its pool, and say what was planned and what the process took at most."""
     from quire.engine.engine import Engine
 
-    config = EngineConfig(
-        model=model,
-        dtype=dtype,
-        quantization=quantization,
-        max_num_seqs=NUM_SEQUENCES,
-        max_model_len=CONTEXT,
-        num_blocks=NUM_SEQUENCES * CONTEXT // 16,
-        enable_prefix_caching=False,
-    )
     engine = Engine(config, lambda line: None)
-    output = 96  # so many that nobody ends before the last prompt is computed
+    plan = engine.memory_plan
+    num_sequences = plan.num_blocks * plan.block_size // CONTEXT
+    output = num_sequences + 8  # steps of 512 tokens or more: nobody ends before the last prompt is computed
     params = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False, logprobs=20, seed=0)
-    for number in range(NUM_SEQUENCES):
+    for number in range(num_sequences):
         prompt = [3 + (5 * place + number) % 200 for place in range(CONTEXT - output)]
         engine.add_request(f"{number}", prompt, params)
+    peak_blocks = 0
     while engine.has_work:
         engine.step()
-    plan = engine.memory_plan
-    planned = peak_resident(plan, None)
-    return {"plan": plan.total, "planned": planned["total"], "measured": resident()}
+        peak_blocks = max(peak_blocks, engine.stats().num_used_blocks)
+    engine.close()
+    folder = find_model(config.model, config.revision)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {
+        "planned": peak_resident(plan, ModelConfig.from_folder(folder), folder)["total"],
+        "measured": next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")),
+        "unused_blocks": plan.num_blocks - peak_blocks,
+    }
 
 
-def memory(models: list[str], kinds: list[tuple[str, str | None]]) -> None:
-    """A process for each; what the bundled model's takes beyond its plan is the interpreter's and the libraries'."""
-    base = _child("", "float32", None)
-    process = base["measured"] - base["planned"]
-    print(f"interpreter and libraries: {process / 2**20:.0f} MiB")
-    print("| model | stored as | planned, MiB | measured, MiB | difference |\n| --- | --- | --- | --- | --- |")
-    for model in models:
-        for dtype, quantization in kinds:
-            figures = _child(model, dtype, quantization)
-            planned = process + figures["planned"]
-            print(
-                f"| {Path(model).name or 'bundled'} | {quantization or dtype} | {planned / 2**20:,.0f} | "
-                f"{figures['measured'] / 2**20:,.0f} | {100 * (planned / figures['measured'] - 1):+.1f} % |",
-                flush=True,
-            )
-
-
-def _child(model: str, dtype: str, quantization: str | None) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.planner", "fill", model, "--dtype", dtype]
-    command += ["--quantization", quantization] if quantization else []
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def fill_in_child(**options: Any) -> dict[str, Any]:
+    """`fill` in a process of its own, of which nothing else is in memory."""
+    options = {"max_model_len": CONTEXT, "enable_prefix_caching": False, **options}
+    command = [sys.executable, "-m", "benchmarks.planner", "fill", json.dumps(options)]
+    shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(shown.splitlines()[-1])
     return figures
+
+
+def memory(models: list[str], pools: list[int]) -> None:
+    """A line for each model, way of storing it, and pool."""
+    print("| model | stored as | pool, blocks | planned, MiB | measured, MiB | difference |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for model in models:
+        for dtype, quantization in KINDS:
+            for num_blocks in pools:
+                figures = fill_in_child(
+                    model=model,
+                    dtype=dtype,
+                    quantization=quantization,
+                    num_blocks=num_blocks,
+                    max_num_seqs=num_blocks * 16 // CONTEXT,
+                )
+                planned, measured = figures["planned"], figures["measured"]
+                print(
+                    f"| {Path(model).name or 'bundled'} | {quantization or dtype} | {num_blocks} | "
+                    f"{planned / 2**20:,.0f} | {measured / 2**20:,.0f} | {100 * (planned / measured - 1):+.1f} % |",
+                    flush=True,
+                )
 
 
 def workloads() -> dict[str, tuple[list[list[int]], list[int], list[TraceRow]]]:
@@ -150,15 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("memory", "fill", "speed"))
     parser.add_argument("models", nargs="+", help="folders of checkpoints; '' is the bundled model")
+    parser.add_argument("--num-blocks", type=int, nargs="+", default=[128, 512], help="pools, multiples of 32")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization")
     parser.add_argument("--device", default="cpu.json")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     if options.what == "fill":
-        print(json.dumps(fill(options.models[0], options.dtype, options.quantization)))
+        print(json.dumps(fill(EngineConfig.from_options(json.loads(options.models[0])))))
     elif options.what == "memory":
-        memory(options.models, [(options.dtype, options.quantization)])
+        memory(options.models, options.num_blocks)
     else:
         for model in options.models:
             speed(model, options.dtype, options.quantization, options.device, options.repeats)

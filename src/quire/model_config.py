@@ -190,6 +190,11 @@ class ModelConfig:
         return self.num_layers * (attention + mlp) + tables * self.hidden_size
 
     @property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest matrix that is stored as one."""
+        return max(self.vocab_size * self.hidden_size, *map(math.prod, self.linear_shapes))
+
+    @property
     def num_vector_parameters(self) -> int:
         """Parameters of norms and biases; they stay float32 whatever the dtype."""
         norm = self.hidden_size * (2 if self.layer_norm else 1)

@@ -38,7 +38,7 @@ def file(folder: Path) -> Path:
 
 
 def test_pages_that_were_given_back_are_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.models.weights._RELEASED_BYTES", 30_000)
+    monkeypatch.setattr("quire.models.weights.RELEASED_BYTES", 30_000)
     weights, expected = Weights.open(file.parent), load_file(file)
     taken = {name: weights.take(name, tuple(tensor.shape)) for name, tensor in expected.items()}
     weights.finish()

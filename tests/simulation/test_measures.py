@@ -73,3 +73,17 @@ def test_a_run_without_a_step_has_figures() -> None:
     figures = Measures(10, of_allocated=False, ttft_limit=1.0, tbt_limit=0.1).result(0.0)
     assert figures["finished"] == 0
     assert figures["ttft_p50"] is None
+
+
+def test_nothing_counts_before_the_warm_up_is_over() -> None:
+    measures = Measures(10, of_allocated=True, ttft_limit=1.0, tbt_limit=1.0, warm_up=2)
+    for now in (1.0, 2.0):
+        measures.step(now, 1.0, 9, 9, 0, 0, 9, 0)
+        measures.num_tokens += 9
+        measures.request_finished(0.0, now, now, 1)
+    measures.step(4.0, 2.0, 3, 3, 0, 0, 6, 0)
+    measures.num_tokens += 4
+    measures.request_finished(2.0, 3.0, 4.0, 1)
+    figures = measures.result(4.0)
+    assert (figures["steps"], figures["finished"], figures["duration_s"], figures["mean_batch"]) == (1, 1, 2.0, 3.0)
+    assert (figures["tokens_per_s"], figures["ttft_p50"]) == (2.0, 1.0)

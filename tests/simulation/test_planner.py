@@ -1,8 +1,11 @@
 """What users are told to expect: by hand where that can be done, and in order where it cannot."""
 
+from dataclasses import replace
+
 import pytest
 
 from quire.errors import ConfigError
+from quire.simulation import planner
 from quire.simulation.planner import EngineSizes, expect_trace, expect_users
 from quire.simulation.step_time import StepTime
 from tests.simulation.traces import SLOW, TINY, lengths
@@ -31,6 +34,17 @@ def test_more_users_more_tokens_and_later_ones() -> None:
     assert [row["mean_batch"] for row in rows] == sorted(row["mean_batch"] for row in rows)
     assert rows[2]["tokens_per_s"] > rows[1]["tokens_per_s"] > rows[0]["tokens_per_s"]
     assert rows[2]["tbt_p99"] > rows[0]["tbt_p99"]
+
+
+def test_the_rate_is_the_same_however_long_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes first, and what comes after the last request that is measured, has no part in it."""
+    found = []
+    for rounds in (2, 8):
+        monkeypatch.setattr(planner, "ROUNDS", rounds)
+        figures = expect_users(TINY, SLOW, 1, replace(SIZES, num_blocks=256), users=16, prompt=64, output=32)
+        found.append(figures["tokens_per_s"])
+        assert figures["mean_batch"] == pytest.approx(16, rel=0.02)
+    assert found == pytest.approx([found[1]] * 2, rel=0.02)
 
 
 def test_a_trace_runs_at_its_own_arrivals() -> None:

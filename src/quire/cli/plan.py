@@ -10,11 +10,12 @@ from cyclopts import Parameter
 
 from quire.backends import DEVICES as DEVICE_TYPES
 from quire.cli.options import ModelArgument, flags
+from quire.cli.peak_resident import peak_resident
 from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
 from quire.engine.device import Device as EngineDevice
-from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_plan import MemoryPlan, available_memory, plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import ModelConfig
 from quire.quantization import METHODS
@@ -23,7 +24,7 @@ from quire.simulation.model_shapes import ModelShape
 from quire.simulation.planner import EngineSizes, expect_trace, expect_users
 from quire.simulation.trace import find_trace, read_trace
 
-FP8 = "fp8_e4m3"
+_SMALLER_KV = {"int8 KV": "int8", "fp8 KV": "fp8_e4m3"}
 _CAPABILITY = (8, 0)
 """Of the GPUs that are known by name, at least."""
 PROMPT, OUTPUT = 512, 128
@@ -86,7 +87,8 @@ def plan(
     asked = _Asked(
         config,
         ModelConfig.from_folder(folder),
-        folder.resolve().name,
+        folder.resolve(),
+        available_memory(),
         None if here else find_device(device),
         num_devices,
         context,
@@ -108,7 +110,9 @@ class _Asked:
 
     config: EngineConfig
     model: ModelConfig
-    name: str
+    folder: Path
+    available: int
+    """Bytes of this machine's memory, looked up once: all lines tell of the same moment."""
     device: Device | None
     num_devices: int | None = None
     context: int | None = None
@@ -116,6 +120,10 @@ class _Asked:
     prompt: int | None = None
     output: int | None = None
     trace: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
 
     def shape(self, plan: MemoryPlan) -> ModelShape:
         """As it is stored by a plan."""
@@ -135,7 +143,7 @@ class _Asked:
         """As the engine would make it there."""
         config, device = self.config, self.device
         if device is None:
-            return plan_memory(config, self.model)
+            return plan_memory(config, self.model, self.available)
         if device.is_host:
             available = int(device.memory - device.process_memory)
             return plan_memory(replace(config, device="cpu"), self.model, available)
@@ -165,13 +173,14 @@ def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
     most = sizes.num_users(context)
     if asked.users is not None and asked.users > sizes.max_num_seqs:
         raise ConfigError(f"users is {asked.users}, but at most {sizes.max_num_seqs} run at once; raise max_num_seqs")
+    process = int(asked.device.process_memory) if asked.device is not None else 0
     figures: dict[str, Any] = {
         **plan.to_dict(),
         "model": asked.name,
         "device": asked.device.name if asked.device else None,
         "num_devices": asked.num_shared(),
         "kv_bytes_per_1k_tokens": 1000 * plan.kv_bytes_per_token,
-        "peak_resident": peak_resident(plan, asked.device) if _on_host(asked) else None,
+        "peak_resident": peak_resident(plan, asked.model, asked.folder, process) if plan.device == "cpu" else None,
         "context": context,
         "users_that_fit": most,
         "expected": [],
@@ -205,10 +214,6 @@ def _lengths(asked: _Asked, context: int) -> tuple[int, int]:
     return prompt, output
 
 
-def _on_host(asked: _Asked) -> bool:
-    return asked.device is None or asked.device.is_host
-
-
 def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
     """What one could change, one thing at a time."""
     config = asked.config
@@ -221,14 +226,16 @@ def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
         for method in METHODS
         if method != config.quantization
     ]
-    if config.kv_cache_dtype != FP8:
-        others.append(("fp8 KV", replace(asked, config=replace(config, kv_cache_dtype=FP8))))
-    if asked.device is not None:
-        others += [
-            (name, replace(asked, device=device, num_devices=None))
-            for name, device in DEVICES.items()
-            if name != asked.device.name and not device.is_host
-        ]
+    others += [
+        (name, replace(asked, config=replace(config, kv_cache_dtype=kv_dtype)))
+        for name, kv_dtype in _SMALLER_KV.items()
+        if kv_dtype != config.kv_cache_dtype
+    ]
+    others += [
+        (name, replace(asked, device=device, num_devices=None))
+        for name, device in DEVICES.items()
+        if device != asked.device and not device.is_host
+    ]
     return others
 
 
@@ -255,12 +262,6 @@ def _alternative(name: str, asked: _Asked, context: int, prompt: int, output: in
     except (ConfigError, MemoryPlanError) as error:
         line["refused"] = str(error)
     return line
-
-
-def peak_resident(plan: MemoryPlan, device: Device | None) -> dict[str, int]:
-    """Most that the system will show of the engine, with every block written and log-probabilities asked for."""
-    process = int(device.process_memory) if device else 0
-    return {"process": process, "engine": plan.total, "total": process + plan.total}
 
 
 def _measure(path: Path, threads: int | None) -> None:

@@ -13,15 +13,16 @@ def print_plan(figures: dict[str, Any], memory: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for line in memory:
         console.print(line, markup=False)
-    resident = figures["peak_resident"]
-    if resident and resident["process"]:
-        engine, process, total = (show_bytes(resident[part]) for part in ("engine", "process", "total"))
+    if resident := figures["peak_resident"]:
+        shown = {part: show_bytes(size) for part, size in resident.items()}
+        when = max("loading", "serving", key=lambda moment: resident[moment])
         console.print(
-            f"the system will show at most {total}: the engine's {engine} and {process} of interpreter and libraries"
+            f"the system will show at most {shown['total']}: {shown[when]} while {when}, {shown['process']} of "
+            f"interpreter and libraries, {shown['tokenizer']} of tokeniser"
         )
     console.print(
         f"KV of 1,000 tokens takes {show_bytes(figures['kv_bytes_per_1k_tokens'])}; "
-        f"{figures['users_that_fit']} users of {figures['context']} tokens fit at once"
+        f"users of {figures['context']} tokens that fit at once: {figures['users_that_fit']}"
     )
     if figures["expected"]:
         console.print(_expected(figures))
@@ -32,6 +33,9 @@ def print_plan(figures: dict[str, Any], memory: Sequence[str]) -> None:
         )
     if "alternatives" in figures:
         console.print(_alternatives(figures["alternatives"]))
+        for line in figures["alternatives"]:
+            if "refused" in line:
+                console.print(f"{line['name']}: {line['refused']}", markup=False)
 
 
 def _expected(figures: dict[str, Any]) -> Any:
@@ -60,7 +64,6 @@ def _alternatives(lines: Sequence[dict[str, Any]]) -> Any:
     rows = []
     for line in lines:
         if "refused" in line:
-            rows.append((line["name"], line["refused"], "", "", "", "", ""))
             continue
         count = line["num_devices"]
         rows.append(

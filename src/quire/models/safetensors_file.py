@@ -13,6 +13,8 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 """A file's names → torch's, of the dtypes that Quire reads."""
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _MAX_HEADER_BYTES = 100_000_000
+RELEASED_BYTES = 32 << 20
+"""A mapped file's pages are given back to the system whenever tensors of this many bytes were taken from it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,11 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.model_config import read_json
-from quire.models.safetensors_file import DTYPES, Entry, read_header
+from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
-_RELEASED_BYTES = 256 << 20
-"""A file's pages are given back to the system whenever tensors of this many bytes were taken."""
 _NUM_NAMED = 5
 """Tensors a message names before it says how many more there are."""
 
@@ -55,7 +53,7 @@ class _MappedFile:
 
     def take(self, entry: Entry) -> Tensor:
         self._taken_bytes += entry.end - entry.begin
-        if self._taken_bytes > _RELEASED_BYTES:
+        if self._taken_bytes > RELEASED_BYTES:
             self.release()
         dtype = getattr(torch, DTYPES[entry.dtype])
         return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin).view(

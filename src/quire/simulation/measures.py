@@ -42,10 +42,21 @@ class Measures:
     where blocks are taken on demand and the rest of the pool is free for anybody.
     """
 
-    def __init__(self, num_slots: int, *, of_allocated: bool, ttft_limit: float, tbt_limit: float) -> None:
+    def __init__(
+        self, num_slots: int, *, of_allocated: bool, ttft_limit: float, tbt_limit: float, warm_up: int = 0
+    ) -> None:
+        """Nothing counts before `warm_up` requests have finished."""
         self._num_slots = num_slots
         self._of_allocated = of_allocated
         self._ttft_limit, self._tbt_limit = ttft_limit, tbt_limit
+        self._begin(0.0)
+        self._warm_up = warm_up
+
+    def _begin(self, now: float) -> None:
+        """Count from `now` on."""
+        self._start = now
+        self._warm_up = 0
+        """Requests that must finish before that."""
         self.num_steps = 0
         self.num_tokens = 0
         """Tokens generated."""
@@ -105,6 +116,8 @@ class Measures:
         self._normalized.append(latency / num_output)
         if ttft <= self._ttft_limit and end - first_token <= self._tbt_limit * max(1, num_output - 1):
             self._good += 1
+        if self.finished == self._warm_up:
+            self._begin(end)
 
     def _halve_timeline(self) -> None:
         points = self._timeline
@@ -116,8 +129,9 @@ class Measures:
         ]
         self._interval *= 2
 
-    def result(self, duration: float) -> dict[str, Any]:
-        """All figures of a simulation that ended after `duration` seconds."""
+    def result(self, now: float) -> dict[str, Any]:
+        """All figures of a simulation that ended at `now`."""
+        duration = now - self._start
         busy = self._busy or 1.0
         pool = busy * self._num_slots
         whole = (self._allocated or 1.0) if self._of_allocated else pool

@@ -1,7 +1,8 @@
 """What to expect of a model on a device: users at once, tokens per second, latencies; from simulations, not formulas.
 
 Users are a closed loop: each sends its next request when it has the answer to the last one, so as many requests run at
-any time as there are users. They start one after the other, so that their prompts do not come in waves.
+any time as there are users. The first answers are of all lengths, so that prompts do not come in waves later, and
+nothing is measured before as many have ended: at the beginning all prompts come at once.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.trace import Trace, TraceRow
 
-ROUNDS = 5
-"""Requests per user, the first of which is cut short."""
+ROUNDS = 2
+"""Requests per user that are measured."""
 MAX_TOKENS = 400_000
 """Generated in one simulation: a few seconds of it."""
 
@@ -54,10 +55,22 @@ def expect_users(
 
     Times in seconds; tokens_per_s counts generated ones. Raises `ConfigError` for what cannot be simulated.
     """
-    rounds = max(2, min(ROUNDS, MAX_TOKENS // (users * output)))
-    first = [TraceRow(prompt, max(1, output * (user + 1) // users)) for user in range(users)]
-    trace = Trace("users", first + [TraceRow(prompt, output)] * (users * (rounds - 1)))
-    figures = _simulate(trace, model, device, num_devices, sizes, saturate=True, max_num_seqs=users)
+    rounds = max(1, min(ROUNDS, MAX_TOKENS // (users * output)))
+    # Without prompts to compute, which would hold up each other, the first answers end evenly spread.
+    first = [TraceRow(1, max(1, output * (user + 1) // users)) for user in range(users)]
+    # Users go on asking while the last of those that are measured wait for their answers.
+    trace = Trace("users", first + [TraceRow(prompt, output)] * (users * (rounds + 2)))
+    figures = _simulate(
+        trace,
+        model,
+        device,
+        num_devices,
+        sizes,
+        saturate=True,
+        max_num_seqs=users,
+        num_requests=users * (rounds + 1),
+        warm_up=users,
+    )
     return {"users": users, "prompt": prompt, "output": output, **figures}
 
 
@@ -79,6 +92,8 @@ def _simulate(
     *,
     saturate: bool,
     max_num_seqs: int,
+    num_requests: int | None = None,
+    warm_up: int = 0,
 ) -> dict[str, Any]:
     settings = SimulationSettings(
         trace=trace.name,
@@ -89,6 +104,8 @@ def _simulate(
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         saturate=saturate,
+        num_requests=num_requests,
+        warm_up=warm_up,
     )
     figures = run_simulation(trace, model, device, settings)
     return {name: figures[name] for name in _FIGURES}

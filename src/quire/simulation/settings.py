@@ -39,6 +39,8 @@ class SimulationSettings:
     """Seconds after which nothing arrives any more; begins a trace without arrivals again as often as needed."""
     saturate: bool = False
     """Keep the queue always full instead of letting requests arrive; latencies then count from admission."""
+    warm_up: int = 0
+    """Requests that end before anything is measured: what begins all at once is not how a system runs."""
     seed: int = 0
     """Seeds arrivals and faults; the same seed gives the same result, byte for byte."""
     kv_cache_memory: int | None = None
@@ -102,6 +104,7 @@ class SimulationSettings:
             ("num_devices", 1, 4096),
             ("burst_size", 1, 2**20),
             ("num_requests", 1, 10**9),
+            ("warm_up", 0, 10**9),
             ("kv_slots", 1, 2**40),
             ("block_size", 1, 1024),
             ("max_num_seqs", 1, 2**16),

@@ -44,6 +44,7 @@ def run_simulation(
         of_allocated=paged,
         ttft_limit=settings.ttft_limit,
         tbt_limit=settings.tbt_limit,
+        warm_up=settings.warm_up,
     )
     arrivals = arrivals_of(trace, settings)
     if settings.shared_prefix and not paged:
