@@ -1,6 +1,7 @@
 """Greedy tokens equal transformers', whatever the batch, the chunks, the prefix hits and the preemptions."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,11 @@ def make_prompts(count: int, *, longest: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(length)] for length in lengths]
 
 
-def assert_greedy(oracle: torch.nn.Module, outputs: list[RequestOutput]) -> None:
+def assert_greedy(oracle: torch.nn.Module, outputs: list[RequestOutput], num_steps: int = NUM_STEPS) -> None:
     """Every token is the most likely one after all before it: by induction, what `generate` would have given."""
     for output in outputs:
         tokens = output.outputs[0].token_ids
-        assert len(tokens) == NUM_STEPS
+        assert len(tokens) == num_steps
         prompt = output.prompt_token_ids
         with torch.inference_mode():
             logits = oracle(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
@@ -73,6 +74,18 @@ def test_prompts_that_part_inside_a_block(checkpoint: Path, oracle: torch.nn.Mod
     assert [output.num_cached_tokens for output in outputs] == [len(shared) - cut for cut in range(10)]
     assert llm.stats().total_block_copies >= 8
     assert llm.stats().num_used_blocks == llm.stats().num_pinned_blocks
+
+
+def test_turns_of_a_conversation_compute_only_what_is_new(checkpoint: Path, oracle: torch.nn.Module) -> None:
+    llm = make_llm(checkpoint)
+    prompts = make_prompts(6, longest=60)[3:]
+    for known in (0, 1, 1):
+        outputs = llm.generate(prompts, replace(GREEDY, max_tokens=30))
+        assert_greedy(oracle, outputs, 30)
+        # All but the last token of an answer, whose KV is never computed, and what is said next.
+        assert [output.num_cached_tokens for output in outputs] == [known * (len(p) - 3) for p in prompts]
+        prompts = [[*output.prompt_token_ids, *output.outputs[0].token_ids, 7, 8] for output in outputs]
+    assert llm.stats().total_block_copies == 0
 
 
 @pytest.mark.parametrize("batched_tokens", [512, 20], ids=["unchunked", "chunked"])

@@ -335,6 +335,47 @@ def test_of_many_that_part_the_latest_are_remembered() -> None:
     assert len(pool.children) == 0
 
 
+def test_a_block_left_partly_filled_is_gone_on_in() -> None:
+    pool = BlockPool(8, 4)
+    token_ids = [1, 2, 3, 4, 5, 6, 7]
+    named_table(pool, token_ids).free(token_ids)
+    assert list(pool.free_order()) == [2, 3, 4, 5, 6, 7, 1, 0], "what can be found is taken last"
+    table = new_table(pool)
+    wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
+    found = table.find_prefix(wanted)
+    inside = table.find_inside(wanted, len(found))
+    assert (found, inside) == ([0], (1, 2))
+    table.adopt(found, inside)
+    assert (table.num_tokens, table.num_copies_to_come, pool.fill[1], pool.num_filled_slots) == (6, 0, 2, 6)
+    other = new_table(pool)
+    assert (other.find_prefix(wanted), other.find_inside(wanted, 1)) == ([0], None), "it is its finder's alone"
+    copies: BlockCopies = []
+    assert table.append(3, copies) == 2
+    assert (copies, table.blocks, pool.num_free) == ([], [0, 1, 2], 5)
+
+
+def test_what_is_left_is_what_is_stored() -> None:
+    pool = BlockPool(8, 4)
+    token_ids = [1, 2, 3, 4, 5, 6, 7]
+    table = named_table(pool, token_ids)
+    table.append(5, [])  # planned, and not computed
+    table.free(token_ids)
+    child = new_table(pool)
+    assert (child.find_prefix([*token_ids, 8]), child.find_inside([*token_ids, 8], 1)) == ([0], (1, 3))
+    child.adopt([0], (1, 3))
+    fork = child.fork()
+    child.append(1, [])  # a copy is ordered
+    child.free(token_ids)
+    assert len(pool.children) == 1, "what may not have been copied is not left"
+    fork.free(token_ids)
+    assert len(pool.children) == 2
+    twin = new_table(pool)
+    twin.adopt([0])
+    twin.append(2, [])
+    twin.free(token_ids[:6])
+    assert len(pool.children) == 2, "nor what can be found elsewhere"
+
+
 # -- the state machine ------------------------------------------------------------------------------------------------
 
 NO_TOKEN = -1
@@ -350,6 +391,8 @@ class ModelTable:
     blocks: list[int] = field(default_factory=list)
     num_named: int = 0
     """Blocks that had their turn to be named; each has one."""
+    copied_at: int = -1
+    """How many tokens it had when its last block was copied last."""
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -368,7 +411,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.named: dict[tuple[str, tuple[int, ...]], int] = {}
         """Salt and all tokens up to the block's end → block."""
         self.children: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        """Salt and all tokens before the block → the latest named blocks there."""
+        """Salt and all tokens before the block → the latest blocks there that are named or left."""
+        self.left: dict[int, tuple[str, tuple[int, ...]]] = {}
+        """Free blocks that were left partly filled → salt and all tokens up to where they are filled."""
         self.pinned: list[ModelTable] = []
         """Registered prefixes: tables of no sequence."""
         self.num_evictions = self.num_copies = 0
@@ -384,8 +429,32 @@ class PoolMachine(RuleBasedStateMachine):
         if content is not None:
             self.forget(content)
             self.num_evictions += 1
+        if block in self.left:
+            self.forget_left(block)
         self.refs[block], self.fill[block] = 1, 0
         return block
+
+    def siblings(self, salt: str, before: tuple[int, ...]) -> list[int]:
+        return self.children.setdefault((salt, before), [])
+
+    def remember(self, block: int, salt: str, before: tuple[int, ...]) -> None:
+        siblings = self.siblings(salt, before)
+        siblings.append(block)
+        for oldest in siblings[:-MAX_CHILDREN]:
+            siblings.remove(oldest)
+            if self.left.pop(oldest, None):
+                self.free.remove(oldest)
+                self.free.insert(0, oldest)
+
+    def forget_left(self, block: int) -> None:
+        salt, token_ids = self.left.pop(block)
+        self.siblings(salt, token_ids[: len(token_ids) // self.size * self.size]).remove(block)
+
+    def tokens_of(self, block: int) -> list[int]:
+        """What a named or left block holds for whoever finds it."""
+        if block in self.left:
+            return self.memory[block][: len(self.left[block][1]) % self.size]
+        return self.memory[block]
 
     def forget(self, content: tuple[str, tuple[int, ...]]) -> None:
         block = self.named.pop(content)
@@ -402,19 +471,22 @@ class PoolMachine(RuleBasedStateMachine):
         wanted = token_ids[start : min(start + self.size, len(token_ids)) - 1]
         lengths = {}
         for block in self.children.get((salt, tuple(token_ids[:start])), ()):
-            equal = [a == b for a, b in zip(wanted, self.memory[block], strict=False)]
+            equal = [a == b for a, b in zip(wanted, self.tokens_of(block), strict=False)]
             lengths[block] = equal.index(False) if False in equal else len(equal)
         return {block: length for block, length in lengths.items() if length}
 
     def share(self, block: int) -> None:
         if self.refs[block] == 0:
             self.free.remove(block)
+            if block in self.left:
+                self.forget_left(block)
         self.refs[block] += 1
 
     def release(self, block: int) -> None:
         self.refs[block] -= 1
         if self.refs[block] == 0:
-            self.free.insert(0 if self.content_of(block) is None else len(self.free), block)
+            is_found = self.content_of(block) is not None or block in self.left
+            self.free.insert(len(self.free) if is_found else 0, block)
 
     def cached_prefix(self, salt: str, token_ids: list[int]) -> list[int]:
         found: list[int] = []
@@ -446,6 +518,7 @@ class PoolMachine(RuleBasedStateMachine):
         if needs_copy:
             source, each.blocks[-1] = each.blocks[-1], self.take()
             assert copies == [(source, each.blocks[-1])]
+            each.copied_at = start
             self.num_copies += 1
         each.blocks += [self.take() for _ in range(num_missing)]
         for source, destination in copies:
@@ -467,9 +540,7 @@ class PoolMachine(RuleBasedStateMachine):
                 content = each.salt, tuple(each.token_ids[: (index + 1) * self.size])
                 if self.content_of(each.blocks[index]) is None and content not in self.named:
                     self.named[content] = each.blocks[index]
-                    siblings = self.children.setdefault((each.salt, content[1][: -self.size]), [])
-                    siblings.append(each.blocks[index])
-                    del siblings[:-MAX_CHILDREN]
+                    self.remember(each.blocks[index], each.salt, content[1][: -self.size])
             each.num_named = max(each.num_named, num_computed // self.size)
 
     def begin(self, salt: str, token_ids: list[int]) -> None:
@@ -485,7 +556,10 @@ class PoolMachine(RuleBasedStateMachine):
         each.table.adopt(found, inside)
         each.blocks = [*found, *([inside[0]] if inside else [])]
         for block in each.blocks:
+            taken_over = block in self.left
             self.share(block)
+            if taken_over and inside is not None:
+                self.fill[block] = inside[1]
         each.num_named = len(found)
         each.token_ids = token_ids[: len(found) * self.size + (inside[1] if inside else 0)]
         self.tables.append(each)
@@ -493,8 +567,17 @@ class PoolMachine(RuleBasedStateMachine):
             self.write(each, token_ids[len(each.token_ids) :])
         self.name(each, len(each.token_ids))
 
-    def end(self, each: ModelTable) -> None:
-        each.table.free()
+    def end(self, each: ModelTable, num_stored: int = 0) -> None:
+        stored = each.token_ids[:num_stored]
+        each.table.free(stored)
+        full = num_stored // self.size
+        if self.caching and num_stored % self.size and num_stored > each.copied_at:
+            block, before, rest = each.blocks[full], tuple(stored[: full * self.size]), stored[full * self.size :]
+            others = self.children.get((each.salt, before), ())
+            is_known = any(self.tokens_of(other)[: len(rest)] == rest for other in others)
+            if self.refs[block] == 1 and self.content_of(block) is None and not is_known:
+                self.left[block] = each.salt, tuple(stored)
+                self.remember(block, each.salt, before)
         for block in reversed(each.blocks):
             self.release(block)
         self.tables.remove(each)
@@ -559,13 +642,19 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def free_one(self, data: st.DataObject) -> None:
+        each = data.draw(st.sampled_from(self.tables))
+        self.end(each, len(each.token_ids) - data.draw(st.integers(0, min(3, len(each.token_ids)))))
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def free_one_that_leaves_nothing(self, data: st.DataObject) -> None:
         self.end(data.draw(st.sampled_from(self.tables)))
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def preempt_and_resume(self, data: st.DataObject) -> None:
         each = data.draw(st.sampled_from(self.tables))
-        self.end(each)
+        self.end(each, len(each.token_ids))
         if each.token_ids:
             self.begin(each.salt, each.token_ids)
 
@@ -574,6 +663,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.forget_names()
         for content in [content for content, block in self.named.items() if not self.is_pinned(block)]:
             self.forget(content)
+        for block in list(self.left):
+            self.forget_left(block)
 
     @precondition(lambda self: self.tables and self.caching)
     @rule(data=st.data())
@@ -644,12 +735,17 @@ class PoolMachine(RuleBasedStateMachine):
         for (_, token_ids), block in self.named.items():
             assert pool.find(pool.names[block] or b"") == block
             assert self.memory[block] == list(token_ids[-self.size :])
-        named = [pool.names[block] is not None for block in self.free]
-        assert named == sorted(named), "blocks without content are taken first"
-        assert pool.num_named_free == sum(named)
+        assert pool.num_named_free == sum(pool.names[block] is not None for block in self.free)
+        found = [pool.names[block] is not None or block in pool.children for block in self.free]
+        assert found == sorted(found), "blocks that cannot be found are taken first"
+        for block, (_, token_ids) in self.left.items():
+            used = len(token_ids) % self.size
+            assert (self.refs[block], self.memory[block][:used]) == (0, list(token_ids[-used:]))
         remembered = {block for siblings in self.children.values() for block in siblings}
         assert remembered == {block for block in range(pool.num_blocks) if block in pool.children}
-        assert len(pool.children) == len(remembered) <= len(self.named)
+        assert len(pool.children) == len(remembered)
+        assert remembered <= {*self.named.values(), *self.left}
+        assert remembered >= self.left.keys(), "in the index: free or named"
 
     @invariant()
     def counters_are_exact(self) -> None:

@@ -378,7 +378,7 @@ class Engine:
                     new_rows=plan.new_rows,
                     row_forks=plan.row_forks,
                     new_blocks=plan.new_blocks,
-                    block_copies=plan.block_copies,
+                    block_copies=self.random.choice([plan.block_copies, []]),
                 )
             )
             return None
@@ -1265,6 +1265,29 @@ def test_a_step_taken_back_holds_no_block_for_its_copies() -> None:
     engine.scheduler.retreat(plan)
     engine.check()
     engine.run()
+
+
+def test_the_next_turn_goes_on_in_the_block_that_the_last_one_left() -> None:
+    engine = Engine()
+    client = engine.add(new_request("a", 10, max_tokens=5))
+    engine.run()
+    conversation = [*client.request.prompt_token_ids, *client.token_ids[0], 1, 1]
+    engine.add(new_request("b", conversation))
+    plan = engine.step()
+    # The last token of the answer was never computed.
+    assert (plan.starts, plan.counts, plan.block_copies) == ([14], [3], [])
+    engine.run()
+
+
+def test_a_sample_that_failed_leaves_no_block() -> None:
+    engine = Engine()
+    requests = [new_request(f"{number}", 10, 24, seed=-1, n=2) for number in range(20)]
+    for request in requests:
+        engine.add(request)
+    engine.run()
+    endings = [alone(request, index) for request in requests for index in range(2)]
+    assert {ending.finish_reason for ending in endings} == {"error"}
+    assert all(engine.pool.names[block] is not None for block in engine.pool.children)
 
 
 def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:

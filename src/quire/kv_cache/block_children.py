@@ -1,10 +1,11 @@
-"""BlockChildren: which named blocks follow which, with their tokens, to find prefixes that end inside a block.
+"""BlockChildren: which blocks follow which, with their tokens, to find prefixes that end inside a block.
 
 A name finds a block whose tokens are all wanted. Where two prompts part inside a block, its first tokens still have the
-same KV, and a sequence may share the block up to there; its first write copies it, as after a fork.
+same KV, and a sequence may share the block up to there; its first write copies it, as after a fork. A block that a
+sequence left partly filled has no name, and is found here alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from quire.kv_cache.block_hash import BlockName
 
@@ -13,7 +14,7 @@ MAX_CHILDREN = 8
 
 
 class BlockChildren:
-    """At most one entry per named block of the pool; the pool adds and removes them with the names."""
+    """At most one entry per block: named ones, and those left partly filled while they are free. The pool keeps it."""
 
     def __init__(self) -> None:
         self._children: dict[BlockName, list[int]] = {}
@@ -22,16 +23,21 @@ class BlockChildren:
     def __contains__(self, block: int) -> bool:
         return block in self._entries
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._entries)
+
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> None:
-        """Remember a full block that follows the block named `parent`; the oldest of too many is forgotten."""
-        siblings = self._children.setdefault(parent, [])
+    def add(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> int | None:
+        """Remember a block that follows the one named `parent`; returns the oldest of too many, which is forgotten."""
+        siblings, forgotten = self._children.setdefault(parent, []), None
         if len(siblings) == MAX_CHILDREN:
-            del self._entries[siblings.pop(0)]
+            forgotten = siblings.pop(0)
+            del self._entries[forgotten]
         siblings.append(block)
         self._entries[block] = parent, token_ids
+        return forgotten
 
     def remove(self, block: int) -> None:
         """Forget a block, if it is remembered."""

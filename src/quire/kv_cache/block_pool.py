@@ -2,10 +2,11 @@
 
 A block is an index. It is *used* while its reference count is positive and on the free list otherwise. A full block may
 carry a name (see `block_hash`); when its last reference goes it keeps the name, so a later request with the same prefix
-finds it there until its space is needed. The pool knows nothing of sequences, tensors or time.
+finds it there until its space is needed. One that is only partly filled has no name, and can be left to be found by
+its tokens; whoever finds it fills it up. The pool knows nothing of sequences, tensors or time.
 
-The free list is doubly linked through two flat lists, in eviction order: blocks without content first, then
-named ones, least recently freed first. A prefix hit takes a block out of the middle, which is why this is not a
+The free list is doubly linked through two flat lists, in eviction order: blocks without content first, then those
+that can be found, least recently freed first. A prefix hit takes a block out of the middle, which is why this is not a
 deque; and flat lists of integers, not node objects, let a pool of a million blocks start in a fraction of a
 second.
 """
@@ -79,20 +80,18 @@ class BlockPool:
         return self.num_allocated_slots - self.num_filled_slots
 
     def allocate(self) -> int:
-        """Take the first block of the free list; if it had a name, its content is forgotten."""
+        """Take the first block of the free list; what it held can no longer be found."""
         anchor = self.num_blocks
         block = self._next[anchor]
         if block == anchor:
             raise OutOfBlocksError(f"all {self.num_blocks} blocks are in use")
-        after = self._next[block]
-        self._next[anchor] = after
-        self._prev[after] = anchor
+        self._unlink(block)
         self.num_free -= 1
+        self.children.remove(block)
         name = self.names[block]
         if name is not None:
             del self._named[name]
             self.names[block] = None
-            self.children.remove(block)
             self.num_named_free -= 1
             self.total_evictions += 1
             if self.on_evict is not None:
@@ -104,19 +103,23 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block; a named one may be on the free list and leaves it."""
+        """Add a reference to a block; one that was found may be on the free list and leaves it.
+
+        One that was left partly filled is then its finder's alone, who says by `write` how much of it is wanted.
+        """
         if self.ref_counts[block] == 0:
-            before, after = self._prev[block], self._next[block]
-            self._next[before] = after
-            self._prev[after] = before
+            self._unlink(block)
             self.num_free -= 1
-            self.num_named_free -= 1
+            if self.names[block] is None:
+                self.children.remove(block)
+            else:
+                self.num_named_free -= 1
             self.num_filled_slots += self.fill[block]
         self.ref_counts[block] += 1
         self.num_references += 1
 
     def release(self, block: int) -> None:
-        """Drop a reference. At the last one the block goes to the tail of the free list if named, else to its head."""
+        """Drop a reference. At the last one the block goes to the free list: to its tail if it can be found."""
         count = self.ref_counts[block] - 1
         self.ref_counts[block] = count
         self.num_references -= 1
@@ -124,19 +127,27 @@ class BlockPool:
             return
         self.num_free += 1
         self.num_filled_slots -= self.fill[block]
-        anchor = self.num_blocks
         name = self.names[block]
-        if name is None:
-            before, after = anchor, self._next[anchor]
-        else:
-            before, after = self._prev[anchor], anchor
+        if name is None and block not in self.children:
+            self._link_first(block)
+            return
+        self._link(self._prev[self.num_blocks], block)
+        if name is not None:
             self.num_named_free += 1
             if self.on_idle is not None:
                 self.on_idle(block, name)
-        self._next[before] = block
-        self._prev[block] = before
-        self._next[block] = after
-        self._prev[after] = block
+
+    def leave(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> None:
+        """Let a partly filled block be found when its only holder, who is about to release it, is gone.
+
+        It holds `token_ids` and follows the block named `parent`. One that others hold, or whose tokens can be found
+        elsewhere, is not left.
+        """
+        if not self.enable_prefix_caching or self.ref_counts[block] > 1 or self.names[block] is not None:
+            return
+        found = self.children.longest(parent, token_ids)
+        if found is None or found[1] < len(token_ids):
+            self._add_child(block, parent, token_ids)
 
     def release_after_copy(self, block: int) -> None:
         """Drop a reference to a block of which a copy was ordered; its space is not taken before `copies_are_done`.
@@ -175,7 +186,7 @@ class BlockPool:
             self.names[block] = name
             self._named[name] = block
             if token_ids is not None:
-                self.children.add(block, parent, token_ids)
+                self._add_child(block, parent, token_ids)
 
     def forget_name(self, block: int) -> None:
         """Make a used block unfindable, because what it holds is not to be trusted."""
@@ -191,6 +202,8 @@ class BlockPool:
         for block in self._named.values():
             if block not in self.pinned:
                 self.names[block] = None
+        for block in tuple(self.children):
+            if block not in self.pinned:
                 self.children.remove(block)
         self._named = kept
         self.num_named_free = 0
@@ -214,3 +227,26 @@ class BlockPool:
         while block != self.num_blocks:
             yield block
             block = self._next[block]
+
+    def _add_child(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> None:
+        forgotten = self.children.add(block, parent, token_ids)
+        if forgotten is not None and self.names[forgotten] is None:  # free, and now without content
+            self._unlink(forgotten)
+            self._link_first(forgotten)
+
+    def _unlink(self, block: int) -> None:
+        """Take a block out of the free list."""
+        before, after = self._prev[block], self._next[block]
+        self._next[before] = after
+        self._prev[after] = before
+
+    def _link_first(self, block: int) -> None:
+        self._link(self.num_blocks, block)
+
+    def _link(self, before: int, block: int) -> None:
+        """Put a block into the free list behind another, or behind its anchor."""
+        after = self._next[before]
+        self._next[before] = block
+        self._prev[block] = before
+        self._next[block] = after
+        self._prev[after] = block

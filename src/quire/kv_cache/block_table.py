@@ -21,7 +21,7 @@ class BlockTable:
     `root` is the parent name of its first block.
     """
 
-    __slots__ = ("_names", "_num_named", "_pool", "_root", "blocks", "num_tokens")
+    __slots__ = ("_copied_at", "_names", "_num_named", "_pool", "_root", "blocks", "num_tokens")
 
     def __init__(self, pool: BlockPool, root: BlockName = b"") -> None:
         self.blocks: list[int] = []
@@ -30,6 +30,8 @@ class BlockTable:
         self._root = root
         self._names: list[BlockName] = []
         self._num_named = 0
+        self._copied_at = -1
+        """How many tokens the table held when its last block was copied last."""
 
     def num_appendable(self) -> int:
         """The most tokens `append` could take now."""
@@ -70,6 +72,7 @@ class BlockTable:
             changed -= 1
             shared, blocks[-1] = blocks[-1], pool.allocate()
             copies.append((shared, blocks[-1]))
+            self._copied_at = self.num_tokens
             pool.total_block_copies += 1
             pool.release_after_copy(shared)
         if used:
@@ -94,14 +97,23 @@ class BlockTable:
             self._pool.share(block)
         return child
 
-    def free(self) -> None:
-        """Give every block back. The names stay known, so that resuming can look for them."""
+    def free(self, stored: Sequence[int] = ()) -> None:
+        """Give every block back. The names stay known, so that resuming can look for them.
+
+        `stored` are those of its tokens whose KV the blocks hold: where they end inside a block, whoever begins with
+        them can go on there.
+        """
+        full, used = divmod(len(stored), self._pool.block_size)
+        if used and len(stored) > self._copied_at:  # else the copy was ordered, and the step may not come
+            parent = self.name_of(full - 1, stored) if full else self._root
+            self._pool.leave(self.blocks[full], parent, stored[-used:])
         release = self._pool.release
         for block in reversed(self.blocks):
             release(block)
         self.blocks = []
         self.num_tokens = 0
         self._num_named = 0
+        self._copied_at = -1
 
     def truncate(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens only, and give back the blocks that no longer hold any."""
@@ -145,7 +157,8 @@ class BlockTable:
     def adopt(self, found: list[int], inside: tuple[int, int] | None = None) -> None:
         """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none.
 
-        And with the first tokens of the block that `find_inside` gave: the next append copies it, as after a fork.
+        And with the first tokens of the block that `find_inside` gave: the next append copies it, as after a fork, or
+        goes on in it where a sequence left it partly filled.
         """
         for block in found:
             self._pool.share(block)
@@ -157,6 +170,8 @@ class BlockTable:
             self._pool.share(block)
             self.blocks.append(block)
             self.num_tokens += count
+            if not self._write_needs_copy(block):
+                self._pool.write(block, count)  # what lies behind counts as empty
 
     def name_full_blocks(self, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Name the blocks that `num_computed_tokens` tokens with stored KV have filled since the last call."""

@@ -128,7 +128,9 @@ class Admission:
     def _can_copy(self, group: SequenceGroup, found: Found, promised: int) -> bool:
         """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
         assert found.inside is not None
-        held = self._pool.ref_counts[found.inside[0]] == 0
+        block = found.inside[0]
+        # One without a name was left partly filled: it is not copied, but one of those that are needed.
+        held = self._pool.ref_counts[block] == 0 and self._pool.names[block] is not None
         return self._num_needed(group, found.blocks) + held + promised <= self._pool.num_free
 
     def _num_needed(self, group: SequenceGroup, found: SequenceOf[int]) -> int:

@@ -74,7 +74,7 @@ class Groups:
         """Give back a sequence's blocks and row."""
         if self._transfers is not None:
             self._transfers.cancel(sequence)
-        sequence.table.free()
+        sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:
             self.rows[sequence.row] = None

@@ -144,10 +144,7 @@ class Intake:
         if error is not None:
             delta.error = error
             delta.finish_reason = FinishReason.ERROR
-            # What made the sample fail may sit in the KV, where the next request of this prefix would find it.
-            sequence.table.forget_names()
-            if self._transfers is not None:
-                self._transfers.forget(sequence)
+            self._distrust(sequence)
         else:
             for place, token_id in enumerate(token_ids, start=1):
                 delta.token_ids.append(token_id)
@@ -224,14 +221,19 @@ class Intake:
     def _fail(self, group: SequenceGroup, error: str) -> list[SequenceDelta]:
         """A beam cannot go on, and the search means nothing without it."""
         for sequence in group.sequences:
-            sequence.table.forget_names()
-            if self._transfers is not None:
-                self._transfers.forget(sequence)
+            self._distrust(sequence)
         deltas = [_delta(group, index) for index in range(group.request.params.n)]
         for delta in deltas:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
         self._groups.drop_all(group)
         return deltas
+
+    def _distrust(self, sequence: Sequence) -> None:
+        """What made a sample fail may sit in the KV, where the next request of this prefix would find it."""
+        sequence.table.forget_names()
+        if self._transfers is not None:
+            self._transfers.forget(sequence)
+        sequence.num_computed_tokens = 0
 
 
 def _delta(group: SequenceGroup, index: int) -> SequenceDelta:

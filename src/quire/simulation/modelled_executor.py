@@ -17,8 +17,11 @@ from quire.kv_cache.tiers import DISK, HOST
 from quire.simulation.step_time import StepTime
 from quire.step import BeamCandidates, BlockMoves, MovedBlocks, StepPlan, StepResult
 
-SAMPLED_TOKEN = 1
-"""What the first sample of every request draws, the next sample the next token; a sequence ends by its length."""
+SAMPLED_TOKEN = 2**30
+"""What the first sample of every request draws, the next sample the next token; a sequence ends by its length.
+
+No prompt holds it, so that none goes on where an output ended.
+"""
 
 
 class ModelledTiers:
