@@ -56,6 +56,8 @@ def test_a_picture(ending: str, traces: Path) -> None:
         (["--trace", "made"], "set rate in requests per second, or saturate"),
         (["--trace", "made", "--device", "abacus"], "device is 'abacus'"),
         (["--trace", "made", "--saturate", "--plot", "run.gif"], "must end in .png, .svg or .pdf"),
+        (["--trace", "made", "--saturate", "--plot", "no/such/run.svg"], "there is no folder no/such"),
+        (["--trace", "made", "--saturate", "--json", "no/such/run.json"], "there is no folder no/such"),
         ([], "no trace is given"),
     ],
 )

@@ -56,6 +56,12 @@ def test_mooncake_lines(tmp_path: Path, zipped: bool) -> None:
         ("prompt,output\n1,2\n", "line 2: no column prompt_tokens"),
         ("prompt_tokens,output_tokens\n1,2\nx,2\n", "line 3: invalid literal"),
         ("prompt_tokens,output_tokens\n-1,2\n", "line 2: prompt_tokens is -1"),
+        (
+            "prompt_tokens,output_tokens\n1,1000000000\n",
+            "line 2: output_tokens is 1000000000; it must be a whole number",
+        ),
+        ('{"input_length": 1.5, "output_length": 1}', "line 1: input_length is 1.5"),
+        ('{"input_length": 1e999, "output_length": 1}', "line 1: cannot convert float infinity"),
         ("arrival_s,prompt_tokens,output_tokens\nnan,1,2\n", "line 2: arrival is nan"),
         ('{"input_length": 5, "output_length": 1, "hash_ids": [1, 2]}', "line 1: 2 hash_ids for 5 prompt tokens"),
         ('{"input_length": 5, "output_length": 1, "hash_ids": [-1]}', "line 1: a hash id is out of range"),

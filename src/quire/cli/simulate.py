@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from quire.cli.bench_workload import show
 from quire.cli.options import flags
+from quire.errors import ConfigError
 from quire.simulation.arrivals import expected_requests
 from quire.simulation.devices import find_device
 from quire.simulation.model_shapes import find_model_shape
@@ -30,6 +31,8 @@ def simulate(
 ) -> None:
     """Replay a trace through this engine's scheduler or one of the paper's baselines, on a modelled device."""
     settings = SimulationSettings(**options)
+    if json is not None and not json.parent.is_dir():
+        raise ConfigError(f"json is {json}, but there is no folder {json.parent}")
     if plot is not None:
         check_picture(plot)
     trace = read_trace(find_trace(settings.trace, settings.traces_dir))

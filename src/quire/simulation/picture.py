@@ -18,6 +18,8 @@ def check_picture(path: Path) -> None:
     """Raise `ConfigError` if no picture could be written there; asked before a long run."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"picture is {path}; its name must end in .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise ConfigError(f"picture is {path}, but there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a picture needs matplotlib: pip install 'quire[bench]'")
 

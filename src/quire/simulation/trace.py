@@ -20,6 +20,9 @@ from quire.errors import ConfigError
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens per entry of `hash_ids`."""
 
+MAX_TOKENS = 2**24
+"""Of a prompt or an output: the longest context that a simulation can have."""
+
 _SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz")
 _PROMPT = ("prompt_tokens", "input_length", "ContextTokens", "num_prefill_tokens", "Request tokens")
 _OUTPUT = ("output_tokens", "output_length", "GeneratedTokens", "num_decode_tokens", "Response tokens")
@@ -81,7 +84,7 @@ def read_trace(path: str | Path) -> Trace:
     for line, fields in _json_lines(path, text) if text.lstrip().startswith("{") else _csv_lines(text):
         try:
             row = _row(fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"trace {path}, line {line}: {error}") from error
         if row.prompt_tokens and row.output_tokens:
             rows.append(row)
@@ -145,9 +148,10 @@ def _row(fields: Mapping[str, Any]) -> TraceRow:
 def _count(fields: Mapping[str, Any], names: tuple[str, ...]) -> int:
     for name in names:
         if fields.get(name) is not None:
-            count = int(fields[name])
-            if count < 0:
-                raise ValueError(f"{name} is {count}; it must be at least 0")
+            value = fields[name]
+            count = int(value)
+            if not 0 <= count <= MAX_TOKENS or (isinstance(value, float) and count != value):
+                raise ValueError(f"{name} is {value}; it must be a whole number from 0 to {MAX_TOKENS}")
             return count
     raise ValueError(f"no column {names[0]} (nor {', '.join(names[1:])})")
 
