@@ -256,6 +256,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _stores_only_kv_scales(quantization: dict[str, Any]) -> bool:
+    """Whether the weights are what they always are, and beside them lie scales of an 8-bit float KV cache."""
+    scheme = quantization.get("kv_cache_scheme") or {}
+    return (
+        quantization.get("quant_method") == "compressed-tensors"
+        and not quantization.get("config_groups")
+        and (scheme.get("type"), scheme.get("num_bits"), bool(scheme.get("dynamic"))) == ("float", 8, False)
+    )
+
+
 class _Reader:
     """config.json with its defaults, read key by key; every refusal names file, key, value and what is supported."""
 
@@ -268,7 +278,7 @@ class _Reader:
         for key, supported in row.fixed.items():
             if self.config.get(key, supported) != supported:
                 raise self._refuse(key, self.config[key], json.dumps(supported))
-        if self.config.get("quantization_config"):
+        if self.config.get("quantization_config") and not _stores_only_kv_scales(self.config["quantization_config"]):
             method = self.config["quantization_config"].get("quant_method", "unnamed")
             raise self._refuse("quantization_config", method, "float32, float16 and bfloat16 weights")
 

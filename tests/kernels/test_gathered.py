@@ -55,10 +55,13 @@ def test_attention_over_narrow_caches(dtype: torch.dtype) -> None:
     batch = ragged_batch(SEQUENCES, shape)
     keys, values = head_major(batch, dtype)
     narrow = (keys.transpose(2, 3).contiguous().double(), values.double())
-    expected = reference.paged_attention(batch.q.double(), *narrow, batch.plan, batch.scale)
-    found = gathered.paged_attention(batch.q, keys, values, replanned(batch, shape), batch.scale)
+    scales = {}
+    if dtype.itemsize == 1:
+        scales = {"k_scale": torch.tensor([0.5, 1.25]), "v_scale": torch.tensor([0.75, 2.0])}
+    expected = reference.paged_attention(batch.q.double(), *narrow, batch.plan, batch.scale, **scales)
+    found = gathered.paged_attention(batch.q, keys, values, replanned(batch, shape), batch.scale, **scales)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    found = gathered.paged_attention(batch.q.bfloat16(), keys, values, replanned(batch, shape), batch.scale)
+    found = gathered.paged_attention(batch.q.bfloat16(), keys, values, replanned(batch, shape), batch.scale, **scales)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=4e-2, atol=4e-2)
 
@@ -71,16 +74,25 @@ def test_writing(dtype: torch.dtype, skipped: list[int]) -> None:
     caches = [torch.randn(shape).to(dtype) for shape in shapes]
     slots = torch.randperm(6 * 16)[:20].to(torch.int32)
     slots[skipped] = -1
+    scales = {}
+    if dtype.itemsize == 1:
+        scales = {"k_scale": torch.tensor([0.5, 1.25, 1.0]), "v_scale": torch.tensor([0.75, 2.0, 1.0])}
     expected = [cache.float() for cache in caches]
+    twins = [expected[0].transpose(2, 3).to(dtype).contiguous(), expected[1].to(dtype)]
     for token, slot in enumerate(slots.tolist()):
-        for cache, new in zip(expected, (fused[token, 3:6], fused[token, 6:9]), strict=True):
+        for cache, new, scale in zip(
+            expected, (fused[token, 3:6], fused[token, 6:9]), scales.values() or (None, None), strict=True
+        ):
+            new = new if scale is None else new / scale[:, None]
             if slot >= 0:
                 cache[slot // 16, :, slot % 16] = (
                     (new.clamp(-448, 448) if dtype.itemsize == 1 else new).to(dtype).float()
                 )
-    gathered.write_kv(fused[:, 3:6], fused[:, 6:9], *caches, slots)
-    for cache, wanted in zip(caches, expected, strict=True):
+    gathered.write_kv(fused[:, 3:6], fused[:, 6:9], *caches, slots, **scales)
+    reference.write_kv(fused[:, 3:6], fused[:, 6:9], *twins, slots, **scales)
+    for cache, twin, wanted in zip(caches, (twins[0].transpose(2, 3), twins[1]), expected, strict=True):
         assert torch.equal(cache.float(), wanted)
+        assert torch.equal(twin.float(), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,6 +117,8 @@ class EngineCore:
         ahead.finish()
         packed = None if ahead.memory is None else PackedWeights(ahead.memory, ahead.stored)
         model = _load_model(config, model_config, plan, folder, kernels if packed is None else packed.kernels, device)
+        if plan.kv_cache_dtype == "fp8_e4m3":
+            model.scale_kv()
         from_cache = packed is not None and packed.num_packed == 0
         on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
         if ahead.cache is not None and packed is not None and not from_cache:

@@ -112,8 +112,8 @@ def write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     _refuse_scales(k_scale, v_scale)
     _cpu.write_kv(k, v, k_cache, v_cache, slots)
@@ -129,8 +129,8 @@ def rotary_write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     rotary_(q, k, positions, cos_sin)
     write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
@@ -252,8 +252,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     assert isinstance(plan, CpuAttentionPlan)
     _refuse_scales(k_scale, v_scale)
@@ -287,6 +287,6 @@ def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
     return peaks, ids
 
 
-def _refuse_scales(k_scale: float, v_scale: float) -> None:
-    if (k_scale, v_scale) != (1.0, 1.0):
-        raise ValueError(f"k_scale, v_scale: caches on a CPU are not scaled; expected 1.0, found {k_scale}, {v_scale}")
+def _refuse_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    if k_scale is not None or v_scale is not None:
+        raise ValueError("k_scale, v_scale: the scales of a CPU's caches lie in their blocks; expected none")

@@ -161,14 +161,24 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D]."""
+    """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D].
+
+    FlashInfer's own scales are of a whole layer; those of heads are taken in before and after it.
+    """
     assert isinstance(plan, FlashInferPlan), "made by quire.attention.planners"
     if alibi_slopes is not None:
         raise ValueError("alibi_slopes: FlashInfer has none but its own; choose attention_backend triton or sdpa")
     splits = plan.max_query_len <= _MAX_SPLIT_TOKENS
     wrapper = plan.wrapper(_Variant(splits, scale, window, softcap, q.dtype, k_cache.dtype))
-    out: Tensor = wrapper.run(q, (k_cache, v_cache), k_scale=k_scale, v_scale=v_scale)
-    return out
+    if k_scale is not None:
+        q = _scale_heads(q, k_scale)
+    out: Tensor = wrapper.run(q, (k_cache, v_cache))
+    return out if v_scale is None else _scale_heads(out, v_scale)
+
+
+def _scale_heads(x: Tensor, scale: Tensor) -> Tensor:
+    """x [T, num_heads, D] times the scale [num_kv_heads] of each head's KV head."""
+    return (x * scale.repeat_interleave(x.shape[1] // len(scale))[:, None]).to(x.dtype)

@@ -111,8 +111,8 @@ def write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     if not len(slots):
         return
@@ -125,7 +125,10 @@ def write_kv(
     place = (slot // block_size, slice(None), slot % block_size)
     any_stored = stored.any()
     for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        values = _narrow(new.index_select(0, row) / scale, cache.dtype)
+        values = new.index_select(0, row)
+        if scale is not None:
+            values = values.float() / scale[:, None]
+        values = _narrow(values, cache.dtype)
         raw = _bits(cache)
         raw[place] = torch.where(any_stored, _bits(values), raw[place])
 
@@ -140,8 +143,8 @@ def rotary_write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     rotary_(q, k, positions, cos_sin)
     write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
@@ -177,14 +180,16 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     assert isinstance(plan, GatheredPlan), "made by quire.attention.gathered"
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for run in plan.runs:
-        keys = _gather(k_cache, run.blocks, q.dtype).mul_(k_scale)
-        values = _gather(v_cache, run.blocks, q.dtype).mul_(v_scale)
+        keys, values = _gather(k_cache, run.blocks, q.dtype), _gather(v_cache, run.blocks, q.dtype)
+        for x, head_scale in ((keys, k_scale), (values, v_scale)):
+            if head_scale is not None:
+                x.mul_(head_scale[:, None, None])
         # Slots past a sequence's end may hold anything, and not a number times nothing is not a number.
         unwritten = torch.arange(keys.shape[2], device=q.device) >= run.seq_lens
         keys, values = (x.masked_fill_(unwritten[:, None, :, None], 0) for x in (keys, values))
@@ -238,7 +243,7 @@ def _gather(cache: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype.itemsize > 1:
+    if dtype not in (torch.float16, torch.float8_e4m3fn):
         return x.to(dtype)
     limit = torch.finfo(dtype).max
     return x.clamp(-limit, limit).to(dtype)

@@ -14,8 +14,9 @@ Of int8 on a CPU, a key and a value are whole numbers from -127 to 127 and a flo
 block are 8 more rows of its keys, head_dim + 8 in all: the bytes of [2, block_size] float32, the keys' scales, then the
 values'. So they go wherever the block goes.
 
-A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 holds keys and values divided
-by their layer's `k_scale` and `v_scale`.
+A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 may hold keys and values
+divided by scales of their heads, `k_scale` and `v_scale` [num_kv_heads] float32: both or none, the same for writing and
+for reading.
 """
 
 from collections.abc import Sequence
@@ -129,8 +130,8 @@ class Kernels(Protocol):
         v_cache: Tensor,
         slots: Tensor,
         *,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None: ...
 
     def rotary_write_kv(
@@ -144,8 +145,8 @@ class Kernels(Protocol):
         v_cache: Tensor,
         slots: Tensor,
         *,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None: ...
 
     def copy_blocks(self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None: ...
@@ -190,6 +191,6 @@ class Kernels(Protocol):
         window: int = 0,
         softcap: float = 0.0,
         alibi_slopes: Tensor | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor: ...

@@ -67,24 +67,28 @@ def write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
 
-    They are divided by their scales before they are rounded to the cache's type. What is beyond the range of float16
-    becomes its largest number: one infinite key or value would turn all later tokens of its sequence into NaN. To int8
-    each key and each value is brought as `quantize_rows` says.
+    They are divided by the scales of their heads before they are rounded to the cache's type. What is beyond the range
+    of float16 or float8 becomes its largest number: one infinite key or value would turn all later tokens of its
+    sequence into NaN. To int8 each key and each value is brought as `quantize_rows` says.
     """
     block_size = v_cache.shape[2]
     written = slots >= 0
     block, offset = slots[written].long() // block_size, slots[written].long() % block_size
-    k, v = k[written] / k_scale, v[written] / v_scale
+    k, v = (
+        x[written] if scale is None else x[written] / scale.to(x.dtype)[:, None]
+        for x, scale in ((k, k_scale), (v, v_scale))
+    )
     if v_cache.dtype == torch.int8:
         _write_quantized(k, v, k_cache, v_cache, block, offset)
         return
-    if v_cache.dtype == torch.float16:
-        k, v = k.clamp(-65504, 65504), v.clamp(-65504, 65504)
+    if v_cache.dtype in (torch.float16, torch.float8_e4m3fn):
+        limit = torch.finfo(v_cache.dtype).max
+        k, v = k.clamp(-limit, limit), v.clamp(-limit, limit)
     k_cache[block, :, :, offset] = k.to(k_cache.dtype)
     v_cache[block, :, offset] = v.to(v_cache.dtype)
 
@@ -123,8 +127,8 @@ def rotary_write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """`rotary_`, then `write_kv`; one pass where a device can. What is left in k is not defined."""
     rotary_(q, k, positions, cos_sin)
@@ -224,15 +228,15 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
 
     The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position;
     with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score
     s becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key position -
-    query position). What the cache holds is multiplied by its scale.
+    query position). What the cache holds is multiplied by the scales of its heads.
     """
     num_heads, group = q.shape[1], q.shape[1] // v_cache.shape[1]
     out = torch.zeros_like(q)
@@ -241,10 +245,13 @@ def paged_attention(
         query = q[start[s] : start[s + 1]]
         num_blocks = -(-seq_len // v_cache.shape[2])
         table = plan.block_tables[s, :num_blocks].long()
-        keys, values = stored_kv(k_cache[table], v_cache[table], q.dtype)
+        keys, values = (
+            x if scale is None else x * scale.to(x.dtype)[:, None, None]
+            for x, scale in zip(stored_kv(k_cache[table], v_cache[table], q.dtype), (k_scale, v_scale), strict=True)
+        )
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
-        key = keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0) * k_scale
-        value = values.permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0) * v_scale
+        key = keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0)
+        value = values.permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0)
 
         scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
         if softcap > 0:

@@ -20,9 +20,10 @@ class KVLayers(Protocol):
 
 class Attention:
     """Writes the new keys and values to their slots, then lets the new queries read all they may see. With
-    `cos_sin`, the table of a rotary embedding, queries and keys are first rotated by their positions."""
+    `cos_sin`, the table of a rotary embedding, queries and keys are first rotated by their positions. Keys and values
+    are stored divided by `k_scale` and `v_scale` [num_kv_heads], where these are set."""
 
-    __slots__ = ("cos_sin", "kernels", "scale", "softcap", "window")
+    __slots__ = ("cos_sin", "k_scale", "kernels", "scale", "softcap", "v_scale", "window")
 
     def __init__(
         self, kernels: Kernels, *, scale: float, cos_sin: Tensor | None = None, window: int = 0, softcap: float = 0.0
@@ -32,6 +33,8 @@ class Attention:
         self.scale = scale
         self.window = window
         self.softcap = softcap
+        self.k_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
 
     def __call__(
         self,
@@ -50,13 +53,32 @@ class Attention:
         """
         k_cache, v_cache = layer_kv
         if self.cos_sin is None:
-            self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots)
+            self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots, k_scale=self.k_scale, v_scale=self.v_scale)
         else:
             assert positions is not None
-            self.kernels.rotary_write_kv(q, k, v, positions, self.cos_sin, k_cache, v_cache, plan.slots)
+            self.kernels.rotary_write_kv(
+                q,
+                k,
+                v,
+                positions,
+                self.cos_sin,
+                k_cache,
+                v_cache,
+                plan.slots,
+                k_scale=self.k_scale,
+                v_scale=self.v_scale,
+            )
         if readout is not None and readout.plan is not None:
             q, plan, readout = q[readout.tokens], readout.plan, None
         out = self.kernels.paged_attention(
-            q, k_cache, v_cache, plan, self.scale, window=self.window, softcap=self.softcap
+            q,
+            k_cache,
+            v_cache,
+            plan,
+            self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
         )
         return out if readout is None else out[readout.tokens]

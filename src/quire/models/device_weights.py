@@ -32,6 +32,9 @@ class DeviceWeights:
     def has(self, name: str) -> bool:
         return self._source.has(name)
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._source.shape_of(name)
+
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._source.take(name, shape)
         if tensor.device.type == "cpu":

@@ -13,6 +13,7 @@ from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
 from quire.model_config import ModelConfig
 from quire.models.blocks import embedding_and_head
+from quire.models.kv_scales import largest_projected, scales_of
 from quire.models.weights import TensorSource
 
 
@@ -48,6 +49,13 @@ class GPT2:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
         return self.head(hidden)
+
+    def scale_kv(self) -> None:
+        """Scale keys and values for a cache of float8 from now on, so that none can be too large."""
+        for layer in self.layers:
+            bounds = largest_projected(layer.qkv, layer.attention_norm.weight, layer.attention_norm.bias)
+            _, keys, values = bounds.view(3, -1, layer.head_dim)
+            layer.attend.k_scale, layer.attend.v_scale = scales_of(keys), scales_of(values)
 
 
 class Layer:

@@ -12,6 +12,7 @@ from quire.layers.norm import RMSNorm
 from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.blocks import GatedMLP, embedding_and_head, fused_linear
+from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 from quire.models.weights import TensorSource
 
 
@@ -47,6 +48,11 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
         return self.head(hidden)
+
+    def scale_kv(self) -> None:
+        """Scale keys and values for a cache of float8 from now on."""
+        for layer in self.layers:
+            layer.attention.scale_kv()
 
 
 class DecoderLayer:
@@ -128,6 +134,8 @@ class SelfAttention:
         self.attend = Attention(
             kernels, scale=config.head_dim**-0.5, cos_sin=cos_sin, window=config.layer_windows[index]
         )
+        self.stored_kv_scales = take_kv_scales(weights, config.num_kv_heads)
+        """The checkpoint's own."""
 
     def __call__(
         self,
@@ -150,3 +158,15 @@ class SelfAttention:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
         return self.o(self.attend(q, k, v, layer_kv, plan, positions, readout).flatten(1))
+
+    def scale_kv(self) -> None:
+        """Those of the checkpoint, or the least by which no key or value can be too large."""
+        scales = self.stored_kv_scales
+        if scales is None:
+            num_heads, num_kv_heads, _ = self.heads
+            bounds = largest_projected(self.qkv, self.norm.weight).view(-1, self.head_dim)
+            _, keys, values = bounds.split_with_sizes((num_heads, num_kv_heads, num_kv_heads))
+            if self.qk_norms is not None:
+                keys = self.head_dim**0.5 * self.qk_norms[1].abs().expand_as(keys)
+            scales = KVScales(scales_of(largest_rotated(keys, self.attend.cos_sin)), scales_of(values))
+        self.attend.k_scale, self.attend.v_scale = scales

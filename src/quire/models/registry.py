@@ -29,6 +29,10 @@ class Model(Protocol):
         """hidden [R, H] -> [R, vocab_size]."""
         ...
 
+    def scale_kv(self) -> None:
+        """Scale keys and values for a cache of float8 from now on."""
+        ...
+
 
 def load_model(
     config: ModelConfig,

@@ -36,6 +36,10 @@ class TensorSource(Protocol):
 
     def has(self, name: str) -> bool: ...
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that it has."""
+        ...
+
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
 
     def scope(self, prefix: str) -> "TensorSource": ...
@@ -98,6 +102,9 @@ class Weights:
 
     def has(self, name: str) -> bool:
         return self._prefix + name in self._entries
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._entries[self._prefix + name].shape
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored, a view of its file; its shape must be `shape`."""
@@ -162,7 +169,10 @@ class RandomWeights:
         return RandomWeights(self._seed, f"{self._prefix}{prefix}.", self._device)
 
     def has(self, name: str) -> bool:
-        return True
+        return not name.endswith("_scale")
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        raise KeyError(f"{name}: random weights have whatever shape they are asked for")
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("bias"):

@@ -52,19 +52,21 @@ def attention_builds(architecture: int) -> Iterator[Build]:
         types = {
             **dict.fromkeys(("q", "out"), f"*{activations}"),
             **dict.fromkeys(("k_cache", "v_cache"), f"*{kv}"),
-            **dict.fromkeys(("partials", "partial_lse", "slopes"), "*fp32"),
+            **dict.fromkeys(("partials", "partial_lse", "slopes", "k_scale", "v_scale"), "*fp32"),
             **dict.fromkeys(("items", "count", "gathered", "block_tables"), "*i32"),
-            **dict.fromkeys(("scale", "v_scale"), "fp32"),
+            "scale": "fp32",
             **dict.fromkeys(("q_stride", "window"), "i32"),
         }
         constants = {
             "NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": head_dim, "BLOCK_D": 1 << (head_dim - 1).bit_length(),
             "BLOCK_SIZE": BLOCK_SIZE, "ROWS": rows, "TILE": config.tile, "STAGES": config.num_stages,
             "COMPUTE": compute_dtype(TYPES[activations], TYPES[kv]), "HAS_WINDOW": False, "SOFTCAP": 0.0,
-            "HAS_SLOPES": False, "GATHERED": False, "UPCAST": False, **options,
+            "HAS_SLOPES": False, "SCALED": kv == "fp8e4nv", "GATHERED": False, "UPCAST": False, **options,
         }  # fmt: skip
         if not constants["HAS_SLOPES"]:
             constants["slopes"] = None
+        if not constants["SCALED"]:
+            constants["k_scale"] = constants["v_scale"] = None
         facts = {"rows": rows, "programs_per_sm": config.programs_per_sm}
         label = f"attention rows {rows} head {head_dim} {kv} {' '.join(options)}".strip()
         yield Build(architecture, "attention:attention_kernel", label, types, constants, config.num_warps, facts)
@@ -107,9 +109,9 @@ def small_builds(architecture: int) -> Iterator[Build]:
         "rotary_kv:rotary_kv_kernel",
         {"q": "*bf16", "k": "*bf16", "v": "*bf16", "positions": "*i32", "cos_sin": "*fp32", "k_cache": f"*{kv}",
          "v_cache": f"*{kv}", "slots": "*i32", "q_stride": "i32", "k_stride": "i32", "v_stride": "i32",
-         "k_scale": "fp32", "v_scale": "fp32"},
+         "k_scale": "*fp32", "v_scale": "*fp32"},
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_D": 128, "HALF": 64, "BLOCK_HALF": 64,
-         "BLOCK_SIZE": BLOCK_SIZE, "HEADS": rotary_kv.HEADS, "ROTATES": True, "WRITES": True},
+         "BLOCK_SIZE": BLOCK_SIZE, "HEADS": rotary_kv.HEADS, "ROTATES": True, "WRITES": True, "SCALED": True},
         rotary_kv.NUM_WARPS,
     )  # fmt: skip
     yield build(

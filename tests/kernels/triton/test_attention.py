@@ -1,6 +1,7 @@
 """Paged attention on a GPU, or in Triton's interpreter, against the reference in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         pytest.param([(40, 1)], Shape(20, 1, 64, 64), FP32, FP32, {}, id="decode-fp32-gqa20"),
         pytest.param([(90, 4), (5, 2), (160, 8)], blocks(GQA4, 64), BF16, BF16, {}, id="drafts-bf16-gqa4"),
         pytest.param([(90, 5), (64, 1)], blocks(GQA7, 64), FP32, FP32, {}, id="drafts-fp32-gqa7"),
-        pytest.param(DECODE, blocks(GQA4, 64), BF16, FP8, {}, id="decode-bf16-fp8kv"),
+        pytest.param(DECODE, Shape(4, 2, 64, 64), BF16, FP8, {}, id="decode-bf16-fp8kv"),
+        pytest.param(DECODE, Shape(4, 2, 64, 64), BF16, FP8, {"softcap": 2.0}, id="decode-bf16-fp8kv-softcap"),
         pytest.param(DECODE, blocks(GQA4, 16), FP32, FP32, {"window": 37}, id="decode-window"),
         pytest.param(DECODE, blocks(GQA4, 64), BF16, BF16, {"window": 64}, id="decode-bf16-window"),
         pytest.param(DECODE, blocks(GQA4, 64), FP32, FP32, {"softcap": 2.0}, id="decode-softcap"),
@@ -83,7 +85,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         pytest.param(MIXED, blocks(GQA4, 64), FP16, FP16, {}, id="mixed-fp16-gqa4-block64"),
         pytest.param(MIXED, blocks(GQA7, 64), BF16, BF16, {}, id="mixed-bf16-gqa7-block64"),
         pytest.param(MIXED, blocks(GQA8, 256), FP32, FP32, {}, id="mixed-fp32-gqa8-block256"),
-        pytest.param(MIXED, blocks(GQA4, 64), BF16, FP8, {}, id="mixed-bf16-fp8kv"),
+        pytest.param(MIXED, Shape(8, 2, 64, 64), BF16, FP8, {}, id="mixed-bf16-fp8kv"),
         pytest.param(MIXED, blocks(GQA4, 64), FP32, FP32, {"window": 37}, id="mixed-window"),
         pytest.param(MIXED, blocks(GQA4, 64), FP32, FP32, {"window": 20, "softcap": 3.0}, id="mixed-window-softcap"),
     ],
@@ -95,14 +97,17 @@ def test_paged_attention(
     shape: Shape,
     dtype: torch.dtype,
     kv_dtype: torch.dtype,
-    options: dict[str, float],
+    options: dict[str, Any],
 ) -> None:
     batch = ragged_batch(sequences, shape)
     caches = caches_of(batch, kv_dtype, device)
     q = batch.q.to(dtype)
+    expected_options: dict[str, object] = dict(options)
     if kv_dtype == FP8:
-        options = {**options, "k_scale": 1.25, "v_scale": 0.75}
-    expected = expected_of(batch, q, caches, **options)
+        k_scale, v_scale = (torch.linspace(low, 1.25, shape.num_kv_heads) for low in (0.5, 0.75))
+        options = {**options, "k_scale": k_scale.to(device), "v_scale": v_scale.to(device)}
+        expected_options |= {"k_scale": k_scale, "v_scale": v_scale}
+    expected = expected_of(batch, q, caches, **expected_options)
     for planned_window in {0, int(options.get("window", 0))}:
         plan = plan_of(batch, buffers_for(shape, device), window=planned_window)
         found = kernels.paged_attention(q.to(device), *caches, plan, batch.scale, **options)

@@ -18,6 +18,10 @@ from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 from tests.kernels.triton.test_attention import DECODE, GQA4, MIXED, blocks, caches_of, expected_of
 
 SHAPE = blocks(GQA4, 16)
+SCALES = {
+    "k_scale": torch.linspace(0.5, 1.25, SHAPE.num_kv_heads),
+    "v_scale": torch.linspace(0.75, 2, SHAPE.num_kv_heads),
+}
 
 
 class Wrapper:
@@ -40,7 +44,7 @@ class Wrapper:
         self.num_plans += 1
         self.planned = SimpleNamespace(**{name: value for name, value in locals().items() if name != "self"})
 
-    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor], *, k_scale: float, v_scale: float) -> Tensor:
+    def run(self, q: Tensor, paged_kv_cache: tuple[Tensor, Tensor]) -> Tensor:
         planned, out = self.planned, torch.full_like(q, float("nan"))
         assert (q.dtype, paged_kv_cache[0].dtype) == (planned.q_data_type, planned.kv_data_type)
         assert int(planned.qo_indptr.diff().max()) == planned.max_token_per_sequence
@@ -54,7 +58,7 @@ class Wrapper:
                 for cache in paged_kv_cache
             )
             rows = slice(int(planned.qo_indptr[s]), int(planned.qo_indptr[s + 1]))
-            scores = q[rows].double().transpose(0, 1) @ k.transpose(1, 2) * (planned.sm_scale * k_scale)
+            scores = q[rows].double().transpose(0, 1) @ k.transpose(1, 2) * planned.sm_scale
             if planned.logits_soft_cap > 0:
                 scores = planned.logits_soft_cap * torch.tanh(scores / planned.logits_soft_cap)
             ahead = torch.arange(length) - (torch.arange(length)[length - (rows.stop - rows.start) :, None])
@@ -62,7 +66,7 @@ class Wrapper:
             if planned.window_left >= 0:
                 hidden |= ahead < -planned.window_left
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            out[rows] = (weights @ v * v_scale).transpose(0, 1).to(q.dtype)
+            out[rows] = (weights @ v).transpose(0, 1).to(q.dtype)
         return out
 
 
@@ -95,7 +99,7 @@ def step(plan: Planner, batch: RaggedBatch) -> Any:
 
 
 @pytest.mark.parametrize("sequences", [DECODE, MIXED])
-@pytest.mark.parametrize("options", [{}, {"window": 37}, {"softcap": 2.0}, {"k_scale": 1.25, "v_scale": 0.75}])
+@pytest.mark.parametrize("options", [{}, {"window": 37}, {"softcap": 2.0}, SCALES])
 def test_attention(flashinfer: Any, sequences: list[tuple[int, int]], options: dict[str, float]) -> None:
     batch = ragged_batch(sequences, SHAPE)
     caches = caches_of(batch, torch.float32, torch.device("cpu"))

@@ -73,6 +73,14 @@ def cos_sin_table(rotary_dim: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
+def head_scales(device: torch.device) -> dict[str, Tensor]:
+    """Powers of two, of three heads; none makes a number of float8 too small for it."""
+    return {
+        "k_scale": torch.tensor([0.5, 1.0, 0.25], device=device),
+        "v_scale": torch.tensor([0.25, 0.5, 1.0], device=device),
+    }
+
+
 @pytest.mark.parametrize("kv_dtype", [*DTYPES, torch.float8_e4m3fn])
 def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype) -> None:
     # Values that float8 holds: the interpreter loses the carry when rounding to it lengthens the number.
@@ -80,7 +88,7 @@ def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype)
     slots = torch.tensor([3, 63, -1, 16, 40], dtype=torch.int32)
     shapes = kernels.kv_cache_shapes(5, 3, 16, 80)
     k_cache, v_cache = (torch.zeros(shape, dtype=kv_dtype, device=device) for shape in shapes)
-    scales = {"k_scale": 0.5, "v_scale": 0.25} if kv_dtype.itemsize == 1 else {}
+    scales = head_scales(device) if kv_dtype.itemsize == 1 else {}
     expected_k, expected_v = torch.zeros(shapes[0]).double(), torch.zeros(shapes[1]).double()
     reference.write_kv(
         fused[:, 3:6].cpu().double(),
@@ -88,7 +96,7 @@ def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype)
         expected_k.transpose(2, 3),
         expected_v,
         slots,
-        **scales,
+        **{name: scale.cpu() for name, scale in scales.items()},
     )
     kernels.write_kv(fused[:, 3:6], fused[:, 6:], k_cache, v_cache, slots.to(device), **scales)
     assert torch.equal(k_cache.cpu().double(), expected_k)
@@ -105,20 +113,25 @@ def test_rotary_write_kv(kernels: Kernels, device: torch.device, rotary_dim: int
     expected_k, expected_v = (torch.zeros(k_cache.shape).double() for _ in range(2))
     q, k, v = expected.split_with_sizes((6, 3, 3), dim=1)
     cached = (expected_k.transpose(2, 3), expected_v)
-    reference.rotary_write_kv(q, k, v, positions, cos_sin.double(), *cached, slots, k_scale=0.5, v_scale=2.0)
+    scales = head_scales(device)
+    on_host = {name: scale.cpu() for name, scale in scales.items()}
+    reference.rotary_write_kv(q, k, v, positions, cos_sin.double(), *cached, slots, **on_host)
     found = fused.split_with_sizes((6, 3, 3), dim=1)
     on_device = (positions.to(device), cos_sin.to(device), k_cache, v_cache, slots.to(device))
-    kernels.rotary_write_kv(*found, *on_device, k_scale=0.5, v_scale=2.0)
+    kernels.rotary_write_kv(*found, *on_device, **scales)
     assert_close(fused[:, :6], expected[:, :6], torch.float32)
     assert_close(k_cache, expected_k, torch.float32)
     assert_close(v_cache, expected_v, torch.float32)
 
 
-def test_what_float8_cannot_hold_becomes_the_largest(kernels: Kernels, device: torch.device) -> None:
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float8_e4m3fn, 448.0), (torch.float16, 65504.0)])
+def test_what_a_cache_cannot_hold_becomes_the_largest(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, limit: float
+) -> None:
     k = torch.tensor([1e6, -1e6, 448.0, 1.0]).repeat(4).view(1, 1, 16).to(device)
-    caches = [torch.zeros(1, 1, 16, 16, dtype=torch.float8_e4m3fn, device=device) for _ in range(2)]
+    caches = [torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) for _ in range(2)]
     kernels.write_kv(k, k, *caches, torch.zeros(1, dtype=torch.int32, device=device))
-    assert caches[0][0, 0, 0, :4].float().tolist() == [448.0, -448.0, 448.0, 1.0]
+    assert caches[0][0, 0, 0, :4].float().tolist() == [limit, -limit, 448.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])

@@ -113,9 +113,10 @@ def attention_kernel(
     count,
     gathered,
     block_tables,
+    k_scale,
+    v_scale,
     q_stride,
     scale,
-    v_scale,
     window,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -129,6 +130,7 @@ def attention_kernel(
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
+    SCALED: tl.constexpr,
     GATHERED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -167,6 +169,10 @@ def attention_kernel(
     if UPCAST:
         queries = queries.to(tl.float32)
     queries = queries.to(COMPUTE)
+    value_scale = 1.0
+    if SCALED:
+        scale *= tl.load(k_scale + kv_head)
+        value_scale = tl.load(v_scale + kv_head)
     slope = tl.zeros([ROWS], tl.float32)
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=live, other=0.0).to(tl.float32)
@@ -199,7 +205,7 @@ def attention_kernel(
         window, BLOCK_STRIDE, HEAD_DIM, BLOCK_SIZE, TILE, 1, True, HAS_WINDOW, SOFTCAP, HAS_SLOPES, UPCAST,
     )  # fmt: skip
 
-    result = acc * (v_scale / tl.where(total > 0, total, 1.0))[:, None]
+    result = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     if GATHERED or first_place >= 0:
         at = place * (NUM_KV_HEADS * GROUP) + head
         tl.store(partials + at[:, None] * HEAD_DIM + dim[None, :], result, mask=exists)
@@ -263,8 +269,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D]."""
     assert isinstance(plan, GpuAttentionPlan)
@@ -282,7 +288,6 @@ def paged_attention(
     if block_size % plan.tile:
         raise ValueError(f"k_cache: the plan was made for blocks of a multiple of {plan.tile}, found {block_size}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    scale *= k_scale
 
     def attend(work: WorkList, gathered: bool) -> None:
         if not work.num_programs:
@@ -300,9 +305,10 @@ def paged_attention(
             work.count,
             plan.gathered,
             plan.block_tables,
+            k_scale,
+            v_scale,
             q.stride(0),
             scale if softcap > 0 else scale * _LOG2_E.value,
-            v_scale,
             window,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
@@ -316,6 +322,7 @@ def paged_attention(
             HAS_WINDOW=window > 0,
             SOFTCAP=softcap,
             HAS_SLOPES=alibi_slopes is not None,
+            SCALED=k_scale is not None,
             GATHERED=gathered,
             UPCAST=INTERPRETED,
             num_warps=config.num_warps,

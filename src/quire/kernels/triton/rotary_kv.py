@@ -30,11 +30,13 @@ def _rotated(x, exists, cos, sin, head, pair, HEAD_DIM: tl.constexpr, HALF: tl.c
 
 
 @triton.jit
-def _stored(values, scale, dtype: tl.constexpr):
-    """As the cache holds it: float8 has no infinity, so that what is too large becomes the largest."""
-    values = values / scale
+def _stored(values, scales, dtype: tl.constexpr):
+    """As the cache holds it: what is too large for it becomes the largest."""
+    values = tl.div_rn(values, scales)
     if dtype == tl.float8e4nv:
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)
+    elif dtype == tl.float16:
+        values = tl.minimum(tl.maximum(values, -65504.0), 65504.0)
     return values.to(dtype)
 
 
@@ -63,6 +65,7 @@ def rotary_kv_kernel(
     HEADS: tl.constexpr,
     ROTATES: tl.constexpr,
     WRITES: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """Some heads of one token: first programs take query heads, the others key and value heads.
 
@@ -89,6 +92,11 @@ def rotary_kv_kernel(
     x = k + token * k_stride
     to = x
     row = head * HEAD_DIM
+    k_scales = tl.full([HEADS, 1], 1.0, tl.float32)
+    v_scales = k_scales
+    if SCALED:
+        k_scales = tl.load(k_scale + head, mask=head < NUM_KV_HEADS, other=1.0)[:, None]
+        v_scales = tl.load(v_scale + head, mask=head < NUM_KV_HEADS, other=1.0)[:, None]
     if WRITES:
         slot = tl.load(slots + token)
         if slot < 0:
@@ -99,22 +107,22 @@ def rotary_kv_kernel(
         to = k_cache + start
         exists = (head < NUM_KV_HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
         values = tl.load(v + token * v_stride + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
-        values = _stored(values.to(tl.float32), v_scale, v_cache.dtype.element_ty)
+        values = _stored(values.to(tl.float32), v_scales, v_cache.dtype.element_ty)
         tl.store(v_cache + start + row[:, None] + dim[None, :], values, mask=exists)
         # Of keys, what is not rotated.
         exists &= (dim >= (2 * HALF if ROTATES else 0))[None, :]
         keys = tl.load(x + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
-        keys = _stored(keys.to(tl.float32), k_scale, k_cache.dtype.element_ty)
+        keys = _stored(keys.to(tl.float32), k_scales, k_cache.dtype.element_ty)
         tl.store(to + row[:, None] + dim[None, :], keys, mask=exists)
     if ROTATES:
         exists = (head < NUM_KV_HEADS)[:, None] & (pair < HALF)[None, :]
         first, second = _rotated(x, exists, cos, sin, head, pair, HEAD_DIM, HALF)
-        tl.store(to + row[:, None] + pair[None, :], _stored(first, k_scale, to.dtype.element_ty), mask=exists)
-        tl.store(to + row[:, None] + pair[None, :] + HALF, _stored(second, k_scale, to.dtype.element_ty), mask=exists)
+        tl.store(to + row[:, None] + pair[None, :], _stored(first, k_scales, to.dtype.element_ty), mask=exists)
+        tl.store(to + row[:, None] + pair[None, :] + HALF, _stored(second, k_scales, to.dtype.element_ty), mask=exists)
 
 
 def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    _launch(q, k, None, positions, cos_sin, None, None, None, 1.0, 1.0)
+    _launch(q, k, None, positions, cos_sin, None, None, None, None, None)
 
 
 def write_kv(
@@ -124,8 +132,8 @@ def write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     _launch(None, k, v, None, None, k_cache, v_cache, slots, k_scale, v_scale)
 
@@ -140,8 +148,8 @@ def rotary_write_kv(
     v_cache: Tensor,
     slots: Tensor,
     *,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     _launch(q, k, v, positions, cos_sin, k_cache, v_cache, slots, k_scale, v_scale)
 
@@ -155,8 +163,8 @@ def _launch(
     k_cache: Tensor | None,
     v_cache: Tensor | None,
     slots: Tensor | None,
-    k_scale: float,
-    v_scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
@@ -187,5 +195,6 @@ def _launch(
         HEADS=HEADS,
         ROTATES=cos_sin is not None,
         WRITES=k_cache is not None,
+        SCALED=k_scale is not None,
         num_warps=NUM_WARPS,
     )
