@@ -23,6 +23,8 @@ DTYPE_ALIASES = {
     "bf16": "bfloat16",
     "fp8": "fp8_e4m3",
 }
+SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
+ADMISSIONS = ("current", "predicted")
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -109,6 +111,11 @@ class EngineConfig:
     """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
     """Prompts that may share a step's budget when they do not fit it together."""
+    scheduling_policy: str = "fcfs"
+    """Who is admitted first among requests of one priority: fcfs, who came first; shortest, who is predicted to need
+    least, within a bound; fair, whose tenant (API key, else user) was given least."""
+    admission: str = "current"
+    """When there is memory for one more: current, if it fits now; predicted, if it also fits at the predicted peak."""
     block_size: int | None = None
     """Tokens per KV block; None takes 16 on a CPU, 64 on a GPU."""
     num_blocks: int | None = None
@@ -167,6 +174,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in ("auto", *choices):
                 raise ConfigError(f"{name} is {value!r}; it must be auto or one of {', '.join(choices)}")
+        if self.scheduling_policy == "priority":  # vLLM's; here priorities count whatever the policy
+            object.__setattr__(self, "scheduling_policy", "fcfs")
+        for name, choices in (("scheduling_policy", SCHEDULING_POLICIES), ("admission", ADMISSIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         for name in (
             "kv_cache_memory",
             "logprobs_memory",

@@ -278,6 +278,14 @@ class EngineStats:
     total_draft_tokens: int = 0
     total_accepted_tokens: int = 0
     """Draft tokens that turned out to be what came next."""
+    predicted_output_tokens: int | None = None
+    """Tokens that running and waiting requests will still generate; like all predictions None while too little is known
+    of how long answers are."""
+    predicted_kv_cache_usage: float | None = None
+    """The most that running requests will use, as a share of the pool's blocks; more than 1 where some will be
+    preempted."""
+    predicted_queue_seconds: float | None = None
+    """Until all requests that wait now have started."""
     tiers: dict[str, TierStats] = field(default_factory=dict)
     """Of each tier below the pool, by name: host, disk."""
 

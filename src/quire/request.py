@@ -38,6 +38,11 @@ class Request:
     """Lower runs first, as in vLLM."""
     cache_salt: str = ""
     """Only requests of the same salt share prefix blocks."""
+    tenant: str = ""
+    """On whose account: the client's API key, or its name for a user. Shares are fair between tenants."""
+    workload: str = ""
+    """What it is sent for: route and system prompt. Requests of one tenant and workload have answers of like lengths.
+    """
     num_returned: int = 0
     """Of the params' n samples, return so many of highest cumulative log-probability, at the end; 0: all, as they come.
     """

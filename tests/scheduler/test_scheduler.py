@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Literal
+from unittest.mock import patch
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,8 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import SequenceDelta
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler import length_curve
+from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler, equal_shares
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.speculation import Drafts, Speculation
@@ -308,6 +311,8 @@ class Engine:
         guesses: Guesses | None = None,
         overlaps: bool = False,
         num_failures: int = 0,
+        policy: str = "fcfs",
+        admission: str = "current",
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
         has `num_failures` times no memory for a step of more than one token."""
@@ -325,6 +330,8 @@ class Engine:
             max_model_len=256,
             max_num_partial_prefills=max_num_partial_prefills,
             speculation=guesses,
+            make_queue=SCHEDULING_POLICIES[policy],
+            make_rule=ADMISSIONS[admission],
             clock=lambda: 1.0,
         )
         if guesses is not None:
@@ -528,6 +535,7 @@ def new_request(
         max_tokens=max_tokens,
         priority=priority,
         cache_salt=salt,
+        tenant=salt,
         output_token_ids=resumed or {},
     )
 
@@ -1416,6 +1424,11 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests of every kind come, go and are preempted; each gets the tokens it would get alone."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.predicts_early = patch.object(length_curve, "MIN_ANSWERS", 2)
+        self.predicts_early.start()
+
     @initialize(
         num_blocks=st.integers(1, 64),
         block_size=st.integers(1, 8),
@@ -1426,6 +1439,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         longest_draft=st.sampled_from([0, 0, 1, 3, 9]),
         overlaps=st.booleans(),
         num_failures=st.sampled_from([0, 0, 1, 5]),
+        policy=st.sampled_from(list(SCHEDULING_POLICIES)),
+        admission=st.sampled_from(list(ADMISSIONS)),
     )
     def start(
         self,
@@ -1438,6 +1453,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         longest_draft: int,
         overlaps: bool,
         num_failures: int,
+        policy: str,
+        admission: str,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -1449,6 +1466,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
             overlaps=overlaps,
             num_failures=num_failures,
+            policy=policy,
+            admission=admission,
         )
         self.num_requests = 0
 
@@ -1553,8 +1572,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.check()
 
     def teardown(self) -> None:
-        if hasattr(self, "engine"):
-            self.run_to_the_end()
+        try:
+            if hasattr(self, "engine"):
+                self.run_to_the_end()
+        finally:
+            self.predicts_early.stop()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -249,6 +249,8 @@ def test_the_check_sees_books_that_do_not_add_up() -> None:
         ({"policy": "orca-max", "swap_space": "1GiB"}, "are tiers of policy paged"),
         ({"n": 3, "beam_width": 2}, "n is 3, but 2 beams"),
         ({"restart_time": -1.0}, "restart_time is -1.0"),
+        ({"scheduling_policy": "sjf"}, "scheduling_policy is 'sjf'"),
+        ({"policy": "orca-max", "scheduling_policy": "fair"}, "policy orca-max is a baseline"),
     ],
 )
 def test_settings_at_odds_are_refused(options: dict[str, Any], said: str) -> None:

@@ -20,6 +20,7 @@ from quire.model_config import ModelConfig
 from quire.request import Request
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
+from quire.scheduler import length_curve
 from quire.scheduler.scheduler import Scheduler
 from quire.simulation.arrivals import arrivals_of
 from quire.simulation.measures import Measures
@@ -31,6 +32,8 @@ from quire.simulation.trace import Trace, TraceRow
 from quire.step import StepPlan, StepResult
 from tests.simulation.traces import SLOW, TINY
 
+END_TOKENS = tuple(range(40))
+"""As many of the bundled model's as let a sample end after some dozen tokens."""
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS, MAX_TOKENS, MAX_LEN = 48, 16, 12, 64, 256
 
 
@@ -41,6 +44,8 @@ class Recording:
     now: float = 0.0
     seconds: list[float] = field(default_factory=list)
     plans: list[tuple[Any, ...]] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Request → tokens that it was given, of its last sample that ended."""
 
     def note(self, plan: StepPlan) -> None:
         """Which sequences compute what where; not which tokens, which a simulation does not know."""
@@ -58,7 +63,10 @@ class Recording:
         )
 
 
-def run_engine(rows: list[TraceRow], n: int, monkeypatch: pytest.MonkeyPatch) -> Recording:
+def run_engine(
+    rows: list[TraceRow], monkeypatch: pytest.MonkeyPatch, *, n: int = 1, ends: bool = False, **policies: str
+) -> Recording:
+    """With `ends` the model may end a sample before its limit, at a token drawn of nearly all there are."""
     recording = Recording()
 
     class RecordingRunner(ModelRunner):
@@ -75,6 +83,7 @@ def run_engine(rows: list[TraceRow], n: int, monkeypatch: pytest.MonkeyPatch) ->
         max_num_batched_tokens=MAX_TOKENS,
         max_model_len=MAX_LEN,
         threads=1,
+        **policies,
     )
     model_config = ModelConfig.from_folder(bundled_folder())
     plan = plan_memory(config, model_config)
@@ -91,24 +100,35 @@ def run_engine(rows: list[TraceRow], n: int, monkeypatch: pytest.MonkeyPatch) ->
                     # So hot that two samples of a prompt part at once, as they do in a simulation, which has no text:
                     # a block that they began alike would be found when one of them comes back.
                     params=SamplingParams(
-                        n=n, temperature=100.0, max_tokens=row.output_tokens, ignore_eos=True, seed=number
+                        n=n,
+                        temperature=100.0,
+                        max_tokens=row.output_tokens,
+                        ignore_eos=True,
+                        seed=number,
+                        stop_token_ids=END_TOKENS if ends else (),
                     ),
                     max_tokens=row.output_tokens,
                     arrival_time=row.arrival or 0.0,
+                    tenant=row.tenant,
                 )
             )
         if not core.has_work:
             recording.now = max(recording.now, waiting[0][1].arrival or 0.0)
             continue
         started = time.perf_counter()
-        core.step()
+        deltas = core.step()
+        for delta in deltas:
+            num_tokens = len(delta.token_ids)
+            recording.lengths[delta.request_id] = recording.lengths.get(delta.request_id, 0) + num_tokens
         recording.seconds.append(time.perf_counter() - started)
         recording.now += recording.seconds[-1]
     core.close()
     return recording
 
 
-def run_simulation_of(rows: list[TraceRow], n: int, seconds: list[float]) -> tuple[Recording, dict[str, Any]]:
+def run_simulation_of(
+    rows: list[TraceRow], seconds: list[float], *, n: int = 1, **policies: str
+) -> tuple[Recording, dict[str, Any]]:
     recording = Recording()
     times = iter(seconds)
 
@@ -118,7 +138,12 @@ def run_simulation_of(rows: list[TraceRow], n: int, seconds: list[float]) -> tup
             return super().execute(plan, now)[0], next(times)
 
     settings = SimulationSettings(
-        trace="made", n=n, block_size=BLOCK_SIZE, max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS
+        trace="made",
+        n=n,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        **policies,  # type: ignore[arg-type]  # names of policies are texts
     )
     simulation = PagedSimulation(
         arrivals_of(Trace("made", rows), settings),
@@ -141,10 +166,45 @@ def test_simulator_and_engine_make_the_same_plans(n: int, monkeypatch: pytest.Mo
         # A third of them at once, the rest while others run.
         gap = 0.0 if len(rows) < 8 else draw.expovariate(100.0)
         rows.append(TraceRow(draw.randint(1, 150), draw.randint(1, 60), (rows[-1].arrival or 0.0) + gap))
-    engine = run_engine(rows, n, monkeypatch)
-    simulated, figures = run_simulation_of(rows, n, engine.seconds)
+    engine = run_engine(rows, monkeypatch, n=n)
+    simulated, figures = run_simulation_of(rows, engine.seconds, n=n)
     assert figures["finished"] == len(rows)
     assert figures["preemptions"] > 0
+    assert_same_plans(simulated, engine)
+
+
+@pytest.mark.parametrize(
+    ("policy", "admission"), [("fcfs", "predicted"), ("shortest", "current"), ("fair", "predicted")]
+)
+def test_each_policy_decides_alike_where_the_model_ends_answers(
+    policy: str, admission: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What policies learn from is the same, too: who ended when, by itself or at its limit, and of which tenant.
+
+    How long each answer is the engine shows; clients only say how long it may be.
+    """
+    monkeypatch.setattr(length_curve, "MIN_ANSWERS", 6)
+    draw = random.Random(5)
+    rows = []
+    for number in range(40):
+        arrival = 0.0 if number < 16 else (rows[-1].arrival or 0.0) + draw.expovariate(150.0)
+        limit = draw.choice((16, 60, 100))
+        rows.append(TraceRow(draw.randint(1, 100), limit, arrival, tenant="greedy" if number % 4 else "modest"))
+    engine = run_engine(rows, monkeypatch, ends=True, scheduling_policy=policy, admission=admission)
+    told = [
+        row._replace(output_tokens=engine.lengths[str(number)], max_tokens=row.output_tokens)
+        for number, row in enumerate(rows)
+    ]
+    num_ended = sum(row.output_tokens < (row.max_tokens or 0) for row in told)
+    assert 10 < num_ended < 38, "some end by themselves, some at their limit"
+    simulated, figures = run_simulation_of(told, engine.seconds, scheduling_policy=policy, admission=admission)
+    assert figures["finished"] == len(rows)
+    assert_same_plans(simulated, engine)
+    first_come, _ = run_simulation_of(told, [*engine.seconds, *[0.01] * 1000])
+    assert first_come.plans != simulated.plans, "the policy makes a difference here"
+
+
+def assert_same_plans(simulated: Recording, engine: Recording) -> None:
     assert len(simulated.plans) == len(engine.plans)
     for step, (mine, theirs) in enumerate(zip(simulated.plans, engine.plans, strict=True)):
         assert mine == theirs, f"step {step}"

@@ -80,6 +80,12 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, said: str) -> None:
         read_trace(path)
 
 
+def test_tenants_and_limits(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("prompt_tokens,output_tokens,max_tokens,tenant\n3,4,64,a\n5,6,,\n")
+    assert [(row.max_tokens, row.tenant) for row in read_trace(path).rows] == [(64, "a"), (None, "")]
+
+
 def test_names_are_looked_up_in_the_folder(tmp_path: Path) -> None:
     for name in ("chat_1.csv", "chat_2.csv", "code.jsonl.gz"):
         (tmp_path / name).write_text("")

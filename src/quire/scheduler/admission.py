@@ -1,7 +1,8 @@
 """Admission: who of those that wait gets rows and memory, and what of their KV they start from.
 
-Groups are admitted in their order while rows, blocks for the whole prompt and a watermark of free blocks allow it. One
-whose next block is being computed by another group right now waits for that block instead of computing it twice.
+Groups are admitted in the order of the waiting queue while rows, blocks for the whole prompt, a watermark of free
+blocks and the rule of admission, if there is one, allow it. One whose next block is being computed by another group
+right now waits for that block instead of computing it twice.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,10 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
 from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.groups import Groups
+from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.prefix_lookup import Found, PrefixLookup
 from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.scheduler.service import PROMPT_TOKEN
 from quire.step import NewRow, StepPlan
 
 MAX_POSTPONED = 64
@@ -27,6 +30,7 @@ class Admission:
         pool: BlockPool,
         groups: Groups,
         lookup: PrefixLookup,
+        rule: AdmissionRule | None,
         transfers: BlockTransfers | None,
         stats: EngineStats,
         clock: Callable[[], float],
@@ -34,10 +38,12 @@ class Admission:
         watermark: int,
         max_num_partial_prefills: int,
     ) -> None:
-        """`watermark` blocks are left free, so that running sequences can grow before any is preempted."""
+        """`watermark` blocks are left free, so that running sequences can grow before any is preempted; `rule` may ask
+        for more room than that."""
         self._pool = pool
         self._groups = groups
         self._lookup = lookup
+        self._rule = rule
         self._transfers = transfers
         self._stats = stats
         self._clock = clock
@@ -123,7 +129,10 @@ class Admission:
             return group.num_rows <= num_free_rows
         if group.num_rows > num_free_rows - num_rows_kept:
             return False
-        return self._num_needed(group, found) + promised <= self._pool.num_free - self._watermark
+        needed = self._num_needed(group, found)
+        if needed + promised > self._pool.num_free - self._watermark:
+            return False
+        return self._rule is None or self._rule.fits(group, needed, self._groups.running, promised)
 
     def _can_copy(self, group: SequenceGroup, found: Found, promised: int) -> bool:
         """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
@@ -135,8 +144,8 @@ class Admission:
 
     def _num_needed(self, group: SequenceGroup, found: SequenceOf[int]) -> int:
         """Blocks that are free now and would not be when all tokens of the group are computed."""
-        needed = _num_blocks_to_come(group.leader, self._pool.block_size)
-        return needed - sum(1 for block in found if self._pool.ref_counts[block])
+        group.num_shared_blocks = sum(1 for block in found if self._pool.ref_counts[block])
+        return _num_blocks_to_come(group.leader, self._pool.block_size) - group.num_shared_blocks
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
         self._groups.start(group)
@@ -155,6 +164,8 @@ class Admission:
             self._lookup.explain(group)
             self._stats.total_prefix_queries += group.num_prompt_tokens
             self._lookup.count_hits(leader, hits)
+            num_computed = group.num_prompt_tokens - group.num_cached_tokens
+            self._groups.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
 
 
 def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:

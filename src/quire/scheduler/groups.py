@@ -5,9 +5,13 @@ again, and ends.
 """
 
 import bisect
+from collections.abc import Sequence as SequenceOf
 
 from quire.outputs import EngineStats
 from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.length_curve import Ending
+from quire.scheduler.output_lengths import OutputLengths
+from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
@@ -17,14 +21,24 @@ class Groups:
     """Owned by the scheduler, whose parts read it and call its methods."""
 
     def __init__(
-        self, max_num_seqs: int, transfers: BlockTransfers | None, prefixes: RegisteredPrefixes, stats: EngineStats
+        self,
+        max_num_seqs: int,
+        waiting: WaitingQueue,
+        lengths: OutputLengths,
+        rules: SequenceOf[AdmissionRule],
+        transfers: BlockTransfers | None,
+        prefixes: RegisteredPrefixes,
+        stats: EngineStats,
     ) -> None:
+        """`lengths` and `rules` hear of what starts, is preempted or ends."""
         self.by_id: dict[str, SequenceGroup] = {}
-        self.waiting = WaitingQueue()
+        self.waiting = waiting
         self.running: list[SequenceGroup] = []
         """Groups with memory, sorted by `order`: the last one yields first."""
         self.rows: list[Sequence | None] = [None] * max_num_seqs
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._lengths = lengths
+        self._rules = rules
         self._transfers = transfers
         self._prefixes = prefixes
         self._stats = stats
@@ -32,7 +46,8 @@ class Groups:
     def enter(self, group: SequenceGroup) -> None:
         """A new request waits."""
         self.by_id[group.request.request_id] = group
-        self.waiting.push(group)
+        self._lengths.enter(group)
+        self.waiting.enter(group)
 
     def start(self, group: SequenceGroup) -> None:
         """A group taken from those that wait gets its rows and runs."""
@@ -40,6 +55,7 @@ class Groups:
             sequence.row = self.free_rows.pop()
             self.rows[sequence.row] = sequence
         bisect.insort(self.running, group, key=_order)
+        self._lengths.start(group)
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
@@ -51,10 +67,15 @@ class Groups:
         group.num_preemptions += 1
         self._stats.total_preemptions += 1
         self.waiting.push(group)
+        for rule in self._rules:
+            rule.note_preemption()
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: Sequence, ending: Ending = Ending.GIVEN_UP) -> None:
         """A sequence has ended; with its last one the group has."""
         group = sequence.group
+        self._lengths.end(sequence, ending)
+        for rule in self._rules:
+            rule.note_end()
         self._release(sequence)
         group.sequences.remove(sequence)
         if not group.sequences:

@@ -12,10 +12,14 @@ from quire.request import FinishReason
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.groups import Groups
+from quire.scheduler.length_curve import Ending
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
+from quire.scheduler.service import OUTPUT_TOKEN
 from quire.step import BeamCandidates, RowFork, StepPlan, StepResult, TokenLogprobs
+
+_ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
 
 ForkedTable = tuple[int, int, list[int]]
 """A table that forked, as in `StepPlan.new_blocks`."""
@@ -164,10 +168,11 @@ class Intake:
                     break
             if logprobs is not None:
                 delta.logprobs = logprobs[: len(delta.token_ids)]
+        self._groups.waiting.serve(request.tenant, OUTPUT_TOKEN * len(delta.token_ids))
         if delta.finish_reason is not None:
             if error is None:
                 self._prefixes.complete(request.request_id, sequence.table)
-            self._groups.drop(sequence)
+            self._groups.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
         return delta
 
     def _advance(

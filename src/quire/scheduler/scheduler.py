@@ -31,9 +31,14 @@ from quire.request import Request
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.forecast import Forecast
 from quire.scheduler.groups import Groups
 from quire.scheduler.intake import Intake
+from quire.scheduler.length_curve import Ending
+from quire.scheduler.load import Load
 from quire.scheduler.memory_report import report_memory
+from quire.scheduler.output_lengths import OutputLengths
+from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, AdmissionRule, MakeQueue, MakeRule
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
@@ -61,6 +66,8 @@ class Scheduler:
         tiers: TierIndex | None = None,
         max_pinned_share: float = 0.5,
         speculation: Speculation | None = None,
+        make_queue: MakeQueue = SCHEDULING_POLICIES["fcfs"],
+        make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pool = pool
@@ -72,7 +79,13 @@ class Scheduler:
         self.prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * max_pinned_share))
         self._tiers = tiers
         self._transfers = transfers = None if tiers is None else BlockTransfers(tiers, pool)
-        self._groups = groups = Groups(max_num_seqs, transfers, self.prefixes, stats)
+        lengths = OutputLengths()
+        forecast = Forecast(pool)
+        rule = make_rule(forecast, pool, stats)
+        rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
+        queue = make_queue(stats)
+        self._groups = groups = Groups(max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
+        self._load = Load(pool, groups, forecast)
         self._lookup = lookup = PrefixLookup(pool, transfers, stats, clock)
         self._intake = Intake(pool, groups, lookup, transfers, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
@@ -80,6 +93,7 @@ class Scheduler:
             pool,
             groups,
             lookup,
+            rule,
             transfers,
             stats,
             clock,
@@ -144,6 +158,8 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         self._num_arrivals += 1
+        if not self._groups.by_id:
+            self._load.begin(self._clock(), self._stats)
         self._groups.enter(group)
 
     def abort(self, request_id: str) -> None:
@@ -158,7 +174,7 @@ class Scheduler:
         if group is not None:
             for sequence in tuple(group.sequences):
                 if sequence.index == index:
-                    self._groups.drop(sequence)
+                    self._groups.drop(sequence, Ending.NATURAL)
 
     def register_prefix(self, request: Request, salts: SequenceOf[str]) -> None:
         """Compute the request's prompt and hold its full blocks, findable under all `salts`, until `prefixes.remove`.
@@ -198,7 +214,8 @@ class Scheduler:
             self._transfers.forget_all()
 
     def stats(self) -> EngineStats:
-        """The present counts."""
+        """The present counts; those that are predicted are at most half a second old."""
+        self._load.refresh(self._clock(), self._stats)
         stats, pool = replace(self._stats), self.pool
         stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
         stats.num_running = len(self._groups.running)

@@ -11,9 +11,12 @@ from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
 from quire.request import Request
 from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.length_curve import LengthClass, LengthCurve
 from quire.scheduler.speculation import Drafts
 
 NO_ROW = -1
+
+_TO_THE_LIMIT = LengthCurve([])
 
 
 class Sequence:
@@ -59,6 +62,7 @@ class SequenceGroup:
         "beam_search",
         "cached_tokens",
         "first_scheduled_time",
+        "length_classes",
         "miss",
         "num_accepted_tokens",
         "num_cached_tokens",
@@ -67,7 +71,9 @@ class SequenceGroup:
         "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
+        "num_shared_blocks",
         "order",
+        "rank",
         "request",
         "sequences",
         "spares",
@@ -77,7 +83,13 @@ class SequenceGroup:
         self.request = request
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.order = (request.priority, arrival_number)
-        """Who comes first; unique, so that every order in the scheduler is total."""
+        """Who yields last; unique, so that every order in the scheduler is total."""
+        self.rank: tuple[int, float, int] = (request.priority, 0.0, arrival_number)
+        """Who is admitted first; unique, and set by the waiting queue when the group enters it."""
+        self.length_classes: tuple[LengthClass, ...] = ()
+        """By whose answers its own are predicted, the closest first."""
+        self.num_shared_blocks = 0
+        """Blocks that it started from while others held them: they stay when it ends."""
         self.num_preemptions = 0
         self.num_copied_blocks = 0
         self.num_draft_tokens = 0
@@ -119,6 +131,20 @@ class SequenceGroup:
         """Whether log-probabilities of prompt tokens were asked for and are not all delivered."""
         wanted = self.request.params.prompt_logprobs is not None
         return wanted and self.num_prompt_logprobs < self.num_prompt_tokens - 1
+
+    @property
+    def length_curve(self) -> LengthCurve | None:
+        """The distribution of lengths to judge its answers by; None while too little is known.
+
+        Beams are expected to go on to their limit.
+        """
+        if self.beam_search is not None:
+            return _TO_THE_LIMIT
+        for length_class in self.length_classes:
+            curve = length_class.curve
+            if curve is not None:
+                return curve
+        return None
 
     @property
     def num_rows(self) -> int:

@@ -35,6 +35,14 @@ class GapHistogram:
         return None
 
 
+class _Tenant:
+    """What its requests met with."""
+
+    def __init__(self) -> None:
+        self.ttft = array("d")
+        self.num_good = 0
+
+
 class Measures:
     """Sums over steps and times of requests.
 
@@ -67,6 +75,7 @@ class Measures:
         self._batch = self._filled = self._reserved = self._internal = self._allocated = self._saved = 0.0
         self._peak_batch = 0
         self._ttft, self._normalized, self._latency = array("d"), array("d"), array("d")
+        self._tenants: dict[str, _Tenant] = {}
         self._timeline: list[list[float]] = []
         """Per interval: busy seconds, and batch and filled slots times seconds."""
         self._interval = 1.0
@@ -107,15 +116,21 @@ class Measures:
         point[1] += weight
         point[2] += filled * seconds
 
-    def request_finished(self, arrival: float, first_token: float, end: float, num_output: int) -> None:
+    def request_finished(
+        self, arrival: float, first_token: float, end: float, num_output: int, tenant: str = ""
+    ) -> None:
         """A request got all of its output, `num_output` tokens per sample."""
         ttft, latency = first_token - arrival, end - arrival
         self.finished += 1
         self._ttft.append(ttft)
         self._latency.append(latency)
         self._normalized.append(latency / num_output)
-        if ttft <= self._ttft_limit and end - first_token <= self._tbt_limit * max(1, num_output - 1):
-            self._good += 1
+        good = ttft <= self._ttft_limit and end - first_token <= self._tbt_limit * max(1, num_output - 1)
+        self._good += good
+        if tenant:
+            known = self._tenants.setdefault(tenant, _Tenant())
+            known.ttft.append(ttft)
+            known.num_good += good
         if self.finished == self._warm_up:
             self._begin(end)
 
@@ -159,7 +174,16 @@ class Measures:
             **spread_of("normalized_latency", self._normalized),
             **spread_of("latency", self._latency),
             **spread_of("ttft", self._ttft),
+            "ttft_max": max(self._ttft, default=None),
             **{f"tbt_p{percent}": self.gaps.quantile(percent) for percent in (50, 90, 99)},
+            "tenants": {
+                name: {
+                    "finished": len(tenant.ttft),
+                    "goodput_pct": 100 * tenant.num_good / len(tenant.ttft),
+                    **spread_of("ttft", tenant.ttft),
+                }
+                for name, tenant in self._tenants.items()
+            },
             "timeline": [
                 {
                     "time": index * self._interval,

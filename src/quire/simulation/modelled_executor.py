@@ -14,6 +14,7 @@ from collections import deque
 from operator import mul
 
 from quire.kv_cache.tiers import DISK, HOST
+from quire.sampling_params import SamplingParams
 from quire.simulation.step_time import StepTime
 from quire.step import BeamCandidates, BlockMoves, MovedBlocks, StepPlan, StepResult
 
@@ -22,6 +23,22 @@ SAMPLED_TOKEN = 2**30
 
 No prompt holds it, so that none goes on where an output ended.
 """
+
+
+END_TOKEN = 0
+"""What a sample draws last that ends before its limit."""
+_LENGTH = "output_tokens"
+
+
+def ends_after(num_tokens: int) -> dict[str, str]:
+    """What `SamplingParams.extra` says of samples that end by themselves: after so many tokens, the last included."""
+    return {_LENGTH: str(num_tokens)}
+
+
+def output_length(params: SamplingParams) -> int | None:
+    """After how many tokens samples end by themselves; None if they go on to their limit."""
+    length = params.extra.get(_LENGTH)
+    return None if length is None else int(length)
 
 
 class ModelledTiers:
@@ -77,6 +94,8 @@ class ModelledExecutor:
         self._draw = random.Random(f"beams {seed}")
         self._beam_widths: dict[int, int] = {}
         """Row → width of the search that it is a beam of."""
+        self._num_left: dict[int, int] = {}
+        """Row → tokens that it still draws, where it ends by itself."""
         self._sampled: dict[int, int] = {}
         """Row → what it draws, where that is not `SAMPLED_TOKEN`."""
 
@@ -99,9 +118,16 @@ class ModelledExecutor:
                 self._sampled[new.row] = SAMPLED_TOKEN + new.sample_index
             elif self._sampled:
                 self._sampled.pop(new.row, None)
+            length = output_length(new.params)
+            if length is not None:
+                self._num_left[new.row] = length - len(new.output_token_ids)
+            elif self._num_left:
+                self._num_left.pop(new.row, None)
         if self._sampled:
             # Samples that drew alike would be found in the prefix cache by each other.
             result.token_ids = [self._sampled.get(row, SAMPLED_TOKEN) for row in plan.sample_rows]
+        if self._num_left:
+            self._end_samples(plan, result)
         self._follow_beams(plan, result)
         if self._tiers is not None:
             result.moved, seconds = self._tiers.move(plan.moves, now, seconds)
@@ -111,8 +137,17 @@ class ModelledExecutor:
         """The engine died: what was on its way is lost."""
         self._beam_widths.clear()
         self._sampled.clear()
+        self._num_left.clear()
         if self._tiers is not None:
             self._tiers.forget()
+
+    def _end_samples(self, plan: StepPlan, result: StepResult) -> None:
+        num_left = self._num_left
+        for place, row in enumerate(plan.sample_rows):
+            if row in num_left:
+                num_left[row] = left = num_left[row] - 1
+                if not left:
+                    result.token_ids[place] = END_TOKEN
 
     def _follow_beams(self, plan: StepPlan, result: StepResult) -> None:
         widths = self._beam_widths

@@ -1,7 +1,9 @@
 """The engine as it is, against a modelled executor: its Scheduler and its BlockPool on a simulated clock."""
 
 import heapq
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -16,13 +18,14 @@ from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
 from quire.simulation.invariants import check_pool
 from quire.simulation.measures import Measures
-from quire.simulation.modelled_executor import SAMPLED_TOKEN, ModelledExecutor
+from quire.simulation.modelled_executor import END_TOKEN, SAMPLED_TOKEN, ModelledExecutor, ends_after
+from quire.simulation.rivals import QUEUES, RULES
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS
 
 QUEUE_AHEAD = 512
 """Requests in the scheduler's queue beyond those that can run. What arrived later waits outside, in the same order:
-first come, first served makes no difference between the two, and prompts need memory."""
+first come, first served makes no difference between the two, and prompts need memory. Other policies see all."""
 
 _UNIQUE = 2**31
 """Token ids from here on stand for prompts of which nothing is known but their length."""
@@ -79,11 +82,12 @@ class PagedSimulation:
         self._tier_hits = {HOST: 0, DISK: 0}
         self._on_disk: list[tuple[bytes, int]] = []
         """What the engine before this one left on disk."""
-        self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD
+        waits_outside = settings.scheduling_policy == "fcfs" or settings.saturate
+        self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD if waits_outside else sys.maxsize
         self._clients: dict[str, _Client] = {}
         self._leaving: list[tuple[float, str]] = []
         """When clients lose patience, as a heap."""
-        self._params: dict[int, SamplingParams] = {}
+        self._params: dict[tuple[int, int], SamplingParams] = {}
         self._prefix = [_SHARED] * settings.shared_prefix
         self._num_counted = 0
         """Clients waiting or running that are part of the result."""
@@ -167,26 +171,39 @@ class PagedSimulation:
                 check_pool(self.scheduler.pool)
 
     def _add(self, arrival: Arrival) -> None:
-        row = arrival.row
+        row, settings = arrival.row, self._settings
+        max_tokens = row.max_tokens or settings.max_tokens or row.output_tokens
+        room = self._max_model_len - row.prompt_tokens - len(self._prefix)
+        if row.output_tokens <= room:
+            max_tokens = min(max_tokens, room)  # as for a client that names no limit
+        if row.output_tokens > max_tokens:
+            arrival = arrival._replace(row=row._replace(output_tokens=max_tokens))
+            row = arrival.row
         if row.hash_ids:
             prompt = list(chain.from_iterable(repeat(block, HASH_BLOCK_TOKENS) for block in row.hash_ids))
             del prompt[row.prompt_tokens :]
         else:
             prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
         prompt[:0] = self._prefix
-        params = self._params.get(row.output_tokens)
+        params = self._params.get((row.output_tokens, max_tokens))
         if params is None:
-            settings = self._settings
+            ends_early = row.output_tokens < max_tokens and settings.beam_width is None
             params = SamplingParams(
-                n=settings.n, beam_width=settings.beam_width, max_tokens=row.output_tokens, ignore_eos=True
+                n=settings.n,
+                beam_width=settings.beam_width,
+                max_tokens=max_tokens if ends_early else row.output_tokens,
+                ignore_eos=not ends_early,
+                extra=ends_after(row.output_tokens) if ends_early else {},
             )
-            self._params[row.output_tokens] = params
+            self._params[row.output_tokens, max_tokens] = params
         request = Request(
             request_id=f"{arrival.number}",
             prompt_token_ids=prompt,
             params=params,
-            max_tokens=row.output_tokens,
+            eos_token_ids=() if params.ignore_eos else (END_TOKEN,),
+            max_tokens=params.max_tokens or row.output_tokens,
             arrival_time=arrival.time,
+            tenant=row.tenant,
         )
         patience = self._faults.patience()
         try:
@@ -236,7 +253,11 @@ class PagedSimulation:
             self.measures.failed += client.arrival.counted
         elif client.arrival.counted:
             self.measures.request_finished(
-                client.start, client.first_token, client.last_token, client.arrival.row.output_tokens
+                client.start,
+                client.first_token,
+                client.last_token,
+                client.arrival.row.output_tokens,
+                client.request.tenant,
             )
 
     def _forget(self, client: _Client) -> None:
@@ -255,6 +276,8 @@ class PagedSimulation:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self._max_model_len,
             tiers=self._tiers,
+            make_queue=QUEUES[settings.scheduling_policy],
+            make_rule=RULES[settings.admission],
             clock=lambda: self.now,
         )
         if self._prefix:
@@ -291,16 +314,7 @@ class PagedSimulation:
         for client in self._clients.values():
             asked = client.request
             received = {index: [SAMPLED_TOKEN + index] * length for index, length in client.lengths.items()}
-            self.scheduler.add(
-                Request(
-                    request_id=asked.request_id,
-                    prompt_token_ids=asked.prompt_token_ids,
-                    params=asked.params,
-                    max_tokens=asked.max_tokens,
-                    arrival_time=asked.arrival_time,
-                    output_token_ids=received,
-                )
-            )
+            self.scheduler.add(replace(asked, output_token_ids=received))
 
     def _keep_counts(self) -> None:
         stats = self.scheduler.stats()

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from quire import config
 from quire.config import parse_size
 from quire.errors import ConfigError
 
 POLICIES = ("paged", "orca-max", "orca-pow2", "orca-oracle", "fastertransformer")
+SCHEDULING_POLICIES = (*config.SCHEDULING_POLICIES, "oracle-shortest")
+ADMISSIONS = (*config.ADMISSIONS, "new-token-ratio")
 ARRIVALS = ("auto", "trace", "poisson", "gamma", "bursts")
 
 
@@ -25,6 +28,12 @@ class SimulationSettings:
     """Devices that share the model (tensor parallel); None takes as few, a power of two, as hold the weights."""
     policy: str = "paged"
     """paged is this engine; orca-max, orca-pow2, orca-oracle and fastertransformer are the paper's baselines."""
+    scheduling_policy: str = "fcfs"
+    """Who is admitted first: fcfs, shortest, fair, as in quire serve; oracle-shortest knows all lengths (paged)."""
+    admission: str = "current"
+    """current or predicted, as in quire serve; new-token-ratio is SGLang's rule (paged)."""
+    max_tokens: int | None = None
+    """What requests ask for at most, where the trace does not say; None: just what they get, so that it is known."""
     rate: float | None = None
     """Requests per second; a trace's own arrivals are stretched to it. None takes them as they are."""
     arrivals: str = "auto"
@@ -97,7 +106,12 @@ class SimulationSettings:
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if not self.trace:
             raise ConfigError("no trace is given: set trace to a file of request lengths, or to its name in traces_dir")
-        for name, known in (("policy", POLICIES), ("arrivals", ARRIVALS)):
+        for name, known in (
+            ("policy", POLICIES),
+            ("arrivals", ARRIVALS),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+            ("admission", ADMISSIONS),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         for name, low, high in (
@@ -105,6 +119,7 @@ class SimulationSettings:
             ("burst_size", 1, 2**20),
             ("num_requests", 1, 10**9),
             ("warm_up", 0, 10**9),
+            ("max_tokens", 1, 2**24),
             ("kv_slots", 1, 2**40),
             ("block_size", 1, 1024),
             ("max_num_seqs", 1, 2**16),
@@ -136,6 +151,8 @@ class SimulationSettings:
             )
         if self.saturate and (self.rate is not None or self.duration is not None or self.arrivals != "auto"):
             raise ConfigError("saturate keeps the queue full: leave out rate, duration and arrivals")
+        if self.policy != "paged" and (self.scheduling_policy, self.admission) != ("fcfs", "current"):
+            raise ConfigError(f"policy {self.policy} is a baseline, first come, first served: leave out the others")
         if self.kv_slots is not None and self.kv_cache_memory is not None:
             raise ConfigError("kv_slots and kv_cache_memory both size the KV memory; give one")
         if self.beam_width is not None and self.n > self.beam_width:

@@ -1,8 +1,9 @@
 """Traces: what was asked of a server, as lengths, times and prefixes; read from the formats they are published in.
 
-CSV with a header, or JSON lines, either of them gzipped. A row says how many tokens its prompt and its output have,
-may say when it arrived, and may name the blocks of its prompt (`hash_ids`, as Mooncake's traces do): one number per
-512 tokens, the same number for the same whole prefix up to there.
+CSV with a header, or JSON lines, either of them gzipped. A row says how many tokens its prompt and its output have. It
+may say when it arrived, for whom (`tenant`), what it asked for at most (`max_tokens`), and name the blocks of its
+prompt (`hash_ids`, as Mooncake's traces do): one number per 512 tokens, the same number for the same whole prefix up to
+there.
 """
 
 import csv
@@ -38,6 +39,9 @@ class TraceRow(NamedTuple):
     arrival: float | None = None
     """Seconds after the trace's first request."""
     hash_ids: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    """What the request asks for at most; None: what the simulation's settings say."""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +144,9 @@ def _row(fields: Mapping[str, Any]) -> TraceRow:
     if any(not 0 <= block < 2**31 for block in hash_ids):
         raise ValueError("a hash id is out of range; they are from 0 to 2^31 - 1")
     column = next((name for name in _ARRIVAL_UNITS if fields.get(name) is not None), None)
-    if column is None:
-        return TraceRow(prompt, output, None, hash_ids)
-    return TraceRow(prompt, output, _seconds(fields[column]) * _ARRIVAL_UNITS[column], hash_ids)
+    arrival = None if column is None else _seconds(fields[column]) * _ARRIVAL_UNITS[column]
+    max_tokens = _count(fields, ("max_tokens",)) if fields.get("max_tokens") else None
+    return TraceRow(prompt, output, arrival, hash_ids, max_tokens, str(fields.get("tenant") or ""))
 
 
 def _count(fields: Mapping[str, Any], names: tuple[str, ...]) -> int:

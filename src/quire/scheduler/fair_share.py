@@ -1,0 +1,93 @@
+"""FairShare: tenants get equal shares of the service while they ask for more than there is.
+
+Virtual token counters (Sheng et al., OSDI 2024): each tenant has a counter of the service it was given, and the
+waiting request of the tenant with the lowest counter is admitted next; a tenant's own requests keep their order. A
+tenant that comes back after it had nothing waiting begins no lower than the lowest of those that do: having been away
+earns no credit. While two tenants both have requests waiting, what they are given differs by no more than twice the
+greatest of what one prompt and what a full KV pool of output are worth, however many requests either sends.
+
+A preempted request computes tokens again that were counted before: they are not counted twice. Nor are tokens that the
+prefix cache had.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import chain, islice
+
+from quire.scheduler.sequence import SequenceGroup
+from quire.scheduler.waiting_queue import WaitingQueue
+
+MAX_TENANTS = 4096
+"""Counters kept; beyond that, of the tenants with nothing waiting, the one served longest ago is forgotten."""
+
+
+class FairShare(WaitingQueue):
+    """A queue per tenant and priority class, and the counters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._queues: dict[tuple[int, str], WaitingQueue] = {}
+        """Of (priority, tenant); none of them is empty."""
+        self._counters: OrderedDict[str, float] = OrderedDict()
+        self._last_served = 0.0
+        """The counter of whose request left the queue last."""
+        self._num_groups = 0
+
+    def __len__(self) -> int:
+        return self._num_groups
+
+    def first_known(self, count: int) -> Iterator[SequenceGroup]:
+        return islice(chain.from_iterable(queue.first_known(count) for queue in self._queues.values()), count)
+
+    def enter(self, group: SequenceGroup) -> None:
+        tenant, counters = group.request.tenant, self._counters
+        waiting = {other for _, other in self._queues}
+        if tenant not in waiting:
+            floor = min(counters.get(other, 0.0) for other in waiting) if waiting else self._last_served
+            self._count(tenant, max(counters.get(tenant, 0.0), floor))
+        self.push(group)
+
+    def push(self, group: SequenceGroup) -> None:
+        key = (group.order[0], group.request.tenant)
+        queue = self._queues.get(key)
+        if queue is None:
+            self._queues[key] = queue = WaitingQueue()
+        queue.push(group)
+        self._num_groups += 1
+
+    def pop(self) -> SequenceGroup | None:
+        if not self._queues:
+            return None
+        counters = self._counters
+        key = min(self._queues, key=lambda key: (key[0], counters.get(key[1], 0.0)))
+        group = self._queues[key].pop()
+        assert group is not None
+        self._num_groups -= 1
+        self._forget_if_empty(key)
+        self._last_served = counters.get(key[1], 0.0)
+        return group
+
+    def remove(self, group: SequenceGroup) -> None:
+        key = (group.order[0], group.request.tenant)
+        queue = self._queues.get(key)
+        if queue is not None:
+            self._num_groups -= len(queue)
+            queue.remove(group)
+            self._num_groups += len(queue)
+            self._forget_if_empty(key)
+
+    def serve(self, tenant: str, service: float) -> None:
+        self._count(tenant, self._counters.get(tenant, 0.0) + service)
+
+    def _count(self, tenant: str, service: float) -> None:
+        self._counters[tenant] = service
+        self._counters.move_to_end(tenant)
+        if len(self._counters) > MAX_TENANTS:
+            waiting = {other for _, other in self._queues}
+            idle = next((other for other in self._counters if other not in waiting and other != tenant), None)
+            if idle is not None:
+                del self._counters[idle]
+
+    def _forget_if_empty(self, key: tuple[int, str]) -> None:
+        if not len(self._queues[key]):
+            del self._queues[key]

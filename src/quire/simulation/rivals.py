@@ -1,0 +1,76 @@
+"""Policies that the engine's are compared with: one that knows what no engine can, and one that another engine has."""
+
+from collections.abc import Sequence
+
+from quire.kv_cache.block_pool import BlockPool
+from quire.outputs import EngineStats
+from quire.scheduler.forecast import Forecast
+from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue, MakeRule
+from quire.scheduler.sequence import SequenceGroup
+from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
+from quire.scheduler.waiting_queue import WaitingQueue
+from quire.simulation.modelled_executor import output_length
+
+
+class OracleShortestFirst(WaitingQueue):
+    """Shortest job first by the true lengths, with no bound on how long a long one waits."""
+
+    def enter(self, group: SequenceGroup) -> None:
+        priority, arrival_number = group.order
+        length = output_length(group.request.params)
+        output = (group.request.max_tokens if length is None else length) * len(group.sequences)
+        size = PROMPT_TOKEN * group.num_prompt_tokens + OUTPUT_TOKEN * output
+        group.rank = (priority, size, arrival_number)
+        self.push(group)
+
+
+class NewTokenRatio:
+    """SGLang's rule of admission, from its published behaviour; preemption stays ours.
+
+    A new request must fit with all the tokens that it may ask for (at most `CLIP`), beside running ones that are taken
+    to need a share of theirs, the ratio. It falls from `FIRST` to `LEAST` over `DECAY_STEPS` steps; a preemption sets
+    it to what the running ones have used of their limits by now, `LOOK_AHEAD` tokens later.
+    """
+
+    FIRST = 0.7
+    LEAST = 0.7 * 0.14
+    DECAY_STEPS = 600
+    CLIP = 4096
+    LOOK_AHEAD = 20
+
+    def __init__(self, forecast: Forecast, pool: BlockPool, stats: EngineStats) -> None:
+        self.ratio = self.FIRST
+        self._pool = pool
+        self._stats = stats
+        self._step = 0
+        self._preempted = False
+
+    def fits(self, group: SequenceGroup, num_needed: int, running: Sequence[SequenceGroup], promised: int) -> bool:
+        self._renew(running)
+        reserved = 0.0
+        for other in running:
+            limit = other.request.max_tokens
+            for sequence in other.sequences:
+                reserved += min(self.CLIP, max(0, limit - sequence.num_output_tokens)) * self.ratio
+        mine = num_needed * self._pool.block_size + len(group.sequences) * min(self.CLIP, group.request.max_tokens)
+        return mine + reserved <= (self._pool.num_free - promised) * self._pool.block_size
+
+    def _renew(self, running: Sequence[SequenceGroup]) -> None:
+        num_steps, self._step = self._stats.total_steps - self._step, self._stats.total_steps
+        if self._preempted:
+            sequences = [(sequence, other.request.max_tokens) for other in running for sequence in other.sequences]
+            used = sum(sequence.num_output_tokens + self.LOOK_AHEAD for sequence, _ in sequences)
+            self.ratio = min(1.0, used / (1 + sum(limit for _, limit in sequences)))
+            self._preempted = False
+        else:
+            self.ratio = max(self.LEAST, self.ratio - num_steps * (self.FIRST - self.LEAST) / self.DECAY_STEPS)
+
+    def note_preemption(self) -> None:
+        self._preempted = True
+
+    def note_end(self) -> None:
+        """The ratio falls by itself."""
+
+
+QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda stats: OracleShortestFirst()}
+RULES: dict[str, MakeRule] = {**ADMISSIONS, "new-token-ratio": NewTokenRatio}
