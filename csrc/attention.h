@@ -12,9 +12,11 @@
 // where both products broadcast one operand and keep kAccumulators vectors in registers. Nothing is summed across lanes
 // but one maximum per row and tile, and one sum per row at the end.
 //
-// Bytes are widened as they are loaded; their scales, one a key and one a value, multiply scores and weights.
+// Bytes are widened as they are loaded; their scales, one a key and one a value, multiply scores and weights. Where the
+// processor multiplies pairs of bfloat16, keys and values stored so are multiplied as they are, two dimensions of a key
+// or the values of two keys at a time, with queries and weights that are rounded to it.
 //
-// Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded float32 tile.
+// Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded tile.
 #pragma once
 
 #include <omp.h>
@@ -32,6 +34,11 @@ constexpr int kScoreStride = kTileKeys + 16;
 constexpr float kNoMaximum = -1e30f;
 constexpr float kHidden = -INFINITY;
 constexpr int64_t kLineBytes = 64;
+
+// What stored keys and values are multiplied with.
+template <class T> using Factor = std::conditional_t<kInPairs<T>, BFloat, float>;
+// Stands for the values of a key that is not there, beside one that is.
+alignas(kLineBytes) constexpr BFloat kNoValues[8 * kLanes] = {};
 
 // A run of keys of the current tile that lie in one block.
 struct Segment {
@@ -67,9 +74,10 @@ struct Columns {
     const int64_t* ahead;    // from `values`
 };
 
-// kRows x kWidth vectors of scores: queries [head_dim][kRows] times keys [head_dim][kWidth vectors].
+// kRows x kWidth vectors of scores: queries [head_dim][kRows], or pairs [head_dim / 2][kRows], times keys
+// [head_dim][kWidth vectors].
 template <class T, int kRows, int kWidth>
-static void score_columns(const float* queries, const Columns<T>& columns, int64_t first, int64_t stride,
+static void score_columns(const Factor<T>* queries, const Columns<T>& columns, int64_t first, int64_t stride,
                           int64_t head_dim, float* scores) {
     Vec acc[kRows][kWidth] = {};
     const T *column[kWidth], *ahead[kWidth];
@@ -77,18 +85,35 @@ static void score_columns(const float* queries, const Columns<T>& columns, int64
     for (int j = 0; j < kWidth; ++j) ahead[j] = columns.values + columns.ahead[first + j];
     // One fetch a cache line, if blocks are of 16.
     constexpr int64_t steps_per_line = sizeof(float) / sizeof(T);
-    for (int64_t d = 0; d < head_dim; ++d) {
-        Vec key[kWidth];
+    if constexpr (kInPairs<T>) {
+        for (int64_t d = 0; d < head_dim; d += 2) {
+            IntVec key[kWidth];
 #pragma GCC unroll 8
-        for (int j = 0; j < kWidth; ++j) {
-            key[j] = load(column[j] + d * stride);
-            if (d % steps_per_line == 0) prefetch(ahead[j] + d * stride);
-        }
+            for (int j = 0; j < kWidth; ++j) {
+                key[j] = load_pairs(column[j] + d * stride, column[j] + (d + 1) * stride);
+                prefetch(ahead[j] + d * stride);
+            }
 #pragma GCC unroll 14
-        for (int r = 0; r < kRows; ++r) {
-            const float q = queries[d * kRows + r];
+            for (int r = 0; r < kRows; ++r) {
+                const IntVec q = broadcast_word(queries + d * kRows + 2 * r);
 #pragma GCC unroll 8
-            for (int j = 0; j < kWidth; ++j) acc[r][j] += key[j] * q;
+                for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], key[j], q);
+            }
+        }
+    } else {
+        for (int64_t d = 0; d < head_dim; ++d) {
+            Vec key[kWidth];
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) {
+                key[j] = load(column[j] + d * stride);
+                if (d % steps_per_line == 0) prefetch(ahead[j] + d * stride);
+            }
+#pragma GCC unroll 14
+            for (int r = 0; r < kRows; ++r) {
+                const float q = queries[d * kRows + r];
+#pragma GCC unroll 8
+                for (int j = 0; j < kWidth; ++j) acc[r][j] += key[j] * q;
+            }
         }
     }
 #pragma GCC unroll 14
@@ -103,7 +128,7 @@ constexpr int kMaxRowsAhead = 6;
 // kRows x kWidth vectors of outputs: out = decay out + weights [kRows][keys] times values [keys][kWidth vectors].
 // `ahead` are the keys to fetch meanwhile, one place for each segment.
 template <class T, int kRows, int kWidth>
-static void weigh_columns(const float* weights, const float* decay, const T* values, const Segment* segments,
+static void weigh_columns(const Factor<T>* weights, const float* decay, const T* values, const Segment* segments,
                           int num_segments, const T* const* ahead, int64_t column, int64_t num_keys, int64_t stride,
                           float* out, int64_t out_stride) {
     Vec acc[kRows][kWidth];
@@ -113,22 +138,44 @@ static void weigh_columns(const float* weights, const float* decay, const T* val
         for (int j = 0; j < kWidth; ++j) acc[r][j] = load(out + r * out_stride + j * kLanes) * decay[r];
     for (int s = 0; s < num_segments && segments[s].first < num_keys; ++s) {
         const T* value = values + segments[s].offset + column;
-        const float* weight = weights + segments[s].first;
-        const float* end = weight + min_of(segments[s].count, num_keys - segments[s].first);
+        const Factor<T>* weight = weights + segments[s].first;
+        const Factor<T>* end = weight + min_of(segments[s].count, num_keys - segments[s].first);
         const int64_t to_ahead = kRows <= kMaxRowsAhead ? ahead[s] - (values + segments[s].offset) : 0;
-        for (; weight < end; ++weight, value += stride) {
-            Vec v[kWidth];
+        if constexpr (kInPairs<T>) {
+            for (; weight < end; weight += 2, value += 2 * stride) {
+                const T* second = weight + 1 < end ? value + stride : kNoValues;
+                IntVec v[kWidth];
 #pragma GCC unroll 8
-            for (int j = 0; j < kWidth; ++j) {
-                v[j] = load(value + j * kLanes);
-                if constexpr (kRows <= kMaxRowsAhead)
-                    if (j * kLanes * sizeof(T) % kLineBytes == 0) prefetch(value + j * kLanes + to_ahead);
-            }
+                for (int j = 0; j < kWidth; ++j) {
+                    v[j] = load_pairs(value + j * kLanes, second + j * kLanes);
+                    if constexpr (kRows <= kMaxRowsAhead)
+                        if (j * kLanes * sizeof(T) % kLineBytes == 0) {
+                            prefetch(value + j * kLanes + to_ahead);
+                            prefetch(value + stride + j * kLanes + to_ahead);
+                        }
+                }
 #pragma GCC unroll 14
-            for (int r = 0; r < kRows; ++r) {
-                const float w = weight[r * kScoreStride];
+                for (int r = 0; r < kRows; ++r) {
+                    const IntVec w = broadcast_word(weight + r * kScoreStride);
 #pragma GCC unroll 8
-                for (int j = 0; j < kWidth; ++j) acc[r][j] += v[j] * w;
+                    for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], v[j], w);
+                }
+            }
+        } else {
+            for (; weight < end; ++weight, value += stride) {
+                Vec v[kWidth];
+#pragma GCC unroll 8
+                for (int j = 0; j < kWidth; ++j) {
+                    v[j] = load(value + j * kLanes);
+                    if constexpr (kRows <= kMaxRowsAhead)
+                        if (j * kLanes * sizeof(T) % kLineBytes == 0) prefetch(value + j * kLanes + to_ahead);
+                }
+#pragma GCC unroll 14
+                for (int r = 0; r < kRows; ++r) {
+                    const float w = weight[r * kScoreStride];
+#pragma GCC unroll 8
+                    for (int j = 0; j < kWidth; ++j) acc[r][j] += v[j] * w;
+                }
             }
         }
     }
@@ -148,7 +195,7 @@ QUIRE_INLINE int width_for(int64_t columns) {
 }
 
 template <class T, int kRows>
-static void score_panel(const float* queries, const Columns<T>& columns, int64_t num_columns, int64_t stride,
+static void score_panel(const Factor<T>* queries, const Columns<T>& columns, int64_t num_columns, int64_t stride,
                         int64_t head_dim, float* scores) {
     for (int64_t c = 0; c < num_columns;) {
         const int width = width_for<kRows>(num_columns - c);
@@ -167,7 +214,7 @@ static void score_panel(const float* queries, const Columns<T>& columns, int64_t
 }
 
 template <class T, int kRows>
-static void weigh_panel(const float* weights, const float* decay, const T* values, const Segment* segments,
+static void weigh_panel(const Factor<T>* weights, const float* decay, const T* values, const Segment* segments,
                         int num_segments, const T* const* ahead, int64_t num_keys, int64_t stride, float* out,
                         int64_t out_stride) {
     for (int64_t c = 0; c < out_stride / kLanes;) {
@@ -210,11 +257,12 @@ struct Scales {
     float values[kTileKeys];
 };
 
-// Turns one row of scores into weights; keys outside [low, high) weigh exactly nothing. Returns the decay of what the
-// row holds so far. Positions are relative to the tile.
-template <bool kEdge, bool kBias, bool kScaled>
-QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int64_t high, const Scales& scales,
-                                ScoreBias bias, int64_t query_position, float* row_max, float* row_sum) {
+// Turns one row of scores into weights, which may take their place; keys outside [low, high) weigh exactly nothing.
+// Returns the decay of what the row holds so far. Positions are relative to the tile.
+template <bool kEdge, bool kBias, bool kScaled, class Weight>
+QUIRE_INLINE float weigh_scores(float* scores, Weight* weights, int64_t columns, int64_t low, int64_t high,
+                                const Scales& scales, ScoreBias bias, int64_t query_position, float* row_max,
+                                float* row_sum) {
     const Vec lanes = lane_numbers();
     Vec top = broadcast(*row_max);
     for (int64_t c = 0; c < columns; ++c) {
@@ -234,9 +282,9 @@ QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int
     for (int64_t c = 0; c < columns; ++c) {
         const Vec w = exp2(load(scores + c * kLanes) - new_max);
         if constexpr (kScaled)
-            store(scores + c * kLanes, w * load(scales.values + c * kLanes));
+            store(weights + c * kLanes, w * load(scales.values + c * kLanes));
         else
-            store(scores + c * kLanes, w);
+            store(weights + c * kLanes, w);
         total += w;
     }
     const float decay = exp2(broadcast(*row_max - new_max))[0];
@@ -245,24 +293,28 @@ QUIRE_INLINE float weigh_scores(float* scores, int64_t columns, int64_t low, int
     return decay;
 }
 
-// The part of a thread's scratch that one item uses.
+// The part of a thread's scratch that one item uses. Queries, weights and copies may be bfloat16.
 struct Scratch {
     float* queries;    // per panel [head_dim][rows]
     float* out;        // [rows][padded_dim]
     float* row_sum;    // [rows][kLanes]
     float* row_max;    // [rows]
     float* scores;     // [kMaxRows][kScoreStride]
+    float* weights;    // the same
     float* keys;       // [head_dim][kTileKeys], if keys are copied
     float* values;     // [kTileKeys][padded_dim], if values are copied
 };
 
 struct ScratchSizes {
-    int64_t rows, padded_dim, queries, out, row_sum, row_max, scores, keys, values;
+    int64_t rows, padded_dim, queries, out, row_sum, row_max, scores, weights, keys, values;
 
-    int64_t total() const { return queries + out + row_sum + row_max + scores + keys + values; }
+    int64_t total() const { return queries + out + row_sum + row_max + scores + weights + keys + values; }
 };
 
-static bool keys_are_vectors(const Attention& a) { return a.cache.block_size % kLanes == 0; }
+static bool in_pairs(const Attention& a) { return kMultipliesPairs && a.cache.element == KVElement::bfloat16; }
+static bool keys_are_vectors(const Attention& a) {
+    return a.cache.block_size % kLanes == 0 && !(in_pairs(a) && a.cache.head_dim % 2);
+}
 static bool values_are_vectors(const Attention& a) { return a.cache.head_dim % kLanes == 0; }
 
 static ScratchSizes scratch_sizes(const Attention& a) {
@@ -271,12 +323,13 @@ static ScratchSizes scratch_sizes(const Attention& a) {
     for (int64_t i = 0; i < a.num_work; ++i)
         sizes.rows = max_of(sizes.rows, a.work[i].num_tokens * a.work[i].num_heads * group);
     sizes.padded_dim = round_up(a.cache.head_dim, kLanes);
-    sizes.queries = round_up(sizes.rows * a.cache.head_dim, kLanes);
+    sizes.queries = round_up(sizes.rows * round_up(a.cache.head_dim, 2), kLanes);
     sizes.out = sizes.rows * sizes.padded_dim;
     sizes.row_sum = sizes.rows * kLanes;
     sizes.row_max = round_up(sizes.rows, kLanes);
     sizes.scores = kMaxRows * kScoreStride;
-    sizes.keys = keys_are_vectors(a) ? 0 : a.cache.head_dim * kTileKeys;
+    sizes.weights = in_pairs(a) ? sizes.scores : 0;
+    sizes.keys = keys_are_vectors(a) ? 0 : round_up(a.cache.head_dim, 2) * kTileKeys;
     sizes.values = values_are_vectors(a) ? 0 : kTileKeys * sizes.padded_dim;
     return sizes;
 }
@@ -290,7 +343,8 @@ static Scratch divide(float* area, const ScratchSizes& sizes) {
     s.row_sum = s.out + sizes.out;
     s.row_max = s.row_sum + sizes.row_sum;
     s.scores = s.row_max + sizes.row_max;
-    s.keys = s.scores + sizes.scores;
+    s.weights = sizes.weights > 0 ? s.scores + sizes.scores : s.scores;
+    s.keys = s.scores + sizes.scores + sizes.weights;
     s.values = s.keys + sizes.keys;
     return s;
 }
@@ -299,11 +353,13 @@ static Scratch divide(float* area, const ScratchSizes& sizes) {
 template <class KV>
 class ItemRun {
     static constexpr bool kScaled = sizeof(KV) == 1;
+    using Factor = QUIRE_ISA::Factor<KV>;
 
 public:
     ItemRun(const Attention& attention, const WorkItem& work_item, const Scratch& s)
         : a(attention), item(work_item), scratch(s), group(a.num_heads / a.cache.num_kv_heads),
-          head_dim(a.cache.head_dim), padded_dim(round_up(head_dim, kLanes)), block_size(a.cache.block_size),
+          head_dim(a.cache.head_dim), padded_dim(round_up(head_dim, kLanes)),
+          depth(kInPairs<KV> ? round_up(head_dim, 2) : head_dim), block_size(a.cache.block_size),
           key_stride(a.cache.key_stride()), value_stride(a.cache.value_stride()), head_rows(item.num_tokens * group),
           num_panels((head_rows + kMaxRows - 1) / kMaxRows),
           first_position(item.token_begin - a.query_start_loc[item.sequence + 1] + a.seq_lens[item.sequence]) {}
@@ -331,20 +387,26 @@ private:
     // Rows are shared out evenly: 16 rows are 8 + 8, not 14 + 2.
     int64_t panel_begin(int64_t panel) const { return head_rows * panel / num_panels; }
 
-    // Transposes queries to [panel][head_dim][rows], scaled so that the softmax can work in base 2.
+    // Transposes queries to [panel][head_dim][rows], or pairs to [panel][head_dim / 2][rows][2], scaled so that the
+    // softmax can work in base 2.
     void pack_queries() {
         const float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2E;
         for (int64_t head = 0; head < item.num_heads; ++head)
             for (int64_t p = 0; p < num_panels; ++p) {
                 const int64_t begin = panel_begin(p), rows = panel_begin(p + 1) - begin;
-                float* packed = scratch.queries + (head * head_rows + begin) * head_dim;
+                Factor* packed = queries() + (head * head_rows + begin) * depth;
                 for (int64_t r = 0; r < rows; ++r) {
                     const int64_t token = (begin + r) / group;
                     const int64_t query_head = (item.head_begin + head) * group + (begin + r) % group;
                     const float* q = a.q.data + query_row(token) * a.q.stride + query_head * head_dim;
-                    for (int64_t d = 0; d < head_dim; ++d) packed[d * rows + r] = q[d] * scale;
+                    for (int64_t d = 0; d < head_dim; ++d) narrow(packed + query_place(d, r, rows), q[d] * scale);
+                    if (depth > head_dim) narrow(packed + query_place(head_dim, r, rows), 0.0f);
                 }
             }
+    }
+
+    static int64_t query_place(int64_t d, int64_t row, int64_t rows) {
+        return kInPairs<KV> ? d / 2 * 2 * rows + 2 * row + d % 2 : d * rows + row;
     }
 
     // Finds where the keys and values of a tile lie.
@@ -360,7 +422,9 @@ private:
                 tile.ahead[c] = block * value_stride + key % block_size;
             }
         tile.num_segments = 0;
-        for (int64_t key = max_of(begin, item.key_begin); key < tile.end;) {
+        // Pairs begin at even keys; one before key_begin is hidden, and in the same block.
+        const int64_t first = max_of(begin, kInPairs<KV> ? item.key_begin / 2 * 2 : item.key_begin);
+        for (int64_t key = first; key < tile.end;) {
             const int64_t in_block = key % block_size;
             const int64_t count = min_of(block_size - in_block, tile.end - key);
             const int32_t block = table[key / block_size];
@@ -374,13 +438,13 @@ private:
     // Copies what is not made of whole vectors to padded tiles, for one head.
     void copy_unaligned(int64_t head) {
         if (!keys_are_vectors(a)) {
-            memset(scratch.keys, 0, head_dim * kTileKeys * sizeof(float));
+            memset(copied_keys(), 0, depth * kTileKeys * sizeof(Factor));
             for (int s = 0; s < tile.num_segments; ++s) {
                 const Segment& segment = tile.segments[s];
                 const KV* block = keys_of(segment.block, head) + segment.in_block;
                 for (int64_t d = 0; d < head_dim; ++d)
                     for (int64_t i = 0; i < segment.count; ++i)
-                        scratch.keys[d * kTileKeys + segment.first + i] = widen(block[d * block_size + i]);
+                        narrow(copied_keys() + d * kTileKeys + segment.first + i, widen(block[d * block_size + i]));
             }
         }
         if (!values_are_vectors(a))
@@ -388,9 +452,9 @@ private:
                 const Segment& segment = tile.segments[s];
                 const KV* value = values() + segment.offset + head * value_stride;
                 for (int64_t i = 0; i < segment.count; ++i) {
-                    float* copy = scratch.values + (segment.first + i) * padded_dim;
-                    for (int64_t d = 0; d < head_dim; ++d) copy[d] = widen(value[i * head_dim + d]);
-                    for (int64_t d = head_dim; d < padded_dim; ++d) copy[d] = 0;
+                    Factor* copy = copied_values() + (segment.first + i) * padded_dim;
+                    for (int64_t d = 0; d < head_dim; ++d) narrow(copy + d, widen(value[i * head_dim + d]));
+                    for (int64_t d = head_dim; d < padded_dim; ++d) narrow(copy + d, 0.0f);
                 }
             }
     }
@@ -419,7 +483,7 @@ private:
         if (low >= tile.end - tile.begin || high <= 0) return;
         const int64_t columns = (high + kLanes - 1) / kLanes;
         const int64_t row = head * head_rows + begin;
-        const float* queries = scratch.queries + row * head_dim;
+        const Factor* packed = queries() + row * depth;
         float* out = scratch.out + row * padded_dim;
         const int64_t kv_head = item.head_begin + head;
         float decay[kMaxRows];
@@ -435,23 +499,23 @@ private:
             if (keys_are_vectors(a)) {
                 const Columns<KV> stored{keys() + kv_head * key_stride, values() + kv_head * value_stride,
                                          tile.columns, tile.ahead};
-                score_panel<KV, kRows>(queries, stored, columns, block_size, head_dim, scratch.scores);
+                score_panel<KV, kRows>(packed, stored, columns, block_size, head_dim, scratch.scores);
             } else {
                 int64_t copied[kTileColumns];
                 for (int c = 0; c < kTileColumns; ++c) copied[c] = c * kLanes;
-                score_panel<float, kRows>(queries, {scratch.keys, scratch.keys, copied, copied}, columns, kTileKeys,
-                                          head_dim, scratch.scores);
+                score_panel<Factor, kRows>(packed, {copied_keys(), copied_keys(), copied, copied}, columns, kTileKeys,
+                                           head_dim, scratch.scores);
             }
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {
-                weigh_panel<KV, kRows>(scratch.scores, decay, values() + kv_head * value_stride, tile.segments,
+                weigh_panel<KV, kRows>(weights(), decay, values() + kv_head * value_stride, tile.segments,
                                        tile.num_segments, ahead, high, head_dim, out, padded_dim);
             } else {
                 const int64_t first = tile.segments[0].first;
                 const Segment copied{first * padded_dim, 0, 0, 0, int32_t(first), kTileKeys};
-                const float* const nothing = scratch.values;
-                weigh_panel<float, kRows>(scratch.scores, decay, scratch.values, &copied, 1, &nothing, high, padded_dim,
-                                          out, padded_dim);
+                const Factor* const nothing = copied_values();
+                weigh_panel<Factor, kRows>(weights(), decay, copied_values(), &copied, 1, &nothing, high, padded_dim,
+                                           out, padded_dim);
             }
         });
     }
@@ -460,6 +524,7 @@ private:
         const int64_t token = row_in_head / group;
         const int64_t low = low_key(token), high = high_key(token);
         float* scores = scratch.scores + panel_row * kScoreStride;
+        Factor* row_weights = weights() + panel_row * kScoreStride;
         float* row_max = scratch.row_max + row;
         float* row_sum = scratch.row_sum + row * kLanes;
         const int64_t query_position = position(token) - tile.begin;
@@ -467,14 +532,14 @@ private:
         if (a.softcap > 0 || a.alibi_slopes) {
             const int64_t query_head = (item.head_begin + head) * group + row_in_head % group;
             const ScoreBias bias{a.softcap * kLog2E, a.alibi_slopes ? a.alibi_slopes[query_head] * kLog2E : 0.0f};
-            return weigh_scores<true, true, kScaled>(scores, columns, low, high, scales, bias, query_position,
-                                                     row_max, row_sum);
+            return weigh_scores<true, true, kScaled>(scores, row_weights, columns, low, high, scales, bias,
+                                                     query_position, row_max, row_sum);
         }
         if (edge)
-            return weigh_scores<true, false, kScaled>(scores, columns, low, high, scales, {}, query_position,
-                                                      row_max, row_sum);
-        return weigh_scores<false, false, kScaled>(scores, columns, low, high, scales, {}, query_position, row_max,
-                                                   row_sum);
+            return weigh_scores<true, false, kScaled>(scores, row_weights, columns, low, high, scales, {},
+                                                      query_position, row_max, row_sum);
+        return weigh_scores<false, false, kScaled>(scores, row_weights, columns, low, high, scales, {}, query_position,
+                                                   row_max, row_sum);
     }
 
     // The keys a token sees are [low_key, high_key), relative to the tile.
@@ -517,11 +582,17 @@ private:
     }
     const KV* keys() const { return static_cast<const KV*>(a.cache.keys); }
     const KV* values() const { return static_cast<const KV*>(a.cache.values); }
+    Factor* queries() const { return reinterpret_cast<Factor*>(scratch.queries); }
+    Factor* weights() const { return reinterpret_cast<Factor*>(scratch.weights); }
+    Factor* copied_keys() const { return reinterpret_cast<Factor*>(scratch.keys); }
+    Factor* copied_values() const { return reinterpret_cast<Factor*>(scratch.values); }
 
     const Attention& a;
     const WorkItem& item;
     const Scratch& scratch;
-    const int64_t group, head_dim, padded_dim, block_size;
+    const int64_t group, head_dim, padded_dim;
+    const int64_t depth;  // of a packed query
+    const int64_t block_size;
     const int64_t key_stride, value_stride;  // elements of one head of a block
     const int64_t head_rows;       // rows of one KV head
     const int64_t num_panels;      // per KV head

@@ -291,10 +291,13 @@ float* scratch_of(size_t floats) {
     return area.get();
 }
 
+// Steps along k that a panel has room for.
+int64_t packed_depth(Element element, int64_t k) { return element == Element::bfloat16 ? (k + 1) / 2 * 2 : k; }
+
 void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) {
     const Argument source("weight", weight), target("packed", packed);
     source.shaped({kAny, kAny}).contiguous();
-    target.shaped({kAny, source.size(1), kPanel}).contiguous();
+    target.shaped({kAny, packed_depth(element_of(target), source.size(1)), kPanel}).contiguous();
     if (first_row < 0 || first_row + source.size(0) > target.size(0) * kPanel)
         source.fail("rows " + std::to_string(first_row) + " to at most " + std::to_string(target.size(0) * kPanel),
                     std::to_string(source.size(0)) + " rows");
@@ -334,9 +337,9 @@ void linear(const Tensor& x, const std::string& op, std::optional<Tensor> residu
     const Argument weight("packed", packed), output("out", out);
     output.of(kFloat32).shaped({a.m, kAny}).contiguous();
     a.n = output.size(1);
-    weight.shaped({(a.n + kPanel - 1) / kPanel, a.k, kPanel}).contiguous();
-    a.weight = weight.pointer<void>();
     a.element = element_of(weight);
+    weight.shaped({(a.n + kPanel - 1) / kPanel, packed_depth(a.element, a.k), kPanel}).contiguous();
+    a.weight = weight.pointer<void>();
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
@@ -426,8 +429,8 @@ const int32_t* row_ids(const Tensor& ids, const Argument& packed, int64_t count)
 void gather_rows(const Tensor& packed, const Tensor& ids, const Tensor& out) {
     const Argument weight("packed", packed), output("out", out);
     output.of(kFloat32).shaped({kAny, kAny}).contiguous();
-    weight.shaped({kAny, output.size(1), kPanel}).contiguous();
     const Element element = element_of(weight);
+    weight.shaped({kAny, packed_depth(element, output.size(1)), kPanel}).contiguous();
     const int32_t* id = row_ids(ids, weight, output.size(0));
     nb::gil_scoped_release release;
     kernels->gather_rows(weight.pointer<void>(), element, output.size(1), id, output.size(0), output.pointer<float>());

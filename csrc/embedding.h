@@ -5,6 +5,7 @@
 #pragma once
 
 #include "elementwise.h"
+#include "linear.h"
 #include "linear_low_bit.h"
 
 namespace quire::QUIRE_ISA {
@@ -13,8 +14,8 @@ template <class T>
 static void gather_rows_of(const T* packed, int64_t k, const int32_t* ids, int64_t count, float* out) {
 #pragma omp parallel for schedule(static) if (count * k >= kParallelElements)
     for (int64_t i = 0; i < count; ++i) {
-        const T* from = packed + ids[i] / kPanel * k * kPanel + ids[i] % kPanel;
-        for (int64_t j = 0; j < k; ++j) out[i * k + j] = widen(from[j * kPanel]);
+        const T* from = packed + ids[i] / kPanel * round_up(k, kStepsTogether<T>) * kPanel + ids[i] % kPanel * kStepsTogether<T>;
+        for (int64_t j = 0; j < k; ++j) out[i * k + j] = widen(from[in_panel<T>(j)]);
     }
 }
 

@@ -77,7 +77,8 @@ struct Attention {
     int num_threads;
 };
 
-// A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel]; lanes past the last output hold zeros.
+// A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel], of bfloat16 [k / 2][kPanel][2]; lanes past the
+// last output and steps past the last input hold zeros.
 constexpr int64_t kPanel = 32;
 
 // What becomes of x before a dense layer multiplies it.
@@ -163,6 +164,7 @@ namespace portable { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512vnni { extern const Kernels kernels; }
+namespace avx512bf16 { extern const Kernels kernels; }
 
 // copy_blocks.cpp: pairs of (source, destination), in every layer; needs no arithmetic, hence no instruction set.
 void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs);

@@ -1,12 +1,14 @@
 // y = x . weight^T + bias, with the weight packed once and stored as float32, float16 or bfloat16.
 //
-// A packed weight is a row of panels of kPanel outputs. A panel holds [k][kPanel] weights, so that a step along k reads
-// whole cache lines and nothing is summed across lanes. The micro-kernel broadcasts kRows inputs against kWidth vectors
+// A packed weight is a row of panels of kPanel outputs. A panel holds [k][kPanel] weights, or [k / 2][kPanel][2] of
+// bfloat16, so that a step along k reads whole cache lines and nothing is summed across lanes. The micro-kernel broadcasts kRows inputs against kWidth vectors
 // of weights and keeps kAccumulators sums in registers: many rows take few vectors; one row takes eight, and streams the
 // weights as fast as memory gives them. While a panel is multiplied, the next one is fetched.
 //
 // Every output is one sum in the order of k, whatever the number of rows, threads and panels: a row's result does not
 // depend on the batch it is computed in.
+//
+// Where the processor multiplies pairs of bfloat16, weights stored so are multiplied with inputs rounded to it.
 #pragma once
 
 #include <omp.h>
@@ -25,6 +27,23 @@ constexpr int64_t kParallelProducts = 1 << 16;
 // Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
 constexpr int64_t kInputRun = 256;
 
+// Steps along k whose weights lie side by side.
+template <class T> constexpr int64_t kStepsTogether = std::is_same_v<T, BFloat> ? 2 : 1;
+
+// Where a panel holds the weight of a step along k for its first output.
+template <class T>
+QUIRE_INLINE int64_t in_panel(int64_t k) {
+    return k / kStepsTogether<T> * kStepsTogether<T> * kPanel + k % kStepsTogether<T>;
+}
+
+// A vector of weights for one step along k.
+template <class T>
+QUIRE_INLINE Vec load_weights(const T* from, int64_t k) { return load(from + k * kPanel); }
+QUIRE_INLINE Vec load_weights(const BFloat* from, int64_t k) {
+    const IntVec pairs = load_words(from + k / 2 * 2 * kPanel);
+    return (Vec)(k % 2 ? pairs & int32_t(0xffff0000) : pairs << 16);
+}
+
 // What a micro-kernel needs of its place in the product.
 struct Place {
     int64_t k_begin, k_end;
@@ -32,7 +51,8 @@ struct Place {
     int64_t tile, num_tiles;  // each row tile fetches its share of the next panel
 };
 
-// kRows x kWidth vectors of outputs over one slice: inputs [k][kRows] times vectors of weights kPanel apart.
+// kRows x kWidth vectors of outputs over one slice: inputs [k][kRows], or pairs of bfloat16 [k / 2][kRows], times
+// vectors of weights kPanel apart.
 template <class T, int kRows, int kWidth>
 static void multiply_vectors(const Linear& a, const float* inputs, float* out, int64_t vector, const Place& place) {
     const int64_t column = vector * kLanes, left = a.n - column;
@@ -52,24 +72,41 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
             }
     }
 
+    const int64_t panel_size = round_up(a.k, kStepsTogether<T>) * kPanel;
     const T* weights[kWidth];
     for (int j = 0; j < kWidth; ++j) {
         const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
-        weights[j] = static_cast<const T*>(a.weight) + (panel * a.k + place.k_begin) * kPanel + lane;
+        weights[j] = static_cast<const T*>(a.weight) + panel * panel_size + place.k_begin * kPanel + lane * kStepsTogether<T>;
     }
     const int64_t depth = place.k_end - place.k_begin, share = kPanel * sizeof(T) / place.num_tiles;
-    const char* ahead = reinterpret_cast<const char*>(weights[0] + a.k * kPanel) + place.tile * depth * share;
-    inputs += place.k_begin * kRows;
-    for (int64_t k = 0; k < depth; ++k) {
-        if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
-        Vec weight[kWidth];
+    const char* ahead = reinterpret_cast<const char*>(weights[0] + panel_size) + place.tile * depth * share;
+    if constexpr (kInPairs<T>) {
+        const float* pairs = inputs + place.k_begin / 2 * kRows;
+        for (int64_t k = 0; k < depth; k += 2, pairs += kRows) {
+            if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
+            IntVec weight[kWidth];
 #pragma GCC unroll 8
-        for (int j = 0; j < kWidth; ++j) weight[j] = load(weights[j] + k * kPanel);
+            for (int j = 0; j < kWidth; ++j) weight[j] = load_words(weights[j] + k * kPanel);
 #pragma GCC unroll 14
-        for (int r = 0; r < kRows; ++r) {
-            const float x = inputs[k * kRows + r];
+            for (int r = 0; r < kRows; ++r) {
+                const IntVec x = broadcast_word(pairs + r);
 #pragma GCC unroll 8
-            for (int j = 0; j < kWidth; ++j) acc[r][j] += weight[j] * x;
+                for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], weight[j], x);
+            }
+        }
+    } else {
+        inputs += place.k_begin * kRows;
+        for (int64_t k = 0; k < depth; ++k) {
+            if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
+            Vec weight[kWidth];
+#pragma GCC unroll 8
+            for (int j = 0; j < kWidth; ++j) weight[j] = load_weights(weights[j], k);
+#pragma GCC unroll 14
+            for (int r = 0; r < kRows; ++r) {
+                const float x = inputs[k * kRows + r];
+#pragma GCC unroll 8
+                for (int j = 0; j < kWidth; ++j) acc[r][j] += weight[j] * x;
+            }
         }
     }
 #pragma GCC unroll 14
@@ -100,6 +137,25 @@ static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, fl
     run.template operator()<1>();
 }
 
+// Rows as the micro-kernel reads them: a run of steps along k, of the rows of one tile.
+template <class T>
+static void arrange(const Rows& given, int64_t first_row, int64_t rows, int64_t begin, int64_t end, float* to) {
+    const float* from = given.data + first_row * given.stride;
+    if constexpr (kInPairs<T>) {
+        for (int64_t k = begin; k < end; k += 2)
+            for (int64_t r = 0; r < rows; ++r) {
+                const float* x = from + r * given.stride + k;
+                BFloat pair[2] = {};
+                narrow(&pair[0], x[0]);
+                if (k + 1 < end) narrow(&pair[1], x[1]);
+                memcpy(to + k / 2 * rows + r, pair, sizeof pair);
+            }
+    } else {
+        for (int64_t k = begin; k < end; ++k)
+            for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * given.stride + k];
+    }
+}
+
 template <class T>
 static void multiply(const Linear& a) {
     const int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
@@ -115,7 +171,9 @@ static void multiply(const Linear& a) {
     const int64_t num_groups = (num_vectors + group - 1) / group;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
-    float* const made = a.x.op == InputOp::none ? nullptr : a.scratch + (a.m > 1 ? a.m * a.k : 0);
+    // A single row of floats lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
+    const bool arranged = a.m > 1 || kInPairs<T>;
+    float* const made = a.x.op == InputOp::none ? nullptr : a.scratch + (arranged ? a.m * a.k : 0);
     const Rows given = made ? Rows{made, a.k} : a.x.x;
 
 #pragma omp parallel if (parallel)
@@ -124,19 +182,15 @@ static void multiply(const Linear& a) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < a.m; ++row) input_row(a.x, row, a.k, made + row * a.k);
         }
-        // A single row lies as the micro-kernel reads it; more are rearranged to [tile][k][rows of the tile].
-        if (a.m > 1) {
+        if (arranged) {
 #pragma omp for schedule(static) collapse(2)
             for (int64_t tile = 0; tile < num_tiles; ++tile)
                 for (int64_t run = 0; run < num_runs; ++run) {
                     const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    const float* from = given.data + begin * given.stride;
-                    float* to = a.scratch + begin * a.k;
-                    for (int64_t k = run * kInputRun; k < min_of(a.k, (run + 1) * kInputRun); ++k)
-                        for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * given.stride + k];
+                    arrange<T>(given, begin, rows, run * kInputRun, min_of(a.k, (run + 1) * kInputRun), a.scratch + begin * a.k);
                 }
         }
-        const float* inputs = a.m > 1 ? a.scratch : given.data;
+        const float* inputs = arranged ? a.scratch : given.data;
 #pragma omp for schedule(static) collapse(2)
         for (int64_t g = 0; g < num_groups; ++g)
             for (int64_t block = 0; block < num_blocks; ++block) {
@@ -166,14 +220,14 @@ static void pack_rows(const From* weight, int64_t rows, int64_t k, To* packed, i
     const int64_t end_row = first_row + rows;
 #pragma omp parallel for schedule(static)
     for (int64_t panel = first_row / kPanel; panel < (end_row + kPanel - 1) / kPanel; ++panel) {
-        To* to = packed + panel * k * kPanel;
+        To* to = packed + panel * round_up(k, kStepsTogether<To>) * kPanel;
         const int64_t begin = max_of(first_row, panel * kPanel), end = min_of(end_row, (panel + 1) * kPanel);
         constexpr int64_t kLine = 64 / sizeof(From);
         for (int64_t line = 0; line < k; line += kLine)
             for (int64_t row = begin; row < end; ++row) {
                 const From* from = weight + (row - first_row) * k;
                 for (int64_t i = line; i < min_of(k, line + kLine); ++i)
-                    narrow(to + i * kPanel + row - panel * kPanel, widen(from[i]));
+                    narrow(to + in_panel<To>(i) + (row - panel * kPanel) * kStepsTogether<To>, widen(from[i]));
             }
     }
 }

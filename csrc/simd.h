@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <type_traits>
+
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -53,6 +55,18 @@ QUIRE_INLINE Vec load(const float* p) {
 }
 
 QUIRE_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+// A vector of what lies there, whatever that is; one word of it in every lane.
+QUIRE_INLINE IntVec load_words(const void* p) {
+    IntVec words;
+    memcpy(&words, p, sizeof words);
+    return words;
+}
+QUIRE_INLINE IntVec broadcast_word(const void* p) {
+    int32_t word;
+    memcpy(&word, p, sizeof word);
+    return word - IntVec{};
+}
 
 // The first n lanes; the others are zero.
 QUIRE_INLINE Vec load_first(const float* p, int64_t n) {
@@ -170,6 +184,40 @@ QUIRE_INLINE void narrow(Half* p, float x) {
         p->bits = uint16_t(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
 #endif
 }
+
+// Pairs of bfloat16, the first in the lower half of a word. Worth it where the processor multiplies and adds pairs.
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+QUIRE_INLINE void store(BFloat* p, Vec v) {
+    const __m256bh narrowed = _mm512_cvtneps_pbh(v);
+    memcpy(p, &narrowed, sizeof narrowed);
+}
+QUIRE_INLINE Vec add_products(Vec sum, IntVec a, IntVec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+QUIRE_INLINE IntVec load_pairs(const BFloat* first, const BFloat* second) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second));
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (IntVec)_mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+#else
+constexpr bool kMultipliesPairs = false;
+QUIRE_INLINE void store(BFloat* p, Vec v) {
+    for (int i = 0; i < kLanes; ++i) narrow(p + i, v[i]);
+}
+QUIRE_INLINE Vec add_products(Vec sum, IntVec a, IntVec b) {
+    const int32_t second = int32_t(0xffff0000);
+    return sum + (Vec)(a << 16) * (Vec)(b << 16) + (Vec)(a & second) * (Vec)(b & second);
+}
+QUIRE_INLINE IntVec load_pairs(const BFloat* first, const BFloat* second) {
+    IntVec pairs;
+    for (int i = 0; i < kLanes; ++i) pairs[i] = int32_t(first[i].bits | uint32_t(second[i].bits) << 16);
+    return pairs;
+}
+#endif
+
+// Whether what is stored as T is multiplied in pairs.
+template <class T> constexpr bool kInPairs = kMultipliesPairs && std::is_same_v<T, BFloat>;
 
 QUIRE_INLINE float widen(float x) { return x; }
 QUIRE_INLINE float widen(Byte x) { return float(x.value); }

@@ -27,6 +27,7 @@ class PagedModel:
         block_size: int = 16,
         max_sequences: int = 4,
         max_model_len: int | None = None,
+        kv_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config = ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
@@ -39,7 +40,10 @@ class PagedModel:
         keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # What a block held before must never matter.
-        self.layers = [(torch.full(keys, 1e4), torch.full(values, 1e4)) for _ in range(config.num_layers)]
+        self.layers = [
+            (torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
+            for _ in range(config.num_layers)
+        ]
         self.lengths = [0] * max_sequences
 
     def step(

@@ -93,8 +93,8 @@ class EngineConfig:
     dtype: str = "auto"
     """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU, else the same."""
     kv_cache_dtype: str = "auto"
-    """What KV is stored in: a dtype, int8 on a CPU, fp8_e4m3 on a device; auto follows dtype, but on a CPU is float16
-    beside all but float32 weights."""
+    """What KV is stored in: a dtype, int8 on a CPU, fp8_e4m3 on a device; auto follows dtype, but on a CPU beside
+    bfloat16 and quantised weights is bfloat16 where the CPU multiplies it, else float16."""
     quantization: str | None = None
     """Store dense layers in fewer bits, made while loading: int8 or int4; None keeps dtype."""
     load_format: str = "auto"

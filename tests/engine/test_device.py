@@ -11,9 +11,10 @@ from quire import LLM, SamplingParams
 from quire.backends import BACKENDS, choose_backend
 from quire.config import EngineConfig
 from quire.engine import device as devices
-from quire.engine.device import Device, find_device, probe_cuda
+from quire.engine.device import Device, find_device, probe_cpu, probe_cuda
 from quire.engine.memory_plan import CONTEXT_BYTES, plan_memory
 from quire.errors import ConfigError, MemoryPlanError
+from quire.kernels import cpu
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.device_weights import Upload
 from tests.checkpoints import make_checkpoint, reference_model
@@ -239,3 +240,19 @@ def test_tensors_pass_through_staging_in_pieces() -> None:
         assert torch.equal(copy, tensor)
         assert copy.dtype == tensor.dtype
         assert not copy.numel() or copy.data_ptr() != tensor.data_ptr()
+
+
+# The CPU
+
+
+def test_what_the_plan_takes_a_cpu_for_is_what_the_kernels_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QUIRE_CPU_ISA", raising=False)
+    assert probe_cpu().multiplies_bfloat16 == (cpu.supported_isas()[0] == "avx512bf16")
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not probe_cpu(cpuinfo).multiplies_bfloat16  # not a Linux
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx512_vnni avx512_bf16\n")
+    assert probe_cpu(cpuinfo).multiplies_bfloat16
+    monkeypatch.setenv("QUIRE_CPU_ISA", "avx512vnni")
+    assert not probe_cpu(cpuinfo).multiplies_bfloat16

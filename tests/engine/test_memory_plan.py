@@ -8,6 +8,7 @@ import torch
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import bundled_folder
+from quire.engine.device import Device
 from quire.engine.memory_plan import available_memory, plan_memory, show_bytes
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import reference
@@ -48,19 +49,22 @@ def test_sizes_of_a_plan(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "kv_cache_dtype"),
+    ("options", "without_pairs", "with_pairs"),
     [
-        ({"dtype": "float32"}, "float32"),
-        ({"dtype": "float16"}, "float16"),
-        ({"dtype": "bfloat16"}, "float16"),
-        ({"dtype": "float32", "quantization": "int8"}, "float16"),
-        ({"dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}, "bfloat16"),
-        ({"dtype": "float32", "kv_cache_dtype": "int8"}, "int8"),
+        ({"dtype": "float32"}, "float32", "float32"),
+        ({"dtype": "float16"}, "float16", "float16"),
+        ({"dtype": "bfloat16"}, "float16", "bfloat16"),
+        ({"dtype": "float32", "quantization": "int8"}, "float16", "bfloat16"),
+        ({"dtype": "float16", "quantization": "int4"}, "float16", "bfloat16"),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "float16"}, "float16", "float16"),
+        ({"dtype": "float32", "kv_cache_dtype": "int8"}, "int8", "int8"),
     ],
 )
-def test_the_type_of_kv(model: ModelConfig, options: dict[str, str], kv_cache_dtype: str) -> None:
-    plan = plan_memory(EngineConfig.from_options({"num_blocks": 100, **options}), model, available=GIB)
-    assert plan.kv_cache_dtype == kv_cache_dtype
+def test_the_type_of_kv(model: ModelConfig, options: dict[str, str], without_pairs: str, with_pairs: str) -> None:
+    config = EngineConfig.from_options({"num_blocks": 100, **options})
+    for multiplies, expected in ((False, without_pairs), (True, with_pairs)):
+        device = Device("cpu", multiplies_bfloat16=multiplies)
+        assert plan_memory(config, model, available=GIB, device=device).kv_cache_dtype == expected
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

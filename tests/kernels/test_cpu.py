@@ -14,7 +14,7 @@ from torch import Tensor
 from quire.attention.plan import plan_attention
 from quire.errors import ConfigError
 from quire.kernels import Kernels, cpu, kernels_for, reference
-from tests.kernels.ragged_batch import Shape, ragged_batch
+from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 # Errors of float32 arithmetic on values of size one. They are the same for every KV type, since the reference reads the
 # same rounded cache; how much rounding costs is the business of whoever chooses the type.
@@ -35,6 +35,22 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
     assert found.dtype == torch.float32
     assert expected.dtype == torch.float64
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def check_attention(batch: RaggedBatch, **options: Any) -> None:
+    """Where pairs of bfloat16 are multiplied, queries are rounded to it, which can be followed, and weights, which
+    changes a sum of weighted values by no more than 2^-8 of the sum of their magnitudes."""
+    found = cpu.paged_attention(*batch.tensors(), **options)
+    q, k_cache, v_cache, plan, scale = batch.in_float64()
+    if cpu.isa() != "avx512bf16" or batch.k_cache.dtype != torch.bfloat16:
+        assert_close(found, reference.paged_attention(q, k_cache, v_cache, plan, scale, **options))
+        return
+    softcap = options.get("softcap", 0.0)
+    factor = np.float32(scale) / np.float32(softcap) if softcap else np.float32(scale) * np.float32(1.44269504)
+    q = (batch.q * torch.tensor(factor)).bfloat16().double() / float(factor)
+    expected = reference.paged_attention(q, k_cache, v_cache, plan, scale, **options)
+    magnitude = reference.paged_attention(q, k_cache, v_cache.abs(), plan, scale, **options)
+    assert ((found - expected).abs() <= 2**-8 * magnitude + 2 * TOLERANCE).all()
 
 
 # Norms, rotary embedding, activations
@@ -198,11 +214,10 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_paged_attention(isa: str, shape: Shape, dtype: torch.dtype) -> None:
-    batch = ragged_batch(MIXED, shape, dtype=dtype)
-    assert_close(cpu.paged_attention(*batch.tensors()), reference.paged_attention(*batch.in_float64()))
+    check_attention(ragged_batch(MIXED, shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("block_size", [8, 16])
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("alibi", [False, True])
@@ -213,9 +228,7 @@ def test_paged_attention_variants(
     shape = Shape(block_size=block_size)
     batch = ragged_batch(MIXED, shape, dtype=dtype, window=window)
     slopes = torch.rand(shape.num_heads) if alibi else None
-    found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
-    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
-    assert_close(found, expected)
+    check_attention(batch, window=window, softcap=softcap, alibi_slopes=slopes)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -279,9 +292,7 @@ def test_shared_prefixes(isa: str, seed: int) -> None:
         shared=shared,
         window=int(random.choice([0, window])),
     )
-    found = cpu.paged_attention(*batch.tensors(), window=window, softcap=softcap, alibi_slopes=slopes)
-    expected = reference.paged_attention(*batch.in_float64(), window=window, softcap=softcap, alibi_slopes=slopes)
-    assert_close(found, expected)
+    check_attention(batch, window=window, softcap=softcap, alibi_slopes=slopes)
 
 
 def test_prefixes_are_shared_where_it_pays() -> None:
@@ -327,13 +338,16 @@ def test_threads_do_not_change_results() -> None:
 
 @pytest.mark.parametrize("window", [0, 300, 1500])
 @pytest.mark.parametrize("shape", [Shape(), Shape(num_heads=7, num_kv_heads=1, head_dim=80, block_size=8)], ids=str)
-def test_a_batch_invariant_plan_gives_a_token_the_same_bits_in_any_batch(isa: str, shape: Shape, window: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_invariant_plan_gives_a_token_the_same_bits_in_any_batch(
+    isa: str, dtype: torch.dtype, shape: Shape, window: int
+) -> None:
     """Tokens 900 to 1,299 of a sequence, across the first boundary between parts: with others and many threads, and
     alone in chunks."""
     sequences = [(1300, 400), (2500, 1), (90, 90)]
-    batch = ragged_batch(sequences, shape, window=window, num_threads=8, batch_invariant=True)
+    batch = ragged_batch(sequences, shape, dtype=dtype, window=window, num_threads=8, batch_invariant=True)
     together = cpu.paged_attention(*batch.tensors(), window=window)
-    assert_close(together, reference.paged_attention(*batch.in_float64(), window=window))
+    check_attention(batch, window=window)
     assert len(batch.plan.merges) > 0
     for chunk in (1, 7, 100):
         for first in range(0, 400, 9 * chunk):

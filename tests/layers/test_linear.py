@@ -12,7 +12,7 @@ from quire.layers.norm import RMSNorm
 @pytest.mark.parametrize("kernels", [reference, kernels_for("cpu")], ids=["reference", "cpu"])
 def test_side_by_side(kernels: object, dtype: str) -> None:
     weights = [torch.randint(-9, 9, (n, 20)).float() for n in (40, 3, 30)]
-    bias, x = torch.arange(73, dtype=torch.bfloat16), torch.randn(5, 20)
+    bias, x = torch.arange(73, dtype=torch.bfloat16), torch.randn(5, 20).bfloat16().float()
     expected = torch.cat([x @ weight.T for weight in weights], dim=1)
     layer = Linear(kernels, weights, bias, dtype)  # type: ignore[arg-type]  # a module satisfies the protocol
     assert layer.packed.dtype == getattr(torch, dtype)

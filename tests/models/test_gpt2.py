@@ -11,6 +11,7 @@ from tests.checkpoints import make_checkpoint, reference_model
 from tests.paged_model import PagedModel
 
 
+@pytest.mark.usefixtures("float_products")
 @pytest.mark.parametrize(
     "overrides", [{}, {"tie_word_embeddings": False}, {"n_inner": 72, "activation_function": "gelu"}], ids=str
 )

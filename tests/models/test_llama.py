@@ -87,6 +87,7 @@ def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_
     assert_close(found, expected_logits(folder, ids))
 
 
+@pytest.mark.usefixtures("float_products")
 @pytest.mark.parametrize("checkpoint_dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])

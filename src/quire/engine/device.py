@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
@@ -30,9 +31,8 @@ class Device:
     """Bytes of the device's own; None where it shares the host's."""
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA device."""
-
-
-CPU = Device("cpu")
+    multiplies_bfloat16: bool = False
+    """Of a CPU: whether the kernels will use its products of pairs of bfloat16."""
 
 
 def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None) -> Device:
@@ -41,7 +41,7 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
     Raises `ConfigError` for one that is not there. `probe` looks for a CUDA device.
     """
     if wanted == "cpu":
-        return CPU
+        return probe_cpu()
     if wanted == "mps":
         if sys.platform != "darwin":
             raise ConfigError(f"device is mps, which is Apple's, but this is {sys.platform}; choose cpu or cuda")
@@ -52,7 +52,7 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
             raise ConfigError(
                 f"device is cuda, but torch {version} is built without CUDA; install PyTorch's CUDA build"
             )
-        return CPU
+        return probe_cpu()
     device = (probe or probe_cuda)()
     if device is not None:
         return device
@@ -60,7 +60,17 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         because = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
         raise ConfigError(f"device is cuda, but the driver shows no CUDA device{because}; choose cpu or auto")
-    return CPU
+    return probe_cpu()
+
+
+def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
+    """What `quire.kernels.cpu` will choose for this CPU, which cannot be asked before torch is there."""
+    try:
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
+    except OSError:
+        flags = []
+    chosen = os.environ.get("QUIRE_CPU_ISA", "avx512bf16") == "avx512bf16"
+    return Device("cpu", multiplies_bfloat16=chosen and {"avx512_bf16", "avx512_vnni"} <= set(flags))
 
 
 def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:

@@ -134,7 +134,7 @@ def plan_memory(
     own_memory = device.total_memory is not None
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if own_memory else host
     dtype = _dtype(config, model, device)
-    kv_dtype = _kv_cache_dtype(config, dtype, backend)
+    kv_dtype = _kv_cache_dtype(config, dtype, backend, device)
     _check_backend(config, name, backend, dtype, kv_dtype)
     block_size = config.block_size or backend.block_size
     min_batched = MIN_BATCHED_TOKENS_ON_GPU if own_memory else MIN_BATCHED_TOKENS
@@ -330,14 +330,16 @@ def show_bytes(size: int) -> str:
     return f"{value:.4g} GiB"
 
 
-def _kv_cache_dtype(config: EngineConfig, dtype: str, backend: Backend) -> str:
+def _kv_cache_dtype(config: EngineConfig, dtype: str, backend: Backend, device: Device) -> str:
     """As asked; else that of the activations, or where these are always float32: float32 beside float32 weights, where
-    fewer bits change tokens, and float16 beside all others, whose own rounding is larger (docs/decisions/0016)."""
+    fewer bits change tokens, and 16 bits beside all others, whose own rounding is larger (docs/decisions/0016)."""
     if config.kv_cache_dtype != "auto":
         return config.kv_cache_dtype
     if not backend.float32_activations:
         return dtype
-    return "float32" if dtype == "float32" and config.quantization is None else "float16"
+    if config.quantization is None and dtype != "bfloat16":
+        return dtype
+    return "bfloat16" if device.multiplies_bfloat16 else "float16"
 
 
 def _smaller_weights(model: ModelConfig, dtype: str, quantization: str | None, available: int) -> str:

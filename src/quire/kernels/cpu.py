@@ -46,13 +46,13 @@ __all__ = [
     "write_kv",
 ]
 
-PACKING = 1
+PACKING = 2
 """Raised by whoever changes the bytes of a packed weight, so that none packed before is read as one packed after."""
-_ISAS = ("portable", "avx2", "avx512", "avx512vnni")
+_ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512vnni", "avx512", "avx2" or "portable"."""
+    """The instruction set in use: "avx512bf16", "avx512vnni", "avx512", "avx2" or "portable"."""
     return _cpu.isa()
 
 
@@ -152,8 +152,9 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    # Zeros, since the last panel may have lanes without an output.
-    packed = allocate((-(-num_rows // _cpu.panel), k, _cpu.panel), dtype=getattr(torch, dtype))
+    # Zeros, since the last panel may have lanes without an output, and pairs of bfloat16 one without an input.
+    depth = k + k % 2 if dtype == "bfloat16" else k
+    packed = allocate((-(-num_rows // _cpu.panel), depth, _cpu.panel), dtype=getattr(torch, dtype))
     first_row = 0
     for weight in weights:
         _cpu.pack_linear(weight.contiguous(), packed, first_row)
@@ -230,8 +231,8 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
-def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
-    out = torch.empty(ids.shape[0], packed.shape[1])
+def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
+    out = torch.empty(ids.shape[0], num_inputs)
     _cpu.gather_rows(packed, ids, out)
     return out
 

@@ -159,7 +159,7 @@ def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
     return stored[0] if len(stored) == 1 else torch.cat(stored)
 
 
-def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
+def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     return packed.index_select(0, ids)
 
 

@@ -206,8 +206,8 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
 linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
-def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
-    """A packed weight [N, K], ids [T] of its outputs -> their rows [T, K], in float32."""
+def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
+    """A packed weight [N, num_inputs], ids [T] of its outputs -> their rows [T, num_inputs], in float32."""
     return packed[ids].float()
 
 

@@ -33,7 +33,7 @@ class TiedEmbedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """ids int32 [T] -> [T, H], a fresh tensor."""
-        kernels, packed = self.head.kernels, self.head.packed
+        kernels, packed, num_inputs = self.head.kernels, self.head.packed, self.head.num_inputs
         if isinstance(packed, QuantizedWeight):
-            return kernels.gather_rows_quantized(packed, ids, self.head.num_inputs)
-        return kernels.gather_rows(packed, ids)
+            return kernels.gather_rows_quantized(packed, ids, num_inputs)
+        return kernels.gather_rows(packed, ids, num_inputs)

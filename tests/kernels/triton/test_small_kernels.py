@@ -158,7 +158,7 @@ def test_linear(kernels: Kernels, device: torch.device) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1.6e-2, atol=5e-2)
     assert found.dtype == torch.bfloat16
     ids = torch.tensor([7, 0, 7], dtype=torch.int32, device=device)
-    assert torch.equal(kernels.gather_rows(packed, ids), packed[[7, 0, 7]])
+    assert torch.equal(kernels.gather_rows(packed, ids, packed.shape[1]), packed[[7, 0, 7]])
     wide, update, scale = torch.cat((x, 2 * x), dim=1), -x, torch.rand(32, device=device)
     for activation, gate in (("silu", kernels.silu_and_mul), ("gelu", lambda x: kernels.gelu_and_mul(x, False))):
         expected = kernels.linear(gate(wide), packed, bias, 8)

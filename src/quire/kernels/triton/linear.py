@@ -40,7 +40,7 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
 linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
-def gather_rows(packed: Tensor, ids: Tensor) -> Tensor:
+def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     """In the type of the weight, which is that of the activations."""
     return packed.index_select(0, ids)
 

@@ -1,0 +1,23 @@
+"""A model in bfloat16 is closer to what its weights mean than transformers' in bfloat16 is, whatever the processor
+multiplies; the truth is transformers' in float32."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.paged_model import PagedModel
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2"])
+def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family, dtype="bfloat16")
+    ids = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+    oracle = reference_model(folder)
+    with torch.inference_mode():
+        truth = oracle(torch.tensor([ids])).logits[0]
+        rounded = oracle.bfloat16()(torch.tensor([ids])).logits[0].float()
+    model = PagedModel(folder, "bfloat16", kv_dtype=torch.bfloat16)
+    found = torch.cat([model.step({0: ids[begin:end]})[0] for begin, end in ((0, 33), (33, 34), (34, 90))])
+    assert (found - truth).abs().mean() < (rounded - truth).abs().mean()
