@@ -1,7 +1,8 @@
-"""What this machine can do at most: the rates of fp32 and int8 matrix products and the bandwidth of reading memory.
+"""What this machine can do at most: the rates of fp32, bf16 and int8 products and the bandwidth of reading memory.
 
-Every figure of an engine is read against these, taken in the same run: prefill cannot pass the first (the second with
-int8 weights), decode cannot pass the third. `python -m benchmarks.ceilings` prints them as JSON.
+Every figure of an engine is read against these, taken in the same run: prefill cannot pass the first (the others with
+weights in bf16 or int8; a processor without bf16 products is slow at them, and Quire then multiplies fp32), decode
+cannot pass the last. `python -m benchmarks.ceilings` prints them as JSON.
 """
 
 import json
@@ -19,11 +20,13 @@ READ_BYTES = 2**30
 def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
     """Median rates, with the threads torch is set to."""
     left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
+    left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
     product_of_bytes = int8_product(MATRIX_SIZE)
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     return {
         "threads": torch.get_num_threads(),
         "fp32_gflops": median_rate(lambda: left @ right, 2 * MATRIX_SIZE**3, seconds),
+        "bf16_gflops": median_rate(lambda: left_bf16 @ right_bf16, 2 * MATRIX_SIZE**3, seconds),
         "int8_gops": median_rate(product_of_bytes, 2 * MATRIX_SIZE**3, seconds),
         # A sum of integers costs one cheap instruction per vector, so memory is what it waits for.
         "read_gb_per_s": median_rate(memory.sum, READ_BYTES, seconds),

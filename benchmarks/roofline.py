@@ -114,7 +114,7 @@ def draw(points: list[Point], ceilings: dict[str, float], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="GOP/s")
         low, high = (bound(point.intensity for point in points) for bound in (min, max))
         line = [low * (high / low) ** (step / 60) for step in range(61)]
-        for name, style in (("fp32_gflops", "-"), ("int8_gops", "--")):
+        for name, style in (("fp32_gflops", "-"), ("bf16_gflops", ":"), ("int8_gops", "--")):
             roof = [min(ceilings[name], ceilings["read_gb_per_s"] * x) for x in line]
             axes.plot(line, roof, style, color="#333333", linewidth=1, label=name.split("_")[0] + " ceiling")
         for weights, (marker, color) in MARKERS.items():
