@@ -20,6 +20,8 @@ FLASHINFER_WORKSPACE = 384 * 2**20
 """Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
 MAX_CAPTURED_SEQS = 512
 """The most sequences that a captured step has room for: larger batches keep a GPU busy without."""
+PARTS_WORKSPACE = 96 * 2**20
+"""Bytes that the Triton kernels keep plans and the parts of split keys in, of 256 sequences and 32 heads."""
 _PLAIN = ("float32", "float16", "bfloat16")
 
 
@@ -83,6 +85,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             min_capability=(8, 0),
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
+            workspace=PARTS_WORKSPACE,
             captures=True,
         ),
         "sdpa": Backend(

@@ -43,3 +43,14 @@ def test_fixed_arrays_are_padded() -> None:
         assert views["rows"].data_ptr() == before["rows"].data_ptr()
     with pytest.raises(AssertionError, match="ids: expected int32, found int64"):
         fixed.send({"ids": np.arange(3)})
+
+
+def test_what_a_gpu_reads_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from other memory waits for the device."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    array = np.arange(3)
+    assert np.array_equal(transfer.staged(array, torch.device("cuda")).numpy(), array)
+    assert len(pinned) == 1
+    transfer.staged(array, CPU)
+    assert len(pinned) == 1

@@ -30,6 +30,7 @@ from quire.kernels.gpu_plan import (
     MergeColumn,
     WorkList,
 )
+from quire.kernels.transfer import staged
 
 __all__ = ["MAX_NARROW_TOKENS", "GpuAttentionPlan", "PlanBuffers", "plan_attention"]
 
@@ -49,7 +50,7 @@ _SHARED_PROGRAMS_PER_SM = 4
 # What sharing must save: so many bytes of a layer's KV that need not be read again, beyond those of the parts that it
 # writes and reads instead. They stand for one launch more and two tails where there was one, at the rate of a cache,
 # where sharers find what one of them has just read. Not measured: calculated in `tests/attention/test_sharing_cost.py`.
-_MIN_SHARED_BYTES = 100e6
+_MIN_SHARED_BYTES = 150e6
 _MIN_SHARERS = 8
 # In a captured step programs of shared keys hold at least so many rows, so that few variants serve all batches.
 _MIN_CAPTURED_SHARED_ROWS = 64
@@ -58,7 +59,7 @@ _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector l
 
 
 class PlanBuffers:
-    """The memory of plans: fixed on the device, written from one of two pinned host buffers in turn."""
+    """The memory of plans: fixed on the device, written by one copy a step."""
 
     def __init__(
         self,
@@ -106,7 +107,9 @@ class PlanBuffers:
         self.part_bytes = 2 * num_heads * (head_dim + 1) * 4
         """Of one token's part, written and read."""
         self.min_shared_bytes = min_shared_bytes
-        self.max_places = max(1024, 2 * self.target_items)
+        self.max_shared_places = 2 * (max_num_seqs + num_sms * self.max_rows // num_heads)
+        """Tokens' parts that sharing may make: enough for its full programs to fill the device."""
+        self.max_places = max(1024, 2 * self.target_items) + self.max_shared_places
         """Tokens' parts that `partials` holds."""
         sizes = {
             "counts": 4,
@@ -125,11 +128,9 @@ class PlanBuffers:
         for name, size in sizes.items():
             self.sections[name] = slice(end, end + size)
             end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
-        on_cuda = device.type == "cuda"
         self.on_device = torch.zeros(end, dtype=torch.int32, device=device)
-        self._on_host = [torch.zeros(end, dtype=torch.int32, pin_memory=on_cuda) for _ in range(2)]
-        self._sent = [torch.cuda.Event() if on_cuda else None for _ in range(2)]
-        self._turn = 0
+        self.on_host: Int32Array = np.zeros(end, dtype=np.int32)
+        """Where a plan is written before `send`."""
         self.partials = torch.empty(self.max_places, num_heads, head_dim, device=device)
         self.partial_lse = torch.empty(self.max_places, num_heads, device=device)
 
@@ -150,21 +151,9 @@ class PlanBuffers:
         """Items of shared keys that a graph of so many tokens has programs of `num_rows` rows for."""
         return min(self.max_items, self.target_shared_items + -(-num_tokens // self.tokens_per_tile(num_rows)))
 
-    def host(self) -> Int32Array:
-        """The next host buffer to write a plan to, once the device has read what it last held."""
-        self._turn = 1 - self._turn
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()
-        array: Int32Array = self._on_host[self._turn].numpy()
-        return array
-
     def send(self, end: int) -> None:
-        """Copy the buffer last given by `host` up to `end` to the device, in the order of its current stream."""
-        self.on_device[:end].copy_(self._on_host[self._turn][:end], non_blocking=True)
-        event = self._sent[self._turn]
-        if event is not None:
-            event.record()
+        """Copy `on_host` up to `end` to the device, in the order of its current stream."""
+        self.on_device[:end].copy_(staged(self.on_host[:end], self.device), non_blocking=True)
 
     def view(self, section: str, *shape: int) -> torch.Tensor:
         """The beginning of a section on the device."""
@@ -226,7 +215,7 @@ def plan_attention(
     merges = splitter.merges()
     shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
 
-    host, sections = buffers.host(), buffers.sections
+    host, sections = buffers.on_host, buffers.sections
     host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
     num_slots = max(num_tokens, captured_seqs * captured_query_len)
     _put(host, sections["slots"], slots, fill_to=num_slots)
@@ -479,7 +468,7 @@ def _share_prefixes(
         # Each sharing tile has a part of its own, too.
         parts = sharers.parts_of(tiles)
         num_places = int((np.where(parts > 0, parts + 1, 0) * tiles[:, ItemColumn.NUM_TOKENS]).sum())
-        if num_places <= buffers.max_places and num_parts.sum() <= max_items:
+        if num_places <= buffers.max_shared_places and num_parts.sum() <= max_items:
             break
         if num_parts.max() == 1:
             return _NO_SHARERS

@@ -18,7 +18,7 @@ _ALIGNMENT = 16
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy of an array on a device."""
-    return _staged(array, device).to(device, non_blocking=True)
+    return staged(array, device).to(device, non_blocking=True)
 
 
 def send(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
@@ -53,14 +53,14 @@ class FixedArrays:
         for name, array in arrays.items():
             assert array.dtype == self._dtypes[name], f"{name}: expected {self._dtypes[name]}, found {array.dtype}"
             _place(host, self._starts[name], array)
-        self._memory.copy_(_staged(host, self._memory.device), non_blocking=True)
+        self._memory.copy_(staged(host, self._memory.device), non_blocking=True)
 
     def first(self, count: int) -> dict[str, Tensor]:
         """Of each array its beginning, [count]."""
         return {name: view[:count] for name, view in self._views.items()}
 
 
-def _staged(array: NDArray[Any], device: torch.device) -> Tensor:
+def staged(array: NDArray[Any], device: torch.device) -> Tensor:
     """An array as `device` reads it without the host waiting: for a GPU a copy in pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -85,7 +85,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
 def make_core(backend: str, device: torch.device, *, captures: bool = False) -> EngineCore:
     kernels = kernels_for(backend)
     weights: Any = RandomWeights(3)
-    if backend == "triton":
+    if backend != "cpu":
         weights = DeviceWeights(weights, device, torch.float32)
     shapes = kernels.kv_cache_shapes(80, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
     capture: Any = CudaCapture if device.type == "cuda" else lambda: fake_capture
@@ -100,7 +100,7 @@ def make_core(backend: str, device: torch.device, *, captures: bool = False) -> 
         max_model_len=256,
         num_threads=1,
         logprobs_memory=2**20,
-        draws_on_device=backend == "triton",
+        draws_on_device=backend != "cpu",
         capture=capture() if captures else None,
     )
     scheduler = Scheduler(
@@ -111,7 +111,7 @@ def make_core(backend: str, device: torch.device, *, captures: bool = False) -> 
         max_num_partial_prefills=4,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
-    return EngineCore(scheduler, runner, grammars, None, vocab_size=300, max_logprobs=5, overlaps=backend == "triton")
+    return EngineCore(scheduler, runner, grammars, None, vocab_size=300, max_logprobs=5, overlaps=backend != "cpu")
 
 
 def tokens_of(core: EngineCore, requests: list[Request]) -> dict[str, list[int]]:

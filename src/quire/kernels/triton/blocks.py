@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from quire.kernels.transfer import to_device
 
 CHUNK = 4096
 """Words of 4 bytes a program copies."""
@@ -37,4 +40,4 @@ def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
 @lru_cache(maxsize=4)
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """On the device. The caches of an engine never move, so it is made once."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
+    return to_device(np.array(addresses, dtype=np.int64), device)
