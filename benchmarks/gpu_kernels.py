@@ -8,6 +8,7 @@ holds what is read next.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ RUNS = 20
 DECODE = [(1, 1024), (1, 32768), (8, 4096), (64, 512), (64, 4096), (256, 512), (256, 1024), (256, 4096)]
 """Sequences, context."""
 RAGGED = [32768] + [512] * 63
+SHARED = [(16, 1024), (64, 512), (64, 4096), (256, 1024)]
+"""Sequences, keys that all of them begin with; as many again of each one's own."""
 PREFILL = [2048, 4096, 8192, 16384]
 SMALL_TOKENS = 256
 
@@ -65,7 +68,10 @@ def seconds_of(launches: Sequence[Callable[[], object]]) -> float:
 class Batch:
     """Sequences of given contexts whose last `new` tokens are computed, with caches for as many layers as it takes."""
 
-    def __init__(self, contexts: Sequence[int], new: int, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self, contexts: Sequence[int], new: int, kv_dtype: torch.dtype, shared: int = 0, **options: Any
+    ) -> None:
+        """Of `shared` keys all have the same blocks; `options` are those of `PlanBuffers`."""
         from quire.attention.triton import PlanBuffers, plan_attention
 
         device = torch.device("cuda")
@@ -76,6 +82,7 @@ class Batch:
         free = np.random.default_rng(0).permutation(int(num_blocks.sum())).astype(np.int32)
         for row, count in enumerate(num_blocks):
             self.tables[row, :count], free = free[:count], free[count:]
+        self.tables[:, : shared // BLOCK_SIZE] = self.tables[0, : shared // BLOCK_SIZE]
         self.kv_bytes = 2 * int(self.contexts.sum()) * NUM_KV_HEADS * HEAD_DIM * kv_dtype.itemsize
         shape = (int(num_blocks.sum()), NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         num_layers = min(64, max(1, -(-MIN_KV_BYTES // self.kv_bytes)))
@@ -94,6 +101,8 @@ class Batch:
             max_num_tokens=num_tokens,
             max_blocks=self.tables.shape[1],
             device=device,
+            kv_element_size=kv_dtype.itemsize,
+            **options,
         )
         self.plan = plan_attention(
             np.arange(0, num_tokens + 1, new, dtype=np.int32),
@@ -179,6 +188,20 @@ def decode_figures(copy_rate: float) -> list[Figure]:
     return figures
 
 
+def sharing_figures() -> list[Figure]:
+    """Prefixes read once for all sequences, against the same batch planned without; sharing must not lose 3 %."""
+    figures = []
+    for num_seqs, shared in SHARED:
+        contexts = [2 * shared] * num_seqs
+        batch = Batch(contexts, 1, torch.bfloat16, shared)
+        alone = Batch(contexts, 1, torch.bfloat16, shared, min_shared_bytes=float("inf")).seconds()
+        shown = f"{alone / batch.seconds():.2f}×" if batch.plan.shared.num_programs else "not shared"
+        figures.append(
+            Figure(f"decode {num_seqs} × {2 * shared}, half of it shared, against not sharing", shown, "≥ 0.97×")
+        )
+    return figures
+
+
 def prefill_figures(matrix_rate: float) -> list[Figure]:
     figures = []
     for length in PREFILL:
@@ -199,7 +222,7 @@ def small_figures(copy_rate: float) -> list[Figure]:
     hidden, inner = 4096, 14336
     x, residual, weight = empty(SMALL_TOKENS, hidden), empty(SMALL_TOKENS, hidden), empty(hidden)
     gates = empty(SMALL_TOKENS, 2 * inner)
-    logits = torch.randn(SMALL_TOKENS, 151_936, device="cuda")
+    logits = empty(SMALL_TOKENS, 151_936)
 
     def column(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((SMALL_TOKENS,), value, device="cuda", dtype=dtype)
@@ -212,10 +235,16 @@ def small_figures(copy_rate: float) -> list[Figure]:
         keys=torch.arange(SMALL_TOKENS, device="cuda"),
         positions=column(0, torch.int64),
     )
+    greedy = replace(rows, temperature=column(0.0, torch.float32))
+    plain = replace(rows, top_k=column(0, torch.int32), top_p=column(1.0, torch.float64))
+    one = SamplingRows(**{field.name: getattr(greedy, field.name)[:1] for field in fields(greedy)})
     timed: list[tuple[str, int, Callable[[], object]]] = [
         ("add + RMSNorm", 4 * x.nbytes, lambda: kernels.add_rms_norm(x, residual, weight, 1e-5)),
         ("SiLU and multiply", gates.nbytes * 3 // 2, lambda: kernels.silu_and_mul(gates)),
+        ("sampling, greedy", logits.nbytes, lambda: sample(logits, greedy)),
+        ("sampling, temperature 0.7", logits.nbytes, lambda: sample(logits, plain)),
         ("sampling, top-k 50, top-p 0.9", logits.nbytes, lambda: sample(logits, rows)),
+        ("of these one, greedy", logits[:1].nbytes, lambda: sample(logits[:1], one)),
     ]
     figures = []
     for name, num_bytes, launch in timed:
@@ -234,4 +263,7 @@ def kernel_figures() -> list[Figure]:
     ]
     if choose_backend("auto", "cuda", torch.cuda.get_device_capability()) != "triton":
         return figures
-    return [*figures, *decode_figures(copy_rate), *prefill_figures(matrix_rate), *small_figures(copy_rate)]
+    figures += decode_figures(copy_rate)
+    figures += sharing_figures()
+    figures += prefill_figures(matrix_rate)
+    return [*figures, *small_figures(copy_rate)]

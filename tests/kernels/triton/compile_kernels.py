@@ -120,18 +120,23 @@ def small_builds(architecture: int) -> Iterator[Build]:
         {"CHUNK": blocks.CHUNK},
         blocks.NUM_WARPS,
     )
+    rows = {"logits": "*bf16", "chunk_peaks": "*fp32", "stride": "i32", "size": "i32", "num_chunks": "i32"}
+    yield build("sampling:peaks_kernel", {**rows, "chunk_ids": "*i32"}, {"CHUNK": sampling.CHUNK}, sampling.CHUNK_WARPS)
+    draws = {**rows, "temperatures": "*fp32", "min_ps": "*fp32", "chunk_weights": "*fp64"}
+    chunks = {"CHUNK": sampling.CHUNK, "CHUNKS": 64}
+    yield build("sampling:weights_kernel", draws, chunks, sampling.CHUNK_WARPS)
     yield build(
         "sampling:sample_kernel",
-        {"logits": "*fp32", "temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp64", "min_ps": "*fp32",
-         "keys": "*i64", "positions": "*i64", "tokens": "*i32", "peaks": "*fp32", "stride": "i32", "size": "i32"},
-        {"BLOCK": sampling.BLOCK},
-        sampling.NUM_WARPS,
+        {**draws, "chunk_ids": "*i32", "top_ks": "*i32", "top_ps": "*fp64", "keys": "*i64", "positions": "*i64",
+         "tokens": "*i32", "peaks": "*fp32"},
+        {**chunks, "BLOCK": sampling.BLOCK},
+        sampling.row_warps(architecture),
     )  # fmt: skip
     yield build(
         "sampling:chosen_logprobs_kernel",
         {"logits": "*fp32", "tokens": "*i32", "logprobs": "*fp64", "ranks": "*i32", "stride": "i32", "size": "i32"},
         {"BLOCK": sampling.LOGPROB_BLOCK},
-        sampling.NUM_WARPS,
+        sampling.LOGPROB_WARPS,
     )
 
 

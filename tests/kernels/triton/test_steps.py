@@ -28,7 +28,9 @@ from quire.scheduler.scheduler import Scheduler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:(overflow|invalid value|divide by zero|All-NaN slice) encountered:RuntimeWarning"
+    ),
 ]
 
 CONFIG = ModelConfig(
