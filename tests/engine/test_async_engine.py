@@ -22,6 +22,7 @@ from quire.errors import (
     QueueFullError,
     RequestError,
 )
+from quire.outputs import EngineStats
 
 OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -206,6 +207,15 @@ def test_a_full_queue_answers_429() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     run(test, max_num_seqs=1, max_queue_size=2)
+
+
+def test_when_to_come_back_is_what_the_scheduler_predicts() -> None:
+    """Ten that wait are to have started in 30 s. Three of twelve must, for a queue of ten to have room."""
+    engine = AsyncLLM(EngineConfig(max_queue_size=10))
+    engine.stats = EngineStats(num_waiting=10, predicted_queue_seconds=30.0)
+    assert engine._retry_after(12) == 9
+    engine.stats.predicted_queue_seconds = None
+    assert engine._retry_after(12) == 60, "nothing is known, and nothing has finished"
 
 
 def test_an_idle_engine_uses_no_cpu() -> None:

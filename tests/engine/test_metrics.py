@@ -1,5 +1,7 @@
 """Metrics: the names others ask by, and counters that only grow."""
 
+import math
+
 import pytest
 
 from quire.engine.metrics import Metrics
@@ -47,6 +49,13 @@ def test_gauges_follow_the_latest_snapshot(metrics: Metrics) -> None:
     assert value(metrics, "vllm:num_requests_waiting") == 0
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.5
     assert 'vllm:cache_config_info{block_size="0"' in metrics.render().decode()
+
+
+def test_predictions_that_cannot_be_made_are_not_numbers(metrics: Metrics) -> None:
+    metrics.record_stats(EngineStats(total_steps=1, predicted_queue_seconds=2.5, predicted_kv_cache_usage=1.25))
+    assert value(metrics, "quire:predicted_queue_seconds") == 2.5
+    assert value(metrics, "quire:predicted_kv_cache_usage_perc") == 1.25
+    assert math.isnan(value(metrics, "quire:predicted_output_tokens"))
 
 
 def test_counters_survive_a_restart_of_the_engine(metrics: Metrics) -> None:

@@ -42,6 +42,8 @@ class Call:
     params: SamplingParams
     priority: int
     cache_salt: str
+    tenant: str
+    workload: str
 
 
 @dataclass
@@ -117,13 +119,15 @@ class ScriptedEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        workload: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")
         if self.full:
             raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
-        self.calls.append(Call(prompt, params, priority, cache_salt))
+        self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload))
         self.num_running += 1
         finished = False
         try:

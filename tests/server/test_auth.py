@@ -54,9 +54,24 @@ def test_salt_follows_the_key(engine: ScriptedEngine) -> None:
     assert salted not in (first, "s")
 
 
+def test_the_tenant_is_the_key_s_holder_and_the_user_only_where_there_are_no_keys(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=KEYS, share_prefix_cache=True)) as server:
+        for key in (*KEYS, KEYS[0]):
+            server.client(key).completions.create(model="scripted", prompt="x", user="somebody else")
+    first, second, again = (call.tenant for call in engine.calls)
+    assert first == again != second
+    assert KEYS[0] not in first
+    engine.calls.clear()
+    with RunningServer(engine, ServerSettings(port=0)) as server:
+        client = server.client("any")
+        client.completions.create(model="scripted", prompt="x", user="somebody")
+        client.completions.create(model="scripted", prompt="x")
+    assert [call.tenant for call in engine.calls] == ["somebody", ""]
+
+
 def test_salt_can_be_shared() -> None:
     keeper = Doorkeeper(ServerSettings(api_key=KEYS, share_prefix_cache=True))
-    assert keeper.check_key([(b"authorization", b"bearer first-key")]) == ""
+    assert keeper.check_key([(b"authorization", b"bearer first-key")]).salt == ""
 
 
 def test_public_address_needs_a_key() -> None:

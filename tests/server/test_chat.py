@@ -142,6 +142,18 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: ScriptedEngine) -> 
     assert (call.priority, call.cache_salt) == (-2, "pepper")
 
 
+def test_the_workload_is_the_route_and_the_system_prompt(client: OpenAI, engine: ScriptedEngine) -> None:
+    for system in ("Be brief.", "Be brief.", "Be long.", None):
+        messages: Any = [{"role": "user", "content": f"Hello, {system}"}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        client.chat.completions.create(model="scripted", messages=messages)
+    client.completions.create(model="scripted", prompt="x")
+    brief, again, long, chat, completion = (call.workload for call in engine.calls)
+    assert brief == again
+    assert len({brief, long, chat, completion}) == 4
+
+
 def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> None:
     reply = client.chat.completions.create(
         model="scripted",

@@ -30,7 +30,7 @@ def test_a_server_registers_the_lines_for_all_its_keys(engine: ScriptedEngine, t
     assert text == bundled_tokenizer().encode("Speak, my lord.")
     assert ids == [5, 6, 7]
     assert "Be brief." in bundled_tokenizer().decode(chat)
-    keys = [Doorkeeper(settings).check_key([(b"authorization", b"Bearer " + key.encode())]) for key in KEYS]
+    keys = [Doorkeeper(settings).check_key([(b"authorization", b"Bearer " + key.encode())]).salt for key in KEYS]
     assert salts == tuple(keys)
     assert engine.calls[0].cache_salt == salts[1]
 

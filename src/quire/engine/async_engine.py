@@ -215,11 +215,14 @@ class AsyncLLM:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        workload: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
         Raises `RequestError` before the first item for what cannot be served: bad input, a full queue (429), an engine
-        that takes nothing now (503). `request_id` is the caller's name for it and only echoed.
+        that takes nothing now (503). `tenant` and `workload` are those of `Request`; `request_id` is the caller's name
+        for it and only echoed.
         """
         if self._inputs is None or self.state in ("draining", "dead") or (self.state == "loading"):
             raise EngineUnavailableError(f"the engine is {self.state}")
@@ -236,7 +239,16 @@ class AsyncLLM:
                 retry_after=self._retry_after(num_waiting),
             )
         internal_id = f"r{next(self._request_numbers)}"
-        make = partial(self._inputs.make_request, internal_id, prompt, params, priority=priority, cache_salt=cache_salt)
+        make = partial(
+            self._inputs.make_request,
+            internal_id,
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            workload=workload,
+        )
         # A long text takes milliseconds to tokenise, in which other streams must go on.
         request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
         if params.structured_outputs is not None and self._grammar_door is not None:
@@ -305,10 +317,15 @@ class AsyncLLM:
         return await answer
 
     def _retry_after(self, num_waiting: int) -> int:
-        """Seconds until the queue has room, from the rate at which requests finished lately."""
-        now = time.monotonic()
-        recent = sum(1 for moment in self._finish_times if moment > now - RATE_WINDOW)
-        return min(60, max(1, math.ceil((num_waiting - self.config.max_queue_size + 1) * RATE_WINDOW / max(1, recent))))
+        """Seconds until the queue has room: as the scheduler predicts, or else from the rate of requests finished."""
+        excess, predicted = num_waiting - self.config.max_queue_size + 1, self.stats.predicted_queue_seconds
+        if predicted is not None and self.stats.num_waiting:
+            seconds = excess * predicted / self.stats.num_waiting
+        else:
+            now = time.monotonic()
+            recent = sum(1 for moment in self._finish_times if moment > now - RATE_WINDOW)
+            seconds = excess * RATE_WINDOW / max(1, recent)
+        return min(60, max(1, math.ceil(seconds)))
 
     # -- the engine process -------------------------------------------------------------------------------------------
 

@@ -47,6 +47,8 @@ class InputProcessor:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        workload: str = "",
     ) -> tuple[Request, str | None]:
         """The request and, where it was given as text, the prompt. Raises `RequestError`."""
         text, token_ids = self._tokens_of(prompt)
@@ -80,6 +82,8 @@ class InputProcessor:
             arrival_time=self._clock(),
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
+            workload=workload,
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )

@@ -5,6 +5,7 @@ already ask.
 Counts of the engine come as snapshots (`record_stats`); what befalls single requests as it happens (`observe_…`).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import TypeVar
@@ -28,6 +29,9 @@ _WITHOUT_ALIAS = frozenset(
         "kv_slots_allocated",
         "kv_slots_shared",
         "kv_waste_perc",
+        "predicted_output_tokens",
+        "predicted_kv_cache_usage_perc",
+        "predicted_queue_seconds",
         "steps",
         "kv_block_evictions",
         "kv_block_copies",
@@ -123,6 +127,15 @@ class Metrics:
         self._allocated = self._gauge("kv_slots_allocated", "Token slots of the blocks in use")
         self._shared = self._gauge("kv_slots_shared", "Token slots that sharing saved")
         self._waste = self._gauge("kv_waste_perc", "Share of the allocated slots that hold no token, 0 to 1")
+        self._predicted_tokens = self._gauge(
+            "predicted_output_tokens", "Tokens that requests in hand will still generate"
+        )
+        self._predicted_usage = self._gauge(
+            "predicted_kv_cache_usage_perc", "The most of the pool that running requests will use, 1: all of it"
+        )
+        self._predicted_queue = self._gauge(
+            "predicted_queue_seconds", "Until all requests that wait now have started; NaN while it cannot be known"
+        )
 
         self._grammars = self._gauge("grammar_cache_grammars", "Compiled grammars that are kept")
         self._grammar_bytes = self._gauge("grammar_cache_bytes", "Bytes they took when they were compiled")
@@ -278,6 +291,9 @@ class Metrics:
             (self._allocated, stats.num_allocated_slots),
             (self._shared, stats.num_shared_slots),
             (self._waste, stats.waste),
+            (self._predicted_tokens, _or_nan(stats.predicted_output_tokens)),
+            (self._predicted_usage, _or_nan(stats.predicted_kv_cache_usage)),
+            (self._predicted_queue, _or_nan(stats.predicted_queue_seconds)),
             (self._grammars, stats.num_grammars),
             (self._grammar_bytes, stats.num_grammar_bytes),
         ):
@@ -345,6 +361,10 @@ class Metrics:
 
     def _add(self, metric: MetricWrapperBase) -> None:
         self.registry.register(_Named(metric))
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 class _Named(Collector):

@@ -21,7 +21,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.sequence import SequenceGroup
 
 FIRST_QUANTILE = 0.5
-QUANTILES = (0.18, 0.95)
+QUANTILES = (0.15, 0.95)
 """The lowest and the highest."""
 RAISED_BY = 0.05
 """For a preemption."""

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
-from quire.server.auth import Doorkeeper
+from quire.server.auth import Client, Doorkeeper
 from quire.server.backend import Engine
 from quire.server.errors import as_request_error, error_body, error_headers
 from quire.server.exchange import Endpoint, Exchange
@@ -70,8 +70,8 @@ class _Bound:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key_salt = scope["state"]["key_salt"]
-        await self.endpoint.handle(Exchange(self._engine, self._settings, scope, receive, send, key_salt))
+        client = scope["state"]["client"]
+        await self.endpoint.handle(Exchange(self._engine, self._settings, scope, receive, send, client))
 
 
 class _Door:
@@ -112,7 +112,8 @@ class _Door:
             self._keeper.check_origin(scope["headers"])
             # The raw path decides: a URL put together with the Host header could be made to name a public route.
             is_public = scope["path"] in self._public
-            scope.setdefault("state", {})["key_salt"] = "" if is_public else self._keeper.check_key(scope["headers"])
+            client = Client() if is_public else self._keeper.check_key(scope["headers"])
+            scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, send_with_id)
         except ClientGoneError:
             status = status or 499  # as nginx counts them

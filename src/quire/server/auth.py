@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from typing import NamedTuple
 
 from quire.server.errors import Refusal
 from quire.server.settings import ServerSettings, is_loopback
@@ -9,8 +10,17 @@ from quire.server.settings import ServerSettings, is_loopback
 Headers = list[tuple[bytes, bytes]]
 
 
+class Client(NamedTuple):
+    """Who sends a request, as far as its API key tells."""
+
+    account: str = ""
+    """A name for whoever holds the key; "" where no keys are set."""
+    salt: str = ""
+    """Keeps its prefix blocks apart from other keys'."""
+
+
 class Doorkeeper:
-    """Checks the API key and the origin of requests, and derives the salt that keeps tenants' prefix blocks apart."""
+    """Checks the API key and the origin of requests, and tells tenants and their prefix blocks apart by the key."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
@@ -24,10 +34,10 @@ class Doorkeeper:
             return ("",)
         return tuple(_salt(digest) for digest in self._digests)
 
-    def check_key(self, headers: Headers) -> str:
-        """The salt of the client's key ("" where no keys are set). Raises `Refusal` (401) without a valid key."""
+    def check_key(self, headers: Headers) -> Client:
+        """Whose key it is. Raises `Refusal` (401) without a valid one; where no keys are set, all are the same."""
         if not self._digests:
-            return ""
+            return Client()
         value = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = value.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
@@ -40,7 +50,7 @@ class Doorkeeper:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
-        return _salt(digest) if self._salted else ""
+        return Client(digest.hex()[:16], _salt(digest) if self._salted else "")
 
     def check_origin(self, headers: Headers) -> None:
         """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.

@@ -37,6 +37,8 @@ class Engine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
+        workload: str = "",
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...

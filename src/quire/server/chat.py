@@ -26,6 +26,7 @@ from quire.server.responses import (
     ChatLogprobs,
     Delta,
 )
+from quire.server.sender import sender_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -41,7 +42,7 @@ async def create_chat_completion(exchange: Exchange) -> None:
     check_work([text], params.num_samples, exchange.settings)
     prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
     check_lengths(prompts, params, engine.max_model_len)
-    job = Job(prompts, params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))
+    job = Job(prompts, params, sender_of(request, exchange.client))
     answer = _Answer(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),

@@ -18,6 +18,7 @@ from quire.server.params import check_available, completion_params
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import CompletionRequest, StreamOptions
 from quire.server.responses import Completion, CompletionChoice, CompletionLogprobs
+from quire.server.sender import sender_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -34,7 +35,7 @@ async def create_completion(exchange: Exchange) -> None:
     special = request.add_special_tokens is not False
     token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
     check_lengths(token_ids, params, exchange.engine.max_model_len)
-    job = Job(token_ids, params, request.priority or 0, exchange.key_salt + (request.cache_salt or ""))
+    job = Job(token_ids, params, sender_of(request, exchange.client))
     answer = _Answer(f"cmpl-{uuid.uuid4().hex}", int(time.time()), model, request, prompts, params.n, tokenizer)
     if request.stream:
         await exchange.stream(answer.events(exchange, job))

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
+from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.errors import Refusal
 from quire.server.limits import read_body
@@ -35,8 +36,7 @@ class Exchange:
     scope: Scope
     receive: Receive
     send: Send
-    key_salt: str
-    """Derived from the client's API key; keeps its prefix blocks apart from other keys'."""
+    client: Client
 
     async def read(self, form: type[T]) -> T:
         """The JSON body as `form`. Raises `Refusal`, with the place, for anything else."""

@@ -13,6 +13,7 @@ from quire.sampling_params import SamplingParams
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
 from quire.server.responses import PromptTokensDetails, Usage
+from quire.server.sender import Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,7 @@ class Job:
 
     prompts: list[list[int]]
     params: SamplingParams
-    priority: int
-    cache_salt: str
+    sender: Sender
 
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """(index of the prompt, what is new), as it comes. Raises what the engine refuses, and for a failed sample."""
@@ -47,7 +47,15 @@ class Job:
         return [wholes[index] for index in sorted(wholes)]
 
     async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
-        outputs = engine.generate(prompt, self.params, priority=self.priority, cache_salt=self.cache_salt)
+        sender = self.sender
+        outputs = engine.generate(
+            prompt,
+            self.params,
+            priority=sender.priority,
+            cache_salt=sender.cache_salt,
+            tenant=sender.tenant,
+            workload=sender.workload,
+        )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None
         try:

@@ -117,6 +117,8 @@ class GenerateRequest(NotAvailable, kw_only=True):
     guided_whitespace_pattern: str | None = None
     priority: Priority | None = None
     """Lower runs first."""
+    user: Salt | None = None
+    """On whose account it runs, where the server has no API keys."""
     cache_salt: Salt | None = None
     """Only requests of the same salt and API key share prefix blocks."""
     echo: bool | None = None
