@@ -410,8 +410,8 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
-    const int64_t words = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 2 + 1 + groups_of(a.k, a.group);
-    a.scratch = scratch_of(a.m * words + omp_get_max_threads() * a.k);
+    const int64_t row = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 4;
+    a.scratch = scratch_of(a.m * (row + 1 + groups_of(a.k, a.group)) + omp_get_max_threads() * (row + a.k));
     nb::gil_scoped_release release;
     kernels->linear_quantized(a);
 }

@@ -130,7 +130,7 @@ struct LowBitLinear {
     int64_t group;
     const float* bias;  // [n] or null
     float* out;         // [m, n], contiguous
-    // m * (k rounded up to whole pairs / 2 + 1 + number of groups) words, and k for each thread
+    // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words, and for each thread that k / 4 and k
     void* scratch;
     int64_t m, n, k;
 };

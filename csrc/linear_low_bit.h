@@ -34,7 +34,7 @@ struct Unsigned {
     IntVec bytes;
 };
 #if defined(__AVX512VNNI__)
-constexpr int kRowsOfBytes = 14;
+constexpr int kRowsOfBytes = 8;
 constexpr bool kSignedWeights = false;
 QUIRE_INLINE IntVec add_products(IntVec sum, Unsigned weight, IntVec x) {
     return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weight.bytes, (__m512i)x);
@@ -153,6 +153,10 @@ struct RowsOfBytes {
     float* scales;      // one a row
     int32_t* starts;    // [row][group]: what the zero point of the weights adds to a group's sum, negated
     int64_t num_words;  // a row
+
+    RowsOfBytes from(int64_t row, int64_t num_groups) const {
+        return {words + row * num_words, scales + row, starts + row * num_groups, num_words};
+    }
 };
 
 // One row of k numbers to `depth` bytes. With an infinity or a NaN it gets a NaN for its scale, and so for its results.
@@ -217,6 +221,11 @@ static void multiply_low_bit(const LowBitLinear& a, const RowsOfBytes& x, float*
     // While a panel is multiplied by many rows, the next one is fetched; each tile of rows fetches its share.
     const int64_t share = Stored::kPairBytes / num_tiles;
     const uint8_t* ahead = a.weight + (vector / kVectorsPerPanel + 1) * panel_bytes + tile * (depth / 8) * share;
+
+    // Other threads may have the lines that the results go to.
+    if constexpr (kRows > 4)
+        for (int r = 0; r < kRows; ++r)
+            for (int j = 0; j < kWidth; ++j) __builtin_prefetch(out + r * a.n + (vector + j) * kLanes, 1, 2);
 
     Vec sums[kRows][kWidth] = {};
     const int32_t* words = x.words;
@@ -303,17 +312,15 @@ static void multiply_quantized(const LowBitLinear& a) {
     const int64_t num_tiles = (a.m + kRowsOfBytes - 1) / kRowsOfBytes;
     const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
     const int64_t num_words = round_up(a.k, kPairOfSteps) / 4, num_groups = (a.k + a.group - 1) / a.group;
-    const int64_t num_runs = (num_words + kInputRun - 1) / kInputRun;
     // Whole panels, so an even number.
     const int64_t num_vectors = (a.n + kPanel - 1) / kPanel * kVectorsPerPanel;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
     const int64_t threads = parallel ? omp_get_max_threads() : 1;
-    // In the scratch: rows as they are quantised, tiles of them, their scales and starts, and a row for each thread.
-    int32_t* const rows_of_words = static_cast<int32_t*>(a.scratch);
-    int32_t* const tiles = a.m > 1 ? rows_of_words + a.m * num_words : rows_of_words;
-    float* const scales = reinterpret_cast<float*>(rows_of_words + 2 * a.m * num_words);
+    // In the scratch: tiles, scales and starts; and for each thread a row as it is made, and as it is quantised.
+    int32_t* const tiles = static_cast<int32_t*>(a.scratch);
+    float* const scales = reinterpret_cast<float*>(tiles + a.m * num_words);
     int32_t* const starts = reinterpret_cast<int32_t*>(scales + a.m);
-    float* const made = reinterpret_cast<float*>(starts + a.m * num_groups);
+    int32_t* const rows_of_threads = starts + a.m * num_groups;
     const RowsOfBytes x{tiles, scales, starts, num_words};
 
     // Items as in linear.h.
@@ -324,22 +331,19 @@ static void multiply_quantized(const LowBitLinear& a) {
 
 #pragma omp parallel if (parallel)
     {
+        // A tile is one thread's from norm to words: what threads exchange costs more than what few rows leave idle.
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row)
-            quantize_row(input_row(a.x, row, a.k, made + omp_get_thread_num() * a.k), a.k, num_words * 4, a.group,
-                         Stored::kZeroPoint, reinterpret_cast<int8_t*>(rows_of_words + row * num_words), scales + row,
-                         starts + row * num_groups);
-        // A single row lies as the micro-kernel reads it.
-        if (a.m > 1) {
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t tile = 0; tile < num_tiles; ++tile)
-                for (int64_t run = 0; run < num_runs; ++run) {
-                    const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    const int32_t* from = rows_of_words + begin * num_words;
-                    int32_t* to = tiles + begin * num_words;
-                    for (int64_t w = run * kInputRun; w < min_of(num_words, (run + 1) * kInputRun); ++w)
-                        for (int64_t r = 0; r < rows; ++r) to[w * rows + r] = from[r * num_words + w];
-                }
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+            const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+            int32_t* const words = rows_of_threads + omp_get_thread_num() * (num_words + a.k);
+            float* const made = reinterpret_cast<float*>(words + num_words);
+            for (int64_t r = 0; r < rows; ++r) {
+                const RowsOfBytes row = x.from(begin + r, num_groups);
+                quantize_row(input_row(a.x, begin + r, a.k, made), a.k, num_words * 4, a.group, Stored::kZeroPoint,
+                             reinterpret_cast<int8_t*>(words), row.scales, row.starts);
+                int32_t* const to = tiles + begin * num_words + r;
+                for (int64_t w = 0; w < num_words; ++w) to[w * rows] = words[w];
+            }
         }
 #pragma omp for schedule(static) collapse(2)
         for (int64_t item = 0; item < num_items; ++item)
@@ -347,9 +351,7 @@ static void multiply_quantized(const LowBitLinear& a) {
                 const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
                 for (int64_t tile = first; tile < last; ++tile) {
                     const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    const RowsOfBytes part{x.words + begin * num_words, x.scales + begin, x.starts + begin * num_groups,
-                                           num_words};
-                    multiply_low_bit_tile<Stored>(rows, a, part, a.out + begin * a.n, item * group,
+                    multiply_low_bit_tile<Stored>(rows, a, x.from(begin, num_groups), a.out + begin * a.n, item * group,
                                                   min_of((item + 1) * group, num_vectors), tile - first, last - first);
                 }
             }

@@ -41,11 +41,11 @@ class LogitEdits:
             for _, state in counted
         ]
         self._strengths = np.array(strengths, dtype=np.float32).reshape(-1, 3)
+        self.any = bool(self._masked_rows or self._grammars or self._biased.size or self._counts)
+        """Whether there is anything to `apply`."""
 
     def apply(self, logits: NDArray[np.float32]) -> None:
         """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out with either."""
-        if not (self._masked_rows or self._grammars or self._biased.size or self._counts):
-            return
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
         with np.errstate(invalid="ignore"):  # +inf that is forbidden becomes NaN, as it should

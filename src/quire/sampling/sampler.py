@@ -74,9 +74,11 @@ class Sampler:
             if group.draw is Draw.BEAM:
                 # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
                 logits[group.place] = logits[group.place].log_softmax(dim=-1)
-        batch.edits.apply(logits.numpy())
+        if batch.edits.any:
+            batch.edits.apply(logits.numpy())
         processed = {row: logits[row].clone() for row in batch.processed_rows}
-        token_ids = np.full(len(states), NO_TOKEN, dtype=np.int64)
+        token_ids = np.empty(len(states), dtype=np.int64)
+        token_ids.fill(NO_TOKEN)
         errors: list[str | None] = [None] * len(states)
         uniform = batch.uniforms()
         candidates: dict[int, BeamCandidates] = {}
