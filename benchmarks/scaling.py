@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization", choices=METHODS)
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--at-once", type=int, nargs="+", default=SEQUENCES, help="sequences behind each context")
     parser.add_argument("--output", type=Path, help="also write the figures to this file, as JSON")
     parser.add_argument("--plot", type=Path, help="draw them to this SVG")
     options = parser.parse_args()
@@ -37,15 +39,15 @@ def main() -> None:
         dtype=options.dtype,
         quantization=options.quantization,
         kv_cache_dtype=options.kv_cache_dtype,
-        max_num_seqs=max(CONCURRENCY),
+        max_num_seqs=max(4, *options.concurrency, *options.at_once),
         enable_prefix_caching=False,
     )
     ceilings = measure_ceilings(0.5)
     for _ in range(3):
         decode_rate(llm, 4, 64)  # caches and clocks warm up
-    by_concurrency = {count: decode_rate(llm, count, PROMPT) for count in CONCURRENCY}
+    by_concurrency = {count: decode_rate(llm, count, PROMPT) for count in options.concurrency}
     by_context = {
-        count: {length: decode_rate(llm, count, length) for length in options.contexts} for count in SEQUENCES
+        count: {length: decode_rate(llm, count, length) for length in options.contexts} for count in options.at_once
     }
     stored = options.quantization or options.dtype
     print(f"{Path(options.model).name}, {stored}; {json.dumps(ceilings)}\n")
