@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+from quire.engine import async_engine
 from quire.errors import (
     CheckpointError,
     ConfigError,
@@ -135,8 +136,14 @@ def test_a_slow_reader_gets_merged_deltas(expected: list[list[int]]) -> None:
     run(test)
 
 
-def test_a_killed_engine_costs_a_pause_and_no_request(expected: list[list[int]]) -> None:
+def test_a_killed_engine_costs_a_pause_and_no_request(
+    expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_engine, "LOG_INTERVAL", 0.0)
+    lines: list[str] = []
+
     async def test(engine: AsyncLLM) -> None:
+        engine._report = lines.append
         streams = [asyncio.create_task(collect(engine, prompt, GREEDY)) for prompt in PROMPTS]
         sampled = SamplingParams(n=2, max_tokens=60, seed=5, ignore_eos=True, prompt_logprobs=1)
         others = asyncio.create_task(collect(engine, "O, she doth teach", sampled))
@@ -153,6 +160,8 @@ def test_a_killed_engine_costs_a_pause_and_no_request(expected: list[list[int]])
         assert first.prompt_logprobs is not None
         assert again.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(again.prompt_logprobs) == len(again.prompt_token_ids)
+        assert any("output tokens/s" in line for line in lines)
+        assert not any("-" in line for line in lines), "what is told of the rates goes on"
 
     run(test)
 

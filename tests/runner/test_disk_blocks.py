@@ -182,6 +182,20 @@ def test_a_full_disk_stops_writing_and_leaves_no_half_file(
     assert len(files) == 3
 
 
+def test_a_disk_without_room_for_a_folder_is_no_reason_not_to_start(
+    open_store: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store()
+
+    def mkdir(path: Path, mode: int = 0, parents: bool = False, exist_ok: bool = False) -> None:
+        if not path.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert DiskBlocks.open(tmp_path, b"another model's.", BLOCK_BYTES) is None
+    assert "No space left on device; running without it" in caplog.text
+
+
 def test_what_a_crash_left_unfinished_is_removed(open_store: Open, tmp_path: Path) -> None:
     save(open_store(), 0)
     unfinished = file_of(tmp_path, 0).with_suffix(".part")

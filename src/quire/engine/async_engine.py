@@ -460,6 +460,7 @@ class AsyncLLM:
         logger.error("the engine process ended (exit code %s); starting another one", code)
         self.state = "restarting" if self.state == "ready" else self.state
         self.stats = replace(self.stats, num_running=0, num_waiting=0, num_used_blocks=0, num_pinned_blocks=0)
+        self._last_log = (now, 0, 0)  # the next one counts from 0
         for request_id, flight in list(self._in_flight.items()):
             flight.num_deaths += 1
             if flight.num_deaths >= DEATHS_PER_REQUEST:

@@ -12,6 +12,7 @@ its recomputation, a sync would cost every step around it.
 What to store and what to forget is not decided here.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -80,7 +81,7 @@ class DiskBlocks:
     def open(
         cls, folder: str | Path, fingerprint: bytes, block_bytes: int, *, write: Write = os.write
     ) -> "DiskBlocks | None":
-        """Take the folder and list what it holds. None, with a line in the log, if another process has it.
+        """Take the folder and list what it holds. None, with a line in the log, if it is full or in use.
 
         Raises `ConfigError` for a folder that cannot be used.
         """
@@ -92,6 +93,9 @@ class DiskBlocks:
             (root / fingerprint.hex()).mkdir(mode=0o700, exist_ok=True)
             lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                logger.warning("disk tier: cannot begin at %s: %s; running without it", root, error.strerror)
+                return None
             raise ConfigError(
                 f"disk_cache is {str(folder)!r}, which cannot be used: {error}; give a folder to write in"
             ) from error
