@@ -76,6 +76,9 @@ PREFIXES = tuple(
 """Fig. 16: one and five examples before the sentence that is to be translated."""
 WMT_MEANS = (40, 40)
 """Tokens of a sentence and of its translation; the paper prints none."""
+BOUND = (PANELS[2], SHARING[-1], PREFIXES[-1])
+FREED: dict[str, Any] = {"max_num_seqs": 1024, "sequence_overhead": 0.0}
+"""What could bound Quire where a printed multiple does not come out, and memory does not: taken away."""
 SAVINGS = (
     *(
         ("alpaca", option, width, rate)
@@ -109,9 +112,9 @@ class Knee:
     points: list[tuple[float, float]]
 
 
-def simulated(panel: Panel, **options: Any) -> dict[str, Any]:
+def simulated(panel: Panel, *, sequence_overhead: float = SEQUENCE_OVERHEAD, **options: Any) -> dict[str, Any]:
     """The figures of one run of a panel's set-up."""
-    device = replace(DEVICES[panel.device], step_overhead=STEP_OVERHEAD, sequence_overhead=SEQUENCE_OVERHEAD)
+    device = replace(DEVICES[panel.device], step_overhead=STEP_OVERHEAD, sequence_overhead=sequence_overhead)
     defaults: dict[str, Any] = {
         "attention_slowdown": ATTENTION_SLOWDOWN,
         "enable_prefix_caching": False,
@@ -144,19 +147,32 @@ def _wmt_like(num_rows: int = 4000, sigma: float = 0.5) -> Trace:
     return Trace("wmt_like", [TraceRow(sentence, translation) for sentence, translation in lengths])
 
 
-def find_knee(panel: Panel, policy: str) -> Knee:
+def find_knee(panel: Panel, policy: str, options: dict[str, Any] | None = None) -> Knee:
     """The highest rate whose normalised latency stays below the threshold, to 2 %, by bisection of the logarithm."""
     low, high = panel.highest_rate / 64, panel.highest_rate
     points: list[tuple[float, float]] = []
     while high / low > 1.02:
         rate = (low * high) ** 0.5
-        latency = simulated(panel, policy=policy, rate=rate, duration=panel.seconds)["normalized_latency_mean"]
+        figures = simulated(panel, policy=policy, rate=rate, duration=panel.seconds, **options or {})
+        latency = figures["normalized_latency_mean"]
         points.append((rate, latency))
         if latency <= THRESHOLD:
             low = rate
         else:
             high = rate
     return Knee(panel, policy, low, sorted(points))
+
+
+def freed(panel: Panel) -> tuple[str, float]:
+    """Label of a panel, and Quire's multiple of Orca (Oracle) on it when `FREED`."""
+    quire, oracle = (find_knee(panel, policy, FREED).rate for policy in ("paged", "orca-oracle"))
+    return panel.label, quire / oracle
+
+
+def crowd(job: tuple[Panel, str, dict[str, Any]]) -> dict[str, Any]:
+    """How many sequences run at once where the queue is always full."""
+    panel, policy, options = job
+    return simulated(panel, policy=policy, saturate=True, num_requests=300, **options)
 
 
 def waste(policy: str) -> dict[str, Any]:
@@ -230,6 +246,9 @@ def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
         fig_15 = pool.map(sharing, SAVINGS)
         sizes = [(p, size, r) for p, r in ((sharegpt, 2.2), (alpaca, 29.0)) for size in BLOCK_SIZES]
         fig_18 = pool.map(block_sizes, sizes)
+        fig_17 = pool.map(crowd, [(CHAT, policy, {}) for policy in orcas])
+        beams = pool.map(crowd, [(SHARING[-1], policy, FREED) for policy in ("orca-oracle", "paged")])
+        bounds = pool.map(freed, BOUND)
         hits = pool.map(prefix_hits, [(slots, name) for name, _ in TIERS for slots in POOLS])
         results: dict[str, Any] = {}
         for name, what in (
@@ -237,7 +256,10 @@ def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
             ("fig_2", fig_2),
             ("fig_13", fig_13),
             ("fig_15", fig_15),
+            ("fig_17", fig_17),
+            ("beams", beams),
             ("fig_18", fig_18),
+            ("bounds", bounds),
             ("hits", hits),
         ):
             results[name] = list(what)

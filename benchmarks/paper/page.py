@@ -1,5 +1,6 @@
 """docs/paper.md: what was simulated beside what the paper prints, table by table, and what follows from it."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,11 +40,25 @@ _RATIOS = {"orca-oracle": (1.7, 2.7), "orca-max": (2.7, 8.0), "fastertransformer
 
 def write_page(results: dict[str, Any]) -> str:
     """The page in Markdown."""
-    sections = [_opening(), _fig_2(results["fig_2"]), _fig_12(results["knees"]), _fig_13(results["fig_13"])]
-    sections += [_fig_14(results["knees"]), _fig_15(results["fig_15"]), _fig_16(results["knees"])]
-    sections += [_fig_17(results["knees"]), _fig_18(results["fig_18"]), _fig_19(results["fig_19"])]
+    knees, bounds = results["knees"], dict(results["bounds"])
+    sections = [_opening(), _fig_2(results["fig_2"]), _fig_12(knees, bounds["c"]), _fig_13(results["fig_13"])]
+    sections += [
+        _fig_14(knees, bounds["beam 6"], results["beams"]),
+        _fig_15(results["fig_15"]),
+        _fig_16(knees, bounds["prefix 341"]),
+    ]
+    sections += [_fig_17(knees, results["fig_17"]), _fig_18(results["fig_18"]), _fig_19(results["fig_19"])]
     sections += [_hits(results["hits"]), _headlines(results), _missing()]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(map(_wrapped, sections)) + "\n"
+
+
+def _wrapped(section: str) -> str:
+    """Paragraphs at 120 columns; headings, tables, lists and pictures as they are."""
+    paragraphs = section.split("\n\n")
+    return "\n\n".join(
+        text if text[0] in "#|!-" else textwrap.fill(" ".join(text.split()), 120, break_on_hyphens=False)
+        for text in paragraphs
+    )
 
 
 def _opening() -> str:
@@ -96,7 +111,7 @@ def _knee_of(knees: Sequence[Knee], label: str, policy: str) -> float:
     return next(knee.rate for knee in knees if knee.panel.label == label and knee.policy == policy)
 
 
-def _fig_12(knees: Sequence[Knee]) -> str:
+def _fig_12(knees: Sequence[Knee], freed: float) -> str:
     policies = ("paged", "orca-oracle", "orca-pow2", "orca-max", "fastertransformer")
     body = []
     for panel in PANELS:
@@ -132,7 +147,9 @@ ShareGPT, within 5 % of the printed bounds:
 {chr(10).join(verdicts)}
 
 OPT-175B has 264 GiB for KV, so that Orca's reservations bind little: the printed figure's own curve lies below 1.7×
-there, too. There the 256 sequences that run at most and the overhead per sequence bound Quire.
+there, too. Neither the limit of 256 sequences nor the overhead of each keeps Quire's lead small: with 1024 and none it
+is {freed:.2f}×. To read the whole pool takes as long as to read the weights there, so that a batch twice as large is
+far from twice the tokens.
 
 The 8× over Orca (Max) and the 22× over FasterTransformer are the most of three models, and the curves of the printed
 figure do not show the former at any threshold either; the multiple of FasterTransformer depends on the threshold most
@@ -173,10 +190,10 @@ def _ratio(knees: Sequence[Knee], label: str, policy: str = "orca-oracle") -> fl
     return _knee_of(knees, label, "paged") / _knee_of(knees, label, policy)
 
 
-def _fig_14(knees: Sequence[Knee]) -> str:
+def _fig_14(knees: Sequence[Knee], freed: float, crowds: Sequence[dict[str, Any]]) -> str:
     basic, widest = _ratio(knees, "d"), _ratio(knees, "beam 6")
-    grows = _ratio(knees, "beam 2") < _ratio(knees, "beam 4") < widest
     near = abs(widest / 2.3 - 1) <= 0.15
+    oracle, paged = (row["mean_batch"] for row in crowds)
     return f"""## Fig. 14: parallel sampling and beam search
 
 OPT-13B, Alpaca; the Orcas keep a prompt for every sample and every beam. Sustained requests per second at
@@ -191,13 +208,17 @@ from 0 to 1, the next one such a share of the rest, and so on, 1 nat of entropy 
 and its copies are the engine's.
 
 Over Orca (Oracle) Quire goes from {basic:.2f}× in basic sampling (printed 1.3×) to {widest:.2f}× at six beams (printed
-2.3×), {"more with every beam" if grows else "not more with every beam"}: {
-        "comes out" if near and grows else "comes out in direction, not in size"
-    }. {_FIG_14_WHY if not near else ""}"""
+2.3×): {"comes out" if near else "does not come out"}. {_why_not(freed, 2.3)} With a full queue Quire then runs
+{paged:.0f} sequences at once where Orca (Oracle) runs {oracle:.0f}, but from some 130 on, a step's products take longer
+with every one of them: computing bounds it, not memory."""
 
 
-_FIG_14_WHY = f"""What bounds Quire at many beams is the overhead of {1000 * SEQUENCE_OVERHEAD:.2f} ms per
-sequence of a step and the 256 sequences that run at most, which sharing memory does not help."""
+def _why_not(freed: float, printed: float) -> str:
+    """What the multiple is without what could bound Quire besides memory."""
+    least = f"With 1024 sequences at most instead of 256, and no overhead per sequence, it is {freed:.2f}×"
+    if abs(freed / printed - 1) <= 0.15:
+        return f"{least}: those two bound Quire here, which sharing memory does not help."
+    return f"{least}, so these two explain {'a part' if freed < printed else 'more than the difference'}."
 
 
 def _fig_15(rows: Sequence[dict[str, Any]]) -> str:
@@ -230,11 +251,12 @@ On ShareGPT, for which the text prints ranges only: {said}.
 Samples save somewhat more here than printed. What they share is the prompt, and all samples of a request end together,
 because a trace has one length per request; in the paper those that ended early no longer shared it, and prompts may
 have been shorter beside outputs than in this synthetic Alpaca. What beams save depends on how far back their last
-common ancestor lies, so on the model's probabilities: that a plain choice of these comes near says that the mechanism
-is the same, not more."""
+common ancestor lies, so on the model's probabilities, and the more so the longer outputs are: that one plain choice of
+these comes near on Alpaca says that the mechanism is the same, not more. On ShareGPT, whose outputs are six times as
+long, it makes six beams part later than OPT-13B did."""
 
 
-def _fig_16(knees: Sequence[Knee]) -> str:
+def _fig_16(knees: Sequence[Knee], freed: float) -> str:
     said = []
     for panel in PREFIXES:
         ratio, printed = _ratio(knees, panel.label), _FIG_16[panel.value]
@@ -248,15 +270,17 @@ with means of {WMT_MEANS[0]} and {WMT_MEANS[1]} tokens. Sustained requests per s
 
 {_table(["", *(NAMES[policy] for policy in _ORCAS)], _rates(knees, PREFIXES))}
 
-Over Orca (Oracle): {"; ".join(said)}. What is gained depends on how long sentences are beside the prefix,
-and on what a step costs besides memory."""
+Over Orca (Oracle): {"; ".join(said)}. {_why_not(freed, _FIG_16[341])} What is gained depends on how long sentences are
+beside the prefix, too."""
 
 
-def _fig_17(knees: Sequence[Knee]) -> str:
+def _fig_17(knees: Sequence[Knee], crowds: Sequence[dict[str, Any]]) -> str:
     policies = _ORCAS
     rates = [_knee_of(knees, "chat", policy) for policy in policies]
     others = [rates[0] / rate for rate in rates[1:]]
     coincide = max(others) < 1.15 * min(others)
+    fewest, _, most, paged = (row["mean_batch"] for row in crowds)
+    came_out = "comes out" if min(others) > 1.8 else "does not come out, nor does it of the drawn curves"
     verdict = "comes out" if coincide else "comes out in part: where prompts are shorter than 1024 they differ"
     return f"""## Fig. 17: chat
 
@@ -265,7 +289,10 @@ requests per second at {THRESHOLD} s/token:
 
 {_table(["Quire", *(NAMES[policy] for policy in policies[1:])], [[f"{rate:.2f}" for rate in rates]])}
 
-Quire sustains {min(others):.2f}× to {max(others):.2f}× the rate of the Orcas (printed 2×; the drawn curves give less).
+Quire sustains {min(others):.2f}× to {max(others):.2f}× the rate of the Orcas, printed 2×: {came_out}. With a full
+queue {paged:.1f} requests run at once, in the Orcas {fewest:.1f} to {most:.1f}; but a step reads more KV for more of
+them, and computing prompts of 1,024 tokens, which takes a part of the time, does not gain by memory at all.
+
 That the three coincide, because long prompts make the buddy allocator round every reservation up to 2048 slots,
 {verdict}."""
 
@@ -295,8 +322,8 @@ left half of the printed figure, is not.
 {chr(10).join(verdicts)}
 
 The right half of the printed figure has Alpaca, whose sequences are shorter than a large block, clearly worse above 32,
-and ShareGPT good up to 128. Memory alone explains it as far as said above; it does so only near the sustained rate,
-because blocks half empty cost nothing while there are enough of them."""
+and ShareGPT good up to 128. Alpaca comes out by memory alone. ShareGPT does up to 32 only at this rate, close to what
+is sustained: there every block that is half empty shortens the batch, and below that it costs nothing."""
 
 
 def _fig_19(rows: Sequence[tuple[int, float, float]]) -> str:
@@ -321,21 +348,21 @@ def _hits(rows: Sequence[dict[str, Any]]) -> str:
     pools = list(dict.fromkeys(row["kv_slots"] for row in rows))
     body = [[name, *(f"{row['prefix_hit_pct']:.1f}" for row in rows if row["tiers"] == name)] for name, _ in TIERS]
     alone = [row for row in rows if row["tiers"] == "none"]
-    unbounded = rows[0]["unbounded_prefix_hit_pct"]
+    blocks, tokens = rows[0]["unbounded_prefix_hit_pct"], rows[0]["unbounded_prefix_hit_tokens_pct"]
     return f"""## Not in the paper: prefix caching and tiers on Mooncake's conversations
 
 The first 1500 requests with their own arrivals, Llama-3.1-8B on eight H100, blocks of 512 tokens, 128 KiB a token.
-A cache that forgets nothing would hit {unbounded:.1f} % of prompt blocks; outputs, which the trace does not name, are
-not counted. What is evicted goes to the tiers below and comes back on a hit, if loading takes less than computing
-by the rates that the scheduler measures: the index and the decisions are the engine's own. Hits in % of prompt tokens,
-by the tokens that the pool holds:
+A cache that forgets nothing would hit {blocks:.1f} % of prompt blocks, {tokens:.1f} % of prompt tokens; outputs, which
+the trace does not name, are not counted. What is evicted goes to the tiers below and comes back on a hit, if loading
+takes less than computing by the rates that the scheduler measures: the index and the decisions are the engine's own.
+Hits in % of prompt tokens, by the tokens that the pool holds:
 
 {_table(["below the pool", *(f"{slots / 2**20:g} Mi" for slots in pools)], body)}
 
 ![Hit rates](paper/mooncake-tiers.svg)
 
 Without tiers the largest batches have {", ".join(str(row["peak_batch"]) for row in alone)} sequences. A disk of 6 GB/s
-gives nothing here: it takes 11 ms to bring a block that eight H100 compute in 2."""
+gives next to nothing: it takes 11 ms to bring a block that eight H100 compute in 2."""
 
 
 def _headlines(results: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def _hits(rows: Sequence[dict[str, Any]]) -> Figure:
         here = [row for row in rows if row["tiers"] == tiers]
         pools = [row["kv_slots"] / 2**20 for row in here]
         axes.plot(pools, [row["prefix_hit_pct"] for row in here], marker=".", label=f"below the pool: {tiers}")
-    axes.axhline(rows[0]["unbounded_prefix_hit_pct"], color="black", linewidth=0.5, linestyle=":")
+    axes.axhline(rows[0]["unbounded_prefix_hit_tokens_pct"], color="black", linewidth=0.5, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="pool (Mi tokens)", ylabel="hits (% of prompt tokens)", ylim=(0, None))
     axes.legend(frameon=False, fontsize=6)

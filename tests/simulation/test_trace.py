@@ -46,6 +46,7 @@ def test_mooncake_lines(tmp_path: Path, zipped: bool) -> None:
     assert trace.rows == [TraceRow(1024, 7, 0.0, (1, 9)), TraceRow(513, 2, 3.0, (1, 2))]
     assert trace.has_prefixes
     assert unbounded_hit_percent(trace.rows) == 25.0
+    assert unbounded_hit_percent(trace.rows, of_tokens=True) == 100 * 512 / (1024 + 513)
 
 
 @pytest.mark.parametrize(

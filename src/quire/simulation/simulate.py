@@ -91,7 +91,9 @@ def run_simulation(
         "skipped_rows": trace.num_skipped,
         "requests": sum(figures[ending] for ending in ("finished", "failed", "cancelled", "refused")),
         **figures,
+        # Of blocks, as traces are described, and of tokens, as prefix_hit_pct counts.
         "unbounded_prefix_hit_pct": unbounded_hit_percent(trace.rows[: settings.num_requests]),
+        "unbounded_prefix_hit_tokens_pct": unbounded_hit_percent(trace.rows[: settings.num_requests], of_tokens=True),
     }
 
 

@@ -105,15 +105,18 @@ def read_trace(path: str | Path) -> Trace:
     return Trace(path.name, rows, num_skipped)
 
 
-def unbounded_hit_percent(rows: Iterable[TraceRow]) -> float | None:
-    """Share of `hash_ids` blocks that a prefix cache which forgets nothing would hit; None without any."""
+def unbounded_hit_percent(rows: Iterable[TraceRow], *, of_tokens: bool = False) -> float | None:
+    """Share of `hash_ids` blocks, or of the prompt tokens in them, that a prefix cache which forgets nothing would hit;
+    None without any."""
     seen: set[int] = set()
-    num_asked = num_hit = 0
+    asked = hit = 0
     for row in rows:
-        num_asked += len(row.hash_ids)
-        num_hit += sum(1 for block in row.hash_ids if block in seen)
+        for index, block in enumerate(row.hash_ids):
+            size = min(HASH_BLOCK_TOKENS, row.prompt_tokens - index * HASH_BLOCK_TOKENS) if of_tokens else 1
+            asked += size
+            hit += size if block in seen else 0
         seen.update(row.hash_ids)
-    return 100 * num_hit / num_asked if num_asked else None
+    return 100 * hit / asked if asked else None
 
 
 def _csv_lines(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
