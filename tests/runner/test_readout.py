@@ -33,7 +33,7 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
 
     if read is None:
         first = [min((t for t in asked if e - c <= t < e), default=e) for e, c in zip(end, counts, strict=True)]
-        assert sum(counts) - sum(end - first) < _MIN_UNREAD
+        assert sum(counts) - max(1, sum(end - first)) < _MIN_UNREAD  # one is read where nobody asks
         return
     assert asked <= set(read.tokens.tolist())
     np.testing.assert_array_equal(read.tokens[read.places(np.array(sampled, dtype=np.int32))], sampled)

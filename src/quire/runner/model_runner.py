@@ -241,10 +241,7 @@ class ModelRunner:
         drawn = logits = hidden = read = None
         if self._graphs is not None and size and self._graphs.has(key):
             outcome = self._graphs.replay(key, inputs)
-            if sampler is not None:
-                drawn = outcome[:, : plan.num_tokens]
-            else:
-                logits = outcome[: plan.num_tokens]
+            drawn, logits = (None, outcome[: plan.num_tokens]) if sampler is None else (outcome, None)
         else:
             read = find_tokens_read(plan, points, batch)
             sampled = points.tokens if read is None else read.places(points.tokens)
@@ -343,12 +340,12 @@ class ModelRunner:
         return drawn
 
     def _promise(self, drawn: torch.Tensor, states: Sequence[SamplingState], result: StepResult) -> Callable[[], None]:
-        """What is returned waits for the drawn tokens and fills `result`."""
+        """What is returned waits for the drawn tokens, behind which may be those of padding, and fills `result`."""
         fetch = _fetch(drawn)
         places = [state.promise() for state in states]
 
         def finish() -> None:
-            tokens, bits = fetch()
+            tokens, bits = fetch()[:, : len(states)]
             peaks = bits.view(np.float32)
             sound = np.isfinite(peaks)
             result.token_ids = np.where(sound, tokens, NO_TOKEN).tolist()

@@ -15,6 +15,8 @@ from quire.kernels import Kernels
 
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
+# Without it cuBLAS warns where torch is asked to be deterministic, which is how fresh memory is poisoned here.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 

@@ -22,9 +22,10 @@ from quire.models.registry import load_model
 from quire.models.weights import RandomWeights
 from quire.request import Request
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey
-from quire.runner.model_runner import ModelRunner
+from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
+from quire.step import StepPlan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
@@ -68,9 +69,23 @@ def fake_capture(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
-    """The kinds of steps that were replayed. Prefixes are shared wherever they can be."""
+    """The kinds of steps that were replayed; none waited for a capture. Prefixes are shared wherever they can be."""
     keys: list[GraphKey] = []
-    replay = DecodeGraphs.replay
+    launched: list[StepPlan] = []
+    replay, capture_one, launch = DecodeGraphs.replay, DecodeGraphs.capture_one, ModelRunner.launch
+
+    def launching(self: ModelRunner, plan: StepPlan) -> PendingStep:
+        launched.append(plan)
+        pending = launch(self, plan)
+        launched.clear()
+        return pending
+
+    def capturing(self: DecodeGraphs, *, idle: bool) -> None:
+        assert not launched, "inside a step"
+        capture_one(self, idle=idle)
+
+    monkeypatch.setattr(ModelRunner, "launch", launching)
+    monkeypatch.setattr(DecodeGraphs, "capture_one", capturing)
 
     def noted(self: DecodeGraphs, key: GraphKey, inputs: Any) -> Tensor:
         keys.append(key)
