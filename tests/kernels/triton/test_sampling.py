@@ -76,6 +76,8 @@ def test_the_draws_of_a_cpu(kernels: Any, device: torch.device, dtype: torch.dty
     states = states_of(PARAMS)
     generator = torch.Generator().manual_seed(7)
     logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=generator)).to(dtype)
+    logits[5, 4096:] -= 9.0  # a chunk that need not be looked at
+    logits[8, :4096] -= 9.0
     logits[4, ::3] = float("-inf")
     logits[6, :20] = 9.0  # the nucleus ends among equals
     expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states)  # it overwrites them

@@ -11,7 +11,8 @@ most likely token is that of the highest chunk, and an unfiltered draw looks at 
 
 With a filter it finds a rank by the bits of the score: d is never negative, and the bits of d ordered as a whole number
 are ordered as d is. Eight passes over the row find them four at a time, each summing the weights of the tokens in
-sixteen ranges. Sums are float64 over short float32 parts.
+sixteen ranges; chunks whose highest logit lies below them are passed over, which after two passes are nearly all. Sums
+are float64 over short float32 parts.
 """
 
 from dataclasses import dataclass
@@ -74,8 +75,24 @@ def _weights(distance, min_p):
 
 
 @triton.jit
+def _nearest(chunk_peaks, start, peak, temperature, CHUNK: tl.constexpr):
+    """The bits of the least distance in a chunk, by which most chunks can be passed over."""
+    return tl.div_rn(peak - tl.load(chunk_peaks + start // CHUNK), temperature).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _find(
-    row, size, peak, temperature, min_p, target, BY_COUNT: tl.constexpr, EXCEED: tl.constexpr, BLOCK: tl.constexpr
+    row,
+    chunk_peaks,
+    size,
+    peak,
+    temperature,
+    min_p,
+    target,
+    BY_COUNT: tl.constexpr,
+    EXCEED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """The bits of the distance at which the ranking's weight (or count) reaches the target, or exceeds it, and the
     weight (or count) of all that are closer."""
@@ -86,15 +103,17 @@ def _find(
         shift = 28 - 4 * step
         sums = tl.zeros([16], tl.float64)
         for start in range(0, size, BLOCK):
-            distance = _distances(row, start, size, peak, temperature, BLOCK)
-            if BY_COUNT:
-                exists = start + tl.arange(0, BLOCK) < size
-                weights = tl.where(exists, 1.0, 0.0)
-            else:
-                weights = _weights(distance, min_p)
-            digit = (distance.to(tl.int32, bitcast=True) >> shift) - (bits >> shift)
-            inside = tl.where(digit[:, None] == place[None, :], weights[:, None], 0.0)
-            sums += tl.sum(inside, 0).to(tl.float64)
+            nearest = _nearest(chunk_peaks, start, peak, temperature, CHUNK)
+            if (nearest >> shift) - (bits >> shift) < 16:
+                distance = _distances(row, start, size, peak, temperature, BLOCK)
+                if BY_COUNT:
+                    exists = start + tl.arange(0, BLOCK) < size
+                    weights = tl.where(exists, 1.0, 0.0)
+                else:
+                    weights = _weights(distance, min_p)
+                digit = (distance.to(tl.int32, bitcast=True) >> shift) - (bits >> shift)
+                inside = tl.where(digit[:, None] == place[None, :], weights[:, None], 0.0)
+                sums += tl.sum(inside, 0).to(tl.float64)
         reached = below + tl.cumsum(sums, 0)
         short = reached <= target if EXCEED else reached < target
         # Rounding may leave the target beyond everything: then the last range that holds anything is meant.
@@ -106,27 +125,31 @@ def _find(
 
 
 @triton.jit
-def _weight_closer_than(row, size, peak, temperature, min_p, bits, BLOCK: tl.constexpr):
+def _weight_closer_than(
+    row, chunk_peaks, size, peak, temperature, min_p, bits, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
     total = tl.zeros([], tl.float64)
     for start in range(0, size, BLOCK):
-        distance = _distances(row, start, size, peak, temperature, BLOCK)
-        weights = tl.where(distance.to(tl.int32, bitcast=True) < bits, _weights(distance, min_p), 0.0)
-        total += tl.sum(weights, 0).to(tl.float64)
+        if _nearest(chunk_peaks, start, peak, temperature, CHUNK) < bits:
+            distance = _distances(row, start, size, peak, temperature, BLOCK)
+            weights = tl.where(distance.to(tl.int32, bitcast=True) < bits, _weights(distance, min_p), 0.0)
+            total += tl.sum(weights, 0).to(tl.float64)
     return total
 
 
 @triton.jit
-def _nth_at(row, size, peak, temperature, bits, n, BLOCK: tl.constexpr):
+def _nth_at(row, chunk_peaks, size, peak, temperature, bits, n, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """The id of the token number n, from 0, of those at one distance; of the last if there are fewer."""
     found = tl.zeros([], tl.int32)
     before = tl.zeros([], tl.int32)
     for start in range(0, size, BLOCK):
-        distance = _distances(row, start, size, peak, temperature, BLOCK)
-        token = start + tl.arange(0, BLOCK)
-        equal = ((distance.to(tl.int32, bitcast=True) == bits) & (token < size)).to(tl.int32)
-        number = before + tl.cumsum(equal, 0) - 1
-        found = tl.maximum(found, tl.max(tl.where((equal > 0) & (number <= n), token, 0), 0))
-        before += tl.sum(equal, 0)
+        if _nearest(chunk_peaks, start, peak, temperature, CHUNK) <= bits:
+            distance = _distances(row, start, size, peak, temperature, BLOCK)
+            token = start + tl.arange(0, BLOCK)
+            equal = ((distance.to(tl.int32, bitcast=True) == bits) & (token < size)).to(tl.int32)
+            number = before + tl.cumsum(equal, 0) - 1
+            found = tl.maximum(found, tl.max(tl.where((equal > 0) & (number <= n), token, 0), 0))
+            before += tl.sum(equal, 0)
     return found
 
 
@@ -237,27 +260,28 @@ def sample_kernel(
     position = tl.load(positions + index).to(tl.uint64, bitcast=True)
     uniform = (_mix(key + (position + 1) * _GAMMA) >> 11).to(tl.float64) * 1.1102230246251565e-16
     sums = tl.load(chunk_weights + index * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
+    own = chunk_peaks + index * num_chunks
 
     filters_k = (top_k > 0) & (top_k < size)
     if filters_k:
-        bits, closer = _find(row, size, peak, temperature, 0.0, top_k.to(tl.float64), True, False, BLOCK)
+        bits, closer = _find(row, own, size, peak, temperature, 0.0, top_k.to(tl.float64), True, False, BLOCK, CHUNK)
         distance = bits.to(tl.float32, bitcast=True)
-        kept = _weight_closer_than(row, size, peak, temperature, min_p, bits, BLOCK)
+        kept = _weight_closer_than(row, own, size, peak, temperature, min_p, bits, BLOCK, CHUNK)
         kept += (top_k.to(tl.float64) - closer) * _weights(distance, min_p).to(tl.float64)
     else:
         kept = tl.sum(sums, 0)
     if top_p < 1:
         needed = top_p * kept
-        bits, closer = _find(row, size, peak, temperature, min_p, needed, False, False, BLOCK)
+        bits, closer = _find(row, own, size, peak, temperature, min_p, needed, False, False, BLOCK, CHUNK)
         weight = _weights(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
         at_edge = tl.maximum(tl.ceil((needed - closer) / weight), 1.0)
         kept = tl.minimum(kept, closer + at_edge * weight)
     target = uniform * kept
     if filters_k | (top_p < 1):
-        bits, closer = _find(row, size, peak, temperature, min_p, target, False, True, BLOCK)
+        bits, closer = _find(row, own, size, peak, temperature, min_p, target, False, True, BLOCK, CHUNK)
         weight = _weights(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
         number = tl.floor(tl.maximum(target - closer, 0.0) / weight).to(tl.int32)
-        tl.store(tokens + index, _nth_at(row, size, peak, temperature, bits, number, BLOCK))
+        tl.store(tokens + index, _nth_at(row, own, size, peak, temperature, bits, number, BLOCK, CHUNK))
     else:
         # Rounding may leave the target beyond everything: then the last chunk that holds anything is meant.
         last = tl.max(tl.where(sums > 0, chunk, 0), 0)
