@@ -141,12 +141,18 @@ def test_preempted_samples_go_on_as_if_nothing_had_been(llm: LLM) -> None:
     assert tokens(outputs) == tokens(run(llm, params))
 
 
-def test_neighbours_keep_their_tokens(llm: LLM) -> None:
-    plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    sampled = SamplingParams(temperature=1.0, seed=11, n=2, max_tokens=40, ignore_eos=True)
-    form = SamplingParams(temperature=1.0, seed=4, n=2, max_tokens=150, structured_outputs=JSON)
-    mixed = run(llm, [plain, form, sampled], PROMPTS)
-    alone = [run(llm, params, prompt)[0] for params, prompt in zip([plain, form, sampled], PROMPTS, strict=True)]
+def test_every_kind_in_one_batch_gets_the_tokens_of_a_solo_run(llm: LLM) -> None:
+    kinds = [
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=11, n=2, max_tokens=40, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=1.0, seed=4, n=2, max_tokens=150, structured_outputs=JSON),
+        SamplingParams(temperature=0.7, seed=5, max_tokens=40, structured_outputs=JSON, logprobs=1),
+        SamplingParams(beam_width=3, n=2, max_tokens=30, structured_outputs=JSON),
+        SamplingParams(beam_width=4, n=1, max_tokens=30, ignore_eos=True),
+    ]
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(kinds))]
+    mixed = run(llm, kinds, prompts)
+    alone = [run(llm, params, prompt)[0] for params, prompt in zip(kinds, prompts, strict=True)]
     assert tokens(mixed) == tokens(alone)
 
 
