@@ -67,6 +67,13 @@ def test_expectations_on_a_device(device: str, capsys: pytest.CaptureFixture[str
         assert part in shown
 
 
+def test_a_gpu_instead_stores_no_layers_in_few_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = planned(capsys, "--num-blocks", "64", "--context", "128", "--users", "2", "--quantization", "int8")
+    lines = {line["name"]: line for line in figures["alternatives"]}
+    assert lines["H200 without int8"]["weights"] == ModelConfig.from_folder(bundled_folder()).weight_bytes("float16")
+    assert lines["H200 without int8"]["tokens_per_s"] > 0
+
+
 def test_a_gpu_gives_kv_what_the_weights_leave(capsys: pytest.CaptureFixture[str]) -> None:
     figures = planned(capsys, "--device", "A100-40GB", "--users", "2", "--no-compare")
     assert figures["available"] == int(0.9 * 40 * 2**30)

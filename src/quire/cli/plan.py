@@ -231,8 +231,13 @@ def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
         for name, kv_dtype in _SMALLER_KV.items()
         if kv_dtype != config.kv_cache_dtype
     ]
+    # Layers of few bits are the CPU's alone.
+    dense, without = (
+        replace(config, quantization=None),
+        f" without {config.quantization}" if config.quantization else "",
+    )
     others += [
-        (name, replace(asked, device=device, num_devices=None))
+        (name + without, replace(asked, config=dense, device=device, num_devices=None))
         for name, device in DEVICES.items()
         if device != asked.device and not device.is_host
     ]
