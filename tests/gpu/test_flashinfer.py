@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from quire.attention import AttentionShape, make_planner
+from quire.attention import AttentionShape, StepArrays, make_planner
 from tests.kernels.ragged_batch import Shape, ragged_batch
 
 pytestmark = [
@@ -36,5 +36,5 @@ def test_attention(sequences: list[tuple[int, int]], options: dict[str, float], 
     )  # fmt: skip
     of_cpu = batch.plan
     arrays = [x.numpy() for x in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots)]
-    found = flashinfer.paged_attention(q.to(device), *caches, plan(*arrays), batch.scale, **options)
+    found = flashinfer.paged_attention(q.to(device), *caches, plan(StepArrays(*arrays)), batch.scale, **options)
     assert_close(found, expected_of(batch, q, caches, **options), torch.bfloat16)

@@ -5,7 +5,7 @@ A planner is made once, for a model and the limits of a batch, by the function t
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,15 +43,25 @@ class AttentionShape:
     device: torch.device
 
 
+class StepArrays(NamedTuple):
+    """A step on the host, of B sequences with T new tokens, each sequence's last; all int32."""
+
+    query_start_loc: Int32Array
+    """[B + 1]: sequence s owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
+    seq_lens: Int32Array
+    """[B]: tokens whose KV is stored once this step has written its own."""
+    block_tables: Int32Array
+    """[B, most blocks of any]"""
+    slots: Int32Array
+    """[T]: where each token's KV goes, block * block_size + offset."""
+
+
 class Planner(Protocol):
-    """Plans one step; `quire.attention.plan` says what the arrays hold."""
+    """Plans one step."""
 
     def __call__(
         self,
-        query_start_loc: Int32Array,
-        seq_lens: Int32Array,
-        block_tables: Int32Array,
-        slots: Int32Array,
+        step: StepArrays,
         *,
         captured_seqs: int = 0,
         before: AttentionPlan | None = None,
@@ -81,23 +91,13 @@ def cpu_planner(shape: AttentionShape) -> Planner:
     may_advance = not shape.window and not shape.batch_invariant
 
     def plan(
-        query_start_loc: Int32Array,
-        seq_lens: Int32Array,
-        block_tables: Int32Array,
-        slots: Int32Array,
-        *,
-        captured_seqs: int = 0,
-        before: AttentionPlan | None = None,
-        variant: int | None = None,
+        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
     ) -> AttentionPlan:
         assert not captured_seqs, "a CPU has no graphs"
-        if isinstance(before, CpuAttentionPlan) and may_advance and seq_lens[0] % ADVANCED_KEYS:
-            return advance_plan(before, seq_lens, block_tables, slots)
+        if isinstance(before, CpuAttentionPlan) and may_advance and step.seq_lens[0] % ADVANCED_KEYS:
+            return advance_plan(before, step.seq_lens, step.block_tables, step.slots)
         return plan_attention(
-            query_start_loc,
-            seq_lens,
-            block_tables,
-            slots,
+            *step,
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
@@ -115,21 +115,11 @@ def gathered_planner(shape: AttentionShape) -> Planner:
     from quire.attention.gathered import plan_attention
 
     def plan(
-        query_start_loc: Int32Array,
-        seq_lens: Int32Array,
-        block_tables: Int32Array,
-        slots: Int32Array,
-        *,
-        captured_seqs: int = 0,
-        before: AttentionPlan | None = None,
-        variant: int | None = None,
+        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
     ) -> AttentionPlan:
         assert not captured_seqs, "what is gathered differs from step to step"
         return plan_attention(
-            query_start_loc,
-            seq_lens,
-            block_tables,
-            slots,
+            *step,
             device=shape.device,
             block_size=shape.block_size,
             window=shape.window,
@@ -154,20 +144,10 @@ def gpu_planner(shape: AttentionShape) -> Planner:
     )
 
     def plan(
-        query_start_loc: Int32Array,
-        seq_lens: Int32Array,
-        block_tables: Int32Array,
-        slots: Int32Array,
-        *,
-        captured_seqs: int = 0,
-        before: AttentionPlan | None = None,
-        variant: int | None = None,
+        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
     ) -> AttentionPlan:
         return plan_attention(
-            query_start_loc,
-            seq_lens,
-            block_tables,
-            slots,
+            *step,
             buffers=buffers,
             window=shape.window,
             captured_seqs=captured_seqs,
@@ -190,30 +170,22 @@ def flashinfer_planner(shape: AttentionShape) -> Planner:
     )
 
     def plan(
-        query_start_loc: Int32Array,
-        seq_lens: Int32Array,
-        block_tables: Int32Array,
-        slots: Int32Array,
-        *,
-        captured_seqs: int = 0,
-        before: AttentionPlan | None = None,
-        variant: int | None = None,
+        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
     ) -> AttentionPlan:
         assert not captured_seqs, "a wrapper's launches differ from step to step"
-        pages = list_pages(seq_lens, block_tables, shape.block_size)
-
-        sent = send({"starts": query_start_loc, "lens": seq_lens, "tables": block_tables, "slots": slots}, shape.device)
+        pages = list_pages(step.seq_lens, step.block_tables, shape.block_size)
+        sent = send(step._asdict(), shape.device)
         return FlashInferPlan(
-            query_start_loc=sent["starts"],
-            seq_lens=sent["lens"],
-            block_tables=sent["tables"],
+            query_start_loc=sent["query_start_loc"],
+            seq_lens=sent["seq_lens"],
+            block_tables=sent["block_tables"],
             slots=sent["slots"],
             window=0,
-            qo_indptr=torch.from_numpy(query_start_loc),
+            qo_indptr=torch.from_numpy(step.query_start_loc),
             kv_indptr=torch.from_numpy(pages.indptr),
             kv_indices=torch.from_numpy(pages.indices),
             last_page_len=torch.from_numpy(pages.last_page_len),
-            max_query_len=int(np.diff(query_start_loc).max()),
+            max_query_len=int(np.diff(step.query_start_loc).max()),
             wrappers=wrappers,
             turn=wrappers.next_turn(),
         )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quire.attention import AttentionShape, make_planner
+from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.backends import BACKENDS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
@@ -229,10 +229,7 @@ class ModelRunner:
         if self._graphs is not None and points.after_every_token and not plan.drafts and not plan.prompt_logprobs:
             size = self._graphs.size_for(plan.num_tokens)
         attention = self._plan_attention(
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.block_tables,
-            batch.slots,
+            StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots),
             captured_seqs=size,
             before=self._attention if batch.follows else None,
         )
@@ -285,12 +282,8 @@ class ModelRunner:
         """The last layer's attention."""
         if not self._replans:
             return None
-        return self._plan_attention(
-            read.query_start_loc,
-            batch.seq_lens[read.sequences],
-            batch.block_tables[read.sequences],
-            batch.slots[read.tokens],
-        )
+        tables, slots = batch.block_tables[read.sequences], batch.slots[read.tokens]
+        return self._plan_attention(StepArrays(read.query_start_loc, batch.seq_lens[read.sequences], tables, slots))
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
@@ -300,9 +293,8 @@ class ModelRunner:
     def _prepare_captured(self, key: GraphKey, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
         """A step of decoding over fixed inputs, down to drawn tokens or logits, planned without any sequence."""
         tables, no_tokens = np.zeros((0, 1), dtype=np.int32), np.zeros(0, dtype=np.int32)
-        attention = self._plan_attention(
-            np.zeros(1, dtype=np.int32), no_tokens, tables, no_tokens, captured_seqs=key.size, variant=key.variant
-        )
+        nothing = StepArrays(np.zeros(1, dtype=np.int32), no_tokens, tables, no_tokens)
+        attention = self._plan_attention(nothing, captured_seqs=key.size, variant=key.variant)
         sampler = self._device_sampler if key.draws else None
 
         def run() -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.attention import AttentionShape, make_planner
+from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.attention.planners import Planner
 from quire.errors import ConfigError
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
@@ -95,7 +95,8 @@ def planner(shape: Shape) -> Planner:
 
 def step(plan: Planner, batch: RaggedBatch) -> Any:
     of_cpu = batch.plan
-    return plan(*(x.numpy() for x in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots)))
+    arrays = (x.numpy() for x in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots))
+    return plan(StepArrays(*arrays))
 
 
 @pytest.mark.parametrize("sequences", [DECODE, MIXED])
