@@ -30,7 +30,15 @@ SECONDS = 600.0
 ATTENTION_SLOWDOWN = 1.23
 """Of the paged kernel: the middle of the 20 to 26 % of the paper's Fig. 18a."""
 STEP_OVERHEAD, SEQUENCE_OVERHEAD = 0.0088, 0.00027
-POLICIES = ("paged", "orca-oracle", "orca-pow2", "orca-max", "fastertransformer")
+NAMES = {
+    "paged": "Quire",
+    "orca-oracle": "Orca (Oracle)",
+    "orca-pow2": "Orca (Pow2)",
+    "orca-max": "Orca (Max)",
+    "fastertransformer": "FasterTransformer",
+}
+"""Policies, and what the paper calls them."""
+POLICIES = tuple(NAMES)
 CHAT_LIMIT = 1024
 """Tokens of history and of output in the chat test."""
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -229,6 +237,15 @@ def swap_and_recompute(num_tokens: int, block_size: int) -> tuple[float, float]:
     return swap, StepTime(model, device).seconds(1, num_tokens, num_tokens, pairs, 1)
 
 
+def preempted(job: tuple[int, bool]) -> dict[str, Any]:
+    """Fig. 19, end to end: near the sustained rate, what is preempted is computed anew, or has gone to host memory and
+    comes back from there."""
+    block_size, swaps = job
+    options: dict[str, Any] = {"enable_prefix_caching": True, "swap_space": 2**36} if swaps else {}
+    figures = simulated(PANELS[0], rate=2.3, duration=SECONDS, block_size=block_size, **options)
+    return {**figures, "swaps": swaps}
+
+
 def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
     """Every experiment, on `num_workers` processes; deterministic whatever their number."""
     sharegpt, alpaca = PANELS[0], PANELS[3]
@@ -246,6 +263,7 @@ def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
         fig_15 = pool.map(sharing, SAVINGS)
         sizes = [(p, size, r) for p, r in ((sharegpt, 2.2), (alpaca, 29.0)) for size in BLOCK_SIZES]
         fig_18 = pool.map(block_sizes, sizes)
+        ends = pool.map(preempted, [(size, swaps) for size in (16, 32, 64) for swaps in (True, False)])
         fig_17 = pool.map(crowd, [(CHAT, policy, {}) for policy in orcas])
         beams = pool.map(crowd, [(SHARING[-1], policy, FREED) for policy in ("orca-oracle", "paged")])
         bounds = pool.map(freed, BOUND)
@@ -259,6 +277,7 @@ def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
             ("fig_17", fig_17),
             ("beams", beams),
             ("fig_18", fig_18),
+            ("preempted", ends),
             ("bounds", bounds),
             ("hits", hits),
         ):

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.paper.experiments import PANELS, SHARING, THRESHOLD, Knee
+from benchmarks.paper.experiments import NAMES, PANELS, SHARING, THRESHOLD, Knee
 
 COLORS = {
     "paged": "#1d5f8a",
@@ -15,13 +15,6 @@ COLORS = {
     "orca-pow2": "#e0a526",
     "orca-max": "#c8553d",
     "fastertransformer": "#7a7a7a",
-}
-NAMES = {
-    "paged": "Quire",
-    "orca-oracle": "Orca (Oracle)",
-    "orca-pow2": "Orca (Pow2)",
-    "orca-max": "Orca (Max)",
-    "fastertransformer": "FasterTransformer",
 }
 _WASTE = (
     ("token_states_pct", "token states", "#1d5f8a"),

@@ -1,5 +1,7 @@
 """What docs/paper.md says, on less of its traces: the set-ups stay the paper's, and claims keep coming out."""
 
+from typing import Any
+
 import pytest
 
 from benchmarks.paper import experiments
@@ -9,11 +11,13 @@ from benchmarks.paper.experiments import (
     CHAT_LIMIT,
     PANELS,
     PREFIXES,
+    SHARING,
     Knee,
     find_knee,
     simulated,
     trace_of,
 )
+from benchmarks.paper.page import write_page
 from quire.simulation.model_shapes import MODEL_SHAPES
 
 PRINTED_TOKEN_STATES = {"orca-max": 20.4, "orca-pow2": 26.8, "orca-oracle": 38.2}
@@ -82,3 +86,44 @@ def test_the_longer_the_shared_prefix_the_more_is_gained() -> None:
             for policy in ("paged", "orca-oracle")
         )
         assert held < experiments.THRESHOLD < computed
+
+
+def made_up(multiple: float) -> dict[str, Any]:
+    """Results of `run_all` in which Quire sustains `multiple` times the rate of all others."""
+    orcas = ("orca-max", "orca-pow2", "orca-oracle", "paged")
+    row = dict.fromkeys(("normalized_latency_mean", "prefix_hit_pct", "mean_batch", "rate", "preemptions"), 1.0)
+    row |= dict.fromkeys(("token_states_pct", "reservation_pct", "internal_pct", "external_pct"), 5.0)
+    row |= {"token_states_of_pool_pct": 5.0, "saved_by_sharing_pct": 5.0, "peak_batch": 1}
+    row |= {"unbounded_prefix_hit_pct": 30.0, "unbounded_prefix_hit_tokens_pct": 31.0}
+    return {
+        "knees": [
+            Knee(panel, policy, multiple if policy == "paged" else 1.0, [])
+            for panel in (*PANELS, CHAT, *SHARING, *PREFIXES)
+            for policy in experiments.POLICIES
+        ],
+        "fig_2": [{**row, "policy": policy} for policy in orcas],
+        "fig_13": [{**row, "policy": policy, "trace": name} for name in ("sharegpt", "alpaca") for policy in orcas],
+        "fig_15": [
+            {**row, "trace": trace, "option": option, "width": width} for trace, option, width, _ in experiments.SAVINGS
+        ],
+        "fig_17": [row] * 4,
+        "fig_18": [{**row, "trace": "sharegpt", "block_size": size} for size in BLOCK_SIZES],
+        "fig_19": [(size, *experiments.swap_and_recompute(256, size)) for size in BLOCK_SIZES],
+        "preempted": [{**row, "block_size": 16, "swaps": swaps} for swaps in (True, False)],
+        "bounds": [(panel.label, 1.5) for panel in experiments.BOUND],
+        "beams": [row] * 2,
+        "hits": [{**row, "kv_slots": slots, "tiers": tiers} for tiers, _ in experiments.TIERS for slots in (1, 2)],
+    }
+
+
+def test_the_page_has_every_figure_and_its_verdicts_follow_the_results() -> None:
+    pages = {multiple: write_page(made_up(multiple)) for multiple in (1.0, 2.3)}
+    for page in pages.values():
+        for figure in ("2", "12", "13", "14", "15", "16", "17", "18b", "19"):
+            assert f"## Fig. {figure}:" in page
+        assert max(map(len, page.splitlines())) <= 220  # tables; all else is wrapped
+    six_beams = "at six beams (printed 2.3×): "
+    assert six_beams + "does not" in pages[1.0].replace("\n", " ")
+    assert six_beams + "comes out" in pages[2.3].replace("\n", " ")
+    assert "of the Orcas, printed 2×: does not" in pages[1.0].replace("\n", " ")
+    assert "of the Orcas, printed 2×: comes out" in pages[2.3].replace("\n", " ")
