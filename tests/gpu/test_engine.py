@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu import capture_graphs
 from quire import LLM, SamplingParams
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.engine.test_overlap import requests, seen
@@ -36,6 +37,7 @@ def test_tokens_equal_transformers(family: str, backend: str, tmp_path: Path) ->
     oracle, prompts = reference_model(checkpoint), make_prompts(17, longest=100)
     llm = make_llm(checkpoint, attention_backend=backend, max_num_batched_tokens=64)
     assert_greedy(oracle, llm.generate(prompts, GREEDY))
+    capture_graphs(llm)
     assert_greedy(oracle, llm.generate(prompts, GREEDY))  # from the prefix cache, and from graphs
     small = make_llm(checkpoint, attention_backend=backend, block_size=16, num_blocks=40, max_model_len=240)
     assert_greedy(oracle, small.generate(prompts, GREEDY))
@@ -48,7 +50,10 @@ def test_no_token_depends_on_how_steps_are_run(enforce_eager: bool, async_schedu
     checkpoint = make_checkpoint(tmp_path, "qwen3")
     on_cpu = LLM(str(checkpoint), device="cpu", num_blocks=400, max_num_seqs=16)
     llm = make_llm(checkpoint, enforce_eager=enforce_eager, async_scheduling=async_scheduling)
-    assert seen(llm.generate(*requests())) == seen(on_cpu.generate(*requests()))
+    expected = seen(on_cpu.generate(*requests()))
+    assert seen(llm.generate(*requests())) == expected
+    capture_graphs(llm)
+    assert seen(llm.generate(*requests())) == expected
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8"])
