@@ -4,7 +4,7 @@
 
 Simulations of the scheduler itself (see `quire simulate`), so nothing here depends on the machine. Each trace runs near
 the rate at which its engine is full, in five scenarios; results are kept in FILE, one JSON line each, and what is there
-already is not run again. Prints the tables of docs/policies.md.
+already is not run again. Prints the tables of docs/policies.md and the one of docs/benchmarks.md.
 """
 
 import argparse
@@ -164,13 +164,33 @@ def tables(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """Markdown: a row per trace and scenario, goodput against first come, first served, and preemptions."""
+    names = [f"{policy}, {admission}" for policy, admission in POLICIES]
+    lines = [f"| scenario, trace | {' | '.join(names)} |", f"| --- {'| --- ' * len(names)}|"]
+    for scenario in SCENARIOS:
+        for trace in SETUPS:
+            row = [r for r in results if (r["scenario"], r["trace"]) == (scenario, trace)]
+            if not row:
+                continue
+            first = row[0]["goodput_per_s"]
+            cells = [f"{first:.2f}/s, {row[0]['preemptions']}"]
+            for result in row[1:]:
+                change = f"{100 * (result['goodput_per_s'] / first - 1):+.1f} %" if first else "—"
+                cells.append(f"{change}, {result['preemptions']}")
+            lines.append(f"| {scenario}, {trace} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the traces are")
     parser.add_argument("--trace", nargs="+", choices=list(SETUPS), default=list(SETUPS))
     parser.add_argument("--out", type=Path, default=Path("policies.jsonl"))
     options = parser.parse_args()
-    print(tables(list(replay_all(options.folder, options.trace, options.out))))
+    results = list(replay_all(options.folder, options.trace, options.out))
+    print(tables(results))
+    print(summary(results))
 
 
 if __name__ == "__main__":

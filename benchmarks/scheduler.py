@@ -1,6 +1,7 @@
 """What deciding costs: the memory pool's operations and a whole step of the scheduler, without a model.
 
-`python -m benchmarks.scheduler` prints JSON: processor time, medians of several repeats.
+`python -m benchmarks.scheduler` prints JSON: processor time, medians of several repeats; of
+steps in which only some ask the forecast, means.
 """
 
 import gc
@@ -14,6 +15,8 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.length_curve import MIN_ANSWERS
+from quire.scheduler.policies import ADMISSIONS
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
 
@@ -28,8 +31,10 @@ def main() -> None:
     figures = {
         "pool_of_1m_blocks_s": round(median_seconds(lambda: BlockPool(1_000_000, BLOCK_SIZE)), 3),
         "append_and_free_us": round(median_seconds(append_and_free) / APPENDS * 1e6, 2),
-        "step_of_256_ms": round(step_seconds(256) * 1e3, 3),
-        "step_of_1024_ms": round(step_seconds(1024) * 1e3, 3),
+        "step_of_256_ms": round(statistics.median(step_seconds(256)) * 1e3, 3),
+        "step_of_1024_ms": round(statistics.median(step_seconds(1024)) * 1e3, 3),
+        "step_of_256_predicted_ms": round(statistics.fmean(step_seconds(256, "predicted")) * 1e3, 3),
+        "step_of_1024_predicted_ms": round(statistics.fmean(step_seconds(1024, "predicted")) * 1e3, 3),
     }
     print(json.dumps(figures, indent=2))
 
@@ -54,29 +59,31 @@ def append_and_free() -> None:
         table.free()
 
 
-def step_seconds(num_seqs: int) -> float:
-    """Median processor time of schedule() and update() while `num_seqs` sequences decode."""
+def step_seconds(num_seqs: int, admission: str = "current") -> list[float]:
+    """Processor times of schedule() and update(), step by step, while `num_seqs` sequences decode.
+
+    Where admission is predicted, others wait that fit now and not at the peak: the forecast is asked again and again.
+    """
+    num_waiting = 64 if admission == "predicted" else 0
     scheduler = Scheduler(
         BlockPool(num_seqs * 16, BLOCK_SIZE),
-        max_num_seqs=num_seqs,
+        max_num_seqs=num_seqs + num_waiting,
         max_num_batched_tokens=2 * num_seqs,
         max_model_len=1024,
+        make_rule=ADMISSIONS[admission],
     )
-    for number in range(num_seqs):
-        prompt = [number * PROMPT_TOKENS + position for position in range(PROMPT_TOKENS)]
-        request = Request(
-            request_id=f"{number}",
-            prompt_token_ids=prompt,
-            params=SamplingParams(max_tokens=MAX_TOKENS),
-            eos_token_ids=(0,),
-            max_tokens=MAX_TOKENS,
-        )
-        scheduler.add(request)
+    if num_waiting:
+        add(scheduler, range(-MIN_ANSWERS, 0))
+        while scheduler.has_work:
+            plan = scheduler.schedule()
+            scheduler.update(plan, sampled(plan))
+    add(scheduler, range(num_seqs))
     num_decoding = 0
     while num_decoding < num_seqs:
         plan = scheduler.schedule()
         scheduler.update(plan, sampled(plan))
         num_decoding = len(plan.sample_rows)
+    add(scheduler, range(num_seqs, num_seqs + num_waiting), num_tokens=800)
     seconds: list[float] = []
     for _ in range(100):
         start = time.process_time()
@@ -86,7 +93,22 @@ def step_seconds(num_seqs: int) -> float:
         update = time.process_time()
         scheduler.update(plan, result)
         seconds.append(time.process_time() - update + planned - start)
-    return statistics.median(seconds)
+    assert (scheduler.stats().num_waiting > 0) == (num_waiting > 0)
+    return seconds
+
+
+def add(scheduler: Scheduler, numbers: range, num_tokens: int = PROMPT_TOKENS) -> None:
+    """Requests of prompts that have nothing in common."""
+    for number in numbers:
+        prompt = [(number + MIN_ANSWERS) * PROMPT_TOKENS + position for position in range(num_tokens)]
+        request = Request(
+            request_id=f"{number}",
+            prompt_token_ids=prompt,
+            params=SamplingParams(max_tokens=MAX_TOKENS),
+            eos_token_ids=(0,),
+            max_tokens=MAX_TOKENS,
+        )
+        scheduler.add(request)
 
 
 def sampled(plan: StepPlan) -> StepResult:

@@ -112,3 +112,4 @@ def test_backlogged_tenants_get_the_same_within_the_bound(
         amounts = [served.get(tenant, 0.0) for tenant in waited]
         if amounts:
             assert max(amounts) - min(amounts) <= bound
+    assert sum(served.values()) >= sum(OUTPUT_TOKEN * max_tokens for _, _, max_tokens in requests)

@@ -164,8 +164,9 @@ class Admission:
             self._lookup.explain(group)
             self._stats.total_prefix_queries += group.num_prompt_tokens
             self._lookup.count_hits(leader, hits)
-            num_computed = group.num_prompt_tokens - group.num_cached_tokens
-            self._groups.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
+            if self._groups.waiting.counts_service:
+                num_computed = group.num_prompt_tokens - group.num_cached_tokens
+                self._groups.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
 
 
 def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:

@@ -24,6 +24,8 @@ MAX_TENANTS = 4096
 class FairShare(WaitingQueue):
     """A queue per tenant and priority class, and the counters."""
 
+    counts_service = True
+
     def __init__(self) -> None:
         super().__init__()
         self._queues: dict[tuple[int, str], WaitingQueue] = {}

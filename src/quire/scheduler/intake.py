@@ -39,6 +39,7 @@ class Intake:
     ) -> None:
         self._pool = pool
         self._groups = groups
+        self._counts_service = groups.waiting.counts_service
         self._lookup = lookup
         self._transfers = transfers
         self._prefixes = prefixes
@@ -168,7 +169,8 @@ class Intake:
                     break
             if logprobs is not None:
                 delta.logprobs = logprobs[: len(delta.token_ids)]
-        self._groups.waiting.serve(request.tenant, OUTPUT_TOKEN * len(delta.token_ids))
+        if self._counts_service:
+            self._groups.waiting.serve(request.tenant, OUTPUT_TOKEN * len(delta.token_ids))
         if delta.finish_reason is not None:
             if error is None:
                 self._prefixes.complete(request.request_id, sequence.table)

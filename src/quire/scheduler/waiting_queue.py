@@ -16,6 +16,9 @@ Rank = tuple[int, float, int]
 class WaitingQueue:
     """A heap by `SequenceGroup.rank`. What is removed leaves its entry behind, until it surfaces or most are such."""
 
+    counts_service = False
+    """Whether `serve` is to be called."""
+
     def __init__(self) -> None:
         self._groups: dict[Rank, SequenceGroup] = {}
         self._heap: list[Rank] = []
@@ -52,4 +55,4 @@ class WaitingQueue:
             self._heap = sorted(self._groups)
 
     def serve(self, tenant: str, service: float) -> None:
-        """A tenant's requests were given `service`, in the unit of `service`; of no concern to this policy."""
+        """A tenant's requests were given so much, in the unit of `service`; of no concern to this policy."""
