@@ -13,6 +13,7 @@ programs return at once. Variants differ in the rows of the programs for shared 
 Nothing here imports Triton.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ _MIN_SHARERS = 8
 # In a captured step programs of shared keys hold at least so many rows, so that few variants serve all batches.
 _MIN_CAPTURED_SHARED_ROWS = 64
 _MAX_TILE = 64
+_MAX_VIEWS = 1024
 _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector loads want it
 
 
@@ -129,6 +131,8 @@ class PlanBuffers:
             self.sections[name] = slice(end, end + size)
             end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
         self.on_device = torch.zeros(end, dtype=torch.int32, device=device)
+        self._views: dict[tuple[str | int, ...], torch.Tensor] = {}
+        """Of the device's memory, made once: steps that follow each other have many in common."""
         self.on_host: Int32Array = np.zeros(end, dtype=np.int32)
         """Where a plan is written before `send`."""
         self.partials = torch.empty(self.max_places, num_heads, head_dim, device=device)
@@ -157,8 +161,14 @@ class PlanBuffers:
 
     def view(self, section: str, *shape: int) -> torch.Tensor:
         """The beginning of a section on the device."""
-        begin = self.sections[section].start
-        return self.on_device[begin : begin + int(np.prod(shape))].view(shape)
+        key: tuple[str | int, ...] = (section, *shape)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= _MAX_VIEWS:
+                self._views.clear()
+            begin = self.sections[section].start
+            view = self._views[key] = self.on_device[begin : begin + math.prod(shape)].view(shape)
+        return view
 
 
 def tile_of(block_size: int) -> int:
@@ -210,10 +220,18 @@ def plan_attention(
     splitter = _Splitter(buffers)
     narrow_tiles = geometry.tiles(np.flatnonzero(narrow), buffers.tokens_per_tile(narrow_rows))
     sharers = _share_prefixes(narrow_tiles, block_tables, buffers, captured_seqs * captured_query_len)
-    narrow_items, first_place, num_parts = splitter.split(narrow_tiles, sharers.parts_of(narrow_tiles))
-    wide_items, _, _ = splitter.split(geometry.tiles(np.flatnonzero(~narrow), buffers.tokens_per_tile(wide_rows)))
+    # Most steps are decode that shares nothing, and a step of few sequences takes a GPU as long as planning takes.
+    shares = sharers is not _NO_SHARERS
+    parts_of_sharers = sharers.parts_of(narrow_tiles) if shares else None
+    narrow_items, first_place, num_parts = splitter.split(narrow_tiles, parts_of_sharers)
+    wide_items = _NO_ITEMS
+    if not narrow.all():
+        wide_tiles = geometry.tiles(np.flatnonzero(~narrow), buffers.tokens_per_tile(wide_rows))
+        wide_items, _, _ = splitter.split(wide_tiles)
     merges = splitter.merges()
-    shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
+    shared_items, gathered = _NO_ITEMS, _NOTHING_GATHERED
+    if shares:
+        shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
 
     host, sections = buffers.on_host, buffers.sections
     host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
@@ -348,7 +366,7 @@ class _Splitter:
 
     def merges(self) -> Int32Array:
         """What is left to put together after all items ran."""
-        return np.concatenate([np.empty((0, len(MergeColumn)), dtype=np.int32), *self._merges])
+        return np.concatenate(self._merges) if self._merges else np.empty((0, len(MergeColumn)), dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,10 +425,10 @@ class _Sharers:
         return items, gathered
 
 
+_NO_ITEMS = np.empty((0, NUM_ITEM_COLUMNS), dtype=np.int32)
+_NOTHING_GATHERED = np.empty((0, len(GatheredColumn)), dtype=np.int32)
 _NO_PAIRS = np.empty(0, dtype=np.int64)
-_NO_SHARERS = _Sharers(
-    np.empty((0, NUM_ITEM_COLUMNS), dtype=np.int32), _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _MIN_ROWS
-)
+_NO_SHARERS = _Sharers(_NO_ITEMS, _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _NO_PAIRS, _MIN_ROWS)
 
 
 def _share_prefixes(
@@ -486,6 +504,7 @@ def _put(host: Int32Array, section: slice, values: Int32Array | Sequence[int], f
     flat = np.ravel(values)
     end = section.start + len(flat)
     assert end <= section.stop, "the plan outgrew its buffers"
-    host[section.start : end] = flat
+    if len(flat):
+        host[section.start : end] = flat
     if fill_to > len(flat):
         host[end : section.start + fill_to] = -1
