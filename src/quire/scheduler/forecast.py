@@ -6,8 +6,8 @@ one of the ends. Sorted by tokens to come r(1) <= r(2) <= ..., just before the i
 
     used(i) = used now + (n - i + 1) r(i) / block size - blocks of those that ended before.
 
-A group is admitted if the peak of that with it stays within the pool. Against what is admitted by the memory free now,
-it waits where all that run are young, and preempts less; where many end soon it is no hindrance.
+A group is admitted if the peak of that with it stays within the pool. Beside admission by the memory that is free now,
+it waits where all that run are young, and is preempted less; where many end soon it waits for nothing.
 
 The quantile by which lengths are predicted is not a setting: each preemption says that it was too low and raises it,
 each answer that ends lowers it a little. It is well below the middle most of the time: a preempted group loses little,
