@@ -82,9 +82,9 @@ class Intake:
                 delta = self._prompt_delta(sequence, entries)
                 if delta is not None:
                     deltas.append(delta)
-        place, complete = 0, set(result.complete)
-        while place < len(plan.sample_rows):
-            sequence = rows[plan.sample_rows[place]]
+        place, complete, following, sample_rows = 0, set(result.complete), result.following, plan.sample_rows
+        while place < len(sample_rows):
+            sequence = rows[sample_rows[place]]
             if sequence is None or sequence.row == NO_ROW:
                 place += 1
                 continue
@@ -93,7 +93,9 @@ class Intake:
                 place += 1
                 if sequence.token_ids[-1] < 0:
                     sequence.token_ids.pop()  # the token was named before it was known
-                token_ids = [result.token_ids[first], *result.following.get(first, ())]
+                token_ids = [result.token_ids[first]]
+                if following:
+                    token_ids += following.get(first, ())
                 own, error = result.logprobs[first], result.errors[first]
                 logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
                 deltas.append(self._extend(sequence, token_ids, logprobs, error, complete=first in complete))
@@ -143,32 +145,36 @@ class Intake:
         *,
         complete: bool = False,
     ) -> SequenceDelta:
-        """Append a sample and what follows it, up to where the sequence ends."""
-        request = sequence.group.request
-        delta = _delta(sequence.group, sequence.index)
+        """Append a sample and what follows it, up to where the sequence ends; `token_ids` becomes the delta's."""
+        group, tokens = sequence.group, sequence.token_ids
+        request = group.request
+        delta = _delta(group, sequence.index)
         if error is not None:
             delta.error = error
             delta.finish_reason = FinishReason.ERROR
             self._distrust(sequence)
         else:
+            most, stops = group.num_prompt_tokens + request.max_tokens, request.params.stop_token_ids
             for place, token_id in enumerate(token_ids, start=1):
-                delta.token_ids.append(token_id)
-                sequence.token_ids.append(token_id)
-                self._stats.total_generated_tokens += 1
+                tokens.append(token_id)
                 if token_id in request.eos_token_ids:
                     delta.finish_reason = FinishReason.STOP
-                elif token_id in request.params.stop_token_ids:
+                elif token_id in stops:
                     delta.finish_reason = FinishReason.STOP
                     delta.stop_reason = token_id
                 elif complete and place == len(token_ids):
                     delta.finish_reason = FinishReason.STOP
                     delta.ends_with_text = True
-                elif sequence.num_output_tokens >= request.max_tokens:
+                elif len(tokens) >= most:
                     delta.finish_reason = FinishReason.LENGTH
-                if delta.finish_reason is not None:
-                    break
+                else:
+                    continue
+                del token_ids[place:]
+                break
+            delta.token_ids = token_ids
+            self._stats.total_generated_tokens += len(token_ids)
             if logprobs is not None:
-                delta.logprobs = logprobs[: len(delta.token_ids)]
+                delta.logprobs = logprobs[: len(token_ids)]
         if self._counts_service:
             self._groups.waiting.serve(request.tenant, OUTPUT_TOKEN * len(delta.token_ids))
         if delta.finish_reason is not None:
