@@ -26,8 +26,11 @@ def test_memory_is_zero_whenever_it_is_asked_for(num_bytes: int) -> None:
 
 def test_what_cannot_be_read_is_left_to_the_load(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
-    LoadAhead(tmp_path, 100).finish()
-    LoadAhead(None, 100).finish()
+    for folder in (tmp_path, None):
+        ahead = LoadAhead(folder, 100)
+        ahead.finish()
+        assert ahead.memory is not None
+        assert len(ahead.memory) == 100
 
 
 def test_a_backend_that_packs_nothing_takes_no_memory() -> None:

@@ -32,4 +32,5 @@ def test_any_text_can_be_a_salt() -> None:
 
 
 def test_the_largest_token_id_fits() -> None:
-    block_name(root_name("", 1), [2**32 - 1])
+    root = root_name("", 1)
+    assert block_name(root, [2**32 - 1]) != block_name(root, [2**32 - 2])

@@ -200,13 +200,15 @@ def test_refuses_by_name(client: OpenAI, engine: ScriptedEngine, fields: dict[st
 
 
 def test_tools_are_ignored_where_none_is_wanted(client: OpenAI) -> None:
-    client.chat.completions.create(
+    answer = client.chat.completions.create(
         model="scripted",
         messages=HELLO,
         tools=[{"type": "function", "function": {"name": "f"}}],
         tool_choice="none",
         extra_body={"best_of": 1, "response_format": {"type": "text"}},
     )
+    assert answer.choices[0].message.content
+    assert not answer.choices[0].message.tool_calls
 
 
 def test_unknown_model(client: OpenAI) -> None:
