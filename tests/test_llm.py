@@ -1,6 +1,8 @@
 """LLM, the offline interface, on the bundled model."""
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -230,3 +232,16 @@ def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(llm._engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["ROMEO:", "JULIET:"], SamplingParams(n=2, max_tokens=50))
+
+
+def test_whichever_thread_asks_as_many_compute() -> None:
+    """OpenMP's number of threads belongs to the thread that calls; a new one would take all cores."""
+    llm = LLM(num_blocks=16, max_num_seqs=1, max_model_len=64, threads=3, dtype="float32")
+
+    def num_started() -> int:
+        before = len(os.listdir("/proc/self/task"))
+        llm.generate("ROMEO:", GREEDY)
+        return len(os.listdir("/proc/self/task")) - before
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(num_started).result() == 2

@@ -160,7 +160,7 @@ class EngineConfig:
     generation_config: str = "auto"
     """auto takes sampling defaults from the model's generation_config.json, none ignores it (end tokens excepted)."""
     threads: int | None = None
-    """CPU threads for computing; None takes the cores this process may use."""
+    """CPU threads for computing; None takes one for each core this process may use, within a container's CPU limit."""
     disable_log_stats: bool = False
     """Do not print a line of throughput every ten seconds while serving."""
 

@@ -1,6 +1,7 @@
 """The path of a device, run on a CPU by the backend that runs anywhere: the same tokens, plans, clear refusals."""
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from quire import LLM, SamplingParams
 from quire.backends import BACKENDS, choose_backend
 from quire.config import EngineConfig
 from quire.engine import device as devices
-from quire.engine.device import Device, find_device, probe_cpu, probe_cuda
+from quire.engine.device import Device, find_device, probe_cpu, probe_cuda, usable_cores
 from quire.engine.memory_plan import CONTEXT_BYTES, plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import cpu
@@ -256,3 +257,44 @@ def test_what_the_plan_takes_a_cpu_for_is_what_the_kernels_find(
     assert probe_cpu(cpuinfo).multiplies_bfloat16
     monkeypatch.setenv("QUIRE_CPU_ISA", "avx512vnni")
     assert not probe_cpu(cpuinfo).multiplies_bfloat16
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: set(range(4, 12)))
+    assert usable_cores(tmp_path) == 8  # nothing is known of what they share
+    for number in range(16):  # 0 and 8 are one core, 1 and 9 ...
+        write(
+            tmp_path / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list",
+            f"{number % 8},{number % 8 + 8}\n",
+        )
+    assert usable_cores(tmp_path) == 8  # 4 to 7 alone, and 8 to 11
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: set(range(16)))
+    assert usable_cores(tmp_path) == 8
+
+    # A limit holds for all groups below it, and counts in whole cores.
+    groups = tmp_path / "sys/fs/cgroup"
+    write(tmp_path / "proc/self/cgroup", "0::/kubepods/pod1/quire\n")
+    write(groups / "kubepods/pod1/quire/cpu.max", "max 100000\n")
+    assert usable_cores(tmp_path) == 8
+    write(groups / "kubepods/pod1/cpu.max", "350000 100000\n")
+    assert usable_cores(tmp_path) == 3
+    write(groups / "kubepods/cpu.max", "600000 100000\n")
+    assert usable_cores(tmp_path) == 3
+    write(groups / "cpu.max", "20000 100000\n")  # as a container sees its own
+    assert usable_cores(tmp_path) == 1
+    (groups / "cpu.max").unlink()
+
+    # The first version, whose groups of a container may not be where their names say.
+    write(tmp_path / "proc/self/cgroup", "3:cpuset:/\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n")
+    write(groups / "cpu/cpu.cfs_period_us", "50000\n")
+    write(groups / "cpu/cpu.cfs_quota_us", "-1\n")
+    assert usable_cores(tmp_path) == 8
+    write(groups / "cpu/cpu.cfs_quota_us", "250000\n")
+    assert usable_cores(tmp_path) == 5
+    monkeypatch.undo()
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))

@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
+from quire.engine.device import usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
@@ -110,7 +110,7 @@ class EngineCore:
         if warm_grammars:
             grammars.warm()
         started = time.perf_counter()
-        num_threads = config.threads or len(os.sched_getaffinity(0))
+        num_threads = config.threads or usable_cores()
         torch.set_num_threads(num_threads)
         device = torch.device(plan.device)
         kernels = kernels_for(plan.attention_backend)

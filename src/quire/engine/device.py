@@ -1,4 +1,4 @@
-"""Device: what a model is computed on, and what must be known of it before torch is imported.
+"""Device: what a model is computed on, and what must be known of it and of the host's cores before torch is imported.
 
 A CUDA device is asked through its driver library, which torch loads anyway: the number of devices, names, memory and
 capability, all of which need no context on the card. CUDA_VISIBLE_DEVICES is the driver's affair and holds.
@@ -8,9 +8,9 @@ import ctypes
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quire.errors import ConfigError
@@ -71,6 +71,43 @@ def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
         flags = []
     chosen = os.environ.get("QUIRE_CPU_ISA", "avx512bf16") == "avx512bf16"
     return Device("cpu", multiplies_bfloat16=chosen and {"avx512_bf16", "avx512_vnni"} <= set(flags))
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores to compute on, at least one: those this process may run on, each once however many processors it shows as,
+    and no more than the time that control groups allow (a container's or a service's limit of CPUs) keeps busy.
+
+    A second thread on a core waits for the arithmetic of the first; and where time is limited, threads beyond it are
+    stopped together, each barrier waiting for the last. `root` is where /proc and /sys are found.
+    """
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    topology = root / "sys/devices/system/cpu"
+    cores = {_read(topology / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in processors}
+    return max(1, min([len(cores), *map(int, _cpu_limits(root))]))
+
+
+def _cpu_limits(root: Path) -> Iterator[float]:
+    """CPUs' worth of time that this process's control groups and those above them allow, of both versions."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inside = PurePosixPath(path.lstrip("/"))
+        for group in (inside, *inside.parents):
+            if controllers:
+                quota, period = (_read(mount / group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+            else:
+                quota, _, period = _read(mount / group / "cpu.max").partition(" ")
+            if quota.isdecimal() and period.isdecimal():
+                yield int(quota) / int(period)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:

@@ -98,6 +98,7 @@ class ModelRunner:
         self._config = model_config
         self._kernels = kernels
         self._max_model_len = max_model_len
+        self._num_threads = num_threads
         windows = set(model_config.layer_windows) or {0}
         max_blocks = -(-max_model_len // kv_cache.block_size)
         self._rows = RequestRows(
@@ -169,6 +170,8 @@ class ModelRunner:
         Raises `DeviceMemoryError` where a device has too little memory for it. Nothing was drawn then, and what was
         written will be written again.
         """
+        # OpenMP keeps it for each thread that calls, and whoever steps need not be who loaded the model.
+        torch.set_num_threads(self._num_threads)
         try:
             with torch.inference_mode():
                 self._pending = self._launch(plan)
