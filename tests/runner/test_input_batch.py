@@ -49,8 +49,8 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
 )
 def test_a_batch_that_does_not_follow(change: dict[str, list[object]]) -> None:
     rows = RequestRows(max_num_seqs=2, max_blocks=16, vocab_size=10)
-    before = make_input_batch(StepPlan(rows=[0, 1], starts=[7, 5], counts=[1, 1], token_ids=[3, 3]), rows, BLOCK_SIZE)
+    first = StepPlan(rows=[0, 1], starts=[7, 5], counts=[1, 1], token_ids=[3, 3])
     plan = StepPlan(rows=[0, 1], starts=[8, 6], counts=[1, 1], token_ids=[3, 3])
-    assert make_input_batch(plan, rows, BLOCK_SIZE, before).follows
+    assert make_input_batch(plan, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows
     changed = dataclasses.replace(plan, **change)
-    assert not make_input_batch(changed, rows, BLOCK_SIZE, before).follows
+    assert not make_input_batch(changed, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows

@@ -131,12 +131,14 @@ def plan_attention(
     work = _share_out_heads(work, np.repeat(num_groups, num_splits), num_kv_heads)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
+    work = work[np.argsort(-cost, kind="stable")]
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         seq_lens=_tensor(seq_lens),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
-        work=_tensor(work[np.argsort(-cost, kind="stable")]),
+        work=_tensor(work),
+        grows=_tensor(work[:, WorkColumn.KEY_END] == seq_lens[work[:, WorkColumn.SEQUENCE]]),
         shared=_tensor(shared),
         merges=_tensor(merges),
         partials=torch.empty(num_partial_rows, head_dim + 2),
@@ -153,12 +155,15 @@ def advance_plan(
 ) -> CpuAttentionPlan:
     """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
     last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more."""
-    work = plan.work.numpy()
-    ends = work[:, WorkColumn.KEY_END] == plan.seq_lens.numpy()[work[:, WorkColumn.SEQUENCE]]
-    work[:, WorkColumn.KEY_END] += ends
+    plan.work.numpy()[:, WorkColumn.KEY_END] += plan.grows.numpy()
     if len(plan.shared):
         plan.shared.numpy()[:, SharedColumn.POSITION] += 1
-    return replace(plan, seq_lens=_tensor(seq_lens), block_tables=_tensor(block_tables), slots=_tensor(slots))
+    plan.seq_lens.numpy()[:] = seq_lens
+    plan.slots.numpy()[:] = slots
+    if plan.block_tables.shape != block_tables.shape:
+        return replace(plan, block_tables=_tensor(block_tables))
+    plan.block_tables.numpy()[:] = block_tables
+    return plan
 
 
 class _Sharers(NamedTuple):

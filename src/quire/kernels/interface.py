@@ -62,6 +62,8 @@ class CpuAttentionPlan(AttentionPlan):
 
     work: Tensor
     """[num_items, 9]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
+    grows: Tensor
+    """[num_items]: 1 for an item that has the last keys of its sequence, else 0."""
     shared: Tensor
     """[any, 3]: tokens of the items that serve several sequences; columns in `quire.attention.plan.SharedColumn`."""
     merges: Tensor

@@ -11,9 +11,9 @@ from quire.step import StepPlan
 Int32Array = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InputBatch:
-    """T tokens of B sequences. All arrays are int32."""
+    """T tokens of B sequences. All arrays are int32, and those of the batch before where this one follows it."""
 
     rows: list[int]
     """[B]: the row of each sequence."""
@@ -37,7 +37,8 @@ class InputBatch:
 def make_input_batch(
     plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch | None = None
 ) -> InputBatch:
-    """Vectorised over sequences and tokens; no Python per either. `before` is the batch of the step before."""
+    """Vectorised over sequences and tokens; no Python per either. `before` is the batch of the step before, which is
+    overwritten where this one follows it."""
     if before is not None and _follows(plan, before):
         return _advance(plan, rows, block_size, before)
     row_index = np.array(plan.rows, dtype=np.int32)
@@ -72,21 +73,16 @@ def _follows(plan: StepPlan, before: InputBatch) -> bool:
     )
 
 
-def _advance(plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch) -> InputBatch:
-    positions = before.seq_lens
-    block_tables, slots = before.block_tables, before.slots + np.int32(1)
+def _advance(plan: StepPlan, rows: RequestRows, block_size: int, batch: InputBatch) -> InputBatch:
+    """In place, with few calls: each takes NumPy some 20 µs where the weights have just passed through the caches."""
+    batch.input_ids[:] = plan.token_ids
+    batch.positions += 1
+    batch.seq_lens += 1
+    batch.slots += 1
     if plan.new_blocks:
-        max_blocks = int(positions.max()) // block_size + 1
-        block_tables = rows.block_tables[np.array(plan.rows), :max_blocks]
-        blocks = block_tables[np.arange(len(positions)), positions // block_size]
-        slots = blocks * np.int32(block_size) + positions % block_size
-    return InputBatch(
-        rows=plan.rows,
-        input_ids=np.array(plan.token_ids, dtype=np.int32),
-        positions=positions,
-        query_start_loc=before.query_start_loc,
-        seq_lens=positions + np.int32(1),
-        block_tables=block_tables,
-        slots=slots,
-        follows=True,
-    )
+        max_blocks = int(batch.positions.max()) // block_size + 1
+        batch.block_tables = rows.block_tables[np.array(plan.rows), :max_blocks]
+        blocks = batch.block_tables[np.arange(len(batch.positions)), batch.positions // block_size]
+        batch.slots[:] = blocks * np.int32(block_size) + batch.positions % block_size
+    batch.follows = True
+    return batch

@@ -92,6 +92,7 @@ class ModelRunner:
         `batch_invariant`: no bit of a sequence's logits depends on what shares its step. With `draws_on_device` a step
         whose samples are no more than draws does not wait for them. With `capture` steps of decoding become graphs.
         """
+        self._inference = torch.inference_mode()
         self._block_store = block_store
         self._model = model
         self._kv_cache = kv_cache
@@ -173,7 +174,7 @@ class ModelRunner:
         # OpenMP keeps it for each thread that calls, and whoever steps need not be who loaded the model.
         torch.set_num_threads(self._num_threads)
         try:
-            with torch.inference_mode():
+            with self._inference:
                 self._pending = self._launch(plan)
         except torch.OutOfMemoryError as error:
             self._masks.join()
@@ -193,7 +194,7 @@ class ModelRunner:
         if self._graphs is None:
             return
         try:
-            with torch.inference_mode():
+            with self._inference:
                 self._graphs.capture_one(idle=idle)
         except torch.OutOfMemoryError as error:
             logger.warning("no memory for a CUDA graph: %s; batches of its size run without", error)
@@ -356,15 +357,19 @@ class ModelRunner:
     def _sample(self, plan: StepPlan, points: SamplePoints, logits: torch.Tensor, result: StepResult) -> None:
         sampled = self._sampler.sample(logits, points.states, passing=bool(plan.drafts))
         firsts = points.first[:-1]
-        result.token_ids = [sampled.token_ids[first] for first in firsts]
-        result.logprobs = [sampled.logprobs[first] for first in firsts]
-        result.errors = [sampled.errors[first] for first in firsts]
+        result.token_ids, result.logprobs, result.errors = sampled.token_ids, sampled.logprobs, sampled.errors
+        if plan.drafts:
+            result.token_ids = [sampled.token_ids[first] for first in firsts]
+            result.logprobs = [sampled.logprobs[first] for first in firsts]
+            result.errors = [sampled.errors[first] for first in firsts]
         for index, (first, token_id, error) in enumerate(zip(firsts, result.token_ids, result.errors, strict=True)):
             if first in sampled.candidates:
                 result.candidates[index] = sampled.candidates[first]
             elif error is None:
                 state = points.states[first]
                 state.append(token_id)
+                if index not in plan.drafts and state.grammar is None:
+                    continue
                 following: list[int] = []
                 if index in plan.drafts:
                     drafted = range(first + 1, points.first[index + 1])

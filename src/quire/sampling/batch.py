@@ -25,7 +25,7 @@ class RowGroup:
     def __init__(self, draw: Draw, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
         params = [states[row].params for row in rows]
         self.draw = draw
-        self.rows: IntArray = np.array(rows, dtype=np.int64)
+        self.rows = list(rows)
         self.place = place_of(rows)
         self.top_k: IntArray = np.array([p.top_k for p in params], dtype=np.int64)
         self.top_p: FloatArray = np.array([p.top_p for p in params])

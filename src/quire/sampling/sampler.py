@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf, isfinite, isnan
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.cpu import row_peaks
@@ -77,8 +76,7 @@ class Sampler:
         if batch.edits.any:
             batch.edits.apply(logits.numpy())
         processed = {row: logits[row].clone() for row in batch.processed_rows}
-        token_ids = np.empty(len(states), dtype=np.int64)
-        token_ids.fill(NO_TOKEN)
+        token_ids = [NO_TOKEN] * len(states)
         errors: list[str | None] = [None] * len(states)
         uniform = batch.uniforms()
         candidates: dict[int, BeamCandidates] = {}
@@ -86,24 +84,24 @@ class Sampler:
             if group.draw is Draw.BEAM:
                 num_candidates = [states[row].num_candidates for row in group.rows]
                 of_group = _find_candidates(logits[group.place], num_candidates)
-                candidates.update(zip(group.rows.tolist(), of_group, strict=True))
+                candidates.update(zip(group.rows, of_group, strict=True))
                 continue
             tokens, peaks = _draw(group, logits, uniform)
-            token_ids[group.place] = tokens
-            for place in np.flatnonzero(~np.isfinite(peaks)):
-                row = int(group.rows[place])
-                token_ids[row] = NO_TOKEN
-                errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(float(peaks[place]))
+            for row, token_id, peak in zip(group.rows, tokens, peaks, strict=True):
+                if isfinite(peak):
+                    token_ids[row] = token_id
+                else:
+                    errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(peak)
         logprobs: list[TokenLogprobs | None] = [None] * len(states)
         for k, rows in batch.logprob_rows.items():
-            reports = token_logprobs(raw[k], token_ids[rows].tolist(), k)
+            reports = token_logprobs(raw[k], [token_ids[row] for row in rows], k)
             for row, report in zip(rows, reports, strict=True):
                 logprobs[row] = report if errors[row] is None else None
         for row, edited in processed.items():
             if errors[row] is None:
-                logprobs[row] = processed_logprobs(edited, int(token_ids[row]), states[row].params)
+                logprobs[row] = processed_logprobs(edited, token_ids[row], states[row].params)
         for row, found in candidates.items():
-            if not np.isfinite(found.logprobs[0]):
+            if not isfinite(found.logprobs[0]):
                 errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(found.logprobs[0])
             grammar = states[row].grammar
             if grammar is not None and grammar.complete:
@@ -112,7 +110,7 @@ class Sampler:
             candidates[row] = candidates[row]._replace(
                 reports=self._report_beam(raw_beams[row], candidates[row].token_ids, k)
             )
-        return SampleResult(token_ids.tolist(), logprobs, errors, candidates)
+        return SampleResult(token_ids, logprobs, errors, candidates)
 
     def _report_beam(self, logits: Tensor, token_ids: list[int], k: int) -> list[TokenLogprobs]:
         """What is told of each candidate of one beam, as many at a time as there is room for."""
@@ -135,19 +133,19 @@ class Sampler:
         return [(piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces]
 
 
-def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[NDArray[np.integer], NDArray[np.floating]]:
+def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[list[int], list[float]]:
     """A token and the highest logit of each row of the group; where the logit is not finite, the token is void."""
-    scores = logits[group.place]
+    scores = logits[group.place] if len(group.rows) < len(logits) else logits
     if group.draw is Draw.GREEDY:
         peaks, ids = row_peaks(scores)
-        return ids.numpy(), peaks.numpy()  # of equals the lowest id
+        return ids.tolist(), peaks.tolist()  # of equals the lowest id
     peaks = scores.amax(dim=-1, keepdim=True)
     # Shifting first keeps what matters, the small differences between likely tokens, exact at any temperature. It turns
     # a row whose peak is not finite into NaN, which no comparison of a draw is true of: such a row draws some valid id.
     scores.sub_(peaks)
     if group.temperatures is not None:
         scores.div_(group.temperatures)
-    uniform = uniforms[group.rows]
+    uniform = uniforms[group.place]
     match group.draw:
         case Draw.UNFILTERED:
             tokens = draw_unfiltered(scores, group.min_p, uniform)
@@ -155,7 +153,7 @@ def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[NDArra
             tokens = draw_top_k(scores, group.min_p, group.top_k, group.top_p, uniform)
         case Draw.TOP_P:
             tokens = draw_top_p(scores, group.min_p, group.top_p, uniform)
-    return tokens, peaks.squeeze(1).numpy()
+    return tokens.tolist(), peaks.squeeze(1).tolist()
 
 
 def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[BeamCandidates]:
@@ -173,9 +171,9 @@ def _grammar_error(state: SamplingState) -> str | None:
 
 def explain_peak(peak: float) -> str:
     """Why nothing can be drawn from a row of which this is the highest logit."""
-    if peak == -np.inf:
+    if peak == -inf:
         return (
             "no token is left to sample: every logit is −inf after structured_outputs, allowed_token_ids, bad_words "
             "and min_tokens"
         )
-    return f"the model's logits hold {'NaN' if np.isnan(peak) else '+inf'}; the sequence cannot go on"
+    return f"the model's logits hold {'NaN' if isnan(peak) else '+inf'}; the sequence cannot go on"

@@ -40,7 +40,6 @@ class SamplingState:
         "num_candidates",
         "output_token_ids",
         "params",
-        "position",
         "prompt_token_ids",
         "sample_index",
         "seed",
@@ -61,13 +60,11 @@ class SamplingState:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids)
-        """Kept for logits processors; eight bytes a token."""
+        """Generated so far: a draw depends on how many, logits processors may read them. Eight bytes a token."""
         self.grammar = grammar
         """Where the sequence is in the grammar it follows; it has consumed `output_token_ids` already."""
         self.seed = seed
         self.sample_index = sample_index
-        self.position = len(output_token_ids)
-        """Number of tokens generated so far."""
         self.draw = _choose_draw(params, vocab_size)
         self.num_candidates = 0
         """Of a beam: so many that a full set of beams can go on, however many of them end a sequence."""
@@ -93,6 +90,11 @@ class SamplingState:
         for token_id in output_token_ids if self.bad_words or self.token_counts else ():
             self._remember(token_id)
 
+    @property
+    def position(self) -> int:
+        """Number of tokens generated so far."""
+        return len(self.output_token_ids)
+
     def fork(self) -> "SamplingState":
         """An equal state that goes its own way."""
         child = copy(self)
@@ -107,7 +109,6 @@ class SamplingState:
 
     def append(self, token_id: int) -> None:
         """Follow a token that the sequence generated."""
-        self.position += 1
         self.output_token_ids.append(token_id)
         self._remember(token_id)
         if self.grammar is not None:
@@ -116,7 +117,6 @@ class SamplingState:
     def promise(self) -> int:
         """Follow a token that is drawn but not known yet; returns where `keep` puts it. For sequences that need not
         know their tokens to draw the next."""
-        self.position += 1
         self.output_token_ids.append(UNKNOWN_TOKEN)
         return len(self.output_token_ids) - 1
 
@@ -127,7 +127,6 @@ class SamplingState:
     def take_forced(self, limit: int) -> list[int]:
         """Follow the tokens that the grammar forces, at most `limit` of them."""
         forced = self.grammar.take_forced(limit) if self.grammar is not None else []
-        self.position += len(forced)
         self.output_token_ids += forced
         for token_id in forced:
             self._remember(token_id)
