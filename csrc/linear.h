@@ -51,8 +51,8 @@ struct Place {
     int64_t tile, num_tiles;  // each row tile fetches its share of the next panel
 };
 
-// kRows x kWidth vectors of outputs over one slice: inputs [k][kRows], or pairs of bfloat16 [k / 2][kRows], times
-// vectors of weights kPanel apart.
+// kRows x kWidth vectors of outputs over one slice: inputs [k][kRows], or several rows' pairs of bfloat16
+// [k / 2][kRows], times vectors of weights kPanel apart.
 template <class T, int kRows, int kWidth>
 static void multiply_vectors(const Linear& a, const float* inputs, float* out, int64_t vector, const Place& place) {
     const int64_t column = vector * kLanes, left = a.n - column;
@@ -82,6 +82,7 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
     const char* ahead = reinterpret_cast<const char*>(weights[0] + panel_size) + place.tile * depth * share;
     if constexpr (kInPairs<T>) {
         const float* pairs = inputs + place.k_begin / 2 * kRows;
+        const float *const row = inputs + place.k_begin, last[2] = {row[depth - 1], 0.0f};  // used of a single row
         for (int64_t k = 0; k < depth; k += 2, pairs += kRows) {
             if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
             IntVec weight[kWidth];
@@ -89,7 +90,7 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
             for (int j = 0; j < kWidth; ++j) weight[j] = load_words(weights[j] + k * kPanel);
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) {
-                const IntVec x = broadcast_word(pairs + r);
+                const IntVec x = kRows > 1 ? broadcast_word(pairs + r) : broadcast_pair(k + 1 < depth ? row + k : last);
 #pragma GCC unroll 8
                 for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], weight[j], x);
             }
@@ -142,13 +143,13 @@ template <class T>
 static void arrange(const Rows& given, int64_t first_row, int64_t rows, int64_t begin, int64_t end, float* to) {
     const float* from = given.data + first_row * given.stride;
     if constexpr (kInPairs<T>) {
-        for (int64_t k = begin; k < end; k += 2)
-            for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = begin; k < end; k += kLanes) {
+                const int64_t lanes = min_of(end - k, kLanes);
                 const float* x = from + r * given.stride + k;
-                BFloat pair[2] = {};
-                narrow(&pair[0], x[0]);
-                if (k + 1 < end) narrow(&pair[1], x[1]);
-                memcpy(to + k / 2 * rows + r, pair, sizeof pair);
+                BFloat pairs[kLanes];
+                store(pairs, lanes == kLanes ? load(x) : load_first(x, lanes));
+                for (int64_t i = 0; i < lanes; i += 2) memcpy(to + (k + i) / 2 * rows + r, pairs + i, 2 * sizeof(BFloat));
             }
     } else {
         for (int64_t k = begin; k < end; ++k)
@@ -171,8 +172,8 @@ static void multiply(const Linear& a) {
     const int64_t num_groups = (num_vectors + group - 1) / group;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
-    // A single row of floats lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
-    const bool arranged = a.m > 1 || kInPairs<T>;
+    // A single row lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
+    const bool arranged = a.m > 1;
     float* const made = a.x.op == InputOp::none ? nullptr : a.scratch + (arranged ? a.m * a.k : 0);
     const Rows given = made ? Rows{made, a.k} : a.x.x;
 

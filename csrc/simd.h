@@ -192,6 +192,11 @@ QUIRE_INLINE void store(BFloat* p, Vec v) {
     const __m256bh narrowed = _mm512_cvtneps_pbh(v);
     memcpy(p, &narrowed, sizeof narrowed);
 }
+QUIRE_INLINE IntVec broadcast_pair(const float* x) {
+    __m128 two{};
+    memcpy(&two, x, 2 * sizeof(float));
+    return (IntVec)_mm512_broadcastd_epi32((__m128i)_mm_cvtneps_pbh(two));
+}
 QUIRE_INLINE Vec add_products(Vec sum, IntVec a, IntVec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 QUIRE_INLINE IntVec load_pairs(const BFloat* first, const BFloat* second) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first));
@@ -204,6 +209,12 @@ QUIRE_INLINE IntVec load_pairs(const BFloat* first, const BFloat* second) {
 constexpr bool kMultipliesPairs = false;
 QUIRE_INLINE void store(BFloat* p, Vec v) {
     for (int i = 0; i < kLanes; ++i) narrow(p + i, v[i]);
+}
+QUIRE_INLINE IntVec broadcast_pair(const float* x) {
+    BFloat pair[2];
+    narrow(pair, x[0]);
+    narrow(pair + 1, x[1]);
+    return broadcast_word(pair);
 }
 QUIRE_INLINE Vec add_products(Vec sum, IntVec a, IntVec b) {
     const int32_t second = int32_t(0xffff0000);
