@@ -4,10 +4,13 @@
 
 Without a model the bundled one. Every workload runs on two engines in one process, one with the option; they take turns
 and each round's prompts are new to both, so that no prefix is found. Tokens per second of output are those of the whole
-request, its prompt included. Ratios are with / without, over the medians.
+request, its prompt included, one figure for each round; the ratio, with / without, is of all rounds together. Where
+requests come one by one the ratio of decoding leaves out prompt and first token, as W5's figure does.
 
-- copy: one request at a time whose answer is mostly in its prompt, as in an edit or a summary that quotes: a passage of
-  held-out text, and its beginning once more. Greedy.
+- edit, revision, quotation, outline, summary: answers that repeat their prompt as such texts do, by
+  `benchmarks.recorded_answers`, one a round. Greedy. For models of the vocabulary that W1 to W6 have.
+- copy: one request at a time whose answer is mostly in its prompt: a passage of held-out text, and its beginning once
+  more. What comes is the model's own. Greedy.
 - text: the same passages without the beginning again.
 - long: one request of 3,000 random tokens.
 - W1, W3, W5: those of `benchmarks.peers`, random token ids. Greedy models of random weights fall into loops.
@@ -17,12 +20,13 @@ request, its prompt included. Ratios are with / without, over the medians.
 import argparse
 import json
 import random
-import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
+from benchmarks.recorded_answers import KINDS, Recorded, recorded_answers
 from quire import LLM, SamplingParams
 
 HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out.txt"
@@ -30,109 +34,148 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "speculation": {"speculative_config": {"method": "ngram"}},
     "deterministic": {"deterministic": True},
 }
-DEFAULT = "copy,text,text-sampled,W5,W5-sampled,W1,W1-sampled"
+TEXTS = "copy,text,text-sampled"
+RANDOM = "W5,W5-sampled,W1,W1-sampled"
+WARM_UP = -1
+"""Number of the round that does not count."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=[""])
     parser.add_argument("--option", choices=OPTIONS, default="speculation")
-    parser.add_argument("--only", default=DEFAULT)
+    parser.add_argument("--only")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quantization")
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     report = {}
     for model in options.models:
-        base: dict[str, Any] = {"max_num_seqs": 64, "quantization": options.quantization}
-        without, with_option = LLM(model, **base), LLM(model, **base, **OPTIONS[options.option])
-        for name in options.only.split(","):
-            figures = compare(without, with_option, name, options.rounds)
+        recorded = Recorded()
+        base: dict[str, Any] = {"quantization": options.quantization, "logits_processors": [recorded]}
+        engines = LLM(model, max_num_seqs=64, **base), LLM(model, max_num_seqs=64, **base, **OPTIONS[options.option])
+        only = options.only or f"{','.join(KINDS) if model else TEXTS},{RANDOM}"
+        for name in only.split(","):
+            figures = compare(engines, recorded, name, options.rounds)
             report[f"{model or 'bundled'} {name}"] = figures
             print(f"{Path(model).name or 'bundled'} {name}: {json.dumps(figures)}", flush=True)
     if options.report:
         options.report.write_text(json.dumps(report, indent=2))
 
 
-def compare(without: LLM, with_option: LLM, name: str, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both and their ratio; how the drafts fared."""
-    rates: tuple[list[float], list[float]] = ([], [])
-    before = with_option.stats()
-    num_equal = num_tokens = 0
-    for number in range(-1, rounds):
-        workload = make_workload(without, name, seed=number)
-        outputs = []
-        # The first turn changes, since what a machine did last may help or harm what comes next.
-        for place in (0, 1) if number % 2 else (1, 0):
-            llm = (without, with_option)[place]
-            llm.reset_prefix_cache()
-            started = time.perf_counter()
-            outputs.append((place, run(llm, workload, one_by_one=name.startswith(("copy", "text")))))
-            seconds = time.perf_counter() - started
-            if number >= 0:
-                rates[place].append(workload.num_output_tokens / seconds)
-        (_, one), (_, other) = sorted(outputs)
-        num_equal += sum(
-            a == b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
-        )
-        num_tokens += sum(map(len, one))
-    stats = with_option.stats()
-    drafted = stats.total_draft_tokens - before.total_draft_tokens
-    accepted = stats.total_accepted_tokens - before.total_accepted_tokens
-    medians = [statistics.median(each) for each in rates]
+def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int) -> dict[str, Any]:
+    """Tokens per second of both engines, the second of which has the option, and how its drafts fared."""
+    sides = [Side(llm) for llm in engines]
+    kind = name.removesuffix("-sampled")
+    one_by_one = kind in KINDS or kind in ("copy", "text", "long", "W5")
+    for number in range(WARM_UP, rounds):
+        if kind in KINDS:
+            recorded.answers = recorded_answers(kind, rounds)[max(number, 0) :]
+        workload = make_workload(engines[0], kind, number, recorded, temperature=float(kind != name))
+        if number == 0:
+            for side in sides:
+                side.start()
+        places = range(len(workload.requests))
+        for batch in [[place] for place in places] if one_by_one else [list(places)]:
+            # The first turn changes, since what a machine did last may help or harm what comes next.
+            for side in sides if (number + batch[0]) % 2 else reversed(sides):
+                side.run(workload, batch)
+        for side in sides:
+            side.end_round()
+    recorded.answers = ()
+    without, with_option = sides
+    pairs = list(zip(without.tokens, with_option.tokens, strict=True))
+    after = with_option.llm.stats()
+    drafted = after.total_draft_tokens - with_option.before.total_draft_tokens
+    accepted = after.total_accepted_tokens - with_option.before.total_accepted_tokens
     return {
-        "without_tok_s": [round(rate, 1) for rate in sorted(rates[0])],
-        "with_tok_s": [round(rate, 1) for rate in sorted(rates[1])],
-        "ratio": round(medians[1] / medians[0], 3),
+        "without_tok_s": without.rates,
+        "with_tok_s": with_option.rates,
+        "ratio": round(without.seconds / with_option.seconds, 3),
+        **({"decoding": round(without.decoding / with_option.decoding, 3)} if one_by_one else {}),
         "drafted": drafted,
         "accepted": accepted,
-        "equal_tokens": f"{num_equal}/{num_tokens}",
+        "tokens_per_step": round(len(pairs) / (after.total_steps - with_option.before.total_steps), 2),
+        "equal_tokens": f"{sum(a == b for a, b in pairs)}/{len(pairs)}",
     }
 
 
-def make_workload(llm: LLM, name: str, seed: int) -> Workload:
-    """Requests that only this seed brings."""
+class Side:
+    """One of the two engines, and what its rounds took."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was measured."""
+        self.before = self.llm.stats()
+        self.seconds = self.decoding = 0.0
+        self.tokens: list[int] = []
+        """Of every sample of every request."""
+        self.rates: list[float] = []
+        self._round = (0.0, 0)
+
+    def run(self, workload: Workload, places: Sequence[int]) -> None:
+        """Generate for these requests of the workload, all at once."""
+        params = [
+            SamplingParams(
+                n=workload.n,
+                temperature=workload.temperature,
+                seed=place,
+                max_tokens=workload.requests[place].num_output_tokens,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for place in places
+        ]
+        self.llm.reset_prefix_cache()
+        started = time.perf_counter()
+        outputs = self.llm.generate(
+            [workload.requests[place].prompt_token_ids for place in places], params, use_tqdm=False
+        )
+        self.seconds += time.perf_counter() - started
+        for output in outputs:
+            metrics = output.metrics
+            assert metrics is not None
+            assert metrics.first_token_time is not None
+            assert metrics.last_token_time is not None
+            self.decoding += metrics.last_token_time - metrics.first_token_time
+            for sample in output.outputs:
+                self.tokens += sample.token_ids
+
+    def end_round(self) -> None:
+        """Note its rate."""
+        seconds, num_tokens = self._round
+        self.rates.append(round((len(self.tokens) - num_tokens) / (self.seconds - seconds), 1))
+        self._round = self.seconds, len(self.tokens)
+
+
+def make_workload(llm: LLM, kind: str, seed: int, recorded: Recorded, temperature: float) -> Workload:
+    """Requests that only this seed brings; of recorded answers the first."""
     rng = random.Random(seed)
-    name, sampled = name.removesuffix("-sampled"), name.endswith("-sampled")
-    if name in ("copy", "text"):
+    if kind in KINDS:
+        answer = recorded.answers[0]
+        return Workload(kind, [WorkRequest(answer.prompt_token_ids, len(answer.token_ids))], temperature=temperature)
+    if kind in ("copy", "text"):
         token_ids = llm.get_tokenizer().encode(HELD_OUT.read_text(encoding="utf-8"))
         requests = []
         for _ in range(4):
             start = rng.randrange(len(token_ids) - 240)
             passage = token_ids[start : start + 200]
-            again = passage[:40] if name == "copy" else []
+            again = passage[:40] if kind == "copy" else []
             requests.append(WorkRequest(passage + again, 128))
-        return Workload(name, requests, temperature=float(sampled))
-    if name == "long":
-        return Workload(name, [WorkRequest([rng.randrange(3, 32_000) for _ in range(3_000)], 64)])
-    workload = make_workloads()[name]
+        return Workload(kind, requests, temperature=temperature)
+    if kind == "long":
+        return Workload(kind, [WorkRequest([rng.randrange(3, 32_000) for _ in range(3_000)], 64)])
+    workload = make_workloads()[kind]
     shift = rng.randrange(1, 30_000)
     vocab = 32_000 - 3
     requests = [
         WorkRequest([3 + (token + shift) % vocab for token in each.prompt_token_ids], each.num_output_tokens)
         for each in workload.requests
     ]
-    return Workload(workload.title, requests, workload.n, float(sampled) or workload.temperature)
-
-
-def run(llm: LLM, workload: Workload, *, one_by_one: bool) -> list[list[int]]:
-    """The tokens of every sample."""
-    params = [
-        SamplingParams(
-            n=workload.n,
-            temperature=workload.temperature,
-            seed=number,
-            max_tokens=request.num_output_tokens,
-            ignore_eos=True,
-            detokenize=False,
-        )
-        for number, request in enumerate(workload.requests)
-    ]
-    pairs = list(zip([request.prompt_token_ids for request in workload.requests], params, strict=True))
-    outputs = []
-    for group in [[pair] for pair in pairs] if one_by_one else [pairs]:
-        outputs += llm.generate([prompt for prompt, _ in group], [params for _, params in group], use_tqdm=False)
-    return [list(sample.token_ids) for output in outputs for sample in output.outputs]
+    return Workload(workload.title, requests, workload.n, temperature or workload.temperature)
 
 
 if __name__ == "__main__":

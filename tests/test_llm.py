@@ -123,7 +123,7 @@ def test_chat(llm: LLM) -> None:
         ({"speculative_config": {"method": "eagle"}}, "method is 'eagle'; it must be ngram"),
         ({"speculative_config": {"tokens": 5}}, "unknown ['tokens']; it may have method, num_speculative_tokens"),
         ({"speculative_config": {"num_speculative_tokens": 0}}, "is 0; it must be an integer from 1 to 64"),
-        ({"speculative_config": {"prompt_lookup_min": 6}}, "prompt_lookup_min is 6, more than prompt_lookup_max 4"),
+        ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min is 9, more than prompt_lookup_max 8"),
         ({"scheduling_policy": "sjf"}, "scheduling_policy is 'sjf'; it must be one of fcfs, shortest, fair"),
         ({"admission": "all"}, "admission is 'all'; it must be one of current, predicted"),
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, or left out"),

@@ -35,17 +35,17 @@ class SpeculativeConfig:
 
     method: str = "ngram"
     """ngram: what followed the last tokens where they stood before, in prompt or output."""
-    num_speculative_tokens: int = 5
+    num_speculative_tokens: int = 16
     """The longest draft; how many of it are taken is decided anew in every step."""
-    prompt_lookup_max: int = 4
+    prompt_lookup_max: int = 8
     """The most tokens that are looked for; more are preferred."""
-    prompt_lookup_min: int = 2
+    prompt_lookup_min: int = 1
     """The fewest tokens that are looked for."""
 
     def __post_init__(self) -> None:
         if self.method != "ngram":
             raise ConfigError(f"speculative_config: method is {self.method!r}; it must be ngram")
-        for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 8), ("prompt_lookup_min", 8)):
+        for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 64), ("prompt_lookup_min", 64)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= high:
                 raise ConfigError(f"speculative_config: {name} is {value!r}; it must be an integer from 1 to {high}")

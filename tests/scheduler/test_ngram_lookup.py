@@ -1,64 +1,57 @@
-"""Lookups against the definition: the latest earlier place of the longest n-gram that ends the tokens."""
+"""Lookups against the definition: the latest earlier place of the longest run that ends the tokens."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.scheduler.ngram_lookup import NgramLookup
+from quire.scheduler.ngram_lookup import Match, NgramLookup, follow
 
 
-def drafted(token_ids: list[int], shortest: int, longest: int, max_tokens: int) -> list[int]:
-    """By trying every place."""
-    for length in range(longest, shortest - 1, -1):
-        for start in range(len(token_ids) - 1, length - 1, -1):
-            if token_ids[start - length : start] == token_ids[len(token_ids) - length :]:
-                draft = token_ids[start : start + max_tokens]
-                while len(draft) < max_tokens:
-                    draft.append((token_ids[start:] + draft)[len(draft)])
-                return draft
-    return []
+def every_match(token_ids: list[int], longest: int) -> list[Match]:
+    """By trying every place, of the latest first; a run that is longer than `longest` counts as so long."""
+    end, matches = len(token_ids), []
+    for start in range(end - 1, 0, -1):
+        length = 0
+        while length < min(longest, start) and token_ids[start - 1 - length] == token_ids[end - 1 - length]:
+            length += 1
+        matches.append(Match(start, length))
+    return matches
 
 
 @given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=40),
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12),
     st.integers(1, 3),
-    st.integers(0, 3),
-    st.integers(1, 7),
+    st.integers(0, 5),
 )
-def test_the_latest_place_of_the_longest_run(
-    pieces: list[list[int]], shortest: int, more: int, max_tokens: int
-) -> None:
-    """Few tokens in few places: tables with room for them keep what was entered, unless two runs share a place."""
-    lookup, token_ids = NgramLookup(shortest, shortest + more), list[int]()
+def test_the_latest_place_of_the_longest_run(pieces: list[list[int]], shortest: int, more: int) -> None:
+    """But where the run found last goes on and is as long as any is looked for: then it is gone on with."""
+    lookup, token_ids, last = NgramLookup(shortest, shortest + more), list[int](), None
     for piece in pieces:
         token_ids += piece
-        found = lookup.draft(token_ids, max_tokens)
-        expected = drafted(token_ids, shortest, shortest + more, max_tokens)
-        if found != expected:
-            # Two n-grams in one place: the later one hides the other, and a shorter one or an earlier place is taken.
-            assert not found or found in every_draft(token_ids, shortest, shortest + more, max_tokens)
-
-
-def every_draft(token_ids: list[int], shortest: int, longest: int, max_tokens: int) -> list[list[int]]:
-    return [drafted(token_ids, shortest, length, max_tokens) for length in range(shortest, longest + 1)]
+        found = lookup.find(token_ids)
+        matches = every_match(token_ids, shortest + more)
+        best = max(matches, key=lambda match: match.length, default=None)
+        if best is None or best.length < shortest:
+            assert found is None
+        elif found != best:
+            assert found is not None
+            assert last is not None
+            assert found in matches
+            assert found.length == best.length == shortest + more
+            assert found.start == last.start + len(piece)
+        last = found
 
 
 def test_a_loop_is_followed_round() -> None:
-    assert NgramLookup(2, 4).draft([9, 1, 2, 3, 1, 2, 3], 8) == [1, 2, 3, 1, 2, 3, 1, 2]
-    assert NgramLookup(1, 1).draft([5, 5], 3) == [5, 5, 5]
+    assert NgramLookup(2, 4).find([9, 1, 2, 3, 1, 2, 3]) == Match(4, 3)
+    assert follow([9, 1, 2, 3, 1, 2, 3], 4, 8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert follow([9, 1, 2, 3, 1, 2, 3], 4, 2) == [1, 2]
+    assert follow([5, 5], 1, 3) == [5, 5, 5]
 
 
-def test_nothing_is_drafted_without_a_match() -> None:
+def test_nothing_is_found_without_a_match() -> None:
     lookup = NgramLookup(2, 4)
-    assert lookup.draft([], 3) == []
-    assert lookup.draft([1], 3) == []
-    assert lookup.draft([1, 2], 3) == []
-    assert lookup.draft([1, 2, 3, 2], 3) == []
-    assert lookup.draft([1, 2, 3, 2, 3], 3) == [2, 3, 2]
-
-
-def test_most_is_found_in_a_long_text() -> None:
-    """Of 2,000 different tokens that come a second time, at most a few are hidden by others in their place."""
-    text = list(range(2_000))
-    lookup = NgramLookup(2, 2)
-    repeated = [lookup.draft(text + text[:count], 1) for count in range(2, 2_000)]
-    assert sum(draft == [count] for count, draft in enumerate(repeated, start=2)) > 1_500
+    assert lookup.find([]) is None
+    assert lookup.find([1]) is None
+    assert lookup.find([1, 2]) is None
+    assert lookup.find([1, 2, 3, 2]) is None
+    assert lookup.find([1, 2, 3, 2, 3]) == Match(3, 2)

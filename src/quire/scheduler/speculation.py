@@ -5,28 +5,33 @@ A draft is a guess at the next tokens. Computed with the sequence's last token i
 are those that would have been drawn; the others are taken back. What is decided here costs or saves time and never
 changes a token.
 
-Two things are known of a choice. What it brings: each sequence's drafts are judged by what came after them, whether
-they were computed or not, which gives the probability p that a drafted token holds; the j-th of a run does with p ** j.
-What it costs: the times of the last steps, by their number of tokens. Of all drafted tokens of the batch, likeliest
-first, as many are taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing
-Speculative Decoding for Serving LLMs Using Goodput", 2024). So a sequence whose drafts fail gets short ones or none,
-and a batch that keeps the machine busy by itself gets none.
+Two things are known of a choice. What it brings: drafts are judged by what came after them, whether they were computed
+or not, all sequences' together but those after a long run apart from those after a short one. That gives the
+probability p that a drafted token holds if those before it do; the j-th of a draft holds with p ** j. What it costs:
+the times of the last steps, by their number of tokens. Of all drafted tokens of the batch, likeliest first, as many are
+taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing Speculative Decoding
+for Serving LLMs Using Goodput", 2024). So a sequence in the midst of a copy gets a long draft, one that has just come
+upon two tokens it had before a short one or none, and a batch that keeps the machine busy by itself gets none.
 """
 
 import bisect
+import math
 from collections import deque
 from collections.abc import Sequence
 
 from quire.config import SpeculativeConfig
-from quire.scheduler.ngram_lookup import NgramLookup
+from quire.scheduler.ngram_lookup import NgramLookup, follow
 
-_FORGETTING = 0.8
-"""Weight that what is known of a sequence's drafts keeps from one to the next."""
-_SLOW_FORGETTING = 0.98
-"""The same of all sequences' drafts together."""
+_FORGETTING = 0.98
+"""Weight that what is known of drafts keeps from one to the next."""
+_MIN_CHANCE = 0.02
+"""Drafted tokens that are less likely to hold are not thought about."""
 _MIN_GAIN = 1.05
 """Drafts are made only where they promise more tokens per second by this factor. The best of many noisy estimates
 promises too much; this much is not lost to it."""
+_PATIENCE = 32
+"""Steps for which a sequence's drafts were not worth taking, after which it is looked up in every `_PAUSE`-th only."""
+_PAUSE = 4
 _NUM_TIMES = 7
 """Steps of one size whose median counts."""
 _MIN_TIMES = 3
@@ -40,49 +45,58 @@ _MAX_AGE = 30.0
 class Acceptance:
     """How likely a drafted token holds if those before it do, by how the last drafts fared."""
 
-    __slots__ = ("_forgetting", "_held", "_missed", "_prior")
+    __slots__ = ("_held", "_missed")
 
-    def __init__(self, forgetting: float, prior: "Acceptance | None" = None) -> None:
-        """`prior` is what to expect before anything is known, with the weight of one token; else as likely as not."""
-        self._forgetting = forgetting
-        self._prior = prior
+    def __init__(self) -> None:
         self._held = self._missed = 0.0
 
     @property
     def probability(self) -> float:
-        """Below 1."""
-        prior = 0.5 if self._prior is None else self._prior.probability
-        return (self._held + prior) / (self._held + self._missed + 1.0)
+        """Below 1; as likely as not while nothing is known."""
+        return (self._held + 0.5) / (self._held + self._missed + 1.0)
 
     def judge(self, draft: Sequence[int], came: Sequence[int]) -> None:
         """Learn from a draft of which `came` shows at least the first token."""
         num_held = num_equal(draft, came)
-        self._held = self._forgetting * self._held + num_held
-        self._missed = self._forgetting * self._missed + (num_held < min(len(draft), len(came)))
+        self._held = _FORGETTING * self._held + num_held
+        self._missed = _FORGETTING * self._missed + (num_held < min(len(draft), len(came)))
 
 
 class Drafts:
-    """One sequence's drafts and how they fared."""
+    """One sequence's drafts: what followed a run of tokens that ends it, where that run stood before."""
 
-    __slots__ = ("_lookup", "_of_all", "_proposed", "_start", "acceptance")
+    __slots__ = ("_acceptances", "_lookup", "_num_tokens", "_num_unused", "_proposed", "acceptance")
 
-    def __init__(self, lookup: NgramLookup, of_all: Acceptance) -> None:
-        """`of_all` is what all sequences' drafts are judged by together: what a new one is expected to be."""
+    def __init__(self, lookup: NgramLookup, acceptances: Sequence[Acceptance]) -> None:
+        """`acceptances` are shared with all sequences: the n-th is of drafts after runs of 2**n to 2**(n + 1) − 1."""
         self._lookup = lookup
-        self._of_all = of_all
-        self.acceptance = Acceptance(_FORGETTING, of_all)
+        self._acceptances = acceptances
         self._proposed: list[int] = []
-        self._start = 0
+        self._num_tokens = 0
+        """The sequence's, when they were proposed."""
+        self.acceptance = acceptances[0]
+        """Of those proposed."""
+        self._num_unused = 0
+        """Proposals since one was taken."""
 
     def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
-        """Judge the last draft by what `token_ids` has gained since, and make the next."""
-        came = token_ids[self._start : self._start + len(self._proposed)]
+        """Judge the last draft by what `token_ids` has gained since, and make the next, which may be empty."""
+        came = token_ids[self._num_tokens : self._num_tokens + len(self._proposed)]
         if came:
             self.acceptance.judge(self._proposed, came)
-            self._of_all.judge(self._proposed, came)
-        self._start = len(token_ids)
-        self._proposed = self._lookup.draft(token_ids, max_tokens)
+        self._num_tokens, self._proposed = len(token_ids), []
+        self._num_unused += 1
+        if self._num_unused <= _PATIENCE or self._num_unused % _PAUSE == 0:
+            match = self._lookup.find(token_ids)
+            if match is not None:
+                self._proposed = follow(token_ids, match.start, max_tokens)
+                self.acceptance = self._acceptances[match.length.bit_length() - 1]
         return self._proposed
+
+    def take(self, num_tokens: int) -> list[int]:
+        """So many of the tokens proposed, to be computed."""
+        self._num_unused = 0
+        return self._proposed[:num_tokens]
 
 
 class StepTimes:
@@ -114,11 +128,20 @@ class StepTimes:
 class StepCurve:
     """Seconds of a step as a function of its number of tokens, by interpolation between those that were measured.
 
-    Beyond the largest more tokens are taken to cost nothing: the way to measure them is to try.
+    No step is taken to be slower than one of more tokens. Beyond the largest more tokens are taken to cost nothing: the
+    way to measure them is to try.
     """
 
     def __init__(self, points: list[tuple[int, float]]) -> None:
+        """`points` in the order of their number of tokens."""
         self._points = points
+        least = math.inf
+        for place in range(len(points) - 1, -1, -1):
+            size, seconds = points[place]
+            if seconds > least:
+                points[place] = size, least
+            else:
+                least = seconds
 
     def seconds(self, num_tokens: int) -> float:
         place = bisect.bisect_left(self._points, (num_tokens, 0.0))
@@ -146,7 +169,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self.times = StepTimes()
-        self._acceptance = Acceptance(_SLOW_FORGETTING)
+        self._acceptances = [Acceptance() for _ in range(config.prompt_lookup_max.bit_length())]
 
     @property
     def max_tokens(self) -> int:
@@ -156,7 +179,7 @@ class Speculation:
     def new_drafts(self) -> Drafts:
         """For a sequence that has none yet."""
         lookup = NgramLookup(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
-        return Drafts(lookup, self._acceptance)
+        return Drafts(lookup, self._acceptances)
 
     def choose(
         self, candidates: Sequence[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
@@ -183,19 +206,25 @@ class Speculation:
             return nothing
         likely: list[tuple[float, int]] = []
         for index, ((drafts, _, _), draft) in enumerate(zip(candidates, proposed, strict=True)):
-            probability = drafts.acceptance.probability
-            likely += [(probability**place, index) for place in range(1, len(draft) + 1)]
+            probability = chance = drafts.acceptance.probability
+            for _ in draft:
+                if chance < _MIN_CHANCE:
+                    break
+                likely.append((chance, index))
+                chance *= probability
         likely.sort(key=lambda each: -each[0])
         expected, best_rate, num_best = float(num_tokens), _MIN_GAIN * curve.rate(num_tokens), 0
-        for count, (probability, _) in enumerate(likely[:max_drafted], start=1):
-            expected += probability
+        for count, (chance, _) in enumerate(likely[:max_drafted], start=1):
+            expected += chance
             rate = expected / curve.seconds(num_tokens + count)
             if rate > best_rate:
                 best_rate, num_best = rate, count
         lengths = [0] * len(candidates)
         for _, index in likely[:num_best]:
             lengths[index] += 1
-        return [draft[:length] for draft, length in zip(proposed, lengths, strict=True)]
+        return [
+            drafts.take(length) if length else [] for (drafts, _, _), length in zip(candidates, lengths, strict=True)
+        ]
 
 
 def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
