@@ -141,10 +141,10 @@ def exposed_host_time(llm: LLM, rate: float, batch: int) -> float | None:
     """Seconds of a decode step in which the GPU waits for the host: its time less that of its graph alone."""
     runner: Any = llm._engine._core._runner  # what serves no request has no interface
     graphs = getattr(runner._graphs, "_graphs", {})
-    key = GraphKey(batch, 0, draws=True)
-    if key not in graphs:
+    keys: list[GraphKey] = [key for key in graphs if key.size == batch and key.draws]
+    if not keys:
         return None
-    graph, _ = graphs[key]
+    graph, _ = graphs[min(keys)]  # without shared keys, if there are several
     return batch / rate - best_seconds(graph.replay, torch.device("cuda"))
 
 

@@ -18,8 +18,11 @@ GATHERED_SLOTS = 2**17
 """KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
 FLASHINFER_WORKSPACE = 384 * 2**20
 """Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
-MAX_CAPTURED_SEQS = 512
-"""The most sequences that a captured step has room for: larger batches keep a GPU busy without."""
+MAX_CAPTURED_TOKENS = 512
+"""The most tokens that a captured step has room for: larger batches keep a GPU busy without."""
+MAX_NARROW_TOKENS = 8
+"""New tokens up to which a GPU's planner takes a sequence as decode, and the most of one sequence in a captured step:
+their rows fill less than one tile of prefill."""
 PARTS_WORKSPACE = 96 * 2**20
 """Bytes that the Triton kernels keep plans and the parts of split keys in, of 256 sequences and 32 heads."""
 _PLAIN = ("float32", "float16", "bfloat16")

@@ -92,7 +92,7 @@ def plan_of(batch: Batch, card: Card, *, share: bool) -> GpuAttentionPlan:
     )
     starts, slots = np.arange(batch.num_seqs + 1, dtype=np.int32), np.zeros(batch.num_seqs, dtype=np.int32)
     size = 256 if batch.captured else 0
-    return plan_attention(starts, lengths, tables, slots, buffers=buffers, captured_seqs=size)
+    return plan_attention(starts, lengths, tables, slots, buffers=buffers, captured_tokens=size)
 
 
 def seconds_of(plan: GpuAttentionPlan, batch: Batch, card: Card) -> float:

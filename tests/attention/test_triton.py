@@ -120,7 +120,7 @@ def test_shared_keys_are_read_once(tails: list[tuple[int, int, int]], group: int
     buffers = buffers_for(group, num_sms, min_shared_bytes=-math.inf)
     check_coverage(plan(sequences, buffers, shared, window=window), sequences, window)
     decoding = [(length, 1) for length, _ in sequences]
-    check_coverage(plan(decoding, buffers, shared, window=window, captured_seqs=12), decoding, window)
+    check_coverage(plan(decoding, buffers, shared, window=window, captured_tokens=12), decoding, window)
 
 
 def test_a_prefix_is_shared_where_it_saves_enough() -> None:
@@ -143,10 +143,9 @@ def test_a_captured_plan_launches_the_same_programs_whatever_the_step(
     sequences = [(length, 1 + length % query_len) for length in lengths]
     buffers = buffers_for(4, min_shared_bytes=-math.inf)
     shared = {row: min(lengths[row], lengths[0]) // BLOCK_SIZE for row in range(min(num_sharers, len(lengths)))}
-    captured = {"captured_seqs": 12, "captured_query_len": query_len}
-    found = plan(sequences, buffers, shared, **captured)
+    found = plan(sequences, buffers, shared, captured_tokens=12 * query_len)
     check_coverage(found, sequences, window=0)
-    other = plan([], buffers, variant=found.variant, **captured)
+    other = plan([], buffers, variant=found.variant, captured_tokens=12 * query_len)
     assert other.variant == found.variant
     assert int(other.shared.count) == int(other.narrow.count) == int(other.num_merges) == 0
     for one, two in ((found.narrow, other.narrow), (found.wide, other.wide), (found.shared, other.shared)):
@@ -174,10 +173,10 @@ def test_splits_stop_where_their_results_have_no_room() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     buffers = buffers_for(4)
-    with pytest.raises(
-        ValueError, match="3 sequences of up to 1 new tokens do not fit a graph of 2 sequences of up to 1"
-    ):
-        plan([(9, 1)] * 3, buffers, captured_seqs=2)
+    with pytest.raises(ValueError, match="3 new tokens, up to 1 of one sequence, do not fit a graph of 2 tokens"):
+        plan([(9, 1)] * 3, buffers, captured_tokens=2)
+    with pytest.raises(ValueError, match="9 new tokens, up to 9 of one sequence, do not fit a graph of 12 tokens"):
+        plan([(9, 9)], buffers, captured_tokens=12)
     one = np.ones(1, dtype=np.int32)
     with pytest.raises(ValueError, match="block_tables has room for 1 blocks of 64, too few for a sequence of 65"):
         plan_attention(np.arange(2, dtype=np.int32), 65 * one, one[None], one, buffers=buffers)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from quire.backends import BACKENDS
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionPlan, Variant
 from quire.kernels.transfer import send
 
 Int32Array = NDArray[np.int32]
@@ -63,13 +63,13 @@ class Planner(Protocol):
         self,
         step: StepArrays,
         *,
-        captured_seqs: int = 0,
+        captured_tokens: int = 0,
         before: AttentionPlan | None = None,
-        variant: int | None = None,
+        variant: Variant = (),
     ) -> AttentionPlan:
-        """With `captured_seqs` > 0 the plan is for a captured step of so many sequences of one new token each, of which
-        the last need not be there; only backends that capture are asked for such. A `variant` of AttentionPlan is asked
-        for where a step without sequences is captured; else the planner chooses.
+        """With `captured_tokens` > 0 the plan is for a captured step of so many tokens, of which the last need not be
+        there, and of few of each sequence; only backends that capture are asked for such. A `variant` of AttentionPlan
+        is asked for where a step without sequences is captured; else the planner chooses.
 
         `before` is the plan of the step before, where all sequences computed one token and now compute the one after
         it: a planner may go on with it, and overwrite it.
@@ -91,9 +91,9 @@ def cpu_planner(shape: AttentionShape) -> Planner:
     may_advance = not shape.window and not shape.batch_invariant
 
     def plan(
-        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
+        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
     ) -> AttentionPlan:
-        assert not captured_seqs, "a CPU has no graphs"
+        assert not captured_tokens, "a CPU has no graphs"
         if isinstance(before, CpuAttentionPlan) and may_advance and step.seq_lens[0] % ADVANCED_KEYS:
             return advance_plan(before, step.seq_lens, step.block_tables, step.slots)
         return plan_attention(
@@ -115,9 +115,9 @@ def gathered_planner(shape: AttentionShape) -> Planner:
     from quire.attention.gathered import plan_attention
 
     def plan(
-        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
+        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
     ) -> AttentionPlan:
-        assert not captured_seqs, "what is gathered differs from step to step"
+        assert not captured_tokens, "what is gathered differs from step to step"
         return plan_attention(
             *step,
             device=shape.device,
@@ -144,13 +144,13 @@ def gpu_planner(shape: AttentionShape) -> Planner:
     )
 
     def plan(
-        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
+        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
     ) -> AttentionPlan:
         return plan_attention(
             *step,
             buffers=buffers,
             window=shape.window,
-            captured_seqs=captured_seqs,
+            captured_tokens=captured_tokens,
             variant=variant,
         )
 
@@ -170,9 +170,9 @@ def flashinfer_planner(shape: AttentionShape) -> Planner:
     )
 
     def plan(
-        step: StepArrays, *, captured_seqs: int = 0, before: AttentionPlan | None = None, variant: int | None = None
+        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
     ) -> AttentionPlan:
-        assert not captured_seqs, "a wrapper's launches differ from step to step"
+        assert not captured_tokens, "a wrapper's launches differ from step to step"
         pages = list_pages(step.seq_lens, step.block_tables, shape.block_size)
         sent = send(step._asdict(), shape.device)
         return FlashInferPlan(

@@ -7,8 +7,8 @@ own, read once for all of them, where that pays (cascade attention; `shared_pref
 
 All that a step's kernels read travels to the device as one array of int32, in one copy, into memory that never moves.
 So a CUDA graph captured with one plan can be replayed with the next, as long as both were planned with the same
-`captured_seqs` and `captured_query_len` and are of one `variant`: these bound the number of programs, and surplus
-programs return at once. Variants differ in the rows of the programs for shared keys, 0 being none of them.
+`captured_tokens` and are of one `variant`: these bound the number of programs, and surplus programs return at once.
+Variants differ in the rows of the programs, of which those for shared keys may be none.
 
 Nothing here imports Triton.
 """
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from quire.attention.plan import enumerate_runs
 from quire.attention.shared_prefixes import find_shared_prefixes
+from quire.backends import MAX_CAPTURED_TOKENS, MAX_NARROW_TOKENS
 from quire.kernels.gpu_plan import (
     NUM_ITEM_COLUMNS,
     GatheredColumn,
@@ -31,15 +32,14 @@ from quire.kernels.gpu_plan import (
     MergeColumn,
     WorkList,
 )
+from quire.kernels.interface import Variant
 from quire.kernels.transfer import staged
 
-__all__ = ["MAX_NARROW_TOKENS", "GpuAttentionPlan", "PlanBuffers", "plan_attention"]
+__all__ = ["GpuAttentionPlan", "PlanBuffers", "plan_attention"]
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
 
-MAX_NARROW_TOKENS = 8
-"""New tokens up to which a sequence is planned as decode: its rows fill less than one tile of prefill."""
 _MIN_ROWS = 16
 # Programs per multiprocessor that run at once, times how often each place is filled: fewer leave some idle at the end,
 # more read too little each to reach full speed.
@@ -101,7 +101,7 @@ class PlanBuffers:
         self.target_items = max(1, num_sms * _PROGRAMS_PER_SM // num_kv_heads)
         """Items that keep the device busy."""
         max_tiles = max_num_seqs + max_num_tokens // self.tokens_per_tile(max(64, self.rows_for(self.group)))
-        self.max_items = max_tiles + self.target_items
+        self.max_items = max(max_tiles, min(max_num_tokens, MAX_CAPTURED_TOKENS)) + self.target_items
         """Of one list."""
         self.target_shared_items = max(1, self.target_items * _SHARED_PROGRAMS_PER_SM // _PROGRAMS_PER_SM)
         self.key_bytes = 2 * num_kv_heads * head_dim * kv_element_size
@@ -186,18 +186,17 @@ def plan_attention(
     *,
     buffers: PlanBuffers,
     window: int = 0,
-    captured_seqs: int = 0,
-    captured_query_len: int = 1,
-    variant: int | None = None,
+    captured_tokens: int = 0,
+    variant: Variant = (),
 ) -> GpuAttentionPlan:
     """Plan one step of B sequences with T new tokens and send the plan to the device; arguments as for a CPU.
 
     The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
     window serves the layers that have this window or a smaller one.
 
-    `captured_seqs` > 0 plans for a CUDA graph of so many sequences of up to `captured_query_len` new tokens each: the
-    plan has a slot for every token the graph has room for, -1 beyond T, and launches that depend on its variant alone.
-    A `variant` is asked for where such a plan is made without sequences.
+    `captured_tokens` > 0 plans for a CUDA graph with room for so many tokens, of sequences of up to MAX_NARROW_TOKENS
+    new ones each: the plan has a slot for every token of the graph, -1 beyond T, and launches that depend on its
+    variant alone. A `variant` is asked for where such a plan is made without sequences.
     """
     num_seqs, num_tokens = len(seq_lens), len(slots)
     if block_tables.shape[1] * buffers.block_size < seq_lens.max(initial=0):
@@ -206,20 +205,22 @@ def plan_attention(
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
     query_lens = np.diff(query_start_loc)
-    if captured_seqs and (num_seqs > captured_seqs or query_lens.max(initial=0) > captured_query_len):
+    narrow = query_lens <= MAX_NARROW_TOKENS
+    if captured_tokens and (num_tokens > captured_tokens or not narrow.all()):
         raise ValueError(
-            f"{num_seqs} sequences of up to {query_lens.max(initial=0)} new tokens do not fit a graph of "
-            f"{captured_seqs} sequences of up to {captured_query_len}"
+            f"{num_tokens} new tokens, up to {query_lens.max(initial=0)} of one sequence, do not fit a graph of "
+            f"{captured_tokens} tokens, up to {MAX_NARROW_TOKENS} of one"
         )
-    longest = captured_query_len if captured_seqs else int(query_lens[query_lens <= MAX_NARROW_TOKENS].max(initial=1))
-    narrow_rows = buffers.rows_for(longest * buffers.group)
-    narrow = query_lens <= (captured_query_len if captured_seqs else MAX_NARROW_TOKENS)
+    narrow_rows = buffers.rows_for(int(query_lens[narrow].max(initial=1)) * buffers.group)
+    shared_rows = 0
+    if variant:
+        narrow_rows, shared_rows = variant
     wide_rows = buffers.rows_for(max(64, int(query_lens.max(initial=0)) * buffers.group))
 
     geometry = _Geometry(query_start_loc, seq_lens, block_tables.shape[1], window, buffers)
     splitter = _Splitter(buffers)
     narrow_tiles = geometry.tiles(np.flatnonzero(narrow), buffers.tokens_per_tile(narrow_rows))
-    sharers = _share_prefixes(narrow_tiles, block_tables, buffers, captured_seqs * captured_query_len)
+    sharers = _share_prefixes(narrow_tiles, block_tables, buffers, captured_tokens)
     # Most steps are decode that shares nothing, and a step of few sequences takes a GPU as long as planning takes.
     shares = sharers is not _NO_SHARERS
     parts_of_sharers = sharers.parts_of(narrow_tiles) if shares else None
@@ -235,7 +236,7 @@ def plan_attention(
 
     host, sections = buffers.on_host, buffers.sections
     host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
-    num_slots = max(num_tokens, captured_seqs * captured_query_len)
+    num_slots = max(num_tokens, captured_tokens)
     _put(host, sections["slots"], slots, fill_to=num_slots)
     _put(host, sections["query_start_loc"], query_start_loc)
     _put(host, sections["seq_lens"], seq_lens)
@@ -254,22 +255,23 @@ def plan_attention(
             buffers.view(name, num_programs, NUM_ITEM_COLUMNS), counts[index : index + 1], num_programs, num_rows
         )
 
-    bound = captured_seqs * -(-captured_query_len // buffers.tokens_per_tile(narrow_rows))
-    bound += buffers.target_items if captured_seqs else 0
-    num_merge_programs = min(buffers.max_places, captured_seqs * captured_query_len) or len(merges)
-    shared_rows, num_shared_programs = sharers.num_rows, len(shared_items)
-    if captured_seqs and (num_shared_programs or variant):
-        shared_rows = variant or shared_rows
-        num_shared_programs = buffers.captured_shared_items(shared_rows, captured_seqs * captured_query_len)
+    # As many tiles as tokens at most, and the parts that are added.
+    bound = captured_tokens + buffers.target_items if captured_tokens else len(narrow_items)
+    num_merge_programs = min(buffers.max_places, captured_tokens) or len(merges)
+    num_shared_programs = len(shared_items)
+    if num_shared_programs:
+        shared_rows = sharers.num_rows
+    if captured_tokens and shared_rows:
+        num_shared_programs = buffers.captured_shared_items(shared_rows, captured_tokens)
     return GpuAttentionPlan(
         query_start_loc=buffers.view("query_start_loc", num_seqs + 1),
         seq_lens=buffers.view("seq_lens", num_seqs),
         # A tensor of nothing has no address, and a graph keeps the one it was captured with.
-        block_tables=buffers.view("block_tables", max(num_seqs, captured_seqs), max(1, block_tables.shape[1])),
+        block_tables=buffers.view("block_tables", max(1, num_seqs), max(1, block_tables.shape[1])),
         slots=buffers.view("slots", num_slots),
         window=window,
-        narrow=work_list(0, "narrow", bound or len(narrow_items), narrow_rows),
-        wide=work_list(1, "wide", 0 if captured_seqs else len(wide_items), wide_rows),
+        narrow=work_list(0, "narrow", bound, narrow_rows),
+        wide=work_list(1, "wide", len(wide_items), wide_rows),
         shared=work_list(2, "shared", num_shared_programs, shared_rows),
         gathered=buffers.view("gathered", buffers.max_places, len(GatheredColumn)),
         merges=buffers.view("merges", num_merge_programs, len(MergeColumn)),

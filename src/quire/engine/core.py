@@ -17,7 +17,7 @@ from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
 from quire.engine.load_ahead import LoadAhead, load_ahead
-from quire.engine.memory_plan import MemoryPlan
+from quire.engine.memory_plan import MemoryPlan, max_num_samples
 from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, kernels_for
@@ -176,6 +176,7 @@ class EngineCore:
             batch_invariant=config.deterministic,
             draws_on_device=device.type == "cuda" or (plan.async_scheduling and device.type == "cpu"),
             capture=CudaCapture() if plan.graphs else None,
+            max_num_samples=max_num_samples(config),
         )
         return cls(
             scheduler,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.backends import BACKENDS, MAX_CAPTURED_SEQS, Backend, choose_backend
+from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
 from quire.errors import ConfigError, MemoryPlanError
@@ -145,7 +145,7 @@ def plan_memory(
         activations = _device_activations(backend, model, dtype, batched, max_num_samples(config))
     context = CONTEXT_BYTES if device.type == "cuda" else 0
     captures = device.type == "cuda" and backend.captures and not config.enforce_eager
-    graphs = _graph_bytes(model, dtype, min(MAX_CAPTURED_SEQS, config.max_num_seqs)) if captures else 0
+    graphs = _graph_bytes(model, dtype, min(MAX_CAPTURED_TOKENS, max_num_samples(config))) if captures else 0
     per_token = model.kv_bytes_per_token(kv_dtype)
     per_block = per_token * block_size
     swap_space = (config.swap_space or 0) // per_block * per_block

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from torch import Tensor
 
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionPlan, Variant
 
 
 class ItemColumn(IntEnum):
@@ -85,6 +85,6 @@ class GpuAttentionPlan(AttentionPlan):
     """Keys a program takes at a time: items begin at multiples of it, and it divides the block size."""
 
     @property
-    def variant(self) -> int:
-        """The rows of the programs that take shared keys; 0 where there are none."""
-        return self.shared.num_rows if self.shared.num_programs else 0
+    def variant(self) -> Variant:
+        """The rows of a program of few new tokens, and of one that takes shared keys; 0 where there are none."""
+        return self.narrow.num_rows, self.shared.num_rows if self.shared.num_programs else 0

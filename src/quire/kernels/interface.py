@@ -26,6 +26,8 @@ from typing import Protocol
 from torch import Tensor
 
 KVShape = tuple[int, int, int, int]
+Variant = tuple[int, ...]
+"""What a planner tells captured steps of one size apart by."""
 
 KV_SCALE_ROWS = 8
 """Rows of int8 keys that hold scales."""
@@ -50,10 +52,9 @@ class AttentionPlan:
     """The plan left out keys that a window of this many positions never sees; 0: none left out."""
 
     @property
-    def variant(self) -> int:
-        """Plans for captured steps of one size make the same launches if they are of one variant; 0 is the usual one,
-        which every planner that captures has."""
-        return 0
+    def variant(self) -> Variant:
+        """Plans for captured steps of one size make the same launches if they are of one variant."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

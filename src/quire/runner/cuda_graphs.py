@@ -1,9 +1,15 @@
 """DecodeGraphs: steps of decoding, captured when they have come often and replayed from then on.
 
 Launching a model's kernels one by one takes the host longer than a GPU needs to run them for few sequences. A step in
-which every sequence computes one token looks the same every time but for its numbers, so it is recorded once for each
-of a few batch sizes, over inputs that lie in fixed memory, and launched whole, down to the drawn tokens. A batch is
-padded to the next size: what is padded writes nothing, and what it computes is thrown away.
+which every sequence computes one token, or a few drafted ones with it, looks the same every time but for its numbers,
+so it is recorded once for each of a few numbers of tokens, over inputs that lie in fixed memory, and launched whole,
+down to the drawn tokens. A step is padded to the next size: what is padded writes nothing, and what it computes is
+thrown away.
+
+Whose the tokens are is told by the attention plan alone, which is an input like the others. So a step of 3 sequences
+with 5 drafted tokens is one of 8 tokens, as is one of 8 sequences, and both are one kind where a program of attention
+holds as many rows for either: drafts of a length add a kind only where the heads that share a KV head, times the
+tokens, outgrow a tile (16, 32, 64, 128 rows), and no kind of step is as wide as its longest draft times its sequences.
 
 Nothing is captured at start, and never inside a step: steps run kernel by kernel until one of their kind is captured,
 which happens between two steps or when there is nothing to do. It takes some tens of milliseconds, so there is at most
@@ -20,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.backends import MAX_CAPTURED_SEQS
+from quire.backends import MAX_CAPTURED_TOKENS
+from quire.kernels.interface import Variant
 from quire.kernels.transfer import Arrays, FixedArrays
 
 EAGER_STEPS = 4
@@ -33,8 +40,8 @@ class GraphKey(NamedTuple):
     """A kind of step: the same kernels over the same shapes."""
 
     size: int
-    """Sequences it has room for."""
-    variant: int
+    """Tokens it has room for."""
+    variant: Variant
     """Of the attention plan (`AttentionPlan.variant`)."""
     draws: bool
     """Whether it ends in drawn tokens; else in logits."""
@@ -55,10 +62,10 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
 """Runs once and records a second run; gives what replays it, and the tensor that every replay writes its result to."""
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes worth a graph: padding wastes at most half of a small batch and a ninth of a large one."""
-    largest = min(max_num_seqs, MAX_CAPTURED_SEQS)
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MAX_CAPTURED_SEQS, 32)]
+def graph_sizes(max_num_tokens: int) -> list[int]:
+    """Numbers of tokens worth a graph: padding wastes at most half of a small step and a ninth of a large one."""
+    largest = min(max_num_tokens, MAX_CAPTURED_TOKENS)
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MAX_CAPTURED_TOKENS, 32)]
     return [*(size for size in sizes if size < largest), largest]
 
 
@@ -71,15 +78,15 @@ class DecodeGraphs:
         capture: Capture,
         *,
         padding: Mapping[str, np.generic],
-        max_num_seqs: int,
+        max_num_tokens: int,
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`padding` names the inputs of a step, with what stands for a sequence that is not there: its step must
+        """`padding` names the inputs of a step, with what stands for a token that is not there: computing it must
         change nothing. `prepare_step` is only ever called to capture, over nothing but padding."""
         self._prepare_step = prepare_step
         self._capture = capture
-        self._sizes = graph_sizes(max_num_seqs)
+        self._sizes = graph_sizes(max_num_tokens)
         self._inputs = FixedArrays(padding, self._sizes[-1], device)
         self._graphs: dict[GraphKey, tuple[Graph, Tensor]] = {}
         self._num_steps: Counter[GraphKey] = Counter()
@@ -87,9 +94,9 @@ class DecodeGraphs:
         self._next_capture = 0.0
         self._logits: Tensor | None = None
 
-    def size_for(self, num_seqs: int) -> int:
-        """The batch size that a step of decoding is to be planned for; 0: none is large enough."""
-        return next((size for size in self._sizes if size >= num_seqs), 0)
+    def size_for(self, num_tokens: int) -> int:
+        """The size that a step of decoding is to be planned for; 0: none is large enough."""
+        return next((size for size in self._sizes if size >= num_tokens), 0)
 
     def has(self, key: GraphKey) -> bool:
         """Whether a step of this kind, which is about to run, can be replayed."""
@@ -97,7 +104,7 @@ class DecodeGraphs:
         return key in self._graphs
 
     def replay(self, key: GraphKey, inputs: Arrays) -> Tensor:
-        """inputs [B], B ≤ size -> the result of the whole size, overwritten by the next replay."""
+        """inputs [T], T ≤ size -> the result of the whole size, overwritten by the next replay."""
         self._inputs.send(inputs)
         graph, result = self._graphs[key]
         graph.replay()

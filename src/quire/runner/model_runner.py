@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from quire.attention import AttentionShape, StepArrays, make_planner
-from quire.backends import BACKENDS
+from quire.backends import BACKENDS, MAX_NARROW_TOKENS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import AttentionPlan, Kernels, Readout
@@ -32,10 +32,10 @@ from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
 from quire.runner.readout import TokensRead, find_tokens_read
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
-from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only
+from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only, read_draws
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
-from quire.sampling.sampler import NO_TOKEN, Sampler, SampleResult, explain_peak
+from quire.sampling.sampler import Sampler, SampleResult
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import GrammarState, MaskWorker
 from quire.step import StepPlan, StepResult, TokenLogprobs, logprob_bytes
@@ -86,11 +86,13 @@ class ModelRunner:
         batch_invariant: bool = False,
         draws_on_device: bool = False,
         capture: Capture | None = None,
+        max_num_samples: int = 0,
     ) -> None:
         """`grammars` holds those of the requests that will come; `fast_forward` takes what they force for granted.
 
         `batch_invariant`: no bit of a sequence's logits depends on what shares its step. With `draws_on_device` a step
-        whose samples are no more than draws does not wait for them. With `capture` steps of decoding become graphs.
+        whose samples are no more than draws does not wait for them. With `capture` steps of decoding become graphs, of
+        up to `max_num_samples` tokens where that is more than sequences: drafted ones.
         """
         self._inference = torch.inference_mode()
         self._block_store = block_store
@@ -137,21 +139,22 @@ class ModelRunner:
             module = BACKENDS[backend].sampling
             kernels_of_sampling = import_module(module) if module else None
             self._device_sampler = DeviceSampler(model_config.vocab_size, kernels_of_sampling)
+        self._no_row = np.int32(max_num_seqs)
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=self._device)
-        """Per row, the token that was last drawn on the device; and a place for what padding draws."""
+        """Per row, the token that was last drawn on the device; and a place for what no step will ask for."""
         self._graphs: DecodeGraphs | None = None
         if capture is not None:
             padding = {
                 **KERNEL_COLUMNS,
                 "input_ids": np.int32(0),
                 "token_positions": np.int32(0),
-                "rows": np.int32(max_num_seqs),
+                "rows": self._no_row,
             }
             self._graphs = DecodeGraphs(
                 self._prepare_captured,
                 capture,
                 padding=padding,
-                max_num_seqs=max_num_seqs,
+                max_num_tokens=min(max(max_num_seqs, max_num_samples), max_num_batched_tokens),
                 device=self._device,
             )
         self._pending = PendingStep(StepResult(), None)
@@ -228,13 +231,15 @@ class ModelRunner:
         sampler = self._device_sampler if self._draws_on_device(plan, points) else None
         inputs: dict[str, NDArray[Any]] = {"input_ids": batch.input_ids, "token_positions": batch.positions}
         if sampler is not None:
-            inputs |= {"rows": points.rows, **sampler.columns(points.states)}
+            # Which of the tokens behind a draft hold is for the host to say, before any of them is computed.
+            keeping = np.full(len(points.states), self._no_row) if plan.drafts else points.rows
+            inputs |= {"rows": keeping, **sampler.columns(points.states)}
         size = 0
-        if self._graphs is not None and points.after_every_token and not plan.drafts and not plan.prompt_logprobs:
-            size = self._graphs.size_for(plan.num_tokens)
+        if self._graphs is not None and points.after_every_token and not plan.prompt_logprobs:
+            size = self._graphs.size_for(plan.num_tokens) if max(plan.counts) <= MAX_NARROW_TOKENS else 0
         attention = self._plan_attention(
             StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots),
-            captured_seqs=size,
+            captured_tokens=size,
             before=self._attention if batch.follows else None,
         )
         self._attention = attention
@@ -262,10 +267,11 @@ class ModelRunner:
         finish = None
         self._masks.join()
         if drawn is not None:
-            finish = self._promise(drawn, points.states, result)
+            finish = self._promise(plan, points, drawn, result)
         elif logits is not None:
             self._pending.result()  # what was drawn before decides what may be drawn now
-            self._sample(plan, points, logits.float().cpu(), result)
+            sampled_on_host = self._sampler.sample(logits.float().cpu(), points.states, passing=bool(plan.drafts))
+            self._take_in(plan, points, sampled_on_host, result)
         for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
             assert hidden is not None, "a step that is captured is asked for none"
             first = batch.query_start_loc[index : index + 1]
@@ -298,7 +304,7 @@ class ModelRunner:
         """A step of decoding over fixed inputs, down to drawn tokens or logits, planned without any sequence."""
         tables, no_tokens = np.zeros((0, 1), dtype=np.int32), np.zeros(0, dtype=np.int32)
         nothing = StepArrays(np.zeros(1, dtype=np.int32), no_tokens, tables, no_tokens)
-        attention = self._plan_attention(nothing, captured_seqs=key.size, variant=key.variant)
+        attention = self._plan_attention(nothing, captured_tokens=key.size, variant=key.variant)
         sampler = self._device_sampler if key.draws else None
 
         def run() -> torch.Tensor:
@@ -314,12 +320,7 @@ class ModelRunner:
         return torch.where(input_ids < 0, drawn, input_ids)
 
     def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
-        return (
-            self._device_sampler is not None
-            and bool(plan.sample_after)
-            and not plan.drafts
-            and all(map(draws_only, points.states))
-        )
+        return self._device_sampler is not None and bool(plan.sample_after) and all(map(draws_only, points.states))
 
     def _logits(self, hidden: torch.Tensor, places: Int32Array, places_on_device: torch.Tensor) -> torch.Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
@@ -335,27 +336,26 @@ class ModelRunner:
         self._last_tokens.index_copy_(0, inputs["rows"].long(), drawn[0])
         return drawn
 
-    def _promise(self, drawn: torch.Tensor, states: Sequence[SamplingState], result: StepResult) -> Callable[[], None]:
+    def _promise(
+        self, plan: StepPlan, points: SamplePoints, drawn: torch.Tensor, result: StepResult
+    ) -> Callable[[], None]:
         """What is returned waits for the drawn tokens, behind which may be those of padding, and fills `result`."""
         fetch = _fetch(drawn)
+        states = points.states
+        if plan.drafts:  # no step is planned before it is known which of them held
+            return lambda: self._take_in(plan, points, read_draws(fetch(), states), result)
         places = [state.promise() for state in states]
 
         def finish() -> None:
-            tokens, bits = fetch()[:, : len(states)]
-            peaks = bits.view(np.float32)
-            sound = np.isfinite(peaks)
-            result.token_ids = np.where(sound, tokens, NO_TOKEN).tolist()
-            result.logprobs = [None] * len(states)
-            result.errors = [None] * len(states)
-            for index in np.flatnonzero(~sound):
-                result.errors[index] = explain_peak(float(peaks[index]))
+            sampled = read_draws(fetch(), states)
+            result.token_ids, result.logprobs, result.errors = sampled.token_ids, sampled.logprobs, sampled.errors
             for state, place, token_id in zip(states, places, result.token_ids, strict=True):
                 state.keep(place, token_id)
 
         return finish
 
-    def _sample(self, plan: StepPlan, points: SamplePoints, logits: torch.Tensor, result: StepResult) -> None:
-        sampled = self._sampler.sample(logits, points.states, passing=bool(plan.drafts))
+    def _take_in(self, plan: StepPlan, points: SamplePoints, sampled: SampleResult, result: StepResult) -> None:
+        """Let the sequences take what was sampled, of drafts as far as they hold."""
         firsts = points.first[:-1]
         result.token_ids, result.logprobs, result.errors = sampled.token_ids, sampled.logprobs, sampled.errors
         if plan.drafts:

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.sampling.sampler import NO_TOKEN, SampleResult, explain_peak
 from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
 
@@ -125,6 +126,17 @@ class DeviceSampler:
         else:
             tokens, peaks = _draw(logits, columns)
         return torch.stack((tokens.int(), peaks.view(torch.int32)))
+
+
+def read_draws(drawn: NDArray[np.int32], states: Sequence[SamplingState]) -> SampleResult:
+    """What `DeviceSampler.draw` gave, on the host; behind the rows of `states` may be others."""
+    tokens, bits = drawn[:, : len(states)]
+    peaks = bits.view(np.float32)
+    sound = np.isfinite(peaks)
+    errors: list[str | None] = [None] * len(states)
+    for index in np.flatnonzero(~sound):
+        errors[index] = explain_peak(float(peaks[index]))
+    return SampleResult(np.where(sound, tokens, NO_TOKEN).tolist(), [None] * len(states), errors, {})
 
 
 def _draw(logits: Tensor, columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -145,9 +145,9 @@ def test_a_captured_plan_serves_another_step(kernels: Kernels, device: torch.dev
     """What a graph holds is the launch of one plan; the next plan's numbers lie in the same memory."""
     shape = blocks(GQA4, 64)
     buffers = buffers_for(shape, device)
-    captured = plan_of(ragged_batch([(9, 1)] * 6, shape), buffers, captured_seqs=6)
+    captured = plan_of(ragged_batch([(9, 1)] * 6, shape), buffers, captured_tokens=6)
     batch = ragged_batch([(500, 1), (3, 1), (64, 1)], shape)
-    replayed = plan_of(batch, buffers, captured_seqs=6)
+    replayed = plan_of(batch, buffers, captured_tokens=6)
     assert int(replayed.num_merges) == 1  # the long sequence's keys are split
     caches = caches_of(batch, FP32, device)
     q = torch.full((6, shape.num_heads, shape.head_dim), float("nan"))

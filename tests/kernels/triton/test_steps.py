@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.triton import PlanBuffers
+from quire.config import SpeculativeConfig
 from quire.engine.core import EngineCore
 from quire.grammar.cache import GrammarCache
 from quire.kernels import kernels_for
@@ -21,10 +22,12 @@ from quire.models.device_weights import DeviceWeights
 from quire.models.registry import load_model
 from quire.models.weights import RandomWeights
 from quire.request import Request
+from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
 from quire.step import StepPlan
 
 pytestmark = [
@@ -51,6 +54,7 @@ CONFIG = ModelConfig(
     tie_word_embeddings=True,
 )
 MAX_NUM_SEQS, BLOCK_SIZE = 8, 16
+Replayed = tuple[GraphKey, StepPlan]
 
 
 class FakeGraph:
@@ -68,9 +72,9 @@ def fake_capture(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
-    """The kinds of steps that were replayed; none waited for a capture. Prefixes are shared wherever they can be."""
-    keys: list[GraphKey] = []
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
+    """The steps that were replayed; none waited for a capture. Prefixes are shared wherever they can be."""
+    steps: list[Replayed] = []
     launched: list[StepPlan] = []
     replay, capture_one, launch = DecodeGraphs.replay, DecodeGraphs.capture_one, ModelRunner.launch
 
@@ -88,7 +92,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
     monkeypatch.setattr(DecodeGraphs, "capture_one", capturing)
 
     def noted(self: DecodeGraphs, key: GraphKey, inputs: Any) -> Tensor:
-        keys.append(key)
+        steps.append((key, launched[-1]))
         return replay(self, key, inputs)
 
     monkeypatch.setattr(DecodeGraphs, "replay", noted)
@@ -96,10 +100,12 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[GraphKey]:
     if not torch.cuda.is_available():
         card = SimpleNamespace(multi_processor_count=1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    return keys
+    return steps
 
 
-def make_core(backend: str, device: torch.device, *, captures: bool = False) -> EngineCore:
+def make_core(
+    backend: str, device: torch.device, *, captures: bool = False, speculation: Speculation | None = None
+) -> EngineCore:
     kernels = kernels_for(backend)
     weights: Any = RandomWeights(3)
     if backend != "cpu":
@@ -119,6 +125,7 @@ def make_core(backend: str, device: torch.device, *, captures: bool = False) -> 
         logprobs_memory=2**20,
         draws_on_device=backend != "cpu",
         capture=capture() if captures else None,
+        max_num_samples=MAX_NUM_SEQS + 8,
     )
     scheduler = Scheduler(
         BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
@@ -126,6 +133,7 @@ def make_core(backend: str, device: torch.device, *, captures: bool = False) -> 
         max_num_batched_tokens=128,
         max_model_len=256,
         max_num_partial_prefills=4,
+        speculation=speculation,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
     return EngineCore(scheduler, runner, grammars, None, vocab_size=300, max_logprobs=5, overlaps=backend != "cpu")
@@ -156,7 +164,7 @@ def requests_of(name: str, count: int, max_tokens: int, prompt: list[int], **par
     ]
 
 
-def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed: list[GraphKey]) -> None:
+def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed: list[Replayed]) -> None:
     """Batches behind a prefix that is worth sharing, that need their logits on the host, and that need neither: eager
     at first, captured in idle moments, replayed."""
     prefix = [(7 * place) % 300 for place in range(BLOCK_SIZE)]
@@ -172,8 +180,35 @@ def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed:
         while captured.has_idle_work:
             assert captured.step() == []
         assert tokens_of(captured, batch) == expected
-    assert {key._replace(variant=min(1, key.variant)) for key in replayed} >= {
-        GraphKey(8, 1, draws=True),
-        GraphKey(2, 0, draws=True),
-        GraphKey(2, 0, draws=False),
+    assert {key for key, _ in replayed} >= {
+        GraphKey(8, (16, 64), draws=True),
+        GraphKey(2, (16, 0), draws=True),
+        GraphKey(2, (16, 0), draws=False),
     }
+
+
+def test_captured_drafts_give_the_tokens_of_a_cpu(
+    device: torch.device, replayed: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps that draw on the device, and that need their logits on the host; the longest drafts are not captured."""
+    monkeypatch.setattr(StepTimes, "curve", lambda *_: StepCurve([(1, 1.0)]))  # whatever is drafted is computed
+    monkeypatch.setattr(cuda_graphs, "EAGER_STEPS", 1)
+    batches = [
+        requests_of("drawn", 2, 12, list(range(90))),
+        requests_of("penalised", 2, 10, list(range(90)), presence_penalty=0.5, temperature=1.0),
+    ]
+    plain = make_core("cpu", torch.device("cpu"))
+    speculation = Speculation(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
+    captured = make_core("triton", device, captures=True, speculation=speculation)
+    for batch in batches:
+        expected = tokens_of(plain, batch)
+        for _ in range(2):
+            assert tokens_of(captured, batch) == expected
+            while captured.has_idle_work:
+                assert captured.step() == []
+    stats = captured.stats()
+    assert stats.total_draft_tokens > stats.total_accepted_tokens > 5
+    assert {key.draws for key, plan in replayed if plan.drafts} == {True, False}
+    assert max(max(plan.counts) for _, plan in replayed) in range(2, 9)
+    # Two heads share a KV head, so that 8 tokens are 16 rows: one kind with steps that draft nothing.
+    assert {key.variant for key, _ in replayed} == {(16, 0)}
