@@ -46,6 +46,8 @@ class Backend:
     """Those it takes; empty: all."""
     min_capability: tuple[int, int] = (0, 0)
     """The oldest CUDA device it runs on."""
+    float8_capability: tuple[int, int] = (0, 0)
+    """The oldest CUDA device that it stores KV in 8-bit floats on."""
     dtypes: tuple[str, ...] = _PLAIN
     """What activations and weights may be."""
     float32_activations: bool = False
@@ -86,6 +88,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             packages=("triton",),
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             min_capability=(8, 0),
+            float8_capability=(8, 9),
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
             workspace=PARTS_WORKSPACE,
@@ -107,6 +110,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             kv_cache_dtypes=("float16", "bfloat16", "fp8_e4m3"),
             dtypes=("float16", "bfloat16"),
             min_capability=(8, 0),
+            float8_capability=(8, 9),
             workspace=FLASHINFER_WORKSPACE + 64 * 2**20,  # and 8 MiB for each wrapper
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
+from quire.errors import ConfigError
 from quire.kernels.gpu_plan import GatheredColumn, ItemColumn, MergeColumn
 
 BLOCK_SIZE = 64
@@ -185,8 +186,13 @@ def test_what_does_not_fit_is_refused() -> None:
             num_heads=1, num_kv_heads=1, head_dim=64, block_size=8, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
             device=torch.device("cpu"), num_sms=1,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="200 query heads share a KV head"):
+    with pytest.raises(ConfigError, match=r"200 query heads share a KV head; .* takes 128 at most: choose sdpa"):
         PlanBuffers(
             num_heads=200, num_kv_heads=1, head_dim=64, block_size=64, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
+            device=torch.device("cpu"), num_sms=1,
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"heads have 512 dimensions; .* takes 256 at most: choose sdpa"):
+        PlanBuffers(
+            num_heads=1, num_kv_heads=1, head_dim=512, block_size=64, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
             device=torch.device("cpu"), num_sms=1,
         )  # fmt: skip

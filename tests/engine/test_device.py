@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_what_a_card_cannot_do_is_refused(llama_8b: ModelConfig) -> None:
     # Cards before Ampere have no bfloat16, and the kernels that need more than they are do not run there.
     plan = plan_memory(EngineConfig(max_model_len=1024), llama_8b, device=OLD_CARD)
     assert (plan.dtype, plan.attention_backend) == ("float16", "sdpa")
+
+
+def test_float8_needs_a_card_that_has_it(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere = replace(CARD, capability=(8, 0))
+    config = EngineConfig(kv_cache_dtype="fp8")
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "sdpa")
+    assert plan_memory(config, llama_8b, device=ampere).kv_cache_dtype == "fp8_e4m3"
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
+    assert plan_memory(config, llama_8b, device=CARD).kv_cache_dtype == "fp8_e4m3"
+    with pytest.raises(ConfigError, match=r"fp8_e4m3, for which the triton backend needs .* 8.9, but this one has 8.0"):
+        plan_memory(config, llama_8b, device=ampere)
 
 
 def test_flashinfer_in_the_plan(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

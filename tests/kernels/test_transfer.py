@@ -54,3 +54,13 @@ def test_what_a_gpu_reads_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pinned) == 1
     transfer.staged(array, CPU)
     assert len(pinned) == 1
+
+
+@pytest.mark.parametrize(("device", "waits"), [("mps", True), ("meta", False)])
+def test_a_copy_that_would_outlive_its_source_is_waited_for(
+    device: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[dict[str, bool]] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, target, **options: copies.append(options))
+    transfer.to_device(np.zeros(3), torch.device(device))
+    assert copies == [{"non_blocking": not waits}]

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from quire.attention.plan import enumerate_runs
 from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.backends import MAX_CAPTURED_TOKENS, MAX_NARROW_TOKENS
+from quire.errors import ConfigError
 from quire.kernels.gpu_plan import (
     NUM_ITEM_COLUMNS,
     GatheredColumn,
@@ -56,8 +57,12 @@ _MIN_SHARERS = 8
 # In a captured step programs of shared keys hold at least so many rows, so that few variants serve all batches.
 _MIN_CAPTURED_SHARED_ROWS = 64
 _MAX_TILE = 64
+_MAX_HEAD_DIM = 256
 _MAX_VIEWS = 1024
 _ALIGNMENT = 32  # int32s: sections begin at multiples of 128 bytes, as vector loads want it
+# int32s from one count to the next. Triton compiles a kernel for addresses that are multiples of 16 bytes, and again
+# for one that is not.
+_COUNT_STRIDE = 4
 
 
 class PlanBuffers:
@@ -89,8 +94,16 @@ class PlanBuffers:
         self.group = num_heads // num_kv_heads
         self.max_rows = 128 if head_dim <= 128 else 64
         """Of a program: larger heads leave room for fewer."""
+        if head_dim > _MAX_HEAD_DIM:
+            raise ConfigError(
+                f"the model's heads have {head_dim} dimensions; attention_backend triton takes {_MAX_HEAD_DIM} at "
+                "most: choose sdpa"
+            )
         if self.group > self.max_rows:
-            raise ValueError(f"{self.group} query heads share a KV head; the GPU kernels take at most {self.max_rows}")
+            raise ConfigError(
+                f"{self.group} query heads share a KV head; attention_backend triton takes {self.max_rows} at most: "
+                "choose sdpa"
+            )
         self.max_num_seqs = max_num_seqs
         self.max_num_tokens = max_num_tokens
         self.max_blocks = max_blocks
@@ -114,7 +127,7 @@ class PlanBuffers:
         self.max_places = max(1024, 2 * self.target_items) + self.max_shared_places
         """Tokens' parts that `partials` holds."""
         sizes = {
-            "counts": 4,
+            "counts": 4 * _COUNT_STRIDE,
             "slots": max_num_tokens,
             "query_start_loc": max_num_seqs + 1,
             "seq_lens": max_num_seqs,
@@ -235,7 +248,8 @@ def plan_attention(
         shared_items, gathered = sharers.lay_out(narrow_tiles, first_place, num_parts, buffers.tile)
 
     host, sections = buffers.on_host, buffers.sections
-    host[sections["counts"]] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
+    counts_on_host = host[sections["counts"]].reshape(4, _COUNT_STRIDE)
+    counts_on_host[:, 0] = len(narrow_items), len(wide_items), len(shared_items), len(merges)
     num_slots = max(num_tokens, captured_tokens)
     _put(host, sections["slots"], slots, fill_to=num_slots)
     _put(host, sections["query_start_loc"], query_start_loc)
@@ -248,12 +262,10 @@ def plan_attention(
     _put(host, sections["block_tables"], block_tables)
     buffers.send(sections["block_tables"].start + block_tables.size)
 
-    counts = buffers.view("counts", 4)
+    counts = buffers.view("counts", 4, _COUNT_STRIDE)
 
     def work_list(index: int, name: str, num_programs: int, num_rows: int) -> WorkList:
-        return WorkList(
-            buffers.view(name, num_programs, NUM_ITEM_COLUMNS), counts[index : index + 1], num_programs, num_rows
-        )
+        return WorkList(buffers.view(name, num_programs, NUM_ITEM_COLUMNS), counts[index, :1], num_programs, num_rows)
 
     # As many tiles as tokens at most, and the parts that are added.
     bound = captured_tokens + buffers.target_items if captured_tokens else len(narrow_items)
@@ -275,7 +287,7 @@ def plan_attention(
         shared=work_list(2, "shared", num_shared_programs, shared_rows),
         gathered=buffers.view("gathered", buffers.max_places, len(GatheredColumn)),
         merges=buffers.view("merges", num_merge_programs, len(MergeColumn)),
-        num_merges=counts[3:4],
+        num_merges=counts[3, :1],
         num_merge_programs=num_merge_programs,
         partials=buffers.partials,
         partial_lse=buffers.partial_lse,

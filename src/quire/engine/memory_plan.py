@@ -135,7 +135,7 @@ def plan_memory(
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if own_memory else host
     dtype = _dtype(config, model, device)
     kv_dtype = _kv_cache_dtype(config, dtype, backend, device)
-    _check_backend(config, name, backend, dtype, kv_dtype)
+    _check_backend(config, name, backend, dtype, kv_dtype, device)
     block_size = config.block_size or backend.block_size
     min_batched = MIN_BATCHED_TOKENS_ON_GPU if own_memory else MIN_BATCHED_TOKENS
     batched = config.max_num_batched_tokens or max(min_batched, config.max_num_seqs)
@@ -251,7 +251,9 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: Device) -> str:
     return model.checkpoint_dtype
 
 
-def _check_backend(config: EngineConfig, name: str, backend: Backend, dtype: str, kv_dtype: str) -> None:
+def _check_backend(
+    config: EngineConfig, name: str, backend: Backend, dtype: str, kv_dtype: str, device: Device
+) -> None:
     """Refuse what the backend's kernels do not have."""
     if dtype not in backend.dtypes:
         raise ConfigError(
@@ -263,6 +265,12 @@ def _check_backend(config: EngineConfig, name: str, backend: Backend, dtype: str
         raise ConfigError(
             f"kv_cache_dtype is {kv_dtype}, which the {name} backend cannot store; it stores "
             f"{', '.join(backend.kv_cache_dtypes)}. attention_backend {' and '.join(able)} can"
+        )
+    if kv_dtype == "fp8_e4m3" and device.type == "cuda" and device.capability < backend.float8_capability:
+        needed, found = (".".join(map(str, version)) for version in (backend.float8_capability, device.capability))
+        raise ConfigError(
+            f"kv_cache_dtype is fp8_e4m3, for which the {name} backend needs a CUDA device of capability {needed}, but "
+            f"this one has {found}; leave it out, or choose attention_backend sdpa"
         )
     if config.deterministic and not backend.deterministic:
         able = [other for other, row in BACKENDS.items() if row.deterministic]

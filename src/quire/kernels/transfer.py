@@ -18,7 +18,8 @@ _ALIGNMENT = 16
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy of an array on a device."""
-    return staged(array, device).to(device, non_blocking=True)
+    # A copy to MPS that is not waited for can read its source after that is let go (pytorch issue 189690).
+    return staged(array, device).to(device, non_blocking=device.type != "mps")
 
 
 def send(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:

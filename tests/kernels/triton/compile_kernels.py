@@ -37,18 +37,22 @@ class Build(NamedTuple):
 
 
 def attention_builds(architecture: int) -> Iterator[Build]:
+    from quire.attention.triton import tile_of
     from quire.kernels.triton.configs import attention_config, compute_dtype
 
+    variants: list[tuple[int, int, str, dict[str, Any]]]
     variants = [(rows, head_dim, "bf16", {}) for rows in (16, 32, 64, 128) for head_dim in (64, 128)]
     variants += [(rows, 256, "bf16", {}) for rows in (16, 32, 64)]
     variants += [(16, 128, "bf16", {"HAS_WINDOW": True}), (128, 128, "bf16", {"HAS_WINDOW": True, "SOFTCAP": 50.0})]
     variants += [(16, 80, "fp16", {}), (16, 128, "bf16", {"GATHERED": True}), (64, 128, "bf16", {"GATHERED": True})]
     variants += [(128, 128, "bf16", {"HAS_SLOPES": True})]
+    variants += [(rows, 128, "bf16", {"BLOCK_SIZE": size}) for rows, size in ((16, 16), (16, 32), (128, 16))]
+    variants += [(16, 128, "bf16", {"GROUP": 7, "BLOCK_SIZE": 256})]
     if architecture >= 89:  # older ones have no instructions for this float8
         variants += [(rows, head_dim, "fp8e4nv", {}) for rows in (16, 128) for head_dim in (64, 128)]
     for rows, head_dim, kv, options in variants:
         activations = "bf16" if kv == "fp8e4nv" else kv
-        config = attention_config(rows, head_dim, BLOCK_SIZE, architecture)
+        config = attention_config(rows, head_dim, tile_of(options.get("BLOCK_SIZE", BLOCK_SIZE)), architecture)
         types = {
             **dict.fromkeys(("q", "out"), f"*{activations}"),
             **dict.fromkeys(("k_cache", "v_cache"), f"*{kv}"),
@@ -68,7 +72,7 @@ def attention_builds(architecture: int) -> Iterator[Build]:
         if not constants["SCALED"]:
             constants["k_scale"] = constants["v_scale"] = None
         facts = {"rows": rows, "programs_per_sm": config.programs_per_sm}
-        label = f"attention rows {rows} head {head_dim} {kv} {' '.join(options)}".strip()
+        label = f"attention rows {rows} head {head_dim} {kv} {options or ''}".strip()
         yield Build(architecture, "attention:attention_kernel", label, types, constants, config.num_warps, facts)
 
 

@@ -73,6 +73,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         pytest.param(DECODE, Shape(4, 2, 80, 64), FP32, FP16, {}, id="decode-fp16kv-head80"),
         pytest.param(DECODE, Shape(2, 1, 128, 64), BF16, BF16, {}, id="decode-bf16-head128"),
         pytest.param([(40, 1)], Shape(2, 1, 256, 64), FP32, FP32, {}, id="decode-fp32-head256"),
+        pytest.param([(40, 1)], Shape(2, 1, 8, 16), FP32, FP32, {}, id="decode-fp32-head8"),
         pytest.param([(40, 1)], Shape(20, 1, 64, 64), FP32, FP32, {}, id="decode-fp32-gqa20"),
         pytest.param([(90, 4), (5, 2), (160, 8)], blocks(GQA4, 64), BF16, BF16, {}, id="drafts-bf16-gqa4"),
         pytest.param([(90, 5), (64, 1)], blocks(GQA7, 64), FP32, FP32, {}, id="drafts-fp32-gqa7"),

@@ -58,7 +58,7 @@ def test_as_many_programs_fit_a_multiprocessor_as_the_planner_counts_on(reports:
 
 
 def test_decode_copies_keys_asynchronously_16_bytes_at_a_time(reports: list[dict[str, Any]]) -> None:
-    decode = [report for report in reports if report.get("rows") == 16]
+    decode = [report for report in reports if report.get("rows") in (16, 32)]
     assert failing(decode, lambda report: report["async_copies_16"] > 0) == []
 
 

@@ -22,6 +22,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 MERGE_PARTS = 8
 """Of one token, taken in at a time."""
 MERGE_WARPS = 4
+_MIN_DOT = 16
+"""Numbers that the matrix units sum over at least."""
 
 
 @triton.jit
@@ -313,7 +315,7 @@ def paged_attention(
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
             HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=max(_MIN_DOT, triton.next_power_of_2(head_dim)),
             BLOCK_SIZE=block_size,
             ROWS=work.num_rows,
             TILE=config.tile,
