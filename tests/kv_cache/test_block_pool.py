@@ -119,6 +119,17 @@ def test_forgotten_names_cannot_be_found() -> None:
     assert pool.total_evictions == 0
 
 
+def test_memory_that_was_written_is_taken_before_fresh_memory() -> None:
+    pool = BlockPool(4, 1)
+    for index in range(2):
+        pool.set_name(pool.allocate(), b"%d" % index)
+    for block in (1, 0):
+        pool.release(block)
+    assert list(pool.free_order()) == [2, 3, 1, 0]
+    pool.forget_names()
+    assert list(pool.free_order()) == [1, 0, 2, 3]
+
+
 def test_without_prefix_caching_nothing_is_named() -> None:
     pool = BlockPool(1, 1, enable_prefix_caching=False)
     block = pool.allocate()

@@ -661,6 +661,8 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def forget_all_names(self) -> None:
         self.pool.forget_names()
+        held = {*self.named.values(), *self.left}
+        self.free.sort(key=lambda block: block not in held)  # stable: what is forgotten comes first, in its order
         for content in [content for content, block in self.named.items() if not self.is_pinned(block)]:
             self.forget(content)
         for block in list(self.left):

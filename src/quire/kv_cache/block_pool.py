@@ -197,15 +197,18 @@ class BlockPool:
             self.children.remove(block)
 
     def forget_names(self) -> None:
-        """Empty the prefix cache: only what is pinned can be found by name any more; tables are untouched."""
-        kept = {name: block for name, block in self._named.items() if block in self.pinned}
-        for block in self._named.values():
-            if block not in self.pinned:
-                self.names[block] = None
-        for block in tuple(self.children):
-            if block not in self.pinned:
-                self.children.remove(block)
-        self._named = kept
+        """Empty the prefix cache: only what is pinned can be found by name any more; tables are untouched.
+
+        Blocks that have been written are taken before those that never were: their memory is there already.
+        """
+        forgotten = {block for block in (*self._named.values(), *self.children) if block not in self.pinned}
+        for block in [block for block in self.free_order() if block in forgotten][::-1]:
+            self._unlink(block)
+            self._link_first(block)
+        for block in forgotten:
+            self.names[block] = None
+            self.children.remove(block)
+        self._named = {name: block for name, block in self._named.items() if block in self.pinned}
         self.num_named_free = 0
 
     def pin(self, blocks: Iterable[int]) -> None:
