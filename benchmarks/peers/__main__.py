@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.engines import ENGINES, interpreter, model_path
-from benchmarks.peers.workloads import make_workloads
+from benchmarks.peers.limits import FORMATS, least_seconds
+from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
+from quire.model_config import ModelConfig
+from quire.simulation.model_shapes import ModelShape
 
 ROOT = Path(__file__).parents[2]
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
@@ -51,7 +54,7 @@ def main() -> None:
                 reports[engine].append(run_engine(engine, options))
             except EngineFailed as failure:  # its column stays empty; the others' hours count
                 print(failure, file=sys.stderr, flush=True)
-    print(table(options, reports, ceilings))
+    print(table(options, reports | limits(options, ceilings), ceilings))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         json.dumps(
@@ -137,6 +140,26 @@ def measure_ceilings() -> dict[str, float]:
     return ceilings
 
 
+def limits(options: argparse.Namespace, ceilings: list[dict[str, float]]) -> dict[str, list[Report]]:
+    """What the workloads take at least with the ceilings of each repeat, as if engines had reported it."""
+    folder = model_path(ENGINES["quire"], options.peers, options.model)
+    model = ModelShape.of(ModelConfig.from_folder(folder), options.model)
+    workloads = {name: workload for name, workload in make_workloads().items() if name in options.only}
+    if "W5" in workloads:
+        single = workloads["W5"]
+        first = [WorkRequest(request.prompt_token_ids, 1) for request in single.requests]
+        workloads["W5-first-token"] = Workload("", first)
+    if "W4" in workloads:
+        workloads["W4-sampled"] = workloads["W4"]
+    return {
+        f"limit {weights}": [
+            {"seconds": {name: least_seconds(model, each, rates, weights) for name, each in workloads.items()}}
+            for rates in ceilings
+        ]
+        for weights in FORMATS
+    }
+
+
 def table(options: argparse.Namespace, reports: dict[str, list[Report]], ceilings: list[dict[str, float]]) -> str:
     """Markdown: a row per figure, a column per engine."""
     figures = list(dict.fromkeys(name for runs in reports.values() for run in runs for name in run["seconds"]))
@@ -145,7 +168,7 @@ def table(options: argparse.Namespace, reports: dict[str, list[Report]], ceiling
     rows += [[f"{name} {TITLES[name]}, s", *_cells(reports, partial(_seconds, name))] for name in figures]
     if "W5" in figures:
         rows.append(["W5 decoding, tokens/s", *_cells(reports, _decode_rate)])
-    rows.append(["peak memory, MiB", *_cells(reports, lambda run: run["peak_memory_bytes"] / 2**20)])
+    rows.append(["peak memory, MiB", *_cells(reports, _peak_memory)])
     lines = [
         f"{options.model}, {options.repeats} runs each, median [least, most]",
         f"{describe_machine()}; "
@@ -174,6 +197,11 @@ def _decode_rate(run: Report) -> float:
     """Tokens per second of a single stream after its first token."""
     decoded = make_workloads()["W5"].num_output_tokens - 1
     return float(decoded / (run["seconds"]["W5"] - run["seconds"]["W5-first-token"]))
+
+
+def _peak_memory(run: Report) -> float | None:
+    peak: int | None = run.get("peak_memory_bytes")
+    return None if peak is None else peak / 2**20
 
 
 def _with_range(values: list[float]) -> str:
