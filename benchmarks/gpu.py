@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.gpu_kernels import Figure, kernel_figures
 from quire import LLM, SamplingParams
-from quire.runner.cuda_graphs import GraphKey
+from quire.runner.cuda_graphs import GraphKey, Outcome
 
 REPEATS = 3
 SHAPES: dict[str, dict[str, Any]] = {
@@ -141,7 +141,7 @@ def exposed_host_time(llm: LLM, rate: float, batch: int) -> float | None:
     """Seconds of a decode step in which the GPU waits for the host: its time less that of its graph alone."""
     runner: Any = llm._engine._core._runner  # what serves no request has no interface
     graphs = getattr(runner._graphs, "_graphs", {})
-    keys: list[GraphKey] = [key for key in graphs if key.size == batch and key.draws]
+    keys: list[GraphKey] = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
     if not keys:
         return None
     graph, _ = graphs[min(keys)]  # without shared keys, if there are several

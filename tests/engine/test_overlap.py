@@ -93,12 +93,43 @@ def test_draws_run_ahead(checkpoint: Path, expected: list[Any], monkeypatch: pyt
     monkeypatch.setattr(PendingStep, "result", noted_result)
     prompts, params = requests()
     chosen = [
-        place for place, kind in enumerate(kind for kind in PARAMS for _ in range(2)) if kind in ("greedy", "both")
+        place
+        for place, kind in enumerate(kind for kind in PARAMS for _ in range(2))
+        if kind in ("greedy", "both", "logprobs")
     ]
     llm = make_llm(checkpoint, async_scheduling=True)
     found = seen(llm.generate([prompts[place] for place in chosen], [params[place] for place in chosen]))
     assert found == [expected[place] for place in chosen]
     assert order[:5] == ["launch", "launch", "result", "launch", "result"]
+
+
+def test_the_device_reports_what_the_host_would(checkpoint: Path) -> None:
+    """Log-probabilities of samples and prompts, the latter a few positions at a time."""
+    kinds: list[dict[str, Any]] = [
+        {"logprobs": 4, "prompt_logprobs": 2},
+        {"logprobs": 0, "top_k": 30, "temperature": 1.2, "seed": 1},
+        {"temperature": 0.0, "prompt_logprobs": 20},
+    ]
+    prompts = [[(7 * place + kind) % 256 for place in range(20 + 30 * kind)] for kind in range(3)]
+    params = [SamplingParams(max_tokens=9, **kind) for kind in kinds]
+
+    def told(**options: Any) -> list[Any]:
+        outputs = make_llm(checkpoint, max_num_batched_tokens=32, logprobs_memory="32KiB", **options).generate(
+            prompts, params
+        )
+        return [
+            {token: (entry.logprob, entry.rank) for token, entry in position.items()}
+            for output in outputs
+            for position in [*(output.prompt_logprobs or ()), *(output.outputs[0].logprobs or ())]
+            if position is not None
+        ]
+
+    expected, found = told(async_scheduling=False), told(async_scheduling=True)
+    assert len(expected) > 100
+    for one, other in zip(found, expected, strict=True):
+        assert list(one) == list(other)
+        for token, (logprob, rank) in one.items():
+            assert other[token] == (pytest.approx(logprob, abs=5e-6), rank)
 
 
 def test_a_device_out_of_memory(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

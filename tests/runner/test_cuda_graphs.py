@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.runner.cuda_graphs import CAPTURE_SHARE, EAGER_STEPS, DecodeGraphs, Graph, GraphKey, graph_sizes
+from quire.runner.cuda_graphs import CAPTURE_SHARE, EAGER_STEPS, DecodeGraphs, Graph, GraphKey, Outcome, graph_sizes
 
 CPU = torch.device("cpu")
 PADDING = {"input_ids": np.int32(0), "rows": np.int32(99)}
@@ -47,7 +47,7 @@ class FakeCapture:
 def prepare_step(key: GraphKey, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
     """A step that reads all that a replay must find renewed."""
     assert inputs["rows"].tolist() == [99] * key.size, "captured over nothing but padding"
-    if key.draws:
+    if key.outcome is not Outcome.LOGITS:
         return lambda: torch.stack((inputs["input_ids"] + sum(key.variant), inputs["rows"]))
     return lambda: torch.stack((inputs["input_ids"], inputs["rows"], inputs["rows"]), dim=1).float()
 
@@ -82,13 +82,17 @@ def test_replays_see_what_is_new_and_pad_what_is_not_there() -> None:
     num_replays = 0
     for _ in range(200):
         num_tokens = int(rng.integers(1, 41))
-        key = GraphKey(graphs.size_for(num_tokens), (16, int(rng.choice([0, 64]))), bool(rng.integers(2)))
+        key = GraphKey(graphs.size_for(num_tokens), (16, int(rng.choice([0, 64]))), Outcome(rng.integers(3)))
         ids = rng.integers(0, 99, num_tokens).astype(np.int32)
         rows = np.arange(num_tokens, dtype=np.int32)
         if graphs.has(key):
             num_replays += 1
             result = graphs.replay(key, {"input_ids": ids, "rows": rows})
-            found = (result - torch.tensor([[sum(key.variant)], [0]]) if key.draws else result[:, :2].T).int()
+            found = (
+                result - torch.tensor([[sum(key.variant)], [0]])
+                if key.outcome is not Outcome.LOGITS
+                else result[:, :2].T
+            ).int()
             assert found[:, :num_tokens].tolist() == [ids.tolist(), rows.tolist()]
             assert found[:, num_tokens:].tolist() == [[0] * (key.size - num_tokens), [99] * (key.size - num_tokens)]
             result.fill_(-7)  # as a sampler may
@@ -100,7 +104,7 @@ def test_replays_see_what_is_new_and_pad_what_is_not_there() -> None:
 def test_what_comes_often_is_captured_and_memory_can_be_given_back() -> None:
     capture = FakeCapture()
     graphs = make_graphs(capture)
-    key = GraphKey(4, (), True)
+    key = GraphKey(4, (), Outcome.TOKENS)
     for _ in range(2):
         graphs.has(key)
         graphs.capture_one(idle=True)
@@ -123,7 +127,7 @@ def test_captures_take_a_small_share_of_the_time_unless_idle() -> None:
     capture = FakeCapture()
     graphs = make_graphs(capture, 512)
     for size in graph_sizes(512):
-        use(graphs, GraphKey(size, (), True))
+        use(graphs, GraphKey(size, (), Outcome.TOKENS))
     delays = []
     for _ in range(100):
         capture.now += 1.0
@@ -140,13 +144,13 @@ def test_captures_take_a_small_share_of_the_time_unless_idle() -> None:
 def test_sizes_without_memory_run_without_a_graph() -> None:
     capture = FakeCapture(room=16)
     graphs = make_graphs(capture)
-    use(graphs, GraphKey(16, (), True))
+    use(graphs, GraphKey(16, (), Outcome.TOKENS))
     for _ in range(len([size for size in graph_sizes(40) if size > 16])):
         with pytest.raises(torch.OutOfMemoryError):
             graphs.capture_one(idle=True)
-        use(graphs, GraphKey(16, (), True))
+        use(graphs, GraphKey(16, (), Outcome.TOKENS))
     graphs.capture_one(idle=True)
-    assert graphs.has(GraphKey(16, (), True))
+    assert graphs.has(GraphKey(16, (), Outcome.TOKENS))
     assert [graphs.size_for(16), graphs.size_for(17)] == [16, 0]
 
 
@@ -154,8 +158,8 @@ def test_graphs_that_end_in_logits_share_their_memory() -> None:
     graphs = make_graphs(FakeCapture())
     results = []
     for size in (8, 16):
-        use(graphs, GraphKey(size, (), False))
+        use(graphs, GraphKey(size, (), Outcome.LOGITS))
         while graphs.is_wanted:
             graphs.capture_one(idle=True)
-        results.append(graphs.replay(GraphKey(size, (), False), {}))
+        results.append(graphs.replay(GraphKey(size, (), Outcome.LOGITS), {}))
     assert results[0].data_ptr() == results[1].data_ptr()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.transfer import send
-from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only
+from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only, read_draws
 from quire.sampling.sampler import NO_TOKEN, Sampler
 from quire.sampling.state import SamplingState
 from quire.sampling_params import SamplingParams
@@ -44,7 +44,7 @@ def states(vocab_size: int, count: int, position: int = 3, **more: Any) -> list[
 
 
 def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
-    tokens, bits = sampler.draw(logits, send(sampler.columns(batch), CPU))
+    tokens, bits = sampler.draw(logits, send(sampler.columns(batch), CPU), reports=False)
     return tokens.tolist(), bits.view(torch.float32)
 
 
@@ -108,10 +108,32 @@ def test_kernels_are_told_what_rows_ask_for() -> None:
     }, "what a graph keeps room for"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [7, 5_000])
+def test_the_host_reports_the_same(vocab_size: int, dtype: torch.dtype) -> None:
+    """Some rows ask for log-probabilities, one of them has none to tell of."""
+    logits = (3 * torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits[3, 5] = float("nan")
+    logits[4, 2], logits[4, 4] = 0.0, -0.0
+    batch = [states(vocab_size, 1, logprobs=count)[0] for count in (None, 0, 20, 3, 5, None, 1, 20, 0)]
+    sampler = DeviceSampler(vocab_size)
+    drawn = sampler.draw(logits, send(sampler.columns(batch), CPU), reports=True)
+    padded = torch.cat((drawn, drawn[:, :3]), 1).numpy()
+    found, expected = read_draws(padded, batch), Sampler(vocab_size, 2**24).sample(logits.float(), batch)
+    assert (found.token_ids, found.errors) == (expected.token_ids, expected.errors)
+    for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert (one.token_ids, one.ranks) == (other.token_ids, other.ranks)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=2e-6)
+
+
 @pytest.mark.parametrize(
     "more",
     [
-        {"logprobs": 0},
+        {"logprobs": 21},
+        {"logprobs": -1},
+        {"logprobs": 2, "logprobs_mode": "processed_logprobs"},
         {"logit_bias": {3: 1.0}},
         {"min_tokens": 9},
         {"presence_penalty": 0.1},

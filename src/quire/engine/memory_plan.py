@@ -30,6 +30,8 @@ GRAPH_BYTES = 256 * 2**20
 """Allowance for what captured steps take beside their activations: their launches, a workspace of cuBLAS."""
 DRAW_BYTES_PER_LOGIT = 4 + 4 + 8
 """Sampling on a device: float32 logits, and a sorted copy with its ids."""
+LISTED_BYTES_PER_LOGIT = 4
+"""The same with kernels that list ids instead of sorting: at most all of them."""
 PLAN_TOLERANCE = 0.01
 """By how much allocations may exceed the plan: they are rounded up, and a table of positions comes with the weights."""
 _FLOAT32_BYTES = 4
@@ -301,11 +303,12 @@ def _device_activations(backend: Backend, model: ModelConfig, dtype: str, num_to
     return tokens + logits + rope + gathered + backend.workspace
 
 
-def _graph_bytes(model: ModelConfig, dtype: str, num_seqs: int) -> int:
-    """Of all captured steps: they use one memory for their activations, and one for logits that the host asks for."""
+def _graph_bytes(model: ModelConfig, dtype: str, num_tokens: int) -> int:
+    """Of all captured steps: they use one memory for their activations, logits and what draws list of them, and one for
+    logits that the host asks for."""
     size = DTYPE_BYTES[dtype]
-    activations = model.activation_bytes(num_seqs, 0) * size // _FLOAT32_BYTES
-    return GRAPH_BYTES + activations + 2 * num_seqs * model.vocab_size * size
+    activations = model.activation_bytes(num_tokens, 0) * size // _FLOAT32_BYTES
+    return GRAPH_BYTES + activations + num_tokens * model.vocab_size * (2 * size + LISTED_BYTES_PER_LOGIT)
 
 
 def available_memory() -> int:

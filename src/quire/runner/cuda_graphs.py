@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,15 @@ CAPTURE_SHARE = 0.1
 """Of the time in which requests run, what captures take at most."""
 
 
+class Outcome(IntEnum):
+    """What a step ends in."""
+
+    LOGITS = 0
+    TOKENS = 1
+    REPORTS = 2
+    """Tokens, and log-probabilities of those that ask for them."""
+
+
 class GraphKey(NamedTuple):
     """A kind of step: the same kernels over the same shapes."""
 
@@ -43,12 +53,11 @@ class GraphKey(NamedTuple):
     """Tokens it has room for."""
     variant: Variant
     """Of the attention plan (`AttentionPlan.variant`)."""
-    draws: bool
-    """Whether it ends in drawn tokens; else in logits."""
+    outcome: Outcome
 
 
 PrepareStep = Callable[[GraphKey, Mapping[str, Tensor]], Callable[[], Tensor]]
-"""Plans a step of a kind over inputs [size], and returns what launches it: drawn tokens [2, size], or logits [size,
+"""Plans a step of a kind over inputs [size], and returns what launches it: what was drawn [any, size], or logits [size,
 vocab_size]."""
 
 
@@ -128,7 +137,7 @@ class DecodeGraphs:
         self._inputs.send({})
         run = self._prepare_step(key, self._inputs.first(key.size))
         try:
-            self._graphs[key] = self._capture(run if key.draws else lambda: self._keep(run()))
+            self._graphs[key] = self._capture((lambda: self._keep(run())) if key.outcome is Outcome.LOGITS else run)
         except torch.OutOfMemoryError:
             self._sizes = [size for size in self._sizes if size < key.size]
             self.forget()

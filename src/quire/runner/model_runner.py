@@ -10,6 +10,7 @@ waits, the next step may be launched, and its plan names a token that is drawn b
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -27,12 +28,19 @@ from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
-from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey
+from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome
 from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
 from quire.runner.readout import TokensRead, find_tokens_read
 from quire.runner.request_rows import RequestRows
 from quire.runner.sample_points import SamplePoints, make_sample_points
-from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only, read_draws
+from quire.sampling.device_sampler import (
+    KERNEL_COLUMNS,
+    DeviceSampler,
+    draws_only,
+    read_draws,
+    read_reports,
+    reports_on_device,
+)
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import Sampler, SampleResult
@@ -46,19 +54,20 @@ logger = logging.getLogger(__name__)
 class PendingStep:
     """A step that was launched."""
 
-    def __init__(self, result: StepResult, finish: Callable[[], None] | None) -> None:
+    def __init__(self, result: StepResult, finishes: Sequence[Callable[[], None]] = ()) -> None:
+        """`finishes` wait for what is not there yet and put it into `result`."""
         self._result = result
-        self._finish = finish
+        self._finishes = finishes
 
     @property
     def ready(self) -> bool:
         """Whether `result` need not wait."""
-        return self._finish is None
+        return not self._finishes
 
     def result(self) -> StepResult:
         """What came out, when it has. The lists are in the order of `plan.sample_rows`."""
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
+        finishes, self._finishes = self._finishes, ()
+        for finish in finishes:
             finish()
         return self._result
 
@@ -157,7 +166,7 @@ class ModelRunner:
                 max_num_tokens=min(max(max_num_seqs, max_num_samples), max_num_batched_tokens),
                 device=self._device,
             )
-        self._pending = PendingStep(StepResult(), None)
+        self._pending = PendingStep(StepResult())
         """The step launched last."""
         self._batch: InputBatch | None = None
         self._points: SamplePoints | None = None
@@ -209,21 +218,22 @@ class ModelRunner:
         if self._block_store is not None and plan.moves is not None:
             load_seconds = self._block_store.move(plan.moves)
         result = StepResult()
+        finishes: list[Callable[[], None]] = []
         if plan.rows:
-            finish = self._compute(plan, result)
+            finishes = self._compute(plan, result)
         else:
-            finish = self._batch = None
+            self._batch = None
         if self._block_store is not None:
             result.moved = self._block_store.collect(wait=plan.moves is not None and plan.moves.wait)
             result.moved.load_seconds = load_seconds
-        return PendingStep(result, finish)
+        return PendingStep(result, finishes)
 
     def close(self) -> None:
         """Let go of files."""
         if self._block_store is not None:
             self._block_store.close()
 
-    def _compute(self, plan: StepPlan, result: StepResult) -> Callable[[], None] | None:
+    def _compute(self, plan: StepPlan, result: StepResult) -> list[Callable[[], None]]:
         """Fill `result`, or say how it will be filled when the device is done."""
         batch, points = self._lay_out(plan)
         self._masks.start(points.grammars)
@@ -243,11 +253,14 @@ class ModelRunner:
             before=self._attention if batch.follows else None,
         )
         self._attention = attention
-        key = GraphKey(size, attention.variant, sampler is not None)
+        outcome = Outcome.LOGITS
+        if sampler is not None:
+            outcome = Outcome.REPORTS if inputs["nums_reported"].any() else Outcome.TOKENS
+        key = GraphKey(size, attention.variant, outcome)
         drawn = logits = hidden = read = None
         if self._graphs is not None and size and self._graphs.has(key):
-            outcome = self._graphs.replay(key, inputs)
-            drawn, logits = (None, outcome[: plan.num_tokens]) if sampler is None else (outcome, None)
+            replayed = self._graphs.replay(key, inputs)
+            drawn, logits = (None, replayed[: plan.num_tokens]) if sampler is None else (replayed, None)
         else:
             read = find_tokens_read(plan, points, batch)
             sampled = points.tokens if read is None else read.places(points.tokens)
@@ -263,22 +276,19 @@ class ModelRunner:
             elif plan.sample_after:
                 logits = self._logits(hidden, sampled, sent["sampled"])
             if sampler is not None and logits is not None:
-                drawn = self._draw(sampler, logits, sent)
-        finish = None
+                drawn = self._draw(sampler, logits, sent, outcome)
+        finishes: list[Callable[[], None]] = []
         self._masks.join()
         if drawn is not None:
-            finish = self._promise(plan, points, drawn, result)
+            finishes.append(self._promise(plan, points, drawn, result))
         elif logits is not None:
             self._pending.result()  # what was drawn before decides what may be drawn now
             sampled_on_host = self._sampler.sample(logits.float().cpu(), points.states, passing=bool(plan.drafts))
             self._take_in(plan, points, sampled_on_host, result)
-        for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
+        if plan.prompt_logprobs:
             assert hidden is not None, "a step that is captured is asked for none"
-            first = batch.query_start_loc[index : index + 1]
-            place = int(first[0] if read is None else read.places(first)[0])
-            rows = hidden[place : place + len(targets)]
-            result.prompt_logprobs[index] = self._prompt_logprobs(rows, targets, num_logprobs)
-        return finish
+            finishes += self._tell_prompts(plan, batch, read, hidden, result)
+        return finishes
 
     def _lay_out(self, plan: StepPlan) -> tuple[InputBatch, SamplePoints]:
         """The step's tokens, and where samples are drawn: that stays as it is while the same sequences decode."""
@@ -305,12 +315,12 @@ class ModelRunner:
         tables, no_tokens = np.zeros((0, 1), dtype=np.int32), np.zeros(0, dtype=np.int32)
         nothing = StepArrays(np.zeros(1, dtype=np.int32), no_tokens, tables, no_tokens)
         attention = self._plan_attention(nothing, captured_tokens=key.size, variant=key.variant)
-        sampler = self._device_sampler if key.draws else None
+        sampler = None if key.outcome is Outcome.LOGITS else self._device_sampler
 
         def run() -> torch.Tensor:
             input_ids = self._known(inputs["input_ids"])
             logits = self._model.logits(self._model(input_ids, inputs["token_positions"], self._kv_cache, attention))
-            return logits if sampler is None else self._draw(sampler, logits, inputs)
+            return logits if sampler is None else self._draw(sampler, logits, inputs, key.outcome)
 
         return run
 
@@ -330,9 +340,11 @@ class ModelRunner:
         # Where a prompt ends and n samples part, each draws from a copy.
         return self._model.logits(hidden[to_device(rows, self._device)])[to_device(place, self._device)]
 
-    def _draw(self, sampler: DeviceSampler, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _draw(
+        self, sampler: DeviceSampler, logits: torch.Tensor, inputs: Mapping[str, torch.Tensor], outcome: Outcome
+    ) -> torch.Tensor:
         """Draw on the device, and keep the tokens there for the step that computes them."""
-        drawn = sampler.draw(logits, inputs)
+        drawn = sampler.draw(logits, inputs, reports=outcome is Outcome.REPORTS)
         self._last_tokens.index_copy_(0, inputs["rows"].long(), drawn[0])
         return drawn
 
@@ -416,15 +428,41 @@ class ModelRunner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, targets: list[int], num_logprobs: int) -> list[TokenLogprobs]:
-        entries: list[TokenLogprobs] = []
-        # Logits of a long prompt would be larger than its KV: as many positions exist at once as the plan has room for.
-        num_rows = max(1, self._logprobs_memory // logprob_bytes(self._config.vocab_size, num_logprobs))
-        for first in range(0, len(targets), num_rows):
-            part = slice(first, first + num_rows)
-            logits = self._model.logits(hidden[part]).float().cpu()
-            entries += token_logprobs(logits, targets[part], num_logprobs)
-        return entries
+    def _tell_prompts(
+        self,
+        plan: StepPlan,
+        batch: InputBatch,
+        read: TokensRead | None,
+        hidden: torch.Tensor,
+        result: StepResult,
+    ) -> list[Callable[[], None]]:
+        """Fill in log-probabilities of prompts, or say how they will be filled in."""
+        finishes: list[Callable[[], None]] = []
+        for index, (num_logprobs, targets) in plan.prompt_logprobs.items():
+            first = batch.query_start_loc[index : index + 1]
+            place = int(first[0] if read is None else read.places(first)[0])
+            entries: list[TokenLogprobs] = []
+            result.prompt_logprobs[index] = entries
+            # Logits of a long prompt would be larger than its KV: as many positions exist at once as the plan has room
+            # for.
+            num_rows = max(1, self._logprobs_memory // logprob_bytes(self._config.vocab_size, num_logprobs))
+            for start in range(0, len(targets), num_rows):
+                tokens = targets[start : start + num_rows]
+                logits = self._model.logits(hidden[place + start : place + start + len(tokens)])
+                if self._device_sampler is None or not reports_on_device(num_logprobs):
+                    entries += token_logprobs(logits.float().cpu(), tokens, num_logprobs)
+                    continue
+                nums_reported = np.full(len(tokens), 1 + num_logprobs, dtype=np.int32)
+                asked = send({"tokens": np.array(tokens, dtype=np.int32), "nums_reported": nums_reported}, self._device)
+                fetch = _fetch(self._device_sampler.report(logits, asked["tokens"], asked["nums_reported"]))
+                finishes.append(partial(_add_reports, entries, fetch, tokens, num_logprobs))
+        return finishes
+
+
+def _add_reports(
+    entries: list[TokenLogprobs], fetch: Callable[[], NDArray[np.int32]], token_ids: list[int], num_logprobs: int
+) -> None:
+    entries += read_reports(fetch(), token_ids, [num_logprobs] * len(token_ids))
 
 
 def _fetch(tensor: torch.Tensor) -> Callable[[], NDArray[np.int32]]:

@@ -126,21 +126,31 @@ def small_builds(architecture: int) -> Iterator[Build]:
     )
     rows = {"logits": "*bf16", "chunk_peaks": "*fp32", "stride": "i32", "size": "i32", "num_chunks": "i32"}
     yield build("sampling:peaks_kernel", {**rows, "chunk_ids": "*i32"}, {"CHUNK": sampling.CHUNK}, sampling.CHUNK_WARPS)
-    draws = {**rows, "temperatures": "*fp32", "min_ps": "*fp32", "chunk_weights": "*fp64"}
     chunks = {"CHUNK": sampling.CHUNK, "CHUNKS": 64}
-    yield build("sampling:weights_kernel", draws, chunks, sampling.CHUNK_WARPS)
+    asked = {"temperatures": "*fp32", "top_ks": "*i32", "top_ps": "*fp64", "min_ps": "*fp32"}
+    draws = {**rows, **asked, "chunk_weights": "*fp64", "ids": "*i32", "num_ids": "*i32"}
+    ranges = {**draws, "range_weights": "*fp64", "range_counts": "*i32"}
+    yield build("sampling:weights_kernel", ranges, {**chunks, "PART": sampling.PART}, sampling.CHUNK_WARPS)
+    yield build("sampling:list_kernel", ranges, chunks, sampling.CHUNK_WARPS)
     yield build(
         "sampling:sample_kernel",
-        {**draws, "chunk_ids": "*i32", "top_ks": "*i32", "top_ps": "*fp64", "keys": "*i64", "positions": "*i64",
-         "tokens": "*i32", "peaks": "*fp32"},
+        {**draws, "chunk_ids": "*i32", "keys": "*i64", "positions": "*i64", "tokens": "*i32", "peaks": "*fp32"},
         {**chunks, "BLOCK": sampling.BLOCK},
-        sampling.row_warps(architecture),
-    )  # fmt: skip
+        sampling.ROW_WARPS,
+    )
+    reports = {**rows, "tokens": "*i32", "nums_reported": "*i32", "chunk_sums": "*fp64", "chunk_ahead": "*i32",
+               "chunk_leaders": "*i64", "reports": "*i32", "num_rows": "i32"}  # fmt: skip
     yield build(
-        "sampling:chosen_logprobs_kernel",
-        {"logits": "*fp32", "tokens": "*i32", "logprobs": "*fp64", "ranks": "*i32", "stride": "i32", "size": "i32"},
-        {"BLOCK": sampling.LOGPROB_BLOCK},
-        sampling.LOGPROB_WARPS,
+        "sampling:chunk_reports_kernel",
+        reports,
+        {"CHUNK": sampling.CHUNK, "LEADERS": 32},
+        sampling.CHUNK_WARPS,
+    )
+    yield build(
+        "sampling:reports_kernel",
+        reports,
+        {"CHUNKS": 64, "LEADERS": 32, "MAX_REPORTED": 20},
+        sampling.ROW_WARPS,
     )
 
 
@@ -154,8 +164,8 @@ def compile_one(build: Build) -> dict[str, Any]:
 
     module, _, name = build.kernel.partition(":")
     kernel = getattr(importlib.import_module(f"quire.kernels.triton.{module}"), name)
-    types = {each: type_ for each, type_ in build.types.items() if each not in build.constants}
     names = list(kernel.arg_names)
+    types = {each: type_ for each, type_ in build.types.items() if each in names and each not in build.constants}
     signature = {each: types.get(each, "constexpr") for each in names}
     # What a launch finds out by itself: addresses and strides are multiples of 16.
     aligned = [each for each, type_ in types.items() if type_ != "fp32" and each != "window"]

@@ -130,7 +130,7 @@ def requests_of(round_: int) -> list[Request]:
         {"temperature": 0.0},
         {"temperature": 1.0, "n": 3},
         {"temperature": 0.8, "top_k": 20, "min_p": 0.1},
-        {"temperature": 1.2, "top_p": 0.7},
+        {"temperature": 1.2, "top_p": 0.7, "logprobs": 3, "prompt_logprobs": 2},
     ]
     return [
         Request(

@@ -36,6 +36,8 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 2.0, "top_p": 0.999},
     {"temperature": 1.0, "top_p": 0.3, "min_p": 0.01},
     {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 0.01, "top_k": 4000},  # nearly all tokens are far below the highest,
+    {"temperature": 50.0, "top_k": 300, "top_p": 0.999},  # and none is
 ]
 
 
@@ -94,7 +96,7 @@ def test_the_runners_sampler_draws_with_them(kernels: Any, device: torch.device,
     logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=torch.Generator().manual_seed(8))).to(dtype)
     expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states).token_ids  # it overwrites them
     sampler = DeviceSampler(VOCAB_SIZE, own)
-    tokens, bits = sampler.draw(logits.to(device), send(sampler.columns(states), device))
+    tokens, bits = sampler.draw(logits.to(device), send(sampler.columns(states), device), reports=False)
     assert tokens.tolist() == expected
     assert torch.equal(bits.view(torch.float32).cpu(), logits.float().amax(1))
 
@@ -112,13 +114,22 @@ def test_a_row_without_a_finite_peak_has_no_token(kernels: Any, device: torch.de
     assert tokens.tolist() == [0, 0, 0, sound[3]]
 
 
-def test_logprobs_of_chosen_tokens(kernels: Any, device: torch.device) -> None:
-    from quire.kernels.triton.sampling import chosen_logprobs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reports(kernels: Any, device: torch.device, dtype: torch.dtype) -> None:
+    from quire.kernels.triton.sampling import report
 
-    logits = 4 * torch.randn(3, VOCAB_SIZE)
+    logits = (4 * torch.randn(5, VOCAB_SIZE)).to(dtype)
     logits[1, 5] = logits[1, 1200] = logits[1].amax()
-    tokens = [17, 1200, 1499]
-    logprobs, ranks = chosen_logprobs(logits.to(device), torch.tensor(tokens, dtype=torch.int32, device=device))
-    for row, report in enumerate(token_logprobs(logits, tokens, 0)):
-        assert logprobs[row].item() == pytest.approx(report.logprobs[0], abs=1e-5)
-        assert ranks[row].item() == report.ranks[0]
+    logits[2, 4090:4100] = 30.0  # in two chunks
+    logits[3, 1:] = float("-inf")
+    logits[3, 7], logits[3, 9] = 0.0, -0.0
+    tokens, counts = [17, 1200, 4095, 9, 3], [1, 21, 8, 3, 0]
+    on_device = [torch.tensor(each, dtype=torch.int32, device=device) for each in (tokens, counts)]
+    found = report(logits.to(device), *on_device, 20).cpu()
+    for row, (token, count) in enumerate(zip(tokens, counts, strict=True)):
+        if count:
+            (expected,) = token_logprobs(logits[row : row + 1].float(), [token], count - 1)
+            assert [token, *found[2 : 1 + count, row].tolist()] == expected.token_ids
+            assert found[0, row].item() == expected.ranks[0]
+            logprobs = found[[1, *range(22, 21 + count)], row].contiguous().view(torch.float32)
+            assert logprobs.tolist() == pytest.approx(expected.logprobs, abs=2e-6)

@@ -23,12 +23,12 @@ from quire.models.registry import load_model
 from quire.models.weights import RandomWeights
 from quire.request import Request
 from quire.runner import cuda_graphs
-from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey
+from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
-from quire.step import StepPlan
+from quire.step import StepPlan, TokenLogprobs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter
@@ -55,6 +55,7 @@ CONFIG = ModelConfig(
 )
 MAX_NUM_SEQS, BLOCK_SIZE = 8, 16
 Replayed = tuple[GraphKey, StepPlan]
+Found = dict[str, tuple[list[int], list[TokenLogprobs]]]
 
 
 class FakeGraph:
@@ -139,14 +140,25 @@ def make_core(
     return EngineCore(scheduler, runner, grammars, None, vocab_size=300, max_logprobs=5, overlaps=backend != "cpu")
 
 
-def tokens_of(core: EngineCore, requests: list[Request]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {request.request_id: [] for request in requests}
+def run(core: EngineCore, requests: list[Request]) -> Found:
+    found: Found = {request.request_id: ([], []) for request in requests}
     for request in requests:
         core.add(request)
     while core.has_work:
         for delta in core.step():
-            found[delta.request_id] += delta.token_ids
+            tokens, reports = found[delta.request_id]
+            tokens += delta.token_ids
+            reports += [*(delta.prompt_logprobs or ()), *(delta.logprobs or ())]
     return found
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    assert found.keys() == expected.keys()
+    for request_id, (tokens, reports) in expected.items():
+        assert found[request_id][0] == tokens, request_id
+        for one, other in zip(found[request_id][1], reports, strict=True):
+            assert (one.token_ids, one.ranks) == (other.token_ids, other.ranks)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def requests_of(name: str, count: int, max_tokens: int, prompt: list[int], **params: Any) -> list[Request]:
@@ -171,19 +183,21 @@ def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed:
     batches = [
         requests_of("shared", 8, 6, prefix),
         requests_of("alone", 2, 6, [3, 4]),
+        requests_of("reported", 2, 6, [8], logprobs=3, prompt_logprobs=1),
         requests_of("penalised", 2, 6, [5], presence_penalty=0.5),
     ]
     plain, captured = make_core("cpu", torch.device("cpu")), make_core("triton", device, captures=True)
     for batch in batches:
-        expected = tokens_of(plain, batch)
-        assert tokens_of(captured, batch) == expected
+        expected = run(plain, batch)
+        assert_same(run(captured, batch), expected)
         while captured.has_idle_work:
             assert captured.step() == []
-        assert tokens_of(captured, batch) == expected
+        assert_same(run(captured, batch), expected)
     assert {key for key, _ in replayed} >= {
-        GraphKey(8, (16, 64), draws=True),
-        GraphKey(2, (16, 0), draws=True),
-        GraphKey(2, (16, 0), draws=False),
+        GraphKey(8, (16, 64), Outcome.TOKENS),
+        GraphKey(2, (16, 0), Outcome.TOKENS),
+        GraphKey(2, (16, 0), Outcome.REPORTS),
+        GraphKey(2, (16, 0), Outcome.LOGITS),
     }
 
 
@@ -193,22 +207,24 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
     """In steps that draw on the device, and that need their logits on the host; the longest drafts are not captured."""
     monkeypatch.setattr(StepTimes, "curve", lambda *_: StepCurve([(1, 1.0)]))  # whatever is drafted is computed
     monkeypatch.setattr(cuda_graphs, "EAGER_STEPS", 1)
+    monkeypatch.setattr(cuda_graphs, "graph_sizes", lambda most: [8, most])
     batches = [
-        requests_of("drawn", 2, 12, list(range(90))),
-        requests_of("penalised", 2, 10, list(range(90)), presence_penalty=0.5, temperature=1.0),
+        requests_of("drawn", 2, 10, list(range(60))),
+        requests_of("reported", 2, 8, list(range(60)), logprobs=3, temperature=1.0),
+        requests_of("penalised", 2, 8, list(range(60)), presence_penalty=0.5, temperature=1.0),
     ]
     plain = make_core("cpu", torch.device("cpu"))
     speculation = Speculation(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
     captured = make_core("triton", device, captures=True, speculation=speculation)
     for batch in batches:
-        expected = tokens_of(plain, batch)
+        expected = run(plain, batch)
         for _ in range(2):
-            assert tokens_of(captured, batch) == expected
+            assert_same(run(captured, batch), expected)
             while captured.has_idle_work:
                 assert captured.step() == []
     stats = captured.stats()
     assert stats.total_draft_tokens > stats.total_accepted_tokens > 5
-    assert {key.draws for key, plan in replayed if plan.drafts} == {True, False}
+    assert {key.outcome for key, plan in replayed if plan.drafts} == set(Outcome)
     assert max(max(plan.counts) for _, plan in replayed) in range(2, 9)
     # Two heads share a KV head, so that 8 tokens are 16 rows: one kind with steps that draft nothing.
     assert {key.variant for key, _ in replayed} == {(16, 0)}
