@@ -132,6 +132,20 @@ def test_the_device_reports_what_the_host_would(checkpoint: Path) -> None:
             assert other[token] == (pytest.approx(logprob, abs=5e-6), rank)
 
 
+def test_a_prompt_told_of_beside_a_sample_drawn_on_the_host(checkpoint: Path) -> None:
+    """What is still to be told of the prompt lets nobody go on with a token that the device did not draw."""
+    prompts = [[5, 6, 7], [(7 * place) % 256 for place in range(40)]]
+    params = [
+        SamplingParams(max_tokens=30, temperature=0.9, presence_penalty=0.5, seed=1, ignore_eos=True),
+        SamplingParams(max_tokens=10, temperature=0.0, prompt_logprobs=1, ignore_eos=True),
+    ]
+    found, expected = (
+        seen(make_llm(checkpoint, async_scheduling=overlaps, max_num_batched_tokens=16).generate(prompts, params))
+        for overlaps in (True, False)
+    )
+    assert found == expected
+
+
 def test_a_device_out_of_memory(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(5)
     launch = ModelRunner._compute

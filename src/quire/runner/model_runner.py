@@ -279,15 +279,18 @@ class ModelRunner:
                 drawn = self._draw(sampler, logits, sent, outcome)
         finishes: list[Callable[[], None]] = []
         self._masks.join()
+        if plan.prompt_logprobs:
+            assert hidden is not None, "a step that is captured is asked for none"
+            finishes += self._tell_prompts(plan, batch, read, hidden, result)
         if drawn is not None:
             finishes.append(self._promise(plan, points, drawn, result))
         elif logits is not None:
             self._pending.result()  # what was drawn before decides what may be drawn now
             sampled_on_host = self._sampler.sample(logits.float().cpu(), points.states, passing=bool(plan.drafts))
             self._take_in(plan, points, sampled_on_host, result)
-        if plan.prompt_logprobs:
-            assert hidden is not None, "a step that is captured is asked for none"
-            finishes += self._tell_prompts(plan, batch, read, hidden, result)
+            for finish in finishes:
+                finish()
+            return []  # the step after must not be planned on tokens that the device has not drawn
         return finishes
 
     def _lay_out(self, plan: StepPlan) -> tuple[InputBatch, SamplePoints]:
