@@ -56,6 +56,42 @@ def test_no_token_depends_on_how_steps_are_run(enforce_eager: bool, async_schedu
     assert seen(llm.generate(*requests())) == expected
 
 
+def test_drafts_and_log_probabilities_from_graphs(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path, "qwen3")
+    prompts = [[9, 4, 7, 200] * 4, list(range(100)), [5] * 6]
+    params = SamplingParams(temperature=0.0, max_tokens=40, logprobs=5, prompt_logprobs=2, ignore_eos=True)
+    on_cpu = LLM(str(checkpoint), device="cpu", num_blocks=400, max_num_seqs=16)
+    llm = make_llm(checkpoint, speculative_config={"method": "ngram", "prompt_lookup_min": 1})
+    expected = on_cpu.generate(prompts, params)
+    for _ in range(2):
+        for one, other in zip(llm.generate(prompts, params), expected, strict=True):
+            assert one.outputs[0].token_ids == other.outputs[0].token_ids
+            for told, wanted in (
+                (one.prompt_logprobs[1:], other.prompt_logprobs[1:]),
+                (one.outputs[0].logprobs, other.outputs[0].logprobs),
+            ):
+                for found, position in zip(told, wanted, strict=True):
+                    assert list(found) == list(position)
+                    assert all(abs(found[id].logprob - position[id].logprob) < 1e-3 for id in found)
+        capture_graphs(llm)
+    assert llm.stats().total_draft_tokens > 0
+
+
+def test_graphs_are_captured_anew_after_their_memory_was_given_back(tmp_path: Path) -> None:
+    llm = make_llm(make_checkpoint(tmp_path, "llama"))
+    prompts = make_prompts(5, longest=40)
+    runner: Any = llm._engine._core._runner
+    expected = seen(llm.generate(prompts, GREEDY))
+    for _ in range(3):
+        capture_graphs(llm)
+        assert runner._graphs._graphs
+        assert seen(llm.generate(prompts, GREEDY)) == expected
+        runner._graphs.forget()
+        torch.cuda.empty_cache()
+        for _ in range(2):
+            assert seen(llm.generate(prompts, GREEDY)) == expected
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "fp8"])
 def test_sixteen_bits_and_eight_of_kv(kv_cache_dtype: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")

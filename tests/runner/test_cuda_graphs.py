@@ -1,14 +1,30 @@
 """Which steps are captured, when, for which size and over which memory; on a CPU, by a graph that runs what it
 recorded."""
 
-from collections.abc import Callable, Mapping
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from quire.runner.cuda_graphs import CAPTURE_SHARE, EAGER_STEPS, DecodeGraphs, Graph, GraphKey, Outcome, graph_sizes
+from quire.runner import cuda_graphs
+from quire.runner.cuda_graphs import (
+    CAPTURE_SHARE,
+    EAGER_STEPS,
+    CudaCapture,
+    DecodeGraphs,
+    Graph,
+    GraphKey,
+    Outcome,
+    graph_sizes,
+)
 
 CPU = torch.device("cpu")
 PADDING = {"input_ids": np.int32(0), "rows": np.int32(99)}
@@ -26,13 +42,14 @@ class FakeGraph:
 
 
 class FakeCapture:
-    """Takes a second of its own clock; what has no memory for it fails."""
+    """Takes a second of its own clock; what has no memory for it fails. Knows whether any graph is left."""
 
     def __init__(self, room: int = 10**6) -> None:
         self.graphs: list[FakeGraph] = []
         self.now, self.room = 0.0, room
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+    def __call__(self, run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
+        assert first == (not self.graphs)
         self.now += 1.0
         graph = FakeGraph(run)
         if graph.result.shape[-1] > self.room:
@@ -152,6 +169,96 @@ def test_sizes_without_memory_run_without_a_graph() -> None:
     graphs.capture_one(idle=True)
     assert graphs.has(GraphKey(16, (), Outcome.TOKENS))
     assert [graphs.size_for(16), graphs.size_for(17)] == [16, 0]
+
+
+def test_no_more_graphs_are_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was not replayed for longest goes, and must come often again."""
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
+    capture = FakeCapture()
+    graphs = make_graphs(capture)
+    keys = [GraphKey(size, (), Outcome.TOKENS) for size in (40, 1, 2, 4)]
+    for key in keys[:3]:
+        use(graphs, key)
+        graphs.capture_one(idle=True)
+    graphs.replay(keys[0], {})
+    use(graphs, keys[3])
+    graphs.capture_one(idle=True)
+    assert [graphs.has(key) for key in keys] == [True, False, True, True]
+    assert not graphs.is_wanted
+    use(graphs, keys[1])
+    assert graphs.is_wanted
+
+
+def test_a_capture_that_fails_is_the_last() -> None:
+    """Without memory smaller steps are tried; whatever else fails would fail again."""
+    capture = FakeCapture()
+    graphs = make_graphs(capture)
+    use(graphs, GraphKey(8, (), Outcome.TOKENS))
+    graphs.capture_one(idle=True)
+    capture.graphs.clear()
+
+    def failing(run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    graphs._capture = failing
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.capture_one(idle=True)
+    assert not graphs.has(GraphKey(40, (), Outcome.TOKENS))
+    assert graphs.size_for(1) == 0
+    assert not graphs.is_wanted
+
+
+class Allocator:
+    """The pools of PyTorch's allocator: one that was used and that no graph is left of is not to be used again, as
+    long as anything is in it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.users: dict[int, weakref.WeakSet[Any]] = {}
+        self.ready: list[object] = []
+        self.stream: object = "default"
+        allocator = self
+
+        class CUDAGraph:
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                assert allocator.stream in allocator.ready, "cuBLAS would take its workspace from the pool"
+                if pool in allocator.users:
+                    assert len(allocator.users[pool]), "TORCH_INTERNAL_ASSERT use_count > 0"
+                allocator.users.setdefault(pool, weakref.WeakSet()).add(self)
+
+            def capture_end(self) -> None: ...
+
+        @contextmanager
+        def stream(entered: object) -> Iterator[None]:
+            before, allocator.stream = allocator.stream, entered
+            yield
+            allocator.stream = before
+
+        handles = itertools.count()
+        zeros = torch.zeros
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda other: None))
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device, **kind: zeros(*shape, **kind))
+        monkeypatch.setattr(torch, "mm", lambda a, b: allocator.ready.append(allocator.stream))
+
+
+def test_graphs_are_captured_anew_after_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All share a pool of memory, and another one where all were forgotten."""
+    allocator, capture = Allocator(monkeypatch), FakeCapture()
+    graphs = DecodeGraphs(
+        prepare_step, CudaCapture(), padding=PADDING, max_num_tokens=8, device=CPU, clock=capture.clock
+    )
+    for _ in range(3):
+        for size in (4, 8):
+            use(graphs, GraphKey(size, (), Outcome.TOKENS))
+        while graphs.is_wanted:
+            graphs.capture_one(idle=True)
+        assert [len(users) for users in allocator.users.values()][-1] == 2
+        graphs.forget()
+        gc.collect()
+    assert len(allocator.users) == 3
 
 
 def test_graphs_that_end_in_logits_share_their_memory() -> None:

@@ -35,6 +35,8 @@ EAGER_STEPS = 4
 """Steps of a kind that run kernel by kernel before it is worth a capture."""
 CAPTURE_SHARE = 0.1
 """Of the time in which requests run, what captures take at most."""
+MAX_GRAPHS = 64
+"""Kept at once. There could be some hundreds of kinds, and each graph takes memory for its launches."""
 
 
 class Outcome(IntEnum):
@@ -67,8 +69,11 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-Capture = Callable[[Callable[[], Tensor]], tuple[Graph, Tensor]]
-"""Runs once and records a second run; gives what replays it, and the tensor that every replay writes its result to."""
+class Capture(Protocol):
+    def __call__(self, run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
+        """Runs once and records a second run; gives what replays it, and the tensor that every replay writes its result
+        to. It is the `first` where no graph that was captured before will be replayed again."""
+        ...
 
 
 def graph_sizes(max_num_tokens: int) -> list[int]:
@@ -115,7 +120,7 @@ class DecodeGraphs:
     def replay(self, key: GraphKey, inputs: Arrays) -> Tensor:
         """inputs [T], T ≤ size -> the result of the whole size, overwritten by the next replay."""
         self._inputs.send(inputs)
-        graph, result = self._graphs[key]
+        graph, result = self._graphs[key] = self._graphs.pop(key)  # the one replayed last comes last
         graph.replay()
         return result
 
@@ -126,20 +131,30 @@ class DecodeGraphs:
 
     def capture_one(self, *, idle: bool) -> None:
         """Capture what came most often and is not there yet; unless `idle`, only if it has been long enough since the
-        last time. Raises `torch.OutOfMemoryError`; then nothing of this size or above is tried again."""
+        last time.
+
+        Raises what PyTorch raises if it fails: after a lack of memory (`is_out_of_memory`) nothing of this size or
+        above is tried again, and after anything else nothing at all. Steps run without then.
+        """
         key = self._wanted()
         started = self._clock()
         if key is None or (not idle and started < self._next_capture):
             return
-        if not self._graphs:
+        first = not self._graphs
+        if first:
             # Memory that a graph has let go of is used again by the next one that needs no more.
             key = key._replace(size=self._sizes[-1])
+        if len(self._graphs) >= MAX_GRAPHS:
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest], self._num_steps[oldest]
         self._inputs.send({})
         run = self._prepare_step(key, self._inputs.first(key.size))
         try:
-            self._graphs[key] = self._capture((lambda: self._keep(run())) if key.outcome is Outcome.LOGITS else run)
-        except torch.OutOfMemoryError:
-            self._sizes = [size for size in self._sizes if size < key.size]
+            keeping = (lambda: self._keep(run())) if key.outcome is Outcome.LOGITS else run
+            self._graphs[key] = self._capture(keeping, first=first)
+        except RuntimeError as error:
+            largest = key.size if is_out_of_memory(error) else 0
+            self._sizes = [size for size in self._sizes if size < largest]
             self.forget()
             raise
         finished = self._clock()
@@ -166,6 +181,13 @@ class DecodeGraphs:
         return self._logits[: len(logits)].copy_(logits)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had too little memory. PyTorch's allocator tells by the type, who allocates beside it (Triton's
+    launcher, cuBLAS, pinned memory) by the text alone."""
+    told = "out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or told
+
+
 class CudaCapture:
     """Captures on a CUDA device. All graphs share one pool of memory, as no two run at once."""
 
@@ -173,12 +195,18 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+    def __call__(self, run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
         run()  # compiles what is not compiled, and lets libraries allocate what they allocate the first time
+        if first:
+            # PyTorch's allocator lets nobody capture into a pool that all graphs have left and some tensor has not.
+            self._pool = torch.cuda.graph_pool_handle()
         # `torch.cuda.graph` would wait for the device and empty PyTorch's caches of memory, which serving goes on with.
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
+            # PyTorch keeps a workspace of cuBLAS for each stream for good: not in the pool, which would never be free.
+            operand = torch.zeros(16, 16, dtype=torch.float16, device="cuda")
+            torch.mm(operand, operand)
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = run()

@@ -28,7 +28,7 @@ from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
-from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome
+from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
 from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
 from quire.runner.readout import TokensRead, find_tokens_read
 from quire.runner.request_rows import RequestRows
@@ -188,7 +188,9 @@ class ModelRunner:
         try:
             with self._inference:
                 self._pending = self._launch(plan)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             self._masks.join()
             if self._graphs is not None:
                 self._graphs.forget()
@@ -208,9 +210,14 @@ class ModelRunner:
         try:
             with self._inference:
                 self._graphs.capture_one(idle=idle)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory for a CUDA graph: %s; batches of its size run without", error)
-            self._empty_cache()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                logger.warning("no memory for a CUDA graph: %s; steps of its size run without", error)
+            else:
+                logger.warning("a step could not be captured: %s; all run without CUDA graphs", error)
+        else:
+            return
+        self._empty_cache()  # now that nothing that failed is held by the error
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)

@@ -168,7 +168,7 @@ def compile_one(build: Build) -> dict[str, Any]:
     types = {each: type_ for each, type_ in build.types.items() if each in names and each not in build.constants}
     signature = {each: types.get(each, "constexpr") for each in names}
     # What a launch finds out by itself: addresses and strides are multiples of 16.
-    aligned = [each for each, type_ in types.items() if type_ != "fp32" and each != "window"]
+    aligned = [each for each, type_ in types.items() if type_ != "fp32" and each not in ("window", "num_rows")]
     compiled = triton.compile(
         ASTSource(
             kernel,

@@ -67,7 +67,7 @@ class FakeGraph:
         self.result.copy_(self._run())
 
 
-def fake_capture(run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
+def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, Tensor]:
     graph = FakeGraph(run)
     return graph, graph.result
 

@@ -421,7 +421,7 @@ def chunk_reports_kernel(
         leader = tl.max(tl.where(keys < leader, keys, _NO_KEY), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or batches of one would be compiled anew
 def reports_kernel(
     logits,
     tokens,
