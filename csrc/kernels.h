@@ -169,7 +169,10 @@ namespace avx512bf16 { extern const Kernels kernels; }
 // copy_blocks.cpp: pairs of (source, destination), in every layer; needs no arithmetic, hence no instruction set.
 void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t* pairs, int64_t num_pairs);
 
-// dispatch.cpp: the implementations this CPU can run, best first, ended by null.
+// dispatch.cpp: the implementations this CPU says it can run, best first, ended by null.
 const Kernels* const* supported_kernels();
+
+// self_test.cpp: what these get wrong on this machine, or null.
+const char* fault_of(const Kernels& kernels);
 
 }  // namespace quire

@@ -28,64 +28,75 @@ constexpr int64_t kStepBytes = kPanel * 4;
 // Rows below this magnitude are zero: their scale could not be inverted.
 constexpr float kSmallestMagnitude = 0x1p-100f;
 
+// One row takes so many vectors: four of AVX2 are a panel, and a second one beside it is slower.
+constexpr int kVectorsOfBytes = kLanes == 8 ? 4 : 8;
+
 // A vector of weights ready to be multiplied. Where the processor can only add products of bytes in 16 bits, with
 // saturation, weights of 8 bits are split into magnitude and sign: 2 * 127 * 127 still fits.
 struct Unsigned {
     IntVec bytes;
 };
+// Sums of two products each. Of 4-bit weights there is room for more, and they are brought to 32 bits together.
+typedef int16_t WordVec __attribute__((vector_size(kLanes * 4)));
 #if defined(__AVX512VNNI__)
 constexpr int kRowsOfBytes = 8;
-constexpr bool kSignedWeights = false;
+constexpr bool kSignedWeights = false, kSumsInWords = false;
 QUIRE_INLINE IntVec add_products(IntVec sum, Unsigned weight, IntVec x) {
     return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weight.bytes, (__m512i)x);
 }
 #elif defined(__AVX512BW__)
 constexpr int kRowsOfBytes = 12;
-constexpr bool kSignedWeights = true;
+constexpr bool kSignedWeights = true, kSumsInWords = true;
 struct Signed {
     IntVec magnitude;
     __mmask64 negative;
     explicit Signed(IntVec v) : magnitude((IntVec)_mm512_abs_epi8((__m512i)v)), negative(_mm512_movepi8_mask((__m512i)v)) {}
 };
-QUIRE_INLINE IntVec add_products(IntVec sum, Unsigned weight, IntVec x) {
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)weight.bytes, (__m512i)x);
-    return sum + (IntVec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+QUIRE_INLINE WordVec products(Unsigned weight, IntVec x) {
+    return (WordVec)_mm512_maddubs_epi16((__m512i)weight.bytes, (__m512i)x);
+}
+QUIRE_INLINE IntVec add_pairs(IntVec sum, WordVec words) {
+    return sum + (IntVec)_mm512_madd_epi16((__m512i)words, _mm512_set1_epi16(1));
 }
 QUIRE_INLINE IntVec add_products(IntVec sum, Signed weight, IntVec x) {
     const __m512i signed_x = _mm512_mask_sub_epi8((__m512i)x, weight.negative, _mm512_setzero_si512(), (__m512i)x);
-    return add_products(sum, Unsigned{weight.magnitude}, (IntVec)signed_x);
+    return add_pairs(sum, products(Unsigned{weight.magnitude}, (IntVec)signed_x));
 }
 #elif defined(__AVX2__)
-constexpr int kRowsOfBytes = 4;
-constexpr bool kSignedWeights = true;
+constexpr int kRowsOfBytes = 6;
+constexpr bool kSignedWeights = true, kSumsInWords = true;
 struct Signed {
     IntVec magnitude, value;
     explicit Signed(IntVec v) : magnitude((IntVec)_mm256_abs_epi8((__m256i)v)), value(v) {}
 };
-QUIRE_INLINE IntVec add_products(IntVec sum, Unsigned weight, IntVec x) {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)weight.bytes, (__m256i)x);
-    return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+QUIRE_INLINE WordVec products(Unsigned weight, IntVec x) {
+    return (WordVec)_mm256_maddubs_epi16((__m256i)weight.bytes, (__m256i)x);
+}
+QUIRE_INLINE IntVec add_pairs(IntVec sum, WordVec words) {
+    return sum + (IntVec)_mm256_madd_epi16((__m256i)words, _mm256_set1_epi16(1));
 }
 QUIRE_INLINE IntVec add_products(IntVec sum, Signed weight, IntVec x) {
-    return add_products(sum, Unsigned{weight.magnitude}, (IntVec)_mm256_sign_epi8((__m256i)x, (__m256i)weight.value));
+    return add_pairs(sum, products(Unsigned{weight.magnitude}, (IntVec)_mm256_sign_epi8((__m256i)x, (__m256i)weight.value)));
 }
 #elif defined(__SSSE3__)
 constexpr int kRowsOfBytes = 4;
-constexpr bool kSignedWeights = true;
+constexpr bool kSignedWeights = true, kSumsInWords = true;
 struct Signed {
     IntVec magnitude, value;
     explicit Signed(IntVec v) : magnitude((IntVec)_mm_abs_epi8((__m128i)v)), value(v) {}
 };
-QUIRE_INLINE IntVec add_products(IntVec sum, Unsigned weight, IntVec x) {
-    const __m128i pairs = _mm_maddubs_epi16((__m128i)weight.bytes, (__m128i)x);
-    return sum + (IntVec)_mm_madd_epi16(pairs, _mm_set1_epi16(1));
+QUIRE_INLINE WordVec products(Unsigned weight, IntVec x) {
+    return (WordVec)_mm_maddubs_epi16((__m128i)weight.bytes, (__m128i)x);
+}
+QUIRE_INLINE IntVec add_pairs(IntVec sum, WordVec words) {
+    return sum + (IntVec)_mm_madd_epi16((__m128i)words, _mm_set1_epi16(1));
 }
 QUIRE_INLINE IntVec add_products(IntVec sum, Signed weight, IntVec x) {
-    return add_products(sum, Unsigned{weight.magnitude}, (IntVec)_mm_sign_epi8((__m128i)x, (__m128i)weight.value));
+    return add_pairs(sum, products(Unsigned{weight.magnitude}, (IntVec)_mm_sign_epi8((__m128i)x, (__m128i)weight.value)));
 }
 #else
 constexpr int kRowsOfBytes = 4;
-constexpr bool kSignedWeights = true;
+constexpr bool kSignedWeights = true, kSumsInWords = false;
 struct Signed {
     IntVec bytes;
     explicit Signed(IntVec v) : bytes(v) {}
@@ -128,6 +139,7 @@ QUIRE_INLINE IntVec load_bytes(const uint8_t* p) {
 struct Bits8 {
     static constexpr int64_t kPairBytes = 2 * kStepBytes;
     static constexpr int32_t kZeroPoint = kSignedWeights ? 0 : 128;
+    static constexpr int64_t kPairsInWords = 0;
     template <int half>
     static QUIRE_INLINE auto factor(const uint8_t* pair) {
         const IntVec bytes = load_bytes(pair + half * kStepBytes);
@@ -141,6 +153,8 @@ struct Bits8 {
 struct Bits4 {
     static constexpr int64_t kPairBytes = kStepBytes;
     static constexpr int32_t kZeroPoint = 8;
+    // So many pairs of steps add up within 16 bits: 16 products of at most 15 * 127.
+    static constexpr int64_t kPairsInWords = kSumsInWords ? 4 : 0;
     template <int half>
     static QUIRE_INLINE Unsigned factor(const uint8_t* pair) {
         return {(load_bytes(pair) >> (4 * half)) & 0x0f0f0f0f};
@@ -237,37 +251,50 @@ static void multiply_low_bit(const LowBitLinear& a, const RowsOfBytes& x, float*
             for (int j = 0; j < kWidth; ++j) acc[r][j] = IntVec{} + (Stored::kZeroPoint ? x.starts[r * num_groups + group] : 0);
 
         const int64_t pairs = (min_of(depth, (group + 1) * a.group) - group * a.group) / 8;
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            if constexpr (kRows > 4) {
-                for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
-                ahead += share;
-            }
-            const auto step = [&]<int half>() {
-                using Factor = decltype(Stored::template factor<half>(weights[0]));
-                const auto factor = [&](int j) { return Stored::template factor<half>(weights[j]); };
-                if constexpr (kWidth == 2) {
-                    const Factor first = factor(0), second = factor(1);
-#pragma GCC unroll 14
-                    for (int r = 0; r < kRows; ++r) {
-                        const IntVec four = IntVec{} + words[half * kRows + r];
-                        acc[r][0] = add_products(acc[r][0], first, four);
-                        acc[r][1] = add_products(acc[r][1], second, four);
-                    }
-                } else {
-#pragma GCC unroll 8
-                    for (int j = 0; j < kWidth; ++j) {
-                        const Factor weight = factor(j);
-#pragma GCC unroll 14
-                        for (int r = 0; r < kRows; ++r)
-                            acc[r][j] = add_products(acc[r][j], weight, IntVec{} + words[half * kRows + r]);
-                    }
+        const int64_t run = Stored::kPairsInWords ? Stored::kPairsInWords : pairs;
+        for (int64_t begin = 0; begin < pairs; begin += run) {
+            WordVec partial[kRows][kWidth] = {};
+            for (int64_t pair = begin; pair < min_of(pairs, begin + run); ++pair) {
+                if constexpr (kRows > 4) {
+                    for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+                    ahead += share;
                 }
-            };
-            step.template operator()<0>();
-            step.template operator()<1>();
+                const auto step = [&]<int half>() {
+                    using Factor = decltype(Stored::template factor<half>(weights[0]));
+                    const auto factor = [&](int j) { return Stored::template factor<half>(weights[j]); };
+                    const auto add = [&](int r, int j, Factor weight, IntVec four) {
+                        if constexpr (Stored::kPairsInWords) partial[r][j] += products(weight, four);
+                        else acc[r][j] = add_products(acc[r][j], weight, four);
+                    };
+                    if constexpr (kWidth == 2) {
+                        const Factor first = factor(0), second = factor(1);
+#pragma GCC unroll 14
+                        for (int r = 0; r < kRows; ++r) {
+                            const IntVec four = IntVec{} + words[half * kRows + r];
+                            add(r, 0, first, four);
+                            add(r, 1, second, four);
+                        }
+                    } else {
 #pragma GCC unroll 8
-            for (int j = 0; j < kWidth; ++j) weights[j] += Stored::kPairBytes;
-            words += 2 * kRows;
+                        for (int j = 0; j < kWidth; ++j) {
+                            const Factor weight = factor(j);
+#pragma GCC unroll 14
+                            for (int r = 0; r < kRows; ++r) add(r, j, weight, IntVec{} + words[half * kRows + r]);
+                        }
+                    }
+                };
+                step.template operator()<0>();
+                step.template operator()<1>();
+#pragma GCC unroll 8
+                for (int j = 0; j < kWidth; ++j) weights[j] += Stored::kPairBytes;
+                words += 2 * kRows;
+            }
+            if constexpr (Stored::kPairsInWords) {
+#pragma GCC unroll 14
+                for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+                    for (int j = 0; j < kWidth; ++j) acc[r][j] = add_pairs(acc[r][j], partial[r][j]);
+            }
         }
 #pragma GCC unroll 8
         for (int j = 0; j < kWidth; ++j) {
@@ -298,7 +325,7 @@ static void multiply_low_bit_tile(int64_t rows, const LowBitLinear& a, const Row
         if (rows < kRows)
             return multiply_low_bit_tile<Stored, kRows - 1>(rows, a, x, out, vector, vector_end, tile, num_tiles);
     const auto run = [&]<int kWidth>() {
-        if constexpr (kRows * kWidth <= 2 * kRowsOfBytes)
+        if constexpr (kRows * kWidth <= 2 * kRowsOfBytes && kWidth <= kVectorsOfBytes)
             for (; vector + kWidth <= vector_end; vector += kWidth)
                 multiply_low_bit<Stored, kRows, kWidth>(a, x, out, vector, tile, num_tiles);
     };

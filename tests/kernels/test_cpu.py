@@ -446,3 +446,40 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "gomp" in line or "libomp" in line or "iomp" in line}
     assert len(runtimes) == 1, runtimes
+
+
+# The test at start
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "fault"),
+    [
+        ("", None),
+        ("linear", "a product with float32 weights"),
+        ("linear_quantized", "a product with int8 weights"),
+        ("attention", "attention over float32"),
+        ("illegal instruction", "an instruction that this CPU does not have"),
+    ],
+)
+def test_a_build_that_computes_wrongly_is_found(isa: str, stand_in: str, fault: str | None) -> None:
+    assert cpu._cpu.fault(isa, stand_in) == fault
+
+
+def test_the_next_build_is_used_where_the_best_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = cpu.isa()
+    broken = cpu.supported_isas()[:1]
+    monkeypatch.setattr(cpu._cpu, "fault", lambda isa: "attention over int8" if isa in broken else None)
+    try:
+        if len(cpu.supported_isas()) > 1:
+            cpu.use_best_isa()
+            assert cpu.isa() == cpu.supported_isas()[1]
+            assert caplog.messages == [
+                f"the {broken[0]} kernels fail their test on this machine (attention over int8); they are not used"
+            ]
+        broken = cpu.supported_isas()
+        with pytest.raises(ConfigError, match="no build of the CPU kernels passes its test"):
+            cpu.use_best_isa()
+    finally:
+        cpu.use_isa(best)

@@ -4,9 +4,10 @@ Activations are float32, caches float32, float16 or bfloat16, indices int32. The
 have any stride, so that views of one fused projection need no copy; all else is contiguous. The C++ side checks every
 argument and raises ValueError with what it expected and found.
 
-The best build for this CPU is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`.
+The best build for this CPU that passes its test is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -42,9 +43,12 @@ __all__ = [
     "row_peaks",
     "silu_and_mul",
     "supported_isas",
+    "use_best_isa",
     "use_isa",
     "write_kv",
 ]
+
+logger = logging.getLogger(__name__)
 
 PACKING = 2
 """Raised by whoever changes the bytes of a packed weight, so that none packed before is read as one packed after."""
@@ -69,8 +73,23 @@ def use_isa(name: str) -> None:
     _cpu.use_isa(name)
 
 
+def use_best_isa() -> None:
+    """Use the best build that computes on this machine what it should, which takes a millisecond to see.
+
+    What a CPU says of itself need not hold where a hypervisor answers for it. Raises `ConfigError` if no build does.
+    """
+    for name in supported_isas():
+        fault = _cpu.fault(name)
+        if fault is None:
+            return _cpu.use_isa(name)
+        logger.warning("the %s kernels fail their test on this machine (%s); they are not used", name, fault)
+    raise ConfigError("no build of the CPU kernels passes its test on this machine; build Quire anew from source")
+
+
 if "QUIRE_CPU_ISA" in os.environ:
     use_isa(os.environ["QUIRE_CPU_ISA"])
+else:
+    use_best_isa()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
