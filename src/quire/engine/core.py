@@ -110,7 +110,12 @@ class EngineCore:
         if warm_grammars:
             grammars.warm()
         started = time.perf_counter()
-        num_threads = config.threads or usable_cores()
+        cores = usable_cores()
+        num_threads = config.threads or cores
+        if num_threads > cores:
+            logger.warning(
+                "threads is %d, but there are %d cores to use: they will wait for each other", num_threads, cores
+            )
         torch.set_num_threads(num_threads)
         device = torch.device(plan.device)
         kernels = kernels_for(plan.attention_backend)
