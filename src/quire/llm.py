@@ -85,9 +85,7 @@ class LLM:
                 )
             with _progress(len(batch), shown=use_tqdm) as advance:
                 while self._engine.has_work:
-                    for delta in self._engine.step():
-                        outputs[delta.request_id].extend(delta)
-                        advance(delta)
+                    advance(self._engine.step())
         except BaseException:
             # Also Ctrl-C: the next call starts with an empty engine.
             for request_id in outputs:
@@ -226,7 +224,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 def _progress(total: int, *, shown: bool) -> Iterator[Any]:
     """A bar of finished requests with the rate of output tokens; nothing where standard error is no terminal."""
     if not shown or not sys.stderr.isatty():
-        yield lambda delta: None
+        yield lambda outputs: None
         return
     from rich.console import Console  # only where something is shown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -240,13 +238,13 @@ def _progress(total: int, *, shown: bool) -> Iterator[Any]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total, rate="")
-        num_tokens = 0
+        num_tokens: dict[str, int] = {}
 
-        def advance(delta: RequestOutput) -> None:
-            nonlocal num_tokens
-            num_tokens += sum(len(completion.token_ids) for completion in delta.outputs)
+        def advance(outputs: Sequence[RequestOutput]) -> None:
+            for output in outputs:
+                num_tokens[output.request_id] = sum(len(completion.token_ids) for completion in output.outputs)
             elapsed = progress.tasks[task].elapsed or 0.0
-            rate = f"{num_tokens / elapsed:.0f} tok/s" if elapsed else ""
-            progress.update(task, advance=int(delta.finished), rate=rate)
+            rate = f"{sum(num_tokens.values()) / elapsed:.0f} tok/s" if elapsed else ""
+            progress.update(task, advance=sum(output.finished for output in outputs), rate=rate)
 
         yield advance

@@ -1,5 +1,6 @@
 """What a user receives: RequestOutput with one CompletionOutput per sample. Names are vLLM's."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -127,6 +128,17 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+@dataclass(frozen=True, slots=True)
+class RequestCounts:
+    """What has become of a request so far, beside its tokens."""
+
+    first_scheduled_time: float
+    num_cached_tokens: int
+    num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
 @dataclass(slots=True)
 class SequenceDelta:
     """What one step added to one sample, as it leaves the engine core: ids, no text yet."""
@@ -144,11 +156,30 @@ class SequenceDelta:
     """Of a whole hypothesis of a beam search; its tokens come in one piece."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Entries for prompt tokens after the first, as far as this step computed them."""
-    num_cached_tokens: int = 0
-    first_scheduled_time: float = 0.0
-    num_preemptions: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
+    counts: RequestCounts | None = None
+    """None: hardly others than those that were told before."""
+
+
+@dataclass(slots=True)
+class StepDeltas:
+    """What one step added to all samples. Most decode, and gain one token of which there is nothing to say: those have
+    no object each, since of hundreds that would cost more than all else that the host does in a step."""
+
+    samples: list[tuple[str, int]] = field(default_factory=list)
+    """(request id, index) of each sample that gained a token and nothing else."""
+    token_ids: list[int] = field(default_factory=list)
+    """Its token."""
+    others: list[SequenceDelta] = field(default_factory=list)
+    """Those of which there is more to say: the first of a sample since it runs, the last, log-probabilities, …"""
+
+    def __len__(self) -> int:
+        return len(self.samples) + len(self.others)
+
+    def __iter__(self) -> Iterator[SequenceDelta]:
+        """All of them, each spelt out."""
+        yield from self.others
+        for (request_id, index), token_id in zip(self.samples, self.token_ids, strict=True):
+            yield SequenceDelta(request_id, index, [token_id])
 
 
 @dataclass(slots=True)

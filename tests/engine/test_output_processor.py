@@ -1,11 +1,14 @@
 """Token ids become deltas of text; stop strings end samples; late tokens of ended samples change nothing."""
 
+import dataclasses
 from typing import Any
+
+import pytest
 
 from quire.engine.checkpoint import bundled_folder
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
-from quire.outputs import RequestOutput, SequenceDelta
+from quire.outputs import RequestCounts, RequestOutput, SequenceDelta, StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
@@ -28,7 +31,7 @@ def run(processor: OutputProcessor, ids: list[int], *, reason: str | None = "len
     for place, token_id in enumerate(ids):
         final = place == len(ids) - 1
         delta = SequenceDelta("a", 0, [token_id], finish_reason=reason if final else None, **(last if final else {}))
-        for output in processor.process([delta])[0]:
+        for output in processor.process(StepDeltas(others=[delta]))[0]:
             total.extend(output)
     return total
 
@@ -53,7 +56,7 @@ def test_a_stop_string_ends_the_sample_and_tells_the_core() -> None:
     total = RequestOutput("a", "prompt", [1], [])
     told = []
     for token_id in IDS:
-        outputs, stopped = processor.process([SequenceDelta("a", 0, [token_id])])
+        outputs, stopped = processor.process(StepDeltas(others=[SequenceDelta("a", 0, [token_id])]))
         told += stopped
         for output in outputs:
             total.extend(output)
@@ -68,11 +71,13 @@ def test_a_stop_string_ends_the_sample_and_tells_the_core() -> None:
 def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_not_told_twice() -> None:
     processor = make_processor(stop=["breaks"])
     for token_id in IDS[:-1]:
-        outputs, stopped = processor.process([SequenceDelta("a", 0, [token_id])])
+        outputs, stopped = processor.process(StepDeltas(others=[SequenceDelta("a", 0, [token_id])]))
         if stopped:
             break
     else:
-        outputs, stopped = processor.process([SequenceDelta("a", 0, IDS[-1:], finish_reason="length")])
+        outputs, stopped = processor.process(
+            StepDeltas(others=[SequenceDelta("a", 0, IDS[-1:], finish_reason="length")])
+        )
         assert stopped == []
     assert outputs[0].outputs[0].finish_reason == "stop"
 
@@ -80,12 +85,12 @@ def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_not_told_t
 def test_samples_end_one_by_one() -> None:
     processor = make_processor(n=2)
     (first,), _ = processor.process(
-        [SequenceDelta("a", 0, IDS[:1], finish_reason="stop"), SequenceDelta("a", 1, IDS[:1])]
+        StepDeltas(others=[SequenceDelta("a", 0, IDS[:1], finish_reason="stop"), SequenceDelta("a", 1, IDS[:1])])
     )
     assert [output.index for output in first.outputs] == [0, 1]
     assert not first.finished
     (second,), _ = processor.process(
-        [SequenceDelta("a", 0, IDS[:1]), SequenceDelta("a", 1, IDS[1:2], finish_reason="length")]
+        StepDeltas(others=[SequenceDelta("a", 0, IDS[:1]), SequenceDelta("a", 1, IDS[1:2], finish_reason="length")])
     )
     assert [output.index for output in second.outputs] == [1]
     assert second.finished
@@ -94,11 +99,11 @@ def test_samples_end_one_by_one() -> None:
 def test_logprobs_carry_text_and_add_up() -> None:
     processor = make_processor(logprobs=1, prompt_logprobs=0)
     entry = TokenLogprobs([IDS[0], IDS[1]], [-1.0, -0.5], [2, 1])
-    (output,), _ = processor.process([SequenceDelta("a", 0, [], prompt_logprobs=[entry])])
+    (output,), _ = processor.process(StepDeltas(others=[SequenceDelta("a", 0, [], prompt_logprobs=[entry])]))
     assert output.prompt_logprobs is not None
     assert output.prompt_logprobs[0] is None
     assert output.outputs == []
-    (output,), _ = processor.process([SequenceDelta("a", 0, IDS[:1], logprobs=[entry])])
+    (output,), _ = processor.process(StepDeltas(others=[SequenceDelta("a", 0, IDS[:1], logprobs=[entry])]))
     (logprobs,) = output.outputs[0].logprobs or []
     assert list(logprobs) == [IDS[0], IDS[1]]
     assert (logprobs[IDS[0]].logprob, logprobs[IDS[0]].rank) == (-1.0, 2)
@@ -108,7 +113,9 @@ def test_logprobs_carry_text_and_add_up() -> None:
 
 def test_errors_and_aborted_requests() -> None:
     processor = make_processor()
-    (output,), _ = processor.process([SequenceDelta("a", 0, [], finish_reason="error", error="logits hold NaN")])
+    (output,), _ = processor.process(
+        StepDeltas(others=[SequenceDelta("a", 0, [], finish_reason="error", error="logits hold NaN")])
+    )
     assert (output.finished, output.outputs[0].finish_reason, output.outputs[0].error) == (
         True,
         "error",
@@ -116,9 +123,37 @@ def test_errors_and_aborted_requests() -> None:
     )
     processor = make_processor()
     processor.discard("a")
-    assert processor.process([SequenceDelta("a", 0, IDS[:1]), SequenceDelta("unknown", 0, IDS[:1])]) == ([], [])
+    assert processor.process(
+        StepDeltas(others=[SequenceDelta("a", 0, IDS[:1]), SequenceDelta("unknown", 0, IDS[:1])])
+    ) == ([], [])
 
 
 def test_without_detokenising_there_are_ids_only() -> None:
     output = run(make_processor(detokenize=False), IDS)
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", IDS)
+
+
+@pytest.mark.parametrize("params", [{}, {"detokenize": False}, {"stop": ["window"]}, {"n": 2}])
+def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any]) -> None:
+    """Most tokens come without a delta of their own."""
+    request = Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(**params), max_tokens=100)
+    streaming = OutputProcessor(TOKENIZER, clock=lambda: 1.0)
+    growing = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
+    total, whole = streaming.add(request, "prompt"), growing.add(request, "prompt")
+    samples = [("a", index) for index in range(request.params.n)]
+    counts = RequestCounts(0.5, 1, 0, 0, 0)
+    for place, token_id in enumerate(IDS):
+        if 0 < place < len(IDS) - 1:
+            deltas = StepDeltas(samples, [token_id] * len(samples))
+        else:
+            reason = "length" if place else None
+            others = [SequenceDelta(*each, [token_id], finish_reason=reason, counts=counts) for each in samples]
+            deltas = StepDeltas(others=others)
+        outputs, stopped = streaming.process(deltas)
+        for output in outputs:
+            total.extend(output)
+        grown, stopped_too = growing.process(deltas)
+        assert [id(each) for each in grown] == [id(whole)] * len(outputs)
+        assert stopped == stopped_too
+    assert total.finished
+    assert dataclasses.asdict(whole) == dataclasses.asdict(total)

@@ -8,6 +8,7 @@ else happens.
 
 import contextlib
 import random
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -413,7 +414,7 @@ class Engine:
             self.forget_finished()
         self.check()
 
-    def receive(self, deltas: list[SequenceDelta]) -> None:
+    def receive(self, deltas: Iterable[SequenceDelta]) -> None:
         for delta in deltas:
             client = self.clients[delta.request_id]
             assert delta.index not in client.finish_reasons, "a sample that ended goes on"
@@ -858,7 +859,7 @@ def test_end_tokens_and_stop_tokens() -> None:
         deltas: list[SequenceDelta] = []
         while engine.scheduler.has_work:
             plan = engine.scheduler.schedule()
-            deltas = engine.scheduler.update(plan, engine.runner.execute(plan))
+            deltas = list(engine.scheduler.update(plan, engine.runner.execute(plan)))
             engine.receive(deltas)
         last = client.token_ids[0][-1]
         assert deltas[0].stop_reason == (STOP_TOKEN if last == STOP_TOKEN else None)

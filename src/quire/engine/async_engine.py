@@ -54,7 +54,7 @@ from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, MemoryReport, RequestOutput, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, RequestOutput, StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 
@@ -384,8 +384,12 @@ class AsyncLLM:
                 error_type = getattr(errors, kind, QuireError)
                 self._fail(error_type(text))
 
-    def _deliver(self, deltas: list[SequenceDelta]) -> None:
-        for delta in deltas:
+    def _deliver(self, deltas: StepDeltas) -> None:
+        for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+            flight = self._in_flight.get(request_id)
+            if flight is not None and index in flight.live:
+                flight.live[index].append(token_id)
+        for delta in deltas.others:
             flight = self._in_flight.get(delta.request_id)
             if flight is None:
                 continue

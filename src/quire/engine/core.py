@@ -30,7 +30,7 @@ from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
 from quire.models.weights import RandomWeights, Weights
 from quire.models.weights_cache import WeightsCache
-from quire.outputs import EngineStats, MemoryReport, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture
@@ -247,7 +247,7 @@ class EngineCore:
         """Let a registered prefix go."""
         self._scheduler.prefixes.remove(prefix_id)
 
-    def step(self) -> list[SequenceDelta]:
+    def step(self) -> StepDeltas:
         """Schedule, execute, update: one step of every sequence that got a share of it.
 
         On a device the next step is planned and begun before the result of this one is waited for, where it can be.
@@ -262,11 +262,11 @@ class EngineCore:
             plan = self._scheduler.schedule()
             if not plan.rows and plan.moves is None:
                 self._runner.prepare(idle=True)
-                return []
+                return StepDeltas()
             pending = self._launch(plan)
             if pending is None:
                 self._scheduler.retreat(plan)
-                return []
+                return StepDeltas()
         else:
             (plan, pending), self._under_way = self._under_way, None
         ahead = next_pending = None

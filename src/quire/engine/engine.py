@@ -65,19 +65,21 @@ class Engine:
             max_logprobs=config.max_logprobs,
             seed=config.seed,
         )
-        self._outputs = OutputProcessor(self.tokenizer)
+        self._outputs = OutputProcessor(self.tokenizer, outputs_grow=True)
         self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
 
     def add_request(
         self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
     ) -> RequestOutput:
-        """Queue a request. Returns its still empty output; raises `RequestError` for one that cannot be served."""
+        """Queue a request. Returns its output, which grows with every step until it is finished.
+
+        Raises `RequestError` for one that cannot be served.
+        """
         request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
         if params.structured_outputs is not None:
             request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)
-        self._outputs.add(request, text)
-        return RequestOutput(request_id, text, request.prompt_token_ids, [])
+        return self._outputs.add(request, text)
 
     def register_prefix(self, prefix_id: str, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
         """Compute a prefix now and hold it until `unregister_prefix`.
@@ -108,7 +110,7 @@ class Engine:
         self._outputs.discard(request_id)
 
     def step(self) -> list[RequestOutput]:
-        """One step; returns what each request gained (deltas)."""
+        """One step; returns the outputs that grew in it."""
         outputs, stopped = self._outputs.process(self._core.step())
         for request_id, index in stopped:
             self._core.stop(request_id, index)

@@ -35,6 +35,7 @@ from quire.engine.messages import (
 )
 from quire.errors import QuireError, RequestError
 from quire.model_config import ModelConfig
+from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20
 _IDLE_STEP_SECONDS = 0.01
@@ -135,7 +136,7 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
                     case Load():
                         raise ValueError("an engine loads once")
             was_saving = core.has_idle_work
-            deltas = core.step() if core.has_work or was_saving else []
+            deltas = core.step() if core.has_work or was_saving else StepDeltas()
             for request_id, refusal in core.take_refused():
                 connection.send(Refused(request_id, refusal.message, refusal.param, refusal.code))
             # Also sent without deltas: after aborts the free blocks must be seen, and what was saved without requests.

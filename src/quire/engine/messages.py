@@ -10,7 +10,7 @@ import msgspec
 
 from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
-from quire.outputs import EngineStats, MemoryReport, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -85,7 +85,7 @@ class Refused(msgspec.Struct, tag=True):
 class Outputs(msgspec.Struct, tag=True):
     """What one step brought."""
 
-    deltas: list[SequenceDelta]
+    deltas: StepDeltas
     stats: EngineStats
 
 

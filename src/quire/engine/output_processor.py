@@ -1,11 +1,19 @@
 """OutputProcessor: token ids as they leave the engine core → text, stop strings, log-probabilities, RequestOutputs."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from quire.engine.detokenizer import Detokenizer
 from quire.engine.tokenizer import Tokenizer
-from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput, SequenceDelta
+from quire.outputs import (
+    CompletionOutput,
+    Logprob,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+    SequenceDelta,
+    StepDeltas,
+)
 from quire.request import FinishReason, Request
 from quire.step import TokenLogprobs
 
@@ -15,6 +23,10 @@ class _Sample:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.num_tokens = 0
+        self.whole: CompletionOutput | None = None
+        """Everything so far, where its request has `whole`."""
+        self.ids: list[int] | None = None
+        """Those of `whole`, where tokens add nothing else to it, and whoever asks sees it grow."""
         self.cumulative_logprob = 0.0
         self.shows_stop_token = request.params.include_stop_str_in_output
         self.detokenizer = (
@@ -25,21 +37,31 @@ class _Sample:
 
 
 class _RequestState:
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer | None, *, grows: bool) -> None:
         self.request = request
         self.prompt = prompt
         self.live = {index: _Sample(request, tokenizer) for index in range(request.params.n)}
         """Samples that have not ended."""
+        self.num_cached_tokens = 0
         self.prompt_logprobs_begun = False
-        self.whole: RequestOutput | None = None
-        """Everything so far of a request of which only the best samples are returned."""
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self.whole = self.open() if grows or request.num_returned else None
+        """Everything so far, of an output that grows and of one of which only the best samples are returned."""
+
+    def open(self) -> RequestOutput:
+        """An output with nothing in it yet."""
+        prompt_token_ids = self.request.prompt_token_ids
+        return RequestOutput(self.request.request_id, self.prompt, prompt_token_ids, [], metrics=self.metrics)
 
 
 class OutputProcessor:
-    """Owns the text side of every request in flight; its outputs are deltas (see `RequestOutput.extend`)."""
+    """Owns the text side of every request in flight."""
 
-    def __init__(self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic, *, outputs_grow: bool = False
+    ) -> None:
+        """Outputs are deltas (see `RequestOutput.extend`), or with `outputs_grow` one for each request, which grows."""
+        self._outputs_grow = outputs_grow
         self._tokenizer = tokenizer
         self._clock = clock
         self._states: dict[str, _RequestState] = {}
@@ -47,72 +69,93 @@ class OutputProcessor:
     def __len__(self) -> int:
         return len(self._states)
 
-    def add(self, request: Request, prompt: str | None) -> None:
-        self._states[request.request_id] = _RequestState(request, prompt, self._tokenizer)
+    def add(self, request: Request, prompt: str | None) -> RequestOutput:
+        """Returns the request's output, still empty."""
+        state = _RequestState(request, prompt, self._tokenizer, grows=self._outputs_grow)
+        self._states[request.request_id] = state
+        return state.whole or state.open()
 
     def discard(self, request_id: str) -> None:
         """Forget a request that was aborted."""
         self._states.pop(request_id, None)
 
-    def process(self, deltas: Sequence[SequenceDelta]) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
-        """What each request gained, and the (request id, sample) pairs that a stop string ended, for the core."""
+    def process(self, deltas: StepDeltas) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
+        """The outputs of requests that gained something, and the (request id, sample) pairs that a stop string ended,
+        for the core."""
         outputs: dict[str, RequestOutput] = {}
-        states: dict[str, _RequestState] = {}
         stopped: list[tuple[str, int]] = []
         now = self._clock()
-        for delta in deltas:
-            state = self._states.get(delta.request_id)
-            sample = state.live.get(delta.index) if state is not None else None
-            if state is None or sample is None:
-                continue  # aborted, or stopped by its text while this token was on its way
-            output = outputs.get(delta.request_id)
-            if output is None:
-                output = outputs[delta.request_id] = self._open(state, delta, now)
-                if state.request.num_returned:
-                    states[delta.request_id] = state
-            if delta.prompt_logprobs is not None:
-                output.prompt_logprobs = [] if state.prompt_logprobs_begun else [None]
-                output.prompt_logprobs += [self._logprobs(entry) for entry in delta.prompt_logprobs]
-                state.prompt_logprobs_begun = True
-                if not delta.token_ids and delta.finish_reason is None:
-                    continue
-            completion = self._extend(sample, delta)
-            output.outputs.append(completion)
-            if completion.finish_reason is not None:
-                del state.live[delta.index]
-                if delta.finish_reason is None:
-                    stopped.append((delta.request_id, delta.index))
-                if not state.live:
-                    output.finished = True
-                    del self._states[delta.request_id]
-        for request_id, state in states.items():
-            best = _take_best(state, outputs.pop(request_id))
-            if best is not None:
-                outputs[request_id] = best
+        for delta in deltas.others:
+            self._take(delta, now, outputs, stopped)
+        for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+            state = self._states.get(request_id)
+            sample = state.live.get(index) if state is not None else None
+            if state is not None and sample is not None and state.whole is not None and sample.ids is not None:
+                sample.num_tokens += 1
+                sample.ids.append(token_id)
+                outputs[request_id] = state.whole
+            else:
+                self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
         return list(outputs.values()), stopped
 
+    def _take(
+        self, delta: SequenceDelta, now: float, outputs: dict[str, RequestOutput], stopped: list[tuple[str, int]]
+    ) -> None:
+        state = self._states.get(delta.request_id)
+        sample = state.live.get(delta.index) if state is not None else None
+        if state is None or sample is None:
+            return  # aborted, or stopped by its text while this token was on its way
+        output = outputs.get(delta.request_id)
+        if output is None:
+            output = self._open(state, delta, now)
+            if not state.request.num_returned:
+                outputs[delta.request_id] = output
+        if delta.prompt_logprobs is not None:
+            if output.prompt_logprobs is None:
+                output.prompt_logprobs = [] if state.prompt_logprobs_begun else [None]
+            output.prompt_logprobs += [self._logprobs(entry) for entry in delta.prompt_logprobs]
+            state.prompt_logprobs_begun = True
+            if not delta.token_ids and delta.finish_reason is None:
+                return
+        completion = sample.whole
+        if completion is None:
+            completion = CompletionOutput(delta.index)
+            output.outputs.append(completion)
+            if state.whole is not None:
+                sample.whole = completion
+                if sample.detokenizer is None and not state.request.num_returned:
+                    sample.ids = completion.token_ids
+        self._extend(completion, sample, delta)
+        if completion.finish_reason is not None:
+            del state.live[delta.index]
+            if delta.finish_reason is None:
+                stopped.append((delta.request_id, delta.index))
+            if not state.live:
+                output.finished = True
+                del self._states[delta.request_id]
+                if state.request.num_returned:
+                    _keep_best(output, state.request)
+                    outputs[delta.request_id] = output
+
     def _open(self, state: _RequestState, delta: SequenceDelta, now: float) -> RequestOutput:
-        metrics = state.metrics
+        metrics, counts = state.metrics, delta.counts
         if delta.token_ids:
-            metrics.first_scheduled_time = delta.first_scheduled_time
             metrics.first_token_time = metrics.first_token_time or now
             metrics.last_token_time = now
-            metrics.num_preemptions = delta.num_preemptions
-            metrics.num_draft_tokens = delta.num_draft_tokens
-            metrics.num_accepted_tokens = delta.num_accepted_tokens
-        return RequestOutput(
-            request_id=delta.request_id,
-            prompt=state.prompt,
-            prompt_token_ids=state.request.prompt_token_ids,
-            outputs=[],
-            num_cached_tokens=max(0, delta.num_cached_tokens),
-            metrics=metrics,
-        )
+        if counts is not None:
+            state.num_cached_tokens = max(0, counts.num_cached_tokens)
+            if delta.token_ids:
+                metrics.first_scheduled_time = counts.first_scheduled_time
+                metrics.num_preemptions = counts.num_preemptions
+                metrics.num_draft_tokens = counts.num_draft_tokens
+                metrics.num_accepted_tokens = counts.num_accepted_tokens
+        output = state.whole or state.open()
+        output.num_cached_tokens = state.num_cached_tokens
+        return output
 
-    def _extend(self, sample: _Sample, delta: SequenceDelta) -> CompletionOutput:
+    def _extend(self, completion: CompletionOutput, sample: _Sample, delta: SequenceDelta) -> None:
         token_ids, logprobs = delta.token_ids, delta.logprobs
         finish_reason, stop_reason = delta.finish_reason, delta.stop_reason
-        completion = CompletionOutput(index=delta.index, error=delta.error)
         if sample.detokenizer is not None:
             ended_by_token = finish_reason == FinishReason.STOP and not delta.ends_with_text
             shown = token_ids[:-1] if ended_by_token and not sample.shows_stop_token else token_ids
@@ -121,20 +164,22 @@ class OutputProcessor:
                 finish_reason, completion.stop_reason = FinishReason.STOP, match.stop
                 token_ids = token_ids[: match.num_tokens - sample.num_tokens]
                 stop_reason = None
-            completion.text = sample.detokenizer.delta()
+            completion.text += sample.detokenizer.delta()
         sample.num_tokens += len(token_ids)
-        completion.token_ids = token_ids
+        completion.token_ids += token_ids
         completion.finish_reason = finish_reason
+        completion.error = delta.error
         if stop_reason is not None:
             completion.stop_reason = stop_reason
         if logprobs is not None:
             logprobs = logprobs[: len(token_ids)]
             sample.cumulative_logprob += sum(entry.logprobs[0] for entry in logprobs)
-            completion.logprobs = [self._logprobs(entry) for entry in logprobs]
+            if completion.logprobs is None:
+                completion.logprobs = []
+            completion.logprobs += [self._logprobs(entry) for entry in logprobs]
             completion.cumulative_logprob = sample.cumulative_logprob
         if delta.cumulative_logprob is not None:
             completion.cumulative_logprob = delta.cumulative_logprob
-        return completion
 
     def _logprobs(self, entry: TokenLogprobs) -> PositionLogprobs:
         tokenizer = self._tokenizer
@@ -144,22 +189,13 @@ class OutputProcessor:
         }
 
 
-def _take_best(state: _RequestState, news: RequestOutput) -> RequestOutput | None:
-    """Keep what is new; once all samples have ended, the whole output with the best of them, best first.
-
-    A sample that failed is returned only where too few others are left.
-    """
-    if state.whole is None:
-        state.whole = news
-    else:
-        state.whole.extend(news)
-    whole, request = state.whole, state.request
-    if not news.finished:
-        return None
-    whole.outputs.sort(key=lambda sample: (sample.error is not None, -(sample.cumulative_logprob or 0.0), sample.index))
-    del whole.outputs[request.num_returned :]
-    for index, sample in enumerate(whole.outputs):
+def _keep_best(output: RequestOutput, request: Request) -> None:
+    """Of all samples leave those that are returned, best first. One that failed is, only where too few others are."""
+    output.outputs.sort(
+        key=lambda sample: (sample.error is not None, -(sample.cumulative_logprob or 0.0), sample.index)
+    )
+    del output.outputs[request.num_returned :]
+    for index, sample in enumerate(output.outputs):
         sample.index = index
         if request.hides_logprobs:
             sample.logprobs = None
-    return whole

@@ -21,7 +21,7 @@ class BlockTable:
     `root` is the parent name of its first block.
     """
 
-    __slots__ = ("_copied_at", "_names", "_num_named", "_pool", "_root", "blocks", "num_tokens")
+    __slots__ = ("_copied_at", "_names", "_num_named", "_pool", "_room", "_root", "blocks", "num_tokens")
 
     def __init__(self, pool: BlockPool, root: BlockName = b"") -> None:
         self.blocks: list[int] = []
@@ -32,6 +32,8 @@ class BlockTable:
         self._num_named = 0
         self._copied_at = -1
         """How many tokens the table held when its last block was copied last."""
+        self._room = 0
+        """Tokens that may go into the last block: 0 too where it is shared, or nobody has looked whether it is."""
 
     def num_appendable(self) -> int:
         """The most tokens `append` could take now."""
@@ -56,13 +58,15 @@ class BlockTable:
         nothing changed, if the pool has not enough free blocks.
         """
         pool, blocks = self._pool, self.blocks
+        if num_tokens <= self._room:
+            # Nearly every append: one token into a block that has room and is not shared.
+            self._room -= num_tokens
+            self.num_tokens += num_tokens
+            pool.fill[blocks[-1]] += num_tokens
+            pool.num_filled_slots += num_tokens
+            return len(blocks)
         size = pool.block_size
         used = self.num_tokens % size
-        if used and used + num_tokens <= size and not self._write_needs_copy(blocks[-1]):
-            # Nearly every append: one token into a block that has room and is not shared.
-            pool.write(blocks[-1], used + num_tokens)
-            self.num_tokens += num_tokens
-            return len(blocks)
         changed = len(blocks)
         missing = (self.num_tokens + num_tokens + size - 1) // size - changed
         copy_last = used != 0 and self._write_needs_copy(blocks[-1])
@@ -83,6 +87,7 @@ class BlockTable:
             pool.write(blocks[-1], size)
         if missing > 0:
             pool.write(blocks[-1], (self.num_tokens - 1) % size + 1)
+        self._room = -self.num_tokens % size
         return changed
 
     def fork(self, num_tokens: int | None = None) -> "BlockTable":
@@ -95,6 +100,7 @@ class BlockTable:
         child._num_named = min(self._num_named, full)
         for block in child.blocks:
             self._pool.share(block)
+        self._room = 0
         return child
 
     def free(self, stored: Sequence[int] = ()) -> None:
@@ -111,7 +117,7 @@ class BlockTable:
         for block in reversed(self.blocks):
             release(block)
         self.blocks = []
-        self.num_tokens = 0
+        self.num_tokens = self._room = 0
         self._num_named = 0
         self._copied_at = -1
 
@@ -122,7 +128,7 @@ class BlockTable:
         for block in reversed(self.blocks[num_blocks:]):
             self._pool.release(block)
         del self.blocks[num_blocks:]
-        self.num_tokens = num_tokens
+        self.num_tokens, self._room = num_tokens, 0
         self._num_named = min(self._num_named, num_tokens // size)
         if used and not self._write_needs_copy(self.blocks[-1]):
             self._pool.write(self.blocks[-1], used)

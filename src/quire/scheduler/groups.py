@@ -52,7 +52,7 @@ class Groups:
     def start(self, group: SequenceGroup) -> None:
         """A group taken from those that wait gets its rows and runs."""
         for sequence in (*group.sequences, *group.spares):
-            sequence.row = self.free_rows.pop()
+            sequence.row, sequence.is_told = self.free_rows.pop(), False
             self.rows[sequence.row] = sequence
         bisect.insort(self.running, group, key=_order)
         self._lengths.start(group)

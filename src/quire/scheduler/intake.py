@@ -7,8 +7,8 @@ what has ended leaves. Nothing is decided here but whether a sequence has ended.
 from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats, SequenceDelta
-from quire.request import FinishReason
+from quire.outputs import EngineStats, RequestCounts, SequenceDelta, StepDeltas
+from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.groups import Groups
@@ -55,7 +55,7 @@ class Intake:
 
     def take_in(
         self, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None], counts: SequenceOf[int]
-    ) -> list[SequenceDelta]:
+    ) -> StepDeltas:
         """Advance every sequence of the plan; returns what each sample gained.
 
         `rows` says who had which row when it was planned, `counts` how many of each row's computed tokens stay. A
@@ -75,13 +75,13 @@ class Intake:
                 self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
                 if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
                     self._share_prompt(group)
-        deltas: list[SequenceDelta] = []
+        deltas = StepDeltas()
         for index, entries in result.prompt_logprobs.items():
             sequence = rows[plan.rows[index]]
             if sequence is not None and sequence.row != NO_ROW:
                 delta = self._prompt_delta(sequence, entries)
                 if delta is not None:
-                    deltas.append(delta)
+                    deltas.others.append(delta)
         place, complete, following, sample_rows = 0, set(result.complete), result.following, plan.sample_rows
         while place < len(sample_rows):
             sequence = rows[sample_rows[place]]
@@ -98,14 +98,14 @@ class Intake:
                     token_ids += following.get(first, ())
                 own, error = result.logprobs[first], result.errors[first]
                 logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
-                deltas.append(self._extend(sequence, token_ids, logprobs, error, complete=first in complete))
+                self._extend(deltas, sequence, token_ids, logprobs, error, complete=first in complete)
             else:
                 place += len(group.sequences)  # its beams stand side by side
                 error = next((error for error in result.errors[first:place] if error is not None), None)
                 if error is not None:
-                    deltas += self._fail(group, error)
+                    deltas.others += self._fail(group, error)
                 else:
-                    deltas += self._advance(
+                    deltas.others += self._advance(
                         group, group.beam_search, [result.candidates[i] for i in range(first, place)]
                     )
         self._stats.total_steps += bool(plan.rows)
@@ -138,50 +138,45 @@ class Intake:
 
     def _extend(
         self,
+        deltas: StepDeltas,
         sequence: Sequence,
         token_ids: list[int],
         logprobs: list[TokenLogprobs] | None,
         error: str | None,
         *,
         complete: bool = False,
-    ) -> SequenceDelta:
-        """Append a sample and what follows it, up to where the sequence ends; `token_ids` becomes the delta's."""
-        group, tokens = sequence.group, sequence.token_ids
-        request = group.request
-        delta = _delta(group, sequence.index)
-        if error is not None:
-            delta.error = error
-            delta.finish_reason = FinishReason.ERROR
-            self._distrust(sequence)
-        else:
-            most, stops = group.num_prompt_tokens + request.max_tokens, request.params.stop_token_ids
-            for place, token_id in enumerate(token_ids, start=1):
-                tokens.append(token_id)
-                if token_id in request.eos_token_ids:
-                    delta.finish_reason = FinishReason.STOP
-                elif token_id in stops:
-                    delta.finish_reason = FinishReason.STOP
-                    delta.stop_reason = token_id
-                elif complete and place == len(token_ids):
-                    delta.finish_reason = FinishReason.STOP
-                    delta.ends_with_text = True
-                elif len(tokens) >= most:
-                    delta.finish_reason = FinishReason.LENGTH
-                else:
-                    continue
+    ) -> None:
+        """Append a sample and what follows it, up to where the sequence ends, and say so in `deltas`."""
+        group, tokens, ends = sequence.group, sequence.token_ids, False
+        for place, token_id in enumerate(token_ids if error is None else (), start=1):
+            tokens.append(token_id)
+            if token_id in group.stop_ids or len(tokens) >= group.max_num_tokens:
+                ends, complete = True, complete and place == len(token_ids)
                 del token_ids[place:]
                 break
-            delta.token_ids = token_ids
+        if error is None:
             self._stats.total_generated_tokens += len(token_ids)
+            if self._counts_service:
+                self._groups.waiting.serve(group.request.tenant, OUTPUT_TOKEN * len(token_ids))
+            if sequence.is_told and not ends and not complete and logprobs is None and len(token_ids) == 1:
+                deltas.samples.append(sequence.sample)
+                deltas.token_ids += token_ids
+                return
+        delta = _delta(group, sequence.index)
+        deltas.others.append(delta)
+        sequence.is_told = True
+        if error is not None:
+            delta.error, delta.finish_reason = error, FinishReason.ERROR
+            self._distrust(sequence)
+        else:
+            delta.token_ids = token_ids
             if logprobs is not None:
                 delta.logprobs = logprobs[: len(token_ids)]
-        if self._counts_service:
-            self._groups.waiting.serve(request.tenant, OUTPUT_TOKEN * len(delta.token_ids))
+            if ends or complete:
+                _finish(delta, group.request, complete=complete)
+                self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            if error is None:
-                self._prefixes.complete(request.request_id, sequence.table)
             self._groups.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
-        return delta
 
     def _advance(
         self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
@@ -249,15 +244,26 @@ class Intake:
         sequence.num_computed_tokens = 0
 
 
+def _finish(delta: SequenceDelta, request: Request, *, complete: bool) -> None:
+    """Why a sequence ends after the delta's last token; `complete`: its grammar lets nothing follow."""
+    token_id, delta.finish_reason = delta.token_ids[-1], FinishReason.STOP
+    if token_id in request.eos_token_ids:
+        return
+    if token_id in request.params.stop_token_ids:
+        delta.stop_reason = token_id
+    elif complete:
+        delta.ends_with_text = True
+    else:
+        delta.finish_reason = FinishReason.LENGTH
+
+
 def _delta(group: SequenceGroup, index: int) -> SequenceDelta:
     """What is true of every delta, no token yet."""
-    return SequenceDelta(
-        group.request.request_id,
-        index,
-        [],
-        num_cached_tokens=group.num_cached_tokens,
-        first_scheduled_time=group.first_scheduled_time,
-        num_preemptions=group.num_preemptions,
-        num_draft_tokens=group.num_draft_tokens,
-        num_accepted_tokens=group.num_accepted_tokens,
+    counts = RequestCounts(
+        group.first_scheduled_time,
+        group.num_cached_tokens,
+        group.num_preemptions,
+        group.num_draft_tokens,
+        group.num_accepted_tokens,
     )
+    return SequenceDelta(group.request.request_id, index, [], counts=counts)

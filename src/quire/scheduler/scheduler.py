@@ -26,7 +26,7 @@ from quire.errors import RequestError
 from quire.kv_cache.block_hash import root_name
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.kv_cache.tiers import TierIndex
-from quire.outputs import EngineStats, MemoryReport, SequenceDelta
+from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_moves import BlockTransfers
@@ -342,14 +342,13 @@ class Scheduler:
         behind: list[Sequence] = []
         preempted = False
         running, index = self._groups.running, 0
-        rows, starts, counts, token_ids = plan.rows, plan.starts, plan.counts, plan.token_ids
-        sample_after, sample_rows, copies = plan.sample_after, plan.sample_rows, plan.block_copies
+        rows, starts, token_ids, copies = plan.rows, plan.starts, plan.token_ids, plan.block_copies
         # Neither those who wait for a tier nor those whose last token is being drawn; never both.
         waiting = self._transfers.waiting if self._transfers is not None else self._ending
         while index < len(running):
             group = running[index]
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
-            uneven = group.advances_together and any(
+            uneven = group.beam_search is not None and any(
                 other.num_missing_tokens != 1 or (waiting and other in waiting) for other in group.sequences
             )
             for sequence in group.sequences:
@@ -375,21 +374,20 @@ class Scheduler:
                             break
                 if sequence.row == NO_ROW:
                     # The group itself was the last one. All or nothing: what was planned of it is taken back.
-                    for planned in (rows, starts, counts, token_ids, sample_after, sample_rows):
+                    for planned in (rows, starts, token_ids):
                         del planned[first_row:]
                     del plan.new_blocks[first_new_blocks:], copies[first_copy:]
                     behind = [other for other in behind if other.group is not group]
                     break
                 if changed < len(table.blocks):
                     plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
-                sample_after.append(len(rows))
                 rows.append(sequence.row)
-                sample_rows.append(sequence.row)
                 starts.append(start)
-                counts.append(1)
                 token_ids.append(sequence.token_ids[start])
-            group.num_copied_blocks += len(copies) - first_copy
+            if len(copies) > first_copy:
+                group.num_copied_blocks += len(copies) - first_copy
             index += 1
+        plan.counts, plan.sample_rows, plan.sample_after = [1] * len(rows), rows.copy(), list(range(len(rows)))
         return behind, preempted
 
     def _plan_behind(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
@@ -440,7 +438,7 @@ class Scheduler:
 
     # -- taking in ----------------------------------------------------------------------------------------------------
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
+    def update(self, plan: StepPlan, result: StepResult) -> StepDeltas:
         """Advance every sequence of the plan, append samples, fork, finish. Returns what each sample gained.
 
         Plans are taken in in the order in which they were made. A sequence that left meanwhile is passed over.

@@ -22,11 +22,15 @@ _TO_THE_LIMIT = LengthCurve([])
 class Sequence:
     """One sample of a request."""
 
-    __slots__ = ("drafts", "group", "index", "num_computed_tokens", "row", "table", "token_ids")
+    __slots__ = ("drafts", "group", "index", "is_told", "num_computed_tokens", "row", "sample", "table", "token_ids")
 
     def __init__(self, group: "SequenceGroup", index: int, table: BlockTable, token_ids: list[int]) -> None:
         self.group = group
         self.index = index
+        self.sample = (group.request.request_id, index)
+        """What it is called outside."""
+        self.is_told = False
+        """Whether anything was delivered of it since it runs."""
         self.table = table
         self.token_ids = token_ids
         """Prompt and output."""
@@ -63,6 +67,7 @@ class SequenceGroup:
         "cached_tokens",
         "first_scheduled_time",
         "length_classes",
+        "max_num_tokens",
         "miss",
         "num_accepted_tokens",
         "num_cached_tokens",
@@ -77,11 +82,16 @@ class SequenceGroup:
         "request",
         "sequences",
         "spares",
+        "stop_ids",
     )
 
     def __init__(self, request: Request, pool: BlockPool, root: BlockName, arrival_number: int) -> None:
         self.request = request
         self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
+        """Of one sequence, its prompt's included."""
+        self.stop_ids = frozenset((*request.eos_token_ids, *request.params.stop_token_ids))
+        """Tokens that end a sequence."""
         self.order = (request.priority, arrival_number)
         """Who yields last; unique, so that every order in the scheduler is total."""
         self.rank: tuple[int, float, int] = (request.priority, 0.0, arrival_number)

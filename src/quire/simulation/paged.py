@@ -10,7 +10,7 @@ from typing import Any
 from quire.errors import RequestError
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex
-from quire.outputs import SequenceDelta
+from quire.outputs import StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.scheduler import Scheduler
@@ -217,7 +217,7 @@ class PagedSimulation:
             since = self.now if self._settings.saturate else arrival.time
             heapq.heappush(self._leaving, (since + patience, request.request_id))
 
-    def _receive(self, deltas: list[SequenceDelta], previous: float) -> None:
+    def _receive(self, deltas: StepDeltas, previous: float) -> None:
         """Clients get what the step brought; `previous` is when the step before it ended."""
         clients, now = self._clients, self.now
         num_steady = 0
@@ -232,8 +232,8 @@ class PagedSimulation:
                     num_steady += 1
                 elif last < 0:
                     client.first_token = now
-                    if self._settings.saturate:
-                        client.start = delta.first_scheduled_time
+                    if self._settings.saturate and delta.counts is not None:
+                        client.start = delta.counts.first_scheduled_time
                 elif last < now:  # the first time in this step that the request gets a token
                     self.measures.gaps.add(now - last)
                 client.last_token = now
