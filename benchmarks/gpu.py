@@ -1,32 +1,46 @@
 """What a GPU does, against what it could: kernels, decode and a serving workload of two published shapes, transformers.
 
-    python -m benchmarks.gpu [--models 0.6B 8B] [--skip-transformers]
+    python -m benchmarks.gpu [--only decode 0.6B ...] [--minutes 9] [--output FILE]
 
-With `--models` and no name after it, the kernels alone.
-
-One run, one table, the card named; the ceilings are measured in the same run. Weights are random (load_format=dummy) in
-the shapes of Qwen3-0.6B and Llama-3.1-8B, in bfloat16; sequences ignore end tokens, so that every run does the
-same work.
-Each figure is the best of REPEATS runs after one to warm up. Without a CUDA device it says so and measures nothing.
+One run, one table, the card named; the ceilings are measured in the same run. Rows come in order of worth and are kept
+as they come; what there is no time for says so (`benchmarks/gpu_table.py`). Weights are random (load_format=dummy) in
+the shapes of Qwen3-0.6B and Llama-3.1-8B, in bfloat16; sequences ignore end tokens, so that every run does the same
+work. Figures of models are those of the engine's core, token ids in and out: random weights have no text. Each is the
+best of REPEATS runs after one to warm up. Without a CUDA device it says so and measures nothing.
 """
 
 import argparse
-import gc
 import json
 import random
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_kernels import Figure, kernel_figures
-from quire import LLM, SamplingParams
-from quire.runner.cuda_graphs import GraphKey, Outcome
+from benchmarks.from_sources import use_sources
+from benchmarks.gpu_kernels import (
+    LARGE_DECODE,
+    SMALL_DECODE,
+    Card,
+    ceilings,
+    decode_figures,
+    flashinfer_figures,
+    prefill_figures,
+    ragged_figures,
+    sharing_figures,
+    small_figures,
+)
+from benchmarks.gpu_table import Figure, Measurement, Table, measure_all, one_line
 
-REPEATS = 3
+REPEATS = 2
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6B": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -65,8 +79,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 DECODE_TARGETS = {"0.6B": {1: (1_600, 3_284), 256: (23_000, 35_200)}, "8B": {1: (215, 284), 256: (15_000, 22_300)}}
 """Tokens a second with 1k of context on an H200: what is aimed at, and what its memory allows."""
 WORKLOAD_TARGETS = {"0.6B": (20_000, 36_100), "8B": (9_500, 14_100)}
+WORKLOAD = (256, 100, 1024)
+"""nano-vllm's: sequences, and the fewest and most tokens in and out of each."""
 CONTEXT, DECODE_STEPS = 1024, 128
-MODEL_LEN = 2304
+ENGINE: dict[str, Any] = {"device": "cuda", "load_format": "dummy", "max_model_len": 2304, "max_num_seqs": 256}
+COMPARED = (64, 512, 128)
+"""Sequences, tokens in and tokens out of each, for transformers."""
+CONTINUOUS_BATCHING: dict[str, Any] = {}
+"""Of transformers: its own choice."""
+RESULTS = Path(__file__).with_name("results") / "gpu.md"
+
+Params = Sequence[dict[str, Any]]
+"""Of each sequence those of its `SamplingParams`, max_tokens among them."""
 
 
 def write_shape(folder: Path, shape: dict[str, Any]) -> Path:
@@ -76,166 +100,249 @@ def write_shape(folder: Path, shape: dict[str, Any]) -> Path:
     return folder
 
 
-def best_seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def decode_rate(llm: LLM, batch: int, context: int, num_steps: int) -> float:
-    """Tokens a second while `batch` sequences decode around `context` tokens: the time of the prompts is taken off."""
+def random_prompts(lengths: Sequence[int]) -> list[list[int]]:
     rng = random.Random(0)
-    start = context - num_steps // 2
-    prompts = [[rng.randrange(1000) for _ in range(start)] for _ in range(batch)]
-
-    def seconds(num_tokens: int) -> float:
-        llm.reset_prefix_cache()
-        started = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True), use_tqdm=False)
-        return time.perf_counter() - started
-
-    seconds(num_steps)
-    capture_graphs(llm)
-    return max(batch * (num_steps - 1) / (seconds(num_steps) - seconds(1)) for _ in range(REPEATS))
+    return [[rng.randrange(1000) for _ in range(length)] for length in lengths]
 
 
-def capture_graphs(llm: LLM) -> None:
-    """What serving does when it has nothing else to do."""
-    core: Any = llm._engine._core  # what serves no request has no interface
-    while core.has_idle_work:
-        core.step()
+class Core:
+    """The engine's core with one model, and the time of its steps."""
+
+    def __init__(self, folder: Path) -> None:
+        from quire.config import EngineConfig
+        from quire.engine.core import EngineCore
+        from quire.engine.memory_plan import plan_memory
+        from quire.model_config import ModelConfig
+
+        config, model = EngineConfig.from_options(ENGINE), ModelConfig.from_folder(folder)
+        plan = plan_memory(config, model)
+        for line in plan.describe():
+            print(line, flush=True)
+        self._core = EngineCore.load(config, model, plan, folder, lambda phase, seconds: None)
+
+    def run(self, prompts: Sequence[list[int]], params: Params) -> list[float]:
+        """Continue all prompts; seconds of the steps after the first in which every sequence got a token."""
+        from quire.request import Request
+        from quire.sampling_params import SamplingParams
+
+        for index, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
+            self._core.add(
+                Request(
+                    request_id=str(index),
+                    prompt_token_ids=prompt,
+                    params=SamplingParams(**options, ignore_eos=True),
+                    seed=index,
+                    max_tokens=options["max_tokens"],
+                )
+            )
+        steps, started = [], 0.0
+        while self._core.has_work:
+            deltas = self._core.step()
+            ended = time.perf_counter()
+            for delta in deltas:
+                if delta.error is not None:
+                    raise RuntimeError(f"a sequence failed: {delta.error}")
+            if started and len(deltas) == len(prompts):
+                steps.append(ended - started)
+            started = ended if len(deltas) == len(prompts) else 0.0
+        return steps
+
+    def seconds(self, prompts: Sequence[list[int]], params: Params) -> float:
+        """From the first prompt to the last token, the best of REPEATS, none of them from the prefix cache."""
+        times = []
+        for _ in range(1 + REPEATS):
+            self._capture_graphs()
+            self._core.reset_prefix_cache()
+            started = time.perf_counter()
+            self.run(prompts, params)
+            times.append(time.perf_counter() - started)
+        return min(times[1:])
+
+    def decode_seconds(self, batch: int) -> float:
+        """Of a step in which `batch` sequences decode around CONTEXT tokens. From the second run on, prompts come from
+        the prefix cache, so that all sequences begin together."""
+        prompts = random_prompts([CONTEXT - DECODE_STEPS // 2] * batch)
+        params = [{"temperature": 0.0, "max_tokens": DECODE_STEPS}] * batch
+        self._core.reset_prefix_cache()
+        means = []
+        for _ in range(1 + REPEATS):
+            self._capture_graphs()
+            steps = self.run(prompts, params)
+            means.append(statistics.fmean(steps) if steps else float("inf"))
+        return min(means[1:])
+
+    def graph_seconds(self, card: Card, batch: int) -> float | None:
+        """Of the graph of a decode step alone; None where there is none. It repeats the step that came last, whose
+        attention plan is what lies on the device."""
+        from quire.runner.cuda_graphs import Outcome
+
+        runner: Any = self._core._runner  # what serves no request has no interface
+        graphs = getattr(runner._graphs, "_graphs", {})
+        keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
+        if not keys:
+            return None
+        graph, _ = graphs[min(keys)]  # without shared keys, if there are several
+        with torch.inference_mode():
+            seconds = card.time(graph.replay)
+        self._core.reset_prefix_cache()  # it wrote into blocks that are free
+        return seconds
+
+    def _capture_graphs(self) -> None:
+        """What serving does when it has nothing else to do."""
+        while self._core.has_idle_work:
+            self._core.step()
+
+    def close(self) -> None:
+        self._core.close()
 
 
-def workload_rate(llm: LLM, num_sequences: int = 256, longest: int = 1024) -> float:
-    """Output tokens a second of nano-vllm's workload: 100 to 1,024 tokens in, as many out, all at once."""
-    rng = random.Random(0)
-    shortest = min(100, longest)
-    prompts = [[rng.randrange(1000) for _ in range(rng.randint(shortest, longest))] for _ in range(num_sequences)]
-    params = [
-        SamplingParams(temperature=0.6, max_tokens=rng.randint(shortest, longest), ignore_eos=True, seed=index)
-        for index in range(num_sequences)
-    ]
-    num_tokens = sum(one.max_tokens or 0 for one in params)
-    rates = []
-    for _ in range(1 + REPEATS):
-        llm.reset_prefix_cache()
-        started = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        capture_graphs(llm)
-        rates.append(num_tokens / (time.perf_counter() - started))
-    return max(rates)
+def model_figures(card: Card, name: str, folder: Path) -> Iterator[Figure]:
+    core = Core(folder)
+    try:
+        for batch in sorted(DECODE_TARGETS[name], reverse=True):
+            target, limit = DECODE_TARGETS[name][batch]
+            seconds = core.decode_seconds(batch)
+            what, shown = f"{name} decode, batch {batch}, 1k context", f"{batch / seconds:,.0f} tok/s"
+            yield Figure(what, shown, f"{target:,}", f"{limit:,}")
+            if batch > 1:
+                alone = core.graph_seconds(card, batch)
+                shown = "no graph" if alone is None else f"{1e3 * (seconds - alone):.2f} of {1e3 * seconds:.2f} ms"
+                yield Figure(f"{name} exposed host time a step, batch {batch}", shown, "≤ 0.2 ms", "0")
+        rng = random.Random(1)
+        count, shortest, longest = WORKLOAD
+        prompts = random_prompts([rng.randint(shortest, longest) for _ in range(count)])
+        params = [
+            {"temperature": 0.6, "max_tokens": rng.randint(shortest, longest), "seed": index} for index in range(count)
+        ]
+        rate = sum(each["max_tokens"] for each in params) / core.seconds(prompts, params)
+        target, limit = WORKLOAD_TARGETS[name]
+        what = f"{name} nano-vllm's workload, {count} × {shortest}–{longest:,} in and out"
+        yield Figure(what, f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}")
+    finally:
+        core.close()
 
 
-def exposed_host_time(llm: LLM, rate: float, batch: int) -> float | None:
-    """Seconds of a decode step in which the GPU waits for the host: its time less that of its graph alone."""
-    runner: Any = llm._engine._core._runner  # what serves no request has no interface
-    graphs = getattr(runner._graphs, "_graphs", {})
-    keys: list[GraphKey] = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
-    if not keys:
-        return None
-    graph, _ = graphs[min(keys)]  # without shared keys, if there are several
-    return batch / rate - best_seconds(graph.replay, torch.device("cuda"))
+def transformers_figures(card: Card, name: str, folder: Path) -> Iterator[Figure]:
+    """Quire against transformers' two ways to generate, on the same card with the same shape and prompts."""
+    if find_spec("transformers") is None:
+        yield Figure(f"{name} against transformers", "not measured: transformers is not installed", "≥ 10×, ≥ 3×")
+        return
+    batch, length, num_steps = COMPARED
+    prompts, params = random_prompts([length] * batch), [{"temperature": 0.0, "max_tokens": num_steps}] * batch
+    core = Core(folder)
+    try:
+        own = core.seconds(prompts, params)
+    finally:
+        core.close()
+        del core
+        card.clean_up()
+    targets = {"generate": "≥ 10×", "generate_batch": "≥ 3×"}
+    with ways_of_transformers(card, folder, prompts, num_steps) as ways:
+        for way, run in ways.items():
+            what = f"{name} {batch} × {length} + {num_steps} against transformers' {way}"
+            try:
+                run()
+                started = time.perf_counter()
+                run()
+                other = time.perf_counter() - started
+            except Exception as error:  # the other way may work
+                yield Figure(what, f"failed: {type(error).__name__}: {one_line(error)}", targets[way])
+            else:
+                rates = (f"{batch * num_steps / seconds:,.0f}" for seconds in (own, other))
+                yield Figure(what, f"{other / own:.1f}× ({' against '.join(rates)} tok/s)", targets[way])
 
 
-def transformers_rates(folder: Path, batch: int, context: int, num_steps: int) -> dict[str, float]:
-    """Output tokens a second of transformers' `generate` and `generate_batch`, on the same card with the same shape."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+@contextmanager
+def ways_of_transformers(
+    card: Card, folder: Path, prompts: list[list[int]], num_steps: int
+) -> Iterator[dict[str, Callable[[], object]]]:
+    """Its two ways to generate; each ends with its tokens on the host."""
+    import transformers
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    rng = random.Random(0)
-    prompts = [[rng.randrange(1000) for _ in range(context)] for _ in range(batch)]
-    generation = GenerationConfig(
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device(card.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    generation = transformers.GenerationConfig(
         max_new_tokens=num_steps, min_new_tokens=num_steps, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    ids = torch.tensor(prompts, device="cuda")
-    rates = {}
-    ways: dict[str, Callable[[], object]] = {
-        "generate": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation),
-        "generate_batch": lambda: model.generate_batch(inputs=prompts, generation_config=generation),
-    }
-    for name, run in ways.items():
-        try:
-            rates[name] = batch * num_steps / best_seconds(run, torch.device("cuda"), repeats=1)
-        except Exception as error:
-            print(f"transformers' {name} failed: {type(error).__name__}: {error}")
-    return rates
+    ids = torch.tensor(prompts, device=card.device)
+
+    def generate() -> object:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation).cpu()
+        assert out.shape[1] == ids.shape[1] + num_steps, f"{out.shape[1] - ids.shape[1]} tokens instead of {num_steps}"
+        return out
+
+    options: dict[str, Any] = {}
+    if "persistent_manager" in signature(model.generate_batch).parameters:
+        options["persistent_manager"] = True  # its KV cache and graphs are made once, as an engine's are
+    if CONTINUOUS_BATCHING:
+        options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**CONTINUOUS_BATCHING)
+
+    def generate_batch() -> object:
+        outputs = model.generate_batch(inputs=prompts, generation_config=generation, **options)
+        lengths = [len(output.generated_tokens) for output in outputs.values()]
+        assert lengths == [num_steps] * len(prompts), f"{lengths} tokens instead of {num_steps} each"
+        return outputs
+
+    try:
+        yield {"generate": generate, "generate_batch": generate_batch}
+    finally:
+        if "persistent_manager" in options:
+            model.destroy_cached_continuous_batching_manager()
 
 
-def measure_model(name: str, folder: Path, *, with_transformers: bool) -> list[Figure]:
-    llm = LLM(str(folder), device="cuda", load_format="dummy", max_model_len=MODEL_LEN, max_num_seqs=256, verbose=True)
-    rows = []
-    for batch, (target, limit) in DECODE_TARGETS[name].items():
-        rate = decode_rate(llm, batch, CONTEXT, DECODE_STEPS)
-        rows.append(
-            Figure(f"{name} decode, batch {batch}, 1k context", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}")
-        )
-        if batch == 256:
-            exposed = exposed_host_time(llm, rate, batch)
-            shown = "no graph" if exposed is None else f"{1e3 * exposed:.2f} ms"
-            rows.append(Figure(f"{name} exposed host time, batch 256", shown, "0.2 ms", "0"))
-    target, limit = WORKLOAD_TARGETS[name]
-    rate = workload_rate(llm)
-    rows.append(
-        Figure(f"{name} 256 sequences of 100–1,024 in and out", f"{rate:,.0f} tok/s", f"{target:,}", f"{limit:,}")
-    )
-    if with_transformers:
-        batch, context, num_steps = 64, 512, 128
-        rng = random.Random(0)
-        prompts = [[rng.randrange(1000) for _ in range(context)] for _ in range(batch)]
-        params = SamplingParams(temperature=0.0, max_tokens=num_steps, ignore_eos=True)
-        llm.reset_prefix_cache()
-        llm.generate(prompts, params, use_tqdm=False)
-        capture_graphs(llm)
-        llm.reset_prefix_cache()
-        started = time.perf_counter()
-        llm.generate(prompts, params, use_tqdm=False)
-        own = batch * num_steps / (time.perf_counter() - started)
-        del llm
-        gc.collect()
-        torch.cuda.empty_cache()
-        for way, other in transformers_rates(folder, batch, context, num_steps).items():
-            target_times = {"generate": "10×", "generate_batch": "3×"}[way]
-            rows.append(
-                Figure(f"{name} against transformers' {way} ({other:,.0f} tok/s)", f"{own / other:.1f}×", target_times)
-            )
-    return rows
+def measurements(card: Card, folder: Path, only: Sequence[str] = ()) -> Iterator[Measurement]:
+    """All there is, or what has a name that begins with one of `only`; seconds are guesses for an H100, with room."""
+    rates: list[float] = []
+    bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
 
+    def measure_ceilings() -> Iterator[Figure]:
+        rates.extend(ceilings(card))
+        yield Figure("copy rate", f"{rates[0] / 1e12:.2f} TB/s")
+        yield Figure("matrix rate, bf16", f"{rates[1] / 1e12:.0f} TFLOP/s")
 
-def table(title: str, rows: list[Figure]) -> str:
-    lines = [f"{title}\n", "| figure | measured | target | limit |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {row.what} | {row.measured} | {row.target} | {row.limit} |" for row in rows)])
+    def shape(name: str) -> Path:
+        return write_shape(folder / name, SHAPES[name])
+
+    listed = [
+        Measurement("decode attention", 60, lambda: decode_figures(card, rates[0], LARGE_DECODE, bf16, gathers=True)),
+        Measurement("ragged decode", 15, lambda: ragged_figures(card)),
+        Measurement("prefill attention", 20, lambda: prefill_figures(card, rates[1])),
+        *(
+            Measurement(f"{name} engine", seconds, partial(model_figures, card, name, shape(name)))
+            for name, seconds in (("0.6B", 60), ("8B", 120))
+        ),
+        *(
+            Measurement(f"transformers {name}", seconds, partial(transformers_figures, card, name, shape(name)))
+            for name, seconds in (("0.6B", 50), ("8B", 60))
+        ),
+        Measurement("flashinfer", 60, lambda: flashinfer_figures(card)),
+        Measurement("shared prefixes", 15, lambda: sharing_figures(card)),
+        Measurement("small kernels", 15, lambda: small_figures(card, rates[0])),
+        Measurement("small decode", 15, lambda: decode_figures(card, rates[0], SMALL_DECODE, bf16)),
+        Measurement("fp8 decode", 20, lambda: decode_figures(card, rates[0], LARGE_DECODE + SMALL_DECODE, fp8)),
+    ]
+    yield Measurement("ceilings", 5, measure_ceilings)
+    yield from (each for each in listed if not only or each.name.startswith(tuple(only)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure one GPU; targets and limits are an H200's.")
-    parser.add_argument("--models", nargs="*", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--skip-transformers", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measurements whose names begin so")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no measurement is begun that would end later")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where rows are kept as they come")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: not measured")
         return
-    rows = kernel_figures()
-    torch.cuda.empty_cache()
+    for note in use_sources():
+        print(note)
+    card = Card()
+    table = Table(f"{card.name}; targets and limits are an H200's", options.output)
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            shape = write_shape(Path(folder) / name, SHAPES[name])
-            rows += measure_model(name, shape, with_transformers=not options.skip_transformers)
-            gc.collect()
-            torch.cuda.empty_cache()
-    print(table(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; targets and limits are an H200's", rows))
+        chosen = measurements(card, Path(folder), options.only)
+        measure_all(chosen, table, 60 * options.minutes, clean_up=card.clean_up)
+    print(f"kept in {options.output}")
 
 
 if __name__ == "__main__":

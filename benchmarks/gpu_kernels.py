@@ -1,22 +1,23 @@
 """The GPU kernels beside the ceilings of the card, measured in the same run: rows of the table of `benchmarks.gpu`.
 
 Decode attention is bound by reading the KV cache: its ceiling is the bytes a second that a copy moves, read and
-written. Prefill attention is bound by arithmetic: its ceiling is the
-rate of a large bfloat16 product. Beside them stand gathering KV for torch's own attention, and FlashInfer where it is
-installed. Every launch is timed from a CUDA graph, over several layers' caches in turn, so that no cache of the card
-holds what is read next.
+written. Prefill attention is bound by arithmetic: its ceiling is the rate of a large bfloat16 product. Beside them
+stand gathering KV for torch's own attention, and FlashInfer where it is installed. Every launch is timed from a CUDA
+graph, over several layers' caches in turn, so that no cache of the card holds what is read next.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quire.backends import choose_backend
+from benchmarks.gpu_table import Figure
 
 BLOCK_SIZE = 64
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -24,57 +25,71 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 MIN_KV_BYTES = 1 << 30
 """Read between two visits to the same cache: far more than the card's L2 holds."""
 RUNS = 20
-DECODE = [(1, 1024), (1, 32768), (8, 4096), (64, 512), (64, 4096), (256, 512), (256, 1024), (256, 4096)]
-"""Sequences, context."""
+LARGE_DECODE = [(64, 4096), (256, 1024), (256, 4096)]
+"""Sequences, context, of which a layer has 200 MB of KV and more."""
+SMALL_DECODE = [(1, 1024), (1, 32768), (8, 4096), (64, 512), (256, 512)]
 RAGGED = [32768] + [512] * 63
 SHARED = [(16, 1024), (64, 512), (64, 4096), (256, 1024)]
 """Sequences, keys that all of them begin with; as many again of each one's own."""
 PREFILL = [2048, 4096, 8192, 16384]
 SMALL_TOKENS = 256
+HIDDEN, INNER, VOCAB = 4096, 14_336, 151_936
+"""Of Llama-3.1-8B, and of Qwen3."""
+CEILING_BYTES, CEILING_SIZE = 1 << 30, 8192
+"""Copied, and of a side of the product."""
 
 
-class Figure(NamedTuple):
-    """A row of the table."""
+class Card:
+    """A CUDA device, and its clock."""
 
-    what: str
-    measured: str
-    target: str = ""
-    limit: str = ""
+    device = torch.device("cuda")
 
+    @property
+    def name(self) -> str:
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
-def seconds_of(launches: Sequence[Callable[[], object]]) -> float:
-    """Of one launch: the median over RUNS replays of a graph that makes all of them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for launch in launches:
-            launch()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    times = []
-    for _ in range(RUNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return float(np.median(times)) / len(launches)
+    def seconds_of(self, launches: Sequence[Callable[[], object]]) -> float:
+        """Of one launch: the median over RUNS replays of a graph that makes all of them."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for launch in launches:
+                launch()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for launch in launches:
+                launch()
+        return self.time(graph.replay) / len(launches)
+
+    def time(self, run: Callable[[], object]) -> float:
+        """The median of RUNS, in seconds of the device."""
+        times = []
+        for _ in range(RUNS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return float(np.median(times))
+
+    def clean_up(self) -> None:
+        """Let go of what nobody holds any more."""
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Batch:
     """Sequences of given contexts whose last `new` tokens are computed, with caches for as many layers as it takes."""
 
     def __init__(
-        self, contexts: Sequence[int], new: int, kv_dtype: torch.dtype, shared: int = 0, **options: Any
+        self, card: Card, contexts: Sequence[int], new: int, kv_dtype: torch.dtype, shared: int = 0, **options: Any
     ) -> None:
         """Of `shared` keys all have the same blocks; `options` are those of `PlanBuffers`."""
         from quire.attention.triton import PlanBuffers, plan_attention
 
-        device = torch.device("cuda")
+        self.card, device = card, card.device
         self.contexts = np.array(contexts, dtype=np.int32)
         num_tokens = new * len(contexts)
         num_blocks = -(-self.contexts // BLOCK_SIZE)
@@ -119,11 +134,11 @@ class Batch:
         from quire.kernels.triton import paged_attention
 
         scale = HEAD_DIM**-0.5
-        return seconds_of([partial(paged_attention, self.q, k, v, self.plan, scale) for k, v in self.layers])
+        return self.card.seconds_of([partial(paged_attention, self.q, k, v, self.plan, scale) for k, v in self.layers])
 
     def gathered_seconds(self) -> float:
         """KV gathered by the block table, then torch's attention: of sequences of one length, one new token each."""
-        tables = torch.from_numpy(self.tables).long().cuda()
+        tables = torch.from_numpy(self.tables).to(self.card.device).long()
         length = int(self.contexts[0])
         group = NUM_HEADS // NUM_KV_HEADS
         q = self.q.view(len(tables), NUM_KV_HEADS, group, HEAD_DIM)
@@ -132,21 +147,20 @@ class Batch:
             keys, values = (each[tables].transpose(1, 2).flatten(2, 3)[:, :, :length] for each in (k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
-        return seconds_of([partial(attend, k, v) for k, v in self.layers])
+        return self.card.seconds_of([partial(attend, k, v) for k, v in self.layers])
 
-    def flashinfer_seconds(self) -> float | None:
-        try:
-            import flashinfer
-        except ImportError:
-            return None
-        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    def flashinfer_seconds(self) -> float:
+        import flashinfer
+
+        device = self.card.device
+        workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=device)
         wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
         counts = -(-self.contexts // BLOCK_SIZE)
         indices = np.concatenate([row[:count] for row, count in zip(self.tables, counts, strict=True)])
         wrapper.plan(
-            torch.from_numpy(np.concatenate(([0], counts.cumsum())).astype(np.int32)).cuda(),
-            torch.from_numpy(indices).cuda(),
-            torch.from_numpy(((self.contexts - 1) % BLOCK_SIZE + 1).astype(np.int32)).cuda(),
+            torch.from_numpy(np.concatenate(([0], counts.cumsum())).astype(np.int32)).to(device),
+            torch.from_numpy(indices).to(device),
+            torch.from_numpy(((self.contexts - 1) % BLOCK_SIZE + 1).astype(np.int32)).to(device),
             NUM_HEADS,
             NUM_KV_HEADS,
             HEAD_DIM,
@@ -154,85 +168,90 @@ class Batch:
             q_data_type=self.q.dtype,
             kv_data_type=self.layers[0][0].dtype,
         )
-        return seconds_of([partial(wrapper.run, self.q, layer) for layer in self.layers])
+        return self.card.seconds_of([partial(wrapper.run, self.q, layer) for layer in self.layers])
 
 
-def ceilings() -> tuple[float, float]:
+def ceilings(card: Card) -> tuple[float, float]:
     """Bytes a second that a copy moves, read and written; floating-point operations a second of a bfloat16 product."""
-    source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(CEILING_BYTES, dtype=torch.uint8, device=card.device)
     target = torch.empty_like(source)
-    copy = 2 * source.nbytes / seconds_of([lambda: target.copy_(source)])
-    left, right = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return copy, 2 * 8192**3 / seconds_of([lambda: left @ right])
+    copy = 2 * source.nbytes / card.seconds_of([lambda: target.copy_(source)])
+    left, right = torch.randn(2, CEILING_SIZE, CEILING_SIZE, device=card.device, dtype=torch.bfloat16)
+    return copy, 2 * CEILING_SIZE**3 / card.seconds_of([lambda: left @ right])
 
 
-def decode_figures(copy_rate: float) -> list[Figure]:
-    figures = []
-    for kv_dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        for num_seqs, context in DECODE:
-            batch = Batch([context] * num_seqs, 1, kv_dtype)
-            seconds = batch.seconds()
-            share = batch.kv_bytes / seconds / copy_rate
-            megabytes = batch.kv_bytes / 1e6
-            name = f"decode {num_seqs} × {context}, {str(kv_dtype).removeprefix('torch.')} KV ({megabytes:.0f} MB)"
-            target = "85 %" if megabytes >= 200 else "60 %" if megabytes >= 64 else ""
-            figures.append(Figure(name, f"{seconds * 1e6:.1f} µs, {share:.0%} of the copy rate", target))
-            if kv_dtype is torch.bfloat16 and megabytes >= 200:
-                figures.append(Figure("… against gather + SDPA", f"{batch.gathered_seconds() / seconds:.2f}×", "2.5×"))
-                other = batch.flashinfer_seconds()
-                shown = "not installed" if other is None else f"{other / seconds:.2f}×"
-                figures.append(Figure("… against FlashInfer", shown, "1.0×"))
-    ragged = Batch(RAGGED, 1, torch.bfloat16).seconds()
-    balanced = Batch([sum(RAGGED) // len(RAGGED)] * len(RAGGED), 1, torch.bfloat16).seconds()
-    figures.append(Figure("ragged (32k + 63 × 512) against the balanced batch", f"{ragged / balanced:.2f}×", "≤ 1.3×"))
-    return figures
+def decode_figures(
+    card: Card, copy_rate: float, batches: Sequence[tuple[int, int]], kv_dtype: torch.dtype, *, gathers: bool = False
+) -> Iterator[Figure]:
+    """Reading KV against copying; with `gathers` beside KV gathered for torch's own attention."""
+    for num_seqs, context in batches:
+        batch = Batch(card, [context] * num_seqs, 1, kv_dtype)
+        seconds = batch.seconds()
+        megabytes = batch.kv_bytes / 1e6
+        name = f"decode {num_seqs} × {context}, {str(kv_dtype).removeprefix('torch.')} KV ({megabytes:.0f} MB)"
+        shown = f"{seconds * 1e6:.1f} µs, {batch.kv_bytes / seconds / copy_rate:.0%} of the copy rate"
+        yield Figure(name, shown, "85 %" if megabytes >= 200 else "60 %" if megabytes >= 64 else "", "100 %")
+        if gathers:
+            yield Figure("… against gather + SDPA", f"{batch.gathered_seconds() / seconds:.2f}×", "≥ 2.5×")
 
 
-def sharing_figures() -> list[Figure]:
+def flashinfer_figures(card: Card) -> Iterator[Figure]:
+    if find_spec("flashinfer") is None:
+        yield Figure("decode against FlashInfer", "not measured: flashinfer is not installed", "≥ 1.0×")
+        return
+    for num_seqs, context in LARGE_DECODE:
+        batch = Batch(card, [context] * num_seqs, 1, torch.bfloat16)
+        other = batch.flashinfer_seconds()
+        name = f"decode {num_seqs} × {context} against FlashInfer ({other * 1e6:.1f} µs)"
+        yield Figure(name, f"{other / batch.seconds():.2f}×", "≥ 1.0×")
+
+
+def ragged_figures(card: Card) -> Iterator[Figure]:
+    ragged = Batch(card, RAGGED, 1, torch.bfloat16).seconds()
+    balanced = Batch(card, [sum(RAGGED) // len(RAGGED)] * len(RAGGED), 1, torch.bfloat16).seconds()
+    yield Figure("ragged (32k + 63 × 512) against the balanced batch", f"{ragged / balanced:.2f}×", "≤ 1.3×")
+
+
+def sharing_figures(card: Card) -> Iterator[Figure]:
     """Prefixes read once for all sequences, against the same batch planned without; sharing must not lose 3 %."""
-    figures = []
     for num_seqs, shared in SHARED:
         contexts = [2 * shared] * num_seqs
-        batch = Batch(contexts, 1, torch.bfloat16, shared)
-        alone = Batch(contexts, 1, torch.bfloat16, shared, min_shared_bytes=float("inf")).seconds()
-        shown = f"{alone / batch.seconds():.2f}×" if batch.plan.shared.num_programs else "not shared"
-        figures.append(
-            Figure(f"decode {num_seqs} × {2 * shared}, half of it shared, against not sharing", shown, "≥ 0.97×")
-        )
-    return figures
+        batch = Batch(card, contexts, 1, torch.bfloat16, shared)
+        shown = "not shared"
+        if batch.plan.shared.num_programs:
+            alone = Batch(card, contexts, 1, torch.bfloat16, shared, min_shared_bytes=float("inf"))
+            shown = f"{alone.seconds() / batch.seconds():.2f}×"
+        yield Figure(f"decode {num_seqs} × {2 * shared}, half of it shared, against not sharing", shown, "≥ 0.97×")
 
 
-def prefill_figures(matrix_rate: float) -> list[Figure]:
-    figures = []
+def prefill_figures(card: Card, matrix_rate: float) -> Iterator[Figure]:
     for length in PREFILL:
-        batch = Batch([length], length, torch.bfloat16)
+        batch = Batch(card, [length], length, torch.bfloat16)
         share = batch.flops / batch.seconds() / matrix_rate
-        figures.append(Figure(f"prefill {length}", f"{share:.0%} of the matrix rate", "50 %"))
-    return figures
+        yield Figure(f"prefill {length}", f"{share:.0%} of the matrix rate", "≥ 50 %", "100 %")
 
 
-def small_figures(copy_rate: float) -> list[Figure]:
+def small_figures(card: Card, copy_rate: float) -> Iterator[Figure]:
     """The small kernels of a decode step of SMALL_TOKENS sequences, and sampling from Qwen3's vocabulary."""
     from quire.kernels import triton as kernels
     from quire.kernels.triton.sampling import SamplingRows, sample
 
     def empty(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(shape, device=card.device, dtype=torch.bfloat16)
 
-    hidden, inner = 4096, 14336
-    x, residual, weight = empty(SMALL_TOKENS, hidden), empty(SMALL_TOKENS, hidden), empty(hidden)
-    gates = empty(SMALL_TOKENS, 2 * inner)
-    logits = empty(SMALL_TOKENS, 151_936)
+    x, residual, weight = empty(SMALL_TOKENS, HIDDEN), empty(SMALL_TOKENS, HIDDEN), empty(HIDDEN)
+    gates = empty(SMALL_TOKENS, 2 * INNER)
+    logits = empty(SMALL_TOKENS, VOCAB)
 
     def column(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((SMALL_TOKENS,), value, device="cuda", dtype=dtype)
+        return torch.full((SMALL_TOKENS,), value, device=card.device, dtype=dtype)
 
     rows = SamplingRows(
         temperature=column(0.7, torch.float32),
         top_k=column(50, torch.int32),
         top_p=column(0.9, torch.float64),
         min_p=column(0.0, torch.float32),
-        keys=torch.arange(SMALL_TOKENS, device="cuda"),
+        keys=torch.arange(SMALL_TOKENS, device=card.device),
         positions=column(0, torch.int64),
     )
     greedy = replace(rows, temperature=column(0.0, torch.float32))
@@ -246,24 +265,7 @@ def small_figures(copy_rate: float) -> list[Figure]:
         ("sampling, top-k 50, top-p 0.9", logits.nbytes, lambda: sample(logits, rows)),
         ("of these one, greedy", logits[:1].nbytes, lambda: sample(logits[:1], one)),
     ]
-    figures = []
     for name, num_bytes, launch in timed:
-        seconds = seconds_of([launch])
+        seconds = card.seconds_of([launch])
         shown = f"{seconds * 1e6:.1f} µs, {num_bytes / seconds / copy_rate:.0%} of the copy rate"
-        figures.append(Figure(f"{name}, {SMALL_TOKENS} rows", shown))
-    return figures
-
-
-def kernel_figures() -> list[Figure]:
-    """The ceilings, and what the Triton kernels make of them where the card has them."""
-    copy_rate, matrix_rate = ceilings()
-    figures = [
-        Figure("copy rate", f"{copy_rate / 1e12:.2f} TB/s"),
-        Figure("matrix rate, bf16", f"{matrix_rate / 1e12:.0f} TFLOP/s"),
-    ]
-    if choose_backend("auto", "cuda", torch.cuda.get_device_capability()) != "triton":
-        return figures
-    figures += decode_figures(copy_rate)
-    figures += sharing_figures()
-    figures += prefill_figures(matrix_rate)
-    return [*figures, *small_figures(copy_rate)]
+        yield Figure(f"{name}, {SMALL_TOKENS} rows", shown)

@@ -1,46 +1,61 @@
-"""What `make bench-gpu` measures with, on a CPU and a small shape: not the figures, but the way to them."""
+"""The table of `make bench-gpu`: rows are kept as they come, within the time there is, whatever fails."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from quire import LLM
-
-SMALL = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "torch_dtype": "float32"}
+from benchmarks.gpu_table import Figure, Measurement, Table, measure_all
 
 
-@pytest.mark.parametrize("name", list(gpu.SHAPES))
-def test_rates_of_a_small_shape(name: str, tmp_path: Path) -> None:
-    folder = gpu.write_shape(tmp_path, {**gpu.SHAPES[name], **SMALL, **HEADS, "vocab_size": 1000})
-    llm = LLM(str(folder), device="cpu", attention_backend="sdpa", load_format="dummy", num_blocks=40, threads=1)
-    assert gpu.decode_rate(llm, 3, 40, 24) > 0
-    assert gpu.workload_rate(llm, 4, longest=20) > 0
-    assert gpu.exposed_host_time(llm, 1.0, 3) is None
+def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
+    now, cleaned = [0.0], []
+    closed = []
 
+    def quick() -> Iterator[Figure]:
+        now[0] += 10
+        yield Figure("copy rate", "4 TB/s")
+        assert "| copy rate | 4 TB/s |  |  |" in file.read_text()
 
-def test_one_table_of_kernels_and_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def empty_cache() -> None:
-        pass
+    def broken() -> Iterator[Figure]:
+        yield Figure("first", "1", "2", "3")
+        raise ValueError("a | b\nc")
 
-    monkeypatch.setattr(
-        torch,
-        "cuda",
-        SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "a card", empty_cache=empty_cache),
-    )
-    monkeypatch.setattr(gpu, "kernel_figures", lambda: [gpu.Figure("copy rate", "4 TB/s")])
-    monkeypatch.setattr(
-        gpu, "measure_model", lambda name, folder, *, with_transformers: [gpu.Figure(f"{name} decode", "1", "2", "3")]
-    )
-    monkeypatch.setattr("sys.argv", ["gpu", "--skip-transformers"])
-    gpu.main()
-    title, _, head, _, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("a card, ")
-    assert head == "| figure | measured | target | limit |"
-    assert rows == ["| copy rate | 4 TB/s |  |  |", "| 0.6B decode | 1 | 2 | 3 |", "| 8B decode | 1 | 2 | 3 |"]
+    def slow() -> Iterator[Figure]:
+        try:
+            for name in ("third", "fourth"):
+                now[0] += 50
+                yield Figure(name, "5")
+        finally:
+            closed.append(True)
+
+    file = tmp_path / "folder" / "table.md"
+    measurements = [
+        Measurement("quick", 5, quick),
+        Measurement("broken", 5, broken),
+        Measurement("long", 80, slow),
+        Measurement("slow", 40, slow),
+        Measurement("late", 1, quick),
+    ]
+    table = Table("a card", file)
+    measure_all(measurements, table, 60, clean_up=lambda: cleaned.append(True), clock=lambda: now[0])
+    assert file.read_text().splitlines() == [
+        "a card",
+        "",
+        "| figure | measured | target | limit |",
+        "|---|---|---|---|",
+        "| copy rate | 4 TB/s |  |  |",
+        "| first | 1 | 2 | 3 |",
+        "| broken | failed: ValueError: a / b c |  |  |",
+        "| long | not measured: it takes about 80 s, 50 are left |  |  |",
+        "| third | 5 |  |  |",
+        "| what is left of slow | not measured: no time is left |  |  |",
+        "| late | not measured: it takes about 1 s, 0 are left |  |  |",
+    ]
+    assert closed == [True]
+    assert len(cleaned) == 3
 
 
 def test_without_a_device_nothing_is_measured(

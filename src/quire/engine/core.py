@@ -362,12 +362,12 @@ def _open_tiers(
     config: EngineConfig, plan: MemoryPlan, kv_cache: KVCache, folder: Path
 ) -> tuple[TierIndex | None, BlockStore | None]:
     """The tiers that the config asks for: the index for the scheduler, the contents for the runner."""
-    from quire.kernels.cpu import isa
-
     block_bytes = kv_cache.block_bytes
     num_host_blocks = plan.swap_space // block_bytes
     files = None
     if config.disk_cache is not None:
+        from quire.kernels.cpu import isa
+
         key = fingerprint(config, plan, folder, isa())
         files = DiskBlocks.open(config.disk_cache, key, block_bytes)
     if not num_host_blocks and files is None:

@@ -7,16 +7,10 @@ import subprocess
 import sys
 from collections import defaultdict
 
-EXPECTED = {
+SEVERAL = {
     "attention_kernel": 3,  # 16, 64 and 128 rows
-    "merge_kernel": 1,
     "rms_norm_kernel": 2,  # with and without a residual
     "rms_norm_heads_kernel": 2,  # queries and keys
-    "rotary_kv_kernel": 1,
-    "gated_kernel": 1,
-    "peaks_kernel": 1,
-    "weights_kernel": 1,
-    "sample_kernel": 1,
 }
 
 
@@ -33,4 +27,5 @@ def test_no_kernel_is_compiled_anew_for_another_batch() -> None:
     for line in run.stdout.splitlines():
         name, *variant = json.loads(line)
         variants[name].add(tuple(variant))
-    assert {name: len(found) for name, found in variants.items()} == EXPECTED
+    assert variants.keys() > SEVERAL.keys()
+    assert {name: len(found) for name, found in variants.items()} == {name: SEVERAL.get(name, 1) for name in variants}
