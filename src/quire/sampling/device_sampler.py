@@ -28,6 +28,8 @@ BLOCK_SIZE = 256
 """As in `draws`."""
 MAX_SORTED_ELEMENTS = 2**22
 """Scores that are sorted at once, with their ids, weights and sums: about 120 MB."""
+MAX_RANKED_ELEMENTS = 2**20
+"""Scores whose ranks are found at once by torch: about 30 MB, within any budget for log-probabilities."""
 MAX_REPORTED = 20
 """Most likely tokens that a device tells of a row: what the server's clients may ask for at most if not told otherwise.
 Who asks for more, or for the distribution after filters, gets it from the host."""
@@ -154,7 +156,7 @@ class DeviceSampler:
         max_reported = min(MAX_REPORTED, self._vocab_size)
         if self._kernels is not None:
             return self._kernels.report(logits, tokens, nums_reported, max_reported)
-        num_rows = max(1, MAX_SORTED_ELEMENTS // self._vocab_size)
+        num_rows = max(1, MAX_RANKED_ELEMENTS // self._vocab_size)
         parts = zip(logits.split(num_rows), tokens.split(num_rows), strict=True)
         return torch.cat([_report(*part, max_reported) for part in parts], dim=1)
 
