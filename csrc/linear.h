@@ -84,7 +84,8 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
         const float* pairs = inputs + place.k_begin / 2 * kRows;
         const float *const row = inputs + place.k_begin, last[2] = {row[depth - 1], 0.0f};  // used of a single row
         for (int64_t k = 0; k < depth; k += 2, pairs += kRows) {
-            if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
+            if constexpr (kRows > 4)
+                for (int64_t byte = 0; byte < 2 * share; byte += 64) __builtin_prefetch(ahead + k * share + byte, 0, 2);
             IntVec weight[kWidth];
 #pragma GCC unroll 8
             for (int j = 0; j < kWidth; ++j) weight[j] = load_words(weights[j] + k * kPanel);
@@ -98,7 +99,8 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
     } else {
         inputs += place.k_begin * kRows;
         for (int64_t k = 0; k < depth; ++k) {
-            if constexpr (kRows > 4) __builtin_prefetch(ahead + k * share, 0, 2);
+            if constexpr (kRows > 4)
+                for (int64_t byte = 0; byte < share; byte += 64) __builtin_prefetch(ahead + k * share + byte, 0, 2);
             Vec weight[kWidth];
 #pragma GCC unroll 8
             for (int j = 0; j < kWidth; ++j) weight[j] = load_weights(weights[j], k);
