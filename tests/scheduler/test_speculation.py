@@ -92,16 +92,15 @@ def test_drafts_are_expected_to_fare_as_those_after_runs_as_long() -> None:
     assert second.acceptance is after_long_runs
 
 
-def test_who_repeats_nothing_is_looked_up_less_often() -> None:
-    speculation = Speculation(SpeculativeConfig())
-    drafts, token_ids, proposed = speculation.new_drafts(), list(range(5)), []
-    for _ in range(100):
-        token_ids.append(1)
-        proposed.append(bool(drafts.propose(token_ids, 2)))
-    assert all(proposed[:32])
-    assert sum(proposed[32:]) == 68 / 4
-    assert drafts.take(1) == [1]
-    assert drafts.propose(token_ids, 2)
+def test_where_no_draft_is_worth_taking_few_are_looked_for() -> None:
+    speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
+    begun = [speculation.begin_step() for _ in range(112)]
+    assert all(begun[:32])
+    assert sum(begun[32:]) == 80 / 8
+    for _ in range(3):
+        speculation.times.measure(1, 1.0, 0.0)
+    assert speculation.choose([sequence.candidate()], 1, 64, 0.0) != [[]]
+    assert speculation.begin_step()
 
 
 def test_of_two_sequences_the_one_that_repeats_is_drafted() -> None:

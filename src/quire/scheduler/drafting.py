@@ -38,6 +38,8 @@ class Drafting:
     def extend(self, plan: StepPlan) -> None:
         """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
         pool, speculation, rows = self._pool, self._speculation, self._groups.rows
+        if not speculation.begin_step():
+            return
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
         sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
         # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.

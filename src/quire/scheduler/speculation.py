@@ -30,8 +30,8 @@ _MIN_GAIN = 1.05
 """Drafts are made only where they promise more tokens per second by this factor. The best of many noisy estimates
 promises too much; this much is not lost to it."""
 _PATIENCE = 32
-"""Steps for which a sequence's drafts were not worth taking, after which it is looked up in every `_PAUSE`-th only."""
-_PAUSE = 4
+"""Steps without a draft worth taking after which one is looked for in every `_PAUSE`-th step only."""
+_PAUSE = 8
 _NUM_TIMES = 7
 """Steps of one size whose median counts."""
 _MIN_TIMES = 3
@@ -65,7 +65,7 @@ class Acceptance:
 class Drafts:
     """One sequence's drafts: what followed a run of tokens that ends it, where that run stood before."""
 
-    __slots__ = ("_acceptances", "_lookup", "_num_tokens", "_num_unused", "_proposed", "acceptance")
+    __slots__ = ("_acceptances", "_lookup", "_num_tokens", "_proposed", "acceptance")
 
     def __init__(self, lookup: NgramLookup, acceptances: Sequence[Acceptance]) -> None:
         """`acceptances` are shared with all sequences: the n-th is of drafts after runs of 2**n to 2**(n + 1) − 1."""
@@ -76,8 +76,6 @@ class Drafts:
         """The sequence's, when they were proposed."""
         self.acceptance = acceptances[0]
         """Of those proposed."""
-        self._num_unused = 0
-        """Proposals since one was taken."""
 
     def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
         """Judge the last draft by what `token_ids` has gained since, and make the next, which may be empty."""
@@ -85,44 +83,63 @@ class Drafts:
         if came:
             self.acceptance.judge(self._proposed, came)
         self._num_tokens, self._proposed = len(token_ids), []
-        self._num_unused += 1
-        if self._num_unused <= _PATIENCE or self._num_unused % _PAUSE == 0:
-            match = self._lookup.find(token_ids)
-            if match is not None:
-                self._proposed = follow(token_ids, match.start, max_tokens)
-                self.acceptance = self._acceptances[match.length.bit_length() - 1]
+        match = self._lookup.find(token_ids)
+        if match is not None:
+            self._proposed = follow(token_ids, match.start, max_tokens)
+            self.acceptance = self._acceptances[match.length.bit_length() - 1]
         return self._proposed
-
-    def take(self, num_tokens: int) -> list[int]:
-        """So many of the tokens proposed, to be computed."""
-        self._num_unused = 0
-        return self._proposed[:num_tokens]
 
 
 class StepTimes:
     """Seconds of steps by their number of tokens."""
 
     def __init__(self) -> None:
-        self._times: dict[int, deque[float]] = {}
-        self._medians: dict[int, float] = {}
-        self._measured_at: dict[int, float] = {}
+        self._times: dict[int, _Times] = {}
+        """Of each class of sizes."""
 
     def measure(self, num_tokens: int, seconds: float, now: float) -> None:
         size = _size_class(num_tokens)
-        if now - self._measured_at.get(size, now) > _MAX_AGE:
-            del self._times[size]
-        times = self._times.setdefault(size, deque(maxlen=_NUM_TIMES))
-        times.append(seconds)
-        self._medians[size] = sorted(times)[len(times) // 2]
-        self._measured_at[size] = now
+        times = self._times.get(size)
+        if times is None or now - times.last > _MAX_AGE:
+            times = self._times[size] = _Times()
+        times.add(seconds, now)
 
     def curve(self, num_tokens: int, now: float) -> "StepCurve | None":
         """What steps take that were measured lately; None if those of `num_tokens` are not known well enough."""
-        size = _size_class(num_tokens)
-        if len(self._times.get(size, ())) < _MIN_TIMES or now - self._measured_at[size] > _MAX_AGE:
+        own = self._times.get(_size_class(num_tokens))
+        if own is None or own.num < _MIN_TIMES or now - own.last > _MAX_AGE:
             return None
-        points = [(size, self._medians[size]) for size, at in self._measured_at.items() if now - at <= _MAX_AGE]
-        return StepCurve(sorted(points))
+        return StepCurve(
+            sorted((size, each.median) for size, each in self._times.items() if now - each.last <= _MAX_AGE)
+        )
+
+
+class _Times:
+    """Of steps of one size, the last ones."""
+
+    __slots__ = ("_median", "_seconds", "last")
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=_NUM_TIMES)
+        self._median: float | None = None
+        self.last = 0.0
+        """When the last one ended."""
+
+    @property
+    def num(self) -> int:
+        return len(self._seconds)
+
+    @property
+    def median(self) -> float:
+        """Worked out when it is asked for: most steps are followed by one of their own size that is not drafted for."""
+        if self._median is None:
+            self._median = sorted(self._seconds)[len(self._seconds) // 2]
+        return self._median
+
+    def add(self, seconds: float, now: float) -> None:
+        self._seconds.append(seconds)
+        self._median = None
+        self.last = now
 
 
 class StepCurve:
@@ -170,11 +187,18 @@ class Speculation:
         self._config = config
         self.times = StepTimes()
         self._acceptances = [Acceptance() for _ in range(config.prompt_lookup_max.bit_length())]
+        self._num_unused = 0
+        """Steps since a draft was taken."""
 
     @property
     def max_tokens(self) -> int:
         """The longest draft."""
         return self._config.num_speculative_tokens
+
+    def begin_step(self) -> bool:
+        """Whether to look for drafts in this step."""
+        self._num_unused += 1
+        return self._num_unused <= _PATIENCE or self._num_unused % _PAUSE == 0
 
     def new_drafts(self) -> Drafts:
         """For a sequence that has none yet."""
@@ -222,9 +246,9 @@ class Speculation:
         lengths = [0] * len(candidates)
         for _, index in likely[:num_best]:
             lengths[index] += 1
-        return [
-            drafts.take(length) if length else [] for (drafts, _, _), length in zip(candidates, lengths, strict=True)
-        ]
+        if num_best:
+            self._num_unused = 0
+        return [draft[:length] for draft, length in zip(proposed, lengths, strict=True)]
 
 
 def num_equal(one: Sequence[int], other: Sequence[int]) -> int:
