@@ -4,8 +4,8 @@
 
 Without a model the bundled one. Every workload runs on two engines in one process, one with the option; they take turns
 and each round's prompts are new to both, so that no prefix is found. Tokens per second of output are those of the whole
-request, its prompt included, one figure for each round; the ratio, with / without, is of all rounds together. Where
-requests come one by one the ratio of decoding leaves out prompt and first token, as W5's figure does.
+request, its prompt included; where requests come one by one, `decoding` leaves out prompt and first token, as W5's
+figure does. Ratios are with / without, the median of the rounds'.
 
 - edit, revision, quotation, outline, summary: answers that repeat their prompt as such texts do, by
   `benchmarks.recorded_answers`, one a round. Greedy. For models of the vocabulary that W1 to W6 have.
@@ -20,6 +20,7 @@ requests come one by one the ratio of decoding leaves out prompt and first token
 import argparse
 import json
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +73,10 @@ def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int
         if kind in KINDS:
             recorded.answers = recorded_answers(kind, rounds)[max(number, 0) :]
         workload = make_workload(engines[0], kind, number, recorded, temperature=float(kind != name))
-        if number == 0:
-            for side in sides:
+        for side in sides:
+            if number == 0:
                 side.start()
+            side.start_round()
         places = range(len(workload.requests))
         for batch in [[place] for place in places] if one_by_one else [list(places)]:
             # The first turn changes, since what a machine did last may help or harm what comes next.
@@ -91,13 +93,18 @@ def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int
     return {
         "without_tok_s": without.rates,
         "with_tok_s": with_option.rates,
-        "ratio": round(without.seconds / with_option.seconds, 3),
-        **({"decoding": round(without.decoding / with_option.decoding, 3)} if one_by_one else {}),
+        "ratio": _ratio(without.seconds, with_option.seconds),
+        **({"decoding": _ratio(without.decoding, with_option.decoding)} if one_by_one else {}),
         "drafted": drafted,
         "accepted": accepted,
         "tokens_per_step": round(len(pairs) / (after.total_steps - with_option.before.total_steps), 2),
         "equal_tokens": f"{sum(a == b for a, b in pairs)}/{len(pairs)}",
     }
+
+
+def _ratio(before: Sequence[float], after: Sequence[float]) -> float:
+    """How many times as fast, round by round."""
+    return round(statistics.median(one / other for one, other in zip(before, after, strict=True)), 3)
 
 
 class Side:
@@ -110,11 +117,18 @@ class Side:
     def start(self) -> None:
         """Forget what was measured."""
         self.before = self.llm.stats()
-        self.seconds = self.decoding = 0.0
         self.tokens: list[int] = []
         """Of every sample of every request."""
+        self.seconds: list[float] = []
+        """Of each round."""
+        self.decoding: list[float] = []
+        """Of those the time after the first token."""
         self.rates: list[float] = []
-        self._round = (0.0, 0)
+
+    def start_round(self) -> None:
+        self.seconds.append(0.0)
+        self.decoding.append(0.0)
+        self._num_tokens = len(self.tokens)
 
     def run(self, workload: Workload, places: Sequence[int]) -> None:
         """Generate for these requests of the workload, all at once."""
@@ -129,26 +143,22 @@ class Side:
             )
             for place in places
         ]
+        prompts = [workload.requests[place].prompt_token_ids for place in places]
         self.llm.reset_prefix_cache()
         started = time.perf_counter()
-        outputs = self.llm.generate(
-            [workload.requests[place].prompt_token_ids for place in places], params, use_tqdm=False
-        )
-        self.seconds += time.perf_counter() - started
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        self.seconds[-1] += time.perf_counter() - started
         for output in outputs:
             metrics = output.metrics
             assert metrics is not None
             assert metrics.first_token_time is not None
             assert metrics.last_token_time is not None
-            self.decoding += metrics.last_token_time - metrics.first_token_time
+            self.decoding[-1] += metrics.last_token_time - metrics.first_token_time
             for sample in output.outputs:
                 self.tokens += sample.token_ids
 
     def end_round(self) -> None:
-        """Note its rate."""
-        seconds, num_tokens = self._round
-        self.rates.append(round((len(self.tokens) - num_tokens) / (self.seconds - seconds), 1))
-        self._round = self.seconds, len(self.tokens)
+        self.rates.append(round((len(self.tokens) - self._num_tokens) / self.seconds[-1], 1))
 
 
 def make_workload(llm: LLM, kind: str, seed: int, recorded: Recorded, temperature: float) -> Workload:
@@ -156,7 +166,8 @@ def make_workload(llm: LLM, kind: str, seed: int, recorded: Recorded, temperatur
     rng = random.Random(seed)
     if kind in KINDS:
         answer = recorded.answers[0]
-        return Workload(kind, [WorkRequest(answer.prompt_token_ids, len(answer.token_ids))], temperature=temperature)
+        length = 32 if seed == WARM_UP else len(answer.token_ids)
+        return Workload(kind, [WorkRequest(answer.prompt_token_ids, length)], temperature=temperature)
     if kind in ("copy", "text"):
         token_ids = llm.get_tokenizer().encode(HELD_OUT.read_text(encoding="utf-8"))
         requests = []
