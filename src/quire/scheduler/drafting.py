@@ -72,7 +72,7 @@ class Drafting:
         """Take back drafted tokens that did not come. Returns how many of each row's computed tokens stay."""
         now, block_size = self._clock(), self._pool.block_size
         if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
-            self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now)
+            self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now, drafted=bool(plan.drafts))
         counts = plan.counts.copy() if plan.drafts else plan.counts
         for index, draft in plan.drafts.items():
             sequence = self._groups.rows[plan.rows[index]]

@@ -24,9 +24,11 @@ from quire.scheduler.ngram_lookup import NgramLookup, follow
 
 _FORGETTING = 0.98
 """Weight that what is known of drafts keeps from one to the next."""
+_DOUBT = 4.0
+"""Drafted tokens that are taken to have failed before any was judged."""
 _MIN_CHANCE = 0.02
 """Drafted tokens that are less likely to hold are not thought about."""
-_MIN_GAIN = 1.05
+_MIN_GAIN = 1.1
 """Drafts are made only where they promise more tokens per second by this factor. The best of many noisy estimates
 promises too much; this much is not lost to it."""
 _PATIENCE = 32
@@ -52,8 +54,9 @@ class Acceptance:
 
     @property
     def probability(self) -> float:
-        """Below 1; as likely as not while nothing is known."""
-        return (self._held + 0.5) / (self._held + self._missed + 1.0)
+        """Below 1, and low while little is known: drafts are judged without being computed, so nothing is lost by
+        waiting."""
+        return self._held / (self._held + self._missed + _DOUBT)
 
     def judge(self, draft: Sequence[int], came: Sequence[int]) -> None:
         """Learn from a draft of which `came` shows at least the first token."""
@@ -96,8 +99,18 @@ class StepTimes:
     def __init__(self) -> None:
         self._times: dict[int, _Times] = {}
         """Of each class of sizes."""
+        self._drafted = False
+        """Whether the last step was."""
 
-    def measure(self, num_tokens: int, seconds: float, now: float) -> None:
+    def measure(self, num_tokens: int, seconds: float, now: float, *, drafted: bool = False) -> None:
+        """Take in a step that did nothing but decode, and whether it computed drafts.
+
+        One without that follows one with is passed over: it cannot go on from the step before as it would if there
+        were no drafts, which is what they are compared with.
+        """
+        follows_drafts, self._drafted = self._drafted and not drafted, drafted
+        if follows_drafts:
+            return
         size = _size_class(num_tokens)
         times = self._times.get(size)
         if times is None or now - times.last > _MAX_AGE:
