@@ -117,7 +117,7 @@ def test_where_no_draft_is_worth_taking_few_are_looked_for() -> None:
     speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
     begun = [speculation.begin_step() for _ in range(112)]
     assert all(begun[:32])
-    assert sum(begun[32:]) == 80 / 8
+    assert sum(begun[32:]) == 80 / 16
     for _ in range(3):
         speculation.times.measure(1, 1.0, 0.0)
     assert speculation.choose([sequence.candidate()], 1, 64, 0.0) != [[]]

@@ -33,7 +33,7 @@ _MIN_GAIN = 1.1
 promises too much; this much is not lost to it."""
 _PATIENCE = 32
 """Steps without a draft worth taking after which one is looked for in every `_PAUSE`-th step only."""
-_PAUSE = 8
+_PAUSE = 16
 _NUM_TIMES = 7
 """Steps of one size whose median counts."""
 _MIN_TIMES = 3
