@@ -113,5 +113,5 @@ def test_who_gets_no_drafts() -> None:
         llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=20, logits_processors=[keep]))
         llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=20, beam_width=2))
         assert llm.stats().total_drafts == 0
-        llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=20))
+        llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
         assert llm.stats().total_drafts > 0
