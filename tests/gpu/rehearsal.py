@@ -19,6 +19,7 @@ from quire.config import EngineConfig
 from quire.engine import core, memory_plan
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.model_config import ModelConfig
+from tests.kernels.triton.test_steps import fake_capture
 
 KERNEL_SIZES: dict[str, Any] = {
     "BLOCK_SIZE": 16,
@@ -79,22 +80,6 @@ class NoCard(Card):
 
     def clean_up(self) -> None:
         gc.collect()
-
-
-class FakeGraph:
-    """Launches again what was recorded, over the same memory."""
-
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
-        run()
-        self._run, self.result = run, run()
-
-    def replay(self) -> None:
-        self.result.copy_(self._run())
-
-
-def fake_capture(run: Callable[[], torch.Tensor]) -> tuple[FakeGraph, torch.Tensor]:
-    graph = FakeGraph(run)
-    return graph, graph.result
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
