@@ -21,3 +21,16 @@ def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
         for numbers in reference.stored_kv(*layer, torch.float32):
             assert torch.equal(numbers[3], numbers[1])
             assert not torch.equal(numbers[3], numbers[2])
+
+
+def test_few_tensors_enter_a_new_huge_page_at_once() -> None:
+    huge_page = 2 << 20
+    cache = KVCache(num_layers=12, shapes=((256, 8192), (256, 8192)), block_size=8, dtype=torch.float32)
+    starts = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    assert all(start % 64 == 0 for start in starts)
+    entered = [
+        sum((start + block * 32768) // huge_page != (start + (block + 1) * 32768) // huge_page for start in starts)
+        for block in range(1, 255)
+    ]
+    assert max(entered) <= 2
+    assert sum(entered) >= 24 * 3

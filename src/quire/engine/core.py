@@ -12,6 +12,7 @@ import torch
 
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
+from quire.engine import heap
 from quire.engine.device import usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
@@ -327,6 +328,7 @@ class EngineCore:
         self._runner.close()
         if self._weights_cache is not None:
             self._weights_cache.close()
+        heap.give_back()
 
     def memory_report(self) -> MemoryReport:
         report = self._scheduler.memory_report()

@@ -1,8 +1,8 @@
 """LoadAhead: what of loading needs no torch, done by threads while the process spends a second on importing it.
 
 Where an earlier start has left packed weights, they are mapped and checked. Elsewhere the checkpoint is read into the
-system's file cache, and the memory that weights are packed into is taken: fresh pages are handed out slower than
-weights are packed, the slower where a hypervisor must find them first.
+system's file cache, and the memory that weights are packed into is taken, and that of a step's activations: fresh
+pages are handed out slower than weights are packed, the slower where a hypervisor must find them first.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.engine.fingerprint import weights_fingerprint
+from quire.engine.heap import Heap
 from quire.engine.memory_plan import MemoryPlan
 from quire.model_config import ModelConfig
 from quire.models.weights_cache import PackedTensor, WeightsCache
@@ -23,15 +24,20 @@ from quire.models.weights_cache import PackedTensor, WeightsCache
 PACKING_BACKEND = "cpu"
 """The backend whose weights are packed; others keep them as they are stored, on a device."""
 _PIECE_BYTES = 64 << 20
+_MOST_TOKENS = 512
+"""Of a step whose activations are there from the start: what is asked for beyond that comes when it is needed."""
 
 
 class LoadAhead:
     """Threads at work for one model from the moment this is made until `finish`."""
 
-    def __init__(self, folder: Path | None, packed_bytes: int, cache: WeightsCache | None = None) -> None:
+    def __init__(
+        self, folder: Path | None, packed_bytes: int, cache: WeightsCache | None = None, heap: Heap | None = None
+    ) -> None:
         """Begin for the checkpoint in `folder`, None for weights that are no files; `packed_bytes` is what they take
-        when packed, 0 where nothing is packed."""
+        when packed, 0 where nothing is packed; `heap` is what activations will come from."""
         self.cache = cache
+        self._heap = heap
         self.stored: list[PackedTensor] = []
         """What the cache holds, after `finish`."""
         self.memory: mmap.mmap | None = None
@@ -45,6 +51,8 @@ class LoadAhead:
             tasks.append(lambda: self._read(folder))
         if cache is not None and cache.path.is_file():
             tasks = [lambda: self._load_stored(cache)]
+        if heap is not None:
+            tasks.append(lambda: heap.take_pages(self._finished.is_set))
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self._threads:
             thread.start()
@@ -54,6 +62,8 @@ class LoadAhead:
         self._finished.set()
         for thread in self._threads:
             thread.join()
+        if self._heap is not None:
+            self._heap.open()
 
     def _load_stored(self, cache: WeightsCache) -> None:
         self.stored = cache.load()
@@ -83,13 +93,17 @@ class LoadAhead:
 def load_ahead(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, folder: Path) -> LoadAhead:
     """Begin, for what `EngineCore.load` will be given."""
     source = None if config.load_format == "dummy" else folder
+    heap = None
+    if plan.device == "cpu":
+        num_tokens = min(plan.max_num_batched_tokens, _MOST_TOKENS)
+        heap = Heap(plan.activations + plan.logprobs, model_config.activation_bytes(num_tokens, 1))
     if plan.attention_backend != PACKING_BACKEND:
-        return LoadAhead(source, 0)
+        return LoadAhead(source, 0, heap=heap)
     cache = None
     if config.weights_cache is not None and source is not None:
         key = weights_fingerprint(config, plan, folder)
         cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
-    return LoadAhead(source, model_config.packed_bytes(plan.dtype, plan.quantization), cache)
+    return LoadAhead(source, model_config.packed_bytes(plan.dtype, plan.quantization), cache, heap)
 
 
 @contextlib.contextmanager

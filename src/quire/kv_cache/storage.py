@@ -4,12 +4,18 @@ How a block lies is the kernels' affair (`Kernels.kv_cache_shapes`, see docs/dec
 blocks are the first dimension of keys and of values.
 """
 
+import contextlib
+import itertools
+import math
+import mmap
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 CPU = torch.device("cpu")
+_PAGE = 4096
+_HUGE_PAGE = 2 << 20
 
 
 class LayerCache(NamedTuple):
@@ -38,9 +44,8 @@ class KVCache:
         self.block_size = block_size
         self.device = device
         self.element_size = dtype.itemsize
-        self.layers = [
-            LayerCache(_zeros(keys, dtype, device), _zeros(values, dtype, device)) for _ in range(num_layers)
-        ]
+        tensors = _zeros(num_layers * [keys, values], dtype, device)
+        self.layers = [LayerCache(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
         self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for layer in self.layers for tensor in layer]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
@@ -69,8 +74,28 @@ class KVCache:
             first += tensor.shape[1]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that the system gives out as zero pages; torch.zeros would write, and so take, every one of them."""
+def lazy_zeros(num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes], pages of the system's own that are there when they are written; torch.zeros would write, and
+    so take, all of them, and malloc might keep them when they are freed."""
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGEX"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+
+def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=torch.uint8 if dtype.itemsize == 1 else dtype, device=device).view(dtype)
-    return torch.from_numpy(np.zeros(shape, dtype=f"i{dtype.itemsize}")).view(dtype)
+        stored = torch.uint8 if dtype.itemsize == 1 else dtype
+        return [torch.zeros(shape, dtype=stored, device=device).view(dtype) for shape in shapes]
+    # Blocks are taken from the first on, in every tensor. Each tensor begins elsewhere in a huge page, so that a step
+    # enters a new one in few of them: a system that must find the memory first takes milliseconds for each.
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    step = _HUGE_PAGE // len(sizes) // _PAGE * _PAGE
+    strides = [-(-size // _HUGE_PAGE) * _HUGE_PAGE + step for size in sizes]
+    memory = lazy_zeros(sum(strides))
+    begins = [0, *itertools.accumulate(strides)]
+    return [
+        memory[begin : begin + size].view(dtype).view(shape)
+        for begin, size, shape in zip(begins, sizes, shapes, strict=False)
+    ]

@@ -6,10 +6,9 @@ checksums; what was on a disk has (see `disk_blocks`).
 
 import time
 
-import numpy as np
 import torch
 
-from quire.kv_cache.storage import KVCache
+from quire.kv_cache.storage import KVCache, lazy_zeros
 from quire.kv_cache.tiers import HOST
 from quire.runner.disk_blocks import HEADER_BYTES, DiskBlocks
 from quire.step import BlockMoves, MovedBlocks
@@ -82,7 +81,7 @@ def _host_memory(num_blocks: int, kv_cache: KVCache) -> torch.Tensor:
     is written."""
     if kv_cache.device.type == "cuda":
         return torch.empty(num_blocks, kv_cache.block_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.zeros((num_blocks, kv_cache.block_bytes), dtype=np.uint8))
+    return lazy_zeros(num_blocks * kv_cache.block_bytes).view(num_blocks, kv_cache.block_bytes)
 
 
 def _content(buffer: bytearray) -> torch.Tensor:

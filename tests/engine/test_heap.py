@@ -1,0 +1,86 @@
+"""Memory of activations stays with the process, and goes back when the engine closes. A process of its own each, since
+malloc's settings are the process's."""
+
+import subprocess
+import sys
+
+import pytest
+
+COUNT_FAULTS = """
+import ctypes, resource, threading
+import torch
+from quire.engine import heap
+
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):  # as layers do: some live on while others come and go
+        kept = torch.ones(megabytes, 1 << 18)
+        torch.ones(2 * megabytes, 1 << 18)
+        del kept
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() >> 20
+
+torch.set_num_threads(1)
+faults(1)
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS + program], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+
+
+def test_no_layer_asks_the_system_for_memory() -> None:
+    before, *after = map(
+        int,
+        run("""
+print(faults(40))
+ahead = heap.Heap(300 << 20, 200 << 20)
+thread = threading.Thread(target=ahead.take_pages, args=(lambda: False,))
+thread.start()
+thread.join()
+ahead.open()
+for megabytes in (8, 40, 8, 40):
+    print(faults(megabytes))
+""").split(),
+    )
+    assert before > 10_000, "else there is nothing to keep"
+    assert max(after) < 300
+
+
+def test_taking_pages_can_be_stopped_and_what_was_taken_is_used() -> None:
+    assert (
+        run("""
+heap_bytes = 64 << 20
+answers = iter([False] * 20 + [True])
+before = resident()
+ahead = heap.Heap(heap_bytes, heap_bytes)
+ahead.take_pages(lambda: next(answers))
+print(abs(resident() - before - 20) < 3)
+ahead.open()
+ahead.open()
+""")
+        == "True"
+    )
+
+
+def test_closing_gives_it_back() -> None:
+    kept, left = map(
+        int,
+        run("""
+heap.Heap(1 << 30, 1 << 20).open()
+before = resident()
+torch.ones(200, 1 << 18)
+print(resident() - before)
+heap.give_back()
+print(resident() - before)
+""").split(),
+    )
+    assert kept > 150
+    assert left < 20
