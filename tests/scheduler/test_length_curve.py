@@ -4,7 +4,7 @@ import random
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from quire.scheduler.length_curve import MIN_ANSWERS, WINDOW, Answer, Ending, LengthClass, LengthCurve
@@ -27,6 +27,7 @@ def share_longer(answers: list[Answer], length: int) -> Fraction:
 
 
 @given(ANSWERS, st.integers(1, 19), st.integers(0, 35))
+@example([Answer(length, Ending.NATURAL) for length in (1, 2, 3, 3)] + 3 * [Answer(3, Ending.LIMIT)], 10, 1)
 def test_quantiles_are_those_of_the_product(answers: list[Answer], twentieths: int, beyond: int) -> None:
     curve = LengthCurve(answers)
     found = curve.quantile(twentieths / 20, beyond, LIMIT)

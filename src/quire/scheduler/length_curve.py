@@ -18,6 +18,8 @@ MIN_ANSWERS = 32
 """Answers that must have ended before a class is believed."""
 _RENEWED_EVERY = 32
 """Endings of a class after which its curve is drawn anew."""
+_ROUNDING = 1e-9
+"""Shares of answers that are no further apart are one: a product of fractions and the fraction it is, for instance."""
 
 
 class Ending(Enum):
@@ -64,7 +66,7 @@ class LengthCurve:
     def quantile(self, share: float, beyond: int, limit: int) -> int:
         """The length that `share` of the answers longer than `beyond` tokens do not exceed, at most `limit`."""
         longer = self._share_longer(beyond)
-        place = bisect_left(self._falling, -(1 - share) * longer)
+        place = bisect_left(self._falling, -(1 - share) * longer - _ROUNDING)
         if longer > 0 and place < len(self._lengths):
             return min(limit, max(beyond + 1, self._lengths[place]))
         return self._past_experience(beyond, limit)
