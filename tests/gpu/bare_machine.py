@@ -26,6 +26,8 @@ def hide() -> None:
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return None if name in HIDDEN or name.partition(".")[0] in HIDDEN else find(name, path, target)
 
+    # What finds an installed Quire: there is none on such a machine, only the sources.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("_editable_")]
     # A partial is no method where pytest keeps it in a class of its own.
     PathFinder.find_spec = partial(find_spec)  # type: ignore[method-assign, assignment]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
