@@ -1,14 +1,12 @@
 """Every configuration, compiled for GPUs that are not here: what a launch would need must fit, and the instructions
 that make it fast must be there. Speed itself only a GPU can show."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from tests.kernels.triton.compiler_run import run_with_compiler
 
 REGISTERS_PER_SM = 65536
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -18,15 +16,7 @@ SHARED_RESERVED = 1024
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.compile_kernels"],
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return run_with_compiler("compile_kernels")
 
 
 def failing(reports: list[dict[str, Any]], rule: Callable[[dict[str, Any]], bool]) -> list[str]:

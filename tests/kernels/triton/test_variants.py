@@ -1,11 +1,9 @@
 """Triton compiles a kernel anew for each variant of its arguments, and whoever sent the request waits. So no kernel may
 depend on how many sequences or tokens a step has, but attention on the rows that its programs hold."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
+
+from tests.kernels.triton.compiler_run import run_with_compiler
 
 SEVERAL = {
     "attention_kernel": 3,  # 16, 64 and 128 rows
@@ -15,17 +13,8 @@ SEVERAL = {
 
 
 def test_no_kernel_is_compiled_anew_for_another_batch() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.triton.list_variants"],
-        env={**environment, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
     variants = defaultdict(set)
-    for line in run.stdout.splitlines():
-        name, *variant = json.loads(line)
+    for name, *variant in run_with_compiler("list_variants"):
         variants[name].add(tuple(variant))
     assert variants.keys() > SEVERAL.keys()
     assert {name: len(found) for name, found in variants.items()} == {name: SEVERAL.get(name, 1) for name in variants}
