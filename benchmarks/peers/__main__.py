@@ -2,7 +2,8 @@
 
 DIR is what `python -m benchmarks.peers.prepare DIR` made. Every repeat of every engine is a fresh process in its own
 interpreter, and the engines take turns (A B A B), so that the slow drift of a machine falls on all. The machine's
-ceilings are measured before every round. Prints one table and writes all figures as JSON.
+ceilings are measured before every round. Prints one table, and writes all figures as JSON whenever there is a new one:
+a run that is interrupted ends with the table of what it has, and `--table FILE` prints one at any time.
 """
 
 import argparse
@@ -10,76 +11,90 @@ import json
 import os
 import platform
 import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
 from ctypes.util import find_library
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.peers.engines import ENGINES, interpreter, model_path
 from benchmarks.peers.limits import FORMATS, least_seconds
+from benchmarks.peers.results import Report, Results
 from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
 from quire.model_config import ModelConfig
 from quire.simulation.model_shapes import ModelShape
 
 ROOT = Path(__file__).parents[2]
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
-TITLES = {name: workload.title for name, workload in make_workloads().items()} | {
-    "W4-sampled": "as many samples instead of beams",
-    "W5-first-token": "single stream, no more than that",
-    "W7": "process start to first token",
-}
-
-Report = dict[str, Any]
+LOOK_SECONDS = 1.0
+"""How often a running engine is asked for new figures."""
 
 
 class EngineFailed(Exception):
-    """A run that ended without figures, with the last words of its process."""
+    """A run that ended before its last figure, with the last words of its process."""
 
 
 def main() -> None:
     options = parse_options()
-    reports: dict[str, list[Report]] = {engine: [] for engine in options.engines}
-    ceilings: list[dict[str, float]] = []
+    if options.table is not None:
+        print(Results.load(options.table).table())
+        return
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # they end a run as Ctrl-C does
+    results = Results(describe_machine(), options.model, {engine: [] for engine in options.engines})
+    try:
+        compare(options, results)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+    if not results.ceilings:
+        sys.exit("nothing was measured")
+    print(f"{results.table()}\n\nall figures: {options.output}")
+
+
+def compare(options: argparse.Namespace, results: Results) -> None:
     for repeat in range(options.repeats):
-        ceilings.append(measure_ceilings())
+        rates = measure_ceilings()
+        results.ceilings.append(rates)
+        for name, least in limits(options, rates).items():
+            results.limits.setdefault(name, []).append(least)
+        results.save(options.output)
         for engine in options.engines:
             print(f"run {repeat + 1} of {options.repeats}: {engine} …", file=sys.stderr, flush=True)
+            run: Report = {}
             try:
-                reports[engine].append(run_engine(engine, options))
-            except EngineFailed as failure:  # its column stays empty; the others' hours count
+                for report in run_engine(engine, options):
+                    if not run:
+                        results.runs[engine].append(run)
+                    run.update(report)
+                    results.save(options.output)
+            except EngineFailed as failure:  # what it has counts, and so do the others' hours
                 print(failure, file=sys.stderr, flush=True)
-    print(table(options, reports | limits(options, ceilings), ceilings))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(
-        json.dumps(
-            {"machine": describe_machine(), "model": options.model, "ceilings": ceilings, "runs": reports},
-            indent=1,
-        )
-    )
-    print(f"\nall figures: {options.output}")
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add = parser.add_argument
-    add("peers", type=Path, help="folder made by python -m benchmarks.peers.prepare")
+    add("peers", type=Path, nargs="?", help="folder made by python -m benchmarks.peers.prepare")
     add("--model", default="M160", help="of benchmarks.make_models (default: %(default)s)")
     add("--engines", default="quire,vllm", help=f"from {', '.join(ENGINES)} (default: %(default)s)")
     add("--only", default=",".join(WORKLOADS), help="workloads (default: %(default)s)")
     add("--repeats", type=int, default=3)
     add("--output", type=Path)
+    add("--table", type=Path, metavar="FILE", help="measure nothing: print the table of what a run has written")
     options = parser.parse_args()
     options.engines, options.only = options.engines.split(","), options.only.split(",")
     for flag, chosen, known in (("engines", options.engines, ENGINES), ("only", options.only, WORKLOADS)):
         for name in chosen:
             if name not in known:
                 parser.error(f"--{flag} has {name!r}; there are {', '.join(known)}")
+    if options.table is not None:
+        return options
+    if options.peers is None:
+        parser.error("name the folder made by python -m benchmarks.peers.prepare")
     options.peers = options.peers.absolute()
     for name in options.engines:
         for needed in (
@@ -93,8 +108,8 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def run_engine(engine: str, options: argparse.Namespace) -> Report:
-    """One fresh process of `engine`; what it printed is shown only if it fails."""
+def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
+    """One fresh process of `engine`: all its figures, whenever there are new ones; its words only if it fails."""
     row = ENGINES[engine]
     python = interpreter(row, options.peers)
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -113,12 +128,21 @@ def run_engine(engine: str, options: argparse.Namespace) -> Report:
         command = [str(python), "-m", "benchmarks.peers.engine_run"]
         command += [str(word) for pair in arguments.items() for word in pair]
         with log.open("w") as out:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=out, check=False)
-        if done.returncode or not report.exists():
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, process_group=0)
+        written = ""
+        try:
+            while process.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK_SECONDS)
+                if report.exists() and written != (written := report.read_text()):
+                    yield json.loads(written)
+        finally:
+            if process.returncode is None:  # interrupted: it ends with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode:
             words = log.read_text()[-4000:]
-            raise EngineFailed(f"{engine} ended with status {done.returncode}; its last words:\n{words}")
-        figures: Report = json.loads(report.read_text())
-    return figures
+            raise EngineFailed(f"{engine} ended with status {process.returncode}; its last words:\n{words}")
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
@@ -140,8 +164,8 @@ def measure_ceilings() -> dict[str, float]:
     return ceilings
 
 
-def limits(options: argparse.Namespace, ceilings: list[dict[str, float]]) -> dict[str, list[Report]]:
-    """What the workloads take at least with the ceilings of each repeat, as if engines had reported it."""
+def limits(options: argparse.Namespace, rates: dict[str, float]) -> dict[str, Report]:
+    """What the workloads take at least with these ceilings, as if engines had reported it."""
     folder = model_path(ENGINES["quire"], options.peers, options.model)
     model = ModelShape.of(ModelConfig.from_folder(folder), options.model)
     workloads = {name: workload for name, workload in make_workloads().items() if name in options.only}
@@ -152,62 +176,11 @@ def limits(options: argparse.Namespace, ceilings: list[dict[str, float]]) -> dic
     if "W4" in workloads:
         workloads["W4-sampled"] = workloads["W4"]
     return {
-        f"limit {weights}": [
-            {"seconds": {name: least_seconds(model, each, rates, weights) for name, each in workloads.items()}}
-            for rates in ceilings
-        ]
+        f"limit {weights}": {
+            "seconds": {name: least_seconds(model, each, rates, weights) for name, each in workloads.items()}
+        }
         for weights in FORMATS
     }
-
-
-def table(options: argparse.Namespace, reports: dict[str, list[Report]], ceilings: list[dict[str, float]]) -> str:
-    """Markdown: a row per figure, a column per engine."""
-    figures = list(dict.fromkeys(name for runs in reports.values() for run in runs for name in run["seconds"]))
-    figures = [name for name in figures if name != "W7" or name in options.only]
-    rows = [["", *reports], ["---"] * (len(reports) + 1)]
-    rows += [[f"{name} {TITLES[name]}, s", *_cells(reports, partial(_seconds, name))] for name in figures]
-    if "W5" in figures:
-        rows.append(["W5 decoding, tokens/s", *_cells(reports, _decode_rate)])
-    rows.append(["peak memory, MiB", *_cells(reports, _peak_memory)])
-    lines = [
-        f"{options.model}, {options.repeats} runs each, median [least, most]",
-        f"{describe_machine()}; "
-        + ", ".join(f"{name} {_with_range([each[name] for each in ceilings])}" for name in ceilings[0]),
-        "",
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]
-    return "\n".join(lines)
-
-
-def _cells(reports: dict[str, list[Report]], figure: Callable[[Report], float | None]) -> list[str]:
-    """A cell per engine: the figure over its runs, or a dash where it has none."""
-    cells = []
-    for runs in reports.values():
-        values = [value for run in runs if (value := figure(run)) is not None]
-        cells.append(_with_range(values) if values else "–")
-    return cells
-
-
-def _seconds(figure: str, run: Report) -> float | None:
-    seconds: float | None = run["seconds"].get(figure)
-    return seconds
-
-
-def _decode_rate(run: Report) -> float:
-    """Tokens per second of a single stream after its first token."""
-    decoded = make_workloads()["W5"].num_output_tokens - 1
-    return float(decoded / (run["seconds"]["W5"] - run["seconds"]["W5-first-token"]))
-
-
-def _peak_memory(run: Report) -> float | None:
-    peak: int | None = run.get("peak_memory_bytes")
-    return None if peak is None else peak / 2**20
-
-
-def _with_range(values: list[float]) -> str:
-    digits = 0 if min(values) >= 100 else 2
-    median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
-    return median if least == most else f"{median} [{least}, {most}]"
 
 
 def describe_machine() -> str:

@@ -1,4 +1,4 @@
-"""One engine, one process: loads the model, runs the chosen workloads once each, reports what it measured.
+"""One engine, one process: loads the model, runs the chosen workloads once each, reports each figure as it comes.
 
 Runs in the engine's own interpreter, as `python -m benchmarks.peers.engine_run`; started by `__main__.py`,
 which also took the time of the start.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.peers.engines import ENGINES, model_path
 from benchmarks.peers.peer_engine import NotOffered, PeerEngine
+from benchmarks.peers.results import write_whole
 from benchmarks.peers.workloads import Workload, WorkRequest, make_workloads
 
 
@@ -34,12 +35,24 @@ def main() -> None:
     workloads = make_workloads()
     single = workloads["W5"].requests[0]
     engine.generate([WorkRequest(single.prompt_token_ids, 1)], n=1, temperature=0.0)
-    seconds = {"W7": time.monotonic() - options.started_at}
+    start_seconds = time.monotonic() - options.started_at
+    seconds: dict[str, float] = {}
     stolen: dict[str, float] = {}
+
+    def report() -> None:
+        figures = {
+            "version": engine.version,
+            "seconds": seconds,
+            "stolen_cpu_seconds": stolen,
+            "peak_memory_bytes": peak_memory(os.getpid()),
+        }
+        write_whole(options.report, json.dumps(figures))
 
     engine.generate(workloads["warm"].requests, n=1, temperature=0.0)
     for name in options.only.split(","):
         if name == "W7":  # the start of the process, which is over by now
+            seconds[name] = start_seconds
+            report()
             continue
         for figure, requests, run in what_to_time(name, workloads[name], engine):
             engine.forget(requests)
@@ -50,14 +63,8 @@ def main() -> None:
                 continue
             seconds[figure] = time.perf_counter() - start
             stolen[figure] = stolen_seconds() - stolen_before
-    report = {
-        "version": engine.version,
-        "seconds": seconds,
-        "stolen_cpu_seconds": stolen,
-        "peak_memory_bytes": peak_memory(os.getpid()),
-    }
+            report()
     engine.close()
-    options.report.write_text(json.dumps(report))
 
 
 def what_to_time(

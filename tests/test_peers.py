@@ -1,0 +1,85 @@
+"""`benchmarks.peers` with engines that are scripts: a run that is cut short keeps what it measured."""
+
+import os
+import signal
+import sys
+
+import pytest
+
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers.results import Results, write_whole
+from quire.engine.checkpoint import bundled_folder
+
+ENGINE = """#!{python}
+import json, os, signal, sys, time
+from pathlib import Path
+
+words = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+
+def report(**seconds):
+    figures = {{"version": "1", "seconds": {{k.replace("_", "-"): v for k, v in seconds.items()}}}}
+    Path(words["--report"]).write_text(json.dumps(figures))
+
+report(W5_first_token=0.5)
+if words["--engine"] == "llama.cpp-f32":
+    sys.exit("no more")
+if words["--engine"] == "openvino-int8":
+    while len(json.loads(Path({output!r}).read_text())["runs"]["openvino-int8"]) == 0:
+        time.sleep(0.001)
+    Path({pid!r}).write_text(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(1000)
+report(W5_first_token=0.5, W5=1.77)
+"""
+
+
+def test_an_interrupted_run_ends_with_the_table_of_what_it_has(tmp_path, monkeypatch, capsys):
+    output, pid = tmp_path / "figures.json", tmp_path / "pid"
+    for folder in ("openvino", "llama.cpp"):
+        python = tmp_path / folder / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        python.write_text(ENGINE.format(python=sys.executable, output=str(output), pid=str(pid)))
+        python.chmod(0o755)
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "M160-fp32").symlink_to(bundled_folder())
+    for weights in ("openvino-fp32", "openvino-int8", "f32.gguf"):
+        (models / f"M160-{weights}").touch()
+    rates = {"fp32_gflops": 100.0, "bf16_gflops": 200.0, "int8_gops": 400.0, "read_gb_per_s": 20.0}
+    monkeypatch.setattr(peers, "measure_ceilings", lambda: rates)
+    monkeypatch.setattr(peers, "LOOK_SECONDS", 0.01)
+    command = ["peers", str(tmp_path), "--engines", "openvino,llama.cpp-f32,openvino-int8", "--only", "W5"]
+    monkeypatch.setattr(sys, "argv", [*command, "--repeats", "2", "--output", str(output)])
+    handlers = {ending: signal.getsignal(ending) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        peers.main()
+    finally:
+        for ending, handler in handlers.items():
+            signal.signal(ending, handler)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+    table, _, last = capsys.readouterr().out.rpartition("\n\n")
+    assert last == f"all figures: {output}\n"
+    cells = {row.split(" | ")[0]: row.strip("| ").split(" | ")[1:4] for row in table.splitlines()}
+    assert cells["| W5-first-token single stream, no more than that, s"] == ["0.50", "0.50", "0.50"]
+    assert cells["| W5 decoding, tokens/s"] == ["100", "–", "–"]
+    assert "limit int8" in table
+
+    monkeypatch.setattr(sys, "argv", ["peers", "--table", str(output)])
+    peers.main()
+    assert capsys.readouterr().out == table + "\n"
+    assert Results.load(output).runs["llama.cpp-f32"] == [{"version": "1", "seconds": {"W5-first-token": 0.5}}]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file = tmp_path / "figures.json"
+    write_whole(file, "old")
+
+    def crash(*_):
+        raise OSError("crash before the last step")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="last step"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
