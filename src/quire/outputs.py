@@ -166,7 +166,8 @@ class StepDeltas:
     no object each, since of hundreds that would cost more than all else that the host does in a step."""
 
     samples: list[tuple[str, int]] = field(default_factory=list)
-    """(request id, index) of each sample that gained a token and nothing else."""
+    """(request id, index) of each sample that gained a token and nothing else: the very list of the step before where
+    they are the same, and never changed once it was given out, so that whoever knows the list need not read it."""
     token_ids: list[int] = field(default_factory=list)
     """Its token."""
     others: list[SequenceDelta] = field(default_factory=list)

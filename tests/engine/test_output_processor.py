@@ -157,3 +157,40 @@ def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any]) -
         assert stopped == stopped_too
     assert total.finished
     assert dataclasses.asdict(whole) == dataclasses.asdict(total)
+
+
+def test_samples_named_by_the_list_of_the_step_before_gain_their_tokens() -> None:
+    """Also where a request was aborted since, and where others have more to say in the same step."""
+    processor = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
+    requests = {"a": 1, "b": 2, "c": 1}
+    wholes = {}
+    for request_id, n in requests.items():
+        params = SamplingParams(n=n, detokenize=False)
+        request = Request(request_id=request_id, prompt_token_ids=[1], params=params, max_tokens=100)
+        wholes[request_id] = processor.add(request, None)
+
+    def tokens() -> dict[str, list[list[int]]]:
+        return {request_id: [sample.token_ids for sample in whole.outputs] for request_id, whole in wholes.items()}
+
+    samples = [(request_id, index) for request_id, n in requests.items() for index in range(n)]
+    processor.process(StepDeltas(others=[SequenceDelta(*sample, [1]) for sample in samples]))
+    first = samples[:3]
+    for token_id in (2, 3):
+        outputs, stopped = processor.process(
+            StepDeltas(first, [token_id, 10 + token_id, 20 + token_id], [SequenceDelta("c", 0, [token_id])])
+        )
+        assert {output.request_id for output in outputs} == {"a", "b", "c"}
+        assert len(outputs) == 3
+    outputs, stopped = processor.process(StepDeltas(first, [4, 14, 24]))
+    assert ([output.request_id for output in outputs], stopped) == (["a", "b"], [])
+    assert tokens() == {"a": [[1, 2, 3, 4]], "b": [[1, 12, 13, 14], [1, 22, 23, 24]], "c": [[1, 2, 3]]}
+    processor.discard("a")
+    outputs, _ = processor.process(StepDeltas(first, [5, 15, 25]))  # on its way when the request went
+    assert [output.request_id for output in outputs] == ["b"]
+    outputs, _ = processor.process(StepDeltas(samples[1:], [16, 26, 6]))
+    assert [output.request_id for output in outputs] == ["b", "c"]
+    assert tokens() == {
+        "a": [[1, 2, 3, 4]],
+        "b": [[1, 12, 13, 14, 15, 16], [1, 22, 23, 24, 25, 26]],
+        "c": [[1, 2, 3, 6]],
+    }

@@ -59,7 +59,9 @@ def test_one_token_where_nobody_asks() -> None:
 
 def _points(tokens: list[int]) -> SamplePoints:
     empty = np.empty(0, dtype=np.int32)
-    return SamplePoints([], np.array(tokens, dtype=np.int32), empty, [], after_every_token=False, grammars=[])
+    return SamplePoints(
+        [], np.array(tokens, dtype=np.int32), empty, [], after_every_token=False, grammars=[], outputs=None
+    )
 
 
 def _batch(counts: list[int]) -> InputBatch:

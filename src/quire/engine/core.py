@@ -281,7 +281,8 @@ class EngineCore:
             self._under_way = ahead, next_pending
         elif ahead is not None:
             self._scheduler.retreat(ahead)
-        self._grammars.keep_held(self._scheduler.request_ids)
+        if self._grammars.num_held:
+            self._grammars.keep_held(self._scheduler.request_ids)
         return deltas
 
     def _launch(self, plan: StepPlan) -> PendingStep | None:

@@ -109,7 +109,7 @@ class Engine:
         self._core.abort(request_id)
         self._outputs.discard(request_id)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> Sequence[RequestOutput]:
         """One step; returns the outputs that grew in it."""
         outputs, stopped = self._outputs.process(self._core.step())
         for request_id, index in stopped:

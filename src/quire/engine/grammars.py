@@ -79,11 +79,15 @@ class WaitingForGrammar:
             taken.append((request, self._error_of(request, future)))
         return taken
 
+    @property
+    def num_held(self) -> int:
+        """Grammars of requests that run, or have ended since `keep_held`."""
+        return len(self._held)
+
     def keep_held(self, request_ids: Iterable[str]) -> None:
         """Let go of the grammars of requests that are not among these."""
-        if self._held:
-            alive = set(request_ids)
-            self._held = {name: grammar for name, grammar in self._held.items() if name in alive}
+        alive = set(request_ids)
+        self._held = {name: grammar for name, grammar in self._held.items() if name in alive}
 
     def _error_of(self, request: Request, future: "Future[Grammar]") -> RequestError | None:
         try:

@@ -1,7 +1,8 @@
 """OutputProcessor: token ids as they leave the engine core → text, stop strings, log-probabilities, RequestOutputs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from quire.engine.detokenizer import Detokenizer
 from quire.engine.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ class _Sample:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.num_tokens = 0
+        """So far, where there is a detokenizer."""
         self.whole: CompletionOutput | None = None
         """Everything so far, where its request has `whole`."""
         self.ids: list[int] | None = None
@@ -54,6 +56,15 @@ class _RequestState:
         return RequestOutput(self.request.request_id, self.prompt, prompt_token_ids, [], metrics=self.metrics)
 
 
+class _Growing(NamedTuple):
+    """Samples that tokens add nothing to but themselves."""
+
+    token_ids: list[list[int]]
+    """Those of each so far."""
+    outputs: list[RequestOutput]
+    """Their requests', each once."""
+
+
 class OutputProcessor:
     """Owns the text side of every request in flight."""
 
@@ -65,6 +76,9 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._clock = clock
         self._states: dict[str, _RequestState] = {}
+        self._samples: list[tuple[str, int]] = []
+        """Those of the last step, and what they are, if all of them are such."""
+        self._growing: _Growing | None = None
 
     def __len__(self) -> int:
         return len(self._states)
@@ -78,8 +92,9 @@ class OutputProcessor:
     def discard(self, request_id: str) -> None:
         """Forget a request that was aborted."""
         self._states.pop(request_id, None)
+        self._samples = []
 
-    def process(self, deltas: StepDeltas) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
+    def process(self, deltas: StepDeltas) -> tuple[Sequence[RequestOutput], list[tuple[str, int]]]:
         """The outputs of requests that gained something, and the (request id, sample) pairs that a stop string ended,
         for the core."""
         outputs: dict[str, RequestOutput] = {}
@@ -87,16 +102,32 @@ class OutputProcessor:
         now = self._clock()
         for delta in deltas.others:
             self._take(delta, now, outputs, stopped)
-        for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+        if deltas.samples is not self._samples:
+            self._samples, self._growing = deltas.samples, self._find_growing(deltas.samples)
+        growing = self._growing
+        if growing is None:
+            for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
+                self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
+            return list(outputs.values()), stopped
+        # The same as in the step before, as a rule: then nothing of a sample is looked at but its list.
+        for ids, token_id in zip(growing.token_ids, deltas.token_ids, strict=True):
+            ids.append(token_id)
+        if not outputs:
+            return growing.outputs, stopped
+        outputs.update((output.request_id, output) for output in growing.outputs)
+        return list(outputs.values()), stopped
+
+    def _find_growing(self, samples: list[tuple[str, int]]) -> _Growing | None:
+        token_ids: list[list[int]] = []
+        outputs: dict[str, RequestOutput] = {}
+        for request_id, index in samples:
             state = self._states.get(request_id)
             sample = state.live.get(index) if state is not None else None
-            if state is not None and sample is not None and state.whole is not None and sample.ids is not None:
-                sample.num_tokens += 1
-                sample.ids.append(token_id)
-                outputs[request_id] = state.whole
-            else:
-                self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
-        return list(outputs.values()), stopped
+            if state is None or state.whole is None or sample is None or sample.ids is None:
+                return None
+            token_ids.append(sample.ids)
+            outputs[request_id] = state.whole
+        return _Growing(token_ids, list(outputs.values()))
 
     def _take(
         self, delta: SequenceDelta, now: float, outputs: dict[str, RequestOutput], stopped: list[tuple[str, int]]
@@ -165,7 +196,7 @@ class OutputProcessor:
                 token_ids = token_ids[: match.num_tokens - sample.num_tokens]
                 stop_reason = None
             completion.text += sample.detokenizer.delta()
-        sample.num_tokens += len(token_ids)
+            sample.num_tokens += len(token_ids)
         completion.token_ids += token_ids
         completion.finish_reason = finish_reason
         completion.error = delta.error

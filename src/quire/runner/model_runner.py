@@ -378,8 +378,12 @@ class ModelRunner:
 
     def _take_in(self, plan: StepPlan, points: SamplePoints, sampled: SampleResult, result: StepResult) -> None:
         """Let the sequences take what was sampled, of drafts as far as they hold."""
-        firsts = points.first[:-1]
         result.token_ids, result.logprobs, result.errors = sampled.token_ids, sampled.logprobs, sampled.errors
+        if points.outputs is not None and not any(sampled.errors):
+            for output_token_ids, token_id in zip(points.outputs, sampled.token_ids, strict=True):
+                output_token_ids.append(token_id)
+            return
+        firsts = points.first[:-1]
         if plan.drafts:
             result.token_ids = [sampled.token_ids[first] for first in firsts]
             result.logprobs = [sampled.logprobs[first] for first in firsts]

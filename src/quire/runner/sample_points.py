@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.sampling.state import SamplingState
+from quire.sampling.state import Draw, SamplingState
 from quire.sampling.structured_output import GrammarState
 from quire.step import StepPlan
 
@@ -30,6 +30,8 @@ class SamplePoints:
     """Whether the samples are one after every token of the step, in their order, as where all only decode."""
     grammars: list[GrammarState]
     """Those that any of the states follow."""
+    outputs: list[list[int]] | None
+    """[N]: the tokens of each state, where none of the states has more to remember; else None."""
 
 
 def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoints:
@@ -38,7 +40,9 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
     rows = np.array(plan.sample_rows, dtype=np.int32)
     if not plan.drafts:
         decodes = plan.sample_after == list(range(plan.num_tokens))
-        return SamplePoints(states, last, rows, list(range(len(states) + 1)), decodes, _grammars(states))
+        plain = all(state.is_its_tokens and state.draw is not Draw.BEAM for state in states)
+        outputs = [state.output_token_ids for state in states] if plain else None
+        return SamplePoints(states, last, rows, list(range(len(states) + 1)), decodes, _grammars(states), outputs)
     all_states: list[SamplingState] = []
     tokens: list[int] = []
     first: list[int] = []
@@ -57,7 +61,7 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
     first.append(len(tokens))
     after_every_token = tokens == list(range(plan.num_tokens))
     return SamplePoints(
-        all_states, np.array(tokens, dtype=np.int32), rows, first, after_every_token, _grammars(all_states)
+        all_states, np.array(tokens, dtype=np.int32), rows, first, after_every_token, _grammars(all_states), None
     )
 
 

@@ -49,7 +49,10 @@ class SamplingBatch:
         self.processors = LogitsProcessing(self.states, logits_processors)
         self.edits = LogitEdits(states, vocab_size)
         self.groups = _group_rows(self.states, vocab_size)
-        self._draws = any(group.draw not in (Draw.GREEDY, Draw.BEAM) for group in self.groups)
+        draws = {group.draw for group in self.groups}
+        self._output_token_ids = None if draws <= {Draw.GREEDY, Draw.BEAM} else [s.output_token_ids for s in states]
+        """Whose length is each sequence's position, where any token is left to chance."""
+        self._zeros: FloatArray = np.zeros(len(states))
         self.logprob_rows: defaultdict[int, list[int]] = defaultdict(list)
         """How many logprobs → the rows that report so many of the model's own."""
         self.processed_rows: list[int] = []
@@ -65,15 +68,19 @@ class SamplingBatch:
                 self.logprob_rows[state.params.logprobs].append(row)
             else:
                 self.processed_rows.append(row)
+        self.only_draws = not (
+            self.processors.any or self.edits.any or self.logprob_rows or self.processed_rows or Draw.BEAM in draws
+        )
+        """Whether logits are drawn from as they are, and tokens are all that is asked for."""
         self._keys: NDArray[np.uint64] = stream_keys(
             [state.seed for state in states], [state.sample_index for state in states]
         )
 
     def uniforms(self) -> FloatArray:
         """One number in [0, 1) per sequence, for its next token; zeros if none is left to chance."""
-        if not self._draws:
-            return np.zeros(len(self.states))
-        return uniforms(self._keys, np.array([state.position for state in self.states], dtype=np.uint64))
+        if self._output_token_ids is None:
+            return self._zeros
+        return uniforms(self._keys, np.array([len(ids) for ids in self._output_token_ids], dtype=np.uint64))
 
 
 def split_by_logprobs(states: Sequence[SamplingState], vocab_size: int, logprobs_memory: int) -> list[slice]:

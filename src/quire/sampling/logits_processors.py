@@ -65,6 +65,8 @@ class LogitsProcessing:
             for row, state in enumerate(states)
             if state.params.logits_processors
         ]
+        self.any = bool(self._errors or self._batched or self._own)
+        """Whether `apply` does anything."""
 
     def apply(self, logits: Tensor) -> dict[int, str]:
         """Change `logits` [rows, vocabulary] in place. Returns row → what went wrong; such a row comes out as NaN."""

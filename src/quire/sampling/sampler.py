@@ -1,6 +1,6 @@
 """Sampler: one step's logits in, one token per sequence out. The pipeline, in vLLM's order, is visible in `sample`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan
 
@@ -41,12 +41,13 @@ class Sampler:
         """`logprobs_memory` is in bytes: batches whose log-probabilities would need more are sampled in pieces."""
         self._vocab_size = vocab_size
         self._logprobs_memory = logprobs_memory
-        self._states: list[SamplingState] = []
+        self._states: Sequence[SamplingState] = []
         self._pieces: list[tuple[slice, SamplingBatch]] = []
         self._logits_processors = logits_processors
 
     def sample(self, logits: Tensor, states: Sequence[SamplingState], *, passing: bool = False) -> SampleResult:
-        """Draw one token per row of `logits` [rows, vocabulary] float32, which may be overwritten.
+        """Draw one token per row of `logits` [rows, vocabulary] float32, which may be overwritten. The list `states` is
+        never changed afterwards.
 
         A row that holds NaN or +inf, or in which no token is left, gets an error; the others do not notice.
         `passing` states do not come again: what was gathered of those before them is kept.
@@ -65,34 +66,24 @@ class Sampler:
         return result
 
     def _sample(self, logits: Tensor, batch: SamplingBatch) -> SampleResult:
+        if batch.only_draws:
+            return _draw(logits, batch, {})
         states = batch.states
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
         raw_beams = {row: logits[row].clone() for row in batch.reporting_beams}
         failures = batch.processors.apply(logits)
-        for group in batch.groups:
-            if group.draw is Draw.BEAM:
-                # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
-                logits[group.place] = logits[group.place].log_softmax(dim=-1)
+        beams = [group for group in batch.groups if group.draw is Draw.BEAM]
+        for group in beams:
+            # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
+            logits[group.place] = logits[group.place].log_softmax(dim=-1)
         if batch.edits.any:
             batch.edits.apply(logits.numpy())
         processed = {row: logits[row].clone() for row in batch.processed_rows}
-        token_ids = [NO_TOKEN] * len(states)
-        errors: list[str | None] = [None] * len(states)
-        uniform = batch.uniforms()
-        candidates: dict[int, BeamCandidates] = {}
-        for group in batch.groups:
-            if group.draw is Draw.BEAM:
-                num_candidates = [states[row].num_candidates for row in group.rows]
-                of_group = _find_candidates(logits[group.place], num_candidates)
-                candidates.update(zip(group.rows, of_group, strict=True))
-                continue
-            tokens, peaks = _draw(group, logits, uniform)
-            for row, token_id, peak in zip(group.rows, tokens, peaks, strict=True):
-                if isfinite(peak):
-                    token_ids[row] = token_id
-                else:
-                    errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(peak)
-        logprobs: list[TokenLogprobs | None] = [None] * len(states)
+        result = _draw(logits, batch, failures)
+        token_ids, logprobs, errors, candidates = result.token_ids, result.logprobs, result.errors, result.candidates
+        for group in beams:
+            of_group = _find_candidates(logits[group.place], [states[row].num_candidates for row in group.rows])
+            candidates.update(zip(group.rows, of_group, strict=True))
         for k, rows in batch.logprob_rows.items():
             reports = token_logprobs(raw[k], [token_ids[row] for row in rows], k)
             for row, report in zip(rows, reports, strict=True):
@@ -110,7 +101,7 @@ class Sampler:
             candidates[row] = candidates[row]._replace(
                 reports=self._report_beam(raw_beams[row], candidates[row].token_ids, k)
             )
-        return SampleResult(token_ids, logprobs, errors, candidates)
+        return result
 
     def _report_beam(self, logits: Tensor, token_ids: list[int], k: int) -> list[TokenLogprobs]:
         """What is told of each candidate of one beam, as many at a time as there is room for."""
@@ -122,10 +113,10 @@ class Sampler:
         return reports
 
     def _pieces_of(self, states: Sequence[SamplingState]) -> list[tuple[slice, SamplingBatch]]:
-        # States compare by identity, so this is a short scan, and the list keeps them from being replaced unseen.
-        if self._states != list(states):
-            self._states = list(states)
+        # States compare by identity, so a list of the same ones is told without a look at any of them.
+        if self._states != states:
             self._pieces = self._gather(states)
+        self._states = states
         return self._pieces
 
     def _gather(self, states: Sequence[SamplingState]) -> list[tuple[slice, SamplingBatch]]:
@@ -133,9 +124,31 @@ class Sampler:
         return [(piece, SamplingBatch(states[piece], self._vocab_size, self._logits_processors)) for piece in pieces]
 
 
-def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[list[int], list[float]]:
+def _draw(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> SampleResult:
+    """A token or an error for each row, but for those of beams. Where one way is all rows', no row is looked at."""
+    num_rows = len(batch.states)
+    result = SampleResult([NO_TOKEN] * num_rows, [None] * num_rows, [None] * num_rows, {})
+    uniforms = batch.uniforms()
+    for group in batch.groups:
+        if group.draw is Draw.BEAM:
+            continue
+        if len(group.rows) == num_rows:
+            result.token_ids, peaks = _draw_group(group, logits, uniforms)
+        else:
+            token_ids, peaks = _draw_group(group, logits[group.place], uniforms[group.place])
+            for row, token_id in zip(group.rows, token_ids, strict=True):
+                result.token_ids[row] = token_id
+        if all(map(isfinite, peaks)):
+            continue
+        for row, peak in zip(group.rows, peaks, strict=True):
+            if not isfinite(peak):
+                result.token_ids[row] = NO_TOKEN
+                result.errors[row] = failures.get(row) or _grammar_error(batch.states[row]) or explain_peak(peak)
+    return result
+
+
+def _draw_group(group: RowGroup, scores: Tensor, uniform: FloatArray) -> tuple[list[int], list[float]]:
     """A token and the highest logit of each row of the group; where the logit is not finite, the token is void."""
-    scores = logits[group.place] if len(group.rows) < len(logits) else logits
     if group.draw is Draw.GREEDY:
         peaks, ids = row_peaks(scores)
         return ids.tolist(), peaks.tolist()  # of equals the lowest id
@@ -145,7 +158,6 @@ def _draw(group: RowGroup, logits: Tensor, uniforms: FloatArray) -> tuple[list[i
     scores.sub_(peaks)
     if group.temperatures is not None:
         scores.div_(group.temperatures)
-    uniform = uniforms[group.place]
     match group.draw:
         case Draw.UNFILTERED:
             tokens = draw_unfiltered(scores, group.min_p, uniform)

@@ -91,6 +91,11 @@ class SamplingState:
             self._remember(token_id)
 
     @property
+    def is_its_tokens(self) -> bool:
+        """Whether `append` does no more than append to `output_token_ids`."""
+        return self.grammar is None and self.bad_words is None and self.token_counts is None
+
+    @property
     def position(self) -> int:
         """Number of tokens generated so far."""
         return len(self.output_token_ids)
