@@ -10,6 +10,7 @@ from quire.engine.checkpoint import bundled_folder
 from quire.engine.load_ahead import LoadAhead, load_ahead, without_garbage_collection
 from quire.engine.memory_plan import plan_memory
 from quire.model_config import ModelConfig
+from quire.models.weights_cache import PackedTensor, WeightsCache
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4096, 200 << 20])
@@ -39,6 +40,24 @@ def test_a_backend_that_packs_nothing_takes_no_memory() -> None:
     ahead = load_ahead(config, model, plan_memory(config, model), bundled_folder())
     ahead.finish()
     assert ahead.memory is None
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (8, 7)])
+def test_stored_weights_are_checked_by_the_cores_that_the_import_leaves(
+    num_cores: int, num_threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Cache(WeightsCache):
+        def load(self, num_threads: int = 1) -> list[PackedTensor]:
+            asked.append(num_threads)
+            return []
+
+    cache = Cache(tmp_path, b"k" * 16, 1 << 20)
+    cache.path.touch()
+    monkeypatch.setattr("quire.engine.load_ahead.usable_cores", lambda: num_cores)
+    LoadAhead(None, 0, cache).finish()
+    assert asked == [num_threads]
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.engine.device import usable_cores
 from quire.engine.fingerprint import weights_fingerprint
 from quire.engine.heap import Heap
 from quire.engine.memory_plan import MemoryPlan
@@ -66,7 +67,7 @@ class LoadAhead:
             self._heap.open()
 
     def _load_stored(self, cache: WeightsCache) -> None:
-        self.stored = cache.load()
+        self.stored = cache.load(max(1, usable_cores() - 1))  # the import has one to itself
 
     def _take_pages(self, memory: mmap.mmap) -> None:
         # Pages of the plain size: a huge one is more likely to be one that a hypervisor has taken back (docs/log.md).

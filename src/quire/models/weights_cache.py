@@ -62,8 +62,9 @@ class WeightsCache:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def load(self) -> list[PackedTensor]:
-        """What is stored, every byte checked; nothing where there is no file or a damaged one."""
+    def load(self, num_threads: int = 1) -> list[PackedTensor]:
+        """What is stored, every byte checked by at most so many threads; nothing where there is no file or a damaged
+        one."""
         try:
             entries, metadata = read_header(self.path)
             with self.path.open("rb") as file:
@@ -74,8 +75,7 @@ class WeightsCache:
                 PackedTensor(source, entry.dtype, entry.shape, mapping[entry.begin : entry.end])
                 for source, entry in zip(sources, _in_order(entries), strict=True)
             ]
-            num_threads = max(1, min(_MAX_CHECKING_THREADS, len(os.sched_getaffinity(0)) - 1))
-            with ThreadPoolExecutor(num_threads) as pool:
+            with ThreadPoolExecutor(min(_MAX_CHECKING_THREADS, num_threads)) as pool:
                 checksums = list(pool.map(zlib.crc32, (tensor.content for tensor in tensors)))
             if metadata["digest"] != _digest(tensors, checksums):
                 raise CheckpointError("its bytes do not match their digest")
