@@ -271,6 +271,30 @@ def test_what_the_plan_takes_a_cpu_for_is_what_the_kernels_find(
     assert not probe_cpu(cpuinfo).multiplies_bfloat16
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"quantization": "int8"}, True), ({"kv_cache_dtype": "bfloat16"}, False), ({"dtype": "float32"}, False)],
+    ids=str,
+)
+def test_the_build_that_runs_is_told_and_where_it_is_not_the_planned_one(
+    options: dict[str, Any],
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As after a failed test of the kernels that the plan counted on."""
+    monkeypatch.setattr(devices, "probe_cpu", lambda: Device("cpu", multiplies_bfloat16=True))
+    best = cpu.isa()
+    try:
+        cpu.use_isa("portable")
+        LLM(num_blocks=64, threads=1, verbose=True, **options).close()
+    finally:
+        cpu.use_isa(best)
+    assert "\nkernels (portable, 1 thread): " in capsys.readouterr().err
+    assert ["but the portable kernels run" in message for message in caplog.messages] == [True] * told
+
+
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -21,7 +21,7 @@ from quire.engine.load_ahead import LoadAhead, load_ahead
 from quire.engine.memory_plan import MemoryPlan, max_num_samples
 from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
-from quire.kernels import Kernels, kernels_for
+from quire.kernels import Kernels, cpu, kernels_for
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
@@ -120,6 +120,16 @@ class EngineCore:
         torch.set_num_threads(num_threads)
         device = torch.device(plan.device)
         kernels = kernels_for(plan.attention_backend)
+        chosen = plan.attention_backend
+        if chosen == "cpu":
+            chosen = cpu.isa()
+            if (config.kv_cache_dtype, plan.kv_cache_dtype) == ("auto", "bfloat16") and chosen != "avx512bf16":
+                logger.warning(
+                    "the KV cache is bfloat16, as this CPU says that it multiplies pairs of bfloat16, but the %s "
+                    "kernels run, which do not; kv_cache_dtype float16 takes as much memory and is more precise",
+                    chosen,
+                )
+        on_phase(f"kernels ({chosen}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
         ahead = ahead or load_ahead(config, model_config, plan, folder)
         ahead.finish()
         packed = None if ahead.memory is None else PackedWeights(ahead.memory, ahead.stored)

@@ -32,7 +32,7 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     """Of a CUDA device."""
     multiplies_bfloat16: bool = False
-    """Of a CPU: whether the kernels will use its products of pairs of bfloat16."""
+    """Of a CPU: whether it says that it has products of pairs of bfloat16, and the kernels are to use them."""
 
 
 def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None) -> Device:
@@ -64,7 +64,8 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
 
 
 def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
-    """What `quire.kernels.cpu` will choose for this CPU, which cannot be asked before torch is there."""
+    """What `quire.kernels.cpu` will choose for this CPU unless that fails its test there. It cannot be asked yet: it
+    shares torch's OpenMP, which must be there first. `EngineCore.load` tells what was chosen."""
     try:
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
     except OSError:
