@@ -132,13 +132,17 @@ def plan_attention(
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
     work = work[np.argsort(-cost, kind="stable")]
+    ends = work[:, WorkColumn.KEY_END]
+    growth = [(ends, (ends == seq_lens[work[:, WorkColumn.SEQUENCE]]).astype(np.int32))]
+    if len(shared):
+        growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
         seq_lens=_tensor(seq_lens),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
         work=_tensor(work),
-        grows=_tensor(work[:, WorkColumn.KEY_END] == seq_lens[work[:, WorkColumn.SEQUENCE]]),
+        growth=growth,
         shared=_tensor(shared),
         merges=_tensor(merges),
         partials=torch.empty(num_partial_rows, head_dim + 2),
@@ -147,22 +151,16 @@ def plan_attention(
     )
 
 
-def advance_plan(
-    plan: CpuAttentionPlan,
-    seq_lens: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    slots: NDArray[np.int32],
-) -> CpuAttentionPlan:
+def advance_plan(plan: CpuAttentionPlan, block_tables: NDArray[np.int32]) -> CpuAttentionPlan:
     """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
-    last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more."""
-    plan.work.numpy()[:, WorkColumn.KEY_END] += plan.grows.numpy()
-    if len(plan.shared):
-        plan.shared.numpy()[:, SharedColumn.POSITION] += 1
-    plan.seq_lens.numpy()[:] = seq_lens
-    plan.slots.numpy()[:] = slots
+    last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more.
+
+    The arrays that it was made of have been overwritten; only tables that became wider are others.
+    """
+    for numbers, more in plan.growth:
+        numbers += more
     if plan.block_tables.shape != block_tables.shape:
         return replace(plan, block_tables=_tensor(block_tables))
-    plan.block_tables.numpy()[:] = block_tables
     return plan
 
 

@@ -72,7 +72,8 @@ class Planner(Protocol):
         is asked for where a step without sequences is captured; else the planner chooses.
 
         `before` is the plan of the step before, where all sequences computed one token and now compute the one after
-        it: a planner may go on with it, and overwrite it.
+        it: a planner may go on with it, and overwrite it. The arrays are then those of that step, overwritten, but for
+        tables that became wider.
         """
         ...
 
@@ -95,7 +96,7 @@ def cpu_planner(shape: AttentionShape) -> Planner:
     ) -> AttentionPlan:
         assert not captured_tokens, "a CPU has no graphs"
         if isinstance(before, CpuAttentionPlan) and may_advance and step.seq_lens[0] % ADVANCED_KEYS:
-            return advance_plan(before, step.seq_lens, step.block_tables, step.slots)
+            return advance_plan(before, step.block_tables)
         return plan_attention(
             *step,
             num_heads=shape.num_heads,

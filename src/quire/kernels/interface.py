@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 KVShape = tuple[int, int, int, int]
@@ -63,8 +65,8 @@ class CpuAttentionPlan(AttentionPlan):
 
     work: Tensor
     """[num_items, 9]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
-    grows: Tensor
-    """[num_items]: 1 for an item that has the last keys of its sequence, else 0."""
+    growth: list[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    """Columns of `work` and `shared`, and what one more token of every sequence adds to them."""
     shared: Tensor
     """[any, 3]: tokens of the items that serve several sequences; columns in `quire.attention.plan.SharedColumn`."""
     merges: Tensor

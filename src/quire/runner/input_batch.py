@@ -1,6 +1,9 @@
 """InputBatch: a plan and the rows' block tables as flat arrays, the form in which a model reads them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from struct import Struct
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +35,19 @@ class InputBatch:
     follows: bool
     """Whether it is the batch before with one more token of each sequence, and nothing else of them has changed: then
     what was made of that batch is advanced instead of made anew."""
-    counters: Int32Array | None = None
-    """Positions, seq_lens and slots as rows of one array, where every sequence computes one token."""
+    decoding: "_Decoding | None" = None
+    """Where every sequence computes one token: what it is advanced by."""
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """Numbers of a batch as lists: where the weights have just passed through the caches, a call of NumPy takes some
+    20 µs, whatever the size of its arrays."""
+
+    write: Callable[..., None]
+    """Overwrites input_ids, positions, seq_lens and slots, which lie one behind the other."""
+    seq_lens: list[int]
+    slots: list[int]
 
 
 def make_input_batch(
@@ -53,27 +67,31 @@ def make_input_batch(
     max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
     blocks = rows.block_tables[np.repeat(row_index, counts), positions // block_size]
     slots = blocks * np.int32(block_size) + positions % block_size
-    counters = None
+    input_ids, decoding = np.array(plan.token_ids, dtype=np.int32), None
     if len(positions) == len(seq_lens):
-        positions, seq_lens, slots = counters = np.stack((positions, seq_lens, slots))
+        memory = np.stack((input_ids, positions, seq_lens, slots))
+        input_ids, positions, seq_lens, slots = memory
+        write = partial(Struct(f"{memory.size}i").pack_into, memory.data, 0)
+        decoding = _Decoding(write, seq_lens.tolist(), slots.tolist())
     return InputBatch(
         rows=plan.rows,
-        input_ids=np.array(plan.token_ids, dtype=np.int32),
+        input_ids=input_ids,
         positions=positions,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_tables=np.ascontiguousarray(rows.block_tables[row_index, :max_blocks]),
         slots=slots,
-        counters=counters,
         follows=False,
+        decoding=decoding,
     )
 
 
 def _follows(plan: StepPlan, before: InputBatch) -> bool:
     return (
-        plan.rows == before.rows
-        and plan.num_tokens == len(plan.rows) == len(before.positions)
-        and plan.starts == before.seq_lens.tolist()
+        before.decoding is not None
+        and plan.rows == before.rows
+        and plan.num_tokens == len(plan.rows)
+        and plan.starts == before.decoding.seq_lens
         # Rows that begin, fork or lose a block to a copy are told by these; else tables only grow.
         and not (plan.new_rows or plan.row_forks or plan.block_copies)
         and all(first > 0 for _, first, _ in plan.new_blocks)
@@ -81,14 +99,20 @@ def _follows(plan: StepPlan, before: InputBatch) -> bool:
 
 
 def _advance(plan: StepPlan, rows: RequestRows, block_size: int, batch: InputBatch) -> InputBatch:
-    """In place, with few calls: each takes NumPy some 20 µs where the weights have just passed through the caches."""
-    batch.input_ids = np.array(plan.token_ids, dtype=np.int32)
-    assert batch.counters is not None, "all sequences compute one token"
-    batch.counters += 1
-    if plan.new_blocks:
-        max_blocks = int(batch.positions.max()) // block_size + 1
-        batch.block_tables = rows.block_tables[np.array(plan.rows), :max_blocks]
-        blocks = batch.block_tables[np.arange(len(batch.positions)), batch.positions // block_size]
-        batch.slots[:] = blocks * np.int32(block_size) + batch.positions % block_size
+    """In place; only tables that become wider are made anew."""
+    decoding = batch.decoding
+    assert decoding is not None, "all sequences compute one token"
+    positions = plan.starts
+    decoding.seq_lens = [position + 1 for position in positions]
+    decoding.slots = slots = [slot + 1 for slot in decoding.slots]
+    for sequence, position in enumerate(positions):
+        if position % block_size == 0:  # a block begins
+            index = position // block_size
+            block = rows.block_tables[plan.rows[sequence], index]
+            slots[sequence] = int(block) * block_size
+            if index == batch.block_tables.shape[1]:
+                batch.block_tables = np.ascontiguousarray(rows.block_tables[np.array(plan.rows), : index + 1])
+            batch.block_tables[sequence, index] = block
+    decoding.write(*plan.token_ids, *positions, *decoding.seq_lens, *slots)
     batch.follows = True
     return batch

@@ -142,6 +142,8 @@ class ModelRunner:
             ),
         )
         self._replans = BACKENDS[backend].replans
+        self._logits_are_ready = BACKENDS[backend].float32_activations
+        """Float32, and on the host."""
         self._device = kv_cache.device
         self._device_sampler: DeviceSampler | None = None
         if draws_on_device and not logits_processors:
@@ -172,6 +174,8 @@ class ModelRunner:
         self._points: SamplePoints | None = None
         self._attention: AttentionPlan | None = None
         """Those of the step before, unless it computed nothing."""
+        self._sent: Mapping[str, torch.Tensor] | None = None
+        """On a CPU, the arrays of that batch: those of one that follows lie where they were."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step to its end."""
@@ -184,7 +188,8 @@ class ModelRunner:
         written will be written again.
         """
         # OpenMP keeps it for each thread that calls, and whoever steps need not be who loaded the model.
-        torch.set_num_threads(self._num_threads)
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
         try:
             with self._inference:
                 self._pending = self._launch(plan)
@@ -243,7 +248,8 @@ class ModelRunner:
     def _compute(self, plan: StepPlan, result: StepResult) -> list[Callable[[], None]]:
         """Fill `result`, or say how it will be filled when the device is done."""
         batch, points = self._lay_out(plan)
-        self._masks.start(points.grammars)
+        if points.grammars:
+            self._masks.start(points.grammars)
         self._copy_blocks(plan)
         sampler = self._device_sampler if self._draws_on_device(plan, points) else None
         inputs: dict[str, NDArray[Any]] = {"input_ids": batch.input_ids, "token_positions": batch.positions}
@@ -272,7 +278,10 @@ class ModelRunner:
             read = find_tokens_read(plan, points, batch)
             sampled = points.tokens if read is None else read.places(points.tokens)
             tokens_read = points.tokens if read is None else read.tokens
-            sent = send({**inputs, "sampled": sampled, "tokens_read": tokens_read}, self._device)
+            sent = self._sent if batch.follows and points.after_every_token else None
+            if sent is None:
+                sent = send({**inputs, "sampled": sampled, "tokens_read": tokens_read}, self._device)
+                self._sent = sent if self._device.type == "cpu" and self._device_sampler is None else None
             input_ids = sent["input_ids"]
             if self._device_sampler is not None and (batch.input_ids < 0).any():
                 input_ids = self._known(input_ids)
@@ -285,7 +294,8 @@ class ModelRunner:
             if sampler is not None and logits is not None:
                 drawn = self._draw(sampler, logits, sent, outcome)
         finishes: list[Callable[[], None]] = []
-        self._masks.join()
+        if points.grammars:
+            self._masks.join()
         if plan.prompt_logprobs:
             assert hidden is not None, "a step that is captured is asked for none"
             finishes += self._tell_prompts(plan, batch, read, hidden, result)
@@ -293,7 +303,8 @@ class ModelRunner:
             finishes.append(self._promise(plan, points, drawn, result))
         elif logits is not None:
             self._pending.result()  # what was drawn before decides what may be drawn now
-            sampled_on_host = self._sampler.sample(logits.float().cpu(), points.states, passing=bool(plan.drafts))
+            logits = logits if self._logits_are_ready else logits.float().cpu()
+            sampled_on_host = self._sampler.sample(logits, points.states, passing=bool(plan.drafts))
             self._take_in(plan, points, sampled_on_host, result)
             for finish in finishes:
                 finish()

@@ -52,7 +52,6 @@ class Sampler:
         A row that holds NaN or +inf, or in which no token is left, gets an error; the others do not notice.
         `passing` states do not come again: what was gathered of those before them is kept.
         """
-        logits = logits.contiguous()
         pieces = self._gather(states) if passing else self._pieces_of(states)
         if len(pieces) == 1:
             return self._sample(logits, pieces[0][1])
@@ -68,7 +67,7 @@ class Sampler:
     def _sample(self, logits: Tensor, batch: SamplingBatch) -> SampleResult:
         if batch.only_draws:
             return _draw(logits, batch, {})
-        states = batch.states
+        logits, states = logits.contiguous(), batch.states
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
         raw_beams = {row: logits[row].clone() for row in batch.reporting_beams}
         failures = batch.processors.apply(logits)
