@@ -160,14 +160,18 @@ class SequenceDelta:
     """None: hardly others than those that were told before."""
 
 
+SampleName = tuple[str, int]
+"""(request id, index)."""
+
+
 @dataclass(slots=True)
 class StepDeltas:
     """What one step added to all samples. Most decode, and gain one token of which there is nothing to say: those have
     no object each, since of hundreds that would cost more than all else that the host does in a step."""
 
-    samples: list[tuple[str, int]] = field(default_factory=list)
-    """(request id, index) of each sample that gained a token and nothing else: the very list of the step before where
-    they are the same, and never changed once it was given out, so that whoever knows the list need not read it."""
+    samples: list[SampleName] = field(default_factory=list)
+    """Those that gained a token and nothing else: the very list of the step before where they are the same, and never
+    changed once it was given out, so that whoever knows the list need not read it."""
     token_ids: list[int] = field(default_factory=list)
     """Its token."""
     others: list[SequenceDelta] = field(default_factory=list)

@@ -455,7 +455,8 @@ class Engine:
                 and any(other.num_missing_tokens != 1 or other.row in starting for other in group.sequences)
             )
             for sequence in group.sequences
-            if sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in starting
+            if sequence.in_lockstep
+            or (sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in starting)
         }
         assert set(plan.rows[: len(decoding)]) == decoding, "whoever decodes is in every step, and comes first"
 
@@ -477,10 +478,11 @@ class Engine:
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
             if self.in_flight is None:
-                assert sequence.table.num_tokens == sequence.num_computed_tokens
+                assert sequence.in_lockstep or sequence.table.num_tokens == sequence.num_computed_tokens
                 assert all(token >= 0 for token in sequence.token_ids)
             if sequence not in running:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
+        self.check_lockstep()
         for group in scheduler._groups.running:
             held = {block for sequence in group.sequences for block in sequence.table.blocks}
             assert len(held) <= group.max_blocks(pool.block_size)
@@ -493,6 +495,23 @@ class Engine:
         )
         assert stats.num_used_blocks == pool.num_blocks - pool.num_free
 
+    def check_lockstep(self) -> None:
+        """Counts of who goes in lockstep lag within a block, the pool's sum does not; nobody else's do."""
+        groups, pool = self.scheduler._groups, self.pool
+        num_filled = sum(fill for fill, count in zip(pool.fill, pool.ref_counts, strict=True) if count)
+        for sequence in groups.lockstep.sequences:
+            assert self.in_flight is None
+            assert 0 <= sequence.num_missing_tokens - 1 < pool.block_size
+            num_unseen = len(sequence.token_ids) - 1 - sequence.table.num_tokens
+            assert 0 <= num_unseen < pool.block_size
+            num_filled += num_unseen
+        assert pool.num_filled_slots == num_filled
+        attended = [group for group in groups.running if not all(s.in_lockstep for s in group.sequences)]
+        assert [group for group in groups.attended if group in attended] == attended
+        members = {s for group in groups.by_id.values() for s in group.sequences if s.in_lockstep}
+        assert members == set(groups.lockstep.sequences)
+        assert len(members) == len(groups.lockstep.sequences)
+
 
 def new_request(
     request_id: str,
@@ -503,6 +522,7 @@ def new_request(
     seed: int = 1,
     priority: int = 0,
     salt: str = "",
+    logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     resumed: dict[int, list[int]] | None = None,
     can_stop: bool = False,
@@ -524,7 +544,7 @@ def new_request(
         params=SamplingParams(
             n=n,
             prompt_logprobs=prompt_logprobs,
-            logprobs=None if structured else 1,
+            logprobs=None if structured else logprobs,
             structured_outputs=StructuredOutputsParams(regex="any") if structured else None,
             stop_token_ids=(STOP_TOKEN,) if can_stop else (),
             beam_width=beam_width,
@@ -941,6 +961,7 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
     computed = engine.step().num_tokens
     if n > 1:
         computed += engine.step().num_tokens
+    engine.scheduler.memory_report()  # brings counts up to date
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
     assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
@@ -953,6 +974,7 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     group = engine.scheduler._groups.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
     computed = [engine.step().num_tokens for _ in range(2)]
+    engine.scheduler.memory_report()  # brings counts up to date
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert sum(computed) == missing, "the prompt is computed once then, too"
     engine.run()
@@ -1390,6 +1412,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
             n=n,
             seed=rng.randrange(-1, 5),
             priority=rng.randrange(2),
+            logprobs=rng.choice([None, None, 1]),
             prompt_logprobs=rng.choice([None, None, 0]),
             can_stop=rng.random() < 0.3,
             beam_width=min(4, n + rng.randrange(3)) if rng.random() < beams else None,
@@ -1480,6 +1503,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed=st.integers(-2, 6),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "", "b"]),
+        logprobs=st.sampled_from([None, None, 1]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
         resumed=st.none() | st.lists(st.integers(0, 20), min_size=4, max_size=4),
         can_stop=st.booleans(),
@@ -1498,6 +1522,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed: int,
         priority: int,
         salt: str,
+        logprobs: int | None,
         prompt_logprobs: int | None,
         resumed: list[int] | None,
         can_stop: bool,
@@ -1516,6 +1541,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 seed=seed,
                 priority=priority,
                 salt=salt,
+                logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 can_stop=can_stop,
                 beam_width=None if more_beams is None else n + more_beams,
@@ -1552,6 +1578,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         client = self.engine.clients[request_id]
         if index in client.token_ids and client.request.params.beam_width is None:
             self.engine.stop(request_id, index)
+
+    @rule()
+    def report(self) -> None:
+        self.engine.scheduler.memory_report()
+        assert all(sequence.num_missing_tokens == 1 for sequence in self.engine.scheduler._groups.lockstep.sequences), (
+            "who asks sees every count as it is"
+        )
 
     @rule()
     def forget_names(self) -> None:

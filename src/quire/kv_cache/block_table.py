@@ -90,6 +90,22 @@ class BlockTable:
         self._room = -self.num_tokens % size
         return changed
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a token fits into the last block, which nobody shares."""
+        return self._room > 0
+
+    def catch_up(self, num_tokens: int) -> None:
+        """The table holds `num_tokens` now: they went into the room that the last block had.
+
+        The pool has counted them in its sum of filled slots as they came.
+        """
+        written = num_tokens - self.num_tokens
+        if written:
+            self._pool.fill[self.blocks[-1]] += written
+            self.num_tokens = num_tokens
+            self._room -= written
+
     def fork(self, num_tokens: int | None = None) -> "BlockTable":
         """A table that shares the blocks of the first `num_tokens` tokens (all by default)."""
         child = BlockTable(self._pool, self._root)

@@ -7,9 +7,11 @@ again, and ends.
 import bisect
 from collections.abc import Sequence as SequenceOf
 
+from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
 from quire.scheduler.block_moves import BlockTransfers
 from quire.scheduler.length_curve import Ending
+from quire.scheduler.lockstep import Lockstep
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
@@ -22,6 +24,7 @@ class Groups:
 
     def __init__(
         self,
+        pool: BlockPool,
         max_num_seqs: int,
         waiting: WaitingQueue,
         lengths: OutputLengths,
@@ -35,7 +38,12 @@ class Groups:
         self.waiting = waiting
         self.running: list[SequenceGroup] = []
         """Groups with memory, sorted by `order`: the last one yields first."""
+        self.lockstep = Lockstep(pool)
+        """Sequences of theirs that only decode."""
+        self.attended: list[SequenceGroup] = []
+        """Those of `running`, in its order, of which a sequence may not be in lockstep."""
         self.rows: list[Sequence | None] = [None] * max_num_seqs
+        self._rows_now: list[Sequence | None] | None = None
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._lengths = lengths
         self._rules = rules
@@ -55,7 +63,31 @@ class Groups:
             sequence.row, sequence.is_told = self.free_rows.pop(), False
             self.rows[sequence.row] = sequence
         bisect.insort(self.running, group, key=_order)
+        bisect.insort(self.attended, group, key=_order)
+        self._rows_now = None
         self._lengths.start(group)
+
+    def join(self, sequence: Sequence) -> None:
+        """A sequence that has decoded goes on in lockstep with the others, if it still runs and can."""
+        if (
+            sequence.row != NO_ROW
+            and sequence.group.only_decodes
+            and sequence.num_missing_tokens == 1
+            and sequence.table.has_room
+        ):
+            self.lockstep.join(sequence)
+
+    def disband(self) -> None:
+        """Nobody goes in lockstep any more."""
+        if len(self.lockstep):
+            self.lockstep.disband()
+            self.attended = self.running.copy()
+
+    def rows_now(self) -> list[Sequence | None]:
+        """A copy of `rows`, not to be changed."""
+        if self._rows_now is None:
+            self._rows_now = self.rows.copy()
+        return self._rows_now
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
@@ -93,20 +125,25 @@ class Groups:
 
     def _release(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks and row."""
+        if sequence.in_lockstep and not self.lockstep.num_planned:
+            self.lockstep.leave(sequence)
+        elif sequence.in_lockstep:
+            self.disband()
         if self._transfers is not None:
             self._transfers.cancel(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:
-            self.rows[sequence.row] = None
+            self.rows[sequence.row] = self._rows_now = None
             self.free_rows.append(sequence.row)
             sequence.row = NO_ROW
 
     def _stop_running(self, group: SequenceGroup) -> None:
         """Take a group out of those that run, if it is one."""
-        place = bisect.bisect_left(self.running, group.order, key=_order)
-        if place < len(self.running) and self.running[place] is group:
-            del self.running[place]
+        for groups in (self.running, self.attended):
+            place = bisect.bisect_left(groups, group.order, key=_order)
+            if place < len(groups) and groups[place] is group:
+                del groups[place]
 
 
 def _order(group: SequenceGroup) -> tuple[int, int]:

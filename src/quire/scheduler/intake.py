@@ -5,9 +5,10 @@ what has ended leaves. Nothing is decided here but whether a sequence has ended.
 """
 
 from collections.abc import Sequence as SequenceOf
+from itertools import islice
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats, RequestCounts, SequenceDelta, StepDeltas
+from quire.outputs import EngineStats, RequestCounts, SampleName, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_moves import BlockTransfers
@@ -54,15 +55,27 @@ class Intake:
         return forked, row_forks
 
     def take_in(
-        self, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None], counts: SequenceOf[int]
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        rows: SequenceOf[Sequence | None],
+        counts: SequenceOf[int],
+        *,
+        may_join: bool,
     ) -> StepDeltas:
         """Advance every sequence of the plan; returns what each sample gained.
 
         `rows` says who had which row when it was planned, `counts` how many of each row's computed tokens stay. A
-        sequence that left meanwhile is passed over.
+        sequence that left meanwhile is passed over. `may_join`: who has decoded may go on in lockstep.
         """
         block_size = self._pool.block_size
-        for row, start, count in zip(plan.rows, plan.starts, counts, strict=True):
+        deltas = StepDeltas()
+        num_in_lockstep = self._groups.lockstep.num_planned
+        if any(result.errors[:num_in_lockstep]):
+            self._groups.disband()
+            num_in_lockstep = 0
+        samples, token_ids = self._take_in_lockstep(deltas, result.token_ids[:num_in_lockstep])
+        for row, start, count in islice(zip(plan.rows, plan.starts, counts, strict=True), num_in_lockstep, None):
             sequence = rows[row]
             if sequence is None or sequence.row == NO_ROW:
                 continue
@@ -75,14 +88,14 @@ class Intake:
                 self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
                 if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
                     self._share_prompt(group)
-        deltas = StepDeltas()
         for index, entries in result.prompt_logprobs.items():
             sequence = rows[plan.rows[index]]
             if sequence is not None and sequence.row != NO_ROW:
                 delta = self._prompt_delta(sequence, entries)
                 if delta is not None:
                     deltas.others.append(delta)
-        place, complete, following, sample_rows = 0, set(result.complete), result.following, plan.sample_rows
+        place, sample_rows = num_in_lockstep, plan.sample_rows
+        complete, following = set(result.complete), result.following
         while place < len(sample_rows):
             sequence = rows[sample_rows[place]]
             if sequence is None or sequence.row == NO_ROW:
@@ -93,12 +106,14 @@ class Intake:
                 place += 1
                 if sequence.token_ids[-1] < 0:
                     sequence.token_ids.pop()  # the token was named before it was known
-                token_ids = [result.token_ids[first]]
+                drawn = [result.token_ids[first]]
                 if following:
-                    token_ids += following.get(first, ())
+                    drawn += following.get(first, ())
                 own, error = result.logprobs[first], result.errors[first]
                 logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
-                self._extend(deltas, sequence, token_ids, logprobs, error, complete=first in complete)
+                self._extend(deltas, sequence, drawn, logprobs, error, complete=first in complete)
+                if may_join:
+                    self._groups.join(sequence)
             else:
                 place += len(group.sequences)  # its beams stand side by side
                 error = next((error for error in result.errors[first:place] if error is not None), None)
@@ -108,8 +123,28 @@ class Intake:
                     deltas.others += self._advance(
                         group, group.beam_search, [result.candidates[i] for i in range(first, place)]
                     )
+        if token_ids:
+            deltas.samples = [*samples, *deltas.samples] if deltas.samples else samples
+            deltas.token_ids = token_ids + deltas.token_ids
         self._stats.total_steps += bool(plan.rows)
         return deltas
+
+    def _take_in_lockstep(self, deltas: StepDeltas, token_ids: list[int]) -> tuple[list[SampleName], list[int]]:
+        """Advance the sequences that go in lockstep, which drew `token_ids`; those that end say so in `deltas`.
+
+        Returns the others and their tokens.
+        """
+        lockstep, waiting = self._groups.lockstep, self._groups.waiting
+        if not token_ids:
+            return [], []
+        ending, token_ids = lockstep.take_in(token_ids)
+        for sequence, token_id in ending:
+            self._extend(deltas, sequence, [token_id], None, None)
+        self._stats.total_generated_tokens += len(token_ids)
+        if self._counts_service:
+            for sequence in lockstep.sequences:
+                waiting.serve(sequence.group.request.tenant, OUTPUT_TOKEN)
+        return lockstep.samples, token_ids
 
     def _share_prompt(self, group: SequenceGroup) -> None:
         """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""

@@ -84,7 +84,7 @@ class Scheduler:
         rule = make_rule(forecast, pool, stats)
         rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
         queue = make_queue(stats)
-        self._groups = groups = Groups(max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
+        self._groups = groups = Groups(pool, max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
         self._load = Load(pool, groups, forecast)
         self._lookup = lookup = PrefixLookup(pool, transfers, stats, clock)
         self._intake = Intake(pool, groups, lookup, transfers, self.prefixes, stats)
@@ -234,6 +234,7 @@ class Scheduler:
 
     def memory_report(self) -> MemoryReport:
         """Who holds what, how old it is, and why prompts were not found."""
+        self._groups.lockstep.settle()
         return report_memory(self.pool, self._groups.by_id.values(), self.stats(), self._clock())
 
     # -- deciding -----------------------------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ class Scheduler:
         if self._transfers is not None:
             plan.moves = self._transfers.finish(computes=bool(plan.rows))
             self._planned_at = self._clock()
-        self._in_flight.append(self._groups.rows.copy())
+        self._in_flight.append(self._groups.rows_now())
         return plan
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -262,6 +263,7 @@ class Scheduler:
         """
         if not self._can_plan_ahead(plan):
             return None
+        self._groups.disband()
         self._ending.clear()
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             sequence = self._groups.rows[row]
@@ -275,7 +277,7 @@ class Scheduler:
                     self._ending.add(sequence)
         ahead = self._begin_plan()
         self._decide(ahead, may_preempt=False)
-        self._in_flight.append(self._groups.rows.copy())
+        self._in_flight.append(self._groups.rows_now())
         return ahead
 
     def _can_plan_ahead(self, plan: StepPlan) -> bool:
@@ -335,24 +337,36 @@ class Scheduler:
                 self._groups.preempt(self._groups.running[-1])
 
     def _plan_decoding(self, plan: StepPlan) -> tuple[list[Sequence], bool]:
-        """Plan every running sequence that lacks just its last output token, in the order of `_running`.
+        """Plan every running sequence that lacks just its last output token: those in lockstep, then the others in the
+        order of `running`.
 
         Returns the sequences that lack more, and whether any group had to yield.
         """
         behind: list[Sequence] = []
         preempted = False
-        running, index = self._groups.running, 0
+        running, lockstep = self._groups.running, self._groups.lockstep
+        if len(lockstep):
+            # Nobody takes more than a block, so all get theirs and nobody is preempted whom the plan has already.
+            num_others = sum(len(group.sequences) for group in self._groups.attended)
+            if lockstep.num_blocks_needed + num_others > self.pool.num_free:
+                self._groups.disband()
+            else:
+                lockstep.plan(plan)
+        attended, index = self._groups.attended, 0
         rows, starts, token_ids, copies = plan.rows, plan.starts, plan.token_ids, plan.block_copies
         # Neither those who wait for a tier nor those whose last token is being drawn; never both.
         waiting = self._transfers.waiting if self._transfers is not None else self._ending
-        while index < len(running):
-            group = running[index]
+        while index < len(attended):
+            group = attended[index]
+            if all(sequence.in_lockstep for sequence in group.sequences):
+                del attended[index]
+                continue
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
             uneven = group.beam_search is not None and any(
                 other.num_missing_tokens != 1 or (waiting and other in waiting) for other in group.sequences
             )
             for sequence in group.sequences:
-                if waiting and sequence in waiting:
+                if sequence.in_lockstep or (waiting and sequence in waiting):
                     continue
                 start = sequence.num_computed_tokens
                 num_tokens = len(sequence.token_ids)
@@ -452,7 +466,8 @@ class Scheduler:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
             self._transfers.take_in(plan.moves, result.moved)
         counts = plan.counts if self._drafting is None else self._drafting.settle(plan, result)
-        return self._intake.take_in(plan, result, rows, counts)
+        may_join = self._drafting is None and not self._in_flight
+        return self._intake.take_in(plan, result, rows, counts, may_join=may_join)
 
 
 def equal_shares(budget: int, wants: SequenceOf[int]) -> list[int]:

@@ -22,7 +22,18 @@ _TO_THE_LIMIT = LengthCurve([])
 class Sequence:
     """One sample of a request."""
 
-    __slots__ = ("drafts", "group", "index", "is_told", "num_computed_tokens", "row", "sample", "table", "token_ids")
+    __slots__ = (
+        "drafts",
+        "group",
+        "in_lockstep",
+        "index",
+        "is_told",
+        "num_computed_tokens",
+        "row",
+        "sample",
+        "table",
+        "token_ids",
+    )
 
     def __init__(self, group: "SequenceGroup", index: int, table: BlockTable, token_ids: list[int]) -> None:
         self.group = group
@@ -38,6 +49,8 @@ class Sequence:
         self.row = NO_ROW
         self.drafts: Drafts | None = None
         """While it runs and speculation is on."""
+        self.in_lockstep = False
+        """Whether `Lockstep` has it: then its counts may lag behind its tokens, by less than a block."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -77,6 +90,7 @@ class SequenceGroup:
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_shared_blocks",
+        "only_decodes",
         "order",
         "rank",
         "request",
@@ -92,6 +106,9 @@ class SequenceGroup:
         """Of one sequence, its prompt's included."""
         self.stop_ids = frozenset((*request.eos_token_ids, *request.params.stop_token_ids))
         """Tokens that end a sequence."""
+        params = request.params
+        self.only_decodes = params.beam_width is None and params.structured_outputs is None and params.logprobs is None
+        """Whether of a step of its sequences' there is nothing to know but a token of each."""
         self.order = (request.priority, arrival_number)
         """Who yields last; unique, so that every order in the scheduler is total."""
         self.rank: tuple[int, float, int] = (request.priority, 0.0, arrival_number)
