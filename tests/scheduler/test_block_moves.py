@@ -426,7 +426,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
         stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             num_repeated += max(0, min(start + count, stored[row]) - start)
-        engine.scheduler.memory_report()  # brings counts up to date
+        engine.scheduler.settle()
     left = [(length - 1) % 4 for length in lengths.values()]
     assert num_repeated == sum(left if any(tiers) else left[1:])
     stats = engine.scheduler.stats()

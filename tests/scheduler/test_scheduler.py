@@ -961,7 +961,7 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
     computed = engine.step().num_tokens
     if n > 1:
         computed += engine.step().num_tokens
-    engine.scheduler.memory_report()  # brings counts up to date
+    engine.scheduler.settle()
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
     assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
@@ -974,7 +974,7 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     group = engine.scheduler._groups.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
     computed = [engine.step().num_tokens for _ in range(2)]
-    engine.scheduler.memory_report()  # brings counts up to date
+    engine.scheduler.settle()
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert sum(computed) == missing, "the prompt is computed once then, too"
     engine.run()

@@ -232,9 +232,13 @@ class Scheduler:
             stats.tiers = self._transfers.stats()
         return stats
 
+    def settle(self) -> None:
+        """Bring up to date what sequences that go in lockstep count, and how full their blocks are said to be."""
+        self._groups.lockstep.settle()
+
     def memory_report(self) -> MemoryReport:
         """Who holds what, how old it is, and why prompts were not found."""
-        self._groups.lockstep.settle()
+        self.settle()
         return report_memory(self.pool, self._groups.by_id.values(), self.stats(), self._clock())
 
     # -- deciding -----------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class PagedSimulation:
             self._receive(self.scheduler.update(plan, result), previous)
             every = settings.check_every
             if failed or (every and measures.num_steps % every == 0):
-                check_pool(pool)
+                self._check()
             if on_progress and measures.num_steps % 256 == 0:
                 on_progress(self._num_ended)
         for request_id in self._clients:
@@ -168,7 +168,7 @@ class PagedSimulation:
                 self.measures.cancelled += clients[request_id].arrival.counted
                 self._forget(clients[request_id])
                 self.scheduler.abort(request_id)
-                check_pool(self.scheduler.pool)
+                self._check()
 
     def _add(self, arrival: Arrival) -> None:
         row, settings = arrival.row, self._settings
@@ -292,6 +292,10 @@ class PagedSimulation:
             self._prefix_queries -= scheduler.stats().total_prefix_queries  # no client's
         return scheduler
 
+    def _check(self) -> None:
+        self.scheduler.settle()
+        check_pool(self.scheduler.pool)
+
     def _open_tiers(self) -> TierIndex | None:
         """Host memory starts empty; the disk has what an engine before left there."""
         settings, size = self._settings, self._block_bytes
@@ -303,7 +307,7 @@ class PagedSimulation:
 
     def _restart(self) -> None:
         """The engine dies with its memory; a new one goes on with what the clients have received."""
-        check_pool(self.scheduler.pool)
+        self._check()
         self._keep_counts()
         self.num_deaths += 1
         self.now += self._settings.restart_time
