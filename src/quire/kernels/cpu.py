@@ -301,10 +301,8 @@ def paged_attention(
     return out
 
 
-def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
-    peaks, ids = torch.empty(x.shape[0]), torch.empty(x.shape[0], dtype=torch.int32)
+def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     _cpu.row_peaks(x, peaks, ids)
-    return peaks, ids
 
 
 def _refuse_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:

@@ -269,8 +269,9 @@ def paged_attention(
     return out
 
 
-def row_peaks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, N], N > 0 -> the highest number of each row [M] and its first index [M] int32. NaN is higher than all."""
-    peaks = x.amax(dim=1)
+def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
+    """x [M, N], N > 0: writes the highest number of each row to `peaks` [M] float32 and its first index to `ids` [M]
+    int32. NaN is higher than all."""
+    peaks.copy_(x.amax(dim=1))
     is_peak = torch.where(peaks.isnan()[:, None], x.isnan(), x == peaks[:, None])
-    return peaks, is_peak.int().cummax(dim=1).values.eq(0).sum(dim=1).int()
+    ids.copy_(is_peak.int().cummax(dim=1).values.eq(0).sum(dim=1))

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from quire.kernels.cpu import row_peaks
 from quire.sampling.draws import FloatArray, IntArray
 from quire.sampling.logit_edits import LogitEdits
 from quire.sampling.logits_processors import BatchLogitsProcessor, LogitsProcessing
@@ -17,6 +19,20 @@ from quire.sampling.row_places import place_of, split_rows
 from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
 from quire.step import logprob_bytes
+
+
+class RowPeaks:
+    """Where the highest logits of some rows go, step after step: tensors, and the same memory as arrays."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._logits, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int32)
+        self._arrays = self._ids.numpy(), self._logits.numpy()
+
+    def find(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """Of each row of `logits` the most likely token, of equals the lowest id, and its logit."""
+        row_peaks(logits, self._logits, self._ids)
+        ids, peaks = self._arrays
+        return ids.tolist(), peaks.tolist()
 
 
 class RowGroup:
@@ -27,6 +43,7 @@ class RowGroup:
         self.draw = draw
         self.rows = list(rows)
         self.place = place_of(rows)
+        self.peaks = RowPeaks(len(rows)) if draw is Draw.GREEDY else None
         self.top_k: IntArray = np.array([p.top_k for p in params], dtype=np.int64)
         self.top_p: FloatArray = np.array([p.top_p for p in params])
         # None where every row would be left as it is; a temperature of 1 and a min_p of 0 change no bit either.

@@ -6,7 +6,6 @@ from math import inf, isfinite, isnan
 
 from torch import Tensor
 
-from quire.kernels.cpu import row_peaks
 from quire.sampling.batch import RowGroup, SamplingBatch, split_by_logprobs
 from quire.sampling.draws import FloatArray, draw_top_k, draw_top_p, draw_unfiltered
 from quire.sampling.logits_processors import BatchLogitsProcessor
@@ -148,9 +147,8 @@ def _draw(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> 
 
 def _draw_group(group: RowGroup, scores: Tensor, uniform: FloatArray) -> tuple[list[int], list[float]]:
     """A token and the highest logit of each row of the group; where the logit is not finite, the token is void."""
-    if group.draw is Draw.GREEDY:
-        peaks, ids = row_peaks(scores)
-        return ids.tolist(), peaks.tolist()  # of equals the lowest id
+    if group.peaks is not None:
+        return group.peaks.find(scores)
     peaks = scores.amax(dim=-1, keepdim=True)
     # Shifting first keeps what matters, the small differences between likely tokens, exact at any temperature. It turns
     # a row whose peak is not finite into NaN, which no comparison of a draw is true of: such a row draws some valid id.
