@@ -201,8 +201,15 @@ def cost(found: CpuAttentionPlan, group: int) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize(
     "sequences",
-    [[(32_000, 1)], [(2048, 2048)], [(32_000, 1), *[(500, 1)] * 63], [(4000, 100)] * 3, [(1000, 1)] * 40],
-    ids=["one long decode", "one prefill", "ragged decode", "chunks", "even decode"],
+    [
+        [(32_000, 1)],
+        [(2048, 2048)],
+        [(32_000, 1), *[(500, 1)] * 63],
+        [(4000, 100)] * 3,
+        [(1000, 1)] * 40,
+        [(64, 1)] * 256,
+    ],
+    ids=["one long decode", "one prefill", "ragged decode", "chunks", "even decode", "many short decodes"],
 )
 @pytest.mark.parametrize("threads", [2, 8])
 def test_work_is_balanced(sequences: list[tuple[int, int]], threads: int) -> None:

@@ -36,14 +36,16 @@ REQUESTS = [
 ]
 
 
-def make_llm(checkpoint: Path, quantization: str | None, **options: Any) -> LLM:
+Weights = dict[str, str]
+"""The options that say how weights are stored."""
+
+
+def make_llm(checkpoint: Path, weights: Weights, **options: Any) -> LLM:
     return LLM(
         str(checkpoint),
         deterministic=True,
-        quantization=quantization,
-        dtype="float32",
         threads=2,  # with one, attention never splits keys by load
-        **{"num_blocks": 400, "max_num_seqs": 32, **options},
+        **{"dtype": "float32", "num_blocks": 400, "max_num_seqs": 32, **weights, **options},
     )
 
 
@@ -66,43 +68,45 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "llama", max_position_embeddings=2048)
 
 
-@pytest.fixture(scope="module", params=[None, "int8"])
-def quantization(request: pytest.FixtureRequest) -> str | None:
-    quantization: str | None = request.param
-    return quantization
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"dtype": "bfloat16"}, {"quantization": "int8"}, {"quantization": "int4"}],
+    ids=["float32", "bfloat16", "int8", "int4"],
+)
+def weights(request: pytest.FixtureRequest) -> Weights:
+    weights: Weights = request.param
+    return weights
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Path, quantization: str | None) -> Iterator[dict[int, Any]]:
+def alone(checkpoint: Path, weights: Weights) -> Iterator[dict[int, Any]]:
     """Each request by itself, without a prefix to find."""
-    with make_llm(checkpoint, quantization, enable_prefix_caching=False) as llm:
+    with make_llm(checkpoint, weights, enable_prefix_caching=False) as llm:
         yield {number: generate(llm, [number])[number] for number in ALL}
 
 
-def test_in_a_batch_and_again_from_the_prefix_cache(
-    checkpoint: Path, quantization: str | None, alone: dict[int, Any]
-) -> None:
-    with make_llm(checkpoint, quantization) as llm:
+def test_in_a_batch_and_again_from_the_prefix_cache(checkpoint: Path, weights: Weights, alone: dict[int, Any]) -> None:
+    with make_llm(checkpoint, weights) as llm:
         assert generate(llm, ALL) == alone
         assert generate(llm, ALL[::-1]) == alone
         assert llm.stats().total_prefix_hits > 1000
 
 
-def test_in_chunks_of_seven_tokens(checkpoint: Path, quantization: str | None, alone: dict[int, Any]) -> None:
-    with make_llm(checkpoint, quantization, max_num_batched_tokens=7, max_num_seqs=7) as llm:
+def test_in_chunks_of_seven_tokens(checkpoint: Path, weights: Weights, alone: dict[int, Any]) -> None:
+    with make_llm(checkpoint, weights, max_num_batched_tokens=7, max_num_seqs=7) as llm:
         assert generate(llm, ALL) == alone
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_preempted(checkpoint: Path, quantization: str | None, alone: dict[int, Any], caching: bool) -> None:
+def test_preempted(checkpoint: Path, weights: Weights, alone: dict[int, Any], caching: bool) -> None:
     numbers = [number for number in ALL if LENGTHS[number] < 100]
-    with make_llm(checkpoint, quantization, num_blocks=14, max_model_len=200, enable_prefix_caching=caching) as llm:
+    with make_llm(checkpoint, weights, num_blocks=14, max_model_len=200, enable_prefix_caching=caching) as llm:
         assert generate(llm, numbers) == {number: alone[number] for number in numbers}
         assert llm.stats().total_preemptions > 0
 
 
-def test_resumed_from_disk(checkpoint: Path, quantization: str | None, alone: dict[int, Any], tmp_path: Path) -> None:
+def test_resumed_from_disk(checkpoint: Path, weights: Weights, alone: dict[int, Any], tmp_path: Path) -> None:
     for _ in range(2):
-        with make_llm(checkpoint, quantization, disk_cache=str(tmp_path)) as llm:
+        with make_llm(checkpoint, weights, disk_cache=str(tmp_path)) as llm:
             assert generate(llm, ALL) == alone
     assert llm.stats().tiers["disk"].total_hits > 1000
