@@ -488,4 +488,13 @@ def test_the_next_build_is_used_where_the_best_fails(
         with pytest.raises(ConfigError, match="no build of the CPU kernels passes its test"):
             cpu.use_best_isa()
     finally:
+        monkeypatch.undo()
         cpu.use_isa(best)
+
+
+def test_a_forced_build_that_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use = cpu.isa()
+    monkeypatch.setattr(cpu._cpu, "fault", lambda isa: "attention over int8")
+    with pytest.raises(ConfigError, match=r"QUIRE_CPU_ISA=portable: .* \(attention over int8\); leave it unset"):
+        cpu.use_isa("portable")
+    assert cpu.isa() == in_use

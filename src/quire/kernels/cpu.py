@@ -4,7 +4,8 @@ Activations are float32, caches float32, float16 or bfloat16, indices int32. The
 have any stride, so that views of one fused projection need no copy; all else is contiguous. The C++ side checks every
 argument and raises ValueError with what it expected and found.
 
-The best build for this CPU that passes its test is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`.
+The best build for this CPU that passes its test is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`,
+which must pass it, too.
 """
 
 import logging
@@ -66,10 +67,18 @@ def supported_isas() -> list[str]:
 
 
 def use_isa(name: str) -> None:
-    """Use another build of every kernel from now on, in the whole process."""
+    """Use another build of every kernel from now on, in the whole process.
+
+    Raises `ConfigError` if this CPU lacks it or it fails its test here: what was asked for is not replaced.
+    """
     if name not in supported_isas():
         reason = "this CPU does not support it" if name in _ISAS else "unknown"
         raise ConfigError(f"QUIRE_CPU_ISA={name}: {reason}; choose one of {', '.join(reversed(supported_isas()))}")
+    if (fault := _cpu.fault(name)) is not None:
+        raise ConfigError(
+            f"QUIRE_CPU_ISA={name}: these kernels fail their test on this machine ({fault}); leave it unset, and the "
+            "best that pass are used"
+        )
     _cpu.use_isa(name)
 
 
