@@ -1,7 +1,8 @@
 """Tokens per second against concurrency and against context: `python -m benchmarks.scaling MODEL [--plot FILE]`.
 
 Decoding only: a run's clock starts when every sequence has its first token. Each concurrency decodes prompts of 128
-tokens; each context decodes one sequence and sixteen behind prompts of that length, which share nothing.
+tokens; each context decodes one sequence and sixteen behind prompts of that length, which share nothing. What the model
+or the KV pool cannot hold is left out.
 """
 
 import argparse
@@ -45,9 +46,12 @@ def main() -> None:
     ceilings = measure_ceilings(0.5)
     for _ in range(3):
         decode_rate(llm, 4, 64)  # caches and clocks warm up
-    by_concurrency = {count: decode_rate(llm, count, PROMPT) for count in options.concurrency}
+    by_concurrency = {
+        count: decode_rate(llm, count, PROMPT) for count in options.concurrency if fits(llm, count, PROMPT)
+    }
     by_context = {
-        count: {length: decode_rate(llm, count, length) for length in options.contexts} for count in options.at_once
+        count: {length: decode_rate(llm, count, length) for length in options.contexts if fits(llm, count, length)}
+        for count in options.at_once
     }
     stored = options.quantization or options.dtype
     print(f"{Path(options.model).name}, {stored}; {json.dumps(ceilings)}\n")
@@ -57,7 +61,8 @@ def main() -> None:
     print("| context | " + " | ".join(map(str, options.contexts)) + " |")
     print("| --- |" + " --- |" * len(options.contexts))
     for count, rates in by_context.items():
-        print(f"| tokens/s of {count} | " + " | ".join(f"{rate:.0f}" for rate in rates.values()) + " |")
+        cells = (f"{rates[length]:.0f}" if length in rates else "–" for length in options.contexts)
+        print(f"| tokens/s of {count} | {' | '.join(cells)} |")
     found = {"weights": stored, "ceilings": ceilings, "by_concurrency": by_concurrency, "by_context": by_context}
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -65,12 +70,23 @@ def main() -> None:
         draw(found, options.plot)
 
 
+def num_output_tokens(llm: LLM, num_sequences: int, prompt: int) -> int:
+    """The first to have their prompt decode while the others' prompts are computed, and must not end before."""
+    budget = llm.memory_plan.max_num_batched_tokens
+    return STEPS + 2 + 2 * num_sequences * prompt // max(1, budget - num_sequences)
+
+
+def fits(llm: LLM, num_sequences: int, prompt: int) -> bool:
+    plan = llm.memory_plan
+    length = prompt + num_output_tokens(llm, num_sequences, prompt)
+    blocks = num_sequences * -(-length // plan.block_size)
+    return length <= plan.max_model_len and blocks <= plan.num_blocks
+
+
 def decode_rate(llm: LLM, num_sequences: int, prompt: int) -> float:
     """Tokens per second of `num_sequences` decoding together, each behind `prompt` tokens of its own."""
     engine = llm._engine
-    budget = engine.memory_plan.max_num_batched_tokens
-    # The first to have their prompt decode while the others' prompts are computed, and must not end before.
-    max_tokens = STEPS + 2 + 2 * num_sequences * prompt // max(1, budget - num_sequences)
+    max_tokens = num_output_tokens(llm, num_sequences, prompt)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     names = [f"{num_sequences} behind {prompt}, {index}" for index in range(num_sequences)]
     for index, name in enumerate(names):
@@ -97,8 +113,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
         left, right = figure.subplots(1, 2)
         left.plot(*zip(*found["by_concurrency"].items(), strict=True), "o-", color="#1d5f8a")
         left.set(xscale="log", yscale="log", xlabel="sequences at once", ylabel="tokens/s")
-        for (count, rates), color in zip(found["by_context"].items(), ("#1d5f8a", "#c8553d"), strict=True):
-            right.plot(*zip(*rates.items(), strict=True), "o-", color=color, label=f"{count} at once")
+        right.set_prop_cycle(color=["#1d5f8a", "#c8553d", "#4a9d5b", "#e0a526"])
+        for count, rates in found["by_context"].items():
+            right.plot(rates.keys(), rates.values(), "o-", label=f"{count} at once")
         right.set(xscale="log", yscale="log", xlabel="context, tokens")
         right.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})

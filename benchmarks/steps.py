@@ -2,7 +2,7 @@
 
 Steps of decoding with so many sequences each, and one step of a prompt's 512 tokens, milliseconds by part, medians over
 the steps. What is outside the layers and the logits is the host's. The parts are timed in the running engine, by
-functions put around its own.
+functions put around its own. Greedy, unless `--temperature` and `--top-p` or `--top-k` ask for samples.
 """
 
 import argparse
@@ -81,11 +81,13 @@ def around_model(timers: Timers, llm: LLM) -> None:
     timers.around(type(model), "logits", "logits")
 
 
-def run_steps(llm: LLM, timers: Timers, num_sequences: int, prompt: int, steps: int) -> list[dict[str, float]]:
+def run_steps(
+    llm: LLM, timers: Timers, sampling: dict[str, Any], num_sequences: int, prompt: int, steps: int
+) -> list[dict[str, float]]:
     """Parts of each step in which all sequences decode, or with `steps` of 0 of the one that computes the prompt."""
     engine = llm._engine
     llm.reset_prefix_cache()
-    params = SamplingParams(temperature=0.0, max_tokens=steps + 2, ignore_eos=True, detokenize=False)
+    params = SamplingParams(**sampling, max_tokens=steps + 2, ignore_eos=True, detokenize=False)
     for index in range(num_sequences):
         ids = [3 + (7919 * index + 31 * place) % 30000 for place in range(prompt)]
         engine.add_request(str(index), {"prompt_token_ids": ids}, params)
@@ -122,6 +124,9 @@ def main() -> None:
     parser.add_argument("--quantization", choices=METHODS)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the figures to this file, as JSON")
     arguments = parser.parse_args()
     timers = Timers()
@@ -136,14 +141,17 @@ def main() -> None:
     )
     around_model(timers, llm)
     ceilings = measure_ceilings(0.5)
-    run_steps(llm, timers, 1, CONTEXT, 4)
+    sampling = {name: getattr(arguments, name) for name in ("temperature", "top_p", "top_k")}
+    run_steps(llm, timers, sampling, 1, CONTEXT, 4)
     columns = {
-        f"{count} rows": breakdown(run_steps(llm, timers, count, CONTEXT, STEPS)) for count in arguments.sequences
+        f"{count} rows": breakdown(run_steps(llm, timers, sampling, count, CONTEXT, STEPS))
+        for count in arguments.sequences
     }
-    prompts = [step for _ in range(5) for step in run_steps(llm, timers, 1, PROMPT, 0)]
+    prompts = [step for _ in range(5) for step in run_steps(llm, timers, sampling, 1, PROMPT, 0)]
     columns[f"{PROMPT} of a prompt"] = breakdown(prompts)
     name, stored = Path(arguments.model).name, arguments.quantization or arguments.dtype
-    print(f"{name}, {stored}, {torch.get_num_threads()} threads, {cpu.isa()}; {json.dumps(ceilings)}")
+    machine = f"{torch.get_num_threads()} threads, {cpu.isa()}"
+    print(f"{name}, {stored}, {machine}; {json.dumps(sampling)}; {json.dumps(ceilings)}")
     print("\nmilliseconds | " + " | ".join(columns))
     print("--- | " + " | ".join("---" for _ in columns))
     for part in ("step", "layers", *KERNELS, "other in layers", "logits", "host", *HOST):
@@ -151,6 +159,7 @@ def main() -> None:
     if arguments.output:
         found = {
             "weights": stored,
+            "sampling": sampling,
             "kv_cache_dtype": llm._engine.memory_plan.kv_cache_dtype,
             "context": CONTEXT + STEPS // 2,
             "ceilings": ceilings,

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -70,6 +71,24 @@ def test_an_interrupted_run_ends_with_the_table_of_what_it_has(tmp_path, monkeyp
     peers.main()
     assert capsys.readouterr().out == table + "\n"
     assert Results.load(output).runs["llama.cpp-f32"] == [{"version": "1", "seconds": {"W5-first-token": 0.5}}]
+
+
+def test_limits_are_those_of_the_best_ceilings_and_all_are_kept(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "M160-fp32").symlink_to(bundled_folder())
+    names = ("fp32_gflops", "bf16_gflops", "int8_gops", "read_gb_per_s")
+    measured = [dict.fromkeys(names, rate) for rate in (100.0, 200.0, 50.0)]
+    options = Namespace(peers=tmp_path, model="M160", only=["W6"], output=tmp_path / "figures.json")
+    seconds = []
+    for found in (measured[:1], measured[1:2], measured):
+        results = Results("", "M160", {})
+        for rates in found:
+            monkeypatch.setattr(peers, "measure_ceilings", lambda rates=rates: rates)
+            peers.add_ceilings(options, results)
+        seconds.append(results.limits["limit float32"]["seconds"]["W6"])
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+    assert seconds[2] == seconds[1]
+    assert Results.load(options.output).ceilings == measured
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ class Results:
     model: str
     runs: dict[str, list[Report]]
     ceilings: list[dict[str, float]] = field(default_factory=list)
-    """A measurement for each repeat."""
-    limits: dict[str, list[Report]] = field(default_factory=dict)
-    """Format of the weights → for each repeat, what the workloads take at least, as if an engine had reported it."""
+    """A measurement before the first round and one after each."""
+    limits: dict[str, Report] = field(default_factory=dict)
+    """Format of the weights → what workloads take at least at the best ceilings, as if an engine had reported it."""
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -46,7 +46,7 @@ class Results:
 
     def table(self) -> str:
         """Markdown: a row per figure, a column per engine and per limit."""
-        columns = self.runs | self.limits
+        columns = self.runs | {name: [limit] for name, limit in self.limits.items()}
         figures = list(dict.fromkeys(name for runs in columns.values() for run in runs for name in run["seconds"]))
         rows = [["", *columns], ["---"] * (len(columns) + 1)]
         rows += [[f"{name} {TITLES[name]}, s", *_cells(columns, partial(_seconds, name))] for name in figures]
@@ -57,7 +57,8 @@ class Results:
         rates = [f"{name} {_with_range([each[name] for each in self.ceilings])}" for name in self.ceilings[0]]
         lines = [
             f"{self.model}, runs of each: {'–'.join(map(str, num_runs))}, median [least, most]",
-            f"{self.machine}; {', '.join(rates)}",
+            f"{self.machine}; ceilings before and after each round, of which limits take the best: {', '.join(rates)}",
+            "each model's files were read once before an engine's process started",
             "",
             *(f"| {' | '.join(row)} |" for row in rows),
         ]

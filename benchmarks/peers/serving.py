@@ -28,7 +28,7 @@ from quire.cli.bench_serve import load_figures, run_load
 from quire.cli.bench_workload import Workload
 from quire.cli.http_client import Target
 
-SERVERS = ("quire", "quire-bf16", "quire-int8", "vllm", "vllm-eager")
+SERVERS = ("quire", "quire-bf16", "quire-int8", "vllm", "vllm-eager", "vllm-bf16")
 MODEL_NAME = "m"
 START_SECONDS = 300.0
 FIGURES = ("median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "output_throughput")
