@@ -349,6 +349,27 @@ def test_the_api_process_stays_light(part: str) -> None:
     assert loaded & {"torch", "numpy", "transformers", "pydantic", "scipy"} == set()
 
 
+def test_the_engine_process_knows_neither_text_nor_http() -> None:
+    """Token ids go in and out of it. What they spell only a grammar must know, whose compiler, loaded with the model,
+    reads the vocabulary for itself."""
+    loaded = set(run_python("import sys, quire.engine.engine_process, quire.engine.core\nprint(*sys.modules)").split())
+    assert "quire.runner.model_runner" in loaded
+    text = {"tokenizer", "detokenizer", "chat_template", "input_processor", "output_processor", "async_engine"}
+    assert loaded & {f"quire.engine.{module}" for module in text} == set()
+    assert {name for name in loaded if name.startswith(("quire.server", "quire.cli", "quire.llm"))} == set()
+    libraries = {
+        "tokenizers",
+        "jinja2",
+        "starlette",
+        "uvicorn",
+        "uvloop",
+        "httptools",
+        "prometheus_client",
+        "llguidance",
+    }
+    assert loaded & libraries == set()
+
+
 def test_import_quire_costs_next_to_nothing() -> None:
     program = (
         "import time; t = time.perf_counter(); import quire; print(time.perf_counter() - t)\n"

@@ -318,3 +318,18 @@ def test_the_api_process_imports_neither_torch_nor_numpy() -> None:
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_the_engine_process_loads_neither_a_tokenizer_nor_an_http_server() -> None:
+    """Not while it answers either: what it has mapped, after a text with stop strings was made."""
+
+    async def test(engine: AsyncLLM) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=8, stop=["no such text"], logprobs=1, ignore_eos=True)
+        assert (await collect(engine, "ROMEO:", params)).outputs[0].text
+        assert engine._process is not None
+        mapped = Path(f"/proc/{engine._process.pid}/maps").read_text()
+        assert "libtorch_cpu" in mapped
+        assert [library for library in ("tokenizers", "httptools", "uvloop") if f"/{library}/" in mapped] == []
+
+    run(test)

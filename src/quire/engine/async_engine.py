@@ -25,7 +25,7 @@ from typing import Any
 from quire import errors
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
-from quire.engine.checkpoint import find_model, load_tokenizer, model_name, read_default_params
+from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.grammar_door import GrammarChecker, GrammarDoor
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
@@ -51,7 +51,7 @@ from quire.engine.messages import (
 )
 from quire.engine.metrics import Metrics
 from quire.engine.output_processor import OutputProcessor
-from quire.engine.tokenizer import Tokenizer
+from quire.engine.tokenizer import Tokenizer, load_tokenizer
 from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput, StepDeltas

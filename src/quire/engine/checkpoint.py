@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
-from quire.engine.tokenizer import Tokenizer
 from quire.errors import CheckpointError
 from quire.model_config import read_json
 
@@ -53,17 +52,6 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
     if found.get("do_sample") is False:
         params["temperature"] = 0.0
     return params
-
-
-def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
-    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
-    folder = tokenizer_folder(config, folder)
-    try:
-        return Tokenizer.from_folder(folder)
-    except CheckpointError:
-        if config.tokenizer is not None or (folder / "tokenizer.json").exists():
-            raise
-        return None
 
 
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:

@@ -9,12 +9,13 @@ from dataclasses import replace
 from time import perf_counter
 
 from quire.config import EngineConfig
-from quire.engine.checkpoint import find_model, load_tokenizer
+from quire.engine.checkpoint import find_model
 from quire.engine.grammar_door import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.load_ahead import load_ahead, without_garbage_collection
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
+from quire.engine.tokenizer import load_tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quire.config import EngineConfig
+from quire.engine.checkpoint import tokenizer_folder
 from quire.errors import CheckpointError, RequestError
 
 # The library warns when a process forks after it used its own threads; requests are parallel enough without them.
@@ -177,6 +179,17 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         token_id: int | None = None if token is None else self._backend.token_to_id(token)
         return token_id
+
+
+def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
+    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
+    folder = tokenizer_folder(config, folder)
+    try:
+        return Tokenizer.from_folder(folder)
+    except CheckpointError:
+        if config.tokenizer is not None or (folder / "tokenizer.json").exists():
+            raise
+        return None
 
 
 def read_special_tokens(folder: str | Path) -> dict[str, str]:
