@@ -180,6 +180,22 @@ def test_rows_come_out_as_they_were_packed(n: int, k: int, dtype: str, data: st.
     assert torch.equal(rows, reference.gather_rows(reference.pack_linear([weight], dtype), ids, weight.shape[1]))
 
 
+@pytest.mark.parametrize("form", [*DTYPES, "int8", "int4"])
+def test_two_threads_pack_the_bytes_that_one_does(form: str) -> None:
+    """Of two matrices whose border lies inside a panel."""
+    weights = [torch.randn(rows, 257) for rows in (300, 77)]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        if form in DTYPES:
+            found.append([cpu.pack_linear(weights, form)])
+        else:
+            packed = cpu.quantize_linear(weights, bits=8 if form == "int8" else 4, group_size=64)
+            found.append([packed.values, packed.scales])
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
 def test_rows_of_a_large_table_are_gathered_by_several_threads() -> None:
     table, ids = torch.randn(1000, 257), torch.randint(0, 1000, (400,), dtype=torch.int32)
     assert torch.equal(cpu.gather_rows(cpu.pack_linear([table], "float32"), ids, table.shape[1]), table[ids])
