@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
+from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.runner.input_batch import InputBatch, make_input_batch
 from quire.runner.request_rows import RequestRows
 from quire.step import StepPlan
@@ -19,9 +21,27 @@ def assert_same(found: InputBatch, expected: InputBatch) -> None:
 
 
 def test_a_batch_that_follows_equals_one_made_anew() -> None:
+    """And a plan of attention that goes on with it sees what it holds."""
     rows = RequestRows(max_num_seqs=8, max_blocks=16, vocab_size=10)
     free = iter(range(100, 200))
-    lengths, batch = {5: 3, 2: 9, 7: 4}, None
+    lengths, batch, attention = {5: 3, 2: 9, 7: 4}, None, None
+    plan_attention = make_planner(
+        "cpu",
+        AttentionShape(
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+            block_size=BLOCK_SIZE,
+            window=0,
+            max_num_seqs=8,
+            max_num_tokens=8,
+            max_blocks=16,
+            num_threads=1,
+            kv_element_size=4,
+            batch_invariant=False,
+            device=torch.device("cpu"),
+        ),
+    )
     for row, length in lengths.items():
         rows.block_tables[row, : length // BLOCK_SIZE + 1] = [next(free) for _ in range(length // BLOCK_SIZE + 1)]
     for step in range(14):
@@ -34,6 +54,10 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
         batch = make_input_batch(plan, rows, BLOCK_SIZE, batch)
         assert batch.follows == (step > 0)
         assert_same(batch, make_input_batch(plan, rows, BLOCK_SIZE))
+        arrays = StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots)
+        attention = plan_attention(arrays, before=attention if batch.follows else None)
+        for name, array in arrays._asdict().items():
+            np.testing.assert_array_equal(getattr(attention, name), array, name)
 
 
 @pytest.mark.parametrize(

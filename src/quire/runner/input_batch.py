@@ -53,8 +53,8 @@ class _Decoding:
 def make_input_batch(
     plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch | None = None
 ) -> InputBatch:
-    """Vectorised over sequences and tokens; no Python per either. `before` is the batch of the step before, which is
-    overwritten where this one follows it."""
+    """Vectorised over sequences and tokens, but where this one follows `before`, the batch of the step before, which is
+    overwritten then."""
     if before is not None and _follows(plan, before):
         return _advance(plan, rows, block_size, before)
     row_index = np.array(plan.rows, dtype=np.int32)
