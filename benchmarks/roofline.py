@@ -1,6 +1,7 @@
-"""How near each part of a step comes to the machine's limits: `python -m benchmarks.roofline MODEL_FP32 MODEL_BF16`.
+"""How near each part of a step comes to the machine's limits: `python -m benchmarks.roofline MODEL [MODEL ...]`.
 
-Runs `benchmarks.steps` once for every way of storing the weights, and sets the times of its parts beside the work that
+Runs `benchmarks.steps` with the weights as each checkpoint stores them, once more in int8 and in int4 if that is
+float32, and sets the times of its parts beside the work that
 the model's shape says they have: operations (a product and its addition are two) and bytes that must be read. Prints a
 table and, with `--plot`, draws operations per second against operations per byte below the ceilings of the same run
 (S. Williams et al., "Roofline", CACM 2009).
@@ -31,6 +32,7 @@ MARKERS = {
 class Point:
     """One part of one kind of step."""
 
+    model: str
     weights: str
     step: str
     part: str
@@ -46,24 +48,24 @@ class Point:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
-    parser.add_argument("fp32", type=Path, help="a checkpoint in float32, also quantised from")
-    parser.add_argument("bf16", type=Path, help="the same in bfloat16")
+    parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--plot", type=Path, help="draw it to this SVG")
     options = parser.parse_args()
-    runs = [
-        run_steps(options.fp32, "--dtype", "float32"),
-        run_steps(options.bf16, "--dtype", "bfloat16"),
-        run_steps(options.fp32, "--dtype", "float32", "--quantization", "int8"),
-        run_steps(options.fp32, "--dtype", "float32", "--quantization", "int4"),
-    ]
-    model = ModelConfig.from_folder(options.fp32)
-    points = [point for run in runs for point in points_of(run, model)]
+    runs: list[dict[str, Any]] = []
+    points: list[Point] = []
+    for folder in options.models:
+        model = ModelConfig.from_folder(folder)
+        dtype = model.checkpoint_dtype
+        for quantization in (None, *METHODS) if dtype == "float32" else (None,):
+            run = run_steps(folder, "--dtype", dtype, *(["--quantization", quantization] if quantization else []))
+            runs.append(run)
+            points += points_of(run, model, folder.name)
     ceilings = {name: max(run["ceilings"][name] for run in runs) for name in runs[0]["ceilings"]}
-    print(f"{options.fp32.name}; best ceilings of the runs: {json.dumps(ceilings)}\n")
-    print("| weights | step | part | ms | operations per byte | GOP/s | GB/s |\n" + "| --- " * 7 + "|")
+    print(f"best ceilings of the runs: {json.dumps(ceilings)}\n")
+    print("| model | weights | step | part | ms | operations per byte | GOP/s | GB/s |\n" + "| --- " * 8 + "|")
     for point in points:
         gops, gbs = point.operations / point.seconds / 1e9, point.read / point.seconds / 1e9
-        where = f"{point.weights} | {point.step} | {point.part}"
+        where = f"{point.model} | {point.weights} | {point.step} | {point.part}"
         print(f"| {where} | {point.seconds * 1e3:.2f} | {point.intensity:.1f} | {gops:.0f} | {gbs:.1f} |")
     if options.plot is not None:
         draw(points, ceilings, options.plot)
@@ -79,7 +81,7 @@ def run_steps(model: Path, *flags: str) -> dict[str, Any]:
         return found
 
 
-def points_of(run: dict[str, Any], model: ModelConfig) -> Iterator[Point]:
+def points_of(run: dict[str, Any], model: ModelConfig, model_name: str) -> Iterator[Point]:
     """What each part of each kind of step had to do, in the time it took."""
     weights = run["weights"]
     matrices = model.num_layers * sum(n * k for n, k in model.linear_shapes)
@@ -101,7 +103,7 @@ def points_of(run: dict[str, Any], model: ModelConfig) -> Iterator[Point]:
         if decoding:
             work["logits"] = (2.0 * head * count, head_bytes)
         for part, (operations, read) in work.items():
-            yield Point(weights, name, part, parts[part] / 1e3, operations, read)
+            yield Point(model_name, weights, name, part, parts[part] / 1e3, operations, read)
 
 
 def draw(points: list[Point], ceilings: dict[str, float], path: Path) -> None:
@@ -119,6 +121,8 @@ def draw(points: list[Point], ceilings: dict[str, float], path: Path) -> None:
             axes.plot(line, roof, style, color="#333333", linewidth=1, label=name.split("_")[0] + " ceiling")
         for weights, (marker, color) in MARKERS.items():
             chosen = [point for point in points if point.weights == weights]
+            if not chosen:
+                continue
             axes.scatter(
                 [point.intensity for point in chosen],
                 [point.operations / point.seconds / 1e9 for point in chosen],
