@@ -4,7 +4,6 @@ How a block lies is the kernels' affair (`Kernels.kv_cache_shapes`, see docs/dec
 blocks are the first dimension of keys and of values.
 """
 
-import contextlib
 import itertools
 import math
 import mmap
@@ -76,11 +75,12 @@ class KVCache:
 
 def lazy_zeros(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], pages of the system's own that are there when they are written; torch.zeros would write, and
-    so take, all of them, and malloc might keep them when they are freed."""
+    so take, all of them, and malloc might keep them when they are freed.
+
+    Huge pages are not asked for: where a hypervisor must find them, a prompt waits longer for them than all its attention
+    gains (docs/log.md).
+    """
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGEX"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
 
 
@@ -88,8 +88,8 @@ def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.
     if device.type != "cpu":
         stored = torch.uint8 if dtype.itemsize == 1 else dtype
         return [torch.zeros(shape, dtype=stored, device=device).view(dtype) for shape in shapes]
-    # Blocks are taken from the first on, in every tensor. Each tensor begins elsewhere in a huge page, so that a step
-    # enters a new one in few of them: a system that must find the memory first takes milliseconds for each.
+    # Blocks are taken from the first on, in every tensor. Where the system gives huge pages unasked, each tensor begins
+    # elsewhere in one, so that a step enters a new one in few of them: some systems take milliseconds for each.
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     step = _HUGE_PAGE // len(sizes) // _PAGE * _PAGE
     strides = [-(-size // _HUGE_PAGE) * _HUGE_PAGE + step for size in sizes]
