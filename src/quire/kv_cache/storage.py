@@ -77,8 +77,8 @@ def lazy_zeros(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], pages of the system's own that are there when they are written; torch.zeros would write, and
     so take, all of them, and malloc might keep them when they are freed.
 
-    Huge pages are not asked for: where a hypervisor must find them, a prompt waits longer for them than all its attention
-    gains (docs/log.md).
+    Huge pages are not asked for: where a hypervisor must find them, a prompt waits longer for them than all its
+    attention gains (docs/log.md).
     """
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
