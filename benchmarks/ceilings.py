@@ -19,18 +19,24 @@ READ_BYTES = 2**30
 
 def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
     """Median rates, with the threads torch is set to."""
-    left, right = torch.randn(2, MATRIX_SIZE, MATRIX_SIZE)
-    left_bf16, right_bf16 = left.bfloat16(), right.bfloat16()
     product_of_bytes = int8_product(MATRIX_SIZE)
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     return {
         "threads": torch.get_num_threads(),
-        "fp32_gflops": median_rate(lambda: left @ right, 2 * MATRIX_SIZE**3, seconds),
-        "bf16_gflops": median_rate(lambda: left_bf16 @ right_bf16, 2 * MATRIX_SIZE**3, seconds),
+        "fp32_gflops": median_rate(packed_product(MATRIX_SIZE, torch.float32), 2 * MATRIX_SIZE**3, seconds),
+        "bf16_gflops": median_rate(packed_product(MATRIX_SIZE, torch.bfloat16), 2 * MATRIX_SIZE**3, seconds),
         "int8_gops": median_rate(product_of_bytes, 2 * MATRIX_SIZE**3, seconds),
         # A sum of integers costs one cheap instruction per vector, so memory is what it waits for.
         "read_gb_per_s": median_rate(memory.sum, READ_BYTES, seconds),
     }
+
+
+def packed_product(size: int, dtype: torch.dtype) -> Callable[[], object]:
+    """A product of two square matrices by oneDNN, one of them packed as weights are: faster than `@` by a fifth (a
+    private operator)."""
+    rows, weight = torch.randn(2, size, size, dtype=dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, size)
+    return lambda: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
 
 def int8_product(size: int) -> Callable[[], object]:
