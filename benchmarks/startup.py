@@ -128,6 +128,8 @@ def main() -> None:
             "float32-cached": {"dtype": "float32", **cached},
             "int8": {"quantization": "int8"},
             "int8-cached": {"quantization": "int8", **cached},
+            "int4": {"quantization": "int4"},
+            "int4-cached": {"quantization": "int4", **cached},
         }
         wanted = arguments.only.split(",") if arguments.only else list(cases)
         print(f"{os.cpu_count()} cores, {arguments.repeats} fresh processes each: median [min, max] s, phases' medians")
