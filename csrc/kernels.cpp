@@ -2,6 +2,7 @@
 // namespace; all code below lives in that namespace, so no two versions of a function can be mistaken by the linker.
 
 #include "attention.h"
+#include "draw.h"
 #include "elementwise.h"
 #include "embedding.h"
 #include "kv_cache.h"
@@ -33,6 +34,8 @@ extern const Kernels kernels = {
     .attention_scratch = attention_scratch,
     .attention = attention,
     .row_peaks = row_peaks,
+    .draw_scratch = draw_scratch,
+    .draw_tokens = draw_tokens,
 };
 
 }  // namespace quire::QUIRE_ISA

@@ -135,6 +135,22 @@ struct LowBitLinear {
     int64_t m, n, k;
 };
 
+// A token for each row of logits. Limits are one for each row: of 0 tokens for top_k, of 1 for top_p and of 0 for min_p
+// there is none.
+struct Draws {
+    Rows logits;
+    int64_t rows, columns;
+    const float* temperatures;
+    const float* min_p;
+    const int32_t* top_k;
+    const double* top_p;
+    const double* uniforms;  // in [0, 1)
+    char* scratch;           // num_threads times draw_scratch()
+    int num_threads;
+    float* peaks;    // the highest logit; where it is not finite, the token means nothing
+    int32_t* ids;
+};
+
 // One implementation of every operation; quire/kernels/reference.py says what each computes.
 struct Kernels {
     const char* isa;
@@ -158,6 +174,8 @@ struct Kernels {
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
     void (*row_peaks)(Rows x, int64_t rows, int64_t columns, float* peaks, int32_t* ids);
+    int64_t (*draw_scratch)(int64_t columns);  // bytes for each thread
+    void (*draw_tokens)(const Draws& draws);
 };
 
 namespace portable { extern const Kernels kernels; }

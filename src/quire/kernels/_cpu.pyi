@@ -66,3 +66,13 @@ def paged_attention(
     out: Tensor,
 ) -> None: ...
 def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None: ...
+def draw_tokens(
+    x: Tensor,
+    temperatures: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    uniforms: Tensor,
+    peaks: Tensor,
+    ids: Tensor,
+) -> None: ...

@@ -24,6 +24,7 @@ from quire.kernels.reference import kv_cache_shapes
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
+    "draw_tokens",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
@@ -312,6 +313,19 @@ def paged_attention(
 
 def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     _cpu.row_peaks(x, peaks, ids)
+
+
+def draw_tokens(
+    x: Tensor,
+    temperatures: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    uniforms: Tensor,
+    peaks: Tensor,
+    ids: Tensor,
+) -> None:
+    _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
 
 
 def _refuse_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:

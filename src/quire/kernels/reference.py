@@ -275,3 +275,38 @@ def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     peaks.copy_(x.amax(dim=1))
     is_peak = torch.where(peaks.isnan()[:, None], x.isnan(), x == peaks[:, None])
     ids.copy_(is_peak.int().cummax(dim=1).values.eq(0).sum(dim=1))
+
+
+def draw_tokens(
+    x: Tensor,
+    temperatures: Tensor,
+    min_p: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    uniforms: Tensor,
+    peaks: Tensor,
+    ids: Tensor,
+) -> None:
+    """x [M, N] logits, N > 0; all others [M]: draws a token of each row by its probability at the row's temperature.
+
+    Tokens less than `min_p` times as likely as the likeliest are left out, then all but the `top_k` likeliest (0: none
+    is), then all but the fewest likeliest that hold `top_p` of what is left; of equals the lowest ids stay. `uniforms`,
+    in [0, 1), pick by the inverse of the cumulative distribution: over tokens in the order of likelihood where top_k or
+    top_p is asked for, else of ids. Temperatures and min_p are float32, top_k int32, top_p and uniforms float64.
+    Writes the highest logits to `peaks` and tokens to `ids`, which mean nothing where the peak is not finite.
+    """
+    row_peaks(x, peaks, ids)
+    for row in peaks.isfinite().nonzero().flatten().tolist():
+        scores = (x[row].double() - peaks[row].double()) / temperatures[row].double()
+        weights = scores.exp()
+        weights[weights < min_p[row].double()] = 0
+        order = torch.arange(len(scores))
+        if top_k[row] or top_p[row] < 1:
+            order = scores.sort(descending=True, stable=True).indices
+            if top_k[row]:
+                order = order[: int(top_k[row])]
+            cumulative = weights[order].cumsum(0)
+            order = order[: 1 + int((cumulative < top_p[row] * cumulative[-1]).sum())]
+        cumulative = weights[order].cumsum(0)
+        place = int((cumulative <= uniforms[row] * cumulative[-1]).sum())
+        ids[row] = order[min(place, int(weights[order].nonzero().max()))]

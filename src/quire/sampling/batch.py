@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.cpu import row_peaks
-from quire.sampling.draws import FloatArray, IntArray
+from quire.kernels.cpu import draw_tokens, row_peaks
 from quire.sampling.logit_edits import LogitEdits
 from quire.sampling.logits_processors import BatchLogitsProcessor, LogitsProcessing
 from quire.sampling.row_places import place_of, split_rows
@@ -20,37 +19,40 @@ from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
 from quire.step import logprob_bytes
 
-
-class RowPeaks:
-    """Where the highest logits of some rows go, step after step: tensors, and the same memory as arrays."""
-
-    def __init__(self, num_rows: int) -> None:
-        self._logits, self._ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int32)
-        self._arrays = self._ids.numpy(), self._logits.numpy()
-
-    def find(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """Of each row of `logits` the most likely token, of equals the lowest id, and its logit."""
-        row_peaks(logits, self._logits, self._ids)
-        ids, peaks = self._arrays
-        return ids.tolist(), peaks.tolist()
+FloatArray = NDArray[np.float64]
 
 
 class RowGroup:
-    """Rows that are drawn from in the same way, few enough for their temporaries."""
+    """Rows whose tokens are found in the same way."""
 
-    def __init__(self, draw: Draw, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
-        params = [states[row].params for row in rows]
-        self.draw = draw
+    def __init__(self, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+        """`rows` are all greedy, all beams or none of either."""
+        draw = states[rows[0]].draw
         self.rows = list(rows)
         self.place = place_of(rows)
-        self.peaks = RowPeaks(len(rows)) if draw is Draw.GREEDY else None
-        self.top_k: IntArray = np.array([p.top_k for p in params], dtype=np.int64)
-        self.top_p: FloatArray = np.array([p.top_p for p in params])
-        # None where every row would be left as it is; a temperature of 1 and a min_p of 0 change no bit either.
-        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32).unsqueeze(1)
-        self.temperatures = None if bool((temperatures == 1.0).all()) else temperatures
-        min_p = np.array([p.min_p for p in params], dtype=np.float32)
-        self.min_p = min_p if min_p.any() else None
+        self.is_beam, self._is_greedy = draw is Draw.BEAM, draw is Draw.GREEDY
+        # Tensors that stay step after step, and the memory of the last two as arrays.
+        self._peaks, self._ids = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.int32)
+        self._arrays = self._ids.numpy(), self._peaks.numpy()
+        if self.is_beam or self._is_greedy:
+            return
+        params = [states[row].params for row in rows]
+        top_k = [states[row].params.top_k if states[row].draw is Draw.TOP_K else 0 for row in rows]
+        self._limits = (
+            torch.tensor([p.temperature for p in params]),
+            torch.tensor([p.min_p for p in params]),
+            torch.tensor(top_k, dtype=torch.int32),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        )
+
+    def find(self, logits: Tensor, uniforms: FloatArray) -> tuple[list[int], list[float]]:
+        """A token and the highest logit of each row of the group; where that is not finite, the token is void."""
+        if self._is_greedy:
+            row_peaks(logits, self._peaks, self._ids)  # of equals the lowest id
+        else:
+            draw_tokens(logits, *self._limits, torch.from_numpy(uniforms), self._peaks, self._ids)
+        ids, peaks = self._arrays
+        return ids.tolist(), peaks.tolist()
 
 
 class SamplingBatch:
@@ -66,7 +68,7 @@ class SamplingBatch:
         self.processors = LogitsProcessing(self.states, logits_processors)
         self.edits = LogitEdits(states, vocab_size)
         self.groups = _group_rows(self.states, vocab_size)
-        draws = {group.draw for group in self.groups}
+        draws = {state.draw for state in states}
         self._output_token_ids = None if draws <= {Draw.GREEDY, Draw.BEAM} else [s.output_token_ids for s in states]
         """Whose length is each sequence's position, where any token is left to chance."""
         self._zeros: FloatArray = np.zeros(len(states))
@@ -118,11 +120,8 @@ def split_by_logprobs(states: Sequence[SamplingState], vocab_size: int, logprobs
 
 
 def _group_rows(states: Sequence[SamplingState], vocab_size: int) -> list[RowGroup]:
-    by_need: defaultdict[tuple[Draw, int], list[int]] = defaultdict(list)
-    for row, state in enumerate(states):
-        # Rows of similar k go together: the largest k of a group is what its rows are searched for.
-        size_class = max(64, state.params.top_k - 1).bit_length() if state.draw is Draw.TOP_K else 0
-        by_need[state.draw, size_class].append(row)
-    return [
-        RowGroup(draw, part, states) for (draw, _), rows in by_need.items() for part in split_rows(rows, vocab_size)
-    ]
+    greedy = [row for row, state in enumerate(states) if state.draw is Draw.GREEDY]
+    beams = [row for row, state in enumerate(states) if state.draw is Draw.BEAM]
+    others = [row for row, state in enumerate(states) if state.draw not in (Draw.GREEDY, Draw.BEAM)]
+    # What beams are ranked by takes temporaries as large as their logits.
+    return [RowGroup(rows, states) for rows in (greedy, others, *split_rows(beams, vocab_size)) if rows]

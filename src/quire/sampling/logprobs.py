@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.sampling.draws import block_sums
 from quire.sampling.ranking import leading_tokens
 from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
+
+BLOCK_SIZE = 256
+"""Tokens whose weights are summed in float32: a longer sum stops seeing the tail of a large vocabulary."""
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
@@ -26,7 +28,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[Tok
     if not num_rows:
         return []
     peak = logits.amax(dim=-1, keepdim=True)
-    total = block_sums((logits - peak).exp_().numpy()).sum(axis=1)
+    total = _block_sums((logits - peak).exp_().numpy()).sum(axis=1)
     normaliser = peak.numpy().astype(np.float64) + np.log(total)[:, None]
     leading, leading_ids = np.empty((num_rows, 0), np.float32), np.empty((num_rows, 0), np.int64)
     if k:
@@ -97,3 +99,9 @@ def _rank(row: NDArray[np.float32], token_id: int) -> int:
     """1-based place in the order of `ranking`."""
     value = row[token_id]
     return 1 + int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token_id] == value))
+
+
+def _block_sums(weights: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Float64 sums [rows, blocks] of consecutive blocks of each row."""
+    starts = np.arange(0, weights.shape[1], BLOCK_SIZE)
+    return np.add.reduceat(weights, starts, axis=1).astype(np.float64)

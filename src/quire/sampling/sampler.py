@@ -6,12 +6,11 @@ from math import inf, isfinite, isnan
 
 from torch import Tensor
 
-from quire.sampling.batch import RowGroup, SamplingBatch, split_by_logprobs
-from quire.sampling.draws import FloatArray, draw_top_k, draw_top_p, draw_unfiltered
+from quire.sampling.batch import SamplingBatch, split_by_logprobs
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs
 from quire.sampling.ranking import leading_tokens
-from quire.sampling.state import Draw, SamplingState
+from quire.sampling.state import SamplingState
 from quire.step import BeamCandidates, TokenLogprobs, logprob_bytes
 
 NO_TOKEN = -1
@@ -70,7 +69,7 @@ class Sampler:
         raw = {k: logits[rows] for k, rows in batch.logprob_rows.items()}
         raw_beams = {row: logits[row].clone() for row in batch.reporting_beams}
         failures = batch.processors.apply(logits)
-        beams = [group for group in batch.groups if group.draw is Draw.BEAM]
+        beams = [group for group in batch.groups if group.is_beam]
         for group in beams:
             # What the request edits is the log-probability, as in transformers: scores add up over a whole beam.
             logits[group.place] = logits[group.place].log_softmax(dim=-1)
@@ -128,12 +127,12 @@ def _draw(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> 
     result = SampleResult([NO_TOKEN] * num_rows, [None] * num_rows, [None] * num_rows, {})
     uniforms = batch.uniforms()
     for group in batch.groups:
-        if group.draw is Draw.BEAM:
+        if group.is_beam:
             continue
         if len(group.rows) == num_rows:
-            result.token_ids, peaks = _draw_group(group, logits, uniforms)
+            result.token_ids, peaks = group.find(logits, uniforms)
         else:
-            token_ids, peaks = _draw_group(group, logits[group.place], uniforms[group.place])
+            token_ids, peaks = group.find(logits[group.place], uniforms[group.place])
             for row, token_id in zip(group.rows, token_ids, strict=True):
                 result.token_ids[row] = token_id
         if all(map(isfinite, peaks)):
@@ -143,26 +142,6 @@ def _draw(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> 
                 result.token_ids[row] = NO_TOKEN
                 result.errors[row] = failures.get(row) or _grammar_error(batch.states[row]) or explain_peak(peak)
     return result
-
-
-def _draw_group(group: RowGroup, scores: Tensor, uniform: FloatArray) -> tuple[list[int], list[float]]:
-    """A token and the highest logit of each row of the group; where the logit is not finite, the token is void."""
-    if group.peaks is not None:
-        return group.peaks.find(scores)
-    peaks = scores.amax(dim=-1, keepdim=True)
-    # Shifting first keeps what matters, the small differences between likely tokens, exact at any temperature. It turns
-    # a row whose peak is not finite into NaN, which no comparison of a draw is true of: such a row draws some valid id.
-    scores.sub_(peaks)
-    if group.temperatures is not None:
-        scores.div_(group.temperatures)
-    match group.draw:
-        case Draw.UNFILTERED:
-            tokens = draw_unfiltered(scores, group.min_p, uniform)
-        case Draw.TOP_K:
-            tokens = draw_top_k(scores, group.min_p, group.top_k, group.top_p, uniform)
-        case Draw.TOP_P:
-            tokens = draw_top_p(scores, group.min_p, group.top_p, uniform)
-    return tokens.tolist(), peaks.squeeze(1).tolist()
 
 
 def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[BeamCandidates]:
