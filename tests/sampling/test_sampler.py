@@ -58,6 +58,15 @@ MIXED = [
 ]
 
 
+def test_whole_numbers_are_as_good_as_others() -> None:
+    """Whoever writes temperature=1 gives an int."""
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(4))
+    whole = [SamplingParams(temperature=2, top_p=1, min_p=0), SamplingParams(temperature=1), SamplingParams(min_p=1)]
+    fractional = [SamplingParams(temperature=2.0), SamplingParams(temperature=1.0), SamplingParams(min_p=1.0)]
+    for params, same in zip(whole, fractional, strict=True):
+        assert sample(logits, 3 * [params]).token_ids == sample(logits, 3 * [same]).token_ids
+
+
 @pytest.mark.parametrize("vocab_size", [40, 400])
 def test_a_mixed_batch_draws_from_the_distributions_asked_for(vocab_size: int) -> None:
     num_draws = 8000

@@ -3,7 +3,7 @@
 import pytest
 
 from quire.step import StepPlan, StepResult
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
 
 def lockstep_of(engine: Engine) -> list[str]:
@@ -86,15 +86,21 @@ def test_an_abort_between_a_plan_and_its_result(num_steps: int) -> None:
 
 def test_a_failed_sample_ends_alone() -> None:
     engine = Engine(block_size=4)
-    engine.add(new_request("sound", 6, max_tokens=20))
-    engine.add(new_request("faulty", 5, max_tokens=40, seed=-1))
+    sound = engine.add(new_request("sound", 6, max_tokens=20))
+    faulty = engine.add(new_request("faulty", 5, max_tokens=40, seed=-1))
     engine.run()
+    assert (sound.finish_reasons, faulty.finish_reasons) == ({0: "length"}, {0: "error"})
+    assert 1 < len(faulty.token_ids[0]) < 20, "it was in lockstep with the other"
 
 
 def test_whose_stop_token_ends_whom() -> None:
     """What ends one sequence does not end its neighbour."""
     engine = Engine(block_size=4)
-    for seed in range(6):
-        engine.add(new_request(f"stops {seed}", 5, max_tokens=60, seed=seed, can_stop=True))
-        engine.add(new_request(f"goes on {seed}", 5, max_tokens=60, seed=seed))
+    stopping, others = [], []
+    for seed in range(4):
+        stopping.append(engine.add(new_request(f"stops {seed}", 5, max_tokens=60, seed=seed, can_stop=True)))
+        others.append(engine.add(new_request(f"goes on {seed}", 5, max_tokens=60, seed=seed)))
     engine.run()
+    assert [client.finish_reasons for client in others] == 4 * [{0: "length"}]
+    assert any(STOP_TOKEN in client.token_ids[0] or EOS in client.token_ids[0] for client in others)
+    assert {0: "stop"} in [client.finish_reasons for client in stopping]

@@ -39,8 +39,8 @@ class RowGroup:
         params = [states[row].params for row in rows]
         top_k = [states[row].params.top_k if states[row].draw is Draw.TOP_K else 0 for row in rows]
         self._limits = (
-            torch.tensor([p.temperature for p in params]),
-            torch.tensor([p.min_p for p in params]),
+            torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            torch.tensor([p.min_p for p in params], dtype=torch.float32),
             torch.tensor(top_k, dtype=torch.int32),
             torch.tensor([p.top_p for p in params], dtype=torch.float64),
         )
