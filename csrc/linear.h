@@ -24,6 +24,9 @@ constexpr int kVectorsPerPanel = kPanel / kLanes;
 constexpr int64_t kSliceDepth = 2048;
 // Waking the other threads costs a few microseconds; fewer multiplications than this are done sooner by one.
 constexpr int64_t kParallelProducts = 1 << 16;
+// With so many tiles of rows for each thread, threads share out rows: what one makes of a row, the same one reads in
+// the next layer. With fewer, all reading all weights costs more than what passes between them.
+constexpr int64_t kTilesPerThread = 4;
 // Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
 constexpr int64_t kInputRun = 256;
 
@@ -161,18 +164,20 @@ static void arrange(const Rows& given, int64_t first_row, int64_t rows, int64_t 
 
 template <class T>
 static void multiply(const Linear& a) {
-    const int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
-    const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
-    const int64_t num_vectors = (a.n + kLanes - 1) / kLanes, num_runs = (a.k + kInputRun - 1) / kInputRun;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
     const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
+    const bool by_rows = num_tiles >= kTilesPerThread * threads;
+    if (by_rows) num_tiles = round_up(num_tiles, threads);
+    const auto tile_begin = [&](int64_t tile) { return tile * a.m / num_tiles; };
+    const int64_t num_vectors = (a.n + kLanes - 1) / kLanes, num_runs = (a.k + kInputRun - 1) / kInputRun;
 
     // Items are groups of vectors; with many rows one panel, with few as many as the micro-kernel takes at once. Where
     // that leaves threads idle, rows are cut too.
     int64_t group = kVectorsPerPanel;
     while (num_tiles == 1 && group < 8 && num_vectors >= 4 * threads * group) group *= 2;
     const int64_t num_groups = (num_vectors + group - 1) / group;
-    const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
+    const int64_t num_blocks = by_rows ? threads : max_of(1, min_of(num_tiles, 2 * threads / num_groups));
 
     // A single row lies as the micro-kernel reads it; others are rearranged to [tile][k][rows of the tile].
     const bool arranged = a.m > 1;
@@ -195,8 +200,8 @@ static void multiply(const Linear& a) {
         }
         const float* inputs = arranged ? a.scratch : given.data;
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t g = 0; g < num_groups; ++g)
-            for (int64_t block = 0; block < num_blocks; ++block) {
+        for (int64_t block = 0; block < num_blocks; ++block)
+            for (int64_t g = 0; g < num_groups; ++g) {
                 const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
                 for (int64_t k = 0; k < a.k; k += kSliceDepth)
                     for (int64_t tile = first; tile < last; ++tile) {
