@@ -525,6 +525,8 @@ private:
         const int64_t low = low_key(token), high = high_key(token);
         float* scores = scratch.scores + panel_row * kScoreStride;
         Factor* row_weights = weights() + panel_row * kScoreStride;
+        // Where a block's size is odd, a pair may begin at the last key.
+        if constexpr (kInPairs<KV>) row_weights[columns * kLanes] = {};
         float* row_max = scratch.row_max + row;
         float* row_sum = scratch.row_sum + row * kLanes;
         const int64_t query_position = position(token) - tile.begin;

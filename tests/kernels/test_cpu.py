@@ -266,6 +266,15 @@ def test_split_keys_are_merged(isa: str, window: int) -> None:
     assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_tiles_that_end_with_a_block(isa: str, head_dim: int, block_size: int, dtype: torch.dtype) -> None:
+    sequences = [(16, 1), (15, 2), (17, 1), (48, 3), (256, 1), (272, 20)]
+    shape = Shape(head_dim=head_dim, block_size=block_size)
+    check_attention(ragged_batch(sequences, shape, dtype=dtype, num_threads=1))
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_shared_prefixes(isa: str, seed: int) -> None:
     """Trees of prefixes at random, in any order, among sequences of other kinds, with every type and mask."""
