@@ -141,7 +141,7 @@ def test_the_gate_before_a_layer_is_the_same_with_it(
     gated = cpu.silu_and_mul(x) if activation == "silu" else cpu.gelu_and_mul(x, tanh=activation == "gelu_tanh")
     found = cpu.linear_of_gate(x, activation, packed, bias, n)
     assert torch.equal(found, product(gated, packed, bias, n))
-    for begin, end in ((0, 1), (3, 9), (7, 39), (2, 120)):
+    for begin, end in ((0, 1), (3, 9), (7, 39)):
         part = cpu.linear_of_gate(x[begin:end], activation, packed, bias, n)
         assert torch.equal(part, found[begin:end])
 

@@ -95,7 +95,7 @@ def test_many_prompts_are_refused_quickly(server: RunningServer) -> None:
     server.send("GET", "/health")
     started = time.perf_counter()
     assert server.send("POST", "/v1/completions", body)[0].status == 400
-    assert time.perf_counter() - started < 5  # 20 ms alone on a machine, minutes if each were tokenised
+    assert time.perf_counter() - started < 1.0  # 20 ms alone on a machine
 
 
 def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
