@@ -6,12 +6,13 @@ are those that would have been drawn; the others are taken back. What is decided
 changes a token.
 
 Two things are known of a choice. What it brings: drafts are judged by what came after them, whether they were computed
-or not, all sequences' together but those after a long run apart from those after a short one. That gives the
-probability p that a drafted token holds if those before it do; the j-th of a draft holds with p ** j. What it costs:
-the times of the last steps, by their number of tokens. Of all drafted tokens of the batch, likeliest first, as many are
-taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing Speculative Decoding
-for Serving LLMs Using Goodput", 2024). So a sequence in the midst of a copy gets a long draft, one that has just come
-upon two tokens it had before a short one or none, and a batch that keeps the machine busy by itself gets none.
+or not, those after a long run apart from those after a short one. A sequence begins with what drafts of all others have
+shown and soon goes by its own. That gives the probability p that a drafted token holds if those before it do; the j-th
+of a draft holds with p ** j. What it costs: the times of the last steps, by their number of tokens. Of all drafted
+tokens of the batch, likeliest first, as many are taken as give the highest expected number of tokens per second
+(goodput; Liu et al., "Optimizing Speculative Decoding for Serving LLMs Using Goodput", 2024). So a sequence in the
+midst of a copy gets a long draft, one that has just come upon two tokens it had before a short one or none, and a batch
+that keeps the machine busy by itself gets none.
 """
 
 import bisect
@@ -24,8 +25,10 @@ from quire.scheduler.ngram_lookup import NgramLookup, follow
 
 _FORGETTING = 0.98
 """Weight that what is known of drafts keeps from one to the next."""
-_DOUBT = 4.0
-"""Drafted tokens that are taken to have failed before any was judged."""
+_PRIOR = 3.0
+"""Judged tokens that weigh as much as what was believed before any was."""
+_DOUBT = 1.0
+"""Drafted tokens that are taken to have failed before any was judged. It fades, as what is judged does."""
 _MIN_CHANCE = 0.02
 """Drafted tokens that are less likely to hold are not thought about."""
 _MIN_GAIN = 1.1
@@ -47,22 +50,27 @@ _MAX_AGE = 30.0
 class Acceptance:
     """How likely a drafted token holds if those before it do, by how the last drafts fared."""
 
-    __slots__ = ("_held", "_missed")
+    __slots__ = ("_held", "_missed", "_shared")
 
-    def __init__(self) -> None:
-        self._held = self._missed = 0.0
+    def __init__(self, shared: "Acceptance | None" = None) -> None:
+        """`shared` is that of all sequences, for one of them."""
+        self._held, self._missed = 0.0, _DOUBT
+        self._shared = shared
 
     @property
     def probability(self) -> float:
         """Below 1, and low while little is known: drafts are judged without being computed, so nothing is lost by
         waiting."""
-        return self._held / (self._held + self._missed + _DOUBT)
+        believed = 0.0 if self._shared is None else self._shared.probability
+        return (self._held + _PRIOR * believed) / (self._held + self._missed + _PRIOR)
 
     def judge(self, draft: Sequence[int], came: Sequence[int]) -> None:
         """Learn from a draft of which `came` shows at least the first token."""
         num_held = num_equal(draft, came)
         self._held = _FORGETTING * self._held + num_held
         self._missed = _FORGETTING * self._missed + (num_held < min(len(draft), len(came)))
+        if self._shared is not None:
+            self._shared.judge(draft, came)
 
 
 class Drafts:
@@ -70,14 +78,14 @@ class Drafts:
 
     __slots__ = ("_acceptances", "_lookup", "_num_tokens", "_proposed", "acceptance")
 
-    def __init__(self, lookup: NgramLookup, acceptances: Sequence[Acceptance]) -> None:
-        """`acceptances` are shared with all sequences: the n-th is of drafts after runs of 2**n to 2**(n + 1) − 1."""
+    def __init__(self, lookup: NgramLookup, shared: Sequence[Acceptance]) -> None:
+        """Of those `shared` with all sequences the n-th is of drafts after runs of 2**n to 2**(n + 1) − 1."""
         self._lookup = lookup
-        self._acceptances = acceptances
+        self._acceptances = [Acceptance(each) for each in shared]
         self._proposed: list[int] = []
         self._num_tokens = 0
         """The sequence's, when they were proposed."""
-        self.acceptance = acceptances[0]
+        self.acceptance = self._acceptances[0]
         """Of those proposed."""
 
     def propose(self, token_ids: list[int], max_tokens: int) -> list[int]:
@@ -199,7 +207,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig) -> None:
         self._config = config
         self.times = StepTimes()
-        self._acceptances = [Acceptance() for _ in range(config.prompt_lookup_max.bit_length())]
+        self._shared = [Acceptance() for _ in range(config.prompt_lookup_max.bit_length())]
         self._num_unused = 0
         """Steps since a draft was taken."""
 
@@ -216,7 +224,7 @@ class Speculation:
     def new_drafts(self) -> Drafts:
         """For a sequence that has none yet."""
         lookup = NgramLookup(self._config.prompt_lookup_min, self._config.prompt_lookup_max)
-        return Drafts(lookup, self._acceptances)
+        return Drafts(lookup, self._shared)
 
     def choose(
         self, candidates: Sequence[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
