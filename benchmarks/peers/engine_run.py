@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     options = parser.parse_args()
 
+    disk_before = bytes_from_disk()
     row = ENGINES[options.engine]
     adapter = importlib.import_module(f"benchmarks.peers.{row.adapter}")
     engine: PeerEngine = adapter.open_engine(model_path(row, options.peers, options.model), **row.options)
@@ -36,6 +37,7 @@ def main() -> None:
     single = workloads["W5"].requests[0]
     engine.generate([WorkRequest(single.prompt_token_ids, 1)], n=1, temperature=0.0)
     start_seconds = time.monotonic() - options.started_at
+    start_disk_bytes = bytes_from_disk() - disk_before
     seconds: dict[str, float] = {}
     stolen: dict[str, float] = {}
 
@@ -44,6 +46,7 @@ def main() -> None:
             "version": engine.version,
             "seconds": seconds,
             "stolen_cpu_seconds": stolen,
+            "start_disk_bytes": start_disk_bytes,
             "peak_memory_bytes": peak_memory(os.getpid()),
         }
         write_whole(options.report, json.dumps(figures))
@@ -105,6 +108,12 @@ def stolen_seconds() -> float:
     """CPU time the hypervisor gave to others since boot; a run that lost some is one to repeat."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / 100
+
+
+def bytes_from_disk() -> int:
+    """That the machine has read since boot: libraries that the file cache has lost make a start slow."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts["pgpgin"]) * 1024
 
 
 def peak_memory(pid: int) -> int:

@@ -21,7 +21,7 @@ TITLES = {name: workload.title for name, workload in make_workloads().items()} |
 }
 
 Report = dict[str, Any]
-"""Of one run of one engine: its version, the seconds of each figure, its peak memory."""
+"""Of one run of one engine: its version, the seconds of each figure, what its start read from disk, its peak memory."""
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Results:
         rows += [[f"{name} {TITLES[name]}, s", *_cells(columns, partial(_seconds, name))] for name in figures]
         if "W5" in figures:
             rows.append(["W5 decoding, tokens/s", *_cells(columns, _decode_rate)])
-        rows.append(["peak memory, MiB", *_cells(columns, _peak_memory)])
+        if "W7" in figures:
+            rows.append(["W7 read from disk, MiB", *_cells(columns, partial(_mebibytes, "start_disk_bytes"))])
+        rows.append(["peak memory, MiB", *_cells(columns, partial(_mebibytes, "peak_memory_bytes"))])
         num_runs = sorted({len(runs) for runs in self.runs.values()})  # of an interrupted comparison two numbers
         rates = [f"{name} {_with_range([each[name] for each in self.ceilings])}" for name in self.ceilings[0]]
         lines = [
@@ -94,9 +96,9 @@ def _decode_rate(run: Report) -> float | None:
     return (make_workloads()["W5"].num_output_tokens - 1) / (whole - first)
 
 
-def _peak_memory(run: Report) -> float | None:
-    peak: int | None = run.get("peak_memory_bytes")
-    return None if peak is None else peak / 2**20
+def _mebibytes(figure: str, run: Report) -> float | None:
+    count: int | None = run.get(figure)
+    return None if count is None else count / 2**20
 
 
 def _with_range(values: list[float]) -> str:
