@@ -1,7 +1,13 @@
 """Lockstep, through the scheduler. That every promise holds with it is for the state machine of `test_scheduler`."""
 
+from collections.abc import Sequence
+
 import pytest
 
+from quire.config import SpeculativeConfig
+from quire.outputs import EngineStats
+from quire.scheduler.drafting import Drafting
+from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan, StepResult
 from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
@@ -22,6 +28,34 @@ def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
     assert sorted(lockstep_of(engine)) == ["plain", "two samples", "two samples"]
     attended = [group.request.request_id for group in engine.scheduler._groups.attended]
     assert sorted(attended) == ["beams", "grammar", "log-probabilities"]
+    engine.run()
+
+
+class FindsNothing(Speculation):
+    def choose(self, candidates: Sequence[object], *_: float) -> list[list[int]]:
+        return [[] for _ in candidates]
+
+
+def test_while_drafts_are_looked_for_now_and_then_sequences_go_in_lockstep_between() -> None:
+    engine = Engine()
+    engine.scheduler._drafting = Drafting(
+        FindsNothing(SpeculativeConfig()),
+        engine.pool,
+        engine.scheduler._groups,
+        EngineStats(),
+        lambda: 1.0,
+        watermark=0,
+        max_num_batched_tokens=64,
+    )
+    engine.add(new_request("a", 5, max_tokens=70))
+    engine.add(new_request("b", 7, max_tokens=70))
+    in_lockstep = []
+    for _ in range(66):
+        engine.step()
+        in_lockstep.append(len(lockstep_of(engine)))
+    assert in_lockstep[:32] == [0] * 32
+    assert in_lockstep[32:47] == [2] * 15
+    assert in_lockstep[50:62] == [2] * 12
     engine.run()
 
 

@@ -263,12 +263,20 @@ class FakeRunner:
 
 
 class Guesses(Speculation):
-    """Drafts of any length, some of which are right: what comes next, with a wrong token now and then."""
+    """Drafts of any length in most steps, some of which are right: what comes next, with a wrong token now and then.
+    Sequences may go in lockstep from any step to the next."""
 
     def __init__(self, seed: int, max_tokens: int) -> None:
         super().__init__(SpeculativeConfig(num_speculative_tokens=max_tokens))
         self._random = random.Random(seed)
         self.groups: dict[str, SequenceGroup] = {}
+
+    @property
+    def pauses(self) -> bool:
+        return self._random.random() < 0.5
+
+    def begin_step(self) -> bool:
+        return self._random.random() < 0.7
 
     def choose(
         self, candidates: SequenceOf[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float

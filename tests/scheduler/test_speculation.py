@@ -123,9 +123,15 @@ def test_a_sequence_begins_with_what_others_have_shown_and_goes_by_its_own() -> 
 
 def test_where_no_draft_is_worth_taking_few_are_looked_for() -> None:
     speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
-    begun = [speculation.begin_step() for _ in range(112)]
-    assert all(begun[:32])
-    assert sum(begun[32:]) == 80 / 16
+    steps = [(speculation.begin_step(), speculation.pauses, speculation.measures) for _ in range(112)]
+    assert steps[:32] == [(True, False, True)] * 32
+    looks, _, measures = zip(*steps[32:], strict=True)
+    assert all(pauses for _, pauses, _ in steps[32:])
+    assert [place for place, looked in enumerate(looks) if looked] == [15, 31, 47, 63, 79]
+    # As many steps are measured just before as must have been seen lately.
+    assert [place for place, measured in enumerate(measures) if measured] == [
+        place for end in (15, 31, 47, 63, 79) for place in range(end - 3, end)
+    ]
     for _ in range(3):
         speculation.times.measure(1, 1.0, 0.0)
     assert speculation.choose([sequence.candidate()], 1, 64, 0.0) != [[]]

@@ -35,11 +35,21 @@ class Drafting:
         self._watermark = watermark
         self._max_num_batched_tokens = max_num_batched_tokens
 
+    def begin_step(self) -> bool:
+        """Before a step is planned: whether drafts are looked for in it. Then nobody goes in lockstep."""
+        looks = self._speculation.begin_step()
+        if looks:
+            self._groups.disband()
+        return looks
+
+    @property
+    def allows_lockstep(self) -> bool:
+        """Whether drafts are looked for so seldom that sequences may go in lockstep between."""
+        return self._speculation.pauses
+
     def extend(self, plan: StepPlan) -> None:
         """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
         pool, speculation, rows = self._pool, self._speculation, self._groups.rows
-        if not speculation.begin_step():
-            return
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
         sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
         # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.
@@ -70,10 +80,13 @@ class Drafting:
 
     def settle(self, plan: StepPlan, result: StepResult) -> list[int]:
         """Take back drafted tokens that did not come. Returns how many of each row's computed tokens stay."""
-        now, block_size = self._clock(), self._pool.block_size
-        if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
-            self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now, drafted=bool(plan.drafts))
-        counts = plan.counts.copy() if plan.drafts else plan.counts
+        if self._speculation.measures:
+            now = self._clock()
+            if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
+                self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now, drafted=bool(plan.drafts))
+        if not plan.drafts:
+            return plan.counts
+        counts, block_size = plan.counts.copy(), self._pool.block_size
         for index, draft in plan.drafts.items():
             sequence = self._groups.rows[plan.rows[index]]
             assert sequence is not None

@@ -319,6 +319,7 @@ class Scheduler:
         return StepPlan(new_blocks=forked, row_forks=row_forks)
 
     def _decide(self, plan: StepPlan, *, may_preempt: bool = True) -> None:
+        drafting = self._drafting if self._drafting is not None and self._drafting.begin_step() else None
         while True:
             behind, preempted = self._plan_decoding(plan)
             num_decoding = len(plan.rows)
@@ -330,8 +331,8 @@ class Scheduler:
                 started = self._admission.resume(plan, resuming, behind)
                 started = self._admission.admit(plan, behind, self._max_step_tokens) or started
             self._plan_behind(plan, behind, self._max_step_tokens - plan.num_tokens)
-            if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
-                self._drafting.extend(plan)
+            if drafting is not None and num_decoding and num_decoding == len(plan.rows):
+                drafting.extend(plan)
             if plan.rows or not self._groups.running or (self._transfers is not None and self._transfers.brings_blocks):
                 return
             if not may_preempt:
@@ -470,7 +471,7 @@ class Scheduler:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
             self._transfers.take_in(plan.moves, result.moved)
         counts = plan.counts if self._drafting is None else self._drafting.settle(plan, result)
-        may_join = self._drafting is None and not self._in_flight
+        may_join = not self._in_flight and (self._drafting is None or self._drafting.allows_lockstep)
         return self._intake.take_in(plan, result, rows, counts, may_join=may_join)
 
 

@@ -216,6 +216,16 @@ class Speculation:
         """The longest draft."""
         return self._config.num_speculative_tokens
 
+    @property
+    def pauses(self) -> bool:
+        """Whether drafts are looked for now and then only."""
+        return self._num_unused > _PATIENCE
+
+    @property
+    def measures(self) -> bool:
+        """Whether what this step takes is worth knowing: in a pause only just before it ends."""
+        return not self.pauses or self._num_unused % _PAUSE >= _PAUSE - _MIN_TIMES
+
     def begin_step(self) -> bool:
         """Whether to look for drafts in this step."""
         self._num_unused += 1
