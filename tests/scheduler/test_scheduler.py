@@ -269,14 +269,20 @@ class Guesses(Speculation):
     def __init__(self, seed: int, max_tokens: int) -> None:
         super().__init__(SpeculativeConfig(num_speculative_tokens=max_tokens))
         self._random = random.Random(seed)
+        self._looks_next = True
         self.groups: dict[str, SequenceGroup] = {}
 
     @property
     def pauses(self) -> bool:
         return self._random.random() < 0.5
 
+    @property
+    def looks_next(self) -> bool:
+        return self._looks_next
+
     def begin_step(self) -> bool:
-        return self._random.random() < 0.7
+        looks, self._looks_next = self._looks_next, self._random.random() < 0.7
+        return looks
 
     def choose(
         self, candidates: SequenceOf[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float

@@ -35,12 +35,10 @@ class Drafting:
         self._watermark = watermark
         self._max_num_batched_tokens = max_num_batched_tokens
 
-    def begin_step(self) -> bool:
-        """Before a step is planned: whether drafts are looked for in it. Then nobody goes in lockstep."""
-        looks = self._speculation.begin_step()
-        if looks:
+    def prepare(self) -> None:
+        """Before a step is planned: if it may take drafts, nobody goes in lockstep."""
+        if self._speculation.looks_next:
             self._groups.disband()
-        return looks
 
     @property
     def allows_lockstep(self) -> bool:
@@ -50,6 +48,8 @@ class Drafting:
     def extend(self, plan: StepPlan) -> None:
         """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
         pool, speculation, rows = self._pool, self._speculation, self._groups.rows
+        if not speculation.begin_step():
+            return
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
         sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
         # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.

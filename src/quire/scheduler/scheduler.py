@@ -319,7 +319,8 @@ class Scheduler:
         return StepPlan(new_blocks=forked, row_forks=row_forks)
 
     def _decide(self, plan: StepPlan, *, may_preempt: bool = True) -> None:
-        drafting = self._drafting if self._drafting is not None and self._drafting.begin_step() else None
+        if self._drafting is not None:
+            self._drafting.prepare()
         while True:
             behind, preempted = self._plan_decoding(plan)
             num_decoding = len(plan.rows)
@@ -331,8 +332,8 @@ class Scheduler:
                 started = self._admission.resume(plan, resuming, behind)
                 started = self._admission.admit(plan, behind, self._max_step_tokens) or started
             self._plan_behind(plan, behind, self._max_step_tokens - plan.num_tokens)
-            if drafting is not None and num_decoding and num_decoding == len(plan.rows):
-                drafting.extend(plan)
+            if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
+                self._drafting.extend(plan)
             if plan.rows or not self._groups.running or (self._transfers is not None and self._transfers.brings_blocks):
                 return
             if not may_preempt:

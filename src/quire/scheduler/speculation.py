@@ -209,7 +209,7 @@ class Speculation:
         self.times = StepTimes()
         self._shared = [Acceptance() for _ in range(config.prompt_lookup_max.bit_length())]
         self._num_unused = 0
-        """Steps since a draft was taken."""
+        """Steps that only decoded since a draft was taken."""
 
     @property
     def max_tokens(self) -> int:
@@ -226,10 +226,16 @@ class Speculation:
         """Whether what this step takes is worth knowing: in a pause only just before it ends."""
         return not self.pauses or self._num_unused % _PAUSE >= _PAUSE - _MIN_TIMES
 
+    @property
+    def looks_next(self) -> bool:
+        """Whether to look for drafts in the next step that only decodes."""
+        return self._num_unused < _PATIENCE or (self._num_unused + 1) % _PAUSE == 0
+
     def begin_step(self) -> bool:
-        """Whether to look for drafts in this step."""
+        """Whether to look for drafts in this step, which only decodes."""
+        looks = self.looks_next
         self._num_unused += 1
-        return self._num_unused <= _PATIENCE or self._num_unused % _PAUSE == 0
+        return looks
 
     def new_drafts(self) -> Drafts:
         """For a sequence that has none yet."""
