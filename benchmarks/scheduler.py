@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from quire.kv_cache.block_hash import root_name
+from quire.kv_cache.block_hash import root_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.request import Request
@@ -53,7 +53,7 @@ def median_seconds(run: Callable[[], object]) -> float:
 def append_and_free() -> None:
     """A table takes a block for one token, and gives it back."""
     pool = BlockPool(1024, BLOCK_SIZE)
-    table = BlockTable(pool, root_name("", BLOCK_SIZE))
+    table = BlockTable(pool, root_hash("", BLOCK_SIZE))
     for _ in range(APPENDS):
         table.append(1, [])
         table.free()

@@ -29,7 +29,7 @@ PROMPT = 512
 STEPS = 24
 HOST = ("schedule", "input batch", "plan", "sampling", "update", "the rest")
 KERNELS = {
-    "dense": ("linear", "linear_quantized", "linear_of_norm", "linear_of_gate"),
+    "dense": ("linear", "linear_quantized", "rms_norm_linear", "glu_linear"),
     "attention": ("paged_attention",),
     "KV write": ("write_kv",),
     "norm": ("rms_norm", "add_rms_norm", "rms_norm_heads_"),

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, Kernels, Readout, kernels_for
+from quire.kernels import AttentionPlan, Kernels, OutputTokens, kernels_for
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import Weights
@@ -62,17 +62,17 @@ class PagedModel:
             slots.append(blocks * self.block_size + here % self.block_size)
             self.lengths[sequence] += len(new)
         plan = self._plan(list(tokens), counts, np.concatenate(slots))
-        readout = None
+        output_tokens = None
         if read is not None:
             end = np.cumsum(counts)
             chosen = [np.arange(end[i] - read[sequence], end[i]) for i, sequence in enumerate(tokens)]
             counts = [read[sequence] for sequence in tokens]
             rows = torch.from_numpy(np.concatenate(chosen).astype(np.int32))
             own = self._plan(list(tokens), counts, np.concatenate(slots)[rows.numpy()]) if replan else None
-            readout = Readout(rows, own)
+            output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, readout)
+            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, output_tokens)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))

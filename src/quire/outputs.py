@@ -160,7 +160,7 @@ class SequenceDelta:
     """None: hardly others than those that were told before."""
 
 
-SampleName = tuple[str, int]
+SampleId = tuple[str, int]
 """(request id, index)."""
 
 
@@ -169,11 +169,13 @@ class StepDeltas:
     """What one step added to all samples. Most decode, and gain one token of which there is nothing to say: those have
     no object each, since of hundreds that would cost more than all else that the host does in a step."""
 
-    samples: list[SampleName] = field(default_factory=list)
+    samples: list[SampleId] = field(default_factory=list)
     """Those that gained a token and nothing else: the very list of the step before where they are the same, and never
     changed once it was given out, so that whoever knows the list need not read it."""
     token_ids: list[int] = field(default_factory=list)
     """Its token."""
+    batch_id: int = 0
+    """Non-zero: `samples` equals that of the last deltas with the same id (see `StepPlan.batch_id`)."""
     others: list[SequenceDelta] = field(default_factory=list)
     """Those of which there is more to say: the first of a sample since it runs, the last, log-probabilities, …"""
 
@@ -267,7 +269,7 @@ class MemoryReport:
     """Share of all allocated slots that hold no token, 0 to 1."""
     used_block_ages: AgeQuantiles
     """Since a block in use was taken."""
-    named_free_block_ages: AgeQuantiles
+    cached_free_block_ages: AgeQuantiles
     """Since a free block whose content can still be found was taken."""
     requests: list[RequestMemory]
     """At most `MAX_REPORTED_REQUESTS`, those that run first."""
@@ -282,7 +284,7 @@ class EngineStats:
     num_waiting: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
-    num_named_free_blocks: int = 0
+    num_cached_free_blocks: int = 0
     """Free blocks whose content can still be found by the prefix cache."""
     num_pinned_blocks: int = 0
     """Blocks in use that registered prefixes hold."""

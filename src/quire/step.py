@@ -66,7 +66,7 @@ class NewRow:
 
 
 @dataclass(slots=True)
-class BlockMoves:
+class OffloadPlan:
     """What a step moves between the pool and the tiers below it, in this order, before anything else is written.
 
     Names are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
@@ -81,13 +81,13 @@ class BlockMoves:
     loads: list[tuple[str, bytes, int]] = field(default_factory=list)
     """(tier, name, block): content to put into the pool now, from host memory or from a read that has ended."""
     reads: list[bytes] = field(default_factory=list)
-    """Blocks to read from the disk tier in the background; `MovedBlocks` says when they are there."""
+    """Blocks to read from the disk tier in the background; `OffloadResult` says when they are there."""
     wait: bool = False
     """Nothing can be computed before a read has ended."""
 
 
 @dataclass(slots=True)
-class MovedBlocks:
+class OffloadResult:
     """What ended in the background since the last step."""
 
     saved: list[bytes] = field(default_factory=list)
@@ -105,16 +105,20 @@ class MovedBlocks:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step's work. `rows`, `starts` and `counts` run in parallel, one entry per scheduled sequence."""
+    """One step's work. `rows`, `num_computed_tokens` and `num_scheduled_tokens` run in parallel, one entry per scheduled sequence."""
 
+    batch_id: int = 0
+    """Non-zero: this step repeats the last step of the same id. It has the same rows in the same order, one token for
+    each, one position further, and samples after every one. Only `token_ids`, `new_blocks` and `block_copies` are new.
+    Zero: compare nothing, this step stands alone."""
     rows: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
     """Position of the first token computed: the number of tokens whose KV is already stored."""
-    counts: list[int] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
     """Tokens computed in this step."""
     token_ids: list[int] = field(default_factory=list)
-    """The tokens computed, sequence after sequence: sum(counts) entries."""
-    sample_after: list[int] = field(default_factory=list)
+    """The tokens computed, sequence after sequence: sum(num_scheduled_tokens) entries."""
+    sample_indices: list[int] = field(default_factory=list)
     """Indices into `rows` after whose last token a sample is drawn; n times the same one where n samples part."""
     sample_rows: list[int] = field(default_factory=list)
     """For each of those, the row whose sampling state draws it and gets the token."""
@@ -131,7 +135,7 @@ class StepPlan:
     """(source, destination): copy-on-write of this step, done before anything is computed."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (how many, the token that follows each computed position)."""
-    moves: BlockMoves | None = None
+    offload: OffloadPlan | None = None
     """None without tiers, and where nothing moves."""
 
     @property
@@ -151,12 +155,12 @@ class StepResult:
     """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
-    following: dict[int, list[int]] = field(default_factory=dict)
+    extra_token_ids: dict[int, list[int]] = field(default_factory=dict)
     """Index into `token_ids` → what follows it: the samples after drafted tokens that held, then the tokens that a
     grammar forces, of which the model was not asked."""
-    following_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    """Of the samples in `following`, where asked for; nobody who asks gets forced tokens."""
-    complete: list[int] = field(default_factory=list)
-    """Indices into `token_ids` of the samples whose grammar lets nothing follow, all of `following` included."""
-    moved: MovedBlocks | None = None
+    extra_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    """Of the samples in `extra_token_ids`, where asked for; nobody who asks gets forced tokens."""
+    terminated: list[int] = field(default_factory=list)
+    """Indices into `token_ids` of the samples whose grammar lets nothing follow, all of `extra_token_ids` included."""
+    offload: OffloadResult | None = None
     """None without tiers."""

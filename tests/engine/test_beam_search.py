@@ -117,8 +117,8 @@ def test_chunks_and_preemptions_change_nothing(
     schedule, numbers = Scheduler.schedule, itertools.count(1)
 
     def preempting_schedule(scheduler: Scheduler) -> StepPlan:
-        if next(numbers) % 5 == 0 and scheduler._groups.running:
-            scheduler._groups.preempt(scheduler._groups.running[-1])
+        if next(numbers) % 5 == 0 and scheduler._queues.running:
+            scheduler._queues.preempt(scheduler._queues.running[-1])
         return schedule(scheduler)
 
     monkeypatch.setattr(Scheduler, "schedule", preempting_schedule)

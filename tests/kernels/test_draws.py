@@ -37,7 +37,7 @@ def draw(
     top_p: float = 1.0,
     min_p: float = 0.0,
     temperature: float = 1.0,
-    kernel: Callable[..., None] = cpu.draw_tokens,
+    kernel: Callable[..., None] = cpu.sample_tokens,
 ) -> np.ndarray:
     """Tokens of one row of logits, one for each uniform number."""
     num_draws = len(uniform)
@@ -159,7 +159,7 @@ def test_temperature_and_the_reference(temperature: float, top_k: int, top_p: fl
     logits = make_scores(500, 3.0, seed=2) + 17.0
     options = {"top_k": top_k, "top_p": top_p, "temperature": temperature, "min_p": 0.001}
     uniform = (np.arange(100) + 0.5) / 100
-    assert (draw(logits, uniform, **options) == draw(logits, uniform, **options, kernel=reference.draw_tokens)).all()
+    assert (draw(logits, uniform, **options) == draw(logits, uniform, **options, kernel=reference.sample_tokens)).all()
 
 
 def test_rows_are_drawn_by_their_own_limits_whatever_is_beside_them() -> None:
@@ -174,13 +174,13 @@ def test_rows_are_drawn_by_their_own_limits_whatever_is_beside_them() -> None:
         torch.rand(rows, generator=generator, dtype=torch.float64),
     )
     peaks, ids = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-    cpu.draw_tokens(logits, *limits, peaks, ids)
+    cpu.sample_tokens(logits, *limits, peaks, ids)
     own_peaks, own_ids = torch.empty(1), torch.empty(1, dtype=torch.int32)
     for row in range(rows):
-        cpu.draw_tokens(logits[row : row + 1], *(limit[row : row + 1] for limit in limits), own_peaks, own_ids)
+        cpu.sample_tokens(logits[row : row + 1], *(limit[row : row + 1] for limit in limits), own_peaks, own_ids)
         assert (own_ids, own_peaks) == (ids[row], peaks[row])
     expected = torch.empty_like(ids)
-    reference.draw_tokens(logits, *limits, peaks, expected)
+    reference.sample_tokens(logits, *limits, peaks, expected)
     assert torch.equal(ids, expected)
 
 
@@ -211,7 +211,7 @@ def test_rows_that_are_not_finite_do_not_touch_their_neighbours() -> None:
     tops, halves = torch.ones(5, dtype=torch.float64), torch.full((5,), 0.5, dtype=torch.float64)
     for top_k in (0, 10):
         limits = ones, torch.zeros(5), torch.full((5,), top_k, dtype=torch.int32), tops
-        cpu.draw_tokens(logits, *limits, halves, peaks, ids)
+        cpu.sample_tokens(logits, *limits, halves, peaks, ids)
         torch.testing.assert_close(peaks, torch.tensor([-inf, nan, inf, nan, 0.0]), equal_nan=True)
         assert ids[4] == (150 if not top_k else 5)
         assert ((ids >= 0) & (ids < 300)).all()
@@ -244,6 +244,6 @@ def test_arguments_are_checked(name: str) -> None:
         "ids": torch.empty(2, dtype=i32),
     }
     with pytest.raises(ValueError, match=f"^{name}"):
-        cpu.draw_tokens(torch.zeros(2, 3), **arguments | {name: arguments[name][:1]})
+        cpu.sample_tokens(torch.zeros(2, 3), **arguments | {name: arguments[name][:1]})
     with pytest.raises(ValueError, match=f"^{name}"):
-        cpu.draw_tokens(torch.zeros(2, 3), **arguments | {name: arguments[name].half()})
+        cpu.sample_tokens(torch.zeros(2, 3), **arguments | {name: arguments[name].half()})

@@ -120,11 +120,11 @@ def product(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor, n: int) -
 def test_the_norm_before_a_layer_is_the_same_with_it(m: int, n: int, k: int, stored: str | tuple[int, int]) -> None:
     x, weight, bias = case(m, n, k, "float32")
     packed, scale, update = pack(weight, stored), torch.rand(k), torch.randn(m, k)
-    found = cpu.linear_of_norm(x, None, scale, 1e-5, packed, bias, n)
+    found = cpu.rms_norm_linear(x, None, scale, 1e-5, packed, bias, n)
     assert torch.equal(found, product(cpu.rms_norm(x, scale, 1e-5), packed, bias, n))
 
     residual, expected_residual = x.clone(), x.clone()
-    found = cpu.linear_of_norm(residual, update, scale, 1e-5, packed, bias, n)
+    found = cpu.rms_norm_linear(residual, update, scale, 1e-5, packed, bias, n)
     normed = cpu.add_rms_norm(update, expected_residual, scale, 1e-5)
     assert torch.equal(residual, expected_residual)
     assert torch.equal(found, product(normed, packed, bias, n))
@@ -139,10 +139,10 @@ def test_the_gate_before_a_layer_is_the_same_with_it(
     _, weight, bias = case(m, n, k, "float32")
     x, packed = torch.randn(m, 2 * k + 8)[:, 8:], pack(weight, stored)
     gated = cpu.silu_and_mul(x) if activation == "silu" else cpu.gelu_and_mul(x, tanh=activation == "gelu_tanh")
-    found = cpu.linear_of_gate(x, activation, packed, bias, n)
+    found = cpu.glu_linear(x, activation, packed, bias, n)
     assert torch.equal(found, product(gated, packed, bias, n))
     for begin, end in ((0, 1), (3, 9), (7, 39)):
-        part = cpu.linear_of_gate(x[begin:end], activation, packed, bias, n)
+        part = cpu.glu_linear(x[begin:end], activation, packed, bias, n)
         assert torch.equal(part, found[begin:end])
 
 
@@ -150,13 +150,13 @@ def test_the_gate_before_a_layer_is_the_same_with_it(
 def test_what_a_layer_is_made_of_is_checked(stored: str | tuple[int, int]) -> None:
     packed = pack(torch.zeros(50, 24), stored)
     with pytest.raises(ValueError, match=r"residual: expected shape \[2, 24\], found \[3, 24\]"):
-        cpu.linear_of_norm(torch.zeros(3, 24), torch.zeros(2, 24), torch.ones(24), 1e-5, packed, None, 50)
+        cpu.rms_norm_linear(torch.zeros(3, 24), torch.zeros(2, 24), torch.ones(24), 1e-5, packed, None, 50)
     with pytest.raises(ValueError, match=r"norm_weight: expected shape \[24\], found \[23\]"):
-        cpu.linear_of_norm(torch.zeros(2, 24), None, torch.ones(23), 1e-5, packed, None, 50)
+        cpu.rms_norm_linear(torch.zeros(2, 24), None, torch.ones(23), 1e-5, packed, None, 50)
     with pytest.raises(ValueError, match="x: expected two halves of columns, found 47"):
-        cpu.linear_of_gate(torch.zeros(2, 47), "silu", packed, None, 50)
+        cpu.glu_linear(torch.zeros(2, 47), "silu", packed, None, 50)
     with pytest.raises(ValueError, match="op: no input is made by 'relu'"):
-        cpu.linear_of_gate(torch.zeros(2, 48), "relu", packed, None, 50)
+        cpu.glu_linear(torch.zeros(2, 48), "relu", packed, None, 50)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -9,7 +9,7 @@ def named_pool(num_blocks: int) -> BlockPool:
     blocks = [pool.allocate() for _ in range(num_blocks)]
     for block in blocks:
         pool.write(block, 4)
-        pool.set_name(block, b"%d" % block)
+        pool.set_hash(block, b"%d" % block)
     for block in blocks:
         pool.release(block)
     return pool
@@ -61,7 +61,7 @@ def test_blocks_without_content_are_taken_before_named_ones() -> None:
     pool.release(1)
     pool.release(2)
     assert list(pool.free_order()) == [2, 0, 3, 1]
-    assert pool.num_named_free == 3
+    assert pool.num_cached_free == 3
 
 
 def test_the_least_recently_freed_name_is_evicted_first() -> None:
@@ -70,14 +70,14 @@ def test_the_least_recently_freed_name_is_evicted_first() -> None:
     pool.release(0)
     assert [pool.allocate() for _ in range(3)] == [1, 2, 0]
     assert pool.total_evictions == 3
-    assert (pool.find(b"0"), pool.num_named_free) == (None, 0)
+    assert (pool.find(b"0"), pool.num_cached_free) == (None, 0)
 
 
 def test_a_freed_block_keeps_its_name_until_its_space_is_needed() -> None:
     pool = named_pool(2)
-    assert (pool.num_free, pool.num_named_free, pool.find(b"1")) == (2, 2, 1)
+    assert (pool.num_free, pool.num_cached_free, pool.find(b"1")) == (2, 2, 1)
     pool.share(1)
-    assert (pool.num_free, pool.num_named_free, pool.num_filled_slots) == (1, 1, 4)
+    assert (pool.num_free, pool.num_cached_free, pool.num_filled_slots) == (1, 1, 4)
     assert pool.allocate() == 0
     assert (pool.find(b"0"), pool.find(b"1"), pool.total_evictions) == (None, 1, 1)
 
@@ -91,8 +91,8 @@ def test_sharing_takes_a_block_out_of_the_middle_of_the_free_list() -> None:
 def test_the_first_of_twins_keeps_the_name() -> None:
     pool = BlockPool(2, 1)
     first, second = pool.allocate(), pool.allocate()
-    pool.set_name(first, b"name")
-    pool.set_name(second, b"name")
+    pool.set_hash(first, b"name")
+    pool.set_hash(second, b"name")
     assert (pool.find(b"name"), pool.names[second]) == (first, None)
     pool.release(first)
     pool.release(second)
@@ -102,17 +102,17 @@ def test_the_first_of_twins_keeps_the_name() -> None:
 def test_a_block_is_named_once() -> None:
     pool = BlockPool(1, 1)
     block = pool.allocate()
-    pool.set_name(block, b"one")
-    pool.set_name(block, b"other")
+    pool.set_hash(block, b"one")
+    pool.set_hash(block, b"other")
     assert (pool.find(b"one"), pool.find(b"other")) == (block, None)
 
 
 def test_forgotten_names_cannot_be_found() -> None:
     pool = named_pool(3)
     pool.share(1)
-    pool.forget_names()
+    pool.forget_hashes()
     assert [pool.find(b"%d" % index) for index in range(3)] == [None] * 3
-    assert (pool.num_named_free, pool.num_used) == (0, 1)
+    assert (pool.num_cached_free, pool.num_used) == (0, 1)
     pool.release(1)
     assert list(pool.free_order()) == [1, 0, 2]
     assert [pool.allocate() for _ in range(3)] == [1, 0, 2]
@@ -122,21 +122,21 @@ def test_forgotten_names_cannot_be_found() -> None:
 def test_memory_that_was_written_is_taken_before_fresh_memory() -> None:
     pool = BlockPool(4, 1)
     for index in range(2):
-        pool.set_name(pool.allocate(), b"%d" % index)
+        pool.set_hash(pool.allocate(), b"%d" % index)
     for block in (1, 0):
         pool.release(block)
     assert list(pool.free_order()) == [2, 3, 1, 0]
-    pool.forget_names()
+    pool.forget_hashes()
     assert list(pool.free_order()) == [1, 0, 2, 3]
 
 
 def test_without_prefix_caching_nothing_is_named() -> None:
     pool = BlockPool(1, 1, enable_prefix_caching=False)
     block = pool.allocate()
-    pool.set_name(block, b"name")
+    pool.set_hash(block, b"name")
     assert pool.find(b"name") is None
     pool.release(block)
-    assert pool.num_named_free == 0
+    assert pool.num_cached_free == 0
 
 
 def test_a_pool_of_a_million_blocks() -> None:

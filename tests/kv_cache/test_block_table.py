@@ -10,8 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quire.kv_cache.block_children import MAX_CHILDREN
-from quire.kv_cache.block_hash import root_name
+from quire.kv_cache.partial_block_index import MAX_CHILDREN
+from quire.kv_cache.block_hash import root_hash
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.kv_cache.block_table import BlockCopies, BlockTable
 
@@ -19,7 +19,7 @@ from quire.kv_cache.block_table import BlockCopies, BlockTable
 
 
 def new_table(pool: BlockPool, num_tokens: int = 0, salt: str = "") -> BlockTable:
-    table = BlockTable(pool, root_name(salt, pool.block_size))
+    table = BlockTable(pool, root_hash(salt, pool.block_size))
     if num_tokens:
         table.append(num_tokens, [])
     return table
@@ -27,7 +27,7 @@ def new_table(pool: BlockPool, num_tokens: int = 0, salt: str = "") -> BlockTabl
 
 def named_table(pool: BlockPool, token_ids: list[int]) -> BlockTable:
     table = new_table(pool, len(token_ids))
-    table.name_full_blocks(token_ids, len(token_ids))
+    table.hash_full_blocks(token_ids, len(token_ids))
     return table
 
 
@@ -58,7 +58,7 @@ def test_exactly_full() -> None:
 def test_one_block_of_one_token() -> None:
     pool = BlockPool(1, 1)
     table = new_table(pool, 1)
-    table.name_full_blocks([7], 1)
+    table.hash_full_blocks([7], 1)
     table.free()
     assert table.find_prefix([7]) == [], "the last token is always computed"
     assert table.find_prefix([7, 8]) == [0]
@@ -135,7 +135,7 @@ def test_a_named_block_is_copied_even_by_its_only_holder() -> None:
     assert pool.num_free == 2, "the source is held until the copy is made"
     pool.copies_are_done()
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == [0], "the content that has the name is still there"
-    assert (pool.num_named_free, pool.num_used) == (1, 1)
+    assert (pool.num_cached_free, pool.num_used) == (1, 1)
 
 
 def test_a_copy_of_a_named_block_needs_a_free_block() -> None:
@@ -166,7 +166,7 @@ def test_a_table_goes_on_from_what_it_adopts() -> None:
     table = new_table(pool)
     table.adopt(table.find_prefix(token_ids))
     table.append(4, [])
-    table.name_full_blocks(token_ids, 6)
+    table.hash_full_blocks(token_ids, 6)
     table.free()
     assert table.num_tokens == 0
     found = table.find_prefix([*token_ids, 7])
@@ -179,7 +179,7 @@ def test_a_table_goes_on_from_what_it_adopts() -> None:
 def test_other_salts_find_nothing() -> None:
     pool = BlockPool(2, 2)
     table = new_table(pool, 2, salt="one")
-    table.name_full_blocks([1, 2], 2)
+    table.hash_full_blocks([1, 2], 2)
     assert new_table(pool, salt="two").find_prefix([1, 2, 3]) == []
     assert new_table(pool, salt="one").find_prefix([1, 2, 3]) == table.blocks
 
@@ -189,7 +189,7 @@ def test_twins_keep_their_own_blocks() -> None:
     first, second = named_table(pool, [1, 2, 3, 4]), named_table(pool, [1, 2, 3, 4])
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == first.blocks
     first.free()
-    assert (pool.num_named_free, second.blocks) == (2, [2, 3])
+    assert (pool.num_cached_free, second.blocks) == (2, [2, 3])
     second.free()
     assert list(pool.free_order()) == [2, 3, 1, 0]
 
@@ -199,7 +199,7 @@ def test_a_fork_names_the_blocks_it_fills_itself() -> None:
     table = named_table(pool, [1, 2, 3, 4, 5, 6])
     child = table.fork(2)
     child.append(2, [])
-    child.name_full_blocks([1, 2, 7, 8], 4)
+    child.hash_full_blocks([1, 2, 7, 8], 4)
     assert new_table(pool).find_prefix([1, 2, 7, 8, 9]) == child.blocks
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7]) == table.blocks
 
@@ -209,9 +209,9 @@ def test_forgotten_names_of_a_table() -> None:
     table = named_table(pool, [1, 2, 3, 4])
     child = table.fork(2)
     child.append(1, [])
-    child.forget_names()
+    child.forget_hashes()
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == []
-    table.name_full_blocks([1, 2, 3, 4, 5, 6], 4)
+    table.hash_full_blocks([1, 2, 3, 4, 5, 6], 4)
     assert pool.names[table.blocks[0]] is None, "a block is named once"
 
 
@@ -233,7 +233,7 @@ def test_a_million_operations_leave_no_trace() -> None:
             for table, _ in tables:
                 table.free()
             tables.clear()
-            pool.forget_names()
+            pool.forget_hashes()
             gc.collect()
             started_with = sys.getallocatedblocks()
         draw = rng.random()
@@ -245,7 +245,7 @@ def test_a_million_operations_leave_no_trace() -> None:
             num_new = len(token_ids) - table.num_tokens
             if num_new <= table.num_appendable():
                 table.append(num_new, [])
-                table.name_full_blocks(token_ids, len(token_ids))
+                table.hash_full_blocks(token_ids, len(token_ids))
                 tables.append((table, token_ids))
             else:
                 table.free()
@@ -265,7 +265,7 @@ def test_a_million_operations_leave_no_trace() -> None:
                 table.append(1, [])
                 token_ids.append(1)
                 if len(token_ids) % 4 == 0:
-                    table.name_full_blocks(token_ids, len(token_ids))
+                    table.hash_full_blocks(token_ids, len(token_ids))
             else:
                 table.free()
                 tables.remove((table, token_ids))
@@ -275,7 +275,7 @@ def test_a_million_operations_leave_no_trace() -> None:
     tables.clear()
     pool.copies_are_done()
     assert (pool.num_free, pool.num_references, pool.num_filled_slots) == (256, 0, 0)
-    pool.forget_names()
+    pool.forget_hashes()
     gc.collect()
     assert sys.getallocatedblocks() - started_with < 2_000
 
@@ -286,14 +286,14 @@ def test_a_prefix_that_ends_inside_a_block_goes_on_from_there() -> None:
     other = new_table(pool)
     wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
     found = other.find_prefix(wanted)
-    inside = other.find_inside(wanted, len(found))
+    inside = other.match_partial(wanted, len(found))
     assert (found, inside) == ([0], (1, 2))
     other.adopt(found, inside)
     assert (other.blocks, other.num_tokens, other.num_copies_to_come) == ([0, 1], 6, 1)
     copies: BlockCopies = []
     assert other.append(3, copies) == 1
     assert (copies, other.blocks) == ([(1, 2)], [0, 2, 3])
-    other.name_full_blocks(wanted, 9)
+    other.hash_full_blocks(wanted, 9)
     assert new_table(pool).find_prefix([*wanted, 9]) == [0, 2], "the copy has its own name"
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9]) == table.blocks, "and the source keeps its own"
 
@@ -304,7 +304,7 @@ def test_no_block_is_copied_from_and_to_in_one_step() -> None:
     sources = [named_table(pool, [token, 1, 2, 3]) for token in (7, 8)]
     tables = [new_table(pool) for _ in sources]
     for table, source, token in zip(tables, sources, (7, 8), strict=True):
-        table.adopt([], table.find_inside([token, 1, 9], 0))
+        table.adopt([], table.match_partial([token, 1, 9], 0))
         source.free()
     copies: BlockCopies = []
     tables[0].append(1, copies)
@@ -319,19 +319,19 @@ def test_the_last_token_and_other_salts_are_never_found_inside_a_block() -> None
     pool = BlockPool(4, 4)
     named_table(pool, [1, 2, 3, 4])
     for wanted, inside in (([1], None), ([1, 2], (0, 1)), ([1, 2, 3, 4], (0, 3)), ([2, 1, 1], None)):
-        assert new_table(pool).find_inside(wanted, 0) == inside
-    assert new_table(pool, salt="other").find_inside([1, 2, 3], 0) is None
+        assert new_table(pool).match_partial(wanted, 0) == inside
+    assert new_table(pool, salt="other").match_partial([1, 2, 3], 0) is None
 
 
 def test_of_many_that_part_the_latest_are_remembered() -> None:
     pool = BlockPool(MAX_CHILDREN + 2, 2)
     for token in range(MAX_CHILDREN + 2):
         named_table(pool, [7 + (token == 0), token]).free()
-    assert new_table(pool).find_inside([7, 99], 0) == (MAX_CHILDREN + 1, 1), "the latest of equals"
-    assert new_table(pool).find_inside([8, 99], 0) is None, "the oldest is forgotten"
+    assert new_table(pool).match_partial([7, 99], 0) == (MAX_CHILDREN + 1, 1), "the latest of equals"
+    assert new_table(pool).match_partial([8, 99], 0) is None, "the oldest is forgotten"
     assert new_table(pool).find_prefix([8, 0, 1]) == [0], "but still found by its name"
     assert len(pool.children) == MAX_CHILDREN
-    pool.forget_names()
+    pool.forget_hashes()
     assert len(pool.children) == 0
 
 
@@ -343,12 +343,12 @@ def test_a_block_left_partly_filled_is_gone_on_in() -> None:
     table = new_table(pool)
     wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
     found = table.find_prefix(wanted)
-    inside = table.find_inside(wanted, len(found))
+    inside = table.match_partial(wanted, len(found))
     assert (found, inside) == ([0], (1, 2))
     table.adopt(found, inside)
     assert (table.num_tokens, table.num_copies_to_come, pool.fill[1], pool.num_filled_slots) == (6, 0, 2, 6)
     other = new_table(pool)
-    assert (other.find_prefix(wanted), other.find_inside(wanted, 1)) == ([0], None), "it is its finder's alone"
+    assert (other.find_prefix(wanted), other.match_partial(wanted, 1)) == ([0], None), "it is its finder's alone"
     copies: BlockCopies = []
     assert table.append(3, copies) == 2
     assert (copies, table.blocks, pool.num_free) == ([], [0, 1, 2], 5)
@@ -361,7 +361,7 @@ def test_what_is_left_is_what_is_stored() -> None:
     table.append(5, [])  # planned, and not computed
     table.free(token_ids)
     child = new_table(pool)
-    assert (child.find_prefix([*token_ids, 8]), child.find_inside([*token_ids, 8], 1)) == ([0], (1, 3))
+    assert (child.find_prefix([*token_ids, 8]), child.match_partial([*token_ids, 8], 1)) == ([0], (1, 3))
     child.adopt([0], (1, 3))
     fork = child.fork()
     child.append(1, [])  # a copy is ordered
@@ -534,7 +534,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.fill[block] = offset + 1
 
     def name(self, each: ModelTable, num_computed: int) -> None:
-        each.table.name_full_blocks(each.token_ids, num_computed)
+        each.table.hash_full_blocks(each.token_ids, num_computed)
         if self.caching:
             for index in range(each.num_named, num_computed // self.size):
                 content = each.salt, tuple(each.token_ids[: (index + 1) * self.size])
@@ -545,10 +545,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     def begin(self, salt: str, token_ids: list[int]) -> None:
         """What the scheduler does with a new or resumed sequence: adopt what is cached, compute the rest, name it."""
-        each = ModelTable(BlockTable(self.pool, root_name(salt, self.size)), salt)
+        each = ModelTable(BlockTable(self.pool, root_hash(salt, self.size)), salt)
         found = each.table.find_prefix(token_ids)
         assert found == self.cached_prefix(salt, token_ids)
-        inside = each.table.find_inside(token_ids, len(found))
+        inside = each.table.match_partial(token_ids, len(found))
         lengths = self.shared_inside(salt, token_ids, len(found)) if self.caching else {}
         assert (inside is None) == (not lengths)
         if inside is not None:
@@ -660,7 +660,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_all_names(self) -> None:
-        self.pool.forget_names()
+        self.pool.forget_hashes()
         held = {*self.named.values(), *self.left}
         self.free.sort(key=lambda block: block not in held)  # stable: what is forgotten comes first, in its order
         for content in [content for content, block in self.named.items() if not self.is_pinned(block)]:
@@ -698,7 +698,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def forget_names_of_one(self, data: st.DataObject) -> None:
         each = data.draw(st.sampled_from(self.tables))
-        each.table.forget_names()
+        each.table.forget_hashes()
         for content in [content for content, block in self.named.items() if block in each.blocks]:
             if not self.is_pinned(self.named[content]):
                 self.forget(content)
@@ -737,7 +737,7 @@ class PoolMachine(RuleBasedStateMachine):
         for (_, token_ids), block in self.named.items():
             assert pool.find(pool.names[block] or b"") == block
             assert self.memory[block] == list(token_ids[-self.size :])
-        assert pool.num_named_free == sum(pool.names[block] is not None for block in self.free)
+        assert pool.num_cached_free == sum(pool.names[block] is not None for block in self.free)
         found = [pool.names[block] is not None or block in pool.children for block in self.free]
         assert found == sorted(found), "blocks that cannot be found are taken first"
         for block, (_, token_ids) in self.left.items():

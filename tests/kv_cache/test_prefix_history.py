@@ -1,15 +1,15 @@
 """PrefixHistory: each reason in its plainest form, and its bounds."""
 
-from quire.kv_cache.block_hash import block_name, root_name
+from quire.kv_cache.block_hash import hash_block, root_hash
 from quire.kv_cache.prefix_history import PrefixHistory
 
 PROMPT = list(range(12))
 
 
 def names(salt: str, count: int = 3) -> list[bytes]:
-    parent, found = root_name(salt, 4), []
+    parent, found = root_hash(salt, 4), []
     for index in range(count):
-        parent = block_name(parent, PROMPT[4 * index : 4 * index + 4])
+        parent = hash_block(parent, PROMPT[4 * index : 4 * index + 4])
         found.append(parent)
     return found
 

@@ -33,9 +33,9 @@ def test_what_comes_before_a_layer(dtype: str, activation: str) -> None:
     for kernels in (reference, kernels_for("cpu")):
         layer, stream = Linear(kernels, [weight], None, dtype), residual.clone()  # type: ignore[arg-type]
         norm = RMSNorm(kernels, scale, 1e-5)  # type: ignore[arg-type]
-        first = layer.of_norm(norm, stream, None)
-        second = layer.of_norm(norm, stream, update)
-        results.append(torch.cat((first, second, layer.of_gate(x, activation))))
+        first = layer.after_norm(norm, stream, None)
+        second = layer.after_norm(norm, stream, update)
+        results.append(torch.cat((first, second, layer.after_gate(x, activation))))
         torch.testing.assert_close(stream, residual + update)
         torch.testing.assert_close(first, layer(norm(residual)), rtol=1e-5, atol=1e-4)
     expected, found = results

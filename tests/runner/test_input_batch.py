@@ -45,7 +45,7 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
     for row, length in lengths.items():
         rows.block_tables[row, : length // BLOCK_SIZE + 1] = [next(free) for _ in range(length // BLOCK_SIZE + 1)]
     for step in range(14):
-        plan = StepPlan(rows=list(lengths), starts=list(lengths.values()), counts=[1] * 3, token_ids=[step] * 3)
+        plan = StepPlan(rows=list(lengths), num_computed_tokens=list(lengths.values()), num_scheduled_tokens=[1] * 3, token_ids=[step] * 3)
         for row, length in lengths.items():
             if length % BLOCK_SIZE == 0:
                 plan.new_blocks.append((row, length // BLOCK_SIZE, [next(free)]))
@@ -73,8 +73,8 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
 )
 def test_a_batch_that_does_not_follow(change: dict[str, list[object]]) -> None:
     rows = RequestRows(max_num_seqs=2, max_blocks=16, vocab_size=10)
-    first = StepPlan(rows=[0, 1], starts=[7, 5], counts=[1, 1], token_ids=[3, 3])
-    plan = StepPlan(rows=[0, 1], starts=[8, 6], counts=[1, 1], token_ids=[3, 3])
+    first = StepPlan(rows=[0, 1], num_computed_tokens=[7, 5], num_scheduled_tokens=[1, 1], token_ids=[3, 3])
+    plan = StepPlan(rows=[0, 1], num_computed_tokens=[8, 6], num_scheduled_tokens=[1, 1], token_ids=[3, 3])
     assert make_input_batch(plan, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows
     changed = dataclasses.replace(plan, **change)
     assert not make_input_batch(changed, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.sampling.ranking import leading_tokens
+from quire.sampling.ranking import top_tokens
 
 
 def expected_ids(scores: np.ndarray, k: int) -> np.ndarray:
@@ -22,7 +22,7 @@ def expected_ids(scores: np.ndarray, k: int) -> np.ndarray:
 )
 def test_equals_a_stable_sort_with_few_and_with_many_ties(vocab_size: int, k: int, levels: int, seed: int) -> None:
     scores = np.random.default_rng(seed).integers(levels, size=(3, vocab_size)).astype(np.float32)
-    values, ids = leading_tokens(torch.from_numpy(scores), k)
+    values, ids = top_tokens(torch.from_numpy(scores), k)
     np.testing.assert_array_equal(ids, expected_ids(scores, k))
     np.testing.assert_array_equal(values, np.take_along_axis(scores, ids, axis=1))
 
@@ -32,7 +32,7 @@ def test_masked_tokens_come_last(vocab_size: int) -> None:
     scores = np.full((2, vocab_size), -np.inf, dtype=np.float32)
     scores[0, [3, 50, 99]] = 1.0, 2.0, 1.0
     scores[1, vocab_size - 1] = 0.0
-    values, ids = leading_tokens(torch.from_numpy(scores), 5)
+    values, ids = top_tokens(torch.from_numpy(scores), 5)
     assert ids[0, :3].tolist() == [50, 3, 99]
     assert ids[1, 0] == vocab_size - 1
     assert np.isneginf(values[0, 3:]).all()

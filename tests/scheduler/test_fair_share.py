@@ -92,7 +92,7 @@ def test_backlogged_tenants_get_the_same_within_the_bound(
     engine = Engine(
         num_blocks, 4, max_num_seqs=4, max_num_batched_tokens=16, policy="fair", enable_prefix_caching=False
     )
-    queue = engine.scheduler._groups.waiting
+    queue = engine.scheduler._queues.waiting
     assert isinstance(queue, FairShare)
     served: dict[str, float] = {}
     serve = queue.serve

@@ -53,7 +53,7 @@ class Steps:
 def test_an_empty_pool() -> None:
     report = Steps().report()
     assert (report.requests, report.stats.prefix_misses, report.waste) == ([], {}, 0.0)
-    assert (report.used_block_ages.max, report.named_free_block_ages.max) == (0.0, 0.0)
+    assert (report.used_block_ages.max, report.cached_free_block_ages.max) == (0.0, 0.0)
 
 
 def test_slots_of_parallel_samples() -> None:
@@ -79,7 +79,7 @@ def test_where_prompts_were_found_and_why_not() -> None:
     prompt = list(range(17))
     steps.add("a", prompt, max_tokens=1)
     steps.finish()
-    assert steps.report().named_free_block_ages.max == 0.0
+    assert steps.report().cached_free_block_ages.max == 0.0
     steps.add("again", prompt, max_tokens=2)
     steps.step()
     (request,) = steps.report().requests

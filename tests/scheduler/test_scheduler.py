@@ -170,12 +170,12 @@ class FakeRunner:
         return self._sample(plan)
 
     def _compute(self, plan: StepPlan) -> None:
-        assert len(plan.rows) == len(plan.starts) == len(plan.counts) == len(set(plan.rows))
-        assert sum(plan.counts) == len(plan.token_ids)
+        assert len(plan.rows) == len(plan.num_computed_tokens) == len(plan.num_scheduled_tokens) == len(set(plan.rows))
+        assert sum(plan.num_scheduled_tokens) == len(plan.token_ids)
         written: set[tuple[int, int]] = set()
         drafts = {plan.sample_rows[index]: draft for index, draft in plan.drafts.items()}
         first = 0
-        for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        for row_index, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             row = self.rows[row_index]
             token_ids = row.token_ids + drafts.get(row_index, [])
             assert count > 0
@@ -187,7 +187,7 @@ class FakeRunner:
                 written.add(slot)
                 self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position])
             first += count
-        for row_index, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        for row_index, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             row = self.rows[row_index]
             read = [self.kv_at(row, position) for position in range(start + count)]
             token_ids = row.token_ids + drafts.get(row_index, [])
@@ -195,11 +195,11 @@ class FakeRunner:
 
     def _sample(self, plan: StepPlan) -> StepResult:
         result = StepResult()
-        assert plan.sample_after == sorted(plan.sample_after)
-        for index, row_index in zip(plan.sample_after, plan.sample_rows, strict=True):
+        assert plan.sample_indices == sorted(plan.sample_indices)
+        for index, row_index in zip(plan.sample_indices, plan.sample_rows, strict=True):
             row, computed = self.rows[row_index], self.rows[plan.rows[index]]
             draft = plan.drafts.get(len(result.token_ids), [])
-            end = plan.starts[index] + plan.counts[index] - len(draft)
+            end = plan.num_computed_tokens[index] + plan.num_scheduled_tokens[index] - len(draft)
             assert end == len(row.token_ids), "a sample is drawn after the sequence's last token"
             kv = self.kv_at(computed, end - 1)
             assert kv == kv_of_all(row.token_ids)[-1]
@@ -222,8 +222,8 @@ class FakeRunner:
             if new_row.params.structured_outputs is not None and not is_faulty(kv, new_row.seed):
                 self._follow_grammar(row, result)
         for index, (_, targets) in plan.prompt_logprobs.items():
-            start, row = plan.starts[index], self.rows[plan.rows[index]]
-            assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.counts[index]]
+            start, row = plan.num_computed_tokens[index], self.rows[plan.rows[index]]
+            assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.num_scheduled_tokens[index]]
             result.prompt_logprobs[index] = [
                 TokenLogprobs([target], [-float(start + offset)], [1]) for offset, target in enumerate(targets)
             ]
@@ -239,10 +239,10 @@ class FakeRunner:
             if new_row.params.structured_outputs is not None and is_whole(kv):
                 break
             row.token_ids.append(next_token(kv, new_row.seed, new_row.sample_index))
-            result.following.setdefault(place, []).append(row.token_ids[-1])
+            result.extra_token_ids.setdefault(place, []).append(row.token_ids[-1])
             if new_row.params.logprobs:
                 logprobs = TokenLogprobs([row.token_ids[-1]], [-1.0], [1])
-                result.following_logprobs.setdefault(place, []).append(logprobs)
+                result.extra_logprobs.setdefault(place, []).append(logprobs)
 
     def _follow_grammar(self, row: Row, result: StepResult) -> None:
         """Up to three tokens that would be sampled next, as a grammar that leaves no choice knows them."""
@@ -252,11 +252,11 @@ class FakeRunner:
             if is_whole(kv) or is_faulty(kv, new_row.seed):
                 break
             row.token_ids.append(next_token(kv, new_row.seed, new_row.sample_index))
-            result.following.setdefault(place, []).append(row.token_ids[-1])
+            result.extra_token_ids.setdefault(place, []).append(row.token_ids[-1])
             kv = kv_of(kv, row.token_ids[-1])
             self.num_forced += 1
         if is_whole(kv):
-            result.complete.append(place)
+            result.terminated.append(place)
 
     def kv_at(self, row: Row, position: int) -> int:
         return self.memory[row.blocks[position // self.size]][position % self.size]
@@ -264,7 +264,7 @@ class FakeRunner:
 
 class Guesses(Speculation):
     """Drafts of any length in most steps, some of which are right: what comes next, with a wrong token now and then.
-    Sequences may go in lockstep from any step to the next."""
+    Sequences may go in decode_batch from any step to the next."""
 
     def __init__(self, seed: int, max_tokens: int) -> None:
         super().__init__(SpeculativeConfig(num_speculative_tokens=max_tokens))
@@ -350,7 +350,7 @@ class Engine:
             clock=lambda: 1.0,
         )
         if guesses is not None:
-            guesses.groups = self.scheduler._groups.by_id
+            guesses.groups = self.scheduler._queues.by_id
         self.clients: dict[str, Client] = {}
         self.request_ids: dict[int, str] = {}
         """Identity of a prompt's list → its request."""
@@ -366,7 +366,7 @@ class Engine:
 
     def step(self) -> StepPlan:
         if self.in_flight is None:
-            running = [sequence for group in self.scheduler._groups.running for sequence in group.sequences]
+            running = [sequence for group in self.scheduler._queues.running for sequence in group.sequences]
             self.rows_without_kv = {sequence.row for sequence in running if sequence.num_computed_tokens == 0}
             plan = self.scheduler.schedule()
             self.check_plan(plan)
@@ -418,7 +418,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         self.scheduler.abort(request_id)
         self.clients.pop(request_id, None)
-        assert request_id not in self.scheduler._groups.by_id
+        assert request_id not in self.scheduler._queues.by_id
         self.check()
 
     def stop(self, request_id: str, index: int) -> None:
@@ -451,7 +451,7 @@ class Engine:
     def forget_finished(self) -> None:
         for request_id, client in list(self.clients.items()):
             if client.finish_reasons.keys() >= client.token_ids.keys():
-                assert request_id not in self.scheduler._groups.by_id
+                assert request_id not in self.scheduler._queues.by_id
                 del self.clients[request_id]
 
     def check_plan(self, plan: StepPlan) -> None:
@@ -463,68 +463,68 @@ class Engine:
         starting = new_rows | self.rows_without_kv
         decoding = {
             sequence.row
-            for group in scheduler._groups.running
+            for group in scheduler._queues.running
             if not (
                 group.advances_together
                 and any(other.num_missing_tokens != 1 or other.row in starting for other in group.sequences)
             )
             for sequence in group.sequences
-            if sequence.in_lockstep
+            if sequence.in_decode_batch
             or (sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in starting)
         }
         assert set(plan.rows[: len(decoding)]) == decoding, "whoever decodes is in every step, and comes first"
 
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool
-        assert scheduler._groups.by_id.keys() == self.clients.keys()
-        sequences = [s for group in scheduler._groups.by_id.values() for s in (*group.sequences, *group.spares)]
-        running = [s for group in scheduler._groups.running for s in (*group.sequences, *group.spares)]
-        assert [group.order for group in scheduler._groups.running] == sorted(
-            {g.order for g in scheduler._groups.running}
+        assert scheduler._queues.by_id.keys() == self.clients.keys()
+        sequences = [s for group in scheduler._queues.by_id.values() for s in (*group.sequences, *group.idle_beams)]
+        running = [s for group in scheduler._queues.running for s in (*group.sequences, *group.idle_beams)]
+        assert [group.order for group in scheduler._queues.running] == sorted(
+            {g.order for g in scheduler._queues.running}
         )
-        assert len(scheduler._groups.running) + len(scheduler._groups.waiting) == len(scheduler._groups.by_id)
+        assert len(scheduler._queues.running) + len(scheduler._queues.waiting) == len(scheduler._queues.by_id)
         assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
         assert pool.num_free == len(list(pool.free_order())) == pool.ref_counts.count(0)
         assert {sequence.row for sequence in running} == {
-            row for row, sequence in enumerate(scheduler._groups.rows) if sequence is not None
+            row for row, sequence in enumerate(scheduler._queues.rows) if sequence is not None
         }
-        assert len(running) + len(scheduler._groups.free_rows) == scheduler.max_num_seqs
+        assert len(running) + len(scheduler._queues.free_rows) == scheduler.max_num_seqs
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
             if self.in_flight is None:
-                assert sequence.in_lockstep or sequence.table.num_tokens == sequence.num_computed_tokens
+                assert sequence.in_decode_batch or sequence.table.num_tokens == sequence.num_computed_tokens
                 assert all(token >= 0 for token in sequence.token_ids)
             if sequence not in running:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
         self.check_lockstep()
-        for group in scheduler._groups.running:
+        for group in scheduler._queues.running:
             held = {block for sequence in group.sequences for block in sequence.table.blocks}
             assert len(held) <= group.max_blocks(pool.block_size)
-        if not scheduler._groups.by_id:
+        if not scheduler._queues.by_id:
             assert pool.num_free == pool.num_blocks
         stats = scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (
-            len(scheduler._groups.running),
-            len(scheduler._groups.waiting),
+            len(scheduler._queues.running),
+            len(scheduler._queues.waiting),
         )
         assert stats.num_used_blocks == pool.num_blocks - pool.num_free
 
     def check_lockstep(self) -> None:
-        """Counts of who goes in lockstep lag within a block, the pool's sum does not; nobody else's do."""
-        groups, pool = self.scheduler._groups, self.pool
+        """Counts of who goes in decode_batch lag within a block, the pool's sum does not; nobody else's do."""
+        groups, pool = self.scheduler._queues, self.pool
         num_filled = sum(fill for fill, count in zip(pool.fill, pool.ref_counts, strict=True) if count)
-        for sequence in groups.lockstep.sequences:
+        for sequence in groups.decode_batch.sequences:
             assert self.in_flight is None
             assert 0 <= sequence.num_missing_tokens - 1 < pool.block_size
             num_unseen = len(sequence.token_ids) - 1 - sequence.table.num_tokens
             assert 0 <= num_unseen < pool.block_size
             num_filled += num_unseen
         assert pool.num_filled_slots == num_filled
-        attended = [group for group in groups.running if not all(s.in_lockstep for s in group.sequences)]
-        assert [group for group in groups.attended if group in attended] == attended
-        members = {s for group in groups.by_id.values() for s in group.sequences if s.in_lockstep}
-        assert members == set(groups.lockstep.sequences)
-        assert len(members) == len(groups.lockstep.sequences)
+        not_in_decode_batch = [group for group in groups.running if not all(s.in_decode_batch for s in group.sequences)]
+        assert [group for group in groups.not_in_decode_batch if group in not_in_decode_batch] == not_in_decode_batch
+        members = {s for group in groups.by_id.values() for s in group.sequences if s.in_decode_batch}
+        assert members == set(groups.decode_batch.sequences)
+        assert len(members) == len(groups.decode_batch.sequences)
 
 
 def new_request(
@@ -578,7 +578,7 @@ def new_request(
 def counts_by_request(engine: Engine, plan: StepPlan) -> dict[str, int]:
     """Tokens computed in a step that was just executed."""
     counts: dict[str, int] = {}
-    for row, count in zip(plan.rows, plan.counts, strict=True):
+    for row, count in zip(plan.rows, plan.num_scheduled_tokens, strict=True):
         request_id = engine.request_ids[id(engine.runner.rows[row].new_row.prompt_token_ids)]
         counts[request_id] = counts.get(request_id, 0) + count
     return counts
@@ -607,8 +607,8 @@ def test_a_request_from_end_to_end() -> None:
     engine = Engine()
     client = engine.add(new_request("a", 10, max_tokens=5))
     plan = engine.step()
-    assert (plan.counts, plan.sample_after, plan.sample_rows) == ([10], [0], plan.rows)
-    assert [engine.step().counts for _ in range(4)] == [[1]] * 4
+    assert (plan.num_scheduled_tokens, plan.sample_indices, plan.sample_rows) == ([10], [0], plan.rows)
+    assert [engine.step().num_scheduled_tokens for _ in range(4)] == [[1]] * 4
     assert not engine.scheduler.has_work
     assert client.finish_reasons == {0: "length"}
     assert engine.step().rows == []
@@ -618,7 +618,7 @@ def test_a_long_prompt_is_computed_in_chunks() -> None:
     engine = Engine(max_num_batched_tokens=8)
     engine.add(new_request("a", 20, max_tokens=2))
     plans = [engine.step() for _ in range(4)]
-    assert [(plan.starts, plan.counts, plan.sample_after) for plan in plans] == [
+    assert [(plan.num_computed_tokens, plan.num_scheduled_tokens, plan.sample_indices) for plan in plans] == [
         ([0], [8], []),
         ([8], [8], []),
         ([16], [4], [0]),
@@ -633,7 +633,7 @@ def test_running_sequences_decode_first_and_prompts_get_the_rest() -> None:
     engine.step()
     engine.add(new_request("long", 40, max_tokens=2))
     plan = engine.step()
-    assert plan.counts == [1, 1, 1, 13]
+    assert plan.num_scheduled_tokens == [1, 1, 1, 13]
 
 
 def test_a_long_prompt_does_not_starve_short_ones() -> None:
@@ -643,7 +643,7 @@ def test_a_long_prompt_does_not_starve_short_ones() -> None:
     for name in "abc":
         engine.add(new_request(name, 6, max_tokens=1))
     plan = engine.step()
-    assert sorted(plan.counts) == [6, 6, 6, 14]
+    assert sorted(plan.num_scheduled_tokens) == [6, 6, 6, 14]
     assert engine.clients.keys() == {"long"}
 
 
@@ -691,8 +691,8 @@ def test_the_latest_yields_when_memory_runs_short_and_resumes_first() -> None:
     engine.add(new_request("c", 4, max_tokens=1))
     while engine.scheduler.stats().total_preemptions == 0:
         engine.step()
-    assert [group.request.request_id for group in engine.scheduler._groups.running] == ["a"]
-    preempted = engine.scheduler._groups.by_id["b"]
+    assert [group.request.request_id for group in engine.scheduler._queues.running] == ["a"]
+    preempted = engine.scheduler._queues.by_id["b"]
     assert (preempted.num_preemptions, preempted.leader.num_computed_tokens) == (1, 0)
     engine.run()
 
@@ -704,7 +704,7 @@ def test_the_least_important_yields_even_if_it_came_first() -> None:
     engine.add(new_request("urgent", 8, max_tokens=12))
     while engine.scheduler.stats().total_preemptions == 0:
         engine.step()
-    assert [group.request.request_id for group in engine.scheduler._groups.running] == ["urgent"]
+    assert [group.request.request_id for group in engine.scheduler._queues.running] == ["urgent"]
     engine.run()
 
 
@@ -716,7 +716,7 @@ def test_what_was_preempted_resumes_from_the_prefix_cache() -> None:
         engine.step()
     engine.abort("a")
     plan = engine.step()
-    assert plan.starts[0] >= 8
+    assert plan.num_computed_tokens[0] >= 8
     engine.run()
 
 
@@ -738,8 +738,8 @@ def test_a_group_that_yields_in_the_middle_of_its_turn_is_not_in_the_plan() -> N
     engine.add(new_request("b", 6, max_tokens=2, n=3))
     engine.step()
     plan = engine.step()
-    assert (plan.counts, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), "2 forks of b, 1 block of a"
-    assert engine.scheduler._groups.by_id["b"].num_preemptions == 1
+    assert (plan.num_scheduled_tokens, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), "2 forks of b, 1 block of a"
+    assert engine.scheduler._queues.by_id["b"].num_preemptions == 1
     engine.run()
 
 
@@ -769,7 +769,7 @@ def test_drafts_that_hold_save_steps() -> None:
     engine = Engine(guesses=AllRight(3))
     engine.add(new_request("a", 6, max_tokens=14))
     plans = [engine.step() for _ in range(5)]
-    assert [plan.counts for plan in plans] == [[6], [4], [4], [4], [1]], "the last token is drawn and not computed"
+    assert [plan.num_scheduled_tokens for plan in plans] == [[6], [4], [4], [4], [1]], "the last token is drawn and not computed"
     assert not engine.scheduler.has_work
     stats = engine.scheduler.stats()
     assert (stats.total_drafts, stats.total_draft_tokens, stats.total_accepted_tokens) == (3, 9, 9)
@@ -912,7 +912,7 @@ def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
     assert engine.clients.keys() == {"healthy"}
     engine.add(new_request("same prefix", [*prompt, 5]))
     engine.step()
-    assert engine.scheduler._groups.by_id["same prefix"].num_cached_tokens == 0
+    assert engine.scheduler._queues.by_id["same prefix"].num_cached_tokens == 0
     engine.run()
 
 
@@ -923,11 +923,11 @@ def test_the_prompt_of_a_group_is_computed_and_stored_once() -> None:
     engine = Engine()
     engine.add(new_request("a", 10, n=4))
     plan = engine.step()
-    assert (plan.counts, plan.sample_after) == ([10], [0, 0, 0, 0])
+    assert (plan.num_scheduled_tokens, plan.sample_indices) == ([10], [0, 0, 0, 0])
     assert len(set(plan.sample_rows)) == 4
     assert (engine.pool.num_used, engine.pool.num_references) == (3, 12)
     plan = engine.step()
-    assert plan.counts == [1] * 4
+    assert plan.num_scheduled_tokens == [1] * 4
     assert len(plan.block_copies) == 3, "the last holder writes in place"
     assert engine.pool.num_used == 2 + 4
     while engine.scheduler.has_work:
@@ -961,7 +961,7 @@ def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) 
     for _ in range(40):
         if engine.scheduler.stats().total_preemptions == 0:
             engine.step()
-    assert engine.scheduler._groups.by_id["b"].num_preemptions == 1
+    assert engine.scheduler._queues.by_id["b"].num_preemptions == 1
     engine.abort("a")
     return engine
 
@@ -970,7 +970,7 @@ def preempted_group(prompt: int, n: int, *, enable_prefix_caching: bool = True) 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n: int) -> None:
     engine = preempted_group(prompt, n)
-    group = engine.scheduler._groups.by_id["b"]
+    group = engine.scheduler._queues.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + prompt
     computed = engine.step().num_tokens
     if n > 1:
@@ -979,13 +979,13 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
     assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
-    assert engine.step().counts == [1] * n
+    assert engine.step().num_scheduled_tokens == [1] * n
     engine.run()
 
 
 def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     engine = preempted_group(9, 3, enable_prefix_caching=False)
-    group = engine.scheduler._groups.by_id["b"]
+    group = engine.scheduler._queues.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
     computed = [engine.step().num_tokens for _ in range(2)]
     engine.scheduler.settle()
@@ -1000,13 +1000,13 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
 def test_beams_fork_and_free_and_copy_one_block_at_most() -> None:
     engine = Engine(num_blocks=64, block_size=4)
     engine.add(new_request("a", 9, max_tokens=24, n=2, beam_width=4, early_stopping="never"))
-    group = engine.scheduler._groups.by_id["a"]
-    assert engine.step().counts == [9], "the prompt is computed once"
-    assert (len(group.sequences), len(group.spares)) == (4, 0)
+    group = engine.scheduler._queues.by_id["a"]
+    assert engine.step().num_scheduled_tokens == [9], "the prompt is computed once"
+    assert (len(group.sequences), len(group.idle_beams)) == (4, 0)
     assert engine.pool.num_used == 3, "and stored once"
     while engine.scheduler.has_work:
         plan = engine.step()
-        assert plan.counts == [1] * 4
+        assert plan.num_scheduled_tokens == [1] * 4
         assert len(plan.block_copies) <= 3
         solo = sum(len(sequence.table.blocks) for sequence in group.sequences)
         if group.sequences:
@@ -1021,11 +1021,11 @@ def test_preempted_beams_catch_up_before_any_of_them_goes_on(
 ) -> None:
     engine = Engine(enable_prefix_caching=caching, max_num_batched_tokens=budget)
     engine.add(new_request("a", prompt, max_tokens=30, beam_width=width, early_stopping="never"))
-    group = engine.scheduler._groups.by_id["a"]
+    group = engine.scheduler._queues.by_id["a"]
     for num_steps in (14, 4, 3):
         for _ in range(num_steps):
             engine.step()
-        engine.scheduler._groups.preempt(group)
+        engine.scheduler._queues.preempt(group)
         engine.check()
         lengths = [len(sequence.token_ids) for sequence in group.sequences]
         assert len(set(lengths)) == 1
@@ -1041,9 +1041,9 @@ def test_samples_whose_own_blocks_are_gone_resume_behind_their_leader() -> None:
     engine.add(new_request("a", 10, max_tokens=30, n=3))
     for _ in range(12):
         engine.step()
-    group = engine.scheduler._groups.by_id["a"]
+    group = engine.scheduler._queues.by_id["a"]
     leader = group.leader
-    engine.scheduler._groups.preempt(group)
+    engine.scheduler._queues.preempt(group)
     kept = leader.table.find_prefix(leader.token_ids)
     assert len(kept) == 5
     for block in kept:
@@ -1052,8 +1052,8 @@ def test_samples_whose_own_blocks_are_gone_resume_behind_their_leader() -> None:
         engine.pool.release(block)
     for block in reversed(kept):
         engine.pool.release(block)
-    assert engine.step().starts == [20]
-    assert engine.step().starts == [22, 8, 8]
+    assert engine.step().num_computed_tokens == [20]
+    assert engine.step().num_computed_tokens == [22, 8, 8]
     engine.run()
 
 
@@ -1062,9 +1062,9 @@ def test_a_lone_beam_that_resumes_with_one_token_missing_goes_on_at_once() -> No
     engine.add(new_request("a", 9, max_tokens=12, beam_width=1))
     for _ in range(4):
         engine.step()
-    engine.scheduler._groups.preempt(engine.scheduler._groups.by_id["a"])
+    engine.scheduler._queues.preempt(engine.scheduler._queues.by_id["a"])
     plan = engine.step()
-    assert (plan.starts, plan.counts, len(plan.sample_rows)) == ([12], [1], 1)
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens, len(plan.sample_rows)) == ([12], [1], 1)
     engine.run()
 
 
@@ -1076,7 +1076,7 @@ def test_aborted_beams_free_everything_at_once(index: int) -> None:
         engine.step()
     engine.abort("a")
     assert engine.pool.num_free == 64
-    assert len(engine.scheduler._groups.free_rows) == 8
+    assert len(engine.scheduler._queues.free_rows) == 8
 
 
 def test_more_beams_than_rows_are_refused() -> None:
@@ -1092,7 +1092,7 @@ def test_requests_go_on_from_what_an_earlier_process_generated(prompt: int, leng
     engine = Engine()
     client = engine.add(new_request("a", prompt, n=3, resumed=resumed))
     plan = engine.step()
-    assert plan.counts == [prompt]
+    assert plan.num_scheduled_tokens == [prompt]
     assert len(plan.sample_rows) == lengths.count(0), "all that have no token part where the prompt ends"
     engine.run(max_steps=10)
     assert sorted(client.finish_reasons) == [0, 1, 2]
@@ -1129,8 +1129,8 @@ def test_a_prefix_is_found_and_not_computed_again() -> None:
     engine.add(new_request("b", [*prompt, 7], max_tokens=3))
     engine.add(new_request("other salt", [*prompt, 7], max_tokens=3, salt="other"))
     plan = engine.step()
-    assert (plan.starts, plan.counts) == ([12, 0], [1, 13])
-    assert engine.scheduler._groups.by_id["b"].num_cached_tokens == 12
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([12, 0], [1, 13])
+    assert engine.scheduler._queues.by_id["b"].num_cached_tokens == 12
     stats = engine.scheduler.stats()
     assert (stats.total_prefix_queries, stats.total_prefix_hits) == (12 + 13 + 13, 12)
 
@@ -1141,7 +1141,7 @@ def test_the_last_token_of_a_cached_prompt_is_computed() -> None:
     for name in "ab":
         engine.add(new_request(name, prompt, max_tokens=1))
         plan = engine.step()
-    assert (plan.starts, plan.counts) == ([11], [1])
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([11], [1])
     assert len(plan.block_copies) == 1
 
 
@@ -1153,7 +1153,7 @@ def test_a_prompt_goes_on_from_inside_a_block() -> None:
     for name, parted, start in (("a", 6, 6), ("b", 9, 9), ("c", 8, 8), ("none", 0, 0)):
         engine.add(new_request(name, [*first[:parted], 7, 8, 9, 7, 8, 9], max_tokens=3))
         plan = engine.step()
-        assert plan.starts == [start]
+        assert plan.num_computed_tokens == [start]
         assert len(plan.block_copies) == (start % 4 > 0)
         engine.run()
 
@@ -1164,7 +1164,7 @@ def test_a_prompt_that_fills_the_pool_starts_without_a_block_to_copy() -> None:
     engine.run()
     engine.add(new_request("second", [1, 2, 3, 4, 5, 6, 7, 9], max_tokens=1))
     plan = engine.step()
-    assert (plan.starts, plan.block_copies) == ([4], []), "the source would take the room of the copy"
+    assert (plan.num_computed_tokens, plan.block_copies) == ([4], []), "the source would take the room of the copy"
 
 
 # -- registered prefixes ----------------------------------------------------------------------------------------------
@@ -1188,16 +1188,16 @@ def test_a_registered_prefix_is_found_under_all_its_salts_until_it_is_removed() 
         scheduler.add(new_request(name, [*prefix[:8], 7, 7], max_tokens=1, salt=salt))
         plan = scheduler.schedule()
         scheduler.update(plan, engine.runner.execute(plan))
-        return plan.starts[0]
+        return plan.num_computed_tokens[0]
 
     assert [cached(f"a{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
-    pool.forget_names()
+    pool.forget_hashes()
     assert [cached(f"b{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
     register(engine, "q", prefix[:4], ("two",))
     assert scheduler.stats().num_pinned_blocks == 2, "they share the first block"
     scheduler.prefixes.remove("p")
     assert scheduler.stats().num_pinned_blocks == 1
-    pool.forget_names()
+    pool.forget_hashes()
     assert [cached(f"c{salt}", salt) for salt in ("one", "two")] == [4, 4]
     scheduler.prefixes.remove("q")
     assert (pool.num_free, pool.num_references) == (pool.num_blocks, 0)
@@ -1294,7 +1294,7 @@ def test_a_step_for_which_there_is_no_memory_is_planned_again_and_smaller() -> N
     assert engine.scheduler.stats().num_running == 0
     smaller = engine.step()
     assert smaller.num_tokens == 3
-    first = [group.request.request_id for group in engine.scheduler._groups.running]
+    first = [group.request.request_id for group in engine.scheduler._queues.running]
     assert first == [f"request {index}" for index in range(len(first))]
     engine.run()
     assert engine.scheduler.stats().total_preemptions == 6
@@ -1320,7 +1320,7 @@ def test_the_next_turn_goes_on_in_the_block_that_the_last_one_left() -> None:
     engine.add(new_request("b", conversation))
     plan = engine.step()
     # The last token of the answer was never computed.
-    assert (plan.starts, plan.counts, plan.block_copies) == ([14], [3], [])
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens, plan.block_copies) == ([14], [3], [])
     engine.run()
 
 
@@ -1364,7 +1364,7 @@ def test_who_waited_for_a_prefix_goes_on_when_its_owner_leaves() -> None:
     assert engine.scheduler.stats().num_waiting == 1
     engine.abort("a")
     plan = engine.step()
-    assert plan.starts == [16]
+    assert plan.num_computed_tokens == [16]
     engine.run()
 
 
@@ -1398,7 +1398,7 @@ def test_prompt_logprobs_of_a_prompt_that_starts_over() -> None:
     engine.step()
     engine.step()
     assert len(client.prompt_logprobs) == 8
-    engine.scheduler._groups.preempt(engine.scheduler._groups.by_id["stuck"])
+    engine.scheduler._queues.preempt(engine.scheduler._queues.by_id["stuck"])
     engine.step()
     assert len(client.prompt_logprobs) == 8, "these eight positions were computed again"
     engine.run()
@@ -1596,13 +1596,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def report(self) -> None:
         self.engine.scheduler.memory_report()
-        assert all(sequence.num_missing_tokens == 1 for sequence in self.engine.scheduler._groups.lockstep.sequences), (
+        assert all(sequence.num_missing_tokens == 1 for sequence in self.engine.scheduler._queues.decode_batch.sequences), (
             "who asks sees every count as it is"
         )
 
     @rule()
-    def forget_names(self) -> None:
-        self.engine.pool.forget_names()
+    def forget_hashes(self) -> None:
+        self.engine.pool.forget_hashes()
 
     @precondition(lambda self: self.engine.clients)
     @rule()

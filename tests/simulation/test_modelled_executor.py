@@ -25,11 +25,11 @@ class Asked(StepTime):
 def test_work_is_counted_token_by_token(rows: list[tuple[int, int]], num_samples: int) -> None:
     plan = StepPlan(
         rows=list(range(len(rows))),
-        starts=[start for start, _ in rows],
-        counts=[count for _, count in rows],
+        num_computed_tokens=[start for start, _ in rows],
+        num_scheduled_tokens=[count for _, count in rows],
         token_ids=[0] * sum(count for _, count in rows),
         sample_rows=[0] * num_samples,
-        sample_after=[0] * num_samples,
+        sample_indices=[0] * num_samples,
     )
     step_time = Asked()
     result, seconds = ModelledExecutor(step_time).execute(plan)

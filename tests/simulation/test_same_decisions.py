@@ -52,9 +52,9 @@ class Recording:
         self.plans.append(
             (
                 [*plan.rows],
-                [*plan.starts],
-                [*plan.counts],
-                [*plan.sample_after],
+                [*plan.num_computed_tokens],
+                [*plan.num_scheduled_tokens],
+                [*plan.sample_indices],
                 [*plan.sample_rows],
                 [(row, first, [*blocks]) for row, first, blocks in plan.new_blocks],
                 [*plan.block_copies],

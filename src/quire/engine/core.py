@@ -271,7 +271,7 @@ class EngineCore:
             self._queue_compiled(block=not self._scheduler.has_work)
         if self._under_way is None:
             plan = self._scheduler.schedule()
-            if not plan.rows and plan.moves is None:
+            if not plan.rows and plan.offload is None:
                 self._runner.prepare(idle=True)
                 return StepDeltas()
             pending = self._launch(plan)

@@ -285,7 +285,7 @@ class Metrics:
             (self._usage, stats.kv_cache_usage),
             (self._blocks, stats.num_blocks),
             (self._used_blocks, stats.num_used_blocks),
-            (self._named_free_blocks, stats.num_named_free_blocks),
+            (self._named_free_blocks, stats.num_cached_free_blocks),
             (self._pinned_blocks, stats.num_pinned_blocks),
             (self._filled, stats.num_filled_slots),
             (self._allocated, stats.num_allocated_slots),

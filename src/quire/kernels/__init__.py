@@ -3,9 +3,9 @@
 from importlib import import_module
 
 from quire.backends import BACKENDS
-from quire.kernels.interface import AttentionPlan, Kernels, Readout
+from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
 
-__all__ = ["AttentionPlan", "Kernels", "Readout", "kernels_for"]
+__all__ = ["AttentionPlan", "Kernels", "OutputTokens", "kernels_for"]
 
 
 def kernels_for(backend: str) -> Kernels:

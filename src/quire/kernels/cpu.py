@@ -24,15 +24,15 @@ from quire.kernels.reference import kv_cache_shapes
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
-    "draw_tokens",
+    "sample_tokens",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
     "isa",
     "kv_cache_shapes",
     "linear",
-    "linear_of_gate",
-    "linear_of_norm",
+    "glu_linear",
+    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -42,7 +42,7 @@ __all__ = [
     "rms_norm_heads_",
     "rotary_",
     "rotary_write_kv",
-    "row_peaks",
+    "row_argmax",
     "silu_and_mul",
     "supported_isas",
     "use_best_isa",
@@ -195,7 +195,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return _linear(x, "none", None, None, 0.0, packed, bias, num_outputs)
 
 
-def linear_of_norm(
+def rms_norm_linear(
     residual: Tensor,
     update: Tensor | None,
     norm_weight: Tensor,
@@ -209,7 +209,7 @@ def linear_of_norm(
     return _linear(update, "rms_norm", residual, norm_weight, eps, packed, bias, num_outputs)
 
 
-def linear_of_gate(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+def glu_linear(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     return _linear(x, activation, None, None, 0.0, packed, bias, num_outputs)
 
 
@@ -311,11 +311,11 @@ def paged_attention(
     return out
 
 
-def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
+def row_argmax(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     _cpu.row_peaks(x, peaks, ids)
 
 
-def draw_tokens(
+def sample_tokens(
     x: Tensor,
     temperatures: Tensor,
     min_p: Tensor,

@@ -37,8 +37,8 @@ __all__ = [
     "gelu_and_mul",
     "kv_cache_shapes",
     "linear",
-    "linear_of_gate",
-    "linear_of_norm",
+    "glu_linear",
+    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -167,7 +167,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return functional.linear(x, packed, None if bias is None else bias.to(x.dtype))
 
 
-linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def paged_attention(

@@ -78,7 +78,7 @@ class CpuAttentionPlan(AttentionPlan):
 
 
 @dataclass(frozen=True, slots=True)
-class Readout:
+class OutputTokens:
     """The tokens whose hidden states are read, if not all: what the last layer computes beyond keys and values."""
 
     tokens: Tensor
@@ -166,7 +166,7 @@ class Kernels(Protocol):
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
-    def linear_of_norm(
+    def rms_norm_linear(
         self,
         residual: Tensor,
         update: Tensor | None,
@@ -177,7 +177,7 @@ class Kernels(Protocol):
         num_outputs: int,
     ) -> Tensor: ...
 
-    def linear_of_gate(
+    def glu_linear(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
 

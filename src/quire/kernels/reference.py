@@ -203,7 +203,7 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return out if bias is None else out + bias.to(x.dtype)
 
 
-linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
@@ -269,7 +269,7 @@ def paged_attention(
     return out
 
 
-def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
+def row_argmax(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     """x [M, N], N > 0: writes the highest number of each row to `peaks` [M] float32 and its first index to `ids` [M]
     int32. NaN is higher than all."""
     peaks.copy_(x.amax(dim=1))
@@ -277,7 +277,7 @@ def row_peaks(x: Tensor, peaks: Tensor, ids: Tensor) -> None:
     ids.copy_(is_peak.int().cummax(dim=1).values.eq(0).sum(dim=1))
 
 
-def draw_tokens(
+def sample_tokens(
     x: Tensor,
     temperatures: Tensor,
     min_p: Tensor,
@@ -295,7 +295,7 @@ def draw_tokens(
     top_p is asked for, else of ids. Temperatures and min_p are float32, top_k int32, top_p and uniforms float64.
     Writes the highest logits to `peaks` and tokens to `ids`, which mean nothing where the peak is not finite.
     """
-    row_peaks(x, peaks, ids)
+    row_argmax(x, peaks, ids)
     for row in peaks.isfinite().nonzero().flatten().tolist():
         scores = (x[row].double() - peaks[row].double()) / temperatures[row].double()
         weights = scores.exp()

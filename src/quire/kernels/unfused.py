@@ -1,4 +1,4 @@
-"""`linear_of_norm` and `linear_of_gate` for kernel modules whose best way is one operation after the other."""
+"""`rms_norm_linear` and `glu_linear` for kernel modules whose best way is one operation after the other."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -37,8 +37,8 @@ def unfused(
 ) -> tuple[OfNorm, OfGate]:
     """A module's own operations, joined. What the two compute:
 
-    `linear_of_norm`: residual, update [M, K], norm_weight [K] -> [M, N], the dense layer of the residual's norm; an
-    update is first added to the residual in place. `linear_of_gate`: x [M, 2 K] -> [M, N], the dense layer of the first
+    `rms_norm_linear`: residual, update [M, K], norm_weight [K] -> [M, N], the dense layer of the residual's norm; an
+    update is first added to the residual in place. `glu_linear`: x [M, 2 K] -> [M, N], the dense layer of the first
     half's activation (silu, gelu or gelu_tanh) times the second half.
     """
 
@@ -47,7 +47,7 @@ def unfused(
             return linear_quantized(x, packed, bias, num_outputs)
         return linear(x, packed, bias, num_outputs)
 
-    def linear_of_norm(
+    def rms_norm_linear(
         residual: Tensor,
         update: Tensor | None,
         norm_weight: Tensor,
@@ -60,10 +60,10 @@ def unfused(
             return product(rms_norm(residual, norm_weight, eps), packed, bias, num_outputs)
         return product(add_rms_norm(update, residual, norm_weight, eps), packed, bias, num_outputs)
 
-    def linear_of_gate(
+    def glu_linear(
         x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor:
         gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, activation == "gelu_tanh")
         return product(gated, packed, bias, num_outputs)
 
-    return linear_of_norm, linear_of_gate
+    return rms_norm_linear, glu_linear

@@ -10,18 +10,18 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
-BlockName = bytes
+BlockHash = bytes
 """32 bytes of BLAKE2b; equal names mean equal tokens, equal history, equal salt."""
 
 
-def root_name(salt: str, block_size: int) -> BlockName:
+def root_hash(salt: str, block_size: int) -> BlockHash:
     """The parent of a sequence's first block."""
     # Clients write the salt: a lone surrogate in it must not be an error here.
     text = salt.encode("utf-8", "surrogatepass")
     return blake2b(b"root\x00%d\x00%d\x00" % (block_size, len(text)) + text, digest_size=32).digest()
 
 
-def block_name(parent: BlockName, token_ids: Sequence[int]) -> BlockName:
+def hash_block(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     """The name of a full block that holds `token_ids` and follows the block named `parent`."""
     tokens = array("I", token_ids).tobytes()
     return blake2b(b"block\x00" + parent + b"%d\x00" % len(token_ids) + tokens, digest_size=32).digest()

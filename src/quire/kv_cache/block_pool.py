@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import QuireError
-from quire.kv_cache.block_children import BlockChildren
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.partial_block_index import PartialBlockIndex
+from quire.kv_cache.block_hash import BlockHash
 
 
 class OutOfBlocksError(QuireError):
@@ -33,29 +33,29 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self.fill = [0] * num_blocks
         """Slots written since the block was last taken."""
-        self.names: list[BlockName | None] = [None] * num_blocks
+        self.names: list[BlockHash | None] = [None] * num_blocks
         self.num_free = num_blocks
         self.num_references = 0
         """Sum of all reference counts."""
         self.num_filled_slots = 0
         """Sum of `fill` over used blocks."""
-        self.num_named_free = 0
+        self.num_cached_free = 0
         self.now = 0.0
         """Seconds, set by whoever steps; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
         self.total_evictions = 0
         self.total_block_copies = 0
-        self.on_evict: Callable[[int, BlockName], None] | None = None
+        self.on_evict: Callable[[int, BlockHash], None] | None = None
         """Told of a named block that `allocate` takes, while its content is still there; tiers below listen."""
-        self.on_idle: Callable[[int, BlockName], None] | None = None
+        self.on_idle: Callable[[int, BlockHash], None] | None = None
         """Told of a named block whose last reference went."""
         self.pinned: Counter[int] = Counter()
         """Used blocks that registered prefixes hold → by how many; these never lose their names."""
-        self.children = BlockChildren()
+        self.children = PartialBlockIndex()
         self._copied_from: list[int] = []
-        self._named: dict[BlockName, int] = {}
-        self._aliases: dict[BlockName, int] = {}
+        self._named: dict[BlockHash, int] = {}
+        self._aliases: dict[BlockHash, int] = {}
         """Further names of pinned blocks: what a registered prefix is called under other salts."""
         # The entry past the last block is the list's anchor: its next is the head, its previous the tail.
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
@@ -92,7 +92,7 @@ class BlockPool:
         if name is not None:
             del self._named[name]
             self.names[block] = None
-            self.num_named_free -= 1
+            self.num_cached_free -= 1
             self.total_evictions += 1
             if self.on_evict is not None:
                 self.on_evict(block, name)
@@ -113,7 +113,7 @@ class BlockPool:
             if self.names[block] is None:
                 self.children.remove(block)
             else:
-                self.num_named_free -= 1
+                self.num_cached_free -= 1
             self.num_filled_slots += self.fill[block]
         self.ref_counts[block] += 1
         self.num_references += 1
@@ -133,11 +133,11 @@ class BlockPool:
             return
         self._link(self._prev[self.num_blocks], block)
         if name is not None:
-            self.num_named_free += 1
+            self.num_cached_free += 1
             if self.on_idle is not None:
                 self.on_idle(block, name)
 
-    def leave(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> None:
+    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
         """Let a partly filled block be found when its only holder, who is about to release it, is gone.
 
         It holds `token_ids` and follows the block named `parent`. One that others hold, or whose tokens can be found
@@ -169,14 +169,14 @@ class BlockPool:
         self.num_filled_slots += fill - self.fill[block]
         self.fill[block] = fill
 
-    def find(self, name: BlockName) -> int | None:
+    def find(self, name: BlockHash) -> int | None:
         """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
         if self._aliases and (block := self._aliases.get(name)) is not None:
             return block
         return self._named.get(name)
 
-    def set_name(
-        self, block: int, name: BlockName, parent: BlockName = b"", token_ids: Sequence[int] | None = None
+    def set_hash(
+        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[int] | None = None
     ) -> None:
         """Make a full block findable. The first block of a name keeps it; later twins stay nameless.
 
@@ -196,7 +196,7 @@ class BlockPool:
             self.names[block] = None
             self.children.remove(block)
 
-    def forget_names(self) -> None:
+    def forget_hashes(self) -> None:
         """Empty the prefix cache: only what is pinned can be found by name any more; tables are untouched.
 
         Blocks that have been written are taken before those that never were: their memory is there already.
@@ -209,7 +209,7 @@ class BlockPool:
             self.names[block] = None
             self.children.remove(block)
         self._named = {name: block for name, block in self._named.items() if block in self.pinned}
-        self.num_named_free = 0
+        self.num_cached_free = 0
 
     def pin(self, blocks: Iterable[int]) -> None:
         """Let used, named blocks keep their names whatever happens, once more than before; the holder keeps them."""
@@ -220,7 +220,7 @@ class BlockPool:
         self.pinned.subtract(blocks)
         self.pinned += Counter()  # drops what has come to 0
 
-    def set_aliases(self, aliases: dict[BlockName, int]) -> None:
+    def set_aliases(self, aliases: dict[BlockHash, int]) -> None:
         """Replace the further names under which pinned blocks are found."""
         self._aliases = aliases
 
@@ -231,7 +231,7 @@ class BlockPool:
             yield block
             block = self._next[block]
 
-    def _add_child(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> None:
+    def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
         forgotten = self.children.add(block, parent, token_ids)
         if forgotten is not None and self.names[forgotten] is None:  # free, and now without content
             self._unlink(forgotten)

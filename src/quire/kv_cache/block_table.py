@@ -8,7 +8,7 @@ in the prefix cache.
 
 from collections.abc import Sequence
 
-from quire.kv_cache.block_hash import BlockName, block_name
+from quire.kv_cache.block_hash import BlockHash, hash_block
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 
 BlockCopies = list[tuple[int, int]]
@@ -23,12 +23,12 @@ class BlockTable:
 
     __slots__ = ("_copied_at", "_names", "_num_named", "_pool", "_room", "_root", "blocks", "num_tokens")
 
-    def __init__(self, pool: BlockPool, root: BlockName = b"") -> None:
+    def __init__(self, pool: BlockPool, root: BlockHash = b"") -> None:
         self.blocks: list[int] = []
         self.num_tokens = 0
         self._pool = pool
         self._root = root
-        self._names: list[BlockName] = []
+        self._names: list[BlockHash] = []
         self._num_named = 0
         self._copied_at = -1
         """How many tokens the table held when its last block was copied last."""
@@ -164,7 +164,7 @@ class BlockTable:
                 found.append(block)
         return found
 
-    def find_inside(self, token_ids: Sequence[int], num_found: int) -> tuple[int, int] | None:
+    def match_partial(self, token_ids: Sequence[int], num_found: int) -> tuple[int, int] | None:
         """Where the findable prefix goes on after `num_found` blocks from `find_prefix`: inside which block, how far.
 
         Returns a block whose first `count` ≥ 1 tokens, not all of them, are the next of `token_ids`; or None.
@@ -179,7 +179,7 @@ class BlockTable:
     def adopt(self, found: list[int], inside: tuple[int, int] | None = None) -> None:
         """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none.
 
-        And with the first tokens of the block that `find_inside` gave: the next append copies it, as after a fork, or
+        And with the first tokens of the block that `match_partial` gave: the next append copies it, as after a fork, or
         goes on in it where a sequence left it partly filled.
         """
         for block in found:
@@ -195,7 +195,7 @@ class BlockTable:
             if not self._write_needs_copy(block):
                 self._pool.write(block, count)  # what lies behind counts as empty
 
-    def name_full_blocks(self, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+    def hash_full_blocks(self, token_ids: Sequence[int], num_computed_tokens: int) -> None:
         """Name the blocks that `num_computed_tokens` tokens with stored KV have filled since the last call."""
         full = num_computed_tokens // self._pool.block_size
         if self._pool.enable_prefix_caching:
@@ -203,24 +203,24 @@ class BlockTable:
                 self._name(index, token_ids)
             self._num_named = max(self._num_named, full)
 
-    def forget_names(self) -> None:
+    def forget_hashes(self) -> None:
         """Make the table's blocks unfindable: whoever has the same prefix computes it anew."""
         for block in self.blocks:
             self._pool.forget_name(block)
 
-    def name_of(self, index: int, token_ids: Sequence[int]) -> BlockName:
+    def name_of(self, index: int, token_ids: Sequence[int]) -> BlockHash:
         """The name of logical block `index`, which `token_ids` must fill; each is hashed once."""
         names = self._names
         size = self._pool.block_size
         while len(names) <= index:
             start = len(names) * size
-            names.append(block_name(names[-1] if names else self._root, token_ids[start : start + size]))
+            names.append(hash_block(names[-1] if names else self._root, token_ids[start : start + size]))
         return names[index]
 
     def _name(self, index: int, token_ids: Sequence[int]) -> None:
         name, start = self.name_of(index, token_ids), index * self._pool.block_size
         parent = self._names[index - 1] if index else self._root
-        self._pool.set_name(self.blocks[index], name, parent, token_ids[start : start + self._pool.block_size])
+        self._pool.set_hash(self.blocks[index], name, parent, token_ids[start : start + self._pool.block_size])
 
     def _write_needs_copy(self, block: int) -> bool:
         return self._pool.ref_counts[block] > 1 or self._pool.names[block] is not None

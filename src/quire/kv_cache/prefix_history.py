@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from quire.kv_cache.block_hash import BlockName, block_name, root_name
+from quire.kv_cache.block_hash import BlockHash, hash_block, root_hash
 from quire.outputs import PrefixMiss
 
 T = TypeVar("T")
@@ -20,18 +20,18 @@ class PrefixHistory:
         self._clock = clock
         self._capacity = capacity
         self._block_size = block_size
-        self._common_root = root_name("", block_size)
-        self._evicted: OrderedDict[BlockName, float] = OrderedDict()
-        self._beginnings: OrderedDict[BlockName, BlockName] = OrderedDict()
+        self._common_root = root_hash("", block_size)
+        self._evicted: OrderedDict[BlockHash, float] = OrderedDict()
+        self._beginnings: OrderedDict[BlockHash, BlockHash] = OrderedDict()
         """First block of a prompt as it would be named without salt → its name with it, the latest."""
 
-    def note_eviction(self, name: BlockName) -> None:
+    def note_eviction(self, name: BlockHash) -> None:
         """A named block's space was taken."""
         _remember(self._evicted, name, self._clock(), self._capacity)
 
-    def explain(self, token_ids: Sequence[int], first_missing: int, name: BlockName) -> PrefixMiss:
+    def explain(self, token_ids: Sequence[int], first_missing: int, name: BlockHash) -> PrefixMiss:
         """Why logical block `first_missing` of a prompt, of this name, was not found; notes how the prompt begins."""
-        beginning = block_name(self._common_root, token_ids[: self._block_size])
+        beginning = hash_block(self._common_root, token_ids[: self._block_size])
         before = self._beginnings.get(beginning)
         if first_missing == 0:
             _remember(self._beginnings, beginning, name, self._capacity)
@@ -45,7 +45,7 @@ class PrefixHistory:
         return PrefixMiss(0, "new", None)
 
 
-def _remember(record: OrderedDict[BlockName, T], name: BlockName, value: T, capacity: int) -> None:
+def _remember(record: OrderedDict[BlockHash, T], name: BlockHash, value: T, capacity: int) -> None:
     """Enter as the newest; past the capacity the oldest is forgotten."""
     record[name] = value
     record.move_to_end(name)

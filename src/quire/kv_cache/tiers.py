@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_hash import BlockHash
 from quire.outputs import TierStats
 
 HOST, DISK = "host", "disk"
@@ -134,14 +134,14 @@ class TierIndex:
         self._compute_rate = Rate(clock)
         """Seconds per token."""
 
-    def find(self, name: BlockName) -> str | None:
+    def find(self, name: BlockHash) -> str | None:
         """The first tier that holds a block."""
         for tier_name, tier in self.tiers.items():
             if name in tier:
                 return tier_name
         return None
 
-    def remove(self, name: BlockName) -> list[tuple[str, BlockName]]:
+    def remove(self, name: BlockHash) -> list[tuple[str, BlockHash]]:
         """Forget a block everywhere; returns where it was."""
         return [(tier_name, name) for tier_name, tier in self.tiers.items() if tier.remove(name)]
 

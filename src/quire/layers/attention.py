@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, Readout
+from quire.kernels import AttentionPlan, Kernels, OutputTokens
 
 LayerKV = tuple[Tensor, Tensor]
 """k_cache and v_cache of one layer; `quire.kernels.interface` has their layout."""
@@ -44,7 +44,7 @@ class Attention:
         layer_kv: LayerKV,
         plan: AttentionPlan,
         positions: Tensor | None = None,
-        readout: Readout | None = None,
+        output_tokens: OutputTokens | None = None,
     ) -> Tensor:
         """q [T, num_heads, D], k, v [T, num_kv_heads, D], positions [T] int32 -> [T, num_heads, D], or of the R tokens
         that are read [R, num_heads, D].
@@ -68,8 +68,8 @@ class Attention:
                 k_scale=self.k_scale,
                 v_scale=self.v_scale,
             )
-        if readout is not None and readout.plan is not None:
-            q, plan, readout = q[readout.tokens], readout.plan, None
+        if output_tokens is not None and output_tokens.plan is not None:
+            q, plan, output_tokens = q[output_tokens.tokens], output_tokens.plan, None
         out = self.kernels.paged_attention(
             q,
             k_cache,
@@ -81,4 +81,4 @@ class Attention:
             k_scale=self.k_scale,
             v_scale=self.v_scale,
         )
-        return out if readout is None else out[readout.tokens]
+        return out if output_tokens is None else out[output_tokens.tokens]

@@ -15,7 +15,7 @@ class Linear:
 
     Several weights [N_i, K] make one layer whose output is theirs side by side. They are copied, so views of a mapped
     file may be given; a bias is float32 whatever the dtype. What comes before a layer is one kernel with it where it
-    works row by row: `of_norm`, `of_gate`.
+    works row by row: `after_norm`, `after_gate`.
     """
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
@@ -40,15 +40,15 @@ class Linear:
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
-    def of_norm(self, norm: RMSNorm, residual: Tensor, update: Tensor | None) -> Tensor:
+    def after_norm(self, norm: RMSNorm, residual: Tensor, update: Tensor | None) -> Tensor:
         """residual, update [M, K] -> [M, N]: of the norm of the residual stream, after adding the update to it."""
-        return self.kernels.linear_of_norm(
+        return self.kernels.rms_norm_linear(
             residual, update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
         )
 
-    def of_gate(self, x: Tensor, activation: str) -> Tensor:
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: of the activation of the first half times the second."""
-        return self.kernels.linear_of_gate(x, activation, self.packed, self.bias, self.num_outputs)
+        return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
 
 
 def output_head(kernels: Kernels, table: Tensor, dtype: str) -> Linear:

@@ -50,4 +50,4 @@ class GatedMLP:
 
     def __call__(self, residual: Tensor, update: Tensor) -> Tensor:
         """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
-        return self.down.of_gate(self.gate_up.of_norm(self.norm, residual, update), self.activation)
+        return self.down.after_gate(self.gate_up.after_norm(self.norm, residual, update), self.activation)

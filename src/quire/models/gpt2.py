@@ -5,7 +5,7 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, Readout
+from quire.kernels import AttentionPlan, Kernels, OutputTokens
 from quire.layers.activation import activation
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.embedding import Embedding
@@ -37,13 +37,13 @@ class GPT2:
         self.norm = layer_norm(config, model.scope("ln_f"))
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
     ) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), self.embed_position(positions)
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
             last = layer is self.layers[-1]
-            residual, update = layer(residual, update, layer_kv, plan, readout if last else None)
+            residual, update = layer(residual, update, layer_kv, plan, output_tokens if last else None)
         return self.norm(residual, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Layer:
         self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
 
     def __call__(
-        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, readout: Readout | None
+        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, output_tokens: OutputTokens | None
     ) -> tuple[Tensor, Tensor]:
         """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
 
@@ -83,9 +83,9 @@ class Layer:
         num_tokens = residual.shape[0]
         qkv = self.qkv(self.attention_norm(residual, update))
         q, k, v = qkv.view(num_tokens, -1, self.head_dim).chunk(3, dim=1)
-        update = self.o(self.attend(q, k, v, layer_kv, plan, readout=readout).flatten(1))
-        if readout is not None:
-            residual = residual[readout.tokens]
+        update = self.o(self.attend(q, k, v, layer_kv, plan, output_tokens=output_tokens).flatten(1))
+        if output_tokens is not None:
+            residual = residual[output_tokens.tokens]
         return residual, self.down(self.activation(self.up(self.mlp_norm(residual, update))))
 
 

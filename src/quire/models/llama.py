@@ -6,7 +6,7 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, Readout
+from quire.kernels import AttentionPlan, Kernels, OutputTokens
 from quire.layers.attention import Attention, KVLayers, LayerKV
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import cos_sin_table
@@ -36,13 +36,13 @@ class Llama:
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
     ) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), None
         for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
             last = layer is self.layers[-1]
-            residual, update = layer(residual, update, positions, layer_kv, plan, readout if last else None)
+            residual, update = layer(residual, update, positions, layer_kv, plan, output_tokens if last else None)
         return self.norm(residual, update)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ class DecoderLayer:
         positions: Tensor,
         layer_kv: LayerKV,
         plan: AttentionPlan,
-        readout: Readout | None,
+        output_tokens: OutputTokens | None,
     ) -> tuple[Tensor, Tensor]:
         """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
 
         `update` is added to `residual`, in place.
         """
-        update = self.attention(residual, update, positions, layer_kv, plan, readout)
-        if readout is not None:
-            residual = residual[readout.tokens]
+        update = self.attention(residual, update, positions, layer_kv, plan, output_tokens)
+        if output_tokens is not None:
+            residual = residual[output_tokens.tokens]
         return residual, self.mlp(residual, update)
 
 
@@ -144,20 +144,20 @@ class SelfAttention:
         positions: Tensor,
         layer_kv: LayerKV,
         plan: AttentionPlan,
-        readout: Readout | None,
+        output_tokens: OutputTokens | None,
     ) -> Tensor:
         """residual, update [T, H] -> the next update, [T, H] or [R, H]; `update` is added to `residual`."""
         num_tokens = residual.shape[0]
         # Views of one [T, heads, D] matrix; what follows works on them in place.
         q, k, v = (
-            self.qkv.of_norm(self.norm, residual, update)
+            self.qkv.after_norm(self.norm, residual, update)
             .view(num_tokens, -1, self.head_dim)
             .split_with_sizes(self.heads, dim=1)
         )
         if self.qk_norms is not None:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
-        return self.o(self.attend(q, k, v, layer_kv, plan, positions, readout).flatten(1))
+        return self.o(self.attend(q, k, v, layer_kv, plan, positions, output_tokens).flatten(1))
 
     def scale_kv(self) -> None:
         """Those of the checkpoint, or the least by which no key or value can be too large."""

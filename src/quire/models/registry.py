@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, Readout
+from quire.kernels import AttentionPlan, Kernels, OutputTokens
 from quire.layers.attention import KVLayers
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.device_weights import DeviceWeights
@@ -19,9 +19,9 @@ class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations are what the weights' source says."""
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, readout: Readout | None = None
+        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
     ) -> Tensor:
-        """input_ids, positions [T] -> hidden [T, H], or with a readout of its tokens [R, H], the final norm applied;
+        """input_ids, positions [T] -> hidden [T, H], or with a output_tokens of its tokens [R, H], the final norm applied;
         writes the KV of the T tokens."""
         ...
 

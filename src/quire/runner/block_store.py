@@ -11,7 +11,7 @@ import torch
 from quire.kv_cache.storage import KVCache, lazy_zeros
 from quire.kv_cache.tiers import HOST
 from quire.runner.disk_blocks import HEADER_BYTES, DiskBlocks
-from quire.step import BlockMoves, MovedBlocks
+from quire.step import OffloadPlan, OffloadResult
 
 MAX_WAIT_SECONDS = 0.05
 """The longest a step waits for a read: what clients say meanwhile must not wait longer."""
@@ -27,7 +27,7 @@ class BlockStore:
         self._slots: dict[bytes, int] = {}
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
 
-    def move(self, moves: BlockMoves) -> float:
+    def move(self, moves: OffloadPlan) -> float:
         """Carry out a plan's moves, in the order of its fields. Returns the seconds spent on loads from host memory."""
         for tier, name in moves.forgotten:
             if tier == HOST:
@@ -59,10 +59,10 @@ class BlockStore:
             self._files.read(name)
         return seconds
 
-    def collect(self, *, wait: bool) -> MovedBlocks:
+    def collect(self, *, wait: bool) -> OffloadResult:
         """What has ended in the background; with `wait`, not before a read has, or a moment has passed."""
         if self._disk is None:
-            return MovedBlocks()
+            return OffloadResult()
         return self._disk.collect(MAX_WAIT_SECONDS if wait else 0.0)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from quire.errors import ConfigError
-from quire.step import MovedBlocks
+from quire.step import OffloadResult
 
 FORMAT = "quire-kv-1"
 FINGERPRINT_BYTES, NAME_BYTES = 16, 32
@@ -65,7 +65,7 @@ class DiskBlocks:
         self._failed = False
         self._unused: list[bytearray] = []
         """Buffers of header and content, as many as were ever needed at once."""
-        self._moved = MovedBlocks()
+        self._moved = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
         """Guards the two above."""
@@ -139,12 +139,12 @@ class DiskBlocks:
         with self._news:
             return self._arrived.pop(name)
 
-    def collect(self, wait_seconds: float = 0.0) -> MovedBlocks:
+    def collect(self, wait_seconds: float = 0.0) -> OffloadResult:
         """What has ended since the last call; waits up to `wait_seconds` for a read to end."""
         with self._news:
             if wait_seconds > 0:
                 self._news.wait_for(lambda: bool(self._moved.read or self._moved.not_read), wait_seconds)
-            moved, self._moved = self._moved, MovedBlocks(stopped=self._moved.stopped)
+            moved, self._moved = self._moved, OffloadResult(stopped=self._moved.stopped)
             return moved
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:

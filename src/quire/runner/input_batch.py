@@ -58,8 +58,8 @@ def make_input_batch(
     if before is not None and _follows(plan, before):
         return _advance(plan, rows, block_size, before)
     row_index = np.array(plan.rows, dtype=np.int32)
-    counts = np.array(plan.counts, dtype=np.int32)
-    starts = np.array(plan.starts, dtype=np.int32)
+    counts = np.array(plan.num_scheduled_tokens, dtype=np.int32)
+    starts = np.array(plan.num_computed_tokens, dtype=np.int32)
     query_start_loc = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start_loc[1:])
     seq_lens = starts + counts
@@ -91,7 +91,7 @@ def _follows(plan: StepPlan, before: InputBatch) -> bool:
         before.decoding is not None
         and plan.rows == before.rows
         and plan.num_tokens == len(plan.rows)
-        and plan.starts == before.decoding.seq_lens
+        and plan.num_computed_tokens == before.decoding.seq_lens
         # Rows that begin, fork or lose a block to a copy are told by these; else tables only grow.
         and not (plan.new_rows or plan.row_forks or plan.block_copies)
         and all(first > 0 for _, first, _ in plan.new_blocks)
@@ -102,7 +102,7 @@ def _advance(plan: StepPlan, rows: RequestRows, block_size: int, batch: InputBat
     """In place; only tables that become wider are made anew."""
     decoding = batch.decoding
     assert decoding is not None, "all sequences compute one token"
-    positions = plan.starts
+    positions = plan.num_computed_tokens
     decoding.seq_lens = [position + 1 for position in positions]
     decoding.slots = slots = [slot + 1 for slot in decoding.slots]
     for sequence, position in enumerate(positions):

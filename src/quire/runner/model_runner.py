@@ -22,7 +22,7 @@ from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.backends import BACKENDS, MAX_NARROW_TOKENS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
-from quire.kernels.interface import AttentionPlan, Kernels, Readout
+from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
 from quire.kernels.transfer import send, to_device
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
@@ -30,9 +30,9 @@ from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
 from quire.runner.input_batch import InputBatch, Int32Array, make_input_batch
-from quire.runner.readout import TokensRead, find_tokens_read
+from quire.runner.output_selection import OutputSelection, select_outputs
 from quire.runner.request_rows import RequestRows
-from quire.runner.sample_points import SamplePoints, make_sample_points
+from quire.runner.sampling_metadata import SamplingMetadata, make_sample_points
 from quire.sampling.device_sampler import (
     KERNEL_COLUMNS,
     DeviceSampler,
@@ -171,7 +171,7 @@ class ModelRunner:
         self._pending = PendingStep(StepResult())
         """The step launched last."""
         self._batch: InputBatch | None = None
-        self._points: SamplePoints | None = None
+        self._points: SamplingMetadata | None = None
         self._attention: AttentionPlan | None = None
         """Those of the step before, unless it computed nothing."""
         self._sent: Mapping[str, torch.Tensor] | None = None
@@ -227,8 +227,8 @@ class ModelRunner:
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
         load_seconds = 0.0
-        if self._block_store is not None and plan.moves is not None:
-            load_seconds = self._block_store.move(plan.moves)
+        if self._block_store is not None and plan.offload is not None:
+            load_seconds = self._block_store.move(plan.offload)
         result = StepResult()
         finishes: list[Callable[[], None]] = []
         if plan.rows:
@@ -236,8 +236,8 @@ class ModelRunner:
         else:
             self._batch = None
         if self._block_store is not None:
-            result.moved = self._block_store.collect(wait=plan.moves is not None and plan.moves.wait)
-            result.moved.load_seconds = load_seconds
+            result.offload = self._block_store.collect(wait=plan.offload is not None and plan.offload.wait)
+            result.offload.load_seconds = load_seconds
         return PendingStep(result, finishes)
 
     def close(self) -> None:
@@ -259,7 +259,7 @@ class ModelRunner:
             inputs |= {"rows": keeping, **sampler.columns(points.states)}
         size = 0
         if self._graphs is not None and points.after_every_token and not plan.prompt_logprobs:
-            size = self._graphs.size_for(plan.num_tokens) if max(plan.counts) <= MAX_NARROW_TOKENS else 0
+            size = self._graphs.size_for(plan.num_tokens) if max(plan.num_scheduled_tokens) <= MAX_NARROW_TOKENS else 0
         attention = self._plan_attention(
             StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots),
             captured_tokens=size,
@@ -275,7 +275,7 @@ class ModelRunner:
             replayed = self._graphs.replay(key, inputs)
             drawn, logits = (None, replayed[: plan.num_tokens]) if sampler is None else (replayed, None)
         else:
-            read = find_tokens_read(plan, points, batch)
+            read = select_outputs(plan, points, batch)
             sampled = points.tokens if read is None else read.places(points.tokens)
             tokens_read = points.tokens if read is None else read.tokens
             sent = self._sent if batch.follows and points.after_every_token else None
@@ -285,11 +285,11 @@ class ModelRunner:
             input_ids = sent["input_ids"]
             if self._device_sampler is not None and (batch.input_ids < 0).any():
                 input_ids = self._known(input_ids)
-            readout = None if read is None else Readout(sent["tokens_read"], self._plan_read(batch, read))
-            hidden = self._model(input_ids, sent["token_positions"], self._kv_cache, attention, readout)
+            output_tokens = None if read is None else OutputTokens(sent["tokens_read"], self._plan_read(batch, read))
+            hidden = self._model(input_ids, sent["token_positions"], self._kv_cache, attention, output_tokens)
             if points.after_every_token:
                 logits = self._model.logits(hidden)
-            elif plan.sample_after:
+            elif plan.sample_indices:
                 logits = self._logits(hidden, sampled, sent["sampled"])
             if sampler is not None and logits is not None:
                 drawn = self._draw(sampler, logits, sent, outcome)
@@ -311,7 +311,7 @@ class ModelRunner:
             return []  # the step after must not be planned on tokens that the device has not drawn
         return finishes
 
-    def _lay_out(self, plan: StepPlan) -> tuple[InputBatch, SamplePoints]:
+    def _lay_out(self, plan: StepPlan) -> tuple[InputBatch, SamplingMetadata]:
         """The step's tokens, and where samples are drawn: that stays as it is while the same sequences decode."""
         batch, points = make_input_batch(plan, self._rows, self._kv_cache.block_size, self._batch), self._points
         if points is None or not (batch.follows and points.after_every_token and plan.sample_rows == plan.rows):
@@ -319,7 +319,7 @@ class ModelRunner:
         self._batch, self._points = batch, points
         return batch, points
 
-    def _plan_read(self, batch: InputBatch, read: TokensRead) -> AttentionPlan | None:
+    def _plan_read(self, batch: InputBatch, read: OutputSelection) -> AttentionPlan | None:
         """The last layer's attention."""
         if not self._replans:
             return None
@@ -350,8 +350,8 @@ class ModelRunner:
         drawn = self._last_tokens.index_select(0, (~input_ids).clamp_(min=0))
         return torch.where(input_ids < 0, drawn, input_ids)
 
-    def _draws_on_device(self, plan: StepPlan, points: SamplePoints) -> bool:
-        return self._device_sampler is not None and bool(plan.sample_after) and all(map(draws_only, points.states))
+    def _draws_on_device(self, plan: StepPlan, points: SamplingMetadata) -> bool:
+        return self._device_sampler is not None and bool(plan.sample_indices) and all(map(draws_only, points.states))
 
     def _logits(self, hidden: torch.Tensor, places: Int32Array, places_on_device: torch.Tensor) -> torch.Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
@@ -370,7 +370,7 @@ class ModelRunner:
         return drawn
 
     def _promise(
-        self, plan: StepPlan, points: SamplePoints, drawn: torch.Tensor, result: StepResult
+        self, plan: StepPlan, points: SamplingMetadata, drawn: torch.Tensor, result: StepResult
     ) -> Callable[[], None]:
         """What is returned waits for the drawn tokens, behind which may be those of padding, and fills `result`."""
         fetch = _fetch(drawn)
@@ -387,7 +387,7 @@ class ModelRunner:
 
         return finish
 
-    def _take_in(self, plan: StepPlan, points: SamplePoints, sampled: SampleResult, result: StepResult) -> None:
+    def _take_in(self, plan: StepPlan, points: SamplingMetadata, sampled: SampleResult, result: StepResult) -> None:
         """Let the sequences take what was sampled, of drafts as far as they hold."""
         result.token_ids, result.logprobs, result.errors = sampled.token_ids, sampled.logprobs, sampled.errors
         if points.outputs is not None and not any(sampled.errors):
@@ -412,11 +412,11 @@ class ModelRunner:
                     drafted = range(first + 1, points.first[index + 1])
                     following, logprobs = self._accept(sampled, drafted, plan.drafts[index], state)
                     if logprobs:
-                        result.following_logprobs[index] = logprobs
+                        result.extra_logprobs[index] = logprobs
                 if state.grammar is not None:
                     following += self._follow_grammar(index, state, state.grammar, result)
                 if following:
-                    result.following[index] = following
+                    result.extra_token_ids[index] = following
 
     @staticmethod
     def _accept(
@@ -446,7 +446,7 @@ class ModelRunner:
         limit = min(state.params.max_tokens or self._max_model_len, self._max_model_len) - state.position
         forced = state.take_forced(limit)
         if grammar.complete:
-            result.complete.append(index)
+            result.terminated.append(index)
         return forced
 
     def _empty_cache(self) -> None:
@@ -457,7 +457,7 @@ class ModelRunner:
         self,
         plan: StepPlan,
         batch: InputBatch,
-        read: TokensRead | None,
+        read: OutputSelection | None,
         hidden: torch.Tensor,
         result: StepResult,
     ) -> list[Callable[[], None]]:

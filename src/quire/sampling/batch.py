@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.cpu import draw_tokens, row_peaks
+from quire.kernels.cpu import sample_tokens, row_argmax
 from quire.sampling.logit_edits import LogitEdits
 from quire.sampling.logits_processors import BatchLogitsProcessor, LogitsProcessing
 from quire.sampling.row_places import place_of, split_rows
@@ -48,9 +48,9 @@ class RowGroup:
     def find(self, logits: Tensor, uniforms: FloatArray) -> tuple[list[int], list[float]]:
         """A token and the highest logit of each row of the group; where that is not finite, the token is void."""
         if self._is_greedy:
-            row_peaks(logits, self._peaks, self._ids)  # of equals the lowest id
+            row_argmax(logits, self._peaks, self._ids)  # of equals the lowest id
         else:
-            draw_tokens(logits, *self._limits, torch.from_numpy(uniforms), self._peaks, self._ids)
+            sample_tokens(logits, *self._limits, torch.from_numpy(uniforms), self._peaks, self._ids)
         ids, peaks = self._arrays
         return ids.tolist(), peaks.tolist()
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.sampling.sampler import NO_TOKEN, SampleResult, explain_peak
+from quire.sampling.sampler import NO_TOKEN, SampleResult, explain_max_logit
 from quire.sampling.state import Draw, SamplingState
 from quire.sampling.uniforms import stream_keys, uniforms
 from quire.step import TokenLogprobs
@@ -169,7 +169,7 @@ def read_draws(drawn: NDArray[np.int32], states: Sequence[SamplingState]) -> Sam
     sound = np.isfinite(peaks)
     errors: list[str | None] = [None] * len(states)
     for index in np.flatnonzero(~sound).tolist():
-        errors[index] = explain_peak(float(peaks[index]))
+        errors[index] = explain_max_logit(float(peaks[index]))
     token_ids = np.where(sound, tokens, NO_TOKEN).tolist()
     logprobs: list[TokenLogprobs | None] = [None] * len(states)
     if len(drawn) > 2:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.sampling.ranking import leading_tokens
+from quire.sampling.ranking import top_tokens
 from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
 
@@ -32,7 +32,7 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[Tok
     normaliser = peak.numpy().astype(np.float64) + np.log(total)[:, None]
     leading, leading_ids = np.empty((num_rows, 0), np.float32), np.empty((num_rows, 0), np.int64)
     if k:
-        leading, leading_ids = leading_tokens(logits, k)
+        leading, leading_ids = top_tokens(logits, k)
     own = np.take_along_axis(logits.numpy(), np.array(token_ids)[:, None], axis=1)
     # A row with NaN or infinity makes no sense and need not warn: its sequence fails for that reason.
     with np.errstate(invalid="ignore"):
@@ -58,8 +58,8 @@ def processed_logprobs(logits: Tensor, token_id: int, params: SamplingParams) ->
     own_rank = _rank(values, token_id)
     # Where rounding at the edge of a filter let the draw have one token more, that token counts as kept.
     num_kept = max(_num_kept(logits, weights, params), own_rank)
-    mass = weights.sum() if num_kept >= vocab_size else weights[leading_tokens(logits[None], num_kept)[1][0]].sum()
-    leading_ids = leading_tokens(logits[None], k)[1][0] if k else np.empty(0, np.int64)
+    mass = weights.sum() if num_kept >= vocab_size else weights[top_tokens(logits[None], num_kept)[1][0]].sum()
+    leading_ids = top_tokens(logits[None], k)[1][0] if k else np.empty(0, np.int64)
     num_real = int(np.count_nonzero(values[leading_ids] > -np.inf))
     if num_real < k:
         leading_ids = np.append(leading_ids[:num_real], np.flatnonzero(values == -np.inf)[: k - num_real])
@@ -86,7 +86,7 @@ def _num_kept(logits: Tensor, weights: NDArray[np.float64], params: SamplingPara
         needed = params.top_p * weights.sum()
         # Most nuclei are small: a long head is sorted only where a short one does not reach far enough.
         for length in (256, 4096, kept) if everything else (kept,):
-            head = weights[leading_tokens(logits[None], min(length, kept))[1][0]].cumsum()
+            head = weights[top_tokens(logits[None], min(length, kept))[1][0]].cumsum()
             if not everything:
                 needed = params.top_p * head[-1]
             if head[-1] >= needed:

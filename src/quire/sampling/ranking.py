@@ -9,7 +9,7 @@ BLOCK_SIZE = 32
 """Neighbouring tokens whose maximum stands for all of them while the leading blocks are sought."""
 
 
-def leading_tokens(scores: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def top_tokens(scores: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Scores and ids, both [rows, min(k, vocabulary)], of the k highest of each row of `scores` [rows, vocabulary].
 
     The result does not depend on k beyond its length, nor on the other rows. The order among −inf is not defined.

@@ -9,7 +9,7 @@ from torch import Tensor
 from quire.sampling.batch import SamplingBatch, split_by_logprobs
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs
-from quire.sampling.ranking import leading_tokens
+from quire.sampling.ranking import top_tokens
 from quire.sampling.state import SamplingState
 from quire.step import BeamCandidates, TokenLogprobs, logprob_bytes
 
@@ -90,7 +90,7 @@ class Sampler:
                 logprobs[row] = processed_logprobs(edited, token_ids[row], states[row].params)
         for row, found in candidates.items():
             if not isfinite(found.logprobs[0]):
-                errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_peak(found.logprobs[0])
+                errors[row] = failures.get(row) or _grammar_error(states[row]) or explain_max_logit(found.logprobs[0])
             grammar = states[row].grammar
             if grammar is not None and grammar.complete:
                 candidates[row] = found._replace(last=True)
@@ -140,13 +140,13 @@ def _draw(logits: Tensor, batch: SamplingBatch, failures: Mapping[int, str]) -> 
         for row, peak in zip(group.rows, peaks, strict=True):
             if not isfinite(peak):
                 result.token_ids[row] = NO_TOKEN
-                result.errors[row] = failures.get(row) or _grammar_error(batch.states[row]) or explain_peak(peak)
+                result.errors[row] = failures.get(row) or _grammar_error(batch.states[row]) or explain_max_logit(peak)
     return result
 
 
 def _find_candidates(scores: Tensor, num_candidates: Sequence[int]) -> list[BeamCandidates]:
     """The most likely tokens of each row of log-probabilities, as many as it asks for."""
-    values, ids = leading_tokens(scores, max(num_candidates))
+    values, ids = top_tokens(scores, max(num_candidates))
     return [
         BeamCandidates(row_ids[:count], row_values[:count], [])
         for row_values, row_ids, count in zip(values.tolist(), ids.tolist(), num_candidates, strict=True)
@@ -157,7 +157,7 @@ def _grammar_error(state: SamplingState) -> str | None:
     return state.grammar.error if state.grammar is not None else None
 
 
-def explain_peak(peak: float) -> str:
+def explain_max_logit(peak: float) -> str:
     """Why nothing can be drawn from a row of which this is the highest logit."""
     if peak == -inf:
         return (

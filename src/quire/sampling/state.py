@@ -91,7 +91,7 @@ class SamplingState:
             self._remember(token_id)
 
     @property
-    def is_its_tokens(self) -> bool:
+    def is_stateless(self) -> bool:
         """Whether `append` does no more than append to `output_token_ids`."""
         return self.grammar is None and self.bad_words is None and self.token_counts is None
 

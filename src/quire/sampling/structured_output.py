@@ -69,7 +69,7 @@ class GrammarState:
         if self.matcher is not None and not self.matcher.consume_token(token_id):
             self.note_error()
 
-    def lets_follow(self, token_id: int) -> bool:
+    def allows(self, token_id: int) -> bool:
         """Whether a token may come next."""
         return self.matcher is not None and self.matcher.validate_tokens([token_id]) == 1
 

@@ -1,6 +1,6 @@
 """Admission: who of those that wait gets rows and memory, and what of their KV they start from.
 
-Groups are admitted in the order of the waiting queue while rows, blocks for the whole prompt, a watermark of free
+RequestQueues are admitted in the order of the waiting queue while rows, blocks for the whole prompt, a watermark of free
 blocks and the rule of admission, if there is one, allow it. One whose next block is being computed by another group
 right now waits for that block instead of computing it twice.
 """
@@ -10,8 +10,8 @@ from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
-from quire.scheduler.block_moves import BlockTransfers
-from quire.scheduler.groups import Groups
+from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.prefix_lookup import Found, PrefixLookup
 from quire.scheduler.sequence import Sequence, SequenceGroup
@@ -28,10 +28,10 @@ class Admission:
     def __init__(
         self,
         pool: BlockPool,
-        groups: Groups,
+        groups: RequestQueues,
         lookup: PrefixLookup,
         rule: AdmissionRule | None,
-        transfers: BlockTransfers | None,
+        transfers: BlockOffload | None,
         stats: EngineStats,
         clock: Callable[[], float],
         *,
@@ -41,7 +41,7 @@ class Admission:
         """`watermark` blocks are left free, so that running sequences can grow before any is preempted; `rule` may ask
         for more room than that."""
         self._pool = pool
-        self._groups = groups
+        self._queues = groups
         self._lookup = lookup
         self._rule = rule
         self._transfers = transfers
@@ -57,9 +57,9 @@ class Admission:
         wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
-        block_size, transfers, waiting = self._pool.block_size, self._transfers, self._groups.waiting
+        block_size, transfers, waiting = self._pool.block_size, self._transfers, self._queues.waiting
         # Every sequence needs a token a step, of which there may be few for a while.
-        num_rows_kept = max(0, len(self._groups.rows) - max_step_tokens)
+        num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
         loading = list(transfers.waiting) if transfers is not None else []
         promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*behind, *loading))
         wanted = sum(sequence.num_missing_tokens for sequence in behind)
@@ -123,8 +123,8 @@ class Admission:
 
     def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int, num_rows_kept: int) -> bool:
         """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
-        num_free_rows = len(self._groups.free_rows)
-        if not self._groups.running:
+        num_free_rows = len(self._queues.free_rows)
+        if not self._queues.running:
             # Every block is free but for registered prefixes', and a group that passed the door fits.
             return group.num_rows <= num_free_rows
         if group.num_rows > num_free_rows - num_rows_kept:
@@ -132,7 +132,7 @@ class Admission:
         needed = self._num_needed(group, found)
         if needed + promised > self._pool.num_free - self._watermark:
             return False
-        return self._rule is None or self._rule.fits(group, needed, self._groups.running, promised)
+        return self._rule is None or self._rule.fits(group, needed, self._queues.running, promised)
 
     def _can_copy(self, group: SequenceGroup, found: Found, promised: int) -> bool:
         """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
@@ -148,7 +148,7 @@ class Admission:
         return _num_blocks_to_come(group.leader, self._pool.block_size) - group.num_shared_blocks
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
-        self._groups.start(group)
+        self._queues.start(group)
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
         leader.table.adopt(found.blocks, found.inside)
@@ -164,9 +164,9 @@ class Admission:
             self._lookup.explain(group)
             self._stats.total_prefix_queries += group.num_prompt_tokens
             self._lookup.count_hits(leader, hits)
-            if self._groups.waiting.counts_service:
+            if self._queues.waiting.counts_service:
                 num_computed = group.num_prompt_tokens - group.num_cached_tokens
-                self._groups.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
+                self._queues.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
 
 
 def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
-from quire.scheduler.groups import Groups
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.speculation import Speculation, num_equal
 from quire.step import StepPlan, StepResult
 
@@ -19,7 +19,7 @@ class Drafting:
         self,
         speculation: Speculation,
         pool: BlockPool,
-        groups: Groups,
+        groups: RequestQueues,
         stats: EngineStats,
         clock: Callable[[], float],
         *,
@@ -29,25 +29,25 @@ class Drafting:
         """`watermark` free blocks are left to others."""
         self._speculation = speculation
         self._pool = pool
-        self._groups = groups
+        self._queues = groups
         self._stats = stats
         self._clock = clock
         self._watermark = watermark
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def prepare(self) -> None:
-        """Before a step is planned: if it may take drafts, nobody goes in lockstep."""
+        """Before a step is planned: if it may take drafts, nobody goes in decode_batch."""
         if self._speculation.looks_next:
-            self._groups.disband()
+            self._queues.disband()
 
     @property
     def allows_lockstep(self) -> bool:
-        """Whether drafts are looked for so seldom that sequences may go in lockstep between."""
+        """Whether drafts are looked for so seldom that sequences may go in decode_batch between."""
         return self._speculation.pauses
 
     def extend(self, plan: StepPlan) -> None:
         """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
-        pool, speculation, rows = self._pool, self._speculation, self._groups.rows
+        pool, speculation, rows = self._pool, self._speculation, self._queues.rows
         if not speculation.begin_step():
             return
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
@@ -70,10 +70,10 @@ class Drafting:
         plan.token_ids.clear()
         for index, sequence in enumerate(decoding):
             draft = chosen.get(sequence.row, [])
-            plan.token_ids += [sequence.token_ids[plan.starts[index]], *draft]
+            plan.token_ids += [sequence.token_ids[plan.num_computed_tokens[index]], *draft]
             if draft:
                 plan.drafts[index] = draft
-                plan.counts[index] += len(draft)
+                plan.num_scheduled_tokens[index] += len(draft)
                 changed = sequence.table.append(len(draft), plan.block_copies)
                 if changed < len(sequence.table.blocks):
                     plan.new_blocks.append((sequence.row, changed, sequence.table.blocks[changed:]))
@@ -85,20 +85,20 @@ class Drafting:
             if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
                 self._speculation.times.measure(plan.num_tokens, now - self._pool.now, now, drafted=bool(plan.drafts))
         if not plan.drafts:
-            return plan.counts
-        counts, block_size = plan.counts.copy(), self._pool.block_size
+            return plan.num_scheduled_tokens
+        counts, block_size = plan.num_scheduled_tokens.copy(), self._pool.block_size
         for index, draft in plan.drafts.items():
-            sequence = self._groups.rows[plan.rows[index]]
+            sequence = self._queues.rows[plan.rows[index]]
             assert sequence is not None
-            came = [result.token_ids[index], *result.following.get(index, ())]
+            came = [result.token_ids[index], *result.extra_token_ids.get(index, ())]
             num_held = num_equal(draft, came) if result.errors[index] is None else 0
             # The last token is computed in the next step, which needs what the model makes of it.
             num_kept = min(num_held, len(came) - 1)
             counts[index] -= len(draft) - num_kept
-            end = plan.starts[index] + counts[index]
+            end = plan.num_computed_tokens[index] + counts[index]
             sequence.table.truncate(end)
             if end % block_size < counts[index]:
-                sequence.table.name_full_blocks([*sequence.token_ids, *draft[:num_kept]], end)
+                sequence.table.hash_full_blocks([*sequence.token_ids, *draft[:num_kept]], end)
             group = sequence.group
             group.num_draft_tokens += len(draft)
             group.num_accepted_tokens += num_held

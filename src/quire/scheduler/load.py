@@ -7,7 +7,7 @@ replicas there should be.
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
 from quire.scheduler.forecast import Forecast
-from quire.scheduler.groups import Groups
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import SequenceGroup
 
 REFRESHED_EVERY = 0.5
@@ -19,9 +19,9 @@ MAX_LOOKED_AT = 1024
 class Load:
     """Writes the `predicted_…` fields of the counts."""
 
-    def __init__(self, pool: BlockPool, groups: Groups, forecast: Forecast) -> None:
+    def __init__(self, pool: BlockPool, groups: RequestQueues, forecast: Forecast) -> None:
         self._pool = pool
-        self._groups = groups
+        self._queues = groups
         self._forecast = forecast
         self._since = 0.0
         self._tokens_then = 0
@@ -34,7 +34,7 @@ class Load:
 
     def refresh(self, now: float, stats: EngineStats) -> None:
         """Bring the fields up to date if they are old."""
-        if not self._groups.by_id:
+        if not self._queues.by_id:
             stats.predicted_output_tokens, stats.predicted_kv_cache_usage = 0, 0.0
             stats.predicted_queue_seconds = 0.0
             return
@@ -44,7 +44,7 @@ class Load:
         rate = (stats.total_generated_tokens - self._tokens_then) / elapsed
         self._rate = rate if self._rate is None else (self._rate + rate) / 2
         self.begin(now, stats)
-        waiting, running = self._groups.waiting, self._groups.running
+        waiting, running = self._queues.waiting, self._queues.running
         known = list(waiting.first_known(MAX_LOOKED_AT))
         num_waiting_tokens = self._tokens_to_come(known)
         num_running_tokens = self._tokens_to_come(running)

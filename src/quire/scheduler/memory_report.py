@@ -19,7 +19,7 @@ def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: Engin
         stats=stats,
         waste=stats.waste,
         used_block_ages=_quantiles(used),
-        named_free_block_ages=_quantiles(named),
+        cached_free_block_ages=_quantiles(named),
         requests=requests[:MAX_REPORTED_REQUESTS],
     )
 

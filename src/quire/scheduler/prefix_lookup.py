@@ -6,11 +6,11 @@ It changes no table: whoever asks adopts what is found. It keeps the counts of w
 from collections.abc import Callable
 from typing import NamedTuple
 
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.prefix_history import PrefixHistory
 from quire.outputs import EngineStats
-from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.sequence import Sequence, SequenceGroup
 
 
@@ -19,17 +19,17 @@ class Found(NamedTuple):
 
     blocks: list[int]
     """Full blocks of the pool."""
-    stored: list[tuple[str, BlockName]]
+    stored: list[tuple[str, BlockHash]]
     """(tier, name) of the blocks after those."""
     inside: tuple[int, int] | None
-    """The block after those of which only the beginning is shared, as `BlockTable.find_inside` has it."""
+    """The block after those of which only the beginning is shared, as `BlockTable.match_partial` has it."""
 
 
 class PrefixLookup:
     """Owned by the scheduler; reads the pool, and hears of its evictions."""
 
     def __init__(
-        self, pool: BlockPool, transfers: BlockTransfers | None, stats: EngineStats, clock: Callable[[], float]
+        self, pool: BlockPool, transfers: BlockOffload | None, stats: EngineStats, clock: Callable[[], float]
     ) -> None:
         self._pool = pool
         self._transfers = transfers
@@ -45,12 +45,12 @@ class PrefixLookup:
             return Found([], [], None)
         if group.awaited is not None and self._is_on_its_way(group.awaited, behind, loading):
             return None
-        leader, stored = group.leader, list[tuple[str, BlockName]]()
+        leader, stored = group.leader, list[tuple[str, BlockHash]]()
         # Where others get their first token with the leader, it computes the last token of the prompt.
         alone = len(group.sequences) == 1 or leader.num_output_tokens > 0
         token_ids = leader.token_ids if alone else group.request.prompt_token_ids
         blocks = leader.table.find_prefix(token_ids)
-        inside = leader.table.find_inside(token_ids, len(blocks))
+        inside = leader.table.match_partial(token_ids, len(blocks))
         group.awaited = self._next_full_block(leader, token_ids, len(blocks))
         if self._transfers is not None:
             stored = self._transfers.find(leader, token_ids, len(blocks))
@@ -60,7 +60,7 @@ class PrefixLookup:
 
     def find_output(
         self, sequence: Sequence, behind: list[Sequence]
-    ) -> tuple[list[int], list[tuple[str, BlockName]]] | None:
+    ) -> tuple[list[int], list[tuple[str, BlockHash]]] | None:
         """What is found of a resumed sequence, past the full blocks of the prompt where it shares those of its leader.
 
         First blocks of the pool, then (tier, name) below it. None while somebody computes or loads the next block.
@@ -78,13 +78,13 @@ class PrefixLookup:
             return None
         return found, [] if self._transfers is None else self._transfers.find(sequence, sequence.token_ids, first)
 
-    def _next_full_block(self, sequence: Sequence, token_ids: list[int], index: int) -> tuple[int, BlockName] | None:
+    def _next_full_block(self, sequence: Sequence, token_ids: list[int], index: int) -> tuple[int, BlockHash] | None:
         """Logical block `index` of a sequence and its name, if `token_ids` could have it from the cache."""
         if index >= (len(token_ids) - 1) // self._pool.block_size:
             return None
         return index, sequence.table.name_of(index, token_ids)
 
-    def _is_on_its_way(self, block: tuple[int, BlockName], behind: list[Sequence], loading: list[Sequence]) -> bool:
+    def _is_on_its_way(self, block: tuple[int, BlockHash], behind: list[Sequence], loading: list[Sequence]) -> bool:
         """Whether somebody loads a block, or will compute it in this step or a later one."""
         (index, name), block_size = block, self._pool.block_size
         if self._transfers is not None and self._transfers.is_coming(name):
@@ -121,7 +121,7 @@ class PrefixLookup:
         misses = self._stats.prefix_misses
         misses[group.miss.reason] = misses.get(group.miss.reason, 0) + 1
 
-    def _note_eviction(self, block: int, name: BlockName) -> None:
+    def _note_eviction(self, block: int, name: BlockHash) -> None:
         self._history.note_eviction(name)
         if self._save_evicted is not None:
             self._save_evicted(block, name)

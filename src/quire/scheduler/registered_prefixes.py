@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quire.errors import RequestError
-from quire.kv_cache.block_hash import BlockName, root_name
+from quire.kv_cache.block_hash import BlockHash, root_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 
@@ -79,7 +79,7 @@ class RegisteredPrefixes:
         pool, table = self._pool, prefix.table
         for index in range(len(prefix.token_ids) // pool.block_size):
             # Usually it has that name. It has none where a twin had it first; the twin may be evicted by now.
-            pool.set_name(computed.blocks[index], table.name_of(index, prefix.token_ids))
+            pool.set_hash(computed.blocks[index], table.name_of(index, prefix.token_ids))
         table.adopt(table.find_prefix([*prefix.token_ids, 0]))
         pool.pin(table.blocks)
         self._held[prefix_id] = prefix
@@ -102,7 +102,7 @@ class RegisteredPrefixes:
         return sum(block in self._pool.pinned for block in table.find_prefix(token_ids))
 
     def _renew_aliases(self) -> None:
-        aliases: dict[BlockName, int] = {}
+        aliases: dict[BlockHash, int] = {}
         for prefix in self._held.values():
             for salt in prefix.salts:
                 table = self._table(salt)
@@ -112,4 +112,4 @@ class RegisteredPrefixes:
         self._pool.set_aliases(aliases)
 
     def _table(self, salt: str) -> BlockTable:
-        return BlockTable(self._pool, root_name(salt, self._pool.block_size))
+        return BlockTable(self._pool, root_hash(salt, self._pool.block_size))

@@ -11,7 +11,7 @@ The rules, in their order:
 2. What remains of the budget is shared by groups that lack more (prompts, chunks, resumed groups): equal shares,
    what a short prompt does not need goes to the longer ones. So a long prompt delays nobody by more than its share.
    Beams of one request take their tokens together: who lacks one waits for those who lack more.
-3. Groups that wait are admitted in order as far as rows and blocks go (`admission`).
+3. RequestQueues that wait are admitted in order as far as rows and blocks go (`admission`).
 4. A step that only decodes may take drafted tokens too, where they pay (`speculation`). They come last: they yield
    nobody's memory, and what of them does not hold is taken back when the step ends.
 """
@@ -23,17 +23,17 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 from quire.errors import RequestError
-from quire.kv_cache.block_hash import root_name
+from quire.kv_cache.block_hash import root_hash
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.kv_cache.tiers import TierIndex
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.scheduler.admission import Admission
-from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
-from quire.scheduler.groups import Groups
-from quire.scheduler.intake import Intake
+from quire.scheduler.request_queues import RequestQueues
+from quire.scheduler.result_processor import ResultProcessor
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.load import Load
 from quire.scheduler.memory_report import report_memory
@@ -78,16 +78,16 @@ class Scheduler:
         self._stats = stats = EngineStats(num_blocks=pool.num_blocks, block_size=pool.block_size)
         self.prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * max_pinned_share))
         self._tiers = tiers
-        self._transfers = transfers = None if tiers is None else BlockTransfers(tiers, pool)
+        self._transfers = transfers = None if tiers is None else BlockOffload(tiers, pool)
         lengths = OutputLengths()
         forecast = Forecast(pool)
         rule = make_rule(forecast, pool, stats)
         rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
         queue = make_queue(stats)
-        self._groups = groups = Groups(pool, max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
+        self._queues = groups = RequestQueues(pool, max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
         self._load = Load(pool, groups, forecast)
         self._lookup = lookup = PrefixLookup(pool, transfers, stats, clock)
-        self._intake = Intake(pool, groups, lookup, transfers, self.prefixes, stats)
+        self._results = ResultProcessor(pool, groups, lookup, transfers, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
         self._admission = Admission(
             pool,
@@ -124,7 +124,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestError` for one that can never run."""
-        if request.request_id in self._groups.by_id:
+        if request.request_id in self._queues.by_id:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
         num_prompt, block_size = len(request.prompt_token_ids), self.pool.block_size
         if num_prompt == 0:
@@ -142,7 +142,7 @@ class Scheduler:
                 f"{name} is {num_sequences}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
                 param=name,
             )
-        root = root_name(request.cache_salt, block_size)
+        root = root_hash(request.cache_salt, block_size)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
         needed = group.max_blocks(block_size)
         pinned = self.prefixes.num_blocks
@@ -158,23 +158,23 @@ class Scheduler:
                 code="context_length_exceeded",
             )
         self._num_arrivals += 1
-        if not self._groups.by_id:
+        if not self._queues.by_id:
             self._load.begin(self._clock(), self._stats)
-        self._groups.enter(group)
+        self._queues.enter(group)
 
     def abort(self, request_id: str) -> None:
         """Forget a request, wherever it is; its blocks are free at once. Unknown ids (already ended) are ignored."""
-        group = self._groups.by_id.get(request_id)
+        group = self._queues.by_id.get(request_id)
         if group is not None:
-            self._groups.drop_all(group)
+            self._queues.drop_all(group)
 
     def stop(self, request_id: str, index: int) -> None:
         """End one sample whose text reached a stop string; the others of its request go on."""
-        group = self._groups.by_id.get(request_id)
+        group = self._queues.by_id.get(request_id)
         if group is not None:
             for sequence in tuple(group.sequences):
                 if sequence.index == index:
-                    self._groups.drop(sequence, Ending.NATURAL)
+                    self._queues.drop(sequence, Ending.NATURAL)
 
     def register_prefix(self, request: Request, salts: SequenceOf[str]) -> None:
         """Compute the request's prompt and hold its full blocks, findable under all `salts`, until `prefixes.remove`.
@@ -184,7 +184,7 @@ class Scheduler:
         """
         prefix = self.prefixes.check(request.request_id, request.prompt_token_ids, salts)
         left = self.pool.num_blocks - self.prefixes.num_blocks - prefix.num_new_blocks
-        most = max((group.max_blocks(self.pool.block_size) for group in self._groups.by_id.values()), default=0)
+        most = max((group.max_blocks(self.pool.block_size) for group in self._queues.by_id.values()), default=0)
         if most > left:
             raise RequestError(
                 f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",
@@ -195,12 +195,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._groups.by_id)
+        return bool(self._queues.by_id)
 
     @property
     def request_ids(self) -> list[str]:
         """Of all requests that have not ended."""
-        return list(self._groups.by_id)
+        return list(self._queues.by_id)
 
     @property
     def has_idle_work(self) -> bool:
@@ -209,7 +209,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable, in the pool and below it."""
-        self.pool.forget_names()
+        self.pool.forget_hashes()
         if self._transfers is not None:
             self._transfers.forget_all()
 
@@ -218,10 +218,10 @@ class Scheduler:
         self._load.refresh(self._clock(), self._stats)
         stats, pool = replace(self._stats), self.pool
         stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
-        stats.num_running = len(self._groups.running)
-        stats.num_waiting = len(self._groups.waiting)
+        stats.num_running = len(self._queues.running)
+        stats.num_waiting = len(self._queues.waiting)
         stats.num_used_blocks = pool.num_used
-        stats.num_named_free_blocks = pool.num_named_free
+        stats.num_cached_free_blocks = pool.num_cached_free
         stats.num_pinned_blocks = len(pool.pinned)
         stats.num_filled_slots = pool.num_filled_slots
         stats.num_allocated_slots = pool.num_allocated_slots
@@ -233,13 +233,13 @@ class Scheduler:
         return stats
 
     def settle(self) -> None:
-        """Bring up to date what sequences that go in lockstep count, and how full their blocks are said to be."""
-        self._groups.lockstep.settle()
+        """Bring up to date what sequences that go in decode_batch count, and how full their blocks are said to be."""
+        self._queues.decode_batch.settle()
 
     def memory_report(self) -> MemoryReport:
         """Who holds what, how old it is, and why prompts were not found."""
         self.settle()
-        return report_memory(self.pool, self._groups.by_id.values(), self.stats(), self._clock())
+        return report_memory(self.pool, self._queues.by_id.values(), self.stats(), self._clock())
 
     # -- deciding -----------------------------------------------------------------------------------------------------
 
@@ -253,9 +253,9 @@ class Scheduler:
                 self._lookup.count_hits(sequence, loaded)
         self._decide(plan)
         if self._transfers is not None:
-            plan.moves = self._transfers.finish(computes=bool(plan.rows))
+            plan.offload = self._transfers.finish(computes=bool(plan.rows))
             self._planned_at = self._clock()
-        self._in_flight.append(self._groups.rows_now())
+        self._in_flight.append(self._queues.rows_now())
         return plan
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -267,44 +267,44 @@ class Scheduler:
         """
         if not self._can_plan_ahead(plan):
             return None
-        self._groups.disband()
+        self._queues.disband()
         self._ending.clear()
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
-            sequence = self._groups.rows[row]
+        for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+            sequence = self._queues.rows[row]
             if sequence is not None:
                 sequence.num_computed_tokens = start + count
         for row in plan.sample_rows:
-            sequence = self._groups.rows[row]
+            sequence = self._queues.rows[row]
             if sequence is not None:
                 sequence.token_ids.append(~row)
                 if sequence.num_output_tokens == sequence.group.request.max_tokens:
                     self._ending.add(sequence)
         ahead = self._begin_plan()
         self._decide(ahead, may_preempt=False)
-        self._in_flight.append(self._groups.rows_now())
+        self._in_flight.append(self._queues.rows_now())
         return ahead
 
     def _can_plan_ahead(self, plan: StepPlan) -> bool:
         if self._transfers is not None or self._drafting is not None:
             return False
-        if len(self._groups.waiting) and plan.num_tokens > len(plan.rows):
+        if len(self._queues.waiting) and plan.num_tokens > len(plan.rows):
             return False  # who waits may find what this step computes
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
-            sequence = self._groups.rows[row]
+        for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
+            sequence = self._queues.rows[row]
             if sequence is not None:
                 group, end = sequence.group, start + count
                 if len(group.sequences) > 1 and start < group.num_prompt_tokens <= end:
                     return False  # the others will fork from it
         num_drawn: dict[Sequence, int] = {}
         for row in plan.sample_rows:
-            sequence = self._groups.rows[row]
+            sequence = self._queues.rows[row]
             if sequence is not None:
                 params = sequence.group.request.params
                 if params.beam_width is not None or params.structured_outputs is not None:
                     return False
                 num_drawn[sequence] = 1
         goes_on, num_blocks = False, 0
-        for group in self._groups.running:
+        for group in self._queues.running:
             for sequence in group.sequences:
                 if sequence.num_output_tokens + num_drawn.get(sequence, 0) < group.request.max_tokens:
                     goes_on = True
@@ -315,7 +315,7 @@ class Scheduler:
     def _begin_plan(self) -> StepPlan:
         self.pool.copies_are_done()
         self.pool.now = self._clock()
-        forked, row_forks = self._intake.take_forks()
+        forked, row_forks = self._results.take_forks()
         return StepPlan(new_blocks=forked, row_forks=row_forks)
 
     def _decide(self, plan: StepPlan, *, may_preempt: bool = True) -> None:
@@ -334,45 +334,45 @@ class Scheduler:
             self._plan_behind(plan, behind, self._max_step_tokens - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
-            if plan.rows or not self._groups.running or (self._transfers is not None and self._transfers.brings_blocks):
+            if plan.rows or not self._queues.running or (self._transfers is not None and self._transfers.brings_blocks):
                 return
             if not may_preempt:
                 return
             if not started:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.
-                self._groups.preempt(self._groups.running[-1])
+                self._queues.preempt(self._queues.running[-1])
 
     def _plan_decoding(self, plan: StepPlan) -> tuple[list[Sequence], bool]:
-        """Plan every running sequence that lacks just its last output token: those in lockstep, then the others in the
+        """Plan every running sequence that lacks just its last output token: those in decode_batch, then the others in the
         order of `running`.
 
         Returns the sequences that lack more, and whether any group had to yield.
         """
         behind: list[Sequence] = []
         preempted = False
-        running, lockstep = self._groups.running, self._groups.lockstep
-        if len(lockstep):
+        running, decode_batch = self._queues.running, self._queues.decode_batch
+        if len(decode_batch):
             # Nobody takes more than a block, so all get theirs and nobody is preempted whom the plan has already.
-            num_others = sum(len(group.sequences) for group in self._groups.attended)
-            if lockstep.num_blocks_needed + num_others > self.pool.num_free:
-                self._groups.disband()
+            num_others = sum(len(group.sequences) for group in self._queues.not_in_decode_batch)
+            if decode_batch.num_blocks_needed + num_others > self.pool.num_free:
+                self._queues.disband()
             else:
-                lockstep.plan(plan)
-        attended, index = self._groups.attended, 0
-        rows, starts, token_ids, copies = plan.rows, plan.starts, plan.token_ids, plan.block_copies
+                decode_batch.plan(plan)
+        not_in_decode_batch, index = self._queues.not_in_decode_batch, 0
+        rows, starts, token_ids, copies = plan.rows, plan.num_computed_tokens, plan.token_ids, plan.block_copies
         # Neither those who wait for a tier nor those whose last token is being drawn; never both.
         waiting = self._transfers.waiting if self._transfers is not None else self._ending
-        while index < len(attended):
-            group = attended[index]
-            if all(sequence.in_lockstep for sequence in group.sequences):
-                del attended[index]
+        while index < len(not_in_decode_batch):
+            group = not_in_decode_batch[index]
+            if all(sequence.in_decode_batch for sequence in group.sequences):
+                del not_in_decode_batch[index]
                 continue
             first_row, first_new_blocks, first_copy = len(rows), len(plan.new_blocks), len(copies)
             uneven = group.beam_search is not None and any(
                 other.num_missing_tokens != 1 or (waiting and other in waiting) for other in group.sequences
             )
             for sequence in group.sequences:
-                if sequence.in_lockstep or (waiting and sequence in waiting):
+                if sequence.in_decode_batch or (waiting and sequence in waiting):
                     continue
                 start = sequence.num_computed_tokens
                 num_tokens = len(sequence.token_ids)
@@ -389,7 +389,7 @@ class Scheduler:
                         break
                     except OutOfBlocksError:
                         preempted = True
-                        self._groups.preempt(running[-1])
+                        self._queues.preempt(running[-1])
                         if sequence.row == NO_ROW:
                             break
                 if sequence.row == NO_ROW:
@@ -407,7 +407,7 @@ class Scheduler:
             if len(copies) > first_copy:
                 group.num_copied_blocks += len(copies) - first_copy
             index += 1
-        plan.counts, plan.sample_rows, plan.sample_after = [1] * len(rows), rows.copy(), list(range(len(rows)))
+        plan.num_scheduled_tokens, plan.sample_rows, plan.sample_indices = [1] * len(rows), rows.copy(), list(range(len(rows)))
         return behind, preempted
 
     def _plan_behind(self, plan: StepPlan, behind: list[Sequence], budget: int) -> None:
@@ -431,14 +431,14 @@ class Scheduler:
                 plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
             index = len(plan.rows)
             plan.rows.append(sequence.row)
-            plan.starts.append(start)
-            plan.counts.append(count)
+            plan.num_computed_tokens.append(start)
+            plan.num_scheduled_tokens.append(count)
             plan.token_ids += sequence.token_ids[start : start + count]
             if count == sequence.num_missing_tokens:
                 for other in group.sequences:
                     # Where the prompt ends, all samples that have no token yet part from the leader.
                     if other is sequence or (other.num_output_tokens == 0 and group.waits_for_leader(other)):
-                        plan.sample_after.append(index)
+                        plan.sample_indices.append(index)
                         plan.sample_rows.append(other.row)
             num_logprobs = group.request.params.prompt_logprobs
             if num_logprobs is not None and group.lacks_prompt_logprobs and start + 1 < group.num_prompt_tokens:
@@ -453,7 +453,7 @@ class Scheduler:
         groups = {sequence.group.order: sequence.group for row in plan.rows if (sequence := rows[row]) is not None}
         for group in groups.values():
             if any(sequence.row != NO_ROW for sequence in group.sequences):
-                self._groups.preempt(group)
+                self._queues.preempt(group)
         self._max_step_tokens = max(1, plan.num_tokens // 2)
 
     # -- taking in ----------------------------------------------------------------------------------------------------
@@ -468,12 +468,12 @@ class Scheduler:
         self._max_step_tokens = min(
             self.max_num_batched_tokens, self._max_step_tokens + 1 + self._max_step_tokens // 64
         )
-        if self._tiers is not None and self._transfers is not None and result.moved is not None:
+        if self._tiers is not None and self._transfers is not None and result.offload is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
-            self._transfers.take_in(plan.moves, result.moved)
-        counts = plan.counts if self._drafting is None else self._drafting.settle(plan, result)
+            self._transfers.take_in(plan.offload, result.offload)
+        counts = plan.num_scheduled_tokens if self._drafting is None else self._drafting.settle(plan, result)
         may_join = not self._in_flight and (self._drafting is None or self._drafting.allows_lockstep)
-        return self._intake.take_in(plan, result, rows, counts, may_join=may_join)
+        return self._results.take_in(plan, result, rows, counts, may_join=may_join)
 
 
 def equal_shares(budget: int, wants: SequenceOf[int]) -> list[int]:

@@ -5,7 +5,7 @@ the second number catch up with the first, whether the gap is a prompt, a chunk 
 everything again after a preemption.
 """
 
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
@@ -25,9 +25,9 @@ class Sequence:
     __slots__ = (
         "drafts",
         "group",
-        "in_lockstep",
+        "in_decode_batch",
         "index",
-        "is_told",
+        "was_reported",
         "num_computed_tokens",
         "row",
         "sample",
@@ -40,7 +40,7 @@ class Sequence:
         self.index = index
         self.sample = (group.request.request_id, index)
         """What it is called outside."""
-        self.is_told = False
+        self.was_reported = False
         """Whether anything was delivered of it since it runs."""
         self.table = table
         self.token_ids = token_ids
@@ -49,8 +49,8 @@ class Sequence:
         self.row = NO_ROW
         self.drafts: Drafts | None = None
         """While it runs and speculation is on."""
-        self.in_lockstep = False
-        """Whether `Lockstep` has it: then its counts may lag behind its tokens, by less than a block."""
+        self.in_decode_batch = False
+        """Whether `DecodeBatch` has it: then its counts may lag behind its tokens, by less than a block."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -70,7 +70,7 @@ class SequenceGroup:
     starts from what is found of its own output. Sequences without output come first: they all get their first token
     where the leader ends the prompt.
 
-    A beam search begins with one sequence and `spares` for the others: its live beams are `sequences`, the best
+    A beam search begins with one sequence and `idle_beams` for the others: its live beams are `sequences`, the best
     first, and each holds a row from admission on, so that a fork is never short of one.
     """
 
@@ -95,11 +95,11 @@ class SequenceGroup:
         "rank",
         "request",
         "sequences",
-        "spares",
+        "idle_beams",
         "stop_ids",
     )
 
-    def __init__(self, request: Request, pool: BlockPool, root: BlockName, arrival_number: int) -> None:
+    def __init__(self, request: Request, pool: BlockPool, root: BlockHash, arrival_number: int) -> None:
         self.request = request
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
@@ -126,20 +126,20 @@ class SequenceGroup:
         self.first_scheduled_time = 0.0
         self.num_prompt_logprobs = 0
         """Prompt positions whose log-probabilities were delivered."""
-        self.awaited: tuple[int, BlockName] | None = None
+        self.awaited: tuple[int, BlockHash] | None = None
         """The first block the group would have to compute (index and name), while it waits for another one to do so."""
         self.cached_tokens: dict[str, int] = {}
         """Prompt tokens that needed no computing at the first admission, by where their KV was: device, host, disk."""
         self.miss: PrefixMiss | None = None
         """What kept the rest of the prompt from being found."""
         self.beam_search: BeamSearch | None = None
-        self.spares: list[Sequence] = []
+        self.idle_beams: list[Sequence] = []
         """Sequences without tokens or blocks that wait to become beams."""
         outputs = request.output_token_ids or {index: [] for index in range(request.params.n)}
         if request.params.beam_width is not None:
             # Nothing of a search is delivered before its end, so a resumed request starts over.
             self.beam_search = BeamSearch(request)
-            self.spares = [
+            self.idle_beams = [
                 Sequence(self, index, BlockTable(pool, root), []) for index in range(1, self.beam_search.width)
             ]
             outputs = {0: []}
@@ -176,7 +176,7 @@ class SequenceGroup:
     @property
     def num_rows(self) -> int:
         """Rows the group holds while it runs."""
-        return len(self.sequences) + len(self.spares)
+        return len(self.sequences) + len(self.idle_beams)
 
     @property
     def advances_together(self) -> bool:

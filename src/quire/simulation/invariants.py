@@ -21,7 +21,7 @@ def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
     _equal("references to free blocks", sum(pool.ref_counts[block] for block in free), 0)
     _equal("sum of reference counts", sum(pool.ref_counts), pool.num_references)
     _equal("filled slots of used blocks", sum(pool.fill[block] for block in used), pool.num_filled_slots)
-    _equal("named free blocks", sum(1 for block in free if pool.names[block] is not None), pool.num_named_free)
+    _equal("named free blocks", sum(1 for block in free if pool.names[block] is not None), pool.num_cached_free)
     for block, name in enumerate(pool.names):
         if name is not None:
             _equal(f"block that the name of block {block} finds", pool.find(name), block)

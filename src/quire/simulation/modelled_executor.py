@@ -16,7 +16,7 @@ from operator import mul
 from quire.kv_cache.tiers import DISK, HOST
 from quire.sampling_params import SamplingParams
 from quire.simulation.step_time import StepTime
-from quire.step import BeamCandidates, BlockMoves, MovedBlocks, StepPlan, StepResult
+from quire.step import BeamCandidates, OffloadPlan, OffloadResult, StepPlan, StepResult
 
 SAMPLED_TOKEN = 2**30
 """What the first sample of every request draws, the next sample the next token; a sequence ends by its length.
@@ -51,9 +51,9 @@ class ModelledTiers:
         """(when it ends, name, seconds it takes) in that order."""
         self._writes: deque[tuple[float, bytes]] = deque()
 
-    def move(self, moves: BlockMoves | None, now: float, seconds: float) -> tuple[MovedBlocks, float]:
+    def move(self, moves: OffloadPlan | None, now: float, seconds: float) -> tuple[OffloadResult, float]:
         """What ends by the end of a step that begins `now` and computes for `seconds`; and how long it then takes."""
-        moved = MovedBlocks()
+        moved = OffloadResult()
         wait = False
         if moves is not None:
             num_loads = sum(tier == HOST for tier, _, _ in moves.loads)
@@ -103,13 +103,13 @@ class ModelledExecutor:
         """What a runner would return of a step that begins at `now`, and the seconds it would take."""
         num_samples = len(plan.sample_rows)
         num_rows, num_tokens = len(plan.rows), len(plan.token_ids)
-        context = sum(plan.starts) + num_tokens
+        context = sum(plan.num_computed_tokens) + num_tokens
         if num_tokens == num_rows:
             num_pairs: float = context
         else:
             # Token i of c after s earlier ones attends to s + i + 1 keys: c s + c (c + 1) / 2 for all of them.
-            counts = plan.counts
-            num_pairs = sum(map(mul, plan.starts, counts)) + (sum(map(mul, counts, counts)) + num_tokens) / 2
+            counts = plan.num_scheduled_tokens
+            num_pairs = sum(map(mul, plan.num_computed_tokens, counts)) + (sum(map(mul, counts, counts)) + num_tokens) / 2
         seconds = self._step_time.seconds(num_rows, num_tokens, context, num_pairs, num_samples) if num_rows else 0.0
         nothing: list[None] = [None] * num_samples
         result = StepResult([SAMPLED_TOKEN] * num_samples, [*nothing], [*nothing])
@@ -130,7 +130,7 @@ class ModelledExecutor:
             self._end_samples(plan, result)
         self._follow_beams(plan, result)
         if self._tiers is not None:
-            result.moved, seconds = self._tiers.move(plan.moves, now, seconds)
+            result.offload, seconds = self._tiers.move(plan.offload, now, seconds)
         return result, seconds
 
     def forget(self) -> None:

@@ -162,10 +162,10 @@ def test_linear(kernels: Kernels, device: torch.device) -> None:
     wide, update, scale = torch.cat((x, 2 * x), dim=1), -x, torch.rand(32, device=device)
     for activation, gate in (("silu", kernels.silu_and_mul), ("gelu", lambda x: kernels.gelu_and_mul(x, False))):
         expected = kernels.linear(gate(wide), packed, bias, 8)
-        assert torch.equal(kernels.linear_of_gate(wide, activation, packed, bias, 8), expected)
+        assert torch.equal(kernels.glu_linear(wide, activation, packed, bias, 8), expected)
     for added in (None, update):
         normed = kernels.rms_norm(x if added is None else x + added, scale, 1e-5)
-        found = kernels.linear_of_norm(x.clone(), added, scale, 1e-5, packed, bias, 8)
+        found = kernels.rms_norm_linear(x.clone(), added, scale, 1e-5, packed, bias, 8)
         assert torch.equal(found, kernels.linear(normed, packed, bias, 8))
     with pytest.raises(ConfigError, match="no int8 or int4 weights yet"):
         kernels.quantize_linear(weights, 8, 32)

@@ -225,6 +225,6 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
     stats = captured.stats()
     assert stats.total_draft_tokens > stats.total_accepted_tokens > 5
     assert {key.outcome for key, plan in replayed if plan.drafts} == {Outcome.REPORTS, Outcome.LOGITS}
-    assert max(max(plan.counts) for _, plan in replayed) in range(2, 9)
+    assert max(max(plan.num_scheduled_tokens) for _, plan in replayed) in range(2, 9)
     # Two heads share a KV head, so that 8 tokens are 16 rows: one kind with steps that draft nothing.
     assert {key.variant for key, _ in replayed} == {(16, 0)}

@@ -37,7 +37,7 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     _refuse()
 
 
-linear_of_norm, linear_of_gate = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""TokensRead: of which of a step's tokens anybody asks the hidden state, so that the last layer computes no others.
+"""OutputSelection: of which of a step's tokens anybody asks the hidden state, so that the last layer computes no others.
 
 Of a prompt that is the last token alone, and none while it is computed in chunks. Keys and values are needed of all
 tokens, in all layers; whatever else the last layer has is not.
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.runner.input_batch import InputBatch, Int32Array
-from quire.runner.sample_points import SamplePoints
+from quire.runner.sampling_metadata import SamplingMetadata
 from quire.step import StepPlan
 
 # Tokens whose last layer takes as long as planning attention a second time, on a small model.
@@ -18,7 +18,7 @@ _MIN_UNREAD = 32
 
 
 @dataclass(frozen=True, slots=True)
-class TokensRead:
+class OutputSelection:
     """R tokens, those of one sequence side by side, always the last of those it computes."""
 
     tokens: Int32Array
@@ -33,10 +33,10 @@ class TokensRead:
         return np.searchsorted(self.tokens, tokens).astype(np.int32)
 
 
-def find_tokens_read(plan: StepPlan, points: SamplePoints, batch: InputBatch) -> TokensRead | None:
+def select_outputs(plan: StepPlan, points: SamplingMetadata, batch: InputBatch) -> OutputSelection | None:
     """None where too few tokens are left out to be worth it."""
     begin, end = batch.query_start_loc[:-1], batch.query_start_loc[1:]
-    if len(batch.input_ids) - len(plan.sample_after) < _MIN_UNREAD:
+    if len(batch.input_ids) - len(plan.sample_indices) < _MIN_UNREAD:
         return None
     first = end.copy()
     np.minimum.at(first, np.searchsorted(end, points.tokens, side="right"), points.tokens)
@@ -52,4 +52,4 @@ def find_tokens_read(plan: StepPlan, points: SamplePoints, batch: InputBatch) ->
     np.cumsum(counts[sequences], out=query_start_loc[1:])
     shift = np.repeat(first[sequences] - query_start_loc[:-1], counts[sequences])
     tokens = np.arange(query_start_loc[-1], dtype=np.int32) + shift
-    return TokensRead(tokens, sequences, query_start_loc)
+    return OutputSelection(tokens, sequences, query_start_loc)

@@ -1,4 +1,4 @@
-"""SamplePoints: after which of a step's tokens samples are drawn, each from the state its sequence has there.
+"""SamplingMetadata: after which of a step's tokens samples are drawn, each from the state its sequence has there.
 
 A sequence with drafted tokens is sampled after its last known token and after each drafted one, as if it had taken
 them: the states there are forks. Which of these samples count is known when they are drawn.
@@ -15,7 +15,7 @@ from quire.step import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class SamplePoints:
+class SamplingMetadata:
     """N samples, those of one sequence side by side."""
 
     states: list[SamplingState]
@@ -34,15 +34,15 @@ class SamplePoints:
     """[N]: the tokens of each state, where none of the states has more to remember; else None."""
 
 
-def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoints:
+def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplingMetadata:
     """`states` are those of `plan.sample_rows`. A draft is followed as far as the sequence's grammar lets it."""
-    last = np.cumsum(plan.counts, dtype=np.int32)[plan.sample_after] - np.int32(1)
+    last = np.cumsum(plan.num_scheduled_tokens, dtype=np.int32)[plan.sample_indices] - np.int32(1)
     rows = np.array(plan.sample_rows, dtype=np.int32)
     if not plan.drafts:
-        decodes = plan.sample_after == list(range(plan.num_tokens))
-        plain = all(state.is_its_tokens and state.draw is not Draw.BEAM for state in states)
+        decodes = plan.sample_indices == list(range(plan.num_tokens))
+        plain = all(state.is_stateless and state.draw is not Draw.BEAM for state in states)
         outputs = [state.output_token_ids for state in states] if plain else None
-        return SamplePoints(states, last, rows, list(range(len(states) + 1)), decodes, _grammars(states), outputs)
+        return SamplingMetadata(states, last, rows, list(range(len(states) + 1)), decodes, _grammars(states), outputs)
     all_states: list[SamplingState] = []
     tokens: list[int] = []
     first: list[int] = []
@@ -52,7 +52,7 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
         all_states.append(state)
         tokens.append(token - len(draft))
         for place, token_id in enumerate(draft, start=1):
-            if state.grammar is not None and not state.grammar.lets_follow(token_id):
+            if state.grammar is not None and not state.grammar.allows(token_id):
                 break
             state = state.fork()
             state.append(token_id)
@@ -60,7 +60,7 @@ def make_sample_points(plan: StepPlan, states: list[SamplingState]) -> SamplePoi
             tokens.append(token - len(draft) + place)
     first.append(len(tokens))
     after_every_token = tokens == list(range(plan.num_tokens))
-    return SamplePoints(
+    return SamplingMetadata(
         all_states, np.array(tokens, dtype=np.int32), rows, first, after_every_token, _grammars(all_states), None
     )
 

@@ -1,4 +1,4 @@
-"""BlockTransfers: what goes down from the pool to the tiers and comes back, and which sequences wait for it.
+"""BlockOffload: what goes down from the pool to the tiers and comes back, and which sequences wait for it.
 
 Down. A named block that is evicted is saved before its space is written: to host memory where there is a host tier,
 and to disk unless it is there. Besides, a block that nobody holds any more goes to disk as soon as there is time
@@ -13,12 +13,12 @@ memory and a row but is in no plan. A read that fails cuts its table there: the 
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
 from quire.outputs import TierStats
 from quire.scheduler.sequence import Sequence
-from quire.step import BlockMoves, MovedBlocks
+from quire.step import OffloadPlan, OffloadResult
 
 WRITE_BEHIND_SHARE = 4
 """One n-th of the blocks that may be on their way is taken per step for writing behind; evictions may take all."""
@@ -29,12 +29,12 @@ class _Loading:
     """A sequence whose blocks from logical block `first` on come from below."""
 
     first: int
-    names: list[BlockName]
+    names: list[BlockHash]
     origins: list[str]
     """The tier of each."""
-    missing: set[BlockName] = field(default_factory=set)
+    missing: set[BlockHash] = field(default_factory=set)
     """Those that no plan has put into the pool yet."""
-    unread: list[BlockName] = field(default_factory=list)
+    unread: list[BlockHash] = field(default_factory=list)
     """Those that are on disk and were not asked for yet, the first at the end."""
 
     def tokens_by_tier(self, block_size: int) -> dict[str, int]:
@@ -42,7 +42,7 @@ class _Loading:
         return {tier_name: count * block_size for tier_name, count in Counter(self.origins).items()}
 
 
-class BlockTransfers:
+class BlockOffload:
     """Owned by the scheduler; the pool reports evicted and idle blocks to it."""
 
     def __init__(self, index: TierIndex, pool: BlockPool) -> None:
@@ -50,26 +50,26 @@ class BlockTransfers:
         """Sequences that hold memory and wait for reads."""
         self._index = index
         self._pool = pool
-        self._plan = BlockMoves()
-        self._pinned: set[BlockName] = set()
+        self._plan = OffloadPlan()
+        self._pinned: set[BlockHash] = set()
         """What the plan in the making loads from host memory or saves there: it must not make room in it."""
-        self._planned: dict[BlockName, tuple[str, int, Sequence]] = {}
+        self._planned: dict[BlockHash, tuple[str, int, Sequence]] = {}
         """Loads of that plan: tier, block, for whom."""
         self._complete: dict[Sequence, _Loading] = {}
         """Sequences that have all their blocks with that plan."""
-        self._coming: set[BlockName] = set()
+        self._coming: set[BlockHash] = set()
         """Names of all these, and of those that sequences wait for: in the pool they have them only when all are there.
         """
         self._ended: list[tuple[Sequence, dict[str, int]]] = []
         """(sequence, tokens loaded by tier) since the scheduler last asked, of sequences that had to wait."""
-        self._idle: dict[BlockName, int] = {}
+        self._idle: dict[BlockHash, int] = {}
         """Blocks to write behind, the last first."""
-        self._saving: set[BlockName] = set()
-        self._unwanted: set[BlockName] = set()
+        self._saving: set[BlockHash] = set()
+        self._unwanted: set[BlockHash] = set()
         """On their way to disk, but to be forgotten when they are there."""
-        self._reads: dict[BlockName, Sequence | None] = {}
+        self._reads: dict[BlockHash, Sequence | None] = {}
         """Reads that have not ended, and who waits for each."""
-        self._arrived: dict[BlockName, Sequence | None] = {}
+        self._arrived: dict[BlockHash, Sequence | None] = {}
         """Reads that have ended since the last plan."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
         self._max_staged = num_staged_blocks(self._disk.block_bytes) if self._disk is not None else 0
@@ -81,7 +81,7 @@ class BlockTransfers:
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
-    def is_coming(self, name: BlockName) -> bool:
+    def is_coming(self, name: BlockHash) -> bool:
         """Whether a block is on its way up to somebody."""
         return name in self._coming
 
@@ -90,12 +90,12 @@ class BlockTransfers:
         """Whether anybody waits for a block, or the plan in the making loads one."""
         return bool(self._coming)
 
-    def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockName]]:
+    def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockHash]]:
         """(tier, name) of the blocks from logical block `first` on that tiers hold without a gap.
 
         The last token is never covered, as in `BlockTable.find_prefix`.
         """
-        found: list[tuple[str, BlockName]] = []
+        found: list[tuple[str, BlockHash]] = []
         for index in range(first, (len(token_ids) - 1) // self._pool.block_size):
             name = sequence.table.name_of(index, token_ids)
             tier_name = self._index.find(name)
@@ -104,7 +104,7 @@ class BlockTransfers:
             found.append((tier_name, name))
         return found
 
-    def start(self, sequence: Sequence, found: list[tuple[str, BlockName]]) -> dict[str, int]:
+    def start(self, sequence: Sequence, found: list[tuple[str, BlockHash]]) -> dict[str, int]:
         """Load what of `found` is worth it, into new blocks at the end of a table whose last block is full.
 
         The pool must have a free block for each. Returns the tokens by tier if the plan in the making loads all of
@@ -173,7 +173,7 @@ class BlockTransfers:
             if self._planned.pop(name)[0] == DISK:
                 self._arrived[name] = None
 
-    def _load(self, sequence: Sequence, loading: _Loading, tier_name: str, name: BlockName, block: int) -> None:
+    def _load(self, sequence: Sequence, loading: _Loading, tier_name: str, name: BlockHash, block: int) -> None:
         self._planned[name] = (tier_name, block, sequence)
         loading.missing.remove(name)
         stats, size = self._index.tiers[tier_name].stats, self._pool.block_size
@@ -194,7 +194,7 @@ class BlockTransfers:
                 self._plan.reads.append(name)
                 num_free -= 1
 
-    def _cut(self, sequence: Sequence, failed: BlockName) -> None:
+    def _cut(self, sequence: Sequence, failed: BlockHash) -> None:
         """A block could not be read: what the sequence has before it stays, the rest is computed."""
         loading = self.waiting[sequence]
         end = loading.names.index(failed)
@@ -211,13 +211,13 @@ class BlockTransfers:
         sequence.num_computed_tokens = table.num_tokens
         if not loading.missing:
             del self.waiting[sequence]
-            table.name_full_blocks(sequence.token_ids, table.num_tokens)
+            table.hash_full_blocks(sequence.token_ids, table.num_tokens)
             self._coming.difference_update(loading.names)
             self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
 
     # -- down ---------------------------------------------------------------------------------------------------------
 
-    def _save_evicted(self, block: int, name: BlockName) -> None:
+    def _save_evicted(self, block: int, name: BlockHash) -> None:
         self._idle.pop(name, None)
         host, disk = self._host, self._disk
         if host is not None:
@@ -235,7 +235,7 @@ class BlockTransfers:
         if disk is not None and not disk.stats.stopped and name not in disk and name not in self._saving:
             self._save_to_disk(disk, name, block)
 
-    def _note_idle(self, block: int, name: BlockName) -> None:
+    def _note_idle(self, block: int, name: BlockHash) -> None:
         disk = self._disk
         assert disk is not None, "only a disk tier is written behind"
         if name in disk:
@@ -244,7 +244,7 @@ class BlockTransfers:
             self._idle.pop(name, None)
             self._idle[name] = block
 
-    def _save_to_disk(self, disk: Tier, name: BlockName, block: int) -> None:
+    def _save_to_disk(self, disk: Tier, name: BlockHash, block: int) -> None:
         room = None
         if len(self._saving) < self._max_staged:
             reserved = (len(self._saving) + 1) * disk.block_bytes
@@ -271,23 +271,23 @@ class BlockTransfers:
         """Whether there are blocks to write behind, or some whose writing has not ended."""
         return bool(self._idle) or bool(self._saving)
 
-    def finish(self, *, computes: bool) -> BlockMoves | None:
+    def finish(self, *, computes: bool) -> OffloadPlan | None:
         """Close the plan, of a step that `computes` something or not. None if there is nothing to do or to wait for."""
         if self._disk is not None and self._idle:
             self._write_behind(self._disk)
-        plan, self._plan = self._plan, BlockMoves()
+        plan, self._plan = self._plan, OffloadPlan()
         plan.loads = [(tier_name, name, block) for name, (tier_name, block, _) in self._planned.items()]
         plan.wait = not computes and bool(self._reads)
         self._pinned.clear()
-        if self._reads or self._saving or plan != BlockMoves():
+        if self._reads or self._saving or plan != OffloadPlan():
             return plan
         return None
 
-    def take_in(self, moves: BlockMoves | None, moved: MovedBlocks) -> None:
+    def take_in(self, moves: OffloadPlan | None, moved: OffloadResult) -> None:
         """The plan was executed; note what has ended meanwhile."""
         for sequence, loading in self._complete.items():
             end = (loading.first + len(loading.names)) * self._pool.block_size
-            sequence.table.name_full_blocks(sequence.token_ids, end)
+            sequence.table.hash_full_blocks(sequence.token_ids, end)
             self._coming.difference_update(loading.names)
         self._complete.clear()
         self._planned.clear()
@@ -337,7 +337,7 @@ class BlockTransfers:
         for name in (*self._idle, *self._saving):
             self._forget(name)
 
-    def _forget(self, name: BlockName) -> None:
+    def _forget(self, name: BlockHash) -> None:
         self._plan.forgotten += self._index.remove(name)
         self._idle.pop(name, None)
         if name in self._saving:

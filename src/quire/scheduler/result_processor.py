@@ -1,4 +1,4 @@
-"""Intake: what a step's result makes of the sequences that were in it.
+"""ResultProcessor: what a step's result makes of the sequences that were in it.
 
 Their computed tokens advance, samples are appended, full blocks named; the prompt's samples and a search's beams fork;
 what has ended leaves. Nothing is decided here but whether a sequence has ended.
@@ -8,11 +8,11 @@ from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats, RequestCounts, SampleName, SequenceDelta, StepDeltas
+from quire.outputs import EngineStats, RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch
-from quire.scheduler.block_moves import BlockTransfers
-from quire.scheduler.groups import Groups
+from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
@@ -26,20 +26,20 @@ ForkedTable = tuple[int, int, list[int]]
 """A table that forked, as in `StepPlan.new_blocks`."""
 
 
-class Intake:
+class ResultProcessor:
     """Owned by the scheduler."""
 
     def __init__(
         self,
         pool: BlockPool,
-        groups: Groups,
+        groups: RequestQueues,
         lookup: PrefixLookup,
-        transfers: BlockTransfers | None,
+        transfers: BlockOffload | None,
         prefixes: RegisteredPrefixes,
         stats: EngineStats,
     ) -> None:
         self._pool = pool
-        self._groups = groups
+        self._queues = groups
         self._counts_service = groups.waiting.counts_service
         self._lookup = lookup
         self._transfers = transfers
@@ -66,23 +66,23 @@ class Intake:
         """Advance every sequence of the plan; returns what each sample gained.
 
         `rows` says who had which row when it was planned, `counts` how many of each row's computed tokens stay. A
-        sequence that left meanwhile is passed over. `may_join`: who has decoded may go on in lockstep.
+        sequence that left meanwhile is passed over. `may_join`: who has decoded may go on in decode_batch.
         """
         block_size = self._pool.block_size
         deltas = StepDeltas()
-        num_in_lockstep = self._groups.lockstep.num_planned
-        if any(result.errors[:num_in_lockstep]):
-            self._groups.disband()
-            num_in_lockstep = 0
-        samples, token_ids = self._take_in_lockstep(deltas, result.token_ids[:num_in_lockstep])
-        for row, start, count in islice(zip(plan.rows, plan.starts, counts, strict=True), num_in_lockstep, None):
+        num_in_decode_batch = self._queues.decode_batch.num_planned
+        if any(result.errors[:num_in_decode_batch]):
+            self._queues.disband()
+            num_in_decode_batch = 0
+        samples, token_ids = self._update_decode_batch(deltas, result.token_ids[:num_in_decode_batch])
+        for row, start, count in islice(zip(plan.rows, plan.num_computed_tokens, counts, strict=True), num_in_decode_batch, None):
             sequence = rows[row]
             if sequence is None or sequence.row == NO_ROW:
                 continue
             end = start + count
             sequence.num_computed_tokens = end
             if end % block_size < count:  # a block was filled
-                sequence.table.name_full_blocks(sequence.token_ids, end)
+                sequence.table.hash_full_blocks(sequence.token_ids, end)
             group = sequence.group
             if start < group.num_prompt_tokens:
                 self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
@@ -94,8 +94,8 @@ class Intake:
                 delta = self._prompt_delta(sequence, entries)
                 if delta is not None:
                     deltas.others.append(delta)
-        place, sample_rows = num_in_lockstep, plan.sample_rows
-        complete, following = set(result.complete), result.following
+        place, sample_rows = num_in_decode_batch, plan.sample_rows
+        complete, following = set(result.terminated), result.extra_token_ids
         while place < len(sample_rows):
             sequence = rows[sample_rows[place]]
             if sequence is None or sequence.row == NO_ROW:
@@ -110,10 +110,10 @@ class Intake:
                 if following:
                     drawn += following.get(first, ())
                 own, error = result.logprobs[first], result.errors[first]
-                logprobs = None if own is None else [own, *result.following_logprobs.get(first, ())]
+                logprobs = None if own is None else [own, *result.extra_logprobs.get(first, ())]
                 self._extend(deltas, sequence, drawn, logprobs, error, complete=first in complete)
                 if may_join:
-                    self._groups.join(sequence)
+                    self._queues.join(sequence)
             else:
                 place += len(group.sequences)  # its beams stand side by side
                 error = next((error for error in result.errors[first:place] if error is not None), None)
@@ -129,22 +129,22 @@ class Intake:
         self._stats.total_steps += bool(plan.rows)
         return deltas
 
-    def _take_in_lockstep(self, deltas: StepDeltas, token_ids: list[int]) -> tuple[list[SampleName], list[int]]:
-        """Advance the sequences that go in lockstep, which drew `token_ids`; those that end say so in `deltas`.
+    def _update_decode_batch(self, deltas: StepDeltas, token_ids: list[int]) -> tuple[list[SampleId], list[int]]:
+        """Advance the sequences that go in decode_batch, which drew `token_ids`; those that end say so in `deltas`.
 
         Returns the others and their tokens.
         """
-        lockstep, waiting = self._groups.lockstep, self._groups.waiting
+        decode_batch, waiting = self._queues.decode_batch, self._queues.waiting
         if not token_ids:
             return [], []
-        ending, token_ids = lockstep.take_in(token_ids)
+        ending, token_ids = decode_batch.take_in(token_ids)
         for sequence, token_id in ending:
             self._extend(deltas, sequence, [token_id], None, None)
         self._stats.total_generated_tokens += len(token_ids)
         if self._counts_service:
-            for sequence in lockstep.sequences:
+            for sequence in decode_batch.sequences:
                 waiting.serve(sequence.group.request.tenant, OUTPUT_TOKEN)
-        return lockstep.samples, token_ids
+        return decode_batch.samples, token_ids
 
     def _share_prompt(self, group: SequenceGroup) -> None:
         """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""
@@ -192,14 +192,14 @@ class Intake:
         if error is None:
             self._stats.total_generated_tokens += len(token_ids)
             if self._counts_service:
-                self._groups.waiting.serve(group.request.tenant, OUTPUT_TOKEN * len(token_ids))
-            if sequence.is_told and not ends and not complete and logprobs is None and len(token_ids) == 1:
+                self._queues.waiting.serve(group.request.tenant, OUTPUT_TOKEN * len(token_ids))
+            if sequence.was_reported and not ends and not complete and logprobs is None and len(token_ids) == 1:
                 deltas.samples.append(sequence.sample)
                 deltas.token_ids += token_ids
                 return
         delta = _delta(group, sequence.index)
         deltas.others.append(delta)
-        sequence.is_told = True
+        sequence.was_reported = True
         if error is not None:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
             self._distrust(sequence)
@@ -211,7 +211,7 @@ class Intake:
                 _finish(delta, group.request, complete=complete)
                 self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            self._groups.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
+            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
 
     def _advance(
         self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
@@ -225,14 +225,14 @@ class Intake:
             if place not in chosen:
                 parent.table.free()
                 parent.num_computed_tokens, parent.token_ids = 0, []
-                group.spares.append(parent)
+                group.idle_beams.append(parent)
         beams: list[Sequence] = []
         for place, token_id in survivors:
             beam = parent = parents[place]
             if place in chosen:
                 chosen.remove(place)  # the best child goes on in its parent's place
             else:
-                beam = group.spares.pop()
+                beam = group.idle_beams.pop()
                 beam.table = parent.table.fork()
                 beam.num_computed_tokens = parent.num_computed_tokens
                 beam.token_ids = parent.token_ids.copy()
@@ -258,7 +258,7 @@ class Intake:
         for delta in deltas[len(found) :]:
             delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
-        self._groups.drop_all(group)
+        self._queues.drop_all(group)
         return deltas
 
     def _fail(self, group: SequenceGroup, error: str) -> list[SequenceDelta]:
@@ -268,12 +268,12 @@ class Intake:
         deltas = [_delta(group, index) for index in range(group.request.params.n)]
         for delta in deltas:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
-        self._groups.drop_all(group)
+        self._queues.drop_all(group)
         return deltas
 
     def _distrust(self, sequence: Sequence) -> None:
         """What made a sample fail may sit in the KV, where the next request of this prefix would find it."""
-        sequence.table.forget_names()
+        sequence.table.forget_hashes()
         if self._transfers is not None:
             self._transfers.forget(sequence)
         sequence.num_computed_tokens = 0

@@ -1,4 +1,4 @@
-"""BlockChildren: which blocks follow which, with their tokens, to find prefixes that end inside a block.
+"""PartialBlockIndex: which blocks follow which, with their tokens, to find prefixes that end inside a block.
 
 A name finds a block whose tokens are all wanted. Where two prompts part inside a block, its first tokens still have the
 same KV, and a sequence may share the block up to there; its first write copies it, as after a fork. A block that a
@@ -7,18 +7,18 @@ sequence left partly filled has no name, and is found here alone.
 
 from collections.abc import Iterator, Sequence
 
-from quire.kv_cache.block_hash import BlockName
+from quire.kv_cache.block_hash import BlockHash
 
 MAX_CHILDREN = 8
 """Blocks remembered per parent, the latest: what is looked through when a sequence starts, however many part there."""
 
 
-class BlockChildren:
+class PartialBlockIndex:
     """At most one entry per block: named ones, and those left partly filled while they are free. The pool keeps it."""
 
     def __init__(self) -> None:
-        self._children: dict[BlockName, list[int]] = {}
-        self._entries: dict[int, tuple[BlockName, Sequence[int]]] = {}
+        self._children: dict[BlockHash, list[int]] = {}
+        self._entries: dict[int, tuple[BlockHash, Sequence[int]]] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -29,7 +29,7 @@ class BlockChildren:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, block: int, parent: BlockName, token_ids: Sequence[int]) -> int | None:
+    def add(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> int | None:
         """Remember a block that follows the one named `parent`; returns the oldest of too many, which is forgotten."""
         siblings, forgotten = self._children.setdefault(parent, []), None
         if len(siblings) == MAX_CHILDREN:
@@ -48,7 +48,7 @@ class BlockChildren:
             if not siblings:
                 del self._children[entry[0]]
 
-    def longest(self, parent: BlockName, token_ids: Sequence[int]) -> tuple[int, int] | None:
+    def longest(self, parent: BlockHash, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """The child of `parent` that begins with the most of `token_ids`, the latest of equals, and how many (≥ 1)."""
         best, longest = None, 0
         for block in reversed(self._children.get(parent, ())):

@@ -1,4 +1,4 @@
-"""Lockstep: running sequences that gain one token in every step, and of which a step has nothing else to say.
+"""DecodeBatch: running sequences that gain one token in every step, and of which a step has nothing else to say.
 
 Of such a sequence only its tokens grow; its counts grow by one a step, as everybody's, so they are kept here side by
 side and the sequence's own are brought up to date (`settle`) where its block is full, where it leaves, or where
@@ -7,13 +7,13 @@ have just passed through the caches, every object that is touched has to come fr
 """
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import SampleName
+from quire.outputs import SampleId
 from quire.scheduler.sequence import Sequence
 from quire.step import StepPlan
 
 
-class Lockstep:
-    """Owned by `Groups`. A sequence that is in it lacks one token, and has room for that in its last block or needs a
+class DecodeBatch:
+    """Owned by `RequestQueues`. A sequence that is in it lacks one token, and has room for that in its last block or needs a
     new one."""
 
     def __init__(self, pool: BlockPool) -> None:
@@ -35,13 +35,13 @@ class Lockstep:
         self._step = 0
         self._first_end = 0
         """No sequence reaches its limit before this step."""
-        self._samples: list[SampleName] | None = None
+        self._samples: list[SampleId] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
 
     @property
-    def samples(self) -> list[SampleName]:
+    def samples(self) -> list[SampleId]:
         """What the sequences are called outside: the same list while they are the same, not to be changed."""
         if self._samples is None:
             self._samples = [sequence.sample for sequence in self.sequences]
@@ -58,7 +58,7 @@ class Lockstep:
         group, num_tokens = sequence.group, len(sequence.token_ids)
         end = self._step + group.max_num_tokens - num_tokens
         self._first_end = min(self._first_end, end) if self.sequences else end
-        sequence.in_lockstep = True
+        sequence.in_decode_batch = True
         self.sequences.append(sequence)
         self._rows.append(sequence.row)
         self._token_ids.append(sequence.token_ids)
@@ -72,7 +72,7 @@ class Lockstep:
         """Let a sequence go, between two steps, with its counts as they are."""
         place = self._rows.index(sequence.row)
         self._settle(place)
-        sequence.in_lockstep = False
+        sequence.in_decode_batch = False
         for column in (self.sequences, self._rows, self._token_ids, self._starts, self._ends, self._stop_ids):
             del column[place]
         self._samples = None
@@ -81,7 +81,7 @@ class Lockstep:
         """Let all go, at any time. Those of a step in flight are still to hear of its result."""
         self.settle()
         for sequence in self.sequences:
-            sequence.in_lockstep = False
+            sequence.in_decode_batch = False
         for column in (self.sequences, self._rows, self._token_ids, self._starts, self._ends, self._stop_ids):
             column.clear()
         self._any_stop_ids.clear()
@@ -103,7 +103,7 @@ class Lockstep:
             plan.new_blocks.append((self._rows[place], changed, table.blocks[changed:]))
         pool.num_filled_slots += len(self._starts) - len(needy)
         plan.rows += self._rows
-        plan.starts += self._starts
+        plan.num_computed_tokens += self._starts
         plan.token_ids += [token_ids[-1] for token_ids in self._token_ids]
         self._starts = [start + 1 for start in self._starts]
         self._step += 1
@@ -121,7 +121,7 @@ class Lockstep:
             if not start % size:
                 sequence = self.sequences[place]
                 self._settle(place)
-                sequence.table.name_full_blocks(sequence.token_ids, start)
+                sequence.table.hash_full_blocks(sequence.token_ids, start)
         ending: list[tuple[Sequence, int]] = []
         if self._step >= self._first_end or not self._any_stop_ids.isdisjoint(token_ids):
             ending = [

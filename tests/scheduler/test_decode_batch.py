@@ -1,4 +1,4 @@
-"""Lockstep, through the scheduler. That every promise holds with it is for the state machine of `test_scheduler`."""
+"""DecodeBatch, through the scheduler. That every promise holds with it is for the state machine of `test_scheduler`."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
 
 def lockstep_of(engine: Engine) -> list[str]:
-    return [sequence.group.request.request_id for sequence in engine.scheduler._groups.lockstep.sequences]
+    return [sequence.group.request.request_id for sequence in engine.scheduler._queues.decode_batch.sequences]
 
 
 def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
@@ -26,8 +26,8 @@ def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
     for _ in range(3):
         engine.step()
     assert sorted(lockstep_of(engine)) == ["plain", "two samples", "two samples"]
-    attended = [group.request.request_id for group in engine.scheduler._groups.attended]
-    assert sorted(attended) == ["beams", "grammar", "log-probabilities"]
+    not_in_decode_batch = [group.request.request_id for group in engine.scheduler._queues.not_in_decode_batch]
+    assert sorted(not_in_decode_batch) == ["beams", "grammar", "log-probabilities"]
     engine.run()
 
 
@@ -41,7 +41,7 @@ def test_while_drafts_are_looked_for_now_and_then_sequences_go_in_lockstep_betwe
     engine.scheduler._drafting = Drafting(
         speculation,
         engine.pool,
-        engine.scheduler._groups,
+        engine.scheduler._queues,
         EngineStats(),
         lambda: 1.0,
         watermark=0,
@@ -51,13 +51,13 @@ def test_while_drafts_are_looked_for_now_and_then_sequences_go_in_lockstep_betwe
     engine.add(new_request("b", 7, max_tokens=70))
     engine.step()
     assert speculation._num_unused == 0, "a step that computes a prompt could take no draft"
-    in_lockstep = []
+    in_decode_batch = []
     for _ in range(65):
         engine.step()
-        in_lockstep.append(len(lockstep_of(engine)))
-    assert in_lockstep[:32] == [0] * 32
-    assert in_lockstep[33:47] == [2] * 14
-    assert in_lockstep[50:62] == [2] * 12
+        in_decode_batch.append(len(lockstep_of(engine)))
+    assert in_decode_batch[:32] == [0] * 32
+    assert in_decode_batch[33:47] == [2] * 14
+    assert in_decode_batch[50:62] == [2] * 12
     engine.run()
 
 
@@ -67,7 +67,7 @@ def test_a_sequence_is_touched_where_its_block_is_full() -> None:
     counts = []
     for _ in range(8):
         engine.step()
-        (group,) = engine.scheduler._groups.running
+        (group,) = engine.scheduler._queues.running
         counts.append((group.leader.num_computed_tokens, group.leader.num_output_tokens))
     # The prompt's five tokens, then two more without a look; the eighth fills the block, the twelfth the next.
     assert counts == [(5, 1), (5, 2), (5, 3), (8, 4), (8, 5), (8, 6), (8, 7), (12, 8)]
@@ -99,8 +99,8 @@ def test_where_the_pool_may_be_short_the_last_group_yields_as_ever() -> None:
     engine.add(new_request("b", 7, max_tokens=12))
     while engine.scheduler.stats().total_preemptions == 0:
         engine.step()
-    assert [group.request.request_id for group in engine.scheduler._groups.running] == ["a"]
-    assert engine.scheduler._groups.by_id["b"].num_preemptions == 1
+    assert [group.request.request_id for group in engine.scheduler._queues.running] == ["a"]
+    assert engine.scheduler._queues.by_id["b"].num_preemptions == 1
     engine.run()
 
 
@@ -126,7 +126,7 @@ def test_a_failed_sample_ends_alone() -> None:
     faulty = engine.add(new_request("faulty", 5, max_tokens=40, seed=-1))
     engine.run()
     assert (sound.finish_reasons, faulty.finish_reasons) == ({0: "length"}, {0: "error"})
-    assert 1 < len(faulty.token_ids[0]) < 20, "it was in lockstep with the other"
+    assert 1 < len(faulty.token_ids[0]) < 20, "it was in decode_batch with the other"
 
 
 def test_whose_stop_token_ends_whom() -> None:

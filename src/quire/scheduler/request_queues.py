@@ -1,4 +1,4 @@
-"""Groups: every request that has not ended, those that wait and those that run, and who has which row.
+"""RequestQueues: every request that has not ended, those that wait and those that run, and who has which row.
 
 The one place where a group gets its rows and where memory is given back: it waits, runs, may be preempted and wait
 again, and ends.
@@ -9,9 +9,9 @@ from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
-from quire.scheduler.block_moves import BlockTransfers
+from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.length_curve import Ending
-from quire.scheduler.lockstep import Lockstep
+from quire.scheduler.decode_batch import DecodeBatch
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
@@ -19,7 +19,7 @@ from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
 
 
-class Groups:
+class RequestQueues:
     """Owned by the scheduler, whose parts read it and call its methods."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Groups:
         waiting: WaitingQueue,
         lengths: OutputLengths,
         rules: SequenceOf[AdmissionRule],
-        transfers: BlockTransfers | None,
+        transfers: BlockOffload | None,
         prefixes: RegisteredPrefixes,
         stats: EngineStats,
     ) -> None:
@@ -37,11 +37,11 @@ class Groups:
         self.by_id: dict[str, SequenceGroup] = {}
         self.waiting = waiting
         self.running: list[SequenceGroup] = []
-        """Groups with memory, sorted by `order`: the last one yields first."""
-        self.lockstep = Lockstep(pool)
+        """RequestQueues with memory, sorted by `order`: the last one yields first."""
+        self.decode_batch = DecodeBatch(pool)
         """Sequences of theirs that only decode."""
-        self.attended: list[SequenceGroup] = []
-        """Those of `running`, in its order, of which a sequence may not be in lockstep."""
+        self.not_in_decode_batch: list[SequenceGroup] = []
+        """Those of `running`, in its order, of which a sequence may not be in decode_batch."""
         self.rows: list[Sequence | None] = [None] * max_num_seqs
         self._rows_now: list[Sequence | None] | None = None
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -59,29 +59,29 @@ class Groups:
 
     def start(self, group: SequenceGroup) -> None:
         """A group taken from those that wait gets its rows and runs."""
-        for sequence in (*group.sequences, *group.spares):
-            sequence.row, sequence.is_told = self.free_rows.pop(), False
+        for sequence in (*group.sequences, *group.idle_beams):
+            sequence.row, sequence.was_reported = self.free_rows.pop(), False
             self.rows[sequence.row] = sequence
         bisect.insort(self.running, group, key=_order)
-        bisect.insort(self.attended, group, key=_order)
+        bisect.insort(self.not_in_decode_batch, group, key=_order)
         self._rows_now = None
         self._lengths.start(group)
 
     def join(self, sequence: Sequence) -> None:
-        """A sequence that has decoded goes on in lockstep with the others, if it still runs and can."""
+        """A sequence that has decoded goes on in decode_batch with the others, if it still runs and can."""
         if (
             sequence.row != NO_ROW
             and sequence.group.only_decodes
             and sequence.num_missing_tokens == 1
             and sequence.table.has_room
         ):
-            self.lockstep.join(sequence)
+            self.decode_batch.join(sequence)
 
     def disband(self) -> None:
-        """Nobody goes in lockstep any more."""
-        if len(self.lockstep):
-            self.lockstep.disband()
-            self.attended = self.running.copy()
+        """Nobody goes in decode_batch any more."""
+        if len(self.decode_batch):
+            self.decode_batch.disband()
+            self.not_in_decode_batch = self.running.copy()
 
     def rows_now(self) -> list[Sequence | None]:
         """A copy of `rows`, not to be changed."""
@@ -92,7 +92,7 @@ class Groups:
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
         self._stop_running(group)
-        for sequence in (*group.sequences, *group.spares):
+        for sequence in (*group.sequences, *group.idle_beams):
             self._release(sequence)
             sequence.num_computed_tokens = 0
         group.awaited = None
@@ -111,7 +111,7 @@ class Groups:
         self._release(sequence)
         group.sequences.remove(sequence)
         if not group.sequences:
-            for spare in group.spares:
+            for spare in group.idle_beams:
                 self._release(spare)
             del self.by_id[group.request.request_id]
             self._prefixes.cancel(group.request.request_id)
@@ -125,9 +125,9 @@ class Groups:
 
     def _release(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks and row."""
-        if sequence.in_lockstep and not self.lockstep.num_planned:
-            self.lockstep.leave(sequence)
-        elif sequence.in_lockstep:
+        if sequence.in_decode_batch and not self.decode_batch.num_planned:
+            self.decode_batch.leave(sequence)
+        elif sequence.in_decode_batch:
             self.disband()
         if self._transfers is not None:
             self._transfers.cancel(sequence)
@@ -140,7 +140,7 @@ class Groups:
 
     def _stop_running(self, group: SequenceGroup) -> None:
         """Take a group out of those that run, if it is one."""
-        for groups in (self.running, self.attended):
+        for groups in (self.running, self.not_in_decode_batch):
             place = bisect.bisect_left(groups, group.order, key=_order)
             if place < len(groups) and groups[place] is group:
                 del groups[place]

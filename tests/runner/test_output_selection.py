@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.runner.input_batch import InputBatch
-from quire.runner.readout import _MIN_UNREAD, find_tokens_read
-from quire.runner.sample_points import SamplePoints
+from quire.runner.output_selection import _MIN_UNREAD, select_outputs
+from quire.runner.sampling_metadata import SamplingMetadata
 from quire.step import StepPlan
 
 
@@ -14,22 +14,22 @@ from quire.step import StepPlan
 def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 70), min_size=1, max_size=6))
     end = np.cumsum(counts)
-    sample_after, sampled = [], []
+    sample_indices, sampled = [], []
     for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1))):
         # The last known token, and drafted ones after it, of which a grammar may have cut some.
         last_known = data.draw(st.integers(0, min(4, counts[sequence] - 1)))
         points = data.draw(st.integers(1, last_known + 1))
         repeats = data.draw(st.integers(1, 3)) if last_known == 0 else 1  # samples part where the prompt ends
-        sample_after += [sequence] * repeats
+        sample_indices += [sequence] * repeats
         sampled += [end[sequence] - 1 - last_known + point for point in range(points)] * repeats
-    plan = StepPlan(counts=counts, sample_after=sample_after, token_ids=[0] * int(end[-1]))
+    plan = StepPlan(num_scheduled_tokens=counts, sample_indices=sample_indices, token_ids=[0] * int(end[-1]))
     for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1), max_size=2)):
         plan.prompt_logprobs[sequence] = (0, [0] * counts[sequence])
 
     asked = set(map(int, sampled))
     for sequence in plan.prompt_logprobs:
         asked |= set(range(int(end[sequence]) - counts[sequence], int(end[sequence])))
-    read = find_tokens_read(plan, _points(sampled), _batch(counts))
+    read = select_outputs(plan, _points(sampled), _batch(counts))
 
     if read is None:
         first = [min((t for t in asked if e - c <= t < e), default=e) for e, c in zip(end, counts, strict=True)]
@@ -51,15 +51,15 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
 
 
 def test_one_token_where_nobody_asks() -> None:
-    plan = StepPlan(counts=[64, 64], token_ids=[0] * 128)
-    read = find_tokens_read(plan, _points([]), _batch([64, 64]))
+    plan = StepPlan(num_scheduled_tokens=[64, 64], token_ids=[0] * 128)
+    read = select_outputs(plan, _points([]), _batch([64, 64]))
     assert read is not None
     assert read.tokens.tolist() == [127]
 
 
-def _points(tokens: list[int]) -> SamplePoints:
+def _points(tokens: list[int]) -> SamplingMetadata:
     empty = np.empty(0, dtype=np.int32)
-    return SamplePoints(
+    return SamplingMetadata(
         [], np.array(tokens, dtype=np.int32), empty, [], after_every_token=False, grammars=[], outputs=None
     )
 

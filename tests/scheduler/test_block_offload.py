@@ -15,7 +15,7 @@ from hypothesis.stateful import initialize, precondition, rule
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
 from quire.scheduler.scheduler import Scheduler
-from quire.step import MovedBlocks, StepPlan, StepResult
+from quire.step import OffloadResult, StepPlan, StepResult
 from tests.scheduler.test_scheduler import (
     NOTHING,
     Engine,
@@ -54,8 +54,8 @@ class TieredRunner(FakeRunner):
         self.rng = random.Random(seed)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        if plan.moves is not None:
-            moves = plan.moves
+        if plan.offload is not None:
+            moves = plan.offload
             for tier, name in moves.forgotten:
                 if tier == HOST:
                     del self.host[name]
@@ -77,11 +77,11 @@ class TieredRunner(FakeRunner):
         assert sum(content is not None for _, content in self.writing) <= MIN_STAGED_BLOCKS
         assert len(self.reading) + len(self.arrived) <= MIN_STAGED_BLOCKS
         result = super().execute(plan)
-        result.moved = self.moved(wait=plan.moves is not None and plan.moves.wait)
+        result.offload = self.moved(wait=plan.offload is not None and plan.offload.wait)
         return result
 
-    def moved(self, *, wait: bool) -> MovedBlocks:
-        moved = MovedBlocks(load_seconds=0.001)
+    def moved(self, *, wait: bool) -> OffloadResult:
+        moved = OffloadResult(load_seconds=0.001)
         while self.writing and self.rng.random() < self.patience:
             name, content = self.writing.pop(0)
             if content is None:
@@ -163,12 +163,12 @@ class TieredEngine(Engine):
         while self.pool.num_free or transfers._saving or transfers._idle:
             if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
-            plan = StepPlan(moves=transfers.finish(computes=False))
-            scheduler._in_flight.append(scheduler._groups.rows.copy())
+            plan = StepPlan(offload=transfers.finish(computes=False))
+            scheduler._in_flight.append(scheduler._queues.rows.copy())
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)
-        assert self.pool.num_named_free == 0
+        assert self.pool.num_cached_free == 0
 
     def step(self) -> StepPlan:
         plan = super().step()
@@ -191,8 +191,8 @@ class TieredEngine(Engine):
         assert scheduler._transfers is not None
         waiting = scheduler._transfers.waiting
         if not plan.rows and scheduler.has_work:
-            assert plan.moves is not None
-            assert plan.moves.wait or plan.moves.loads, "a step that computes nothing brings what is waited for"
+            assert plan.offload is not None
+            assert plan.offload.wait or plan.offload.loads, "a step that computes nothing brings what is waited for"
         assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
@@ -228,8 +228,8 @@ def test_what_is_evicted_moves_to_host_memory_and_comes_back_in_the_same_step() 
     assert engine.pool.find(next(iter(engine.runner.host))) is None
     engine.add(new_request("again", [*PROMPT, 1], max_tokens=2))
     plan = engine.step()
-    assert (plan.starts, plan.counts) == ([12], [1])
-    assert engine.scheduler._groups.by_id["again"].num_cached_tokens == 12
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([12], [1])
+    assert engine.scheduler._queues.by_id["again"].num_cached_tokens == 12
     assert stats_of(engine, HOST)["hits"] == 12
     engine.run()
 
@@ -249,8 +249,8 @@ def test_the_disk_tier_survives_a_restart_though_nothing_was_evicted() -> None:
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
     assert engine.step().rows == []
     plan = engine.step()
-    assert (plan.starts, plan.counts) == ([12], [1])
-    assert engine.scheduler._groups.by_id["b"].num_cached_tokens == 12
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([12], [1])
+    assert engine.scheduler._queues.by_id["b"].num_cached_tokens == 12
     assert engine.scheduler.stats().total_prefix_hits == 12
     engine.run()
     assert stats_of(engine, DISK) == {"hits": 12, "loaded": 3}
@@ -259,7 +259,7 @@ def test_the_disk_tier_survives_a_restart_though_nothing_was_evicted() -> None:
 def test_another_salt_finds_nothing() -> None:
     engine = with_stored_prompt()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3, salt="other"))
-    assert engine.step().counts == [13]
+    assert engine.step().num_scheduled_tokens == [13]
 
 
 def test_others_run_while_one_waits_for_its_blocks() -> None:
@@ -288,11 +288,11 @@ def test_two_requests_for_one_stored_prefix_load_it_once() -> None:
 def test_what_cannot_be_read_is_computed_from_there_on(broken: int) -> None:
     engine = with_stored_prompt()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
-    table = engine.scheduler._groups.by_id["b"].leader.table
+    table = engine.scheduler._queues.by_id["b"].leader.table
     engine.disk.broken.add(table.name_of(broken, PROMPT))
     engine.step()
     plan = engine.step()
-    assert (plan.starts, plan.counts) == ([4 * broken], [13 - 4 * broken])
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([4 * broken], [13 - 4 * broken])
     assert stats_of(engine, DISK)["corrupt"] == 1
     assert engine.scheduler.stats().total_prefix_hits == 4 * broken
     engine.run()
@@ -343,8 +343,8 @@ def test_the_beginnings_of_prompts_are_written_first() -> None:
     engine.add(new_request("a", 24, max_tokens=1))
     engine.run()
     first = engine.step()
-    assert first.moves is not None
-    assert [engine.runner.memory[block][0] for _, _, block in first.moves.saves] == [
+    assert first.offload is not None
+    assert [engine.runner.memory[block][0] for _, _, block in first.offload.saves] == [
         kv_of_all(new_request("a", 24).prompt_token_ids)[0]
     ]
 
@@ -361,7 +361,7 @@ def test_resetting_the_prefix_cache_empties_the_tiers() -> None:
     engine = with_stored_prompt(num_host_blocks=8)
     engine.scheduler.reset_prefix_cache()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=1))
-    assert engine.step().counts == [13]
+    assert engine.step().num_scheduled_tokens == [13]
     assert engine.disk.blocks == {}
 
 
@@ -403,11 +403,11 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     """
     engine = TieredEngine(num_host_blocks=tiers[0], num_disk_blocks=tiers[1], patience=0.5)
     engine.add(new_request("a", prompt, max_tokens=40, **({"beam_width": width} if beams else {"n": width})))
-    group = engine.scheduler._groups.by_id["a"]
+    group = engine.scheduler._queues.by_id["a"]
     for _ in range(18):
         engine.step()
     assert len(group.sequences) == width
-    engine.scheduler._groups.preempt(group)
+    engine.scheduler._queues.preempt(group)
     lengths = {sequence: len(sequence.token_ids) for sequence in group.sequences}
     names = {
         sequence.table.name_of(index, sequence.token_ids)
@@ -424,7 +424,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     while transfers.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
         plan = engine.step()
         stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             num_repeated += max(0, min(start + count, stored[row]) - start)
         engine.scheduler.settle()
     left = [(length - 1) % 4 for length in lengths.values()]
