@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.attention.plan import plan_attention
 from quire.kernels import AttentionPlan, Kernels, OutputTokens, kernels_for
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import Weights
@@ -72,7 +73,8 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, output_tokens)
+            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))

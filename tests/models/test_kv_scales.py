@@ -13,6 +13,7 @@ from torch import Tensor
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
 from quire.kernels import gathered
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.device_weights import DeviceWeights
 from quire.models.kv_scales import LARGEST, largest_rotated, scales_of
@@ -67,10 +68,11 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     plan: Any = type("Plan", (), {"slots": None})
     for size in (1e-2, 1.0, 1e4):
         rows, positions = size * worst, torch.arange(len(worst), dtype=torch.int32) % 200
+        context = StepContext(positions, [(None, None)], plan)
         if family == "gpt2":
-            layer(rows, torch.zeros_like(rows), (None, None), plan, None)
+            layer(rows, torch.zeros_like(rows), context)
         else:
-            attention(rows, None, positions, (None, None), plan, None)
+            attention(rows, None, context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST
     # Half of it is lost to powers of two, a part to rotation, and where keys are normed to its length in one dimension.
