@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import reference
+from quire.kernels import KVLayer, reference
 from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 
@@ -24,8 +24,8 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         block_size=8,
         num_threads=1,
     )
-    cache = (torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim))
-    return layer(q, k, v, StepContext(torch.arange(n, dtype=torch.int32), [cache], plan))
+    kv = KVLayer(torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim))
+    return layer(q, k, v, StepContext(torch.arange(n, dtype=torch.int32), [kv], plan))
 
 
 def test_equals_dense_attention() -> None:

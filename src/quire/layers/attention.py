@@ -1,8 +1,10 @@
 """Attention of one layer over its part of the KV cache."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from quire.kernels import Kernels
+from quire.kernels import AttentionParams, Kernels
 from quire.layers.step_context import StepContext
 
 
@@ -14,7 +16,7 @@ class Attention:
     where these are set.
     """
 
-    __slots__ = ("cos_sin", "k_scale", "kernels", "layer", "scale", "softcap", "v_scale", "window")
+    __slots__ = ("cos_sin", "k_scale", "kernels", "layer", "params", "v_scale")
 
     def __init__(
         self,
@@ -29,9 +31,7 @@ class Attention:
         self.kernels = kernels
         self.layer = layer
         self.cos_sin = cos_sin
-        self.scale = scale
-        self.window = window
-        self.softcap = softcap
+        self.params = AttentionParams(scale, window, softcap)
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
 
@@ -41,34 +41,15 @@ class Attention:
 
         With a rotary embedding q and k are overwritten.
         """
-        k_cache, v_cache = context.kv_layers[self.layer]
+        kv = context.kv_layers[self.layer]
+        if self.k_scale is not None:
+            kv = replace(kv, k_scale=self.k_scale, v_scale=self.v_scale)
         plan, output_tokens = context.attention, context.output_tokens
         if self.cos_sin is None:
-            self.kernels.write_kv(k, v, k_cache, v_cache, plan.slots, k_scale=self.k_scale, v_scale=self.v_scale)
+            self.kernels.write_kv(k, v, kv, plan.slots)
         else:
-            self.kernels.rotary_write_kv(
-                q,
-                k,
-                v,
-                context.positions,
-                self.cos_sin,
-                k_cache,
-                v_cache,
-                plan.slots,
-                k_scale=self.k_scale,
-                v_scale=self.v_scale,
-            )
+            self.kernels.rotary_write_kv(q, k, v, context.positions, self.cos_sin, kv, plan.slots)
         if output_tokens is not None and output_tokens.plan is not None:
             q, plan, output_tokens = q[output_tokens.tokens], output_tokens.plan, None
-        out = self.kernels.paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            plan,
-            self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            k_scale=self.k_scale,
-            v_scale=self.v_scale,
-        )
+        out = self.kernels.paged_attention(q, kv, plan, self.params)
         return out if output_tokens is None else out[output_tokens.tokens]

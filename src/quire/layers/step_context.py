@@ -5,10 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, OutputTokens
-
-LayerKV = tuple[Tensor, Tensor]
-"""k_cache and v_cache of one layer; `quire.kernels.interface` has their layout."""
+from quire.kernels import AttentionPlan, KVLayer, OutputTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +14,7 @@ class StepContext:
 
     positions: Tensor
     """[T] int32: position of each new token in its sequence."""
-    kv_layers: Sequence[LayerKV]
+    kv_layers: Sequence[KVLayer]
     """The KV cache, one entry a layer."""
     attention: AttentionPlan
     output_tokens: OutputTokens | None = None
