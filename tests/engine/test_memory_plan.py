@@ -40,7 +40,7 @@ def test_sizes_of_a_plan(model: ModelConfig) -> None:
     assert (plan.dtype, plan.kv_cache_dtype) == ("float16", "float16")
     assert plan.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head_dim, bytes
     assert plan.kv_cache == 100 * 16 * plan.kv_bytes_per_token
-    assert plan.weights == model.weight_bytes("float16")
+    assert plan.weights == model.spec.weight_bytes("float16")
     assert plan.total == plan.weights + plan.activations + plan.logprobs + plan.kv_cache
     assert plan.logprobs == 64 * (2 * 4 * 1000 + 40 * 21)  # positions: two rows of float32, and what is reported
     assert plan.max_model_len == 1024
