@@ -71,6 +71,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             "partial_rotary_factor": 0.25,
         },
     ),
+    "Gemma2ForCausalLM": Architecture(
+        model="quire.models.gemma2:Gemma2",
+        names={"hidden_act": "hidden_activation"},
+        implied={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "norm_unit_offset": True,
+            "post_norms": True,
+            "scale_embeddings": True,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": True,
+        },
+        fixed={"use_bidirectional_attention": False},
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names={
