@@ -20,6 +20,7 @@ FAMILIES = [
     "stablelm",
     "stablelm-parallel",
     "gemma2",
+    "mixtral",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -79,8 +79,6 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
 }
 
-pytestmark = pytest.mark.usefixtures("more_architectures")
-
 
 def write(folder: Path, name: str, **changes: Any) -> PretrainedConfig:
     """Save the config of a published model as transformers does."""

@@ -92,6 +92,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"use_bidirectional_attention": False},
     ),
+    "MixtralForCausalLM": Architecture(
+        model="quire.models.mixtral:Mixtral",
+        names={"num_experts": "num_local_experts"},
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names={
