@@ -91,8 +91,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             captures=True,
         ),
         "sdpa": Backend(
-            kernels="quire.kernels.gathered",
-            planner="quire.attention.planners:gathered_planner",
+            kernels="quire.kernels.sdpa",
+            planner="quire.attention.planners:sdpa_planner",
             devices=DEVICES,
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,

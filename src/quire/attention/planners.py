@@ -111,8 +111,8 @@ def cpu_planner(shape: AttentionShape) -> Planner:
     return plan
 
 
-def gathered_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.gathered import plan_attention
+def sdpa_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.sdpa import plan_attention
 
     def plan(
         step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
