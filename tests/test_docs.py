@@ -1,4 +1,4 @@
-"""Holds the pages to what the code does: links, flags, file names, length, and the request the architecture page follows."""
+"""Holds the pages to what the code does: links, flags, file names, length, the request of the architecture page."""
 
 import re
 from pathlib import Path
