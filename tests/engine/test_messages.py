@@ -43,7 +43,7 @@ def test_any_cut_of_the_stream_gives_the_same_messages(sizes: list[int]) -> None
 def test_outputs() -> None:
     entry = TokenLogprobs([1, 2], [-0.5, -1.0], [1, 2])
     delta = SequenceDelta("a", 0, [1], logprobs=[entry], finish_reason="stop", stop_reason=1, prompt_logprobs=[entry])
-    message = Outputs(StepDeltas([("b", 1)], [7], [delta]), EngineStats(num_blocks=3))
+    message = Outputs(StepDeltas([("b", 1)], [7], others=[delta]), EngineStats(num_blocks=3))
     (body,) = FrameBuffer().feed(encode(message))
     assert decode_from_engine(body) == message
 
