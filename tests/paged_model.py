@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, Kernels, OutputTokens, kernels_for
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import Weights
@@ -41,7 +41,7 @@ class PagedModel:
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # What a block held before must never matter.
         self.layers = [
-            (torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
+            KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
             for _ in range(config.num_layers)
         ]
         self.lengths = [0] * max_sequences

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import reference
+from quire.kernels import KVLayer, reference
 from quire.layers.attention import Attention
 
 
@@ -23,7 +23,8 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         block_size=8,
         num_threads=1,
     )
-    return layer(q, k, v, (torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim)), plan)
+    kv = KVLayer(torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim))
+    return layer(q, k, v, kv, plan)
 
 
 def test_equals_dense_attention() -> None:

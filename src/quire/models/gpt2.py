@@ -5,9 +5,9 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens
 from quire.layers.activation import activation
-from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.layers.attention import Attention, KVLayers
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
@@ -37,7 +37,12 @@ class GPT2:
         self.norm = layer_norm(config, model.scope("ln_f"))
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv: KVLayers,
+        plan: AttentionPlan,
+        output_tokens: OutputTokens | None = None,
     ) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), self.embed_position(positions)
@@ -74,7 +79,12 @@ class Layer:
         self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
 
     def __call__(
-        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, output_tokens: OutputTokens | None
+        self,
+        residual: Tensor,
+        update: Tensor,
+        layer_kv: KVLayer,
+        plan: AttentionPlan,
+        output_tokens: OutputTokens | None,
     ) -> tuple[Tensor, Tensor]:
         """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
 

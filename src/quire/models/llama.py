@@ -6,8 +6,8 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
-from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens
+from quire.layers.attention import Attention, KVLayers
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig, RopeConfig
@@ -36,7 +36,12 @@ class Llama:
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
 
     def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv: KVLayers,
+        plan: AttentionPlan,
+        output_tokens: OutputTokens | None = None,
     ) -> Tensor:
         """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
         residual, update = self.embed(input_ids), None
@@ -81,7 +86,7 @@ class DecoderLayer:
         residual: Tensor,
         update: Tensor | None,
         positions: Tensor,
-        layer_kv: LayerKV,
+        layer_kv: KVLayer,
         plan: AttentionPlan,
         output_tokens: OutputTokens | None,
     ) -> tuple[Tensor, Tensor]:
@@ -142,7 +147,7 @@ class SelfAttention:
         residual: Tensor,
         update: Tensor | None,
         positions: Tensor,
-        layer_kv: LayerKV,
+        layer_kv: KVLayer,
         plan: AttentionPlan,
         output_tokens: OutputTokens | None,
     ) -> Tensor:
