@@ -177,7 +177,7 @@ def test_samples_named_by_the_list_of_the_step_before_gain_their_tokens() -> Non
     first = samples[:3]
     for token_id in (2, 3):
         outputs, stopped = processor.process(
-            StepDeltas(first, [token_id, 10 + token_id, 20 + token_id], [SequenceDelta("c", 0, [token_id])])
+            StepDeltas(first, [token_id, 10 + token_id, 20 + token_id], others=[SequenceDelta("c", 0, [token_id])])
         )
         assert {output.request_id for output in outputs} == {"a", "b", "c"}
         assert len(outputs) == 3

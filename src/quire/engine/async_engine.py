@@ -26,7 +26,7 @@ from quire import errors
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import find_model, model_name, read_default_params
-from quire.engine.grammar_door import GrammarChecker, GrammarDoor
+from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.messages import (
@@ -105,7 +105,7 @@ class AsyncLLM:
         self._model_config: ModelConfig | None = None
         self._memory_plan: MemoryPlan | None = None
         self._inputs: InputProcessor | None = None
-        self._grammar_door: GrammarDoor | None = None
+        self._grammar_checker: AsyncGrammarChecker | None = None
         self._outputs = OutputProcessor(None)
         self._in_flight: dict[str, _InFlight] = {}
         self._prefixes: dict[str, RegisterPrefix] = {}
@@ -150,10 +150,10 @@ class AsyncLLM:
             seed=self.config.seed,
         )
         self._report(f"tokenizer: {time.perf_counter() - started:.2f} s")
-        self._grammar_door = GrammarDoor(GrammarChecker.for_model(self.config, self._model_config, folder))
+        self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and nobody is served yet.
-            self._grammar_door.warm()
+            self._grammar_checker.warm()
 
     async def wait_ready(self) -> None:
         """Return when the engine can compute. Raises what kept it from that."""
@@ -175,8 +175,8 @@ class AsyncLLM:
             await asyncio.sleep(0.05)
         self._end_all(EngineUnavailableError("the server is shutting down"))
         self.state = "dead"
-        if self._grammar_door is not None:
-            await self._grammar_door.close()
+        if self._grammar_checker is not None:
+            await self._grammar_checker.close()
         if self._reader_task is not None:
             self._reader_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -251,8 +251,8 @@ class AsyncLLM:
         )
         # A long text takes milliseconds to tokenise, in which other streams must go on.
         request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
-        if params.structured_outputs is not None and self._grammar_door is not None:
-            request = replace(request, grammar_bytes=await self._grammar_door.check(params.structured_outputs))
+        if params.structured_outputs is not None and self._grammar_checker is not None:
+            request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         flight = _InFlight(request, {index: [] for index in range(request.params.n)})
         self._in_flight[internal_id] = flight
         self._outputs.add(request, text)

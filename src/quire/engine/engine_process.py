@@ -12,7 +12,6 @@ import socket
 import sys
 import traceback
 
-from quire.engine.load_ahead import load_ahead, without_garbage_collection
 from quire.engine.messages import (
     Abort,
     Add,
@@ -33,6 +32,7 @@ from quire.engine.messages import (
     decode_to_engine,
     encode,
 )
+from quire.engine.preloader import preload, without_garbage_collection
 from quire.errors import QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
@@ -93,18 +93,18 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
 
     folder = Path(load.folder)
     model_config = ModelConfig.from_folder(folder)
-    ahead = load_ahead(load.config, model_config, load.plan, folder)
+    preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     with without_garbage_collection():
-        from quire.engine.core import EngineCore  # imports torch: a second in which the API process already answers
+        from quire.engine.build import build_core  # imports torch: one second; the API process answers already
     connection.send(PhaseDone("import torch", perf_counter() - started))
-    core = EngineCore.load(
+    core = build_core(
         load.config,
         model_config,
         load.plan,
         folder,
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
-        ahead=ahead,
+        preloader=preloader,
         warm_grammars=True,
     )
     gc.freeze()  # what a model is made of stays; a collection that looked through it would hold up a step

@@ -113,11 +113,18 @@ class PrefixLookup:
 
     def explain(self, group: SequenceGroup) -> None:
         """Note why the first block that a group must compute was not found."""
-        leader, prompt = group.leader, group.request.prompt_token_ids
+        leader, request = group.leader, group.request
+        prompt = request.prompt_token_ids
         covered = leader.num_computed_tokens // self._pool.block_size
         if covered >= (len(prompt) - 1) // self._pool.block_size or not self._pool.enable_prefix_caching:
             return
-        group.miss = self._history.explain(prompt, covered, leader.table.name_of(covered, prompt))
+        group.miss = self._history.explain(
+            prompt,
+            covered,
+            leader.table.name_of(covered, prompt),
+            adapter=request.adapter,
+            inputs=request.inputs,
+        )
         misses = self._stats.prefix_misses
         misses[group.miss.reason] = misses.get(group.miss.reason, 0) + 1
 

@@ -142,7 +142,7 @@ class Scheduler:
                 f"{name} is {num_sequences}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
                 param=name,
             )
-        root = root_hash(request.cache_salt, block_size)
+        root = root_hash(request.cache_salt, block_size, request.adapter)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
         needed = group.max_blocks(block_size)
         pinned = self.prefixes.num_blocks
@@ -182,7 +182,7 @@ class Scheduler:
         The request asks for one token and has the first of the salts. Raises `RequestError` with the numbers for a
         prefix that cannot be held, or that would leave too little for a request in flight.
         """
-        prefix = self.prefixes.check(request.request_id, request.prompt_token_ids, salts)
+        prefix = self.prefixes.check(request, salts)
         left = self.pool.num_blocks - self.prefixes.num_blocks - prefix.num_new_blocks
         most = max((group.max_blocks(self.pool.block_size) for group in self._queues.by_id.values()), default=0)
         if most > left:
@@ -190,8 +190,8 @@ class Scheduler:
                 f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",
                 param="prefix",
             )
-        self.add(replace(request, prompt_token_ids=prefix.token_ids))
-        self.prefixes.reserve(request.request_id, prefix)
+        self.add(prefix.request)
+        self.prefixes.reserve(prefix)
 
     @property
     def has_work(self) -> bool:

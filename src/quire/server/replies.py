@@ -1,6 +1,6 @@
-"""What the server answers: OpenAI's objects, with vLLM's additions where a client asked for them.
+"""Bodies of replies: OpenAI's objects, with vLLM's additional fields if the client asked for them.
 
-A field that is UNSET does not appear; one that is None appears as null, as OpenAI's own server has it.
+A field that is UNSET is absent from the JSON. A field that is None is null, as in OpenAI's own replies.
 """
 
 from typing import Literal
@@ -9,13 +9,13 @@ from msgspec import UNSET, Struct, UnsetType
 
 
 class PromptTokensDetails(Struct):
-    """Where the prompt's KV came from."""
+    """Prompt tokens whose KV came from the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(Struct):
-    """Tokens in and out."""
+    """Tokens of the prompts and of the output."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -24,7 +24,7 @@ class Usage(Struct):
 
 
 class TokenLogprob(Struct):
-    """One token of a chat's logprobs."""
+    """One token in the logprobs of a chat."""
 
     token: str
     logprob: float
@@ -32,7 +32,7 @@ class TokenLogprob(Struct):
 
 
 class ChosenLogprob(TokenLogprob):
-    """The token that stands at a position, and the most likely ones there."""
+    """The chosen token of a position, and the top tokens there."""
 
     top_logprobs: list[TokenLogprob]
 
@@ -44,7 +44,7 @@ class ChatLogprobs(Struct):
 
 
 class CompletionLogprobs(Struct):
-    """Logprobs of a completion choice: lists that run in parallel, one entry per token."""
+    """Logprobs of a completion choice: parallel lists with one entry per token."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -53,7 +53,7 @@ class CompletionLogprobs(Struct):
 
 
 class PromptLogprob(Struct):
-    """vLLM's form of one token in `prompt_logprobs`."""
+    """One token in `prompt_logprobs`, as vLLM has it."""
 
     logprob: float
     rank: int | None
@@ -64,7 +64,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Delta(Struct):
-    """What an event adds to a chat choice."""
+    """The part of a chat choice that an event adds."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -95,7 +95,7 @@ class ChatChunk(Struct):
 
 
 class AssistantMessage(Struct):
-    """The answer."""
+    """The message of a chat choice."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -127,7 +127,7 @@ class ChatCompletion(Struct):
 
 
 class CompletionChoice(Struct):
-    """One sample of a completion, or what an event adds to it."""
+    """One sample of a completion, or the part of it that an event adds."""
 
     index: int
     text: str
@@ -151,7 +151,7 @@ class Completion(Struct):
 
 
 class ModelCard(Struct):
-    """One name the server answers to."""
+    """One model name that the server accepts."""
 
     id: str
     created: int

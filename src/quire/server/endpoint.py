@@ -1,4 +1,4 @@
-"""Exchange: one HTTP request and its answer, as an endpoint sees them. Endpoint: a row of the table of routes."""
+"""Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError
+from quire.errors import EngineUnavailableError, RequestError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.errors import Refusal
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
-from quire.server.streaming import send_events, while_connected
+from quire.server.streaming import DONE, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -28,8 +28,8 @@ _UNAVAILABLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Exchange:
-    """One request: what came, and the ways to answer it."""
+class RequestContext:
+    """One HTTP request: its parts, the checks on it, and the ways to answer it."""
 
     engine: Engine
     settings: ServerSettings
@@ -38,9 +38,9 @@ class Exchange:
     send: Send
     client: Client
 
-    async def read(self, form: type[T]) -> T:
-        """The JSON body as `form`. Raises `Refusal`, with the place, for anything else."""
-        return decode_json(await read_body(self.scope, self.receive, self.settings), form)
+    async def read(self, body_type: type[T]) -> T:
+        """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it."""
+        return decode_json(await read_body(self.scope, self.receive, self.settings), body_type)
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
@@ -54,28 +54,34 @@ class Exchange:
         status: int = 200,
         headers: tuple[tuple[bytes, bytes], ...] = (),
     ) -> None:
-        """Answer with `body` as it is."""
+        """Answer with the bytes of `body`."""
         length = (b"content-length", str(len(body)).encode())
         start = [(b"content-type", content_type), length, *headers]
         await self.send({"type": "http.response.start", "status": status, "headers": start})
         await self.send({"type": "http.response.body", "body": body})
 
     async def reply_when_done(self, work: Coroutine[Any, Any, object]) -> None:
-        """Answer with the JSON of what `work` returns; it is cancelled if the client leaves."""
+        """Answer with the JSON of the value that `work` returns. `work` is cancelled if the client leaves."""
         await self.reply(await while_connected(self.receive, work))
 
-    async def stream(self, events: AsyncGenerator[bytes, None]) -> None:
-        """Answer with server-sent events; `events` is closed if the client leaves or stops reading."""
-        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout))
+    async def stream(
+        self, events: AsyncGenerator[bytes, None], *, failure: Callable[[RequestError], bytes], done: bytes = DONE
+    ) -> None:
+        """Answer with server-sent events. `events` is closed if the client leaves or stops reading.
+
+        `failure` makes the event for an error after the first event; `done` ends the stream.
+        """
+        timeout = self.settings.stall_timeout
+        await while_connected(self.receive, send_events(self.send, events, timeout, failure=failure, done=done))
 
     def check_ready(self) -> None:
-        """Raise `EngineUnavailableError` if a new request makes no sense now; a restart is waited for."""
+        """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
         state = self.engine.state
         if state not in ("ready", "restarting"):
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 
     def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer, once it is read."""
+        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded."""
         if self.engine.tokenizer is not None:
             return self.engine.tokenizer
         if self.engine.state == "loading":
@@ -83,7 +89,7 @@ class Exchange:
         raise Refusal(400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer")
 
     def check_model(self, name: str | None) -> str:
-        """The name to answer under. Raises `Refusal` (404) for a model that is not served."""
+        """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served."""
         names = self.engine.model_names
         if name is None:
             return names[0]
@@ -99,23 +105,23 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One route: how it is reached, what it does, and the forms of its body and reply for the OpenAPI file."""
+    """One route: method, path, handler, and the types of its body and reply for the OpenAPI file."""
 
     method: str
     path: str
-    handle: Callable[[Exchange], Awaitable[None]]
+    handle: Callable[[RequestContext], Awaitable[None]]
     summary: str
     body: type | None = None
     reply: type | None = None
     streams: bool = False
     public: bool = False
-    """Answers without an API key."""
+    """Needs no API key."""
 
 
-def decode_json(body: bytes, form: type[T]) -> T:
-    """`body` as `form`; what is wrong with it is said with its place."""
+def decode_json(body: bytes, body_type: type[T]) -> T:
+    """`body` as `body_type`. Raises `Refusal` (400) that names the field at fault."""
     try:
-        return _decoder(form).decode(body)  # type: ignore[no-any-return,arg-type]  # the cache forgets the form
+        return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         raise Refusal(
@@ -130,5 +136,5 @@ def decode_json(body: bytes, form: type[T]) -> T:
 
 
 @lru_cache
-def _decoder(form: type) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(form)
+def _decoder(body_type: type) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(body_type)

@@ -1,4 +1,4 @@
-"""Sender: on whose account a request runs, and what for; by this the engine orders, shares and predicts."""
+"""SchedulingInfo: tenant, priority, cache salt and workload of a request; the engine orders and shares work by them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,19 +12,20 @@ _SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
-class Sender:
-    """What the engine is told of a request besides its prompt and parameters."""
+class SchedulingInfo:
+    """Everything the engine gets about a request besides its prompt and sampling parameters."""
 
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
-    """The API key's account where there are keys: nobody gets a second share by another name for a user."""
+    """The API key's account; without keys, the request's `user`. With keys `user` is ignored: a client cannot get a
+    second share by sending another name."""
     workload: str = ""
 
 
-def sender_of(request: GenerateRequest, client: Client) -> Sender:
-    """Of one request and the client whose key came with it."""
-    return Sender(
+def scheduling_info(request: GenerateRequest, client: Client) -> SchedulingInfo:
+    """SchedulingInfo of `request`, sent by `client`."""
+    return SchedulingInfo(
         request.priority or 0,
         client.salt + (request.cache_salt or ""),
         client.account or (request.user or ""),
@@ -33,7 +34,7 @@ def sender_of(request: GenerateRequest, client: Client) -> Sender:
 
 
 def _workload(request: GenerateRequest) -> str:
-    """The route, and of a chat a hash of its system prompt: one application's requests have answers of like lengths."""
+    """The route, and for a chat a hash of its system prompt: answers to one application have similar lengths."""
     if not isinstance(request, ChatCompletionRequest):
         return "completion"
     first = request.messages[0] if request.messages else None
