@@ -9,6 +9,8 @@ captured in a CUDA graph.
 Importing this package imports Triton. With TRITON_INTERPRET=1 in the environment it works on CPU tensors, slowly.
 """
 
+from quire.kernels.host_sampling import row_argmax, sample_tokens
+from quire.kernels.sdpa import kv_cache_shapes
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -20,15 +22,15 @@ from quire.kernels.triton.linear import (
     linear_quantized,
     pack_linear,
     quantize_linear,
-    quantize_rows,
     rms_norm_linear,
 )
 from quire.kernels.triton.norm import add_rms_norm, rms_norm, rms_norm_heads_
-from quire.kernels.triton.rotary_kv import kv_cache_shapes, rotary_, rotary_write_kv, write_kv
+from quire.kernels.triton.rotary_kv import rotary_, rotary_write_kv, write_kv
 
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
+    "describe",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
@@ -39,12 +41,17 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "quantize_linear",
-    "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
     "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "write_kv",
 ]
+
+
+def describe() -> str:
+    return "triton"

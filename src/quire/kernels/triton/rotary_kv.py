@@ -5,20 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.interface import KVLayer, KVShape
+from quire.kernels.interface import KVLayer
 
 HEADS = 4
 """Heads a program works on at a time."""
 NUM_WARPS = 4
-
-
-def kv_cache_shapes(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
-) -> tuple[KVShape, KVShape]:
-    """Shapes of one layer's keys and values."""
-    assert not scaled, "int8 is of the CPU's own kernels"
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return shape, shape
 
 
 @triton.jit
