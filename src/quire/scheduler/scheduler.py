@@ -86,7 +86,7 @@ class Scheduler:
         queue = make_queue(stats)
         self._queues = groups = RequestQueues(pool, max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
         self._load = Load(pool, groups, forecast)
-        self._lookup = lookup = PrefixLookup(pool, transfers, stats, clock)
+        self._lookup = lookup = PrefixLookup(pool, transfers, clock)
         self._results = ResultProcessor(pool, groups, lookup, transfers, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
         self._admission = Admission(
@@ -211,13 +211,15 @@ class Scheduler:
         """Make every stored prefix unfindable, in the pool and below it."""
         self.pool.forget_hashes()
         if self._transfers is not None:
-            self._transfers.forget_all()
+            self._transfers.evict_all()
 
     def stats(self) -> EngineStats:
         """The present counts; those that are predicted are at most half a second old."""
         self._load.refresh(self._clock(), self._stats)
         stats, pool = replace(self._stats), self.pool
-        stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
+        prefixes = self._lookup.counts
+        stats.total_prefix_hits = prefixes.num_hits
+        stats.prefix_hits, stats.prefix_misses = prefixes.hits.copy(), prefixes.misses.copy()
         stats.num_running = len(self._queues.running)
         stats.num_waiting = len(self._queues.waiting)
         stats.num_used_blocks = pool.num_used
@@ -334,7 +336,7 @@ class Scheduler:
             self._plan_behind(plan, behind, self._max_step_tokens - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
-            if plan.rows or not self._queues.running or (self._transfers is not None and self._transfers.brings_blocks):
+            if plan.rows or not self._queues.running or (self._transfers is not None and self._transfers.has_loads):
                 return
             if not may_preempt:
                 return
@@ -470,7 +472,7 @@ class Scheduler:
         )
         if self._tiers is not None and self._transfers is not None and result.offload is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
-            self._transfers.take_in(plan.offload, result.offload)
+            self._transfers.update(plan.offload, result.offload)
         counts = plan.num_scheduled_tokens if self._drafting is None else self._drafting.settle(plan, result)
         may_join = not self._in_flight and (self._drafting is None or self._drafting.allows_lockstep)
         return self._results.take_in(plan, result, rows, counts, may_join=may_join)
