@@ -12,7 +12,7 @@ The rules, in their order:
    what a short prompt does not need goes to the longer ones. So a long prompt delays nobody by more than its share.
    Beams of one request take their tokens together: who lacks one waits for those who lack more.
 3. RequestQueues that wait are admitted in order as far as rows and blocks go (`admission`).
-4. A step that only decodes may take drafted tokens too, where they pay (`speculation`). They come last: they yield
+4. A step that only decodes may take drafted tokens too, where they pay (`draft_planner`). They come last: they yield
    nobody's memory, and what of them does not hold is taken back when the step ends.
 """
 
@@ -30,6 +30,7 @@ from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.request_queues import RequestQueues
@@ -42,7 +43,6 @@ from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, AdmissionR
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
-from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan, StepResult
 
 WATERMARK = 0.01
@@ -65,7 +65,7 @@ class Scheduler:
         max_num_partial_prefills: int = 4,
         tiers: TierIndex | None = None,
         max_pinned_share: float = 0.5,
-        speculation: Speculation | None = None,
+        speculation: DraftPlanner | None = None,
         make_queue: MakeQueue = SCHEDULING_POLICIES["fcfs"],
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
