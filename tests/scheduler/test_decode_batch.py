@@ -6,8 +6,8 @@ import pytest
 
 from quire.config import SpeculativeConfig
 from quire.outputs import EngineStats
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
-from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan, StepResult
 from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
@@ -31,7 +31,7 @@ def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
     engine.run()
 
 
-class FindsNothing(Speculation):
+class FindsNothing(DraftPlanner):
     def choose(self, candidates: Sequence[object], *_: float) -> list[list[int]]:
         return [[] for _ in candidates]
 

@@ -34,9 +34,9 @@ from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.logits_processors import load_processors
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | N
         max_num_partial_prefills=config.max_num_partial_prefills,
         tiers=tiers,
         max_pinned_share=config.max_pinned_share,
-        speculation=None if config.speculative_config is None else Speculation(config.speculative_config),
+        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )

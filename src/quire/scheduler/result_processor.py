@@ -275,7 +275,7 @@ class ResultProcessor:
         """What made a sample fail may sit in the KV, where the next request of this prefix would find it."""
         sequence.table.forget_hashes()
         if self._transfers is not None:
-            self._transfers.forget(sequence)
+            self._transfers.evict(sequence)
         sequence.num_computed_tokens = 0
 
 

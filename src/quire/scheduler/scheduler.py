@@ -12,7 +12,7 @@ The rules, in their order:
    what a short prompt does not need goes to the longer ones. So a long prompt delays nobody by more than its share.
    Beams of one request take their tokens together: who lacks one waits for those who lack more.
 3. RequestQueues that wait are admitted in order as far as rows and blocks go (`admission`).
-4. A step that only decodes may take drafted tokens too, where they pay (`speculation`). They come last: they yield
+4. A step that only decodes may take drafted tokens too, where they pay (`draft_planner`). They come last: they yield
    nobody's memory, and what of them does not hold is taken back when the step ends.
 """
 
@@ -30,6 +30,7 @@ from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.request_queues import RequestQueues
@@ -42,7 +43,6 @@ from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, AdmissionR
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
-from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan, StepResult
 
 WATERMARK = 0.01
@@ -65,7 +65,7 @@ class Scheduler:
         max_num_partial_prefills: int = 4,
         tiers: TierIndex | None = None,
         max_pinned_share: float = 0.5,
-        speculation: Speculation | None = None,
+        speculation: DraftPlanner | None = None,
         make_queue: MakeQueue = SCHEDULING_POLICIES["fcfs"],
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
@@ -86,7 +86,7 @@ class Scheduler:
         queue = make_queue(stats)
         self._queues = groups = RequestQueues(pool, max_num_seqs, queue, lengths, rules, transfers, self.prefixes, stats)
         self._load = Load(pool, groups, forecast)
-        self._lookup = lookup = PrefixLookup(pool, transfers, stats, clock)
+        self._lookup = lookup = PrefixLookup(pool, transfers, clock)
         self._results = ResultProcessor(pool, groups, lookup, transfers, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
         self._admission = Admission(
@@ -211,13 +211,15 @@ class Scheduler:
         """Make every stored prefix unfindable, in the pool and below it."""
         self.pool.forget_hashes()
         if self._transfers is not None:
-            self._transfers.forget_all()
+            self._transfers.evict_all()
 
     def stats(self) -> EngineStats:
         """The present counts; those that are predicted are at most half a second old."""
         self._load.refresh(self._clock(), self._stats)
         stats, pool = replace(self._stats), self.pool
-        stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
+        prefixes = self._lookup.counts
+        stats.total_prefix_hits = prefixes.num_hits
+        stats.prefix_hits, stats.prefix_misses = prefixes.hits.copy(), prefixes.misses.copy()
         stats.num_running = len(self._queues.running)
         stats.num_waiting = len(self._queues.waiting)
         stats.num_used_blocks = pool.num_used
@@ -334,7 +336,7 @@ class Scheduler:
             self._plan_behind(plan, behind, self._max_step_tokens - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
-            if plan.rows or not self._queues.running or (self._transfers is not None and self._transfers.brings_blocks):
+            if plan.rows or not self._queues.running or (self._transfers is not None and self._transfers.has_loads):
                 return
             if not may_preempt:
                 return
@@ -470,7 +472,7 @@ class Scheduler:
         )
         if self._tiers is not None and self._transfers is not None and result.offload is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
-            self._transfers.take_in(plan.offload, result.offload)
+            self._transfers.update(plan.offload, result.offload)
         counts = plan.num_scheduled_tokens if self._drafting is None else self._drafting.settle(plan, result)
         may_join = not self._in_flight and (self._drafting is None or self._drafting.allows_lockstep)
         return self._results.take_in(plan, result, rows, counts, may_join=may_join)
