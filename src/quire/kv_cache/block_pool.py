@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import QuireError
-from quire.kv_cache.partial_block_index import PartialBlockIndex
 from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.partial_block_index import PartialBlockIndex
 
 
 class OutOfBlocksError(QuireError):
@@ -168,6 +168,21 @@ class BlockPool:
         """Note that a block its only holder writes to is now filled up to `fill` slots."""
         self.num_filled_slots += fill - self.fill[block]
         self.fill[block] = fill
+
+    def count_filled(self, num_slots: int) -> None:
+        """Count slots as filled before `set_counted_fill` says which: the decode batch counts all its blocks at once."""
+        self.num_filled_slots += num_slots
+
+    def set_counted_fill(self, block: int, fill: int) -> None:
+        """Note the fill of a block whose slots `count_filled` has counted."""
+        self.fill[block] = fill
+
+    def copy_on_write(self, block: int) -> int:
+        """Replace one holder's reference to a block by a new block, which gets a copy of its content in this step."""
+        copy = self.allocate()
+        self.total_block_copies += 1
+        self.release_after_copy(block)
+        return copy
 
     def find(self, name: BlockHash) -> int | None:
         """The block that carries `name`, used or free; it must be shared before anything else is allocated."""

@@ -126,7 +126,7 @@ class BlockOffload:
             # The beginnings of prompts are to survive longest here, too.
             self._index.tiers[tier_name].touch(name)
         table.append(num_worth * block_size, [])
-        sequence.num_computed_tokens = table.num_tokens
+        sequence.start_from_table()
         self.waiting[sequence] = loading
         for offset, (tier_name, name) in enumerate(sources):
             block = table.blocks[loading.first + offset]
@@ -208,7 +208,7 @@ class BlockOffload:
                 orphans[name] = None
         table = sequence.table
         table.truncate((loading.first + end) * self._pool.block_size)
-        sequence.num_computed_tokens = table.num_tokens
+        sequence.start_from_table()
         if not loading.missing:
             del self.waiting[sequence]
             table.hash_full_blocks(sequence.token_ids, table.num_tokens)
