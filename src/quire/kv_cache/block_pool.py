@@ -170,7 +170,7 @@ class BlockPool:
         self.fill[block] = fill
 
     def count_filled(self, num_slots: int) -> None:
-        """Count slots as filled before `set_counted_fill` says which: the decode batch counts all its blocks at once."""
+        """Count slots as filled; `set_counted_fill` says later which. The decode batch counts its blocks at once."""
         self.num_filled_slots += num_slots
 
     def set_counted_fill(self, block: int, fill: int) -> None:

@@ -1,8 +1,8 @@
 """Admission: who of those that wait gets rows and memory, and what of their KV they start from.
 
-Groups are admitted in the order of the waiting queue while rows, blocks for the whole prompt, a watermark of free blocks
-and the rule of admission, if there is one, allow it. A group whose next block is being computed by another group waits
-for that block instead of computing it twice.
+Groups are admitted in the order of the waiting queue while there are rows, blocks for the whole prompt and a watermark
+of free blocks besides, and while the rule of admission, if there is one, allows it. A group whose next block is being
+computed by another group waits for that block instead of computing it twice.
 """
 
 from collections.abc import Callable

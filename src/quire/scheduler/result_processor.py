@@ -77,8 +77,8 @@ class ResultProcessor:
         """Apply the result to every sequence of the plan that is still there. Returns what each sample gained.
 
         `num_kept` is the number of tokens computed in each row that stay: drafts that were rejected do not.
-        `num_in_flight` steps were planned after this one. With `fills_decode_batch`, sequences that only decode from now
-        on join the batch.
+        `num_in_flight` steps were planned after this one. With `fills_decode_batch`, sequences that only decode from
+        now on join the batch.
         """
         deltas = StepDeltas()
         samples: list[SampleId] = []
