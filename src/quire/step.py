@@ -67,40 +67,41 @@ class NewRow:
 
 @dataclass(slots=True)
 class OffloadPlan:
-    """What a step moves between the pool and the tiers below it, in this order, before anything else is written.
+    """Copies between the pool and the tiers below it. The step makes them in this order, before it writes any KV.
 
-    Names are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
+    Hashes are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
     """
 
-    forgotten: list[tuple[str, bytes]] = field(default_factory=list)
-    """(tier, name): stored blocks that make room."""
-    saves: list[tuple[str, bytes, int]] = field(default_factory=list)
-    """(tier, name, block): copies to take now; a host tier has them at once, a disk tier when it has written them."""
-    dropped: list[bytes] = field(default_factory=list)
-    """Blocks whose read ended and that nobody wants any more."""
+    evicted: list[tuple[str, bytes]] = field(default_factory=list)
+    """(tier, hash): stored blocks to remove from a tier, to make room."""
+    stores: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """(tier, hash, block): blocks to copy into a tier. The host tier holds them at once, the disk tier once written."""
+    cancelled: list[bytes] = field(default_factory=list)
+    """Finished reads whose sequence is gone: discard them."""
     loads: list[tuple[str, bytes, int]] = field(default_factory=list)
-    """(tier, name, block): content to put into the pool now, from host memory or from a read that has ended."""
+    """(tier, hash, block): content to copy into the pool, from host memory or from a finished read."""
     reads: list[bytes] = field(default_factory=list)
-    """Blocks to read from the disk tier in the background; `OffloadResult` says when they are there."""
+    """Blocks to read from the disk tier in the background; `OffloadResult` says when each has been read."""
     wait: bool = False
-    """Nothing can be computed before a read has ended."""
+    """Nothing can be computed until a read finishes."""
 
 
 @dataclass(slots=True)
 class OffloadResult:
-    """What ended in the background since the last step."""
+    """What finished in the background since the last step."""
 
-    saved: list[bytes] = field(default_factory=list)
-    """Blocks the disk tier now holds."""
-    not_saved: list[bytes] = field(default_factory=list)
+    stored: list[bytes] = field(default_factory=list)
+    """Blocks that the disk tier now holds."""
+    failed_stores: list[bytes] = field(default_factory=list)
+    """Blocks that could not be written."""
     read: list[tuple[bytes, float]] = field(default_factory=list)
-    """(name, seconds it took): in memory, checksum right."""
-    not_read: list[tuple[bytes, str]] = field(default_factory=list)
-    """(name, reason): "missing" or "corrupt"; the disk tier holds it no more."""
+    """(hash, seconds it took): blocks in memory, with the right checksum."""
+    failed_reads: list[tuple[bytes, str]] = field(default_factory=list)
+    """(hash, reason): "missing" or "corrupt". The disk tier no longer holds the block."""
     load_seconds: float = 0.0
-    """Time that this step spent on copying loads from the host tier."""
+    """Time that this step spent on loads from the host tier."""
     stopped: bool = False
-    """The disk tier takes no more blocks, because writing failed."""
+    """Writing failed, so the disk tier takes no more blocks."""
 
 
 @dataclass(slots=True)

@@ -56,13 +56,13 @@ class TieredRunner(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.offload is not None:
-            moves = plan.offload
-            for tier, name in moves.forgotten:
+            offload = plan.offload
+            for tier, name in offload.evicted:
                 if tier == HOST:
                     del self.host[name]
                 else:
                     self.writing.append((name, None))
-            for tier, name, block in moves.saves:
+            for tier, name, block in offload.stores:
                 content = self.memory[block].copy()
                 assert NOTHING not in content
                 if tier == HOST:
@@ -70,42 +70,42 @@ class TieredRunner(FakeRunner):
                     self.host[name] = content
                 else:
                     self.writing.append((name, content))
-            for name in moves.dropped:
+            for name in offload.cancelled:
                 del self.arrived[name]
-            for tier, name, block in moves.loads:
+            for tier, name, block in offload.loads:
                 self.memory[block] = self.host[name].copy() if tier == HOST else self.arrived.pop(name)
-            self.reading += moves.reads
+            self.reading += offload.reads
         assert sum(content is not None for _, content in self.writing) <= MIN_STAGED_BLOCKS
         assert len(self.reading) + len(self.arrived) <= MIN_STAGED_BLOCKS
         result = super().execute(plan)
-        result.offload = self.moved(wait=plan.offload is not None and plan.offload.wait)
+        result.offload = self.finished(wait=plan.offload is not None and plan.offload.wait)
         return result
 
-    def moved(self, *, wait: bool) -> OffloadResult:
-        moved = OffloadResult(load_seconds=0.001)
+    def finished(self, *, wait: bool) -> OffloadResult:
+        result = OffloadResult(load_seconds=0.001)
         while self.writing and self.rng.random() < self.patience:
             name, content = self.writing.pop(0)
             if content is None:
                 self.disk.blocks.pop(name, None)
             elif self.disk.full:
-                moved.not_saved.append(name)
-                moved.stopped = True
+                result.failed_stores.append(name)
+                result.stopped = True
             else:
                 self.disk.blocks[name] = content
-                moved.saved.append(name)
+                result.stored.append(name)
         while self.reading and (wait or self.rng.random() < self.patience):
             wait = False
             name = self.reading.pop(0)
             if name not in self.disk.blocks:
-                moved.not_read.append((name, "missing"))
+                result.failed_reads.append((name, "missing"))
             elif name in self.disk.broken:
-                moved.not_read.append((name, "corrupt"))
+                result.failed_reads.append((name, "corrupt"))
                 self.disk.broken.discard(name)
                 del self.disk.blocks[name]
             else:
                 self.arrived[name] = self.disk.blocks[name].copy()
-                moved.read.append((name, 0.001))
-        return moved
+                result.read.append((name, 0.001))
+        return result
 
 
 class TieredEngine(Engine):
@@ -161,8 +161,8 @@ class TieredEngine(Engine):
         scheduler, transfers = self.scheduler, self.scheduler._offload
         assert transfers is not None
         taken: list[int] = []
-        while self.pool.num_free or transfers._saving or transfers._idle:
-            if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
+        while self.pool.num_free or transfers._storing or transfers._idle:
+            if self.pool.num_free and len(transfers._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=transfers.finish(computes=False))
             scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
@@ -180,11 +180,11 @@ class TieredEngine(Engine):
             removed = {name for name, content in self.runner.writing if content is None}
             written = {name for name, content in self.runner.writing if content is not None}
             assert len((self.disk.blocks.keys() - removed) | written) <= self.num_disk_blocks
-        if not transfers._plan.forgotten:
+        if not transfers._plan.evicted:
             if HOST in self.index.tiers:
-                assert set(self.index.tiers[HOST].names()) == self.runner.host.keys()
+                assert set(self.index.tiers[HOST].hashes()) == self.runner.host.keys()
             if DISK in self.index.tiers and not self.runner.writing:
-                assert set(self.index.tiers[DISK].names()) == self.disk.blocks.keys()
+                assert set(self.index.tiers[DISK].hashes()) == self.disk.blocks.keys()
         return plan
 
     def check_plan(self, plan: StepPlan) -> None:
@@ -345,7 +345,7 @@ def test_the_beginnings_of_prompts_are_written_first() -> None:
     engine.run()
     first = engine.step()
     assert first.offload is not None
-    assert [engine.runner.memory[block][0] for _, _, block in first.offload.saves] == [
+    assert [engine.runner.memory[block][0] for _, _, block in first.offload.stores] == [
         kv_of_all(new_request("a", 24).prompt_token_ids)[0]
     ]
 

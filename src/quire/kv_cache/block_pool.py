@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import QuireError
-from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.block_hash import BlockHash, TokenKey
 from quire.kv_cache.partial_block_index import PartialBlockIndex
 
 
@@ -137,7 +137,7 @@ class BlockPool:
             if self.on_idle is not None:
                 self.on_idle(block, name)
 
-    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
+    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
         """Let a partly filled block be found when its only holder, who is about to release it, is gone.
 
         It holds `token_ids` and follows the block named `parent`. One that others hold, or whose tokens can be found
@@ -191,7 +191,7 @@ class BlockPool:
         return self._named.get(name)
 
     def set_hash(
-        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[int] | None = None
+        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[TokenKey] | None = None
     ) -> None:
         """Make a full block findable. The first block of a name keeps it; later twins stay nameless.
 
@@ -246,7 +246,7 @@ class BlockPool:
             yield block
             block = self._next[block]
 
-    def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
+    def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
         forgotten = self.children.add(block, parent, token_ids)
         if forgotten is not None and self.names[forgotten] is None:  # free, and now without content
             self._unlink(forgotten)

@@ -27,14 +27,14 @@ class BlockStore:
         self._slots: dict[bytes, int] = {}
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
 
-    def move(self, moves: OffloadPlan) -> float:
-        """Carry out a plan's moves, in the order of its fields. Returns the seconds spent on loads from host memory."""
-        for tier, name in moves.forgotten:
+    def move(self, plan: OffloadPlan) -> float:
+        """Carry out a plan, in the order of its fields. Returns the seconds spent on loads from host memory."""
+        for tier, name in plan.evicted:
             if tier == HOST:
                 self._free_slots.append(self._slots.pop(name))
             else:
                 self._files.forget(name)
-        for tier, name, block in moves.saves:
+        for tier, name, block in plan.stores:
             if tier == HOST:
                 slot = self._slots[name] = self._free_slots.pop()
                 self._kv_cache.copy_out(block, self._host[slot])
@@ -42,10 +42,10 @@ class BlockStore:
                 buffer = self._files.new_buffer()
                 self._kv_cache.copy_out(block, _content(buffer))
                 self._files.save(name, buffer)
-        for name in moves.dropped:
+        for name in plan.cancelled:
             self._files.give_back(self._files.take(name))
         seconds = 0.0
-        for tier, name, block in moves.loads:
+        for tier, name, block in plan.loads:
             if tier == HOST:
                 started = time.perf_counter()
                 self._kv_cache.copy_in(block, self._host[self._slots[name]])
@@ -55,7 +55,7 @@ class BlockStore:
                 buffer = self._files.take(name)
                 self._kv_cache.copy_in(block, _content(buffer))
                 self._files.give_back(buffer)
-        for name in moves.reads:
+        for name in plan.reads:
             self._files.read(name)
         return seconds
 

@@ -65,7 +65,7 @@ class DiskBlocks:
         self._failed = False
         self._unused: list[bytearray] = []
         """Buffers of header and content, as many as were ever needed at once."""
-        self._moved = OffloadResult()
+        self._result = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
         """Guards the two above."""
@@ -143,9 +143,9 @@ class DiskBlocks:
         """What has ended since the last call; waits up to `wait_seconds` for a read to end."""
         with self._news:
             if wait_seconds > 0:
-                self._news.wait_for(lambda: bool(self._moved.read or self._moved.not_read), wait_seconds)
-            moved, self._moved = self._moved, OffloadResult(stopped=self._moved.stopped)
-            return moved
+                self._news.wait_for(lambda: bool(self._result.read or self._result.failed_reads), wait_seconds)
+            result, self._result = self._result, OffloadResult(stopped=self._result.stopped)
+            return result
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Write what is queued, for `seconds` at most, and let go of the folder."""
@@ -173,11 +173,11 @@ class DiskBlocks:
             if buffer is None:
                 self._path(name).unlink(missing_ok=True)
                 continue
-            saved = False
+            stored = False
             if not self._failed:
                 try:
                     self._write_file(name, buffer)
-                    saved = True
+                    stored = True
                 except OSError as error:
                     self._failed = True
                     logger.warning(
@@ -187,8 +187,8 @@ class DiskBlocks:
                     )
             self.give_back(buffer)
             with self._news:
-                (self._moved.saved if saved else self._moved.not_saved).append(name)
-                self._moved.stopped = self._failed
+                (self._result.stored if stored else self._result.failed_stores).append(name)
+                self._result.stopped = self._failed
 
     def _write_file(self, name: bytes, buffer: bytearray) -> None:
         content = memoryview(buffer)[HEADER_BYTES:]
@@ -219,10 +219,10 @@ class DiskBlocks:
             with self._news:
                 if reason is None:
                     self._arrived[name] = buffer
-                    self._moved.read.append((name, seconds))
+                    self._result.read.append((name, seconds))
                 else:
                     self.give_back(buffer)
-                    self._moved.not_read.append((name, reason))
+                    self._result.failed_reads.append((name, reason))
                 self._news.notify_all()
 
     def _read_file(self, name: bytes, buffer: bytearray) -> str | None:

@@ -338,7 +338,7 @@ class ResultProcessor:
             self._queues.remove_from_decode_batch(sequence)
         sequence.table.forget_hashes()
         if self._offload is not None:
-            self._offload.forget(sequence)
+            self._offload.evict(sequence)
         sequence.discard_computed()
 
 

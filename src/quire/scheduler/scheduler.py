@@ -78,7 +78,7 @@ class Scheduler:
         queue = make_queue(stats)
         self._queues = groups = RequestQueues(pool, max_num_seqs, queue, lengths, rules, offload, self.prefixes, stats)
         self._load = Load(pool, groups, forecast)
-        self._lookup = lookup = PrefixLookup(pool, offload, stats, clock)
+        self._lookup = lookup = PrefixLookup(pool, offload, clock)
         self._results = ResultProcessor(pool, groups, lookup, offload, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
         self._admission = Admission(
@@ -134,7 +134,7 @@ class Scheduler:
                 f"{name} is {num_sequences}, but at most {self.max_num_seqs} sequences run at once (max_num_seqs)",
                 param=name,
             )
-        root = root_hash(request.cache_salt, block_size)
+        root = root_hash(request.cache_salt, block_size, request.adapter)
         group = SequenceGroup(request, self.pool, root, self._num_arrivals)
         needed = group.max_blocks(block_size)
         pinned = self.prefixes.num_blocks
@@ -174,7 +174,7 @@ class Scheduler:
         The request asks for one token and has the first of the salts. Raises `RequestError` with the numbers for a
         prefix that cannot be held, or that would leave too little for a request in flight.
         """
-        prefix = self.prefixes.check(request.request_id, request.prompt_token_ids, salts)
+        prefix = self.prefixes.check(request, salts)
         left = self.pool.num_blocks - self.prefixes.num_blocks - prefix.num_new_blocks
         most = max((group.max_blocks(self.pool.block_size) for group in self._queues.by_id.values()), default=0)
         if most > left:
@@ -182,8 +182,8 @@ class Scheduler:
                 f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",
                 param="prefix",
             )
-        self.add(replace(request, prompt_token_ids=prefix.token_ids))
-        self.prefixes.reserve(request.request_id, prefix)
+        self.add(prefix.request)
+        self.prefixes.reserve(prefix)
 
     @property
     def has_work(self) -> bool:
@@ -203,13 +203,15 @@ class Scheduler:
         """Make every stored prefix unfindable, in the pool and below it."""
         self.pool.forget_hashes()
         if self._offload is not None:
-            self._offload.forget_all()
+            self._offload.evict_all()
 
     def stats(self) -> EngineStats:
         """The present counts; those that are predicted are at most half a second old."""
         self._load.refresh(self._clock(), self._stats)
         stats, pool = replace(self._stats), self.pool
-        stats.prefix_hits, stats.prefix_misses = stats.prefix_hits.copy(), stats.prefix_misses.copy()
+        prefixes = self._lookup.counts
+        stats.total_prefix_hits = prefixes.num_hits
+        stats.prefix_hits, stats.prefix_misses = prefixes.hits.copy(), prefixes.misses.copy()
         stats.num_running = len(self._queues.running)
         stats.num_waiting = len(self._queues.waiting)
         stats.num_used_blocks = pool.num_used
@@ -301,7 +303,7 @@ class Scheduler:
         )
         if self._tiers is not None and self._offload is not None and result.offload is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
-            self._offload.take_in(plan.offload, result.offload)
+            self._offload.update(plan.offload, result.offload)
         num_kept = plan.num_scheduled_tokens if self._drafting is None else self._drafting.settle(plan, result)
         fills_decode_batch = self._drafting is None or self._drafting.allows_lockstep
         return self._results.process(

@@ -168,11 +168,11 @@ class SequenceGroup:
             # Nothing of a search is delivered before its end, so a resumed request starts over.
             self.beam_search = BeamSearch(request)
             self.idle_beams = [
-                Sequence(self, index, BlockTable(pool, root), []) for index in range(1, self.beam_search.width)
+                Sequence(self, index, BlockTable(pool, root, request.inputs), []) for index in range(1, self.beam_search.width)
             ]
             outputs = {0: []}
         self.sequences = [
-            Sequence(self, index, BlockTable(pool, root), [*request.prompt_token_ids, *output])
+            Sequence(self, index, BlockTable(pool, root, request.inputs), [*request.prompt_token_ids, *output])
             for index, output in outputs.items()
         ]
         self.sequences.sort(key=lambda sequence: sequence.num_output_tokens > 0)

@@ -70,7 +70,7 @@ class StepPlanner:
                 self._plan_prefilling(plan, prefilling, max_tokens - plan.num_tokens)
             if self._drafting is not None and num_decoding and num_decoding == len(plan.rows):
                 self._drafting.extend(plan)
-            if plan.rows or not queues.running or (offload is not None and offload.brings_blocks) or not may_preempt:
+            if plan.rows or not queues.running or (offload is not None and offload.has_loads) or not may_preempt:
                 break
             if not started:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.

@@ -51,32 +51,32 @@ class ModelledTiers:
         """(when it ends, name, seconds it takes) in that order."""
         self._writes: deque[tuple[float, bytes]] = deque()
 
-    def move(self, moves: OffloadPlan | None, now: float, seconds: float) -> tuple[OffloadResult, float]:
+    def move(self, plan: OffloadPlan | None, now: float, seconds: float) -> tuple[OffloadResult, float]:
         """What ends by the end of a step that begins `now` and computes for `seconds`; and how long it then takes."""
-        moved = OffloadResult()
+        result = OffloadResult()
         wait = False
-        if moves is not None:
-            num_loads = sum(tier == HOST for tier, _, _ in moves.loads)
-            num_saves = sum(tier == HOST for tier, _, _ in moves.saves)
-            moved.load_seconds = num_loads * self._host_seconds
-            seconds += (num_loads + num_saves) * self._host_seconds
-            for name in moves.reads:
+        if plan is not None:
+            num_loads = sum(tier == HOST for tier, _, _ in plan.loads)
+            num_stores = sum(tier == HOST for tier, _, _ in plan.stores)
+            result.load_seconds = num_loads * self._host_seconds
+            seconds += (num_loads + num_stores) * self._host_seconds
+            for name in plan.reads:
                 begin = max(now, self._reads[-1][0]) if self._reads else now
                 self._reads.append((begin + self._disk_seconds, name, self._disk_seconds))
-            for tier, name, _ in moves.saves:
+            for tier, name, _ in plan.stores:
                 if tier == DISK:
                     begin = max(now, self._writes[-1][0]) if self._writes else now
                     self._writes.append((begin + self._disk_seconds, name))
-            wait = moves.wait
+            wait = plan.wait
         if wait and self._reads:
             seconds = max(seconds, self._reads[0][0] - now)
         end = now + seconds
         while self._reads and self._reads[0][0] <= end:
             _, name, took = self._reads.popleft()
-            moved.read.append((name, took))
+            result.read.append((name, took))
         while self._writes and self._writes[0][0] <= end:
-            moved.saved.append(self._writes.popleft()[1])
-        return moved, seconds
+            result.stored.append(self._writes.popleft()[1])
+        return result, seconds
 
     def forget(self) -> None:
         """What is on its way is lost."""

@@ -312,7 +312,7 @@ class PagedSimulation:
         self.num_deaths += 1
         self.now += self._settings.restart_time
         if self._tiers is not None and DISK in self._tiers.tiers:
-            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].names()]
+            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].hashes()]
         self._executor.forget()
         self.scheduler = self._start_engine()
         for client in self._clients.values():
