@@ -134,7 +134,7 @@ class EngineCore:
         if ahead is not None and next_pending is not None:
             self._in_progress = ahead, next_pending
         elif ahead is not None:
-            self._scheduler.retreat(ahead)
+            self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
             self._grammars.keep_held(self._scheduler.request_ids)
         return deltas
@@ -150,7 +150,7 @@ class EngineCore:
             return None
         pending = self._try_launch(plan)
         if pending is None:
-            self._scheduler.retreat(plan)
+            self._scheduler.roll_back(plan)
             return None
         return plan, pending
 
