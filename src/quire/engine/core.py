@@ -18,7 +18,8 @@ from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import WaitingForGrammar, load_compiler
 from quire.engine.limits import check_request
 from quire.engine.load_ahead import LoadAhead, load_ahead
-from quire.engine.memory_plan import MemoryPlan, max_num_samples
+from quire.engine.memory_budget import max_num_samples
+from quire.engine.memory_plan import MemoryPlan
 from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, cpu, kernels_for
