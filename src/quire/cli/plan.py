@@ -15,7 +15,8 @@ from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
 from quire.engine.device import Device as EngineDevice
-from quire.engine.memory_plan import MemoryPlan, available_memory, plan_memory
+from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_sizes import available_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import ModelConfig
 from quire.quantization import METHODS

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quire.engine.memory_plan import show_bytes
+from quire.engine.memory_sizes import show_bytes
 
 
 def print_plan(figures: dict[str, Any], memory: Sequence[str]) -> None:

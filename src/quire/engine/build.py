@@ -17,7 +17,8 @@ from quire.engine.core import EngineCore
 from quire.engine.device import usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import load_compiler
-from quire.engine.memory_plan import MemoryPlan, max_num_samples
+from quire.engine.memory_budget import max_num_samples
+from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, cpu, kernels_for

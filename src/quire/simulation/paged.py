@@ -18,8 +18,8 @@ from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
 from quire.simulation.invariants import check_pool
 from quire.simulation.measures import Measures
-from quire.simulation.modelled_executor import END_TOKEN, SAMPLED_TOKEN, ModelledExecutor, ends_after
-from quire.simulation.rivals import QUEUES, RULES
+from quire.simulation.modelled_executor import END_TOKEN, SAMPLED_TOKEN, ModelledExecutor
+from quire.simulation.rivals import RULES, make_queues
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS
 
@@ -32,6 +32,8 @@ _UNIQUE = 2**31
 _SHARED = 2**32 - 1
 """The token that shared prefixes are made of."""
 _PREFIX_ID = "shared prefix"
+_NO_CLIENT = -1
+"""The seed of a request that no client sent; a client's is the number of its arrival."""
 
 Progress = Callable[[int], None]
 """Called now and then with the number of requests that have ended."""
@@ -87,7 +89,8 @@ class PagedSimulation:
         self._clients: dict[str, _Client] = {}
         self._leaving: list[tuple[float, str]] = []
         """When clients lose patience, as a heap."""
-        self._params: dict[tuple[int, int], SamplingParams] = {}
+        self._params: dict[tuple[int, bool], SamplingParams] = {}
+        """(limit in tokens, whether the request ends before it) → parameters that such requests share."""
         self._prefix = [_SHARED] * settings.shared_prefix
         self._num_counted = 0
         """Clients waiting or running that are part of the result."""
@@ -166,7 +169,7 @@ class PagedSimulation:
             _, request_id = heapq.heappop(self._leaving)
             if request_id in clients:
                 self.measures.cancelled += clients[request_id].arrival.counted
-                self._forget(clients[request_id])
+                self._remove(clients[request_id])
                 self.scheduler.abort(request_id)
                 self._check()
 
@@ -185,30 +188,32 @@ class PagedSimulation:
         else:
             prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
         prompt[:0] = self._prefix
-        params = self._params.get((row.output_tokens, max_tokens))
+        ends_early = row.output_tokens < max_tokens and settings.beam_width is None
+        if not ends_early:
+            max_tokens = row.output_tokens
+        params = self._params.get((max_tokens, ends_early))
         if params is None:
-            ends_early = row.output_tokens < max_tokens and settings.beam_width is None
             params = SamplingParams(
-                n=settings.n,
-                beam_width=settings.beam_width,
-                max_tokens=max_tokens if ends_early else row.output_tokens,
-                ignore_eos=not ends_early,
-                extra=ends_after(row.output_tokens) if ends_early else {},
+                n=settings.n, beam_width=settings.beam_width, max_tokens=max_tokens, ignore_eos=not ends_early
             )
-            self._params[row.output_tokens, max_tokens] = params
+            self._params[max_tokens, ends_early] = params
         request = Request(
             request_id=f"{arrival.number}",
             prompt_token_ids=prompt,
             params=params,
-            eos_token_ids=() if params.ignore_eos else (END_TOKEN,),
-            max_tokens=params.max_tokens or row.output_tokens,
+            seed=arrival.number,
+            eos_token_ids=(END_TOKEN,) if ends_early else (),
+            max_tokens=max_tokens,
             arrival_time=arrival.time,
             tenant=row.tenant,
         )
         patience = self._faults.patience()
+        if ends_early:
+            self._executor.output_lengths[request.seed] = row.output_tokens
         try:
             self.scheduler.add(request)
         except RequestError:
+            self._executor.output_lengths.pop(request.seed, None)
             self.measures.refused += arrival.counted
             return
         self._clients[request.request_id] = _Client(arrival, request)
@@ -248,7 +253,7 @@ class PagedSimulation:
 
     def _end(self, client: _Client) -> None:
         """The last sample of a request has ended."""
-        self._forget(client)
+        self._remove(client)
         if client.failed:
             self.measures.failed += client.arrival.counted
         elif client.arrival.counted:
@@ -260,8 +265,9 @@ class PagedSimulation:
                 client.request.tenant,
             )
 
-    def _forget(self, client: _Client) -> None:
+    def _remove(self, client: _Client) -> None:
         del self._clients[client.request.request_id]
+        self._executor.output_lengths.pop(client.request.seed, None)
         self._num_counted -= client.arrival.counted
 
     # -- engines ------------------------------------------------------------------------------------------------------
@@ -276,16 +282,17 @@ class PagedSimulation:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self._max_model_len,
             tiers=self._tiers,
-            make_queue=QUEUES[settings.scheduling_policy],
+            make_queue=make_queues(self._executor.output_lengths)[settings.scheduling_policy],
             make_rule=RULES[settings.admission],
             clock=lambda: self.now,
         )
         if self._prefix:
             # Provided in advance, as the paper has it: computed before the clock runs.
             params = SamplingParams(max_tokens=1, ignore_eos=True)
-            scheduler.register_prefix(
-                Request(request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, max_tokens=1), [""]
+            prefix = Request(
+                request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, seed=_NO_CLIENT, max_tokens=1
             )
+            scheduler.register_prefix(prefix, [""])
             while scheduler.has_work:
                 plan = scheduler.schedule()
                 scheduler.update(plan, self._executor.execute(plan, self.now)[0])
@@ -313,7 +320,7 @@ class PagedSimulation:
         self.now += self._settings.restart_time
         if self._tiers is not None and DISK in self._tiers.tiers:
             self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].hashes()]
-        self._executor.forget()
+        self._executor.clear()
         self.scheduler = self._start_engine()
         for client in self._clients.values():
             asked = client.request
