@@ -26,10 +26,12 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.packed_weights import PackedWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import Model, load_model
-from quire.models.weights import RandomWeights, Weights
+from quire.models.weights import TensorSource
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
@@ -172,10 +174,11 @@ def _load_model(target: _Target, kernels: Kernels) -> Model:
     float32_activations = BACKENDS[plan.attention_backend].float32_activations
     made_on = torch.device("cpu") if float32_activations else target.device
     dummy = config.load_format == "dummy"
-    source = RandomWeights(config.seed, device=made_on) if dummy else Weights.open(target.folder)
-    weights = source if float32_activations else DeviceWeights(source, target.device, getattr(torch, plan.dtype))
+    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else open_checkpoint(target.folder)
+    if not float32_activations:
+        source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
     stored_as = plan.quantization or plan.dtype
-    return load_model(target.model_config, weights, kernels, stored_as, max_model_len=plan.max_model_len)
+    return load_model(target.model_config, source, kernels, stored_as, max_model_len=plan.max_model_len)
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
