@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_table import Figure
+from quire.kernels import AttentionParams, KVLayer
 
 BLOCK_SIZE = 64
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -102,10 +103,9 @@ class Batch:
         shape = (int(num_blocks.sum()), NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         num_layers = min(64, max(1, -(-MIN_KV_BYTES // self.kv_bytes)))
         self.layers = [
-            (torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype),
-             torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype))
+            KVLayer(*(torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype) for _ in range(2)))
             for _ in range(num_layers)
-        ]  # fmt: skip
+        ]
         self.q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
         buffers = PlanBuffers(
             num_heads=NUM_HEADS,
@@ -133,8 +133,8 @@ class Batch:
     def seconds(self) -> float:
         from quire.kernels.triton import paged_attention
 
-        scale = HEAD_DIM**-0.5
-        return self.card.seconds_of([partial(paged_attention, self.q, k, v, self.plan, scale) for k, v in self.layers])
+        params = AttentionParams(HEAD_DIM**-0.5)
+        return self.card.seconds_of([partial(paged_attention, self.q, kv, self.plan, params) for kv in self.layers])
 
     def gathered_seconds(self) -> float:
         """KV gathered by the block table, then torch's attention: of sequences of one length, one new token each."""
@@ -147,7 +147,7 @@ class Batch:
             keys, values = (each[tables].transpose(1, 2).flatten(2, 3)[:, :, :length] for each in (k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
-        return self.card.seconds_of([partial(attend, k, v) for k, v in self.layers])
+        return self.card.seconds_of([partial(attend, kv.keys, kv.values) for kv in self.layers])
 
     def flashinfer_seconds(self) -> float:
         import flashinfer
@@ -166,9 +166,9 @@ class Batch:
             HEAD_DIM,
             BLOCK_SIZE,
             q_data_type=self.q.dtype,
-            kv_data_type=self.layers[0][0].dtype,
+            kv_data_type=self.layers[0].keys.dtype,
         )
-        return self.card.seconds_of([partial(wrapper.run, self.q, layer) for layer in self.layers])
+        return self.card.seconds_of([partial(wrapper.run, self.q, (kv.keys, kv.values)) for kv in self.layers])
 
 
 def ceilings(card: Card) -> tuple[float, float]:

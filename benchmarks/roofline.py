@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.quantization import METHODS
 
 MARKERS = {
@@ -84,21 +84,17 @@ def run_steps(model: Path, *flags: str) -> dict[str, Any]:
 def points_of(run: dict[str, Any], model: ModelConfig, model_name: str) -> Iterator[Point]:
     """What each part of each kind of step had to do, in the time it took."""
     weights = run["weights"]
-    matrices = model.num_layers * sum(n * k for n, k in model.linear_shapes)
-    head = model.vocab_size * model.hidden_size
-    if weights in METHODS:
-        method = METHODS[weights]
-        matrix_bytes = model.num_layers * sum(method.layers.weight_bytes(*shape) for shape in model.linear_shapes)
-        head_bytes = method.head.weight_bytes(model.vocab_size, model.hidden_size)
-    else:
-        matrix_bytes, head_bytes = matrices * DTYPE_BYTES[weights], head * DTYPE_BYTES[weights]
+    spec = model.spec
+    matrices, head = spec.layer_parameters, spec.head.num_parameters
+    stored_as = ("float32", weights) if weights in METHODS else (weights, None)
+    matrix_bytes, head_bytes = spec.layer_bytes(*stored_as), spec.head_bytes(*stored_as)
     for name, parts in run["steps"].items():
         count = int(name.split()[0])
         decoding = name.endswith("rows")
         stored = run["context"] * count if decoding else count
         seen = stored if decoding else count * (count + 1) / 2  # keys over all queries, as the causal mask leaves them
-        attention = 4.0 * seen * model.num_heads * model.head_dim * model.num_layers
-        kv_bytes = stored * model.kv_bytes_per_token(run["kv_cache_dtype"])
+        attention = float(seen * spec.operations_per_pair)
+        kv_bytes = stored * spec.kv_bytes_per_token(run["kv_cache_dtype"])
         work = {"dense": (2.0 * matrices * count, matrix_bytes), "attention": (attention, kv_bytes)}
         if decoding:
             work["logits"] = (2.0 * head * count, head_bytes)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, Kernels, OutputTokens, kernels_for
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.registry import load_model
 from quire.models.weights import Weights
@@ -41,7 +42,7 @@ class PagedModel:
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # What a block held before must never matter.
         self.layers = [
-            (torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
+            KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
             for _ in range(config.num_layers)
         ]
         self.lengths = [0] * max_sequences
@@ -72,7 +73,8 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, output_tokens)
+            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))

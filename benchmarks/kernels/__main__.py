@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quire.attention.plan import CpuAttentionPlan, plan_attention
-from quire.kernels import cpu
+from quire.kernels import AttentionParams, KVLayer, cpu
 
 BLOCK_SIZE = 16
 # Decode walks through several layers, so that no cache of the processor holds what is read next.
@@ -58,7 +58,7 @@ PREFILL = [(2048, 2048, 12, 4, 64), (2048, 2048, 12, 4, 128), (512, 4096, 12, 4,
 
 
 class Attention:
-    """One attention call over `layers` caches in turn."""
+    """One attention call over `layers` in turn."""
 
     def __init__(
         self,
@@ -86,10 +86,12 @@ class Attention:
         shapes = cpu.kv_cache_shapes(len(free), num_kv_heads, BLOCK_SIZE, self.head_dim, scaled=dtype == torch.int8)
         # Every byte alike, that is no subnormal number and no large one in any type.
         layer_bytes = sum(np.prod(shape) for shape in shapes) * dtype.itemsize
-        self.caches = [
-            tuple(
-                torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0x3C, dtype=torch.uint8).view(dtype)
-                for shape in shapes
+        self.layers = [
+            KVLayer(
+                *(
+                    torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0x3C, dtype=torch.uint8).view(dtype)
+                    for shape in shapes
+                )
             )
             for _ in range(-(-MIN_KV_BYTES // int(layer_bytes)))
         ]
@@ -109,12 +111,12 @@ class Attention:
             kv_element_size=dtype.itemsize,
             share_prefixes=share_prefixes,
         )
+        self.params = AttentionParams(self.head_dim**-0.5)
         self.calls = 0
 
     def __call__(self) -> Tensor:
         self.calls += 1
-        k_cache, v_cache = self.caches[self.calls % len(self.caches)]
-        return cpu.paged_attention(self.q, k_cache, v_cache, self.plan, self.head_dim**-0.5)
+        return cpu.paged_attention(self.q, self.layers[self.calls % len(self.layers)], self.plan, self.params)
 
 
 def best_seconds(function: Callable[[], object], budget: float) -> float:
@@ -207,7 +209,7 @@ def small_table(budget: float) -> None:
     # Unit weights and true rotations: what runs in place, again and again, must not shrink the numbers to subnormals.
     weight, head_weight, angles = torch.ones(768), torch.ones(64), torch.rand(4096, 32)
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    caches = torch.zeros(64, 4, 64, BLOCK_SIZE), torch.zeros(64, 4, BLOCK_SIZE, 64)
+    kv = KVLayer(torch.zeros(64, 4, 64, BLOCK_SIZE), torch.zeros(64, 4, BLOCK_SIZE, 64))
     columns: dict[str, list[float]] = {}
     for tokens in (1, 512):
         x, wide = torch.randn(tokens, 768), torch.randn(tokens, 2 * 2048)
@@ -221,7 +223,7 @@ def small_table(budget: float) -> None:
             "rotary_": partial(cpu.rotary_, q, k, positions, cos_sin),
             "silu_and_mul": partial(cpu.silu_and_mul, wide),
             "gelu_and_mul": partial(cpu.gelu_and_mul, wide, tanh=True),
-            "write_kv": partial(cpu.write_kv, k, v, *caches, positions),
+            "write_kv": partial(cpu.write_kv, k, v, kv, positions),
         }
         for name, operation in operations.items():
             columns.setdefault(name, []).append(best_seconds(operation, budget / 5) * 1e6)

@@ -232,7 +232,7 @@ def swap_and_recompute(num_tokens: int, block_size: int) -> tuple[float, float]:
     model, device = MODEL_SHAPES[panel.model], DEVICES[panel.device]
     blocks = -(-num_tokens // block_size)
     moved = blocks * block_size * model.kv_bytes_per_token / device.host_bandwidth
-    swap = 2 * (2 * model.num_layers * blocks * COPY_SECONDS + moved)
+    swap = 2 * (2 * model.spec.num_layers * blocks * COPY_SECONDS + moved)
     pairs = num_tokens * (num_tokens + 1) / 2
     return swap, StepTime(model, device).seconds(1, num_tokens, num_tokens, pairs, 1)
 

@@ -16,7 +16,7 @@ def least_seconds(model: ModelShape, workload: Workload, ceilings: dict[str, flo
     """Seconds that no engine can go below with weights of that format."""
     rate, num_bytes = FORMATS[weights]
     num_steps = max(request.num_output_tokens for request in workload.requests)
-    read = num_steps * num_bytes * (model.num_layer_parameters + model.num_head_parameters)
+    read = num_steps * num_bytes * (model.spec.layer_parameters + model.spec.head.num_parameters)
     return max(num_operations(model, workload) / ceilings[rate], read / ceilings["read_gb_per_s"]) / 1e9
 
 
@@ -32,11 +32,12 @@ def num_operations(model: ModelShape, workload: Workload) -> float:
         decoded = num_samples * list(range(length + 1, length + request.num_output_tokens))
         computed += decoded
         sampled += decoded
-    per_token = 2 * model.num_layer_parameters / model.num_layers
-    per_key = 4 * model.num_heads * model.head_dim  # a score and a share of the output
-    lower_layers = (model.num_layers - 1) * (per_token * len(computed) + per_key * sum(computed))
+    spec = model.spec
+    per_token = 2 * spec.active_layer_parameters / spec.num_layers
+    per_key = spec.operations_per_pair / spec.num_layers
+    lower_layers = (spec.num_layers - 1) * (per_token * len(computed) + per_key * sum(computed))
     last_layer = per_token * len(sampled) + per_key * sum(sampled)
-    return lower_layers + last_layer + 2 * model.num_head_parameters * len(sampled)
+    return lower_layers + last_layer + 2 * spec.head.num_parameters * len(sampled)
 
 
 def prompt_contexts(workload: Workload) -> list[int]:

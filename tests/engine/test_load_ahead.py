@@ -68,7 +68,7 @@ def test_it_takes_what_the_plan_gives_dense_layers(quantization: str | None) -> 
     ahead = load_ahead(config, model, plan, bundled_folder())
     ahead.finish()
     assert ahead.memory is not None
-    assert len(ahead.memory) == plan.weights - 4 * model.num_vector_parameters
+    assert len(ahead.memory) == plan.weights - 4 * model.spec.num_vector_parameters
 
 
 def test_collection_goes_on_as_it_was() -> None:

@@ -40,7 +40,7 @@ def test_sizes_of_a_plan(model: ModelConfig) -> None:
     assert (plan.dtype, plan.kv_cache_dtype) == ("float16", "float16")
     assert plan.kv_bytes_per_token == 2 * 2 * 2 * 16 * 2  # keys and values, layers, heads, head_dim, bytes
     assert plan.kv_cache == 100 * 16 * plan.kv_bytes_per_token
-    assert plan.weights == model.weight_bytes("float16")
+    assert plan.weights == model.spec.weight_bytes("float16")
     assert plan.total == plan.weights + plan.activations + plan.logprobs + plan.kv_cache
     assert plan.logprobs == 64 * (2 * 4 * 1000 + 40 * 21)  # positions: two rows of float32, and what is reported
     assert plan.max_model_len == 1024
@@ -72,7 +72,7 @@ def test_the_plan_counts_what_the_pool_takes(model: ModelConfig, dtype: str) -> 
     plan = plan_memory(EngineConfig(num_blocks=7, kv_cache_dtype=dtype), model, available=GIB)
     shapes = reference.kv_cache_shapes(7, 2, 16, 16, scaled=dtype == "int8")
     cache = KVCache(num_layers=2, shapes=shapes, block_size=16, dtype=getattr(torch, dtype))
-    assert plan.kv_cache == sum(tensor.nbytes for layer in cache.layers for tensor in layer)
+    assert plan.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: ModelConfig) -> None:

@@ -1,12 +1,14 @@
 """The kernels in plain PyTorch against the reference in float64, by every path of their planner."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from quire.attention import gathered as planner
-from quire.kernels import gathered, reference
+from quire.kernels import AttentionParams, KVLayer, gathered, reference
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 SEQUENCES = [(1, 1), (70, 1), (64, 1), (130, 1), (90, 33), (40, 40), (17, 5), (65, 5)]
@@ -25,8 +27,8 @@ def replanned(batch: RaggedBatch, shape: Shape) -> gathered.GatheredPlan:
     )
 
 
-def head_major(batch: RaggedBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return batch.k_cache.transpose(2, 3).contiguous().to(dtype), batch.v_cache.to(dtype)
+def head_major(batch: RaggedBatch, dtype: torch.dtype) -> KVLayer:
+    return KVLayer(batch.kv.keys.transpose(2, 3).contiguous().to(dtype), batch.kv.values.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,9 @@ def test_attention(num_heads: int, options: dict[str, float], monkeypatch: pytes
     batch = ragged_batch(SEQUENCES, shape)
     plan = replanned(batch, shape)
     assert len(plan.runs) > 5
-    expected = reference.paged_attention(*batch.in_float64(), **options, alibi_slopes=slopes)  # type: ignore[arg-type]
-    keys, values = head_major(batch, torch.float32)
-    found = gathered.paged_attention(batch.q, keys, values, plan, batch.scale, **options, alibi_slopes=slopes)  # type: ignore[arg-type]
+    expected = reference.paged_attention(*batch.in_float64(**options, alibi_slopes=slopes))
+    params = AttentionParams(batch.scale, **options, alibi_slopes=slopes)  # type: ignore[arg-type]
+    found = gathered.paged_attention(batch.q, head_major(batch, torch.float32), plan, params)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -53,15 +55,15 @@ def test_attention(num_heads: int, options: dict[str, float], monkeypatch: pytes
 def test_attention_over_narrow_caches(dtype: torch.dtype) -> None:
     shape = Shape(block_size=16)
     batch = ragged_batch(SEQUENCES, shape)
-    keys, values = head_major(batch, dtype)
-    narrow = (keys.transpose(2, 3).contiguous().double(), values.double())
-    scales = {}
+    kv = head_major(batch, dtype)
     if dtype.itemsize == 1:
-        scales = {"k_scale": torch.tensor([0.5, 1.25]), "v_scale": torch.tensor([0.75, 2.0])}
-    expected = reference.paged_attention(batch.q.double(), *narrow, batch.plan, batch.scale, **scales)
-    found = gathered.paged_attention(batch.q, keys, values, replanned(batch, shape), batch.scale, **scales)
+        kv = replace(kv, k_scale=torch.tensor([0.5, 1.25]), v_scale=torch.tensor([0.75, 2.0]))
+    wide = replace(kv, keys=kv.keys.transpose(2, 3).contiguous().double(), values=kv.values.double())
+    params = AttentionParams(batch.scale)
+    expected = reference.paged_attention(batch.q.double(), wide, batch.plan, params)
+    found = gathered.paged_attention(batch.q, kv, replanned(batch, shape), params)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    found = gathered.paged_attention(batch.q.bfloat16(), keys, values, replanned(batch, shape), batch.scale, **scales)
+    found = gathered.paged_attention(batch.q.bfloat16(), kv, replanned(batch, shape), params)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=4e-2, atol=4e-2)
 
@@ -88,8 +90,8 @@ def test_writing(dtype: torch.dtype, skipped: list[int]) -> None:
                 cache[slot // 16, :, slot % 16] = (
                     (new.clamp(-448, 448) if dtype.itemsize == 1 else new).to(dtype).float()
                 )
-    gathered.write_kv(fused[:, 3:6], fused[:, 6:9], *caches, slots, **scales)
-    reference.write_kv(fused[:, 3:6], fused[:, 6:9], *twins, slots, **scales)
+    gathered.write_kv(fused[:, 3:6], fused[:, 6:9], KVLayer(*caches, **scales), slots)
+    reference.write_kv(fused[:, 3:6], fused[:, 6:9], KVLayer(*twins, **scales), slots)
     for cache, twin, wanted in zip(caches, (twins[0].transpose(2, 3), twins[1]), expected, strict=True):
         assert torch.equal(cache.float(), wanted)
         assert torch.equal(twin.float(), wanted)
@@ -118,10 +120,10 @@ def test_small_operations(dtype: torch.dtype) -> None:
 
 
 def test_copying_blocks_of_bytes() -> None:
-    caches = [(torch.randn(6, 2, 4, 8).to(torch.float8_e4m3fn), torch.randn(6, 2, 4, 8).to(torch.float8_e4m3fn))]
-    before = [[cache.float() for cache in layer] for layer in caches]
-    gathered.copy_blocks(caches, torch.tensor([[0, 5], [1, 4]], dtype=torch.int32))
-    for cache, old in zip(caches[0], before[0], strict=True):
+    kv = KVLayer(*(torch.randn(6, 2, 4, 8).to(torch.float8_e4m3fn) for _ in range(2)))
+    before = kv.keys.float(), kv.values.float()
+    gathered.copy_blocks([kv], torch.tensor([[0, 5], [1, 4]], dtype=torch.int32))
+    for cache, old in zip((kv.keys, kv.values), before, strict=True):
         assert torch.equal(cache.float()[[5, 4]], old[[0, 1]])
         assert torch.equal(cache.float()[:4], old[:4])
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
-from quire.kernels import gathered
+from quire.kernels import KVLayer, gathered
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.device_weights import DeviceWeights
 from quire.models.kv_scales import LARGEST, largest_rotated, scales_of
@@ -48,17 +49,18 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     class Recorder:
         """In the place of kernels: keys as they are stored."""
 
-        def write_kv(self, k: Tensor, v: Tensor, *rest: Any, k_scale: Tensor, v_scale: Tensor) -> None:
-            for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+            for name, x, scale in (("k", k, kv.k_scale), ("v", v, kv.v_scale)):
+                assert scale is not None
                 seen[name] = torch.maximum(seen[name], (x / scale[:, None]).abs().amax())
 
         def rotary_write_kv(
-            self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, *rest: Any, **scales: Tensor
+            self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, kv: KVLayer, slots: Tensor
         ) -> None:
             gathered.rotary_(q, k, positions, table)
-            self.write_kv(k, v, *rest, **scales)
+            self.write_kv(k, v, kv, slots)
 
-        def paged_attention(self, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        def paged_attention(self, q: Tensor, *rest: Any) -> Tensor:
             return torch.zeros_like(q)
 
     attention.attend.kernels = Recorder()
@@ -67,10 +69,11 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     plan: Any = type("Plan", (), {"slots": None})
     for size in (1e-2, 1.0, 1e4):
         rows, positions = size * worst, torch.arange(len(worst), dtype=torch.int32) % 200
+        context = StepContext(positions, [KVLayer(torch.empty(0), torch.empty(0))], plan)
         if family == "gpt2":
-            layer(rows, torch.zeros_like(rows), (None, None), plan, None)
+            layer(rows, torch.zeros_like(rows), context)
         else:
-            attention(rows, None, positions, (None, None), plan, None)
+            attention(rows, None, context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST
     # Half of it is lost to powers of two, a part to rotation, and where keys are normed to its length in one dimension.

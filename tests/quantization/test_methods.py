@@ -48,10 +48,10 @@ def test_the_plan_counts_what_the_model_takes(method: str) -> None:
     folder = bundled_folder()
     config = ModelConfig.from_folder(folder)
     model = load_model(config, Weights.open(folder), kernels_for("cpu"), method)
-    vectors = config.num_vector_parameters * 4
+    vectors = config.spec.num_vector_parameters * 4
     plan = plan_memory(EngineConfig(num_blocks=64, quantization=method), config, available=GIB)
     assert plan.weights == quantized_bytes(model) + vectors
-    assert plan.weights < config.weight_bytes("float16") * (0.6 if method == "int8" else 0.4)
+    assert plan.weights < config.spec.weight_bytes("float16") * (0.6 if method == "int8" else 0.4)
     assert plan.to_dict()["quantization"] == method
     assert f"({method})" in plan.describe()[0]
     assert plan.kv_cache_dtype in ("float16", "bfloat16")
@@ -63,7 +63,8 @@ def test_the_plan_of_a_plain_mlp_with_learned_positions(tmp_path: Path) -> None:
     model = load_model(config, Weights.open(folder), kernels_for("cpu"), "int8")
     positions = 256 * 64 * 4
     assert (
-        config.weight_bytes("float32", "int8") == quantized_bytes(model) + positions + config.num_vector_parameters * 4
+        config.spec.weight_bytes("float32", "int8")
+        == quantized_bytes(model) + positions + config.spec.num_vector_parameters * 4
     )
 
 

@@ -47,8 +47,8 @@ def test_a_prompt_is_bound_by_what_it_computes() -> None:
 def test_devices_share_the_work_and_pay_for_it() -> None:
     shape, device = MODEL_SHAPES["OPT-66B"], DEVICES["A100-40GB"]
     four, eight = StepTime(shape, device, 4), StepTime(shape, device, 8)
-    reduce = 2 * shape.num_layers * device.reduce_latency
-    moved = 2 * shape.num_layers * shape.hidden_size * 2 / device.link_bandwidth
+    reduce = 2 * shape.spec.num_layers * device.reduce_latency
+    moved = 2 * shape.spec.num_layers * shape.spec.hidden_size * 2 / device.link_bandwidth
     apart = four.seconds(0, 0, 0, 0, 0) - device.step_overhead - reduce
     assert eight.seconds(0, 0, 0, 0, 0) - device.step_overhead - reduce == pytest.approx(apart / 2)
     assert four.seconds(0, 1, 0, 0, 0) - four.seconds(0, 0, 0, 0, 0) == pytest.approx(1.5 * moved, rel=1e-3)
@@ -87,9 +87,9 @@ def test_a_config_json_gives_the_sizes_the_engine_plans_with(values: dict[str, o
     config = ModelConfig.from_folder(folder)
     for path in (folder, folder / "config.json"):
         shape = find_model_shape(str(path))
-        assert shape.kv_bytes_per_token == config.kv_bytes_per_token(config.checkpoint_dtype)
+        assert shape.kv_bytes_per_token == config.spec.kv_bytes_per_token(config.checkpoint_dtype)
         assert shape.context_length == config.context_length
-        assert shape.weight_bytes == config.num_matrix_parameters * shape.dtype_bytes
+        assert shape.weight_bytes == config.spec.num_matrix_parameters * shape.dtype_bytes
 
 
 def test_known_shapes_have_the_sizes_their_names_say() -> None:

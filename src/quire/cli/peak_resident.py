@@ -8,8 +8,9 @@ the tokeniser come on top of both. Memory plans do not count them; their sizes h
 
 from pathlib import Path
 
+from quire.dtypes import DTYPE_BYTES
 from quire.engine.memory_plan import MemoryPlan
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.models.safetensors_file import RELEASED_BYTES
 
 PROCESS_BYTES = 250 * 2**20
@@ -27,7 +28,7 @@ def peak_resident(plan: MemoryPlan, model: ModelConfig, folder: Path, process_by
     tokenizer_file = folder / "tokenizer.json"
     tokenizer = TOKENIZER_SHARE * tokenizer_file.stat().st_size if tokenizer_file.is_file() else 0
     parameter = DTYPE_BYTES[model.checkpoint_dtype]
-    mapped = min(model.largest_matrix * parameter + RELEASED_BYTES, model.num_matrix_parameters * parameter)
+    mapped = min(model.spec.largest_matrix * parameter + RELEASED_BYTES, model.spec.num_matrix_parameters * parameter)
     loading = plan.weights + mapped
     serving = plan.total + plan.activations
     return {

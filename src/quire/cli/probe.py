@@ -81,7 +81,7 @@ def measure_device(name: str, memory: float, threads: int | None, report: Callab
             model = ModelShape.of(ModelConfig.from_folder(path), path.name, dtype=dtype, quantization=quantization)
             steps += time_steps(engine, model, batches)
             engine.close()
-            report(f"{model.weight_format}, {model.num_layers} layers: {steps[-1].seconds * 1000:.1f} ms a step")
+            report(f"{model.weight_format}, {model.spec.num_layers} layers: {steps[-1].seconds * 1000:.1f} ms a step")
     return fit_device(steps, name=name, memory=memory, process_memory=process_memory)
 
 

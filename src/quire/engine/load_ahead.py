@@ -97,14 +97,14 @@ def load_ahead(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan
     heap = None
     if plan.device == "cpu":
         num_tokens = min(plan.max_num_batched_tokens, _MOST_TOKENS)
-        heap = Heap(plan.activations + plan.logprobs, model_config.activation_bytes(num_tokens, 1))
+        heap = Heap(plan.activations + plan.logprobs, model_config.spec.activation_bytes(num_tokens, 1))
     if plan.attention_backend != PACKING_BACKEND:
         return LoadAhead(source, 0, heap=heap)
     cache = None
     if config.weights_cache is not None and source is not None:
         key = weights_fingerprint(config, plan, folder)
         cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
-    return LoadAhead(source, model_config.packed_bytes(plan.dtype, plan.quantization), cache, heap)
+    return LoadAhead(source, model_config.spec.packed_bytes(plan.dtype, plan.quantization), cache, heap)
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from typing import Any
 
 from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend, choose_backend
 from quire.config import EngineConfig
+from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.engine.device import Device, find_device
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kv_cache.tiers import num_staged_blocks
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.quantization import METHODS
 from quire.step import logprob_bytes
 
@@ -34,7 +35,6 @@ LISTED_BYTES_PER_LOGIT = 4
 """The same with kernels that list ids instead of sorting: at most all of them."""
 PLAN_TOLERANCE = 0.01
 """By how much allocations may exceed the plan: they are rounded up, and a table of positions comes with the weights."""
-_FLOAT32_BYTES = 4
 
 LOGPROB_POSITIONS = 64
 """Positions whose log-probabilities are worked out at once if not told otherwise: enough for full-speed products."""
@@ -141,14 +141,14 @@ def plan_memory(
     block_size = config.block_size or backend.block_size
     min_batched = MIN_BATCHED_TOKENS_ON_GPU if own_memory else MIN_BATCHED_TOKENS
     batched = config.max_num_batched_tokens or max(min_batched, config.max_num_seqs)
-    weights = model.weight_bytes(dtype, config.quantization)
-    activations = model.activation_bytes(batched, max_num_samples(config))
+    weights = model.spec.weight_bytes(dtype, config.quantization)
+    activations = model.spec.activation_bytes(batched, max_num_samples(config))
     if not backend.float32_activations:
         activations = _device_activations(backend, model, dtype, batched, max_num_samples(config))
     context = CONTEXT_BYTES if device.type == "cuda" else 0
     captures = device.type == "cuda" and backend.captures and not config.enforce_eager
     graphs = _graph_bytes(model, dtype, min(MAX_CAPTURED_TOKENS, max_num_samples(config))) if captures else 0
-    per_token = model.kv_bytes_per_token(kv_dtype)
+    per_token = model.spec.kv_bytes_per_token(kv_dtype)
     per_block = per_token * block_size
     swap_space = (config.swap_space or 0) // per_block * per_block
     if config.swap_space is not None and not swap_space:
@@ -295,11 +295,11 @@ def _check_backend(
 def _device_activations(backend: Backend, model: ModelConfig, dtype: str, num_tokens: int, num_seqs: int) -> int:
     """Peak of a step on a device, whose activations are in `dtype`, and whose sampling sorts at worst."""
     size = DTYPE_BYTES[dtype]
-    tokens = model.activation_bytes(num_tokens, 0) * size // _FLOAT32_BYTES
+    tokens = model.spec.activation_bytes(num_tokens, 0) * size // FLOAT32_BYTES
     logits = num_seqs * model.vocab_size * (size + DRAW_BYTES_PER_LOGIT)
-    rope = model.context_length * model.head_dim * _FLOAT32_BYTES
+    rope = model.context_length * model.head_dim * FLOAT32_BYTES
     # Keys and values, each as it is stored and as it is read.
-    gathered = 4 * backend.gathered_slots * model.num_kv_heads * model.head_dim * size
+    gathered = 2 * backend.gathered_slots * model.spec.largest_kv * size
     return tokens + logits + rope + gathered + backend.workspace
 
 
@@ -307,7 +307,7 @@ def _graph_bytes(model: ModelConfig, dtype: str, num_tokens: int) -> int:
     """Of all captured steps: they use one memory for their activations, logits and what draws list of them, and one for
     logits that the host asks for."""
     size = DTYPE_BYTES[dtype]
-    activations = model.activation_bytes(num_tokens, 0) * size // _FLOAT32_BYTES
+    activations = model.spec.activation_bytes(num_tokens, 0) * size // FLOAT32_BYTES
     return GRAPH_BYTES + activations + num_tokens * model.vocab_size * (2 * size + LISTED_BYTES_PER_LOGIT)
 
 
@@ -355,9 +355,9 @@ def _kv_cache_dtype(config: EngineConfig, dtype: str, backend: Backend, device: 
 
 def _smaller_weights(model: ModelConfig, dtype: str, quantization: str | None, available: int) -> str:
     """What the weights would take in the ways of storing them that are smaller, and small enough."""
-    choices = {} if DTYPE_BYTES[dtype] <= 2 or quantization else {"float16": model.weight_bytes("float16")}
-    choices |= {f"quantization {name}": model.weight_bytes(dtype, name) for name in METHODS}
-    now = model.weight_bytes(dtype, quantization)
+    choices = {} if DTYPE_BYTES[dtype] <= 2 or quantization else {"float16": model.spec.weight_bytes("float16")}
+    choices |= {f"quantization {name}": model.spec.weight_bytes(dtype, name) for name in METHODS}
+    now = model.spec.weight_bytes(dtype, quantization)
     fitting = [
         f"as {name} the weights take {show_bytes(size)}" for name, size in choices.items() if size < min(now, available)
     ]

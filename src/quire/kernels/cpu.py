@@ -18,21 +18,26 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
-from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, PackedWeight, QuantizedWeight
+from quire.kernels.interface import (
+    AttentionParams,
+    AttentionPlan,
+    CpuAttentionPlan,
+    KVLayer,
+    PackedWeight,
+    QuantizedWeight,
+)
 from quire.kernels.reference import kv_cache_shapes
 
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
-    "sample_tokens",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
+    "glu_linear",
     "isa",
     "kv_cache_shapes",
     "linear",
-    "glu_linear",
-    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -40,9 +45,11 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
+    "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
     "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "supported_isas",
     "use_best_isa",
@@ -134,39 +141,20 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return out
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    _refuse_scales(k_scale, v_scale)
-    _cpu.write_kv(k, v, k_cache, v_cache, slots)
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+    _refuse_scales(kv)
+    _cpu.write_kv(k, v, kv.keys, kv.values, slots)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
     rotary_(q, k, positions, cos_sin)
-    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    write_kv(k, v, kv, slots)
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
-    _cpu.copy_blocks([keys for keys, _ in caches], [values for _, values in caches], pairs)
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    _cpu.copy_blocks([layer.keys for layer in layers], [layer.values for layer in layers], pairs)
 
 
 class Allocate(Protocol):
@@ -272,28 +260,16 @@ def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int)
     return out
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     assert isinstance(plan, CpuAttentionPlan)
-    _refuse_scales(k_scale, v_scale)
-    if plan.window and not 0 < window <= plan.window:
-        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
+    _refuse_scales(kv)
+    if plan.window and not 0 < params.window <= plan.window:
+        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
     out = torch.empty_like(q)
     _cpu.paged_attention(
         q,
-        k_cache,
-        v_cache,
+        kv.keys,
+        kv.values,
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -301,10 +277,10 @@ def paged_attention(
         plan.shared,
         plan.merges,
         plan.partials,
-        scale,
-        window,
-        softcap,
-        alibi_slopes,
+        params.scale,
+        params.window,
+        params.softcap,
+        params.alibi_slopes,
         plan.num_threads,
         out,
     )
@@ -328,6 +304,6 @@ def sample_tokens(
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
 
 
-def _refuse_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    if k_scale is not None or v_scale is not None:
+def _refuse_scales(kv: KVLayer) -> None:
+    if kv.k_scale is not None or kv.v_scale is not None:
         raise ValueError("k_scale, v_scale: the scales of a CPU's caches lie in their blocks; expected none")

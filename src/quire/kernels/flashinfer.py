@@ -15,23 +15,23 @@ from torch import Tensor
 
 from quire.backends import FLASHINFER_WORKSPACE
 from quire.errors import ConfigError
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer
 from quire.kernels.triton import (
     add_rms_norm,
     copy_blocks,
     gather_rows,
     gather_rows_quantized,
     gelu_and_mul,
+    glu_linear,
     kv_cache_shapes,
     linear,
-    glu_linear,
-    rms_norm_linear,
     linear_quantized,
     pack_linear,
     quantize_linear,
     quantize_rows,
     rms_norm,
     rms_norm_heads_,
+    rms_norm_linear,
     rotary_,
     rotary_write_kv,
     silu_and_mul,
@@ -46,10 +46,9 @@ __all__ = [
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
+    "glu_linear",
     "kv_cache_shapes",
     "linear",
-    "glu_linear",
-    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -57,6 +56,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
+    "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
     "silu_and_mul",
@@ -151,32 +151,20 @@ class FlashInferPlan(AttentionPlan):
         return wrapper
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D].
 
     FlashInfer's own scales are of a whole layer; those of heads are taken in before and after it.
     """
     assert isinstance(plan, FlashInferPlan), "made by quire.attention.planners"
-    if alibi_slopes is not None:
+    if params.alibi_slopes is not None:
         raise ValueError("alibi_slopes: FlashInfer has none but its own; choose attention_backend triton or sdpa")
     splits = plan.max_query_len <= _MAX_SPLIT_TOKENS
-    wrapper = plan.wrapper(_Variant(splits, scale, window, softcap, q.dtype, k_cache.dtype))
-    if k_scale is not None:
-        q = _scale_heads(q, k_scale)
-    out: Tensor = wrapper.run(q, (k_cache, v_cache))
-    return out if v_scale is None else _scale_heads(out, v_scale)
+    wrapper = plan.wrapper(_Variant(splits, params.scale, params.window, params.softcap, q.dtype, kv.keys.dtype))
+    if kv.k_scale is not None:
+        q = _scale_heads(q, kv.k_scale)
+    out: Tensor = wrapper.run(q, (kv.keys, kv.values))
+    return out if kv.v_scale is None else _scale_heads(out, kv.v_scale)
 
 
 def _scale_heads(x: Tensor, scale: Tensor) -> Tensor:

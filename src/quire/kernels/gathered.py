@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
-from quire.kernels.interface import AttentionPlan, KVShape
+from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
@@ -35,10 +35,9 @@ __all__ = [
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
+    "glu_linear",
     "kv_cache_shapes",
     "linear",
-    "glu_linear",
-    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -46,6 +45,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
+    "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
     "silu_and_mul",
@@ -104,16 +104,7 @@ def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         x[..., :rotary_dim] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     if not len(slots):
         return
     # A token that is not stored repeats the first one that is, and where none is, a slot gets what it holds. A mask
@@ -121,10 +112,10 @@ def write_kv(
     stored = slots >= 0
     row = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
     slot = slots[row].long().clamp(min=0)
-    block_size = v_cache.shape[2]
+    block_size = kv.values.shape[2]
     place = (slot // block_size, slice(None), slot % block_size)
     any_stored = stored.any()
-    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+    for new, cache, scale in ((k, kv.keys, kv.k_scale), (v, kv.values, kv.v_scale)):
         values = new.index_select(0, row)
         if scale is not None:
             values = values.float() / scale[:, None]
@@ -134,24 +125,14 @@ def write_kv(
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
     rotary_(q, k, positions, cos_sin)
-    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    write_kv(k, v, kv, slots)
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
-    reference.copy_blocks([(_bits(keys), _bits(values)) for keys, values in caches], pairs)
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    reference.copy_blocks([KVLayer(_bits(layer.keys), _bits(layer.values)) for layer in layers], pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
@@ -170,24 +151,12 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
 rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     assert isinstance(plan, GatheredPlan), "made by quire.attention.gathered"
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for run in plan.runs:
-        keys, values = _gather(k_cache, run.blocks, q.dtype), _gather(v_cache, run.blocks, q.dtype)
-        for x, head_scale in ((keys, k_scale), (values, v_scale)):
+        keys, values = _gather(kv.keys, run.blocks, q.dtype), _gather(kv.values, run.blocks, q.dtype)
+        for x, head_scale in ((keys, kv.k_scale), (values, kv.v_scale)):
             if head_scale is not None:
                 x.mul_(head_scale[:, None, None])
         # Slots past a sequence's end may hold anything, and not a number times nothing is not a number.
@@ -195,38 +164,32 @@ def paged_attention(
         keys, values = (x.masked_fill_(unwritten[:, None, :, None], 0) for x in (keys, values))
         queries = q[run.tokens].transpose(1, 2)  # [n, heads, q, D]
         hidden = run.distance > 0
-        if window > 0:
-            hidden |= run.distance <= -window
+        if params.window > 0:
+            hidden |= run.distance <= -params.window
         hidden = hidden.unsqueeze(1)
-        if softcap > 0:
-            attended = _soft_capped(queries, keys, values, hidden, run.distance, scale, softcap, alibi_slopes)
+        if params.softcap > 0:
+            attended = _soft_capped(queries, keys, values, hidden, run.distance, params)
         else:
             mask = ~hidden
-            if alibi_slopes is not None:
-                mask = _alibi(alibi_slopes, run.distance).masked_fill(hidden, float("-inf")).to(q.dtype)
+            if params.alibi_slopes is not None:
+                mask = _alibi(params.alibi_slopes, run.distance).masked_fill(hidden, float("-inf")).to(q.dtype)
             attended = functional.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+                queries, keys, values, attn_mask=mask, scale=params.scale, enable_gqa=True
             )
         out[run.tokens] = attended.transpose(1, 2)
     return out
 
 
 def _soft_capped(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    hidden: Tensor,
-    distance: Tensor,
-    scale: float,
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, distance: Tensor, params: AttentionParams
 ) -> Tensor:
-    """What torch's attention does not offer, by its definition."""
+    """Attention with a soft cap, by its definition: torch's own has none."""
     group = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = softcap * torch.tanh((queries.float() @ keys.float().transpose(2, 3)) * scale / softcap)
-    if alibi_slopes is not None:
-        scores = scores + _alibi(alibi_slopes, distance)
+    scores = (queries.float() @ keys.float().transpose(2, 3)) * params.scale
+    scores = params.softcap * torch.tanh(scores / params.softcap)
+    if params.alibi_slopes is not None:
+        scores = scores + _alibi(params.alibi_slopes, distance)
     return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.float()).to(queries.dtype)
 
 

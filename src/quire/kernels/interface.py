@@ -4,19 +4,17 @@
 built once per step by the device's planner in `quire.attention` and lives here because kernels take it as an argument.
 
 Shapes: T new tokens of all sequences, B sequences, H hidden size, D head_dim. Indices are int32. The KV cache of one
-layer is a pair of tensors of blocks, laid out as the device multiplies them best; `kv_cache_shapes` says how:
+layer is a `KVLayer`: two tensors of blocks, laid out as the device multiplies them best. `kv_cache_shapes` gives both:
 
-              reference, cpu                                         triton
-    k_cache   [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
-    v_cache   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
+             reference, cpu                                         triton, sdpa
+    keys     [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
+    values   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
 
-Of int8 on a CPU, a key and a value are whole numbers from -127 to 127 and a float32 scale each. The scales of a head's
-block are 8 more rows of its keys, head_dim + 8 in all: the bytes of [2, block_size] float32, the keys' scales, then the
-values'. So they go wherever the block goes.
+An int8 cache exists on the CPU only. It stores each key and each value as integers from -127 to 127 and one float32
+scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
+bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
-A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 may hold keys and values
-divided by scales of their heads, `k_scale` and `v_scale` [num_kv_heads] float32: both or none, the same for writing and
-for reading.
+A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
@@ -33,6 +31,32 @@ Variant = tuple[int, ...]
 
 KV_SCALE_ROWS = 8
 """Rows of int8 keys that hold scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """KV cache of one layer."""
+
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None = None
+    """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
+    v_scale: Tensor | None = None
+    """The same for values; set if and only if `k_scale` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What a layer's attention computes, beside its inputs."""
+
+    scale: float
+    """Factor of the scores."""
+    window: int = 0
+    """Number of latest positions that a token sees, its own included; 0: all."""
+    softcap: float = 0.0
+    """If above 0, a score s becomes softcap * tanh(s / softcap)."""
+    alibi_slopes: Tensor | None = None
+    """[num_heads] float32: slope * (key position - query position) is added to each score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,34 +151,13 @@ class Kernels(Protocol):
 
     def gelu_and_mul(self, x: Tensor, tanh: bool) -> Tensor: ...
 
-    def write_kv(
-        self,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> None: ...
+    def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None: ...
 
     def rotary_write_kv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> None: ...
 
-    def copy_blocks(self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None: ...
+    def copy_blocks(self, layers: Sequence[KVLayer], pairs: Tensor) -> None: ...
 
     def pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor: ...
 
@@ -185,17 +188,4 @@ class Kernels(Protocol):
 
     def gather_rows_quantized(self, weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        *,
-        window: int = 0,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> Tensor: ...
+    def paged_attention(self, q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor: ...

@@ -60,9 +60,7 @@ def unfused(
             return product(rms_norm(residual, norm_weight, eps), packed, bias, num_outputs)
         return product(add_rms_norm(update, residual, norm_weight, eps), packed, bias, num_outputs)
 
-    def glu_linear(
-        x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
-    ) -> Tensor:
+    def glu_linear(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
         gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, activation == "gelu_tanh")
         return product(gated, packed, bias, num_outputs)
 

@@ -8,20 +8,14 @@ import itertools
 import math
 import mmap
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
+
+from quire.kernels import KVLayer
 
 CPU = torch.device("cpu")
 _PAGE = 4096
 _HUGE_PAGE = 2 << 20
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 class KVCache:
@@ -44,8 +38,8 @@ class KVCache:
         self.device = device
         self.element_size = dtype.itemsize
         tensors = _zeros(num_layers * [keys, values], dtype, device)
-        self.layers = [LayerCache(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
-        self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for layer in self.layers for tensor in layer]
+        self.layers = [KVLayer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for tensor in tensors]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
         """A block's keys and values in all layers."""

@@ -1,6 +1,7 @@
 """What model families share: embedding and output head, a fused linear layer from several tensors, the gated MLP."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from quire.kernels import Kernels
 from quire.layers.embedding import Embedding, TiedEmbedding
 from quire.layers.linear import Linear, output_head
 from quire.layers.norm import RMSNorm
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.weights import TensorSource
 
@@ -32,6 +34,22 @@ def fused_linear(
     matrices = [weights.take(f"{name}.weight", (n, in_features)) for name, n in rows.items()]
     biases = [weights.take(f"{name}.bias", (n,)) for name, n in rows.items()] if bias else []
     return Linear(kernels, matrices, torch.cat(biases) if biases else None, dtype)
+
+
+class DecoderBlock(Protocol):
+    def __call__(self, residual: Tensor, update: Tensor | None, context: StepContext) -> tuple[Tensor, Tensor]:
+        """residual, update [T, H] -> the same behind the layer, [T, H], or [R, H] of the output tokens."""
+        ...
+
+
+def run_layers(
+    layers: Sequence[DecoderBlock], residual: Tensor, update: Tensor | None, context: StepContext
+) -> tuple[Tensor, Tensor | None]:
+    """The residual stream and its last update behind all layers; the last layer leaves the output tokens alone."""
+    inner = context.for_inner_layers
+    for layer in layers[:-1]:
+        residual, update = layer(residual, update, inner)
+    return layers[-1](residual, update, context)
 
 
 class GatedMLP:

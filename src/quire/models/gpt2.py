@@ -5,14 +5,15 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
+from quire.kernels import Kernels
 from quire.layers.activation import activation
-from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.layers.attention import Attention
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
 from quire.layers.norm import LayerNorm
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
-from quire.models.blocks import embedding_and_head
+from quire.models.blocks import embedding_and_head, run_layers
 from quire.models.kv_scales import largest_projected, scales_of
 from quire.models.weights import TensorSource
 
@@ -33,18 +34,15 @@ class GPT2:
         self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
         positions = model.take("wpe.weight", (config.max_position_embeddings, hidden))
         self.embed_position = Embedding(positions, weights.activations)
-        self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
+        self.layers = [
+            Layer(config, index, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)
+        ]
         self.norm = layer_norm(config, model.scope("ln_f"))
 
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
-        """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
-        residual, update = self.embed(input_ids), self.embed_position(positions)
-        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            last = layer is self.layers[-1]
-            residual, update = layer(residual, update, layer_kv, plan, output_tokens if last else None)
-        return self.norm(residual, update)
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
+        """input_ids int32 [T] -> hidden [T, H], or [R, H] of the R output tokens."""
+        position = self.embed_position(context.positions)
+        return self.norm(*run_layers(self.layers, self.embed(input_ids), position, context))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
@@ -61,31 +59,28 @@ class GPT2:
 class Layer:
     """Attention and MLP, each behind a norm that first adds the last update to the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, index: int, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.head_dim = config.head_dim
         self.attention_norm = layer_norm(config, weights.scope("ln_1"))
         self.qkv = transposed_linear(kernels, weights.scope("attn.c_attn"), hidden, 3 * hidden, dtype)
-        self.attend = Attention(kernels, scale=config.head_dim**-0.5)
+        self.attend = Attention(kernels, index, scale=config.head_dim**-0.5)
         self.o = transposed_linear(kernels, weights.scope("attn.c_proj"), hidden, hidden, dtype)
         self.mlp_norm = layer_norm(config, weights.scope("ln_2"))
         self.up = transposed_linear(kernels, weights.scope("mlp.c_fc"), hidden, inner, dtype)
         self.activation = activation(config.activation)
         self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
 
-    def __call__(
-        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, output_tokens: OutputTokens | None
-    ) -> tuple[Tensor, Tensor]:
-        """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
+    def __call__(self, residual: Tensor, update: Tensor | None, context: StepContext) -> tuple[Tensor, Tensor]:
+        """residual, update [T, H] -> the same behind the layer, [T, H], or [R, H] of the output tokens.
 
         `update` is added to `residual`, in place.
         """
         num_tokens = residual.shape[0]
         qkv = self.qkv(self.attention_norm(residual, update))
         q, k, v = qkv.view(num_tokens, -1, self.head_dim).chunk(3, dim=1)
-        update = self.o(self.attend(q, k, v, layer_kv, plan, output_tokens=output_tokens).flatten(1))
-        if output_tokens is not None:
-            residual = residual[output_tokens.tokens]
+        update = self.o(self.attend(q, k, v, context).flatten(1))
+        residual = context.select_output(residual)
         return residual, self.down(self.activation(self.up(self.mlp_norm(residual, update))))
 
 

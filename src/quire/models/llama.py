@@ -6,12 +6,13 @@ T new tokens of all sequences, H hidden size, D head_dim.
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
-from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.kernels import Kernels
+from quire.layers.attention import Attention
 from quire.layers.norm import RMSNorm
 from quire.layers.rotary import cos_sin_table
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
-from quire.models.blocks import GatedMLP, embedding_and_head, fused_linear
+from quire.models.blocks import GatedMLP, embedding_and_head, fused_linear, run_layers
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 from quire.models.weights import TensorSource
 
@@ -35,15 +36,9 @@ class Llama:
         ]
         self.norm = RMSNorm(kernels, model.take("norm.weight", (config.hidden_size,)).float(), config.norm_eps)
 
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
-        """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
-        residual, update = self.embed(input_ids), None
-        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            last = layer is self.layers[-1]
-            residual, update = layer(residual, update, positions, layer_kv, plan, output_tokens if last else None)
-        return self.norm(residual, update)
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
+        """input_ids int32 [T] -> hidden [T, H], or [R, H] of the R output tokens."""
+        return self.norm(*run_layers(self.layers, self.embed(input_ids), None, context))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
@@ -80,18 +75,14 @@ class DecoderLayer:
         self,
         residual: Tensor,
         update: Tensor | None,
-        positions: Tensor,
-        layer_kv: LayerKV,
-        plan: AttentionPlan,
-        output_tokens: OutputTokens | None,
+        context: StepContext,
     ) -> tuple[Tensor, Tensor]:
-        """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
+        """residual, update [T, H] -> the same behind the layer, [T, H], or [R, H] of the output tokens.
 
         `update` is added to `residual`, in place.
         """
-        update = self.attention(residual, update, positions, layer_kv, plan, output_tokens)
-        if output_tokens is not None:
-            residual = residual[output_tokens.tokens]
+        update = self.attention(residual, update, context)
+        residual = context.select_output(residual)
         return residual, self.mlp(residual, update)
 
 
@@ -132,7 +123,7 @@ class SelfAttention:
             )
         self.norm_eps = config.norm_eps
         self.attend = Attention(
-            kernels, scale=config.head_dim**-0.5, cos_sin=cos_sin, window=config.layer_windows[index]
+            kernels, index, scale=config.head_dim**-0.5, cos_sin=cos_sin, window=config.layer_windows[index]
         )
         self.stored_kv_scales = take_kv_scales(weights, config.num_kv_heads)
         """The checkpoint's own."""
@@ -141,10 +132,7 @@ class SelfAttention:
         self,
         residual: Tensor,
         update: Tensor | None,
-        positions: Tensor,
-        layer_kv: LayerKV,
-        plan: AttentionPlan,
-        output_tokens: OutputTokens | None,
+        context: StepContext,
     ) -> Tensor:
         """residual, update [T, H] -> the next update, [T, H] or [R, H]; `update` is added to `residual`."""
         num_tokens = residual.shape[0]
@@ -157,7 +145,7 @@ class SelfAttention:
         if self.qk_norms is not None:
             self.kernels.rms_norm_heads_(q, self.qk_norms[0], self.norm_eps)
             self.kernels.rms_norm_heads_(k, self.qk_norms[1], self.norm_eps)
-        return self.o(self.attend(q, k, v, layer_kv, plan, positions, output_tokens).flatten(1))
+        return self.o(self.attend(q, k, v, context).flatten(1))
 
     def scale_kv(self) -> None:
         """Those of the checkpoint, or the least by which no key or value can be too large."""

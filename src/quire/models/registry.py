@@ -8,8 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
-from quire.layers.attention import KVLayers
+from quire.kernels import Kernels
+from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.device_weights import DeviceWeights
 from quire.models.weights import RandomWeights, Weights
@@ -18,11 +18,9 @@ from quire.models.weights import RandomWeights, Weights
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations are what the weights' source says."""
 
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
-        """input_ids, positions [T] -> hidden [T, H], or with a output_tokens of its tokens [R, H], the final norm applied;
-        writes the KV of the T tokens."""
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
+        """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
+        of the T tokens."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

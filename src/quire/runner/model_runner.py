@@ -25,6 +25,7 @@ from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
 from quire.kernels.transfer import send, to_device
 from quire.kv_cache.storage import KVCache
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
@@ -286,7 +287,8 @@ class ModelRunner:
             if self._device_sampler is not None and (batch.input_ids < 0).any():
                 input_ids = self._known(input_ids)
             output_tokens = None if read is None else OutputTokens(sent["tokens_read"], self._plan_read(batch, read))
-            hidden = self._model(input_ids, sent["token_positions"], self._kv_cache, attention, output_tokens)
+            context = StepContext(sent["token_positions"], self._kv_cache.layers, attention, output_tokens)
+            hidden = self._model(input_ids, context)
             if points.after_every_token:
                 logits = self._model.logits(hidden)
             elif plan.sample_indices:
@@ -340,7 +342,8 @@ class ModelRunner:
 
         def run() -> torch.Tensor:
             input_ids = self._known(inputs["input_ids"])
-            logits = self._model.logits(self._model(input_ids, inputs["token_positions"], self._kv_cache, attention))
+            context = StepContext(inputs["token_positions"], self._kv_cache.layers, attention)
+            logits = self._model.logits(self._model(input_ids, context))
             return logits if sampler is None else self._draw(sampler, logits, inputs, key.outcome)
 
         return run

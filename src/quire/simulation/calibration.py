@@ -47,8 +47,8 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
         for shared, amount in zip(_SHARED, _shared_work(step), strict=True):
             line[place[shared, 0]] = amount
         for weight_format, num_rows, num_parameters in (
-            (model.weight_format, step.num_tokens, model.num_layer_parameters),
-            (model.head_format, step.num_sequences, model.num_head_parameters),
+            (model.weight_format, step.num_tokens, model.spec.layer_parameters),
+            (model.head_format, step.num_sequences, model.spec.head.num_parameters),
         ):
             for row in knots.get(weight_format, ()):
                 line[place[weight_format, row]] += num_parameters if row <= num_rows else 0
@@ -83,13 +83,13 @@ def _shared_work(step: TimedStep) -> tuple[float, ...]:
     # What attention reads decides where a sequence computes one token, what it computes where it computes many.
     decodes = count == 1
     pairs = step.num_sequences * (count * step.context + count * (count + 1) / 2)
-    operations = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    operations = model.spec.operations_per_pair * pairs
     return (
         1,
-        model.num_layers,
+        model.spec.num_layers,
         step.num_sequences,
-        step.num_tokens * model.num_elements_per_token,
-        step.num_sequences * model.vocab_size,
+        step.num_tokens * model.spec.elements_per_token,
+        step.num_sequences * model.spec.vocab_size,
         step.num_sequences * (step.context + 1) * model.kv_bytes_per_token if decodes else 0,
         0 if decodes else operations,
     )

@@ -109,7 +109,9 @@ class ModelledExecutor:
         else:
             # Token i of c after s earlier ones attends to s + i + 1 keys: c s + c (c + 1) / 2 for all of them.
             counts = plan.num_scheduled_tokens
-            num_pairs = sum(map(mul, plan.num_computed_tokens, counts)) + (sum(map(mul, counts, counts)) + num_tokens) / 2
+            num_pairs = (
+                sum(map(mul, plan.num_computed_tokens, counts)) + (sum(map(mul, counts, counts)) + num_tokens) / 2
+            )
         seconds = self._step_time.seconds(num_rows, num_tokens, context, num_pairs, num_samples) if num_rows else 0.0
         nothing: list[None] = [None] * num_samples
         result = StepResult([SAMPLED_TOKEN] * num_samples, [*nothing], [*nothing])

@@ -21,33 +21,32 @@ class StepTime:
     def __init__(
         self, model: ModelShape, device: Device, num_devices: int = 1, *, attention_slowdown: float = 1.0
     ) -> None:
+        spec = model.spec
         read_rate = num_devices * device.bandwidth * device.bandwidth_share
         self._matrix_rate = num_devices * device.matrix_rate * device.matrix_share
         # An input token reads one row of its embedding table, which is nothing; an untied one counts once.
         self._weights = (model.layer_bytes + model.head_bytes) / read_rate
-        self._per_token = 2 * model.num_layer_parameters / self._matrix_rate
-        self._per_sample = 2 * model.num_head_parameters / self._matrix_rate
+        self._per_token = 2 * spec.active_layer_parameters / self._matrix_rate
+        self._per_sample = 2 * spec.head.num_parameters / self._matrix_rate
         self._per_context_token = attention_slowdown * model.kv_bytes_per_token / read_rate
-        # Scores and their product with the values: two products of head_dim per query head, key and layer.
-        pair = 4 * model.num_layers * model.num_heads * model.head_dim
-        self._per_pair = attention_slowdown * pair / self._matrix_rate
+        self._per_pair = attention_slowdown * spec.operations_per_pair / self._matrix_rate
         self._curves: tuple[ProductCurve, ProductCurve] | None = None
         if device.products:
             shared = 1 / num_devices
             self._curves = (
-                ProductCurve(device, model.weight_format, shared * model.num_layer_parameters),
-                ProductCurve(device, model.head_format, shared * model.num_head_parameters),
+                ProductCurve(device, model.weight_format, shared * spec.layer_parameters),
+                ProductCurve(device, model.head_format, shared * spec.head.num_parameters),
             )
-        self._overhead = device.step_overhead + model.num_layers * device.layer_overhead
+        self._overhead = device.step_overhead + spec.num_layers * device.layer_overhead
         self._per_sequence = device.sequence_overhead
-        self._per_sample_drawn = model.vocab_size * device.logit_time
-        self._per_token_besides = model.num_elements_per_token * device.element_time
+        self._per_sample_drawn = spec.vocab_size * device.logit_time
+        self._per_token_besides = spec.elements_per_token * device.element_time
         if num_devices > 1:
-            self._overhead += 2 * model.num_layers * device.reduce_latency
+            self._overhead += 2 * spec.num_layers * device.reduce_latency
             if device.link_bandwidth:
                 # A ring moves 2 (N − 1) / N of the data through every link.
-                moved = 2 * (num_devices - 1) / num_devices * model.hidden_size * model.dtype_bytes
-                self._per_token_besides += 2 * model.num_layers * moved / device.link_bandwidth
+                moved = 2 * (num_devices - 1) / num_devices * spec.hidden_size * model.dtype_bytes
+                self._per_token_besides += 2 * spec.num_layers * moved / device.link_bandwidth
 
     def seconds(
         self, num_sequences: int, num_tokens: int, num_context_tokens: int, num_pairs: float, num_samples: int

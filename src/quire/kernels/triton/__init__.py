@@ -15,13 +15,13 @@ from quire.kernels.triton.blocks import copy_blocks
 from quire.kernels.triton.linear import (
     gather_rows,
     gather_rows_quantized,
-    linear,
     glu_linear,
-    rms_norm_linear,
+    linear,
     linear_quantized,
     pack_linear,
     quantize_linear,
     quantize_rows,
+    rms_norm_linear,
 )
 from quire.kernels.triton.norm import add_rms_norm, rms_norm, rms_norm_heads_
 from quire.kernels.triton.rotary_kv import kv_cache_shapes, rotary_, rotary_write_kv, write_kv
@@ -32,10 +32,9 @@ __all__ = [
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
+    "glu_linear",
     "kv_cache_shapes",
     "linear",
-    "glu_linear",
-    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -43,6 +42,7 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
+    "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
     "silu_and_mul",

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.gpu_plan import GpuAttentionPlan, WorkList
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer
 from quire.kernels.triton.configs import INTERPRETED, architecture_of, attention_config, compute_dtype
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -261,31 +261,19 @@ def merge_kernel(
     tl.store(out + at + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D]."""
     assert isinstance(plan, GpuAttentionPlan)
-    if plan.window and not 0 < window <= plan.window:
-        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if plan.window and not 0 < params.window <= plan.window:
+        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
+    _, num_kv_heads, block_size, head_dim = kv.keys.shape
     num_heads = q.shape[1]
     if q.shape[2] != head_dim or num_heads % num_kv_heads or q.stride(1) != head_dim or q.stride(2) != 1:
         raise ValueError(
             f"q: expected [T, {num_kv_heads} x n, {head_dim}] with heads next to each other, "
             f"found {list(q.shape)} with strides {list(q.stride())}"
         )
-    if k_cache.element_size() == 1 and architecture_of(q.device) < 89:
+    if kv.keys.element_size() == 1 and architecture_of(q.device) < 89:
         raise ValueError("k_cache: float8 needs a GPU of compute capability 8.9 or higher; use bfloat16")
     if block_size % plan.tile:
         raise ValueError(f"k_cache: the plan was made for blocks of a multiple of {plan.tile}, found {block_size}")
@@ -297,21 +285,21 @@ def paged_attention(
         config = attention_config(work.num_rows, head_dim, plan.tile, architecture_of(q.device))
         attention_kernel[(work.num_programs * num_kv_heads,)](
             q,
-            k_cache,
-            v_cache,
+            kv.keys,
+            kv.values,
             out,
             plan.partials,
             plan.partial_lse,
-            alibi_slopes,
+            params.alibi_slopes,
             work.items,
             work.count,
             plan.gathered,
             plan.block_tables,
-            k_scale,
-            v_scale,
+            kv.k_scale,
+            kv.v_scale,
             q.stride(0),
-            scale if softcap > 0 else scale * _LOG2_E.value,
-            window,
+            params.scale if params.softcap > 0 else params.scale * _LOG2_E.value,
+            params.window,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
             HEAD_DIM=head_dim,
@@ -320,11 +308,11 @@ def paged_attention(
             ROWS=work.num_rows,
             TILE=config.tile,
             STAGES=config.num_stages,
-            COMPUTE=compute_dtype(q.dtype, k_cache.dtype),
-            HAS_WINDOW=window > 0,
-            SOFTCAP=softcap,
-            HAS_SLOPES=alibi_slopes is not None,
-            SCALED=k_scale is not None,
+            COMPUTE=compute_dtype(q.dtype, kv.keys.dtype),
+            HAS_WINDOW=params.window > 0,
+            SOFTCAP=params.softcap,
+            HAS_SLOPES=params.alibi_slopes is not None,
+            SCALED=kv.k_scale is not None,
             GATHERED=gathered,
             UPCAST=INTERPRETED,
             num_warps=config.num_warps,

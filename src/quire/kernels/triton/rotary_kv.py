@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.interface import KVShape
+from quire.kernels.interface import KVLayer, KVShape
 
 HEADS = 4
 """Heads a program works on at a time."""
@@ -15,7 +15,7 @@ NUM_WARPS = 4
 def kv_cache_shapes(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
 ) -> tuple[KVShape, KVShape]:
-    """The shapes of one layer's k_cache and v_cache."""
+    """Shapes of one layer's keys and values."""
     assert not scaled, "int8 is of the CPU's own kernels"
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return shape, shape
@@ -122,36 +122,17 @@ def rotary_kv_kernel(
 
 
 def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    _launch(q, k, None, positions, cos_sin, None, None, None, None, None)
+    _launch(q, k, None, positions, cos_sin, None, None)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    _launch(None, k, v, None, None, k_cache, v_cache, slots, k_scale, v_scale)
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+    _launch(None, k, v, None, None, kv, slots)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
-    _launch(q, k, v, positions, cos_sin, k_cache, v_cache, slots, k_scale, v_scale)
+    _launch(q, k, v, positions, cos_sin, kv, slots)
 
 
 def _launch(
@@ -160,11 +141,8 @@ def _launch(
     v: Tensor | None,
     positions: Tensor | None,
     cos_sin: Tensor | None,
-    k_cache: Tensor | None,
-    v_cache: Tensor | None,
+    kv: KVLayer | None,
     slots: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
@@ -177,24 +155,24 @@ def _launch(
         v,
         positions,
         cos_sin,
-        k_cache,
-        v_cache,
+        None if kv is None else kv.keys,
+        None if kv is None else kv.values,
         slots,
         0 if q is None else q.stride(0),
         k.stride(0),
         0 if v is None else v.stride(0),
-        k_scale,
-        v_scale,
+        None if kv is None else kv.k_scale,
+        None if kv is None else kv.v_scale,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         HALF=half,
         BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-        BLOCK_SIZE=1 if k_cache is None else k_cache.shape[2],
+        BLOCK_SIZE=1 if kv is None else kv.keys.shape[2],
         HEADS=HEADS,
         ROTATES=cos_sin is not None,
-        WRITES=k_cache is not None,
-        SCALED=k_scale is not None,
+        WRITES=kv is not None,
+        SCALED=kv is not None and kv.k_scale is not None,
         num_warps=NUM_WARPS,
     )
