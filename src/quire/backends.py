@@ -16,8 +16,6 @@ KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "fp8_e4m3")
 """What KV may be stored in, where a backend can."""
 GATHERED_SLOTS = 2**17
 """KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
-FLASHINFER_WORKSPACE = 384 * 2**20
-"""Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
 MAX_CAPTURED_TOKENS = 512
 """The most tokens that a captured step has room for: larger batches keep a GPU busy without."""
 MAX_NARROW_TOKENS = 8
@@ -48,8 +46,6 @@ class Backend:
     """The oldest CUDA device it runs on."""
     float8_capability: tuple[int, int] = (0, 0)
     """The oldest CUDA device that it stores KV in 8-bit floats on."""
-    dtypes: tuple[str, ...] = _PLAIN
-    """What activations and weights may be."""
     float32_activations: bool = False
     """Activations are float32 whatever weights are stored in; otherwise they follow `dtype`."""
     gathered_slots: int = 0
@@ -95,25 +91,12 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             captures=True,
         ),
         "sdpa": Backend(
-            kernels="quire.kernels.gathered",
-            planner="quire.attention.planners:gathered_planner",
+            kernels="quire.kernels.sdpa",
+            planner="quire.attention.planners:sdpa_planner",
             devices=DEVICES,
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,
             replans=True,
-        ),
-        "flashinfer": Backend(
-            kernels="quire.kernels.flashinfer",
-            planner="quire.attention.planners:flashinfer_planner",
-            devices=("cuda",),
-            packages=("triton", "flashinfer"),
-            kv_cache_dtypes=("float16", "bfloat16", "fp8_e4m3"),
-            dtypes=("float16", "bfloat16"),
-            min_capability=(8, 0),
-            float8_capability=(8, 9),
-            workspace=FLASHINFER_WORKSPACE + 64 * 2**20,  # and 8 MiB for each wrapper
-            sampling="quire.kernels.triton.sampling",
-            block_sizes=tuple(range(16, 257, 16)),
         ),
     }
 )

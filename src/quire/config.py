@@ -88,8 +88,7 @@ class EngineConfig:
     device: str = "auto"
     """What computes: cpu, cuda, mps; auto takes a CUDA device where there is one."""
     attention_backend: str = "auto"
-    """Kernels of attention and what goes with them: cpu, triton, flashinfer (CUDA), sdpa (any); auto takes the
-    device's best."""
+    """Kernel set: cpu, triton (CUDA), sdpa (any device); auto takes the device's best."""
     dtype: str = "auto"
     """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU, else the same."""
     kv_cache_dtype: str = "auto"

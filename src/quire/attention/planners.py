@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from quire.backends import BACKENDS
 from quire.kernels.interface import AttentionPlan, Variant
-from quire.kernels.transfer import send
 
 Int32Array = NDArray[np.int32]
 
@@ -112,8 +111,8 @@ def cpu_planner(shape: AttentionShape) -> Planner:
     return plan
 
 
-def gathered_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.gathered import plan_attention
+def sdpa_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.sdpa import plan_attention
 
     def plan(
         step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
@@ -153,42 +152,6 @@ def gpu_planner(shape: AttentionShape) -> Planner:
             window=shape.window,
             captured_tokens=captured_tokens,
             variant=variant,
-        )
-
-    return plan
-
-
-def flashinfer_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.flashinfer import list_pages
-    from quire.kernels.flashinfer import FlashInferPlan, Wrappers
-
-    wrappers = Wrappers(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=shape.block_size,
-        device=shape.device,
-    )
-
-    def plan(
-        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
-    ) -> AttentionPlan:
-        assert not captured_tokens, "a wrapper's launches differ from step to step"
-        pages = list_pages(step.seq_lens, step.block_tables, shape.block_size)
-        sent = send(step._asdict(), shape.device)
-        return FlashInferPlan(
-            query_start_loc=sent["query_start_loc"],
-            seq_lens=sent["seq_lens"],
-            block_tables=sent["block_tables"],
-            slots=sent["slots"],
-            window=0,
-            qo_indptr=torch.from_numpy(step.query_start_loc),
-            kv_indptr=torch.from_numpy(pages.indptr),
-            kv_indices=torch.from_numpy(pages.indices),
-            last_page_len=torch.from_numpy(pages.last_page_len),
-            max_query_len=int(np.diff(step.query_start_loc).max()),
-            wrappers=wrappers,
-            turn=wrappers.next_turn(),
         )
 
     return plan

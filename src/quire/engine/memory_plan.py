@@ -137,7 +137,7 @@ def plan_memory(
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if own_memory else host
     dtype = _dtype(config, model, device)
     kv_dtype = _kv_cache_dtype(config, dtype, backend, device)
-    _check_backend(config, name, backend, dtype, kv_dtype, device)
+    _check_backend(config, name, backend, kv_dtype, device)
     block_size = config.block_size or backend.block_size
     min_batched = MIN_BATCHED_TOKENS_ON_GPU if own_memory else MIN_BATCHED_TOKENS
     batched = config.max_num_batched_tokens or max(min_batched, config.max_num_seqs)
@@ -253,15 +253,8 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: Device) -> str:
     return model.checkpoint_dtype
 
 
-def _check_backend(
-    config: EngineConfig, name: str, backend: Backend, dtype: str, kv_dtype: str, device: Device
-) -> None:
+def _check_backend(config: EngineConfig, name: str, backend: Backend, kv_dtype: str, device: Device) -> None:
     """Refuse what the backend's kernels do not have."""
-    if dtype not in backend.dtypes:
-        raise ConfigError(
-            f"dtype is {dtype}, which the {name} backend does not compute in; choose {' or '.join(backend.dtypes)}, "
-            "or another attention_backend"
-        )
     if kv_dtype not in backend.kv_cache_dtypes:
         able = [other for other, row in BACKENDS.items() if kv_dtype in row.kv_cache_dtypes]
         raise ConfigError(

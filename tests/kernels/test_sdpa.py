@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.attention import gathered as planner
-from quire.kernels import AttentionParams, KVLayer, gathered, reference
+from quire.attention import sdpa as planner
+from quire.kernels import AttentionParams, KVLayer, reference, sdpa
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 SEQUENCES = [(1, 1), (70, 1), (64, 1), (130, 1), (90, 33), (40, 40), (17, 5), (65, 5)]
 CPU = torch.device("cpu")
 
 
-def replanned(batch: RaggedBatch, shape: Shape) -> gathered.GatheredPlan:
+def replanned(batch: RaggedBatch, shape: Shape) -> sdpa.SdpaPlan:
     plan = batch.plan
     return planner.plan_attention(
         plan.query_start_loc.numpy(),
@@ -47,7 +47,7 @@ def test_attention(num_heads: int, options: dict[str, float], monkeypatch: pytes
     assert len(plan.runs) > 5
     expected = reference.paged_attention(*batch.in_float64(**options, alibi_slopes=slopes))
     params = AttentionParams(batch.scale, **options, alibi_slopes=slopes)  # type: ignore[arg-type]
-    found = gathered.paged_attention(batch.q, head_major(batch, torch.float32), plan, params)
+    found = sdpa.paged_attention(batch.q, head_major(batch, torch.float32), plan, params)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -61,9 +61,9 @@ def test_attention_over_narrow_caches(dtype: torch.dtype) -> None:
     wide = replace(kv, keys=kv.keys.transpose(2, 3).contiguous().double(), values=kv.values.double())
     params = AttentionParams(batch.scale)
     expected = reference.paged_attention(batch.q.double(), wide, batch.plan, params)
-    found = gathered.paged_attention(batch.q, kv, replanned(batch, shape), params)
+    found = sdpa.paged_attention(batch.q, kv, replanned(batch, shape), params)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    found = gathered.paged_attention(batch.q.bfloat16(), kv, replanned(batch, shape), params)
+    found = sdpa.paged_attention(batch.q.bfloat16(), kv, replanned(batch, shape), params)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=4e-2, atol=4e-2)
 
@@ -72,7 +72,7 @@ def test_attention_over_narrow_caches(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("skipped", [[], [0], [3, 17], list(range(20))], ids=len)
 def test_writing(dtype: torch.dtype, skipped: list[int]) -> None:
     fused = 200 * torch.randn(20, 12, 40)
-    shapes = gathered.kv_cache_shapes(6, 3, 16, 40)
+    shapes = sdpa.kv_cache_shapes(6, 3, 16, 40)
     caches = [torch.randn(shape).to(dtype) for shape in shapes]
     slots = torch.randperm(6 * 16)[:20].to(torch.int32)
     slots[skipped] = -1
@@ -90,7 +90,7 @@ def test_writing(dtype: torch.dtype, skipped: list[int]) -> None:
                 cache[slot // 16, :, slot % 16] = (
                     (new.clamp(-448, 448) if dtype.itemsize == 1 else new).to(dtype).float()
                 )
-    gathered.write_kv(fused[:, 3:6], fused[:, 6:9], KVLayer(*caches, **scales), slots)
+    sdpa.write_kv(fused[:, 3:6], fused[:, 6:9], KVLayer(*caches, **scales), slots)
     reference.write_kv(fused[:, 3:6], fused[:, 6:9], KVLayer(*twins, **scales), slots)
     for cache, twin, wanted in zip(caches, (twins[0].transpose(2, 3), twins[1]), expected, strict=True):
         assert torch.equal(cache.float(), wanted)
@@ -108,21 +108,21 @@ def test_small_operations(dtype: torch.dtype) -> None:
 
     narrow, wide = residual.to(dtype), residual.to(dtype).double()
     expected = reference.add_rms_norm(x.to(dtype).double(), wide, weight.double(), 1e-5)
-    assert_close(gathered.add_rms_norm(x.to(dtype), narrow, weight, 1e-5), expected)
+    assert_close(sdpa.add_rms_norm(x.to(dtype), narrow, weight, 1e-5), expected)
     assert_close(narrow, wide)
     fused = torch.randn(7, 5, 32).to(dtype)
     wide = fused.double()
     positions, angles = torch.randint(0, 50, (7,), dtype=torch.int32), torch.rand(50, 8).double()
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
     reference.rotary_(wide[:, :3], wide[:, 3:4], positions, cos_sin)
-    gathered.rotary_(fused[:, :3], fused[:, 3:4], positions, cos_sin.float())
+    sdpa.rotary_(fused[:, :3], fused[:, 3:4], positions, cos_sin.float())
     assert_close(fused, wide)
 
 
 def test_copying_blocks_of_bytes() -> None:
     kv = KVLayer(*(torch.randn(6, 2, 4, 8).to(torch.float8_e4m3fn) for _ in range(2)))
     before = kv.keys.float(), kv.values.float()
-    gathered.copy_blocks([kv], torch.tensor([[0, 5], [1, 4]], dtype=torch.int32))
+    sdpa.copy_blocks([kv], torch.tensor([[0, 5], [1, 4]], dtype=torch.int32))
     for cache, old in zip((kv.keys, kv.values), before, strict=True):
         assert torch.equal(cache.float()[[5, 4]], old[[0, 1]])
         assert torch.equal(cache.float()[:4], old[:4])

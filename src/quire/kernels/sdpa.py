@@ -28,7 +28,7 @@ from quire.kernels.reference import (
 from quire.kernels.unfused import unfused
 
 __all__ = [
-    "GatheredPlan",
+    "SdpaPlan",
     "SequenceRun",
     "add_rms_norm",
     "copy_blocks",
@@ -68,7 +68,7 @@ class SequenceRun:
 
 
 @dataclass(frozen=True, slots=True)
-class GatheredPlan(AttentionPlan):
+class SdpaPlan(AttentionPlan):
     """An AttentionPlan whose tensors lie on the device, without work items."""
 
     runs: list[SequenceRun] = field(default_factory=list)
@@ -152,7 +152,7 @@ rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
-    assert isinstance(plan, GatheredPlan), "made by quire.attention.gathered"
+    assert isinstance(plan, SdpaPlan), "made by quire.attention.sdpa"
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     for run in plan.runs:
         keys, values = _gather(kv.keys, run.blocks, q.dtype), _gather(kv.values, run.blocks, q.dtype)

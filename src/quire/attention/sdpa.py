@@ -1,11 +1,11 @@
-"""The planner of `quire.kernels.gathered`: sequences with equally many new tokens become runs, padded to one length."""
+"""The planner of `quire.kernels.sdpa`: sequences with equally many new tokens become runs, padded to one length."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from quire.backends import GATHERED_SLOTS
-from quire.kernels.gathered import GatheredPlan, SequenceRun
+from quire.kernels.sdpa import SdpaPlan, SequenceRun
 from quire.kernels.transfer import to_device
 
 
@@ -18,7 +18,7 @@ def plan_attention(
     device: torch.device,
     block_size: int,
     window: int = 0,
-) -> GatheredPlan:
+) -> SdpaPlan:
     """As `quire.attention.plan.plan_attention`, with all that is copied to the device copied here."""
     counts = np.diff(query_start_loc)
     num_blocks = -(-seq_lens // block_size)
@@ -39,7 +39,7 @@ def plan_attention(
             seq_lens=on_device(lengths).long(),
         )
 
-    return GatheredPlan(
+    return SdpaPlan(
         query_start_loc=on_device(query_start_loc),
         seq_lens=on_device(seq_lens),
         block_tables=on_device(block_tables),
