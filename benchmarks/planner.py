@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quire.cli.bench_workload import make_workload
+from quire.cli.bench_workload import WorkloadOptions, make_workload
 from quire.cli.peak_resident import peak_resident
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
@@ -93,9 +93,8 @@ def memory(models: list[str], pools: list[int]) -> None:
 
 def workloads() -> dict[str, tuple[list[list[int]], list[int], list[TraceRow]]]:
     """Prompts, output lengths, and the same as rows of a trace that all arrive at once."""
-    mixed = make_workload(
-        "random", num_prompts=64, input_len=136, output_len=116, range_ratio=0.9, max_len=4096, seed=1
-    )
+    lengths = WorkloadOptions(num_prompts=64, input_len=136, output_len=116, range_ratio=0.9)
+    mixed = make_workload(lengths, max_len=4096, seed=1)
     tail = 32
     prefix = [3 + 7 * place % 200 for place in range(HASH_BLOCK_TOKENS)]
     shared = [prefix + [3 + (place * place + number) % 240 for place in range(tail)] for number in range(64)]
