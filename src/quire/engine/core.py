@@ -36,7 +36,7 @@ from quire.request import Request
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
-from quire.runner.model_runner import ModelRunner, PendingStep
+from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
 from quire.sampling.logits_processors import load_processors
 from quire.sampling_params import SamplingParams
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
@@ -174,25 +174,28 @@ class EngineCore:
             make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
             make_rule=ADMISSIONS[config.admission],
         )
-        runner = ModelRunner(
-            model,
-            kv_cache,
-            model_config,
-            kernels,
+        settings = RunnerSettings(
             backend=plan.attention_backend,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             num_threads=num_threads,
-            block_store=block_store,
             logprobs_memory=plan.logprobs,
-            logits_processors=processors,
-            grammars=grammars,
             fast_forward=config.fast_forward,
             batch_invariant=config.deterministic,
-            draws_on_device=device.type == "cuda" or (plan.async_scheduling and device.type == "cpu"),
-            capture=CudaCapture() if plan.graphs else None,
+            sample_on_device=device.type == "cuda" or (plan.async_scheduling and device.type == "cpu"),
             max_num_samples=max_num_samples(config),
+        )
+        runner = ModelRunner(
+            model,
+            kv_cache,
+            model_config,
+            kernels,
+            settings,
+            logits_processors=processors,
+            block_store=block_store,
+            grammars=grammars,
+            capture=CudaCapture() if plan.graphs else None,
         )
         return cls(
             scheduler,

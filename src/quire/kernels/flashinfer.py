@@ -34,6 +34,8 @@ from quire.kernels.triton import (
     rms_norm_heads_,
     rotary_,
     rotary_write_kv,
+    row_argmax,
+    sample_tokens,
     silu_and_mul,
     write_kv,
 )
@@ -59,6 +61,8 @@ __all__ = [
     "rms_norm_heads_",
     "rotary_",
     "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "write_kv",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
+from quire.kernels.cpu import row_argmax, sample_tokens
 from quire.kernels.interface import AttentionPlan, KVShape
 from quire.kernels.reference import (
     gather_rows_quantized,
@@ -48,6 +49,8 @@ __all__ = [
     "rms_norm_heads_",
     "rotary_",
     "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "write_kv",
 ]

@@ -199,3 +199,17 @@ class Kernels(Protocol):
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> Tensor: ...
+
+    def row_argmax(self, x: Tensor, peaks: Tensor, ids: Tensor) -> None: ...
+
+    def sample_tokens(
+        self,
+        x: Tensor,
+        temperatures: Tensor,
+        min_p: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        uniforms: Tensor,
+        peaks: Tensor,
+        ids: Tensor,
+    ) -> None: ...

@@ -9,6 +9,7 @@ captured in a CUDA graph.
 Importing this package imports Triton. With TRITON_INTERPRET=1 in the environment it works on CPU tensors, slowly.
 """
 
+from quire.kernels.cpu import row_argmax, sample_tokens
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -45,6 +46,8 @@ __all__ = [
     "rms_norm_heads_",
     "rotary_",
     "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "write_kv",
 ]
