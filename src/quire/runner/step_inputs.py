@@ -86,7 +86,7 @@ class StepInputBuilder:
         self._sampling: SamplingMetadata | None = None
         """Those of the last step."""
         self._sent: SentInputs | None = None
-        """The last step's inputs on a CPU. Tensors share the arrays' memory there: a repeated step needs no new ones."""
+        """The last step's inputs on a CPU. Tensors share the arrays' memory there, so a repeated step sends nothing."""
         self._states: list[SamplingState] = []
         self._states_id = 0
         """The states sampled last, and their id. States also stay the same in steps that have no `batch_id`: sequences
