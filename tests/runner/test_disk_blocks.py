@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quire.errors import ConfigError
-from quire.runner.disk_blocks import FINGERPRINT_BYTES, FORMAT, HEADER_BYTES, NAME_BYTES, DiskBlocks, Write, file_bytes
+from quire.runner.disk_blocks import FINGERPRINT_BYTES, FORMAT, HASH_BYTES, HEADER_BYTES, DiskBlocks, Write, file_bytes
 
 BLOCK_BYTES = 5000
 MINE, OTHER = b"f" * FINGERPRINT_BYTES, b"o" * FINGERPRINT_BYTES
@@ -19,7 +19,7 @@ Open = Callable[..., DiskBlocks]
 
 
 def name_of(number: int) -> bytes:
-    return random.Random(number).randbytes(NAME_BYTES)
+    return random.Random(number).randbytes(HASH_BYTES)
 
 
 def content_of(number: int) -> bytes:
@@ -69,9 +69,9 @@ def read(store: DiskBlocks, number: int) -> bytes | str:
         return result.failed_reads[0][1]
     assert result.read[0][0] == name_of(number)
     assert result.read[0][1] > 0
-    buffer = store.take(name_of(number))
+    buffer = store.take_buffer(name_of(number))
     content = bytes(buffer[HEADER_BYTES:])
-    store.give_back(buffer)
+    store.release_buffer(buffer)
     return content
 
 
@@ -144,7 +144,7 @@ def test_another_model_finds_nothing_but_knows_what_takes_room(open_store: Open,
     other = open_store(OTHER, 100)
     assert other.stored == [(MINE + name_of(0), file_bytes(BLOCK_BYTES))]
     assert read(other, 0) == "missing"
-    other.forget(MINE + name_of(0))
+    other.remove(MINE + name_of(0))
     other.close()
     assert not file_of(tmp_path, 0).exists()
 
@@ -153,8 +153,8 @@ def test_a_forgotten_block_is_gone_after_what_was_written_before(open_store: Ope
     store = open_store()
     buffer = store.new_buffer()
     store.save(name_of(0), buffer)
-    store.forget(name_of(0))
-    store.forget(name_of(1))
+    store.remove(name_of(0))
+    store.remove(name_of(1))
     store.close()
     assert not file_of(tmp_path, 0).exists()
 

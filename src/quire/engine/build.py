@@ -35,7 +35,7 @@ from quire.models.weights import TensorSource
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
-from quire.runner.model_runner import ModelRunner
+from quire.runner.model_runner import ModelRunner, RunnerSettings
 from quire.sampling.logits_processors import load_processors
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
@@ -99,25 +99,28 @@ def build_core(
     tiers, block_store = _open_tiers(target, kv_cache)
     _warn_of_surplus(target)
     on_phase("KV cache", time.perf_counter() - started)
-    runner = ModelRunner(
-        model,
-        kv_cache,
-        model_config,
-        target.kernels,
+    settings = RunnerSettings(
         backend=plan.attention_backend,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         num_threads=num_threads,
-        block_store=block_store,
         logprobs_memory=plan.logprobs,
-        logits_processors=processors,
-        grammars=grammars,
         fast_forward=config.fast_forward,
         batch_invariant=config.deterministic,
-        draws_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
-        capture=CudaCapture() if plan.graphs else None,
+        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
         max_num_samples=max_num_samples(config),
+    )
+    runner = ModelRunner(
+        model,
+        kv_cache,
+        model_config,
+        target.kernels,
+        settings,
+        logits_processors=processors,
+        block_store=block_store,
+        grammars=grammars,
+        capture=CudaCapture() if plan.graphs else None,
     )
     return EngineCore(
         _make_scheduler(config, plan, tiers),
