@@ -275,7 +275,7 @@ class ModelRunner:
 
         def run() -> Tensor:
             input_ids = tensors["input_ids"] if device is None else device.fill_in(tensors["input_ids"])
-            hidden = self._model(input_ids, tensors["token_positions"], self._kv_cache, attention)
+            hidden = self._model(input_ids, StepContext(tensors["token_positions"], self._kv_cache.layers, attention))
             return sampler.compute(self._model.logits(hidden), tensors, key.outcome)
 
         return run
