@@ -1,5 +1,6 @@
 """--prefix-file: its lines, the salts they are registered under, and what stops a server from starting."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,9 @@ def test_a_wrong_line_is_named(tmp_path: Path, text: str, words: str) -> None:
 
 def test_a_missing_file_and_a_refused_prefix(engine: ScriptedEngine, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        register_prefixes(engine, ServerSettings(prefix_file=str(tmp_path / "none")))
+        asyncio.run(register_prefixes(engine, ServerSettings(prefix_file=str(tmp_path / "none"))))
     file = tmp_path / "prefixes.jsonl"
     file.write_text('{"prompt_token_ids": [1]}\n{"prompt_token_ids": [' + "1," * 300 + "1]}")
     with pytest.raises(ConfigError, match=r"prefix 2: the prefix has 301 tokens"):
-        register_prefixes(engine, ServerSettings(prefix_file=str(file)))
-    assert register_prefixes(engine, ServerSettings()) == 0
+        asyncio.run(register_prefixes(engine, ServerSettings(prefix_file=str(file))))
+    assert asyncio.run(register_prefixes(engine, ServerSettings())) == 0

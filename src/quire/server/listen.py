@@ -89,7 +89,7 @@ async def _live(
     await server.listening.wait()
     report(f"listening on {url_of(listener)}")
     await engine.start()
-    if num_prefixes := register_prefixes(engine, settings):
+    if num_prefixes := await register_prefixes(engine, settings):
         report(f"prefixes: {num_prefixes} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")

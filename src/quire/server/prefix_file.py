@@ -9,6 +9,8 @@ answer. The prefixes are findable under every API key's salt: they are the opera
 tell nothing of any client.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +54,34 @@ def read_prefixes(path: Path) -> list[PrefixLine]:
     return prefixes
 
 
-def register_prefixes(engine: Engine, settings: ServerSettings) -> int:
-    """Have the started engine compute and keep the prefixes of `settings.prefix_file`; returns how many.
+async def register_prefixes(engine: Engine, settings: ServerSettings) -> int:
+    """Register the prefixes of `settings.prefix_file`; returns how many, when the engine has accepted them all.
 
-    Raises `ConfigError` for a file that cannot be read, and for a prefix that cannot be kept.
+    Raises `ConfigError` for a file that cannot be read, at once, and for a prefix that the engine refuses, which it
+    does when it has loaded.
     """
     if settings.prefix_file is None:
         return 0
     path = Path(settings.prefix_file)
     salts = Doorkeeper(settings).salts
     prefixes = read_prefixes(path)
+    token_ids = []
     for index, prefix in enumerate(prefixes, 1):
-        try:
-            engine.register_prefix(_token_ids(engine, prefix), salts)
-        except RequestError as error:
-            raise ConfigError(f"prefix_file {path}, prefix {index}: {error.message}") from error
+        with _naming(path, index):
+            token_ids.append(_token_ids(engine, prefix))
+    for index, prefix_ids in enumerate(token_ids, 1):
+        with _naming(path, index):
+            await engine.register_prefix(prefix_ids, salts)
     return len(prefixes)
+
+
+@contextmanager
+def _naming(path: Path, index: int) -> Iterator[None]:
+    """Turn a refusal into a `ConfigError` that names the file and the prefix."""
+    try:
+        yield
+    except RequestError as error:
+        raise ConfigError(f"prefix_file {path}, prefix {index}: {error.message}") from error
 
 
 def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:
