@@ -1,4 +1,4 @@
-"""The engine as it is, against a modelled executor: its Scheduler and its BlockPool on a simulated clock."""
+"""PagedSimulation: the engine's own Scheduler and BlockPool on a simulated clock, with a modelled executor."""
 
 import heapq
 import sys
@@ -24,13 +24,13 @@ from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS
 
 QUEUE_AHEAD = 512
-"""Requests in the scheduler's queue beyond those that can run. What arrived later waits outside, in the same order:
-first come, first served makes no difference between the two, and prompts need memory. Other policies see all."""
+"""Most requests in the scheduler's queue beyond those that can run; later ones wait outside, in the same order, because
+prompts need memory. First come, first served decides the same either way. Other policies see all requests."""
 
 _UNIQUE = 2**31
-"""Token ids from here on stand for prompts of which nothing is known but their length."""
+"""Token ids from here on make up prompts whose content is unknown; every request has its own id."""
 _SHARED = 2**32 - 1
-"""The token that shared prefixes are made of."""
+"""The one token of shared prefixes."""
 _PREFIX_ID = "shared prefix"
 _NO_CLIENT = -1
 """The seed of a request that no client sent; a client's is the number of its arrival."""
@@ -56,7 +56,7 @@ class _Client:
 
 
 class PagedSimulation:
-    """One run of the scheduler over a stream of requests. `run` does it, then `result` has the figures."""
+    """One run of the scheduler over a stream of requests: call `run`, then `result` for the figures."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class PagedSimulation:
         max_model_len: int,
         kv_bytes_per_token: int = 0,
     ) -> None:
-        """`kv_bytes_per_token` sizes the blocks of tiers, where there are any."""
+        """`kv_bytes_per_token` sizes the blocks of tiers, if there are any."""
         self.now = 0.0
         self.measures = measures
         self.num_deaths = 0
@@ -83,17 +83,17 @@ class PagedSimulation:
         self._block_bytes = kv_bytes_per_token * settings.block_size
         self._tier_hits = {HOST: 0, DISK: 0}
         self._on_disk: list[tuple[bytes, int]] = []
-        """What the engine before this one left on disk."""
+        """Blocks that the previous engine left on disk: (block hash, bytes)."""
         waits_outside = settings.scheduling_policy == "fcfs" or settings.saturate
         self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD if waits_outside else sys.maxsize
         self._clients: dict[str, _Client] = {}
         self._leaving: list[tuple[float, str]] = []
-        """When clients lose patience, as a heap."""
+        """Heap of (when the client loses patience, request id)."""
         self._params: dict[tuple[int, bool], SamplingParams] = {}
         """(limit in tokens, whether the request ends before it) → parameters that such requests share."""
         self._prefix = [_SHARED] * settings.shared_prefix
         self._num_counted = 0
-        """Clients waiting or running that are part of the result."""
+        """Waiting and running clients that are part of the result."""
         self._preemptions = self._prefix_queries = self._prefix_hits = 0
         self.scheduler = self._start_engine()
 
@@ -101,7 +101,7 @@ class PagedSimulation:
         """Until every counted request has ended."""
         measures, faults, settings = self.measures, self._faults, self._settings
         while True:
-            self._take_in()
+            self._admit_arrivals()
             if not self._num_counted and (self._next is None or not self._next.counted):
                 break
             if not self._clients:
@@ -157,8 +157,8 @@ class PagedSimulation:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        """Let clients come whose time it is, and clients leave."""
+    def _admit_arrivals(self) -> None:
+        """Add the requests that have arrived, and cancel those whose clients have lost patience."""
         clients = self._clients
         while (arrival := self._next) is not None and arrival.time <= self.now:
             if len(clients) >= self._most_outstanding or not (arrival.counted or self._num_counted):
@@ -223,7 +223,7 @@ class PagedSimulation:
             heapq.heappush(self._leaving, (since + patience, request.request_id))
 
     def _receive(self, deltas: StepDeltas, previous: float) -> None:
-        """Clients get what the step brought; `previous` is when the step before it ended."""
+        """Deliver a step's tokens to the clients; `previous` is when the step before it ended."""
         clients, now = self._clients, self.now
         num_steady = 0
         for delta in deltas:
@@ -287,7 +287,7 @@ class PagedSimulation:
             clock=lambda: self.now,
         )
         if self._prefix:
-            # Provided in advance, as the paper has it: computed before the clock runs.
+            # As in the paper, the prefix is computed in advance, before the clock runs.
             params = SamplingParams(max_tokens=1, ignore_eos=True)
             prefix = Request(
                 request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, seed=_NO_CLIENT, max_tokens=1
@@ -296,7 +296,7 @@ class PagedSimulation:
             while scheduler.has_work:
                 plan = scheduler.schedule()
                 scheduler.update(plan, self._executor.execute(plan, self.now)[0])
-            self._prefix_queries -= scheduler.stats().total_prefix_queries  # no client's
+            self._prefix_queries -= scheduler.stats().total_prefix_queries  # not a client's
         return scheduler
 
     def _check(self) -> None:
@@ -304,7 +304,7 @@ class PagedSimulation:
         check_pool(self.scheduler.pool)
 
     def _open_tiers(self) -> TierIndex | None:
-        """Host memory starts empty; the disk has what an engine before left there."""
+        """The tiers of a new engine: host memory is empty, the disk holds what the previous engine left."""
         settings, size = self._settings, self._block_bytes
         if not settings.has_tiers:
             return None
@@ -313,7 +313,7 @@ class PagedSimulation:
         return TierIndex(lambda: self.now, host=host, disk=disk)
 
     def _restart(self) -> None:
-        """The engine dies with its memory; a new one goes on with what the clients have received."""
+        """The engine dies with its memory; a new one resumes every request after the tokens its client has received."""
         self._check()
         self._keep_counts()
         self.num_deaths += 1

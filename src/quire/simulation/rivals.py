@@ -1,4 +1,4 @@
-"""Policies that the engine's are compared with: one that knows what no engine can, and one that another engine has."""
+"""Policies to compare the engine's with: an oracle that knows all output lengths, and SGLang's rule of admission."""
 
 from collections.abc import Mapping, Sequence
 
@@ -29,11 +29,12 @@ class OracleShortestFirst(WaitingQueue):
 
 
 class NewTokenRatio:
-    """SGLang's rule of admission, from its published behaviour; preemption stays ours.
+    """SGLang's rule of admission, after its published behaviour; preemption is Quire's.
 
-    A new request must fit with all the tokens that it may ask for (at most `CLIP`), beside running ones that are taken
-    to need a share of theirs, the ratio. It falls from `FIRST` to `LEAST` over `DECAY_STEPS` steps; a preemption sets
-    it to what the running ones have used of their limits by now, `LOOK_AHEAD` tokens later.
+    A new request must fit with its whole token limit (at most `CLIP`) beside the running requests, each of which is
+    expected to need a share of its own limit. This share, the ratio, falls from `FIRST` to `LEAST` over `DECAY_STEPS`
+    steps; a preemption sets it to the share of their limits that the running requests will have used `LOOK_AHEAD`
+    tokens from now.
     """
 
     FIRST = 0.7
@@ -73,7 +74,7 @@ class NewTokenRatio:
         self._preempted = True
 
     def note_end(self) -> None:
-        """The ratio falls by itself."""
+        """Nothing to do: the ratio falls with the steps."""
 
 
 def make_queues(output_lengths: Mapping[int, int]) -> dict[str, MakeQueue]:
