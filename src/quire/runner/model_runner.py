@@ -193,7 +193,8 @@ class ModelRunner:
         else:
             sent = self._inputs.send(step, columns)
             hidden = self._run_model(step, sent, attention)
-            finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
+            if plan.prompt_logprobs:
+                finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
             if not plan.sample_indices:
                 return finishes
             output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, key.outcome)

@@ -21,7 +21,7 @@ from quire.sampling.state import SamplingState
 from quire.step import StepPlan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInputs:
     """One step on the host."""
 

@@ -62,7 +62,8 @@ class HostSampling:
 
     def begin(self, step: StepInputs) -> Arrays:
         """Start to compute the grammars' masks; there are no columns."""
-        self._masks.start(step.sampling.grammars)
+        if step.sampling.grammars:
+            self._masks.start(step.sampling.grammars)
         return {}
 
     def outcome(self, columns: Arrays) -> Outcome:
@@ -77,7 +78,7 @@ class HostSampling:
         """Sample, and fill `result`."""
         self._masks.join()
         sampling = step.sampling
-        logits = output[: len(sampling.states)]
+        logits = output if len(output) == len(sampling.states) else output[: len(sampling.states)]
         logits = logits if self._logits_are_ready else logits.float().cpu()
         sampled = self._sampler.sample(logits, sampling.states, sampling.states_id)
         self._results.accept(step.plan, sampling, sampled, result)
