@@ -58,7 +58,7 @@ def main() -> None:
             report()
             continue
         for figure, requests, run in what_to_time(name, workloads[name], engine):
-            engine.forget(requests)
+            engine.reset(requests)
             stolen_before, start = stolen_seconds(), time.perf_counter()
             try:
                 run()

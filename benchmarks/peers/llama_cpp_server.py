@@ -102,7 +102,7 @@ class LlamaCppServer:
     def beam_search(self, requests: Sequence[WorkRequest], *, beam_width: int) -> list[int]:
         raise NotOffered("llama.cpp's server has no beam search")
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         longest = max(len(request.prompt_token_ids) + request.num_output_tokens for request in upcoming)
         num_slots = 1 if len(upcoming) == 1 else MAX_SLOTS
         self._start(num_slots=num_slots, slot_len=-(-(longest + 1) // 256) * 256)

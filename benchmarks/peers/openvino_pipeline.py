@@ -63,7 +63,7 @@ class OpenVINOEngine:
         outputs = self._pipeline.generate(prompts, configs)
         return [len(sample) for output in outputs for sample in output.m_generation_ids]
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         del self._pipeline  # free its memory before the next is made
         self._pipeline = self._open()
         self.generate([WorkRequest([7] * 64, 16)] * 8, n=1, temperature=0.0)

@@ -26,7 +26,7 @@ class PeerEngine(Protocol):
     def beam_search(self, requests: Sequence[WorkRequest], *, beam_width: int) -> list[int]:
         """Run all requests at once with beam search and keep every beam. Raises `NotOffered`."""
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         """Clear the prefix cache and get ready for these requests."""
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class TransformersEngine:
             lengths += [request.num_output_tokens for request in batch for _ in range(n)]  # cut the rest off
         return lengths
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         pass  # it keeps no cache
 
     def close(self) -> None:

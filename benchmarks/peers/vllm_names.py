@@ -53,7 +53,7 @@ class LLMEngine:
             for beam in output.sequences
         ]
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         self._llm.reset_prefix_cache()
 
     def close(self) -> None:

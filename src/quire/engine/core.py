@@ -26,10 +26,12 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.packed_weights import PackedWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import Model, load_model
-from quire.models.weights import RandomWeights, Weights
+from quire.models.weights import TensorSource
 from quire.models.weights_cache import WeightsCache
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
@@ -366,9 +368,11 @@ def _load_model(
 ) -> Model:
     float32_activations = BACKENDS[plan.attention_backend].float32_activations
     made_on = torch.device("cpu") if float32_activations else device
-    source = RandomWeights(config.seed, device=made_on) if config.load_format == "dummy" else Weights.open(folder)
-    weights = source if float32_activations else DeviceWeights(source, device, getattr(torch, plan.dtype))
-    return load_model(model_config, weights, kernels, plan.quantization or plan.dtype, max_model_len=plan.max_model_len)
+    dummy = config.load_format == "dummy"
+    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else open_checkpoint(folder)
+    if not float32_activations:
+        source = DeviceWeights(source, device, getattr(torch, plan.dtype))
+    return load_model(model_config, source, kernels, plan.quantization or plan.dtype, max_model_len=plan.max_model_len)
 
 
 def _open_tiers(

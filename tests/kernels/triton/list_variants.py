@@ -23,8 +23,8 @@ from quire.kernels.triton import sampling
 from quire.kv_cache.storage import KVCache
 from quire.layers.step_context import StepContext
 from quire.models.device_weights import DeviceWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights
 from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler
 from tests.kernels.triton import test_steps
 

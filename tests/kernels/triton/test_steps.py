@@ -19,8 +19,8 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.device_weights import DeviceWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights
 from quire.request import Request
 from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
