@@ -1,8 +1,8 @@
-"""`python -m benchmarks.sharing [--plot FILE]`: KV memory that sharing saves, step by step in the engine itself.
+"""KV memory saved by sharing, measured in the engine: `python -m benchmarks.sharing [--plot FILE]`.
 
-Parallel samples and beams of the bundled model, on prompts of held-out text whose lengths are those of the paper's
-traces (its Fig. 11). Saved is what block tables would take more without sharing, as a share of that total, averaged
-over the run (the paper's Fig. 15); the paper's figures stand beside ours.
+Parallel samples and beams of the bundled model, on prompts of held-out text with the lengths of the paper's traces (its
+Fig. 11). The saving is the share of block-table entries that need no block of their own, averaged over the run (the
+paper's Fig. 15). The paper's figures stand beside ours.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The recipes of docs/extending.md: their code blocks are executed, and what they add is used."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -9,10 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.llama import LlamaForCausalLM
 
 from quire import LLM, SamplingParams
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
+from tests.checkpoints import make_checkpoint
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine
 
@@ -96,6 +101,47 @@ def source() -> Iterator[Source]:
 def greedy(llm: LLM, **options: Any) -> list[int]:
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, **options)
     return llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids
+
+
+def make_parallel_checkpoint(folder: Path) -> Path:
+    """A Llama checkpoint without the norms that a parallel residual does not have."""
+    make_checkpoint(folder, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["ParallelLlamaForCausalLM"]}))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "post_attention" not in k}, folder / "model.safetensors")
+    return folder
+
+
+def parallel_oracle(folder: Path) -> LlamaForCausalLM:
+    """transformers' Llama with the residual made parallel."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def parallel(layer: Any) -> Any:
+        def forward(hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+            normed = layer.input_layernorm(hidden_states)
+            return hidden_states + layer.self_attn(hidden_states=normed, **options)[0] + layer.mlp(normed)
+
+        return forward
+
+    for layer in model.model.layers:
+        layer.forward = parallel(layer)
+    return model
+
+
+def test_a_model_family(source: Source, tmp_path: Path) -> None:
+    source.add("A model family")
+    folder = make_parallel_checkpoint(tmp_path)
+    prompts = [[7, 40, 99, 3, 12, 250, 31], [5, 9]]
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    oracle = parallel_oracle(folder)
+    chunked = {"max_num_batched_tokens": 4, "max_num_seqs": 2}
+    for options in ({}, chunked):
+        outputs = LLM(str(folder), **OPTIONS, **options).generate(prompts, params, use_tqdm=False)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            with torch.inference_mode():
+                found = oracle.generate(torch.tensor([prompt]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+            assert output.outputs[0].token_ids == found[0, len(prompt) :].tolist()
 
 
 def test_a_backend(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,6 @@ GEMMA2 = Architecture(
         "post_norms": True,
         "scale_embeddings": True,
     },
-    fixed={"use_bidirectional_attention": None},
+    fixed={"use_bidirectional_attention": False},
 )
 ROWS = {"MixtralForCausalLM": MIXTRAL, "StableLmForCausalLM": STABLELM, "Gemma2ForCausalLM": GEMMA2}

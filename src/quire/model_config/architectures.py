@@ -26,8 +26,8 @@ class Architecture:
     """A key → how this family spells it in config.json."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Options of config.json that are supported with this one value."""
+    fixed: Mapping[str, bool] = field(default_factory=dict)
+    """Flags of config.json that are supported with this one value; null is false."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
