@@ -176,7 +176,7 @@ class Core:
         attention plan is what lies on the device."""
         from quire.runner.cuda_graphs import Outcome
 
-        runner: Any = self._core._runner  # what serves no request has no interface
+        runner: Any = self._core._executor  # what serves no request has no interface
         graphs = getattr(runner._graphs, "_graphs", {})
         keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
         if not keys:

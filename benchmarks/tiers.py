@@ -103,7 +103,7 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
         LLM(**engine, num_blocks=num_tokens // 8, max_num_seqs=8, disk_cache=folder) as llm,
     ):
         core = llm._engine._core
-        scheduler, store = core._scheduler, core._runner._block_store
+        scheduler, store = core._scheduler, core._executor._block_store
         index, files = scheduler._tiers, store._disk if store is not None else None
         assert index is not None
         assert files is not None
