@@ -237,14 +237,14 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return prompts  # type: ignore[return-value]
 
 
-def _as_conversations(messages: str | Sequence[Message] | Sequence[Sequence[Message]]) -> list[list[Message]]:
+def _as_conversations(messages: Any) -> list[list[Message]]:
     """A text or one conversation → a list of one. Raises `RequestError` for anything that is no list of messages."""
     if isinstance(messages, str):
         return [[{"role": "user", "content": messages}]]
     if isinstance(messages, Mapping):
         return [[messages]]
     if messages and isinstance(messages[0], Mapping):
-        messages = [messages]  # type: ignore[list-item]  # the first entry decides
+        messages = [messages]
     for conversation in messages:
         if isinstance(conversation, str) or not all(isinstance(message, Mapping) for message in conversation):
             raise RequestError(
@@ -252,7 +252,7 @@ def _as_conversations(messages: str | Sequence[Message] | Sequence[Sequence[Mess
                 '{"role": "user", "content": "Hello"}',
                 param="messages",
             )
-    return [list(conversation) for conversation in messages]  # type: ignore[arg-type]  # as checked
+    return [list(conversation) for conversation in messages]
 
 
 @contextlib.contextmanager

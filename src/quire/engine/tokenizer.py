@@ -182,7 +182,7 @@ class Tokenizer:
 
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
-    """The tokenizer of the model or of the option `tokenizer`; None if the model has none: prompts are then token ids."""
+    """The tokenizer of the model or of the option `tokenizer`; None if there is none: prompts are then token ids."""
     folder = tokenizer_folder(config, folder)
     try:
         return Tokenizer.from_folder(folder)
