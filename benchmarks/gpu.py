@@ -177,7 +177,7 @@ class Core:
         attention plan is still on the device."""
         from quire.runner.cuda_graphs import Outcome
 
-        runner: Any = self._core._runner  # there is no public interface to run a step without requests
+        runner: Any = self._core._executor  # there is no public interface to run a step without requests
         graphs = getattr(runner._graphs, "_graphs", {})
         keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
         if not keys:

@@ -53,7 +53,7 @@ def test_activations_of_sixteen_bits(kv_cache_dtype: str, tmp_path: Path) -> Non
     checkpoint = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")
     llm = LLM(str(checkpoint), attention_backend="sdpa", kv_cache_dtype=kv_cache_dtype, num_blocks=40, threads=1)
     core: Any = llm._engine._core  # what is stored is not otherwise shown
-    assert core._runner._kv_cache.layers[0].keys.dtype == (
+    assert core._executor._kv_cache.layers[0].keys.dtype == (
         torch.float8_e4m3fn if kv_cache_dtype == "fp8" else torch.bfloat16
     )
     prompt = make_prompts(4, longest=60)[3]
@@ -143,9 +143,9 @@ def test_backends_of_devices() -> None:
         choose_backend("triton", "cpu")
     for name in BACKENDS:
         EngineConfig(attention_backend=name)
-    with pytest.raises(ConfigError, match=r"attention_backend is 'magic'; it must be auto or one of cpu"):
+    with pytest.raises(ConfigError, match=r"attention_backend is 'magic'; it must be one of auto, cpu"):
         EngineConfig(attention_backend="magic")
-    with pytest.raises(ConfigError, match="device is 'tpu'; it must be auto or one of cpu, cuda, mps"):
+    with pytest.raises(ConfigError, match="device is 'tpu'; it must be one of auto, cpu, cuda, mps"):
         EngineConfig(device="tpu")
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization is 1.5; it must be above 0 and at most 1"):
         EngineConfig(gpu_memory_utilization=1.5)
