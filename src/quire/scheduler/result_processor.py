@@ -211,7 +211,7 @@ class ResultProcessor:
                 _finish(delta, group.request, complete=complete)
                 self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
+            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.ABORTED))
 
     def _advance(
         self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
