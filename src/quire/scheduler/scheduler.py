@@ -20,11 +20,11 @@ from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.demand import Demand
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.length_curve import Ending
-from quire.scheduler.load import Load
 from quire.scheduler.lookahead import LookAhead
 from quire.scheduler.memory_report import report_memory
 from quire.scheduler.output_lengths import OutputLengths
@@ -77,7 +77,7 @@ class Scheduler:
         rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
         queue = make_queue(stats)
         self._queues = groups = RequestQueues(pool, max_num_seqs, queue, lengths, rules, offload, self.prefixes, stats)
-        self._load = Load(pool, groups, forecast)
+        self._demand = Demand(pool, groups, forecast, stats)
         self._lookup = lookup = PrefixLookup(pool, offload, clock)
         self._results = ResultProcessor(pool, groups, lookup, offload, self.prefixes, stats)
         watermark = int(pool.num_blocks * WATERMARK)
@@ -151,7 +151,7 @@ class Scheduler:
             )
         self._num_arrivals += 1
         if not self._queues.by_id:
-            self._load.begin(self._clock(), self._stats)
+            self._demand.begin(self._clock())
         self._queues.enter(group)
 
     def abort(self, request_id: str) -> None:
@@ -207,8 +207,10 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """The present counts; those that are predicted are at most half a second old."""
-        self._load.refresh(self._clock(), self._stats)
-        stats, pool = replace(self._stats), self.pool
+        stats, pool, demand = replace(self._stats), self.pool, self._demand.forecast(self._clock())
+        stats.predicted_output_tokens = demand.output_tokens
+        stats.predicted_kv_cache_usage = demand.kv_cache_usage
+        stats.predicted_queue_seconds = demand.queue_seconds
         prefixes = self._lookup.counts
         stats.total_prefix_hits = prefixes.num_hits
         stats.prefix_hits, stats.prefix_misses = prefixes.hits.copy(), prefixes.misses.copy()
