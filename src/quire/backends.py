@@ -33,7 +33,7 @@ class Backend:
     kernels: str
     """The module that offers `quire.kernels.interface.Kernels`."""
     planner: str
-    """What makes the planner of its attention, as "module:function" (see `quire.attention.planners`)."""
+    """What makes the planner of its attention, as "module:name" (see `quire.attention.planners`)."""
     devices: tuple[str, ...]
     kv_cache_dtypes: tuple[str, ...] = _PLAIN
     packages: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "cpu": Backend(
             kernels="quire.kernels.cpu",
-            planner="quire.attention.planners:cpu_planner",
+            planner="quire.attention.planners:CpuPlanner",
             devices=("cpu",),
             kv_cache_dtypes=(*_PLAIN, "int8"),
             block_size=16,

@@ -24,7 +24,7 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
     """And a plan of attention that goes on with it sees what it holds."""
     rows = RequestRows(max_num_seqs=8, max_blocks=16, vocab_size=10)
     free = iter(range(100, 200))
-    lengths, batch, attention = {5: 3, 2: 9, 7: 4}, None, None
+    lengths, batch = {5: 3, 2: 9, 7: 4}, None
     plan_attention = make_planner(
         "cpu",
         AttentionShape(
@@ -55,7 +55,7 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
         assert batch.follows == (step > 0)
         assert_same(batch, make_input_batch(plan, rows, BLOCK_SIZE))
         arrays = StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots)
-        attention = plan_attention(arrays, before=attention if batch.follows else None)
+        attention = plan_attention(arrays, repeats=batch.follows)
         for name, array in arrays._asdict().items():
             np.testing.assert_array_equal(getattr(attention, name), array, name)
 

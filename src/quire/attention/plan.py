@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from quire.attention.inputs import AttentionShape, Int32Array, Int64Array, StepArrays
 from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.interface import CpuAttentionPlan
 
@@ -73,51 +73,31 @@ class MergeColumn(IntEnum):
     NUM_PARTS = 3
 
 
-def plan_attention(
-    query_start_loc: NDArray[np.int32],
-    seq_lens: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    slots: NDArray[np.int32],
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    num_threads: int,
-    window: int = 0,
-    kv_element_size: int = 4,
-    share_prefixes: bool = True,
-    batch_invariant: bool = False,
-) -> CpuAttentionPlan:
-    """Plan one step of B sequences with T new tokens; `CpuAttentionPlan` says what the arrays hold.
-
-    The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
-    window serves the layers that have this window or a smaller one. `kv_element_size` is the bytes of a number in the
-    cache. `share_prefixes`: leading blocks of several sequences may be read once for all. Where a plan is
-    `batch_invariant`, nothing is shared, and the order in which a token's keys are summed depends on its position
-    alone: no other sequence, no chunk and no number of threads changes a bit of its result.
-    """
-    group = num_heads // num_kv_heads
+def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: bool = True) -> CpuAttentionPlan:
+    """Plan one step. With `share_prefixes`, leading blocks of several sequences may be read once for all of them. A new
+    token's keys are written before the plan runs."""
+    query_start_loc, seq_lens, block_tables, slots = step
+    num_kv_heads, block_size, group = shape.num_kv_heads, shape.block_size, shape.group
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
         raise ValueError(
             f"block_tables has room for {block_tables.shape[1]} blocks of {block_size}, "
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
-    min_cost_rows = _MIN_COST_ROWS[kv_element_size]
-    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
+    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
     sharers = _NO_SHARERS
-    if batch_invariant:
+    if shape.batch_invariant:
         tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
     elif share_prefixes and len(tiles) > 1:
-        read_rows = _CACHED_ROWS[kv_element_size]
-        sharers = _share_prefixes(tiles, block_tables, seq_lens, query_start_loc, group, block_size, read_rows)
+        read_rows = _CACHED_ROWS[shape.kv_element_size]
+        sharers = _share_prefixes(tiles, step, group, block_size, read_rows)
     work = np.concatenate((tiles, sharers.items))
     keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
     rows = work[:, WorkColumn.NUM_TOKENS] * group
     cost = keys.astype(np.int64) * np.maximum(rows, min_cost_rows)  # of one head
 
-    part_keys = _INVARIANT_PART_KEYS if batch_invariant else None
-    num_items = num_threads * _ITEMS_PER_THREAD if num_threads > 1 else 1
+    part_keys = _INVARIANT_PART_KEYS if shape.batch_invariant else None
+    num_items = shape.num_threads * _ITEMS_PER_THREAD if shape.num_threads > 1 else 1
     share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * min_cost_rows)
     heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
     num_groups = -(-num_kv_heads // np.minimum(np.maximum(heads, 1), num_kv_heads))
@@ -126,8 +106,8 @@ def plan_attention(
     else:
         num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
 
-    shared, merges, num_partial_rows = _lay_out_parts(work, num_splits, sharers, seq_lens, query_start_loc, num_heads)
-    work = _split_keys(work, num_splits, num_heads, part_keys)
+    shared, merges, num_partial_rows = _lay_out_parts(work, num_splits, sharers, step, shape.num_heads)
+    work = _split_keys(work, num_splits, shape.num_heads, part_keys)
     work = _share_out_heads(work, np.repeat(num_groups, num_splits), num_kv_heads)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
@@ -145,13 +125,13 @@ def plan_attention(
         growth=growth,
         shared=_tensor(shared),
         merges=_tensor(merges),
-        partials=torch.empty(num_partial_rows, head_dim + 2),
-        window=window,
-        num_threads=num_threads,
+        partials=torch.empty(num_partial_rows, shape.head_dim + 2),
+        window=shape.window,
+        num_threads=shape.num_threads,
     )
 
 
-def advance_plan(plan: CpuAttentionPlan, block_tables: NDArray[np.int32]) -> CpuAttentionPlan:
+def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:
     """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
     last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more.
 
@@ -167,9 +147,9 @@ def advance_plan(plan: CpuAttentionPlan, block_tables: NDArray[np.int32]) -> Cpu
 class _Sharers(NamedTuple):
     """Items for several tiles, and which tiles these are."""
 
-    items: NDArray[np.int32]
-    tile: NDArray[np.int64]
-    item: NDArray[np.int64]
+    items: Int32Array
+    tile: Int64Array
+    item: Int64Array
     """[N]: one for each pair of a tile and an item, ordered by item."""
 
 
@@ -179,8 +159,8 @@ _NO_SHARERS = _Sharers(
 
 
 def _cut_into_tiles(
-    query_start_loc: NDArray[np.int32], seq_lens: NDArray[np.int32], group: int, num_kv_heads: int, window: int
-) -> NDArray[np.int32]:
+    query_start_loc: Int32Array, seq_lens: Int32Array, group: int, num_kv_heads: int, window: int
+) -> Int32Array:
     """Runs of new tokens of one sequence, with all heads and the keys they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
@@ -202,15 +182,7 @@ def _cut_into_tiles(
     return work
 
 
-def _share_prefixes(
-    tiles: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    seq_lens: NDArray[np.int32],
-    query_start_loc: NDArray[np.int32],
-    group: int,
-    block_size: int,
-    read_rows: float,
-) -> _Sharers:
+def _share_prefixes(tiles: Int32Array, step: StepArrays, group: int, block_size: int, read_rows: float) -> _Sharers:
     """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
     sequence, tokens = tiles[:, WorkColumn.SEQUENCE], tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
     # Many rows make good use of keys by themselves; where a window cuts a prefix, each row sees another part of it.
@@ -218,9 +190,9 @@ def _share_prefixes(
     if len(few) < 2:
         return _NO_SHARERS
     sequence = sequence[few]
-    num_blocks = (seq_lens - np.diff(query_start_loc))[sequence].astype(np.int64) // block_size
+    num_blocks = (step.seq_lens - np.diff(step.query_start_loc))[sequence].astype(np.int64) // block_size
     prefixes = find_shared_prefixes(
-        block_tables[sequence], num_blocks, tokens[few] * group, block_size=block_size, read_rows=read_rows
+        step.block_tables[sequence], num_blocks, tokens[few] * group, block_size=block_size, read_rows=read_rows
     )
     if not prefixes:
         return _NO_SHARERS
@@ -245,13 +217,12 @@ def _share_prefixes(
 
 
 def _lay_out_parts(
-    work: NDArray[np.int32],
-    num_splits: NDArray[np.int64],
+    work: Int32Array,
+    num_splits: Int64Array,
     sharers: _Sharers,
-    seq_lens: NDArray[np.int32],
-    query_start_loc: NDArray[np.int32],
+    step: StepArrays,
     num_heads: int,
-) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+) -> tuple[Int32Array, Int32Array, int]:
     """Gives every tile of several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
 
     Of a tile the parts of its own item come first, then those of the items it shares.
@@ -292,7 +263,7 @@ def _lay_out_parts(
     shared = np.empty((len(tile), len(SharedColumn)), dtype=np.int32)
     row = tiles[tile, WorkColumn.TOKEN_BEGIN] + token
     shared[:, SharedColumn.ROW] = row
-    shared[:, SharedColumn.POSITION] = row - query_start_loc[sequence + 1] + seq_lens[sequence]
+    shared[:, SharedColumn.POSITION] = row - step.query_start_loc[sequence + 1] + step.seq_lens[sequence]
     part_of = part[pair] + split_of_item[run]
     shared[:, SharedColumn.PARTIAL_ROW] = partial_begin[tile] + (part_of * tokens[tile] + token) * num_heads
     shared_rows = item_tokens * item_splits
@@ -300,9 +271,7 @@ def _lay_out_parts(
     return shared, merges, num_rows
 
 
-def _split_keys(
-    work: NDArray[np.int32], num_splits: NDArray[np.int64], num_heads: int, part_keys: int | None
-) -> NDArray[np.int32]:
+def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_keys: int | None) -> Int32Array:
     """Each item becomes `num_splits` items of about as many keys, or begun at multiples of `part_keys`."""
     item, part = enumerate_runs(num_splits)
     if len(item) == len(work):
@@ -324,7 +293,7 @@ def _split_keys(
     return work
 
 
-def _share_out_heads(work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int) -> NDArray[np.int32]:
+def _share_out_heads(work: Int32Array, num_groups: Int64Array, num_kv_heads: int) -> Int32Array:
     """Each item becomes `num_groups` items of about as many heads."""
     item, group = enumerate_runs(num_groups)
     if len(item) > len(work):
@@ -335,15 +304,15 @@ def _share_out_heads(work: NDArray[np.int32], num_groups: NDArray[np.int64], num
     return work
 
 
-def enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def enumerate_runs(lengths: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Lengths [2, 0, 3] -> runs [0, 0, 2, 2, 2] and places in them [0, 1, 0, 1, 2]."""
     run = np.repeat(np.arange(len(lengths)), lengths)
     return run, np.arange(len(run)) - (np.cumsum(lengths) - lengths)[run]
 
 
-def _align(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+def _align(keys: Int64Array) -> Int64Array:
     return (keys + _SPLIT_ALIGNMENT // 2) // _SPLIT_ALIGNMENT * _SPLIT_ALIGNMENT
 
 
-def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
+def _tensor(array: Int32Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))

@@ -172,7 +172,6 @@ class ModelRunner:
         """The step launched last."""
         self._batch: InputBatch | None = None
         self._points: SamplingMetadata | None = None
-        self._attention: AttentionPlan | None = None
         """Those of the step before, unless it computed nothing."""
         self._sent: Mapping[str, torch.Tensor] | None = None
         """On a CPU, the arrays of that batch: those of one that follows lie where they were."""
@@ -263,9 +262,8 @@ class ModelRunner:
         attention = self._plan_attention(
             StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots),
             captured_tokens=size,
-            before=self._attention if batch.follows else None,
+            repeats=batch.follows,
         )
-        self._attention = attention
         outcome = Outcome.LOGITS
         if sampler is not None:
             outcome = Outcome.REPORTS if inputs["nums_reported"].any() else Outcome.TOKENS

@@ -37,7 +37,7 @@ class Build(NamedTuple):
 
 
 def attention_builds(architecture: int) -> Iterator[Build]:
-    from quire.attention.triton import tile_of
+    from quire.attention.plan_buffers import tile_of
     from quire.kernels.triton.configs import attention_config, compute_dtype
 
     variants: list[tuple[int, int, str, dict[str, Any]]]
