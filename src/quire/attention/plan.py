@@ -1,12 +1,13 @@
-"""The planner: turns a step's ragged sequences into balanced work items, once, for every layer to run.
+"""The planner for a CPU: turns a step's ragged sequences into balanced work items, once, for every layer to run.
 
-An item is a run of new tokens of one sequence, a run of its KV heads, and a range of its keys. Few tokens share an item
-with several heads, since a block's heads lie next to each other in memory; many tokens are cut into tiles. When one
-head of one tile is still too much for a balanced load, its keys are split, and the parts are merged afterwards. Blocks
-that several sequences begin with are read by one item for all of them where that pays (`shared_prefixes`), which leaves
-another part to be merged.
+An item is a run of new tokens of one sequence, a run of its KV heads, and a range of its keys. An item of few tokens
+has several heads, because a block's heads are adjacent in memory; many tokens are cut into tiles. If one head of one
+tile is too much for a balanced load, its keys are split, and the parts are merged afterwards. Blocks that several
+sequences begin with are read by one item for all of them where that pays (`shared_prefixes`); its result is another
+part to merge.
 
-The plan says what is computed, never by whom: threads take items in order, and no result depends on who takes what.
+The plan does not assign items to threads: threads take items in order, and no result depends on which thread takes
+which.
 """
 
 from dataclasses import replace
@@ -22,23 +23,23 @@ from quire.kernels.interface import CpuAttentionPlan
 
 __all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
 
-# Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
-# queries, outputs and keys to stay in a core's second-level cache.
+# Rows (tokens x query heads of one KV head) of a tile: enough to reuse each key many times, few enough that its
+# queries, outputs and keys stay in a core's second-level cache.
 _TILE_ROWS = 128
-# Below this many rows an item's time is that of reading its keys, whatever the number of rows; by bytes per number.
+# With fewer rows than this, an item takes as long as reading its keys takes; by bytes per number.
 _MIN_COST_ROWS = {4: 24, 2: 16, 1: 12}
-# The same where several sequences read the same keys: all but the first find them in a cache.
+# The same for keys that several sequences read: all but the first find them in a cache.
 _CACHED_ROWS = {4: 4.5, 2: 3.5, 1: 3.5}
-# Items per thread: the last one to finish then wastes little.
+# Items per thread: enough that little time is lost when the last thread finishes.
 _ITEMS_PER_THREAD = 8
-# Less work than this many keys of one head is not worth an item of its own, nor a part of a split.
+# Least work of an item or a part, in keys of one head.
 _MIN_ITEM_KEYS = 256
-# Splits fall on multiples of this, so that no part begins inside a vector of keys.
+# Parts begin at multiples of this, so that none begins inside a vector of keys.
 _SPLIT_ALIGNMENT = 64
-# Of a batch-invariant plan: keys are split at every multiple of this, whatever the load.
+# A batch-invariant plan splits keys at every multiple of this, whatever the load.
 _INVARIANT_PART_KEYS = 1024
-# And they begin at a multiple of this, the keys that csrc/attention.h takes at a time, so that a window's keys are
-# summed in the same groups wherever the step began.
+# Its keys begin at a multiple of this, the number of keys that csrc/attention.h takes at a time, so that the keys of a
+# window are summed in the same groups wherever the step begins.
 _INVARIANT_ALIGNMENT = 256
 
 
@@ -46,22 +47,22 @@ class WorkColumn(IntEnum):
     """Columns of `CpuAttentionPlan.work`."""
 
     SEQUENCE = 0
-    TOKEN_BEGIN = 1  # row of q and out, or if shared of `CpuAttentionPlan.shared`
+    TOKEN_BEGIN = 1  # row of q and out; in a shared item, row of `CpuAttentionPlan.shared`
     NUM_TOKENS = 2
     HEAD_BEGIN = 3  # KV heads
     NUM_HEADS = 4
     KEY_BEGIN = 5  # positions in the sequence
     KEY_END = 6
-    PARTIAL_ROW = 7  # where in `partials` its first token's heads begin, and then a token's each; -1: it writes `out`
-    SHARED = 8  # 1: of several sequences, all of which have the item's keys in the blocks of `SEQUENCE`
+    PARTIAL_ROW = 7  # row of `partials` where its first token's heads begin; -1: it writes `out`
+    SHARED = 8  # 1: it serves several sequences, which all have its keys in the blocks of `SEQUENCE`
 
 
 class SharedColumn(IntEnum):
     """Columns of `CpuAttentionPlan.shared`."""
 
-    ROW = 0  # of q and out
+    ROW = 0  # row of q and out
     POSITION = 1
-    PARTIAL_ROW = 2  # where the token's heads begin
+    PARTIAL_ROW = 2  # row of `partials` where the token's heads begin
 
 
 class MergeColumn(IntEnum):
@@ -69,7 +70,7 @@ class MergeColumn(IntEnum):
 
     TOKEN_BEGIN = 0
     NUM_TOKENS = 1
-    PARTIAL_ROW = 2  # of the first part: [NUM_TOKENS, num_heads] rows; the parts follow each other
+    PARTIAL_ROW = 2  # first row of the first part, which has [NUM_TOKENS, num_heads] rows; the next parts follow
     NUM_PARTS = 3
 
 
@@ -132,10 +133,10 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
 
 
 def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:
-    """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
-    last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more.
+    """Turns the plan of a decode step into that of the next one: each sequence has one more token, whose key goes to
+    the item with the sequence's last keys. `plan` has no window and is not batch-invariant; it is changed in place.
 
-    The arrays that it was made of have been overwritten; only tables that became wider are others.
+    The arrays that it was made from already hold the next step; `block_tables` differs only if it became wider.
     """
     for numbers, more in plan.growth:
         numbers += more
@@ -145,12 +146,12 @@ def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttenti
 
 
 class _Sharers(NamedTuple):
-    """Items for several tiles, and which tiles these are."""
+    """Items that serve several tiles, and the tiles of each."""
 
     items: Int32Array
     tile: Int64Array
     item: Int64Array
-    """[N]: one for each pair of a tile and an item, ordered by item."""
+    """[N]: `tile` and `item` hold one pair of a tile and an item each, ordered by item."""
 
 
 _NO_SHARERS = _Sharers(
@@ -161,7 +162,7 @@ _NO_SHARERS = _Sharers(
 def _cut_into_tiles(
     query_start_loc: Int32Array, seq_lens: Int32Array, group: int, num_kv_heads: int, window: int
 ) -> Int32Array:
-    """Runs of new tokens of one sequence, with all heads and the keys they see."""
+    """Runs of new tokens of one sequence, with all heads and all keys that they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
     end = query_start_loc[sequence + 1]
@@ -183,9 +184,9 @@ def _cut_into_tiles(
 
 
 def _share_prefixes(tiles: Int32Array, step: StepArrays, group: int, block_size: int, read_rows: float) -> _Sharers:
-    """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
+    """Make items of the prefixes that are worth it, and remove their keys from the tiles."""
     sequence, tokens = tiles[:, WorkColumn.SEQUENCE], tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
-    # Many rows make good use of keys by themselves; where a window cuts a prefix, each row sees another part of it.
+    # Tiles with many rows reuse keys well enough alone. With a window, each row sees another part of a prefix.
     few = np.flatnonzero((tokens * group < read_rows) & (tiles[:, WorkColumn.KEY_BEGIN] == 0))
     if len(few) < 2:
         return _NO_SHARERS
@@ -201,7 +202,7 @@ def _share_prefixes(tiles: Int32Array, step: StepArrays, group: int, block_size:
     for prefix in prefixes:
         tiles[few[prefix.members], WorkColumn.KEY_BEGIN] = prefix.key_end
 
-    # A prefix of many rows becomes several items of about as many.
+    # A prefix with many rows becomes several items with about equally many rows.
     end = np.cumsum(tokens[tile])
     total = np.bincount(prefix_of, weights=tokens[tile]).astype(np.int64)
     before = (end - tokens[tile]) - (np.cumsum(total) - total)[prefix_of]
@@ -223,9 +224,9 @@ def _lay_out_parts(
     step: StepArrays,
     num_heads: int,
 ) -> tuple[Int32Array, Int32Array, int]:
-    """Gives every tile of several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
+    """Give every tile with several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
 
-    Of a tile the parts of its own item come first, then those of the items it shares.
+    The parts of a tile's own item come first, then those of the items that it shares.
     """
     num_tiles = len(work) - len(sharers.items)
     tiles, tile_splits, item_splits = work[:num_tiles], num_splits[:num_tiles], num_splits[num_tiles:]
@@ -244,14 +245,14 @@ def _lay_out_parts(
     if len(sharers.items) == 0:
         return np.empty((0, len(SharedColumn)), dtype=np.int32), merges, num_rows
 
-    # The first part that a tile has of an item it shares.
+    # The first part that a tile gets from each item that it shares.
     order = np.argsort(sharers.tile, kind="stable")
     by_tile, splits = sharers.tile[order], item_splits[sharers.item[order]]
     before = np.cumsum(splits) - splits
     part = np.empty_like(order)
     part[order] = tile_splits[by_tile] + before - before[np.searchsorted(by_tile, by_tile)]
 
-    # Tokens of an item, then once more for each of its splits.
+    # The tokens of an item, repeated for each of its splits.
     pair, token = enumerate_runs(tokens[sharers.tile])
     item_tokens = work[num_tiles:, WorkColumn.NUM_TOKENS].astype(np.int64)
     item, split_of_item = enumerate_runs(item_splits)
@@ -272,7 +273,7 @@ def _lay_out_parts(
 
 
 def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_keys: int | None) -> Int32Array:
-    """Each item becomes `num_splits` items of about as many keys, or begun at multiples of `part_keys`."""
+    """Each item becomes `num_splits` items with about equally many keys, or cut at multiples of `part_keys`."""
     item, part = enumerate_runs(num_splits)
     if len(item) == len(work):
         return work
@@ -294,7 +295,7 @@ def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_k
 
 
 def _share_out_heads(work: Int32Array, num_groups: Int64Array, num_kv_heads: int) -> Int32Array:
-    """Each item becomes `num_groups` items of about as many heads."""
+    """Each item becomes `num_groups` items with about equally many heads."""
     item, group = enumerate_runs(num_groups)
     if len(item) > len(work):
         work = work[item]

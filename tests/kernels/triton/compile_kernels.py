@@ -141,13 +141,13 @@ def small_builds(architecture: int) -> Iterator[Build]:
     reports = {**rows, "tokens": "*i32", "nums_reported": "*i32", "chunk_sums": "*fp64", "chunk_ahead": "*i32",
                "chunk_leaders": "*i64", "reports": "*i32", "num_rows": "i32"}  # fmt: skip
     yield build(
-        "sampling:chunk_reports_kernel",
+        "logprobs:chunk_reports_kernel",
         reports,
         {"CHUNK": sampling.CHUNK, "LEADERS": 32},
         sampling.CHUNK_WARPS,
     )
     yield build(
-        "sampling:reports_kernel",
+        "logprobs:reports_kernel",
         reports,
         {"CHUNKS": 64, "LEADERS": 32, "MAX_REPORTED": 20},
         sampling.ROW_WARPS,
