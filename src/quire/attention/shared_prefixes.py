@@ -67,8 +67,8 @@ def find_shared_prefixes(
 def _sort(
     block_tables: NDArray[np.int32], num_blocks: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """An order [M] that makes tables with common beginnings neighbours, and the blocks that neighbours share [M -
-    1]."""
+    """An order [M] in which tables with common beginnings are neighbours, and how many blocks neighbours share
+    [M - 1]."""
     width = max(1, int(num_blocks.max()))
     # Blocks that may not be shared get numbers that no other table has.
     unlike = -1 - np.arange(len(block_tables), dtype=np.int32)[:, None]
