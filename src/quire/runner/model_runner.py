@@ -81,8 +81,6 @@ class ModelRunner:
         self._plan_attention = make_planner(
             settings.backend, attention_shape(settings, model_config, kv_cache, max_blocks)
         )
-        self._attention: AttentionPlan | None = None
-        """That of the last step."""
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
@@ -182,10 +180,7 @@ class ModelRunner:
         columns = sampler.begin(step)
         self._copy_blocks(plan)
         size = self._captured_size(step)
-        attention = self._plan_attention(
-            step.attention_arrays, captured_tokens=size, before=self._attention if step.repeats else None
-        )
-        self._attention = attention
+        attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
         key = GraphKey(size, attention.variant, sampler.outcome(columns))
         finishes: list[Finish] = []
         if self._graphs is not None and size and self._graphs.count_step(key):

@@ -1,10 +1,9 @@
 """The kernels for CUDA tensors, in Triton. What each computes is written in `quire.kernels.reference`.
 
-Activations are bfloat16, float16 or float32, computed with in float32; caches may be of these types or float8_e4m3fn,
-with keys and values both laid out [num_blocks, num_kv_heads, block_size, head_dim]; indices are int32. The first
-dimension of q, k, v and x may have any stride, so that views of one fused projection need no copy; all else is
-contiguous. Nothing here waits for the device, and no launch depends on what a tensor holds, so every operation can be
-captured in a CUDA graph.
+Activations are bfloat16, float16 or float32; sums are float32. Caches may be of these types or float8_e4m3fn; keys and
+values are both [num_blocks, num_kv_heads, block_size, head_dim]. Indices are int32. The first dimension of q, k, v and
+x may have any stride, so views of one fused projection need no copy; all else is contiguous. Nothing here waits for the
+device, and no launch depends on the values in a tensor, so every operation can be captured in a CUDA graph.
 
 Importing this package imports Triton. With TRITON_INTERPRET=1 in the environment it works on CPU tensors, slowly.
 """
