@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.fair_share import FairShare
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.shortest_first import ShortestFirst
+from quire.scheduler.step_totals import StepTotals
 from quire.scheduler.waiting_queue import WaitingQueue
 
 
@@ -33,15 +33,15 @@ class AdmissionRule(Protocol):
         ...
 
 
-MakeQueue = Callable[[EngineStats], WaitingQueue]
-MakeRule = Callable[[Forecast, BlockPool, EngineStats], AdmissionRule | None]
+MakeQueue = Callable[[StepTotals], WaitingQueue]
+MakeRule = Callable[[Forecast, BlockPool, StepTotals], AdmissionRule | None]
 
 SCHEDULING_POLICIES: dict[str, MakeQueue] = {
-    "fcfs": lambda stats: WaitingQueue(),
+    "fcfs": lambda totals: WaitingQueue(),
     "shortest": ShortestFirst,
-    "fair": lambda stats: FairShare(),
+    "fair": lambda totals: FairShare(),
 }
 ADMISSIONS: dict[str, MakeRule] = {
-    "current": lambda forecast, pool, stats: None,
-    "predicted": lambda forecast, pool, stats: forecast,
+    "current": lambda forecast, pool, totals: None,
+    "predicted": lambda forecast, pool, totals: forecast,
 }

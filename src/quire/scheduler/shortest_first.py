@@ -17,9 +17,9 @@ blocks at the head of the queue: who follows the head is not admitted before it,
 because they compute its prefix.)
 """
 
-from quire.outputs import EngineStats
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
+from quire.scheduler.step_totals import StepTotals
 from quire.scheduler.waiting_queue import WaitingQueue
 
 PATIENCE = 256.0
@@ -27,15 +27,15 @@ PATIENCE = 256.0
 
 
 class ShortestFirst(WaitingQueue):
-    """The queue of that policy; `stats` tells how much service was given."""
+    """The queue of that policy; `totals` tells how much service was given."""
 
-    def __init__(self, stats: EngineStats) -> None:
+    def __init__(self, totals: StepTotals) -> None:
         super().__init__()
-        self._stats = stats
+        self._totals = totals
 
     def enter(self, group: SequenceGroup) -> None:
         priority, arrival_number = group.order
-        given = PROMPT_TOKEN * self._stats.total_prompt_tokens + OUTPUT_TOKEN * self._stats.total_generated_tokens
+        given = PROMPT_TOKEN * self._totals.total_prompt_tokens + OUTPUT_TOKEN * self._totals.total_generated_tokens
         group.rank = (priority, given + PATIENCE * self.size(group), arrival_number)
         self.push(group)
 

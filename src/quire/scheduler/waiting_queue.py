@@ -20,15 +20,15 @@ class WaitingQueue:
     """Whether `serve` is to be called."""
 
     def __init__(self) -> None:
-        self._queues: dict[Rank, SequenceGroup] = {}
+        self._groups: dict[Rank, SequenceGroup] = {}
         self._heap: list[Rank] = []
 
     def __len__(self) -> int:
-        return len(self._queues)
+        return len(self._groups)
 
     def first_known(self, count: int) -> Iterator[SequenceGroup]:
         """Up to `count` of the groups, in no order: enough to judge the others by."""
-        return islice(self._queues.values(), count)
+        return islice(self._groups.values(), count)
 
     def enter(self, group: SequenceGroup) -> None:
         """A new request waits."""
@@ -36,23 +36,23 @@ class WaitingQueue:
 
     def push(self, group: SequenceGroup) -> None:
         """A group waits again, at the place it had."""
-        self._queues[group.rank] = group
+        self._groups[group.rank] = group
         heapq.heappush(self._heap, group.rank)
 
     def pop(self) -> SequenceGroup | None:
         """The first group, or None."""
         while self._heap:
-            group = self._queues.pop(heapq.heappop(self._heap), None)
+            group = self._groups.pop(heapq.heappop(self._heap), None)
             if group is not None:
                 return group
         return None
 
     def remove(self, group: SequenceGroup) -> None:
         """Take a group out for good, if it is in."""
-        self._queues.pop(group.rank, None)
-        if len(self._heap) > 2 * len(self._queues) + 64:
+        self._groups.pop(group.rank, None)
+        if len(self._heap) > 2 * len(self._groups) + 64:
             # Clients that give up while the head of the queue waits must not fill the heap.
-            self._heap = sorted(self._queues)
+            self._heap = sorted(self._groups)
 
     def serve(self, tenant: str, service: float) -> None:
         """A tenant's requests were given so much, in the unit of `service`; of no concern to this policy."""

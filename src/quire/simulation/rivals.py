@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue, MakeRule
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
+from quire.scheduler.step_totals import StepTotals
 from quire.scheduler.waiting_queue import WaitingQueue
 from quire.simulation.modelled_executor import output_length
 
@@ -38,10 +38,10 @@ class NewTokenRatio:
     CLIP = 4096
     LOOK_AHEAD = 20
 
-    def __init__(self, forecast: Forecast, pool: BlockPool, stats: EngineStats) -> None:
+    def __init__(self, forecast: Forecast, pool: BlockPool, totals: StepTotals) -> None:
         self.ratio = self.FIRST
         self._pool = pool
-        self._stats = stats
+        self._totals = totals
         self._step = 0
         self._preempted = False
 
@@ -56,7 +56,7 @@ class NewTokenRatio:
         return mine + reserved <= (self._pool.num_free - promised) * self._pool.block_size
 
     def _renew(self, running: Sequence[SequenceGroup]) -> None:
-        num_steps, self._step = self._stats.total_steps - self._step, self._stats.total_steps
+        num_steps, self._step = self._totals.total_steps - self._step, self._totals.total_steps
         if self._preempted:
             sequences = [(sequence, other.request.max_tokens) for other in running for sequence in other.sequences]
             used = sum(sequence.num_output_tokens + self.LOOK_AHEAD for sequence, _ in sequences)
@@ -72,5 +72,5 @@ class NewTokenRatio:
         """The ratio falls by itself."""
 
 
-QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda stats: OracleShortestFirst()}
+QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda totals: OracleShortestFirst()}
 RULES: dict[str, MakeRule] = {**ADMISSIONS, "new-token-ratio": NewTokenRatio}

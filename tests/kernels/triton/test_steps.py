@@ -26,6 +26,7 @@ from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
 from quire.step import StepPlan, TokenLogprobs
@@ -130,10 +131,9 @@ def make_core(
     )
     scheduler = Scheduler(
         BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=128,
-        max_model_len=256,
-        max_num_partial_prefills=4,
+        SchedulerLimits(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=128, max_model_len=256, max_num_partial_prefills=4
+        ),
         speculation=speculation,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
