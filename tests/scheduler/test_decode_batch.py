@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from quire.config import SpeculativeConfig
-from quire.scheduler.speculation import Speculation
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.step import StepPlan, StepResult
 from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
@@ -29,7 +29,7 @@ def test_a_decoding_sequence_joins_unless_more_than_tokens_is_asked() -> None:
     engine.run()
 
 
-class FindsNothing(Speculation):
+class FindsNothing(DraftPlanner):
     def choose(self, candidates: Sequence[object], *_: float) -> list[list[int]]:
         return [[] for _ in candidates]
 

@@ -26,11 +26,11 @@ from quire.outputs import SampleId, SequenceDelta
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler import length_curve
+from quire.scheduler.draft_planner import Candidate, DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import SequenceGroup
-from quire.scheduler.speculation import Drafts, Speculation
 from quire.scheduler.step_planner import equal_shares
 from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
 from quire.structured_outputs import StructuredOutputsParams
@@ -264,7 +264,7 @@ class FakeRunner:
         return self.memory[row.blocks[position // self.size]][position % self.size]
 
 
-class Guesses(Speculation):
+class Guesses(DraftPlanner):
     """Drafts of any length in most steps, some of which are right: what comes next, with a wrong token now and then.
     Sequences may go in decode_batch from any step to the next."""
 
@@ -287,7 +287,7 @@ class Guesses(Speculation):
         return looks
 
     def choose(
-        self, candidates: SequenceOf[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
+        self, candidates: SequenceOf[Candidate], num_tokens: int, max_drafted: int, now: float
     ) -> list[list[int]]:
         sequences = {id(s.token_ids): s for group in self.groups.values() for s in group.sequences}
         drafts = []
@@ -325,7 +325,7 @@ class Engine:
         max_num_batched_tokens: int = 64,
         max_num_partial_prefills: int = 4,
         enable_prefix_caching: bool = True,
-        guesses: Speculation | None = None,
+        guesses: DraftPlanner | None = None,
         overlaps: bool = False,
         num_failures: int = 0,
         policy: str = "fcfs",

@@ -42,7 +42,7 @@ def test_nobody_is_overtaken_by_what_comes_after_its_patience(
         queue.enter(group)
         first = queue.pop() if pops else None
         if first is not None:
-            left = {waiting.order[1] for waiting in queue.first_known(len(events))}
+            left = {waiting.order[1] for waiting in queue.peek(len(events))}
             for other in left:
                 assert given_at[first.order[1]] < given_at[other] + PATIENCE * sizes[other]
             if first.order[1] % 2:

@@ -39,10 +39,10 @@ from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling.logits_processors import load_processors
 from quire.sampling_params import SamplingParams
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class EngineCore:
                 max_pinned_share=config.max_pinned_share,
             ),
             tiers=tiers,
-            speculation=None if config.speculative_config is None else Speculation(config.speculative_config),
+            speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
             make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
             make_rule=ADMISSIONS[config.admission],
         )

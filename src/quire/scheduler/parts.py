@@ -7,10 +7,11 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import TierIndex
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.demand import Demand
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.limits import SchedulerLimits
-from quire.scheduler.load import Load
 from quire.scheduler.lookahead import LookAhead
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule, MakeQueue, MakeRule
@@ -19,7 +20,6 @@ from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.request_check import RequestCheck
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.result_processor import ResultProcessor
-from quire.scheduler.speculation import Speculation
 from quire.scheduler.step_planner import StepPlanner
 from quire.scheduler.step_totals import StepTotals
 
@@ -35,7 +35,7 @@ class SchedulerParts:
     prefixes: RegisteredPrefixes
     check: RequestCheck
     queues: RequestQueues
-    load: Load
+    demand: Demand
     lookup: PrefixLookup
     results: ResultProcessor
     admission: Admission
@@ -53,7 +53,7 @@ def make_parts(
     clock: Callable[[], float],
     *,
     tiers: TierIndex | None,
-    speculation: Speculation | None,
+    speculation: DraftPlanner | None,
     make_queue: MakeQueue,
     make_rule: MakeRule,
 ) -> SchedulerParts:
@@ -91,7 +91,7 @@ def make_parts(
         prefixes=prefixes,
         check=RequestCheck(limits, pool, prefixes),
         queues=queues,
-        load=Load(pool, queues, forecast, totals),
+        demand=Demand(pool, queues, forecast, totals),
         lookup=lookup,
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,

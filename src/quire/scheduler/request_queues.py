@@ -121,7 +121,7 @@ class RequestQueues:
         for rule in self._rules:
             rule.note_preemption()
 
-    def drop(self, sequence: Sequence, ending: Ending = Ending.GIVEN_UP) -> None:
+    def drop(self, sequence: Sequence, ending: Ending = Ending.ABORTED) -> None:
         """A sequence has ended; with its last one the group has."""
         group = sequence.group
         self._lengths.end(sequence, ending)

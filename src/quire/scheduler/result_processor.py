@@ -273,7 +273,7 @@ class ResultProcessor:
                 _set_finish_reason(delta, group.request, terminated=terminated)
                 self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
+            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.ABORTED))
 
     def _advance_beams(
         self, deltas: StepDeltas, group: SequenceGroup, search: BeamSearch, result: StepResult, places: range

@@ -17,6 +17,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import TierIndex
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.memory_report import report_memory
@@ -24,7 +25,6 @@ from quire.scheduler.parts import make_parts
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue, MakeRule
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.sequence import NO_ROW, SequenceGroup
-from quire.scheduler.speculation import Speculation
 from quire.step import StepPlan, StepResult
 
 
@@ -37,7 +37,7 @@ class Scheduler:
         limits: SchedulerLimits,
         *,
         tiers: TierIndex | None = None,
-        speculation: Speculation | None = None,
+        speculation: DraftPlanner | None = None,
         make_queue: MakeQueue = SCHEDULING_POLICIES["fcfs"],
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
@@ -75,7 +75,7 @@ class Scheduler:
         self._parts.check.check_memory(group)
         self._num_arrivals += 1
         if not self._queues.by_id:
-            self._parts.load.begin(self._clock())
+            self._parts.demand.begin(self._clock())
         self._queues.enter(group)
 
     def abort(self, request_id: str) -> None:
@@ -126,7 +126,7 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """The present counts; predictions are at most half a second old."""
         pool, parts = self.pool, self._parts
-        totals, prefixes, predicted = parts.totals, parts.lookup.counts, parts.load.refresh(self._clock())
+        totals, prefixes, demand = parts.totals, parts.lookup.counts, parts.demand.forecast(self._clock())
         stats = EngineStats(
             num_running=len(self._queues.running),
             num_waiting=len(self._queues.waiting),
@@ -148,9 +148,9 @@ class Scheduler:
             total_block_copies=pool.total_block_copies,
             prefix_hits=prefixes.hits.copy(),
             prefix_misses=prefixes.misses.copy(),
-            predicted_output_tokens=predicted.output_tokens,
-            predicted_kv_cache_usage=predicted.kv_cache_usage,
-            predicted_queue_seconds=predicted.queue_seconds,
+            predicted_output_tokens=demand.output_tokens,
+            predicted_kv_cache_usage=demand.kv_cache_usage,
+            predicted_queue_seconds=demand.queue_seconds,
         )
         if self._drafting is not None:
             stats.total_drafts = self._drafting.num_drafts

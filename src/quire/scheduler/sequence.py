@@ -11,8 +11,8 @@ from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
 from quire.request import Request
 from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.draft_planner import SequenceDrafts
 from quire.scheduler.length_curve import LengthClass, LengthCurve
-from quire.scheduler.speculation import Drafts
 
 NO_ROW = -1
 
@@ -47,7 +47,7 @@ class Sequence:
         """Prompt and output."""
         self._num_computed_tokens = 0
         self.row = NO_ROW
-        self.drafts: Drafts | None = None
+        self.drafts: SequenceDrafts | None = None
         """While it runs and speculation is on."""
         self.in_decode_batch = False
         """Whether `DecodeBatch` has it: then `table.num_tokens` may lag behind, by less than a block."""

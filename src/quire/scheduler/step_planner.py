@@ -8,7 +8,7 @@ The rules, in their order:
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
    one request take their tokens together: a beam that lacks one token waits for those that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
-4. A step that only decodes may take draft tokens where they pay (`speculation`). They come last: nobody is preempted
+4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: nobody is preempted
    for them, and rejected drafts are rolled back when the step ends.
 """
 

@@ -6,8 +6,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue, MakeRule
 from quire.scheduler.sequence import SequenceGroup
-from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
-from quire.scheduler.step_totals import StepTotals
+from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN, Progress
 from quire.scheduler.waiting_queue import WaitingQueue
 from quire.simulation.modelled_executor import output_length
 
@@ -38,10 +37,10 @@ class NewTokenRatio:
     CLIP = 4096
     LOOK_AHEAD = 20
 
-    def __init__(self, forecast: Forecast, pool: BlockPool, totals: StepTotals) -> None:
+    def __init__(self, forecast: Forecast, pool: BlockPool, progress: Progress) -> None:
         self.ratio = self.FIRST
         self._pool = pool
-        self._totals = totals
+        self._progress = progress
         self._step = 0
         self._preempted = False
 
@@ -56,7 +55,7 @@ class NewTokenRatio:
         return mine + reserved <= (self._pool.num_free - promised) * self._pool.block_size
 
     def _renew(self, running: Sequence[SequenceGroup]) -> None:
-        num_steps, self._step = self._totals.total_steps - self._step, self._totals.total_steps
+        num_steps, self._step = self._progress.total_steps - self._step, self._progress.total_steps
         if self._preempted:
             sequences = [(sequence, other.request.max_tokens) for other in running for sequence in other.sequences]
             used = sum(sequence.num_output_tokens + self.LOOK_AHEAD for sequence, _ in sequences)
@@ -72,5 +71,5 @@ class NewTokenRatio:
         """The ratio falls by itself."""
 
 
-QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda totals: OracleShortestFirst()}
+QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda progress: OracleShortestFirst()}
 RULES: dict[str, MakeRule] = {**ADMISSIONS, "new-token-ratio": NewTokenRatio}

@@ -26,9 +26,10 @@ from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling_params import SamplingParams
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
+from quire.scheduler.step_times import StepCurve, StepTimes
 from quire.step import StepPlan, TokenLogprobs
 
 pytestmark = [
@@ -106,7 +107,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
 
 
 def make_core(
-    backend: str, device: torch.device, *, captures: bool = False, speculation: Speculation | None = None
+    backend: str, device: torch.device, *, captures: bool = False, speculation: DraftPlanner | None = None
 ) -> EngineCore:
     kernels = kernels_for(backend)
     weights: Any = RandomWeights(3)
@@ -214,7 +215,7 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
         requests_of("penalised", 2, 8, list(range(60)), presence_penalty=0.5, temperature=1.0),
     ]
     plain = make_core("cpu", torch.device("cpu"))
-    speculation = Speculation(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
+    speculation = DraftPlanner(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
     captured = make_core("triton", device, captures=True, speculation=speculation)
     for batch in batches:
         expected = run(plain, batch)
