@@ -14,6 +14,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
@@ -137,10 +138,12 @@ class TieredEngine(Engine):
         self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=256,
-            max_num_partial_prefills=max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=256,
+                max_num_partial_prefills=max_num_partial_prefills,
+            ),
             tiers=self.index,
             clock=lambda: 1.0,
         )
@@ -194,7 +197,7 @@ class TieredEngine(Engine):
         if not plan.rows and scheduler.has_work:
             assert plan.offload is not None
             assert plan.offload.wait or plan.offload.loads, "a step that computes nothing brings what is waited for"
-        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
             assert tier.stats.num_bytes <= tier.stats.capacity_bytes

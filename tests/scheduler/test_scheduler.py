@@ -27,6 +27,7 @@ from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler import length_curve
 from quire.scheduler.draft_planner import Candidate, DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import SequenceGroup
@@ -341,10 +342,12 @@ class Engine:
         self.runner = FakeRunner(num_blocks, block_size)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=256,
-            max_num_partial_prefills=max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=256,
+                max_num_partial_prefills=max_num_partial_prefills,
+            ),
             speculation=guesses,
             make_queue=SCHEDULING_POLICIES[policy],
             make_rule=ADMISSIONS[admission],
@@ -496,7 +499,7 @@ class Engine:
     def check_plan(self, plan: StepPlan) -> None:
         scheduler = self.scheduler
         assert bool(plan.rows) == scheduler.has_work
-        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         new_rows = {new_row.row for new_row in plan.new_rows}
         assert len(new_rows) == len(plan.new_rows)
         starting = new_rows | self.rows_without_kv
@@ -527,7 +530,7 @@ class Engine:
         assert {sequence.row for sequence in running} == {
             row for row, sequence in enumerate(scheduler._queues.rows) if sequence is not None
         }
-        assert len(running) + len(scheduler._queues.free_rows) == scheduler.max_num_seqs
+        assert len(running) + len(scheduler._queues.free_rows) == scheduler.limits.max_num_seqs
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
             if self.in_flight is None:
