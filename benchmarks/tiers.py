@@ -119,7 +119,7 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
 
         def first_token(way: str) -> float:
             scheduler.pool.forget_hashes()
-            index.num_worth_loading = {  # type: ignore[method-assign]  # force the choice, to measure it
+            index.num_worth_loading = {  # force the choice, to measure it
                 "loaded": lambda stored_in, *_: len(stored_in),
                 "computed": lambda *_: 0,
                 "chosen": decide,
