@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
-from quire.kernels import KVLayer, gathered
+from quire.kernels import KVLayer, sdpa
 from quire.layers.norm import Normed
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def load(folder: Path) -> Any:
     source = DeviceWeights(open_checkpoint(folder), CPU, torch.float32)
-    return load_model(ModelConfig.from_folder(folder), source, gathered, "float32")
+    return load_model(ModelConfig.from_folder(folder), source, sdpa, "float32")
 
 
 def change(folder: Path, **tensors: Tensor) -> None:
@@ -60,7 +60,7 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
         def rotary_write_kv(
             self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, kv: KVLayer, slots: Tensor
         ) -> None:
-            gathered.rotary_(q, k, positions, table)
+            sdpa.rotary_(q, k, positions, table)
             self.write_kv(k, v, kv, slots)
 
         def paged_attention(self, q: Tensor, *rest: Any) -> Tensor:
