@@ -1,5 +1,5 @@
-"""PackedWeights: where the packed weights of a model on the CPU lie: side by side, in memory that was taken before
-torch was there, or in a file that an earlier start has left."""
+"""PackedWeights: the memory of a CPU model's packed weights. They lie side by side, in memory that was allocated before
+torch was imported, or in a file that an earlier start wrote."""
 
 import math
 import mmap
@@ -21,16 +21,16 @@ _NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
 
 
 class PackedWeights:
-    """`kernels` are the CPU's, but what they pack lies in `memory` for as long as there is room, and what is in
-    `stored` is not packed again."""
+    """`kernels` are the CPU's kernels, which pack into `memory` while there is room, and take a weight from `stored`
+    instead of packing it again."""
 
     def __init__(self, memory: mmap.mmap | None, stored: Sequence[PackedTensor] = ()) -> None:
-        """`memory` holds zeros; `stored` is what `parts` was when the same model was loaded before."""
+        """`memory` holds zeros; `stored` is `parts` of an earlier load of the same model."""
         self._memory = torch.frombuffer(memory or bytearray(1), dtype=torch.uint8)
         self._used = 0
         self._stored = stored
         self.parts: list[PackedTensor] = []
-        """What was packed or found, in the order of asking."""
+        """The weights packed or found so far, in the order in which layers asked for them."""
         self.num_packed = 0
         """Weights that were not found in `stored`."""
         packing = {"pack_linear": self._pack_linear, "quantize_linear": self._quantize_linear}
@@ -66,7 +66,7 @@ class PackedWeights:
 
     def _allocate(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
         end = self._used + math.prod(shape) * dtype.itemsize
-        if end > len(self._memory):  # a last panel may have lanes that no plan counted
+        if end > len(self._memory):  # the memory plan does not count the unused lanes of a last panel
             return torch.zeros(shape, dtype=dtype)
         tensor = self._memory[self._used : end].view(dtype).view(*shape)
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -74,7 +74,7 @@ class PackedWeights:
 
 
 def _source(form: str, weights: Sequence[Tensor]) -> str:
-    """A digest of how weights are packed, and of three rows of each: enough to see that they are others."""
+    """A digest of the packing and of three rows of each weight: enough to tell one model's weights from another's."""
     digest = blake2b(form.encode(), digest_size=16)
     for weight in weights:
         digest.update(f"{weight.dtype} {list(weight.shape)}".encode())
