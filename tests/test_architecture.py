@@ -21,7 +21,9 @@ LEVELS = (
         "errors",
         "structured_outputs",
         "sampling_params",
+        "dtypes",
         "quantization",
+        "layer_spec",
         "model_config",
         "backends",
         "config",
@@ -56,7 +58,7 @@ torch is imported."""
 TENSORS_OF_THE_CACHE = "quire.kv_cache.storage"
 
 GPU_LIBRARIES = {"triton", "flashinfer"}
-ROOMS_OF_THE_GPU = ("quire.kernels.triton", "quire.kernels.flashinfer")
+ROOMS_OF_THE_GPU = ("quire.kernels.triton",)
 
 NEVER_IMPORTED = {"transformers", "pydantic", "pickle", "cloudpickle", "dill", "shelve", "marshal"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base"}

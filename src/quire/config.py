@@ -25,6 +25,7 @@ DTYPE_ALIASES = {
 }
 SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
+SPECULATIVE_METHODS = ("ngram",)
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
 _ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
 UNAVAILABLE_OPTIONS: dict[str, tuple[object, str]] = {
@@ -77,8 +78,10 @@ class SpeculativeConfig:
     """Fewest last tokens to look for."""
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ConfigError(f"speculative_config: method is {self.method!r}; it must be ngram")
+        if self.method not in SPECULATIVE_METHODS:
+            raise ConfigError(
+                f"speculative_config: method is {self.method!r}; it must be {' or '.join(SPECULATIVE_METHODS)}"
+            )
         for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 64), ("prompt_lookup_min", 64)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= high:
@@ -122,8 +125,7 @@ class EngineConfig:
     device: str = "auto"
     """Device that computes: cpu, cuda, mps; auto takes a CUDA device if there is one."""
     attention_backend: str = "auto"
-    """Kernels of attention and the layers around it: cpu, triton, flashinfer (CUDA), sdpa (any); auto takes the best
-    for the device."""
+    """Kernel set: cpu, triton (CUDA), sdpa (any device); auto takes the device's best."""
     dtype: str = "auto"
     """Type of the weights: auto, float32, float16, bfloat16. Activations have the same type, on a CPU float32."""
     kv_cache_dtype: str = "auto"

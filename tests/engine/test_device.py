@@ -14,7 +14,8 @@ from quire.backends import BACKENDS, choose_backend
 from quire.config import EngineConfig
 from quire.engine import device as devices
 from quire.engine.device import Device, find_device, probe_cpu, probe_cuda, usable_cores
-from quire.engine.memory_plan import CONTEXT_BYTES, plan_memory
+from quire.engine.memory_budget import CONTEXT_BYTES
+from quire.engine.memory_plan import plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import cpu
 from quire.model_config import ModelConfig, RopeConfig
@@ -138,11 +139,8 @@ def test_backends_of_devices() -> None:
         choose_backend("triton", "cuda", (7, 5), lambda package: True)
     with pytest.raises(ConfigError, match=r"triton, which needs the package triton, .* choose sdpa"):
         choose_backend("triton", "cuda", (9, 0), lambda package: False)
-    assert choose_backend("flashinfer", "cuda", (9, 0), lambda package: True) == "flashinfer"
-    with pytest.raises(ConfigError, match=r"flashinfer, which needs the package flashinfer, .* choose triton or sdpa"):
-        choose_backend("flashinfer", "cuda", (9, 0), lambda package: package == "triton")
-    with pytest.raises(ConfigError, match="flashinfer, which runs on cuda, but device is cpu; choose cpu or sdpa"):
-        choose_backend("flashinfer", "cpu")
+    with pytest.raises(ConfigError, match="triton, which runs on cuda, but device is cpu; choose cpu or sdpa"):
+        choose_backend("triton", "cpu")
     for name in BACKENDS:
         EngineConfig(attention_backend=name)
     with pytest.raises(ConfigError, match=r"attention_backend is 'magic'; it must be one of auto, cpu"):
@@ -225,16 +223,12 @@ def test_float8_needs_a_card_that_has_it(llama_8b: ModelConfig, monkeypatch: pyt
         plan_memory(config, llama_8b, device=ampere)
 
 
-def test_flashinfer_in_the_plan(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "flashinfer")
-    plan = plan_memory(EngineConfig(), llama_8b, device=CARD)
+def test_a_backends_workspace_is_in_the_plan(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
-    other = plan_memory(EngineConfig(), llama_8b, device=CARD)
-    assert plan.activations - other.activations == BACKENDS["flashinfer"].workspace - BACKENDS["triton"].workspace
-    assert plan.graphs == 0
-    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "flashinfer")
-    with pytest.raises(ConfigError, match="dtype is float32, which the flashinfer backend does not compute in"):
-        plan_memory(EngineConfig(dtype="float32"), llama_8b, device=CARD)
+    plan = plan_memory(EngineConfig(), llama_8b, device=CARD)
+    rows = {**BACKENDS, "triton": replace(BACKENDS["triton"], workspace=BACKENDS["triton"].workspace + 2**25)}
+    monkeypatch.setattr("quire.engine.memory_plan.BACKENDS", rows)
+    assert plan_memory(EngineConfig(), llama_8b, device=CARD).activations - plan.activations == 2**25
 
 
 # Weights

@@ -134,7 +134,7 @@ class EngineCore:
         if ahead is not None and next_pending is not None:
             self._in_progress = ahead, next_pending
         elif ahead is not None:
-            self._scheduler.retreat(ahead)
+            self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
             self._grammars.keep_held(self._scheduler.request_ids)
         return deltas
@@ -150,7 +150,7 @@ class EngineCore:
             return None
         pending = self._try_launch(plan)
         if pending is None:
-            self._scheduler.retreat(plan)
+            self._scheduler.roll_back(plan)
             return None
         return plan, pending
 
@@ -169,7 +169,7 @@ class EngineCore:
             request,
             vocab_size=self._vocab_size,
             max_logprobs=self._max_logprobs,
-            max_model_len=self._scheduler.max_model_len,
+            max_model_len=self._scheduler.limits.max_model_len,
         )
 
     def _queue_compiled(self, *, block: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the server asks of an engine: `AsyncLLM` fulfils it, and so does the scripted engine of the tests."""
+"""Engine: the interface the server needs. `AsyncLLM` implements it, and so does the scripted engine of the tests."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from quire.sampling_params import SamplingParams
 
 
 class Engine(Protocol):
-    """An engine that may still be loading: `tokenizer` is None until its tokenizer is read."""
+    """An engine that may still be loading: `tokenizer` is None until it is loaded."""
 
     @property
     def state(self) -> str: ...
