@@ -110,7 +110,7 @@ class Core:
 
     def __init__(self, folder: Path) -> None:
         from quire.config import EngineConfig
-        from quire.engine.core import EngineCore
+        from quire.engine.build import build_core
         from quire.engine.memory_plan import plan_memory
         from quire.model_config import ModelConfig
 
@@ -118,7 +118,7 @@ class Core:
         plan = plan_memory(config, model)
         for line in plan.describe():
             print(line, flush=True)
-        self._core = EngineCore.load(config, model, plan, folder, lambda phase, seconds: None)
+        self._core = build_core(config, model, plan, folder, lambda phase, seconds: None)
 
     def run(self, prompts: Sequence[list[int]], params: Params) -> list[float]:
         """Continue all prompts. Returns the seconds of the steps after the first in which every sequence got a
@@ -177,7 +177,7 @@ class Core:
         attention plan is still on the device."""
         from quire.runner.cuda_graphs import Outcome
 
-        runner: Any = self._core._runner  # there is no public interface to run a step without requests
+        runner: Any = self._core._executor  # there is no public interface to run a step without requests
         graphs = getattr(runner._graphs, "_graphs", {})
         keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
         if not keys:

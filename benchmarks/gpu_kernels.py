@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_table import Figure
+from quire.attention import AttentionShape, StepArrays
 from quire.kernels import AttentionParams, KVLayer
 
 BLOCK_SIZE = 64
@@ -107,7 +108,7 @@ class Batch:
             for _ in range(num_layers)
         ]
         self.q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
-        buffers = PlanBuffers(
+        of_attention = AttentionShape(
             num_heads=NUM_HEADS,
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
@@ -117,15 +118,10 @@ class Batch:
             max_blocks=self.tables.shape[1],
             device=device,
             kv_element_size=kv_dtype.itemsize,
-            **options,
         )
-        self.plan = plan_attention(
-            np.arange(0, num_tokens + 1, new, dtype=np.int32),
-            self.contexts,
-            self.tables,
-            np.full(num_tokens, -1, dtype=np.int32),
-            buffers=buffers,
-        )
+        starts, slots = np.arange(0, num_tokens + 1, new, dtype=np.int32), np.full(num_tokens, -1, dtype=np.int32)
+        step = StepArrays(starts, self.contexts, self.tables, slots)
+        self.plan = plan_attention(step, PlanBuffers(of_attention, **options))
         # operations of both products, over the keys that each new token sees
         seen = self.contexts.astype(np.int64) * new - new * (new - 1) // 2
         self.flops = 4 * int(seen.sum()) * NUM_HEADS * HEAD_DIM

@@ -19,8 +19,7 @@ from benchmarks.ceilings import measure_ceilings
 from quire import LLM, SamplingParams
 from quire.kernels import cpu
 from quire.quantization import METHODS
-from quire.runner import model_runner
-from quire.runner.model_runner import ModelRunner
+from quire.runner.step_inputs import StepInputBuilder
 from quire.sampling.sampler import Sampler
 from quire.scheduler.scheduler import Scheduler
 
@@ -68,13 +67,12 @@ def install(timers: Timers) -> None:
             timers.around(cpu, name, part)
     timers.around(Scheduler, "schedule", "schedule")
     timers.around(Scheduler, "update", "update")
-    timers.around(model_runner, "make_input_batch", "input batch")
+    timers.around(StepInputBuilder, "lay_out", "input batch")
     timers.around(Sampler, "sample", "sampling")
-    timers.around(ModelRunner, "execute", "execute")
 
 
 def around_model(timers: Timers, llm: LLM) -> None:
-    runner = llm._engine._core._runner
+    runner: Any = llm._engine._core._executor
     timers.around(runner, "_plan_attention", "plan")
     model = runner._model
     timers.around(type(model), "__call__", "layers")

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
 from quire.layers.step_context import StepContext
@@ -81,14 +82,17 @@ class PagedModel:
         return dict(zip(tokens, logits.split(counts), strict=True))
 
     def _plan(self, sequences: list[int], counts: list[int], slots: NDArray[np.int32]) -> AttentionPlan:
-        return plan_attention(
+        step = StepArrays(
             np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
             np.array([self.lengths[sequence] for sequence in sequences], dtype=np.int32),
             self.block_tables[sequences],
             slots,
+        )
+        shape = AttentionShape(
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )
+        return plan_attention(step, shape)

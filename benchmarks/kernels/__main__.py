@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention.plan import CpuAttentionPlan, plan_attention
+from quire.attention import AttentionShape, StepArrays
+from quire.attention.plan import plan_attention
 from quire.kernels import AttentionParams, KVLayer, cpu
 
 BLOCK_SIZE = 16
@@ -99,19 +100,17 @@ class Attention:
         token_bytes = num_kv_heads * (2 * self.head_dim * dtype.itemsize + (8 if dtype == torch.int8 else 0))
         self.kv_bytes = sum(contexts) * token_bytes
         self.q = torch.randn(sequences * new, num_heads, self.head_dim)
-        self.plan: CpuAttentionPlan = plan_attention(
-            np.arange(sequences + 1, dtype=np.int32) * new,
-            lengths,
-            tables,
-            np.zeros(sequences * new, dtype=np.int32),
+        starts, slots = np.arange(sequences + 1, dtype=np.int32) * new, np.zeros(sequences * new, dtype=np.int32)
+        shape = AttentionShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=self.head_dim,
             block_size=BLOCK_SIZE,
             num_threads=torch.get_num_threads(),
             kv_element_size=dtype.itemsize,
-            share_prefixes=share_prefixes,
         )
+        step = StepArrays(starts, lengths, tables, slots)
+        self.plan = plan_attention(step, shape, share_prefixes=share_prefixes)
         self.params = AttentionParams(self.head_dim**-0.5)
         self.calls = 0
 
@@ -240,18 +239,13 @@ def planner_table(budget: float) -> None:
         tables = np.arange(sequences * 64, dtype=np.int32).reshape(sequences, 64)
         shared = tables.copy()
         shared[:, :32] = tables[np.arange(sequences) // 8 * 8, :32]
-        plan = partial(
-            plan_attention,
-            np.arange(sequences + 1, dtype=np.int32),
-            np.full(sequences, 1000, dtype=np.int32),
-            slots=np.zeros(sequences, dtype=np.int32),
-            num_heads=12,
-            num_kv_heads=4,
-            head_dim=64,
-            block_size=BLOCK_SIZE,
-            num_threads=torch.get_num_threads(),
+        shape = AttentionShape(
+            num_heads=12, num_kv_heads=4, head_dim=64, block_size=BLOCK_SIZE, num_threads=torch.get_num_threads()
         )
-        seconds = [best_seconds(partial(plan, block_tables=each), budget / 5) for each in (tables, shared)]
+        starts, lengths = np.arange(sequences + 1, dtype=np.int32), np.full(sequences, 1000, dtype=np.int32)
+        slots = np.zeros(sequences, dtype=np.int32)
+        steps = [StepArrays(starts, lengths, each, slots) for each in (tables, shared)]
+        seconds = [best_seconds(partial(plan_attention, step, shape), budget / 5) for step in steps]
         print(f"  {sequences:5} sequences {seconds[0] * 1e3:8.3f}{seconds[1] * 1e3:8.3f}")
 
 

@@ -8,6 +8,7 @@ here. No torch.
 Names are Quire's own, not the checkpoint's; a layer that is packed from several tensors is one `LinearSpec`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -120,6 +121,10 @@ class ExpertsSpec:
     shared: MLPSpec | None = None
     """A network that every token passes as well."""
 
+    def num_read(self, num_tokens: int) -> int:
+        """Experts that a step of `num_tokens` reads at most: each token's own, until they are all."""
+        return min(self.num_experts, num_tokens * self.num_active)
+
     @property
     def always_read(self) -> tuple[LinearSpec, ...]:
         """The dense layers that every token passes: router and shared network."""
@@ -201,6 +206,11 @@ class ModelSpec:
         """Tables that only give rows; no quantisation touches them."""
         tokens = () if self.tied else (self.embedding,)
         return tokens if self.positions is None else (*tokens, self.positions)
+
+    @property
+    def expert_layers(self) -> tuple[tuple[ExpertsSpec, int], ...]:
+        """Every kind of experts with the number of layers that have it."""
+        return tuple(Counter(layer.experts for layer in self.layers if layer.experts is not None).items())
 
     @property
     def layer_parameters(self) -> int:

@@ -10,9 +10,10 @@ import pytest
 from quire.cli import probe
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder
-from quire.model_config import ModelConfig
+from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.simulation.calibration import TimedStep
 from quire.simulation.devices import Device, find_device
+from tests.model_config.rows import ROWS
 from tests.simulation.traces import SLOW
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
@@ -96,6 +97,35 @@ def test_a_trace_in_the_place_of_users(device: str, tmp_path: Path, capsys: pyte
     figures = planned(capsys, "--device", device, "--trace", str(trace), "--no-compare")
     assert figures["expected"][0]["trace"] == "made.csv"
     assert figures["expected"][0]["requests_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values"),
+    [
+        ("MixtralForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        ("Gemma2ForCausalLM", {"head_dim": 64, "sliding_window": 128}),
+        ("StableLmForCausalLM", {"qk_layernorm": True, "use_qkv_bias": True}),
+    ],
+)
+def test_families_that_differ_from_llama(
+    architecture: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, architecture, ROWS[architecture])
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = {"architectures": [architecture], "torch_dtype": "bfloat16", **shape, **heads, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = ModelConfig.from_folder(tmp_path).spec
+    figures = planned(capsys, str(tmp_path), "--device", "H100", "--users", "4", "--prompt", "64", "--output", "16")
+    assert figures["weights"] == spec.weight_bytes("bfloat16")
+    assert figures["kv_bytes_per_1k_tokens"] == 1000 * 2 * 2 * 2 * 64 * 2
+    assert figures["expected"][0]["tokens_per_s"] > 0
+    lines = {line["name"]: line for line in figures["alternatives"]}
+    assert lines["as planned"]["tokens_per_s"] == figures["expected"][0]["tokens_per_s"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Speculation through the whole engine: drafts change the number of steps, and not one bit of what comes out."""
+"""Speculation in the whole engine: drafts change the number of steps and no bit of the outputs."""
 
 import json
 import random
@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, SamplingParams, StructuredOutputsParams
+from quire import LLM, SamplingParams, StructuredOutputsParams, config
+from quire.config import SpeculativeConfig
 from quire.outputs import RequestOutput
-from quire.scheduler.speculation import StepCurve, StepTimes
+from quire.scheduler.acceptance import Draft
+from quire.scheduler.proposers import PROPOSERS
+from quire.scheduler.step_times import StepCurve, StepTimes
 from tests.checkpoints import make_checkpoint
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1}
@@ -57,7 +60,7 @@ def what_came_of(output: RequestOutput) -> Any:
 
 @pytest.fixture
 def free_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is drafted is computed: a step takes the same time whatever its size."""
+    """All drafts are computed: every step appears to take the same time."""
     monkeypatch.setattr(StepTimes, "curve", lambda *_: StepCurve([(1, 1.0)]))
 
 
@@ -87,8 +90,8 @@ def test_the_same_bits_in_fewer_steps(plain: LLM, options: dict[str, Any]) -> No
 
 
 @pytest.mark.usefixtures("free_steps")
-def test_a_prompt_continued_from_blocks_that_drafts_have_filled(tmp_path: Path) -> None:
-    """What the prefix cache holds of a sequence that drafted is what its tokens give."""
+def test_a_prompt_that_reuses_blocks_filled_by_drafts(tmp_path: Path) -> None:
+    """Cached blocks of a sequence with drafts equal those of its tokens."""
     checkpoint = make_checkpoint(tmp_path, "llama")
     rng = random.Random(0)
     prompt = [rng.randrange(256) for _ in range(20)] * 2
@@ -115,3 +118,30 @@ def test_who_gets_no_drafts() -> None:
         assert llm.stats().total_drafts == 0
         llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
         assert llm.stats().total_drafts > 0
+
+
+@pytest.mark.usefixtures("free_steps")
+def test_another_proposer_is_a_row(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that knows what comes, but for every fifth draft."""
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=60, ignore_eos=True)
+    (expected,) = plain.generate([SENTENCES], params)
+    whole = [*expected.prompt_token_ids, *expected.outputs[0].token_ids]
+    num_calls = 0
+
+    class Oracle:
+        def propose(self, token_ids: list[int], max_tokens: int) -> Draft:
+            nonlocal num_calls
+            num_calls += 1
+            draft = whole[len(token_ids) : len(token_ids) + max_tokens]
+            return Draft(draft if num_calls % 5 else [token ^ 1 for token in draft])
+
+    def make(speculative_config: SpeculativeConfig) -> Oracle:
+        assert speculative_config.num_speculative_tokens == 4
+        return Oracle()
+
+    monkeypatch.setitem(PROPOSERS, "oracle", make)
+    monkeypatch.setattr(config, "SPECULATIVE_METHODS", ("ngram", "oracle"))
+    with LLM(**OPTIONS, speculative_config={"method": "oracle", "num_speculative_tokens": 4}) as llm:
+        (found,) = llm.generate([SENTENCES], params)
+        assert what_came_of(found) == what_came_of(expected)
+        assert llm.stats().total_draft_tokens > llm.stats().total_accepted_tokens > 20

@@ -1,13 +1,14 @@
 """Ragged batches for the attention tests: sequences of any lengths in scattered blocks, and a plan over them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.kernels import AttentionParams, KVLayer, reference
 from quire.kernels.interface import CpuAttentionPlan
@@ -86,19 +87,18 @@ def ragged_batch(
 
     num_tokens = sum(new for _, new in sequences)
     fused = torch.randn(num_tokens, shape.num_heads + 2, shape.head_dim, generator=random)
-    plan = plan_attention(
+    step = StepArrays(
         np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
         np.array(lengths, dtype=np.int32),
         block_tables,
         np.concatenate([*new_slots, []]).astype(np.int32),
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=block_size,
+    )
+    of_attention = AttentionShape(
+        **asdict(shape),
         num_threads=num_threads,
         window=window,
         kv_element_size=dtype.itemsize,
-        share_prefixes=share_prefixes,
         batch_invariant=batch_invariant,
     )
+    plan = plan_attention(step, of_attention, share_prefixes=share_prefixes)
     return RaggedBatch(fused[:, : shape.num_heads], kv, plan, shape.head_dim**-0.5)

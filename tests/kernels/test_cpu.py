@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.errors import ConfigError
 from quire.kernels import AttentionParams, Kernels, KVLayer, cpu, kernels_for, reference
@@ -368,19 +370,13 @@ def test_a_batch_invariant_plan_gives_a_token_the_same_bits_in_any_batch(
     for chunk in (1, 7, 100):
         for first in range(0, 400, 9 * chunk):
             last = min(first + chunk, 400)
-            plan = plan_attention(
+            step = StepArrays(
                 np.array([0, last - first], dtype=np.int32),
                 np.array([900 + last], dtype=np.int32),
                 batch.plan.block_tables[:1].numpy(),
                 np.zeros(last - first, dtype=np.int32),
-                num_heads=shape.num_heads,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                block_size=shape.block_size,
-                num_threads=1,
-                window=window,
-                batch_invariant=True,
             )
+            plan = plan_attention(step, AttentionShape(**asdict(shape), window=window, batch_invariant=True))
             params = AttentionParams(batch.scale, window)
             alone = cpu.paged_attention(batch.q[first:last], batch.kv, plan, params)
             assert torch.equal(alone, together[first:last]), f"tokens {first} to {last}"

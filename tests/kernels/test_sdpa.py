@@ -1,30 +1,26 @@
 """The kernels in plain PyTorch against the reference in float64, by every path of their planner."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention import sdpa as planner
 from quire.kernels import AttentionParams, KVLayer, reference, sdpa
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 SEQUENCES = [(1, 1), (70, 1), (64, 1), (130, 1), (90, 33), (40, 40), (17, 5), (65, 5)]
-CPU = torch.device("cpu")
 
 
 def replanned(batch: RaggedBatch, shape: Shape) -> sdpa.SdpaPlan:
     plan = batch.plan
-    return planner.plan_attention(
-        plan.query_start_loc.numpy(),
-        plan.seq_lens.numpy(),
-        plan.block_tables.numpy(),
-        plan.slots.numpy(),
-        device=CPU,
-        block_size=shape.block_size,
+    step = StepArrays(
+        plan.query_start_loc.numpy(), plan.seq_lens.numpy(), plan.block_tables.numpy(), plan.slots.numpy()
     )
+    return planner.plan_attention(step, AttentionShape(**asdict(shape)))
 
 
 def head_major(batch: RaggedBatch, dtype: torch.dtype) -> KVLayer:
@@ -135,6 +131,6 @@ def test_runs_hold_every_token_once() -> None:
     seq_lens = counts + rng.integers(0, 300, 50).astype(np.int32)
     tables = np.zeros((50, 20), dtype=np.int32)
     slots = np.zeros(int(counts.sum()), np.int32)
-    plan = planner.plan_attention(start, seq_lens, tables, slots, device=CPU, block_size=16)
+    plan = planner.plan_attention(StepArrays(start, seq_lens, tables, slots), AttentionShape(**asdict(Shape())))
     tokens = torch.cat([run.tokens.flatten() for run in plan.runs])
     assert sorted(tokens.tolist()) == list(range(counts.sum()))

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.kernels import KVLayer, reference
 from quire.layers.attention import Attention
@@ -13,17 +14,14 @@ from quire.layers.step_context import StepContext
 def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """All tokens of one sequence, in a cache of two blocks."""
     n, kv_heads, head_dim = k.shape
-    plan = plan_attention(
+    step = StepArrays(
         np.array([0, n], dtype=np.int32),
         np.array([n], dtype=np.int32),
         np.array([[1, 0]], dtype=np.int32),
         np.array([8 + i if i < 8 else i - 8 for i in range(n)], dtype=np.int32),
-        num_heads=q.shape[1],
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        block_size=8,
-        num_threads=1,
     )
+    shape = AttentionShape(num_heads=q.shape[1], num_kv_heads=kv_heads, head_dim=head_dim, block_size=8)
+    plan = plan_attention(step, shape)
     kv = KVLayer(torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim))
     return layer(q, k, v, StepContext(torch.arange(n, dtype=torch.int32), [kv], plan))
 

@@ -4,22 +4,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quire.attention.inputs import AttentionShape, StepArrays
 from quire.backends import GATHERED_SLOTS
 from quire.kernels.sdpa import SdpaPlan, SequenceRun
 from quire.kernels.transfer import to_device
 
 
-def plan_attention(
-    query_start_loc: NDArray[np.int32],
-    seq_lens: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    slots: NDArray[np.int32],
-    *,
-    device: torch.device,
-    block_size: int,
-    window: int = 0,
-) -> SdpaPlan:
-    """As `quire.attention.plan.plan_attention`, with all that is copied to the device copied here."""
+def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
+    """Plan one step and copy the plan to the device."""
+    query_start_loc, seq_lens, block_tables, slots = step
+    block_size, device = shape.block_size, shape.device
     counts = np.diff(query_start_loc)
     num_blocks = -(-seq_lens // block_size)
 
@@ -44,13 +38,13 @@ def plan_attention(
         seq_lens=on_device(seq_lens),
         block_tables=on_device(block_tables),
         slots=on_device(slots),
-        window=window,
+        window=shape.window,
         runs=[make_run(members) for members in _split(counts, num_blocks, GATHERED_SLOTS // block_size)],
     )
 
 
 def _split(counts: NDArray[np.int32], num_blocks: NDArray[np.int32], max_blocks: int) -> list[NDArray[np.int64]]:
-    """Sequences of equal counts, the longest first, so that those that share a run are of similar length."""
+    """Groups of sequences with equal counts and similar lengths; a group gathers at most `max_blocks` blocks."""
     order = np.lexsort((-num_blocks, counts))
     runs: list[NDArray[np.int64]] = []
     first = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
+    Allocate,
     AttentionParams,
     AttentionPlan,
     KVLayer,
@@ -19,6 +20,16 @@ from quire.kernels.interface import (
     QuantizedWeight,
 )
 from quire.kernels.unfused import unfused
+
+
+def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """The usual `Allocate`."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def describe() -> str:
+    """Name of the build in use."""
+    return "reference"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -139,8 +150,8 @@ def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
         layer.values[destination] = layer.values[source]
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
-    """weights [N_i, K] -> one weight of sum(N_i) outputs, stored as `dtype`; how it lies is the kernels' own affair."""
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+    """weights [N_i, K] -> one weight of sum(N_i) outputs, stored as `dtype` in a layout of the kernels' own."""
     return torch.cat([weight.to(getattr(torch, dtype)) for weight in weights])
 
 
@@ -163,7 +174,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), torch.where(finite, magnitude / 127, float("nan"))
 
 
-def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+def quantize_linear(
+    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+) -> QuantizedWeight:
     """weights [N_i, K] -> one weight of sum(N_i) outputs, in groups of `group_size` inputs with one scale each.
 
     With 8 bits the largest magnitude of a group becomes 127 or -127. With 4 bits the value furthest from zero becomes

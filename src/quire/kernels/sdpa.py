@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
-from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.host_sampling import row_argmax, sample_tokens
+from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
     linear_quantized,
     quantize_linear,
-    quantize_rows,
     silu_and_mul,
+    zeros,
 )
 from quire.kernels.unfused import unfused
 
@@ -32,6 +33,7 @@ __all__ = [
     "SequenceRun",
     "add_rms_norm",
     "copy_blocks",
+    "describe",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
@@ -42,12 +44,13 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "quantize_linear",
-    "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
     "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "write_kv",
 ]
@@ -74,10 +77,14 @@ class SdpaPlan(AttentionPlan):
     runs: list[SequenceRun] = field(default_factory=list)
 
 
+def describe() -> str:
+    return "sdpa"
+
+
 def kv_cache_shapes(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
 ) -> tuple[KVShape, KVShape]:
-    assert not scaled, "int8 is of the CPU's own kernels"
+    assert not scaled, "only the CPU's own kernels store int8"
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return shape, shape
 
@@ -135,7 +142,7 @@ def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
     reference.copy_blocks([KVLayer(_bits(layer.keys), _bits(layer.values)) for layer in layers], pairs)
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     stored = [weight.to(getattr(torch, dtype)) for weight in weights]
     return stored[0] if len(stored) == 1 else torch.cat(stored)
 

@@ -84,7 +84,7 @@ def main() -> None:
             sent |= transfer.FixedArrays({"ids": ids[0], "places": ids[0]}, tokens, CPU).first(tokens)
         hidden = model(sent["ids"], StepContext(sent["places"], cache.layers, attention))
         read = hidden if captured or tokens == count else hidden[torch.zeros(count, dtype=torch.int32)]
-        sampler.draw(model.logits(read), sent, reports=True)
+        sampler.sample(model.logits(read), sent, with_logprobs=True)
 
     with torch.inference_mode():
         for size in DECODE:

@@ -1,13 +1,14 @@
 """Paged attention on a GPU, or in Triton's interpreter, against the reference in float64."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
 from quire.kernels import AttentionParams, Kernels, KVLayer, reference
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
@@ -28,24 +29,16 @@ def blocks(shape: Shape, block_size: int) -> Shape:
 
 
 def buffers_for(shape: Shape, device: torch.device, num_sms: int = 2, **options: float) -> PlanBuffers:
-    return PlanBuffers(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=shape.block_size,
-        max_num_seqs=12,
-        max_num_tokens=256,
-        max_blocks=64,
-        device=device,
-        num_sms=num_sms,
-        **options,
+    of_attention = AttentionShape(
+        **asdict(shape), max_num_seqs=12, max_num_tokens=256, max_blocks=64, kv_element_size=2, device=device
     )
+    return PlanBuffers(of_attention, num_sms=num_sms, **options)
 
 
 def plan_of(batch: RaggedBatch, buffers: PlanBuffers, **options: int) -> GpuAttentionPlan:
     of_cpu = batch.plan
     host = [each.numpy() for each in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots)]
-    return plan_attention(*host, buffers=buffers, **options)
+    return plan_attention(StepArrays(*host), buffers, **options)
 
 
 def kv_of(batch: RaggedBatch, kv_dtype: torch.dtype, device: torch.device) -> KVLayer:

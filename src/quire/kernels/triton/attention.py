@@ -1,9 +1,9 @@
-"""Paged attention: one kernel for decode, prefill and mixtures, and the merge of results that were split.
+"""Paged attention: one kernel for decode, prefill and mixed batches, and one that merges split results.
 
 A program takes one item of a work list for one KV head: a run of new tokens, whose query heads are packed as rows of
-one matrix, so that each key is read once for all of them. It walks the item's keys tile by tile; a tile lies inside one
-block, so its address is one block number, loaded a tile ahead to keep the copies of keys and values in flight. Only
-tiles at the edges of what is visible are masked.
+one matrix, so that each key is read once for all of them. It reads the item's keys tile by tile. A tile lies in one
+block, so its address is one block number, which is loaded a tile ahead to keep the copies of keys and values in flight.
+Only tiles at the edges of the visible keys are masked.
 
 Softmax runs in base 2 with the running maximum of Milakov and Gimelshein (arXiv 1805.02867); parts of the keys are
 merged by the logarithms of their sums, as in Flash-Decoding.
@@ -20,10 +20,10 @@ from quire.kernels.triton.configs import INTERPRETED, architecture_of, attention
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 MERGE_PARTS = 8
-"""Of one token, taken in at a time."""
+"""Parts of one token that are merged at a time."""
 MERGE_WARPS = 4
 _MIN_DOT = 16
-"""Numbers that the matrix units sum over at least."""
+"""Least length of the sums that matrix units compute."""
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _attend_tiles(
     HAS_SLOPES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Take in the keys from `key_begin` to `key_end`; with MASKED each row sees only those it may."""
+    """Attend to the keys from `key_begin` to `key_end`; with MASKED, each row sees only the keys visible to it."""
     BLOCK_D: tl.constexpr = queries.shape[1]
     offset_in_tile = tl.arange(0, TILE)
     dim = tl.arange(0, BLOCK_D)
@@ -65,7 +65,7 @@ def _attend_tiles(
         place = block.to(tl.int64) * BLOCK_STRIDE + (start % BLOCK_SIZE) * HEAD_DIM
         key = start + offset_in_tile
         if MASKED:
-            # Slots past the sequence may hold anything, NaN too, and 0 x NaN is NaN.
+            # Slots past the sequence may hold anything, even NaN, and 0 x NaN is NaN.
             stored = (key < visible_end)[:, None] & (dim < HEAD_DIM)[None, :]
             keys = tl.load(k_head + place + inside, mask=stored, other=0.0)
             values = tl.load(v_head + place + inside, mask=stored, other=0.0)
@@ -81,7 +81,7 @@ def _attend_tiles(
 
         scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
         if SOFTCAP > 0:
-            # tanh by an exponential that may overflow to infinity and is right there too.
+            # tanh by an exponential, which is right even where it overflows to infinity.
             scores = SOFTCAP * _LOG2_E * (1 - 2 / (tl.exp2(scores * (2 * _LOG2_E / SOFTCAP)) + 1))
         if HAS_SLOPES:
             scores += (slope[:, None] * _LOG2_E) * (key[None, :] - position[:, None])
@@ -91,7 +91,7 @@ def _attend_tiles(
                 visible &= key[None, :] > position[:, None] - window
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet has no peak to subtract.
+        # A row that has seen no key yet has no peak to subtract.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         weights = tl.exp2(scores - shift[:, None])
         faded = tl.exp2(peak - shift)
@@ -136,7 +136,7 @@ def attention_kernel(
     GATHERED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One item for one KV head. `scale` is in base 2 unless there is a soft cap, which is in units of scores."""
+    """One item for one KV head. Without a soft cap, `scale` includes the factor to base 2."""
     item = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     if item >= tl.load(count):
@@ -179,7 +179,7 @@ def attention_kernel(
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=live, other=0.0).to(tl.float32)
 
-    # Keys before `full_begin` are hidden from some rows by the window, those from `full_end` on are in their future.
+    # The window hides keys before `full_begin` from some rows; keys from `full_end` on are in some rows' future.
     full_begin = key_begin
     if HAS_WINDOW:
         key_begin = tl.maximum(key_begin, (first_position - window + 1) // TILE * TILE)
@@ -230,7 +230,7 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One head of one token: the mean of its parts, each weighted by the sum its softmax divided by."""
+    """One head of one token: the mean of its parts, weighted by the sums that their softmaxes divided by."""
     merge = tl.program_id(0) // NUM_HEADS
     head = tl.program_id(0) % NUM_HEADS
     if merge >= tl.load(count):

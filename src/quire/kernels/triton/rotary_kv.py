@@ -1,24 +1,15 @@
-"""Queries and keys rotated by their positions, and new keys and values written to their slots; each alone, or both in
+"""Rotates queries and keys by their positions and writes new keys and values to their slots: each alone, or both in
 one pass over the fused projection."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.interface import KVLayer, KVShape
+from quire.kernels.interface import KVLayer
 
 HEADS = 4
-"""Heads a program works on at a time."""
+"""Heads of a program."""
 NUM_WARPS = 4
-
-
-def kv_cache_shapes(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
-) -> tuple[KVShape, KVShape]:
-    """Shapes of one layer's keys and values."""
-    assert not scaled, "int8 is of the CPU's own kernels"
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return shape, shape
 
 
 @triton.jit
@@ -31,7 +22,7 @@ def _rotated(x, exists, cos, sin, head, pair, HEAD_DIM: tl.constexpr, HALF: tl.c
 
 @triton.jit
 def _stored(values, scales, dtype: tl.constexpr):
-    """As the cache holds it: what is too large for it becomes the largest."""
+    """Values as the cache stores them; those beyond its range become its largest number."""
     values = tl.div_rn(values, scales)
     if dtype == tl.float8e4nv:
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)
@@ -67,9 +58,9 @@ def rotary_kv_kernel(
     WRITES: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Some heads of one token: first programs take query heads, the others key and value heads.
+    """Some heads of one token: the first programs take query heads, the others key and value heads.
 
-    With WRITES keys go to the cache, else back to where they came from.
+    With WRITES, keys go to the cache; else they are rotated in place.
     """
     token = tl.program_id(0).to(tl.int64)
     QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS if ROTATES else 0
@@ -109,7 +100,7 @@ def rotary_kv_kernel(
         values = tl.load(v + token * v_stride + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
         values = _stored(values.to(tl.float32), v_scales, v_cache.dtype.element_ty)
         tl.store(v_cache + start + row[:, None] + dim[None, :], values, mask=exists)
-        # Of keys, what is not rotated.
+        # The dimensions of keys that are not rotated.
         exists &= (dim >= (2 * HALF if ROTATES else 0))[None, :]
         keys = tl.load(x + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
         keys = _stored(keys.to(tl.float32), k_scales, k_cache.dtype.element_ty)

@@ -1,8 +1,8 @@
-"""Whether a grammar can be compiled, known before its request is queued and within a second.
+"""Checks whether a grammar can be compiled, before its request is queued and within a second.
 
-`GrammarChecker` asks a child process, in which neither a client's grammar nor a fault of the compiler can hold up
-anybody (see `grammar_process`). The engine compiles what passes once more, for itself. `GrammarDoor` is the same for a
-server: its event loop never waits.
+`GrammarChecker` asks a child process, so that neither a client's grammar nor a fault of the compiler can delay other
+requests (see `grammar_process`). The engine compiles an accepted grammar again for itself. `AsyncGrammarChecker` is the
+same for a server, whose event loop must not block.
 """
 
 import asyncio
@@ -23,15 +23,15 @@ from quire.model_config import ModelConfig
 from quire.structured_outputs import StructuredOutputsParams
 
 ANSWER_SECONDS = 30.0
-"""The child process answers in less than a second once it has read the vocabulary; this is for one that never will."""
+"""Longest wait for an answer. A working child process answers within a second once it has read the vocabulary."""
 MAX_WAITING = 64
-"""Grammars that wait to be checked; beyond it the answer is 429."""
+"""Most grammars that may wait to be checked; the next one is refused with 429."""
 MAX_KNOWN = 256
-"""Grammars that passed lately and are not checked again."""
+"""Recently accepted grammars, which are not checked again."""
 
 
 class GrammarChecker:
-    """Owns the child process, one question at a time. `known` and `kill` may be called from another thread."""
+    """Owns the child process; asks one question at a time. `known` and `kill` may be called from another thread."""
 
     def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         """`folder` holds the tokenizer.json of the model."""
@@ -43,30 +43,30 @@ class GrammarChecker:
 
     @classmethod
     def for_model(cls, config: EngineConfig, model: ModelConfig, folder: Path) -> "GrammarChecker":
-        """For the tokens of the model in `folder`."""
+        """A checker for the tokens of the model in `folder`."""
         folder = tokenizer_folder(config, folder)
         return cls(folder, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
 
-    def known(self, form: StructuredOutputsParams) -> int | None:
-        """What `check` returned of a form that passed lately."""
-        return self._known.get(form)
+    def known(self, spec: StructuredOutputsParams) -> int | None:
+        """The result of `check` for a recently accepted spec, else None."""
+        return self._known.get(spec)
 
-    def check(self, form: StructuredOutputsParams) -> int:
-        """The bytes that `form` takes once it is compiled. Raises `RequestError` if it cannot be."""
-        num_bytes = self._known.pop(form, None)
+    def check(self, spec: StructuredOutputsParams) -> int:
+        """The size of the compiled grammar in bytes. Raises `RequestError` if it cannot be compiled."""
+        num_bytes = self._known.pop(spec, None)
         if num_bytes is None:
             self.start()
-            answer = self._ask(CheckGrammar(form))
+            answer = self._ask(CheckGrammar(spec))
             if answer.error is not None:
-                raise RequestError(answer.error, param=form.asked_as, code=answer.code)
+                raise RequestError(answer.error, param=spec.asked_as, code=answer.code)
             num_bytes = answer.num_bytes
-        self._known[form] = num_bytes
+        self._known[spec] = num_bytes
         if len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
         return num_bytes
 
     def start(self) -> None:
-        """Start the process and have it read the vocabulary, unless it is there."""
+        """Start the process and let it read the vocabulary, unless it runs already."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
@@ -81,13 +81,13 @@ class GrammarChecker:
         self._ask(self._load)
 
     def kill(self) -> None:
-        """End the process; who waits for its answer learns that there is none."""
+        """End the process; a pending `check` raises `EngineUnavailableError`."""
         if (process := self._process) is not None:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
     def close(self) -> None:
-        """End the process. A later `check` starts another one."""
+        """End the process. A later `check` starts a new one."""
         self.kill()
         if self._process is not None:
             self._process.wait()
@@ -96,7 +96,7 @@ class GrammarChecker:
         self._process = self._socket = None
 
     def _ask(self, question: CheckGrammar | LoadVocabulary) -> GrammarChecked:
-        """Raises `EngineUnavailableError` where the process ends, or goes on for ever, instead of answering."""
+        """Raises `EngineUnavailableError` if the process ends or exceeds `ANSWER_SECONDS` instead of answering."""
         assert self._socket is not None
         try:
             deadline = time.monotonic() + ANSWER_SECONDS
@@ -108,34 +108,34 @@ class GrammarChecker:
                 self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
             raise ConnectionResetError
         except BaseException as error:
-            # Who leaves in the middle of an exchange leaves an answer behind, so the process goes with it.
+            # The answer to an interrupted question would be read as the answer to the next one: end the process.
             self.close()
             if isinstance(error, OSError):
                 raise EngineUnavailableError("the process that checks grammars has ended") from error
             raise
 
 
-class GrammarDoor:
-    """A checker in a thread of its own, for which clients queue."""
+class AsyncGrammarChecker:
+    """A `GrammarChecker` in its own thread; callers queue for it."""
 
     def __init__(self, checker: GrammarChecker) -> None:
         self._checker = checker
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar-door")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar-checker")
         self._num_waiting = 0
 
     def warm(self) -> None:
-        """Begin to start the process, so that the first grammar does not wait for it."""
+        """Start the process in the background, so that the first grammar need not wait for it."""
         self._thread.submit(self._checker.start)
 
-    async def check(self, form: StructuredOutputsParams) -> int:
-        """`GrammarChecker.check`. Raises `QueueFullError` where too many wait."""
-        if (num_bytes := self._checker.known(form)) is not None:
+    async def check(self, spec: StructuredOutputsParams) -> int:
+        """`GrammarChecker.check`. Raises `QueueFullError` if more than `MAX_WAITING` wait."""
+        if (num_bytes := self._checker.known(spec)) is not None:
             return num_bytes
         if self._num_waiting >= MAX_WAITING:
             raise QueueFullError(f"{MAX_WAITING} grammars are waiting to be checked", retry_after=1)
         self._num_waiting += 1
         try:
-            return await asyncio.wrap_future(self._thread.submit(self._checker.check, form))
+            return await asyncio.wrap_future(self._thread.submit(self._checker.check, spec))
         finally:
             self._num_waiting -= 1
 

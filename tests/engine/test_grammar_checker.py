@@ -1,4 +1,4 @@
-"""Grammars are checked within a second, whatever one does to the process that compiles it."""
+"""Grammars are checked within a second, even if one kills or blocks the process that compiles it."""
 
 import asyncio
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from quire.engine import grammar_door, grammar_process
+from quire.engine import grammar_checker, grammar_process
 from quire.engine.checkpoint import bundled_folder
-from quire.engine.grammar_door import GrammarChecker, GrammarDoor
+from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.errors import EngineUnavailableError, QueueFullError, RequestError
 from quire.grammar.compiled import Grammar
 from quire.structured_outputs import StructuredOutputsParams
@@ -94,44 +94,44 @@ def test_the_bytes_of_a_grammar_grow_with_it(checker: GrammarChecker) -> None:
     assert checker.check(GOOD) == checker.known(GOOD)
 
 
-def run(test: Callable[[GrammarDoor, GrammarChecker], Awaitable[None]]) -> None:
+def run(test: Callable[[AsyncGrammarChecker, GrammarChecker], Awaitable[None]]) -> None:
     async def main() -> None:
         checker = new_checker()
-        door = GrammarDoor(checker)
+        asynchronous = AsyncGrammarChecker(checker)
         try:
-            await test(door, checker)
+            await test(asynchronous, checker)
         finally:
-            await door.close()
+            await asynchronous.close()
         assert checker._process is None
 
     asyncio.run(main())
 
 
 def test_a_client_that_leaves_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test(door: GrammarDoor, checker: GrammarChecker) -> None:
-        await door.check(GOOD)
-        leaving = asyncio.create_task(door.check(SLOW))
+    async def test(asynchronous: AsyncGrammarChecker, checker: GrammarChecker) -> None:
+        await asynchronous.check(GOOD)
+        leaving = asyncio.create_task(asynchronous.check(SLOW))
         await asyncio.sleep(0.05)
         leaving.cancel()
         with pytest.raises(asyncio.CancelledError):
             await leaving
         with pytest.raises(RequestError, match="unclosed group"):
-            await door.check(StructuredOutputsParams(regex="("))
-        monkeypatch.setattr(grammar_door, "MAX_WAITING", 0)
+            await asynchronous.check(StructuredOutputsParams(regex="("))
+        monkeypatch.setattr(grammar_checker, "MAX_WAITING", 0)
         with pytest.raises(QueueFullError):
-            await door.check(StructuredOutputsParams(regex="x"))
-        await door.check(GOOD)
+            await asynchronous.check(StructuredOutputsParams(regex="x"))
+        await asynchronous.check(GOOD)
 
     run(test)
 
 
-def test_a_door_that_closes_ends_what_is_being_checked() -> None:
+def test_closing_ends_a_running_check() -> None:
     async def main() -> None:
-        door = GrammarDoor(new_checker())
-        await door.check(GOOD)
-        checking = asyncio.create_task(door.check(SLOW))
+        asynchronous = AsyncGrammarChecker(new_checker())
+        await asynchronous.check(GOOD)
+        checking = asyncio.create_task(asynchronous.check(SLOW))
         await asyncio.sleep(0.05)
-        await door.close()
+        await asynchronous.close()
         with pytest.raises(EngineUnavailableError):
             await checking
 

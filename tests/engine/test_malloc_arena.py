@@ -1,5 +1,5 @@
-"""Memory of activations stays with the process, and goes back when the engine closes. A process of its own each, since
-malloc's settings are the process's."""
+"""The memory of activations stays with the process until the engine closes. Each test runs its own process, because
+malloc's settings apply to the whole process."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 COUNT_FAULTS = """
 import ctypes, resource, threading
 import torch
-from quire.engine import heap
+from quire.engine import malloc_arena
 
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -41,11 +41,11 @@ def test_no_layer_asks_the_system_for_memory() -> None:
         int,
         run("""
 print(faults(40))
-ahead = heap.Heap(300 << 20, 200 << 20)
-thread = threading.Thread(target=ahead.take_pages, args=(lambda: False,))
+arena = malloc_arena.MallocArena(300 << 20, 200 << 20)
+thread = threading.Thread(target=arena.take_pages, args=(lambda: False,))
 thread.start()
 thread.join()
-ahead.open()
+arena.free()
 for megabytes in (8, 40):
     faults(megabytes)  # the heap may grow a little, once
 for megabytes in (8, 40):
@@ -63,11 +63,11 @@ def test_taking_pages_can_be_stopped_and_what_was_taken_is_used() -> None:
 heap_bytes = 512 << 20
 answers = iter([False] * 200 + [True])
 before = resident()
-ahead = heap.Heap(2 * heap_bytes, heap_bytes)
-ahead.take_pages(lambda: next(answers))
+arena = malloc_arena.MallocArena(2 * heap_bytes, heap_bytes)
+arena.take_pages(lambda: next(answers))
 print(resident() - before)
-ahead.open()
-ahead.open()
+arena.free()
+arena.free()
 print(resident() - before)
 torch.ones(150, 1 << 18)
 print(resident() - before)
@@ -82,11 +82,11 @@ def test_closing_gives_it_back() -> None:
     kept, left = map(
         int,
         run("""
-heap.Heap(1 << 30, 1 << 20).open()
+malloc_arena.MallocArena(1 << 30, 1 << 20).free()
 before = resident()
 torch.ones(200, 1 << 18)
 print(resident() - before)
-heap.give_back()
+malloc_arena.release()
 print(resident() - before)
 """).split(),
     )
