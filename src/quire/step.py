@@ -106,12 +106,15 @@ class OffloadResult:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step's work. `rows`, `num_computed_tokens` and `num_scheduled_tokens` run in parallel, one entry per scheduled sequence."""
+    """One step's work. `rows`, `num_computed_tokens` and `num_scheduled_tokens` run in parallel, one entry per
+    scheduled sequence."""
 
     batch_id: int = 0
-    """Non-zero: this step repeats the last step of the same id. It has the same rows in the same order, one token for
-    each, one position further, and samples after every one. Only `token_ids`, `new_blocks` and `block_copies` are new.
-    Zero: compare nothing, this step stands alone."""
+    """Non-zero: every row computes one token and samples after it (`sample_rows == rows`), and nothing else happens: no
+    new rows, forks, drafts, block copies or prompt log-probabilities. If the plan before had the same id, this one
+    repeats it: the same rows in the same order, each one position further. Only `token_ids` and `new_blocks`, which
+    lengthens tables, are new; `offload` may come with it. An id never comes back after another one.
+    Zero: this step repeats nothing."""
     rows: list[int] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     """Position of the first token computed: the number of tokens whose KV is already stored."""

@@ -14,6 +14,7 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
+from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
 from tests.scheduler.test_scheduler import (
@@ -157,14 +158,14 @@ class TieredEngine(Engine):
 
     def push_down(self) -> None:
         """Somebody else takes all free blocks, and gives them back; meanwhile no request runs."""
-        scheduler, transfers = self.scheduler, self.scheduler._transfers
+        scheduler, transfers = self.scheduler, self.scheduler._offload
         assert transfers is not None
         taken: list[int] = []
         while self.pool.num_free or transfers._storing or transfers._idle:
             if self.pool.num_free and len(transfers._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=transfers.finish(computes=False))
-            scheduler._in_flight.append(scheduler._queues.rows.copy())
+            scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)
@@ -172,7 +173,7 @@ class TieredEngine(Engine):
 
     def step(self) -> StepPlan:
         plan = super().step()
-        transfers = self.scheduler._transfers
+        transfers = self.scheduler._offload
         assert transfers is not None
         assert len(self.runner.host) <= self.num_host_blocks
         if DISK in self.index.tiers:
@@ -188,8 +189,8 @@ class TieredEngine(Engine):
 
     def check_plan(self, plan: StepPlan) -> None:
         scheduler = self.scheduler
-        assert scheduler._transfers is not None
-        waiting = scheduler._transfers.waiting
+        assert scheduler._offload is not None
+        waiting = scheduler._offload.waiting
         if not plan.rows and scheduler.has_work:
             assert plan.offload is not None
             assert plan.offload.wait or plan.offload.loads, "a step that computes nothing brings what is waited for"
@@ -418,7 +419,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     if any(tiers):
         engine.push_down()
     before = engine.scheduler.stats()
-    transfers = engine.scheduler._transfers
+    transfers = engine.scheduler._offload
     assert transfers is not None
     num_repeated = 0
     while transfers.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
@@ -426,7 +427,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
         stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
         for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             num_repeated += max(0, min(start + count, stored[row]) - start)
-        engine.scheduler.settle()
+        engine.scheduler.update_fill()
     left = [(length - 1) % 4 for length in lengths.values()]
     assert num_repeated == sum(left if any(tiers) else left[1:])
     stats = engine.scheduler.stats()

@@ -276,7 +276,7 @@ class EngineCore:
                 return StepDeltas()
             pending = self._launch(plan)
             if pending is None:
-                self._scheduler.retreat(plan)
+                self._scheduler.roll_back(plan)
                 return StepDeltas()
         else:
             (plan, pending), self._under_way = self._under_way, None
@@ -290,7 +290,7 @@ class EngineCore:
         if ahead is not None and next_pending is not None:
             self._under_way = ahead, next_pending
         elif ahead is not None:
-            self._scheduler.retreat(ahead)
+            self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
             self._grammars.keep_held(self._scheduler.request_ids)
         return deltas

@@ -128,7 +128,7 @@ class BlockOffload:
             # Here too, the beginnings of prompts should survive longest.
             self._index.tiers[tier_name].touch(block_hash)
         table.append(num_worth * block_size, [])
-        sequence.num_computed_tokens = table.num_tokens
+        sequence.start_from_table()
         self.waiting[sequence] = loading
         for offset, (tier_name, block_hash) in enumerate(sources):
             block = table.blocks[loading.first + offset]
@@ -211,7 +211,7 @@ class BlockOffload:
                 reads[block_hash] = None
         table = sequence.table
         table.truncate((loading.first + end) * self._pool.block_size)
-        sequence.num_computed_tokens = table.num_tokens
+        sequence.start_from_table()
         if not loading.unplanned:
             del self.waiting[sequence]
             table.hash_full_blocks(sequence.token_ids, table.num_tokens)

@@ -39,7 +39,7 @@ class Drafting:
     def prepare(self) -> None:
         """Before a step is planned: if it may take drafts, nobody goes in decode_batch."""
         if self._speculation.looks_next:
-            self._queues.disband()
+            self._queues.dissolve_decode_batch()
 
     @property
     def allows_lockstep(self) -> bool:

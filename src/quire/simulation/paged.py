@@ -293,7 +293,7 @@ class PagedSimulation:
         return scheduler
 
     def _check(self) -> None:
-        self.scheduler.settle()
+        self.scheduler.update_fill()
         check_pool(self.scheduler.pool)
 
     def _open_tiers(self) -> TierIndex | None:
