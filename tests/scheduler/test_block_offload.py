@@ -18,16 +18,9 @@ from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
-from tests.scheduler.test_scheduler import (
-    NOTHING,
-    Engine,
-    FakeRunner,
-    SchedulerMachine,
-    counts_by_request,
-    is_faulty,
-    kv_of_all,
-    new_request,
-)
+from tests.scheduler.checked_engine import Engine, counts_by_request, new_request
+from tests.scheduler.fake_runner import NOTHING, FakeRunner, is_faulty, kv_of_all
+from tests.scheduler.scheduler_machine import SchedulerMachine
 
 BLOCK_BYTES = 2**30
 """So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
