@@ -14,19 +14,13 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
-from tests.scheduler.test_scheduler import (
-    NOTHING,
-    Engine,
-    FakeRunner,
-    SchedulerMachine,
-    counts_by_request,
-    is_faulty,
-    kv_of_all,
-    new_request,
-)
+from tests.scheduler.checked_engine import Engine, counts_by_request, new_request
+from tests.scheduler.fake_runner import NOTHING, FakeRunner, is_faulty, kv_of_all
+from tests.scheduler.scheduler_machine import SchedulerMachine
 
 BLOCK_BYTES = 2**30
 """So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
@@ -137,10 +131,12 @@ class TieredEngine(Engine):
         self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=256,
-            max_num_partial_prefills=max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=256,
+                max_num_partial_prefills=max_num_partial_prefills,
+            ),
             tiers=self.index,
             clock=lambda: 1.0,
         )
@@ -194,7 +190,7 @@ class TieredEngine(Engine):
         if not plan.rows and scheduler.has_work:
             assert plan.offload is not None
             assert plan.offload.wait or plan.offload.loads, "a step that computes nothing waits or loads"
-        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
             assert tier.stats.num_bytes <= tier.stats.capacity_bytes

@@ -1,7 +1,7 @@
 import pytest
 
 from quire.scheduler.length_curve import MIN_ANSWERS
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 STEP = 0.1
 """Seconds."""

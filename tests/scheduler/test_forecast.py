@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler import length_curve
 from quire.scheduler.forecast import QUANTILES, Forecast, Outlook, peak_blocks
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 OUTLOOKS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda pair: Outlook(*pair)), max_size=12)
 

@@ -40,6 +40,7 @@ from quire.runner.model_runner import ModelRunner, PendingStep
 from quire.sampling.logits_processors import load_processors
 from quire.sampling_params import SamplingParams
 from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan
@@ -164,12 +165,14 @@ class EngineCore:
         on_phase("KV cache", time.perf_counter() - started)
         scheduler = Scheduler(
             pool,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            max_model_len=plan.max_model_len,
-            max_num_partial_prefills=config.max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=plan.max_num_seqs,
+                max_num_batched_tokens=plan.max_num_batched_tokens,
+                max_model_len=plan.max_model_len,
+                max_num_partial_prefills=config.max_num_partial_prefills,
+                max_pinned_share=config.max_pinned_share,
+            ),
             tiers=tiers,
-            max_pinned_share=config.max_pinned_share,
             speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
             make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
             make_rule=ADMISSIONS[config.admission],

@@ -18,6 +18,9 @@ from quire.errors import QuireError
 from quire.kv_cache.block_hash import BlockHash, TokenKey
 from quire.kv_cache.partial_block_index import PartialBlockIndex
 
+BlockListener = Callable[[int, BlockHash], None]
+"""Called with a block and its hash."""
+
 
 class OutOfBlocksError(QuireError):
     """A block was asked for and none is free. Schedulers ask `num_free` first; who sees this did not."""
@@ -41,15 +44,15 @@ class BlockPool:
         """Sum of `fill` over used blocks."""
         self.num_cached_free = 0
         self.now = 0.0
-        """Seconds, set by whoever steps; the pool keeps no clock."""
+        """Seconds at the last `set_time`; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
         self.total_evictions = 0
         self.total_block_copies = 0
-        self.on_evict: Callable[[int, BlockHash], None] | None = None
-        """Told of a named block that `allocate` takes, while its content is still there; tiers below listen."""
-        self.on_idle: Callable[[int, BlockHash], None] | None = None
-        """Told of a named block whose last reference went."""
+        self.eviction_listeners: list[BlockListener] = []
+        """Called for a block with a hash that `allocate` takes, while its content is still there."""
+        self.idle_listeners: list[BlockListener] = []
+        """Called for a block with a hash when its last reference goes."""
         self.pinned: Counter[int] = Counter()
         """Used blocks that registered prefixes hold → by how many; these never lose their names."""
         self.children = PartialBlockIndex()
@@ -79,6 +82,10 @@ class BlockPool:
         """Allocated slots that hold no token."""
         return self.num_allocated_slots - self.num_filled_slots
 
+    def set_time(self, now: float) -> None:
+        """Blocks taken from here on are taken at `now`."""
+        self.now = now
+
     def allocate(self) -> int:
         """Take the first block of the free list; what it held can no longer be found."""
         anchor = self.num_blocks
@@ -94,8 +101,8 @@ class BlockPool:
             self.names[block] = None
             self.num_cached_free -= 1
             self.total_evictions += 1
-            if self.on_evict is not None:
-                self.on_evict(block, name)
+            for listener in self.eviction_listeners:
+                listener(block, name)
         self.taken_at[block] = self.now
         self.ref_counts[block] = 1
         self.num_references += 1
@@ -134,8 +141,8 @@ class BlockPool:
         self._link(self._prev[self.num_blocks], block)
         if name is not None:
             self.num_cached_free += 1
-            if self.on_idle is not None:
-                self.on_idle(block, name)
+            for listener in self.idle_listeners:
+                listener(block, name)
 
     def leave(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
         """Let a partly filled block be found when its only holder, who is about to release it, is gone.

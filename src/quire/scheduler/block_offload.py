@@ -75,9 +75,9 @@ class BlockOffload:
         """Reads that finished since the last plan."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
         self._max_staged = num_staged_blocks(self._disk.block_bytes) if self._disk is not None else 0
-        pool.on_evict = self._store_evicted
+        pool.eviction_listeners.append(self._store_evicted)
         if self._disk is not None:
-            pool.on_idle = self._note_idle
+            pool.idle_listeners.append(self._note_idle)
             # The disk tier may be smaller than it was for the process that stored its blocks.
             self._plan.evicted = [(DISK, each) for each in self._disk.make_room(0, lambda each: False) or ()]
 

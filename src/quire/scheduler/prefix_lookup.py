@@ -45,7 +45,7 @@ class PrefixLookup:
         self._pool = pool
         self._offload = offload
         self._history = PrefixHistory(pool.block_size, clock)
-        self._store_evicted, pool.on_evict = pool.on_evict, self._note_eviction
+        pool.eviction_listeners.append(self._note_eviction)
 
     # -- finding ------------------------------------------------------------------------------------------------------
 
@@ -136,5 +136,3 @@ class PrefixLookup:
 
     def _note_eviction(self, block: int, block_hash: BlockHash) -> None:
         self._history.note_eviction(block_hash)
-        if self._store_evicted is not None:
-            self._store_evicted(block, block_hash)

@@ -13,6 +13,7 @@ from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex
 from quire.outputs import StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
@@ -272,9 +273,11 @@ class PagedSimulation:
         self._tiers = self._open_tiers()
         scheduler = Scheduler(
             pool,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
+            SchedulerLimits(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_model_len=self._max_model_len,
+            ),
             tiers=self._tiers,
             make_queue=QUEUES[settings.scheduling_policy],
             make_rule=RULES[settings.admission],
