@@ -1,7 +1,7 @@
 """What requests share through the prefix cache: exactly what is the same, images and adapters included.
 
-The content of a token slot is a chain over everything that its KV depends on. Whoever gets a block of another context
-reads another chain.
+The content of a token slot is a chain over everything that its KV depends on. A sequence that gets a block of another
+context reads another chain.
 """
 
 import itertools
