@@ -44,31 +44,31 @@ def open_store(tmp_path: Path) -> Iterator[Open]:
 
 
 def save(store: DiskBlocks, *numbers: int) -> tuple[list[bytes], list[bytes]]:
-    """Names that were saved, and that were not."""
+    """Names that were stored, and that were not."""
     for number in numbers:
         buffer = store.new_buffer()
         buffer[HEADER_BYTES:] = content_of(number)
         store.save(name_of(number), buffer)
-    saved: list[bytes] = []
-    not_saved: list[bytes] = []
+    stored: list[bytes] = []
+    failed: list[bytes] = []
     deadline = time.monotonic() + 10
-    while len(saved) + len(not_saved) < len(numbers) and time.monotonic() < deadline:
-        moved = store.collect()
-        saved += moved.saved
-        not_saved += moved.not_saved
+    while len(stored) + len(failed) < len(numbers) and time.monotonic() < deadline:
+        result = store.collect()
+        stored += result.stored
+        failed += result.failed_stores
         time.sleep(0.001)
-    return saved, not_saved
+    return stored, failed
 
 
 def read(store: DiskBlocks, number: int) -> bytes | str:
     """The content, or why there is none."""
     store.read(name_of(number))
-    moved = store.collect(wait_seconds=10.0)
-    if moved.not_read:
-        assert moved.not_read[0][0] == name_of(number)
-        return moved.not_read[0][1]
-    assert moved.read[0][0] == name_of(number)
-    assert moved.read[0][1] > 0
+    result = store.collect(wait_seconds=10.0)
+    if result.failed_reads:
+        assert result.failed_reads[0][0] == name_of(number)
+        return result.failed_reads[0][1]
+    assert result.read[0][0] == name_of(number)
+    assert result.read[0][1] > 0
     buffer = store.take_buffer(name_of(number))
     content = bytes(buffer[HEADER_BYTES:])
     store.release_buffer(buffer)
@@ -173,8 +173,8 @@ def test_a_full_disk_stops_writing_and_leaves_no_half_file(
         return written
 
     store = open_store(write=write)
-    saved, not_saved = save(store, *range(6))
-    assert (saved, not_saved) == ([name_of(n) for n in (0, 1, 2)], [name_of(n) for n in (3, 4, 5)])
+    stored, failed = save(store, *range(6))
+    assert (stored, failed) == ([name_of(n) for n in (0, 1, 2)], [name_of(n) for n in (3, 4, 5)])
     assert store.collect().stopped
     assert caplog.text.count("No space left on device") == 1
     assert all(read(store, number) == content_of(number) for number in (0, 1, 2))

@@ -30,7 +30,7 @@ def test_an_advanced_batch_equals_one_laid_out_anew(lengths: dict[int, int], dat
     """And a plan of attention that goes on with it reads what it holds. Blocks come when they are needed, sometimes a
     step early; the last block of a sequence may be replaced by a copy."""
     rows = RequestRows(max_num_seqs=8, max_blocks=16, vocab_size=10)
-    free, early, batch, attention = iter(range(100, 300)), set[tuple[int, int]](), None, None
+    free, early, batch = iter(range(100, 300)), set[tuple[int, int]](), None
     plan_attention = make_planner(
         "cpu",
         AttentionShape(
@@ -76,6 +76,6 @@ def test_an_advanced_batch_equals_one_laid_out_anew(lengths: dict[int, int], dat
             batch.advance(plan, rows, BLOCK_SIZE)
         assert_same(batch, make_input_batch(plan, rows, BLOCK_SIZE))
         arrays = StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots)
-        attention = plan_attention(arrays, before=attention)
+        attention = plan_attention(arrays, repeats=step > 0)
         for name, array in arrays._asdict().items():
             np.testing.assert_array_equal(getattr(attention, name), array, name)

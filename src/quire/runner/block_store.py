@@ -29,12 +29,12 @@ class BlockStore:
 
     def move(self, plan: OffloadPlan) -> float:
         """Carry out a plan, in the order of its fields. Returns the seconds spent on loads from host memory."""
-        for tier, block_hash in plan.forgotten:
+        for tier, block_hash in plan.evicted:
             if tier == HOST:
                 self._free_slots.append(self._slots.pop(block_hash))
             else:
                 self._files.remove(block_hash)
-        for tier, block_hash, block in plan.saves:
+        for tier, block_hash, block in plan.stores:
             if tier == HOST:
                 slot = self._slots[block_hash] = self._free_slots.pop()
                 self._kv_cache.copy_out(block, self._host[slot])
@@ -42,7 +42,7 @@ class BlockStore:
                 buffer = self._files.new_buffer()
                 self._kv_cache.copy_out(block, _content(buffer))
                 self._files.save(block_hash, buffer)
-        for block_hash in plan.dropped:
+        for block_hash in plan.cancelled:
             self._files.release_buffer(self._files.take_buffer(block_hash))
         seconds = 0.0
         for tier, block_hash, block in plan.loads:

@@ -65,7 +65,7 @@ class DiskBlocks:
         self._failed = False
         self._unused: list[bytearray] = []
         """Free buffers of header and content. Buffers are kept: there are as many as were ever in use at once."""
-        self._moved = OffloadResult()
+        self._result = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
         """Guards the two above."""
@@ -145,9 +145,9 @@ class DiskBlocks:
         """What has ended since the last call. Waits up to `wait_seconds` for a read to end."""
         with self._news:
             if wait_seconds > 0:
-                self._news.wait_for(lambda: bool(self._moved.read or self._moved.not_read), wait_seconds)
-            moved, self._moved = self._moved, OffloadResult(stopped=self._moved.stopped)
-            return moved
+                self._news.wait_for(lambda: bool(self._result.read or self._result.failed_reads), wait_seconds)
+            result, self._result = self._result, OffloadResult(stopped=self._result.stopped)
+            return result
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Write the queued blocks, for at most `seconds`, and unlock the folder."""
@@ -175,11 +175,11 @@ class DiskBlocks:
             if buffer is None:
                 self._path(block_hash).unlink(missing_ok=True)
                 continue
-            saved = False
+            stored = False
             if not self._failed:
                 try:
                     self._write_file(block_hash, buffer)
-                    saved = True
+                    stored = True
                 except OSError as error:
                     self._failed = True
                     logger.warning(
@@ -189,8 +189,8 @@ class DiskBlocks:
                     )
             self.release_buffer(buffer)
             with self._news:
-                (self._moved.saved if saved else self._moved.not_saved).append(block_hash)
-                self._moved.stopped = self._failed
+                (self._result.stored if stored else self._result.failed_stores).append(block_hash)
+                self._result.stopped = self._failed
 
     def _write_file(self, block_hash: bytes, buffer: bytearray) -> None:
         content = memoryview(buffer)[HEADER_BYTES:]
@@ -221,10 +221,10 @@ class DiskBlocks:
             with self._news:
                 if reason is None:
                     self._arrived[block_hash] = buffer
-                    self._moved.read.append((block_hash, seconds))
+                    self._result.read.append((block_hash, seconds))
                 else:
                     self.release_buffer(buffer)
-                    self._moved.not_read.append((block_hash, reason))
+                    self._result.failed_reads.append((block_hash, reason))
                 self._news.notify_all()
 
     def _read_file(self, block_hash: bytes, buffer: bytearray) -> str | None:

@@ -23,6 +23,7 @@ from quire.grammar.cache import GrammarCache
 from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
 from quire.kernels.transfer import to_device
 from quire.kv_cache.storage import KVCache
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
@@ -80,8 +81,6 @@ class ModelRunner:
         self._plan_attention = make_planner(
             settings.backend, attention_shape(settings, model_config, kv_cache, max_blocks)
         )
-        self._attention: AttentionPlan | None = None
-        """That of the last step."""
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
@@ -181,10 +180,7 @@ class ModelRunner:
         columns = sampler.begin(step)
         self._copy_blocks(plan)
         size = self._captured_size(step)
-        attention = self._plan_attention(
-            step.attention_arrays, captured_tokens=size, before=self._attention if step.repeats else None
-        )
-        self._attention = attention
+        attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
         key = GraphKey(size, attention.variant, sampler.outcome(columns))
         finishes: list[Finish] = []
         if self._graphs is not None and size and self._graphs.count_step(key):
@@ -226,7 +222,8 @@ class ModelRunner:
             arrays = step.selected_arrays(sent.selection)
             selected = self._plan_attention(arrays) if self._plans_selection else None
             output_tokens = OutputTokens(sent.tensors["output_tokens"], selected)
-        return self._model(input_ids, sent.tensors["token_positions"], self._kv_cache, attention, output_tokens)
+        context = StepContext(sent.tensors["token_positions"], self._kv_cache.layers, attention, output_tokens)
+        return self._model(input_ids, context)
 
     def _sample_logits(self, step: StepInputs, sent: SentInputs, hidden: Tensor) -> Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
@@ -274,7 +271,7 @@ class ModelRunner:
 
         def run() -> Tensor:
             input_ids = tensors["input_ids"] if device is None else device.fill_in(tensors["input_ids"])
-            hidden = self._model(input_ids, tensors["token_positions"], self._kv_cache, attention)
+            hidden = self._model(input_ids, StepContext(tensors["token_positions"], self._kv_cache.layers, attention))
             return sampler.compute(self._model.logits(hidden), tensors, key.outcome)
 
         return run

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from quire.attention import triton as attention_of_a_gpu
+from quire.attention import plan_buffers
 from quire.engine.core import EngineCore
 from quire.kernels import transfer
 from quire.request import Request
@@ -85,7 +85,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         return tensor
 
     monkeypatch.setattr(transfer, "staged", noted)
-    monkeypatch.setattr(attention_of_a_gpu, "staged", noted)
+    monkeypatch.setattr(plan_buffers, "staged", noted)
     with Watch(staged) as watch, NoTensorFromLists():
         yield watch
 

@@ -19,15 +19,17 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.device_weights import DeviceWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights
 from quire.request import Request
 from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
 from quire.sampling_params import SamplingParams
+from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
+from quire.scheduler.step_times import StepCurve, StepTimes
 from quire.step import StepPlan, TokenLogprobs
 
 pytestmark = [
@@ -105,7 +107,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
 
 
 def make_core(
-    backend: str, device: torch.device, *, captures: bool = False, speculation: Speculation | None = None
+    backend: str, device: torch.device, *, captures: bool = False, speculation: DraftPlanner | None = None
 ) -> EngineCore:
     kernels = kernels_for(backend)
     weights: Any = RandomWeights(3)
@@ -132,10 +134,9 @@ def make_core(
     )
     scheduler = Scheduler(
         BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=128,
-        max_model_len=256,
-        max_num_partial_prefills=4,
+        SchedulerLimits(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=128, max_model_len=256, max_num_partial_prefills=4
+        ),
         speculation=speculation,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
@@ -216,7 +217,7 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
         requests_of("penalised", 2, 8, list(range(60)), presence_penalty=0.5, temperature=1.0),
     ]
     plain = make_core("cpu", torch.device("cpu"))
-    speculation = Speculation(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
+    speculation = DraftPlanner(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
     captured = make_core("triton", device, captures=True, speculation=speculation)
     for batch in batches:
         expected = run(plain, batch)
