@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from quire.errors import DeviceMemoryError
-from quire.kernels import AttentionPlan, OutputTokens, cpu, kernels_for
+from quire.kernels import AttentionPlan, cpu, kernels_for
 from quire.kv_cache.storage import KVCache
+from quire.layers.step_context import StepContext
 from quire.runner.cuda_graphs import EAGER_STEPS, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
 from quire.sampling.device_sampler import DeviceSampler
@@ -40,13 +41,11 @@ class TableModel:
         self.by_position = torch.randn(64, VOCAB_SIZE, generator=generator)
         self.error: RuntimeError | None = None
 
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: Any, plan: Any, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         if self.error is not None:
             raise self.error
-        hidden = torch.stack((input_ids, positions), dim=1)
-        return hidden if output_tokens is None else hidden[output_tokens.tokens]
+        hidden = torch.stack((input_ids, context.positions), dim=1)
+        return hidden if context.output_tokens is None else hidden[context.output_tokens.tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.by_token[hidden[:, 0].long()] + self.by_position[hidden[:, 1].long()]
