@@ -1,10 +1,9 @@
-"""How near each part of a step comes to the machine's limits: `python -m benchmarks.roofline MODEL [MODEL ...]`.
+"""Distance of each part of a step from the machine's limits: `python -m benchmarks.roofline MODEL [MODEL ...]`.
 
-Runs `benchmarks.steps` with the weights as each checkpoint stores them, once more in int8 and in int4 if that is
-float32, and sets the times of its parts beside the work that
-the model's shape says they have: operations (a product and its addition are two) and bytes that must be read. Prints a
-table and, with `--plot`, draws operations per second against operations per byte below the ceilings of the same run
-(S. Williams et al., "Roofline", CACM 2009).
+Runs `benchmarks.steps` with the weights as the checkpoint stores them; a float32 checkpoint also in int8 and int4. Sets
+the time of each part beside its work by the model's shape: operations (a product and its addition are two) and bytes
+that must be read. Prints a table and, with `--plot`, draws operations per second against operations per byte below the
+ceilings of the same run (S. Williams et al., "Roofline", CACM 2009).
 """
 
 import argparse
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quire.model_config import DTYPE_BYTES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.quantization import METHODS
 
 MARKERS = {
@@ -39,7 +38,7 @@ class Point:
     seconds: float
     operations: float
     read: float
-    """Bytes: of weights, or of keys and values."""
+    """Bytes of weights, or of keys and values."""
 
     @property
     def intensity(self) -> float:
@@ -49,7 +48,7 @@ class Point:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--plot", type=Path, help="draw it to this SVG")
+    parser.add_argument("--plot", type=Path, help="plot to this SVG file")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     points: list[Point] = []
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def run_steps(model: Path, *flags: str) -> dict[str, Any]:
-    """The figures of one run of `benchmarks.steps`, in a process of its own."""
+    """The figures of `benchmarks.steps`, run in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "steps.json"
         command = [sys.executable, "-m", "benchmarks.steps", str(model), *flags, "--output", str(output)]
@@ -82,23 +81,19 @@ def run_steps(model: Path, *flags: str) -> dict[str, Any]:
 
 
 def points_of(run: dict[str, Any], model: ModelConfig, model_name: str) -> Iterator[Point]:
-    """What each part of each kind of step had to do, in the time it took."""
+    """Work and time of each part of each kind of step."""
     weights = run["weights"]
-    matrices = model.num_layers * sum(n * k for n, k in model.linear_shapes)
-    head = model.vocab_size * model.hidden_size
-    if weights in METHODS:
-        method = METHODS[weights]
-        matrix_bytes = model.num_layers * sum(method.layers.weight_bytes(*shape) for shape in model.linear_shapes)
-        head_bytes = method.head.weight_bytes(model.vocab_size, model.hidden_size)
-    else:
-        matrix_bytes, head_bytes = matrices * DTYPE_BYTES[weights], head * DTYPE_BYTES[weights]
+    spec = model.spec
+    matrices, head = spec.layer_parameters, spec.head.num_parameters
+    stored_as = ("float32", weights) if weights in METHODS else (weights, None)
+    matrix_bytes, head_bytes = spec.layer_bytes(*stored_as), spec.head_bytes(*stored_as)
     for name, parts in run["steps"].items():
         count = int(name.split()[0])
         decoding = name.endswith("rows")
         stored = run["context"] * count if decoding else count
         seen = stored if decoding else count * (count + 1) / 2  # keys over all queries, as the causal mask leaves them
-        attention = 4.0 * seen * model.num_heads * model.head_dim * model.num_layers
-        kv_bytes = stored * model.kv_bytes_per_token(run["kv_cache_dtype"])
+        attention = float(seen * spec.operations_per_pair)
+        kv_bytes = stored * spec.kv_bytes_per_token(run["kv_cache_dtype"])
         work = {"dense": (2.0 * matrices * count, matrix_bytes), "attention": (attention, kv_bytes)}
         if decoding:
             work["logits"] = (2.0 * head * count, head_bytes)

@@ -11,9 +11,10 @@ from torch import Tensor
 from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
-from quire.models.weights import Weights
 
 
 class PagedModel:
@@ -29,10 +30,11 @@ class PagedModel:
         max_sequences: int = 4,
         max_model_len: int | None = None,
         kv_dtype: torch.dtype = torch.float32,
+        config: ModelConfig | None = None,
     ) -> None:
-        self.config = config = ModelConfig.from_folder(folder)
+        self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
-        self.model = load_model(config, Weights.open(folder), kernels, dtype, max_model_len=max_model_len)
+        self.model = load_model(config, open_checkpoint(folder), kernels, dtype, max_model_len=max_model_len)
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)
         num_blocks = max_sequences * blocks_per_sequence
@@ -73,7 +75,8 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, output_tokens)
+            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))

@@ -1,8 +1,9 @@
-"""The CPU kernels beside the ceilings of the machine, measured in the same run: `python -m benchmarks.kernels`.
+"""CPU kernels beside the ceilings of the machine, measured in the same run: `python -m benchmarks.kernels`.
 
 Decode attention is bound by reading the KV cache: its ceiling is the rate at which torch sums a tensor too large for
 any cache. Prefill attention is bound by arithmetic: its ceiling is torch.mm of two 2048 x 2048 float32 matrices. The
-ceiling is measured again before every line, so that a noisy machine slows both; each figure is the best of the repeats.
+ceiling is measured again before every line, so that a noisy machine slows both. Each figure is the best of the
+repeats.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from quire.attention.plan import plan_attention
 from quire.kernels import AttentionParams, KVLayer, cpu
 
 BLOCK_SIZE = 16
-# Decode walks through several layers, so that no cache of the processor holds what is read next.
+# Decode walks through several layers, so that no cache of the processor holds the data read next.
 MIN_KV_BYTES = 512 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -32,7 +33,7 @@ DECODE = [
     (16, 1024, 12, 12, 64),
     (1, 16384, 32, 8, 128),
 ]
-# What a step of decoding may consist of, from one long sequence to many short ones: contexts.
+# Contexts of decode steps, from one long sequence to many short ones.
 LOADS = {
     "1 x 8k": [8192],
     "4 x 2k": [2048] * 4,
@@ -41,7 +42,7 @@ LOADS = {
     "256 x 64": [64] * 256,
     "8k + 63 x 128": [8192] + [128] * 63,
 }
-# Query heads, KV heads, tokens in common, sequences that share them, groups of such, tokens of its own each has.
+# Query heads, KV heads, shared tokens, sequences per group, groups, tokens of each sequence's own.
 SHARED = [
     (12, 4, 512, 64, 1, 48),
     (12, 4, 256, 8, 8, 32),
@@ -72,9 +73,9 @@ class Attention:
         num_shared: int = 0,
         share_prefixes: bool = True,
     ) -> None:
-        """Sequences of these contexts with `new` new tokens each, walking through layers of MIN_KV_BYTES in all.
+        """Sequences of these contexts with `new` new tokens each, over layers of MIN_KV_BYTES in total.
 
-        Runs of `group` sequences have their first `num_shared` tokens in common.
+        Groups of `group` sequences share their first `num_shared` tokens.
         """
         num_heads, num_kv_heads, self.head_dim = heads
         sequences, lengths = len(contexts), np.array(contexts, dtype=np.int32)
@@ -85,7 +86,7 @@ class Attention:
         common = num_shared // BLOCK_SIZE
         tables[:, :common] = tables[np.arange(sequences) // group * group, :common]
         shapes = cpu.kv_cache_shapes(len(free), num_kv_heads, BLOCK_SIZE, self.head_dim, scaled=dtype == torch.int8)
-        # Every byte alike, that is no subnormal number and no large one in any type.
+        # One byte value that is neither subnormal nor large in any type.
         layer_bytes = sum(np.prod(shape) for shape in shapes) * dtype.itemsize
         self.layers = [
             KVLayer(
@@ -119,7 +120,7 @@ class Attention:
 
 
 def best_seconds(function: Callable[[], object], budget: float) -> float:
-    """The fastest of the runs that fit the budget, five at least, after one to warm up."""
+    """The fastest of the runs within the time budget, at least five, after one to warm up."""
     function()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < budget:
@@ -146,9 +147,9 @@ def decode_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def load_table(dtype: torch.dtype, budget: float) -> None:
-    """How evenly the planner loads the cores. 12 query heads on 4 KV heads of 64."""
+    """Balance of the planner over the cores: 12 query heads on 4 KV heads of 64."""
     read = torch.ones(64 << 20)
-    print(f"\nLoads of one step of decoding, {dtype}, {cpu.isa()}: GB/s of KV read")
+    print(f"\nDecode steps, {dtype}, {cpu.isa()}: GB/s of KV read")
     print("  load             items   KV MB       ms    GB/s  ceiling  share")
     for name, contexts in LOADS.items():
         attention = Attention(contexts, 1, (12, 4, 64), dtype)
@@ -162,8 +163,8 @@ def load_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def sharing_table(dtype: torch.dtype, budget: float) -> None:
-    """Prefixes read once against prefixes read by everyone, in turn; heads of 64."""
-    print(f"\nDecoding behind shared prefixes, {dtype}: milliseconds")
+    """Prefixes read once against prefixes read by every sequence, in turns; heads of 64."""
+    print(f"\nDecoding after shared prefixes, {dtype}: milliseconds")
     print("  heads  kv heads  shared  sharers  groups  own   read by all   as planned   ratio")
     for num_heads, num_kv_heads, num_shared, sharers, groups, own in SHARED:
         apart, planned = (
@@ -188,7 +189,7 @@ def sharing_table(dtype: torch.dtype, budget: float) -> None:
 
 def prefill_table(dtype: torch.dtype, budget: float) -> None:
     left, right, product = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.empty(2048, 2048)
-    print(f"\nPrefill attention, {dtype}: GFLOP/s, counting what the causal mask leaves")
+    print(f"\nPrefill attention, {dtype}: GFLOP/s, counting only unmasked keys")
     print("   new  context  heads  kv heads  head dim       ms  GFLOP/s  ceiling  share")
     for new, context, num_heads, num_kv_heads, head_dim in PREFILL:
         attention = Attention([context], new, (num_heads, num_kv_heads, head_dim), dtype)
@@ -202,7 +203,7 @@ def prefill_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def small_table(budget: float) -> None:
-    """What the operations around attention cost for one token (mostly the call) and for a prefill chunk."""
+    """Cost of the operations around attention, for one token (mostly the call) and for a prefill chunk."""
     print("\nSmall operations, hidden size 768, 12 heads of 64, 4 KV heads: microseconds")
     print("                      1 token   512 tokens")
     # Unit weights and true rotations: what runs in place, again and again, must not shrink the numbers to subnormals.
@@ -258,7 +259,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "int8"], help="of the KV cache"
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "int8"], help="dtypes of the KV cache"
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     arguments = parser.parse_args()

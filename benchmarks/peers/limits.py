@@ -1,22 +1,22 @@
-"""What a workload takes at least on this machine: what it must compute and read, at the rates of `benchmarks.ceilings`.
+"""Least time of a workload on this machine: its operations and bytes at the rates of `benchmarks.ceilings`.
 
-A token that several prompts begin with is computed once; of the last layer only what a sampled token needs. Matrices
-and attention run at the rate of the weights' format. Steps follow one another and each reads all weights, so the
-longest output sets the other limit. Reading KV is not counted.
+A prefix that several prompts share is computed once. The last layer is computed only for sampled tokens. Matrices and
+attention run at the rate of the weights' format. Every step reads all weights, so the longest output sets a second
+limit. Reading KV is not counted.
 """
 
 from benchmarks.peers.workloads import Workload
 from quire.simulation.model_shapes import ModelShape
 
 FORMATS = {"float32": ("fp32_gflops", 4), "bfloat16": ("bf16_gflops", 2), "int8": ("int8_gops", 1)}
-"""Format of the weights → the ceiling of its products, and bytes of a weight."""
+"""Format of the weights → the ceiling of its products, and bytes per weight."""
 
 
 def least_seconds(model: ModelShape, workload: Workload, ceilings: dict[str, float], weights: str) -> float:
-    """Seconds that no engine can go below with weights of that format."""
+    """Least seconds of a workload, for any engine with weights of that format."""
     rate, num_bytes = FORMATS[weights]
     num_steps = max(request.num_output_tokens for request in workload.requests)
-    read = num_steps * num_bytes * (model.num_layer_parameters + model.num_head_parameters)
+    read = num_steps * num_bytes * (model.spec.layer_parameters + model.spec.head.num_parameters)
     return max(num_operations(model, workload) / ceilings[rate], read / ceilings["read_gb_per_s"]) / 1e9
 
 
@@ -32,18 +32,19 @@ def num_operations(model: ModelShape, workload: Workload) -> float:
         decoded = num_samples * list(range(length + 1, length + request.num_output_tokens))
         computed += decoded
         sampled += decoded
-    per_token = 2 * model.num_layer_parameters / model.num_layers
-    per_key = 4 * model.num_heads * model.head_dim  # a score and a share of the output
-    lower_layers = (model.num_layers - 1) * (per_token * len(computed) + per_key * sum(computed))
+    spec = model.spec
+    per_token = 2 * spec.active_layer_parameters / spec.num_layers
+    per_key = spec.operations_per_pair / spec.num_layers
+    lower_layers = (spec.num_layers - 1) * (per_token * len(computed) + per_key * sum(computed))
     last_layer = per_token * len(sampled) + per_key * sum(sampled)
-    return lower_layers + last_layer + 2 * model.num_head_parameters * len(sampled)
+    return lower_layers + last_layer + 2 * spec.head.num_parameters * len(sampled)
 
 
 def prompt_contexts(workload: Workload) -> list[int]:
-    """Of every prompt token that must be computed, how many keys it attends to."""
+    """The number of keys of each prompt token that must be computed."""
     contexts, followers = [], dict[tuple[int, int], int]()
     for request in workload.requests:
-        node = 0  # of the tree of all prompts
+        node = 0  # a node of the tree of all prompts
         for context, token in enumerate(request.prompt_token_ids, start=1):
             if (node, token) not in followers:
                 followers[node, token] = len(followers) + 1

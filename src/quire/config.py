@@ -25,6 +25,7 @@ DTYPE_ALIASES = {
 }
 SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
+SPECULATIVE_METHODS = ("ngram",)
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -43,8 +44,10 @@ class SpeculativeConfig:
     """The fewest tokens that are looked for."""
 
     def __post_init__(self) -> None:
-        if self.method != "ngram":
-            raise ConfigError(f"speculative_config: method is {self.method!r}; it must be ngram")
+        if self.method not in SPECULATIVE_METHODS:
+            raise ConfigError(
+                f"speculative_config: method is {self.method!r}; it must be {' or '.join(SPECULATIVE_METHODS)}"
+            )
         for name, high in (("num_speculative_tokens", 64), ("prompt_lookup_max", 64), ("prompt_lookup_min", 64)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= high:

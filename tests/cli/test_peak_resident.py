@@ -56,8 +56,8 @@ def test_the_larger_of_loading_and_serving_counts(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b" " * MIB)
     config = EngineConfig(num_blocks=64, max_logprobs=0, logprobs_memory=2 * MIB, max_num_seqs=1)
     plan = plan_memory(config, model, available=2**40)
-    loading = plan.weights + 2 * model.num_matrix_parameters  # all of it: less than the table and what is kept
-    assert 200_000 * model.hidden_size * 2 + RELEASED_BYTES > 2 * model.num_matrix_parameters
+    loading = plan.weights + 2 * model.spec.num_matrix_parameters  # all of it: less than the table and what is kept
+    assert 200_000 * model.hidden_size * 2 + RELEASED_BYTES > 2 * model.spec.num_matrix_parameters
     assert loading > plan.total + plan.activations
     found = peak_resident(plan, model, tmp_path)
     assert found["total"] == PROCESS_BYTES + TOKENIZER_SHARE * MIB + loading

@@ -10,9 +10,10 @@ import pytest
 from quire.cli import probe
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder
-from quire.model_config import ModelConfig
+from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.simulation.calibration import TimedStep
 from quire.simulation.devices import Device, find_device
+from tests.model_config.rows import ROWS
 from tests.simulation.traces import SLOW
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
@@ -36,17 +37,17 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def test_a_plan_of_this_machine_tells_no_times(capsys: pytest.CaptureFixture[str]) -> None:
     figures = planned(capsys, "--num-blocks", "64", "--context", "128")
     config = ModelConfig.from_folder(bundled_folder())
-    assert figures["kv_bytes_per_1k_tokens"] == 1000 * config.kv_bytes_per_token("float16")
+    assert figures["kv_bytes_per_1k_tokens"] == 1000 * config.spec.kv_bytes_per_token("float16")
     assert figures["users_that_fit"] == 8
     assert figures["expected"] == []
-    assert figures["weights"] == config.weight_bytes("float16")
+    assert figures["weights"] == config.spec.weight_bytes("float16")
     lines = {line["name"]: line for line in figures["alternatives"]}
     devices = ["A100-40GB", "A100-80GB", "H100", "H200"]
     assert list(lines) == ["as planned", "int8", "int4", "int8 KV", "fp8 KV", *devices]
     assert "tokens_per_s" not in lines["int8"]
     assert lines["H200"]["tokens_per_s"] > lines["A100-40GB"]["tokens_per_s"]
-    assert lines["int8"]["weights"] == config.weight_bytes("float16", "int8")
-    assert lines["int8 KV"]["kv_bytes_per_1k_tokens"] == 1000 * config.kv_bytes_per_token("int8")
+    assert lines["int8"]["weights"] == config.spec.weight_bytes("float16", "int8")
+    assert lines["int8 KV"]["kv_bytes_per_1k_tokens"] == 1000 * config.spec.kv_bytes_per_token("int8")
     assert "fp8_e4m3" in lines["fp8 KV"]["refused"]  # what the engine says of it on this machine
 
 
@@ -70,7 +71,9 @@ def test_expectations_on_a_device(device: str, capsys: pytest.CaptureFixture[str
 def test_a_gpu_instead_stores_no_layers_in_few_bits(capsys: pytest.CaptureFixture[str]) -> None:
     figures = planned(capsys, "--num-blocks", "64", "--context", "128", "--users", "2", "--quantization", "int8")
     lines = {line["name"]: line for line in figures["alternatives"]}
-    assert lines["H200 without int8"]["weights"] == ModelConfig.from_folder(bundled_folder()).weight_bytes("float16")
+    assert lines["H200 without int8"]["weights"] == ModelConfig.from_folder(bundled_folder()).spec.weight_bytes(
+        "float16"
+    )
     assert lines["H200 without int8"]["tokens_per_s"] > 0
 
 
@@ -94,6 +97,35 @@ def test_a_trace_in_the_place_of_users(device: str, tmp_path: Path, capsys: pyte
     figures = planned(capsys, "--device", device, "--trace", str(trace), "--no-compare")
     assert figures["expected"][0]["trace"] == "made.csv"
     assert figures["expected"][0]["requests_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values"),
+    [
+        ("MixtralForCausalLM", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+        ("Gemma2ForCausalLM", {"head_dim": 64, "sliding_window": 128}),
+        ("StableLmForCausalLM", {"qk_layernorm": True, "use_qkv_bias": True}),
+    ],
+)
+def test_families_that_differ_from_llama(
+    architecture: str,
+    values: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(ARCHITECTURES, architecture, ROWS[architecture])
+    shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = {"architectures": [architecture], "torch_dtype": "bfloat16", **shape, **heads, **values}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = ModelConfig.from_folder(tmp_path).spec
+    figures = planned(capsys, str(tmp_path), "--device", "H100", "--users", "4", "--prompt", "64", "--output", "16")
+    assert figures["weights"] == spec.weight_bytes("bfloat16")
+    assert figures["kv_bytes_per_1k_tokens"] == 1000 * 2 * 2 * 2 * 64 * 2
+    assert figures["expected"][0]["tokens_per_s"] > 0
+    lines = {line["name"]: line for line in figures["alternatives"]}
+    assert lines["as planned"]["tokens_per_s"] == figures["expected"][0]["tokens_per_s"]
 
 
 @pytest.mark.parametrize(
@@ -137,12 +169,12 @@ def test_measuring_times_real_steps_and_writes_a_device(
     assert measured.process_memory > 50 * 2**20
     assert {step.model.weight_format for step in timed} == set(FORMATS)
     assert all(step.seconds > 0 for step in timed)
-    short = [step for step in timed if step.model.num_layers == 2 and step.model.weight_format == "int8"]
+    short = [step for step in timed if step.model.spec.num_layers == 2 and step.model.weight_format == "int8"]
     assert [(step.num_sequences, step.tokens_per_sequence) for step in short] == [
         (1, 16), (1, 1), (4, 16), (4, 1), (1, 512), (1, 1)
     ]  # fmt: skip
     # Steps 2 to 7 decode; the middle one is the fifth, which finds four tokens more than the prompt less the last.
     assert [step.context for step in short] == [0, 19, 0, 19, 0, 515]
-    long = next(step for step in timed if step.model.num_layers == 3 and step.tokens_per_sequence == 1)
+    long = next(step for step in timed if step.model.spec.num_layers == 3 and step.tokens_per_sequence == 1)
     assert long.num_sequences == 4
     assert 256 + probe.NUM_DECODING // 2 <= long.context < 256 + 16

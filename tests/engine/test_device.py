@@ -14,7 +14,8 @@ from quire.backends import BACKENDS, choose_backend
 from quire.config import EngineConfig
 from quire.engine import device as devices
 from quire.engine.device import Device, find_device, probe_cpu, probe_cuda, usable_cores
-from quire.engine.memory_plan import CONTEXT_BYTES, plan_memory
+from quire.engine.memory_budget import CONTEXT_BYTES
+from quire.engine.memory_plan import plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import cpu
 from quire.model_config import ModelConfig, RopeConfig

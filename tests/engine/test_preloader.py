@@ -68,7 +68,7 @@ def test_it_takes_what_the_plan_gives_dense_layers(quantization: str | None) -> 
     preloader = preload(config, model, plan, bundled_folder())
     preloader.finish()
     assert preloader.memory is not None
-    assert len(preloader.memory) == plan.weights - 4 * model.num_vector_parameters
+    assert len(preloader.memory) == plan.weights - 4 * model.spec.num_vector_parameters
 
 
 def test_collection_goes_on_as_it_was() -> None:

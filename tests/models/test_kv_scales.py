@@ -13,18 +13,20 @@ from torch import Tensor
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
 from quire.kernels import KVLayer, sdpa
+from quire.layers.norm import Normed
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.kv_scales import LARGEST, largest_rotated, scales_of
 from quire.models.registry import load_model
-from quire.models.weights import Weights
 from tests.checkpoints import make_checkpoint, reference_model
 
 CPU = torch.device("cpu")
 
 
 def load(folder: Path) -> Any:
-    source = DeviceWeights(Weights.open(folder), CPU, torch.float32)
+    source = DeviceWeights(open_checkpoint(folder), CPU, torch.float32)
     return load_model(ModelConfig.from_folder(folder), source, sdpa, "float32")
 
 
@@ -41,8 +43,7 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     model = load(folder)
     model.scale_kv()
     (layer,) = model.layers
-    attention = layer if family == "gpt2" else layer.attention
-    norm = layer.attention_norm if family == "gpt2" else attention.norm
+    attention, norm = layer.attention, layer.attention_norm
     seen: dict[str, Tensor] = {"k": torch.zeros(()), "v": torch.zeros(())}
 
     class Recorder:
@@ -66,13 +67,10 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     weight = attention.qkv.packed * norm.weight
     worst = torch.cat((weight, -weight, torch.randn(200, weight.shape[1])))
     plan: Any = type("Plan", (), {"slots": None})
-    kv = KVLayer(torch.empty(0), torch.empty(0))
     for size in (1e-2, 1.0, 1e4):
         rows, positions = size * worst, torch.arange(len(worst), dtype=torch.int32) % 200
-        if family == "gpt2":
-            layer(rows, torch.zeros_like(rows), kv, plan, None)
-        else:
-            attention(rows, None, positions, kv, plan, None)
+        context = StepContext(positions, [KVLayer(torch.empty(0), torch.empty(0))], plan)
+        attention(Normed(norm, rows, None), context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST
     # Half of it is lost to powers of two, a part to rotation, and where keys are normed to its length in one dimension.

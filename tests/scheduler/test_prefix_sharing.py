@@ -59,9 +59,9 @@ class Cache:
     def step(self) -> None:
         plan = self.scheduler.schedule()
         if plan.offload is not None:
-            for _, name in plan.offload.forgotten:
+            for _, name in plan.offload.evicted:
                 del self.host[name]
-            for _, name, block in plan.offload.saves:
+            for _, name, block in plan.offload.stores:
                 self.host[name] = self.memory[block].copy()
             for _, name, block in plan.offload.loads:
                 self.memory[block] = self.host[name].copy()

@@ -1,5 +1,6 @@
 """--prefix-file: its lines, the salts they are registered under, and what stops a server from starting."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -65,5 +66,5 @@ def test_a_missing_file_and_a_refused_prefix(engine: ScriptedEngine, tmp_path: P
     file.write_text('{"prompt_token_ids": [1]}\n{"prompt_token_ids": [' + "1," * 300 + "1]}")
     settings = ServerSettings(prefix_file=str(file))
     with pytest.raises(ConfigError, match=r"prefix 2: the prefix has 301 tokens"):
-        register_prefixes(engine, settings, read_prefixes(settings))
+        asyncio.run(register_prefixes(engine, settings, read_prefixes(settings)))
     assert read_prefixes(ServerSettings()) == []

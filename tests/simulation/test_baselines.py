@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.simulation.arrivals import arrivals_of
-from quire.simulation.baselines import reserved_slots
 from quire.simulation.buddy import BuddyAllocator
 from quire.simulation.invariants import InvariantError, check_buddy
+from quire.simulation.orca import reserved_slots
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.step_time import StepTime

@@ -15,7 +15,7 @@ from quire.simulation.calibration import TimedStep, fit_device, non_negative_lea
 from quire.simulation.devices import Device, find_device
 from quire.simulation.model_shapes import ModelShape
 from quire.simulation.step_time import StepTime
-from tests.simulation.traces import SLOW, TINY
+from tests.simulation.traces import SLOW, TINY, TINY_CONFIG
 
 KNOWN = Device(
     name="known",
@@ -33,9 +33,9 @@ KNOWN = Device(
     },
 )
 SHAPES = (
-    replace(TINY, dtype="float32"),
-    replace(TINY, dtype="float32", num_layers=9, vocab_size=900),
-    replace(TINY, dtype="float32", hidden_size=96, intermediate_size=200, vocab_size=100),
+    ModelShape.of(TINY_CONFIG, "tiny"),
+    ModelShape.of(replace(TINY_CONFIG, num_layers=9, vocab_size=900), "deep"),
+    ModelShape.of(replace(TINY_CONFIG, hidden_size=96, intermediate_size=200, vocab_size=100), "wide"),
 )
 
 
@@ -83,7 +83,7 @@ def test_a_file_brings_the_same_device_back(tmp_path: Any) -> None:
 def test_between_and_beyond_the_measured_rows_times_are_linear() -> None:
     def matrix(rows: int) -> float:
         bare = Device(name="bare", memory=1, bandwidth=1e30, matrix_rate=1e30, products=KNOWN.products)
-        return StepTime(SHAPES[0], bare).seconds(0, rows, 0, 0, 0) / SHAPES[0].num_layer_parameters
+        return StepTime(SHAPES[0], bare).seconds(0, rows, 0, 0, 0) / SHAPES[0].spec.layer_parameters
 
     assert matrix(0) == 0
     assert matrix(1) == pytest.approx(2e-10)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quire.simulation.rivals import QUEUES, RULES
+from quire.simulation.rivals import RULES, make_queues
 from quire.simulation.settings import ADMISSIONS, SCHEDULING_POLICIES, SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.trace import Trace, TraceRow
@@ -18,7 +18,7 @@ def figures_of(trace: Trace, **options: Any) -> dict[str, Any]:
 
 
 def test_every_policy_of_the_settings_can_be_simulated() -> None:
-    assert (tuple(QUEUES), tuple(RULES)) == (SCHEDULING_POLICIES, ADMISSIONS)
+    assert (tuple(make_queues({})), tuple(RULES)) == (SCHEDULING_POLICIES, ADMISSIONS)
 
 
 def test_answers_end_where_they_end_whatever_their_limit() -> None:

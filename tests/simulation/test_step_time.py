@@ -1,6 +1,7 @@
 """Time of a step and sizes of models and devices, against figures computed by hand or printed in the paper."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from quire.errors import ConfigError
 from quire.model_config import ModelConfig
 from quire.simulation.devices import DEVICES, Device, fewest_devices, find_device, kv_bytes_left
-from quire.simulation.model_shapes import MODEL_SHAPES, find_model_shape
+from quire.simulation.model_shapes import MODEL_SHAPES, ModelShape, find_model_shape
 from quire.simulation.step_time import StepTime
+from tests.simulation.traces import TINY_CONFIG
 
 IDEAL_A100 = Device(name="ideal", memory=40 * 2**30, bandwidth=1.555e12, matrix_rate=3.12e14)
 
@@ -47,11 +49,42 @@ def test_a_prompt_is_bound_by_what_it_computes() -> None:
 def test_devices_share_the_work_and_pay_for_it() -> None:
     shape, device = MODEL_SHAPES["OPT-66B"], DEVICES["A100-40GB"]
     four, eight = StepTime(shape, device, 4), StepTime(shape, device, 8)
-    reduce = 2 * shape.num_layers * device.reduce_latency
-    moved = 2 * shape.num_layers * shape.hidden_size * 2 / device.link_bandwidth
+    reduce = 2 * shape.spec.num_layers * device.reduce_latency
+    moved = 2 * shape.spec.num_layers * shape.spec.hidden_size * 2 / device.link_bandwidth
     apart = four.seconds(0, 0, 0, 0, 0) - device.step_overhead - reduce
     assert eight.seconds(0, 0, 0, 0, 0) - device.step_overhead - reduce == pytest.approx(apart / 2)
     assert four.seconds(0, 1, 0, 0, 0) - four.seconds(0, 0, 0, 0, 0) == pytest.approx(1.5 * moved, rel=1e-3)
+
+
+MIXTURE = replace(TINY_CONFIG, num_experts=8, num_experts_per_token=2, expert_intermediate_size=128)
+DENSE_BYTES = 2 * (2 * (128 * 64 + 64 * 64 + 8 * 64) + 256 * 64)  # qkv, o and router of two layers, the head; float16
+EXPERT_BYTES = 2 * 2 * 3 * 64 * 128  # one expert of both layers
+
+
+@pytest.mark.parametrize(("num_tokens", "num_read"), [(1, 2), (3, 6), (4, 8), (100, 8)])
+def test_a_step_reads_the_experts_its_tokens_are_sent_to(num_tokens: int, num_read: int) -> None:
+    device = Device(name="reads", memory=2**30, bandwidth=1e9, matrix_rate=1e30)
+    seconds = StepTime(ModelShape.of(MIXTURE, "m", dtype="float16"), device).seconds(1, num_tokens, 0, 0, 1)
+    assert seconds == pytest.approx((DENSE_BYTES + num_read * EXPERT_BYTES) / 1e9)
+
+
+def test_a_token_is_computed_by_its_own_experts() -> None:
+    device = Device(name="computes", memory=2**30, bandwidth=1e30, matrix_rate=1e9)
+    step = StepTime(ModelShape.of(MIXTURE, "m", dtype="float16"), device)
+    per_token = 2 * MIXTURE.spec.active_layer_parameters
+    assert step.seconds(1, 101, 0, 0, 1) - step.seconds(1, 1, 0, 0, 1) == pytest.approx(100 * per_token / 1e9)
+
+
+def test_measured_experts_see_their_share_of_the_tokens() -> None:
+    curve = [[1, 1e-9], [16, 4e-9], [64, 20e-9]]
+    device = Device(name="measured", memory=2**30, bandwidth=1e30, matrix_rate=1e30, products={"float16": curve})
+    step = StepTime(ModelShape.of(MIXTURE, "m", dtype="float16"), device)
+    dense, expert = (DENSE_BYTES - 2 * 256 * 64) / 2, EXPERT_BYTES / 2
+    head = 256 * 64 * 1e-9
+    assert step.seconds(1, 1, 0, 0, 1) == pytest.approx(head + (dense + 2 * expert) * 1e-9)
+    # 64 tokens: 16 for each of the 8 experts.
+    assert step.seconds(1, 64, 0, 0, 1) == pytest.approx(head + dense * 20e-9 + 8 * expert * 4e-9)
+    assert step.seconds(0, 0, 0, 0, 0) == 0
 
 
 def test_overheads_and_slowdown() -> None:
@@ -87,9 +120,13 @@ def test_a_config_json_gives_the_sizes_the_engine_plans_with(values: dict[str, o
     config = ModelConfig.from_folder(folder)
     for path in (folder, folder / "config.json"):
         shape = find_model_shape(str(path))
-        assert shape.kv_bytes_per_token == config.kv_bytes_per_token(config.checkpoint_dtype)
+        int8 = ModelShape.of(config, "int8", quantization="int8")
+        assert (
+            int8.weight_bytes == config.spec.weight_bytes(shape.dtype, "int8") - 4 * config.spec.num_vector_parameters
+        )
+        assert shape.kv_bytes_per_token == config.spec.kv_bytes_per_token(config.checkpoint_dtype)
         assert shape.context_length == config.context_length
-        assert shape.weight_bytes == config.num_matrix_parameters * shape.dtype_bytes
+        assert shape.weight_bytes == config.spec.num_matrix_parameters * shape.dtype_bytes
 
 
 def test_known_shapes_have_the_sizes_their_names_say() -> None:

@@ -2,12 +2,13 @@
 
 import random
 
+from quire.model_config import ModelConfig, RopeConfig
 from quire.simulation.devices import Device
 from quire.simulation.model_shapes import ModelShape
 from quire.simulation.trace import Trace, TraceRow
 
-TINY = ModelShape(
-    name="tiny",
+TINY_CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
     num_layers=2,
     hidden_size=64,
     num_heads=4,
@@ -15,8 +16,10 @@ TINY = ModelShape(
     head_dim=16,
     intermediate_size=128,
     vocab_size=256,
-    context_length=256,
+    max_position_embeddings=256,
+    rope=RopeConfig(),
 )
+TINY = ModelShape.of(TINY_CONFIG, "tiny", dtype="float16")
 SLOW = Device(name="slow", memory=2**30, bandwidth=1e9, matrix_rate=1e11, step_overhead=0.001, sequence_overhead=1e-5)
 
 

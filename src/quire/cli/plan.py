@@ -1,4 +1,4 @@
-"""`quire plan`: what a model would take of the memory and how fast it would be, from its config.json alone."""
+"""`quire plan`: how much memory a model takes and how fast it would be, from its config.json alone."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
 from quire.engine.device import Device as EngineDevice
-from quire.engine.memory_plan import MemoryPlan, available_memory, plan_memory
+from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_sizes import available_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import ModelConfig
 from quire.quantization import METHODS
@@ -26,107 +27,103 @@ from quire.simulation.trace import find_trace, read_trace
 
 _SMALLER_KV = {"int8 KV": "int8", "fp8 KV": "fp8_e4m3"}
 _CAPABILITY = (8, 0)
-"""Of the GPUs that are known by name, at least."""
+"""Compute capability that every GPU known by name has at least."""
 PROMPT, OUTPUT = 512, 128
-"""Tokens of a request if not told otherwise, as far as the context reaches."""
+"""Tokens of a request by default, as far as the context allows."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """What `quire plan` is asked, beside the engine's options. The docstrings are its help."""
+
+    device: str = ""
+    """A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote. Left out, or cpu or cuda: this machine, without
+    times."""
+    num_devices: int | None = None
+    """Devices that share the model; by default as few as hold it."""
+    context: int | None = None
+    """Tokens that each user holds; by default the longest context."""
+    users: int | None = None
+    """Users at once; by default several numbers, up to as many as fit."""
+    prompt: int | None = None
+    """Tokens of each prompt; by default 512, or what the context allows."""
+    output: int | None = None
+    """Tokens of each answer; by default 128, or what the context allows."""
+    trace: str = ""
+    """File of request lengths to simulate instead of users, as for `quire simulate`."""
+    compare: bool = True
+    """Show what other ways of storing weights and KV, and other devices, would change."""
+    measure: Path | None = None
+    """Measure this machine's coefficients and write them to this file. Takes a minute or two, in which nothing else
+    should run."""
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False
+    """Print the plan as JSON: sizes in bytes, times in seconds."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` for a count below 1."""
+        for name in ("context", "users", "prompt", "output"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+_DEFAULTS = PlanOptions()
 
 
 @flags(EngineConfig, without=frozenset({"model", "device"}))
-def plan(
-    model: ModelArgument = "",
-    *,
-    device: str = "",
-    num_devices: int | None = None,
-    context: int | None = None,
-    users: int | None = None,
-    prompt: int | None = None,
-    output: int | None = None,
-    trace: str = "",
-    compare: bool = True,
-    measure: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-    **options: Any,
-) -> None:
-    """Show what a model takes of the memory, how many users fit, and how fast it would be, without loading it.
+def plan(model: ModelArgument = "", *, asked: PlanOptions = _DEFAULTS, **options: Any) -> None:
+    """Show how much memory a model takes, how many users fit, and how fast it would be, without loading it.
 
     Parameters
     ----------
     model
         Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
-    device
-        A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote. Left out, or cpu or cuda: this machine,
-        without times.
-    num_devices
-        Devices that share the model; as few as hold it if left out.
-    context
-        Tokens that each user holds; the longest context if left out.
-    users
-        Users at once; several numbers up to what fits if left out.
-    prompt
-        Tokens of each prompt (512 if left out, or what the context allows).
-    output
-        Tokens of each answer (128 if left out, or what the context allows).
-    trace
-        File of request lengths to expect instead, as for `quire simulate`.
-    compare
-        Show what other ways of storing weights and KV, and other devices, would change.
-    measure
-        Measure this machine's coefficients (a minute or two, with nothing else running) and write them to this file.
-    as_json
-        Print the plan as JSON, sizes in bytes, times in seconds.
     """
-    here = not device or device in DEVICE_TYPES
-    config = EngineConfig.from_options({"model": model, **options, **({"device": device} if here and device else {})})
-    if measure is not None:
-        _measure(measure, config.threads)
+    here = not asked.device or asked.device in DEVICE_TYPES
+    own_device = {"device": asked.device} if here and asked.device else {}
+    config = EngineConfig.from_options({"model": model, **options, **own_device})
+    if asked.measure is not None:
+        _measure(asked.measure, config.threads)
         return
-    for name, value in (("context", context), ("users", users), ("prompt", prompt), ("output", output)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    asked.check()
     folder = find_model(config.model, config.revision)
-    asked = _Asked(
-        config,
-        ModelConfig.from_folder(folder),
-        folder.resolve(),
-        available_memory(),
-        None if here else find_device(device),
-        num_devices,
-        context,
-        users,
-        prompt,
-        output,
-        trace,
+    question = _Question(
+        config=config,
+        model=ModelConfig.from_folder(folder),
+        folder=folder.resolve(),
+        available=available_memory(),
+        device=None if here else find_device(asked.device),
+        num_devices=asked.num_devices,
+        asked=asked,
     )
-    figures = _figures(asked, compare=compare)
-    if as_json:
+    figures = _figures(question)
+    if asked.as_json:
         print(json.dumps(figures, indent=2))
     else:
-        print_plan(figures, asked.memory_plan().describe())
+        print_plan(figures, question.memory_plan().describe())
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is to be planned; the alternatives replace a field of it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """One deployment to plan; an alternative replaces a field of it."""
 
     config: EngineConfig
     model: ModelConfig
     folder: Path
     available: int
-    """Bytes of this machine's memory, looked up once: all lines tell of the same moment."""
+    """Bytes of this machine's memory, looked up once so that all lines describe the same moment."""
     device: Device | None
-    num_devices: int | None = None
-    context: int | None = None
-    users: int | None = None
-    prompt: int | None = None
-    output: int | None = None
-    trace: str = ""
+    """None: this machine, without times."""
+    num_devices: int | None
+    asked: PlanOptions
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     def shape(self, plan: MemoryPlan) -> ModelShape:
-        """As it is stored by a plan."""
+        """The model as a plan stores it."""
         return ModelShape.of(
             self.model, self.name, dtype=plan.dtype, kv_dtype=plan.kv_cache_dtype, quantization=plan.quantization
         )
@@ -140,7 +137,7 @@ class _Asked:
         return self.num_devices or fewest_devices(shape, self.device)
 
     def memory_plan(self) -> MemoryPlan:
-        """As the engine would make it there."""
+        """The plan that the engine would make on the device."""
         config, device = self.config, self.device
         if device is None:
             return plan_memory(config, self.model, self.available)
@@ -151,7 +148,7 @@ class _Asked:
         return plan_memory(config, self.model, device=EngineDevice("cuda", device.name, total, _CAPABILITY))
 
     def sizes(self, plan: MemoryPlan) -> EngineSizes:
-        """What the scheduler sees of a plan."""
+        """The sizes of a plan that a scheduler sees."""
         return EngineSizes(
             num_blocks=plan.num_blocks,
             block_size=plan.block_size,
@@ -161,11 +158,10 @@ class _Asked:
         )
 
 
-def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
-    """All that is known of a plan, ready for JSON."""
-    plan = asked.memory_plan()
-    shape = asked.shape(plan)
-    sizes = asked.sizes(plan)
+def _figures(question: _Question) -> dict[str, Any]:
+    """All figures of a plan, ready for JSON."""
+    asked, plan = question.asked, question.memory_plan()
+    sizes = question.sizes(plan)
     context = asked.context or plan.max_model_len
     if context > plan.max_model_len:
         raise ConfigError(f"context is {context}, but the longest context is {plan.max_model_len} tokens; ask for less")
@@ -173,20 +169,22 @@ def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
     most = sizes.num_users(context)
     if asked.users is not None and asked.users > sizes.max_num_seqs:
         raise ConfigError(f"users is {asked.users}, but at most {sizes.max_num_seqs} run at once; raise max_num_seqs")
-    process = int(asked.device.process_memory) if asked.device is not None else 0
+    device, count = question.device, question.num_shared()
+    on_cpu = plan.device == "cpu"
+    process = int(device.process_memory) if device is not None else 0
     figures: dict[str, Any] = {
         **plan.to_dict(),
-        "model": asked.name,
-        "device": asked.device.name if asked.device else None,
-        "num_devices": asked.num_shared(),
+        "model": question.name,
+        "device": device.name if device else None,
+        "num_devices": count,
         "kv_bytes_per_1k_tokens": 1000 * plan.kv_bytes_per_token,
-        "peak_resident": peak_resident(plan, asked.model, asked.folder, process) if plan.device == "cpu" else None,
+        "peak_resident": peak_resident(plan, question.model, question.folder, process) if on_cpu else None,
         "context": context,
         "users_that_fit": most,
         "expected": [],
     }
-    if asked.device is not None:
-        device, count = asked.device, asked.num_shared()
+    if device is not None:
+        shape = question.shape(plan)
         if asked.trace:
             trace = read_trace(find_trace(asked.trace, "."))
             figures["expected"] = [expect_trace(trace, shape, device, count, sizes)]
@@ -197,14 +195,14 @@ def _figures(asked: _Asked, *, compare: bool) -> dict[str, Any]:
                 for number in numbers
                 if number
             ]
-    if compare:
-        alternatives = [_alternative("as planned", asked, context, prompt, output)]
-        alternatives += [_alternative(name, other, context, prompt, output) for name, other in _others(asked)]
-        figures["alternatives"] = alternatives
+    if asked.compare:
+        lines = [("as planned", question), *_alternatives(question)]
+        figures["alternatives"] = [_alternative(name, other, context, prompt, output) for name, other in lines]
     return figures
 
 
-def _lengths(asked: _Asked, context: int) -> tuple[int, int]:
+def _lengths(asked: PlanOptions, context: int) -> tuple[int, int]:
+    """Tokens of a prompt and of an answer that fit the context together."""
     output = asked.output or max(1, min(OUTPUT, (context - (asked.prompt or 0)) // (1 if asked.prompt else 4)))
     prompt = asked.prompt or max(1, min(PROMPT, context - output))
     if prompt + output > context:
@@ -214,55 +212,53 @@ def _lengths(asked: _Asked, context: int) -> tuple[int, int]:
     return prompt, output
 
 
-def _others(asked: _Asked) -> list[tuple[str, _Asked]]:
-    """What one could change, one thing at a time."""
-    config = asked.config
-    now = asked.model.checkpoint_dtype if config.dtype == "auto" else config.dtype
+def _alternatives(question: _Question) -> list[tuple[str, _Question]]:
+    """Other ways to store or run the model, each with one thing changed."""
+    config = question.config
+    now = question.model.checkpoint_dtype if config.dtype == "auto" else config.dtype
     others = []
     if config.quantization is None and now == "float32":
-        others.append(("bfloat16", replace(asked, config=replace(config, dtype="bfloat16"))))
+        others.append(("bfloat16", replace(question, config=replace(config, dtype="bfloat16"))))
     others += [
-        (method, replace(asked, config=replace(config, quantization=method)))
+        (method, replace(question, config=replace(config, quantization=method)))
         for method in METHODS
         if method != config.quantization
     ]
     others += [
-        (name, replace(asked, config=replace(config, kv_cache_dtype=kv_dtype)))
+        (name, replace(question, config=replace(config, kv_cache_dtype=kv_dtype)))
         for name, kv_dtype in _SMALLER_KV.items()
         if kv_dtype != config.kv_cache_dtype
     ]
-    # Layers of few bits are the CPU's alone.
-    dense, without = (
-        replace(config, quantization=None),
-        f" without {config.quantization}" if config.quantization else "",
-    )
+    # Only the CPU has layers of few bits.
+    dense = replace(config, quantization=None)
+    without = f" without {config.quantization}" if config.quantization else ""
     others += [
-        (name + without, replace(asked, config=dense, device=device, num_devices=None))
+        (name + without, replace(question, config=dense, device=device, num_devices=None))
         for name, device in DEVICES.items()
-        if device != asked.device and not device.is_host
+        if device != question.device and not device.is_host
     ]
     return others
 
 
-def _alternative(name: str, asked: _Asked, context: int, prompt: int, output: int) -> dict[str, Any]:
-    """One line of the comparison: what fits, and tokens per second with as many users as fit, or as were asked for."""
+def _alternative(name: str, question: _Question, context: int, prompt: int, output: int) -> dict[str, Any]:
+    """One line of the comparison: sizes, and tokens per second with as many users as were asked for or as fit."""
     line: dict[str, Any] = {"name": name}
     try:
-        plan = asked.memory_plan()
-        sizes = asked.sizes(plan)
-        users = min(asked.users or sizes.max_num_seqs, sizes.num_users(min(context, plan.max_model_len)))
+        plan = question.memory_plan()
+        sizes = question.sizes(plan)
+        fitting = sizes.num_users(min(context, plan.max_model_len))
+        users = min(question.asked.users or sizes.max_num_seqs, fitting)
         line |= {
-            "num_devices": asked.num_shared(),
+            "num_devices": question.num_shared(),
             "weights": plan.weights,
             "kv_bytes_per_1k_tokens": 1000 * plan.kv_bytes_per_token,
             "kv_tokens": sizes.num_blocks * sizes.block_size,
-            "users_that_fit": sizes.num_users(min(context, plan.max_model_len)),
+            "users_that_fit": fitting,
             "users": users,
         }
-        if asked.device is not None and users:
-            expected = expect_users(
-                asked.shape(plan), asked.device, asked.num_shared(), sizes, users=users, prompt=prompt, output=output
-            )
+        if question.device is not None and users:
+            shape, device, count = question.shape(plan), question.device, question.num_shared()
+            expected = expect_users(shape, device, count, sizes, users=users, prompt=prompt, output=output)
             line |= {figure: expected[figure] for figure in ("tokens_per_s", "ttft_p50", "tbt_p50")}
     except (ConfigError, MemoryPlanError) as error:
         line["refused"] = str(error)

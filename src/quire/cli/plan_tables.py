@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from quire.engine.memory_plan import show_bytes
+from quire.engine.memory_sizes import show_bytes
 
 
 def print_plan(figures: dict[str, Any], memory: Sequence[str]) -> None:
-    """The plan as people read it; `memory` are the lines that the engine prints at start."""
+    """Print a plan as text and tables; `memory` has the lines that the engine prints at start."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Probe: times steps of known work on this machine, through the engine as it is. What `quire plan --measure` runs.
+"""Probe: times steps of known work on this machine, through the real engine, for `quire plan --measure`.
 
-Models of random weights whose matrices are larger than caches: two shapes, so that what a layer costs and what a
-parameter costs can be told apart, stored in every way the engine knows; and a third whose keys and values are, with
-next to no matrices. A few sequences of one length are the first step when they compute their prompts, and the next ones
-when they decode. All is done twice, some time apart, because a machine is not always as fast.
+It runs models of random weights. Two shapes have matrices larger than the caches; two are needed to tell the cost of a
+layer from the cost of a parameter. They are stored in every way that the engine has. A third shape has large keys and
+values, and small matrices. In each run a few sequences of one length compute their prompts in the first step and decode
+in the next ones. All runs are done twice, some time apart, because the speed of a machine varies.
 """
 
 import json
@@ -27,8 +27,9 @@ MAX_STEP_TOKENS = 512
 NUM_DECODING = 6
 """Steps of decoding per batch; the median of their times counts."""
 NUM_PASSES = 2
+"""How often every run is done."""
 _BATCHES = ((1, 64), (2, 64), (4, 32), (8, 16), (16, 16), (32, 8), (64, 8), (1, 512))
-"""(sequences, tokens of each prompt): a first step where they fit the budget of one, and steps of decoding."""
+"""(sequences, tokens of each prompt): steps of decoding, and the first step if it computes all prompts."""
 _LONG_BATCHES = ((1, 512), (4, 512), (16, 256), (64, 256), (64, 64), (64, 8))
 _SHAPES = (
     {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 16384},
@@ -39,7 +40,7 @@ _HEAD_DIM = 64
 
 
 class SteppingEngine(Protocol):
-    """What is asked of `quire.engine.engine.Engine`, which would import torch here."""
+    """The part of `quire.engine.engine.Engine` used here; importing the class would import torch."""
 
     def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, /) -> object: ...
     def step(self) -> Sequence[object]: ...
@@ -58,7 +59,7 @@ def measure_device(name: str, memory: float, threads: int | None, report: Callab
     ways: list[tuple[str, str | None]] = [(dtype, None) for dtype in DTYPES]
     jobs: list[tuple[dict[str, int], tuple[str, str | None], Sequence[tuple[int, int]]]]
     jobs = [(shape, way, _BATCHES) for shape in _SHAPES for way in [*ways, *(("bfloat16", name) for name in METHODS)]]
-    # Both widths that keys and values are stored in; how fast they are read hardly depends on more.
+    # Keys and values of 32 and of 16 bits: the rate of reading them hardly depends on anything else.
     jobs += [(_LONG_SHAPE, way, _LONG_BATCHES) for way in ways[:2]]
     with tempfile.TemporaryDirectory() as folder:
         for shape, (dtype, quantization), batches in jobs * NUM_PASSES:
@@ -81,13 +82,13 @@ def measure_device(name: str, memory: float, threads: int | None, report: Callab
             model = ModelShape.of(ModelConfig.from_folder(path), path.name, dtype=dtype, quantization=quantization)
             steps += time_steps(engine, model, batches)
             engine.close()
-            report(f"{model.weight_format}, {model.num_layers} layers: {steps[-1].seconds * 1000:.1f} ms a step")
+            report(f"{model.weight_format}, {model.spec.num_layers} layers: {steps[-1].seconds * 1000:.1f} ms a step")
     return fit_device(steps, name=name, memory=memory, process_memory=process_memory)
 
 
 def time_steps(engine: SteppingEngine, model: ModelShape, batches: Sequence[tuple[int, int]]) -> Iterator[TimedStep]:
-    """Steps of every batch: the prompts, where one step computes them, and one of decoding."""
-    _time(engine, 1, 16)  # what is paid once
+    """For every batch the step that computes the prompts, if it is one step, and a step of decoding."""
+    _time(engine, 1, 16)  # costs of a first step
     for count, length in batches:
         prompts, decoding, contexts = [], [], []
         for _ in range(3 if count * length <= 128 else 1):
@@ -101,10 +102,10 @@ def time_steps(engine: SteppingEngine, model: ModelShape, batches: Sequence[tupl
 
 
 def _time(engine: SteppingEngine, count: int, length: int) -> tuple[float, list[float], int]:
-    """Let `count` prompts of `length` tokens be computed and go on.
+    """Compute `count` prompts of `length` tokens and decode.
 
-    Returns the seconds of the first step, those of steps in which all decode and nothing else happens, and how many
-    tokens a sequence has on average before the middle one of these.
+    Returns the seconds of the first step, the seconds of the steps in which all sequences decode and nothing else
+    happens, and how many tokens a sequence has on average before the middle one of those.
     """
     num_prompt_steps = -(-count * length // (MAX_STEP_TOKENS - count)) if count * length > MAX_STEP_TOKENS else 1
     # The first sequence must not end before the last one has its prompt computed.
@@ -120,7 +121,7 @@ def _time(engine: SteppingEngine, count: int, length: int) -> tuple[float, list[
         outputs = engine.step()
         seconds.append(time.perf_counter() - started)
         gained.append(len(outputs))
-    all_gain = gained.index(count) + 1  # before it, somebody computed its prompt
+    all_gain = gained.index(count) + 1  # earlier steps compute prompts
     context = length + sum(gained[: all_gain + NUM_DECODING // 2]) // count
     return seconds[0], seconds[all_gain : all_gain + NUM_DECODING], context - 1
 

@@ -1,4 +1,4 @@
-"""`quire simulate`: a trace through the scheduler, or a baseline of the paper, on a modelled device."""
+"""`quire simulate`: replay a trace through the scheduler, or a baseline of the paper, on a modelled device."""
 
 import sys
 import time
@@ -54,7 +54,7 @@ def simulate(
 
 @contextmanager
 def _progress(name: str, total: int | None) -> Iterator[Progress | None]:
-    """A bar on standard error, if that is a terminal."""
+    """A progress bar on standard error; None if that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -17,7 +17,8 @@ from quire.engine.core import EngineCore
 from quire.engine.device import usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import load_compiler
-from quire.engine.memory_plan import MemoryPlan, max_num_samples
+from quire.engine.memory_budget import max_num_samples
+from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, cpu, kernels_for
@@ -25,18 +26,20 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.packed_weights import PackedWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import Model, load_model
-from quire.models.weights import RandomWeights, Weights
+from quire.models.weights import TensorSource
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import CudaCapture
 from quire.runner.disk_blocks import DiskBlocks, file_bytes
-from quire.runner.model_runner import ModelRunner
+from quire.runner.model_runner import ModelRunner, RunnerSettings
 from quire.sampling.logits_processors import load_processors
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation
 
 logger = logging.getLogger(__name__)
 
@@ -96,25 +99,28 @@ def build_core(
     tiers, block_store = _open_tiers(target, kv_cache)
     _warn_of_surplus(target)
     on_phase("KV cache", time.perf_counter() - started)
-    runner = ModelRunner(
-        model,
-        kv_cache,
-        model_config,
-        target.kernels,
+    settings = RunnerSettings(
         backend=plan.attention_backend,
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         num_threads=num_threads,
-        block_store=block_store,
         logprobs_memory=plan.logprobs,
-        logits_processors=processors,
-        grammars=grammars,
         fast_forward=config.fast_forward,
         batch_invariant=config.deterministic,
-        draws_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
-        capture=CudaCapture() if plan.graphs else None,
+        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
         max_num_samples=max_num_samples(config),
+    )
+    runner = ModelRunner(
+        model,
+        kv_cache,
+        model_config,
+        target.kernels,
+        settings,
+        logits_processors=processors,
+        block_store=block_store,
+        grammars=grammars,
+        capture=CudaCapture() if plan.graphs else None,
     )
     return EngineCore(
         _make_scheduler(config, plan, tiers),
@@ -171,10 +177,11 @@ def _load_model(target: _Target, kernels: Kernels) -> Model:
     float32_activations = BACKENDS[plan.attention_backend].float32_activations
     made_on = torch.device("cpu") if float32_activations else target.device
     dummy = config.load_format == "dummy"
-    source = RandomWeights(config.seed, device=made_on) if dummy else Weights.open(target.folder)
-    weights = source if float32_activations else DeviceWeights(source, target.device, getattr(torch, plan.dtype))
+    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else open_checkpoint(target.folder)
+    if not float32_activations:
+        source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
     stored_as = plan.quantization or plan.dtype
-    return load_model(target.model_config, weights, kernels, stored_as, max_model_len=plan.max_model_len)
+    return load_model(target.model_config, source, kernels, stored_as, max_model_len=plan.max_model_len)
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
@@ -228,7 +235,7 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | N
         max_num_partial_prefills=config.max_num_partial_prefills,
         tiers=tiers,
         max_pinned_share=config.max_pinned_share,
-        speculation=None if config.speculative_config is None else Speculation(config.speculative_config),
+        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )

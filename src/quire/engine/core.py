@@ -63,7 +63,7 @@ class EngineCore:
         A request with a grammar is queued once the grammar is compiled. With `wait` the call returns after that;
         without, `take_refused` later reports a grammar that failed.
         """
-        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        self._check(request)
         if request.params.structured_outputs is None:
             self._scheduler.add(request)
             return
@@ -100,7 +100,7 @@ class EngineCore:
             priority=-(2**31),
             cache_salt=salts[0],
         )
-        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        self._check(request)
         self._scheduler.register_prefix(request, salts)
 
     def holds_prefix(self, prefix_id: str) -> bool:
@@ -134,7 +134,7 @@ class EngineCore:
         if ahead is not None and next_pending is not None:
             self._in_progress = ahead, next_pending
         elif ahead is not None:
-            self._scheduler.retreat(ahead)
+            self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
             self._grammars.keep_held(self._scheduler.request_ids)
         return deltas
@@ -150,7 +150,7 @@ class EngineCore:
             return None
         pending = self._try_launch(plan)
         if pending is None:
-            self._scheduler.retreat(plan)
+            self._scheduler.roll_back(plan)
             return None
         return plan, pending
 
@@ -163,6 +163,14 @@ class EngineCore:
                 raise
             logger.warning("out of memory: %s; its requests wait, and the next steps are half as large", error)
             return None
+
+    def _check(self, request: Request) -> None:
+        check_request(
+            request,
+            vocab_size=self._vocab_size,
+            max_logprobs=self._max_logprobs,
+            max_model_len=self._scheduler.max_model_len,
+        )
 
     def _queue_compiled(self, *, block: bool) -> None:
         """Queue the requests whose grammar is compiled; refuse those whose grammar failed."""

@@ -101,14 +101,14 @@ def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, f
     arena = None
     if plan.device == "cpu":
         num_tokens = min(plan.max_num_batched_tokens, _MAX_PREALLOCATED_TOKENS)
-        arena = MallocArena(plan.activations + plan.logprobs, model_config.activation_bytes(num_tokens, 1))
+        arena = MallocArena(plan.activations + plan.logprobs, model_config.spec.activation_bytes(num_tokens, 1))
     if plan.attention_backend != PACKING_BACKEND:
         return Preloader(source, 0, arena=arena)
     cache = None
     if config.weights_cache is not None and source is not None:
         key = weights_fingerprint(config, plan, folder)
         cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
-    return Preloader(source, model_config.packed_bytes(plan.dtype, plan.quantization), cache, arena)
+    return Preloader(source, model_config.spec.packed_bytes(plan.dtype, plan.quantization), cache, arena)
 
 
 @contextlib.contextmanager

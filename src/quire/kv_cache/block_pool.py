@@ -169,6 +169,21 @@ class BlockPool:
         self.num_filled_slots += fill - self.fill[block]
         self.fill[block] = fill
 
+    def count_filled(self, num_slots: int) -> None:
+        """Count slots as filled; `set_counted_fill` says later which. The decode batch counts its blocks at once."""
+        self.num_filled_slots += num_slots
+
+    def set_counted_fill(self, block: int, fill: int) -> None:
+        """Note the fill of a block whose slots `count_filled` has counted."""
+        self.fill[block] = fill
+
+    def copy_on_write(self, block: int) -> int:
+        """Replace one holder's reference to a block by a new block, which gets a copy of its content in this step."""
+        copy = self.allocate()
+        self.total_block_copies += 1
+        self.release_after_copy(block)
+        return copy
+
     def find(self, name: BlockHash) -> int | None:
         """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
         if self._aliases and (block := self._aliases.get(name)) is not None:

@@ -64,8 +64,7 @@ class BlockTable:
             # Nearly every append: one token into a block that has room and is not shared.
             self._room -= num_tokens
             self.num_tokens += num_tokens
-            pool.fill[blocks[-1]] += num_tokens
-            pool.num_filled_slots += num_tokens
+            pool.write(blocks[-1], pool.block_size - self._room)
             return len(blocks)
         size = pool.block_size
         used = self.num_tokens % size
@@ -76,11 +75,9 @@ class BlockTable:
             raise OutOfBlocksError(f"{missing + copy_last} blocks are needed and {pool.num_free} are free")
         if copy_last:
             changed -= 1
-            shared, blocks[-1] = blocks[-1], pool.allocate()
+            shared, blocks[-1] = blocks[-1], pool.copy_on_write(blocks[-1])
             copies.append((shared, blocks[-1]))
             self._copied_at = self.num_tokens
-            pool.total_block_copies += 1
-            pool.release_after_copy(shared)
         if used:
             pool.write(blocks[-1], min(size, used + num_tokens))
         self.num_tokens += num_tokens
@@ -100,13 +97,12 @@ class BlockTable:
     def catch_up(self, num_tokens: int) -> None:
         """The table holds `num_tokens` now: they went into the room that the last block had.
 
-        The pool has counted them in its sum of filled slots as they came.
+        `BlockPool.count_filled` has counted them as they came.
         """
-        written = num_tokens - self.num_tokens
-        if written:
-            self._pool.fill[self.blocks[-1]] += written
+        if num_tokens > self.num_tokens:
+            self._room = max(0, self._room - (num_tokens - self.num_tokens))
             self.num_tokens = num_tokens
-            self._room -= written
+            self._pool.set_counted_fill(self.blocks[-1], (num_tokens - 1) % self._pool.block_size + 1)
 
     def fork(self, num_tokens: int | None = None) -> "BlockTable":
         """A table that shares the blocks of the first `num_tokens` tokens (all by default)."""

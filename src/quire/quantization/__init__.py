@@ -1,6 +1,6 @@
-"""Which layers a quantisation stores in how many bits: a table, and the arithmetic the memory plan asks for. No torch.
+"""Which layers a quantisation stores in how many bits: a table, and the bytes that follow. No torch.
 
-Weights are quantised while a checkpoint of 16 or 32 bits is loaded, without calibration. The products themselves are
+Weights are quantised while a checkpoint of 16 or 32 bits is loaded, without calibration. Packing and products are
 `quantize_linear` and `linear_quantized` of `quire.kernels`.
 """
 

@@ -1,4 +1,4 @@
-"""METHODS: one row for each quantisation. Its name is what `quantization` and `--quantization` take."""
+"""METHODS: one row for each quantisation, by the name that `quantization` and `--quantization` take."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How one dense layer is stored: whole numbers of `bits` bits, and a float32 scale for each group of inputs."""
+    """How one dense layer is stored: integers of `bits` bits, and a float32 scale for each group of inputs."""
 
     bits: int
     group_size: int | None
@@ -21,13 +21,13 @@ class WeightFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A row of METHODS. Norms, biases and tables that only give rows are never quantised; a tied embedding reads its
-    rows from the head."""
+    """A row of METHODS. Norms, biases, routers of experts and tables that only give rows are never quantised; a tied
+    embedding reads its rows from the head."""
 
     layers: WeightFormat
-    """The dense layers inside attention and MLP."""
+    """Format of the dense layers of attention, MLPs and experts."""
     head: WeightFormat
-    """The layer that makes logits."""
+    """Format of the layer that makes logits."""
 
 
 _INT8 = WeightFormat(8, None)

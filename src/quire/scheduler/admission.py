@@ -1,8 +1,8 @@
 """Admission: who of those that wait gets rows and memory, and what of their KV they start from.
 
-RequestQueues are admitted in the order of the waiting queue while rows, blocks for the whole prompt, a watermark of free
-blocks and the rule of admission, if there is one, allow it. One whose next block is being computed by another group
-right now waits for that block instead of computing it twice.
+Groups are admitted in the order of the waiting queue while there are rows, blocks for the whole prompt and a watermark
+of free blocks besides, and while the rule of admission, if there is one, allows it. A group whose next block is being
+computed by another group waits for that block instead of computing it twice.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from collections.abc import Sequence as SequenceOf
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
-from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.prefix_lookup import Found, PrefixLookup
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.scheduler.service import PROMPT_TOKEN
 from quire.step import NewRow, StepPlan
@@ -111,7 +111,7 @@ class Admission:
                 num_shared = sequence.group.num_prompt_tokens // self._pool.block_size * self._pool.block_size
                 sequence.table = leader.table.fork(num_shared)
             sequence.table.adopt(found)
-            sequence.num_computed_tokens = sequence.table.num_tokens
+            sequence.start_from_table()
             if self._transfers is not None:
                 self._transfers.start(sequence, stored[: self._pool.num_free])
             if sequence.table.blocks:
@@ -152,7 +152,7 @@ class Admission:
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
         leader.table.adopt(found.blocks, found.inside)
-        leader.num_computed_tokens = leader.table.num_tokens
+        leader.start_from_table()
         hits = {"device": leader.table.num_tokens}
         if found.stored and self._transfers is not None:
             hits |= self._transfers.start(leader, found.stored)

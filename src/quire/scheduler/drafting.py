@@ -1,14 +1,15 @@
 """Drafting: puts drafted tokens into a step's plan, and takes back those that did not come.
 
-Which tokens, and whether it pays, `Speculation` says; what is here keeps blocks, rows and counts right.
+Which tokens, and whether it pays, `DraftPlanner` says; what is here keeps blocks, rows and counts right.
 """
 
 from collections.abc import Callable
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
+from quire.scheduler.acceptance import num_equal
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.request_queues import RequestQueues
-from quire.scheduler.speculation import Speculation, num_equal
 from quire.step import StepPlan, StepResult
 
 
@@ -17,7 +18,7 @@ class Drafting:
 
     def __init__(
         self,
-        speculation: Speculation,
+        speculation: DraftPlanner,
         pool: BlockPool,
         groups: RequestQueues,
         stats: EngineStats,
@@ -38,7 +39,7 @@ class Drafting:
     def prepare(self) -> None:
         """Before a step is planned: if it may take drafts, nobody goes in decode_batch."""
         if self._speculation.looks_next:
-            self._queues.disband()
+            self._queues.dissolve_decode_batch()
 
     @property
     def allows_lockstep(self) -> bool:

@@ -10,8 +10,8 @@ from collections.abc import Sequence as SequenceOf
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
-from quire.scheduler.length_curve import Ending
 from quire.scheduler.decode_batch import DecodeBatch
+from quire.scheduler.length_curve import Ending
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
@@ -67,21 +67,41 @@ class RequestQueues:
         self._rows_now = None
         self._lengths.start(group)
 
-    def join(self, sequence: Sequence) -> None:
-        """A sequence that has decoded goes on in decode_batch with the others, if it still runs and can."""
-        if (
-            sequence.row != NO_ROW
+    def add_to_decode_batch(self, sequences: list[Sequence], num_in_flight: int) -> None:
+        """Move the sequences that only decode from now on into the batch.
+
+        `num_in_flight` steps are planned and not processed; each computes a token of every sequence that goes on.
+        """
+        joining = [
+            sequence
+            for sequence in sequences
+            if not sequence.in_decode_batch
+            and sequence.row != NO_ROW
             and sequence.group.only_decodes
             and sequence.num_missing_tokens == 1
             and sequence.table.has_room
-        ):
-            self.decode_batch.join(sequence)
+            and sequence.table.num_tokens == len(sequence.token_ids) - 1 + num_in_flight
+        ]
+        if joining:
+            self.decode_batch.add(joining, num_in_flight)
+            self.not_in_decode_batch = [
+                group
+                for group in self.not_in_decode_batch
+                if not all(sequence.in_decode_batch for sequence in group.sequences)
+            ]
 
-    def disband(self) -> None:
-        """Nobody goes in decode_batch any more."""
-        if len(self.decode_batch):
-            self.decode_batch.disband()
-            self.not_in_decode_batch = self.running.copy()
+    def remove_from_decode_batch(self, sequence: Sequence) -> None:
+        """The sequence is planned by itself from now on, if it goes on."""
+        self.decode_batch.remove(sequence)
+        group = sequence.group
+        place = bisect.bisect_left(self.not_in_decode_batch, group.order, key=_order)
+        if place == len(self.not_in_decode_batch) or self.not_in_decode_batch[place] is not group:
+            self.not_in_decode_batch.insert(place, group)
+
+    def dissolve_decode_batch(self) -> None:
+        """Every sequence is planned by itself from now on."""
+        for sequence in self.decode_batch.sequences:
+            self.remove_from_decode_batch(sequence)
 
     def rows_now(self) -> list[Sequence | None]:
         """A copy of `rows`, not to be changed."""
@@ -91,10 +111,10 @@ class RequestQueues:
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
-        self._stop_running(group)
         for sequence in (*group.sequences, *group.idle_beams):
             self._release(sequence)
-            sequence.num_computed_tokens = 0
+            sequence.discard_computed()
+        self._stop_running(group)
         group.awaited = None
         group.num_preemptions += 1
         self._stats.total_preemptions += 1
@@ -125,10 +145,8 @@ class RequestQueues:
 
     def _release(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks and row."""
-        if sequence.in_decode_batch and not self.decode_batch.num_planned:
-            self.decode_batch.leave(sequence)
-        elif sequence.in_decode_batch:
-            self.disband()
+        if sequence.in_decode_batch:
+            self.remove_from_decode_batch(sequence)
         if self._transfers is not None:
             self._transfers.cancel(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])

@@ -12,6 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from quire.engine.limits import check_prompt_length
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.errors import Refusal, error_body
@@ -84,16 +85,9 @@ def check_work(prompts: Sequence[object], n: int, settings: ServerSettings) -> N
 def check_lengths(prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int) -> None:
     """Refuse prompts that do not fit the context, all before the first is queued. The engine checks each again."""
     for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise RequestError("the prompt has no tokens; give at least one", param="prompt")
-        if len(prompt) >= max_model_len and params.truncate_prompt_tokens is None:
-            which = "the prompt" if len(prompts) == 1 else f"prompt {index}"
-            raise RequestError(
-                f"{which} has {len(prompt)} tokens, but the context holds {max_model_len}, output included; "
-                "shorten it or set truncate_prompt_tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        name = "the prompt" if len(prompts) == 1 else f"prompt {index}"
+        if not prompt or params.truncate_prompt_tokens is None:
+            check_prompt_length(len(prompt), max_model_len, name=name)
 
 
 class LimitedProtocol(HttpToolsProtocol):

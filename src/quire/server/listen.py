@@ -93,7 +93,7 @@ async def _live(
     await engine.start()
     report(f"listening on {url_of(listener)}")
     if prefixes:
-        register_prefixes(engine, settings, prefixes)
+        await register_prefixes(engine, settings, prefixes)
         report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")

@@ -9,7 +9,8 @@ answer. Requests of every API key find the prefixes: they are the operator's tex
 another client.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,28 @@ def read_prefixes(settings: ServerSettings) -> list[PrefixLine]:
     return prefixes
 
 
-def register_prefixes(engine: Engine, settings: ServerSettings, prefixes: Sequence[PrefixLine]) -> None:
-    """Make the started engine compute and keep `prefixes`. Raises `ConfigError` for a prefix that cannot be kept."""
+async def register_prefixes(engine: Engine, settings: ServerSettings, prefixes: Sequence[PrefixLine]) -> None:
+    """Register `prefixes`; returns when the engine has loaded and accepted them all.
+
+    Raises `ConfigError` that names the prefix: at once if it cannot be tokenised, later if the engine refuses it.
+    """
     salts = Authenticator(settings).salts
+    token_ids = []
     for index, prefix in enumerate(prefixes, 1):
-        try:
-            engine.register_prefix(_token_ids(engine, prefix), salts)
-        except RequestError as error:
-            raise ConfigError(f"prefix_file {settings.prefix_file}, prefix {index}: {error.message}") from error
+        with _naming(settings, index):
+            token_ids.append(_token_ids(engine, prefix))
+    for index, prefix_ids in enumerate(token_ids, 1):
+        with _naming(settings, index):
+            await engine.register_prefix(prefix_ids, salts)
+
+
+@contextmanager
+def _naming(settings: ServerSettings, index: int) -> Iterator[None]:
+    """Turn a refusal into a `ConfigError` that names the file and the prefix."""
+    try:
+        yield
+    except RequestError as error:
+        raise ConfigError(f"prefix_file {settings.prefix_file}, prefix {index}: {error.message}") from error
 
 
 def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:

@@ -1,4 +1,4 @@
-"""Arrivals: when each request of a trace comes, as a stream that is never held in memory as a whole."""
+"""Arrivals: when each request of a trace comes, as a stream; the whole is never in memory."""
 
 import itertools
 import random
@@ -22,8 +22,8 @@ class Arrival(NamedTuple):
 def arrivals_of(trace: Trace, settings: SimulationSettings) -> Iterator[Arrival]:
     """The requests of a simulation in order of time.
 
-    Where the queue is to be kept full there is no end: requests after the last counted one follow, so that the last
-    ones run among as many others as the first.
+    With `saturate` the stream has no end: uncounted requests follow the last counted one, so that the last ones run
+    among as many others as the first.
     """
     rows = trace.rows
     if settings.saturate:
@@ -40,7 +40,7 @@ def arrivals_of(trace: Trace, settings: SimulationSettings) -> Iterator[Arrival]
 
 
 def expected_requests(trace: Trace, settings: SimulationSettings) -> int | None:
-    """How many requests a simulation counts; None where arrivals decide it."""
+    """How many requests a simulation counts; None if arrivals decide it."""
     return settings.num_requests or (len(trace.rows) if settings.duration is None else None)
 
 
@@ -57,20 +57,20 @@ def _times(trace: Trace, settings: SimulationSettings) -> Iterator[float]:
         return
     if rate is None:
         raise ConfigError(f"{kind} arrivals need a rate in requests per second; set rate, or saturate")
-    draw = random.Random(f"arrivals {settings.seed}")
+    rng = random.Random(f"arrivals {settings.seed}")
     time = 0.0
     if kind == "bursts":
         while True:
-            time += draw.expovariate(rate / settings.burst_size)
+            time += rng.expovariate(rate / settings.burst_size)
             yield from itertools.repeat(time, settings.burst_size)
     shape = 1.0 if kind == "poisson" else settings.cv**-2
     while True:
-        time += draw.gammavariate(shape, 1 / (rate * shape)) if shape != 1.0 else draw.expovariate(rate)
+        time += rng.gammavariate(shape, 1 / (rate * shape)) if shape != 1.0 else rng.expovariate(rate)
         yield time
 
 
 def _times_of_trace(trace: Trace, rate: float | None) -> Iterator[float]:
-    """The trace's own, again and again, one mean gap apart."""
+    """The trace's own times, repeated without end; a mean gap separates two repetitions."""
     times = [row.arrival or 0.0 for row in trace.rows]
     period = times[-1] * len(times) / max(1, len(times) - 1)
     if period == 0.0 and rate is not None:

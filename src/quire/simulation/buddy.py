@@ -1,12 +1,12 @@
-"""BuddyAllocator: contiguous chunks of a power of two of slots, as the paper's baselines allocate KV memory."""
+"""BuddyAllocator: contiguous chunks of 2^k slots, as the paper's baselines allocate KV memory."""
 
 from collections.abc import Iterator
 
 
 class BuddyAllocator:
-    """`num_slots` slots, cut into powers of two, the largest first; chunks never span two of those pieces.
+    """`num_slots` slots, cut into pieces of powers of two, the largest first; a chunk never spans two pieces.
 
-    A chunk is (offset, order): 2^order slots from `offset` on, which is a multiple of its size.
+    A chunk is (offset, order): 2^order slots beginning at `offset`, a multiple of the chunk's size.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -26,11 +26,11 @@ class BuddyAllocator:
         return (num_slots - 1).bit_length()
 
     def capacity(self, order: int) -> int:
-        """How many chunks of an order there are when all is free."""
+        """Number of chunks of an order when all slots are free."""
         return self.num_slots >> order
 
     def allocate(self, order: int) -> tuple[int, int] | None:
-        """A chunk from the smallest free one that holds it; None if there is none."""
+        """A chunk cut from the smallest free one that holds it; None if there is none."""
         for source in range(order, self.largest_order + 1):
             if self._free[source]:
                 offset, _ = self._free[source].popitem()
@@ -40,9 +40,9 @@ class BuddyAllocator:
         return None
 
     def free(self, chunk: tuple[int, int]) -> None:
-        """Give a chunk back and join it with its buddy, as often as that is free too."""
+        """Free a chunk and merge it with its buddy for as long as the buddy is free too."""
         offset, order = chunk
-        # A whole piece never finds its buddy: what lies there belongs to smaller pieces.
+        # A whole piece never finds a buddy, since the slots there belong to smaller pieces.
         while order < self.largest_order and (offset ^ (1 << order)) in self._free[order]:
             del self._free[order][offset ^ (1 << order)]
             offset &= ~(1 << order)

@@ -1,7 +1,7 @@
-"""fit_device: the coefficients of a device from steps that were timed on it.
+"""fit_device: the coefficients of a device, fitted to steps that were timed on it.
 
 Every coefficient of `StepTime` for a measured device enters a step's time linearly, and none can be negative. So they
-are the non-negative least squares of the measured times (Lawson and Hanson 1974), relative errors counting alike. A
+are the non-negative least squares solution for the measured times (Lawson and Hanson 1974), with relative errors. A
 curve of products is a sum of rises between its points, which keeps it ascending.
 """
 
@@ -14,18 +14,18 @@ from quire.simulation.devices import Device
 from quire.simulation.model_shapes import ModelShape
 
 _SHARED = ("step_overhead", "layer_overhead", "sequence_overhead", "element_time", "logit_time", "read", "pair")
-"""Unknowns besides the curves, the last two in seconds per byte of KV and per operation of attention."""
+"""Unknowns besides the curves. The last two are seconds per byte of KV and per operation of attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class TimedStep:
-    """One step of known work. Either every sequence computes one token, or every one computes its whole prompt."""
+    """One step of known work, in which every sequence computes one token, or every sequence its whole prompt."""
 
     model: ModelShape
     num_sequences: int
     tokens_per_sequence: int
     context: int
-    """Tokens before those computed, per sequence."""
+    """Tokens of each sequence before the computed ones."""
     seconds: float
 
     @property
@@ -34,9 +34,9 @@ class TimedStep:
 
 
 def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_memory: float) -> Device:
-    """The device on which `steps` would take what they took. Raises `QuireError` where they do not determine it."""
+    """The device on which `steps` would take the measured times. Raises `QuireError` if they do not determine it."""
     formats = dict.fromkeys(step.model.weight_format for step in steps)
-    # Points of a curve are the numbers of rows that were measured, and the one that a sample needs.
+    # A curve has a point for every measured number of rows: tokens in the layers, sequences in the head.
     knots = {each: sorted(_rows_of(steps, each)) for each in formats}
     columns: list[tuple[str, int]] = [(shared, 0) for shared in _SHARED]
     columns += [(each, row) for each, rows in knots.items() for row in rows]
@@ -47,8 +47,8 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
         for shared, amount in zip(_SHARED, _shared_work(step), strict=True):
             line[place[shared, 0]] = amount
         for weight_format, num_rows, num_parameters in (
-            (model.weight_format, step.num_tokens, model.num_layer_parameters),
-            (model.head_format, step.num_sequences, model.num_head_parameters),
+            (model.weight_format, step.num_tokens, model.spec.layer_parameters),
+            (model.head_format, step.num_sequences, model.spec.head.num_parameters),
         ):
             for row in knots.get(weight_format, ()):
                 line[place[weight_format, row]] += num_parameters if row <= num_rows else 0
@@ -78,25 +78,25 @@ def _rows_of(steps: Sequence[TimedStep], weight_format: str) -> set[int]:
 
 
 def _shared_work(step: TimedStep) -> tuple[float, ...]:
-    """How often each of `_SHARED` comes in a step."""
+    """How often each of `_SHARED` counts in a step."""
     model, count = step.model, step.tokens_per_sequence
-    # What attention reads decides where a sequence computes one token, what it computes where it computes many.
+    # Attention is bound by reading where sequences compute one token, by computing where they compute many.
     decodes = count == 1
     pairs = step.num_sequences * (count * step.context + count * (count + 1) / 2)
-    operations = 4 * model.num_layers * model.num_heads * model.head_dim * pairs
+    operations = model.spec.operations_per_pair * pairs
     return (
         1,
-        model.num_layers,
+        model.spec.num_layers,
         step.num_sequences,
-        step.num_tokens * model.num_elements_per_token,
-        step.num_sequences * model.vocab_size,
+        step.num_tokens * model.spec.elements_per_token,
+        step.num_sequences * model.spec.vocab_size,
         step.num_sequences * (step.context + 1) * model.kv_bytes_per_token if decodes else 0,
         0 if decodes else operations,
     )
 
 
 def non_negative_least_squares(matrix: Sequence[Sequence[float]], target: Sequence[float]) -> list[float]:
-    """The x ≥ 0 that makes |matrix x − target| least, by Lawson and Hanson's active sets."""
+    """The x ≥ 0 with the least |matrix x − target|, by Lawson and Hanson's active sets."""
     import numpy as np  # simulations run without it
 
     rows, wanted_sums = np.asarray(matrix, dtype=float), np.asarray(target, dtype=float)
@@ -119,7 +119,7 @@ def non_negative_least_squares(matrix: Sequence[Sequence[float]], target: Sequen
             if not sinking.any():
                 x = wanted
                 break
-            # As far towards it as nothing sinks below 0; what gets there is held.
+            # Go towards it until the first value reaches 0; values at 0 are held there.
             step = float(np.min(x[sinking] / (x[sinking] - wanted[sinking])))
             x += step * (wanted - x)
             free &= x > 1e-12

@@ -1,12 +1,13 @@
-"""Device: what a machine can do per second and what a step costs besides; a table of known ones, or a JSON file.
+"""Device: what a machine reads and computes per second, and the fixed costs of a step; a table, or a JSON file.
 
-The table's rates are what the makers' data sheets print (dense float16), and the shares of them that programs
-reach are round assumptions. Measured figures belong in a JSON file with the same field names:
+The table's rates are those of the makers' data sheets (dense float16); the shares of them that programs reach are round
+assumptions. Measured figures belong in a JSON file with the same field names:
 
     {"name": "mine", "memory": 25769803776, "bandwidth": 2.2e10, "matrix_rate": 2.0e11, "step_overhead": 0.002}
 
-`quire plan --measure FILE` writes one for the machine it runs on. There, `products` stand in the place of a roofline: a
-processor's time for a matrix product bends with the number of rows, and differs between ways of storing weights.
+`quire plan --measure FILE` writes one for the machine it runs on. There, curves (`products`) replace the roofline: a
+processor's time for a matrix product does not grow linearly with the number of rows, and depends on how weights are
+stored.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from quire.simulation.model_shapes import ModelShape
 _GIB = 2**30
 
 MEMORY_SHARE = 0.9
-"""Share of a device's memory for weights and KV; the rest is for activations and the driver. vLLM's default, too."""
+"""Share of a device's memory for weights and KV; the rest is for activations and the driver. Also vLLM's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Coefficients of one device. Raises `ConfigError` for a value that is not possible."""
+    """Coefficients of one device. Raises `ConfigError` for an impossible value."""
 
     name: str
     memory: float
@@ -35,32 +36,33 @@ class Device:
     bandwidth: float
     """Bytes per second read from memory."""
     matrix_rate: float
-    """Floating-point operations per second in matrix products, a multiplication with its addition being two."""
+    """Floating-point operations per second in matrix products; a multiplication with its addition counts as two."""
     bandwidth_share: float = 1.0
-    """Share of `bandwidth` that is reached; 1 where it was measured."""
+    """Share of `bandwidth` that programs reach; 1 if it was measured."""
     matrix_share: float = 1.0
+    """Share of `matrix_rate` that programs reach; 1 if it was measured."""
     step_overhead: float = 0.0
-    """Seconds a step takes besides computing: scheduling, launches, sampling."""
+    """Seconds per step besides computing: scheduling, launches, sampling."""
     sequence_overhead: float = 0.0
-    """The same per sequence in the step."""
+    """Seconds per sequence of a step besides computing."""
     link_bandwidth: float = 0.0
     """Bytes per second between devices that share a model, per direction."""
     reduce_latency: float = 0.0
-    """Seconds of one all-reduce of next to nothing; a layer does two."""
+    """Seconds of one all-reduce of a few bytes; a layer does two."""
     host_bandwidth: float = 0.0
-    """Bytes per second between the device and host memory."""
+    """Bytes per second between the device and host memory; 0: the device computes in host memory."""
     layer_overhead: float = 0.0
-    """Seconds a step takes per layer besides computing."""
+    """Seconds per layer of a step besides computing."""
     element_time: float = 0.0
-    """Seconds per element of what a token's layers pass to each other: norms, activations, rotations."""
+    """Seconds per element that layers pass to each other for a token: norms, activations, rotations."""
     logit_time: float = 0.0
-    """Seconds per logit that a sample is drawn from."""
+    """Seconds per logit of a sampled position."""
     process_memory: float = 0.0
-    """Bytes a process takes before it holds anything of a model: interpreter and libraries."""
+    """Bytes of a process before it holds any part of a model: interpreter and libraries."""
     products: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
-    """Weight format (a dtype or a quantisation) → (rows, seconds per parameter) in ascending order: how long a matrix
-    product of so many rows takes, linear in between and beyond. `bandwidth` and `matrix_rate` are then attention's
-    alone. Empty: they are a roofline for both."""
+    """Weight format (a dtype or a quantisation) → pairs (rows, seconds per parameter) in ascending order: the time of a
+    matrix product by its number of rows, linear in between and beyond. `bandwidth` and `matrix_rate` then apply to
+    attention only. Empty: they are a roofline for both."""
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
@@ -83,11 +85,11 @@ class Device:
 
     @property
     def is_host(self) -> bool:
-        """Whether it computes in host memory, beside whatever else is there."""
+        """The device computes in host memory, which it shares with other programs."""
         return self.host_bandwidth == 0
 
     def to_json(self) -> str:
-        """As a file that `find_device` reads."""
+        """The text of a file that `find_device` reads."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
 
@@ -136,7 +138,7 @@ _TABLE_1 = {
     ("OPT-66B", "A100-40GB", 4): 21 * _GIB,
     ("OPT-175B", "A100-80GB", 8): 264 * _GIB,
 }
-"""KV memory that the paper's table 1 prints for its set-ups: (model, device, devices) → bytes."""
+"""KV memory in the paper's table 1: (model, device, number of devices) → bytes."""
 
 
 def find_device(name: str) -> Device:
@@ -155,7 +157,7 @@ def find_device(name: str) -> Device:
 
 
 def fewest_devices(model: ModelShape, device: Device) -> int:
-    """The smallest power of two of devices that hold the weights. Raises `ConfigError` if no 4096 do."""
+    """The smallest power of two of devices that hold the weights. Raises `ConfigError` if 4096 do not."""
     count = 1
     while count * device.memory * MEMORY_SHARE <= model.weight_bytes:
         count *= 2
@@ -167,7 +169,7 @@ def fewest_devices(model: ModelShape, device: Device) -> int:
 
 
 def kv_bytes_left(model: ModelShape, device: Device, num_devices: int) -> int:
-    """Bytes for KV on all devices. Raises `ConfigError` where the weights leave none."""
+    """Bytes for KV on all devices. Raises `ConfigError` if the weights leave none."""
     printed = _TABLE_1.get((model.name, device.name, num_devices))
     if printed is not None:
         return printed

@@ -1,6 +1,6 @@
-"""Measures: what a simulation keeps of every step and request, in bounded memory, and the result made of it.
+"""Measures: sums over the steps and requests of a simulation, in bounded memory, and the figures made from them.
 
-Shares and batch sizes are averages over busy time: a step counts by its seconds, an idle engine not at all.
+Shares and batch sizes are averages over busy time: a step is weighted by its seconds, idle time does not count.
 """
 
 import math
@@ -12,10 +12,11 @@ from typing import Any
 BUCKETS_PER_OCTAVE = 64
 """Resolution of the gaps between tokens: about one percent."""
 MAX_TIMELINE = 256
+"""Most intervals of the timeline; longer runs get longer intervals."""
 
 
 class GapHistogram:
-    """Counts of durations in buckets of equal ratio; quantiles are right to half a bucket."""
+    """Counts of durations in buckets of equal ratio; quantiles are exact to half a bucket."""
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
@@ -25,7 +26,7 @@ class GapHistogram:
         self.counts[bucket] = self.counts.get(bucket, 0) + count
 
     def quantile(self, percent: float) -> float | None:
-        """The duration that `percent` of all do not exceed; None without any."""
+        """The duration that `percent` of all durations do not exceed; None if there are none."""
         wanted = sum(self.counts.values()) * percent / 100
         seen = 0
         for bucket in sorted(self.counts):
@@ -36,7 +37,7 @@ class GapHistogram:
 
 
 class _Tenant:
-    """What its requests met with."""
+    """Latencies of one tenant's requests."""
 
     def __init__(self) -> None:
         self.ttft = array("d")
@@ -46,14 +47,14 @@ class _Tenant:
 class Measures:
     """Sums over steps and times of requests.
 
-    Waste by kind is in shares of all `num_slots`; `of_allocated` takes the allocated ones instead, as the paper does
-    where blocks are taken on demand and the rest of the pool is free for anybody.
+    Waste by kind is a share of all `num_slots`; with `of_allocated`, of the allocated slots, as in the paper: blocks
+    are allocated on demand there, and the rest of the pool is free for any request.
     """
 
     def __init__(
         self, num_slots: int, *, of_allocated: bool, ttft_limit: float, tbt_limit: float, warm_up: int = 0
     ) -> None:
-        """Nothing counts before `warm_up` requests have finished."""
+        """Measuring begins when `warm_up` requests have finished."""
         self._num_slots = num_slots
         self._of_allocated = of_allocated
         self._ttft_limit, self._tbt_limit = ttft_limit, tbt_limit
@@ -61,10 +62,10 @@ class Measures:
         self._warm_up = warm_up
 
     def _begin(self, now: float) -> None:
-        """Count from `now` on."""
+        """Start to measure at `now`."""
         self._start = now
         self._warm_up = 0
-        """Requests that must finish before that."""
+        """Requests that must finish before measuring begins; 0 once it has begun."""
         self.num_steps = 0
         self.num_tokens = 0
         """Tokens generated."""
@@ -91,8 +92,8 @@ class Measures:
         allocated: int,
         saved: int,
     ) -> None:
-        """A step that ends at `now`. Of `allocated` slots `filled` hold tokens, `reserved` will, `internal` never will;
-        `saved` more would be needed without sharing."""
+        """Count a step that ends at `now`. `allocated` slots are `filled` with tokens, `reserved` for tokens that will
+        come, or `internal` waste; without sharing, `saved` more would be needed."""
         self.num_steps += 1
         self._busy += seconds
         weight = batch * seconds
@@ -119,7 +120,7 @@ class Measures:
     def request_finished(
         self, arrival: float, first_token: float, end: float, num_output: int, tenant: str = ""
     ) -> None:
-        """A request got all of its output, `num_output` tokens per sample."""
+        """Count a request that got all of its output, `num_output` tokens per sample."""
         ttft, latency = first_token - arrival, end - arrival
         self.finished += 1
         self._ttft.append(ttft)
@@ -145,7 +146,7 @@ class Measures:
         self._interval *= 2
 
     def result(self, now: float) -> dict[str, Any]:
-        """All figures of a simulation that ended at `now`."""
+        """All figures of a simulation that ended at `now`. Times in seconds, shares in percent."""
         duration = now - self._start
         busy = self._busy or 1.0
         pool = busy * self._num_slots
@@ -197,7 +198,7 @@ class Measures:
 
 
 def spread_of(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and percentiles under `name`_mean, _p50, _p90 and _p99; None of nothing."""
+    """Mean and percentiles as `name`_mean, _p50, _p90 and _p99; None if there are no values."""
     ordered = sorted(values)
     figures: dict[str, float | None] = {f"{name}_mean": statistics.fmean(ordered) if ordered else None}
     for percent in (50, 90, 99):
@@ -206,7 +207,7 @@ def spread_of(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the ordered values lie, interpolated."""
+    """The value below which `percent` of the ordered values are, interpolated."""
     place = (len(ordered) - 1) * percent / 100
     low, high = math.floor(place), math.ceil(place)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

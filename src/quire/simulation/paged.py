@@ -1,4 +1,4 @@
-"""The engine as it is, against a modelled executor: its Scheduler and its BlockPool on a simulated clock."""
+"""PagedSimulation: the engine's own Scheduler and BlockPool on a simulated clock, with a modelled executor."""
 
 import heapq
 import sys
@@ -18,20 +18,22 @@ from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
 from quire.simulation.invariants import check_pool
 from quire.simulation.measures import Measures
-from quire.simulation.modelled_executor import END_TOKEN, SAMPLED_TOKEN, ModelledExecutor, ends_after
-from quire.simulation.rivals import QUEUES, RULES
+from quire.simulation.modelled_executor import END_TOKEN, SAMPLED_TOKEN, ModelledExecutor
+from quire.simulation.rivals import RULES, make_queues
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.trace import HASH_BLOCK_TOKENS
 
 QUEUE_AHEAD = 512
-"""Requests in the scheduler's queue beyond those that can run. What arrived later waits outside, in the same order:
-first come, first served makes no difference between the two, and prompts need memory. Other policies see all."""
+"""Most requests in the scheduler's queue beyond those that can run; later ones wait outside, in the same order, because
+prompts need memory. First come, first served decides the same either way. Other policies see all requests."""
 
 _UNIQUE = 2**31
-"""Token ids from here on stand for prompts of which nothing is known but their length."""
+"""Token ids from here on make up prompts whose content is unknown; every request has its own id."""
 _SHARED = 2**32 - 1
-"""The token that shared prefixes are made of."""
+"""The one token of shared prefixes."""
 _PREFIX_ID = "shared prefix"
+_NO_CLIENT = -1
+"""The seed of a request that no client sent; a client's is the number of its arrival."""
 
 Progress = Callable[[int], None]
 """Called now and then with the number of requests that have ended."""
@@ -54,7 +56,7 @@ class _Client:
 
 
 class PagedSimulation:
-    """One run of the scheduler over a stream of requests. `run` does it, then `result` has the figures."""
+    """One run of the scheduler over a stream of requests: call `run`, then `result` for the figures."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class PagedSimulation:
         max_model_len: int,
         kv_bytes_per_token: int = 0,
     ) -> None:
-        """`kv_bytes_per_token` sizes the blocks of tiers, where there are any."""
+        """`kv_bytes_per_token` sizes the blocks of tiers, if there are any."""
         self.now = 0.0
         self.measures = measures
         self.num_deaths = 0
@@ -81,16 +83,17 @@ class PagedSimulation:
         self._block_bytes = kv_bytes_per_token * settings.block_size
         self._tier_hits = {HOST: 0, DISK: 0}
         self._on_disk: list[tuple[bytes, int]] = []
-        """What the engine before this one left on disk."""
+        """Blocks that the previous engine left on disk: (block hash, bytes)."""
         waits_outside = settings.scheduling_policy == "fcfs" or settings.saturate
         self._most_outstanding = settings.max_num_seqs + QUEUE_AHEAD if waits_outside else sys.maxsize
         self._clients: dict[str, _Client] = {}
         self._leaving: list[tuple[float, str]] = []
-        """When clients lose patience, as a heap."""
-        self._params: dict[tuple[int, int], SamplingParams] = {}
+        """Heap of (when the client loses patience, request id)."""
+        self._params: dict[tuple[int, bool], SamplingParams] = {}
+        """(limit in tokens, whether the request ends before it) → parameters that such requests share."""
         self._prefix = [_SHARED] * settings.shared_prefix
         self._num_counted = 0
-        """Clients waiting or running that are part of the result."""
+        """Waiting and running clients that are part of the result."""
         self._preemptions = self._prefix_queries = self._prefix_hits = 0
         self.scheduler = self._start_engine()
 
@@ -98,7 +101,7 @@ class PagedSimulation:
         """Until every counted request has ended."""
         measures, faults, settings = self.measures, self._faults, self._settings
         while True:
-            self._take_in()
+            self._admit_arrivals()
             if not self._num_counted and (self._next is None or not self._next.counted):
                 break
             if not self._clients:
@@ -154,8 +157,8 @@ class PagedSimulation:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _take_in(self) -> None:
-        """Let clients come whose time it is, and clients leave."""
+    def _admit_arrivals(self) -> None:
+        """Add the requests that have arrived, and cancel those whose clients have lost patience."""
         clients = self._clients
         while (arrival := self._next) is not None and arrival.time <= self.now:
             if len(clients) >= self._most_outstanding or not (arrival.counted or self._num_counted):
@@ -166,7 +169,7 @@ class PagedSimulation:
             _, request_id = heapq.heappop(self._leaving)
             if request_id in clients:
                 self.measures.cancelled += clients[request_id].arrival.counted
-                self._forget(clients[request_id])
+                self._remove(clients[request_id])
                 self.scheduler.abort(request_id)
                 self._check()
 
@@ -185,30 +188,32 @@ class PagedSimulation:
         else:
             prompt = [_UNIQUE + arrival.number % _UNIQUE] * row.prompt_tokens
         prompt[:0] = self._prefix
-        params = self._params.get((row.output_tokens, max_tokens))
+        ends_early = row.output_tokens < max_tokens and settings.beam_width is None
+        if not ends_early:
+            max_tokens = row.output_tokens
+        params = self._params.get((max_tokens, ends_early))
         if params is None:
-            ends_early = row.output_tokens < max_tokens and settings.beam_width is None
             params = SamplingParams(
-                n=settings.n,
-                beam_width=settings.beam_width,
-                max_tokens=max_tokens if ends_early else row.output_tokens,
-                ignore_eos=not ends_early,
-                extra=ends_after(row.output_tokens) if ends_early else {},
+                n=settings.n, beam_width=settings.beam_width, max_tokens=max_tokens, ignore_eos=not ends_early
             )
-            self._params[row.output_tokens, max_tokens] = params
+            self._params[max_tokens, ends_early] = params
         request = Request(
             request_id=f"{arrival.number}",
             prompt_token_ids=prompt,
             params=params,
-            eos_token_ids=() if params.ignore_eos else (END_TOKEN,),
-            max_tokens=params.max_tokens or row.output_tokens,
+            seed=arrival.number,
+            eos_token_ids=(END_TOKEN,) if ends_early else (),
+            max_tokens=max_tokens,
             arrival_time=arrival.time,
             tenant=row.tenant,
         )
         patience = self._faults.patience()
+        if ends_early:
+            self._executor.output_lengths[request.seed] = row.output_tokens
         try:
             self.scheduler.add(request)
         except RequestError:
+            self._executor.output_lengths.pop(request.seed, None)
             self.measures.refused += arrival.counted
             return
         self._clients[request.request_id] = _Client(arrival, request)
@@ -218,7 +223,7 @@ class PagedSimulation:
             heapq.heappush(self._leaving, (since + patience, request.request_id))
 
     def _receive(self, deltas: StepDeltas, previous: float) -> None:
-        """Clients get what the step brought; `previous` is when the step before it ended."""
+        """Deliver a step's tokens to the clients; `previous` is when the step before it ended."""
         clients, now = self._clients, self.now
         num_steady = 0
         for delta in deltas:
@@ -248,7 +253,7 @@ class PagedSimulation:
 
     def _end(self, client: _Client) -> None:
         """The last sample of a request has ended."""
-        self._forget(client)
+        self._remove(client)
         if client.failed:
             self.measures.failed += client.arrival.counted
         elif client.arrival.counted:
@@ -260,8 +265,9 @@ class PagedSimulation:
                 client.request.tenant,
             )
 
-    def _forget(self, client: _Client) -> None:
+    def _remove(self, client: _Client) -> None:
         del self._clients[client.request.request_id]
+        self._executor.output_lengths.pop(client.request.seed, None)
         self._num_counted -= client.arrival.counted
 
     # -- engines ------------------------------------------------------------------------------------------------------
@@ -276,28 +282,29 @@ class PagedSimulation:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self._max_model_len,
             tiers=self._tiers,
-            make_queue=QUEUES[settings.scheduling_policy],
+            make_queue=make_queues(self._executor.output_lengths)[settings.scheduling_policy],
             make_rule=RULES[settings.admission],
             clock=lambda: self.now,
         )
         if self._prefix:
-            # Provided in advance, as the paper has it: computed before the clock runs.
+            # As in the paper, the prefix is computed in advance, before the clock runs.
             params = SamplingParams(max_tokens=1, ignore_eos=True)
-            scheduler.register_prefix(
-                Request(request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, max_tokens=1), [""]
+            prefix = Request(
+                request_id=_PREFIX_ID, prompt_token_ids=self._prefix, params=params, seed=_NO_CLIENT, max_tokens=1
             )
+            scheduler.register_prefix(prefix, [""])
             while scheduler.has_work:
                 plan = scheduler.schedule()
                 scheduler.update(plan, self._executor.execute(plan, self.now)[0])
-            self._prefix_queries -= scheduler.stats().total_prefix_queries  # no client's
+            self._prefix_queries -= scheduler.stats().total_prefix_queries  # not a client's
         return scheduler
 
     def _check(self) -> None:
-        self.scheduler.settle()
+        self.scheduler.update_fill()
         check_pool(self.scheduler.pool)
 
     def _open_tiers(self) -> TierIndex | None:
-        """Host memory starts empty; the disk has what an engine before left there."""
+        """The tiers of a new engine: host memory is empty, the disk holds what the previous engine left."""
         settings, size = self._settings, self._block_bytes
         if not settings.has_tiers:
             return None
@@ -306,14 +313,14 @@ class PagedSimulation:
         return TierIndex(lambda: self.now, host=host, disk=disk)
 
     def _restart(self) -> None:
-        """The engine dies with its memory; a new one goes on with what the clients have received."""
+        """The engine dies with its memory; a new one resumes every request after the tokens its client has received."""
         self._check()
         self._keep_counts()
         self.num_deaths += 1
         self.now += self._settings.restart_time
         if self._tiers is not None and DISK in self._tiers.tiers:
-            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].names()]
-        self._executor.forget()
+            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].hashes()]
+        self._executor.clear()
         self.scheduler = self._start_engine()
         for client in self._clients.values():
             asked = client.request

@@ -15,7 +15,7 @@ _WASTE = (
 
 
 def check_picture(path: Path) -> None:
-    """Raise `ConfigError` if no picture could be written there; asked before a long run."""
+    """Raise `ConfigError` if no picture could be written to `path`. Call it before a long run."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"picture is {path}; its name must end in .png, .svg or .pdf")
     if not path.parent.is_dir():
@@ -25,7 +25,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw_run(figures: dict[str, Any], path: Path) -> None:
-    """Batch size and filled slots over time, and the KV memory by what became of it."""
+    """Draw batch size and filled slots over time, and the KV memory by kind of use, into `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")

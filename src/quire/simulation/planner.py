@@ -1,11 +1,11 @@
-"""What to expect of a model on a device: users at once, tokens per second, latencies; from simulations, not formulas.
+"""What to expect of a model on a device (users at once, tokens per second, latencies), from simulations.
 
 Users are a closed loop: each sends its next request when it has the answer to the last one, so as many requests run at
-any time as there are users. The first answers are of all lengths, so that prompts do not come in waves later, and
-nothing is measured before as many have ended: at the beginning all prompts come at once.
+any time as there are users. The first answers have all lengths, so that prompts do not come in waves later. Measuring
+begins when each user has one answer, since all prompts come at once at the beginning.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quire.simulation.devices import Device
@@ -15,14 +15,14 @@ from quire.simulation.simulate import run_simulation
 from quire.simulation.trace import Trace, TraceRow
 
 ROUNDS = 2
-"""Requests per user that are measured."""
+"""Measured requests per user."""
 MAX_TOKENS = 400_000
-"""Generated in one simulation: a few seconds of it."""
+"""Tokens generated in one simulation, which then takes a few seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSizes:
-    """What an engine's memory plan decides, as far as its scheduler sees it."""
+    """The sizes of a memory plan that a scheduler sees: tokens, blocks and sequences."""
 
     num_blocks: int
     block_size: int
@@ -56,21 +56,14 @@ def expect_users(
     Times in seconds; tokens_per_s counts generated ones. Raises `ConfigError` for what cannot be simulated.
     """
     rounds = max(1, min(ROUNDS, MAX_TOKENS // (users * output)))
-    # Without prompts to compute, which would hold up each other, the first answers end evenly spread.
+    # The first prompts are one token long: computing them delays nothing, so the first answers end evenly spread.
     first = [TraceRow(1, max(1, output * (user + 1) // users)) for user in range(users)]
-    # Users go on asking while the last of those that are measured wait for their answers.
+    # Users send further requests while the last measured ones wait for their answers.
     trace = Trace("users", first + [TraceRow(prompt, output)] * (users * (rounds + 2)))
-    figures = _simulate(
-        trace,
-        model,
-        device,
-        num_devices,
-        sizes,
-        saturate=True,
-        max_num_seqs=users,
-        num_requests=users * (rounds + 1),
-        warm_up=users,
+    settings = _settings(
+        trace, num_devices, replace(sizes, max_num_seqs=users), num_requests=users * (rounds + 1), warm_up=users
     )
+    figures = _simulate(trace, model, device, settings)
     return {"users": users, "prompt": prompt, "output": output, **figures}
 
 
@@ -78,34 +71,29 @@ def expect_trace(
     trace: Trace, model: ModelShape, device: Device, num_devices: int, sizes: EngineSizes
 ) -> dict[str, Any]:
     """Figures of a trace with its own arrivals, or of a queue that is always full where it has none."""
-    saturate = not trace.has_arrivals
-    figures = _simulate(trace, model, device, num_devices, sizes, saturate=saturate, max_num_seqs=sizes.max_num_seqs)
-    return {"trace": trace.name, "saturate": saturate, **figures}
+    settings = _settings(trace, num_devices, sizes)
+    figures = _simulate(trace, model, device, settings)
+    return {"trace": trace.name, "saturate": settings.saturate, **figures}
 
 
-def _simulate(
-    trace: Trace,
-    model: ModelShape,
-    device: Device,
-    num_devices: int,
-    sizes: EngineSizes,
-    *,
-    saturate: bool,
-    max_num_seqs: int,
-    num_requests: int | None = None,
-    warm_up: int = 0,
-) -> dict[str, Any]:
-    settings = SimulationSettings(
+def _settings(
+    trace: Trace, num_devices: int, sizes: EngineSizes, *, num_requests: int | None = None, warm_up: int = 0
+) -> SimulationSettings:
+    """The engine of `sizes` under a trace with its own arrivals, or under a queue that is always full."""
+    return SimulationSettings(
         trace=trace.name,
         num_devices=num_devices,
         kv_slots=sizes.num_blocks * sizes.block_size,
         block_size=sizes.block_size,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
-        saturate=saturate,
+        saturate=not trace.has_arrivals,
         num_requests=num_requests,
         warm_up=warm_up,
     )
+
+
+def _simulate(trace: Trace, model: ModelShape, device: Device, settings: SimulationSettings) -> dict[str, Any]:
     figures = run_simulation(trace, model, device, settings)
     return {name: figures[name] for name in _FIGURES}

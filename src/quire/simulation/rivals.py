@@ -1,6 +1,6 @@
-"""Policies that the engine's are compared with: one that knows what no engine can, and one that another engine has."""
+"""Policies to compare the engine's with: an oracle that knows all output lengths, and SGLang's rule of admission."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import EngineStats
@@ -9,27 +9,32 @@ from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue,
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
 from quire.scheduler.waiting_queue import WaitingQueue
-from quire.simulation.modelled_executor import output_length
 
 
 class OracleShortestFirst(WaitingQueue):
     """Shortest job first by the true lengths, with no bound on how long a long one waits."""
 
+    def __init__(self, output_lengths: Mapping[int, int]) -> None:
+        """`output_lengths`: seed of a request that ends by itself → tokens of each sample."""
+        super().__init__()
+        self._output_lengths = output_lengths
+
     def enter(self, group: SequenceGroup) -> None:
         priority, arrival_number = group.order
-        length = output_length(group.request.params)
-        output = (group.request.max_tokens if length is None else length) * len(group.sequences)
+        length = self._output_lengths.get(group.request.seed, group.request.max_tokens)
+        output = length * len(group.sequences)
         size = PROMPT_TOKEN * group.num_prompt_tokens + OUTPUT_TOKEN * output
         group.rank = (priority, size, arrival_number)
         self.push(group)
 
 
 class NewTokenRatio:
-    """SGLang's rule of admission, from its published behaviour; preemption stays ours.
+    """SGLang's rule of admission, after its published behaviour; preemption is Quire's.
 
-    A new request must fit with all the tokens that it may ask for (at most `CLIP`), beside running ones that are taken
-    to need a share of theirs, the ratio. It falls from `FIRST` to `LEAST` over `DECAY_STEPS` steps; a preemption sets
-    it to what the running ones have used of their limits by now, `LOOK_AHEAD` tokens later.
+    A new request must fit with its whole token limit (at most `CLIP`) beside the running requests, each of which is
+    expected to need a share of its own limit. This share, the ratio, falls from `FIRST` to `LEAST` over `DECAY_STEPS`
+    steps; a preemption sets it to the share of their limits that the running requests will have used `LOOK_AHEAD`
+    tokens from now.
     """
 
     FIRST = 0.7
@@ -69,8 +74,12 @@ class NewTokenRatio:
         self._preempted = True
 
     def note_end(self) -> None:
-        """The ratio falls by itself."""
+        """Nothing to do: the ratio falls with the steps."""
 
 
-QUEUES: dict[str, MakeQueue] = {**SCHEDULING_POLICIES, "oracle-shortest": lambda stats: OracleShortestFirst()}
+def make_queues(output_lengths: Mapping[int, int]) -> dict[str, MakeQueue]:
+    """Every scheduling policy of a simulation; the oracle looks lengths up in `output_lengths`."""
+    return {**SCHEDULING_POLICIES, "oracle-shortest": lambda stats: OracleShortestFirst(output_lengths)}
+
+
 RULES: dict[str, MakeRule] = {**ADMISSIONS, "new-token-ratio": NewTokenRatio}

@@ -1,4 +1,4 @@
-"""SimulationSettings: every option of one simulation, in one frozen value; the flags of `quire simulate`."""
+"""SimulationSettings: every option of one simulation, and the flags of `quire simulate`."""
 
 from dataclasses import dataclass
 
@@ -14,48 +14,51 @@ ARRIVALS = ("auto", "trace", "poisson", "gamma", "bursts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationSettings:
-    """What is simulated. Raises `ConfigError` for a value out of range or options at odds."""
+    """Options of one simulation. Raises `ConfigError` for a value out of range or options that contradict each other.
+
+    "(paged)" marks options of policy paged.
+    """
 
     trace: str = ""
     """File of request lengths (CSV, JSONL, either with .gz), or its name in the traces folder."""
     traces_dir: str = "."
     """Folder in which a trace is looked up by name."""
     model: str = "OPT-13B"
-    """Shape of the model: a known name, or the path of a config.json or its folder."""
+    """The model: a published name such as OPT-13B, or the path of a config.json or its folder."""
     device: str = "A100-40GB"
-    """What it runs on: a known name, or a JSON file of measured coefficients."""
+    """The device: a known name such as H100, or a JSON file of measured coefficients."""
     num_devices: int | None = None
-    """Devices that share the model (tensor parallel); None takes as few, a power of two, as hold the weights."""
+    """Devices that share the model (tensor parallel). None takes the smallest power of two that holds the weights."""
     policy: str = "paged"
     """paged is this engine; orca-max, orca-pow2, orca-oracle and fastertransformer are the paper's baselines."""
     scheduling_policy: str = "fcfs"
-    """Who is admitted first: fcfs, shortest, fair, as in quire serve; oracle-shortest knows all lengths (paged)."""
+    """Order of admission: fcfs, shortest, fair, as in quire serve; oracle-shortest knows all lengths (paged)."""
     admission: str = "current"
-    """current or predicted, as in quire serve; new-token-ratio is SGLang's rule (paged)."""
+    """Rule of admission: current or predicted, as in quire serve; new-token-ratio is SGLang's rule (paged)."""
     max_tokens: int | None = None
-    """What requests ask for at most, where the trace does not say; None: just what they get, so that it is known."""
+    """Token limit of requests that have none in the trace. None: their output length, which is then known."""
     rate: float | None = None
-    """Requests per second; a trace's own arrivals are stretched to it. None takes them as they are."""
+    """Requests per second; the trace's own arrivals are stretched to this rate. None takes them as they are."""
     arrivals: str = "auto"
-    """trace, poisson, gamma or bursts; auto takes the trace's own where it has them, else Poisson."""
+    """How requests arrive: trace, poisson, gamma or bursts; auto takes the trace's arrivals, or else poisson."""
     cv: float = 2.0
-    """Coefficient of variation of gamma arrivals; 1 is Poisson."""
+    """Coefficient of variation of gamma arrivals; 1 is the same as poisson."""
     burst_size: int = 16
-    """Requests that come at once, where arrivals come in bursts."""
+    """Requests of one burst."""
     num_requests: int | None = None
-    """Requests simulated; a shorter trace is begun again. None takes every row once."""
+    """Requests to simulate; a shorter trace starts again. None takes every row once."""
     duration: float | None = None
-    """Seconds after which nothing arrives any more; begins a trace without arrivals again as often as needed."""
+    """Seconds of arrivals; a trace without arrivals starts again as often as needed."""
     saturate: bool = False
     """Keep the queue always full instead of letting requests arrive; latencies then count from admission."""
     warm_up: int = 0
-    """Requests that end before anything is measured: what begins all at once is not how a system runs."""
+    """Requests that end before measuring begins, so that the simultaneous start does not count."""
     seed: int = 0
-    """Seeds arrivals and faults; the same seed gives the same result, byte for byte."""
+    """Seed of arrivals and faults; the same seed gives the same result, byte for byte."""
     kv_cache_memory: int | None = None
-    """Bytes for KV over all devices, e.g. 12GiB; None takes what the weights leave of 90 % of the memory."""
+    """Bytes for KV on all devices together, e.g. 12GiB; None takes what the weights leave of 90 % of the memory."""
     kv_slots: int | None = None
-    """Tokens the KV memory holds, instead of kv_cache_memory."""
+    """Tokens that the KV memory holds; an alternative to kv_cache_memory."""
     block_size: int = 16
     """Tokens per KV block (paged)."""
     max_num_seqs: int = 256
@@ -63,43 +66,43 @@ class SimulationSettings:
     max_num_batched_tokens: int = 2048
     """Most tokens computed in one step (paged)."""
     max_model_len: int | None = None
-    """Longest prompt + output in tokens, and what orca-max reserves; None takes the model's context."""
+    """Most tokens of prompt + output, which orca-max reserves for every request; None takes the model's context."""
     enable_prefix_caching: bool = True
-    """Find blocks by content (paged)."""
+    """Reuse the KV of blocks that an earlier request computed (paged)."""
     n: int = 1
-    """Samples per request; the baselines store the prompt once for each."""
+    """Samples per request; the baselines store the prompt once for each sample."""
     beam_width: int | None = None
-    """Beams per request, searched for instead of sampled; the baselines store the prompt once for each."""
+    """Beams per request: beam search instead of sampling. The baselines store the prompt once for each beam."""
     shared_prefix: int = 0
-    """Tokens that every prompt begins with besides its own; paged holds them ready, the baselines compute them."""
+    """Tokens of a prefix put before every prompt: computed in advance by paged, for each request by the baselines."""
     swap_space: int | None = None
-    """Bytes of host memory, e.g. 64GiB, for blocks that leave the KV memory (paged)."""
+    """Bytes of host memory, e.g. 64GiB, for blocks evicted from the KV memory (paged)."""
     disk_cache_size: int | None = None
-    """Bytes on disk for blocks (paged)."""
+    """Bytes on disk for evicted blocks (paged)."""
     disk_bandwidth: float = 3e9
-    """Bytes per second read from that disk, and as many written."""
+    """Bytes per second that the disk reads, and as many that it writes."""
     attention_slowdown: float = 1.0
-    """Time of the attention kernel over that of one for contiguous KV (paged); the paper measures 1.20 to 1.26."""
+    """Time of the attention kernel relative to one for contiguous KV (paged); the paper measures 1.20 to 1.26."""
     ttft_limit: float = 1.0
-    """Seconds to the first token within which a request counts for goodput."""
+    """Most seconds to the first token with which a request counts for goodput."""
     tbt_limit: float = 0.2
-    """Seconds per further token, on average over a request, within which it counts for goodput."""
+    """Most seconds per further token, on average over a request, with which it counts for goodput."""
     step_failures: float = 0.0
-    """Probability that a step fails for one of its sequences, which ends with an error."""
+    """Probability that a step fails for one of its sequences, whose request then ends with an error."""
     slow_steps: float = 0.0
     """Probability that a step takes slow_factor times as long."""
     slow_factor: float = 10.0
     """How many times as long a slow step takes."""
     cancellations: float = 0.0
-    """Share of clients that leave before their answer is complete, after patience seconds on average."""
+    """Share of clients that leave before their answer is complete, after `patience` seconds on average."""
     patience: float = 10.0
-    """Mean of the exponential time after which such a client leaves, in seconds."""
+    """Mean seconds until such a client leaves; the time is exponentially distributed."""
     engine_deaths: float = 0.0
-    """Probability that the engine dies in a step; it starts anew and running requests go on."""
+    """Probability that the engine dies in a step; a new one starts and resumes the running requests."""
     restart_time: float = 5.0
     """Seconds a new engine needs to start."""
     check_every: int = 0
-    """Verify the invariants of the memory every so many steps; 0 only at the end and after each fault."""
+    """Check the invariants of the memory every so many steps; 0: at the end and after each fault only."""
 
     def __post_init__(self) -> None:
         for name in ("kv_cache_memory", "swap_space", "disk_cache_size"):

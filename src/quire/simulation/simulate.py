@@ -4,11 +4,13 @@ from typing import Any
 
 from quire.errors import ConfigError
 from quire.simulation.arrivals import Arrival, arrivals_of
-from quire.simulation.baselines import BaselineSimulation, FasterTransformerSimulation, OrcaSimulation, Progress
+from quire.simulation.baselines import BaselineSimulation, Progress
 from quire.simulation.devices import Device, fewest_devices, kv_bytes_left
+from quire.simulation.fastertransformer import FasterTransformerSimulation
 from quire.simulation.measures import Measures
 from quire.simulation.model_shapes import ModelShape
 from quire.simulation.modelled_executor import ModelledExecutor, ModelledTiers
+from quire.simulation.orca import OrcaSimulation
 from quire.simulation.paged import PagedSimulation
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.step_time import StepTime
@@ -22,22 +24,16 @@ def run_simulation(
     settings: SimulationSettings,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run one simulation: its figures by name, those of the set-up first, ready for JSON.
+    """Run one simulation; return its figures by name, those of the set-up first, ready for JSON.
 
-    Times are in seconds, shares in percent. Raises `ConfigError` for settings at odds with the trace, the model or
-    the device; `settings.trace`, `model` and `device` only name what was loaded.
+    Times are in seconds, shares in percent. Raises `ConfigError` for settings at odds with the trace, the model or the
+    device. `settings.trace`, `settings.model` and `settings.device` are names only; the objects given here are used.
     """
     if trace.rows[0].arrival is None and not settings.saturate and settings.rate is None:
         raise ConfigError(f"trace {trace.name} holds no arrivals; set rate in requests per second, or saturate")
     num_devices = settings.num_devices or fewest_devices(model, device)
-    num_slots = settings.kv_slots
-    if num_slots is None:
-        memory = settings.kv_cache_memory or kv_bytes_left(model, device, num_devices)
-        num_slots = memory // model.kv_bytes_per_token
+    num_slots = _num_slots(model, device, num_devices, settings)
     max_model_len = settings.max_model_len or model.context_length
-    smallest = settings.block_size if settings.policy == "paged" else 1
-    if num_slots < smallest:
-        raise ConfigError(f"the KV memory holds {num_slots} tokens, less than a block of {smallest}; give it more")
     paged = settings.policy == "paged"
     measures = Measures(
         num_slots // settings.block_size * settings.block_size if paged else num_slots,
@@ -47,29 +43,22 @@ def run_simulation(
         warm_up=settings.warm_up,
     )
     arrivals = arrivals_of(trace, settings)
-    if settings.shared_prefix and not paged:
-        arrivals = (_with_prefix(arrival, settings.shared_prefix) for arrival in arrivals)
     slowdown = settings.attention_slowdown if paged else 1.0
     step_time = StepTime(model, device, num_devices, attention_slowdown=slowdown)
     simulation: PagedSimulation | BaselineSimulation
     if paged:
-        per_token = model.kv_bytes_per_token
-        tiers = None
-        if settings.has_tiers:
-            host_rate = num_devices * (device.host_bandwidth or device.bandwidth)
-            tiers = ModelledTiers(
-                settings.block_size * per_token, host_rate=host_rate, disk_rate=settings.disk_bandwidth
-            )
         simulation = PagedSimulation(
             arrivals,
-            ModelledExecutor(step_time, seed=settings.seed, tiers=tiers),
+            ModelledExecutor(step_time, seed=settings.seed, tiers=_tiers(model, device, num_devices, settings)),
             measures,
             settings,
             num_slots=num_slots,
             max_model_len=max_model_len,
-            kv_bytes_per_token=per_token,
+            kv_bytes_per_token=model.kv_bytes_per_token,
         )
     else:
+        if settings.shared_prefix:
+            arrivals = (_with_prefix(arrival, settings.shared_prefix) for arrival in arrivals)
         batching = FasterTransformerSimulation if settings.policy == "fastertransformer" else OrcaSimulation
         simulation = batching(arrivals, step_time, measures, settings, num_slots=num_slots, max_model_len=max_model_len)
     simulation.run(on_progress)
@@ -91,13 +80,33 @@ def run_simulation(
         "skipped_rows": trace.num_skipped,
         "requests": sum(figures[ending] for ending in ("finished", "failed", "cancelled", "refused")),
         **figures,
-        # Of blocks, as traces are described, and of tokens, as prefix_hit_pct counts.
+        # The first counts blocks, as descriptions of traces do, the second tokens, as prefix_hit_pct does.
         "unbounded_prefix_hit_pct": unbounded_hit_percent(trace.rows[: settings.num_requests]),
         "unbounded_prefix_hit_tokens_pct": unbounded_hit_percent(trace.rows[: settings.num_requests], of_tokens=True),
     }
 
 
+def _num_slots(model: ModelShape, device: Device, num_devices: int, settings: SimulationSettings) -> int:
+    """Tokens that the KV memory holds."""
+    num_slots = settings.kv_slots
+    if num_slots is None:
+        memory = settings.kv_cache_memory or kv_bytes_left(model, device, num_devices)
+        num_slots = memory // model.kv_bytes_per_token
+    smallest = settings.block_size if settings.policy == "paged" else 1
+    if num_slots < smallest:
+        raise ConfigError(f"the KV memory holds {num_slots} tokens, less than a block of {smallest}; give it more")
+    return num_slots
+
+
+def _tiers(model: ModelShape, device: Device, num_devices: int, settings: SimulationSettings) -> ModelledTiers | None:
+    if not settings.has_tiers:
+        return None
+    host_rate = num_devices * (device.host_bandwidth or device.bandwidth)
+    block_bytes = settings.block_size * model.kv_bytes_per_token
+    return ModelledTiers(block_bytes, host_rate=host_rate, disk_rate=settings.disk_bandwidth)
+
+
 def _with_prefix(arrival: Arrival, num_tokens: int) -> Arrival:
-    """The same request for a system that knows no prefixes: they are part of its prompt."""
+    """The same request for a system without registered prefixes: its prompt contains them."""
     row = arrival.row
     return arrival._replace(row=row._replace(prompt_tokens=row.prompt_tokens + num_tokens))

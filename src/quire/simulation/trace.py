@@ -1,9 +1,8 @@
-"""Traces: what was asked of a server, as lengths, times and prefixes; read from the formats they are published in.
+"""Traces: the requests that a server received, as lengths, times and prefixes, in the formats they are published in.
 
-CSV with a header, or JSON lines, either of them gzipped. A row says how many tokens its prompt and its output have. It
-may say when it arrived, for whom (`tenant`), what it asked for at most (`max_tokens`), and name the blocks of its
-prompt (`hash_ids`, as Mooncake's traces do): one number per 512 tokens, the same number for the same whole prefix up to
-there.
+A trace is CSV with a header, or JSON lines; either may be gzipped. A row has the number of tokens of its prompt and of
+its output. It may have an arrival time, a `tenant`, a limit (`max_tokens`), and ids for the blocks of its prompt
+(`hash_ids`, as in Mooncake's traces): one number per 512 tokens, equal for prompts that are equal up to there.
 """
 
 import csv
@@ -22,7 +21,7 @@ HASH_BLOCK_TOKENS = 512
 """Prompt tokens per entry of `hash_ids`."""
 
 MAX_TOKENS = 2**24
-"""Of a prompt or an output: the longest context that a simulation can have."""
+"""Most tokens of a prompt or an output: the longest context that a simulation can have."""
 
 _SUFFIXES = ("", ".csv", ".jsonl", ".jsonl.gz", ".csv.gz")
 _PROMPT = ("prompt_tokens", "input_length", "ContextTokens", "num_prefill_tokens", "Request tokens")
@@ -40,18 +39,18 @@ class TraceRow(NamedTuple):
     """Seconds after the trace's first request."""
     hash_ids: tuple[int, ...] = ()
     max_tokens: int | None = None
-    """What the request asks for at most; None: what the simulation's settings say."""
+    """The request's own token limit; None: the limit of the settings."""
     tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Rows in order of arrival, where they have one, else in the order of the file."""
+    """Rows in order of arrival; rows without arrivals in the order of the file."""
 
     name: str
     rows: list[TraceRow]
     num_skipped: int = 0
-    """Rows of the file with an empty prompt or no output, which are left out."""
+    """Rows of the file that were left out because their prompt or their output is empty."""
 
     @property
     def has_arrivals(self) -> bool:
@@ -63,7 +62,7 @@ class Trace:
 
 
 def find_trace(name: str, folder: str | Path) -> Path:
-    """The file of a trace: a path, or the beginning of a name in `folder` that only one has. Raises `ConfigError`."""
+    """The file of a trace: a path, or the beginning of one file's name in `folder`. Raises `ConfigError`."""
     for candidate in (Path(name), *(Path(folder) / f"{name}{suffix}" for suffix in _SUFFIXES)):
         if candidate.is_file():
             return candidate
@@ -76,7 +75,7 @@ def find_trace(name: str, folder: str | Path) -> Path:
 
 
 def read_trace(path: str | Path) -> Trace:
-    """Read a trace. Raises `ConfigError`, with the line, for what is not one."""
+    """Read a trace. Raises `ConfigError`, with the line, if the file is not a trace."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -106,8 +105,8 @@ def read_trace(path: str | Path) -> Trace:
 
 
 def unbounded_hit_percent(rows: Iterable[TraceRow], *, of_tokens: bool = False) -> float | None:
-    """Share of `hash_ids` blocks, or of the prompt tokens in them, that a prefix cache which forgets nothing would hit;
-    None without any."""
+    """Percentage of `hash_ids` blocks, or of the prompt tokens in them, that a prefix cache without evictions would
+    hit; None if no row has any."""
     seen: set[int] = set()
     asked = hit = 0
     for row in rows:

@@ -18,7 +18,7 @@ from quire.attention import plan_buffers
 from quire.engine.core import EngineCore
 from quire.kernels import transfer
 from quire.request import Request
-from quire.runner import model_runner
+from quire.runner import results
 from quire.runner.cuda_graphs import DecodeGraphs
 from quire.sampling_params import SamplingParams
 from tests.kernels.triton.test_steps import make_core
@@ -153,7 +153,7 @@ def test_no_step_waits_for_its_device(backend: str, monkeypatch: pytest.MonkeyPa
         fetched.append(drawn)
         return lambda: np.zeros(drawn.shape, dtype=np.int32)
 
-    monkeypatch.setattr(model_runner, "_fetch", fetch)
+    monkeypatch.setattr(results, "fetch", fetch)
     replays = []
     replay = DecodeGraphs.replay
     monkeypatch.setattr(

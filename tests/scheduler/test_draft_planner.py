@@ -2,10 +2,8 @@
 
 from collections.abc import Callable
 
-import pytest
-
 from quire.config import SpeculativeConfig
-from quire.scheduler.speculation import Drafts, Speculation, StepCurve
+from quire.scheduler.draft_planner import Candidate, DraftPlanner
 
 LOOP = [1, 2, 3, 4, 5, 6, 7] * 3
 RANDOM = list(range(100, 150))
@@ -13,14 +11,14 @@ MEMORY_BOUND: Callable[[int], float] = lambda num_tokens: 0.01 + 0.0003 * num_to
 COMPUTE_BOUND: Callable[[int], float] = lambda num_tokens: 0.0001 + 0.001 * num_tokens  # noqa: E731
 
 
-def taught() -> Speculation:
+def taught() -> DraftPlanner:
     """One that has seen drafts of a loop hold."""
-    speculation, token_ids = Speculation(SpeculativeConfig()), LOOP.copy()
-    drafts = speculation.new_drafts()
+    planner, token_ids = DraftPlanner(SpeculativeConfig()), LOOP.copy()
+    drafts = planner.new_drafts()
     for _ in range(8):
         drafts.propose(token_ids, 16)
         token_ids.append(token_ids[-7])
-    return speculation
+    return planner
 
 
 class Sequence:
@@ -30,21 +28,21 @@ class Sequence:
         self.token_ids = list(token_ids)
         self.drafts = taught().new_drafts()
 
-    def candidate(self, most: int = 100) -> tuple[Drafts, list[int], int]:
+    def candidate(self, most: int = 100) -> Candidate:
         return self.drafts, self.token_ids, most
 
 
 def run(seconds: Callable[[int], float], sequences: list[Sequence], next_token: Callable[[Sequence], int]) -> list[int]:
     """Fifty steps of all sequences; returns how many tokens each step drafted."""
-    speculation, now, drafted = Speculation(SpeculativeConfig()), 0.0, []
+    planner, now, drafted = DraftPlanner(SpeculativeConfig()), 0.0, []
     for sequence in sequences:
-        sequence.drafts = speculation.new_drafts()
+        sequence.drafts = planner.new_drafts()
     for _ in range(50):
         candidates = [sequence.candidate() for sequence in sequences]
-        drafts = speculation.choose(candidates, len(sequences), 64, now)
+        drafts = planner.choose(candidates, len(sequences), 64, now)
         num_tokens = len(sequences) + sum(map(len, drafts))
         now += seconds(num_tokens)
-        speculation.times.measure(num_tokens, seconds(num_tokens), now, drafted=any(drafts))
+        planner.times.measure(num_tokens, seconds(num_tokens), now, drafted=any(drafts))
         drafted.append(num_tokens - len(sequences))
         for sequence, draft in zip(sequences, drafts, strict=True):
             for expected in [*draft, -1]:
@@ -91,8 +89,8 @@ def test_where_repetition_ends_so_do_drafts() -> None:
 
 
 def test_drafts_are_expected_to_fare_as_those_after_runs_as_long() -> None:
-    speculation = Speculation(SpeculativeConfig())
-    drafts = speculation.new_drafts()
+    planner = DraftPlanner(SpeculativeConfig())
+    drafts = planner.new_drafts()
     token_ids = [*range(20), *range(8)]
     for token in range(8, 18):
         assert drafts.propose(token_ids, 3)[:2] == [token, token + 1]
@@ -106,11 +104,11 @@ def test_drafts_are_expected_to_fare_as_those_after_runs_as_long() -> None:
 
 
 def test_a_sequence_begins_with_what_others_have_shown_and_goes_by_its_own() -> None:
-    speculation = Speculation(SpeculativeConfig())
-    assert speculation.new_drafts().acceptance.probability == 0
+    planner = DraftPlanner(SpeculativeConfig())
+    assert planner.new_drafts().acceptance.probability == 0
     for _ in range(100):
-        speculation.new_drafts().acceptance.judge([1] * 16, [1] * 16)
-    own, other = speculation.new_drafts().acceptance, speculation.new_drafts().acceptance
+        planner.new_drafts().acceptance.judge([1] * 16, [1] * 16)
+    own, other = planner.new_drafts().acceptance, planner.new_drafts().acceptance
     assert 0.7 < own.probability < 1
     for _ in range(8):
         own.judge([1] * 16, [2])
@@ -122,8 +120,8 @@ def test_a_sequence_begins_with_what_others_have_shown_and_goes_by_its_own() -> 
 
 
 def test_where_no_draft_is_worth_taking_few_are_looked_for() -> None:
-    speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
-    steps = [(speculation.begin_step(), speculation.pauses, speculation.measures) for _ in range(112)]
+    planner, sequence = DraftPlanner(SpeculativeConfig()), Sequence(LOOP)
+    steps = [(planner.begin_step(), planner.pauses, planner.measures) for _ in range(112)]
     assert steps[:32] == [(True, False, True)] * 32
     looks, _, measures = zip(*steps[32:], strict=True)
     assert all(pauses for _, pauses, _ in steps[32:])
@@ -133,9 +131,9 @@ def test_where_no_draft_is_worth_taking_few_are_looked_for() -> None:
         place for end in (15, 31, 47, 63, 79) for place in range(end - 3, end)
     ]
     for _ in range(3):
-        speculation.times.measure(1, 1.0, 0.0)
-    assert speculation.choose([sequence.candidate()], 1, 64, 0.0) != [[]]
-    assert speculation.begin_step()
+        planner.times.measure(1, 1.0, 0.0)
+    assert planner.choose([sequence.candidate()], 1, 64, 0.0) != [[]]
+    assert planner.begin_step()
 
 
 def test_of_two_sequences_the_one_that_repeats_is_drafted() -> None:
@@ -145,43 +143,20 @@ def test_of_two_sequences_the_one_that_repeats_is_drafted() -> None:
 
 
 def test_a_request_that_may_have_no_more_gets_no_draft() -> None:
-    speculation = Speculation(SpeculativeConfig())
+    planner = DraftPlanner(SpeculativeConfig())
     for _ in range(3):
-        speculation.times.measure(1, 1.0, 0.0)
+        planner.times.measure(1, 1.0, 0.0)
     sequence = Sequence(LOOP)
-    assert speculation.choose([sequence.candidate(most=0)], 1, 64, 0.0) == [[]]
-    assert speculation.choose([sequence.candidate(most=-1)], 1, 64, 0.0) == [[]]
-    assert speculation.choose([sequence.candidate(most=2)], 1, 64, 0.0) == [[1, 2]]
-    assert speculation.choose([sequence.candidate()], 1, 3, 0.0) == [[1, 2, 3]]
-    assert speculation.choose([sequence.candidate()], 1, -5, 0.0) == [[]]
+    assert planner.choose([sequence.candidate(most=0)], 1, 64, 0.0) == [[]]
+    assert planner.choose([sequence.candidate(most=-1)], 1, 64, 0.0) == [[]]
+    assert planner.choose([sequence.candidate(most=2)], 1, 64, 0.0) == [[1, 2]]
+    assert planner.choose([sequence.candidate()], 1, 3, 0.0) == [[1, 2, 3]]
+    assert planner.choose([sequence.candidate()], 1, -5, 0.0) == [[]]
 
 
 def test_old_times_are_not_believed() -> None:
-    speculation, sequence = Speculation(SpeculativeConfig()), Sequence(LOOP)
+    planner, sequence = DraftPlanner(SpeculativeConfig()), Sequence(LOOP)
     for _ in range(3):
-        speculation.times.measure(1, 1.0, 0.0)
-    assert speculation.choose([sequence.candidate()], 1, 64, 29.0) != [[]]
-    assert speculation.choose([sequence.candidate()], 1, 64, 31.0) == [[]]
-
-
-def test_times_between_those_measured() -> None:
-    curve = StepCurve([(2, 10.0), (4, 20.0), (8, 30.0)])
-    assert [curve.seconds(num) for num in (1, 2, 3, 4, 6, 8, 100)] == pytest.approx([10, 10, 15, 20, 25, 30, 30])
-    assert curve.best_rate(2, 16) == pytest.approx(16 / 30)
-    assert curve.best_rate(2, 4) == pytest.approx(0.2)
-
-
-def test_no_step_is_slower_than_one_of_more_tokens() -> None:
-    curve = StepCurve([(1, 9.0), (2, 70.0), (4, 10.0), (8, 12.0)])
-    assert [curve.seconds(num) for num in (1, 2, 3, 4, 8)] == pytest.approx([9, 10, 10, 10, 12])
-
-
-def test_a_plain_step_after_drafts_is_not_what_drafts_are_compared_with() -> None:
-    times = Speculation(SpeculativeConfig()).times
-    for drafted, seconds in ((False, 1.0), (False, 1.0), (True, 9.0), (False, 5.0), (True, 9.0), (False, 5.0)):
-        times.measure(4 if drafted else 1, seconds, 0.0, drafted=drafted)
-    assert times.curve(1, 0.0) is None
-    times.measure(1, 1.0, 0.0)
-    curve = times.curve(1, 0.0)
-    assert curve is not None
-    assert (curve.seconds(1), curve.seconds(4)) == (1.0, 9.0)
+        planner.times.measure(1, 1.0, 0.0)
+    assert planner.choose([sequence.candidate()], 1, 64, 29.0) != [[]]
+    assert planner.choose([sequence.candidate()], 1, 64, 31.0) == [[]]

@@ -1,0 +1,133 @@
+"""MemoryBudget: what a model and its steps take of the memory beside the KV cache, part by part, in bytes."""
+
+from dataclasses import dataclass
+
+from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend
+from quire.config import EngineConfig
+from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
+from quire.engine.device import Device
+from quire.kv_cache.tiers import num_staged_blocks
+from quire.model_config import ModelConfig
+from quire.step import logprob_bytes
+
+CONTEXT_BYTES = 640 * 2**20
+"""What a CUDA context, its kernels and the workspaces of cuBLAS take of a card before anything is allocated."""
+GRAPH_BYTES = 256 * 2**20
+"""Allowance for what captured steps take beside their activations: their launches, a workspace of cuBLAS."""
+SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8
+"""Sampling on a device: float32 logits, and a sorted copy with its ids."""
+TOP_TOKENS_BYTES_PER_LOGIT = 4
+"""The same with kernels that list token ids instead of sorting: at most all of them."""
+LOGPROB_POSITIONS = 64
+"""Positions whose log-probabilities are computed at once by default: enough for full-speed products."""
+MAX_LOGPROBS_MEMORY = 64 * 2**20
+"""Most bytes for them by default, however large the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageChoice:
+    """Options that decide sizes, none of them open any more."""
+
+    backend: str
+    """A row of BACKENDS."""
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    block_size: int
+    """Tokens."""
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBudget:
+    """Bytes, beside the KV cache."""
+
+    available: int
+    """Bytes that the plan may use: the host's, or a share of a card's own memory."""
+    own_memory: bool
+    """The device has memory of its own; swap space and staging are then the host's."""
+    block: int
+    """One KV block of all layers."""
+    weights: int
+    activations: int
+    logprobs: int
+    """For log-probabilities of prompts and samples, which are computed piece by piece in it."""
+    context: int = 0
+    """What a device takes before anything is allocated."""
+    graphs: int = 0
+    """Allowance for captured steps."""
+    swap_space: int = 0
+    """The host tier: whole blocks."""
+    staging: int = 0
+    """Blocks on their way to and from the disk tier."""
+
+    @property
+    def tiers(self) -> int:
+        """Memory of the host for the tiers below the KV cache."""
+        return self.swap_space + self.staging
+
+    @property
+    def left(self) -> int:
+        """What remains for KV blocks; negative where the other parts do not fit."""
+        left = self.available - self.weights - self.activations - self.logprobs - self.context - self.graphs
+        return left if self.own_memory else left - self.tiers
+
+
+def make_budget(
+    config: EngineConfig, model: ModelConfig, choice: StorageChoice, device: Device, available: int
+) -> MemoryBudget:
+    """The parts of a plan, whether they fit or not."""
+    spec, backend = model.spec, BACKENDS[choice.backend]
+    block = spec.kv_bytes_per_token(choice.kv_cache_dtype) * choice.block_size
+    num_samples = max_num_samples(config)
+    if backend.float32_activations:
+        activations = spec.activation_bytes(choice.max_num_batched_tokens, num_samples)
+    else:
+        activations = _device_activations(backend, model, choice, num_samples)
+    on_cuda = device.type == "cuda"
+    captures = on_cuda and backend.captures and not config.enforce_eager
+    return MemoryBudget(
+        available=available,
+        own_memory=device.total_memory is not None,
+        block=block,
+        weights=spec.weight_bytes(choice.dtype, choice.quantization),
+        activations=activations,
+        logprobs=_logprobs_memory(config, model),
+        context=CONTEXT_BYTES if on_cuda else 0,
+        graphs=_graph_bytes(model, choice.dtype, min(MAX_CAPTURED_TOKENS, num_samples)) if captures else 0,
+        swap_space=(config.swap_space or 0) // block * block,
+        staging=2 * num_staged_blocks(block) * block if config.disk_cache is not None else 0,
+    )
+
+
+def max_num_samples(config: EngineConfig) -> int:
+    """Rows of logits of the largest step: one for every sequence, and one for each token of one longest draft."""
+    drafted = config.speculative_config.num_speculative_tokens if config.speculative_config is not None else 0
+    return config.max_num_seqs + drafted
+
+
+def _device_activations(backend: Backend, model: ModelConfig, choice: StorageChoice, num_samples: int) -> int:
+    """Peak of a step on a device, whose activations are in `dtype` and whose sampling sorts at worst."""
+    size = DTYPE_BYTES[choice.dtype]
+    tokens = model.spec.activation_bytes(choice.max_num_batched_tokens, 0) * size // FLOAT32_BYTES
+    logits = num_samples * model.vocab_size * (size + SAMPLING_BYTES_PER_LOGIT)
+    rope = model.context_length * model.head_dim * FLOAT32_BYTES
+    # Keys and values, each as it is stored and as it is read.
+    gathered = 2 * backend.gathered_slots * model.spec.largest_kv * size
+    return tokens + logits + rope + gathered + backend.workspace
+
+
+def _graph_bytes(model: ModelConfig, dtype: str, num_tokens: int) -> int:
+    """Memory of all captured steps. They share one memory for activations, logits and the token ids that sampling
+    lists, and one for logits that the host asks for."""
+    size = DTYPE_BYTES[dtype]
+    activations = model.spec.activation_bytes(num_tokens, 0) * size // FLOAT32_BYTES
+    return GRAPH_BYTES + activations + num_tokens * model.vocab_size * (2 * size + TOP_TOKENS_BYTES_PER_LOGIT)
+
+
+def _logprobs_memory(config: EngineConfig, model: ModelConfig) -> int:
+    """Bytes for log-probabilities: as asked, or for `LOGPROB_POSITIONS`, and for one position at least."""
+    if config.logprobs_memory is not None:
+        return config.logprobs_memory
+    position = logprob_bytes(model.vocab_size, config.max_logprobs)
+    return max(position, min(LOGPROB_POSITIONS * position, MAX_LOGPROBS_MEMORY))

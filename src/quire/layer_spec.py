@@ -1,0 +1,312 @@
+"""ModelSpec: a model as plain values, one LayerSpec for each decoder layer, and the sums over them.
+
+A family tells its layers: dense layers with their shapes, norms and biases, what a token leaves in the KV cache, and
+experts. Every size that must be known before a weight is read is a sum over these values: parameters, memory of
+weights, activations and KV, and what a step reads and computes. The memory plan, the planner and the simulator all ask
+here. No torch.
+
+Names are Quire's own, not the checkpoint's; a layer that is packed from several tensors is one `LinearSpec`.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
+from quire.quantization import METHODS, WeightFormat
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """A dense layer, or a table that only gives rows: a matrix [num_outputs, num_inputs]."""
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    quantizes: bool = True
+    """False: a quantisation leaves it in float32. Routers of experts are such layers."""
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_outputs * self.num_inputs
+
+    def weight_bytes(self, dtype: str, weight_format: WeightFormat | None = None) -> int:
+        """Memory of the matrix in `dtype`, or in the format of a quantisation."""
+        if weight_format is None:
+            return self.num_parameters * DTYPE_BYTES[dtype]
+        if not self.quantizes:
+            return self.num_parameters * FLOAT32_BYTES
+        return weight_format.weight_bytes(self.num_outputs, self.num_inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """The weight of a norm, or a bias: float32 whatever the dtype."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """What a token leaves in the KV cache of one layer. Latent and recurrent layers will be further kinds."""
+
+    kind: Literal["full", "window"] = "full"
+    num_heads: int
+    """KV heads."""
+    key_dim: int
+    value_dim: int
+    """Elements of a key and of a value, per head."""
+    window: int = 0
+    """Positions that a token attends to, itself included; 0 for all. Blocks outside the window are kept today."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the keys and values of one token."""
+        return self.num_heads * (self.key_dim + self.value_dim)
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Memory of one token's keys and values; in int8 each has a float32 scale per head."""
+        scales = 2 * self.num_heads * FLOAT32_BYTES if dtype == "int8" else 0
+        return self.num_elements * KV_DTYPE_BYTES[dtype] + scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """The attention of one layer: `linears` in the order of computation, the output projection last."""
+
+    linears: tuple[LinearSpec, ...]
+    num_heads: int
+    """Query heads."""
+    kv: KVSpec
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that attention passes on for one token: queries, keys, values, and its output."""
+        return _passed_on(self.linears)
+
+    @property
+    def operations_per_pair(self) -> int:
+        """Multiplications and additions for one (query, key) pair: the score and the share of the value."""
+        return 2 * self.num_heads * (self.kv.key_dim + self.kv.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLPSpec:
+    """A feed-forward network: up and down, or gate and up as one layer, and down."""
+
+    kind: Literal["gated", "plain"]
+    linears: tuple[LinearSpec, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(linear.num_parameters for linear in self.linears)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that it passes on for one token: the input of the activation and its output."""
+        return _passed_on(self.linears)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsSpec:
+    """A mixture of experts: the router sends every token to `num_active` of `num_experts` networks of one shape."""
+
+    num_experts: int
+    num_active: int
+    router: LinearSpec
+    expert: MLPSpec
+    """One of the experts."""
+    shared: MLPSpec | None = None
+    """A network that every token passes as well."""
+
+    def num_read(self, num_tokens: int) -> int:
+        """Experts that a step of `num_tokens` reads at most: each token's own, until they are all."""
+        return min(self.num_experts, num_tokens * self.num_active)
+
+    @property
+    def always_read(self) -> tuple[LinearSpec, ...]:
+        """The dense layers that every token passes: router and shared network."""
+        return (self.router, *(self.shared.linears if self.shared is not None else ()))
+
+    @property
+    def num_elements(self) -> int:
+        """Elements passed on for one token: the router's logits, and for each active expert its copy of the token's
+        row, its inner elements and its output row."""
+        routed = self.num_active * (2 * self.router.num_inputs + self.expert.num_elements)
+        return self.num_experts + routed + (self.shared.num_elements if self.shared is not None else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer: attention, then an MLP or experts; `vectors` are all its norms and biases."""
+
+    attention: AttentionSpec
+    mlp: MLPSpec | ExpertsSpec
+    vectors: tuple[VectorSpec, ...] = ()
+
+    @property
+    def dense(self) -> tuple[LinearSpec, ...]:
+        """The matrices that every token passes."""
+        mlp = self.mlp.linears if isinstance(self.mlp, MLPSpec) else self.mlp.always_read
+        return self.attention.linears + mlp
+
+    @property
+    def experts(self) -> ExpertsSpec | None:
+        return self.mlp if isinstance(self.mlp, ExpertsSpec) else None
+
+    @property
+    def matrices(self) -> tuple[tuple[LinearSpec, int], ...]:
+        """Every matrix of the layer with how often it is there: a dense one once, an expert's for every expert."""
+        experts = self.experts
+        routed = () if experts is None else experts.expert.linears
+        number = 0 if experts is None else experts.num_experts
+        return (*((linear, 1) for linear in self.dense), *((linear, number) for linear in routed))
+
+    @property
+    def num_inactive_parameters(self) -> int:
+        """Parameters that one token does not pass: those of the experts that it is not sent to."""
+        experts = self.experts
+        if experts is None:
+            return 0
+        return (experts.num_experts - experts.num_active) * experts.expert.num_parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only model: its layers and its two ends. Sizes are in bytes where the name says so."""
+
+    layers: tuple[LayerSpec, ...]
+    embedding: LinearSpec
+    """The table of token embeddings [vocab_size, hidden_size]."""
+    head: LinearSpec
+    """The matrix that makes logits [vocab_size, hidden_size]."""
+    tied: bool = False
+    """The embedding's rows are read from the head: one matrix, held once, as the head holds it."""
+    positions: LinearSpec | None = None
+    """The table of learned positions."""
+    vectors: tuple[VectorSpec, ...] = ()
+    """The final norm, and a bias of the head."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.head.num_inputs
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.num_outputs
+
+    @property
+    def tables(self) -> tuple[LinearSpec, ...]:
+        """Tables that only give rows; no quantisation touches them."""
+        tokens = () if self.tied else (self.embedding,)
+        return tokens if self.positions is None else (*tokens, self.positions)
+
+    @property
+    def expert_layers(self) -> tuple[tuple[ExpertsSpec, int], ...]:
+        """Every kind of experts with the number of layers that have it."""
+        return tuple(Counter(layer.experts for layer in self.layers if layer.experts is not None).items())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of all matrices of the layers, every expert's included."""
+        return sum(count * linear.num_parameters for layer in self.layers for linear, count in layer.matrices)
+
+    @property
+    def active_layer_parameters(self) -> int:
+        """Those of them that one token passes."""
+        return self.layer_parameters - sum(layer.num_inactive_parameters for layer in self.layers)
+
+    @property
+    def num_matrix_parameters(self) -> int:
+        """Parameters of all matrices and tables, a tied one counted once."""
+        tables = sum(table.num_parameters for table in self.tables)
+        return self.layer_parameters + self.head.num_parameters + tables
+
+    @property
+    def num_vector_parameters(self) -> int:
+        """Parameters of norms and biases."""
+        return _total(self.vectors) + sum(_total(layer.vectors) for layer in self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of parameters, as a model card counts them."""
+        return self.num_matrix_parameters + self.num_vector_parameters
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters without the experts that a token is not sent to, as a model card counts "active" ones."""
+        return self.num_parameters - sum(layer.num_inactive_parameters for layer in self.layers)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Parameters of the largest matrix that is packed as one."""
+        inside = (linear.num_parameters for layer in self.layers for linear, _ in layer.matrices)
+        return max(self.head.num_parameters, *inside)
+
+    @property
+    def largest_kv(self) -> int:
+        """Elements that a token leaves in the cache of the layer that keeps most."""
+        return max(layer.attention.kv.num_elements for layer in self.layers)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Elements that the layers pass to each other for one token: two norms' outputs, attention's and the MLP's."""
+        passed_on = sum(layer.attention.num_elements + layer.mlp.num_elements for layer in self.layers)
+        return 2 * self.hidden_size * self.num_layers + passed_on
+
+    @property
+    def operations_per_pair(self) -> int:
+        """Multiplications and additions of attention for one (query, key) pair, in all layers."""
+        return sum(layer.attention.operations_per_pair for layer in self.layers)
+
+    def layer_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Memory of the layers' matrices, every expert's included."""
+        weight_format = METHODS[quantization].layers if quantization is not None else None
+        matrices = (matrix for layer in self.layers for matrix in layer.matrices)
+        return sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
+
+    def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Memory of the matrix that makes logits; a quantisation has its own format for it."""
+        return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
+
+    def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Memory of what is packed: the layers' matrices and the head."""
+        return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization)
+
+    def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Memory of all matrices and tables; a quantisation leaves tables that only give rows in `dtype`."""
+        return self.packed_bytes(dtype, quantization) + sum(table.weight_bytes(dtype) for table in self.tables)
+
+    def weight_bytes(self, dtype: str, quantization: str | None = None) -> int:
+        """Memory of all weights: matrices, tables, norms and biases."""
+        return self.matrix_bytes(dtype, quantization) + self.num_vector_parameters * FLOAT32_BYTES
+
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Memory of one token's keys and values in all layers."""
+        return sum(layer.attention.kv.bytes_per_token(dtype) for layer in self.layers)
+
+    def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
+        """Peak memory, in float32, of a step that computes `num_tokens` and samples from `num_logits` rows of logits.
+
+        The peak of a layer holds the residual stream, its norm, the update, and what attention or the MLP passes on.
+        """
+        widest = max(max(layer.attention.num_elements, layer.mlp.num_elements) for layer in self.layers)
+        token = 3 * self.hidden_size + widest
+        # Sampling works on a second copy of the logits.
+        logits = 2 * self.vocab_size + self.hidden_size
+        return (num_tokens * token + num_logits * logits) * FLOAT32_BYTES
+
+
+def _passed_on(linears: Sequence[LinearSpec]) -> int:
+    """Elements between the first and the last of several dense layers: all outputs but the last, and its input."""
+    return sum(linear.num_outputs for linear in linears[:-1]) + linears[-1].num_inputs
+
+
+def _total(vectors: Iterable[VectorSpec]) -> int:
+    return sum(vector.size for vector in vectors)

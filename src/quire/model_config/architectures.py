@@ -1,0 +1,85 @@
+"""ARCHITECTURES: the list of what Quire can load, one row for each name in `architectures` of a config.json."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+STANDARD_LAYERS = "quire.model_config.decoder_layers:decoder_layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A row of ARCHITECTURES: the class of a family, and what its config.json leaves unsaid.
+
+    Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
+    these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
+    `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
+    `sliding_window_pattern`.
+    """
+
+    model: str
+    """The class, as "module:Class"; imported when a checkpoint needs it."""
+    layers: str = STANDARD_LAYERS
+    """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
+    layers do not follow from the fields of `ModelConfig` names its own."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """A key → how this family spells it in config.json."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Values that config.json may omit, by the family's spelling."""
+    fixed: Mapping[str, bool] = field(default_factory=dict)
+    """Flags of config.json that are supported with this one value; null is false."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 2048, "use_sliding_window": False},
+    ),
+    "MistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 32768, "qkv_bias": True, "sliding_window": 4096},
+    ),
+    "Qwen3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "sliding_window": 4096},
+    ),
+    "GPT2LMHeadModel": Architecture(
+        model="quire.models.gpt2:GPT2",
+        names={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        implied={
+            "n_positions": 1024,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "learned_positions": True,
+        },
+        fixed={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+    ),
+}

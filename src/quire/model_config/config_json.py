@@ -1,0 +1,96 @@
+"""ConfigJson: config.json with its defaults, read key by key; and how any JSON file of a checkpoint is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quire.errors import CheckpointError
+from quire.model_config.architectures import ARCHITECTURES
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises `CheckpointError` where it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+class ConfigJson:
+    """config.json over the defaults of its family. A key is looked up by the family's spelling.
+
+    Every refusal is a `CheckpointError` that names the file, the key, the value, and what is supported.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self._path = path
+        self.architecture = self._find_architecture(config)
+        row = ARCHITECTURES[self.architecture]
+        self._names = row.names
+        self._config = {**row.implied, **config}
+        for key, supported in row.fixed.items():
+            if bool(self._config.get(key, supported)) != supported:
+                raise self.refusal(key, self._config[key], json.dumps(supported))
+        quantization = self._config.get("quantization_config")
+        if quantization and not _holds_only_kv_scales(quantization):
+            method = quantization.get("quant_method", "unnamed")
+            raise self.refusal("quantization_config", method, "float32, float16 and bfloat16 weights")
+
+    def value(self, key: str) -> Any:
+        """The value as it is; None if it is missing."""
+        return self._config.get(self._names.get(key, key))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """False for null, `default` for a missing key."""
+        return bool(self._config.get(self._names.get(key, key), default))
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        value = self.value(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refusal(key, value, f"an integer of at least {minimum}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """A positive number; `default` for null or a missing key."""
+        value = self.value(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.refusal(key, value, "a positive number")
+        return float(value)
+
+    def choice(self, key: str, supported: tuple[str, ...], default: str | None = None) -> str:
+        value = self.value(key)
+        value = default if value is None else value
+        if value not in supported:
+            raise self.refusal(key, value, ", ".join(supported))
+        return str(value)
+
+    def refusal(self, key: str, value: Any, supported: str) -> CheckpointError:
+        """The error to raise for a value that is not supported."""
+        key = self._names.get(key, key)
+        shown = "missing" if value is None else json.dumps(value)
+        return CheckpointError(f"{self._path}: {key} is {shown}; supported: {supported}")
+
+    def _find_architecture(self, config: dict[str, Any]) -> str:
+        named = config.get("architectures") or []
+        for name in named:
+            if name in ARCHITECTURES:
+                return str(name)
+        found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{self._path}: architectures is {found}; supported are {supported}")
+
+
+def _holds_only_kv_scales(quantization: dict[str, Any]) -> bool:
+    """Whether the weights are floats as usual, and only scales of an 8-bit float KV cache lie beside them."""
+    scheme = quantization.get("kv_cache_scheme") or {}
+    return (
+        quantization.get("quant_method") == "compressed-tensors"
+        and not quantization.get("config_groups")
+        and (scheme.get("type"), scheme.get("num_bits"), bool(scheme.get("dynamic"))) == ("float", 8, False)
+    )

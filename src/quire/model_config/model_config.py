@@ -1,0 +1,240 @@
+"""ModelConfig: the shape and the rules of one model, as data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from quire.dtypes import DTYPE_BYTES
+from quire.errors import CheckpointError
+from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
+from quire.model_config.config_json import ConfigJson, read_json
+from quire.model_config.rope import RopeConfig, read_rope
+from quire.model_config.windows import read_layer_windows
+
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""config.json's name → ours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape and rules of one model. `from_folder` reads it.
+
+    A family reads the fields it supports; what a field's default says is what Llama does. `spec` tells the model's
+    layers and every size that follows from them.
+    """
+
+    architecture: str
+    """The row of ARCHITECTURES."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Inner width of a dense MLP."""
+    num_layers: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    """Norms have a bias beside the weight."""
+    norm_unit_offset: bool = False
+    """A norm multiplies by 1 + weight (Gemma)."""
+    post_norms: bool = False
+    """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
+    norms a layer instead of two (Gemma 2)."""
+    parallel_residual: bool = False
+    """Attention and MLP both read the one norm of the layer's input, and both are added: x + attention(norm(x)) +
+    mlp(norm(x)). Such a layer has one norm (StableLM)."""
+
+    activation: str = "silu"
+    """silu, gelu or gelu_tanh."""
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+
+    num_experts: int = 0
+    """Experts of every layer, in the place of the MLP; 0: the layers are dense."""
+    num_experts_per_token: int = 0
+    """Experts that the router chooses for a token: those with the largest softmax over all."""
+    norm_topk: bool = True
+    """The probabilities of the chosen experts are divided by their sum before they weigh the outputs."""
+    expert_intermediate_size: int = 0
+    """Inner width of one expert."""
+    shared_expert_intermediate_size: int = 0
+    """Inner width of a network that every token passes beside its experts; 0: there is none."""
+
+    qk_norm: bool = False
+    """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
+    qk_norm_per_head: bool = False
+    """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are multiplied by this ** -0.5; None: by head_dim ** -0.5. `attention_scale` has the factor."""
+    attention_softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
+    layer_windows: tuple[int, ...] = ()
+    """Per layer, how many positions a token attends to, itself included; 0 for all."""
+    rope: RopeConfig | None = None
+    """None: positions are learned, one embedding each."""
+
+    embedding_multiplier: float = 1.0
+    """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
+    logits_softcap: float = 0.0
+    """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
+    tie_word_embeddings: bool = False
+
+    checkpoint_dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ModelConfig":
+        """Read config.json and, for the end tokens, generation_config.json.
+
+        Raises `CheckpointError` for what is missing or not supported.
+        """
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; a Hugging Face checkpoint folder holds one")
+        values = read_json(path)
+        generation = Path(folder) / "generation_config.json"
+        if generation.is_file():
+            end = read_json(generation).get("eos_token_id")
+            values = values if end is None else {**values, "eos_token_id": end}
+        return _read(ConfigJson(path, values))
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens a sequence can have: positions trained, times the stretch of scaled rotary embeddings."""
+        rope = self.rope
+        if rope is None:
+            return self.max_position_embeddings
+        if rope.rope_type in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * rope.factor)
+        if rope.rope_type == "yarn":
+            return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
+        return self.max_position_embeddings
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention scores."""
+        scale: float = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+        return scale
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's layers and ends as plain values; sizes are sums over them."""
+        return _spec(self)
+
+
+@cache
+def _spec(config: ModelConfig) -> ModelSpec:
+    """Layers by the function that the family's row names; published shapes without a row have standard ones."""
+    row = ARCHITECTURES.get(config.architecture)
+    module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
+    layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
+    hidden = config.hidden_size
+    positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    return ModelSpec(
+        layers=layers(config),
+        embedding=LinearSpec("embedding", config.vocab_size, hidden),
+        head=LinearSpec("head", config.vocab_size, hidden),
+        tied=config.tie_word_embeddings,
+        positions=positions,
+        vectors=norm_vectors(config, "norm"),
+    )
+
+
+def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
+    """Weight and bias of one norm of the residual stream."""
+    weight = VectorSpec(f"{name}.weight", config.hidden_size)
+    return (weight, VectorSpec(f"{name}.bias", config.hidden_size)) if config.norm_bias else (weight,)
+
+
+def _read(config: ConfigJson) -> ModelConfig:
+    hidden_size = config.integer("hidden_size")
+    num_layers = config.integer("num_hidden_layers")
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise config.refusal("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
+    if config.value("head_dim") is None and hidden_size % num_heads:
+        raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
+    max_position = config.integer("max_position_embeddings")
+    intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
+    num_experts = config.integer("num_experts", 0, minimum=0)
+    attention_bias = config.flag("attention_bias")
+    scalar = config.number("query_pre_attn_scalar", 0.0)
+    norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    return ModelConfig(
+        architecture=config.architecture,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=config.integer("head_dim", hidden_size // num_heads),
+        max_position_embeddings=max_position,
+        norm="layer_norm" if norm == "layer_norm" else "rms_norm",
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_bias=config.flag("norm_bias"),
+        norm_unit_offset=config.flag("norm_unit_offset"),
+        post_norms=config.flag("post_norms"),
+        parallel_residual=config.flag("parallel_residual"),
+        activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
+        gated_mlp=config.flag("gated_mlp", True),
+        qkv_bias=config.flag("qkv_bias", attention_bias),
+        o_bias=attention_bias,
+        mlp_bias=config.flag("mlp_bias"),
+        num_experts=num_experts,
+        num_experts_per_token=_num_experts_per_token(config, num_experts),
+        norm_topk=config.flag("norm_topk_prob", True),
+        expert_intermediate_size=(config.integer("moe_intermediate_size", intermediate_size) if num_experts else 0),
+        shared_expert_intermediate_size=(
+            config.integer("shared_expert_intermediate_size", 0, minimum=0) if num_experts else 0
+        ),
+        qk_norm=config.flag("qk_norm"),
+        qk_norm_per_head=config.flag("qk_norm_per_head"),
+        query_pre_attn_scalar=scalar or None,
+        attention_softcap=config.number("attn_logit_softcapping", 0.0),
+        layer_windows=read_layer_windows(config, num_layers),
+        rope=None if config.flag("learned_positions") else read_rope(config, max_position),
+        embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
+        logits_softcap=config.number("final_logit_softcapping", 0.0),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
+        checkpoint_dtype=_checkpoint_dtype(config),
+        bos_token_id=config.value("bos_token_id"),
+        eos_token_ids=_end_tokens(config),
+    )
+
+
+def _num_experts_per_token(config: ConfigJson, num_experts: int) -> int:
+    if not num_experts:
+        return 0
+    num_active = config.integer("num_experts_per_tok")
+    if num_active > num_experts:
+        raise config.refusal("num_experts_per_tok", num_active, f"at most the number of experts {num_experts}")
+    return num_active
+
+
+def _checkpoint_dtype(config: ConfigJson) -> str:
+    key = "dtype" if config.value("dtype") else "torch_dtype"
+    return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
+
+
+def _end_tokens(config: ConfigJson) -> tuple[int, ...]:
+    value = config.value("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in ids):
+        raise config.refusal("eos_token_id", value, "a token id or a list of them")
+    return tuple(ids)

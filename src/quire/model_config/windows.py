@@ -1,0 +1,25 @@
+"""How config.json says which layers attend to a sliding window only."""
+
+from quire.model_config.config_json import ConfigJson
+
+
+def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
+    """The window of every layer in positions; 0 for a layer that attends to all.
+
+    `layer_types` decides if there is one. Else every `sliding_window_pattern`-th layer attends to all (Gemma), or the
+    layers from `max_window_layers` on have the window (Qwen).
+    """
+    if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
+        return (0,) * num_layers
+    window = config.integer("sliding_window")
+    layer_types = config.value("layer_types")
+    if layer_types is not None:
+        windows = {"full_attention": 0, "sliding_attention": window}
+        if len(layer_types) != num_layers or not set(layer_types) <= windows.keys():
+            raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(windows)}")
+        return tuple(windows[layer_type] for layer_type in layer_types)
+    if config.value("sliding_window_pattern") is not None:
+        pattern = config.integer("sliding_window_pattern")
+        return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(num_layers))
+    first = config.integer("max_window_layers", 28, minimum=0)
+    return tuple(window if layer >= first else 0 for layer in range(num_layers))

@@ -1,0 +1,213 @@
+"""What families say as data: config.json as transformers writes it, read into fields and parameter counts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from quire.errors import CheckpointError
+from quire.layer_spec import ExpertsSpec, LayerSpec
+from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.model_config.decoder_layers import decoder_layers
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama-3.1-8B": (
+        "LlamaForCausalLM",
+        {
+            "vocab_size": 128256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "Llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}),
+    "Mistral-7B": ("MistralForCausalLM", {"num_hidden_layers": 32}),
+    "Qwen2-0.5B": (
+        "Qwen2ForCausalLM",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen3-8B": ("Qwen3ForCausalLM", {"num_hidden_layers": 36, "num_key_value_heads": 8}),
+    "GPT-2": ("GPT2LMHeadModel", {}),
+    "Mixtral-8x7B": ("MixtralForCausalLM", {}),
+    "stablelm-3b": ("StableLmForCausalLM", {}),
+    "stablelm-2-1.6b": (
+        "StableLmForCausalLM",
+        {
+            "vocab_size": 100352,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "use_qkv_bias": True,
+        },
+    ),
+    "stablelm-2-12b": (
+        "StableLmForCausalLM",
+        {
+            "vocab_size": 100352,
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+    ),
+    "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+}
+"""Name → architecture, and what its config changes of transformers' defaults."""
+MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "GPT2LMHeadModel": "gpt2",
+    "MixtralForCausalLM": "mixtral",
+    "StableLmForCausalLM": "stablelm",
+    "Gemma2ForCausalLM": "gemma2",
+}
+
+pytestmark = pytest.mark.usefixtures("more_architectures")
+
+
+def write(folder: Path, name: str, **changes: Any) -> PretrainedConfig:
+    """Save the config of a published model as transformers does."""
+    architecture, options = PUBLISHED[name]
+    config = AutoConfig.for_model(MODEL_TYPES[architecture], **options, **changes)
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    return config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_number_of_parameters_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    config = write(tmp_path, name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    spec = ModelConfig.from_folder(tmp_path).spec
+    assert spec.num_parameters == model.num_parameters()
+    vectors = sum(each.numel() for each in model.parameters() if each.dim() == 1)
+    assert spec.num_vector_parameters == vectors
+
+
+def test_mixtral_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Mixtral-8x7B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (8, 2, 14336)
+    assert config.norm_topk
+    assert config.shared_expert_intermediate_size == 0
+    assert config.rope is not None
+    assert config.rope.theta == 1e6
+    assert config.layer_windows == (0,) * 32
+    spec = config.spec
+    # As its announcement says: 46.7B parameters, 12.9B of them used for a token.
+    assert (spec.num_parameters, spec.num_active_parameters) == (46_702_792_704, 12_879_925_248)
+    assert isinstance(spec.layers[0].mlp, ExpertsSpec)
+    assert [linear.name for linear, _ in spec.layers[0].matrices] == [
+        *("qkv", "o", "router"),
+        *("expert.gate_up", "expert.down"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; supported: at most the number of experts 8"),
+        ({"num_local_experts": -1}, "num_local_experts is -1; supported: an integer of at least 0"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing; supported: an integer of at least 1"),
+    ],
+)
+def test_experts_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, "Mixtral-8x7B")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_stablelm_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "stablelm-2-12b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.norm_eps) == ("layer_norm", True, 1e-5)
+    assert (config.qk_norm, config.qk_norm_per_head, config.parallel_residual) == (True, True, True)
+    assert (config.qkv_bias, config.o_bias) == (False, False)
+    assert config.rope is not None
+    assert (config.rope.rotary_dim(config.head_dim), config.rope.layout) == (40, "half")
+    write(tmp_path, "stablelm-2-1.6b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.qkv_bias, config.o_bias, config.qk_norm, config.parallel_residual) == (True, False, False, False)
+    # Versions before 5 wrote rope_theta and the share that is rotated beside each other.
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["rope_parameters"]
+    path.write_text(json.dumps(values | {"rope_theta": 5000, "partial_rotary_factor": 0.5}))
+    rope = ModelConfig.from_folder(tmp_path).rope
+    assert rope is not None
+    assert (rope.theta, rope.partial_rotary_factor) == (5000, 0.5)
+
+
+def test_gemma_2_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "gemma-2-2b", num_hidden_layers=4, sliding_window=9, query_pre_attn_scalar=144)
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.activation == "gelu_tanh"
+    assert (config.norm, config.norm_bias, config.norm_unit_offset, config.post_norms) == (
+        "rms_norm",
+        False,
+        True,
+        True,
+    )
+    assert config.attention_scale == 1 / 12
+    assert (config.attention_softcap, config.logits_softcap) == (50.0, 30.0)
+    assert config.embedding_multiplier == 2304**0.5
+    assert config.tie_word_embeddings
+    assert config.layer_windows == (9, 0, 9, 0)
+    assert [layer.attention.kv.kind for layer in config.spec.layers] == ["window", "full"] * 2
+    assert config.spec.layers[0].attention.kv.window == 9
+    # Older files leave the types of layers to the code, and may switch a cap off.
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["layer_types"]
+    path.write_text(json.dumps(values | {"attn_logit_softcapping": None}))
+    assert ModelConfig.from_folder(tmp_path).layer_windows == (9, 0, 9, 0)
+    assert ModelConfig.from_folder(tmp_path).attention_softcap == 0
+    path.write_text(json.dumps(values | {"use_bidirectional_attention": True}))
+    with pytest.raises(CheckpointError, match="use_bidirectional_attention is true"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:
+    write(tmp_path, "Llama-3.1-8B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.attention_scale == 128**-0.5
+    names = ("norm", "norm_unit_offset", "post_norms", "parallel_residual", "num_experts", "expert_intermediate_size")
+    assert [getattr(config, name) for name in names] == ["rms_norm", False, False, False, 0, 0]
+    assert (config.attention_softcap, config.logits_softcap, config.embedding_multiplier) == (0.0, 0.0, 1.0)
+
+
+def two_dense_layers_first(config: ModelConfig) -> tuple[LayerSpec, ...]:
+    """Layers of a made-up family: the first two have an MLP, the others experts."""
+    dense = replace(config, num_experts=0)
+    return decoder_layers(dense)[:2] + decoder_layers(config)[2:]
+
+
+def test_a_row_can_name_its_own_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = replace(ARCHITECTURES["MixtralForCausalLM"], layers=f"{__name__}:two_dense_layers_first")
+    monkeypatch.setitem(ARCHITECTURES, "ToyForCausalLM", row)
+    write(tmp_path, "Mixtral-8x7B", num_hidden_layers=5)
+    config = ModelConfig.from_folder(tmp_path)
+    toy = replace(config, architecture="ToyForCausalLM")
+    assert [layer.experts is None for layer in toy.spec.layers] == [True, True, False, False, False]
+    fewer = 2 * (7 * 3 * 4096 * 14336 + 8 * 4096)  # the other experts, and the router
+    assert config.spec.num_parameters - toy.spec.num_parameters == fewer
