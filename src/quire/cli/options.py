@@ -85,7 +85,6 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
     kind = _TEXTS.get(field.name) or get_type_hints(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
-    group: dict[str, Any] = {"group": _GROUPS[config]} if config in _GROUPS else {}
     about = Parameter(
         help=field_docs(config).get(field.name, ""),
         alias=names,

@@ -138,7 +138,7 @@ class Admission:
         assert found.inside is not None
         block = found.inside[0]
         # One without a name was left partly filled: it is not copied, but one of those that are needed.
-        held = self._pool.ref_counts[block] == 0 and self._pool.names[block] is not None
+        held = self._pool.ref_counts[block] == 0 and self._pool.hashes[block] is not None
         return self._num_needed(group) + held + promised <= self._pool.num_free
 
     def _num_needed(self, group: SequenceGroup) -> int:

@@ -347,7 +347,7 @@ class ResultProcessor:
         find it."""
         if sequence.in_decode_batch:
             self._queues.remove_from_decode_batch(sequence)
-        sequence.table.forget_hashes()
+        sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
         sequence.discard_computed()

@@ -119,7 +119,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Make every stored prefix unfindable, in the pool and below it."""
-        self.pool.forget_hashes()
+        self.pool.clear_hashes()
         if self._offload is not None:
             self._offload.evict_all()
 

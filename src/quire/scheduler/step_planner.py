@@ -108,7 +108,7 @@ class StepPlanner:
                 writers[table.blocks[-1]] = writers.get(table.blocks[-1], 0) + 1
         for block, count in writers.items():
             # The last holder of a block without a hash writes in place.
-            needed += count if pool.names[block] is not None else min(count, pool.ref_counts[block] - 1)
+            needed += count if pool.hashes[block] is not None else min(count, pool.ref_counts[block] - 1)
         return needed
 
     def _plan_decoding(
