@@ -2,7 +2,7 @@
 
 A block is an index. It is *used* while its reference count is positive, and on the free list otherwise. A full block
 may have a hash (see `block_hash`). When its last reference goes it keeps the hash, so a later request with the same
-prefix finds it until its space is needed. A partly filled block has no hash; it can be retained and found by its tokens,
+prefix finds it until its space is needed. A partly filled block has no hash; it can be kept and found by its tokens,
 and the sequence that finds it fills it up. The pool knows nothing of sequences or tensors, and has no clock.
 
 The free list is in eviction order: blocks without content first, then blocks that can be found, least recently freed
