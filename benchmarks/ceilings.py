@@ -1,8 +1,8 @@
-"""What this machine can do at most: the rates of fp32, bf16 and int8 products and the bandwidth of reading memory.
+"""Ceilings of this machine: rates of fp32, bf16 and int8 products, and the bandwidth of reading memory.
 
-Every figure of an engine is read against these, taken in the same run: prefill cannot pass the first (the others with
-weights in bf16 or int8; a processor without bf16 products is slow at them, and Quire then multiplies fp32), decode
-cannot pass the last. `python -m benchmarks.ceilings` prints them as JSON.
+Every figure of an engine is compared with these, measured in the same run. Prefill cannot be faster than the fp32
+product (than the bf16 or int8 product if weights are stored so; on a processor without bf16 products Quire multiplies
+in fp32). Decode cannot be faster than memory. `python -m benchmarks.ceilings` prints JSON.
 """
 
 import json
@@ -14,11 +14,11 @@ import torch
 
 MATRIX_SIZE = 2048
 READ_BYTES = 2**30
-"""Far more than any cache holds."""
+"""Bytes to read: far more than any cache holds."""
 
 
 def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
-    """Median rates, with the threads torch is set to."""
+    """Median rates, with torch's current number of threads."""
     product_of_bytes = int8_product(MATRIX_SIZE)
     memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
     return {
@@ -26,21 +26,21 @@ def measure_ceilings(seconds: float = 1.5) -> dict[str, float]:
         "fp32_gflops": median_rate(packed_product(MATRIX_SIZE, torch.float32), 2 * MATRIX_SIZE**3, seconds),
         "bf16_gflops": median_rate(packed_product(MATRIX_SIZE, torch.bfloat16), 2 * MATRIX_SIZE**3, seconds),
         "int8_gops": median_rate(product_of_bytes, 2 * MATRIX_SIZE**3, seconds),
-        # A sum of integers costs one cheap instruction per vector, so memory is what it waits for.
+        # A sum of integers costs one cheap instruction per vector, so it is bound by memory.
         "read_gb_per_s": median_rate(memory.sum, READ_BYTES, seconds),
     }
 
 
 def packed_product(size: int, dtype: torch.dtype) -> Callable[[], object]:
-    """A product of two square matrices by oneDNN, one of them packed as weights are: faster than `@` by a fifth (a
-    private operator)."""
+    """A product of two square matrices by oneDNN, one of them packed like weights: a fifth faster than `@`. A private
+    operator of torch."""
     rows, weight = torch.randn(2, size, size, dtype=dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, size)
     return lambda: torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
 
 
 def int8_product(size: int) -> Callable[[], object]:
-    """A product of two square matrices of bytes by oneDNN, the fastest that torch offers (a private operator)."""
+    """A product of two square int8 matrices by oneDNN, the fastest that torch offers. A private operator of torch."""
     rows = torch.randint(0, 256, (size, size), dtype=torch.uint8)
     packed = torch.ops.onednn.qlinear_prepack(torch.randint(-128, 128, (size, size), dtype=torch.int8), None)
     scales, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
@@ -50,7 +50,7 @@ def int8_product(size: int) -> Callable[[], object]:
 
 
 def median_rate(run: Callable[[], object], work: float, seconds: float) -> float:
-    """Billions of `work` units per second over repeats of `run` that fill the time."""
+    """Billions of units of `work` per second: the median over repeated calls of `run`."""
     run()
     rates: list[float] = []
     end = time.perf_counter() + seconds

@@ -1,12 +1,12 @@
-"""What a GPU does, against what it could: kernels, decode and a serving workload of two published shapes, transformers.
+"""GPU figures beside the card's ceilings: kernels, decode and serving of two published shapes, and transformers.
 
     python -m benchmarks.gpu [--only decode 0.6B ...] [--minutes 9] [--output FILE]
 
-One run, one table, the card named; the ceilings are measured in the same run. Rows come in order of worth and are kept
-as they come; what there is no time for says so (`benchmarks/gpu_table.py`). Weights are random (load_format=dummy) in
-the shapes of Qwen3-0.6B and Llama-3.1-8B, in bfloat16; sequences ignore end tokens, so that every run does the same
-work. Figures of models are those of the engine's core, token ids in and out: random weights have no text. Each is the
-best of REPEATS runs after one to warm up. Without a CUDA device it says so and measures nothing.
+One run makes one table with the card's name; ceilings are measured in the same run. Rows come in order of importance
+and are kept as they come; a row for which no time is left says so (`benchmarks/gpu_table.py`). Weights are random
+(load_format=dummy) in the shapes of Qwen3-0.6B and Llama-3.1-8B, in bfloat16. Sequences ignore end tokens, so that
+every run does the same work. Figures of models are those of the engine's core, token ids in and out: random weights
+have no text. Each figure is the best of REPEATS runs after one to warm up. Without a CUDA device nothing is measured.
 """
 
 import argparse
@@ -75,22 +75,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
     },
 }
-"""As published, without the stretch of rotary positions, which costs nothing."""
+"""The published shapes, without scaling of rotary positions, which costs nothing."""
 DECODE_TARGETS = {"0.6B": {1: (1_600, 3_284), 256: (23_000, 35_200)}, "8B": {1: (215, 284), 256: (15_000, 22_300)}}
-"""Tokens a second with 1k of context on an H200: what is aimed at, and what its memory allows."""
+"""Tokens per second with 1k of context on an H200: the goal, and the limit by its memory."""
 WORKLOAD_TARGETS = {"0.6B": (20_000, 36_100), "8B": (9_500, 14_100)}
 WORKLOAD = (256, 100, 1024)
-"""nano-vllm's: sequences, and the fewest and most tokens in and out of each."""
+"""nano-vllm's workload: sequences, and the range of input and output tokens of each."""
 CONTEXT, DECODE_STEPS = 1024, 128
 ENGINE: dict[str, Any] = {"device": "cuda", "load_format": "dummy", "max_model_len": 2304, "max_num_seqs": 256}
 COMPARED = (64, 512, 128)
-"""Sequences, tokens in and tokens out of each, for transformers."""
+"""For transformers: sequences, input tokens and output tokens of each."""
 CONTINUOUS_BATCHING: dict[str, Any] = {}
-"""Of transformers: its own choice."""
+"""Attention implementation of transformers: its default."""
 RESULTS = Path(__file__).with_name("results") / "gpu.md"
 
 Params = Sequence[dict[str, Any]]
-"""Of each sequence those of its `SamplingParams`, max_tokens among them."""
+"""SamplingParams of each sequence, with its max_tokens."""
 
 
 def write_shape(folder: Path, shape: dict[str, Any]) -> Path:
@@ -110,7 +110,7 @@ class Core:
 
     def __init__(self, folder: Path) -> None:
         from quire.config import EngineConfig
-        from quire.engine.core import EngineCore
+        from quire.engine.build import build_core
         from quire.engine.memory_plan import plan_memory
         from quire.model_config import ModelConfig
 
@@ -118,10 +118,11 @@ class Core:
         plan = plan_memory(config, model)
         for line in plan.describe():
             print(line, flush=True)
-        self._core = EngineCore.load(config, model, plan, folder, lambda phase, seconds: None)
+        self._core = build_core(config, model, plan, folder, lambda phase, seconds: None)
 
     def run(self, prompts: Sequence[list[int]], params: Params) -> list[float]:
-        """Continue all prompts; seconds of the steps after the first in which every sequence got a token."""
+        """Continue all prompts. Returns the seconds of the steps after the first in which every sequence got a
+        token."""
         from quire.request import Request
         from quire.sampling_params import SamplingParams
 
@@ -148,7 +149,7 @@ class Core:
         return steps
 
     def seconds(self, prompts: Sequence[list[int]], params: Params) -> float:
-        """From the first prompt to the last token, the best of REPEATS, none of them from the prefix cache."""
+        """Seconds from the first prompt to the last token: the best of REPEATS, without prefix hits."""
         times = []
         for _ in range(1 + REPEATS):
             self._capture_graphs()
@@ -159,8 +160,8 @@ class Core:
         return min(times[1:])
 
     def decode_seconds(self, batch: int) -> float:
-        """Of a step in which `batch` sequences decode around CONTEXT tokens. From the second run on, prompts come from
-        the prefix cache, so that all sequences begin together."""
+        """Seconds of a step in which `batch` sequences decode around CONTEXT tokens. From the second run on, prompts
+        are prefix hits, so that all sequences begin together."""
         prompts = random_prompts([CONTEXT - DECODE_STEPS // 2] * batch)
         params = [{"temperature": 0.0, "max_tokens": DECODE_STEPS}] * batch
         self._core.reset_prefix_cache()
@@ -172,23 +173,23 @@ class Core:
         return min(means[1:])
 
     def graph_seconds(self, card: Card, batch: int) -> float | None:
-        """Of the graph of a decode step alone; None where there is none. It repeats the step that came last, whose
-        attention plan is what lies on the device."""
+        """Seconds of the CUDA graph of a decode step alone; None without graphs. It repeats the last step, whose
+        attention plan is still on the device."""
         from quire.runner.cuda_graphs import Outcome
 
-        runner: Any = self._core._runner  # what serves no request has no interface
+        runner: Any = self._core._executor  # there is no public interface to run a step without requests
         graphs = getattr(runner._graphs, "_graphs", {})
         keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
         if not keys:
             return None
-        graph, _ = graphs[min(keys)]  # without shared keys, if there are several
+        graph, _ = graphs[min(keys)]  # if there are several: the one without shared keys
         with torch.inference_mode():
             seconds = card.time(graph.replay)
-        self._core.reset_prefix_cache()  # it wrote into blocks that are free
+        self._core.reset_prefix_cache()  # the graph wrote into free blocks
         return seconds
 
     def _capture_graphs(self) -> None:
-        """What serving does when it has nothing else to do."""
+        """Do the work that a server does when it is idle."""
         while self._core.has_idle_work:
             self._core.step()
 
@@ -223,7 +224,7 @@ def model_figures(card: Card, name: str, folder: Path) -> Iterator[Figure]:
 
 
 def transformers_figures(card: Card, name: str, folder: Path) -> Iterator[Figure]:
-    """Quire against transformers' two ways to generate, on the same card with the same shape and prompts."""
+    """Quire and transformers' two ways to generate, on the same card with the same shape and prompts."""
     if find_spec("transformers") is None:
         yield Figure(f"{name} against transformers", "not measured: transformers is not installed", "≥ 10×, ≥ 3×")
         return
@@ -256,7 +257,7 @@ def transformers_figures(card: Card, name: str, folder: Path) -> Iterator[Figure
 def ways_of_transformers(
     card: Card, folder: Path, prompts: list[list[int]], num_steps: int
 ) -> Iterator[dict[str, Callable[[], object]]]:
-    """Its two ways to generate; each ends with its tokens on the host."""
+    """transformers' two ways to generate; each ends with its tokens on the host."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -274,7 +275,7 @@ def ways_of_transformers(
 
     options: dict[str, Any] = {}
     if "persistent_manager" in signature(model.generate_batch).parameters:
-        options["persistent_manager"] = True  # its KV cache and graphs are made once, as an engine's are
+        options["persistent_manager"] = True  # its KV cache and graphs are made once, like an engine's
     if CONTINUOUS_BATCHING:
         options["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**CONTINUOUS_BATCHING)
 
@@ -292,7 +293,8 @@ def ways_of_transformers(
 
 
 def measurements(card: Card, folder: Path, only: Sequence[str] = ()) -> Iterator[Measurement]:
-    """All there is, or what has a name that begins with one of `only`; seconds are guesses for an H100, with room."""
+    """All measurements, or those whose name begins with one of `only`. Their seconds are generous guesses for an
+    H100."""
     rates: list[float] = []
     bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -328,12 +330,14 @@ def measurements(card: Card, folder: Path, only: Sequence[str] = ()) -> Iterator
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure one GPU; targets and limits are an H200's.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measurements whose names begin so")
-    parser.add_argument("--minutes", type=float, default=9.0, help="no measurement is begun that would end later")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where rows are kept as they come")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="only measurements whose names begin with one of these"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no measurement that would end later")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file for the rows as they come")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: not measured")
+        print("no CUDA device: nothing is measured")
         return
     for note in use_sources():
         print(note)

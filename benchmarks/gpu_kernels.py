@@ -1,9 +1,9 @@
-"""The GPU kernels beside the ceilings of the card, measured in the same run: rows of the table of `benchmarks.gpu`.
+"""GPU kernels beside the ceilings of the card, measured in the same run: rows of the table of `benchmarks.gpu`.
 
-Decode attention is bound by reading the KV cache: its ceiling is the bytes a second that a copy moves, read and
-written. Prefill attention is bound by arithmetic: its ceiling is the rate of a large bfloat16 product. Beside them
-stand gathering KV for torch's own attention, and FlashInfer where it is installed. Every launch is timed from a CUDA
-graph, over several layers' caches in turn, so that no cache of the card holds what is read next.
+Decode attention is bound by reading the KV cache: its ceiling is the bytes per second that a copy reads and writes.
+Prefill attention is bound by arithmetic: its ceiling is the rate of a large bfloat16 product. For comparison, the table
+has torch's attention over gathered KV, and FlashInfer if it is installed. Every launch is timed from a CUDA graph, over
+the caches of several layers in turn, so that no cache of the card holds the data that is read next.
 """
 
 import gc
@@ -18,25 +18,27 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_table import Figure
+from quire.attention import AttentionShape, StepArrays
+from quire.kernels import AttentionParams, KVLayer
 
 BLOCK_SIZE = 64
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
-"""Of Llama-3.1-8B."""
+"""Heads of Llama-3.1-8B."""
 MIN_KV_BYTES = 1 << 30
-"""Read between two visits to the same cache: far more than the card's L2 holds."""
+"""Bytes read between two visits to the same cache: far more than the card's L2 holds."""
 RUNS = 20
 LARGE_DECODE = [(64, 4096), (256, 1024), (256, 4096)]
-"""Sequences, context, of which a layer has 200 MB of KV and more."""
+"""Sequences and context; a layer's KV is 200 MB or more."""
 SMALL_DECODE = [(1, 1024), (1, 32768), (8, 4096), (64, 512), (256, 512)]
 RAGGED = [32768] + [512] * 63
 SHARED = [(16, 1024), (64, 512), (64, 4096), (256, 1024)]
-"""Sequences, keys that all of them begin with; as many again of each one's own."""
+"""Sequences and shared keys; each sequence has as many keys of its own."""
 PREFILL = [2048, 4096, 8192, 16384]
 SMALL_TOKENS = 256
 HIDDEN, INNER, VOCAB = 4096, 14_336, 151_936
-"""Of Llama-3.1-8B, and of Qwen3."""
+"""Vocabularies of Llama-3.1-8B and Qwen3."""
 CEILING_BYTES, CEILING_SIZE = 1 << 30, 8192
-"""Copied, and of a side of the product."""
+"""Bytes copied, and the side of the product."""
 
 
 class Card:
@@ -49,7 +51,7 @@ class Card:
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
 
     def seconds_of(self, launches: Sequence[Callable[[], object]]) -> float:
-        """Of one launch: the median over RUNS replays of a graph that makes all of them."""
+        """Seconds of one launch: the median over RUNS replays of a graph that makes all of them."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -63,7 +65,7 @@ class Card:
         return self.time(graph.replay) / len(launches)
 
     def time(self, run: Callable[[], object]) -> float:
-        """The median of RUNS, in seconds of the device."""
+        """Median of RUNS, in seconds of the device."""
         times = []
         for _ in range(RUNS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -75,18 +77,18 @@ class Card:
         return float(np.median(times))
 
     def clean_up(self) -> None:
-        """Let go of what nobody holds any more."""
+        """Free unused memory of the device."""
         gc.collect()
         torch.cuda.empty_cache()
 
 
 class Batch:
-    """Sequences of given contexts whose last `new` tokens are computed, with caches for as many layers as it takes."""
+    """Sequences of given contexts whose last `new` tokens are computed, with caches for enough layers."""
 
     def __init__(
         self, card: Card, contexts: Sequence[int], new: int, kv_dtype: torch.dtype, shared: int = 0, **options: Any
     ) -> None:
-        """Of `shared` keys all have the same blocks; `options` are those of `PlanBuffers`."""
+        """All sequences share the blocks of `shared` keys; `options` go to `PlanBuffers`."""
         from quire.attention.triton import PlanBuffers, plan_attention
 
         self.card, device = card, card.device
@@ -102,12 +104,11 @@ class Batch:
         shape = (int(num_blocks.sum()), NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         num_layers = min(64, max(1, -(-MIN_KV_BYTES // self.kv_bytes)))
         self.layers = [
-            (torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype),
-             torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype))
+            KVLayer(*(torch.randn(shape, device=device, dtype=torch.bfloat16).to(kv_dtype) for _ in range(2)))
             for _ in range(num_layers)
-        ]  # fmt: skip
+        ]
         self.q = torch.randn(num_tokens, NUM_HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
-        buffers = PlanBuffers(
+        of_attention = AttentionShape(
             num_heads=NUM_HEADS,
             num_kv_heads=NUM_KV_HEADS,
             head_dim=HEAD_DIM,
@@ -117,27 +118,22 @@ class Batch:
             max_blocks=self.tables.shape[1],
             device=device,
             kv_element_size=kv_dtype.itemsize,
-            **options,
         )
-        self.plan = plan_attention(
-            np.arange(0, num_tokens + 1, new, dtype=np.int32),
-            self.contexts,
-            self.tables,
-            np.full(num_tokens, -1, dtype=np.int32),
-            buffers=buffers,
-        )
-        # flops of both products, of the keys that each new token sees
+        starts, slots = np.arange(0, num_tokens + 1, new, dtype=np.int32), np.full(num_tokens, -1, dtype=np.int32)
+        step = StepArrays(starts, self.contexts, self.tables, slots)
+        self.plan = plan_attention(step, PlanBuffers(of_attention, **options))
+        # operations of both products, over the keys that each new token sees
         seen = self.contexts.astype(np.int64) * new - new * (new - 1) // 2
         self.flops = 4 * int(seen.sum()) * NUM_HEADS * HEAD_DIM
 
     def seconds(self) -> float:
         from quire.kernels.triton import paged_attention
 
-        scale = HEAD_DIM**-0.5
-        return self.card.seconds_of([partial(paged_attention, self.q, k, v, self.plan, scale) for k, v in self.layers])
+        params = AttentionParams(HEAD_DIM**-0.5)
+        return self.card.seconds_of([partial(paged_attention, self.q, kv, self.plan, params) for kv in self.layers])
 
     def gathered_seconds(self) -> float:
-        """KV gathered by the block table, then torch's attention: of sequences of one length, one new token each."""
+        """torch's attention over KV gathered by the block table: sequences of one length, one new token each."""
         tables = torch.from_numpy(self.tables).to(self.card.device).long()
         length = int(self.contexts[0])
         group = NUM_HEADS // NUM_KV_HEADS
@@ -147,7 +143,7 @@ class Batch:
             keys, values = (each[tables].transpose(1, 2).flatten(2, 3)[:, :, :length] for each in (k, v))
             return torch.nn.functional.scaled_dot_product_attention(q, keys, values)
 
-        return self.card.seconds_of([partial(attend, k, v) for k, v in self.layers])
+        return self.card.seconds_of([partial(attend, kv.keys, kv.values) for kv in self.layers])
 
     def flashinfer_seconds(self) -> float:
         import flashinfer
@@ -166,13 +162,13 @@ class Batch:
             HEAD_DIM,
             BLOCK_SIZE,
             q_data_type=self.q.dtype,
-            kv_data_type=self.layers[0][0].dtype,
+            kv_data_type=self.layers[0].keys.dtype,
         )
-        return self.card.seconds_of([partial(wrapper.run, self.q, layer) for layer in self.layers])
+        return self.card.seconds_of([partial(wrapper.run, self.q, (kv.keys, kv.values)) for kv in self.layers])
 
 
 def ceilings(card: Card) -> tuple[float, float]:
-    """Bytes a second that a copy moves, read and written; floating-point operations a second of a bfloat16 product."""
+    """Bytes per second that a copy reads and writes; floating-point operations per second of a bfloat16 product."""
     source = torch.zeros(CEILING_BYTES, dtype=torch.uint8, device=card.device)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / card.seconds_of([lambda: target.copy_(source)])
@@ -183,7 +179,7 @@ def ceilings(card: Card) -> tuple[float, float]:
 def decode_figures(
     card: Card, copy_rate: float, batches: Sequence[tuple[int, int]], kv_dtype: torch.dtype, *, gathers: bool = False
 ) -> Iterator[Figure]:
-    """Reading KV against copying; with `gathers` beside KV gathered for torch's own attention."""
+    """Reading KV against copying; with `gathers` also torch's attention over gathered KV."""
     for num_seqs, context in batches:
         batch = Batch(card, [context] * num_seqs, 1, kv_dtype)
         seconds = batch.seconds()
@@ -213,7 +209,7 @@ def ragged_figures(card: Card) -> Iterator[Figure]:
 
 
 def sharing_figures(card: Card) -> Iterator[Figure]:
-    """Prefixes read once for all sequences, against the same batch planned without; sharing must not lose 3 %."""
+    """Shared prefixes read once, against the same batch planned without sharing. Sharing must not lose 3 %."""
     for num_seqs, shared in SHARED:
         contexts = [2 * shared] * num_seqs
         batch = Batch(card, contexts, 1, torch.bfloat16, shared)

@@ -1,7 +1,7 @@
-"""The table of `benchmarks.gpu`: measurements in order of worth, within the time there is, each row kept as it comes.
+"""The table of `benchmarks.gpu`: measurements in order of importance within the time available, kept row by row.
 
-A machine that is taken away leaves what was measured until then. A measurement that fails, or for which no time is
-left, is a row that says so, and the next one goes on.
+If the machine is taken away, the rows measured until then remain. A measurement that fails, or has no time left, is a
+row that says so, and the next one runs.
 """
 
 import time
@@ -18,20 +18,20 @@ class Figure(NamedTuple):
     measured: str
     target: str = ""
     limit: str = ""
-    """That physics sets."""
+    """The physical limit of the figure."""
 
 
 class Measurement(NamedTuple):
-    """Rows that are measured together."""
+    """A group of rows that are measured together."""
 
     name: str
     seconds: float
-    """It takes about so long, with what it compiles: it is not begun where less is left."""
+    """Approximate duration with compilation. The measurement is skipped if less time is left."""
     run: Callable[[], Iterable[Figure]]
 
 
 class Table:
-    """Rows as they come, printed and, where a path is given, kept in a file."""
+    """Rows as they come, printed and, if a path is given, written to a file."""
 
     def __init__(self, title: str, path: Path | None = None) -> None:
         self._lines = [f"{title}\n", "| figure | measured | target | limit |", "|---|---|---|---|"]
@@ -54,7 +54,7 @@ def measure_all(
     clean_up: Callable[[], None],
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Measure one after the other for so many seconds; `clean_up` comes after each."""
+    """Run the measurements in order within so many seconds; `clean_up` runs after each."""
     end = clock() + seconds
     for name, needed, run in measurements:
         left = end - clock()
@@ -62,14 +62,14 @@ def measure_all(
             table.add(Figure(name, f"not measured: it takes about {needed:.0f} s, {max(0, left):.0f} are left"))
             continue
         try:
-            # Closed as soon as its time is up, so that it lets go of its model.
+            # Close it as soon as its time is up, so that it frees its model.
             with closing(_generator(run)) as figures:
                 for figure in figures:
                     table.add(figure)
                     if clock() >= end:
                         table.add(Figure(f"what is left of {name}", "not measured: no time is left"))
                         break
-        except Exception as error:  # whatever went wrong is told in its row
+        except Exception as error:  # the row shows the error
             table.add(Figure(name, f"failed: {type(error).__name__}: {one_line(error)}"))
         clean_up()
 
@@ -79,5 +79,5 @@ def _generator(run: Callable[[], Iterable[Figure]]) -> Generator[Figure, None, N
 
 
 def one_line(error: Exception) -> str:
-    """What it says, as a cell of a table."""
+    """The error as a cell of a table."""
     return " ".join(str(error).replace("|", "/").split())[:300]

@@ -1,11 +1,11 @@
-"""What fewer bits of KV cost beside each kind of weights, in perplexity and tokens: `python -m benchmarks.kv_dtypes`.
+"""Cost of KV in fewer bits, per weight format, in perplexity and changed tokens: `python -m benchmarks.kv_dtypes`.
 
-Perplexity is that of the bundled model on its held-out text. Tokens are greedy, of the bundled model behind passages of
-that text and of small random models of five families, whose logits lie closer together than a trained model's. A token
-counts if it is not the most likely one that the same weights with float32 KV find behind the same tokens before it: so
-one change does not count again for all that follows from it. What is counted of float32 KV itself is the noise of that
-comparison, in which kernels for prompts judge those for decoding. The last column says in the same way what the
-weights' own rounding changes: their tokens with float32 KV, judged by float32 weights.
+Perplexity is that of the bundled model on its held-out text. Tokens are greedy, from the bundled model after passages
+of that text and from small random models of five families, whose logits lie closer together than a trained model's. A
+token counts as changed if the same weights with float32 KV, given the same tokens before it, rank another token first:
+so a change does not count again for the tokens after it. The count for float32 KV itself is the noise of the
+comparison, in which prefill kernels judge decode kernels. The last column shows in the same way what rounding of the
+weights changes: their tokens with float32 KV, judged by float32 weights.
 """
 
 import argparse
@@ -30,13 +30,13 @@ WEIGHTS = {
 }
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 NUM_PROMPTS = 17
-"""Of each random model; the bundled one has as many as all of them."""
+"""Prompts of each random model; the bundled model has as many as all of them together."""
 NUM_TOKENS = 128
-"""Of each answer."""
+"""Tokens of each answer."""
 
 TokenIds = list[list[int]]
 Models = Sequence[tuple[str, TokenIds]]
-"""Folders, the bundled model's is empty, and the prompts of each."""
+"""Folder → its prompts; the bundled model's folder is empty."""
 
 
 def main() -> None:
@@ -45,16 +45,18 @@ def main() -> None:
     threads = parser.parse_args().threads
     rng = random.Random(0)
     total = NUM_PROMPTS * len(FAMILIES) * NUM_TOKENS
-    print(f"Perplexity; changed of {total:,} tokens of the bundled model, and of as many of random ones\n")
+    print(f"Perplexity; changed tokens of {total:,} from the bundled model, and of as many from random models\n")
     print(f"| weights | {' | '.join(f'KV {name}' for name in KV_DTYPES)} | default KV | the weights themselves |")
     print("| --- |" + " --- |" * (len(KV_DTYPES) + 2))
     with tempfile.TemporaryDirectory() as folder:
         bundled = [("", passages(rng))]
-        drawn = [(str(make_checkpoint(Path(folder) / family, family)), random_prompts(rng)) for family in FAMILIES]
+        random_models = [
+            (str(make_checkpoint(Path(folder) / family, family)), random_prompts(rng)) for family in FAMILIES
+        ]
         for weights, options in WEIGHTS.items():
             options = options | {"threads": threads}
-            changed = zip(changed_tokens(bundled, options), changed_tokens(drawn, options), strict=True)
-            *by_kv, by_weights = [f"{of_bundled}, {of_drawn}" for of_bundled, of_drawn in changed]
+            changed = zip(changed_tokens(bundled, options), changed_tokens(random_models, options), strict=True)
+            *by_kv, by_weights = [f"{bundled_count}, {random_count}" for bundled_count, random_count in changed]
             values = [perplexity(kv_cache_dtype=kv_dtype, **options) for kv_dtype in KV_DTYPES]
             cells = [f"{value:.4f}; {counts}" for value, counts in zip(values, by_kv, strict=True)]
             default = LLM(**options).memory_plan.kv_cache_dtype
@@ -62,7 +64,7 @@ def main() -> None:
 
 
 def changed_tokens(models: Models, options: dict[str, Any]) -> list[int]:
-    """Summed over the models: by each type of KV, and by the weights."""
+    """Changed tokens summed over the models: by KV dtype, and by the weights."""
     counts = [0] * (len(KV_DTYPES) + 1)
     for model, prompts in models:
         limits: dict[str, Any] = {"max_num_seqs": len(prompts), "num_blocks": 2048}
@@ -85,14 +87,14 @@ def greedy_texts(llm: LLM, prompts: TokenIds) -> TokenIds:
 
 
 def num_unlikely(llm: LLM, texts: TokenIds) -> int:
-    """Tokens of the answers that are not the first choice of this engine."""
+    """The number of tokens of the answers that this engine does not rank first."""
     count = 0
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     for output in llm.generate(texts, params, use_tqdm=False):
         assert output.prompt_logprobs is not None
         for entry in output.prompt_logprobs[-NUM_TOKENS:]:
             assert entry is not None
-            count += next(iter(entry.values())).rank != 1  # the first entry is the token that stands there
+            count += next(iter(entry.values())).rank != 1  # the first entry is the token of the text
     return count
 
 

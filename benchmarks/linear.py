@@ -1,13 +1,13 @@
 """Dense layers of real models beside every product that torch offers: `python -m benchmarks.linear`.
 
-For each way of storing weights, each layer and each number of rows, all contenders take turns, round after round, and
-the median of a contender's rounds counts. Weights rotate through more memory than the caches hold: few rows are bound
-by reading them, many by arithmetic. The table shows how many times as fast as the fastest other one this project's
-layer is: 1.00 is a draw, and below it torch is ahead.
+For each weight format, layer and number of rows, all contenders run in turns, and a contender's figure is the median of
+its rounds. Weights rotate through more memory than the caches hold, so that few rows are bound by reading them and many
+by arithmetic. The table shows how many times as fast as the fastest other one this project's layer is. Below 1.00 torch
+is faster.
 
-Ours takes float32 rows and gives float32. What another wants instead, and gives, is converted within its time, since
-an engine would have to; "alone" it is timed on rows converted before, and its own type of output. Most contenders are
-private operators of torch; a torch without them is an error, not a missing column.
+Our layer takes and returns float32. If a contender needs another type, converting counts in its time, since an engine
+would have to convert; "alone" leaves the conversions out. Most contenders are private operators of torch; a torch
+without them is an error, not a missing column.
 
 Builds for other processors are measured on the same machine with torch held to the same instructions:
 `QUIRE_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2`.
@@ -37,10 +37,10 @@ FORMATS = ("float32", "bfloat16", *METHODS)
 ROTATED_BYTES = 96 << 20
 MIN_ROUNDS = 5
 NOISE = 0.03
-"""Medians of runs that take turns differ by that much when nothing does."""
+"""Noise: medians of identical contenders differ by this much."""
 
 Run = Callable[[Any, Any], Tensor]
-"""One product of rows and the weight as it is stored."""
+"""A product of rows and a stored weight."""
 
 
 @dataclass(slots=True)
@@ -49,10 +49,10 @@ class Contender:
 
     name: str
     copies: list[Any]
-    """The stored weight, many times."""
+    """Copies of the stored weight."""
     run: Run
     prepare: Callable[[Tensor], Any] = lambda x: x
-    """What it takes of float32 rows, made before the clock starts."""
+    """Converts float32 rows to its input type."""
     seconds: list[float] = field(default_factory=list)
     calls: int = 0
 
@@ -70,7 +70,7 @@ def rotated(make: Callable[[], Any], num_bytes: int) -> list[Any]:
 
 
 def contenders(name: str, weight: Tensor) -> list[Contender]:
-    """All that compute a layer whose weight [outputs, inputs] is stored as `name` says; ours first."""
+    """All contenders for a weight [outputs, inputs] stored in format `name`; ours first."""
     n, k = weight.shape
     if name in METHODS:
         stored = METHODS[name].layers
@@ -85,10 +85,10 @@ def contenders(name: str, weight: Tensor) -> list[Contender]:
 
 
 def whole_and_alone(name: str, copies: list[Any], run: Run, prepare: Callable[[Tensor], Any]) -> list[Contender]:
-    """With the rows converted, and the result where it is not float32, and without."""
+    """The contender twice: with conversion of rows and result, and without."""
     return [
         Contender(name, copies, lambda x, w: run(prepare(x), w).float()),
-        # Not the copy that its twin has just brought into the caches.
+        # Use another copy than its twin, which has just loaded that one into the caches.
         Contender(f"{name} alone", copies, run, prepare, calls=len(copies) // 2),
     ]
 
@@ -123,7 +123,7 @@ def of_8_bits(weight: Tensor) -> list[Contender]:
         return y.mul_(x[1][:, None])
 
     def unsigned_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-        """By our kernel, then moved to where its zero is 128: signed bytes take a hundred times as long."""
+        """Rows quantised by our kernel, then shifted by 128: signed bytes are a hundred times slower."""
         values, row_scales = cpu.quantize_rows(x)
         return values.view(torch.uint8) ^ 128, row_scales
 
@@ -140,12 +140,12 @@ def of_4_bits(weight: Tensor, group_size: int) -> list[Contender]:
     values, scales = torch.randint(0, 16, (n, k), dtype=torch.int32), torch.rand(k // group_size, n, 2).bfloat16()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
     int4pack = lambda x, w: torch.ops.aten._weight_int4pack_mm_for_cpu(x, w, group_size, scales)  # noqa: E731
-    # Rows of bfloat16 are its fast path.
+    # Its fast path takes bfloat16 rows.
     return whole_and_alone("int4pack", rotated(packed.clone, packed.nbytes), int4pack, Tensor.bfloat16)
 
 
 def measure(field_of: list[Contender], m: int, k: int, budget: float) -> dict[str, float]:
-    """The median seconds of each, over rounds of all until the time is spent."""
+    """Median seconds of each contender, over rounds of all until the time is spent."""
     x = torch.randn(m, k)
     inputs = [contender.prepare(x) for contender in field_of]
     for contender, rows in zip(field_of, inputs, strict=True):
@@ -158,7 +158,7 @@ def measure(field_of: list[Contender], m: int, k: int, budget: float) -> dict[st
 
 
 def cell(seconds: dict[str, float], *, alone: bool) -> str:
-    """Of a table: how ours stands to the fastest other; where that is ahead, its name."""
+    """A cell of the table: speed of ours over the fastest other; that one's name if it is ahead."""
     others = {name: value for name, value in seconds.items() if name != "ours" and name.endswith(" alone") == alone}
     best = min(others, key=others.__getitem__)
     ratio = others[best] / seconds["ours"]
@@ -166,7 +166,7 @@ def cell(seconds: dict[str, float], *, alone: bool) -> str:
 
 
 def layer_shapes(model: str) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each of LAYERS, as the engine joins them."""
+    """Outputs and inputs of each of LAYERS, as the engine fuses them."""
     shape = SHAPES[model]
     hidden, width, head_dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
     queries, keys = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
@@ -204,7 +204,7 @@ def main() -> None:
                     row.append(measure(field_of, m, k, options.seconds))
                     figures.append({"format": stored, "model": model, "layer": layer, "rows": m, "seconds": row[-1]})
         for alone in (False, True) if any("alone" in name for name in row[-1]) else (False,):
-            print(f"\n{stored}: ours is so many times as fast as the fastest other{' alone' if alone else ''}\n")
+            print(f"\n{stored}: speed of ours over the fastest other{' alone' if alone else ''}\n")
             print("| rows | " + " | ".join(map(str, options.rows)) + " |\n" + "| --- " * (len(options.rows) + 1) + "|")
             for name, row in measured.items():
                 print(f"| {name} | " + " | ".join(cell(seconds, alone=alone) for seconds in row) + " |", flush=True)

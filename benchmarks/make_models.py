@@ -1,7 +1,7 @@
 """`python -m benchmarks.make_models DIR [M160 M600]`: random weights in real shapes, to measure speed with.
 
 M160 is a small Llama, M600 has the shape of Qwen3-0.6B. Each is written twice, in float32 and in bfloat16,
-with the same values (drawn from seed 0, rounded to bfloat16), so that every dtype computes the same model.
+with the same values (sampled from seed 0, rounded to bfloat16), so that every dtype computes the same model.
 """
 
 import json
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape, in the words of Hugging Face checkpoints; tied embeddings are stored once."""
+    """Tensor name → shape, as in Hugging Face checkpoints; tied embeddings are stored once."""
     hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries = config["num_attention_heads"] * head_dim
     keys = config["num_key_value_heads"] * head_dim
@@ -98,7 +98,7 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def draw_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Norms are ones, all else is normal with the usual deviation of an untrained model."""
+    """Norm weights are ones; all others are normal with the usual deviation of an untrained model."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.ones(shape, dtype=torch.bfloat16)
@@ -109,7 +109,7 @@ def draw_weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """Bytes, three special tokens, and fillers that no text ever becomes, so that every id has a name."""
+    """All bytes, three special tokens, and filler tokens that never occur, so that every id has a name."""
     words = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     words += [f"<filler_{index}>" for index in range(vocab_size - len(words))]
     tokenizer = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[]))
@@ -126,7 +126,7 @@ def write_checkpoint(
     tokenizer: Tokenizer,
     dtype: torch.dtype,
 ) -> None:
-    """A folder as `save_pretrained` leaves it."""
+    """Write a folder like `save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,11 +1,11 @@
-"""The planner against the engine: memory and throughput as planned, beside what a real run took.
+"""The planner beside the engine: planned memory and throughput, and those of a real run.
 
     python -m benchmarks.planner memory MODEL… [--num-blocks 128 512]
     python -m benchmarks.planner speed MODEL --device FILE [--dtype …] [--quantization …]
 
-`memory` stores each model in every way, fills every block of its pools, with full steps and log-probabilities asked
-for, and looks at what the system shows; a process each. `speed` runs workloads of the lengths of W1 and W2 and W5
-itself (see benchmarks.peers), and simulates them on a device that `quire plan --measure` wrote.
+`memory` loads each model in every weight format, fills every block of its pools with full steps and log-probabilities,
+and reads the process's peak memory; one process each. `speed` runs workloads like W1, W2 and W5 (see benchmarks.peers)
+and simulates them on a device that `quire plan --measure` wrote.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quire.cli.bench_workload import make_workload
+from quire.cli.bench_workload import WorkloadOptions, make_workload
 from quire.cli.peak_resident import peak_resident
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
@@ -30,18 +30,18 @@ from quire.simulation.simulate import run_simulation
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace, TraceRow
 
 CONTEXT = 512
-"""Tokens of a sequence that fills blocks: few, because what is computed for them shows nothing here."""
+"""Tokens of a sequence that fills blocks: few, because computing time does not matter here."""
 KINDS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"))
 
 
 def fill(config: EngineConfig) -> dict[str, Any]:
-    """Load a model, write every block of its pool, and say what was planned and what the process took at most."""
+    """Load a model and write every block of its pool. Returns planned memory and the process's peak."""
     from quire.engine.engine import Engine
 
     engine = Engine(config, lambda line: None)
     plan = engine.memory_plan
     num_sequences = plan.num_blocks * plan.block_size // CONTEXT
-    output = num_sequences + 8  # steps of 512 tokens or more: nobody ends before the last prompt is computed
+    output = num_sequences + 8  # steps of 512 tokens or more: no sequence ends before the last prompt is computed
     params = SamplingParams(max_tokens=output, ignore_eos=True, detokenize=False, logprobs=20, seed=0)
     for number in range(num_sequences):
         prompt = [3 + (5 * place + number) % 200 for place in range(CONTEXT - output)]
@@ -61,7 +61,7 @@ def fill(config: EngineConfig) -> dict[str, Any]:
 
 
 def fill_in_child(**options: Any) -> dict[str, Any]:
-    """`fill` in a process of its own, of which nothing else is in memory."""
+    """`fill` in a process of its own, so that nothing else is in memory."""
     options = {"max_model_len": CONTEXT, "enable_prefix_caching": False, **options}
     command = [sys.executable, "-m", "benchmarks.planner", "fill", json.dumps(options)]
     shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -70,7 +70,7 @@ def fill_in_child(**options: Any) -> dict[str, Any]:
 
 
 def memory(models: list[str], pools: list[int]) -> None:
-    """A line for each model, way of storing it, and pool."""
+    """Print a line per model, weight format and pool."""
     print("| model | stored as | pool, blocks | planned, MiB | measured, MiB | difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for model in models:
@@ -92,10 +92,9 @@ def memory(models: list[str], pools: list[int]) -> None:
 
 
 def workloads() -> dict[str, tuple[list[list[int]], list[int], list[TraceRow]]]:
-    """Prompts, output lengths, and the same as rows of a trace that all arrive at once."""
-    mixed = make_workload(
-        "random", num_prompts=64, input_len=136, output_len=116, range_ratio=0.9, max_len=4096, seed=1
-    )
+    """Prompts, output lengths, and rows of a trace with these lengths that arrive at once."""
+    lengths = WorkloadOptions(num_prompts=64, input_len=136, output_len=116, range_ratio=0.9)
+    mixed = make_workload(lengths, max_len=4096, seed=1)
     tail = 32
     prefix = [3 + 7 * place % 200 for place in range(HASH_BLOCK_TOKENS)]
     shared = [prefix + [3 + (place * place + number) % 240 for place in range(tail)] for number in range(64)]
@@ -115,7 +114,7 @@ def workloads() -> dict[str, tuple[list[list[int]], list[int], list[TraceRow]]]:
 
 
 def speed(model: str, dtype: str, quantization: str | None, device_file: str, repeats: int) -> None:
-    """Run each workload, simulate it, and print both."""
+    """Run and simulate each workload, and print both."""
     from quire.llm import LLM
 
     llm = LLM(model, dtype=dtype, quantization=quantization, max_model_len=4096, max_num_seqs=64)
@@ -153,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("memory", "fill", "speed"))
     parser.add_argument("models", nargs="+", help="folders of checkpoints; '' is the bundled model")
-    parser.add_argument("--num-blocks", type=int, nargs="+", default=[128, 512], help="pools, multiples of 32")
+    parser.add_argument("--num-blocks", type=int, nargs="+", default=[128, 512], help="pool sizes, multiples of 32")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization")
     parser.add_argument("--device", default="cpu.json")

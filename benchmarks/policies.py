@@ -1,10 +1,10 @@
-"""Policies replayed: who is admitted first and when, on every trace, beside what they are to be measured by.
+"""Scheduling policies and admission rules, replayed on every trace beside rivals that cannot be served.
 
     python -m benchmarks.policies TRACES_DIR [--trace NAME…] [--out FILE]
 
-Simulations of the scheduler itself (see `quire simulate`), so nothing here depends on the machine. Each trace runs near
-the rate at which its engine is full, in five scenarios; results are kept in FILE, one JSON line each, and what is there
-already is not run again. Prints the tables of docs/policies.md and the one of docs/benchmarks.md.
+These are simulations of the scheduler itself (see `quire simulate`), so figures do not depend on the machine. Each
+trace runs near the rate at which its engine is full, in five scenarios. Results are kept in FILE as JSON lines, and a
+result that is there is not computed again. Prints the tables of docs/policies.md and the one of docs/benchmarks.md.
 """
 
 import argparse
@@ -26,15 +26,15 @@ TBT_LIMIT = 0.1
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a trace runs. Memory is what is scarce: the policies differ by what they do about it."""
+    """Model and device of a trace. Memory is scarce, because policies differ in how they use it."""
 
     model: str
     device: str
     rate: float
-    """Requests per second that the engine just cannot keep up with."""
+    """Requests per second just above the engine's capacity."""
     num_requests: int
     limit: int
-    """The most tokens that anybody asks for."""
+    """The largest max_tokens of a request."""
     kv_slots: int | None = None
     ttft_limit: float = 5.0
 
@@ -71,18 +71,18 @@ _HALF, _HONEST = 2, 4
 
 
 def scenario_rows(name: str, rows: list[TraceRow], limit: int) -> list[TraceRow]:
-    """The rows of a trace as a scenario has them."""
+    """The rows of a trace, changed as a scenario needs."""
     rows = [row._replace(output_tokens=min(limit, row.output_tokens)) for row in rows]
     if name == "shift":
         half = len(rows) // 2
         return rows[:half] + [row._replace(output_tokens=min(limit, 2 * row.output_tokens)) for row in rows[half:]]
     if name == "adversary":
-        draw = random.Random(0)
+        rng = random.Random(0)
         return [
-            row._replace(tenant="adversary", max_tokens=draw.randint(row.output_tokens, limit))
+            row._replace(tenant="adversary", max_tokens=rng.randint(row.output_tokens, limit))
             if number % _HALF
             else row._replace(
-                tenant=f"honest {draw.randrange(_HONEST)}",
+                tenant=f"honest {rng.randrange(_HONEST)}",
                 max_tokens=min(limit, 1 << (row.output_tokens - 1).bit_length()),
             )
             for number, row in enumerate(rows)
@@ -91,7 +91,7 @@ def scenario_rows(name: str, rows: list[TraceRow], limit: int) -> list[TraceRow]
 
 
 def replay(trace: Trace, setup: Setup, scenario: str, policy: str, admission: str) -> dict[str, Any]:
-    """One simulation's figures, those that the tables show."""
+    """The figures of one simulation that the tables show."""
     settings = SimulationSettings(
         trace=trace.name,
         scheduling_policy=policy,
@@ -116,7 +116,7 @@ def replay(trace: Trace, setup: Setup, scenario: str, policy: str, admission: st
 
 
 def replay_all(folder: Path, names: list[str], out: Path) -> Iterator[dict[str, Any]]:
-    """Every combination that `out` does not hold yet, appended to it; yields all of them."""
+    """Run every combination that is not in `out` and append it. Yields all results."""
     known: dict[tuple[str, ...], dict[str, Any]] = {}
     if out.exists():
         for line in out.read_text().splitlines():
@@ -184,7 +184,7 @@ def summary(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the traces are")
+    parser.add_argument("folder", type=Path, help="folder of the traces")
     parser.add_argument("--trace", nargs="+", choices=list(SETUPS), default=list(SETUPS))
     parser.add_argument("--out", type=Path, default=Path("policies.jsonl"))
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What fewer bits cost in perplexity: `python -m benchmarks.quantization`. What they gain is in `benchmarks.linear`."""
+"""Perplexity of quantised weights: `python -m benchmarks.quantization`. `benchmarks.linear` measures their speed."""
 
 import argparse
 import json
@@ -19,7 +19,8 @@ def perplexity(
     threads: int | None = None,
     num_tokens: int | None = None,
 ) -> float:
-    """Of the bundled model on the held-out text, in rows of the longest context, each opened as a document is."""
+    """Perplexity of the bundled model on the held-out text, in rows of the longest context that each begin like a
+    document."""
     llm = LLM(
         dtype=dtype,
         quantization=quantization,
@@ -37,7 +38,7 @@ def perplexity(
     total = 0.0
     for output in llm.generate(rows, SamplingParams(max_tokens=1, prompt_logprobs=0)):
         assert output.prompt_logprobs is not None
-        # The first of a position's entries is the token that stands there.
+        # The first entry of a position is the token of the text.
         total -= sum(next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry is not None)
     return math.exp(total / len(ids))
 

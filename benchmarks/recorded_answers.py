@@ -1,17 +1,16 @@
-"""Answers that repeat their prompt, as summaries and edits do, and a way to have any model give them.
+"""Answers that repeat their prompt, as summaries and edits do, and a logits processor that makes any model give them.
 
-The models of the benchmarks have random weights, so what they would say repeats nothing, or everything. Here the text
-is real and the work is the model's: it computes every token and every draft, and then its logits are moved so that the
-recorded token comes next. Which drafts hold is decided by the text alone.
+The models of the benchmarks have random weights: their own text repeats nothing, or everything. Here the text is real
+and the work is the model's. It computes every token and every draft; then its logits are changed so that the recorded
+token is sampled. So the text alone decides which drafts are accepted.
 
-Five kinds, all from this repository and of a few hundred tokens, in the 32,000 tokens of Mistral's
-vocabulary:
+Five kinds, all from this repository and of a few hundred tokens, in the 32,000 tokens of Mistral's vocabulary:
 
-- edit: a Python file as it was and a commit's subject; the whole file as the commit left it.
-- revision: the same of a page of the documentation.
-- quotation: some pages of a play; all that one of its persons says there.
-- outline: a Python file; its classes and functions, each with the first sentence of what is said of it.
-- summary: a Python file without its docstring; the docstring. Written, not quoted.
+- edit: a Python file before a commit, and the commit's subject. Answer: the file after the commit.
+- revision: the same for a page of documentation.
+- quotation: some pages of a play. Answer: everything that one person says there.
+- outline: a Python file. Answer: its classes and functions, each with the first sentence of its docstring.
+- summary: a Python file without its module docstring. Answer: that docstring, which is written and not quoted.
 """
 
 import ast
@@ -32,23 +31,23 @@ from quire.sampling.logits_processors import RowView
 
 ROOT = Path(__file__).parents[1]
 LAST_COMMIT = "b918a493f1a9fde9b920c466e90c7fd8aae95dbf"
-"""Whose ancestors the edits are taken from, and whose files the outlines and summaries are of."""
+"""Edits come from this commit's ancestors; outlines and summaries from its files."""
 PROMPT_LENGTHS = range(200, 1_500)
 ANSWER_LENGTHS = range(80, 700)
 FAR_ABOVE = 1e4
-"""A logit that no other comes near, at any temperature that is asked for here."""
+"""A logit far above all others, at every temperature used here."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is asked, and the tokens that are to come."""
+    """A prompt and the recorded answer."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]
 
 
 class Recorded:
-    """A logits processor that makes the recorded answers win. A request says by its seed which one is its own."""
+    """A logits processor that makes the recorded answers win. The request's seed is the index of its answer."""
 
     def __init__(self, answers: Sequence[Answer] = ()) -> None:
         self.answers = answers
@@ -57,7 +56,7 @@ class Recorded:
         return bool(self.answers)
 
     def apply(self, logits: Tensor, rows: Sequence[RowView]) -> Tensor:
-        """A row after drafted tokens knows them as output; where they are wrong, what it draws does not count."""
+        """A row after draft tokens has them in its output. If they are wrong, its sample does not count."""
         for place, row in enumerate(rows):
             assert row.params.seed is not None
             logits[place, self.answers[row.params.seed].token_ids[len(row.output_token_ids)]] = FAR_ABOVE
@@ -65,7 +64,7 @@ class Recorded:
 
 
 def recorded_answers(kind: str, count: int) -> list[Answer]:
-    """The first `count` of a kind, always the same."""
+    """The first `count` answers of a kind, always the same."""
     answers = []
     for prompt, text in KINDS[kind]():
         answer = Answer(_tokenizer().encode(prompt).ids, _tokenizer().encode(text, add_special_tokens=False).ids)
@@ -77,7 +76,7 @@ def recorded_answers(kind: str, count: int) -> list[Answer]:
 
 
 def edits(suffix: str = ".py") -> Iterator[tuple[str, str]]:
-    """The newest commits that changed such a file; of each commit one file, and each file once."""
+    """The newest commits that changed such a file: one file per commit, each file once."""
     seen = set[str]()
     log = _git("log", "--diff-filter=M", "--name-only", "--format=%x00%H %s", LAST_COMMIT, "--", f"*{suffix}")
     for entry in log.split("\0")[1:]:
@@ -95,7 +94,7 @@ def revisions() -> Iterator[tuple[str, str]]:
 
 
 def quotations() -> Iterator[tuple[str, str]]:
-    """Pieces of ten speeches; of each, what the person says who speaks most often."""
+    """Pieces of ten speeches, and in each the speeches of the person who speaks most often."""
     play = (ROOT / "tests" / "data" / "held_out.txt").read_text(encoding="utf-8")
     speeches = re.findall(r"^([A-Z][\w ]+):\n(.+?)\n\n", play, re.MULTILINE | re.DOTALL)
     for start in range(0, len(speeches) - 9, 5):

@@ -1,10 +1,9 @@
-"""How near each part of a step comes to the machine's limits: `python -m benchmarks.roofline MODEL [MODEL ...]`.
+"""Distance of each part of a step from the machine's limits: `python -m benchmarks.roofline MODEL [MODEL ...]`.
 
-Runs `benchmarks.steps` with the weights as each checkpoint stores them, once more in int8 and in int4 if that is
-float32, and sets the times of its parts beside the work that
-the model's shape says they have: operations (a product and its addition are two) and bytes that must be read. Prints a
-table and, with `--plot`, draws operations per second against operations per byte below the ceilings of the same run
-(S. Williams et al., "Roofline", CACM 2009).
+Runs `benchmarks.steps` with the weights as the checkpoint stores them; a float32 checkpoint also in int8 and int4. Sets
+the time of each part beside its work by the model's shape: operations (a product and its addition are two) and bytes
+that must be read. Prints a table and, with `--plot`, draws operations per second against operations per byte below the
+ceilings of the same run (S. Williams et al., "Roofline", CACM 2009).
 """
 
 import argparse
@@ -39,7 +38,7 @@ class Point:
     seconds: float
     operations: float
     read: float
-    """Bytes: of weights, or of keys and values."""
+    """Bytes of weights, or of keys and values."""
 
     @property
     def intensity(self) -> float:
@@ -49,7 +48,7 @@ class Point:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("models", type=Path, nargs="+")
-    parser.add_argument("--plot", type=Path, help="draw it to this SVG")
+    parser.add_argument("--plot", type=Path, help="plot to this SVG file")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     points: list[Point] = []
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def run_steps(model: Path, *flags: str) -> dict[str, Any]:
-    """The figures of one run of `benchmarks.steps`, in a process of its own."""
+    """The figures of `benchmarks.steps`, run in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "steps.json"
         command = [sys.executable, "-m", "benchmarks.steps", str(model), *flags, "--output", str(output)]
@@ -82,7 +81,7 @@ def run_steps(model: Path, *flags: str) -> dict[str, Any]:
 
 
 def points_of(run: dict[str, Any], model: ModelConfig, model_name: str) -> Iterator[Point]:
-    """What each part of each kind of step had to do, in the time it took."""
+    """Work and time of each part of each kind of step."""
     weights = run["weights"]
     spec = model.spec
     matrices, head = spec.layer_parameters, spec.head.num_parameters

@@ -1,8 +1,8 @@
 """Tokens per second against concurrency and against context: `python -m benchmarks.scaling MODEL [--plot FILE]`.
 
-Decoding only: a run's clock starts when every sequence has its first token. Each concurrency decodes prompts of 128
-tokens; each context decodes one sequence and sixteen behind prompts of that length, which share nothing. What the model
-or the KV pool cannot hold is left out.
+Only decoding is measured: the clock starts when every sequence has its first token. Each concurrency decodes after
+prompts of 128 tokens. Each context decodes one sequence and sixteen, after prompts of that length that share nothing.
+Runs that the model or the KV pool cannot hold are left out.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from quire.quantization import METHODS
 CONCURRENCY = (1, 4, 16, 64, 256)
 CONTEXTS = (128, 512, 2048, 8192)
 SEQUENCES = (1, 16)
-"""Concurrency at which contexts are compared."""
+"""The concurrencies at which contexts are compared."""
 PROMPT = 128
 STEPS = 32
 
@@ -31,9 +31,9 @@ def main() -> None:
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--at-once", type=int, nargs="+", default=SEQUENCES, help="sequences behind each context")
+    parser.add_argument("--at-once", type=int, nargs="+", default=SEQUENCES, help="sequences at once, for each context")
     parser.add_argument("--output", type=Path, help="also write the figures to this file, as JSON")
-    parser.add_argument("--plot", type=Path, help="draw them to this SVG")
+    parser.add_argument("--plot", type=Path, help="plot to this SVG file")
     options = parser.parse_args()
     llm = LLM(
         model=options.model,
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def num_output_tokens(llm: LLM, num_sequences: int, prompt: int) -> int:
-    """The first to have their prompt decode while the others' prompts are computed, and must not end before."""
+    """Early sequences decode while the others' prompts are computed, and must not finish before."""
     budget = llm.memory_plan.max_num_batched_tokens
     return STEPS + 2 + 2 * num_sequences * prompt // max(1, budget - num_sequences)
 
@@ -84,7 +84,7 @@ def fits(llm: LLM, num_sequences: int, prompt: int) -> bool:
 
 
 def decode_rate(llm: LLM, num_sequences: int, prompt: int) -> float:
-    """Tokens per second of `num_sequences` decoding together, each behind `prompt` tokens of its own."""
+    """Tokens per second of `num_sequences` that decode together, each after its own prompt of `prompt` tokens."""
     engine = llm._engine
     max_tokens = num_output_tokens(llm, num_sequences, prompt)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
@@ -101,7 +101,7 @@ def decode_rate(llm: LLM, num_sequences: int, prompt: int) -> float:
             seconds.append(took)
     for name in names:
         engine.abort(name)
-    return num_sequences * STEPS / sum(seconds[1:])  # the first of them may have ended a prompt
+    return num_sequences * STEPS / sum(seconds[1:])  # the first step may have completed a prompt
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What deciding costs: the memory pool's operations and a whole step of the scheduler, without a model.
+"""Cost of scheduling: operations of the block pool and whole steps of the scheduler, without a model.
 
-`python -m benchmarks.scheduler` prints JSON: processor time, medians of several repeats; of
-steps in which only some ask the forecast, means.
+`python -m benchmarks.scheduler` prints JSON: processor time, the median of several repeats. For steps of which only
+some ask the forecast, it is the mean.
 """
 
 import gc
@@ -16,6 +16,7 @@ from quire.kv_cache.block_table import BlockTable
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.length_curve import MIN_ANSWERS
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
@@ -51,7 +52,7 @@ def median_seconds(run: Callable[[], object]) -> float:
 
 
 def append_and_free() -> None:
-    """A table takes a block for one token, and gives it back."""
+    """Allocate a block for one token and free it."""
     pool = BlockPool(1024, BLOCK_SIZE)
     table = BlockTable(pool, root_hash("", BLOCK_SIZE))
     for _ in range(APPENDS):
@@ -62,14 +63,12 @@ def append_and_free() -> None:
 def step_seconds(num_seqs: int, admission: str = "current") -> list[float]:
     """Processor times of schedule() and update(), step by step, while `num_seqs` sequences decode.
 
-    Where admission is predicted, others wait that fit now and not at the peak: the forecast is asked again and again.
+    With predicted admission, requests wait that fit now but not at the peak, so every step asks the forecast.
     """
     num_waiting = 64 if admission == "predicted" else 0
     scheduler = Scheduler(
         BlockPool(num_seqs * 16, BLOCK_SIZE),
-        max_num_seqs=num_seqs + num_waiting,
-        max_num_batched_tokens=2 * num_seqs,
-        max_model_len=1024,
+        SchedulerLimits(max_num_seqs=num_seqs + num_waiting, max_num_batched_tokens=2 * num_seqs, max_model_len=1024),
         make_rule=ADMISSIONS[admission],
     )
     if num_waiting:
@@ -98,7 +97,7 @@ def step_seconds(num_seqs: int, admission: str = "current") -> list[float]:
 
 
 def add(scheduler: Scheduler, numbers: range, num_tokens: int = PROMPT_TOKENS) -> None:
-    """Requests of prompts that have nothing in common."""
+    """Requests whose prompts share no prefix."""
     for number in numbers:
         prompt = [(number + MIN_ANSWERS) * PROMPT_TOKENS + position for position in range(num_tokens)]
         request = Request(

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.sharing [--plot FILE]`: KV memory that sharing saves, step by step in the engine itself.
+"""KV memory saved by sharing, measured in the engine: `python -m benchmarks.sharing [--plot FILE]`.
 
-Parallel samples and beams of the bundled model, on prompts of held-out text whose lengths are those of the paper's
-traces (its Fig. 11). Saved is what block tables would take more without sharing, as a share of that total, averaged
-over the run (the paper's Fig. 15); the paper's figures stand beside ours.
+Parallel samples and beams of the bundled model, on prompts of held-out text with the lengths of the paper's traces (its
+Fig. 11). The saving is the share of block-table entries that need no block of their own, averaged over the run (the
+paper's Fig. 15). The paper's figures stand beside ours.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.cli.bench_memory import measure_memory
-from quire.cli.bench_workload import Workload, make_workload
+from quire.cli.bench_workload import Workload, WorkloadOptions, make_workload
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 
@@ -50,9 +50,7 @@ def main() -> None:
 
 def measure(dataset: str, decoding: str, width: int, num_prompts: int) -> dict[str, Any]:
     engine = Engine(EngineConfig(num_blocks=8192, max_num_seqs=512, max_num_batched_tokens=1024), lambda line: None)
-    work = make_workload(
-        dataset, num_prompts=num_prompts, input_len=0, output_len=0, range_ratio=0.0, max_len=1024, seed=0
-    )
+    work = make_workload(WorkloadOptions(dataset=dataset, num_prompts=num_prompts), max_len=1024, seed=0)
     assert engine.tokenizer is not None
     text = engine.tokenizer.encode(TEXT.read_text(), add_special_tokens=False)
     rng = random.Random(0)

@@ -1,9 +1,9 @@
-"""How fast simulations run, on one core: steps and generated tokens per second of wall time, policy by policy.
+"""Speed of simulations on one core: steps and generated tokens per second of wall time, for each policy.
 
     python -m benchmarks.simulation [--repeats 3]
 
-OPT-13B on one A100-40GB with a queue that is always full, where a step has the most to decide, on ShareGPT's lengths
-(batches of some 35 sequences) and Alpaca's (some 190).
+OPT-13B on one A100-40GB with a queue that is always full, the case with most decisions per step, on the lengths of
+ShareGPT (batches of about 35 sequences) and Alpaca (about 190).
 """
 
 import argparse
@@ -22,7 +22,7 @@ NUM_REQUESTS = {"sharegpt_papermean": 2000, "alpaca_like": 8000}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median counts")
     options = parser.parse_args()
     model, device = MODEL_SHAPES["OPT-13B"], DEVICES["A100-40GB"]
     print(

@@ -1,19 +1,19 @@
-"""What drafts and batch invariance cost and bring: the same requests with an option and without, taking turns.
+"""Gain and cost of drafts and of batch invariance: the same requests with an option and without, in turns.
 
     python -m benchmarks.speculation [MODEL ...]
 
-Without a model the bundled one. Every workload runs on two engines in one process, one with the option; they take turns
-and each round's prompts are new to both, so that no prefix is found. Tokens per second of output are those of the whole
-request, its prompt included; where requests come one by one, `decoding` leaves out prompt and first token, as W5's
-figure does. Ratios are with / without, the median of the rounds'.
+The default is the bundled model. Every workload runs on two engines in one process, one with the option. They take
+turns, and each round has new prompts, so that there are no prefix hits. Tokens per second are output tokens over the
+time of the whole request, its prompt included. If requests come one by one, `decoding` leaves out prompt and first
+token, like W5's figure. Ratios are with / without: the median over the rounds.
 
-- edit, revision, quotation, outline, summary: answers that repeat their prompt as such texts do, by
-  `benchmarks.recorded_answers`, one a round. Greedy. For models of the vocabulary that W1 to W6 have.
+- edit, revision, quotation, outline, summary: answers that repeat their prompt as such texts do, from
+  `benchmarks.recorded_answers`, one per round. Greedy. For models with the vocabulary of W1 to W6.
 - copy: one request at a time whose answer is mostly in its prompt: a passage of held-out text, and its beginning once
-  more. What comes is the model's own. Greedy.
-- text: the same passages without the beginning again.
+  more. The answer is the model's own. Greedy.
+- text: the same passages without the repeated beginning.
 - long: one request of 3,000 random tokens.
-- W1, W3, W5: those of `benchmarks.peers`, random token ids. Greedy models of random weights fall into loops.
+- W1, W3, W5: the workloads of `benchmarks.peers`, random token ids. Greedy output of random weights falls into loops.
 - A name with -sampled: the same at temperature 1, where nothing repeats.
 """
 
@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TEXTS = "copy,text,text-sampled"
 RANDOM = "W5,W5-sampled,W1,W1-sampled"
 WARM_UP = -1
-"""Number of the round that does not count."""
+"""Index of the warm-up round."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int) -> dict[str, Any]:
-    """Tokens per second of both engines, the second of which has the option, and how its drafts fared."""
+    """Tokens per second of both engines, the second with the option, and its accepted drafts."""
     sides = [Side(llm) for llm in engines]
     kind = name.removesuffix("-sampled")
     one_by_one = kind in KINDS or kind in ("copy", "text", "long", "W5")
@@ -79,7 +79,7 @@ def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int
             side.start_round()
         places = range(len(workload.requests))
         for batch in [[place] for place in places] if one_by_one else [list(places)]:
-            # The first turn changes, since what a machine did last may help or harm what comes next.
+            # Alternate who begins: the previous load of a machine affects the next run.
             for side in sides if (number + batch[0]) % 2 else reversed(sides):
                 side.run(workload, batch)
         for side in sides:
@@ -103,26 +103,26 @@ def compare(engines: tuple[LLM, LLM], recorded: Recorded, name: str, rounds: int
 
 
 def _ratio(before: Sequence[float], after: Sequence[float]) -> float:
-    """How many times as fast, round by round."""
+    """Speed-ups, one per round."""
     return round(statistics.median(one / other for one, other in zip(before, after, strict=True)), 3)
 
 
 class Side:
-    """One of the two engines, and what its rounds took."""
+    """One of the two engines, and the times of its rounds."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self.start()
 
     def start(self) -> None:
-        """Forget what was measured."""
+        """Clear all measurements."""
         self.before = self.llm.stats()
         self.tokens: list[int] = []
-        """Of every sample of every request."""
+        """Output tokens of every sample of every request."""
         self.seconds: list[float] = []
-        """Of each round."""
+        """Seconds of each round."""
         self.decoding: list[float] = []
-        """Of those the time after the first token."""
+        """Seconds of each round after the first token."""
         self.rates: list[float] = []
 
     def start_round(self) -> None:
@@ -162,7 +162,7 @@ class Side:
 
 
 def make_workload(llm: LLM, kind: str, seed: int, recorded: Recorded, temperature: float) -> Workload:
-    """Requests that only this seed brings; of recorded answers the first."""
+    """The workload of one seed. Recorded answers start with the first."""
     rng = random.Random(seed)
     if kind in KINDS:
         answer = recorded.answers[0]

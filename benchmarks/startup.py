@@ -1,8 +1,9 @@
-"""From the start of a process to its first token, phase by phase: packing the checkpoint, and with weights cached.
+"""Seconds from the start of a process to its first token, by phase: packing the checkpoint, and with cached weights.
 
-`python -m benchmarks.startup MODEL [MODEL ...]`. Every way starts in turn, round after round, each in a fresh process
-that answers a prompt of 128 tokens with one; a second prompt of the same length shows what the first paid only once.
-Files are in the system's file cache: they are read once before the clock starts. Ceilings come from the same run.
+`python -m benchmarks.startup MODEL [MODEL ...]`. All variants start in turns, round after round, each in a fresh
+process that answers a prompt of 128 tokens with one token. A second prompt of the same length shows which costs come
+only once. Files are in the system's file cache: they are read once before the clock starts. Ceilings come from the
+same run.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def child(model: str, started_at: float, options: dict[str, Any]) -> None:
     reported: dict[str, float] = {}
 
     class Lines:
-        """Standard error's place, from which the phases that the engine reports are read."""
+        """Replaces standard error, to read the phases that the engine reports."""
 
         def write(self, text: str) -> int:
             name, _, value = text.strip().rpartition(": ")
@@ -42,7 +43,7 @@ def child(model: str, started_at: float, options: dict[str, Any]) -> None:
         def flush(self) -> None:
             pass
 
-    began, sys.stderr = time.monotonic(), Lines()  # write is all that print asks for
+    began, sys.stderr = time.monotonic(), Lines()  # print needs only write
     llm = LLM(model=model, max_model_len=4096, max_num_seqs=64, verbose=True, **options)
     sys.stderr = sys.__stderr__
     loaded = time.monotonic() - began
@@ -69,7 +70,7 @@ def start(model: str, options: dict[str, Any]) -> dict[str, float]:
 
 
 def ceilings(model: Path) -> dict[str, float]:
-    """GB/s of one thread: fresh memory written, the same again, the checkpoint read from the file cache."""
+    """GB/s of one thread: writing fresh memory, writing it again, reading the checkpoint from the file cache."""
     import numpy as np
 
     found, size = {}, 1 << 30

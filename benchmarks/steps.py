@@ -1,8 +1,8 @@
-"""Where a step's time goes: `python -m benchmarks.steps MODEL [--quantization int8]`.
+"""Time of each part of a step: `python -m benchmarks.steps MODEL [--quantization int8]`.
 
-Steps of decoding with so many sequences each, and one step of a prompt's 512 tokens, milliseconds by part, medians over
-the steps. What is outside the layers and the logits is the host's. The parts are timed in the running engine, by
-functions put around its own. Greedy, unless `--temperature` and `--top-p` or `--top-k` ask for samples.
+Measures decode steps of several batch sizes, and one prefill step of 512 tokens: milliseconds by part, medians over the
+steps. Time outside the layers and the logits is the host's. The parts are timed in the running engine, by wrapping its
+functions. Greedy, unless `--temperature` and `--top-p` or `--top-k` are set.
 """
 
 import argparse
@@ -19,8 +19,7 @@ from benchmarks.ceilings import measure_ceilings
 from quire import LLM, SamplingParams
 from quire.kernels import cpu
 from quire.quantization import METHODS
-from quire.runner import model_runner
-from quire.runner.model_runner import ModelRunner
+from quire.runner.step_inputs import StepInputBuilder
 from quire.sampling.sampler import Sampler
 from quire.scheduler.scheduler import Scheduler
 
@@ -38,13 +37,13 @@ KERNELS = {
 
 
 class Timers:
-    """Seconds of each part since `take` was last called."""
+    """Seconds of each part since the last call of `take`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def around(self, owner: Any, name: str, part: str) -> None:
-        """Time `owner.name` from now on, as a part."""
+        """Wrap `owner.name` so that its time counts as a part."""
         inner: Callable[..., Any] = getattr(owner, name)
 
         def timed(*args: Any, **options: Any) -> Any:
@@ -62,19 +61,18 @@ class Timers:
 
 
 def install(timers: Timers) -> None:
-    """Before the engine is built, since layers keep the functions they call."""
+    """Call it before the engine is built: layers keep references to the functions they call."""
     for part, names in KERNELS.items():
         for name in names:
             timers.around(cpu, name, part)
     timers.around(Scheduler, "schedule", "schedule")
     timers.around(Scheduler, "update", "update")
-    timers.around(model_runner, "make_input_batch", "input batch")
+    timers.around(StepInputBuilder, "lay_out", "input batch")
     timers.around(Sampler, "sample", "sampling")
-    timers.around(ModelRunner, "execute", "execute")
 
 
 def around_model(timers: Timers, llm: LLM) -> None:
-    runner = llm._engine._core._runner
+    runner: Any = llm._engine._core._executor
     timers.around(runner, "_plan_attention", "plan")
     model = runner._model
     timers.around(type(model), "__call__", "layers")
@@ -84,7 +82,7 @@ def around_model(timers: Timers, llm: LLM) -> None:
 def run_steps(
     llm: LLM, timers: Timers, sampling: dict[str, Any], num_sequences: int, prompt: int, steps: int
 ) -> list[dict[str, float]]:
-    """Parts of each step in which all sequences decode, or with `steps` of 0 of the one that computes the prompt."""
+    """Seconds of the parts of each step in which all sequences decode; with 0 `steps`, of the prefill step."""
     engine = llm._engine
     llm.reset_prefix_cache()
     params = SamplingParams(**sampling, max_tokens=steps + 2, ignore_eos=True, detokenize=False)
@@ -100,16 +98,16 @@ def run_steps(
         parts = timers.take()
         if len(deltas) == num_sequences:
             found.append(parts | {"step": whole})
-    # The first of them may hold the end of a prompt, the last frees the sequences.
+    # The first step may contain the end of a prompt; the last one frees the sequences.
     return found[1:-1] if steps else found[:1]
 
 
 def breakdown(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Median milliseconds of each part, the dense layers without the head; what no timer covers is the rest."""
+    """Median milliseconds of each part, and of the rest that no timer covers. Dense layers are without the head."""
     rows = []
     for step in steps:
         row = {part: step.get(part, 0.0) * 1e3 for part in ("step", "layers", "logits", *KERNELS, *HOST[:-1])}
-        row["dense"] -= row["logits"]  # the head is a dense layer, but for a few microseconds of Python
+        row["dense"] -= row["logits"]  # the head is a dense layer plus a few microseconds of Python
         row["other in layers"] = row["layers"] - sum(row[part] for part in KERNELS)
         row["the rest"] = row["step"] - row["layers"] - row["logits"] - sum(row[part] for part in HOST[:-1])
         row["host"] = row["step"] - row["layers"] - row["logits"]

@@ -1,9 +1,9 @@
-"""What structured output costs: tokens/s of a batch with a JSON schema against the same batch without, and mask times.
+"""Cost of structured output: tokens/s of a batch with a JSON schema against the same batch without, and mask times.
 
 `python -m benchmarks.structured [model] [--requests 32] [--max-tokens 192] [--rounds 7]` prints JSON. Both runs
-generate the same number of tokens per request: the batch without a form is told how many each request of the batch with
-one produced. They take turns, and the medians of several rounds are compared. Mask times are llguidance's own work for
-one token, replayed over the texts that came out.
+generate the same number of tokens per request: the unconstrained batch generates as many as the constrained one did.
+They take turns, and the medians of several rounds are compared. Mask times are llguidance's own time per token,
+replayed over the generated texts.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def compare(llm: LLM, num_requests: int, max_tokens: int, rounds: int) -> tuple[dict[str, float], list[list[int]]]:
-    """Tokens/s without and with the schema, and the tokens of the latter."""
+    """Tokens/s without and with the schema, and the tokens generated with it."""
     prompts = [f"Scene {number}. Enter a citizen, and speaks:" for number in range(num_requests)]
     formed = [
         SamplingParams(temperature=1.0, seed=seed, max_tokens=max_tokens, structured_outputs=FORM)
@@ -80,7 +80,7 @@ def compare(llm: LLM, num_requests: int, max_tokens: int, rounds: int) -> tuple[
 
 
 def mask_times(llm: LLM, texts: list[list[int]]) -> dict[str, float]:
-    """Microseconds for the mask of one token and for following it, over all tokens of the texts."""
+    """Microseconds for the mask of one token and for consuming it, over all tokens of the texts."""
     config = ModelConfig.from_folder(llm._engine.folder)
     compiler = read_compiler(llm._engine.folder, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids)
     grammar = compiler.compile(FORM)

@@ -1,10 +1,10 @@
-"""What the tiers below the pool bring: a restart with a disk tier, preemption with each, and load against compute.
+"""Gain of the tiers below the pool: a restart with a disk tier, preemption with each tier, and load against compute.
 
 `python -m benchmarks.tiers MODEL [--dtype float32] [--load-format dummy] [--prompt 2048] [--only crossover]` prints
-JSON. MODEL is the folder of a checkpoint whose context holds the prompt; a disk tier is put into a folder that is
-removed afterwards. Each figure of a restart is the median over engines of their own, of which the file cache of the
-system knows the blocks: the disk itself is not measured, what it adds is `bytes_per_block` over its rate. The crossover
-is measured with a store that is throttled to one rate after another.
+JSON. MODEL is the folder of a checkpoint whose context holds the prompt. The disk tier is in a temporary folder. Each
+figure of a restart is the median over several engines. The system's file cache holds the blocks, so the disk itself is
+not measured: it adds `bytes_per_block` over its rate. The crossover is measured with a store throttled to one rate
+after another.
 """
 
 import argparse
@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def prompt_of(num_tokens: int, seed: int) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(num_tokens)]
+    rng = random.Random(seed)
+    return [rng.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(num_tokens)]
 
 
 def restart(engine: dict[str, Any], num_tokens: int, repeats: int) -> dict[str, Any]:
-    """First token of a long prompt in a new engine: computed, and from what an earlier engine stored.
+    """Seconds to the first token of a long prompt in a new engine: computed, and loaded from stored blocks.
 
-    A short request comes first, so that neither pays for first calls.
+    A short request runs first, so that neither pays for first calls.
     """
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     engine = {**engine, "num_blocks": num_tokens // 8, "max_num_seqs": 8}
@@ -95,15 +95,16 @@ def restart(engine: dict[str, Any], num_tokens: int, repeats: int) -> dict[str, 
 
 
 def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dict[str, float]]:
-    """Seconds to the first token of a stored prompt, by the rate of the disk: loaded, computed, as the engine does."""
+    """Seconds to the first token of a stored prompt, by the rate of the disk: loaded, computed, and as the engine
+    chooses."""
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     prompt, rows = prompt_of(num_tokens, seed=0), []
     with (
         tempfile.TemporaryDirectory() as folder,
         LLM(**engine, num_blocks=num_tokens // 8, max_num_seqs=8, disk_cache=folder) as llm,
     ):
-        core = llm._engine._core
-        scheduler, store = core._scheduler, core._runner._block_store
+        core: Any = llm._engine._core
+        scheduler, store = core._scheduler, core._executor._block_store
         index, files = scheduler._tiers, store._disk if store is not None else None
         assert index is not None
         assert files is not None
@@ -112,13 +113,13 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
 
         def read_throttled(name: bytes, buffer: bytearray) -> str | None:
             started = time.perf_counter()
-            reason = read(name, buffer)
+            reason: str | None = read(name, buffer)
             time.sleep(max(0.0, len(buffer) / (rate * 1e6) - (time.perf_counter() - started)))
             return reason
 
         def first_token(way: str) -> float:
             scheduler.pool.forget_hashes()
-            index.num_worth_loading = {  # type: ignore[method-assign]  # what is measured is what it would choose
+            index.num_worth_loading = {  # force the choice, to measure it
                 "loaded": lambda stored_in, *_: len(stored_in),
                 "computed": lambda *_: 0,
                 "chosen": decide,
@@ -127,7 +128,7 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
             llm.generate([prompt], params, use_tqdm=False)
             return time.perf_counter() - started
 
-        files._read_file = read_throttled  # type: ignore[method-assign]
+        files._read_file = read_throttled
         for _ in range(2):
             llm.generate([prompt], params, use_tqdm=False)
         while core.has_idle_work:

@@ -3,9 +3,9 @@
     python scripts/train_bundled_model.py --text tinyshakespeare.txt [--out DIR] [--steps N] [--seed N] [--threads N]
 
 The text is Shakespeare's plays as char-rnn packed them (public domain, 1.1 MB, 65 characters). The first 90 % of its
-characters are trained on; the last 10 % are held out, and the loss on them is what is reported, in nats per byte. Rows
-of a batch are either raw text or the same plays told as a conversation, one speech answering another, so that the chat
-template works and an answer ends by itself.
+characters are for training. The last 10 % are held out; the reported loss is theirs, in nats per byte. Rows of a batch
+are raw text, or the plays as conversations in which one speech answers another, so that the chat template works and an
+answer ends by itself.
 
 Everything random follows from `--seed`. Two runs with the same seed, thread count, torch build and processor are
 bitwise equal; another processor or thread count adds floats in another order and ends within about 0.01 nats per byte.
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = """\
 """
 
 EXCERPT_CHARS = 12_000
-"""The beginning of the held-out text, which the repository keeps so that a test can measure again."""
+"""Beginning of the held-out text. The repository keeps it so that a test can measure it."""
 
 SYSTEM_MESSAGES = (
     "You are a helpful assistant.",
@@ -60,7 +60,7 @@ SYSTEM_MESSAGES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, in the words of a Llama config.json."""
+    """The model, with the keys of a Llama config.json."""
 
     vocab_size: int = 1024
     hidden_size: int = 256
@@ -78,14 +78,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How it is trained. A step is `tokens_per_step` tokens, in rows of one of two lengths."""
+    """Training options. A step is `tokens_per_step` tokens, in rows of one of two lengths."""
 
     steps: int = 700
     tokens_per_step: int = 4096
     short_context: int = 256
     long_context: int = 1024
     long_share: float = 0.25
-    """Steps whose rows are long: enough for the positions to hold up to there, and the others are cheaper."""
+    """Steps with long rows: enough to train those positions; short rows are cheaper."""
     chat_share: float = 0.3
     muon_rate: float = 0.02
     adam_rate: float = 4e-3
@@ -94,7 +94,7 @@ class Recipe:
     warmup_steps: int = 50
     eval_every: int = 100
     averaging: float = 0.98
-    """What is saved is the moving average of the weights, which does better than the last ones."""
+    """Decay of the moving average of the weights, which is saved: it is better than the last weights."""
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to a twentieth."""
@@ -238,7 +238,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 class Plays:
-    """Rows for training: raw text from anywhere, or a conversation that starts anywhere."""
+    """Rows for training: raw text, or a conversation, from a random place."""
 
     def __init__(self, text: str, tokenizer: Tokenizer, seed: int) -> None:
         self._random = random.Random(seed)
@@ -265,7 +265,7 @@ class Plays:
         return torch.cat((torch.tensor([self._special[BEGIN]]), self._ids[start : start + context]))
 
     def _conversation(self, context: int) -> Tensor:
-        """Speeches in the order of the play: cue, answer, cue, answer; longer than a row, then cut."""
+        """Speeches in the order of the play (cue, answer, cue, answer), cut to the length of a row."""
         ids = [self._special[BEGIN]]
         if self._random.random() < 0.25:
             ids += self._turn(SYSTEM, self._random.choice(SYSTEM_MESSAGES))
@@ -278,7 +278,7 @@ class Plays:
         return torch.tensor(ids[: context + 1])
 
     def _as_typed(self, cue: str, answer: str) -> str:
-        """A cue as somebody at a keyboard would give it: only who shall speak, or words with or without a speaker."""
+        """A cue as a user would type it: only a speaker, or words with or without a speaker."""
         style = self._random.random()
         if style < 0.2:
             return answer.partition("\n")[0]
@@ -393,7 +393,7 @@ def train(model: Llama, plays: Plays, recipe: Recipe) -> Iterator[tuple[int, flo
 
 
 def write_folder(folder: Path, shape: Shape, recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     special = special_ids(tokenizer)
     begin, end = special[BEGIN], special[END]
@@ -461,17 +461,17 @@ def write_folder(folder: Path, shape: Shape, recipe: Recipe, tokenizer: Tokenize
 
 
 def write_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """In 16 bits, by way of a second file, so that a run broken off here leaves the former one whole."""
+    """Save in 16 bits, through a second file, so that an interrupted run keeps the former file."""
     rounded = {name: weight.to(torch.float16).contiguous() for name, weight in weights.items()}
     unfinished = folder / "model.safetensors.part"
     save_file(rounded, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)  # save_file makes it private to its owner
+    unfinished.chmod(0o644)  # save_file makes the file readable by its owner only
     unfinished.replace(folder / "model.safetensors")
 
 
 @torch.no_grad()
 def generate(model: Llama, ids: list[int], num_tokens: int, end: int, temperature: float, seed: int) -> list[int]:
-    """Plain sampling without a cache, for a look at what was learnt."""
+    """Sample without a KV cache, to show what the model learned."""
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     ids = list(ids)
@@ -509,7 +509,7 @@ def processor_name() -> str:
 
 
 def measure(model: Llama, tokenizer: Tokenizer, recipe: Recipe, held_out: str) -> dict[str, float]:
-    """What is measured → nats per byte."""
+    """Text → loss in nats per byte."""
     contexts = (recipe.short_context, 512, recipe.long_context, 2 * recipe.long_context)
     parts = {f"rows of {context} tokens": (held_out, context) for context in contexts}
     parts[f"of its first {EXCERPT_CHARS:,} characters"] = (held_out[:EXCERPT_CHARS], recipe.long_context)
@@ -525,7 +525,7 @@ def training_page(
     log: list[str],
     seconds: float,
 ) -> str:
-    """TRAINING.md, from the weights as they were saved."""
+    """Write TRAINING.md from the saved weights."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = Llama(shape, dropout=0.0)
     model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})

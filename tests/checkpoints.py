@@ -15,6 +15,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -43,6 +44,9 @@ _GPT2: dict[str, Any] = {
     "bos_token_id": BOS_TOKEN_ID,
     "eos_token_id": EOS_TOKEN_ID,
 }
+
+
+_STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -87,6 +91,12 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**_DECODER, "tie_word_embeddings": True}),
+    "stablelm": (StableLmConfig, StableLmForCausalLM, _STABLELM),
+    "stablelm-parallel": (
+        StableLmConfig,
+        StableLmForCausalLM,
+        {**_STABLELM, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
+    ),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""

@@ -8,11 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, Kernels, OutputTokens, kernels_for
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
-from quire.models.weights import Weights
 
 
 class PagedModel:
@@ -28,10 +30,11 @@ class PagedModel:
         max_sequences: int = 4,
         max_model_len: int | None = None,
         kv_dtype: torch.dtype = torch.float32,
+        config: ModelConfig | None = None,
     ) -> None:
-        self.config = config = ModelConfig.from_folder(folder)
+        self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
-        self.model = load_model(config, Weights.open(folder), kernels, dtype, max_model_len=max_model_len)
+        self.model = load_model(config, open_checkpoint(folder), kernels, dtype, max_model_len=max_model_len)
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)
         num_blocks = max_sequences * blocks_per_sequence
@@ -41,7 +44,7 @@ class PagedModel:
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # What a block held before must never matter.
         self.layers = [
-            (torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
+            KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
             for _ in range(config.num_layers)
         ]
         self.lengths = [0] * max_sequences
@@ -72,20 +75,24 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            hidden = self.model(ids, torch.from_numpy(np.concatenate(positions)), self, plan, output_tokens)
+            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
         return dict(zip(tokens, logits.split(counts), strict=True))
 
     def _plan(self, sequences: list[int], counts: list[int], slots: NDArray[np.int32]) -> AttentionPlan:
-        return plan_attention(
+        step = StepArrays(
             np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
             np.array([self.lengths[sequence] for sequence in sequences], dtype=np.int32),
             self.block_tables[sequences],
             slots,
+        )
+        shape = AttentionShape(
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )
+        return plan_attention(step, shape)

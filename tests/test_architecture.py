@@ -51,14 +51,14 @@ STRANGERS = [
 WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", "llm", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
-ENGINE_WITH_TORCH = {"core"}
-"""The file of the engine that holds a runner. The API process uses the others, and loading begins in them before torch
-is there."""
+ENGINE_WITH_TORCH = {"build"}
+"""The file of the engine that makes a runner. The API process uses the other files, and loading begins in them before
+torch is imported."""
 
 TENSORS_OF_THE_CACHE = "quire.kv_cache.storage"
 
 GPU_LIBRARIES = {"triton", "flashinfer"}
-ROOMS_OF_THE_GPU = ("quire.kernels.triton", "quire.kernels.flashinfer")
+ROOMS_OF_THE_GPU = ("quire.kernels.triton",)
 
 NEVER_IMPORTED = {"transformers", "pydantic", "pickle", "cloudpickle", "dill", "shelve", "marshal"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
@@ -354,7 +354,7 @@ def test_the_api_process_stays_light(part: str) -> None:
 def test_the_engine_process_knows_neither_text_nor_http() -> None:
     """Token ids go in and out of it. What they spell only a grammar must know, whose compiler, loaded with the model,
     reads the vocabulary for itself."""
-    loaded = set(run_python("import sys, quire.engine.engine_process, quire.engine.core\nprint(*sys.modules)").split())
+    loaded = set(run_python("import sys, quire.engine.engine_process, quire.engine.build\nprint(*sys.modules)").split())
     assert "quire.runner.model_runner" in loaded
     text = {"tokenizer", "detokenizer", "chat_template", "input_processor", "output_processor", "async_engine"}
     assert loaded & {f"quire.engine.{module}" for module in text} == set()

@@ -208,8 +208,7 @@ def test_a_served_engine_stores_when_idle_and_finds_after_a_kill(roomy: LLM, tmp
             deadline = time.monotonic() + 20
             while engine.stats.tiers["disk"].num_blocks < 7 and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
-            assert engine._process is not None
-            os.kill(engine._process.pid, signal.SIGKILL)
+            os.kill(engine.engine_pid, signal.SIGKILL)
             while engine.state == "ready" and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)
             output = await ask_served(engine, [*SYSTEM, 2])

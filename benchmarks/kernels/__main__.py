@@ -1,8 +1,9 @@
-"""The CPU kernels beside the ceilings of the machine, measured in the same run: `python -m benchmarks.kernels`.
+"""CPU kernels beside the ceilings of the machine, measured in the same run: `python -m benchmarks.kernels`.
 
 Decode attention is bound by reading the KV cache: its ceiling is the rate at which torch sums a tensor too large for
 any cache. Prefill attention is bound by arithmetic: its ceiling is torch.mm of two 2048 x 2048 float32 matrices. The
-ceiling is measured again before every line, so that a noisy machine slows both; each figure is the best of the repeats.
+ceiling is measured again before every line, so that a noisy machine slows both. Each figure is the best of the
+repeats.
 """
 
 import argparse
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention.plan import CpuAttentionPlan, plan_attention
-from quire.kernels import cpu
+from quire.attention import AttentionShape, StepArrays
+from quire.attention.plan import plan_attention
+from quire.kernels import AttentionParams, KVLayer, cpu
 
 BLOCK_SIZE = 16
-# Decode walks through several layers, so that no cache of the processor holds what is read next.
+# Decode walks through several layers, so that no cache of the processor holds the data read next.
 MIN_KV_BYTES = 512 << 20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -31,7 +33,7 @@ DECODE = [
     (16, 1024, 12, 12, 64),
     (1, 16384, 32, 8, 128),
 ]
-# What a step of decoding may consist of, from one long sequence to many short ones: contexts.
+# Contexts of decode steps, from one long sequence to many short ones.
 LOADS = {
     "1 x 8k": [8192],
     "4 x 2k": [2048] * 4,
@@ -40,7 +42,7 @@ LOADS = {
     "256 x 64": [64] * 256,
     "8k + 63 x 128": [8192] + [128] * 63,
 }
-# Query heads, KV heads, tokens in common, sequences that share them, groups of such, tokens of its own each has.
+# Query heads, KV heads, shared tokens, sequences per group, groups, tokens of each sequence's own.
 SHARED = [
     (12, 4, 512, 64, 1, 48),
     (12, 4, 256, 8, 8, 32),
@@ -58,7 +60,7 @@ PREFILL = [(2048, 2048, 12, 4, 64), (2048, 2048, 12, 4, 128), (512, 4096, 12, 4,
 
 
 class Attention:
-    """One attention call over `layers` caches in turn."""
+    """One attention call over `layers` in turn."""
 
     def __init__(
         self,
@@ -71,9 +73,9 @@ class Attention:
         num_shared: int = 0,
         share_prefixes: bool = True,
     ) -> None:
-        """Sequences of these contexts with `new` new tokens each, walking through layers of MIN_KV_BYTES in all.
+        """Sequences of these contexts with `new` new tokens each, over layers of MIN_KV_BYTES in total.
 
-        Runs of `group` sequences have their first `num_shared` tokens in common.
+        Groups of `group` sequences share their first `num_shared` tokens.
         """
         num_heads, num_kv_heads, self.head_dim = heads
         sequences, lengths = len(contexts), np.array(contexts, dtype=np.int32)
@@ -84,41 +86,41 @@ class Attention:
         common = num_shared // BLOCK_SIZE
         tables[:, :common] = tables[np.arange(sequences) // group * group, :common]
         shapes = cpu.kv_cache_shapes(len(free), num_kv_heads, BLOCK_SIZE, self.head_dim, scaled=dtype == torch.int8)
-        # Every byte alike, that is no subnormal number and no large one in any type.
+        # One byte value that is neither subnormal nor large in any type.
         layer_bytes = sum(np.prod(shape) for shape in shapes) * dtype.itemsize
-        self.caches = [
-            tuple(
-                torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0x3C, dtype=torch.uint8).view(dtype)
-                for shape in shapes
+        self.layers = [
+            KVLayer(
+                *(
+                    torch.full([*shape[:-1], shape[-1] * dtype.itemsize], 0x3C, dtype=torch.uint8).view(dtype)
+                    for shape in shapes
+                )
             )
             for _ in range(-(-MIN_KV_BYTES // int(layer_bytes)))
         ]
         token_bytes = num_kv_heads * (2 * self.head_dim * dtype.itemsize + (8 if dtype == torch.int8 else 0))
         self.kv_bytes = sum(contexts) * token_bytes
         self.q = torch.randn(sequences * new, num_heads, self.head_dim)
-        self.plan: CpuAttentionPlan = plan_attention(
-            np.arange(sequences + 1, dtype=np.int32) * new,
-            lengths,
-            tables,
-            np.zeros(sequences * new, dtype=np.int32),
+        starts, slots = np.arange(sequences + 1, dtype=np.int32) * new, np.zeros(sequences * new, dtype=np.int32)
+        shape = AttentionShape(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=self.head_dim,
             block_size=BLOCK_SIZE,
             num_threads=torch.get_num_threads(),
             kv_element_size=dtype.itemsize,
-            share_prefixes=share_prefixes,
         )
+        step = StepArrays(starts, lengths, tables, slots)
+        self.plan = plan_attention(step, shape, share_prefixes=share_prefixes)
+        self.params = AttentionParams(self.head_dim**-0.5)
         self.calls = 0
 
     def __call__(self) -> Tensor:
         self.calls += 1
-        k_cache, v_cache = self.caches[self.calls % len(self.caches)]
-        return cpu.paged_attention(self.q, k_cache, v_cache, self.plan, self.head_dim**-0.5)
+        return cpu.paged_attention(self.q, self.layers[self.calls % len(self.layers)], self.plan, self.params)
 
 
 def best_seconds(function: Callable[[], object], budget: float) -> float:
-    """The fastest of the runs that fit the budget, five at least, after one to warm up."""
+    """The fastest of the runs within the time budget, at least five, after one to warm up."""
     function()
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < budget:
@@ -145,9 +147,9 @@ def decode_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def load_table(dtype: torch.dtype, budget: float) -> None:
-    """How evenly the planner loads the cores. 12 query heads on 4 KV heads of 64."""
+    """Balance of the planner over the cores: 12 query heads on 4 KV heads of 64."""
     read = torch.ones(64 << 20)
-    print(f"\nLoads of one step of decoding, {dtype}, {cpu.isa()}: GB/s of KV read")
+    print(f"\nDecode steps, {dtype}, {cpu.isa()}: GB/s of KV read")
     print("  load             items   KV MB       ms    GB/s  ceiling  share")
     for name, contexts in LOADS.items():
         attention = Attention(contexts, 1, (12, 4, 64), dtype)
@@ -161,8 +163,8 @@ def load_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def sharing_table(dtype: torch.dtype, budget: float) -> None:
-    """Prefixes read once against prefixes read by everyone, in turn; heads of 64."""
-    print(f"\nDecoding behind shared prefixes, {dtype}: milliseconds")
+    """Prefixes read once against prefixes read by every sequence, in turns; heads of 64."""
+    print(f"\nDecoding after shared prefixes, {dtype}: milliseconds")
     print("  heads  kv heads  shared  sharers  groups  own   read by all   as planned   ratio")
     for num_heads, num_kv_heads, num_shared, sharers, groups, own in SHARED:
         apart, planned = (
@@ -187,7 +189,7 @@ def sharing_table(dtype: torch.dtype, budget: float) -> None:
 
 def prefill_table(dtype: torch.dtype, budget: float) -> None:
     left, right, product = torch.randn(2048, 2048), torch.randn(2048, 2048), torch.empty(2048, 2048)
-    print(f"\nPrefill attention, {dtype}: GFLOP/s, counting what the causal mask leaves")
+    print(f"\nPrefill attention, {dtype}: GFLOP/s, counting only unmasked keys")
     print("   new  context  heads  kv heads  head dim       ms  GFLOP/s  ceiling  share")
     for new, context, num_heads, num_kv_heads, head_dim in PREFILL:
         attention = Attention([context], new, (num_heads, num_kv_heads, head_dim), dtype)
@@ -201,13 +203,13 @@ def prefill_table(dtype: torch.dtype, budget: float) -> None:
 
 
 def small_table(budget: float) -> None:
-    """What the operations around attention cost for one token (mostly the call) and for a prefill chunk."""
+    """Cost of the operations around attention, for one token (mostly the call) and for a prefill chunk."""
     print("\nSmall operations, hidden size 768, 12 heads of 64, 4 KV heads: microseconds")
     print("                      1 token   512 tokens")
     # Unit weights and true rotations: what runs in place, again and again, must not shrink the numbers to subnormals.
     weight, head_weight, angles = torch.ones(768), torch.ones(64), torch.rand(4096, 32)
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    caches = torch.zeros(64, 4, 64, BLOCK_SIZE), torch.zeros(64, 4, BLOCK_SIZE, 64)
+    kv = KVLayer(torch.zeros(64, 4, 64, BLOCK_SIZE), torch.zeros(64, 4, BLOCK_SIZE, 64))
     columns: dict[str, list[float]] = {}
     for tokens in (1, 512):
         x, wide = torch.randn(tokens, 768), torch.randn(tokens, 2 * 2048)
@@ -221,7 +223,7 @@ def small_table(budget: float) -> None:
             "rotary_": partial(cpu.rotary_, q, k, positions, cos_sin),
             "silu_and_mul": partial(cpu.silu_and_mul, wide),
             "gelu_and_mul": partial(cpu.gelu_and_mul, wide, tanh=True),
-            "write_kv": partial(cpu.write_kv, k, v, *caches, positions),
+            "write_kv": partial(cpu.write_kv, k, v, kv, positions),
         }
         for name, operation in operations.items():
             columns.setdefault(name, []).append(best_seconds(operation, budget / 5) * 1e6)
@@ -237,18 +239,13 @@ def planner_table(budget: float) -> None:
         tables = np.arange(sequences * 64, dtype=np.int32).reshape(sequences, 64)
         shared = tables.copy()
         shared[:, :32] = tables[np.arange(sequences) // 8 * 8, :32]
-        plan = partial(
-            plan_attention,
-            np.arange(sequences + 1, dtype=np.int32),
-            np.full(sequences, 1000, dtype=np.int32),
-            slots=np.zeros(sequences, dtype=np.int32),
-            num_heads=12,
-            num_kv_heads=4,
-            head_dim=64,
-            block_size=BLOCK_SIZE,
-            num_threads=torch.get_num_threads(),
+        shape = AttentionShape(
+            num_heads=12, num_kv_heads=4, head_dim=64, block_size=BLOCK_SIZE, num_threads=torch.get_num_threads()
         )
-        seconds = [best_seconds(partial(plan, block_tables=each), budget / 5) for each in (tables, shared)]
+        starts, lengths = np.arange(sequences + 1, dtype=np.int32), np.full(sequences, 1000, dtype=np.int32)
+        slots = np.zeros(sequences, dtype=np.int32)
+        steps = [StepArrays(starts, lengths, each, slots) for each in (tables, shared)]
+        seconds = [best_seconds(partial(plan_attention, step, shape), budget / 5) for step in steps]
         print(f"  {sequences:5} sequences {seconds[0] * 1e3:8.3f}{seconds[1] * 1e3:8.3f}")
 
 
@@ -262,7 +259,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="time for each measurement")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "int8"], help="of the KV cache"
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16", "int8"], help="dtypes of the KV cache"
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     arguments = parser.parse_args()

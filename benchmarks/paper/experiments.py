@@ -1,10 +1,10 @@
-"""What is run for each figure of the paper, and with which coefficients.
+"""The runs for each figure of the paper, and their coefficients.
 
-The device is the paper's, with data-sheet rates, and one thing of its software: what a step costs besides
-computing, which was much in 2023. Two numbers of Fig. 13 give it by Little's law (batch = rate × tokens × step):
-30.42 sequences at 2 requests/s of 338 tokens make steps of 45 ms, 132.44 at 30 of 58.45 make 75.5 ms. The roofline
-explains 28 and 31 ms of those; the rest is taken as a constant and a share per sequence, the same for every system. So
-vLLM's batches in Fig. 13 are no test of the simulation; everything else is.
+The device is the paper's at data-sheet rates, with one property of the paper's software: the overhead of a step, which
+was large in 2023. Two numbers of Fig. 13 give it by Little's law (batch = rate × tokens × step): 30.42 sequences at 2
+requests/s of 338 tokens make steps of 45 ms, 132.44 at 30 of 58.45 make 75.5 ms. The roofline explains 28 and 31 ms of
+those. The rest is a constant plus a share per sequence, the same for every system. So vLLM's batches in Fig. 13 do not
+test the simulation; everything else does.
 """
 
 import math
@@ -24,11 +24,11 @@ from quire.simulation.trace import Trace, TraceRow, find_trace, read_trace
 
 TRACES = Path(__file__).parent / "traces"
 THRESHOLD = 0.5
-"""Seconds per token of mean normalised latency up to which a rate counts as sustained."""
+"""Largest mean normalised latency, in seconds per token, at which a rate counts as sustained."""
 SECONDS = 600.0
-"""Of arrivals; the paper's runs last an hour (15 minutes for 175B)."""
+"""Seconds of arrivals. The paper's runs last an hour (15 minutes for 175B)."""
 ATTENTION_SLOWDOWN = 1.23
-"""Of the paged kernel: the middle of the 20 to 26 % of the paper's Fig. 18a."""
+"""Overhead of the paged kernel: the middle of the 20 to 26 % in the paper's Fig. 18a."""
 STEP_OVERHEAD, SEQUENCE_OVERHEAD = 0.0088, 0.00027
 NAMES = {
     "paged": "Quire",
@@ -37,18 +37,18 @@ NAMES = {
     "orca-max": "Orca (Max)",
     "fastertransformer": "FasterTransformer",
 }
-"""Policies, and what the paper calls them."""
+"""Policy → the paper's name for it."""
 POLICIES = tuple(NAMES)
 CHAT_LIMIT = 1024
 """Tokens of history and of output in the chat test."""
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COPY_SECONDS = 1e-5
-"""One small copy between device and host, whatever its size."""
+"""Seconds of a small copy between device and host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One set-up of Fig. 12, and the highest rate that is tried."""
+    """One set-up of Fig. 12, and the highest rate to try."""
 
     label: str
     model: str
@@ -56,7 +56,7 @@ class Panel:
     trace: str
     highest_rate: float
     option: str = ""
-    """An option of the simulation that the panel is about, and its value."""
+    """The simulation option that the panel varies, and its value."""
     value: int = 0
     seconds: float = SECONDS
 
@@ -76,17 +76,17 @@ SHARING = tuple(
     for name, option in (("parallel", "n"), ("beam", "beam_width"))
     for width in (2, 4, 6)
 )
-"""Fig. 14."""
+"""Set-ups of Fig. 14."""
 PREFIXES = tuple(
     Panel(f"prefix {length}", "LLaMA-13B", "A100-40GB", "wmt_like", 120.0, "shared_prefix", length, SHARING_SECONDS)
     for length in (80, 341)
 )
-"""Fig. 16: one and five examples before the sentence that is to be translated."""
+"""Set-ups of Fig. 16: one and five examples before the sentence to translate."""
 WMT_MEANS = (40, 40)
-"""Tokens of a sentence and of its translation; the paper prints none."""
+"""Tokens of a sentence and of its translation. The paper does not print them."""
 BOUND = (PANELS[2], SHARING[-1], PREFIXES[-1])
 FREED: dict[str, Any] = {"max_num_seqs": 1024, "sequence_overhead": 0.0}
-"""What could bound Quire where a printed multiple does not come out, and memory does not: taken away."""
+"""Options that remove every bound but memory, for panels where a printed multiple does not come out."""
 SAVINGS = (
     *(
         ("alpaca", option, width, rate)
@@ -99,7 +99,7 @@ SAVINGS = (
         for width, rate in ((2, 1.0), (4, 0.5), (6, 0.4))
     ),
 )
-"""Fig. 15 and what the text says of ShareGPT: trace, option, sequences, requests per second."""
+"""Fig. 15, and the text's figures for ShareGPT: trace, option, sequences, requests per second."""
 TIERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("none", {}),
     ("256 GiB of host memory", {"swap_space": 2**38}),
@@ -112,7 +112,7 @@ POOLS = tuple(2**power for power in range(18, 24))
 
 @dataclass(frozen=True, slots=True)
 class Knee:
-    """The sustained rate of a policy, and every (rate, normalised latency) that was tried to find it."""
+    """The sustained rate of a policy, and every (rate, normalised latency) tried to find it."""
 
     panel: Panel
     policy: str
@@ -131,13 +131,13 @@ def simulated(panel: Panel, *, sequence_overhead: float = SEQUENCE_OVERHEAD, **o
     if panel.option:
         defaults[panel.option] = panel.value
     if panel in PREFIXES:
-        defaults["enable_prefix_caching"] = True  # what a registered prefix is found by; nothing else is shared
+        defaults["enable_prefix_caching"] = True  # a registered prefix is found by it; nothing else is shared
     settings = SimulationSettings(trace=panel.trace, **{**defaults, **options})
     return run_simulation(trace_of(panel), MODEL_SHAPES[panel.model], device, settings)
 
 
 def trace_of(panel: Panel) -> Trace:
-    """The panel's trace; of conversations the last tokens only, as the paper's chat test has it."""
+    """The panel's trace. Conversations keep only their last tokens, as in the paper's chat test."""
     if panel in PREFIXES:
         return _wmt_like()
     trace = read_trace(find_trace(panel.trace, TRACES))
@@ -148,10 +148,10 @@ def trace_of(panel: Panel) -> Trace:
 
 
 def _wmt_like(num_rows: int = 4000, sigma: float = 0.5) -> Trace:
-    """Sentences and translations of log-normal lengths."""
-    draw = random.Random("wmt")
+    """A trace of sentences and translations of log-normal lengths."""
+    rng = random.Random("wmt")
     means = [math.log(mean) - sigma**2 / 2 for mean in WMT_MEANS]
-    lengths = [[max(1, round(draw.lognormvariate(mean, sigma))) for mean in means] for _ in range(num_rows)]
+    lengths = [[max(1, round(rng.lognormvariate(mean, sigma))) for mean in means] for _ in range(num_rows)]
     return Trace("wmt_like", [TraceRow(sentence, translation) for sentence, translation in lengths])
 
 
@@ -178,7 +178,7 @@ def freed(panel: Panel) -> tuple[str, float]:
 
 
 def crowd(job: tuple[Panel, str, dict[str, Any]]) -> dict[str, Any]:
-    """How many sequences run at once where the queue is always full."""
+    """Sequences that run at once if the queue is always full."""
     panel, policy, options = job
     return simulated(panel, policy=policy, saturate=True, num_requests=300, **options)
 
@@ -195,14 +195,14 @@ def batch_sizes(job: tuple[Panel, str, float]) -> dict[str, Any]:
 
 
 def sharing(job: tuple[str, str, int, float]) -> dict[str, Any]:
-    """Fig. 15: what several sequences of a prompt save."""
+    """Fig. 15: memory saved by several sequences of a prompt."""
     name, option, width, rate = job
     panel = next(panel for panel in PANELS if panel.model == "OPT-13B" and panel.trace.startswith(name))
     return {**simulated(panel, **{option: width}, rate=rate, duration=300.0), "option": option, "width": width}
 
 
 def block_sizes(job: tuple[Panel, int, float]) -> dict[str, Any]:
-    """Fig. 18b: what the size of a block does to the latency, as far as memory goes."""
+    """Fig. 18b: latency by block size, as far as memory determines it."""
     panel, block_size, rate = job
     return simulated(panel, block_size=block_size, rate=rate, duration=SECONDS)
 
@@ -224,9 +224,9 @@ def prefix_hits(job: tuple[int, str]) -> dict[str, Any]:
 
 
 def swap_and_recompute(num_tokens: int, block_size: int) -> tuple[float, float]:
-    """Fig. 19: seconds to bring `num_tokens` back by swapping (out and in), and by computing them anew.
+    """Fig. 19: seconds to restore `num_tokens` by swapping (out and in) and by recomputation.
 
-    A block is not contiguous across layers, so it takes a copy per layer for keys and one for values.
+    A block is not contiguous across layers, so each layer takes one copy for keys and one for values.
     """
     panel = PANELS[0]
     model, device = MODEL_SHAPES[panel.model], DEVICES[panel.device]
@@ -238,8 +238,8 @@ def swap_and_recompute(num_tokens: int, block_size: int) -> tuple[float, float]:
 
 
 def preempted(job: tuple[int, bool]) -> dict[str, Any]:
-    """Fig. 19, end to end: near the sustained rate, what is preempted is computed anew, or has gone to host memory and
-    comes back from there."""
+    """Fig. 19, end to end: near the sustained rate, preempted sequences are recomputed, or go to host memory and come
+    back."""
     block_size, swaps = job
     options: dict[str, Any] = {"enable_prefix_caching": True, "swap_space": 2**36} if swaps else {}
     figures = simulated(PANELS[0], rate=2.3, duration=SECONDS, block_size=block_size, **options)
@@ -247,14 +247,14 @@ def preempted(job: tuple[int, bool]) -> dict[str, Any]:
 
 
 def run_all(num_workers: int, report: Callable[[str], None]) -> dict[str, Any]:
-    """Every experiment, on `num_workers` processes; deterministic whatever their number."""
+    """Run every experiment on `num_workers` processes. The result does not depend on their number."""
     sharegpt, alpaca = PANELS[0], PANELS[3]
     orcas = ("orca-max", "orca-pow2", "orca-oracle", "paged")
     with ProcessPoolExecutor(num_workers) as pool:
         jobs = [(panel, policy) for panel in PANELS for policy in POLICIES]
         jobs += [(CHAT, policy) for policy in orcas]
         jobs += [(panel, policy) for panel in (*SHARING, *PREFIXES) for policy in orcas]
-        # The longest first, so that none is left over at the end.
+        # Longest first, so that no long run is left for the end.
         knees = pool.map(find_knee, *zip(*sorted(jobs, key=lambda job: -job[0].highest_rate), strict=True))
         fig_2 = pool.map(waste, orcas)
         fig_13 = pool.map(

@@ -1,4 +1,4 @@
-"""docs/paper.md: what was simulated beside what the paper prints, table by table, and what follows from it."""
+"""docs/paper.md: simulated figures beside the paper's, table by table, with conclusions."""
 
 import textwrap
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _FIG_15_SHAREGPT = {"n": (16.2, 30.5), "beam_width": (44.3, 66.3)}
 _FIG_16 = {80: 1.67, 341: 3.58}
 _ORCAS = ("paged", "orca-oracle", "orca-pow2", "orca-max")
 _RATIOS = {"orca-oracle": (1.7, 2.7), "orca-max": (2.7, 8.0), "fastertransformer": (None, 22.0)}
-"""Section 6.2, ShareGPT: vLLM's sustained rate over that of others, least and most over three models."""
+"""Section 6.2, ShareGPT: vLLM's sustained rate over that of others, minimum and maximum over three models."""
 
 
 def write_page(results: dict[str, Any]) -> str:
@@ -218,7 +218,7 @@ with every one of them: computing bounds it, not memory."""
 
 
 def _why_not(freed: float, printed: float) -> str:
-    """What the multiple is without what could bound Quire besides memory."""
+    """The multiple if only memory bounds Quire."""
     least = f"With 1024 sequences at most instead of 256, and no overhead per sequence, it is {freed:.2f}×"
     if abs(freed / printed - 1) <= 0.15:
         return f"{least}: those two bound Quire here, which sharing memory does not help."

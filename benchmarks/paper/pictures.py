@@ -1,4 +1,4 @@
-"""The pictures of docs/paper: SVG of a fixed size, the same bytes for the same figures."""
+"""The pictures of docs/paper: SVG of a fixed size; equal figures give equal bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path

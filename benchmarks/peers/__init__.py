@@ -1,1 +1,1 @@
-"""Quire and its peers on the same weights, the same requests and the same machine, in one run."""
+"""Quire and other engines on the same weights, the same requests and the same machine, in one run."""

@@ -1,10 +1,10 @@
 """`python -m benchmarks.peers DIR`: Quire, vLLM, OpenVINO GenAI, llama.cpp and transformers on the same requests.
 
-DIR is what `python -m benchmarks.peers.prepare DIR` made. Every repeat of every engine is a fresh process in its own
-interpreter, and the engines take turns (A B A B), so that the slow drift of a machine falls on all. The machine's
+DIR is the folder made by `python -m benchmarks.peers.prepare DIR`. Every repeat of every engine is a fresh process in
+its own interpreter. The engines take turns (A B A B), so that slow drift of the machine affects all. The machine's
 ceilings are measured before and after every round, and each model's files are read once before an engine starts, so
-that none pays for the disk. Prints one table, and writes all figures as JSON whenever there is a new one:
-a run that is interrupted ends with the table of what it has, and `--table FILE` prints one at any time.
+that no engine pays for the disk. Prints one table, and writes all figures as JSON after each new one. An interrupted
+run still prints its table, and `--table FILE` prints one at any time.
 """
 
 import argparse
@@ -33,11 +33,11 @@ ROOT = Path(__file__).parents[2]
 WORKLOADS = ("W1", "W2", "W3", "W4", "W5", "W6", "W7")
 READ_BYTES = 2**24
 LOOK_SECONDS = 1.0
-"""How often a running engine is asked for new figures."""
+"""Seconds between reads of a running engine's figures."""
 
 
 class EngineFailed(Exception):
-    """A run that ended before its last figure, with the last words of its process."""
+    """A run that ended before its last figure, with the end of its process's output."""
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         print(Results.load(options.table).table())
         return
     for ending in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ending, signal.default_int_handler)  # they end a run as Ctrl-C does
+        signal.signal(ending, signal.default_int_handler)  # they end a run like Ctrl-C
     results = Results(describe_machine(), options.model, {engine: [] for engine in options.engines})
     try:
         compare(options, results)
@@ -69,13 +69,13 @@ def compare(options: argparse.Namespace, results: Results) -> None:
                         results.runs[engine].append(run)
                     run.update(report)
                     results.save(options.output)
-            except EngineFailed as failure:  # what it has counts, and so do the others' hours
+            except EngineFailed as failure:  # keep its figures and go on with the other engines
                 print(failure, file=sys.stderr, flush=True)
         add_ceilings(options, results)
 
 
 def add_ceilings(options: argparse.Namespace, results: Results) -> None:
-    """Measure them once more; limits are those of the best so far, since a slow moment of the machine is no limit."""
+    """Measure the ceilings once more. Limits use the best so far: a slow moment of the machine is no limit."""
     results.ceilings.append(measure_ceilings())
     best = {name: max(rates[name] for rates in results.ceilings) for name in results.ceilings[0]}
     results.limits = limits(options, best)
@@ -86,12 +86,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     add = parser.add_argument
     add("peers", type=Path, nargs="?", help="folder made by python -m benchmarks.peers.prepare")
-    add("--model", default="M160", help="of benchmarks.make_models (default: %(default)s)")
+    add("--model", default="M160", help="a model of benchmarks.make_models (default: %(default)s)")
     add("--engines", default="quire,vllm", help=f"from {', '.join(ENGINES)} (default: %(default)s)")
     add("--only", default=",".join(WORKLOADS), help="workloads (default: %(default)s)")
     add("--repeats", type=int, default=3)
     add("--output", type=Path)
-    add("--table", type=Path, metavar="FILE", help="measure nothing: print the table of what a run has written")
+    add("--table", type=Path, metavar="FILE", help="measure nothing; print the table of a result file")
     options = parser.parse_args()
     options.engines, options.only = options.engines.split(","), options.only.split(",")
     for flag, chosen, known in (("engines", options.engines, ENGINES), ("only", options.only, WORKLOADS)):
@@ -116,7 +116,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
-    """One fresh process of `engine`: all its figures, whenever there are new ones; its words only if it fails."""
+    """Run one fresh process of `engine`. Yields its figures as they come; shows its output only if it fails."""
     row = ENGINES[engine]
     python = interpreter(row, options.peers)
     read_files(model_path(row, options.peers, options.model))
@@ -145,7 +145,7 @@ def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
                 if report.exists() and written != (written := report.read_text()):
                     yield json.loads(written)
         finally:
-            if process.returncode is None:  # interrupted: it ends with all that it started
+            if process.returncode is None:  # interrupted: end it with all its child processes
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode:
@@ -154,7 +154,7 @@ def run_engine(engine: str, options: argparse.Namespace) -> Iterator[Report]:
 
 
 def read_files(model: Path) -> None:
-    """Once, a file or a folder of them, so that the system's cache holds them if memory does."""
+    """Read a file or folder once, so that the system's cache holds it if memory suffices."""
     for path in sorted(model.rglob("*")) if model.is_dir() else [model]:
         if path.is_file():
             with path.open("rb", buffering=0) as file:
@@ -163,7 +163,8 @@ def read_files(model: Path) -> None:
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
-    """What vLLM's CPU guide asks for: bound threads, a KV space, tcmalloc and Intel's OpenMP preloaded."""
+    """The environment that vLLM's CPU guide recommends: bound threads, a KV space, tcmalloc and Intel's OpenMP
+    preloaded."""
     openmp = python.parent.parent / "lib" / "libiomp5.so"
     preload = [find_library("tcmalloc_minimal"), str(openmp) if openmp.exists() else None]
     return {
@@ -182,7 +183,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def limits(options: argparse.Namespace, rates: dict[str, float]) -> dict[str, Report]:
-    """What the workloads take at least with these ceilings, as if engines had reported it."""
+    """Least seconds of the workloads at these ceilings, in the form of an engine's figures."""
     folder = model_path(ENGINES["quire"], options.peers, options.model)
     model = ModelShape.of(ModelConfig.from_folder(folder), options.model)
     workloads = {name: workload for name, workload in make_workloads().items() if name in options.only}

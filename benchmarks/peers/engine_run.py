@@ -1,7 +1,7 @@
-"""One engine, one process: loads the model, runs the chosen workloads once each, reports each figure as it comes.
+"""One engine in one process: loads the model, runs the chosen workloads once each, reports each figure as it comes.
 
-Runs in the engine's own interpreter, as `python -m benchmarks.peers.engine_run`; started by `__main__.py`,
-which also took the time of the start.
+Runs in the engine's own interpreter, as `python -m benchmarks.peers.engine_run`. `__main__.py` starts it and measures
+the start.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def main() -> None:
 
     engine.generate(workloads["warm"].requests, n=1, temperature=0.0)
     for name in options.only.split(","):
-        if name == "W7":  # the start of the process, which is over by now
+        if name == "W7":  # the start of the process is already measured
             seconds[name] = start_seconds
             report()
             continue
         for figure, requests, run in what_to_time(name, workloads[name], engine):
-            engine.forget(requests)
+            engine.reset(requests)
             stolen_before, start = stolen_seconds(), time.perf_counter()
             try:
                 run()
@@ -98,26 +98,26 @@ def what_to_time(
 
 
 def check(lengths: list[int], requests: list[WorkRequest], num_samples: int) -> None:
-    """Output lengths are part of a workload: an engine that stops early has not done it."""
+    """Raise if output lengths differ: they are part of the workload, so an engine that stops early has not done it."""
     expected = [request.num_output_tokens for request in requests for _ in range(num_samples)]
     if lengths != expected:
         raise RuntimeError(f"samples of {lengths} tokens instead of {expected}")
 
 
 def stolen_seconds() -> float:
-    """CPU time the hypervisor gave to others since boot; a run that lost some is one to repeat."""
+    """Stolen CPU time since boot. Repeat a run in which it grew."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     return int(fields[8]) / 100
 
 
 def bytes_from_disk() -> int:
-    """That the machine has read since boot: libraries that the file cache has lost make a start slow."""
+    """Bytes that the machine has read from disk since boot: a start is slow if libraries left the file cache."""
     counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(counts["pgpgin"]) * 1024
 
 
 def peak_memory(pid: int) -> int:
-    """Bytes: the most that was ever resident, of the process and of those it started that still run."""
+    """Peak resident bytes of the process and of its running children."""
     status = Path(f"/proc/{pid}/status").read_text()
     own = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0) * 1024
     children = [

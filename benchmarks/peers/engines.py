@@ -1,4 +1,4 @@
-"""The engines that are compared, a row each: which interpreter, which adapter, which weights, which options.
+"""The engines that are compared, one row each: interpreter, adapter, weights and options.
 
 Standard library only: every engine's own interpreter reads this table.
 """
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRow:
-    """One column of the result."""
+    """One engine: a column of the result."""
 
     adapter: str
     """Module of this package whose `open_engine(model, **options)` makes a `PeerEngine`."""
     folder: str | None
-    """The peer's folder, with its interpreter in `bin/python`; None: Quire's own interpreter."""
+    """The peer's environment, with its interpreter in `bin/python`; None: Quire's own interpreter."""
     weights: str
-    """What follows the model's name in the name of its folder or file below `models/`."""
+    """Suffix of the model's folder or file below `models/`."""
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,19 +1,19 @@
-"""What a workload takes at least on this machine: what it must compute and read, at the rates of `benchmarks.ceilings`.
+"""Least time of a workload on this machine: its operations and bytes at the rates of `benchmarks.ceilings`.
 
-A token that several prompts begin with is computed once; of the last layer only what a sampled token needs. Matrices
-and attention run at the rate of the weights' format. Steps follow one another and each reads all weights, so the
-longest output sets the other limit. Reading KV is not counted.
+A prefix that several prompts share is computed once. The last layer is computed only for sampled tokens. Matrices and
+attention run at the rate of the weights' format. Every step reads all weights, so the longest output sets a second
+limit. Reading KV is not counted.
 """
 
 from benchmarks.peers.workloads import Workload
 from quire.simulation.model_shapes import ModelShape
 
 FORMATS = {"float32": ("fp32_gflops", 4), "bfloat16": ("bf16_gflops", 2), "int8": ("int8_gops", 1)}
-"""Format of the weights → the ceiling of its products, and bytes of a weight."""
+"""Format of the weights → the ceiling of its products, and bytes per weight."""
 
 
 def least_seconds(model: ModelShape, workload: Workload, ceilings: dict[str, float], weights: str) -> float:
-    """Seconds that no engine can go below with weights of that format."""
+    """Least seconds of a workload, for any engine with weights of that format."""
     rate, num_bytes = FORMATS[weights]
     num_steps = max(request.num_output_tokens for request in workload.requests)
     read = num_steps * num_bytes * (model.spec.layer_parameters + model.spec.head.num_parameters)
@@ -41,10 +41,10 @@ def num_operations(model: ModelShape, workload: Workload) -> float:
 
 
 def prompt_contexts(workload: Workload) -> list[int]:
-    """Of every prompt token that must be computed, how many keys it attends to."""
+    """The number of keys of each prompt token that must be computed."""
     contexts, followers = [], dict[tuple[int, int], int]()
     for request in workload.requests:
-        node = 0  # of the tree of all prompts
+        node = 0  # a node of the tree of all prompts
         for context, token in enumerate(request.prompt_token_ids, start=1):
             if (node, token) not in followers:
                 followers[node, token] = len(followers) + 1

@@ -1,7 +1,7 @@
-"""llama.cpp through its own server; the times include HTTP with clients on the same cores.
+"""llama.cpp through its own server. Times include HTTP with clients on the same cores.
 
-The server divides its context into equal slots when it starts, so it is started anew for every workload, with as many
-slots as its requests can use.
+The server divides its context into equal slots when it starts, so it is restarted for every workload with as many slots
+as its requests can use.
 """
 
 import http.client
@@ -20,7 +20,7 @@ from benchmarks.peers.peer_engine import NotOffered
 from benchmarks.peers.workloads import WorkRequest
 
 MAX_SLOTS = 16
-"""More made it slower on two cores."""
+"""Maximum slots. More made it slower on two cores."""
 START_SECONDS = 120.0
 
 
@@ -29,7 +29,7 @@ def open_engine(model: Path) -> "LlamaCppServer":
 
 
 class LlamaCppServer:
-    """A server on a free port, and a client thread for every request."""
+    """A server on a free port, and one client thread per request."""
 
     def __init__(self, model: Path) -> None:
         self._program = Path(sys.executable).parents[1] / "build" / "bin" / "llama-server"
@@ -82,7 +82,7 @@ class LlamaCppServer:
         return json.loads(text)
 
     def generate(self, requests: Sequence[WorkRequest], *, n: int, temperature: float) -> list[int]:
-        # It has no samples that share a prompt: n copies of it, with its prompt cache on.
+        # It has no parallel samples: send n copies of the prompt, with its prompt cache on.
         copies = [request for request in requests for _ in range(n)]
         with ThreadPoolExecutor(len(copies)) as clients:
             return list(clients.map(lambda request: self._complete(request, temperature), copies))
@@ -102,7 +102,7 @@ class LlamaCppServer:
     def beam_search(self, requests: Sequence[WorkRequest], *, beam_width: int) -> list[int]:
         raise NotOffered("llama.cpp's server has no beam search")
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         longest = max(len(request.prompt_token_ids) + request.num_output_tokens for request in upcoming)
         num_slots = 1 if len(upcoming) == 1 else MAX_SLOTS
         self._start(num_slots=num_slots, slot_len=-(-(longest + 1) // 256) * 256)

@@ -1,5 +1,5 @@
-"""OpenVINO GenAI's continuous batching. Matrix products of fp32 exports stay in fp32; the KV cache has the plugin's
-own default, 16 bit for them and 8 bit for int8 exports.
+"""OpenVINO GenAI's continuous batching. Matrix products of fp32 exports stay in fp32. The KV cache has the plugin's
+default, 16 bit for fp32 and 8 bit for int8 exports.
 """
 
 import os
@@ -16,7 +16,7 @@ from benchmarks.peers.workloads import WorkRequest
 
 CACHE_GIGABYTES = 4
 STEP_TOKENS = 256
-"""Tokens per step; its default."""
+"""Tokens per step: its default."""
 
 
 def open_engine(model: Path) -> "OpenVINOEngine":
@@ -24,7 +24,7 @@ def open_engine(model: Path) -> "OpenVINOEngine":
 
 
 class OpenVINOEngine:
-    """One pipeline, made anew whenever its prefix cache must be empty: it has no call that empties it."""
+    """One pipeline, made again whenever its prefix cache must be empty: no call clears it."""
 
     def __init__(self, model: Path) -> None:
         self.version: str = openvino_genai.get_version()
@@ -63,13 +63,13 @@ class OpenVINOEngine:
         outputs = self._pipeline.generate(prompts, configs)
         return [len(sample) for output in outputs for sample in output.m_generation_ids]
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
-        del self._pipeline  # before the next takes its memory
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
+        del self._pipeline  # free its memory before the next is made
         self._pipeline = self._open()
         self.generate([WorkRequest([7] * 64, 16)] * 8, n=1, temperature=0.0)
 
     def close(self) -> None:
-        pass  # ends with the process
+        pass  # it ends with the process
 
 
 def _config(request: WorkRequest) -> Any:

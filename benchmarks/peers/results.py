@@ -1,6 +1,6 @@
-"""Results: what a comparison has measured so far, as a file that is whole at any time, and as a table.
+"""Results: the figures of a comparison so far, as a file that is complete at any time, and as a table.
 
-Standard library only, as every engine's own interpreter writes its figures by `write_whole`.
+Standard library only: every engine's own interpreter writes its figures by `write_whole`.
 """
 
 import json
@@ -21,20 +21,21 @@ TITLES = {name: workload.title for name, workload in make_workloads().items()} |
 }
 
 Report = dict[str, Any]
-"""Of one run of one engine: its version, the seconds of each figure, what its start read from disk, its peak memory."""
+"""One run of one engine: version, seconds of each figure, bytes that its start read from disk, peak memory."""
 
 
 @dataclass
 class Results:
-    """Grows while engines run; a run that was cut short has the figures that were measured until then."""
+    """All figures so far. An interrupted run has the figures measured until then."""
 
     machine: str
     model: str
     runs: dict[str, list[Report]]
     ceilings: list[dict[str, float]] = field(default_factory=list)
-    """A measurement before the first round and one after each."""
+    """One measurement before the first round and one after each round."""
     limits: dict[str, Report] = field(default_factory=dict)
-    """Format of the weights → what workloads take at least at the best ceilings, as if an engine had reported it."""
+    """Format of the weights → least seconds of the workloads at the best ceilings, as if an engine had reported
+    them."""
 
     @classmethod
     def load(cls, path: Path) -> "Results":
@@ -55,7 +56,7 @@ class Results:
         if "W7" in figures:
             rows.append(["W7 read from disk, MiB", *_cells(columns, partial(_mebibytes, "start_disk_bytes"))])
         rows.append(["peak memory, MiB", *_cells(columns, partial(_mebibytes, "peak_memory_bytes"))])
-        num_runs = sorted({len(runs) for runs in self.runs.values()})  # of an interrupted comparison two numbers
+        num_runs = sorted({len(runs) for runs in self.runs.values()})  # two numbers if the comparison was interrupted
         rates = [f"{name} {_with_range([each[name] for each in self.ceilings])}" for name in self.ceilings[0]]
         lines = [
             f"{self.model}, runs of each: {'–'.join(map(str, num_runs))}, median [least, most]",
@@ -68,14 +69,14 @@ class Results:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whoever reads meanwhile, or after a crash, finds the old text or the new one."""
+    """Replace a file atomically: a reader, also after a crash, finds the old text or the new one."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(text)
     os.replace(part, path)
 
 
 def _cells(columns: dict[str, list[Report]], figure: Callable[[Report], float | None]) -> list[str]:
-    """A cell per column: the figure over its runs, or a dash where it has none."""
+    """One cell per column: the figure over its runs, or a dash without figures."""
     cells = []
     for runs in columns.values():
         values = [value for run in runs if (value := figure(run)) is not None]

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.peers.serving DIR`: servers under load, W1's requests arriving as a Poisson process.
+"""`python -m benchmarks.peers.serving DIR`: servers under load, with W1's requests as a Poisson process.
 
-The servers take turns; each is started once a round and answers all rates. Prompts, lengths and arrivals are the same
-for every server, and the prompts others for every rate, so that no prefix cache knows them. Times to first token and
-between tokens are milliseconds. DIR is what `python -m benchmarks.peers.prepare DIR` made.
+The servers take turns; each is started once per round and answers all rates. Prompts, lengths and arrivals are the
+same for every server. Prompts differ between rates, so that there are no prefix hits. Times to first token and between
+tokens are milliseconds. DIR is the folder made by `python -m benchmarks.peers.prepare DIR`.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def measure(url: str, rate: float, num_prompts: int) -> dict[str, Any]:
 
 
 def shifted(num_prompts: int, shift: int) -> Workload:
-    """W1's first requests with every token id moved by `shift`."""
+    """W1's first requests with every token id increased by `shift`."""
     requests = make_workloads()["W1"].requests[:num_prompts]
     start, count = TOKEN_IDS.start, len(TOKEN_IDS)
     return Workload(
@@ -85,7 +85,7 @@ def shifted(num_prompts: int, shift: int) -> Workload:
 
 @contextmanager
 def running_server(name: str, peers: Path, model: str) -> Iterator[str]:
-    """A server of that engine on a free port; ended when the block is left."""
+    """A server of that engine on a free port. It ends with the block."""
     row = ENGINES[name]
     python = interpreter(row, peers)
     with socket.socket() as free:
@@ -99,7 +99,7 @@ def running_server(name: str, peers: Path, model: str) -> Iterator[str]:
         flag = f"--{key.replace('_', '-')}"
         flags += [flag] * value if isinstance(value, bool) else [flag, str(value)]
     if row.folder == "vllm":
-        # `vllm serve` asks for packages that its CPU build does not have.
+        # `vllm serve` imports packages that its CPU build lacks.
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", path, *flags]
         environment = os.environ | vllm_environment(python) | {"HF_HUB_OFFLINE": "1"}
     else:
@@ -115,7 +115,7 @@ def running_server(name: str, peers: Path, model: str) -> Iterator[str]:
 
 
 def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Ready is who answers with a token: a server may be healthy while its model loads."""
+    """Wait until the server generates a token: it may be healthy while its model loads."""
     body = json.dumps({"model": MODEL_NAME, "prompt": [5, 6, 7], "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
     deadline = time.monotonic() + START_SECONDS

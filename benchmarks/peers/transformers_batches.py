@@ -1,4 +1,4 @@
-"""transformers' `generate`: static batches, padded on the left, each as long as its longest output."""
+"""transformers' `generate`: static batches with left padding, each as long as its longest output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,11 +56,11 @@ class TransformersEngine:
                 )
             if output.shape[1] - width < longest:
                 raise RuntimeError(f"transformers returned {output.shape[1] - width} tokens instead of {longest}")
-            lengths += [request.num_output_tokens for request in batch for _ in range(n)]  # the rest is cut off
+            lengths += [request.num_output_tokens for request in batch for _ in range(n)]  # cut the rest off
         return lengths
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
-        pass  # keeps nothing
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
+        pass  # it keeps no cache
 
     def close(self) -> None:
         pass

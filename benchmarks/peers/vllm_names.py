@@ -1,4 +1,4 @@
-"""Quire and vLLM: both answer to the same names, so both take the same path through this file."""
+"""Quire and vLLM: both have the same names, so one adapter serves both."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def open_engine(model: Path, *, library: str, **options: Any) -> "LLMEngine":
 
 
 class LLMEngine:
-    """The class `LLM` of the library that is named."""
+    """The class `LLM` of the named library."""
 
     def __init__(self, model: Path, library: str, options: dict[str, Any]) -> None:
         self._library: Any = importlib.import_module(library)
@@ -53,7 +53,7 @@ class LLMEngine:
             for beam in output.sequences
         ]
 
-    def forget(self, upcoming: Sequence[WorkRequest]) -> None:
+    def reset(self, upcoming: Sequence[WorkRequest]) -> None:
         self._llm.reset_prefix_cache()
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The workloads: token-id prompts with exact output lengths, always the same from one seed.
 
-Standard library only, as every engine's own interpreter imports it. The order of the definitions is part of
-them: each draws from where the one before left off.
+Standard library only: every engine's own interpreter imports it. The order of the definitions matters: they share one
+random generator.
 """
 
 import math
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 SEED = 20240607
 TOKEN_IDS = range(3, 32000)
-"""Valid in every benchmark model, and no special token among them."""
+"""Token ids that are valid in every benchmark model and not special."""
 
 
 @dataclass(frozen=True)
 class WorkRequest:
-    """A prompt, and how many tokens each of its samples must have."""
+    """A prompt and the output length of its samples."""
 
     prompt_token_ids: list[int]
     num_output_tokens: int
@@ -23,14 +23,14 @@ class WorkRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests that are handed to an engine all at once."""
+    """Requests that an engine gets all at once."""
 
     title: str
     requests: list[WorkRequest]
     n: int = 1
     temperature: float = 0.0
     beam_width: int | None = None
-    """Searched with so many beams, all of which are kept."""
+    """Number of beams, all of which are kept."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -49,7 +49,7 @@ def make_workloads() -> dict[str, Workload]:
         return [rng.randrange(TOKEN_IDS.start, TOKEN_IDS.stop) for _ in range(count)]
 
     def length(mean: float, sigma: float, low: int, high: int) -> int:
-        """Log-normal, as conversation lengths are, with the given mean before clipping."""
+        """A log-normal length, like those of conversations, with the given mean before clipping."""
         return min(max(round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)), low), high)
 
     def request(num_prompt_tokens: int, num_output_tokens: int) -> WorkRequest:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.peers.write_gguf CHECKPOINT FILE`: a model of `benchmarks.make_models` for llama.cpp, float32.
 
-llama.cpp's own converter takes only tokenizers that it knows by name; the tensors are the same. Runs where the
-packages gguf and safetensors are.
+llama.cpp's own converter takes only tokenizers that it knows by name. The tensors are the same. Needs the packages gguf
+and safetensors.
 """
 
 import json
@@ -70,7 +70,7 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
-    # A vocabulary without merges is not loaded. One changes nothing here, where prompts are token ids.
+    # llama.cpp needs at least one merge. It changes nothing: prompts are token ids.
     merges = tokenizer["model"]["merges"] or [tokens[3:5]]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     writer.add_bos_token_id(config["bos_token_id"])
@@ -87,7 +87,7 @@ def gguf_name(name: str) -> str:
 
 
 def in_gguf_order(name: str, tensor: Any, config: dict[str, Any]) -> Any:
-    """llama.cpp's Llama rotates neighbouring pairs, checkpoints the two halves of a head."""
+    """Permute rows: llama.cpp rotates neighbouring pairs, checkpoints rotate the two halves of a head."""
     if config["model_type"] != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
     halves = tensor.reshape(-1, 2, config["head_dim"] // 2, tensor.shape[1])

@@ -1,7 +1,7 @@
-"""BACKENDS: the ways a model can be computed, one row each, and the choice among them. No torch.
+"""BACKENDS: a table of the ways to compute a model, and the choice among them. No torch.
 
-A backend is a kernel module and the planner of its attention; the option `attention_backend` names it, by vLLM's name
-where vLLM has one. What follows from the choice (KV types, block size, what activations are kept in) stands in the row.
+A backend is a kernel module with the planner of its attention. The option `attention_backend` names it, by vLLM's name
+where vLLM has one. The row says what follows from the choice: KV types, block size, activation types.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,18 +13,16 @@ from quire.errors import ConfigError
 
 DEVICES = ("cpu", "cuda", "mps")
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "fp8_e4m3")
-"""What KV may be stored in, where a backend can."""
+"""Types that KV may be stored in; a backend has some of them."""
 GATHERED_SLOTS = 2**17
-"""KV slots that the sdpa backend gathers at once: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
-FLASHINFER_WORKSPACE = 384 * 2**20
-"""Bytes that FlashInfer keeps the parts of split keys in: what its wrapper for mixed batches takes."""
+"""KV slots that the sdpa backend gathers at a time: 128 sequences of 1,024 tokens. A longer sequence runs alone."""
 MAX_CAPTURED_TOKENS = 512
-"""The most tokens that a captured step has room for: larger batches keep a GPU busy without."""
+"""Most tokens of a captured step. Larger batches keep a GPU busy without graphs."""
 MAX_NARROW_TOKENS = 8
-"""New tokens up to which a GPU's planner takes a sequence as decode, and the most of one sequence in a captured step:
-their rows fill less than one tile of prefill."""
+"""Most new tokens of a sequence that a GPU's planner treats as decode, and of a sequence in a captured step: their rows
+fill less than one tile of prefill."""
 PARTS_WORKSPACE = 96 * 2**20
-"""Bytes that the Triton kernels keep plans and the parts of split keys in, of 256 sequences and 32 heads."""
+"""Bytes of the Triton kernels' plans and parts of split keys, for 256 sequences and 32 heads."""
 _PLAIN = ("float32", "float16", "bfloat16")
 
 
@@ -35,44 +33,42 @@ class Backend:
     kernels: str
     """The module that offers `quire.kernels.interface.Kernels`."""
     planner: str
-    """What makes the planner of its attention, as "module:function" (see `quire.attention.planners`)."""
+    """What makes the planner of its attention, as "module:name" (see `quire.attention.planners`)."""
     devices: tuple[str, ...]
     kv_cache_dtypes: tuple[str, ...] = _PLAIN
     packages: tuple[str, ...] = ()
-    """What must be installed for it beside Quire's own dependencies."""
+    """Packages that must be installed beside Quire's own dependencies."""
     block_size: int = 64
-    """Tokens per block if not told otherwise."""
+    """Default number of tokens per block."""
     block_sizes: tuple[int, ...] = ()
-    """Those it takes; empty: all."""
+    """Block sizes that it takes; empty: all."""
     min_capability: tuple[int, int] = (0, 0)
-    """The oldest CUDA device it runs on."""
+    """Lowest compute capability of a CUDA device that it runs on."""
     float8_capability: tuple[int, int] = (0, 0)
-    """The oldest CUDA device that it stores KV in 8-bit floats on."""
-    dtypes: tuple[str, ...] = _PLAIN
-    """What activations and weights may be."""
+    """Lowest compute capability of a CUDA device on which it stores KV in float8."""
     float32_activations: bool = False
-    """Activations are float32 whatever weights are stored in; otherwise they follow `dtype`."""
+    """If true, activations are float32 whatever the weights are; else they follow `dtype`."""
     gathered_slots: int = 0
-    """KV slots of one layer that its attention copies at once."""
+    """KV slots of one layer that its attention copies at a time."""
     workspace: int = 0
-    """Bytes of the device that its attention works in, beside all that."""
+    """Bytes of scratch memory that its attention takes on the device, beside the above."""
     sampling: str = ""
-    """The module of its sampling kernels (see `quire.sampling.device_sampler.SamplingKernels`); else torch draws."""
+    """Module of its sampling kernels (see `quire.sampling.device_sampler.SamplingKernels`); empty: torch samples."""
     quantizes: bool = False
-    """Whether its kernels have layers of few bits."""
+    """Whether its kernels have int8 and int4 layers."""
     deterministic: bool = False
-    """Whether it can compute a sequence without a bit of it depending on the batch."""
+    """Whether it can compute a sequence so that no bit of the result depends on the batch."""
     replans: bool = False
-    """Whether a step may have a second plan, for the tokens that are read: plans do not lie in buffers that stay."""
+    """Whether a step may have a second plan, for its output tokens: plans are not in fixed buffers."""
     captures: bool = False
-    """Whether its steps can be captured as CUDA graphs: its plans lie in buffers that stay."""
+    """Whether its steps can be captured as CUDA graphs: its plans are in fixed buffers."""
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "cpu": Backend(
             kernels="quire.kernels.cpu",
-            planner="quire.attention.planners:cpu_planner",
+            planner="quire.attention.planners:CpuPlanner",
             devices=("cpu",),
             kv_cache_dtypes=(*_PLAIN, "int8"),
             block_size=16,
@@ -95,25 +91,12 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             captures=True,
         ),
         "sdpa": Backend(
-            kernels="quire.kernels.gathered",
-            planner="quire.attention.planners:gathered_planner",
+            kernels="quire.kernels.sdpa",
+            planner="quire.attention.planners:sdpa_planner",
             devices=DEVICES,
             kv_cache_dtypes=(*_PLAIN, "fp8_e4m3"),
             gathered_slots=GATHERED_SLOTS,
             replans=True,
-        ),
-        "flashinfer": Backend(
-            kernels="quire.kernels.flashinfer",
-            planner="quire.attention.planners:flashinfer_planner",
-            devices=("cuda",),
-            packages=("triton", "flashinfer"),
-            kv_cache_dtypes=("float16", "bfloat16", "fp8_e4m3"),
-            dtypes=("float16", "bfloat16"),
-            min_capability=(8, 0),
-            float8_capability=(8, 9),
-            workspace=FLASHINFER_WORKSPACE + 64 * 2**20,  # and 8 MiB for each wrapper
-            sampling="quire.kernels.triton.sampling",
-            block_sizes=tuple(range(16, 257, 16)),
         ),
     }
 )
@@ -126,7 +109,7 @@ def choose_backend(
     capability: tuple[int, int] = (0, 0),
     has_package: Callable[[str], bool] = lambda package: find_spec(package) is not None,
 ) -> str:
-    """The backend that the option `attention_backend` means on a device. Raises `ConfigError` for one that cannot be.
+    """The backend that the option `attention_backend` means on a device. Raises `ConfigError` if it cannot run there.
 
     `capability` is that of a CUDA device, such as (8, 0).
     """

@@ -5,7 +5,9 @@ What becomes of it (sequences, block tables, progress) belongs to `quire.schedul
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
+from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 
 
@@ -16,6 +18,17 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class InputSpan(NamedTuple):
+    """Tokens of a prompt that stand for an input that is not text, such as an image."""
+
+    content_hash: bytes
+    """A collision-resistant hash of the input and of everything that decides its embeddings."""
+    offset: int
+    """Index of its first token in the prompt."""
+    length: int
+    """Number of its tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +51,10 @@ class Request:
     """Lower runs first, as in vLLM."""
     cache_salt: str = ""
     """Only requests of the same salt share prefix blocks."""
+    adapter: str = ""
+    """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
+    inputs: tuple[InputSpan, ...] = ()
+    """What is not text in the prompt, in its order and without overlap."""
     tenant: str = ""
     """On whose account: the client's API key, or its name for a user. Shares are fair between tenants."""
     workload: str = ""
@@ -52,3 +69,16 @@ class Request:
     """The samples' log-probabilities are asked for to rank them, not by the client."""
     output_token_ids: dict[int, list[int]] = field(default_factory=dict)
     """Samples to go on with after an earlier engine process ended: index → its tokens so far. Empty: n new samples."""
+
+    def __post_init__(self) -> None:
+        """Raises `RequestError` for inputs that do not lie in the prompt one after the other."""
+        end, num_tokens = 0, len(self.prompt_token_ids)
+        for content_hash, offset, length in self.inputs:
+            if not content_hash or length < 1 or offset < end or offset + length > num_tokens:
+                raise RequestError(
+                    f"an input of {length} tokens with a hash of {len(content_hash)} bytes starts at token {offset}, "
+                    f"where the one before it ends at {end} and the prompt at {num_tokens}; inputs have a hash, at "
+                    "least one token, and do not overlap",
+                    param="prompt",
+                )
+            end = offset + length

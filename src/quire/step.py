@@ -67,50 +67,54 @@ class NewRow:
 
 @dataclass(slots=True)
 class OffloadPlan:
-    """What a step moves between the pool and the tiers below it, in this order, before anything else is written.
+    """Copies between the pool and the tiers below it. The step makes them in this order, before it writes any KV.
 
-    Names are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
+    Hashes are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
     """
 
-    forgotten: list[tuple[str, bytes]] = field(default_factory=list)
-    """(tier, name): stored blocks that make room."""
-    saves: list[tuple[str, bytes, int]] = field(default_factory=list)
-    """(tier, name, block): copies to take now; a host tier has them at once, a disk tier when it has written them."""
-    dropped: list[bytes] = field(default_factory=list)
-    """Blocks whose read ended and that nobody wants any more."""
+    evicted: list[tuple[str, bytes]] = field(default_factory=list)
+    """(tier, hash): stored blocks to remove from a tier, to make room."""
+    stores: list[tuple[str, bytes, int]] = field(default_factory=list)
+    """(tier, hash, block): blocks to copy into a tier. The host tier holds them at once, the disk tier once written."""
+    cancelled: list[bytes] = field(default_factory=list)
+    """Finished reads whose sequence is gone: discard them."""
     loads: list[tuple[str, bytes, int]] = field(default_factory=list)
-    """(tier, name, block): content to put into the pool now, from host memory or from a read that has ended."""
+    """(tier, hash, block): content to copy into the pool, from host memory or from a finished read."""
     reads: list[bytes] = field(default_factory=list)
-    """Blocks to read from the disk tier in the background; `OffloadResult` says when they are there."""
+    """Blocks to read from the disk tier in the background; `OffloadResult` says when each has been read."""
     wait: bool = False
-    """Nothing can be computed before a read has ended."""
+    """Nothing can be computed until a read finishes."""
 
 
 @dataclass(slots=True)
 class OffloadResult:
-    """What ended in the background since the last step."""
+    """What finished in the background since the last step."""
 
-    saved: list[bytes] = field(default_factory=list)
-    """Blocks the disk tier now holds."""
-    not_saved: list[bytes] = field(default_factory=list)
+    stored: list[bytes] = field(default_factory=list)
+    """Blocks that the disk tier now holds."""
+    failed_stores: list[bytes] = field(default_factory=list)
+    """Blocks that could not be written."""
     read: list[tuple[bytes, float]] = field(default_factory=list)
-    """(name, seconds it took): in memory, checksum right."""
-    not_read: list[tuple[bytes, str]] = field(default_factory=list)
-    """(name, reason): "missing" or "corrupt"; the disk tier holds it no more."""
+    """(hash, seconds it took): blocks in memory, with the right checksum."""
+    failed_reads: list[tuple[bytes, str]] = field(default_factory=list)
+    """(hash, reason): "missing" or "corrupt". The disk tier no longer holds the block."""
     load_seconds: float = 0.0
-    """Time that this step spent on copying loads from the host tier."""
+    """Time that this step spent on loads from the host tier."""
     stopped: bool = False
-    """The disk tier takes no more blocks, because writing failed."""
+    """Writing failed, so the disk tier takes no more blocks."""
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step's work. `rows`, `num_computed_tokens` and `num_scheduled_tokens` run in parallel, one entry per scheduled sequence."""
+    """One step's work. `rows`, `num_computed_tokens` and `num_scheduled_tokens` run in parallel, one entry per
+    scheduled sequence."""
 
     batch_id: int = 0
-    """Non-zero: this step repeats the last step of the same id. It has the same rows in the same order, one token for
-    each, one position further, and samples after every one. Only `token_ids`, `new_blocks` and `block_copies` are new.
-    Zero: compare nothing, this step stands alone."""
+    """Non-zero: every row computes one token and samples after it (`sample_rows == rows`), and nothing else happens: no
+    new rows, forks, drafts, block copies or prompt log-probabilities. If the plan before had the same id, this one
+    repeats it: the same rows in the same order, each one position further. Only `token_ids` and `new_blocks`, which
+    lengthens tables, are new; `offload` may come with it. An id never comes back after another one.
+    Zero: this step repeats nothing."""
     rows: list[int] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
     """Position of the first token computed: the number of tokens whose KV is already stored."""

@@ -1,7 +1,6 @@
-"""StructuredOutputsParams: the form that the text of an answer must have, as a client asks for it.
+"""StructuredOutputsParams: the constraint that a client puts on the text of an answer.
 
-Field names are vLLM's. What a value says is checked here as far as it can be without compiling it; whether it is a
-grammar is decided by `quire.grammar`.
+Field names are vLLM's. Values are checked here as far as possible without compiling; `quire.grammar` compiles.
 """
 
 import json
@@ -13,35 +12,35 @@ from typing import Any
 from quire.errors import RequestError
 
 MAX_GRAMMAR_CHARS = 2**17
-"""Characters of a schema, a regular expression, a grammar, or all choices together."""
+"""Maximum characters of a schema, a regular expression, a grammar, or all choices together."""
 MAX_CHOICES = 2**12
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
-"""Fields of which exactly one is set."""
+"""The kinds of constraint. Exactly one of these fields is set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """One form, and how JSON is spaced. Two values are equal if they ask for the same.
+    """One constraint, and the whitespace of JSON. Equal constraints compare equal.
 
-    Raises `RequestError` for a value out of range, and unless exactly one form is given.
+    Raises `RequestError` for a value out of range, and unless exactly one kind is given.
     """
 
     json: str | Mapping[str, Any] | None = None
-    """A JSON schema, as an object or as its text; kept as text."""
+    """A JSON schema, as an object or as text. Kept as text."""
     regex: str | None = None
-    """A regular expression that all of the text matches."""
+    """A regular expression that the whole text matches."""
     choice: tuple[str, ...] | None = None
-    """Texts of which one is the answer."""
+    """The allowed texts."""
     grammar: str | None = None
     """A context-free grammar in Lark's syntax, or in EBNF as llama.cpp writes it (`root ::= …`)."""
     json_object: bool | None = None
     """Any JSON object."""
     disable_any_whitespace: bool = False
-    """No whitespace between the tokens of JSON; by default the model puts what it likes, up to 32 characters."""
+    """No whitespace between the tokens of JSON. By default the model may write up to 32 characters there."""
     whitespace_pattern: str | None = None
     """A regular expression for the whitespace between the tokens of JSON."""
     asked_as: str = field(default="structured_outputs", compare=False)
-    """The field in which the client sent this: what a refusal names."""
+    """The field in which the client sent it, named in errors."""
 
     def __post_init__(self) -> None:
         try:
@@ -71,19 +70,19 @@ class StructuredOutputsParams:
 
     @property
     def kind(self) -> str:
-        """Which field is set."""
+        """The name of the field that is set."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
 def _schema_text(schema: object) -> str:
-    """The schema as compact JSON, in which equal schemas are equal texts."""
+    """The schema as compact JSON, so that equal schemas are equal texts."""
     try:
         if isinstance(schema, str):
             _check_text("json", schema)
             schema = json.loads(schema)
         if not isinstance(schema, Mapping):
             raise RequestError(f"json is {brief(schema)}; a JSON schema is an object")
-        # allow_nan: NaN is no JSON, and a schema that holds it would be refused with less of a reason.
+        # allow_nan=False: NaN is not JSON, and llguidance would refuse it with a worse message.
         return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except RecursionError:
         raise RequestError("json is nested too deeply to be read") from None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import (
     CpuAttentionPlan,
     MergeColumn,
@@ -34,11 +35,7 @@ def plan(
         width = -(-int(lengths.max(initial=0)) // 16)
         block_tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
     new = [count for _, count in sequences]
-    return plan_attention(
-        np.cumsum([0, *new]).astype(np.int32),
-        lengths,
-        block_tables,
-        np.zeros(sum(new), dtype=np.int32),
+    shape = AttentionShape(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=64,
@@ -47,6 +44,8 @@ def plan(
         window=window,
         batch_invariant=batch_invariant,
     )
+    starts, slots = np.cumsum([0, *new]).astype(np.int32), np.zeros(sum(new), dtype=np.int32)
+    return plan_attention(StepArrays(starts, lengths, block_tables, slots), shape)
 
 
 def random_sequences(seed: int) -> list[tuple[int, int]]:
@@ -234,17 +233,7 @@ def test_nothing_to_do() -> None:
 
 def test_a_block_table_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match="room for 1 blocks of 16, too few for a sequence of 17 tokens"):
-        plan_attention(
-            np.array([0, 1], dtype=np.int32),
-            np.array([17], dtype=np.int32),
-            np.zeros((1, 1), dtype=np.int32),
-            np.zeros(1, dtype=np.int32),
-            num_heads=1,
-            num_kv_heads=1,
-            head_dim=64,
-            block_size=16,
-            num_threads=1,
-        )
+        plan([(17, 1)], block_tables=np.zeros((1, 1), dtype=np.int32))
 
 
 @pytest.mark.parametrize(("num_sequences", "limit"), [(256, 2e-3), (1024, 4e-3)])

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
 from quire.kernels.gpu_plan import ItemColumn, MergeColumn, WorkList
 
@@ -77,7 +77,7 @@ class Batch:
 def plan_of(batch: Batch, card: Card, *, share: bool) -> GpuAttentionPlan:
     lengths, tables = batch.tables()
     options = {} if share else {"min_shared_bytes": math.inf}
-    buffers = PlanBuffers(
+    shape = AttentionShape(
         num_heads=batch.num_kv_heads * batch.group,
         num_kv_heads=batch.num_kv_heads,
         head_dim=HEAD_DIM,
@@ -85,14 +85,12 @@ def plan_of(batch: Batch, card: Card, *, share: bool) -> GpuAttentionPlan:
         max_num_seqs=256,
         max_num_tokens=1024,
         max_blocks=tables.shape[1],
-        device=torch.device("cpu"),
-        num_sms=card.num_sms,
         kv_element_size=batch.element_size,
-        **options,
     )
+    buffers = PlanBuffers(shape, num_sms=card.num_sms, **options)
     starts, slots = np.arange(batch.num_seqs + 1, dtype=np.int32), np.zeros(batch.num_seqs, dtype=np.int32)
     size = 256 if batch.captured else 0
-    return plan_attention(starts, lengths, tables, slots, buffers=buffers, captured_tokens=size)
+    return plan_attention(StepArrays(starts, lengths, tables, slots), buffers, captured_tokens=size)
 
 
 def seconds_of(plan: GpuAttentionPlan, batch: Batch, card: Card) -> float:

@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
 from quire.errors import ConfigError
 from quire.kernels.gpu_plan import GatheredColumn, ItemColumn, MergeColumn
@@ -17,17 +18,19 @@ BLOCK_SIZE = 64
 
 
 def buffers_for(group: int, num_sms: int = 4, **options: float) -> PlanBuffers:
-    return PlanBuffers(
-        num_heads=2 * group,
-        num_kv_heads=2,
-        head_dim=64,
+    return PlanBuffers(shape_of(2 * group, 2), num_sms=num_sms, **options)
+
+
+def shape_of(num_heads: int, num_kv_heads: int, head_dim: int = 64) -> AttentionShape:
+    return AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         block_size=BLOCK_SIZE,
         max_num_seqs=12,
         max_num_tokens=1024,
         max_blocks=64,
-        device=torch.device("cpu"),
-        num_sms=num_sms,
-        **options,
+        kv_element_size=2,
     )
 
 
@@ -43,7 +46,8 @@ def plan(
     for row, count in (shared or {}).items():
         tables[row, :count] = tables[0, :count]
     starts = np.cumsum([0, *new]).astype(np.int32)
-    return plan_attention(starts, lengths, tables, np.arange(sum(new), dtype=np.int32), buffers=buffers, **options)
+    step = StepArrays(starts, lengths, tables, np.arange(sum(new), dtype=np.int32))
+    return plan_attention(step, buffers, **options)
 
 
 def check_coverage(found: GpuAttentionPlan, sequences: list[tuple[int, int]], window: int) -> None:
@@ -180,19 +184,10 @@ def test_what_does_not_fit_is_refused() -> None:
         plan([(9, 9)], buffers, captured_tokens=12)
     one = np.ones(1, dtype=np.int32)
     with pytest.raises(ValueError, match="block_tables has room for 1 blocks of 64, too few for a sequence of 65"):
-        plan_attention(np.arange(2, dtype=np.int32), 65 * one, one[None], one, buffers=buffers)
+        plan_attention(StepArrays(np.arange(2, dtype=np.int32), 65 * one, one[None], one), buffers)
     with pytest.raises(ValueError, match="multiples of 16 from 16 to 256, found 8"):
-        PlanBuffers(
-            num_heads=1, num_kv_heads=1, head_dim=64, block_size=8, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
-            device=torch.device("cpu"), num_sms=1,
-        )  # fmt: skip
+        PlanBuffers(replace(shape_of(1, 1), block_size=8), num_sms=1)
     with pytest.raises(ConfigError, match=r"200 query heads share a KV head; .* takes 128 at most: choose sdpa"):
-        PlanBuffers(
-            num_heads=200, num_kv_heads=1, head_dim=64, block_size=64, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
-            device=torch.device("cpu"), num_sms=1,
-        )  # fmt: skip
+        PlanBuffers(shape_of(200, 1), num_sms=1)
     with pytest.raises(ConfigError, match=r"heads have 512 dimensions; .* takes 256 at most: choose sdpa"):
-        PlanBuffers(
-            num_heads=1, num_kv_heads=1, head_dim=512, block_size=64, max_num_seqs=1, max_num_tokens=1, max_blocks=1,
-            device=torch.device("cpu"), num_sms=1,
-        )  # fmt: skip
+        PlanBuffers(shape_of(1, 1, 512), num_sms=1)

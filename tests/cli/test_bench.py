@@ -10,6 +10,7 @@ from quire.cli.bench_workload import (
     FIRST_TOKEN,
     LAST_TOKEN,
     MEAN_LENGTHS,
+    WorkloadOptions,
     make_workload,
     percentile,
     spread_of,
@@ -21,27 +22,27 @@ from tests.server.scripted_engine import ScriptedEngine
 
 
 def test_random_lengths() -> None:
-    work = make_workload("random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3)
+    lengths = WorkloadOptions(num_prompts=50, input_len=20, output_len=10, range_ratio=0.5)
+    work = make_workload(lengths, max_len=100, seed=3)
     assert {len(prompt) for prompt in work.prompts} <= set(range(10, 31))
     assert set(work.output_lens) <= set(range(5, 16))
     assert all(FIRST_TOKEN <= token <= LAST_TOKEN for prompt in work.prompts for token in prompt)
-    again = make_workload("random", num_prompts=50, input_len=20, output_len=10, range_ratio=0.5, max_len=100, seed=3)
-    assert work == again
+    assert work == make_workload(lengths, max_len=100, seed=3)
 
 
 @pytest.mark.parametrize("dataset", MEAN_LENGTHS)
 def test_named_lengths_have_their_means(dataset: str) -> None:
-    work = make_workload(dataset, num_prompts=3000, input_len=1, output_len=1, range_ratio=0, max_len=100_000, seed=0)
+    work = make_workload(WorkloadOptions(dataset=dataset, num_prompts=3000), max_len=100_000, seed=0)
     mean_input, mean_output = MEAN_LENGTHS[dataset]
     assert work.num_input_tokens / 3000 == pytest.approx(mean_input, rel=0.1)
     assert statistics.fmean(work.output_lens) == pytest.approx(mean_output, rel=0.1)
-    short = make_workload(dataset, num_prompts=200, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0)
+    short = make_workload(WorkloadOptions(dataset=dataset, num_prompts=200), max_len=64, seed=0)
     assert max(len(p) + o for p, o in zip(short.prompts, short.output_lens, strict=True)) <= 64
 
 
 def test_unknown_dataset() -> None:
     with pytest.raises(ConfigError, match="it must be one of random, sharegpt, alpaca"):
-        make_workload("x", num_prompts=1, input_len=1, output_len=1, range_ratio=0, max_len=64, seed=0)
+        make_workload(WorkloadOptions(dataset="x"), max_len=64, seed=0)
 
 
 def test_percentiles() -> None:

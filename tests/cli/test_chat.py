@@ -13,8 +13,9 @@ from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokeniz
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Any:
-    """Sets the lines that are typed; an exception among them is raised in their place."""
+    """Sets the lines that a person types; an exception among them is raised in their place."""
     monkeypatch.setattr("quire.cli.chat.HISTORY", tmp_path / "history")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
 
     def with_lines(*lines: str | BaseException) -> None:
         typed: Iterator[str | BaseException] = iter(lines)
@@ -78,3 +79,28 @@ def test_interrupt_stops_the_answer(
     assert len(engine.calls) == 2
     assert "<|user|>And on" in prompts(engine)[1]
     assert engine.num_closed_early == 1
+
+
+def test_several_lines_and_a_leading_slash(say: Any) -> None:
+    engine = ScriptedEngine(max_model_len=4096)
+    say('"""First line', "/not a command", 'last line"""', "//etc is a folder", '"""one line"""')
+    with RunningServer(engine) as server:
+        assert run(["chat", "--url", f"{server.url}/v1"]) == 0
+    first, second, third = prompts(engine)
+    assert "<|user|>First line\n/not a command\nlast line<|end|>" in first
+    assert "<|user|>/etc is a folder<|end|>" in second
+    assert "<|user|>one line<|end|>" in third
+
+
+def test_a_server_that_is_not_there(say: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    say("never asked")
+    assert run(["chat", "--url", "http://127.0.0.1:1/v1"]) == 1
+    assert "no answer from http://127.0.0.1:1/v1" in capsys.readouterr().err
+
+
+def test_a_script_gets_a_status(say: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    say("Hello", "And then?")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with RunningServer(ScriptedEngine(full=True)) as server:
+        assert run(["chat", "--url", f"{server.url}/v1"]) == 1
+    assert "9 requests are waiting" in capsys.readouterr().err

@@ -17,14 +17,17 @@ def test_serve_until_sigterm() -> None:
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
-            port = int(server.stderr.readline().rpartition(":")[2])
+            phases: list[str] = []
+            while not phases or " listening on http://127.0.0.1:" not in phases[-1]:
+                phases.append(server.stderr.readline())
+                assert phases[-1], "".join(phases)
+            port = int(phases[-1].rpartition(":")[2])
             used = subprocess.run(
                 [*QUIRE, "serve", "--port", str(port)], env=ENVIRONMENT, capture_output=True, text=True
             )
             assert used.returncode == 2
             assert f"quire: cannot listen on 127.0.0.1:{port}: address already in use" in used.stderr
-            phases: list[str] = []
-            while not phases or " ready: bard" not in phases[-1]:
+            while " ready: bard" not in phases[-1]:
                 phases.append(server.stderr.readline())
                 assert phases[-1], "".join(phases)
             assert any("KV cache: 64 blocks" in line for line in phases)
@@ -53,3 +56,11 @@ def test_generate_reads_standard_input() -> None:
     done = subprocess.run(command, env=ENVIRONMENT, input="JULIET:", capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 5
+
+
+def test_no_address_is_reported_before_the_cheap_checks() -> None:
+    for options in (["--max-model-len", "1000000"], ["--prefix-file", "/nowhere/prefixes"], ["/nowhere/model"]):
+        command = [*QUIRE, "serve", *options, "--port", "0"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (2, 3)
+        assert "listening on" not in done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
-from quire.engine import async_engine
+from quire.engine import throughput
 from quire.errors import (
     CheckpointError,
     ConfigError,
@@ -23,7 +23,6 @@ from quire.errors import (
     QueueFullError,
     RequestError,
 )
-from quire.outputs import EngineStats
 
 OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -33,8 +32,8 @@ Test = Callable[[AsyncLLM], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def running(**options: Any) -> AsyncIterator[AsyncLLM]:
-    engine = AsyncLLM(EngineConfig.from_options({**OPTIONS, **options}))
+async def running(report: Callable[[str], None] = lambda line: None, **options: Any) -> AsyncIterator[AsyncLLM]:
+    engine = AsyncLLM(EngineConfig.from_options({**OPTIONS, **options}), report)
     await engine.start()
     try:
         await engine.wait_ready()
@@ -139,17 +138,15 @@ def test_a_slow_reader_gets_merged_deltas(expected: list[list[int]]) -> None:
 def test_a_killed_engine_costs_a_pause_and_no_request(
     expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(async_engine, "LOG_INTERVAL", 0.0)
+    monkeypatch.setattr(throughput, "LOG_INTERVAL", 0.0)
     lines: list[str] = []
 
     async def test(engine: AsyncLLM) -> None:
-        engine._report = lines.append
         streams = [asyncio.create_task(collect(engine, prompt, GREEDY)) for prompt in PROMPTS]
         sampled = SamplingParams(n=2, max_tokens=60, seed=5, ignore_eos=True, prompt_logprobs=1)
         others = asyncio.create_task(collect(engine, "O, she doth teach", sampled))
         await until(lambda: engine.stats.total_generated_tokens > 40)
-        assert engine._process is not None
-        os.kill(engine._process.pid, signal.SIGKILL)
+        os.kill(engine.engine_pid, signal.SIGKILL)
         outputs = await asyncio.gather(*streams)
         assert [output.outputs[0].token_ids for output in outputs] == expected
         assert engine.state == "ready"
@@ -160,29 +157,71 @@ def test_a_killed_engine_costs_a_pause_and_no_request(
         assert first.prompt_logprobs is not None
         assert again.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(again.prompt_logprobs) == len(again.prompt_token_ids)
-        assert any("output tokens/s" in line for line in lines)
-        assert not any("-" in line for line in lines), "what is told of the rates goes on"
+        rates = [line for line in lines if "output tokens/s" in line]
+        assert rates
+        assert not any("-" in line for line in rates), "the rates stay positive after a restart"
 
-    run(test)
+    run(test, report=lines.append)
 
 
 def test_registered_prefixes_come_back_after_a_death() -> None:
     async def test(engine: AsyncLLM) -> None:
         prefix = list(range(5, 105))
-        engine.register_prefix(prefix, ("tenant", "other"))
-        with pytest.raises(RequestError, match=r"takes 37 KV blocks .* others hold 6, .* may hold 20 of the pool's 40"):
-            engine.register_prefix([7] * 600)
+        await engine.register_prefix(prefix, ("tenant", "other"))
+        with pytest.raises(RequestError, match=r"takes 37 more KV blocks .* hold 6 and may hold 20 of the pool's 40"):
+            await engine.register_prefix([7] * 600)
         for num_deaths in range(2):
             await until(lambda: engine.stats.num_pinned_blocks == 6)
             for salt, cached in (("tenant", 96), ("other", 96), ("", 0)):
                 output = await collect(engine, [*prefix, 3 + num_deaths], GREEDY, cache_salt=salt)
                 assert (output.num_cached_tokens >= 96) == (cached == 96)
-            assert engine._process is not None
-            os.kill(engine._process.pid, signal.SIGKILL)
+            os.kill(engine.engine_pid, signal.SIGKILL)
             await until(lambda: engine.state == "restarting")
             assert engine.stats.num_pinned_blocks == 0
 
     run(test, num_blocks=40)
+
+
+def test_a_prefix_that_shares_blocks_counts_only_its_new_ones() -> None:
+    """The same rule as `LLM`'s, because there is only one: the engine's."""
+    first, second = list(range(5, 5 + 18 * 16)), [*range(5, 5 + 17 * 16), *[7] * 16]
+    options = {"num_blocks": 60, "max_pinned_share": 0.4}
+
+    async def test(engine: AsyncLLM) -> None:
+        ids = [await engine.register_prefix(prefix) for prefix in (first, second)]
+        assert len(set(ids)) == 2
+        await until(lambda: engine.stats.num_pinned_blocks == 19)
+        with pytest.raises(RequestError) as refusal:
+            await engine.register_prefix([9] * 16 * 6)
+        assert str(refusal.value) == refused_by_llm
+
+    llm = LLM(**{**OPTIONS, **options})
+    for prefix in (first, second):
+        llm.register_prefix(prefix)
+    assert llm.stats().num_pinned_blocks == 19
+    with pytest.raises(RequestError, match=r"takes 6 more KV blocks .* hold 19 and may hold 24") as refusal:
+        llm.register_prefix([9] * 16 * 6)
+    refused_by_llm = str(refusal.value)
+    run(test, **options)
+
+
+def test_a_prefix_can_be_registered_while_the_engine_loads() -> None:
+    async def main() -> None:
+        engine = AsyncLLM(EngineConfig.from_options(OPTIONS))
+        with pytest.raises(EngineUnavailableError, match="the engine is loading"):
+            await engine.register_prefix([7] * 48)
+        await engine.start()
+        try:
+            waiting = [asyncio.create_task(engine.register_prefix([token] * 48)) for token in (7, 8)]
+            assert engine.state == "loading"
+            assert await asyncio.gather(*waiting) == ["prefix-0", "prefix-1"]
+            assert engine.state == "ready"
+        finally:
+            await engine.shutdown()
+        with pytest.raises(EngineUnavailableError, match="the engine is dead"):
+            await engine.register_prefix([7] * 48)
+
+    asyncio.run(main())
 
 
 def test_a_request_present_at_two_deaths_is_ended() -> None:
@@ -190,8 +229,7 @@ def test_a_request_present_at_two_deaths_is_ended() -> None:
         task = asyncio.create_task(collect(engine, "ROMEO:", GREEDY.with_changes(max_tokens=1000)))
         for _ in range(2):
             await until(lambda: engine.state == "ready" and engine.stats.num_running == 1)
-            assert engine._process is not None
-            os.kill(engine._process.pid, signal.SIGKILL)
+            os.kill(engine.engine_pid, signal.SIGKILL)
             await until(lambda: engine.state == "restarting")
         with pytest.raises(EngineDeadError, match="died 2 times on this request"):
             await task
@@ -218,20 +256,10 @@ def test_a_full_queue_answers_429() -> None:
     run(test, max_num_seqs=1, max_queue_size=2)
 
 
-def test_when_to_come_back_is_what_the_scheduler_predicts() -> None:
-    """Ten that wait are to have started in 30 s. Three of twelve must, for a queue of ten to have room."""
-    engine = AsyncLLM(EngineConfig(max_queue_size=10))
-    engine.stats = EngineStats(num_waiting=10, predicted_queue_seconds=30.0)
-    assert engine._retry_after(12) == 9
-    engine.stats.predicted_queue_seconds = None
-    assert engine._retry_after(12) == 60, "nothing is known, and nothing has finished"
-
-
 def test_an_idle_engine_uses_no_cpu() -> None:
     async def test(engine: AsyncLLM) -> None:
         await collect(engine, "O", GREEDY)
-        assert engine._process is not None
-        stat = Path(f"/proc/{engine._process.pid}/stat")
+        stat = Path(f"/proc/{engine.engine_pid}/stat")
 
         def ticks() -> int:
             fields = stat.read_text().rsplit(")", 1)[1].split()
@@ -252,8 +280,6 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(expected: list[list[i
             await collect(engine, "O", GREEDY)
         await engine.start()
         await engine.wait_ready()
-        assert engine._process is not None
-        process = engine._process
         stream = engine.generate(PROMPTS[0], GREEDY)
         output = await anext(stream)
         stopping = asyncio.create_task(engine.shutdown(drain_seconds=60))
@@ -264,7 +290,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(expected: list[list[i
             output.extend(delta)
         assert output.outputs[0].token_ids == expected[0]
         await stopping
-        assert process.returncode == 0
+        assert engine._client.exit_code == 0
 
     asyncio.run(main())
 
@@ -299,7 +325,7 @@ def test_the_child_ends_with_its_parent() -> None:
         "    engine = AsyncLLM(EngineConfig(num_blocks=10, threads=1))\n"
         "    await engine.start()\n"
         "    await engine.wait_ready()\n"
-        "    print(engine._process.pid, flush=True)\n"
+        "    print(engine.engine_pid, flush=True)\n"
         "    os._exit(9)\n"
         "asyncio.run(main())\n"
     )
@@ -327,8 +353,7 @@ def test_the_engine_process_loads_neither_a_tokenizer_nor_an_http_server() -> No
     async def test(engine: AsyncLLM) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=8, stop=["no such text"], logprobs=1, ignore_eos=True)
         assert (await collect(engine, "ROMEO:", params)).outputs[0].text
-        assert engine._process is not None
-        mapped = Path(f"/proc/{engine._process.pid}/maps").read_text()
+        mapped = Path(f"/proc/{engine.engine_pid}/maps").read_text()
         assert "libtorch_cpu" in mapped
         assert [library for library in ("tokenizers", "httptools", "uvloop") if f"/{library}/" in mapped] == []
 

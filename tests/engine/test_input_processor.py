@@ -53,6 +53,8 @@ def test_bad_words_are_tokenised_with_and_without_a_space() -> None:
     ("prompt", "params", "message"),
     [
         ([1] * 100, {}, r"the prompt has 100 tokens, but the context holds 100, output included"),
+        ([1] * 300, {"truncate_prompt_tokens": 200}, r"the prompt has 200 tokens, but the context holds 100"),
+        ([], {}, r"the prompt is empty: it must hold at least one token"),
         ([1, 10**6], {}, r"prompt holds token 1000000; the model's vocabulary ends at \d+"),
         ([-1], {}, r"prompt holds token -1"),
         ([1], {"stop_token_ids": [10**6]}, r"stop_token_ids holds token 1000000"),

@@ -72,7 +72,7 @@ def test_the_plan_counts_what_the_pool_takes(model: ModelConfig, dtype: str) -> 
     plan = plan_memory(EngineConfig(num_blocks=7, kv_cache_dtype=dtype), model, available=GIB)
     shapes = reference.kv_cache_shapes(7, 2, 16, 16, scaled=dtype == "int8")
     cache = KVCache(num_layers=2, shapes=shapes, block_size=16, dtype=getattr(torch, dtype))
-    assert plan.kv_cache == sum(tensor.nbytes for layer in cache.layers for tensor in layer)
+    assert plan.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def test_the_pool_takes_its_share_but_never_more_than_could_be_used(model: ModelConfig) -> None:

@@ -19,7 +19,7 @@ from quire.engine.messages import (
     encode,
 )
 from quire.outputs import EngineStats, SequenceDelta, StepDeltas
-from quire.request import Request
+from quire.request import InputSpan, Request
 from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
 
@@ -27,7 +27,14 @@ PARAMS = SamplingParams(n=2, stop=["a", "b"], logit_bias={5: -1.5}, allowed_toke
 REQUEST = Request(
     request_id="é", prompt_token_ids=[0, 2**31 - 1], params=PARAMS, output_token_ids={1: [3]}, seed=2**64 - 1
 )
-MESSAGES: list[ToEngine] = [Add(REQUEST), Abort(["a", "b"]), Stop([("a", 1)])]
+WITH_INPUTS = Request(
+    request_id="i",
+    prompt_token_ids=[1, 7, 7, 7, 2],
+    params=PARAMS,
+    adapter="é",
+    inputs=(InputSpan(bytes(range(256)), 1, 2), InputSpan(b"\x00", 3, 1)),
+)
+MESSAGES: list[ToEngine] = [Add(REQUEST), Add(WITH_INPUTS), Abort(["a", "b"]), Stop([("a", 1)])]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))
@@ -43,7 +50,7 @@ def test_any_cut_of_the_stream_gives_the_same_messages(sizes: list[int]) -> None
 def test_outputs() -> None:
     entry = TokenLogprobs([1, 2], [-0.5, -1.0], [1, 2])
     delta = SequenceDelta("a", 0, [1], logprobs=[entry], finish_reason="stop", stop_reason=1, prompt_logprobs=[entry])
-    message = Outputs(StepDeltas([("b", 1)], [7], [delta]), EngineStats(num_blocks=3))
+    message = Outputs(StepDeltas([("b", 1)], [7], others=[delta]), EngineStats(num_blocks=3))
     (body,) = FrameBuffer().feed(encode(message))
     assert decode_from_engine(body) == message
 

@@ -121,4 +121,12 @@ def test_a_request_that_never_ran(metrics: Metrics) -> None:
 
 
 def test_no_times_of_creation(metrics: Metrics) -> None:
+    metrics.observe_http(handler="/health", method="GET", status=200, seconds=0.1)
     assert "_created" not in metrics.render().decode()
+
+
+def test_each_metric_is_described_once(metrics: Metrics) -> None:
+    """promtool refuses a second HELP line for one name."""
+    metrics.observe_http(handler="/health", method="GET", status=200, seconds=0.1)
+    described = [line.split()[2] for line in metrics.render().decode().splitlines() if line.startswith("# HELP ")]
+    assert len(described) == len(set(described)) > 80

@@ -133,8 +133,9 @@ def test_without_detokenising_there_are_ids_only() -> None:
     assert (output.outputs[0].text, output.outputs[0].token_ids) == ("", IDS)
 
 
+@pytest.mark.parametrize("batch_id", [0, 1])
 @pytest.mark.parametrize("params", [{}, {"detokenize": False}, {"stop": ["window"]}, {"n": 2}])
-def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any]) -> None:
+def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any], batch_id: int) -> None:
     """Most tokens come without a delta of their own."""
     request = Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(**params), max_tokens=100)
     streaming = OutputProcessor(TOKENIZER, clock=lambda: 1.0)
@@ -144,7 +145,7 @@ def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any]) -
     counts = RequestCounts(0.5, 1, 0, 0, 0)
     for place, token_id in enumerate(IDS):
         if 0 < place < len(IDS) - 1:
-            deltas = StepDeltas(samples, [token_id] * len(samples))
+            deltas = StepDeltas(samples, [token_id] * len(samples), batch_id)
         else:
             reason = "length" if place else None
             others = [SequenceDelta(*each, [token_id], finish_reason=reason, counts=counts) for each in samples]
@@ -159,8 +160,10 @@ def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any]) -
     assert dataclasses.asdict(whole) == dataclasses.asdict(total)
 
 
-def test_samples_named_by_the_list_of_the_step_before_gain_their_tokens() -> None:
-    """Also where a request was aborted since, and where others have more to say in the same step."""
+@pytest.mark.parametrize("batch_id", [0, 7])
+def test_a_repeated_batch_grows_in_place(batch_id: int) -> None:
+    """Also after a request of the batch was aborted, and with other deltas in the same step. An id of 0 says nothing
+    about the samples."""
     processor = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
     requests = {"a": 1, "b": 2, "c": 1}
     wholes = {}
@@ -177,17 +180,17 @@ def test_samples_named_by_the_list_of_the_step_before_gain_their_tokens() -> Non
     first = samples[:3]
     for token_id in (2, 3):
         outputs, stopped = processor.process(
-            StepDeltas(first, [token_id, 10 + token_id, 20 + token_id], [SequenceDelta("c", 0, [token_id])])
+            StepDeltas(first, [token_id, 10 + token_id, 20 + token_id], batch_id, [SequenceDelta("c", 0, [token_id])])
         )
         assert {output.request_id for output in outputs} == {"a", "b", "c"}
         assert len(outputs) == 3
-    outputs, stopped = processor.process(StepDeltas(first, [4, 14, 24]))
+    outputs, stopped = processor.process(StepDeltas(first, [4, 14, 24], batch_id))
     assert ([output.request_id for output in outputs], stopped) == (["a", "b"], [])
     assert tokens() == {"a": [[1, 2, 3, 4]], "b": [[1, 12, 13, 14], [1, 22, 23, 24]], "c": [[1, 2, 3]]}
     processor.discard("a")
-    outputs, _ = processor.process(StepDeltas(first, [5, 15, 25]))  # on its way when the request went
+    outputs, _ = processor.process(StepDeltas(first, [5, 15, 25], batch_id))  # under way when the request was aborted
     assert [output.request_id for output in outputs] == ["b"]
-    outputs, _ = processor.process(StepDeltas(samples[1:], [16, 26, 6]))
+    outputs, _ = processor.process(StepDeltas(samples[1:], [16, 26, 6], batch_id + 1 if batch_id else 0))
     assert [output.request_id for output in outputs] == ["b", "c"]
     assert tokens() == {
         "a": [[1, 2, 3, 4]],

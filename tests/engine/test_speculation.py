@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from quire import LLM, SamplingParams, StructuredOutputsParams
+from quire import LLM, SamplingParams, StructuredOutputsParams, config
+from quire.config import SpeculativeConfig
 from quire.outputs import RequestOutput
-from quire.scheduler.speculation import StepCurve, StepTimes
+from quire.scheduler.acceptance import Draft
+from quire.scheduler.proposers import PROPOSERS
+from quire.scheduler.step_times import StepCurve, StepTimes
 from tests.checkpoints import make_checkpoint
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1}
@@ -115,3 +118,30 @@ def test_who_gets_no_drafts() -> None:
         assert llm.stats().total_drafts == 0
         llm.generate([SENTENCES * 2], SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
         assert llm.stats().total_drafts > 0
+
+
+@pytest.mark.usefixtures("free_steps")
+def test_another_proposer_is_a_row(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that knows what comes, but for every fifth draft."""
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=60, ignore_eos=True)
+    (expected,) = plain.generate([SENTENCES], params)
+    whole = [*expected.prompt_token_ids, *expected.outputs[0].token_ids]
+    num_calls = 0
+
+    class Oracle:
+        def propose(self, token_ids: list[int], max_tokens: int) -> Draft:
+            nonlocal num_calls
+            num_calls += 1
+            draft = whole[len(token_ids) : len(token_ids) + max_tokens]
+            return Draft(draft if num_calls % 5 else [token ^ 1 for token in draft])
+
+    def make(speculative_config: SpeculativeConfig) -> Oracle:
+        assert speculative_config.num_speculative_tokens == 4
+        return Oracle()
+
+    monkeypatch.setitem(PROPOSERS, "oracle", make)
+    monkeypatch.setattr(config, "SPECULATIVE_METHODS", ("ngram", "oracle"))
+    with LLM(**OPTIONS, speculative_config={"method": "oracle", "num_speculative_tokens": 4}) as llm:
+        (found,) = llm.generate([SENTENCES], params)
+        assert what_came_of(found) == what_came_of(expected)
+        assert llm.stats().total_draft_tokens > llm.stats().total_accepted_tokens > 20

@@ -21,7 +21,7 @@ import torch
 from benchmarks.from_sources import ENGINE_NEEDS, missing, use_sources
 
 PLACES = ["tests/kernels/triton", "tests/gpu"]
-ORDER = ["test_attention", "test_small_kernels", "test_sampling", "test_steps", "test_engine", "test_flashinfer"]
+ORDER = ["test_attention", "test_small_kernels", "test_sampling", "test_steps", "test_engine"]
 """Files that come first, by name."""
 LAST = ["test_configs", "test_variants"]
 """They compile for cards that need not be there."""

@@ -16,10 +16,10 @@ class CountingCompiler:
     def __init__(self) -> None:
         self.compiled: list[str] = []
 
-    def compile(self, form: StructuredOutputsParams) -> Grammar:
-        assert form.regex is not None
-        self.compiled.append(form.regex)
-        if form.regex == "bad":
+    def compile(self, constraint: StructuredOutputsParams) -> Grammar:
+        assert constraint.regex is not None
+        self.compiled.append(constraint.regex)
+        if constraint.regex == "bad":
             raise RequestError("no grammar")
         return Grammar(no_matcher, vocab_size=33, eos_token_ids=(1,))
 
@@ -28,35 +28,35 @@ def no_matcher() -> Matcher:
     raise AssertionError("nobody follows it here")
 
 
-def form(regex: str) -> StructuredOutputsParams:
+def constraint(regex: str) -> StructuredOutputsParams:
     return StructuredOutputsParams(regex=regex)
 
 
 def test_compiles_once_and_keeps_the_last_used() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=2, max_bytes=100)
-    first = cache.compile(form("a")).result()
+    first = cache.compile(constraint("a")).result()
     assert first.num_mask_words == 2
-    assert cache.compile(form("a")).result() is first
-    cache.compile(form("b")).result()
-    cache.compile(form("a")).result()
-    cache.compile(form("c")).result()  # b was used least lately
+    assert cache.compile(constraint("a")).result() is first
+    cache.compile(constraint("b")).result()
+    cache.compile(constraint("a")).result()
+    cache.compile(constraint("c")).result()  # b was used least lately
     assert len(cache) == 2
     gc.collect()
-    assert cache.find(form("b")) is None
-    assert cache.compile(form("a")).result() is first
-    cache.compile(form("b")).result()
+    assert cache.find(constraint("b")) is None
+    assert cache.compile(constraint("a")).result() is first
+    cache.compile(constraint("b")).result()
     assert compiler.compiled == ["a", "b", "c", "b"]
 
 
 def test_what_is_in_use_is_found_however_many_came_since() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=1, max_bytes=100)
-    in_use = cache.compile(form("a")).result()
+    in_use = cache.compile(constraint("a")).result()
     for number in range(5):
-        cache.compile(form(f"x{number}")).result()
-    assert cache.find(form("a")) is in_use
-    assert cache.compile(form("a")).result() is in_use
+        cache.compile(constraint(f"x{number}")).result()
+    assert cache.find(constraint("a")) is in_use
+    assert cache.compile(constraint("a")).result() is in_use
     assert compiler.compiled.count("a") == 1
 
 
@@ -64,11 +64,11 @@ def test_what_exceeds_the_bytes_is_forgotten_the_least_recently_used_first() -> 
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=9, max_bytes=100)
     for name, num_bytes, kept, held in (("a", 40, 1, 40), ("b", 60, 2, 100), ("a", 40, 2, 100), ("c", 30, 2, 70)):
-        cache.compile(form(name), num_bytes).result()
+        cache.compile(constraint(name), num_bytes).result()
         assert (len(cache), cache.num_bytes) == (kept, held), name
-    large = cache.compile(form("d"), 101).result()
+    large = cache.compile(constraint("d"), 101).result()
     assert (len(cache), cache.num_bytes) == (0, 0)
-    assert cache.find(form("d")) is large, "as long as it is in use"
+    assert cache.find(constraint("d")) is large, "as long as it is in use"
 
 
 def test_a_failure_is_told_and_not_kept() -> None:
@@ -76,17 +76,17 @@ def test_a_failure_is_told_and_not_kept() -> None:
     cache = GrammarCache(lambda: compiler, max_grammars=4, max_bytes=100)
     for _ in range(2):
         with pytest.raises(RequestError, match="no grammar"):
-            cache.compile(form("bad")).result()
+            cache.compile(constraint("bad")).result()
     assert compiler.compiled == ["bad", "bad"]
 
 
 def test_a_worn_grammar_is_compiled_anew() -> None:
     cache = GrammarCache(CountingCompiler, max_grammars=4, max_bytes=100)
-    worn = cache.compile(form("a")).result()
+    worn = cache.compile(constraint("a")).result()
     worn.worn = True
-    fresh = cache.compile(form("a")).result()
+    fresh = cache.compile(constraint("a")).result()
     assert fresh is not worn
-    assert cache.find(form("a")) is fresh
+    assert cache.find(constraint("a")) is fresh
 
 
 def test_a_vocabulary_that_cannot_be_loaded_fails_every_grammar() -> None:
@@ -97,4 +97,4 @@ def test_a_vocabulary_that_cannot_be_loaded_fails_every_grammar() -> None:
     cache.warm()
     for _ in range(2):
         with pytest.raises(RequestError, match=r"no tokenizer\.json"):
-            cache.compile(form("a")).result()
+            cache.compile(constraint("a")).result()

@@ -31,9 +31,9 @@ def bundled() -> Tokenizer:
     return Tokenizer.from_folder(bundled_folder())
 
 
-def allowed(form: StructuredOutputsParams, token_ids: list[int]) -> tuple[set[int], list[int]]:
+def allowed(constraint: StructuredOutputsParams, token_ids: list[int]) -> tuple[set[int], list[int]]:
     """The tokens that may follow, read from llguidance's mask, and those it takes for forced."""
-    matcher: Any = compiler().compile(form).matcher()
+    matcher: Any = compiler().compile(constraint).matcher()
     assert matcher.consume_tokens(token_ids), matcher.get_error()
     if matcher.is_stopped():
         return {EOS}, []
@@ -69,13 +69,13 @@ def test_a_mask_is_what_keeps_the_text_a_prefix_of_an_answer(choices: list[str],
     answers = [choice.encode() for choice in choices]
     spelled = {i: bundled().token_bytes(i) for i in range(VOCAB_SIZE) if i not in bundled().special_ids}
     text, tokens = b"", list[int]()
-    form = StructuredOutputsParams(choice=tuple(choices))
+    constraint = StructuredOutputsParams(choice=tuple(choices))
     while True:
         expected = {
             i for i, piece in spelled.items() if piece and any(answer.startswith(text + piece) for answer in answers)
         }
         expected |= {EOS} if text in answers else set()
-        found, forced = allowed(form, tokens)
+        found, forced = allowed(constraint, tokens)
         if forced:
             assert found == {forced[0]} <= expected
             run = text + b"".join(spelled[token] for token in forced)

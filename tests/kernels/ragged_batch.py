@@ -1,14 +1,16 @@
 """Ragged batches for the attention tests: sequences of any lengths in scattered blocks, and a plan over them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
-from quire.kernels import reference
+from quire.kernels import AttentionParams, KVLayer, reference
 from quire.kernels.interface import CpuAttentionPlan
 
 
@@ -23,18 +25,19 @@ class Shape:
 @dataclass(frozen=True)
 class RaggedBatch:
     q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
+    kv: KVLayer
     plan: CpuAttentionPlan
     scale: float
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, CpuAttentionPlan, float]:
-        return self.q, self.k_cache, self.v_cache, self.plan, self.scale
+    def inputs(self, **params: Any) -> tuple[Tensor, KVLayer, CpuAttentionPlan, AttentionParams]:
+        """Arguments of `paged_attention`; `params` are fields of `AttentionParams`."""
+        return self.q, self.kv, self.plan, AttentionParams(self.scale, **params)
 
-    def in_float64(self) -> tuple[Tensor, Tensor, Tensor, CpuAttentionPlan, float]:
-        if self.v_cache.dtype == torch.int8:
-            return self.q.double(), self.k_cache, self.v_cache, self.plan, self.scale
-        return self.q.double(), self.k_cache.double(), self.v_cache.double(), self.plan, self.scale
+    def in_float64(self, **params: Any) -> tuple[Tensor, KVLayer, CpuAttentionPlan, AttentionParams]:
+        kv = self.kv
+        if kv.values.dtype != torch.int8:
+            kv = KVLayer(kv.keys.double(), kv.values.double())
+        return self.q.double(), kv, self.plan, AttentionParams(self.scale, **params)
 
 
 def ragged_batch(
@@ -75,28 +78,27 @@ def ragged_batch(
     scaled = dtype == torch.int8
     shapes = reference.kv_cache_shapes(num_blocks, shape.num_kv_heads, block_size, shape.head_dim, scaled=scaled)
     nan = -1 if dtype == torch.int8 else float("nan")  # four bytes of -1 are one
-    k_cache, v_cache = (torch.full(each, nan, dtype=dtype) for each in shapes)
+    kv = KVLayer(*(torch.full(each, nan, dtype=dtype) for each in shapes))
     keys = torch.randn(sum(lengths), shape.num_kv_heads, shape.head_dim, generator=random)
     values = torch.randn(keys.shape, generator=random)
     if lengths:
         all_slots = torch.from_numpy(np.concatenate(slots).astype(np.int32))
-        reference.write_kv(keys, values, k_cache, v_cache, all_slots)
+        reference.write_kv(keys, values, kv, all_slots)
 
     num_tokens = sum(new for _, new in sequences)
     fused = torch.randn(num_tokens, shape.num_heads + 2, shape.head_dim, generator=random)
-    plan = plan_attention(
+    step = StepArrays(
         np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
         np.array(lengths, dtype=np.int32),
         block_tables,
         np.concatenate([*new_slots, []]).astype(np.int32),
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=block_size,
+    )
+    of_attention = AttentionShape(
+        **asdict(shape),
         num_threads=num_threads,
         window=window,
         kv_element_size=dtype.itemsize,
-        share_prefixes=share_prefixes,
         batch_invariant=batch_invariant,
     )
-    return RaggedBatch(fused[:, : shape.num_heads], k_cache, v_cache, plan, shape.head_dim**-0.5)
+    plan = plan_attention(step, of_attention, share_prefixes=share_prefixes)
+    return RaggedBatch(fused[:, : shape.num_heads], kv, plan, shape.head_dim**-0.5)

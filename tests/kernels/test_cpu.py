@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.errors import ConfigError
-from quire.kernels import Kernels, cpu, kernels_for, reference
+from quire.kernels import AttentionParams, Kernels, KVLayer, cpu, kernels_for, reference
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 # Errors of float32 arithmetic on values of size one. They are the same for every KV type, since the reference reads the
@@ -40,16 +42,16 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
 def check_attention(batch: RaggedBatch, **options: Any) -> None:
     """Where pairs of bfloat16 are multiplied, queries are rounded to it, which can be followed, and weights, which
     changes a sum of weighted values by no more than 2^-8 of the sum of their magnitudes."""
-    found = cpu.paged_attention(*batch.tensors(), **options)
-    q, k_cache, v_cache, plan, scale = batch.in_float64()
-    if cpu.isa() != "avx512bf16" or batch.k_cache.dtype != torch.bfloat16:
-        assert_close(found, reference.paged_attention(q, k_cache, v_cache, plan, scale, **options))
+    found = cpu.paged_attention(*batch.inputs(**options))
+    q, kv, plan, params = batch.in_float64(**options)
+    if cpu.isa() != "avx512bf16" or batch.kv.keys.dtype != torch.bfloat16:
+        assert_close(found, reference.paged_attention(q, kv, plan, params))
         return
-    softcap = options.get("softcap", 0.0)
-    factor = np.float32(scale) / np.float32(softcap) if softcap else np.float32(scale) * np.float32(1.44269504)
+    scale, softcap = np.float32(params.scale), np.float32(params.softcap)
+    factor = scale / softcap if softcap else scale * np.float32(1.44269504)
     q = (batch.q * torch.tensor(factor)).bfloat16().double() / float(factor)
-    expected = reference.paged_attention(q, k_cache, v_cache, plan, scale, **options)
-    magnitude = reference.paged_attention(q, k_cache, v_cache.abs(), plan, scale, **options)
+    expected = reference.paged_attention(q, kv, plan, params)
+    magnitude = reference.paged_attention(q, KVLayer(kv.keys, kv.values.abs()), plan, params)
     assert ((found - expected).abs() <= 2**-8 * magnitude + 2 * TOLERANCE).all()
 
 
@@ -157,15 +159,15 @@ def test_activations_of_extremes(isa: str) -> None:
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32])
 def test_write_kv(isa: str, dtype: torch.dtype, block_size: int) -> None:
     shapes = cpu.kv_cache_shapes(20, 3, block_size, 40, scaled=dtype == torch.int8)
-    k_cache, v_cache = (torch.randn(shape).to(dtype) for shape in shapes)
+    kv = KVLayer(*(torch.randn(shape).to(dtype) for shape in shapes))
     fused = torch.randn(20, 12, 40)
     slots = torch.randperm(20 * block_size)[:20].to(torch.int32)
     slots[3] = slots[17] = -1
-    expected = k_cache.clone(), v_cache.clone()
-    reference.write_kv(fused[:, 3:6], fused[:, 6:9], *expected, slots)
-    cpu.write_kv(fused[:, 3:6], fused[:, 6:9], k_cache, v_cache, slots)
-    assert torch.equal(k_cache, expected[0])
-    assert torch.equal(v_cache, expected[1])
+    expected = KVLayer(kv.keys.clone(), kv.values.clone())
+    reference.write_kv(fused[:, 3:6], fused[:, 6:9], expected, slots)
+    cpu.write_kv(fused[:, 3:6], fused[:, 6:9], kv, slots)
+    assert torch.equal(kv.keys, expected.keys)
+    assert torch.equal(kv.values, expected.values)
 
 
 @pytest.mark.parametrize("dtype", KV_FLOATS)
@@ -174,36 +176,37 @@ def test_write_kv_rounds_like_torch(isa: str, dtype: torch.dtype) -> None:
     ties = torch.arange(0, 2**32, 2**11 + 2**8, dtype=torch.int64).to(torch.int32).view(torch.float32)
     numbers = torch.cat((ties, ties.view(torch.int32).bitwise_and(-4096).view(torch.float32)))
     numbers = numbers[: len(numbers) // 64 * 64].view(-1, 1, 64)
-    k_cache = torch.zeros(len(numbers), 1, 64, 1, dtype=dtype)
-    v_cache = torch.zeros(len(numbers), 1, 1, 64, dtype=dtype)
-    cpu.write_kv(numbers, numbers, k_cache, v_cache, torch.arange(len(numbers), dtype=torch.int32))
+    n = len(numbers)
+    kv = KVLayer(torch.zeros(n, 1, 64, 1, dtype=dtype), torch.zeros(n, 1, 1, 64, dtype=dtype))
+    cpu.write_kv(numbers, numbers, kv, torch.arange(len(numbers), dtype=torch.int32))
     expected = (numbers.clamp(-65504, 65504) if dtype == torch.float16 else numbers).to(dtype)
-    for found in (k_cache.view(-1, 1, 64), v_cache.view(-1, 1, 64)):
+    for found in (kv.keys.view(-1, 1, 64), kv.values.view(-1, 1, 64)):
         assert torch.equal(found.isnan(), expected.isnan())
         assert torch.equal(found.nan_to_num(0.0, 1.0, 2.0), expected.nan_to_num(0.0, 1.0, 2.0))
 
 
 def test_values_beyond_float16_leave_attention_finite(isa: str) -> None:
     """A token with values of 1e6 does not turn what later tokens see into NaN."""
-    k_cache, v_cache = torch.zeros(1, 1, 32, 16).half(), torch.zeros(1, 1, 16, 32).half()
+    kv = KVLayer(torch.zeros(1, 1, 32, 16).half(), torch.zeros(1, 1, 16, 32).half())
     k, v = torch.ones(3, 1, 32), torch.tensor([1e6, -1e6, 1.0]).view(3, 1, 1).expand(3, 1, 32).contiguous()
-    cpu.write_kv(k, v, k_cache, v_cache, torch.arange(3, dtype=torch.int32))
+    cpu.write_kv(k, v, kv, torch.arange(3, dtype=torch.int32))
     batch = ragged_batch([(3, 1)], Shape(1, 1, 32))
     batch.plan.block_tables.zero_()
-    found = cpu.paged_attention(torch.ones(1, 1, 32), k_cache, v_cache, batch.plan, 1.0)
+    found = cpu.paged_attention(torch.ones(1, 1, 32), kv, batch.plan, AttentionParams(1.0))
     torch.testing.assert_close(found, torch.full((1, 1, 32), 1 / 3), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_copy_blocks(dtype: torch.dtype) -> None:
     keys, values = cpu.kv_cache_shapes(9, 2, 16, 32, scaled=dtype == torch.int8)
-    caches = [((9 * torch.randn(keys)).to(dtype), (9 * torch.randn(values)).to(dtype)) for _ in range(3)]
-    expected = [(keys.clone(), values.clone()) for keys, values in caches]
+    layers = [KVLayer((9 * torch.randn(keys)).to(dtype), (9 * torch.randn(values)).to(dtype)) for _ in range(3)]
+    expected = [KVLayer(layer.keys.clone(), layer.values.clone()) for layer in layers]
     pairs = torch.tensor([[0, 5], [0, 6], [3, 1]], dtype=torch.int32)
     reference.copy_blocks(expected, pairs)
-    cpu.copy_blocks(caches, pairs)
-    for found, wanted in zip(caches, expected, strict=True):
-        assert all(map(torch.equal, found, wanted))
+    cpu.copy_blocks(layers, pairs)
+    for found, wanted in zip(layers, expected, strict=True):
+        assert torch.equal(found.keys, wanted.keys)
+        assert torch.equal(found.values, wanted.values)
 
 
 # Attention
@@ -254,16 +257,16 @@ def test_paged_attention_of_random_batches(isa: str, seed: int) -> None:
     window = int(random.choice([0, int(random.integers(1, 200))]))
     threads = int(random.integers(1, 5))
     batch = ragged_batch(sequences, shape, window=window, num_threads=threads, seed=seed)
-    found = cpu.paged_attention(*batch.tensors(), window=window)
-    assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
+    found = cpu.paged_attention(*batch.inputs(window=window))
+    assert_close(found, reference.paged_attention(*batch.in_float64(window=window)))
 
 
 @pytest.mark.parametrize("window", [0, 1500])
 def test_split_keys_are_merged(isa: str, window: int) -> None:
     batch = ragged_batch([(3000, 1), (50, 50), (2000, 3)], Shape(), window=window, num_threads=8)
     assert len(batch.plan.merges) > 0
-    found = cpu.paged_attention(*batch.tensors(), window=window)
-    assert_close(found, reference.paged_attention(*batch.in_float64(), window=window))
+    found = cpu.paged_attention(*batch.inputs(window=window))
+    assert_close(found, reference.paged_attention(*batch.in_float64(window=window)))
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
@@ -327,14 +330,14 @@ def test_prefixes_are_shared_where_it_pays() -> None:
 def test_large_scores_stay_finite(isa: str) -> None:
     batch = ragged_batch([(300, 20)], Shape())
     batch.q.mul_(300)
-    assert_close(cpu.paged_attention(*batch.tensors()), reference.paged_attention(*batch.in_float64()), 1e-3)
+    assert_close(cpu.paged_attention(*batch.inputs()), reference.paged_attention(*batch.in_float64()), 1e-3)
 
 
 def test_an_empty_batch(isa: str) -> None:
     batch = ragged_batch([], Shape())
-    assert cpu.paged_attention(*batch.tensors()).shape == (0, 6, 64)
+    assert cpu.paged_attention(*batch.inputs()).shape == (0, 6, 64)
     batch = ragged_batch([(40, 0), (3, 0)], Shape())
-    assert cpu.paged_attention(*batch.tensors()).shape == (0, 6, 64)
+    assert cpu.paged_attention(*batch.inputs()).shape == (0, 6, 64)
 
 
 def test_threads_do_not_change_results() -> None:
@@ -345,7 +348,7 @@ def test_threads_do_not_change_results() -> None:
         results = []
         for num_threads in (1, 2, 4, 4):
             torch.set_num_threads(num_threads)
-            results.append(cpu.paged_attention(*batch.tensors()))
+            results.append(cpu.paged_attention(*batch.inputs()))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0], each) for each in results[1:])
@@ -361,28 +364,21 @@ def test_a_batch_invariant_plan_gives_a_token_the_same_bits_in_any_batch(
     alone in chunks."""
     sequences = [(1300, 400), (2500, 1), (90, 90)]
     batch = ragged_batch(sequences, shape, dtype=dtype, window=window, num_threads=8, batch_invariant=True)
-    together = cpu.paged_attention(*batch.tensors(), window=window)
+    together = cpu.paged_attention(*batch.inputs(window=window))
     check_attention(batch, window=window)
     assert len(batch.plan.merges) > 0
     for chunk in (1, 7, 100):
         for first in range(0, 400, 9 * chunk):
             last = min(first + chunk, 400)
-            plan = plan_attention(
+            step = StepArrays(
                 np.array([0, last - first], dtype=np.int32),
                 np.array([900 + last], dtype=np.int32),
                 batch.plan.block_tables[:1].numpy(),
                 np.zeros(last - first, dtype=np.int32),
-                num_heads=shape.num_heads,
-                num_kv_heads=shape.num_kv_heads,
-                head_dim=shape.head_dim,
-                block_size=shape.block_size,
-                num_threads=1,
-                window=window,
-                batch_invariant=True,
             )
-            alone = cpu.paged_attention(
-                batch.q[first:last], batch.k_cache, batch.v_cache, plan, batch.scale, window=window
-            )
+            plan = plan_attention(step, AttentionShape(**asdict(shape), window=window, batch_invariant=True))
+            params = AttentionParams(batch.scale, window)
+            alone = cpu.paged_attention(batch.q[first:last], batch.kv, plan, params)
             assert torch.equal(alone, together[first:last]), f"tokens {first} to {last}"
 
 
@@ -390,7 +386,7 @@ def test_a_sequence_of_nan_leaves_its_neighbours_alone(isa: str) -> None:
     sequences = [(40, 1), (100, 30), (70, 1)]
     clean, broken = ragged_batch(sequences, Shape()), ragged_batch(sequences, Shape())
     broken.q[1:31] = float("nan")
-    expected, found = cpu.paged_attention(*clean.tensors()), cpu.paged_attention(*broken.tensors())
+    expected, found = cpu.paged_attention(*clean.inputs()), cpu.paged_attention(*broken.inputs())
     assert found[1:31].isnan().all()
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[31], expected[31])
@@ -415,25 +411,26 @@ def test_arguments_are_checked() -> None:
         cpu.rms_norm(x[:, ::2], weight[:16], 1e-5)
     with pytest.raises(TypeError, match=r"torch\.Tensor"):
         cpu.rms_norm(x, [1.0] * 32, 1e-5)  # type: ignore[arg-type]  # what an untyped caller may do
-    k, caches = torch.randn(2, 1, 32), (torch.zeros(4, 1, 32, 16), torch.zeros(4, 1, 16, 32))
+    k, keys, values = torch.randn(2, 1, 32), torch.zeros(4, 1, 32, 16), torch.zeros(4, 1, 16, 32)
+    slots = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="slots: expected int32, found int64"):
-        cpu.write_kv(k, k, *caches, torch.tensor([0, 1]))
+        cpu.write_kv(k, k, KVLayer(keys, values), slots.long())
     with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 32, 16\], found \[4, 1, 16, 32\]"):
-        cpu.write_kv(k, k, caches[1], caches[1], torch.tensor([0, 1], dtype=torch.int32))
+        cpu.write_kv(k, k, KVLayer(values, values), slots)
     with pytest.raises(ValueError, match="v_cache: expected float32, float16 or bfloat16, found int16"):
-        cpu.write_kv(k, k, caches[0].short(), caches[1].short(), torch.tensor([0, 1], dtype=torch.int32))
+        cpu.write_kv(k, k, KVLayer(keys.short(), values.short()), slots)
     with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 40, 16\], found \[4, 1, 32, 16\]"):
-        cpu.write_kv(k, k, caches[0].char(), caches[1].char(), torch.tensor([0, 1], dtype=torch.int32))
-    odd = torch.zeros(4, 1, 14, 16, dtype=torch.int8), torch.zeros(4, 1, 16, 6, dtype=torch.int8)
+        cpu.write_kv(k, k, KVLayer(keys.char(), values.char()), slots)
+    odd = KVLayer(torch.zeros(4, 1, 14, 16).char(), torch.zeros(4, 1, 16, 6).char())
     with pytest.raises(
         ValueError, match="v_cache: expected a head size that is a multiple of 4, at most 1024, for int8"
     ):
-        cpu.write_kv(torch.zeros(2, 1, 6), torch.zeros(2, 1, 6), *odd, torch.tensor([0, 1], dtype=torch.int32))
+        cpu.write_kv(torch.zeros(2, 1, 6), torch.zeros(2, 1, 6), odd, slots)
     batch = ragged_batch([(40, 4)], Shape(), window=8)
     with pytest.raises(ValueError, match="window: expected 1 to 8"):
-        cpu.paged_attention(*batch.tensors(), window=9)
+        cpu.paged_attention(*batch.inputs(window=9))
     with pytest.raises(ValueError, match=r"q: expected shape \[4, 6, 64\], found \[3, 6, 64\]"):
-        cpu.paged_attention(batch.q[1:], *batch.tensors()[1:], window=8)
+        cpu.paged_attention(batch.q[1:], *batch.inputs(window=8)[1:])
 
 
 def test_an_unsupported_isa_is_refused() -> None:

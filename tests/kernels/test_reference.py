@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from quire.kernels import reference
+from quire.kernels import KVLayer, reference
 from tests.kernels.ragged_batch import Shape, ragged_batch
 
 
@@ -14,13 +14,13 @@ def test_paged_attention_is_causal_attention_of_each_sequence(block_size: int, w
     shape = Shape(num_heads=4, num_kv_heads=2, head_dim=32, block_size=block_size)
     sequences = [(20, 20), (33, 5), (16, 1)]
     batch = ragged_batch(sequences, shape)
-    found = reference.paged_attention(*batch.tensors(), window=window)
+    found = reference.paged_attention(*batch.inputs(window=window))
     row = 0
     for s, (length, new) in enumerate(sequences):
         position = torch.arange(length)
         block, offset = batch.plan.block_tables[s, position // block_size].long(), position % block_size
-        key = batch.k_cache[block, :, :, offset].transpose(0, 1)  # [kv heads, keys, D]
-        value = batch.v_cache[block, :, offset].transpose(0, 1)
+        key = batch.kv.keys[block, :, :, offset].transpose(0, 1)  # [kv heads, keys, D]
+        value = batch.kv.values[block, :, offset].transpose(0, 1)
         seen = position <= position[length - new :, None]
         if window:
             seen &= position > position[length - new :, None] - window
@@ -36,10 +36,10 @@ def test_softcap_and_alibi_by_hand() -> None:
     shape = Shape(num_heads=1, num_kv_heads=1, head_dim=8, block_size=2)
     batch = ragged_batch([(2, 1)], shape)
     block = batch.plan.block_tables[0, 0]
-    scores = (batch.k_cache[block, 0].T @ batch.q[0, 0]) * batch.scale
-    expected = (1.5 * torch.tanh(scores / 1.5) + torch.tensor([-0.25, 0.0])).softmax(0) @ batch.v_cache[block, 0]
+    scores = (batch.kv.keys[block, 0].T @ batch.q[0, 0]) * batch.scale
+    expected = (1.5 * torch.tanh(scores / 1.5) + torch.tensor([-0.25, 0.0])).softmax(0) @ batch.kv.values[block, 0]
     slopes = torch.tensor([0.25])
-    found = reference.paged_attention(*batch.tensors(), softcap=1.5, alibi_slopes=slopes)
+    found = reference.paged_attention(*batch.inputs(softcap=1.5, alibi_slopes=slopes))
     torch.testing.assert_close(found[0, 0], expected)
 
 
@@ -64,12 +64,12 @@ def test_rotary_turns_pairs_by_their_angle() -> None:
 
 
 def test_written_blocks_can_be_copied() -> None:
-    k_cache, v_cache = torch.zeros(4, 2, 8, 4), torch.zeros(4, 2, 4, 8)
+    kv = KVLayer(torch.zeros(4, 2, 8, 4), torch.zeros(4, 2, 4, 8))
     k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-    reference.write_kv(k, v, k_cache, v_cache, torch.tensor([5, -1, 7], dtype=torch.int32))
-    assert torch.equal(k_cache[1, :, :, 1], k[0])
-    assert torch.equal(v_cache[1, :, 3], v[2])
-    assert torch.count_nonzero(k_cache) == torch.count_nonzero(v_cache) == 32
-    reference.copy_blocks([(k_cache, v_cache)], torch.tensor([[1, 3]], dtype=torch.int32))
-    assert torch.equal(k_cache[3], k_cache[1])
-    assert torch.equal(v_cache[3], v_cache[1])
+    reference.write_kv(k, v, kv, torch.tensor([5, -1, 7], dtype=torch.int32))
+    assert torch.equal(kv.keys[1, :, :, 1], k[0])
+    assert torch.equal(kv.values[1, :, 3], v[2])
+    assert torch.count_nonzero(kv.keys) == torch.count_nonzero(kv.values) == 32
+    reference.copy_blocks([kv], torch.tensor([[1, 3]], dtype=torch.int32))
+    assert torch.equal(kv.keys[3], kv.keys[1])
+    assert torch.equal(kv.values[3], kv.values[1])

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quire.kv_cache.partial_block_index import MAX_CHILDREN
 from quire.kv_cache.block_hash import root_hash
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.kv_cache.block_table import BlockCopies, BlockTable
+from quire.kv_cache.partial_block_index import MAX_CHILDREN
 
 # -- examples ---------------------------------------------------------------------------------------------------------
 

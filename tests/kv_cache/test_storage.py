@@ -13,12 +13,12 @@ def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
     cache = KVCache(num_layers=2, shapes=shapes, block_size=8, dtype=dtype)
     slots = torch.arange(32, dtype=torch.int32)
     for layer in cache.layers:
-        reference.write_kv(torch.randn(32, 2, 16), torch.randn(32, 2, 16), *layer, slots)
+        reference.write_kv(torch.randn(32, 2, 16), torch.randn(32, 2, 16), layer, slots)
     content = torch.empty(cache.block_bytes, dtype=torch.uint8)
     cache.copy_out(1, content)
     cache.copy_in(3, content)
     for layer in cache.layers:
-        for numbers in reference.stored_kv(*layer, torch.float32):
+        for numbers in reference.stored_kv(layer, torch.float32):
             assert torch.equal(numbers[3], numbers[1])
             assert not torch.equal(numbers[3], numbers[2])
 
@@ -26,7 +26,7 @@ def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
 def test_few_tensors_enter_a_new_huge_page_at_once() -> None:
     huge_page = 2 << 20
     cache = KVCache(num_layers=12, shapes=((256, 8192), (256, 8192)), block_size=8, dtype=torch.float32)
-    starts = [tensor.data_ptr() for layer in cache.layers for tensor in layer]
+    starts = [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert all(start % 64 == 0 for start in starts)
     entered = [
         sum((start + block * 32768) // huge_page != (start + (block + 1) * 32768) // huge_page for start in starts)

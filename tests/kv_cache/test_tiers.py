@@ -27,7 +27,7 @@ def test_room_is_made_by_what_was_used_least_recently() -> None:
         tier.add(name)
     tier.touch(b"a")
     assert tier.make_room(100, never) == [b"b"]
-    assert tier.names() == [b"c", b"a"]
+    assert tier.hashes() == [b"c", b"a"]
     assert (tier.stats.num_bytes, tier.stats.num_blocks, tier.stats.total_evicted) == (200, 2, 1)
 
 
@@ -35,7 +35,7 @@ def test_what_is_kept_makes_no_room() -> None:
     tier = Tier(300, 100, [(b"a", 100), (b"b", 100), (b"c", 100)])
     assert tier.make_room(200, lambda name: name == b"a") == [b"b", b"c"]
     assert tier.make_room(300, lambda name: name == b"a") is None
-    assert tier.names() == [b"a"]
+    assert tier.hashes() == [b"a"]
 
 
 def test_a_block_larger_than_the_tier_never_fits() -> None:
@@ -67,7 +67,7 @@ def test_sizes_against_a_plain_model(seed: int) -> None:
             assert forgotten == model[: max(0, len(model) - 4)]
             model = [*model[len(forgotten or ()) :], name]
             tier.add(name)
-        assert tier.names() == model
+        assert tier.hashes() == model
         assert tier.stats.num_bytes == 2 * len(model) <= 10
 
 

@@ -5,7 +5,7 @@ import torch
 
 from quire.kernels import kernels_for, reference
 from quire.layers.embedding import Embedding, TiedEmbedding
-from quire.layers.linear import output_head
+from quire.layers.linear import LinearWeight, output_head
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -25,7 +25,7 @@ def test_rows(dtype: torch.dtype, index: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 def test_rows_of_a_head(kernels: object, dtype: str) -> None:
     table, ids = torch.randn(50, 64), torch.tensor([49, 0, 49, 33], dtype=torch.int32)
-    head = output_head(kernels, table, dtype)  # type: ignore[arg-type]  # a module satisfies the protocol
+    head = output_head(kernels, LinearWeight(table), dtype)  # type: ignore[arg-type]  # a module satisfies the protocol
     embedding = TiedEmbedding(head)
     table.fill_(float("nan"))  # nothing of the argument is kept
     rows = embedding(ids)

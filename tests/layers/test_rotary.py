@@ -8,7 +8,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from quire.kernels import reference
-from quire.layers.rotary import cos_sin_table
+from quire.layers.rotary import cos_sin_table, half_layout
 from quire.model_config import RopeConfig
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -73,3 +73,23 @@ def test_only_a_part_of_each_head_is_rotated() -> None:
     assert torch.equal(q[..., 8:], before[..., 8:])
     assert torch.equal(q[0], before[0])
     assert not torch.equal(q[1], before[1])
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 12, 4])
+def test_interleaved_pairs_are_rotated_in_another_order_of_elements(rotary_dim: int) -> None:
+    """Scores of heads whose elements 2 i and 2 i + 1 turn together, by complex multiplication."""
+    head_dim, positions = 16, torch.tensor([0, 5, 9], dtype=torch.int32)
+    table = cos_sin_table(RopeConfig(partial_rotary_factor=rotary_dim / head_dim), head_dim, 10)
+    q, k = torch.randn(3, 2, head_dim), torch.randn(3, 2, head_dim)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        cos, sin = table[positions.long(), None].chunk(2, dim=-1)
+        pairs = torch.view_as_complex(x[..., :rotary_dim].unflatten(-1, (-1, 2)).contiguous())
+        turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+        return torch.cat((turned, x[..., rotary_dim:]), dim=-1)
+
+    expected = torch.einsum("shd,thd->hst", rotated(q), rotated(k))
+    order = half_layout(head_dim, rotary_dim, torch.device("cpu"))
+    q, k = q[..., order], k[..., order]
+    reference.rotary_(q, k, positions, table)
+    torch.testing.assert_close(torch.einsum("shd,thd->hst", q, k), expected)

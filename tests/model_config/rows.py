@@ -16,23 +16,6 @@ MIXTRAL = Architecture(
         "num_experts_per_tok": 2,
     },
 )
-STABLELM = Architecture(
-    model="quire.models.stablelm:StableLM",
-    names={
-        "rms_norm_eps": "layer_norm_eps",
-        "qkv_bias": "use_qkv_bias",
-        "qk_norm": "qk_layernorm",
-        "parallel_residual": "use_parallel_residual",
-    },
-    implied={
-        "max_position_embeddings": 4096,
-        "layer_norm_eps": 1e-5,
-        "partial_rotary_factor": 0.25,
-        "norm": "layer_norm",
-        "norm_bias": True,
-        "qk_norm_per_head": True,
-    },
-)
 GEMMA2 = Architecture(
     model="quire.models.gemma2:Gemma2",
     names={"hidden_act": "hidden_activation"},
@@ -51,6 +34,6 @@ GEMMA2 = Architecture(
         "post_norms": True,
         "scale_embeddings": True,
     },
-    fixed={"use_bidirectional_attention": None},
+    fixed={"use_bidirectional_attention": False},
 )
-ROWS = {"MixtralForCausalLM": MIXTRAL, "StableLmForCausalLM": STABLELM, "Gemma2ForCausalLM": GEMMA2}
+ROWS = {"MixtralForCausalLM": MIXTRAL, "Gemma2ForCausalLM": GEMMA2}

@@ -12,20 +12,22 @@ from torch import Tensor
 
 from quire import LLM, SamplingParams
 from quire.errors import CheckpointError
-from quire.kernels import gathered
+from quire.kernels import KVLayer, sdpa
+from quire.layers.norm import Normed
+from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.kv_scales import LARGEST, largest_rotated, scales_of
 from quire.models.registry import load_model
-from quire.models.weights import Weights
 from tests.checkpoints import make_checkpoint, reference_model
 
 CPU = torch.device("cpu")
 
 
 def load(folder: Path) -> Any:
-    source = DeviceWeights(Weights.open(folder), CPU, torch.float32)
-    return load_model(ModelConfig.from_folder(folder), source, gathered, "float32")
+    source = DeviceWeights(open_checkpoint(folder), CPU, torch.float32)
+    return load_model(ModelConfig.from_folder(folder), source, sdpa, "float32")
 
 
 def change(folder: Path, **tensors: Tensor) -> None:
@@ -33,7 +35,9 @@ def change(folder: Path, **tensors: Tensor) -> None:
     save_file({**load_file(file), **tensors}, file)
 
 
-@pytest.mark.parametrize("family", ["llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel"]
+)
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
     """For inputs of any size and the worst direction of any row; and the bound is not far from what can be."""
     options: dict[str, Any] = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
@@ -41,24 +45,24 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     model = load(folder)
     model.scale_kv()
     (layer,) = model.layers
-    attention = layer if family == "gpt2" else layer.attention
-    norm = layer.attention_norm if family == "gpt2" else attention.norm
+    attention, norm = layer.attention, layer.attention_norm
     seen: dict[str, Tensor] = {"k": torch.zeros(()), "v": torch.zeros(())}
 
     class Recorder:
         """In the place of kernels: keys as they are stored."""
 
-        def write_kv(self, k: Tensor, v: Tensor, *rest: Any, k_scale: Tensor, v_scale: Tensor) -> None:
-            for name, x, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+            for name, x, scale in (("k", k, kv.k_scale), ("v", v, kv.v_scale)):
+                assert scale is not None
                 seen[name] = torch.maximum(seen[name], (x / scale[:, None]).abs().amax())
 
         def rotary_write_kv(
-            self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, *rest: Any, **scales: Tensor
+            self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, table: Tensor, kv: KVLayer, slots: Tensor
         ) -> None:
-            gathered.rotary_(q, k, positions, table)
-            self.write_kv(k, v, *rest, **scales)
+            sdpa.rotary_(q, k, positions, table)
+            self.write_kv(k, v, kv, slots)
 
-        def paged_attention(self, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        def paged_attention(self, q: Tensor, *rest: Any) -> Tensor:
             return torch.zeros_like(q)
 
     attention.attend.kernels = Recorder()
@@ -67,10 +71,8 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     plan: Any = type("Plan", (), {"slots": None})
     for size in (1e-2, 1.0, 1e4):
         rows, positions = size * worst, torch.arange(len(worst), dtype=torch.int32) % 200
-        if family == "gpt2":
-            layer(rows, torch.zeros_like(rows), (None, None), plan, None)
-        else:
-            attention(rows, None, positions, (None, None), plan, None)
+        context = StepContext(positions, [KVLayer(torch.empty(0), torch.empty(0))], plan)
+        attention(Normed(norm, rows, None), context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST
     # Half of it is lost to powers of two, a part to rotation, and where keys are normed to its length in one dimension.

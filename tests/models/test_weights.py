@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights, Weights
+from quire.models.weights import WeightScope
 from tests.checkpoints import make_checkpoint
 
 
 def load(folder: Path) -> None:
-    load_model(ModelConfig.from_folder(folder), Weights.open(folder), kernels_for("cpu"), "float32")
+    load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
 
 
 def refusal(folder: Path) -> str:
@@ -38,8 +40,8 @@ def file(folder: Path) -> Path:
 
 
 def test_pages_that_were_given_back_are_read_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.models.weights.RELEASED_BYTES", 30_000)
-    weights, expected = Weights.open(file.parent), load_file(file)
+    monkeypatch.setattr("quire.models.safetensors_weights.RELEASED_BYTES", 30_000)
+    weights, expected = open_checkpoint(file.parent), load_file(file)
     taken = {name: weights.take(name, tuple(tensor.shape)) for name, tensor in expected.items()}
     weights.finish()
     for name, tensor in expected.items():
@@ -200,7 +202,7 @@ class TestShards:
 
 
 def test_tensors_are_views_of_the_file(folder: Path, file: Path) -> None:
-    tensor = Weights.open(folder).take("lm_head.weight", (260, 64))
+    tensor = open_checkpoint(folder).take("lm_head.weight", (260, 64))
     for line in Path("/proc/self/maps").read_text().splitlines():
         begin, end = (int(value, 16) for value in line.split()[0].split("-"))
         if begin <= tensor.data_ptr() < end:
@@ -213,11 +215,11 @@ class TestRandomWeights:
     def test_depend_on_seed_and_full_name_only(self) -> None:
         first, again, other = RandomWeights(1), RandomWeights(1), RandomWeights(2)
         again.take("b.weight", (3, 3))
-        assert torch.equal(first.scope("a").take("x.weight", (4, 5)), again.take("a.x.weight", (4, 5)))
+        assert torch.equal(WeightScope(first).scope("a").take("x.weight", (4, 5)), again.take("a.x.weight", (4, 5)))
         assert not torch.equal(first.take("a.x.weight", (4, 5)), other.take("a.x.weight", (4, 5)))
         assert not torch.equal(first.take("a.weight", (4, 5)), first.take("b.weight", (4, 5)))
 
-    @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gpt2"])
+    @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gpt2", "stablelm-parallel"])
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:
         config = ModelConfig.from_folder(make_checkpoint(tmp_path, family))
         model = load_model(config, RandomWeights(), kernels_for("cpu"), "float32")

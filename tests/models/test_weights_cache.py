@@ -18,9 +18,9 @@ from safetensors import safe_open
 from quire import LLM, SamplingParams
 from quire.kernels import cpu
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
-from quire.models.weights import Weights
 from quire.models.weights_cache import PackedTensor, WeightsCache
 from tests.checkpoints import make_checkpoint
 
@@ -30,7 +30,7 @@ LIMIT = 1 << 24
 
 def load(folder: Path, dtype: str, stored: Sequence[PackedTensor] = ()) -> tuple[Model, PackedWeights]:
     packed = PackedWeights(mmap.mmap(-1, 1 << 20), stored)
-    return load_model(ModelConfig.from_folder(folder), Weights.open(folder), packed.kernels, dtype), packed
+    return load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), packed.kernels, dtype), packed
 
 
 def logits(model: Model) -> torch.Tensor:
@@ -53,7 +53,7 @@ def cache(tmp_path: Path) -> WeightsCache:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama-bias"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama-bias", "stablelm-parallel"])
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:
     folder = make_checkpoint(tmp_path / "model", family)
     first, packed = load(folder, dtype)

@@ -13,10 +13,10 @@ from quire.engine.memory_plan import plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import kernels_for, reference
 from quire.kernels.interface import QuantizedWeight
-from quire.layers.linear import Linear, output_head
+from quire.layers.linear import Linear, LinearWeight, output_head
 from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
-from quire.models.weights import Weights
 from quire.quantization import METHODS, WeightFormat
 from tests.checkpoints import make_checkpoint
 from tests.paged_model import PagedModel
@@ -47,7 +47,7 @@ def test_bytes_of_a_weight() -> None:
 def test_the_plan_counts_what_the_model_takes(method: str) -> None:
     folder = bundled_folder()
     config = ModelConfig.from_folder(folder)
-    model = load_model(config, Weights.open(folder), kernels_for("cpu"), method)
+    model = load_model(config, open_checkpoint(folder), kernels_for("cpu"), method)
     vectors = config.spec.num_vector_parameters * 4
     plan = plan_memory(EngineConfig(num_blocks=64, quantization=method), config, available=GIB)
     assert plan.weights == quantized_bytes(model) + vectors
@@ -60,7 +60,7 @@ def test_the_plan_counts_what_the_model_takes(method: str) -> None:
 def test_the_plan_of_a_plain_mlp_with_learned_positions(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "gpt2", vocab_size=288)
     config = ModelConfig.from_folder(folder)
-    model = load_model(config, Weights.open(folder), kernels_for("cpu"), "int8")
+    model = load_model(config, open_checkpoint(folder), kernels_for("cpu"), "int8")
     positions = 256 * 64 * 4
     assert (
         config.spec.weight_bytes("float32", "int8")
@@ -91,7 +91,8 @@ def test_a_layer_side_by_side(kernels: object, method: str, error: float) -> Non
     weights = [torch.randn(n, 200) for n in (40, 3, 30)]
     bias, x = torch.randn(73).bfloat16(), torch.randn(50, 200)
     expected = torch.cat([x @ weight.T for weight in weights], dim=1) + bias.float()
-    layer = Linear(kernels, weights, bias, method)  # type: ignore[arg-type]  # a module satisfies the protocol
+    parts = [LinearWeight(weight, part) for weight, part in zip(weights, bias.split((40, 3, 30)), strict=True)]
+    layer = Linear(kernels, parts, method)  # type: ignore[arg-type]  # a module satisfies the protocol
     assert isinstance(layer.packed, QuantizedWeight)
     for weight in weights:
         weight.fill_(float("nan"))  # nothing of the argument is kept
@@ -102,14 +103,14 @@ def test_a_layer_side_by_side(kernels: object, method: str, error: float) -> Non
 def test_the_head_has_its_own_format() -> None:
     table = torch.randn(64, 128)
     for method, row in METHODS.items():
-        head = output_head(kernels_for("cpu"), table, method)
+        head = output_head(kernels_for("cpu"), LinearWeight(table), method)
         assert isinstance(head.packed, QuantizedWeight)
         assert head.packed.bits == row.head.bits
-    assert output_head(kernels_for("cpu"), table, "float16").packed.dtype == torch.float16
+    assert output_head(kernels_for("cpu"), LinearWeight(table), "float16").packed.dtype == torch.float16
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gpt2", "stablelm-parallel"])
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:
     """The same quantised model through plain PyTorch; a tied embedding reads the quantised head."""
     folder = make_checkpoint(tmp_path, family)

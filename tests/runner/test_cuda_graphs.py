@@ -78,7 +78,7 @@ def make_graphs(capture: FakeCapture, max_num_tokens: int = 40) -> DecodeGraphs:
 def use(graphs: DecodeGraphs, key: GraphKey) -> None:
     """Steps enough to want a graph."""
     for _ in range(EAGER_STEPS):
-        graphs.has(key)
+        graphs.count_step(key)
 
 
 def test_sizes() -> None:
@@ -102,7 +102,7 @@ def test_replays_see_what_is_new_and_pad_what_is_not_there() -> None:
         key = GraphKey(graphs.size_for(num_tokens), (16, int(rng.choice([0, 64]))), Outcome(rng.integers(3)))
         ids = rng.integers(0, 99, num_tokens).astype(np.int32)
         rows = np.arange(num_tokens, dtype=np.int32)
-        if graphs.has(key):
+        if graphs.count_step(key):
             num_replays += 1
             result = graphs.replay(key, {"input_ids": ids, "rows": rows})
             found = (
@@ -123,19 +123,19 @@ def test_what_comes_often_is_captured_and_memory_can_be_given_back() -> None:
     graphs = make_graphs(capture)
     key = GraphKey(4, (), Outcome.TOKENS)
     for _ in range(2):
-        graphs.has(key)
+        graphs.count_step(key)
         graphs.capture_one(idle=True)
-        assert not graphs.is_wanted
+        assert not graphs.has_pending_capture
         assert len(capture.graphs) == 0, "the first steps of a kind are eager"
         use(graphs, key)
-        assert graphs.is_wanted
+        assert graphs.has_pending_capture
         graphs.capture_one(idle=True)
         assert capture.graphs[0].result.shape == (2, 40), "the largest comes first: others use its memory again"
         graphs.capture_one(idle=True)
-        assert graphs.has(key)
-        assert not graphs.is_wanted
+        assert graphs.count_step(key)
+        assert not graphs.has_pending_capture
         assert len(capture.graphs) == 2
-        graphs.forget()
+        graphs.clear()
         capture.graphs.clear()
 
 
@@ -153,7 +153,7 @@ def test_captures_take_a_small_share_of_the_time_unless_idle() -> None:
         delays.append(capture.now - before)
     assert max(delays) == 1.0
     assert 0 < sum(delays) <= CAPTURE_SHARE * capture.now + 1
-    while graphs.is_wanted:
+    while graphs.has_pending_capture:
         graphs.capture_one(idle=True)
     assert len(capture.graphs) == len(graph_sizes(512))
 
@@ -167,7 +167,7 @@ def test_sizes_without_memory_run_without_a_graph() -> None:
             graphs.capture_one(idle=True)
         use(graphs, GraphKey(16, (), Outcome.TOKENS))
     graphs.capture_one(idle=True)
-    assert graphs.has(GraphKey(16, (), Outcome.TOKENS))
+    assert graphs.count_step(GraphKey(16, (), Outcome.TOKENS))
     assert [graphs.size_for(16), graphs.size_for(17)] == [16, 0]
 
 
@@ -183,10 +183,10 @@ def test_no_more_graphs_are_kept_than_there_is_room_for(monkeypatch: pytest.Monk
     graphs.replay(keys[0], {})
     use(graphs, keys[3])
     graphs.capture_one(idle=True)
-    assert [graphs.has(key) for key in keys] == [True, False, True, True]
-    assert not graphs.is_wanted
+    assert [graphs.count_step(key) for key in keys] == [True, False, True, True]
+    assert not graphs.has_pending_capture
     use(graphs, keys[1])
-    assert graphs.is_wanted
+    assert graphs.has_pending_capture
 
 
 def test_a_capture_that_fails_is_the_last() -> None:
@@ -203,9 +203,9 @@ def test_a_capture_that_fails_is_the_last() -> None:
     graphs._capture = failing
     with pytest.raises(RuntimeError, match="not permitted"):
         graphs.capture_one(idle=True)
-    assert not graphs.has(GraphKey(40, (), Outcome.TOKENS))
+    assert not graphs.count_step(GraphKey(40, (), Outcome.TOKENS))
     assert graphs.size_for(1) == 0
-    assert not graphs.is_wanted
+    assert not graphs.has_pending_capture
 
 
 class Allocator:
@@ -253,10 +253,10 @@ def test_graphs_are_captured_anew_after_a_lack_of_memory(monkeypatch: pytest.Mon
     for _ in range(3):
         for size in (4, 8):
             use(graphs, GraphKey(size, (), Outcome.TOKENS))
-        while graphs.is_wanted:
+        while graphs.has_pending_capture:
             graphs.capture_one(idle=True)
         assert [len(users) for users in allocator.users.values()][-1] == 2
-        graphs.forget()
+        graphs.clear()
         gc.collect()
     assert len(allocator.users) == 3
 
@@ -266,7 +266,7 @@ def test_graphs_that_end_in_logits_share_their_memory() -> None:
     results = []
     for size in (8, 16):
         use(graphs, GraphKey(size, (), Outcome.LOGITS))
-        while graphs.is_wanted:
+        while graphs.has_pending_capture:
             graphs.capture_one(idle=True)
         results.append(graphs.replay(GraphKey(size, (), Outcome.LOGITS), {}))
     assert results[0].data_ptr() == results[1].data_ptr()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quire.errors import ConfigError
-from quire.runner.disk_blocks import FINGERPRINT_BYTES, FORMAT, HEADER_BYTES, NAME_BYTES, DiskBlocks, Write, file_bytes
+from quire.runner.disk_blocks import FINGERPRINT_BYTES, FORMAT, HASH_BYTES, HEADER_BYTES, DiskBlocks, Write, file_bytes
 
 BLOCK_BYTES = 5000
 MINE, OTHER = b"f" * FINGERPRINT_BYTES, b"o" * FINGERPRINT_BYTES
@@ -19,7 +19,7 @@ Open = Callable[..., DiskBlocks]
 
 
 def name_of(number: int) -> bytes:
-    return random.Random(number).randbytes(NAME_BYTES)
+    return random.Random(number).randbytes(HASH_BYTES)
 
 
 def content_of(number: int) -> bytes:
@@ -44,34 +44,34 @@ def open_store(tmp_path: Path) -> Iterator[Open]:
 
 
 def save(store: DiskBlocks, *numbers: int) -> tuple[list[bytes], list[bytes]]:
-    """Names that were saved, and that were not."""
+    """Names that were stored, and that were not."""
     for number in numbers:
         buffer = store.new_buffer()
         buffer[HEADER_BYTES:] = content_of(number)
         store.save(name_of(number), buffer)
-    saved: list[bytes] = []
-    not_saved: list[bytes] = []
+    stored: list[bytes] = []
+    failed: list[bytes] = []
     deadline = time.monotonic() + 10
-    while len(saved) + len(not_saved) < len(numbers) and time.monotonic() < deadline:
-        moved = store.collect()
-        saved += moved.saved
-        not_saved += moved.not_saved
+    while len(stored) + len(failed) < len(numbers) and time.monotonic() < deadline:
+        result = store.collect()
+        stored += result.stored
+        failed += result.failed_stores
         time.sleep(0.001)
-    return saved, not_saved
+    return stored, failed
 
 
 def read(store: DiskBlocks, number: int) -> bytes | str:
     """The content, or why there is none."""
     store.read(name_of(number))
-    moved = store.collect(wait_seconds=10.0)
-    if moved.not_read:
-        assert moved.not_read[0][0] == name_of(number)
-        return moved.not_read[0][1]
-    assert moved.read[0][0] == name_of(number)
-    assert moved.read[0][1] > 0
-    buffer = store.take(name_of(number))
+    result = store.collect(wait_seconds=10.0)
+    if result.failed_reads:
+        assert result.failed_reads[0][0] == name_of(number)
+        return result.failed_reads[0][1]
+    assert result.read[0][0] == name_of(number)
+    assert result.read[0][1] > 0
+    buffer = store.take_buffer(name_of(number))
     content = bytes(buffer[HEADER_BYTES:])
-    store.give_back(buffer)
+    store.release_buffer(buffer)
     return content
 
 
@@ -144,7 +144,7 @@ def test_another_model_finds_nothing_but_knows_what_takes_room(open_store: Open,
     other = open_store(OTHER, 100)
     assert other.stored == [(MINE + name_of(0), file_bytes(BLOCK_BYTES))]
     assert read(other, 0) == "missing"
-    other.forget(MINE + name_of(0))
+    other.remove(MINE + name_of(0))
     other.close()
     assert not file_of(tmp_path, 0).exists()
 
@@ -153,8 +153,8 @@ def test_a_forgotten_block_is_gone_after_what_was_written_before(open_store: Ope
     store = open_store()
     buffer = store.new_buffer()
     store.save(name_of(0), buffer)
-    store.forget(name_of(0))
-    store.forget(name_of(1))
+    store.remove(name_of(0))
+    store.remove(name_of(1))
     store.close()
     assert not file_of(tmp_path, 0).exists()
 
@@ -173,8 +173,8 @@ def test_a_full_disk_stops_writing_and_leaves_no_half_file(
         return written
 
     store = open_store(write=write)
-    saved, not_saved = save(store, *range(6))
-    assert (saved, not_saved) == ([name_of(n) for n in (0, 1, 2)], [name_of(n) for n in (3, 4, 5)])
+    stored, failed = save(store, *range(6))
+    assert (stored, failed) == ([name_of(n) for n in (0, 1, 2)], [name_of(n) for n in (3, 4, 5)])
     assert store.collect().stopped
     assert caplog.text.count("No space left on device") == 1
     assert all(read(store, number) == content_of(number) for number in (0, 1, 2))

@@ -1,10 +1,11 @@
-"""Batches that follow one another are advanced, and equal what is made anew; whatever else changes is noticed."""
+"""A batch that is advanced equals one laid out anew, whatever a repeated step may change."""
 
 import dataclasses
 
 import numpy as np
-import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.runner.input_batch import InputBatch, make_input_batch
@@ -15,16 +16,21 @@ BLOCK_SIZE = 4
 
 
 def assert_same(found: InputBatch, expected: InputBatch) -> None:
+    num_blocks = -(-expected.seq_lens[:, None] // BLOCK_SIZE)
+    past_the_end = np.arange(expected.block_tables.shape[1]) >= num_blocks
+    for batch in (found, expected):
+        batch.block_tables[past_the_end] = 0  # never read
     for field in dataclasses.fields(InputBatch):
-        if field.name not in ("follows", "decoding"):
+        if field.name != "repeatable":
             np.testing.assert_array_equal(getattr(found, field.name), getattr(expected, field.name), field.name)
 
 
-def test_a_batch_that_follows_equals_one_made_anew() -> None:
-    """And a plan of attention that goes on with it sees what it holds."""
+@given(lengths=st.dictionaries(st.integers(0, 7), st.integers(1, 13), min_size=1, max_size=4), data=st.data())
+def test_an_advanced_batch_equals_one_laid_out_anew(lengths: dict[int, int], data: st.DataObject) -> None:
+    """And a plan of attention that goes on with it reads what it holds. Blocks come when they are needed, sometimes a
+    step early; the last block of a sequence may be replaced by a copy."""
     rows = RequestRows(max_num_seqs=8, max_blocks=16, vocab_size=10)
-    free = iter(range(100, 200))
-    lengths, batch, attention = {5: 3, 2: 9, 7: 4}, None, None
+    free, early, batch = iter(range(100, 300)), set[tuple[int, int]](), None
     plan_attention = make_planner(
         "cpu",
         AttentionShape(
@@ -43,38 +49,33 @@ def test_a_batch_that_follows_equals_one_made_anew() -> None:
         ),
     )
     for row, length in lengths.items():
-        rows.block_tables[row, : length // BLOCK_SIZE + 1] = [next(free) for _ in range(length // BLOCK_SIZE + 1)]
+        rows.block_tables[row, : -(-length // BLOCK_SIZE)] = [next(free) for _ in range(-(-length // BLOCK_SIZE))]
     for step in range(14):
-        plan = StepPlan(rows=list(lengths), num_computed_tokens=list(lengths.values()), num_scheduled_tokens=[1] * 3, token_ids=[step] * 3)
+        plan = StepPlan(
+            batch_id=1,
+            rows=list(lengths),
+            num_computed_tokens=list(lengths.values()),
+            num_scheduled_tokens=[1] * len(lengths),
+            token_ids=[step] * len(lengths),
+        )
         for row, length in lengths.items():
-            if length % BLOCK_SIZE == 0:
-                plan.new_blocks.append((row, length // BLOCK_SIZE, [next(free)]))
+            index = length // BLOCK_SIZE
+            if length % BLOCK_SIZE == 0 and (row, index) not in early:
+                plan.new_blocks.append((row, index, [next(free)]))
+            elif length % BLOCK_SIZE == BLOCK_SIZE - 1 and data.draw(st.booleans()):
+                rows.block_tables[row, index + 1] = next(free)
+                early.add((row, index + 1))
+            elif length % BLOCK_SIZE and data.draw(st.sampled_from([False, False, True])):
+                plan.new_blocks.append((row, index, [next(free)]))
+                plan.block_copies.append((int(rows.block_tables[row, index]), plan.new_blocks[-1][2][0]))
             lengths[row] += 1
         rows.apply(plan)
-        batch = make_input_batch(plan, rows, BLOCK_SIZE, batch)
-        assert batch.follows == (step > 0)
+        if batch is None:
+            batch = make_input_batch(plan, rows, BLOCK_SIZE)
+        else:
+            batch.advance(plan, rows, BLOCK_SIZE)
         assert_same(batch, make_input_batch(plan, rows, BLOCK_SIZE))
         arrays = StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots)
-        attention = plan_attention(arrays, before=attention if batch.follows else None)
+        attention = plan_attention(arrays, repeats=step > 0)
         for name, array in arrays._asdict().items():
             np.testing.assert_array_equal(getattr(attention, name), array, name)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rows": [1, 0]},
-        {"rows": [0], "starts": [8], "counts": [1], "token_ids": [3]},
-        {"starts": [8, 7]},
-        {"counts": [1, 2], "token_ids": [3, 3, 3]},
-        {"block_copies": [(1, 9)]},
-        {"new_blocks": [(0, 0, [4, 5, 6])]},
-    ],
-)
-def test_a_batch_that_does_not_follow(change: dict[str, list[object]]) -> None:
-    rows = RequestRows(max_num_seqs=2, max_blocks=16, vocab_size=10)
-    first = StepPlan(rows=[0, 1], num_computed_tokens=[7, 5], num_scheduled_tokens=[1, 1], token_ids=[3, 3])
-    plan = StepPlan(rows=[0, 1], num_computed_tokens=[8, 6], num_scheduled_tokens=[1, 1], token_ids=[3, 3])
-    assert make_input_batch(plan, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows
-    changed = dataclasses.replace(plan, **change)
-    assert not make_input_batch(changed, rows, BLOCK_SIZE, make_input_batch(first, rows, BLOCK_SIZE)).follows

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.runner.input_batch import InputBatch
-from quire.runner.output_selection import _MIN_UNREAD, select_outputs
+from quire.runner.output_selection import _MIN_UNUSED, select_outputs
 from quire.runner.sampling_metadata import SamplingMetadata
 from quire.step import StepPlan
 
@@ -33,12 +33,12 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
 
     if read is None:
         first = [min((t for t in asked if e - c <= t < e), default=e) for e, c in zip(end, counts, strict=True)]
-        assert sum(counts) - max(1, sum(end - first)) < _MIN_UNREAD  # one is read where nobody asks
+        assert sum(counts) - max(1, sum(end - first)) < _MIN_UNUSED  # one is read where nobody asks
         return
     assert asked <= set(read.tokens.tolist())
-    np.testing.assert_array_equal(read.tokens[read.places(np.array(sampled, dtype=np.int32))], sampled)
+    np.testing.assert_array_equal(read.tokens[read.indices_of(np.array(sampled, dtype=np.int32))], sampled)
     assert len(read.tokens) > 0
-    assert sum(counts) - len(read.tokens) >= _MIN_UNREAD
+    assert sum(counts) - len(read.tokens) >= _MIN_UNUSED
     for sequence, (begin, stop) in enumerate(zip(end - counts, end, strict=True)):
         tokens = [token for token in read.tokens.tolist() if begin <= token < stop]
         assert tokens == list(range(stop - len(tokens), stop))
@@ -60,7 +60,14 @@ def test_one_token_where_nobody_asks() -> None:
 def _points(tokens: list[int]) -> SamplingMetadata:
     empty = np.empty(0, dtype=np.int32)
     return SamplingMetadata(
-        [], np.array(tokens, dtype=np.int32), empty, [], after_every_token=False, grammars=[], outputs=None
+        states=[],
+        states_id=0,
+        tokens=np.array(tokens, dtype=np.int32),
+        rows=empty,
+        offsets=[],
+        after_every_token=False,
+        grammars=[],
+        outputs=None,
     )
 
 
@@ -68,4 +75,4 @@ def _batch(counts: list[int]) -> InputBatch:
     empty = np.empty(0, dtype=np.int32)
     query_start_loc = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
     tokens = np.zeros(sum(counts), dtype=np.int32)
-    return InputBatch([], tokens, tokens, query_start_loc, empty, empty, empty, follows=False)
+    return InputBatch(tokens, tokens, query_start_loc, empty, empty, empty)

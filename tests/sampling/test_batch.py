@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from quire.kernels import cpu
 from quire.sampling.batch import SamplingBatch
 from quire.sampling.state import SamplingState
 from quire.sampling_params import SamplingParams
@@ -13,7 +14,7 @@ VOCAB_SIZE = 5000
 
 def group(fields: list[dict[str, Any]]) -> list[list[int]]:
     states = [SamplingState(SamplingParams(**values), [], [], 0, 0, (), VOCAB_SIZE) for values in fields]
-    return [group.rows for group in SamplingBatch(states, VOCAB_SIZE).groups]
+    return [group.rows for group in SamplingBatch(states, VOCAB_SIZE, cpu).groups]
 
 
 def test_rows_go_by_how_their_tokens_are_found() -> None:
@@ -30,7 +31,7 @@ def test_rows_go_by_how_their_tokens_are_found() -> None:
 
 
 def test_large_groups_of_beams_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.sampling.row_places.MAX_ELEMENTS", 2 * VOCAB_SIZE)
+    monkeypatch.setattr("quire.sampling.row_index.MAX_ELEMENTS", 2 * VOCAB_SIZE)
     assert group([{"beam_width": 2, "temperature": 0}] * 5) == [[0, 1], [2, 3], [4]]
     assert group([{}] * 5) == [[0, 1, 2, 3, 4]]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.kernels import cpu
 from quire.kernels.transfer import send
-from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, draws_only, read_draws
+from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler, can_sample_on_device, read_samples
 from quire.sampling.sampler import NO_TOKEN, Sampler
 from quire.sampling.state import SamplingState
 from quire.sampling_params import SamplingParams
@@ -44,7 +45,7 @@ def states(vocab_size: int, count: int, position: int = 3, **more: Any) -> list[
 
 
 def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
-    tokens, bits = sampler.draw(logits, send(sampler.columns(batch), CPU), reports=False)
+    tokens, bits = sampler.sample(logits, send(sampler.columns(batch), CPU), with_logprobs=False)
     return tokens.tolist(), bits.view(torch.float32)
 
 
@@ -52,7 +53,7 @@ def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) ->
 @pytest.mark.parametrize("vocab_size", [7, 300, 5_000])
 def test_the_host_draws_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(vocab_size)
-    device, host = DeviceSampler(vocab_size), Sampler(vocab_size, 2**24)
+    device, host = DeviceSampler(vocab_size), Sampler(vocab_size, 2**24, cpu)
     batch = states(vocab_size, 4 * len(KINDS))
     for _ in range(12):
         logits = (3 * torch.randn(len(batch), vocab_size, generator=random)).to(dtype)
@@ -61,14 +62,14 @@ def test_the_host_draws_the_same(vocab_size: int, dtype: torch.dtype) -> None:
         assert tokens == expected
         assert torch.equal(peaks, logits.float().amax(1))
         for state, token in zip(batch, tokens, strict=True):
-            state.keep(state.promise(), token)
+            state.fill_placeholder(state.append_placeholder(), token)
 
 
 def test_what_cannot_be_drawn_shows_in_its_peak() -> None:
     logits = torch.randn(4 * len(KINDS), 300)
     logits[0, 5], logits[7, 9], logits[8] = float("nan"), float("inf"), float("-inf")
     batch = states(300, len(logits))
-    expected = Sampler(300, 2**24).sample(logits.clone(), batch)
+    expected = Sampler(300, 2**24, cpu).sample(logits.clone(), batch)
     tokens, peaks = drawn(DeviceSampler(300), logits, batch)
     sound = peaks.isfinite().tolist()
     assert sound == [error is None for error in expected.errors]
@@ -117,9 +118,9 @@ def test_the_host_reports_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     logits[4, 2], logits[4, 4] = 0.0, -0.0
     batch = [states(vocab_size, 1, logprobs=count)[0] for count in (None, 0, 20, 3, 5, None, 1, 20, 0)]
     sampler = DeviceSampler(vocab_size)
-    drawn = sampler.draw(logits, send(sampler.columns(batch), CPU), reports=True)
-    padded = torch.cat((drawn, drawn[:, :3]), 1).numpy()
-    found, expected = read_draws(padded, batch), Sampler(vocab_size, 2**24).sample(logits.float(), batch)
+    samples = sampler.sample(logits, send(sampler.columns(batch), CPU), with_logprobs=True)
+    padded = torch.cat((samples, samples[:, :3]), 1).numpy()
+    found, expected = read_samples(padded, batch), Sampler(vocab_size, 2**24, cpu).sample(logits.float(), batch)
     assert (found.token_ids, found.errors) == (expected.token_ids, expected.errors)
     for one, other in zip(found.logprobs, expected.logprobs, strict=True):
         assert (one is None) == (other is None)
@@ -142,5 +143,5 @@ def test_the_host_reports_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_who_asks_for_more_is_sampled_on_the_host(more: dict[str, Any]) -> None:
-    assert all(map(draws_only, states(300, len(KINDS))))
-    assert not any(map(draws_only, states(300, len(KINDS), **more)))
+    assert all(map(can_sample_on_device, states(300, len(KINDS))))
+    assert not any(map(can_sample_on_device, states(300, len(KINDS), **more)))

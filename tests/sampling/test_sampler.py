@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from quire.kernels import Kernels, cpu
 from quire.sampling import Sampler, SampleResult, SamplingState
 from quire.sampling.batch import SamplingBatch
 from quire.sampling_params import SamplingParams
@@ -29,7 +30,7 @@ def make_states(params: Sequence[SamplingParams], vocab_size: int, seed: int = 0
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], seed: int = 0) -> SampleResult:
     vocab_size = logits.shape[1]
-    return Sampler(vocab_size, ROOM).sample(logits.clone(), make_states(params, vocab_size, seed))
+    return Sampler(vocab_size, ROOM, cpu).sample(logits.clone(), make_states(params, vocab_size, seed))
 
 
 def plain_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -140,7 +141,7 @@ def test_a_row_is_bit_identical_in_any_batch(
     """Alone, among others in any order, and next to a row that fails."""
     logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
     states = make_states(params, vocab_size)
-    sampler = Sampler(vocab_size, ROOM)
+    sampler = Sampler(vocab_size, ROOM, cpu)
     alone = [sampler.sample(logits[i : i + 1].clone(), [state]) for i, state in enumerate(states)]
     order = data.draw(st.permutations(range(len(params))))
     faulty = None if fault is None else data.draw(st.sampled_from(order))
@@ -181,7 +182,7 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(params: SamplingP
     logits = torch.randn(steps, vocab_size, generator=torch.Generator().manual_seed(2))
 
     def run(state: SamplingState, start: int, end: int) -> list[int]:
-        sampler, tokens = Sampler(vocab_size, ROOM), []
+        sampler, tokens = Sampler(vocab_size, ROOM, cpu), []
         for step in range(start, end):
             (token_id,) = sampler.sample(logits[step : step + 1].clone(), [state]).token_ids
             state.append(token_id)
@@ -197,16 +198,17 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(params: SamplingP
     assert run(start([], sample_index=1), 0, steps) != whole
 
 
-def test_the_same_list_of_states_is_read_once_and_a_changed_one_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_the_same_id_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(2, 10)
     states = make_states([SamplingParams(), SamplingParams(temperature=0)], 10)
-    sampler = Sampler(10, ROOM)
-    sampler.sample(logits.clone(), states)
+    others = make_states([SamplingParams(logprobs=1)], 10)
+    sampler = Sampler(10, ROOM, cpu)
+    sampler.sample(logits.clone(), states, 7)
+    assert sampler.sample(logits[:1].clone(), others).logprobs[0] is not None, "without an id nothing is used again"
     with monkeypatch.context() as patch:
         patch.setattr("quire.sampling.sampler.SamplingBatch", None)
-        sampler.sample(logits.clone(), list(states))
-    states[0] = make_states([SamplingParams(logprobs=1)], 10)[0]
-    assert sampler.sample(logits.clone(), states).logprobs[0] is not None
+        assert sampler.sample(logits.clone(), states, 7).logprobs == [None, None], "nor anything replaced"
+    assert sampler.sample(logits[:1].clone(), others, 8).logprobs[0] is not None
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 5])
@@ -217,17 +219,19 @@ def test_batches_are_cut_where_their_logprobs_would_not_fit(rows_at_once: int, m
     params = [
         p.with_changes(logprobs=None if i % 3 == 0 else 4, logprobs_mode=modes[i % 2]) for i, p in enumerate(MIXED * 3)
     ]
-    whole = Sampler(vocab_size, ROOM).sample(logits.clone(), make_states(params, vocab_size))
+    whole = Sampler(vocab_size, ROOM, cpu).sample(logits.clone(), make_states(params, vocab_size))
     taken: list[int] = []
 
     class Counting(SamplingBatch):
-        def __init__(self, states: Sequence[SamplingState], size: int, processors: Sequence[Any]) -> None:
-            super().__init__(states, size, processors)
+        def __init__(
+            self, states: Sequence[SamplingState], size: int, kernels: Kernels, processors: Sequence[Any]
+        ) -> None:
+            super().__init__(states, size, kernels, processors)
             taken.append(sum(logprob_bytes(size, 4) for state in states if state.params.logprobs is not None))
 
     monkeypatch.setattr("quire.sampling.sampler.SamplingBatch", Counting)
     room = rows_at_once * logprob_bytes(vocab_size, 4)
-    assert Sampler(vocab_size, room).sample(logits.clone(), make_states(params, vocab_size)) == whole
+    assert Sampler(vocab_size, room, cpu).sample(logits.clone(), make_states(params, vocab_size)) == whole
     assert len(taken) == -(-16 // rows_at_once)
     assert max(taken) <= room
 

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quire.sampling.state import Draw, SamplingState
+from quire.sampling.state import SamplingMode, SamplingState
 from quire.sampling_params import SamplingParams
 
 VOCAB_SIZE = 12
@@ -64,15 +64,15 @@ def test_only_the_repetition_penalty_looks_at_the_prompt() -> None:
 
 
 def test_filters_that_keep_everything_are_no_filters() -> None:
-    ways: dict[Draw, list[dict[str, Any]]] = {
-        Draw.GREEDY: [{"temperature": 0.0, "top_k": 5}, {"temperature": 1e-6}],
-        Draw.UNFILTERED: [{}, {"top_k": -1}, {"top_k": VOCAB_SIZE}, {"min_p": 0.1}],
-        Draw.TOP_K: [{"top_k": 1}, {"top_k": 5, "top_p": 0.5}],
-        Draw.TOP_P: [{"top_p": 0.5}, {"top_p": 0.5, "top_k": VOCAB_SIZE}],
+    ways: dict[SamplingMode, list[dict[str, Any]]] = {
+        SamplingMode.GREEDY: [{"temperature": 0.0, "top_k": 5}, {"temperature": 1e-6}],
+        SamplingMode.UNFILTERED: [{}, {"top_k": -1}, {"top_k": VOCAB_SIZE}, {"min_p": 0.1}],
+        SamplingMode.TOP_K: [{"top_k": 1}, {"top_k": 5, "top_p": 0.5}],
+        SamplingMode.TOP_P: [{"top_p": 0.5}, {"top_p": 0.5, "top_k": VOCAB_SIZE}],
     }
-    for draw, fields in ways.items():
+    for mode, fields in ways.items():
         for values in fields:
-            assert make(SamplingParams(**values), [], []).draw is draw
+            assert make(SamplingParams(**values), [], []).mode is mode
 
 
 @given(prompt=tokens, output=tokens, mine=tokens, theirs=tokens)

@@ -48,7 +48,7 @@ def fill(states: list[GrammarState], vocab_size: int = VOCAB_SIZE) -> list[set[i
     worker = MaskWorker(vocab_size)
     worker.start(states)
     worker.join()
-    penalties = MaskPenalties(states, vocab_size).now()
+    penalties = MaskPenalties(states, vocab_size).compute()
     assert penalties.shape == (len(states), vocab_size)
     assert set(np.unique(penalties)) <= {0.0, -np.inf}
     return [set(np.flatnonzero(row == 0.0).tolist()) for row in penalties]

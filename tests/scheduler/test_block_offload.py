@@ -14,6 +14,8 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, MIN_STAGED_BLOCKS, Tier, TierIndex
+from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
 from tests.scheduler.test_scheduler import (
@@ -55,13 +57,13 @@ class TieredRunner(FakeRunner):
 
     def execute(self, plan: StepPlan) -> StepResult:
         if plan.offload is not None:
-            moves = plan.offload
-            for tier, name in moves.forgotten:
+            offload = plan.offload
+            for tier, name in offload.evicted:
                 if tier == HOST:
                     del self.host[name]
                 else:
                     self.writing.append((name, None))
-            for tier, name, block in moves.saves:
+            for tier, name, block in offload.stores:
                 content = self.memory[block].copy()
                 assert NOTHING not in content
                 if tier == HOST:
@@ -69,42 +71,42 @@ class TieredRunner(FakeRunner):
                     self.host[name] = content
                 else:
                     self.writing.append((name, content))
-            for name in moves.dropped:
+            for name in offload.cancelled:
                 del self.arrived[name]
-            for tier, name, block in moves.loads:
+            for tier, name, block in offload.loads:
                 self.memory[block] = self.host[name].copy() if tier == HOST else self.arrived.pop(name)
-            self.reading += moves.reads
+            self.reading += offload.reads
         assert sum(content is not None for _, content in self.writing) <= MIN_STAGED_BLOCKS
         assert len(self.reading) + len(self.arrived) <= MIN_STAGED_BLOCKS
         result = super().execute(plan)
-        result.offload = self.moved(wait=plan.offload is not None and plan.offload.wait)
+        result.offload = self.finished(wait=plan.offload is not None and plan.offload.wait)
         return result
 
-    def moved(self, *, wait: bool) -> OffloadResult:
-        moved = OffloadResult(load_seconds=0.001)
+    def finished(self, *, wait: bool) -> OffloadResult:
+        result = OffloadResult(load_seconds=0.001)
         while self.writing and self.rng.random() < self.patience:
             name, content = self.writing.pop(0)
             if content is None:
                 self.disk.blocks.pop(name, None)
             elif self.disk.full:
-                moved.not_saved.append(name)
-                moved.stopped = True
+                result.failed_stores.append(name)
+                result.stopped = True
             else:
                 self.disk.blocks[name] = content
-                moved.saved.append(name)
+                result.stored.append(name)
         while self.reading and (wait or self.rng.random() < self.patience):
             wait = False
             name = self.reading.pop(0)
             if name not in self.disk.blocks:
-                moved.not_read.append((name, "missing"))
+                result.failed_reads.append((name, "missing"))
             elif name in self.disk.broken:
-                moved.not_read.append((name, "corrupt"))
+                result.failed_reads.append((name, "corrupt"))
                 self.disk.broken.discard(name)
                 del self.disk.blocks[name]
             else:
                 self.arrived[name] = self.disk.blocks[name].copy()
-                moved.read.append((name, 0.001))
-        return moved
+                result.read.append((name, 0.001))
+        return result
 
 
 class TieredEngine(Engine):
@@ -136,10 +138,12 @@ class TieredEngine(Engine):
         self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=256,
-            max_num_partial_prefills=max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=256,
+                max_num_partial_prefills=max_num_partial_prefills,
+            ),
             tiers=self.index,
             clock=lambda: 1.0,
         )
@@ -157,14 +161,14 @@ class TieredEngine(Engine):
 
     def push_down(self) -> None:
         """Somebody else takes all free blocks, and gives them back; meanwhile no request runs."""
-        scheduler, transfers = self.scheduler, self.scheduler._transfers
+        scheduler, transfers = self.scheduler, self.scheduler._offload
         assert transfers is not None
         taken: list[int] = []
-        while self.pool.num_free or transfers._saving or transfers._idle:
-            if self.pool.num_free and len(transfers._saving) < MIN_STAGED_BLOCKS:
+        while self.pool.num_free or transfers._storing or transfers._idle:
+            if self.pool.num_free and len(transfers._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=transfers.finish(computes=False))
-            scheduler._in_flight.append(scheduler._queues.rows.copy())
+            scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)
@@ -172,28 +176,28 @@ class TieredEngine(Engine):
 
     def step(self) -> StepPlan:
         plan = super().step()
-        transfers = self.scheduler._transfers
+        transfers = self.scheduler._offload
         assert transfers is not None
         assert len(self.runner.host) <= self.num_host_blocks
         if DISK in self.index.tiers:
             removed = {name for name, content in self.runner.writing if content is None}
             written = {name for name, content in self.runner.writing if content is not None}
             assert len((self.disk.blocks.keys() - removed) | written) <= self.num_disk_blocks
-        if not transfers._plan.forgotten:
+        if not transfers._plan.evicted:
             if HOST in self.index.tiers:
-                assert set(self.index.tiers[HOST].names()) == self.runner.host.keys()
+                assert set(self.index.tiers[HOST].hashes()) == self.runner.host.keys()
             if DISK in self.index.tiers and not self.runner.writing:
-                assert set(self.index.tiers[DISK].names()) == self.disk.blocks.keys()
+                assert set(self.index.tiers[DISK].hashes()) == self.disk.blocks.keys()
         return plan
 
     def check_plan(self, plan: StepPlan) -> None:
         scheduler = self.scheduler
-        assert scheduler._transfers is not None
-        waiting = scheduler._transfers.waiting
+        assert scheduler._offload is not None
+        waiting = scheduler._offload.waiting
         if not plan.rows and scheduler.has_work:
             assert plan.offload is not None
             assert plan.offload.wait or plan.offload.loads, "a step that computes nothing brings what is waited for"
-        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
             assert tier.stats.num_bytes <= tier.stats.capacity_bytes
@@ -344,7 +348,7 @@ def test_the_beginnings_of_prompts_are_written_first() -> None:
     engine.run()
     first = engine.step()
     assert first.offload is not None
-    assert [engine.runner.memory[block][0] for _, _, block in first.offload.saves] == [
+    assert [engine.runner.memory[block][0] for _, _, block in first.offload.stores] == [
         kv_of_all(new_request("a", 24).prompt_token_ids)[0]
     ]
 
@@ -418,7 +422,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     if any(tiers):
         engine.push_down()
     before = engine.scheduler.stats()
-    transfers = engine.scheduler._transfers
+    transfers = engine.scheduler._offload
     assert transfers is not None
     num_repeated = 0
     while transfers.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
@@ -426,7 +430,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
         stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
         for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             num_repeated += max(0, min(start + count, stored[row]) - start)
-        engine.scheduler.settle()
+        engine.scheduler.update_fill()
     left = [(length - 1) % 4 for length in lengths.values()]
     assert num_repeated == sum(left if any(tiers) else left[1:])
     stats = engine.scheduler.stats()

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 import pytest
 
 from quire.config import SpeculativeConfig
-from quire.outputs import EngineStats
-from quire.scheduler.drafting import Drafting
-from quire.scheduler.speculation import Speculation
+from quire.scheduler.draft_planner import DraftPlanner
 from quire.step import StepPlan, StepResult
 from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
 
 
-def lockstep_of(engine: Engine) -> list[str]:
+def decode_batch_of(engine: Engine) -> list[str]:
     return [sequence.group.request.request_id for sequence in engine.scheduler._queues.decode_batch.sequences]
 
 
-def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
+def test_a_decoding_sequence_joins_unless_more_than_tokens_is_asked() -> None:
     engine = Engine()
     engine.add(new_request("plain", 5, max_tokens=20))
     engine.add(new_request("two samples", 6, max_tokens=20, n=2))
@@ -25,28 +23,20 @@ def test_who_has_decoded_joins_unless_more_is_asked_than_tokens() -> None:
     engine.add(new_request("beams", 5, max_tokens=20, beam_width=2))
     for _ in range(3):
         engine.step()
-    assert sorted(lockstep_of(engine)) == ["plain", "two samples", "two samples"]
+    assert sorted(decode_batch_of(engine)) == ["plain", "two samples", "two samples"]
     not_in_decode_batch = [group.request.request_id for group in engine.scheduler._queues.not_in_decode_batch]
     assert sorted(not_in_decode_batch) == ["beams", "grammar", "log-probabilities"]
     engine.run()
 
 
-class FindsNothing(Speculation):
+class FindsNothing(DraftPlanner):
     def choose(self, candidates: Sequence[object], *_: float) -> list[list[int]]:
         return [[] for _ in candidates]
 
 
-def test_while_drafts_are_looked_for_now_and_then_sequences_go_in_lockstep_between() -> None:
-    engine, speculation = Engine(), FindsNothing(SpeculativeConfig())
-    engine.scheduler._drafting = Drafting(
-        speculation,
-        engine.pool,
-        engine.scheduler._queues,
-        EngineStats(),
-        lambda: 1.0,
-        watermark=0,
-        max_num_batched_tokens=64,
-    )
+def test_while_drafts_are_looked_for_now_and_then_the_batch_fills_between() -> None:
+    speculation = FindsNothing(SpeculativeConfig())
+    engine = Engine(guesses=speculation)
     engine.add(new_request("a", 5, max_tokens=70))
     engine.add(new_request("b", 7, max_tokens=70))
     engine.step()
@@ -54,25 +44,63 @@ def test_while_drafts_are_looked_for_now_and_then_sequences_go_in_lockstep_betwe
     in_decode_batch = []
     for _ in range(65):
         engine.step()
-        in_decode_batch.append(len(lockstep_of(engine)))
+        in_decode_batch.append(len(decode_batch_of(engine)))
     assert in_decode_batch[:32] == [0] * 32
     assert in_decode_batch[33:47] == [2] * 14
     assert in_decode_batch[50:62] == [2] * 12
     engine.run()
 
 
-def test_a_sequence_is_touched_where_its_block_is_full() -> None:
+def test_the_table_of_a_member_is_touched_where_its_block_is_full() -> None:
     engine = Engine(block_size=4)
     engine.add(new_request("a", 5, max_tokens=20))
-    counts = []
+    counts, in_table = [], []
     for _ in range(8):
         engine.step()
         (group,) = engine.scheduler._queues.running
         counts.append((group.leader.num_computed_tokens, group.leader.num_output_tokens))
-    # The prompt's five tokens, then two more without a look; the eighth fills the block, the twelfth the next.
-    assert counts == [(5, 1), (5, 2), (5, 3), (8, 4), (8, 5), (8, 6), (8, 7), (12, 8)]
+        in_table.append(group.leader.table.num_tokens)
+    assert counts == [(5, 1), (6, 2), (7, 3), (8, 4), (9, 5), (10, 6), (11, 7), (12, 8)], "counts never lag"
+    # The prompt's five tokens, then three without a look; the ninth and the thirteenth begin a block.
+    assert in_table == [5, 5, 5, 5, 9, 9, 9, 9]
     engine.scheduler.memory_report()
     assert group.leader.table.num_tokens == group.leader.num_computed_tokens == 12
+    engine.run()
+
+
+def test_overlapped_steps_use_the_batch_too() -> None:
+    engine = Engine(block_size=4, overlaps=True)
+    for name in "ab":
+        engine.add(new_request(name, 5, max_tokens=20))
+    members = []
+    for _ in range(15):
+        engine.step()
+        members.append(len(decode_batch_of(engine)))
+    assert members == [2] * 15
+    # Of 16 plans, one of them in flight, the first computes prompts, the second decodes before there is a batch, and
+    # the third is the first of the batch.
+    assert engine.num_repeated == 13
+    engine.run()
+
+
+def test_a_step_repeats_until_anything_else_happens() -> None:
+    engine = Engine(block_size=4)
+    for name in "ab":
+        engine.add(new_request(name, 5, max_tokens=20))
+    ids = [engine.step().batch_id for _ in range(4)]
+    engine.add(new_request("c", 5, max_tokens=3))
+    ids += [engine.step().batch_id for _ in range(4)]
+    engine.abort("a")
+    ids += [engine.step().batch_id for _ in range(2)]
+    # Prompts; a and b; c's prompt; all three; a and b again; b alone.
+    assert ids == [0, 1, 1, 1, 0, 2, 2, 3, 4, 4]
+    engine.run()
+
+
+def test_steps_outside_the_batch_repeat_too() -> None:
+    engine = Engine()
+    engine.add(new_request("log-probabilities", 5, max_tokens=20, logprobs=1))
+    assert [engine.step().batch_id for _ in range(5)] == [0, 1, 1, 1, 1]
     engine.run()
 
 

@@ -82,7 +82,7 @@ def test_answers_that_still_run_are_not_forgotten() -> None:
     lengths = [1 + int(draw.expovariate(1 / 300)) for _ in range(4000)]
     now = 200
     ended = [length for length in lengths if length <= now]
-    seen = [Answer(length, Ending.NATURAL) if length <= now else Answer(now, Ending.GIVEN_UP) for length in lengths]
+    seen = [Answer(length, Ending.NATURAL) if length <= now else Answer(now, Ending.ABORTED) for length in lengths]
     truth = sorted(lengths)[len(lengths) * 4 // 10]
     assert sorted(ended)[len(ended) * 4 // 10] < 0.6 * truth
     assert LengthCurve(seen).quantile(0.4, 0, 4096) == pytest.approx(truth, rel=0.05)
@@ -96,21 +96,21 @@ class Running:
 def test_a_class_is_believed_when_it_has_shown_enough_and_follows_a_shift() -> None:
     known = LengthClass()
     for _ in range(MIN_ANSWERS - 1):
-        known.note(Answer(10, Ending.NATURAL))
+        known.add(Answer(10, Ending.NATURAL))
         assert known.curve is None
-    known.note(Answer(10, Ending.NATURAL))
+    known.add(Answer(10, Ending.NATURAL))
     assert known.curve is not None
     assert known.curve.quantile(0.5, 0, LIMIT) == 10
     for _ in range(WINDOW):
-        known.note(Answer(20, Ending.NATURAL))
+        known.add(Answer(20, Ending.NATURAL))
     assert known.curve.quantile(0.01, 0, LIMIT) == 20
 
 
 def test_a_class_counts_those_that_run_when_its_curve_is_drawn() -> None:
     known = LengthClass()
     for _ in range(MIN_ANSWERS):
-        known.note(Answer(10, Ending.NATURAL))
+        known.add(Answer(10, Ending.NATURAL))
     for _ in range(9 * MIN_ANSWERS):
-        known.live[Running(11)] = None
+        known.running[Running(11)] = None
     assert known.curve is not None
     assert known.curve.quantile(0.5, 0, 1000) > 10

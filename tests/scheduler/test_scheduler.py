@@ -22,14 +22,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.config import SpeculativeConfig
 from quire.errors import RequestError
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import SequenceDelta
+from quire.outputs import SampleId, SequenceDelta
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler import length_curve
+from quire.scheduler.draft_planner import Candidate, DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
-from quire.scheduler.scheduler import Scheduler, equal_shares
+from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import SequenceGroup
-from quire.scheduler.speculation import Drafts, Speculation
+from quire.scheduler.step_planner import equal_shares
 from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -262,7 +264,7 @@ class FakeRunner:
         return self.memory[row.blocks[position // self.size]][position % self.size]
 
 
-class Guesses(Speculation):
+class Guesses(DraftPlanner):
     """Drafts of any length in most steps, some of which are right: what comes next, with a wrong token now and then.
     Sequences may go in decode_batch from any step to the next."""
 
@@ -285,7 +287,7 @@ class Guesses(Speculation):
         return looks
 
     def choose(
-        self, candidates: SequenceOf[tuple[Drafts, list[int], int]], num_tokens: int, max_drafted: int, now: float
+        self, candidates: SequenceOf[Candidate], num_tokens: int, max_drafted: int, now: float
     ) -> list[list[int]]:
         sequences = {id(s.token_ids): s for group in self.groups.values() for s in group.sequences}
         drafts = []
@@ -323,7 +325,7 @@ class Engine:
         max_num_batched_tokens: int = 64,
         max_num_partial_prefills: int = 4,
         enable_prefix_caching: bool = True,
-        guesses: Guesses | None = None,
+        guesses: DraftPlanner | None = None,
         overlaps: bool = False,
         num_failures: int = 0,
         policy: str = "fcfs",
@@ -340,21 +342,29 @@ class Engine:
         self.runner = FakeRunner(num_blocks, block_size)
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=256,
-            max_num_partial_prefills=max_num_partial_prefills,
+            SchedulerLimits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                max_model_len=256,
+                max_num_partial_prefills=max_num_partial_prefills,
+            ),
             speculation=guesses,
             make_queue=SCHEDULING_POLICIES[policy],
             make_rule=ADMISSIONS[admission],
             clock=lambda: 1.0,
         )
-        if guesses is not None:
+        if isinstance(guesses, Guesses):
             guesses.groups = self.scheduler._queues.by_id
         self.clients: dict[str, Client] = {}
         self.request_ids: dict[int, str] = {}
         """Identity of a prompt's list → its request."""
         self.num_steps = 0
+        self.last_plans: dict[int, StepPlan] = {}
+        """The newest batch id → the last plan that had it."""
+        self.num_repeated = 0
+        """Plans that repeated the one before."""
+        self.last_samples: dict[int, list[SampleId]] = {}
+        """Batch id → the samples of the last deltas that had it."""
 
     def add(self, request: Request) -> Client:
         self.scheduler.add(request)
@@ -372,7 +382,7 @@ class Engine:
             self.check_plan(plan)
             result = self.launch(plan)
             if result is None:
-                self.scheduler.retreat(plan)
+                self.scheduler.roll_back(plan)
                 self.check()
                 return plan
             self.in_flight = plan, result
@@ -384,15 +394,47 @@ class Engine:
             if next_result is not None:
                 self.in_flight = ahead, next_result
                 self.num_ahead += 1
-        self.receive(self.scheduler.update(plan, result))
+        self.update(plan, result)
         if failed and ahead is not None:
-            self.scheduler.retreat(ahead)
+            self.scheduler.roll_back(ahead)
         self.num_steps += 1
         self.check()
         return plan
 
+    def update(self, plan: StepPlan, result: StepResult) -> None:
+        deltas = self.scheduler.update(plan, result)
+        if deltas.batch_id:
+            assert deltas.batch_id == plan.batch_id
+            assert not deltas.others
+            known = self.last_samples.setdefault(deltas.batch_id, deltas.samples)
+            assert deltas.samples is known, "the samples of one batch are one list"
+        self.receive(deltas)
+
+    def check_repetition(self, plan: StepPlan) -> None:
+        """A step with a batch id decodes and does nothing else, and goes on where the last one of this id ended."""
+        num_rows = len(plan.rows)
+        assert plan.batch_id >= 0
+        if not plan.batch_id:
+            return
+        assert plan.sample_rows == plan.rows
+        assert plan.sample_indices == list(range(num_rows))
+        assert plan.num_scheduled_tokens == [1] * num_rows
+        assert len(plan.token_ids) == num_rows > 0
+        assert plan.new_rows == plan.row_forks == plan.block_copies == []
+        assert plan.drafts == plan.prompt_logprobs == {}
+        assert all(first > 0 for _, first, _ in plan.new_blocks)
+        last = self.last_plans.get(plan.batch_id)
+        if last is not None:
+            assert plan.rows == last.rows
+            assert plan.num_computed_tokens == [position + 1 for position in last.num_computed_tokens]
+            self.num_repeated += 1
+        else:
+            assert plan.batch_id > max(self.last_plans, default=0), "an id never comes back"
+        self.last_plans = {plan.batch_id: plan}
+
     def launch(self, plan: StepPlan) -> StepResult | None:
         """What a device makes of a plan; None where it has no memory. It knows the tokens that it has drawn."""
+        self.check_repetition(plan)
         if plan.num_tokens > 1 and self.num_failures and self.random.random() < 0.2:
             self.num_failures -= 1
             self.runner.execute(
@@ -457,7 +499,7 @@ class Engine:
     def check_plan(self, plan: StepPlan) -> None:
         scheduler = self.scheduler
         assert bool(plan.rows) == scheduler.has_work
-        assert 0 <= plan.num_tokens <= scheduler.max_num_batched_tokens
+        assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         new_rows = {new_row.row for new_row in plan.new_rows}
         assert len(new_rows) == len(plan.new_rows)
         starting = new_rows | self.rows_without_kv
@@ -488,7 +530,7 @@ class Engine:
         assert {sequence.row for sequence in running} == {
             row for row, sequence in enumerate(scheduler._queues.rows) if sequence is not None
         }
-        assert len(running) + len(scheduler._queues.free_rows) == scheduler.max_num_seqs
+        assert len(running) + len(scheduler._queues.free_rows) == scheduler.limits.max_num_seqs
         for sequence in sequences:
             assert len(sequence.table.blocks) * pool.block_size - sequence.table.num_tokens < pool.block_size
             if self.in_flight is None:
@@ -496,7 +538,7 @@ class Engine:
                 assert all(token >= 0 for token in sequence.token_ids)
             if sequence not in running:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
-        self.check_lockstep()
+        self.check_decode_batch()
         for group in scheduler._queues.running:
             held = {block for sequence in group.sequences for block in sequence.table.blocks}
             assert len(held) <= group.max_blocks(pool.block_size)
@@ -509,14 +551,14 @@ class Engine:
         )
         assert stats.num_used_blocks == pool.num_blocks - pool.num_free
 
-    def check_lockstep(self) -> None:
-        """Counts of who goes in decode_batch lag within a block, the pool's sum does not; nobody else's do."""
+    def check_decode_batch(self) -> None:
+        """The block tables of members lag within a block, their counts and the pool's sum do not; nobody else's do."""
         groups, pool = self.scheduler._queues, self.pool
         num_filled = sum(fill for fill, count in zip(pool.fill, pool.ref_counts, strict=True) if count)
         for sequence in groups.decode_batch.sequences:
-            assert self.in_flight is None
-            assert 0 <= sequence.num_missing_tokens - 1 < pool.block_size
-            num_unseen = len(sequence.token_ids) - 1 - sequence.table.num_tokens
+            assert sequence.num_missing_tokens == 1
+            assert all(token >= 0 for token in sequence.token_ids)
+            num_unseen = len(sequence.token_ids) - 1 + (self.in_flight is not None) - sequence.table.num_tokens
             assert 0 <= num_unseen < pool.block_size
             num_filled += num_unseen
         assert pool.num_filled_slots == num_filled
@@ -738,7 +780,9 @@ def test_a_group_that_yields_in_the_middle_of_its_turn_is_not_in_the_plan() -> N
     engine.add(new_request("b", 6, max_tokens=2, n=3))
     engine.step()
     plan = engine.step()
-    assert (plan.num_scheduled_tokens, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), "2 forks of b, 1 block of a"
+    assert (plan.num_scheduled_tokens, plan.block_copies, len(plan.new_blocks)) == ([1], [], 3), (
+        "2 forks of b, 1 block of a"
+    )
     assert engine.scheduler._queues.by_id["b"].num_preemptions == 1
     engine.run()
 
@@ -769,7 +813,9 @@ def test_drafts_that_hold_save_steps() -> None:
     engine = Engine(guesses=AllRight(3))
     engine.add(new_request("a", 6, max_tokens=14))
     plans = [engine.step() for _ in range(5)]
-    assert [plan.num_scheduled_tokens for plan in plans] == [[6], [4], [4], [4], [1]], "the last token is drawn and not computed"
+    assert [plan.num_scheduled_tokens for plan in plans] == [[6], [4], [4], [4], [1]], (
+        "the last token is drawn and not computed"
+    )
     assert not engine.scheduler.has_work
     stats = engine.scheduler.stats()
     assert (stats.total_drafts, stats.total_draft_tokens, stats.total_accepted_tokens) == (3, 9, 9)
@@ -975,7 +1021,7 @@ def test_a_preempted_group_is_resumed_as_one_from_what_is_cached(prompt: int, n:
     computed = engine.step().num_tokens
     if n > 1:
         computed += engine.step().num_tokens
-    engine.scheduler.settle()
+    engine.scheduler.update_fill()
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert computed <= min(missing, prompt + n * 6), "full blocks are found again"
     assert len({sequence.table.blocks[0] for sequence in group.sequences}) == (1 if prompt >= 4 else n)
@@ -988,7 +1034,7 @@ def test_a_preempted_group_is_resumed_without_a_cache() -> None:
     group = engine.scheduler._queues.by_id["b"]
     missing = sum(sequence.num_output_tokens for sequence in group.sequences) + 9
     computed = [engine.step().num_tokens for _ in range(2)]
-    engine.scheduler.settle()
+    engine.scheduler.update_fill()
     assert all(sequence.num_missing_tokens == 1 for sequence in group.sequences)
     assert sum(computed) == missing, "the prompt is computed once then, too"
     engine.run()
@@ -1289,7 +1335,7 @@ def test_a_step_for_which_there_is_no_memory_is_planned_again_and_smaller() -> N
         engine.step()
     plan = engine.scheduler.schedule()
     assert len(plan.rows) == 6
-    engine.scheduler.retreat(plan)
+    engine.scheduler.roll_back(plan)
     engine.check()
     assert engine.scheduler.stats().num_running == 0
     smaller = engine.step()
@@ -1307,7 +1353,7 @@ def test_a_step_taken_back_holds_no_block_for_its_copies() -> None:
     engine.add(new_request("b", [*range(100, 106), 1, 1]))
     plan = engine.scheduler.schedule()
     assert len(plan.block_copies) == 1
-    engine.scheduler.retreat(plan)
+    engine.scheduler.roll_back(plan)
     engine.check()
     engine.run()
 
@@ -1596,9 +1642,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def report(self) -> None:
         self.engine.scheduler.memory_report()
-        assert all(sequence.num_missing_tokens == 1 for sequence in self.engine.scheduler._queues.decode_batch.sequences), (
-            "who asks sees every count as it is"
-        )
+        if self.engine.in_flight is None:
+            members = self.engine.scheduler._queues.decode_batch.sequences
+            assert all(member.table.num_tokens == member.num_computed_tokens for member in members)
 
     @rule()
     def forget_hashes(self) -> None:

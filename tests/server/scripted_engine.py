@@ -78,7 +78,7 @@ class ScriptedEngine:
     num_tokens: int = 0
     """Handed out, over all requests."""
 
-    def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
+    async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
             raise RequestError(f"the prefix has {len(prefix)} tokens")
         self.prefixes.append((prefix, tuple(salts)))

@@ -5,7 +5,7 @@ from openai import AuthenticationError
 
 from quire.errors import ConfigError
 from quire.server.app import ENDPOINTS
-from quire.server.auth import Doorkeeper
+from quire.server.auth import Authenticator
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -70,8 +70,8 @@ def test_the_tenant_is_the_key_s_holder_and_the_user_only_where_there_are_no_key
 
 
 def test_salt_can_be_shared() -> None:
-    keeper = Doorkeeper(ServerSettings(api_key=KEYS, share_prefix_cache=True))
-    assert keeper.check_key([(b"authorization", b"bearer first-key")]).salt == ""
+    authenticator = Authenticator(ServerSettings(api_key=KEYS, share_prefix_cache=True))
+    assert authenticator.check_key([(b"authorization", b"bearer first-key")]).salt == ""
 
 
 def test_public_address_needs_a_key() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quire.config import EngineConfig
-from quire.engine import core as engine_core
+from quire.engine import build
 from quire.engine.checkpoint import bundled_folder
 from quire.engine.memory_plan import plan_memory
 from quire.model_config import ModelConfig
@@ -74,8 +74,8 @@ def run_engine(
             recording.note(plan)
             return super().launch(plan)
 
-    monkeypatch.setattr(engine_core, "ModelRunner", RecordingRunner)
-    monkeypatch.setattr(engine_core, "Scheduler", partial(Scheduler, clock=lambda: recording.now))
+    monkeypatch.setattr(build, "ModelRunner", RecordingRunner)
+    monkeypatch.setattr(build, "Scheduler", partial(Scheduler, clock=lambda: recording.now))
     config = EngineConfig(
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
@@ -87,7 +87,7 @@ def run_engine(
     )
     model_config = ModelConfig.from_folder(bundled_folder())
     plan = plan_memory(config, model_config)
-    core = engine_core.EngineCore.load(config, model_config, plan, bundled_folder(), lambda name, seconds: None)
+    core = build.build_core(config, model_config, plan, bundled_folder(), lambda name, seconds: None)
     draw, waiting = random.Random(0), list(enumerate(rows))
     while waiting or core.has_work:
         while waiting and (waiting[0][1].arrival or 0.0) <= recording.now:

@@ -1,6 +1,6 @@
 """Plans a step's attention: ragged sequences become balanced work items that every layer reuses."""
 
-from quire.attention.plan import CpuAttentionPlan, plan_attention
-from quire.attention.planners import AttentionShape, Planner, StepArrays, make_planner
+from quire.attention.inputs import AttentionShape, StepArrays
+from quire.attention.planners import Planner, make_planner
 
-__all__ = ["AttentionShape", "CpuAttentionPlan", "Planner", "StepArrays", "make_planner", "plan_attention"]
+__all__ = ["AttentionShape", "Planner", "StepArrays", "make_planner"]

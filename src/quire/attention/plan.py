@@ -1,12 +1,13 @@
-"""The planner: turns a step's ragged sequences into balanced work items, once, for every layer to run.
+"""The planner for a CPU: turns a step's ragged sequences into balanced work items, once, for every layer to run.
 
-An item is a run of new tokens of one sequence, a run of its KV heads, and a range of its keys. Few tokens share an item
-with several heads, since a block's heads lie next to each other in memory; many tokens are cut into tiles. When one
-head of one tile is still too much for a balanced load, its keys are split, and the parts are merged afterwards. Blocks
-that several sequences begin with are read by one item for all of them where that pays (`shared_prefixes`), which leaves
-another part to be merged.
+An item is a run of new tokens of one sequence, a run of its KV heads, and a range of its keys. An item of few tokens
+has several heads, because a block's heads are adjacent in memory; many tokens are cut into tiles. If one head of one
+tile is too much for a balanced load, its keys are split, and the parts are merged afterwards. Blocks that several
+sequences begin with are read by one item for all of them where that pays (`shared_prefixes`); its result is another
+part to merge.
 
-The plan says what is computed, never by whom: threads take items in order, and no result depends on who takes what.
+The plan does not assign items to threads: threads take items in order, and no result depends on which thread takes
+which.
 """
 
 from dataclasses import replace
@@ -15,30 +16,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from quire.attention.inputs import AttentionShape, Int32Array, Int64Array, StepArrays
 from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.interface import CpuAttentionPlan
 
 __all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
 
-# Rows (tokens x query heads of one KV head) a tile holds: enough to reuse each key many times, few enough for its
-# queries, outputs and keys to stay in a core's second-level cache.
+# Rows (tokens x query heads of one KV head) of a tile: enough to reuse each key many times, few enough that its
+# queries, outputs and keys stay in a core's second-level cache.
 _TILE_ROWS = 128
-# Below this many rows an item's time is that of reading its keys, whatever the number of rows; by bytes per number.
+# With fewer rows than this, an item takes as long as reading its keys takes; by bytes per number.
 _MIN_COST_ROWS = {4: 24, 2: 16, 1: 12}
-# The same where several sequences read the same keys: all but the first find them in a cache.
+# The same for keys that several sequences read: all but the first find them in a cache.
 _CACHED_ROWS = {4: 4.5, 2: 3.5, 1: 3.5}
-# Items per thread: the last one to finish then wastes little.
+# Items per thread: enough that little time is lost when the last thread finishes.
 _ITEMS_PER_THREAD = 8
-# Less work than this many keys of one head is not worth an item of its own, nor a part of a split.
+# Least work of an item or a part, in keys of one head.
 _MIN_ITEM_KEYS = 256
-# Splits fall on multiples of this, so that no part begins inside a vector of keys.
+# Parts begin at multiples of this, so that none begins inside a vector of keys.
 _SPLIT_ALIGNMENT = 64
-# Of a batch-invariant plan: keys are split at every multiple of this, whatever the load.
+# A batch-invariant plan splits keys at every multiple of this, whatever the load.
 _INVARIANT_PART_KEYS = 1024
-# And they begin at a multiple of this, the keys that csrc/attention.h takes at a time, so that a window's keys are
-# summed in the same groups wherever the step began.
+# Its keys begin at a multiple of this, the number of keys that csrc/attention.h takes at a time, so that the keys of a
+# window are summed in the same groups wherever the step begins.
 _INVARIANT_ALIGNMENT = 256
 
 
@@ -46,22 +47,22 @@ class WorkColumn(IntEnum):
     """Columns of `CpuAttentionPlan.work`."""
 
     SEQUENCE = 0
-    TOKEN_BEGIN = 1  # row of q and out, or if shared of `CpuAttentionPlan.shared`
+    TOKEN_BEGIN = 1  # row of q and out; in a shared item, row of `CpuAttentionPlan.shared`
     NUM_TOKENS = 2
     HEAD_BEGIN = 3  # KV heads
     NUM_HEADS = 4
     KEY_BEGIN = 5  # positions in the sequence
     KEY_END = 6
-    PARTIAL_ROW = 7  # where in `partials` its first token's heads begin, and then a token's each; -1: it writes `out`
-    SHARED = 8  # 1: of several sequences, all of which have the item's keys in the blocks of `SEQUENCE`
+    PARTIAL_ROW = 7  # row of `partials` where its first token's heads begin; -1: it writes `out`
+    SHARED = 8  # 1: it serves several sequences, which all have its keys in the blocks of `SEQUENCE`
 
 
 class SharedColumn(IntEnum):
     """Columns of `CpuAttentionPlan.shared`."""
 
-    ROW = 0  # of q and out
+    ROW = 0  # row of q and out
     POSITION = 1
-    PARTIAL_ROW = 2  # where the token's heads begin
+    PARTIAL_ROW = 2  # row of `partials` where the token's heads begin
 
 
 class MergeColumn(IntEnum):
@@ -69,55 +70,35 @@ class MergeColumn(IntEnum):
 
     TOKEN_BEGIN = 0
     NUM_TOKENS = 1
-    PARTIAL_ROW = 2  # of the first part: [NUM_TOKENS, num_heads] rows; the parts follow each other
+    PARTIAL_ROW = 2  # first row of the first part, which has [NUM_TOKENS, num_heads] rows; the next parts follow
     NUM_PARTS = 3
 
 
-def plan_attention(
-    query_start_loc: NDArray[np.int32],
-    seq_lens: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    slots: NDArray[np.int32],
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    num_threads: int,
-    window: int = 0,
-    kv_element_size: int = 4,
-    share_prefixes: bool = True,
-    batch_invariant: bool = False,
-) -> CpuAttentionPlan:
-    """Plan one step of B sequences with T new tokens; `CpuAttentionPlan` says what the arrays hold.
-
-    The new tokens are the last of each sequence, and their keys are written before the plan runs. A plan made for a
-    window serves the layers that have this window or a smaller one. `kv_element_size` is the bytes of a number in the
-    cache. `share_prefixes`: leading blocks of several sequences may be read once for all. Where a plan is
-    `batch_invariant`, nothing is shared, and the order in which a token's keys are summed depends on its position
-    alone: no other sequence, no chunk and no number of threads changes a bit of its result.
-    """
-    group = num_heads // num_kv_heads
+def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: bool = True) -> CpuAttentionPlan:
+    """Plan one step. With `share_prefixes`, leading blocks of several sequences may be read once for all of them. A new
+    token's keys are written before the plan runs."""
+    query_start_loc, seq_lens, block_tables, slots = step
+    num_kv_heads, block_size, group = shape.num_kv_heads, shape.block_size, shape.group
     if block_tables.shape[1] * block_size < seq_lens.max(initial=0):
         raise ValueError(
             f"block_tables has room for {block_tables.shape[1]} blocks of {block_size}, "
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
-    min_cost_rows = _MIN_COST_ROWS[kv_element_size]
-    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, window)
+    min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
+    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
     sharers = _NO_SHARERS
-    if batch_invariant:
+    if shape.batch_invariant:
         tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
     elif share_prefixes and len(tiles) > 1:
-        read_rows = _CACHED_ROWS[kv_element_size]
-        sharers = _share_prefixes(tiles, block_tables, seq_lens, query_start_loc, group, block_size, read_rows)
+        read_rows = _CACHED_ROWS[shape.kv_element_size]
+        sharers = _share_prefixes(tiles, step, group, block_size, read_rows)
     work = np.concatenate((tiles, sharers.items))
     keys = work[:, WorkColumn.KEY_END] - work[:, WorkColumn.KEY_BEGIN]
     rows = work[:, WorkColumn.NUM_TOKENS] * group
     cost = keys.astype(np.int64) * np.maximum(rows, min_cost_rows)  # of one head
 
-    part_keys = _INVARIANT_PART_KEYS if batch_invariant else None
-    num_items = num_threads * _ITEMS_PER_THREAD if num_threads > 1 else 1
+    part_keys = _INVARIANT_PART_KEYS if shape.batch_invariant else None
+    num_items = shape.num_threads * _ITEMS_PER_THREAD if shape.num_threads > 1 else 1
     share = max(int(cost.sum()) * num_kv_heads // num_items, _MIN_ITEM_KEYS * min_cost_rows)
     heads = np.minimum(share // np.maximum(cost, 1), _TILE_ROWS // np.maximum(rows, 1))
     num_groups = -(-num_kv_heads // np.minimum(np.maximum(heads, 1), num_kv_heads))
@@ -126,8 +107,8 @@ def plan_attention(
     else:
         num_splits = np.maximum(1, np.minimum(-(-cost // share), keys // _MIN_ITEM_KEYS))
 
-    shared, merges, num_partial_rows = _lay_out_parts(work, num_splits, sharers, seq_lens, query_start_loc, num_heads)
-    work = _split_keys(work, num_splits, num_heads, part_keys)
+    shared, merges, num_partial_rows = _lay_out_parts(work, num_splits, sharers, step, shape.num_heads)
+    work = _split_keys(work, num_splits, shape.num_heads, part_keys)
     work = _share_out_heads(work, np.repeat(num_groups, num_splits), num_kv_heads)
     cost = work[:, WorkColumn.KEY_END].astype(np.int64) - work[:, WorkColumn.KEY_BEGIN]
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
@@ -145,17 +126,17 @@ def plan_attention(
         growth=growth,
         shared=_tensor(shared),
         merges=_tensor(merges),
-        partials=torch.empty(num_partial_rows, head_dim + 2),
-        window=window,
-        num_threads=num_threads,
+        partials=torch.empty(num_partial_rows, shape.head_dim + 2),
+        window=shape.window,
+        num_threads=shape.num_threads,
     )
 
 
-def advance_plan(plan: CpuAttentionPlan, block_tables: NDArray[np.int32]) -> CpuAttentionPlan:
-    """The plan of a step of decoding, for the step after it: each sequence has one token more, which the item of its
-    last keys takes. `plan`, of no window and not batch-invariant, must have run, and runs no more.
+def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:
+    """Turns the plan of a decode step into that of the next one: each sequence has one more token, whose key goes to
+    the item with the sequence's last keys. `plan` has no window and is not batch-invariant; it is changed in place.
 
-    The arrays that it was made of have been overwritten; only tables that became wider are others.
+    The arrays that it was made from already hold the next step; `block_tables` differs only if it became wider.
     """
     for numbers, more in plan.growth:
         numbers += more
@@ -165,12 +146,12 @@ def advance_plan(plan: CpuAttentionPlan, block_tables: NDArray[np.int32]) -> Cpu
 
 
 class _Sharers(NamedTuple):
-    """Items for several tiles, and which tiles these are."""
+    """Items that serve several tiles, and the tiles of each."""
 
-    items: NDArray[np.int32]
-    tile: NDArray[np.int64]
-    item: NDArray[np.int64]
-    """[N]: one for each pair of a tile and an item, ordered by item."""
+    items: Int32Array
+    tile: Int64Array
+    item: Int64Array
+    """[N]: `tile` and `item` hold one pair of a tile and an item each, ordered by item."""
 
 
 _NO_SHARERS = _Sharers(
@@ -179,9 +160,9 @@ _NO_SHARERS = _Sharers(
 
 
 def _cut_into_tiles(
-    query_start_loc: NDArray[np.int32], seq_lens: NDArray[np.int32], group: int, num_kv_heads: int, window: int
-) -> NDArray[np.int32]:
-    """Runs of new tokens of one sequence, with all heads and the keys they see."""
+    query_start_loc: Int32Array, seq_lens: Int32Array, group: int, num_kv_heads: int, window: int
+) -> Int32Array:
+    """Runs of new tokens of one sequence, with all heads and all keys that they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
     end = query_start_loc[sequence + 1]
@@ -202,25 +183,17 @@ def _cut_into_tiles(
     return work
 
 
-def _share_prefixes(
-    tiles: NDArray[np.int32],
-    block_tables: NDArray[np.int32],
-    seq_lens: NDArray[np.int32],
-    query_start_loc: NDArray[np.int32],
-    group: int,
-    block_size: int,
-    read_rows: float,
-) -> _Sharers:
-    """Makes items of the prefixes that are worth it, and takes their keys from the tiles."""
+def _share_prefixes(tiles: Int32Array, step: StepArrays, group: int, block_size: int, read_rows: float) -> _Sharers:
+    """Make items of the prefixes that are worth it, and remove their keys from the tiles."""
     sequence, tokens = tiles[:, WorkColumn.SEQUENCE], tiles[:, WorkColumn.NUM_TOKENS].astype(np.int64)
-    # Many rows make good use of keys by themselves; where a window cuts a prefix, each row sees another part of it.
+    # Tiles with many rows reuse keys well enough alone. With a window, each row sees another part of a prefix.
     few = np.flatnonzero((tokens * group < read_rows) & (tiles[:, WorkColumn.KEY_BEGIN] == 0))
     if len(few) < 2:
         return _NO_SHARERS
     sequence = sequence[few]
-    num_blocks = (seq_lens - np.diff(query_start_loc))[sequence].astype(np.int64) // block_size
+    num_blocks = (step.seq_lens - np.diff(step.query_start_loc))[sequence].astype(np.int64) // block_size
     prefixes = find_shared_prefixes(
-        block_tables[sequence], num_blocks, tokens[few] * group, block_size=block_size, read_rows=read_rows
+        step.block_tables[sequence], num_blocks, tokens[few] * group, block_size=block_size, read_rows=read_rows
     )
     if not prefixes:
         return _NO_SHARERS
@@ -229,7 +202,7 @@ def _share_prefixes(
     for prefix in prefixes:
         tiles[few[prefix.members], WorkColumn.KEY_BEGIN] = prefix.key_end
 
-    # A prefix of many rows becomes several items of about as many.
+    # A prefix with many rows becomes several items with about equally many rows.
     end = np.cumsum(tokens[tile])
     total = np.bincount(prefix_of, weights=tokens[tile]).astype(np.int64)
     before = (end - tokens[tile]) - (np.cumsum(total) - total)[prefix_of]
@@ -245,16 +218,15 @@ def _share_prefixes(
 
 
 def _lay_out_parts(
-    work: NDArray[np.int32],
-    num_splits: NDArray[np.int64],
+    work: Int32Array,
+    num_splits: Int64Array,
     sharers: _Sharers,
-    seq_lens: NDArray[np.int32],
-    query_start_loc: NDArray[np.int32],
+    step: StepArrays,
     num_heads: int,
-) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-    """Gives every tile of several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
+) -> tuple[Int32Array, Int32Array, int]:
+    """Give every tile with several parts its rows of `partials`; returns `shared`, the merges and the number of rows.
 
-    Of a tile the parts of its own item come first, then those of the items it shares.
+    The parts of a tile's own item come first, then those of the items that it shares.
     """
     num_tiles = len(work) - len(sharers.items)
     tiles, tile_splits, item_splits = work[:num_tiles], num_splits[:num_tiles], num_splits[num_tiles:]
@@ -273,14 +245,14 @@ def _lay_out_parts(
     if len(sharers.items) == 0:
         return np.empty((0, len(SharedColumn)), dtype=np.int32), merges, num_rows
 
-    # The first part that a tile has of an item it shares.
+    # The first part that a tile gets from each item that it shares.
     order = np.argsort(sharers.tile, kind="stable")
     by_tile, splits = sharers.tile[order], item_splits[sharers.item[order]]
     before = np.cumsum(splits) - splits
     part = np.empty_like(order)
     part[order] = tile_splits[by_tile] + before - before[np.searchsorted(by_tile, by_tile)]
 
-    # Tokens of an item, then once more for each of its splits.
+    # The tokens of an item, repeated for each of its splits.
     pair, token = enumerate_runs(tokens[sharers.tile])
     item_tokens = work[num_tiles:, WorkColumn.NUM_TOKENS].astype(np.int64)
     item, split_of_item = enumerate_runs(item_splits)
@@ -292,7 +264,7 @@ def _lay_out_parts(
     shared = np.empty((len(tile), len(SharedColumn)), dtype=np.int32)
     row = tiles[tile, WorkColumn.TOKEN_BEGIN] + token
     shared[:, SharedColumn.ROW] = row
-    shared[:, SharedColumn.POSITION] = row - query_start_loc[sequence + 1] + seq_lens[sequence]
+    shared[:, SharedColumn.POSITION] = row - step.query_start_loc[sequence + 1] + step.seq_lens[sequence]
     part_of = part[pair] + split_of_item[run]
     shared[:, SharedColumn.PARTIAL_ROW] = partial_begin[tile] + (part_of * tokens[tile] + token) * num_heads
     shared_rows = item_tokens * item_splits
@@ -300,10 +272,8 @@ def _lay_out_parts(
     return shared, merges, num_rows
 
 
-def _split_keys(
-    work: NDArray[np.int32], num_splits: NDArray[np.int64], num_heads: int, part_keys: int | None
-) -> NDArray[np.int32]:
-    """Each item becomes `num_splits` items of about as many keys, or begun at multiples of `part_keys`."""
+def _split_keys(work: Int32Array, num_splits: Int64Array, num_heads: int, part_keys: int | None) -> Int32Array:
+    """Each item becomes `num_splits` items with about equally many keys, or cut at multiples of `part_keys`."""
     item, part = enumerate_runs(num_splits)
     if len(item) == len(work):
         return work
@@ -324,8 +294,8 @@ def _split_keys(
     return work
 
 
-def _share_out_heads(work: NDArray[np.int32], num_groups: NDArray[np.int64], num_kv_heads: int) -> NDArray[np.int32]:
-    """Each item becomes `num_groups` items of about as many heads."""
+def _share_out_heads(work: Int32Array, num_groups: Int64Array, num_kv_heads: int) -> Int32Array:
+    """Each item becomes `num_groups` items with about equally many heads."""
     item, group = enumerate_runs(num_groups)
     if len(item) > len(work):
         work = work[item]
@@ -335,15 +305,15 @@ def _share_out_heads(work: NDArray[np.int32], num_groups: NDArray[np.int64], num
     return work
 
 
-def enumerate_runs(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def enumerate_runs(lengths: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Lengths [2, 0, 3] -> runs [0, 0, 2, 2, 2] and places in them [0, 1, 0, 1, 2]."""
     run = np.repeat(np.arange(len(lengths)), lengths)
     return run, np.arange(len(run)) - (np.cumsum(lengths) - lengths)[run]
 
 
-def _align(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+def _align(keys: Int64Array) -> Int64Array:
     return (keys + _SPLIT_ALIGNMENT // 2) // _SPLIT_ALIGNMENT * _SPLIT_ALIGNMENT
 
 
-def _tensor(array: NDArray[np.int32]) -> torch.Tensor:
+def _tensor(array: Int32Array) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))

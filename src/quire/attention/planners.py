@@ -1,79 +1,32 @@
-"""Planners of the backends: what turns a step's arrays on the host into the plan that one backend's attention reads.
+"""Planners of the backends: each turns a step's arrays on the host into the plan that its backend's attention reads.
 
-A planner is made once, for a model and the limits of a batch, by the function that the backend's row in BACKENDS names.
+A planner is made once, for one model and the limits of a batch, by the function that BACKENDS names.
 """
 
-from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from quire.attention.inputs import AttentionShape, Int32Array, StepArrays
 from quire.backends import BACKENDS
-from quire.kernels.interface import AttentionPlan, Variant
-from quire.kernels.transfer import send
+from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, Variant
 
-Int32Array = NDArray[np.int32]
-
-ADVANCED_KEYS = 32
-"""A CPU goes on with a plan for so many keys at most: the loads that it balanced are about equal still."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """What does not change from step to step."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    window: int
-    """Most positions that any layer sees; 0: all."""
-    max_num_seqs: int
-    max_num_tokens: int
-    """Of all sequences in a step."""
-    max_blocks: int
-    """Of one sequence."""
-    num_threads: int
-    kv_element_size: int
-    """Bytes of a number in the cache."""
-    batch_invariant: bool
-    device: torch.device
-
-
-class StepArrays(NamedTuple):
-    """A step on the host, of B sequences with T new tokens, each sequence's last; all int32."""
-
-    query_start_loc: Int32Array
-    """[B + 1]: sequence s owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
-    seq_lens: Int32Array
-    """[B]: tokens whose KV is stored once this step has written its own."""
-    block_tables: Int32Array
-    """[B, most blocks of any]"""
-    slots: Int32Array
-    """[T]: where each token's KV goes, block * block_size + offset."""
+MAX_REPEATS = 32
+"""Steps for which the CPU keeps a plan before it balances the load again."""
 
 
 class Planner(Protocol):
     """Plans one step."""
 
     def __call__(
-        self,
-        step: StepArrays,
-        *,
-        captured_tokens: int = 0,
-        before: AttentionPlan | None = None,
-        variant: Variant = (),
+        self, step: StepArrays, *, repeats: bool = False, captured_tokens: int = 0, variant: Variant = ()
     ) -> AttentionPlan:
-        """With `captured_tokens` > 0 the plan is for a captured step of so many tokens, of which the last need not be
-        there, and of few of each sequence; only backends that capture are asked for such. A `variant` of AttentionPlan
-        is asked for where a step without sequences is captured; else the planner chooses.
+        """`repeats`: the step is the last one planned with one more token in each sequence, and that one also computed
+        one token per sequence. Its arrays are those of the last step, updated in place; only `block_tables` may be
+        another array, with more columns. A planner may update its last plan and return it.
 
-        `before` is the plan of the step before, where all sequences computed one token and now compute the one after
-        it: a planner may go on with it, and overwrite it. The arrays are then those of that step, overwritten, but for
-        tables that became wider.
+        `captured_tokens` > 0: the plan is for a captured step with room for this many tokens and few tokens per
+        sequence; the step may have fewer. Only backends that capture get it. `variant` is the `AttentionPlan.variant`
+        to plan for when a step without sequences is captured.
         """
         ...
 
@@ -85,110 +38,57 @@ def make_planner(backend: str, shape: AttentionShape) -> Planner:
     return made
 
 
-def cpu_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.plan import CpuAttentionPlan, advance_plan, plan_attention
+class CpuPlanner:
+    """Plans for the CPU kernels. Updates its last plan for a step that repeats."""
 
-    # A plan that began each of its parts for a reason of position is made anew.
-    may_advance = not shape.window and not shape.batch_invariant
+    def __init__(self, shape: AttentionShape) -> None:
+        self._shape = shape
+        # Such plans split keys by position, so one more token may need another split.
+        self._may_advance = not shape.window and not shape.batch_invariant
+        self._last: CpuAttentionPlan | None = None
+        self._seq_lens: Int32Array | None = None
+        """The array that `_last` was made from."""
+        self._num_repeats = 0
 
-    def plan(
-        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
-    ) -> AttentionPlan:
+    def __call__(
+        self, step: StepArrays, *, repeats: bool = False, captured_tokens: int = 0, variant: Variant = ()
+    ) -> CpuAttentionPlan:
+        from quire.attention.plan import advance_plan, plan_attention
+
         assert not captured_tokens, "a CPU has no graphs"
-        if isinstance(before, CpuAttentionPlan) and may_advance and step.seq_lens[0] % ADVANCED_KEYS:
-            return advance_plan(before, step.block_tables)
-        return plan_attention(
-            *step,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            block_size=shape.block_size,
-            num_threads=shape.num_threads,
-            window=shape.window,
-            kv_element_size=shape.kv_element_size,
-            batch_invariant=shape.batch_invariant,
-        )
-
-    return plan
+        # If the last step had a second plan, for its output tokens, `_last` is that plan and cannot be updated.
+        last = self._last if repeats and step.seq_lens is self._seq_lens else None
+        if last is not None and self._may_advance and self._num_repeats < MAX_REPEATS:
+            self._num_repeats += 1
+            plan = advance_plan(last, step.block_tables)
+        else:
+            self._num_repeats = 0
+            plan = plan_attention(step, self._shape)
+        self._last, self._seq_lens = plan, step.seq_lens
+        return plan
 
 
-def gathered_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.gathered import plan_attention
+def sdpa_planner(shape: AttentionShape) -> Planner:
+    from quire.attention.sdpa import plan_attention
 
     def plan(
-        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
+        step: StepArrays, *, repeats: bool = False, captured_tokens: int = 0, variant: Variant = ()
     ) -> AttentionPlan:
-        assert not captured_tokens, "what is gathered differs from step to step"
-        return plan_attention(
-            *step,
-            device=shape.device,
-            block_size=shape.block_size,
-            window=shape.window,
-        )
+        assert not captured_tokens, "sdpa steps cannot be captured: their shapes differ from step to step"
+        return plan_attention(step, shape)
 
     return plan
 
 
 def gpu_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.triton import PlanBuffers, plan_attention
+    from quire.attention.plan_buffers import PlanBuffers
+    from quire.attention.triton import plan_attention
 
-    buffers = PlanBuffers(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=shape.block_size,
-        max_num_seqs=shape.max_num_seqs,
-        max_num_tokens=shape.max_num_tokens,
-        max_blocks=shape.max_blocks,
-        device=shape.device,
-        kv_element_size=shape.kv_element_size,
-    )
+    buffers = PlanBuffers(shape)
 
     def plan(
-        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
+        step: StepArrays, *, repeats: bool = False, captured_tokens: int = 0, variant: Variant = ()
     ) -> AttentionPlan:
-        return plan_attention(
-            *step,
-            buffers=buffers,
-            window=shape.window,
-            captured_tokens=captured_tokens,
-            variant=variant,
-        )
-
-    return plan
-
-
-def flashinfer_planner(shape: AttentionShape) -> Planner:
-    from quire.attention.flashinfer import list_pages
-    from quire.kernels.flashinfer import FlashInferPlan, Wrappers
-
-    wrappers = Wrappers(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=shape.block_size,
-        device=shape.device,
-    )
-
-    def plan(
-        step: StepArrays, *, captured_tokens: int = 0, before: AttentionPlan | None = None, variant: Variant = ()
-    ) -> AttentionPlan:
-        assert not captured_tokens, "a wrapper's launches differ from step to step"
-        pages = list_pages(step.seq_lens, step.block_tables, shape.block_size)
-        sent = send(step._asdict(), shape.device)
-        return FlashInferPlan(
-            query_start_loc=sent["query_start_loc"],
-            seq_lens=sent["seq_lens"],
-            block_tables=sent["block_tables"],
-            slots=sent["slots"],
-            window=0,
-            qo_indptr=torch.from_numpy(step.query_start_loc),
-            kv_indptr=torch.from_numpy(pages.indptr),
-            kv_indices=torch.from_numpy(pages.indices),
-            last_page_len=torch.from_numpy(pages.last_page_len),
-            max_query_len=int(np.diff(step.query_start_loc).max()),
-            wrappers=wrappers,
-            turn=wrappers.next_turn(),
-        )
+        return plan_attention(step, buffers, window=shape.window, captured_tokens=captured_tokens, variant=variant)
 
     return plan

@@ -1,7 +1,7 @@
-"""Which sequences of a step begin with the same blocks, and where reading those once for all of them pays.
+"""Finds sequences of a step that begin with the same blocks, where reading these blocks once for all of them pays.
 
-Block tables that begin alike form a tree: a system prompt at its root, prompts that follow it, samples of a prompt at
-the leaves. Each edge whose keys are worth it becomes a `SharedPrefix`; one that is not is left to those below it.
+Block tables with common beginnings form a tree: a system prompt at the root, prompts that continue it, samples of a
+prompt at the leaves. Each edge with enough keys becomes a `SharedPrefix`; the keys of other edges go to their children.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# What one more part of a row costs, in keys that the row could be scored against meanwhile; and one more item. Measured
+# Costs of one more part of a row, and of one more item, in keys that a row is scored against in the same time. Measured
 # by `benchmarks.kernels --tables sharing`.
 _PART_KEYS = 90
 _ITEM_KEYS = 400
@@ -17,7 +17,7 @@ _ITEM_KEYS = 400
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefix:
-    """Keys that all members see, in the same blocks."""
+    """Keys that all members see, stored in the same blocks."""
 
     members: NDArray[np.int64]
     """Rows of the block tables."""
@@ -35,11 +35,12 @@ def find_shared_prefixes(
     min_saved: float = 0.0,
     min_members: int = 2,
 ) -> list[SharedPrefix]:
-    """block_tables [M, any], of each its leading blocks that may be shared [M], query rows of one KV head [M].
+    """block_tables [M, any]; num_blocks [M]: leading blocks of each table that may be shared; num_rows [M]: query rows
+    of one KV head.
 
-    An item's time is taken for keys x the larger of its rows and `read_rows`: reading a key takes as long as scoring it
-    against so many rows. The key ranges of the prefixes that a sequence is a member of follow each other from key 0.
-    A prefix has at least `min_members` and saves more than `min_saved`, in the same unit of keys x rows.
+    The cost of an item is its keys times the larger of its rows and `read_rows`: reading a key takes as long as scoring
+    it against `read_rows` rows. The key ranges of a sequence's prefixes are contiguous from key 0. A prefix has at
+    least `min_members` members and saves more than `min_saved`, in keys times rows.
     """
     first = np.where(num_blocks > 0, block_tables[:, 0], -1 - np.arange(len(block_tables)))
     _, group, size = np.unique(first, return_inverse=True, return_counts=True)
@@ -51,7 +52,7 @@ def find_shared_prefixes(
     rows = num_rows[member]
     cost = np.concatenate(([0], np.cumsum(np.maximum(rows, read_rows))))
     total = np.concatenate(([0], np.cumsum(rows)))
-    begin = np.zeros(len(member), dtype=np.int64)  # blocks that are shared already
+    begin = np.zeros(len(member), dtype=np.int64)  # blocks already in a prefix
     found = []
     for left, right, depth in _branches(depths.tolist()):
         num_keys = (depth - int(begin[left])) * block_size
@@ -66,9 +67,10 @@ def find_shared_prefixes(
 def _sort(
     block_tables: NDArray[np.int32], num_blocks: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """An order [M] in which tables that begin alike are neighbours, and how many blocks neighbours share [M - 1]."""
+    """An order [M] in which tables with common beginnings are neighbours, and how many blocks neighbours share
+    [M - 1]."""
     width = max(1, int(num_blocks.max()))
-    # What may not be shared is made unlike everything else.
+    # Blocks that may not be shared get numbers that no other table has.
     unlike = -1 - np.arange(len(block_tables), dtype=np.int32)[:, None]
     tables = np.where(np.arange(width) < num_blocks[:, None], block_tables[:, :width], unlike)
     order = np.ascontiguousarray(tables).view(np.dtype((np.void, tables.itemsize * width))).ravel().argsort()

@@ -1,6 +1,6 @@
-"""The `quire` command. One file per subcommand; `options` makes flags of the fields of the configs.
+"""The `quire` command. One file per subcommand; `options` makes flags from the fields of option classes.
 
-Nothing here imports torch: what needs it imports it when it runs, so that --help and --version answer at once.
+Nothing here imports torch at import time, so that --help and --version answer at once.
 """
 
 import os
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, and exit with its status."""
+    """Run the command line and exit with its status.
+
+    A reader that closes the pipe early, such as head, has read enough: that is no error.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given == ["--version"]:
         from quire import __version__
@@ -18,9 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from quire.cli.commands import run
 
-    status = run(given)
     try:
+        status = run(given)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     sys.exit(status)

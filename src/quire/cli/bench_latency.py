@@ -1,10 +1,10 @@
-"""`quire bench latency`: one batch from start to end, again and again."""
+"""`quire bench latency`: seconds for one batch from start to end, repeated."""
 
 import statistics
 import time
 from typing import Any
 
-from quire.cli.bench_workload import make_workload, percentile, show
+from quire.cli.bench_workload import WorkloadOptions, make_workload, percentile, show
 from quire.cli.options import ModelArgument, OutputJson, flags
 from quire.config import EngineConfig
 from quire.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ def latency(
     output_json: OutputJson = None,
     **options: Any,
 ) -> None:
-    """Measure the seconds that one batch takes from start to end.
+    """Measure the seconds for one batch from start to end.
 
     Parameters
     ----------
@@ -35,25 +35,18 @@ def latency(
     output_len
         Tokens generated per prompt.
     num_iters_warmup
-        Runs before those that count.
+        Runs before the measured ones.
     num_iters
-        Runs that count.
+        Measured runs.
     """
     from quire.llm import LLM
 
     llm = LLM(model, **options)
     params = SamplingParams(max_tokens=output_len, ignore_eos=True, detokenize=False, temperature=0.0)
+    lengths = WorkloadOptions(num_prompts=batch_size, input_len=input_len, output_len=output_len)
     latencies = []
     for turn in range(num_iters_warmup + num_iters):
-        work = make_workload(
-            "random",
-            num_prompts=batch_size,
-            input_len=input_len,
-            output_len=output_len,
-            range_ratio=0.0,
-            max_len=llm.memory_plan.max_model_len,
-            seed=turn,
-        )
+        work = make_workload(lengths, max_len=llm.memory_plan.max_model_len, seed=turn)
         started = time.perf_counter()
         llm.generate(work.prompts, params, use_tqdm=False)
         latencies.append(time.perf_counter() - started)

@@ -1,17 +1,18 @@
-"""`quire bench memory`: how much of the KV cache that sequences hold has tokens in it, step by step under load."""
+"""`quire bench memory`: share of the allocated KV cache that holds tokens, after each step under load."""
 
 import statistics
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quire.cli.bench_workload import Workload, make_workload, show
-from quire.cli.options import ModelArgument, OutputJson, flags
+from quire.cli.bench_workload import Workload, WorkloadOptions, make_workload, show
+from quire.cli.options import ModelArgument, OutputJson, flags, split
 from quire.config import EngineConfig
 from quire.outputs import EngineStats
 from quire.sampling_params import SamplingParams
 
 
 class SteppingEngine(Protocol):
-    """What is asked of `quire.engine.engine.Engine`, which would import torch here."""
+    """The part of `quire.engine.engine.Engine` that is used here; importing the class would import torch."""
 
     def add_request(self, request_id: str, prompt: list[int], params: SamplingParams, /) -> object: ...
     def step(self) -> object: ...
@@ -20,59 +21,35 @@ class SteppingEngine(Protocol):
     def has_work(self) -> bool: ...
 
 
-@flags(EngineConfig)
-def memory(
-    model: ModelArgument = "",
-    *,
-    dataset: str = "sharegpt",
-    num_prompts: int = 64,
-    input_len: int = 128,
-    output_len: int = 128,
-    range_ratio: float = 0.5,
-    n: int = 1,
-    beam_width: int | None = None,
-    output_json: OutputJson = None,
-    **options: Any,
-) -> None:
-    """Measure how much of the allocated KV cache holds tokens (the paper's Fig. 2), and what sharing saves.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions(WorkloadOptions):
+    """Flags of `quire bench memory`."""
 
-    Parameters
-    ----------
-    dataset
-        random, or lengths like those of sharegpt or alpaca.
-    num_prompts
-        Prompts, all there from the start.
-    input_len
-        Tokens per prompt, where the dataset is random.
-    output_len
-        Tokens generated per sample, where the dataset is random.
-    range_ratio
-        Random lengths are within this share of those given.
-    n
-        Samples per prompt, which share its blocks.
-    beam_width
-        Search with so many beams per prompt instead of sampling.
-    """
+    dataset: str = "sharegpt"
+    range_ratio: float = 0.5
+    n: int = 1
+    """Samples per prompt, which share its blocks."""
+    beam_width: int | None = None
+    """Beams per prompt: beam search instead of sampling."""
+
+
+@flags(MemoryOptions, EngineConfig)
+def memory(model: ModelArgument = "", *, output_json: OutputJson = None, **options: Any) -> None:
+    """Measure the share of the allocated KV cache that holds tokens (the paper's Fig. 2), and what sharing saves."""
     from quire.engine.engine import Engine
 
-    engine = Engine(EngineConfig.from_options({"model": model, **options}), report=lambda line: None)
-    work = make_workload(
-        dataset,
-        num_prompts=num_prompts,
-        input_len=input_len,
-        output_len=output_len,
-        range_ratio=range_ratio,
-        max_len=engine.memory_plan.max_model_len,
-        seed=options.get("seed", 0),
-    )
-    figures = measure_memory(engine, work, n=n, beam_width=beam_width)
-    show(f"KV cache of {model or 'the bundled model'}, {dataset} lengths", figures, output_json)
+    load, engine_options = split(options, MemoryOptions, EngineConfig)
+    asked = MemoryOptions(**load)
+    engine = Engine(EngineConfig.from_options({"model": model, **engine_options}), report=lambda line: None)
+    work = make_workload(asked, max_len=engine.memory_plan.max_model_len, seed=engine_options.get("seed", 0))
+    figures = measure_memory(engine, work, n=asked.n, beam_width=asked.beam_width)
+    show(f"KV cache of {model or 'the bundled model'}, {asked.dataset} lengths", figures, output_json)
 
 
 def measure_memory(
     engine: SteppingEngine, work: Workload, *, n: int = 1, beam_width: int | None = None
 ) -> dict[str, Any]:
-    """Run the work, all of it there from the start, and look at the pool after every step."""
+    """Add all requests, then step until they finish. Returns the statistics of the pool over all steps."""
     for index, (prompt, length) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
         params = SamplingParams(n=n, beam_width=beam_width, max_tokens=length, ignore_eos=True, detokenize=False)
         engine.add_request(str(index), prompt, params)

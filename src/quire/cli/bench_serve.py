@@ -1,23 +1,21 @@
-"""`quire bench serve`: load on any OpenAI-compatible server, requests arriving whether or not earlier ones are done."""
+"""`quire bench serve`: an open-loop load on any OpenAI-compatible server: requests arrive at a given rate."""
 
 import asyncio
 import random
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from quire.cli.bench_workload import Workload, make_workload, show, spread_of
+from quire.cli.bench_workload import Workload, WorkloadOptions, make_workload, show, spread_of
 from quire.cli.http_client import Target
-from quire.cli.options import OutputJson
+from quire.cli.options import OutputJson, flags
 from quire.errors import ConfigError, QuireError
 
 
 @dataclass(slots=True)
 class _Outcome:
-    """One request: when what came, in seconds since it was sent."""
+    """Times of one request, in seconds since it was sent."""
 
     first: float = 0.0
     gaps: list[float] = field(default_factory=list)
@@ -27,79 +25,52 @@ class _Outcome:
     error: str = ""
 
 
-def serve(
-    *,
-    base_url: str = "http://127.0.0.1:8000",
-    model: str | None = None,
-    api_key: Annotated[str | None, Parameter(env_var="QUIRE_API_KEY")] = None,
-    dataset: str = "random",
-    num_prompts: int = 100,
-    input_len: int = 128,
-    output_len: int = 128,
-    range_ratio: float = 0.0,
-    max_len: int = 2048,
-    request_rate: float = float("inf"),
-    max_concurrency: int | None = None,
-    percentiles: tuple[float, ...] = (99.0,),
-    seed: int = 0,
-    output_json: OutputJson = None,
-) -> None:
-    """Measure a running server: time to first token, between tokens and in all, and tokens per second.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(WorkloadOptions):
+    """Flags of `quire bench serve`."""
 
-    Parameters
-    ----------
-    base_url
-        The server, without /v1.
-    model
-        The server's name for the model; its default if left out.
-    api_key
-        The server's API key.
-    dataset
-        random, or lengths like those of sharegpt or alpaca.
-    num_prompts
-        Requests to send.
-    input_len
-        Tokens per prompt, where the dataset is random.
-    output_len
-        Tokens generated per request, where the dataset is random.
-    range_ratio
-        Random lengths are within this share of those given.
-    max_len
-        Prompt and output together stay below this, where the dataset is not random.
-    request_rate
-        Requests per second on average, arriving as a Poisson process; inf sends all at once.
-    max_concurrency
-        Most requests under way at once; those beyond wait here, which is then no longer an open loop.
-    percentiles
-        Percentiles to report of each time.
-    seed
-        Of prompts and arrivals.
-    """
-    if not request_rate > 0:
-        raise ConfigError(f"request_rate is {request_rate}; it must be more than 0")
-    work = make_workload(
-        dataset,
-        num_prompts=num_prompts,
-        input_len=input_len,
-        output_len=output_len,
-        range_ratio=range_ratio,
-        max_len=max_len,
-        seed=seed,
-    )
-    target = Target(f"{base_url.rstrip('/')}/v1/completions", api_key)
+    num_prompts: int = 100
+    """Requests to send."""
+    base_url: str = "http://127.0.0.1:8000"
+    """The server, without /v1."""
+    model: str | None = None
+    """The server's name for the model; its default if left out."""
+    api_key: str | None = None
+    """The server's API key."""
+    max_len: int = 2048
+    """Maximum of prompt and output together, for sharegpt and alpaca."""
+    request_rate: float = float("inf")
+    """Requests per second on average, as a Poisson process; inf sends all at once."""
+    max_concurrency: int | None = None
+    """Maximum number of requests in flight. Others wait in the client, so the load is no longer an open loop."""
+    percentiles: tuple[float, ...] = (99.0,)
+    """Percentiles to report for each time."""
+    seed: int = 0
+    """Seed of prompts and arrivals."""
+
+
+@flags(LoadOptions, without=frozenset())
+def serve(*, output_json: OutputJson = None, **options: Any) -> None:
+    """Measure a running server: time to first token, between tokens and in total, and tokens per second."""
+    load = LoadOptions(**options)
+    if not load.request_rate > 0:
+        raise ConfigError(f"request_rate is {load.request_rate}; it must be more than 0")
+    work = make_workload(load, max_len=load.max_len, seed=load.seed)
+    target = Target(f"{load.base_url.rstrip('/')}/v1/completions", load.api_key)
     started = time.perf_counter()
-    outcomes = asyncio.run(run_load(target, work, model, request_rate, max_concurrency, seed))
-    result = load_figures(outcomes, time.perf_counter() - started, percentiles)
+    outcomes = asyncio.run(run_load(target, work, load.model, load.request_rate, load.max_concurrency, load.seed))
+    result = load_figures(outcomes, time.perf_counter() - started, load.percentiles)
     failed = [outcome.error for outcome in outcomes if outcome.error]
-    show(f"{base_url}, {num_prompts} requests at {request_rate:g} per second", result, output_json)
+    show(f"{load.base_url}, {load.num_prompts} requests at {load.request_rate:g} per second", result, output_json)
     if failed:
-        raise QuireError(f"{len(failed)} of {num_prompts} requests failed, the first with: {failed[0]}")
+        raise QuireError(f"{len(failed)} of {load.num_prompts} requests failed, the first with: {failed[0]}")
 
 
 async def run_load(
     target: Target, work: Workload, model: str | None, rate: float, max_concurrency: int | None, seed: int
 ) -> list[_Outcome]:
-    draw = random.Random(seed)
+    """Send all requests of `work`, arriving at `rate` per second, and wait for their answers."""
+    rng = random.Random(seed)
     places = asyncio.Semaphore(max_concurrency or len(work.prompts))
     tasks = []
     due = time.perf_counter()
@@ -115,8 +86,8 @@ async def run_load(
         if model is not None:
             body["model"] = model
         tasks.append(asyncio.create_task(_request(target, body, places)))
-        # Against the time due, not the last arrival: a late wake-up must not thin the load.
-        due += draw.expovariate(rate) if rate != float("inf") else 0.0
+        # Add to the time due, not to the present: late wake-ups must not lower the rate.
+        due += rng.expovariate(rate) if rate != float("inf") else 0.0
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
     return list(await asyncio.gather(*tasks))
 
@@ -146,7 +117,7 @@ async def _request(target: Target, body: dict[str, Any], places: asyncio.Semapho
 
 
 def load_figures(outcomes: list[_Outcome], duration: float, percentiles: tuple[float, ...]) -> dict[str, Any]:
-    """Under the names of `vllm bench serve`."""
+    """The figures, with the names of `vllm bench serve`."""
     done = [outcome for outcome in outcomes if not outcome.error and outcome.first]
     num_input = sum(outcome.num_input for outcome in done)
     num_output = sum(outcome.num_output for outcome in done)

@@ -1,4 +1,4 @@
-"""`quire bench startup`: from the start of a process to its first token."""
+"""`quire bench startup`: seconds from the start of a process to its first token."""
 
 import statistics
 import subprocess
@@ -19,7 +19,7 @@ def startup(model: ModelArgument = "", *, num_iters: int = 3, output_json: Outpu
     Parameters
     ----------
     num_iters
-        Processes started; the first may find the files not yet in memory.
+        Processes to start. The first may read the model from disk, the others from the page cache.
     """
     EngineConfig.from_options({"model": model, **options})
     command = [sys.executable, "-m", "quire", "generate", "The", "--max-tokens", "1", "--ignore-eos"]

@@ -12,17 +12,17 @@ from typing import Any
 from quire.errors import ConfigError
 
 FIRST_TOKEN, LAST_TOKEN = 3, 250
-"""Random prompts use these ids only: every vocabulary has them, and a server's need not be known."""
+"""Random prompts use only these token ids: every vocabulary has them, and a server's vocabulary is unknown."""
 
 MEAN_LENGTHS = {"sharegpt": (161.31, 337.99), "alpaca": (19.31, 58.45)}
-"""Input and output tokens on average, as the PagedAttention paper gives them (its Fig. 11)."""
+"""Mean input and output tokens, from Fig. 11 of the PagedAttention paper."""
 _SPREAD = 1.0
 """Sigma of the log-normal lengths."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts, and how many tokens to generate for each."""
+    """Prompts, and the number of tokens to generate for each."""
 
     prompts: list[list[int]]
     output_lens: list[int]
@@ -32,28 +32,35 @@ class Workload:
         return sum(map(len, self.prompts))
 
 
-def make_workload(
-    dataset: str,
-    *,
-    num_prompts: int,
-    input_len: int,
-    output_len: int,
-    range_ratio: float,
-    max_len: int,
-    seed: int,
-) -> Workload:
-    """`random` takes lengths within `range_ratio` of those given; the others draw lengths like their namesake's."""
-    draw = random.Random(seed)
-    if dataset == "random":
-        inputs = [_around(draw, input_len, range_ratio) for _ in range(num_prompts)]
-        outputs = [_around(draw, output_len, range_ratio) for _ in range(num_prompts)]
-    elif dataset in MEAN_LENGTHS:
-        mean_input, mean_output = MEAN_LENGTHS[dataset]
-        inputs = [_log_normal(draw, mean_input, max_len // 2) for _ in range(num_prompts)]
-        outputs = [_log_normal(draw, mean_output, max_len - max_len // 2) for _ in range(num_prompts)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadOptions:
+    """Lengths of the prompts and outputs of a benchmark. Its fields are flags of `quire bench`."""
+
+    dataset: str = "random"
+    """random, or lengths distributed as in sharegpt or alpaca."""
+    num_prompts: int = 64
+    """Number of prompts."""
+    input_len: int = 128
+    """Tokens per prompt, for the random dataset."""
+    output_len: int = 128
+    """Tokens generated per sample, for the random dataset."""
+    range_ratio: float = 0.0
+    """Random lengths differ from the given ones by at most this fraction."""
+
+
+def make_workload(options: WorkloadOptions, *, max_len: int, seed: int) -> Workload:
+    """Random prompts of the lengths that `options` describe; of a named dataset, prompt + output ≤ `max_len`."""
+    rng, num_prompts = random.Random(seed), options.num_prompts
+    if options.dataset == "random":
+        inputs = [_around(rng, options.input_len, options.range_ratio) for _ in range(num_prompts)]
+        outputs = [_around(rng, options.output_len, options.range_ratio) for _ in range(num_prompts)]
+    elif options.dataset in MEAN_LENGTHS:
+        mean_input, mean_output = MEAN_LENGTHS[options.dataset]
+        inputs = [_log_normal(rng, mean_input, max_len // 2) for _ in range(num_prompts)]
+        outputs = [_log_normal(rng, mean_output, max_len - max_len // 2) for _ in range(num_prompts)]
     else:
-        raise ConfigError(f"dataset is {dataset!r}; it must be one of random, {', '.join(MEAN_LENGTHS)}")
-    prompts = [[draw.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)] for length in inputs]
+        raise ConfigError(f"dataset is {options.dataset!r}; it must be one of random, {', '.join(MEAN_LENGTHS)}")
+    prompts = [[rng.randint(FIRST_TOKEN, LAST_TOKEN) for _ in range(length)] for length in inputs]
     return Workload(prompts, outputs)
 
 
@@ -78,7 +85,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def show(title: str, result: dict[str, Any], output_json: Path | None) -> None:
-    """Print figures in two columns, lists left out; write all of them to `output_json`."""
+    """Print the figures in two columns, without lists. Write all of them to `output_json`."""
     print(title)
     for name, value in result.items():
         if isinstance(value, float):
@@ -89,9 +96,9 @@ def show(title: str, result: dict[str, Any], output_json: Path | None) -> None:
         output_json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _around(draw: random.Random, length: int, range_ratio: float) -> int:
-    return max(1, draw.randint(math.floor(length * (1 - range_ratio)), math.ceil(length * (1 + range_ratio))))
+def _around(rng: random.Random, length: int, range_ratio: float) -> int:
+    return max(1, rng.randint(math.floor(length * (1 - range_ratio)), math.ceil(length * (1 + range_ratio))))
 
 
-def _log_normal(draw: random.Random, mean: float, most: int) -> int:
-    return max(1, min(most, round(draw.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD))))
+def _log_normal(rng: random.Random, mean: float, longest: int) -> int:
+    return max(1, min(longest, round(rng.lognormvariate(math.log(mean) - _SPREAD**2 / 2, _SPREAD))))

@@ -1,54 +1,72 @@
-"""`quire chat`: a conversation on the terminal, with a model of one's own or with any OpenAI-compatible server.
+"""`quire chat`: a conversation on the terminal, with a model that it loads or with any OpenAI-compatible server.
 
-Ctrl-C stops the answer, not the program; what was said so far stays part of the conversation.
+Ctrl-C stops the answer, not the program. The part of the answer printed so far stays in the conversation. If standard
+input is not a terminal, the first failure ends the program with an error.
 """
 
 import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from cyclopts import Parameter
 
 from quire.cli.http_client import Target
-from quire.cli.options import ModelArgument, flags
+from quire.cli.options import ModelArgument, flags, split
 from quire.config import EngineConfig
 from quire.errors import QuireError
 from quire.sampling_params import SamplingParams
 
 HISTORY = Path("~/.quire_history")
-HELP = "/system TEXT sets the system prompt, /reset forgets the conversation, /exit ends; Ctrl-C stops an answer"
+HELP = (
+    "/system TEXT sets the system prompt, /reset starts a new conversation, /exit ends; Ctrl-C stops an answer; "
+    '"""…""" holds several lines, // begins a message with /'
+)
+
+_QUOTES = '"""'
+"""Begin and end a message of several lines."""
 
 Messages = list[dict[str, str]]
 
 
 class Partner(Protocol):
-    """Somebody to talk to."""
+    """A model that answers: one in this program, or a server."""
 
     async def start(self) -> str:
-        """Get ready; the name to show."""
+        """Get ready. Returns the name to show. Raises `QuireError` if that is impossible."""
         ...
 
     def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
-        """The next message, piece by piece; closing it stops the work."""
+        """The next message in pieces. Closing the generator stops the generation."""
         ...
 
     async def stop(self) -> None: ...
 
 
-@flags(EngineConfig, without=frozenset({"model", "seed"}))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """Flags of `quire chat` that go into the sampling parameters of each answer."""
+
+    max_tokens: int | None = None
+    """Maximum tokens of an answer."""
+    temperature: float | None = None
+    """0 is greedy. Defaults to the model's generation_config.json."""
+    top_p: float | None = None
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same answers."""
+
+
+@flags(AnswerOptions, EngineConfig)
 def chat(
     model: ModelArgument = "",
     *,
     url: str | None = None,
     api_key: Annotated[str | None, Parameter(env_var="QUIRE_API_KEY")] = None,
     system: str | None = None,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     **options: Any,
 ) -> None:
     """Talk to a model on the terminal.
@@ -56,32 +74,18 @@ def chat(
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name; with --url the server's name for the model.
+        Folder of a Hugging Face checkpoint, or a hub name. With --url: the server's name for the model.
     url
-        Talk to this server instead of loading a model, e.g. http://127.0.0.1:8000/v1.
+        Use this server instead of loading a model, e.g. http://127.0.0.1:8000/v1.
     api_key
         The server's API key.
     system
         The system prompt.
-    max_tokens
-        Most tokens of an answer.
-    temperature
-        0 is greedy; the model's own default if left out.
-    top_p
-        Keep the smallest set of most likely tokens whose probabilities sum to at least this.
-    seed
-        Same seed, same answers.
     """
-    chosen: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    SamplingParams(**given)
-    config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **options})
-    partner = _Server(url, model, api_key, given) if url else _OwnModel(config, given)
+    answer_options, engine_options = split(options, AnswerOptions, EngineConfig)
+    SamplingParams(**answer_options)
+    config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **engine_options})
+    partner = _Server(url, model, api_key, answer_options) if url else _LocalModel(config, answer_options)
     with asyncio.Runner() as runner:
         try:
             name = runner.run(partner.start())
@@ -91,7 +95,7 @@ def chat(
 
 
 class _Conversation:
-    """The loop of asking and answering."""
+    """The loop of questions and answers."""
 
     def __init__(self, runner: asyncio.Runner, partner: Partner, name: str, system: str | None) -> None:
         self._runner = runner
@@ -101,7 +105,7 @@ class _Conversation:
         self._messages: Messages = []
 
     def run(self) -> None:
-        """Until /exit or the end of input."""
+        """Run until /exit or the end of input. Raises a failed answer's error unless a person types."""
         from rich.console import Console
 
         self._console = Console(highlight=False, soft_wrap=True)
@@ -110,15 +114,24 @@ class _Conversation:
         while (line := self._ask()) is not None:
             if not line:
                 continue
-            if not line.startswith("/"):
+            if line.startswith("//"):
+                self._answer(line[1:])
+            elif not line.startswith("/"):
                 self._answer(line)
             elif not self._obey(*line.partition(" ")[::2]):
                 break
         _save_history()
 
     def _ask(self) -> str | None:
+        """The next message or command; "" if there is none, None at the end of input."""
         try:
-            return input("> ").strip()
+            line = input("> ").strip()
+            if not line.startswith(_QUOTES):
+                return line
+            lines = [line.removeprefix(_QUOTES)]
+            while not lines[-1].endswith(_QUOTES):
+                lines.append(input("… ").rstrip())
+            return "\n".join(lines).removesuffix(_QUOTES).strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -126,18 +139,20 @@ class _Conversation:
             return ""
 
     def _obey(self, command: str, rest: str) -> bool:
-        """Whether to go on."""
+        """Run a command. Returns whether the conversation continues."""
         match command:
             case "/exit" | "/quit":
                 return False
             case "/reset":
                 self._messages.clear()
-                self._console.print("[dim]the conversation is forgotten[/]")
+                self._console.print("[dim]new conversation[/]")
             case "/system":
                 self._system = rest.strip() or None
                 self._console.print(f"[dim]system prompt: {self._system or 'none'}[/]", markup=True)
-            case _:
+            case "/help":
                 self._console.print(f"[dim]{HELP}[/]")
+            case _:
+                self._console.print(f"there is no command {command}; {HELP}", style="dim", markup=False)
         return True
 
     def _answer(self, line: str) -> None:
@@ -149,6 +164,8 @@ class _Conversation:
             self._console.print(" [dim](stopped)[/]", end="")
         except QuireError as error:
             self._messages.pop()
+            if not sys.stdin.isatty():
+                raise
             self._console.print(str(error), style="red", markup=False)
             return
         print()
@@ -162,8 +179,8 @@ class _Conversation:
                 print(piece, end="", flush=True)
 
 
-class _OwnModel:
-    """An engine of one's own, its computing in a child process."""
+class _LocalModel:
+    """A model that this program loads; it computes in a child process."""
 
     def __init__(self, config: EngineConfig, given: dict[str, Any]) -> None:
         from quire.engine.async_engine import AsyncLLM
@@ -192,7 +209,7 @@ class _OwnModel:
 
 
 class _Server:
-    """Any server that speaks OpenAI's API."""
+    """Any server with OpenAI's API."""
 
     def __init__(self, url: str, model: str, api_key: str | None, given: dict[str, Any]) -> None:
         self._target = Target(f"{url.rstrip('/')}/chat/completions", api_key)
@@ -200,6 +217,7 @@ class _Server:
         self._name = model or url
 
     async def start(self) -> str:
+        await self._target.check()
         return self._name
 
     async def answer(self, messages: Messages) -> AsyncGenerator[str, None]:
@@ -213,7 +231,7 @@ class _Server:
 
 
 def _load_history() -> None:
-    with suppress(ImportError, OSError):  # where there is no readline, or nothing to read
+    with suppress(ImportError, OSError):  # there may be no readline module and no file
         import readline
 
         readline.set_history_length(1000)

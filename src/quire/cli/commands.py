@@ -1,6 +1,6 @@
-"""The table of subcommands, and what becomes of errors: one line on standard error and a status.
+"""The table of subcommands. An error is one line on standard error and a status.
 
-Status 0 done, 1 failed, 2 asked wrongly, 3 the model cannot be loaded, 130 interrupted.
+Status 0: done. 1: failed. 2: wrong options. 3: the model cannot be loaded. 130: interrupted.
 """
 
 import sys
@@ -19,21 +19,21 @@ COMMANDS = {
     "serve": "Serve a model through OpenAI's API.",
     "generate": "Continue a prompt on the terminal.",
     "chat": "Talk to a model on the terminal.",
-    "plan": "Show what a model takes of the memory, how many users fit and how fast it would be, without loading it.",
-    "simulate": "Replay a trace through the scheduler or the paper's baselines, on a modelled device.",
+    "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
+    "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
 }
 BENCHMARKS = {
     "throughput": "Tokens per second over a batch of prompts.",
     "latency": "Seconds for one batch from start to end.",
     "serve": "Time to first token and between tokens of a running server, under load.",
     "startup": "Seconds from the start of the process to the first token.",
-    "memory": "How much of the allocated KV cache holds tokens.",
+    "memory": "Share of the allocated KV cache that holds tokens.",
 }
-"""Subcommand → what it is for. The file and the function of a subcommand have its name."""
+"""Subcommand → its summary. The file and the function of a subcommand have its name."""
 
 
 def make_app() -> App:
-    """The subcommands by name. Each is imported when it is run, or when its help is shown."""
+    """All subcommands. Each is imported when it runs or when its help is shown."""
     style: dict[str, Any] = {
         "version_flags": (),
         "help_flags": ("--help", "-h"),
@@ -50,10 +50,12 @@ def make_app() -> App:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one subcommand; its status."""
+    """Run one subcommand and return its status."""
     try:
         status = make_app()(list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False)
         return status if isinstance(status, int) else 0
+    except SystemExit:
+        return 0  # rich exits when the reader of a help text closes the pipe
     except KeyboardInterrupt:
         return 130
     except CycloptsError as error:

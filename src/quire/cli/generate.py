@@ -2,69 +2,55 @@
 
 import asyncio
 import sys
+from dataclasses import dataclass
 from typing import Any
 
-from quire.cli.options import flags
+from quire.cli.options import flags, split
 from quire.config import EngineConfig
 from quire.sampling_params import SamplingParams
 
 
-@flags(EngineConfig, without=frozenset({"seed"}))
-def generate(
-    prompt: str | None = None,
-    *,
-    max_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    stop: tuple[str, ...] = (),
-    seed: int | None = None,
-    ignore_eos: bool = False,
-    verbose: bool = False,
-    **options: Any,
-) -> None:
-    """Continue a prompt, as it comes.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """Flags of `quire generate` that are fields of SamplingParams. Only those that were given override the model's."""
+
+    max_tokens: int = 256
+    """Maximum number of tokens to generate."""
+    temperature: float | None = None
+    """0 is greedy. The defaults of this and of the next four come from the model's generation_config.json."""
+    top_p: float | None = None
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least this."""
+    top_k: int | None = None
+    """Keep the k most likely tokens."""
+    min_p: float | None = None
+    """Keep tokens at least this fraction as likely as the most likely one."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that already occurred become less likely."""
+    stop: tuple[str, ...] = ()
+    """A text that ends the output. Repeat for several."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same text."""
+    ignore_eos: bool = False
+    """Continue after the end-of-sequence token."""
+
+
+@flags(SamplingOptions, EngineConfig, without=frozenset())
+def generate(prompt: str | None = None, *, verbose: bool = False, **options: Any) -> None:
+    """Continue a prompt and print the text as it is generated.
 
     Parameters
     ----------
     prompt
         The text to continue; standard input if left out.
-    max_tokens
-        Most tokens to generate.
-    temperature
-        0 is greedy; the model's own default if left out, as with the following.
-    top_p
-        Keep the smallest set of most likely tokens whose probabilities sum to at least this.
-    top_k
-        Keep the k most likely tokens.
-    min_p
-        Keep tokens at least this fraction as likely as the most likely one.
-    repetition_penalty
-        Makes tokens that occurred less likely where it is more than 1.
-    stop
-        A text that ends the output; repeat for several.
-    seed
-        Same seed, same text.
-    ignore_eos
-        Go on after the end of sequence.
     verbose
         Show the memory plan and the phases of start-up.
     """
-    config = EngineConfig.from_options({"disable_log_stats": True, **options})
-    chosen: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    fixed: dict[str, Any] = {"max_tokens": max_tokens, "stop": stop, "seed": seed, "ignore_eos": ignore_eos}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    SamplingParams(**fixed, **given)  # a wrong one is answered before anything is loaded
+    sampling, engine_options = split(options, SamplingOptions, EngineConfig)
+    config = EngineConfig.from_options({"disable_log_stats": True, **engine_options})
+    values = {"max_tokens": SamplingOptions().max_tokens, **sampling}
+    SamplingParams(**values)  # refuse wrong values before anything is loaded
     text = sys.stdin.read() if prompt is None else prompt
-    asyncio.run(_stream(config, text, {**fixed, **given}, verbose=verbose))
+    asyncio.run(_stream(config, text, values, verbose=verbose))
 
 
 async def _stream(config: EngineConfig, prompt: str, values: dict[str, Any], *, verbose: bool) -> None:

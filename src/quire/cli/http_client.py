@@ -1,6 +1,7 @@
-"""A small asynchronous HTTP client for `chat` and `bench`: posts JSON and reads the answer as server-sent events.
+"""A small asynchronous HTTP client for `chat` and `bench`: posts JSON and reads server-sent events.
 
-One connection per request, so that a benchmark measures requests and not a pool; the standard library is all it needs.
+It opens one connection per request, so that a benchmark measures requests and not a connection pool. It needs only the
+standard library.
 """
 
 import asyncio
@@ -16,22 +17,27 @@ from urllib.parse import urlsplit
 from quire.errors import QuireError
 
 _LINE_LIMIT = 2**24
-"""Bytes of one event: log-probabilities of a long prompt come in one."""
+"""Maximum bytes of one event. The log-probabilities of a long prompt are one event."""
 
 
 class HttpError(QuireError):
-    """No answer, or one that says no."""
+    """No answer, or an answer with an error status."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to post, e.g. http://127.0.0.1:8000/v1/completions, and the API key if one is needed."""
+    """A URL to post to, such as http://127.0.0.1:8000/v1/completions, and the API key if the server needs one."""
 
     url: str
     api_key: str | None = None
 
+    async def check(self) -> None:
+        """Raise `HttpError` if nothing listens at the address."""
+        _, writer = await self._connect()
+        writer.close()
+
     async def events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed answer, up to [DONE]. Raises `HttpError`, also for an error within the stream."""
+        """The events of a streamed answer, up to [DONE]. Raises `HttpError`, also for an error event."""
         async with self._post(body) as lines:
             async for line in lines:
                 data = line.removeprefix(b"data:").strip()
@@ -46,14 +52,7 @@ class Target:
     async def _post(self, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
         """The lines of the answer. Raises `HttpError` unless the status is 200."""
         parts = urlsplit(self.url)
-        secure = parts.scheme == "https"
-        port = parts.port or (443 if secure else 80)
-        try:
-            reader, writer = await asyncio.open_connection(
-                parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
-            )
-        except OSError as error:
-            raise HttpError(f"no answer from {self.url}: {error.strerror or error}; is the server running?") from error
+        reader, writer = await self._connect()
         try:
             await self._send(writer, parts.hostname or "", parts.path, body)
             status, headers = await _read_head(reader)
@@ -66,6 +65,17 @@ class Target:
             raise HttpError(f"{self.url} closed the connection") from error
         finally:
             writer.close()
+
+    async def _connect(self) -> tuple[StreamReader, StreamWriter]:
+        parts = urlsplit(self.url)
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        try:
+            return await asyncio.open_connection(
+                parts.hostname, port, ssl=ssl.create_default_context() if secure else None, limit=_LINE_LIMIT
+            )
+        except OSError as error:
+            raise HttpError(f"no answer from {self.url}: {error.strerror or error}; is the server running?") from error
 
     async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any]) -> None:
         data = json.dumps(body).encode()
@@ -97,7 +107,7 @@ async def _plain(reader: StreamReader, headers: dict[str, str]) -> AsyncIterator
 
 
 async def _chunked(reader: StreamReader) -> AsyncIterator[bytes]:
-    """The lines within chunks, which need not end where chunks do."""
+    """The lines of a chunked body. A line may span chunks."""
     rest = b""
     while size := int(await reader.readuntil(b"\r\n"), 16):
         data = await reader.readexactly(size + 2)

@@ -1,10 +1,10 @@
-"""Flags made of the fields of a config class: names, types, defaults and docstrings are written once, in the class."""
+"""Flags made from the fields of option classes. Names, types, defaults and helps are written once, in the class."""
 
 import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -23,24 +23,28 @@ _SIZES = (
     *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size", "weights_cache_size"),
     *("max_body_size", "max_header_size"),
 )
-"""Given in bytes or as a text such as 4GiB."""
+"""Sizes, given in bytes or as a text such as 4GiB."""
 _TEXTS: dict[str, Any] = {**dict.fromkeys(_SIZES, int | str | None), "speculative_config": str | None}
-"""Options whose text the config class reads."""
+"""Options that the config class parses itself, with the type that a flag takes."""
 _ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
     ServerSettings: Group("Server", sort_key=2),
     SimulationSettings: Group("Simulation", sort_key=1),
 }
+"""Headings of the help. Flags of other classes stand with the command's own parameters."""
 
 
 def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Callable[[F], F]:
-    """Replace a command's `**options` by one flag for each field of `configs`; it receives those that were given."""
+    """Replace a command's `**options` by one flag per field of `configs`. The command receives only the flags given.
+
+    If two classes have a field of the same name, the flag is the first one's.
+    """
 
     def decorate(command: F) -> F:
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        made = [_flag(config, field) for config in configs for field in fields(config) if field.name not in without]
+        made = [_flag(config, field) for config, field in _fields(configs) if field.name not in without]
         command.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
         return command
 
@@ -48,20 +52,34 @@ def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Cal
 
 
 def split(options: dict[str, Any], *configs: type) -> list[dict[str, Any]]:
-    """The given options by the config they belong to."""
-    return [{f.name: options[f.name] for f in fields(config) if f.name in options} for config in configs]
+    """The given options, one dict per config. `configs` are in the order that `flags` got them."""
+    parts: dict[type, dict[str, Any]] = {config: {} for config in configs}
+    for config, field in _fields(configs):
+        if field.name in options:
+            parts[config][field.name] = options[field.name]
+    return list(parts.values())
 
 
 def field_docs(config: type) -> dict[str, str]:
-    """The docstring below each field that has one."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(body, ast.ClassDef)
-    docs = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        match statement, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
+    """The docstring below each field, by name; a subclass overrides those of its base."""
+    docs: dict[str, str] = {}
+    for ancestor in reversed([cls for cls in config.__mro__ if is_dataclass(cls)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(ancestor))).body
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
     return docs
+
+
+def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
+    """(class, field) for every flag; each name once."""
+    by_name: dict[str, tuple[type, Field[Any]]] = {}
+    for config in configs:
+        for field in fields(config):
+            by_name.setdefault(field.name, (config, field))
+    return list(by_name.values())
 
 
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
@@ -70,12 +88,12 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
     about = Parameter(
         help=field_docs(config).get(field.name, ""),
         alias=names,
-        group=_GROUPS[config],
         env_var=_ENVIRONMENT.get(field.name),
         show_default=field.default not in (None, (), "", MISSING),
         show_env_var=field.name in _ENVIRONMENT,
         negative_bool=() if field.default is False else None,
         negative_iterable=(),
+        group=_GROUPS.get(config),
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, about]

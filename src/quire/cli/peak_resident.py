@@ -1,9 +1,9 @@
-"""peak_resident: most that the system will show of an engine's process (VmHWM), from its memory plan.
+"""peak_resident: the largest resident memory of an engine process (VmHWM), estimated from its memory plan.
 
-Two moments can be the peak: loading, when the largest tensor of the checkpoint is in memory beside what it is packed
-into, and serving, when all that was planned has been touched, and buffers of steps past lie free between those of the
-present one. Beside both are the interpreter with its libraries and the tokeniser, which no memory plan counts: their
-sizes here were measured, and so was that the free buffers are about as large as the others (docs/benchmarks.md).
+The peak is at one of two moments. While loading, the largest tensor of the checkpoint is in memory besides its packed
+copy. While serving, all planned memory has been touched, and freed buffers of earlier steps lie between those of the
+current one; by measurement they take about as much again (docs/benchmarks.md). The interpreter with its libraries and
+the tokeniser come on top of both. Memory plans do not count them; their sizes here were measured.
 """
 
 from pathlib import Path
@@ -14,15 +14,15 @@ from quire.model_config import ModelConfig
 from quire.models.safetensors_file import RELEASED_BYTES
 
 PROCESS_BYTES = 250 * 2**20
-"""Interpreter, torch without CUDA and the other libraries, where no measured device says."""
+"""Interpreter, torch without CUDA and other libraries; used if the device was not measured."""
 TOKENIZER_SHARE = 7
-"""Bytes that a tokeniser takes, by those of its tokenizer.json."""
+"""Bytes of memory that a tokeniser takes per byte of its tokenizer.json."""
 
 
 def peak_resident(plan: MemoryPlan, model: ModelConfig, folder: Path, process_bytes: int = 0) -> dict[str, int]:
-    """Bytes at most, by what takes them, with every block written and log-probabilities asked for.
+    """Maximum bytes by purpose, with every block written and log-probabilities requested.
 
-    `folder` is the model's; `process_bytes` what a process took on a measured device before it held anything.
+    `folder` is the model's. `process_bytes` is the size of an empty process on a measured device; 0 if unknown.
     """
     process = process_bytes or PROCESS_BYTES
     tokenizer_file = folder / "tokenizer.json"

@@ -23,7 +23,7 @@ def serve(model: ModelArgument = "", **options: Any) -> int:
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
     config = EngineConfig.from_options({"model": model, **engine_options})
     settings = ServerSettings(**server_options)
-    # After the options, so that a wrong one is answered at once.
+    # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
     from quire.engine.async_engine import AsyncLLM

@@ -1,4 +1,4 @@
-"""Engine: everything in one process, text in, text out. `LLM` drives it. **Start reading here.**
+"""Engine: everything in one process, text in, text out. `LLM` drives it.
 
 add_request ─▶ InputProcessor ─▶ EngineCore.add
 step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
@@ -10,11 +10,11 @@ from time import perf_counter
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
-from quire.engine.grammar_door import GrammarChecker
+from quire.engine.grammar_checker import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
-from quire.engine.load_ahead import load_ahead, without_garbage_collection
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
+from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.tokenizer import load_tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
@@ -32,9 +32,9 @@ class Engine:
         *,
         logits_processors: Sequence[object] | None = None,
     ) -> None:
-        """Plans the memory, prints the plan through `report`, loads. Raises the errors of `quire.errors`.
+        """Plan the memory, print the plan through `report`, load the model. Raises the errors of `quire.errors`.
 
-        `logits_processors` stand in the place of the config's, which can only hold names.
+        `logits_processors` replace the config's, which can only hold names.
         """
         self.config = config
         self.folder = find_model(config.model, config.revision)
@@ -42,21 +42,21 @@ class Engine:
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)
-        ahead = load_ahead(config, self.model_config, self.memory_plan, self.folder)
+        preloader = preload(config, self.model_config, self.memory_plan, self.folder)
         started = perf_counter()
         self.tokenizer = load_tokenizer(config, self.folder)
         report(f"tokenizer: {perf_counter() - started:.2f} s")
         started = perf_counter()
         with without_garbage_collection():
-            from quire.engine.core import EngineCore  # imports torch: a second that is not lost
+            from quire.engine.build import build_core  # imports torch while the preloader reads the checkpoint
         report(f"import torch: {perf_counter() - started:.2f} s")
-        self._core = EngineCore.load(
+        self._core = build_core(
             config,
             self.model_config,
             self.memory_plan,
             self.folder,
             lambda name, seconds: report(f"{name}: {seconds:.2f} s"),
-            ahead=ahead,
+            preloader=preloader,
             logits_processors=logits_processors,
         )
         self._inputs = InputProcessor(
@@ -74,7 +74,7 @@ class Engine:
     ) -> RequestOutput:
         """Queue a request. Returns its output, which grows with every step until it is finished.
 
-        Raises `RequestError` for one that cannot be served.
+        Raises `RequestError` for a request that cannot be served.
         """
         request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
         if params.structured_outputs is not None:
@@ -85,7 +85,7 @@ class Engine:
     def register_prefix(self, prefix_id: str, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
         """Compute a prefix now and hold it until `unregister_prefix`.
 
-        Raises `RequestError` for one that cannot be held, and while requests are in flight.
+        Raises `RequestError` for a prefix that cannot be held, and while requests are in flight.
         """
         if self._core.has_work:
             raise RequestError("requests are in flight; register a prefix when they have ended", param="prefix")
@@ -102,16 +102,16 @@ class Engine:
         return RegisteredPrefix(prefix_id, len(token_ids), len(token_ids) // block_size * block_size)
 
     def unregister_prefix(self, prefix: RegisteredPrefix) -> None:
-        """Let a registered prefix go; its blocks stay findable until their space is needed."""
+        """Release a registered prefix; its blocks stay findable until their space is needed."""
         self._core.unregister_prefix(prefix.prefix_id)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request; its memory is free when this returns."""
+        """Remove a request; its memory is free when this returns."""
         self._core.abort(request_id)
         self._outputs.discard(request_id)
 
     def step(self) -> Sequence[RequestOutput]:
-        """One step; returns the outputs that grew in it."""
+        """Run one step; returns the outputs that grew."""
         outputs, stopped = self._outputs.process(self._core.step())
         for request_id, index in stopped:
             self._core.stop(request_id, index)
@@ -131,6 +131,6 @@ class Engine:
         self._core.reset_prefix_cache()
 
     def close(self) -> None:
-        """Save what the disk tier lacks and let go of its files; nothing can be asked for after it."""
+        """Save to the disk tier what it lacks and close its files. The engine cannot be used afterwards."""
         self._grammar_checker.close()
         self._core.close()

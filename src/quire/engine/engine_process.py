@@ -1,7 +1,7 @@
-"""The engine in a process of its own: `python -m quire.engine.engine_process FD`, started by `AsyncLLM`.
+"""The engine in its own process: `python -m quire.engine.engine_process FD`, started by `EngineClient`.
 
-It speaks over one inherited end of a socketpair. While there is work it looks for messages between steps; without any
-it blocks in `recv`, so an idle engine uses no CPU. When the other end closes, whatever the reason, it exits.
+It communicates over one inherited end of a socketpair. While there is work it reads messages between steps. Without
+work it blocks until a message comes, so an idle engine uses no CPU. It exits when the other end closes.
 """
 
 import gc
@@ -12,7 +12,7 @@ import socket
 import sys
 import traceback
 
-from quire.engine.load_ahead import load_ahead, without_garbage_collection
+from quire.engine.core import EngineCore
 from quire.engine.messages import (
     Abort,
     Add,
@@ -23,6 +23,7 @@ from quire.engine.messages import (
     MemoryReported,
     Outputs,
     PhaseDone,
+    PrefixAccepted,
     Ready,
     Refused,
     RegisterPrefix,
@@ -33,13 +34,14 @@ from quire.engine.messages import (
     decode_to_engine,
     encode,
 )
+from quire.engine.preloader import preload, without_garbage_collection
 from quire.errors import QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20
 _IDLE_STEP_SECONDS = 0.01
-"""Between steps that only save blocks to disk."""
+"""Pause between steps that only save blocks to disk."""
 
 
 class Connection:
@@ -50,9 +52,9 @@ class Connection:
         self._buffer = FrameBuffer()
 
     def receive(self, *, wait: float | None) -> list[ToEngine]:
-        """Messages that have arrived; waits up to `wait` seconds for the first one, or for ever where that is None.
+        """Messages that have arrived. Waits up to `wait` seconds for the first one, for ever if None.
 
-        Raises `EOFError` at the end.
+        Raises `EOFError` if the other end has closed.
         """
         messages: list[ToEngine] = []
         while select.select([self._socket], [], [], 0 if messages else wait)[0]:
@@ -67,7 +69,7 @@ class Connection:
 
 
 def main(fd: int) -> None:
-    # The terminal's Ctrl-C reaches the whole process group; only the API process decides what it means.
+    # Ctrl-C in a terminal reaches the whole process group; only the API process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(socket.socket(fileno=fd))
     try:
@@ -79,7 +81,7 @@ def main(fd: int) -> None:
             connection.send(Failed(type(error).__name__, str(error)))
             sys.exit(1)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        # The API process has ended, and with it the reason to be here; a large pool's destructors are not worth a wait.
+        # The API process has ended. Exit without running the destructors of a large pool.
         os._exit(0)
     except Exception:
         traceback.print_exc()
@@ -93,55 +95,27 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
 
     folder = Path(load.folder)
     model_config = ModelConfig.from_folder(folder)
-    ahead = load_ahead(load.config, model_config, load.plan, folder)
+    preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     with without_garbage_collection():
-        from quire.engine.core import EngineCore  # imports torch: a second in which the API process already answers
+        from quire.engine.build import build_core  # imports torch: one second; the API process answers already
     connection.send(PhaseDone("import torch", perf_counter() - started))
-    core = EngineCore.load(
+    core = build_core(
         load.config,
         model_config,
         load.plan,
         folder,
         lambda name, seconds: connection.send(PhaseDone(name, seconds)),
-        ahead=ahead,
+        preloader=preloader,
         warm_grammars=True,
     )
-    gc.freeze()  # what a model is made of stays; a collection that looked through it would hold up a step
+    gc.freeze()  # the objects of the model stay; scanning them would delay a step
     connection.send(Ready())
     try:
         while True:
             for message in messages:
-                match message:
-                    case Add(request):
-                        try:
-                            core.add(request)
-                        except RequestError as error:
-                            connection.send(Refused(request.request_id, error.message, error.param, error.code))
-                    case Abort(request_ids):
-                        for request_id in request_ids:
-                            core.abort(request_id)
-                    case Stop(samples):
-                        for request_id, index in samples:
-                            core.stop(request_id, index)
-                    case ResetPrefixCache():
-                        core.reset_prefix_cache()
-                    case RegisterPrefix(prefix_id, token_ids, salts):
-                        try:
-                            core.register_prefix(prefix_id, token_ids, salts)
-                        except RequestError as error:
-                            connection.send(Refused(prefix_id, error.message, error.param, error.code))
-                    case ReportMemory():
-                        connection.send(MemoryReported(core.memory_report()))
-                    case Load():
-                        raise ValueError("an engine loads once")
-            was_saving = core.has_idle_work
-            deltas = core.step() if core.has_work or was_saving else StepDeltas()
-            for request_id, refusal in core.take_refused():
-                connection.send(Refused(request_id, refusal.message, refusal.param, refusal.code))
-            # Also sent without deltas: after aborts the free blocks must be seen, and what was saved without requests.
-            if deltas or messages or (was_saving and not core.has_idle_work):
-                connection.send(Outputs(deltas, core.stats()))
+                _handle(core, message, connection)
+            _step(core, connection, had_messages=bool(messages))
             if core.has_work:
                 messages = connection.receive(wait=0)
             else:
@@ -149,6 +123,49 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         core.close()
         raise
+
+
+def _handle(core: EngineCore, message: ToEngine, connection: Connection) -> None:
+    match message:
+        case Add(request):
+            try:
+                core.add(request)
+            except RequestError as error:
+                connection.send(_refusal(request.request_id, error))
+        case Abort(request_ids):
+            for request_id in request_ids:
+                core.abort(request_id)
+        case Stop(samples):
+            for request_id, index in samples:
+                core.stop(request_id, index)
+        case ResetPrefixCache():
+            core.reset_prefix_cache()
+        case RegisterPrefix(prefix_id, token_ids, salts):
+            try:
+                core.register_prefix(prefix_id, token_ids, salts)
+            except RequestError as error:
+                connection.send(_refusal(prefix_id, error))
+            else:
+                connection.send(PrefixAccepted(prefix_id))
+        case ReportMemory():
+            connection.send(MemoryReported(core.memory_report()))
+        case Load():
+            raise ValueError("an engine loads once")
+
+
+def _step(core: EngineCore, connection: Connection, *, had_messages: bool) -> None:
+    """Step if there is something to do, and send the outcome."""
+    was_saving = core.has_idle_work
+    deltas = core.step() if core.has_work or was_saving else StepDeltas()
+    for request_id, error in core.take_refused():
+        connection.send(_refusal(request_id, error))
+    # Stats are sent without deltas too: blocks become free after aborts, and saved to disk without requests.
+    if deltas or had_messages or (was_saving and not core.has_idle_work):
+        connection.send(Outputs(deltas, core.stats()))
+
+
+def _refusal(request_id: str, error: RequestError) -> Refused:
+    return Refused(request_id, error.message, error.param, error.code)
 
 
 if __name__ == "__main__":

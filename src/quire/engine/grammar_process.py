@@ -1,9 +1,9 @@
-"""Compiling what clients send, in a process of its own: `python -m quire.engine.grammar_process FD`.
+"""Compiles clients' grammars in a process of its own: `python -m quire.engine.grammar_process FD`.
 
-Started by `GrammarChecker`. It reads the vocabulary once and answers one question at a time. Each grammar is compiled
-in a fork, which is killed when it takes too long: no thread could be ended, and this process is there for the next
-grammar, whatever the last one did. There are no threads here, so forking is safe. And since a fork does nothing else,
-what its allocator gave away is what the grammar takes.
+Started by `GrammarChecker`. The process reads the vocabulary once and answers one question at a time. It compiles each
+grammar in a fork and kills the fork at the time limit. A thread could not be killed, and this process stays ready for
+the next grammar whatever the last one did. The process has no threads, so forking is safe. A fork does nothing else, so
+the growth of its allocator is the grammar's size.
 """
 
 import ctypes
@@ -33,13 +33,13 @@ from quire.structured_outputs import StructuredOutputsParams
 CHECK_SECONDS = 0.7
 """A grammar that takes longer to compile is refused."""
 MAX_BYTES = 4 * 2**30
-"""Of address space, for a grammar that would rather fill the memory than the time."""
+"""Address space of a fork, for grammars that exhaust memory before time."""
 MAX_CPU_SECONDS = 2
-"""After which the system ends a fork that nobody is left to end."""
+"""CPU time after which the system ends an orphaned fork."""
 
 
 def main(fd: int) -> None:
-    # As in the engine's process: only the API process decides what Ctrl-C means.
+    # As in the engine process: only the API process handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=fd)
     frames = FrameBuffer()
@@ -54,20 +54,20 @@ def main(fd: int) -> None:
                     except RequestError as error:
                         refusal = error
                     answer = GrammarChecked()
-                case CheckGrammar(form) if compiler is not None:
-                    answer = _check(compiler, form)
+                case CheckGrammar(spec) if compiler is not None:
+                    answer = _check(compiler, spec)
                 case CheckGrammar():
                     assert refusal is not None, "the vocabulary comes first"
                     answer = GrammarChecked(error=refusal.message, code=refusal.code)
             connection.sendall(encode(answer))
 
 
-def _check(compiler: Compiler, form: StructuredOutputsParams) -> GrammarChecked:
-    """Compile in a fork. Returns what it says of the form, or why it could say nothing."""
+def _check(compiler: Compiler, spec: StructuredOutputsParams) -> GrammarChecked:
+    """Compile in a fork. Returns its answer, or the limit that it exceeded."""
     reader, writer = os.pipe()
     fork = os.fork()
     if not fork:
-        _compile_and_exit(compiler, form, writer)
+        _compile_and_exit(compiler, spec, writer)
     os.close(writer)
     deadline = time.monotonic() + CHECK_SECONDS
     frames, limit = FrameBuffer(), f"more than {CHECK_SECONDS} s to compile"
@@ -84,14 +84,14 @@ def _check(compiler: Compiler, form: StructuredOutputsParams) -> GrammarChecked:
         os.kill(fork, signal.SIGKILL)
         os.waitpid(fork, 0)
     return GrammarChecked(
-        error=f"{form.asked_as}: the {form.kind} takes {limit}; make it simpler", code="invalid_grammar"
+        error=f"{spec.asked_as}: the {spec.kind} takes {limit}; make it simpler", code="invalid_grammar"
     )
 
 
-def _compile_and_exit(compiler: Compiler, form: StructuredOutputsParams, writer: int) -> None:
-    """In the fork: write the answer into a pipe."""
+def _compile_and_exit(compiler: Compiler, spec: StructuredOutputsParams, writer: int) -> None:
+    """In the fork: compile, write the answer to the pipe, exit."""
     try:
-        # Who asked is to notice if the process that was asked ends, though a fork of it may still be there.
+        # Close the inherited sockets: the caller must see the parent end even while a fork is alive.
         os.closerange(3, writer)
         os.closerange(writer + 1, 2**16)
         for limit, value in (
@@ -103,7 +103,7 @@ def _compile_and_exit(compiler: Compiler, form: StructuredOutputsParams, writer:
             resource.setrlimit(limit, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
         before = _allocated_bytes()
         try:
-            grammar = compiler.compile(form)
+            grammar = compiler.compile(spec)
             answer = GrammarChecked(num_bytes=max(0, _allocated_bytes() - before))
             del grammar
         except RequestError as error:
@@ -127,7 +127,7 @@ class _MallocInfo(ctypes.Structure):
 
 
 def _allocated_bytes() -> int:
-    """What malloc has given away in this process, and where the C library does not tell, what the process takes."""
+    """Bytes that malloc has allocated; the resident size where the C library cannot report them."""
     try:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except AttributeError:

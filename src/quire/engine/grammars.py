@@ -1,4 +1,4 @@
-"""Where grammars meet a model: whose tokens they are over, and which requests wait until theirs is compiled."""
+"""Grammars of one model: its compiler, and the requests that wait for their grammar."""
 
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
@@ -13,17 +13,17 @@ from quire.model_config import ModelConfig
 from quire.request import Request
 
 WAIT_SECONDS = 0.05
-"""The longest that a step without other work waits for a grammar before it looks for messages again."""
+"""Longest wait for a grammar in a step without other work; then messages are read again."""
 
 
 def load_compiler(config: EngineConfig, model_config: ModelConfig, folder: Path) -> Compiler:
-    """The compiler for a model's tokens. Raises `RequestError` where there is no tokenizer to compile for."""
+    """The compiler for a model's tokens. Raises `RequestError` if the model has no tokenizer."""
     folder = tokenizer_folder(config, folder)
     return read_compiler(folder, vocab_size=model_config.vocab_size, eos_token_ids=model_config.eos_token_ids)
 
 
 def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler:
-    """The same from the tokenizer's folder."""
+    """The compiler for the tokenizer in `folder`. Raises `RequestError` if there is none."""
     from quire.grammar.compiler import GrammarCompiler  # imports llguidance, which only structured output needs
 
     path = folder / "tokenizer.json"
@@ -42,9 +42,9 @@ def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ..
 
 
 class WaitingForGrammar:
-    """Requests whose grammar is being compiled, and the grammars of those that run.
+    """Requests whose grammar is being compiled, and the grammars of running requests.
 
-    A running request's grammar is held here, so that it is found whatever else is compiled meanwhile.
+    Holding a running request's grammar here keeps it available even after the cache has evicted it.
     """
 
     def __init__(self, cache: GrammarCache) -> None:
@@ -59,18 +59,18 @@ class WaitingForGrammar:
         return request_id in self._compiling
 
     def add(self, request: Request) -> None:
-        """Begin to compile; `take` gives the request back."""
-        form = request.params.structured_outputs
-        assert form is not None
-        self._compiling[request.request_id] = (request, self._cache.compile(form, request.grammar_bytes))
+        """Begin to compile; `take` returns the request when that is done."""
+        spec = request.params.structured_outputs
+        assert spec is not None
+        self._compiling[request.request_id] = (request, self._cache.compile(spec, request.grammar_bytes))
 
     def abort(self, request_id: str) -> None:
-        """Forget a request. What is being compiled is kept for the next one."""
+        """Remove a request. The cache keeps the grammar that is being compiled."""
         self._compiling.pop(request_id, None)
         self._held.pop(request_id, None)
 
     def take(self, *, block: bool) -> list[tuple[Request, RequestError | None]]:
-        """Requests whose grammar is ready, and those it fails. With `block`, waits a moment for one."""
+        """Requests whose grammar is compiled or has failed. With `block`, wait up to `WAIT_SECONDS` for one."""
         if block and self._compiling:
             wait([future for _, future in self._compiling.values()], WAIT_SECONDS, FIRST_COMPLETED)
         taken: list[tuple[Request, RequestError | None]] = []
@@ -81,11 +81,11 @@ class WaitingForGrammar:
 
     @property
     def num_held(self) -> int:
-        """Grammars of requests that run, or have ended since `keep_held`."""
+        """Grammars of requests that run or have ended since the last `keep_held`."""
         return len(self._held)
 
     def keep_held(self, request_ids: Iterable[str]) -> None:
-        """Let go of the grammars of requests that are not among these."""
+        """Release the grammars of all other requests."""
         alive = set(request_ids)
         self._held = {name: grammar for name, grammar in self._held.items() if name in alive}
 
@@ -95,7 +95,7 @@ class WaitingForGrammar:
         except RequestError as error:
             return error
         except (Exception, CancelledError) as error:
-            form = request.params.structured_outputs
-            asked_as = form.asked_as if form is not None else None
+            spec = request.params.structured_outputs
+            asked_as = spec.asked_as if spec is not None else None
             return RequestError(f"{asked_as} could not be compiled: {error}", param=asked_as, code="invalid_grammar")
         return None

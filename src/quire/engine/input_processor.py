@@ -1,4 +1,4 @@
-"""InputProcessor: a prompt and its parameters as a user gives them → a Request with every value resolved."""
+"""InputProcessor: turns a prompt and its parameters, as a user gives them, into a Request with every value resolved."""
 
 import random
 import time
@@ -17,7 +17,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
 class InputProcessor:
-    """Tokenises, truncates, fills in defaults and checks. `tokenizer` may be None where only token ids are sent."""
+    """Tokenises, truncates, fills in defaults and checks. Without a `tokenizer` prompts must be token ids."""
 
     def __init__(
         self,
@@ -50,20 +50,12 @@ class InputProcessor:
         tenant: str = "",
         workload: str = "",
     ) -> tuple[Request, str | None]:
-        """The request and, where it was given as text, the prompt. Raises `RequestError`."""
+        """The request, and the prompt if it was given as text. Raises `RequestError`."""
         text, token_ids = self._tokens_of(prompt)
-        num_prompt = len(token_ids)
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
             room = self._max_model_len - (params.max_tokens or 1)
             token_ids = token_ids[-(keep if keep > 0 else max(1, room)) :]
-        elif num_prompt >= self._max_model_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens, but the context holds {self._max_model_len}, output included; "
-                "shorten it or set truncate_prompt_tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
         if params.bad_words and not params.bad_words_token_ids:
             params = params.with_changes(bad_words_token_ids=self._bad_word_tokens(params.bad_words))
         num_returned, hides_logprobs = 0, False
@@ -87,11 +79,13 @@ class InputProcessor:
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )
-        check_request(request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs)
+        check_request(
+            request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs, max_model_len=self._max_model_len
+        )
         return request, text
 
     def token_ids_of(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, tokenised where it is text. Raises `RequestError`."""
+        """The tokens of a prompt. Raises `RequestError`."""
         return self._tokens_of(prompt)[1]
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -114,9 +108,9 @@ class InputProcessor:
         return None, token_ids
 
     def _bad_word_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each text as it is tokenised at the start and, with a space before it, in the middle of a sentence."""
+        """The tokens of each text at the start of an output and, with a space before it, in the middle."""
         if self._tokenizer is None:
-            raise RequestError("bad_words needs a tokenizer, which this model has not", param="bad_words")
+            raise RequestError("bad_words needs a tokenizer, which this model does not have", param="bad_words")
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             for text in (word, " " + word.lstrip()):

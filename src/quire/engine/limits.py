@@ -1,4 +1,4 @@
-"""The engine's door: what a request may refer to, checked where the model is known, whoever sent it."""
+"""Admission check: refuses a request that the model cannot serve. The front and the core run the same functions."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,11 @@ from quire.errors import RequestError
 from quire.request import Request
 
 
-def check_request(request: Request, *, vocab_size: int, max_logprobs: int) -> None:
-    """Raise `RequestError` for tokens outside the vocabulary and for more log-probabilities than allowed."""
+def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_model_len: int) -> None:
+    """Raise `RequestError` for a prompt without room in the context, for tokens outside the vocabulary, and for more
+    log-probabilities than allowed."""
     params = request.params
+    check_prompt_length(len(request.prompt_token_ids), max_model_len)
     _check_tokens("prompt", request.prompt_token_ids, vocab_size)
     for output in request.output_token_ids.values():
         _check_tokens("output_token_ids", output, vocab_size)
@@ -21,6 +23,19 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int) -> No
             raise RequestError(
                 f"{name} is {value}; this engine gives at most {max_logprobs} (max_logprobs)", param=name
             )
+
+
+def check_prompt_length(num_tokens: int, max_model_len: int, *, name: str = "the prompt") -> None:
+    """Raise `RequestError` for an empty prompt, and for one that leaves no room for an output token."""
+    if not num_tokens:
+        raise RequestError(f"{name} is empty: it must hold at least one token", param="prompt")
+    if num_tokens >= max_model_len:
+        raise RequestError(
+            f"{name} has {num_tokens} tokens, but the context holds {max_model_len}, output included; "
+            "shorten it or set truncate_prompt_tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
 
 def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -18,12 +18,7 @@ from quire.step import logprob_bytes
 def check_backend(config: EngineConfig, choice: StorageChoice, device: Device) -> None:
     """Refuse what the backend's kernels do not have."""
     name, backend = choice.backend, BACKENDS[choice.backend]
-    dtype, kv_dtype = choice.dtype, choice.kv_cache_dtype
-    if dtype not in backend.dtypes:
-        raise ConfigError(
-            f"dtype is {dtype}, which the {name} backend does not compute in; choose {' or '.join(backend.dtypes)}, "
-            "or another attention_backend"
-        )
+    kv_dtype = choice.kv_cache_dtype
     if kv_dtype not in backend.kv_cache_dtypes:
         able = [other for other, row in BACKENDS.items() if kv_dtype in row.kv_cache_dtypes]
         raise ConfigError(

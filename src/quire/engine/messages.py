@@ -1,6 +1,6 @@
-"""What the API process and the engine process say to each other: typed values, as MessagePack, length-prefixed.
+"""Messages between the API process and its child processes: typed values, as length-prefixed MessagePack.
 
-Nothing here can carry code, and nothing listens: the two ends of a socketpair are inherited (see `engine_process`).
+Messages cannot carry code. Nothing listens: a child inherits one end of a socketpair (see `engine_process`).
 """
 
 import struct
@@ -18,7 +18,7 @@ _LENGTH = struct.Struct(">I")
 
 
 class Load(msgspec.Struct, tag=True):
-    """First message to an engine: what to load, from which folder."""
+    """First message to an engine process: the model to load."""
 
     config: EngineConfig
     plan: MemoryPlan
@@ -34,7 +34,7 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Stop(msgspec.Struct, tag=True):
-    """Samples (request id, index) whose text has reached a stop string."""
+    """Ends samples, given as (request id, index), whose text contains a stop string."""
 
     samples: list[tuple[str, int]]
 
@@ -44,11 +44,17 @@ class ResetPrefixCache(msgspec.Struct, tag=True):
 
 
 class RegisterPrefix(msgspec.Struct, tag=True):
-    """Compute a prefix and keep it, findable under all `salts`."""
+    """Compute a prefix and pin it, findable under all `salts`. Answered by `PrefixAccepted` or `Refused`."""
 
     prefix_id: str
     token_ids: list[int]
     salts: tuple[str, ...]
+
+
+class PrefixAccepted(msgspec.Struct, tag=True):
+    """The prefix passed the checks and will be computed."""
+
+    prefix_id: str
 
 
 class ReportMemory(msgspec.Struct, tag=True):
@@ -56,7 +62,7 @@ class ReportMemory(msgspec.Struct, tag=True):
 
 
 class PhaseDone(msgspec.Struct, tag=True):
-    """A phase of start-up has ended."""
+    """A phase of start-up has ended, after this many seconds."""
 
     name: str
     seconds: float
@@ -74,7 +80,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """A request that the engine's door turned away."""
+    """A request or prefix that failed the engine's checks."""
 
     request_id: str
     message: str
@@ -83,20 +89,20 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """What one step brought."""
+    """Results of one step."""
 
     deltas: StepDeltas
     stats: EngineStats
 
 
 class MemoryReported(msgspec.Struct, tag=True):
-    """The answer to `ReportMemory`; answers come in the order of the questions."""
+    """Answer to `ReportMemory`; answers come in the order of the questions."""
 
     report: MemoryReport
 
 
 class LoadVocabulary(msgspec.Struct, tag=True):
-    """First message to a grammar process: whose tokens to compile for."""
+    """First message to a grammar process: the tokens to compile for."""
 
     folder: str
     vocab_size: int
@@ -104,20 +110,20 @@ class LoadVocabulary(msgspec.Struct, tag=True):
 
 
 class CheckGrammar(msgspec.Struct, tag=True):
-    form: StructuredOutputsParams
+    spec: StructuredOutputsParams
 
 
 class GrammarChecked(msgspec.Struct, tag=True):
-    """The answer to either; the error is for the client."""
+    """Answer to both messages; `error` is the message for the client."""
 
     num_bytes: int = 0
-    """Of the compiled grammar."""
+    """Size of the compiled grammar."""
     error: str | None = None
     code: str = "invalid_value"
 
 
 ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
-FromEngine = PhaseDone | Ready | Failed | Refused | Outputs | MemoryReported
+FromEngine = PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported
 ToChecker = LoadVocabulary | CheckGrammar
 
 _encoder = msgspec.msgpack.Encoder()
@@ -128,7 +134,7 @@ _from_checker = msgspec.msgpack.Decoder(GrammarChecked)
 
 
 def encode(message: ToEngine | FromEngine | ToChecker | GrammarChecked) -> bytes:
-    """One frame: four bytes of length, then the message."""
+    """One frame: a length of four bytes, then the message."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
@@ -150,7 +156,7 @@ def decode_from_checker(body: bytes) -> GrammarChecked:
 
 
 class FrameBuffer:
-    """Bytes as they arrive → the bodies of complete frames."""
+    """Assembles received bytes into the bodies of complete frames."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()

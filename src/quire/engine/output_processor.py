@@ -1,4 +1,4 @@
-"""OutputProcessor: token ids as they leave the engine core → text, stop strings, log-probabilities, RequestOutputs."""
+"""OutputProcessor: turns token ids from the engine core into text and RequestOutputs; ends samples at stop strings."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,11 +24,11 @@ class _Sample:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None) -> None:
         self.num_tokens = 0
-        """So far, where there is a detokenizer."""
+        """Output tokens so far; counted only if there is a detokenizer."""
         self.whole: CompletionOutput | None = None
-        """Everything so far, where its request has `whole`."""
+        """The sample's part of its request's `whole`."""
         self.ids: list[int] | None = None
-        """Those of `whole`, where tokens add nothing else to it, and whoever asks sees it grow."""
+        """`whole.token_ids` if a token changes nothing else (no text); tokens are appended in place."""
         self.cumulative_logprob = 0.0
         self.shows_stop_token = request.params.include_stop_str_in_output
         self.detokenizer = (
@@ -43,12 +43,12 @@ class _RequestState:
         self.request = request
         self.prompt = prompt
         self.live = {index: _Sample(request, tokenizer) for index in range(request.params.n)}
-        """Samples that have not ended."""
+        """Samples that have not ended, by index."""
         self.num_cached_tokens = 0
         self.prompt_logprobs_begun = False
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.whole = self.open() if grows or request.num_returned else None
-        """Everything so far, of an output that grows and of one of which only the best samples are returned."""
+        """The whole output so far: if outputs grow, or if only the best samples will be returned."""
 
     def open(self) -> RequestOutput:
         """An output with nothing in it yet."""
@@ -57,12 +57,12 @@ class _RequestState:
 
 
 class _Growing(NamedTuple):
-    """Samples that tokens add nothing to but themselves."""
+    """Samples whose outputs grow by token ids only."""
 
     token_ids: list[list[int]]
-    """Those of each so far."""
+    """The token ids of each sample so far, to append to."""
     outputs: list[RequestOutput]
-    """Their requests', each once."""
+    """The outputs of their requests, each once."""
 
 
 class OutputProcessor:
@@ -71,14 +71,15 @@ class OutputProcessor:
     def __init__(
         self, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic, *, outputs_grow: bool = False
     ) -> None:
-        """Outputs are deltas (see `RequestOutput.extend`), or with `outputs_grow` one for each request, which grows."""
+        """Outputs are deltas (see `RequestOutput.extend`), or with `outputs_grow` one growing output per request."""
         self._outputs_grow = outputs_grow
         self._tokenizer = tokenizer
         self._clock = clock
         self._states: dict[str, _RequestState] = {}
-        self._samples: list[tuple[str, int]] = []
-        """Those of the last step, and what they are, if all of them are such."""
+        self._batch_id = 0
+        """The last `StepDeltas.batch_id`; 0 if requests were discarded since."""
         self._growing: _Growing | None = None
+        """The samples of that batch, if all of them grow by token ids only."""
 
     def __len__(self) -> int:
         return len(self._states)
@@ -90,26 +91,26 @@ class OutputProcessor:
         return state.whole or state.open()
 
     def discard(self, request_id: str) -> None:
-        """Forget a request that was aborted."""
+        """Remove an aborted request."""
         self._states.pop(request_id, None)
-        self._samples = []
+        self._batch_id = 0
 
     def process(self, deltas: StepDeltas) -> tuple[Sequence[RequestOutput], list[tuple[str, int]]]:
-        """The outputs of requests that gained something, and the (request id, sample) pairs that a stop string ended,
-        for the core."""
+        """The outputs that changed, and the samples (request id, index) that a stop string ended: the core must stop
+        them."""
         outputs: dict[str, RequestOutput] = {}
         stopped: list[tuple[str, int]] = []
         now = self._clock()
         for delta in deltas.others:
             self._take(delta, now, outputs, stopped)
-        if deltas.samples is not self._samples:
-            self._samples, self._growing = deltas.samples, self._find_growing(deltas.samples)
+        if not deltas.batch_id or deltas.batch_id != self._batch_id:
+            self._batch_id, self._growing = deltas.batch_id, self._find_growing(deltas.samples)
         growing = self._growing
         if growing is None:
             for (request_id, index), token_id in zip(deltas.samples, deltas.token_ids, strict=True):
                 self._take(SequenceDelta(request_id, index, [token_id]), now, outputs, stopped)
             return list(outputs.values()), stopped
-        # The same as in the step before, as a rule: then nothing of a sample is looked at but its list.
+        # Usually the batch is that of the step before: then each sample costs one append.
         for ids, token_id in zip(growing.token_ids, deltas.token_ids, strict=True):
             ids.append(token_id)
         if not outputs:
@@ -135,7 +136,7 @@ class OutputProcessor:
         state = self._states.get(delta.request_id)
         sample = state.live.get(delta.index) if state is not None else None
         if state is None or sample is None:
-            return  # aborted, or stopped by its text while this token was on its way
+            return  # the request was aborted or its text reached a stop string while this token was under way
         output = outputs.get(delta.request_id)
         if output is None:
             output = self._open(state, delta, now)
@@ -221,7 +222,7 @@ class OutputProcessor:
 
 
 def _keep_best(output: RequestOutput, request: Request) -> None:
-    """Of all samples leave those that are returned, best first. One that failed is, only where too few others are."""
+    """Keep the `num_returned` best samples, best first. Failed samples come last."""
     output.outputs.sort(
         key=lambda sample: (sample.error is not None, -(sample.cumulative_logprob or 0.0), sample.index)
     )

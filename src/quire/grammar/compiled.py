@@ -1,13 +1,13 @@
-"""Grammar and Matcher: a compiled grammar, and one text's place in it, as the rest of the engine sees them."""
+"""Grammar: a compiled grammar. Matcher: the state of one text in it. No llguidance here."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 
 class Matcher(Protocol):
-    """One text's place in a grammar: what is used of llguidance's LLMatcher, which is one.
+    """The state of one text in a grammar: the used part of llguidance's LLMatcher.
 
-    Nothing raises: a matcher that got a wrong token, or that takes too much, is in error from then on.
+    No method raises. A matcher that got a wrong token, or exceeded its limits, stays in error from then on.
     """
 
     def consume_token(self, token_id: int, /) -> bool: ...
@@ -22,16 +22,16 @@ class Matcher(Protocol):
 
 
 class Grammar:
-    """A compiled grammar over a vocabulary; every sequence that follows it has a matcher of its own."""
+    """A compiled grammar over a vocabulary. Every constrained sequence has its own matcher."""
 
     __slots__ = ("__weakref__", "eos_token_ids", "matcher", "num_mask_words", "worn")
 
     def __init__(self, matcher: Callable[[], Matcher], *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self.matcher = matcher
-        """Makes a matcher that has consumed nothing."""
+        """Makes a matcher at the beginning of the text."""
         self.eos_token_ids = eos_token_ids
-        """Tokens that end the text where the grammar accepts it."""
+        """Tokens that end the text in an accepting state."""
         self.num_mask_words = -(-vocab_size // 32)
-        """A mask over the vocabulary is this many words of 32 tokens, the lowest bit first."""
+        """Words of a mask over the vocabulary: 32 tokens each, lowest bit first."""
         self.worn = False
-        """A matcher has failed. What matchers learn of a grammar they share, so it is compiled anew for the next."""
+        """A matcher has failed. Matchers share cached state, so the grammar is compiled again for the next request."""

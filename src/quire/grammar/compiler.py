@@ -1,7 +1,7 @@
-"""GrammarCompiler: from what a client asks for to a Grammar over one model's tokens.
+"""GrammarCompiler: from a client's constraint to a Grammar over one model's tokens.
 
-llguidance parses, and knows which tokens keep the text a prefix of something the grammar accepts; here is how it is
-asked, how much it may use, and how its refusals become a client's.
+llguidance parses the constraint and finds the tokens that keep the text a prefix of an accepted text. This file calls
+it, limits its work and turns its refusals into errors for the client.
 """
 
 import json
@@ -15,9 +15,9 @@ from quire.grammar.compiled import Grammar
 from quire.structured_outputs import StructuredOutputsParams
 
 WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Between the tokens of JSON, unless asked otherwise: room to indent, and none to fill the whole output with."""
+"""Whitespace between the tokens of JSON by default: enough to indent, too little to fill the output with."""
 MAX_REASON_CHARS = 500
-"""Of llguidance's reasons; some quote the grammar."""
+"""Limit for llguidance's reasons; some quote the grammar."""
 _LIMITS = LLParserLimits(
     max_items_in_row=1_000,
     initial_lexer_fuel=1_000_000,
@@ -27,20 +27,22 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""What compiling and a single token may cost, in llguidance's units; what exceeds them is an error, not a wait."""
+"""Cost limits of compiling and of a single token, in llguidance's units. Exceeding one is an error, not a wait."""
 
 
 class GrammarCompiler:
-    """Compiles for one vocabulary. `vocab_size` is the model's, which may be larger than the tokenizer's."""
+    """Compiles constraints for one vocabulary. `vocab_size` is the model's; it may exceed the tokenizer's."""
 
     def __init__(self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """`tokenizer_json` is the content of the file. Raises `RequestError` for a tokenizer llguidance cannot use."""
+        """`tokenizer_json` is the file's content. Raises `RequestError` for a tokenizer that llguidance cannot use."""
         eos = list(eos_token_ids) or None
         try:
             try:
                 own = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
             except ValueError:
-                own = LLTokenizer(tokenizer_json, eos_token=eos)  # more tokens than the model: a mask is cut off later
+                own = LLTokenizer(
+                    tokenizer_json, eos_token=eos
+                )  # it has more tokens than the model: masks are cut later
         except ValueError as error:
             raise RequestError(
                 f"structured outputs are not available with this model's tokenizer: {error}",
@@ -49,47 +51,47 @@ class GrammarCompiler:
             ) from error
         self.tokenizer = own
 
-    def compile(self, form: StructuredOutputsParams) -> Grammar:
-        """Raises `RequestError`, with llguidance's reason, for what is no grammar or takes too much."""
+    def compile(self, constraint: StructuredOutputsParams) -> Grammar:
+        """The compiled constraint. Raises `RequestError`, with llguidance's reason, if it is invalid or too large."""
         try:
-            template = LLMatcher(self.tokenizer, _source(form), log_level=0, limits=_LIMITS)
+            template = LLMatcher(self.tokenizer, _source(constraint), log_level=0, limits=_LIMITS)
             if not template.is_error():
-                template.compute_bitmask()  # some grammars explode only when they are first used
+                template.compute_bitmask()  # some grammars explode only on first use
         except BaseException as error:
-            # A panic of llguidance's own is no Exception to Python, but it must not take more than its request along.
+            # A panic inside llguidance is not an Exception in Python. It must end only its own request.
             if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
                 raise
-            raise _refusal(form, str(error) or type(error).__name__) from None
+            raise _refusal(constraint, str(error) or type(error).__name__) from None
         if template.is_error():
-            raise _refusal(form, template.get_error())
+            raise _refusal(constraint, template.get_error())
         return Grammar(
             template.deep_copy, vocab_size=self.tokenizer.vocab_size, eos_token_ids=tuple(self.tokenizer.eos_tokens)
         )
 
 
-def _source(form: StructuredOutputsParams) -> str:
-    """The grammar as llguidance reads it."""
-    if form.regex is not None:
-        return LLMatcher.grammar_from_regex(form.regex)
-    if form.choice is not None:
+def _source(constraint: StructuredOutputsParams) -> str:
+    """The constraint as a grammar that llguidance reads."""
+    if constraint.regex is not None:
+        return LLMatcher.grammar_from_regex(constraint.regex)
+    if constraint.choice is not None:
         return LLMatcher.grammar_from_lark(
-            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in form.choice)
+            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
         )
-    if form.grammar is not None:
-        return LLMatcher.grammar_from_lark(any_to_lark(form.grammar))
-    schema = form.json if isinstance(form.json, str) else '{"type":"object"}'
+    if constraint.grammar is not None:
+        return LLMatcher.grammar_from_lark(any_to_lark(constraint.grammar))
+    schema = constraint.json if isinstance(constraint.json, str) else '{"type":"object"}'
     options: dict[str, object] = {"whitespace_flexible": False}
-    if not form.disable_any_whitespace:
-        options = {"whitespace_flexible": True, "whitespace_pattern": form.whitespace_pattern or WHITESPACE}
+    if not constraint.disable_any_whitespace:
+        options = {"whitespace_flexible": True, "whitespace_pattern": constraint.whitespace_pattern or WHITESPACE}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]  # a TypedDict
 
 
-def _refusal(form: StructuredOutputsParams, reason: str) -> RequestError:
+def _refusal(constraint: StructuredOutputsParams, reason: str) -> RequestError:
     reason = " ".join(reason.split())
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[:MAX_REASON_CHARS] + "…"
     return RequestError(
-        f"{form.asked_as}: the {form.kind} cannot be compiled: {reason}",
-        param=form.asked_as,
+        f"{constraint.asked_as}: the {constraint.kind} cannot be compiled: {reason}",
+        param=constraint.asked_as,
         code="invalid_grammar",
     )

@@ -1,11 +1,11 @@
-"""The operations torch has nothing good for: paged attention, KV writes and the small fused steps around them."""
+"""Everything a model computes, per device: paged attention, KV writes, dense layers, norms, sampling."""
 
 from importlib import import_module
 
 from quire.backends import BACKENDS
-from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
+from quire.kernels.interface import AttentionParams, AttentionPlan, Kernels, KVLayer, OutputTokens
 
-__all__ = ["AttentionPlan", "Kernels", "OutputTokens", "kernels_for"]
+__all__ = ["AttentionParams", "AttentionPlan", "KVLayer", "Kernels", "OutputTokens", "kernels_for"]
 
 
 def kernels_for(backend: str) -> Kernels:

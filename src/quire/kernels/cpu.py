@@ -1,38 +1,44 @@
 """The kernels for CPU tensors, in C++ (`csrc/`). What each computes is written in `quire.kernels.reference`.
 
-Activations are float32, caches float32, float16 or bfloat16, indices int32. The first dimension of q, k, v and x may
-have any stride, so that views of one fused projection need no copy; all else is contiguous. The C++ side checks every
-argument and raises ValueError with what it expected and found.
+Activations are float32, caches float32, float16, bfloat16 or int8, indices int32. The first dimension of q, k, v and x
+may have any stride, so views of one fused projection need no copy; all else is contiguous. The C++ code checks every
+argument and raises ValueError with what it expected and what it found.
 
-The best build for this CPU that passes its test is chosen on import; QUIRE_CPU_ISA forces one of `supported_isas()`,
-which must pass it, too.
+On import, the best build for this CPU that passes its self-test is chosen. QUIRE_CPU_ISA forces one of
+`supported_isas()`, which must pass the test too.
 """
 
 import logging
 import os
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
-from quire.kernels.interface import AttentionPlan, CpuAttentionPlan, PackedWeight, QuantizedWeight
-from quire.kernels.reference import kv_cache_shapes
+from quire.kernels.interface import (
+    Allocate,
+    AttentionParams,
+    AttentionPlan,
+    CpuAttentionPlan,
+    KVLayer,
+    PackedWeight,
+    QuantizedWeight,
+)
+from quire.kernels.reference import kv_cache_shapes, zeros
 
 __all__ = [
     "add_rms_norm",
     "copy_blocks",
-    "sample_tokens",
+    "describe",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
+    "glu_linear",
     "isa",
     "kv_cache_shapes",
     "linear",
-    "glu_linear",
-    "rms_norm_linear",
     "linear_quantized",
     "pack_linear",
     "paged_attention",
@@ -40,9 +46,11 @@ __all__ = [
     "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
+    "rms_norm_linear",
     "rotary_",
     "rotary_write_kv",
     "row_argmax",
+    "sample_tokens",
     "silu_and_mul",
     "supported_isas",
     "use_best_isa",
@@ -53,13 +61,16 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 PACKING = 2
-"""Raised by whoever changes the bytes of a packed weight, so that none packed before is read as one packed after."""
+"""Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
 _ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 
 def isa() -> str:
     """The instruction set in use: "avx512bf16", "avx512vnni", "avx512", "avx2" or "portable"."""
     return _cpu.isa()
+
+
+describe = isa
 
 
 def supported_isas() -> list[str]:
@@ -70,7 +81,7 @@ def supported_isas() -> list[str]:
 def use_isa(name: str) -> None:
     """Use another build of every kernel from now on, in the whole process.
 
-    Raises `ConfigError` if this CPU lacks it or it fails its test here: what was asked for is not replaced.
+    Raises `ConfigError` if this CPU cannot run it or it fails its self-test; no other build is used in its place.
     """
     if name not in supported_isas():
         reason = "this CPU does not support it" if name in _ISAS else "unknown"
@@ -84,9 +95,9 @@ def use_isa(name: str) -> None:
 
 
 def use_best_isa() -> None:
-    """Use the best build that computes on this machine what it should, which takes a millisecond to see.
+    """Use the best build that passes its self-test on this machine; the test takes a millisecond.
 
-    What a CPU says of itself need not hold where a hypervisor answers for it. Raises `ConfigError` if no build does.
+    A hypervisor may report instructions that the machine cannot run. Raises `ConfigError` if no build passes.
     """
     for name in supported_isas():
         fault = _cpu.fault(name)
@@ -134,54 +145,25 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return out
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    _refuse_scales(k_scale, v_scale)
-    _cpu.write_kv(k, v, k_cache, v_cache, slots)
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+    _refuse_scales(kv)
+    _cpu.write_kv(k, v, kv.keys, kv.values, slots)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
     rotary_(q, k, positions, cos_sin)
-    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    write_kv(k, v, kv, slots)
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
-    _cpu.copy_blocks([keys for keys, _ in caches], [values for _, values in caches], pairs)
-
-
-class Allocate(Protocol):
-    """Memory of zeros for a packed weight: `torch.zeros`, or what the caller has put aside."""
-
-    def __call__(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor: ...
-
-
-def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    _cpu.copy_blocks([layer.keys for layer in layers], [layer.values for layer in layers], pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    # Zeros, since the last panel may have lanes without an output, and pairs of bfloat16 one without an input.
+    # The last panel may have lanes without an output, and the last bfloat16 pair an element without an input: both 0.
     depth = k + k % 2 if dtype == "bfloat16" else k
     packed = allocate((-(-num_rows // _cpu.panel), depth, _cpu.panel), dtype=getattr(torch, dtype))
     first_row = 0
@@ -223,7 +205,7 @@ def _linear(
     bias: Tensor | None,
     num_outputs: int,
 ) -> Tensor:
-    """The product of what `op` makes of x: nothing else, its norm, or a gate's activation times its other half."""
+    """Dense layer of op(x). An `op` is "none", "rms_norm", or an activation that gates the second half of x."""
     out = torch.empty(x.shape[0], num_outputs)
     if isinstance(packed, QuantizedWeight):
         values, scales, bits, group_size = packed.values, packed.scales, packed.bits, packed.group_size
@@ -246,7 +228,7 @@ def quantize_linear(
 ) -> QuantizedWeight:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
-    # Zeros, since the last panel may have lanes without an output.
+    # The last panel may have lanes without an output: 0.
     packed = allocate((num_panels, num_pairs, bits // 4, _cpu.panel, 4), dtype=torch.uint8)
     scales = allocate((num_panels, -(-k // group_size), _cpu.panel), dtype=torch.float32)
     first_row = 0
@@ -272,28 +254,16 @@ def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int)
     return out
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     assert isinstance(plan, CpuAttentionPlan)
-    _refuse_scales(k_scale, v_scale)
-    if plan.window and not 0 < window <= plan.window:
-        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
+    _refuse_scales(kv)
+    if plan.window and not 0 < params.window <= plan.window:
+        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
     out = torch.empty_like(q)
     _cpu.paged_attention(
         q,
-        k_cache,
-        v_cache,
+        kv.keys,
+        kv.values,
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -301,10 +271,10 @@ def paged_attention(
         plan.shared,
         plan.merges,
         plan.partials,
-        scale,
-        window,
-        softcap,
-        alibi_slopes,
+        params.scale,
+        params.window,
+        params.softcap,
+        params.alibi_slopes,
         plan.num_threads,
         out,
     )
@@ -328,6 +298,6 @@ def sample_tokens(
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
 
 
-def _refuse_scales(k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    if k_scale is not None or v_scale is not None:
-        raise ValueError("k_scale, v_scale: the scales of a CPU's caches lie in their blocks; expected none")
+def _refuse_scales(kv: KVLayer) -> None:
+    if kv.k_scale is not None or kv.v_scale is not None:
+        raise ValueError("k_scale, v_scale: expected none; on a CPU the scales of a cache are stored in its blocks")

@@ -1,5 +1,5 @@
-"""GpuAttentionPlan: one step's attention as work lists in device memory. `quire.attention.triton` makes it, the kernels
-of a GPU read it. Nothing here needs Triton."""
+"""GpuAttentionPlan: one step's attention as work lists in device memory. `quire.attention.triton` makes it, and the
+GPU's kernels read it. Nothing here needs Triton."""
 
 from dataclasses import dataclass
 from enum import IntEnum
@@ -12,17 +12,17 @@ from quire.kernels.interface import AttentionPlan, Variant
 class ItemColumn(IntEnum):
     """Columns of `WorkList.items`. An item is a run of new tokens and a range of keys, for every KV head."""
 
-    TOKEN = 0  # first row of q and out; of an item that gathers, first row of `GpuAttentionPlan.gathered`
+    TOKEN = 0  # first row of q and out; in `shared`, first row of `GpuAttentionPlan.gathered`
     NUM_TOKENS = 1
-    POSITION = 2  # of the first token; the others follow it. Of an item that gathers: the lowest of its tokens
+    POSITION = 2  # position of the first token, before the others; in `shared`, the lowest position of its tokens
     KEY_BEGIN = 3  # positions in the sequence, a multiple of the tile
     KEY_END = 4
-    TABLE = 5  # where in `block_tables`, seen as flat, the sequence's blocks begin
-    PARTIAL = 6  # the first token's place in `partials`, the others follow it; -1: the item writes `out` itself
+    TABLE = 5  # where the sequence's blocks begin in the flattened `block_tables`
+    PARTIAL = 6  # the first token's place in `partials`, before the others; -1: the item writes `out` itself
 
 
 class GatheredColumn(IntEnum):
-    """Columns of `GpuAttentionPlan.gathered`, for items whose tokens are scattered over the batch."""
+    """Columns of `GpuAttentionPlan.gathered`: tokens of shared items, which are scattered over the batch."""
 
     TOKEN = 0
     PARTIAL = 1
@@ -31,7 +31,7 @@ class GatheredColumn(IntEnum):
 
 
 class MergeColumn(IntEnum):
-    """Columns of `GpuAttentionPlan.merges`. Parts of one token lie `STRIDE` places apart in `partials`."""
+    """Columns of `GpuAttentionPlan.merges`. The parts of one token are `STRIDE` places apart in `partials`."""
 
     TOKEN = 0
     PARTIAL = 1
@@ -50,12 +50,11 @@ class WorkList:
     items: Tensor
     """[capacity, 8]; columns in `ItemColumn`."""
     count: Tensor
-    """[1]: how many there are in this step; programs beyond return at once."""
+    """[1]: number of items in this step; surplus programs return at once."""
     num_programs: int
-    """Items the launch has programs for: a bound that holds for every step a CUDA graph is replayed in, or the exact
-    count. 0: nothing to launch."""
+    """Programs to launch: a bound for every step that replays a CUDA graph, or the number of items. 0: no launch."""
     num_rows: int
-    """Rows (tokens x query heads of one KV head) a program holds: 16, 32, 64 or 128."""
+    """Rows (tokens x query heads of one KV head) of a program: 16, 32, 64 or 128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class GpuAttentionPlan(AttentionPlan):
     merges: Tensor
     """[capacity, 4]: tokens whose keys were split; columns in `MergeColumn`."""
     num_merges: Tensor
-    """[1]: how many there are in this step."""
+    """[1]: number of merges in this step."""
     num_merge_programs: int
     """Like `WorkList.num_programs`."""
     partials: Tensor
@@ -82,9 +81,9 @@ class GpuAttentionPlan(AttentionPlan):
     partial_lse: Tensor
     """[places, num_heads] float32: the base-2 logarithm of the sum each part's softmax divided by."""
     tile: int
-    """Keys a program takes at a time: items begin at multiples of it, and it divides the block size."""
+    """Keys that a program takes at a time. Items begin at multiples of it, and it divides the block size."""
 
     @property
     def variant(self) -> Variant:
-        """The rows of a program of few new tokens, and of one that takes shared keys; 0 where there are none."""
+        """Rows of a program in `narrow`, and of one in `shared`; 0 if there are no shared programs."""
         return self.narrow.num_rows, self.shared.num_rows if self.shared.num_programs else 0

@@ -1,22 +1,20 @@
-"""What every kernel module offers, and the plan its attention reads.
+"""The protocol that every kernel module satisfies, and the records that its operations take.
 
-`reference` (plain PyTorch) is the specification; `cpu` and `triton` have the same names and signatures. The plan is
-built once per step by the device's planner in `quire.attention` and lives here because kernels take it as an argument.
+`reference` (plain PyTorch) is the specification; `cpu`, `triton` and `sdpa` have the same names and signatures. The
+device's planner in `quire.attention` builds an attention plan once per step; its class is here because kernels take it.
 
 Shapes: T new tokens of all sequences, B sequences, H hidden size, D head_dim. Indices are int32. The KV cache of one
-layer is a pair of tensors of blocks, laid out as the device multiplies them best; `kv_cache_shapes` says how:
+layer is a `KVLayer`: two tensors of blocks, laid out as the device multiplies them best. `kv_cache_shapes` gives both:
 
-              reference, cpu                                         triton
-    k_cache   [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
-    v_cache   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
+             reference, cpu                                         triton, sdpa
+    keys     [num_blocks, num_kv_heads, head_dim, block_size]       [num_blocks, num_kv_heads, block_size, head_dim]
+    values   [num_blocks, num_kv_heads, block_size, head_dim]       [num_blocks, num_kv_heads, block_size, head_dim]
 
-Of int8 on a CPU, a key and a value are whole numbers from -127 to 127 and a float32 scale each. The scales of a head's
-block are 8 more rows of its keys, head_dim + 8 in all: the bytes of [2, block_size] float32, the keys' scales, then the
-values'. So they go wherever the block goes.
+An int8 cache exists on the CPU only. It stores each key and each value as integers from -127 to 127 and one float32
+scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
+bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
-A slot is `block * block_size + offset`; slot -1 means "write nothing". A cache of float8 may hold keys and values
-divided by scales of their heads, `k_scale` and `v_scale` [num_kv_heads] float32: both or none, the same for writing and
-for reading.
+A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
@@ -24,23 +22,48 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 KVShape = tuple[int, int, int, int]
 Variant = tuple[int, ...]
-"""What a planner tells captured steps of one size apart by."""
+"""Distinguishes captured steps of one size whose launches differ."""
 
 KV_SCALE_ROWS = 8
-"""Rows of int8 keys that hold scales."""
+"""Extra rows per head and block of int8 keys, which hold scales."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """KV cache of one layer."""
+
+    keys: Tensor
+    values: Tensor
+    k_scale: Tensor | None = None
+    """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
+    v_scale: Tensor | None = None
+    """The same for values; set if and only if `k_scale` is."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """What a layer's attention computes, beside its inputs."""
+
+    scale: float
+    """Factor of the scores."""
+    window: int = 0
+    """Number of latest positions that a token sees, its own included; 0: all."""
+    softcap: float = 0.0
+    """If above 0, a score s becomes softcap * tanh(s / softcap)."""
+    alibi_slopes: Tensor | None = None
+    """[num_heads] float32: slope * (key position - query position) is added to each score."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """One step's attention as every device knows it. All tensors are contiguous, on the device, int32.
-
-    What a device's planner found out beyond this is in a class of its own below this one.
-    """
+    """Attention of one step, as every device needs it. All tensors are contiguous, on the device, int32. A device's own
+    plan is a subclass."""
 
     query_start_loc: Tensor
     """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
@@ -49,13 +72,13 @@ class AttentionPlan:
     block_tables: Tensor
     """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
     slots: Tensor
-    """[T]: where the keys and values of each new token go."""
+    """[T]: where the keys and values of each new token are stored."""
     window: int
-    """The plan left out keys that a window of this many positions never sees; 0: none left out."""
+    """If above 0, the plan leaves out keys that a window of this many positions never sees."""
 
     @property
     def variant(self) -> Variant:
-        """Plans for captured steps of one size make the same launches if they are of one variant."""
+        """Plans for captured steps of one size make the same launches if their variants are equal."""
         return ()
 
 
@@ -64,7 +87,7 @@ class CpuAttentionPlan(AttentionPlan):
     """The plan of `quire.attention.plan`, balanced over threads."""
 
     work: Tensor
-    """[num_items, 9]: the items threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
+    """[num_items, 9]: the items that threads take, costliest first; columns in `quire.attention.plan.WorkColumn`."""
     growth: list[tuple[NDArray[np.int32], NDArray[np.int32]]]
     """Columns of `work` and `shared`, and what one more token of every sequence adds to them."""
     shared: Tensor
@@ -74,30 +97,30 @@ class CpuAttentionPlan(AttentionPlan):
     partials: Tensor
     """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
-    """The number of threads the work was balanced for."""
+    """The number of threads that the work was balanced for."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTokens:
-    """The tokens whose hidden states are read, if not all: what the last layer computes beyond keys and values."""
+    """The tokens whose hidden states a step returns. The last layer computes only keys and values of the others."""
 
     tokens: Tensor
-    """[R], R > 0: rows of the step's T tokens, ascending; of each sequence its last few or none."""
+    """[R], R > 0: rows of the step's T tokens, ascending; the last few or none of each sequence."""
     plan: AttentionPlan | None
-    """The attention of these tokens by themselves; None: what all tokens' gives is chosen from."""
+    """A plan for these tokens alone; None: the last layer attends with all tokens, then selects these rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """The weight of a dense layer as whole numbers of few bits and float32 scales. How both lie is the kernels' own
-    affair; in `reference` they are values [N, K] int8 and scales [N, groups]."""
+    """Weight of a dense layer as integers of few bits with float32 scales. Each kernel module has its own layout; in
+    `reference` values are [N, K] int8 and scales [N, groups]."""
 
     values: Tensor
     scales: Tensor
     bits: int
     """8 or 4."""
     group_size: int
-    """Inputs that share a scale: a multiple of 32, or at least K, which makes it one scale for each output."""
+    """Inputs that share a scale: a multiple of 32, or at least K, which makes one scale per output."""
 
     @property
     def nbytes(self) -> int:
@@ -105,11 +128,32 @@ class QuantizedWeight:
 
 
 PackedWeight = Tensor | QuantizedWeight
-"""What `pack_linear` or `quantize_linear` made."""
+"""Result of `pack_linear` or `quantize_linear`."""
 
 
-class Kernels(Protocol):
-    """The operations of one device. What each computes is written in `reference`; a module satisfies this protocol."""
+class Allocate(Protocol):
+    """Returns zeroed memory for a packed weight: `torch.zeros`, or memory that the caller has reserved."""
+
+    def __call__(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor: ...
+
+
+class Packing(Protocol):
+    """Makes the packed weight of a dense layer. `allocate` is used where the packed layout differs from the stored one;
+    other kernels ignore it."""
+
+    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = ...) -> Tensor: ...
+
+    def quantize_linear(
+        self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
+    ) -> QuantizedWeight: ...
+
+
+class Kernels(Packing, Protocol):
+    """The operations of one device; a module satisfies it. `reference` specifies what each computes."""
+
+    def describe(self) -> str:
+        """The build in use, for logs and cache keys."""
+        ...
 
     def kv_cache_shapes(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
@@ -121,48 +165,17 @@ class Kernels(Protocol):
 
     def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> None: ...
 
-    def rotary_(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None: ...
-
-    def silu_and_mul(self, x: Tensor) -> Tensor: ...
-
-    def gelu_and_mul(self, x: Tensor, tanh: bool) -> Tensor: ...
-
-    def write_kv(
-        self,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> None: ...
+    def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None: ...
 
     def rotary_write_kv(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slots: Tensor,
-        *,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> None: ...
 
-    def copy_blocks(self, caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None: ...
+    def copy_blocks(self, layers: Sequence[KVLayer], pairs: Tensor) -> None: ...
 
-    def pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor: ...
+    def paged_attention(self, q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor: ...
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
-
-    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def quantize_linear(self, weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight: ...
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
@@ -185,17 +198,20 @@ class Kernels(Protocol):
 
     def gather_rows_quantized(self, weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
 
-    def paged_attention(
+    def row_argmax(self, x: Tensor, peaks: Tensor, ids: Tensor) -> None:
+        """Like `sample_tokens`, on logits in host memory."""
+        ...
+
+    def sample_tokens(
         self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        *,
-        window: int = 0,
-        softcap: float = 0.0,
-        alibi_slopes: Tensor | None = None,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> Tensor: ...
+        x: Tensor,
+        temperatures: Tensor,
+        min_p: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        uniforms: Tensor,
+        peaks: Tensor,
+        ids: Tensor,
+    ) -> None:
+        """On logits in host memory. A GPU samples in device memory by `Backend.sampling` where that can serve a row."""
+        ...

@@ -5,12 +5,31 @@ tokens of all sequences, H hidden size, D head_dim; the cache layout is describe
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import KV_SCALE_ROWS, AttentionPlan, KVShape, QuantizedWeight
+from quire.kernels.interface import (
+    KV_SCALE_ROWS,
+    Allocate,
+    AttentionParams,
+    AttentionPlan,
+    KVLayer,
+    KVShape,
+    QuantizedWeight,
+)
 from quire.kernels.unfused import unfused
+
+
+def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    """The usual `Allocate`."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def describe() -> str:
+    """Name of the build in use."""
+    return "reference"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -55,99 +74,84 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
 def kv_cache_shapes(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
 ) -> tuple[KVShape, KVShape]:
-    """The shapes of one layer's k_cache and v_cache; `scaled` if they are int8."""
+    """Shapes of one layer's keys and values; `scaled` for int8."""
     key_rows = head_dim + (KV_SCALE_ROWS if scaled else 0)
     return (num_blocks, num_kv_heads, key_rows, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
 
     They are divided by the scales of their heads before they are rounded to the cache's type. What is beyond the range
     of float16 or float8 becomes its largest number: one infinite key or value would turn all later tokens of its
     sequence into NaN. To int8 each key and each value is brought as `quantize_rows` says.
     """
-    block_size = v_cache.shape[2]
+    keys, values, block_size = kv.keys, kv.values, kv.values.shape[2]
     written = slots >= 0
     block, offset = slots[written].long() // block_size, slots[written].long() % block_size
     k, v = (
         x[written] if scale is None else x[written] / scale.to(x.dtype)[:, None]
-        for x, scale in ((k, k_scale), (v, v_scale))
+        for x, scale in ((k, kv.k_scale), (v, kv.v_scale))
     )
-    if v_cache.dtype == torch.int8:
-        _write_quantized(k, v, k_cache, v_cache, block, offset)
+    if values.dtype == torch.int8:
+        _write_quantized(k, v, kv, block, offset)
         return
-    if v_cache.dtype in (torch.float16, torch.float8_e4m3fn):
-        limit = torch.finfo(v_cache.dtype).max
+    if values.dtype in (torch.float16, torch.float8_e4m3fn):
+        limit = torch.finfo(values.dtype).max
         k, v = k.clamp(-limit, limit), v.clamp(-limit, limit)
-    k_cache[block, :, :, offset] = k.to(k_cache.dtype)
-    v_cache[block, :, offset] = v.to(v_cache.dtype)
+    keys[block, :, :, offset] = k.to(keys.dtype)
+    values[block, :, offset] = v.to(values.dtype)
 
 
-def _write_quantized(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, block: Tensor, offset: Tensor) -> None:
-    """Numbers to their places, scales to the last rows of the keys."""
-    head_dim, block_size = v.shape[2], v_cache.shape[2]
-    key_bytes = k_cache.view(*k_cache.shape[:2], -1)
+def _write_quantized(k: Tensor, v: Tensor, kv: KVLayer, block: Tensor, offset: Tensor) -> None:
+    """Write the integers to their slots and the scales to the last rows of the keys."""
+    head_dim, block_size = v.shape[2], kv.values.shape[2]
+    key_bytes = kv.keys.view(*kv.keys.shape[:2], -1)
     for index, x in enumerate((k, v)):
         numbers, scales = quantize_rows(x.flatten(0, 1))
         if index == 0:
-            k_cache[block, :, :head_dim, offset] = numbers.view(x.shape)
+            kv.keys[block, :, :head_dim, offset] = numbers.view(x.shape)
         else:
-            v_cache[block, :, offset] = numbers.view(x.shape)
+            kv.values[block, :, offset] = numbers.view(x.shape)
         place = head_dim * block_size + 4 * (index * block_size + offset)
         for byte in range(4):
             key_bytes[block, :, place + byte] = scales.float().view(torch.int8).view(*x.shape[:2], 4)[:, :, byte]
 
 
-def stored_kv(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Caches of any type -> their numbers, of the same shapes, as `dtype`; of int8 multiplied by their scales."""
-    if v_cache.dtype != torch.int8:
-        return k_cache.to(dtype), v_cache.to(dtype)
-    scales = k_cache[:, :, -KV_SCALE_ROWS:].flatten(2).contiguous().view(torch.float32).to(dtype)
-    key_scales, value_scales = scales.unflatten(2, (2, -1)).unbind(2)
-    return k_cache[:, :, :-KV_SCALE_ROWS] * key_scales.unsqueeze(2), v_cache * value_scales.unsqueeze(3)
+def stored_kv(kv: KVLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values as the numbers they stand for: converted to `dtype`, then multiplied by their scales."""
+    if kv.values.dtype == torch.int8:
+        scales = kv.keys[:, :, -KV_SCALE_ROWS:].flatten(2).contiguous().view(torch.float32).to(dtype)
+        key_scales, value_scales = scales.unflatten(2, (2, -1)).unbind(2)
+        return kv.keys[:, :, :-KV_SCALE_ROWS] * key_scales.unsqueeze(2), kv.values * value_scales.unsqueeze(3)
+    keys, values = (
+        x.to(dtype) if scale is None else x.to(dtype) * scale.to(dtype)[:, None, None]
+        for x, scale in ((kv.keys, kv.k_scale), (kv.values, kv.v_scale))
+    )
+    return keys, values
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
     """`rotary_`, then `write_kv`; one pass where a device can. What is left in k is not defined."""
     rotary_(q, k, positions, cos_sin)
-    write_kv(k, v, k_cache, v_cache, slots, k_scale=k_scale, v_scale=v_scale)
+    write_kv(k, v, kv, slots)
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
-    """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1] in every layer's (k_cache, v_cache).
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    """pairs [N, 2]: copies block pairs[i, 0] to pairs[i, 1] in every layer.
 
     No destination is also a source.
     """
     source, destination = pairs.long().unbind(1)
-    for k_cache, v_cache in caches:
-        k_cache[destination] = k_cache[source]
-        v_cache[destination] = v_cache[source]
+    for layer in layers:
+        layer.keys[destination] = layer.keys[source]
+        layer.values[destination] = layer.values[source]
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
-    """weights [N_i, K] -> one weight of sum(N_i) outputs, stored as `dtype`; how it lies is the kernels' own affair."""
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+    """weights [N_i, K] -> one weight of sum(N_i) outputs, stored as `dtype` in a layout of the kernels' own."""
     return torch.cat([weight.to(getattr(torch, dtype)) for weight in weights])
 
 
@@ -170,7 +174,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(torch.int8), torch.where(finite, magnitude / 127, float("nan"))
 
 
-def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+def quantize_linear(
+    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+) -> QuantizedWeight:
     """weights [N_i, K] -> one weight of sum(N_i) outputs, in groups of `group_size` inputs with one scale each.
 
     With 8 bits the largest magnitude of a group becomes 127 or -127. With 4 bits the value furthest from zero becomes
@@ -218,52 +224,36 @@ def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int)
     return weight.values[ids].float() * scales[:, :num_inputs]
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
 
-    The i-th of a sequence's n new tokens sits at position seq_lens - n + i and sees the keys up to that position;
-    with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). A score
-    s becomes softcap * tanh(s / softcap) if softcap > 0; alibi_slopes [num_heads] then adds slope * (key position -
-    query position). What the cache holds is multiplied by the scales of its heads.
+    The i-th of a sequence's n new tokens is at position seq_lens - n + i and sees the keys up to that position;
+    with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). The soft
+    cap applies before the slopes are added.
     """
-    num_heads, group = q.shape[1], q.shape[1] // v_cache.shape[1]
+    num_heads, group = q.shape[1], q.shape[1] // kv.values.shape[1]
     out = torch.zeros_like(q)
     start = plan.query_start_loc.tolist()
     for s, seq_len in enumerate(plan.seq_lens.tolist()):
         query = q[start[s] : start[s + 1]]
-        num_blocks = -(-seq_len // v_cache.shape[2])
+        num_blocks = -(-seq_len // kv.values.shape[2])
         table = plan.block_tables[s, :num_blocks].long()
-        keys, values = (
-            x if scale is None else x * scale.to(x.dtype)[:, None, None]
-            for x, scale in zip(stored_kv(k_cache[table], v_cache[table], q.dtype), (k_scale, v_scale), strict=True)
-        )
+        keys, values = stored_kv(replace(kv, keys=kv.keys[table], values=kv.values[table]), q.dtype)
         # [blocks, kv heads, D, block] and [blocks, kv heads, block, D] -> [heads, keys, D]
         key = keys.permute(1, 0, 3, 2).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0)
         value = values.permute(1, 0, 2, 3).flatten(1, 2)[:, :seq_len].repeat_interleave(group, 0)
 
-        scores = torch.einsum("qhd,hkd->hqk", query, key) * scale
-        if softcap > 0:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.einsum("qhd,hkd->hqk", query, key) * params.scale
+        if params.softcap > 0:
+            scores = params.softcap * torch.tanh(scores / params.softcap)
         key_position = torch.arange(seq_len)
         query_position = torch.arange(seq_len - len(query), seq_len)
         distance = key_position[None, :] - query_position[:, None]
-        if alibi_slopes is not None:
-            scores = scores + alibi_slopes.to(q.dtype).view(num_heads, 1, 1) * distance
+        if params.alibi_slopes is not None:
+            scores = scores + params.alibi_slopes.to(q.dtype).view(num_heads, 1, 1) * distance
         hidden = distance > 0
-        if window > 0:
-            hidden |= distance <= -window
+        if params.window > 0:
+            hidden |= distance <= -params.window
         probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         out[start[s] : start[s + 1]] = torch.einsum("hqk,hkd->qhd", probabilities, value)
     return out

@@ -1,6 +1,6 @@
-"""Arrays on their way from the host to a device: several in one copy, through pinned memory, so that nobody waits.
+"""Copies arrays from the host to a device: several in one copy, through pinned memory, so that the host does not wait.
 
-PyTorch's allocator of pinned memory knows when a copy has read it, so what is pinned here is simply let go.
+PyTorch's allocator of pinned memory reuses it only after the copy has read it, so pinned arrays need no bookkeeping.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from torch import Tensor
 
 Arrays = Mapping[str, NDArray[Any]]
 _ALIGNMENT = 16
-"""Bytes: addresses that vector loads and Triton's specialisation want."""
+"""Bytes; vector loads and Triton's specialisation need it."""
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """A copy of an array on a device."""
-    # A copy to MPS that is not waited for can read its source after that is let go (pytorch issue 189690).
+    # A non-blocking copy to MPS may read its source after that is freed (pytorch issue 189690).
     return staged(array, device).to(device, non_blocking=device.type != "mps")
 
 
 def send(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
-    """Arrays on a device, by one copy; on a CPU they stay where they are."""
+    """Copies arrays to a device in one copy; on a CPU they stay in place."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     starts, end = _lay_out({name: array.nbytes for name, array in arrays.items()})
@@ -35,10 +35,10 @@ def send(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
 
 
 class FixedArrays:
-    """Arrays of one length at addresses of a device that stay, as a CUDA graph reads them; filled by one copy."""
+    """Arrays of one length at fixed addresses of a device, for CUDA graphs to read; filled by one copy."""
 
     def __init__(self, padding: Mapping[str, np.generic], length: int, device: torch.device) -> None:
-        """`padding` is what stands in each array, of its type, where nothing was sent."""
+        """`padding` has the value, and so the type, of each array where nothing was sent."""
         empty = {name: np.full(length, value) for name, value in padding.items()}
         self._dtypes = {name: array.dtype for name, array in empty.items()}
         self._starts, end = _lay_out({name: array.nbytes for name, array in empty.items()})
@@ -49,7 +49,7 @@ class FixedArrays:
         self._views = {name: _view(self._memory, self._starts[name], array) for name, array in empty.items()}
 
     def send(self, arrays: Arrays) -> None:
-        """Fill the beginning of each array that is given, and all else with padding, in the order of the stream."""
+        """Fill the beginning of each given array, and all else with padding, in the order of the stream."""
         host = self._padding.copy()
         for name, array in arrays.items():
             assert array.dtype == self._dtypes[name], f"{name}: expected {self._dtypes[name]}, found {array.dtype}"
@@ -57,18 +57,18 @@ class FixedArrays:
         self._memory.copy_(staged(host, self._memory.device), non_blocking=True)
 
     def first(self, count: int) -> dict[str, Tensor]:
-        """Of each array its beginning, [count]."""
+        """The first `count` values of each array."""
         return {name: view[:count] for name, view in self._views.items()}
 
 
 def staged(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array as `device` reads it without the host waiting: for a GPU a copy in pinned memory."""
+    """An array that `device` can read without the host waiting: for a GPU, a copy in pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def _lay_out(sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Where arrays of so many bytes begin, one behind the other, and where the last one ends."""
+    """Where arrays of these sizes in bytes begin, one after the other, and where the last one ends."""
     starts, end = {}, 0
     for name, size in sizes.items():
         starts[name] = end

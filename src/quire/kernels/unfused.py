@@ -1,4 +1,4 @@
-"""`rms_norm_linear` and `glu_linear` for kernel modules whose best way is one operation after the other."""
+"""`rms_norm_linear` and `glu_linear` for kernel modules that compute one operation after the other."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 from quire.kernels.interface import PackedWeight, QuantizedWeight
 
 
-class OfNorm(Protocol):
+class RMSNormLinear(Protocol):
     def __call__(
         self,
         residual: Tensor,
@@ -21,7 +21,7 @@ class OfNorm(Protocol):
     ) -> Tensor: ...
 
 
-class OfGate(Protocol):
+class GLULinear(Protocol):
     def __call__(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
@@ -34,10 +34,10 @@ def unfused(
     gelu_and_mul: Callable[[Tensor, bool], Tensor],
     linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor],
     linear_quantized: Callable[[Tensor, QuantizedWeight, Tensor | None, int], Tensor],
-) -> tuple[OfNorm, OfGate]:
-    """A module's own operations, joined. What the two compute:
+) -> tuple[RMSNormLinear, GLULinear]:
+    """Both operations, made of a module's own. What they compute:
 
-    `rms_norm_linear`: residual, update [M, K], norm_weight [K] -> [M, N], the dense layer of the residual's norm; an
+    `rms_norm_linear`: residual, update [M, K], norm_weight [K] -> [M, N], the dense layer of the residual's norm. An
     update is first added to the residual in place. `glu_linear`: x [M, 2 K] -> [M, N], the dense layer of the first
     half's activation (silu, gelu or gelu_tanh) times the second half.
     """
@@ -60,9 +60,7 @@ def unfused(
             return product(rms_norm(residual, norm_weight, eps), packed, bias, num_outputs)
         return product(add_rms_norm(update, residual, norm_weight, eps), packed, bias, num_outputs)
 
-    def glu_linear(
-        x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
-    ) -> Tensor:
+    def glu_linear(x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
         gated = silu_and_mul(x) if activation == "silu" else gelu_and_mul(x, activation == "gelu_tanh")
         return product(gated, packed, bias, num_outputs)
 

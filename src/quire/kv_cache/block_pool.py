@@ -15,8 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from quire.errors import QuireError
+from quire.kv_cache.block_hash import BlockHash, TokenKey
 from quire.kv_cache.partial_block_index import PartialBlockIndex
-from quire.kv_cache.block_hash import BlockHash
+
+BlockListener = Callable[[int, BlockHash], None]
+"""Called with a block and its hash."""
 
 
 class OutOfBlocksError(QuireError):
@@ -41,15 +44,15 @@ class BlockPool:
         """Sum of `fill` over used blocks."""
         self.num_cached_free = 0
         self.now = 0.0
-        """Seconds, set by whoever steps; the pool keeps no clock."""
+        """Seconds at the last `set_time`; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
         self.total_evictions = 0
         self.total_block_copies = 0
-        self.on_evict: Callable[[int, BlockHash], None] | None = None
-        """Told of a named block that `allocate` takes, while its content is still there; tiers below listen."""
-        self.on_idle: Callable[[int, BlockHash], None] | None = None
-        """Told of a named block whose last reference went."""
+        self.eviction_listeners: list[BlockListener] = []
+        """Called for a block with a hash that `allocate` takes, while its content is still there."""
+        self.idle_listeners: list[BlockListener] = []
+        """Called for a block with a hash when its last reference goes."""
         self.pinned: Counter[int] = Counter()
         """Used blocks that registered prefixes hold → by how many; these never lose their names."""
         self.children = PartialBlockIndex()
@@ -79,6 +82,10 @@ class BlockPool:
         """Allocated slots that hold no token."""
         return self.num_allocated_slots - self.num_filled_slots
 
+    def set_time(self, now: float) -> None:
+        """Blocks taken from here on are taken at `now`."""
+        self.now = now
+
     def allocate(self) -> int:
         """Take the first block of the free list; what it held can no longer be found."""
         anchor = self.num_blocks
@@ -94,8 +101,8 @@ class BlockPool:
             self.names[block] = None
             self.num_cached_free -= 1
             self.total_evictions += 1
-            if self.on_evict is not None:
-                self.on_evict(block, name)
+            for listener in self.eviction_listeners:
+                listener(block, name)
         self.taken_at[block] = self.now
         self.ref_counts[block] = 1
         self.num_references += 1
@@ -134,10 +141,10 @@ class BlockPool:
         self._link(self._prev[self.num_blocks], block)
         if name is not None:
             self.num_cached_free += 1
-            if self.on_idle is not None:
-                self.on_idle(block, name)
+            for listener in self.idle_listeners:
+                listener(block, name)
 
-    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
+    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
         """Let a partly filled block be found when its only holder, who is about to release it, is gone.
 
         It holds `token_ids` and follows the block named `parent`. One that others hold, or whose tokens can be found
@@ -169,6 +176,21 @@ class BlockPool:
         self.num_filled_slots += fill - self.fill[block]
         self.fill[block] = fill
 
+    def count_filled(self, num_slots: int) -> None:
+        """Count slots as filled; `set_counted_fill` says later which. The decode batch counts its blocks at once."""
+        self.num_filled_slots += num_slots
+
+    def set_counted_fill(self, block: int, fill: int) -> None:
+        """Note the fill of a block whose slots `count_filled` has counted."""
+        self.fill[block] = fill
+
+    def copy_on_write(self, block: int) -> int:
+        """Replace one holder's reference to a block by a new block, which gets a copy of its content in this step."""
+        copy = self.allocate()
+        self.total_block_copies += 1
+        self.release_after_copy(block)
+        return copy
+
     def find(self, name: BlockHash) -> int | None:
         """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
         if self._aliases and (block := self._aliases.get(name)) is not None:
@@ -176,7 +198,7 @@ class BlockPool:
         return self._named.get(name)
 
     def set_hash(
-        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[int] | None = None
+        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[TokenKey] | None = None
     ) -> None:
         """Make a full block findable. The first block of a name keeps it; later twins stay nameless.
 
@@ -231,7 +253,7 @@ class BlockPool:
             yield block
             block = self._next[block]
 
-    def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> None:
+    def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
         forgotten = self.children.add(block, parent, token_ids)
         if forgotten is not None and self.names[forgotten] is None:  # free, and now without content
             self._unlink(forgotten)

@@ -8,8 +8,9 @@ in the prefix cache.
 
 from collections.abc import Sequence
 
-from quire.kv_cache.block_hash import BlockHash, hash_block
+from quire.kv_cache.block_hash import BlockExtra, BlockHash, TokenKey, find_extras, hash_block, token_keys
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
+from quire.request import InputSpan
 
 BlockCopies = list[tuple[int, int]]
 """(source, destination) blocks, in the order in which they must be copied."""
@@ -18,16 +19,17 @@ BlockCopies = list[tuple[int, int]]
 class BlockTable:
     """The blocks that hold the first `num_tokens` tokens of a sequence.
 
-    `root` is the parent name of its first block.
+    `root` is the parent hash of its first block; `inputs` are those of the sequence's prompt, which its hashes cover.
     """
 
-    __slots__ = ("_copied_at", "_names", "_num_named", "_pool", "_room", "_root", "blocks", "num_tokens")
+    __slots__ = ("_copied_at", "_inputs", "_names", "_num_named", "_pool", "_room", "_root", "blocks", "num_tokens")
 
-    def __init__(self, pool: BlockPool, root: BlockHash = b"") -> None:
+    def __init__(self, pool: BlockPool, root: BlockHash = b"", inputs: Sequence[InputSpan] = ()) -> None:
         self.blocks: list[int] = []
         self.num_tokens = 0
         self._pool = pool
         self._root = root
+        self._inputs = inputs
         self._names: list[BlockHash] = []
         self._num_named = 0
         self._copied_at = -1
@@ -62,8 +64,7 @@ class BlockTable:
             # Nearly every append: one token into a block that has room and is not shared.
             self._room -= num_tokens
             self.num_tokens += num_tokens
-            pool.fill[blocks[-1]] += num_tokens
-            pool.num_filled_slots += num_tokens
+            pool.write(blocks[-1], pool.block_size - self._room)
             return len(blocks)
         size = pool.block_size
         used = self.num_tokens % size
@@ -74,11 +75,9 @@ class BlockTable:
             raise OutOfBlocksError(f"{missing + copy_last} blocks are needed and {pool.num_free} are free")
         if copy_last:
             changed -= 1
-            shared, blocks[-1] = blocks[-1], pool.allocate()
+            shared, blocks[-1] = blocks[-1], pool.copy_on_write(blocks[-1])
             copies.append((shared, blocks[-1]))
             self._copied_at = self.num_tokens
-            pool.total_block_copies += 1
-            pool.release_after_copy(shared)
         if used:
             pool.write(blocks[-1], min(size, used + num_tokens))
         self.num_tokens += num_tokens
@@ -98,17 +97,16 @@ class BlockTable:
     def catch_up(self, num_tokens: int) -> None:
         """The table holds `num_tokens` now: they went into the room that the last block had.
 
-        The pool has counted them in its sum of filled slots as they came.
+        `BlockPool.count_filled` has counted them as they came.
         """
-        written = num_tokens - self.num_tokens
-        if written:
-            self._pool.fill[self.blocks[-1]] += written
+        if num_tokens > self.num_tokens:
+            self._room = max(0, self._room - (num_tokens - self.num_tokens))
             self.num_tokens = num_tokens
-            self._room -= written
+            self._pool.set_counted_fill(self.blocks[-1], (num_tokens - 1) % self._pool.block_size + 1)
 
     def fork(self, num_tokens: int | None = None) -> "BlockTable":
         """A table that shares the blocks of the first `num_tokens` tokens (all by default)."""
-        child = BlockTable(self._pool, self._root)
+        child = BlockTable(self._pool, self._root, self._inputs)
         child.num_tokens = self.num_tokens if num_tokens is None else num_tokens
         child.blocks = self.blocks[: -(-child.num_tokens // self._pool.block_size)]
         full = child.num_tokens // self._pool.block_size
@@ -128,7 +126,7 @@ class BlockTable:
         full, used = divmod(len(stored), self._pool.block_size)
         if used and len(stored) > self._copied_at:  # else the copy was ordered, and the step may not come
             parent = self.name_of(full - 1, stored) if full else self._root
-            self._pool.leave(self.blocks[full], parent, stored[-used:])
+            self._pool.leave(self.blocks[full], parent, self._keys(full, stored[-used:]))
         release = self._pool.release
         for block in reversed(self.blocks):
             release(block)
@@ -174,7 +172,8 @@ class BlockTable:
         wanted = token_ids[start : min(start + pool.block_size, len(token_ids)) - 1]
         if not wanted or not pool.enable_prefix_caching:
             return None
-        return pool.children.longest(self._names[num_found - 1] if num_found else self._root, wanted)
+        parent = self._names[num_found - 1] if num_found else self._root
+        return pool.children.longest(parent, self._keys(num_found, wanted))
 
     def adopt(self, found: list[int], inside: tuple[int, int] | None = None) -> None:
         """Go on with blocks from `find_prefix`, in a table whose last block is full or that has none.
@@ -214,13 +213,24 @@ class BlockTable:
         size = self._pool.block_size
         while len(names) <= index:
             start = len(names) * size
-            names.append(hash_block(names[-1] if names else self._root, token_ids[start : start + size]))
+            parent, extras = names[-1] if names else self._root, self._extras(len(names))
+            names.append(hash_block(parent, token_ids[start : start + size], extras))
         return names[index]
 
     def _name(self, index: int, token_ids: Sequence[int]) -> None:
         name, start = self.name_of(index, token_ids), index * self._pool.block_size
         parent = self._names[index - 1] if index else self._root
-        self._pool.set_hash(self.blocks[index], name, parent, token_ids[start : start + self._pool.block_size])
+        keys = self._keys(index, token_ids[start : start + self._pool.block_size])
+        self._pool.set_hash(self.blocks[index], name, parent, keys)
+
+    def _extras(self, index: int) -> Sequence[BlockExtra]:
+        """The inputs that cover tokens of logical block `index`."""
+        size = self._pool.block_size
+        return find_extras(self._inputs, index * size, size) if self._inputs else ()
+
+    def _keys(self, index: int, token_ids: Sequence[int]) -> Sequence[TokenKey]:
+        """The first tokens of logical block `index`, as the pool compares them."""
+        return token_keys(token_ids, self._extras(index))
 
     def _write_needs_copy(self, block: int) -> bool:
         return self._pool.ref_counts[block] > 1 or self._pool.names[block] is not None

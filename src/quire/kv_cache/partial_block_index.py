@@ -1,24 +1,27 @@
 """PartialBlockIndex: which blocks follow which, with their tokens, to find prefixes that end inside a block.
 
-A name finds a block whose tokens are all wanted. Where two prompts part inside a block, its first tokens still have the
-same KV, and a sequence may share the block up to there; its first write copies it, as after a fork. A block that a
-sequence left partly filled has no name, and is found here alone.
+A block hash finds a block only if all its tokens are wanted. Where two prompts part inside a block, the tokens before
+that place still have the same KV. A sequence may share the block up to there; its first write copies the block, as
+after a fork. A block that a sequence left partly filled has no hash and can only be found here.
 """
 
 from collections.abc import Iterator, Sequence
 
-from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.block_hash import BlockHash, TokenKey
 
 MAX_CHILDREN = 8
-"""Blocks remembered per parent, the latest: what is looked through when a sequence starts, however many part there."""
+"""Blocks kept per parent, the latest. It bounds the search when a sequence starts, however many prompts part there."""
 
 
 class PartialBlockIndex:
-    """At most one entry per block: named ones, and those left partly filled while they are free. The pool keeps it."""
+    """At most one entry per block: blocks with a hash, and free blocks that were left partly filled. Kept by the pool.
+
+    Tokens are `TokenKey`s, so blocks of different images do not match where their placeholder tokens are equal.
+    """
 
     def __init__(self) -> None:
         self._children: dict[BlockHash, list[int]] = {}
-        self._entries: dict[int, tuple[BlockHash, Sequence[int]]] = {}
+        self._entries: dict[int, tuple[BlockHash, Sequence[TokenKey]]] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self._entries
@@ -29,18 +32,21 @@ class PartialBlockIndex:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, block: int, parent: BlockHash, token_ids: Sequence[int]) -> int | None:
-        """Remember a block that follows the one named `parent`; returns the oldest of too many, which is forgotten."""
-        siblings, forgotten = self._children.setdefault(parent, []), None
+    def add(self, block: int, parent: BlockHash, tokens: Sequence[TokenKey]) -> int | None:
+        """Add a block that follows the block with the hash `parent`.
+
+        If the parent has too many entries, removes the oldest one and returns its block.
+        """
+        siblings, removed = self._children.setdefault(parent, []), None
         if len(siblings) == MAX_CHILDREN:
-            forgotten = siblings.pop(0)
-            del self._entries[forgotten]
+            removed = siblings.pop(0)
+            del self._entries[removed]
         siblings.append(block)
-        self._entries[block] = parent, token_ids
-        return forgotten
+        self._entries[block] = parent, tokens
+        return removed
 
     def remove(self, block: int) -> None:
-        """Forget a block, if it is remembered."""
+        """Remove a block's entry, if it has one."""
         entry = self._entries.pop(block, None)
         if entry is not None:
             siblings = self._children[entry[0]]
@@ -48,12 +54,15 @@ class PartialBlockIndex:
             if not siblings:
                 del self._children[entry[0]]
 
-    def longest(self, parent: BlockHash, token_ids: Sequence[int]) -> tuple[int, int] | None:
-        """The child of `parent` that begins with the most of `token_ids`, the latest of equals, and how many (≥ 1)."""
+    def longest(self, parent: BlockHash, tokens: Sequence[TokenKey]) -> tuple[int, int] | None:
+        """The child of `parent` with the longest common beginning with `tokens`, and that length (≥ 1).
+
+        Among equals the latest.
+        """
         best, longest = None, 0
         for block in reversed(self._children.get(parent, ())):
             length = 0
-            for wanted, held in zip(token_ids, self._entries[block][1], strict=False):
+            for wanted, held in zip(tokens, self._entries[block][1], strict=False):
                 if wanted != held:
                     break
                 length += 1

@@ -1,53 +1,62 @@
-"""PrefixHistory: why a prompt was not in the prefix cache. Names and times, within bounds; no memory depends on it."""
+"""PrefixHistory: why a prompt was not in the prefix cache. It keeps hashes and times, within bounds, and no blocks."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from quire.kv_cache.block_hash import BlockHash, hash_block, root_hash
+from quire.kv_cache.block_hash import BlockHash, find_extras, hash_block, root_hash
 from quire.outputs import PrefixMiss
+from quire.request import InputSpan
 
 T = TypeVar("T")
 
 CAPACITY = 16_384
-"""Evicted blocks remembered, and as many beginnings of prompts."""
+"""Evicted blocks that are remembered, and as many beginnings of prompts."""
 
 
 class PrefixHistory:
-    """What was evicted when, and under which salts prompts began."""
+    """When which block was evicted, and under which salt each prompt began."""
 
     def __init__(self, block_size: int, clock: Callable[[], float], *, capacity: int = CAPACITY) -> None:
         self._clock = clock
         self._capacity = capacity
         self._block_size = block_size
-        self._common_root = root_hash("", block_size)
         self._evicted: OrderedDict[BlockHash, float] = OrderedDict()
         self._beginnings: OrderedDict[BlockHash, BlockHash] = OrderedDict()
-        """First block of a prompt as it would be named without salt → its name with it, the latest."""
+        """A prompt's first block: its hash without a salt → its latest hash with one."""
 
-    def note_eviction(self, name: BlockHash) -> None:
-        """A named block's space was taken."""
-        _remember(self._evicted, name, self._clock(), self._capacity)
+    def note_eviction(self, block_hash: BlockHash) -> None:
+        """A block with a hash was evicted."""
+        _remember(self._evicted, block_hash, self._clock(), self._capacity)
 
-    def explain(self, token_ids: Sequence[int], first_missing: int, name: BlockHash) -> PrefixMiss:
-        """Why logical block `first_missing` of a prompt, of this name, was not found; notes how the prompt begins."""
-        beginning = hash_block(self._common_root, token_ids[: self._block_size])
+    def explain(
+        self,
+        token_ids: Sequence[int],
+        first_missing: int,
+        block_hash: BlockHash,
+        *,
+        adapter: str = "",
+        inputs: Sequence[InputSpan] = (),
+    ) -> PrefixMiss:
+        """Why logical block `first_missing` of a prompt, with this hash, was not found. Notes how the prompt begins."""
+        size = self._block_size
+        beginning = hash_block(root_hash("", size, adapter), token_ids[:size], find_extras(inputs, 0, size))
         before = self._beginnings.get(beginning)
         if first_missing == 0:
-            _remember(self._beginnings, beginning, name, self._capacity)
-        evicted_at = self._evicted.pop(name, None)
+            _remember(self._beginnings, beginning, block_hash, self._capacity)
+        evicted_at = self._evicted.pop(block_hash, None)
         if evicted_at is not None:
             return PrefixMiss(first_missing, "evicted", self._clock() - evicted_at)
         if first_missing > 0:
             return PrefixMiss(first_missing, "differs", None)
-        if before is not None and before != name:
+        if before is not None and before != block_hash:
             return PrefixMiss(0, "salt", None)
         return PrefixMiss(0, "new", None)
 
 
-def _remember(record: OrderedDict[BlockHash, T], name: BlockHash, value: T, capacity: int) -> None:
-    """Enter as the newest; past the capacity the oldest is forgotten."""
-    record[name] = value
-    record.move_to_end(name)
+def _remember(record: OrderedDict[BlockHash, T], block_hash: BlockHash, value: T, capacity: int) -> None:
+    """Enter as the newest; past the capacity the oldest entry is removed."""
+    record[block_hash] = value
+    record.move_to_end(block_hash)
     if len(record) > capacity:
         record.popitem(last=False)

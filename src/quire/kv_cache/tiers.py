@@ -1,8 +1,8 @@
-"""Tiers: which blocks lie below the pool, in host memory or on disk, and whether loading them beats computing them.
+"""Tiers: which blocks are stored below the pool, in host memory or on disk, and whether loading beats computing.
 
-A tier is known here by names and sizes alone; the bytes belong to the runner. `TierIndex` is written by the scheduler
-only, which hears from the runner what was saved, read or lost. Each tier is bounded in bytes and forgets what was used
-least recently.
+A tier is known here by block hashes and sizes; the bytes belong to the runner. Only the scheduler writes `TierIndex`;
+the runner reports what was stored, read or lost. Each tier is bounded in bytes and evicts the least recently used
+blocks.
 """
 
 from collections import OrderedDict
@@ -17,12 +17,12 @@ STAGING_BYTES = 64 * 2**20
 """Memory for blocks on their way to the disk, and as much for those from it; more only for very large blocks."""
 MIN_STAGED_BLOCKS = 4
 _WEIGHT = 0.2
-"""Of the newest measurement in a running mean."""
+"""Weight of the newest measurement in a running mean."""
 _MAX_AGE = 60.0
-"""Seconds after which a rate that was not measured again counts as unknown, so that a slow spell is not for ever."""
+"""A rate that was not measured for so many seconds counts as unknown, so that a slow spell has an end."""
 _MIN_STEP_TOKENS = 32
 _MIN_ROW_TOKENS = 4
-"""A step tells the rate of computing prompts if it has this many tokens, and this many per sequence."""
+"""A step measures the rate of computing prompts if it has so many tokens, and so many per sequence."""
 
 
 def num_staged_blocks(block_bytes: int) -> int:
@@ -31,69 +31,69 @@ def num_staged_blocks(block_bytes: int) -> int:
 
 
 class Tier:
-    """The names one tier holds, least recently used first, and what they take of `capacity_bytes`."""
+    """The blocks of one tier, least recently used first, and the space they take of `capacity_bytes`."""
 
     def __init__(self, capacity_bytes: int, block_bytes: int, stored: Iterable[tuple[bytes, int]] = ()) -> None:
         self.block_bytes = block_bytes
-        """What one more block takes."""
+        """Space that one more block takes."""
         self.stats = TierStats(capacity_bytes=capacity_bytes)
         self._sizes: OrderedDict[bytes, int] = OrderedDict(stored)
-        """Also of what only takes room: blocks of other models, under keys that are no names."""
+        """Blocks of other models only take space; their keys are no block hashes."""
         self.stats.num_bytes = sum(self._sizes.values())
         self.stats.num_blocks = len(self._sizes)
 
-    def __contains__(self, name: bytes) -> bool:
-        return name in self._sizes
+    def __contains__(self, block_hash: bytes) -> bool:
+        return block_hash in self._sizes
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def touch(self, name: bytes) -> None:
+    def touch(self, block_hash: bytes) -> None:
         """Note that a block was used."""
-        self._sizes.move_to_end(name)
+        self._sizes.move_to_end(block_hash)
 
-    def add(self, name: bytes) -> None:
+    def add(self, block_hash: bytes) -> None:
         """Note that a block is stored."""
-        if name not in self._sizes:
-            self._sizes[name] = self.block_bytes
+        if block_hash not in self._sizes:
+            self._sizes[block_hash] = self.block_bytes
             self.stats.num_bytes += self.block_bytes
             self.stats.num_blocks += 1
 
-    def remove(self, name: bytes) -> bool:
-        """Note that a block is not stored any more; whether it was."""
-        size = self._sizes.pop(name, None)
+    def remove(self, block_hash: bytes) -> bool:
+        """Note that a block is no longer stored. Returns whether it was."""
+        size = self._sizes.pop(block_hash, None)
         if size is None:
             return False
         self.stats.num_bytes -= size
         self.stats.num_blocks -= 1
         return True
 
-    def names(self) -> list[bytes]:
+    def hashes(self) -> list[bytes]:
         return list(self._sizes)
 
     def make_room(self, reserved_bytes: int, kept: Callable[[bytes], bool]) -> list[bytes] | None:
-        """Forget blocks, but none that is `kept`, until `reserved_bytes` more fit. None, and nothing forgotten, if not.
+        """Evict blocks until `reserved_bytes` more fit, but none that is `kept`. Returns the evicted ones.
 
-        Looks at no more blocks than it forgets and finds kept.
+        Returns None, with nothing evicted, if that is impossible. Looks at no more blocks than it evicts or skips.
         """
         missing = self.stats.num_bytes + reserved_bytes - self.stats.capacity_bytes
         victims: list[bytes] = []
-        for name, size in self._sizes.items():
+        for block_hash, size in self._sizes.items():
             if missing <= 0:
                 break
-            if not kept(name):
-                victims.append(name)
+            if not kept(block_hash):
+                victims.append(block_hash)
                 missing -= size
         if missing > 0:
             return None
-        for name in victims:
-            self.remove(name)
+        for block_hash in victims:
+            self.remove(block_hash)
         self.stats.total_evicted += len(victims)
         return victims
 
 
 class Rate:
-    """Seconds per unit of work: a running mean of what was measured, unknown at first and when it is old."""
+    """Seconds per unit of work: a running mean of measurements. Unknown at first, and when the last one is old."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -101,7 +101,7 @@ class Rate:
         self._measured_at: float | None = None
 
     def measure(self, num_units: int, seconds: float) -> None:
-        """Take note that `num_units` took `seconds`; without either it says nothing."""
+        """Record that `num_units` took `seconds`; zero of either is ignored."""
         if num_units <= 0 or seconds <= 0:
             return
         value = seconds / num_units
@@ -116,7 +116,7 @@ class Rate:
 
 
 class StepSize(Protocol):
-    """What `TierIndex.measure_step` reads of a plan."""
+    """The part of a step plan that `TierIndex.measure_step` reads."""
 
     @property
     def num_tokens(self) -> int: ...
@@ -125,7 +125,7 @@ class StepSize(Protocol):
 
 
 class TierIndex:
-    """The tiers in the order in which they are asked, and the rates that decide between loading and computing."""
+    """The tiers, fastest first, and the measured rates that decide between loading and computing."""
 
     def __init__(self, clock: Callable[[], float], *, host: Tier | None = None, disk: Tier | None = None) -> None:
         self.tiers = {name: tier for name, tier in ((HOST, host), (DISK, disk)) if tier is not None}
@@ -134,30 +134,30 @@ class TierIndex:
         self._compute_rate = Rate(clock)
         """Seconds per token."""
 
-    def find(self, name: BlockHash) -> str | None:
+    def find(self, block_hash: BlockHash) -> str | None:
         """The first tier that holds a block."""
         for tier_name, tier in self.tiers.items():
-            if name in tier:
+            if block_hash in tier:
                 return tier_name
         return None
 
-    def remove(self, name: BlockHash) -> list[tuple[str, BlockHash]]:
-        """Forget a block everywhere; returns where it was."""
-        return [(tier_name, name) for tier_name, tier in self.tiers.items() if tier.remove(name)]
+    def remove(self, block_hash: BlockHash) -> list[tuple[str, BlockHash]]:
+        """Remove a block from every tier. Returns (tier, hash) for each that held it."""
+        return [(name, block_hash) for name, tier in self.tiers.items() if tier.remove(block_hash)]
 
     def measure_load(self, tier_name: str, num_blocks: int, seconds: float) -> None:
         self._load_rates[tier_name].measure(num_blocks, seconds)
 
     def measure_step(self, plan: StepSize, seconds: float) -> None:
-        """A step took `seconds`. Steps of mostly decoding say nothing of the rate at which prompts are computed."""
+        """A step took `seconds`. Steps that mostly decode do not show at what rate prompts are computed."""
         if plan.num_tokens >= max(_MIN_STEP_TOKENS, _MIN_ROW_TOKENS * len(plan.rows)):
             self._compute_rate.measure(plan.num_tokens, seconds)
 
     def num_worth_loading(self, stored_in: Sequence[str], block_size: int, num_queued_reads: int) -> int:
-        """How many of consecutive stored blocks to load, the rest being computed: what saves most time.
+        """How many of consecutive stored blocks to load so that most time is saved; the rest is computed.
 
-        `stored_in` names each block's tier. Reads from disk wait for `num_queued_reads` others. What was not measured
-        lately is taken for free on the side of loading: the way to measure it is to do it.
+        `stored_in` holds the tier of each block. Reads from disk wait for `num_queued_reads` others. A rate of loading
+        that was not measured lately counts as zero seconds: loading measures it.
         """
         token_seconds = self._compute_rate.seconds_per_unit
         if token_seconds is None:

@@ -6,13 +6,16 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
 }
+FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
+"""Activations that `Kernels.glu_linear` computes."""
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """x [T, I] -> [T, I]."""
-    return _PLAIN[name]
+    return _FUNCTIONS[name]

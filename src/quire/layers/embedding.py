@@ -8,8 +8,11 @@ from quire.layers.linear import Linear
 
 
 class Embedding:
-    """table [N, H] in any float type, kept as it is stored: rows become `dtype` after they were gathered, so a table
-    that is a view of a mapped file costs no memory that the system could not take back."""
+    """Rows of a table [N, H] in any float type.
+
+    The table stays as it is stored, and gathered rows are converted to `dtype`. So a table that is a view of a mapped
+    file costs no memory that the system could not take back.
+    """
 
     __slots__ = ("dtype", "table")
 
@@ -23,8 +26,7 @@ class Embedding:
 
 
 class TiedEmbedding:
-    """The rows of an output head's packed weight, so that a tied table is held once, as the head holds it: rounded to
-    its dtype, or quantised."""
+    """Rows of an output head's packed weight: a tied table is held once, rounded or quantised as the head holds it."""
 
     __slots__ = ("head",)
 

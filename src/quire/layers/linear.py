@@ -1,57 +1,85 @@
 """Linear: a dense layer whose weight is packed when it is built."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.kernels.interface import PackedWeight, QuantizedWeight
-from quire.layers.norm import RMSNorm
+from quire.layers.activation import FUSED_GATES, activation_function
+from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
 
 
-class Linear:
-    """x [M, K] -> x weight^T + bias [M, N], the weight stored as `dtype`: a float type, or a quantisation of METHODS.
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A dense layer as a checkpoint stores it."""
 
-    Several weights [N_i, K] make one layer whose output is theirs side by side. They are copied, so views of a mapped
-    file may be given; a bias is float32 whatever the dtype. What comes before a layer is one kernel with it where it
-    works row by row: `after_norm`, `after_gate`.
+    weight: Tensor
+    """[N, K] of any float type; it may be a view of a mapped file."""
+    bias: Tensor | None = None
+    """[N]"""
+
+    def select_rows(self, rows: Tensor) -> "LinearWeight":
+        """The layer that computes the outputs `rows`, in their order."""
+        return LinearWeight(self.weight[rows], None if self.bias is None else self.bias[rows])
+
+
+class Linear:
+    """x [M, K] -> x weight^T + bias [M, N], the weight packed as `dtype`: a float type, or a quantisation of METHODS.
+
+    Several weights [N_i, K] make one layer that puts their outputs side by side. They are copied; a bias is float32
+    whatever the dtype. What comes before a layer is one kernel with it where it works row by row: a norm (`Normed`) and
+    the gate of an MLP (`after_gate`).
     """
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
 
-    def __init__(
-        self, kernels: Kernels, weights: Sequence[Tensor], bias: Tensor | None, dtype: str | WeightFormat
-    ) -> None:
+    def __init__(self, kernels: Kernels, weights: Sequence[LinearWeight], dtype: str | WeightFormat) -> None:
         self.kernels = kernels
-        self.num_outputs = sum(weight.shape[0] for weight in weights)
-        self.num_inputs = weights[0].shape[1]
+        matrices = [part.weight for part in weights]
+        self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
+        self.num_inputs = matrices[0].shape[1]
         if isinstance(dtype, str) and dtype in METHODS:
             dtype = METHODS[dtype].layers
         self.packed: PackedWeight
         if isinstance(dtype, str):
-            self.packed = kernels.pack_linear(weights, dtype)
+            self.packed = kernels.pack_linear(matrices, dtype)
         else:
-            self.packed = kernels.quantize_linear(weights, dtype.bits, dtype.group_size or self.num_inputs)
-        self.bias = None if bias is None else bias.float()
+            self.packed = kernels.quantize_linear(matrices, dtype.bits, dtype.group_size or self.num_inputs)
+        self.bias = _join_biases(weights)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        if isinstance(x, Normed):
+            norm = x.norm
+            if isinstance(norm, RMSNorm):
+                return self.kernels.rms_norm_linear(
+                    x.residual, x.update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
+                )
+            x = x.compute()
         if isinstance(self.packed, QuantizedWeight):
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
-    def after_norm(self, norm: RMSNorm, residual: Tensor, update: Tensor | None) -> Tensor:
-        """residual, update [M, K] -> [M, N]: of the norm of the residual stream, after adding the update to it."""
-        return self.kernels.rms_norm_linear(
-            residual, update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
-        )
-
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
-        """x [M, 2 K] -> [M, N]: of the activation of the first half times the second."""
-        return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
+        """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
+        if activation in FUSED_GATES:
+            return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
+        gate, up = x.chunk(2, dim=1)
+        return self(activation_function(activation)(gate) * up)
 
 
-def output_head(kernels: Kernels, table: Tensor, dtype: str) -> Linear:
-    """The layer that makes logits: table [vocab_size, H], which may be the embedding's. A quantisation has its own
-    rule for it."""
-    return Linear(kernels, [table], None, METHODS[dtype].head if dtype in METHODS else dtype)
+def _join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
+    """One float32 bias for all parts; zeros for a part without one."""
+    if all(part.bias is None for part in weights):
+        return None
+    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in weights]
+    return torch.cat([bias.float() for bias in biases])
+
+
+def output_head(kernels: Kernels, table: LinearWeight, dtype: str) -> Linear:
+    """The layer that makes logits: a table [vocab_size, H], which may be the embedding's. A quantisation has a format
+    of its own for it."""
+    return Linear(kernels, [table], METHODS[dtype].head if dtype in METHODS else dtype)

@@ -1,4 +1,6 @@
-"""Norms of the residual stream. Called with an update, they first add it to the stream, in place."""
+"""Norms of the residual stream and of attention heads."""
+
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -6,35 +8,105 @@ from torch import Tensor
 from quire.kernels import Kernels
 
 
-class RMSNorm:
-    """Each row divided by its root mean square, times the weight [H]."""
+class Norm(Protocol):
+    """A norm over the last dimension [H]. Called with an update, it first adds it to the residual stream, in place."""
 
-    __slots__ = ("eps", "kernels", "weight")
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
+        """residual, update [T, H] -> [T, H]."""
+        ...
+
+
+class RMSNorm:
+    """Divide each row by its root mean square, then multiply by the weight [H]."""
+
+    __slots__ = ("bias", "eps", "kernels", "weight")
 
     def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
         self.kernels = kernels
         self.weight = weight
+        self.bias: Tensor | None = None
         self.eps = eps
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
-        """residual, update [T, H] -> [T, H]."""
         if update is None:
             return self.kernels.rms_norm(residual, self.weight, self.eps)
         return self.kernels.add_rms_norm(update, residual, self.weight, self.eps)
 
 
 class LayerNorm:
-    """Each row shifted to mean 0 and scaled to variance 1, times the weight [H] plus the bias [H]."""
+    """Shift each row to mean 0, scale it to variance 1, multiply by the weight [H] and add the bias [H], if any."""
 
     __slots__ = ("bias", "eps", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         self.weight = weight
         self.bias = bias
         self.eps = eps
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
-        """residual, update [T, H] -> [T, H]."""
         if update is not None:
             residual += update
         return torch.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Normed(NamedTuple):
+    """The norm of the residual stream, not yet computed: the layer that reads it may fuse the two.
+
+    Read it once, since reading adds the update to the residual stream.
+    """
+
+    norm: Norm
+    residual: Tensor
+    update: Tensor | None
+
+    def compute(self) -> Tensor:
+        return self.norm(self.residual, self.update)
+
+
+class HeadNorm(Protocol):
+    """A norm of each head's query or key."""
+
+    bound: Tensor
+    """[heads or 1, D] float32: no element of a result has a larger magnitude."""
+
+    def __call__(self, x: Tensor) -> None:
+        """x [T, heads, D], overwritten."""
+        ...
+
+
+class RMSHeadNorm:
+    """RMSNorm of each head with one weight [D] for all heads."""
+
+    __slots__ = ("bound", "eps", "kernels", "weight")
+
+    def __init__(self, kernels: Kernels, weight: Tensor, eps: float) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+        self.bound = _bound(weight)[None]
+
+    def __call__(self, x: Tensor) -> None:
+        self.kernels.rms_norm_heads_(x, self.weight, self.eps)
+
+
+class LayerHeadNorm:
+    """LayerNorm without bias of each head, with a weight [heads, D] of its own for each."""
+
+    __slots__ = ("bound", "eps", "weight")
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+        self.bound = _bound(weight)
+
+    def __call__(self, x: Tensor) -> None:
+        x.copy_(torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight)
+
+
+def _bound(weight: Tensor) -> Tensor:
+    """A normed row of D elements has length sqrt(D) at most, and so has each of its elements."""
+    bound: Tensor = weight.float().abs() * weight.shape[-1] ** 0.5
+    return bound

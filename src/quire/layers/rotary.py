@@ -1,6 +1,6 @@
 """Rotary position embedding: the table of cosines and sines of every position.
 
-The table is computed as transformers computes it, in float32, since models were trained with that rounding.
+The table is computed in float32, as transformers computes it, since models were trained with that rounding.
 """
 
 import math
@@ -12,11 +12,21 @@ from quire.model_config import RopeConfig
 
 
 def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor:
-    """[num_positions, rotary_dim] float32: the cosines of each position, then its sines."""
-    dim = int(head_dim * rope.partial_rotary_factor)
+    """[num_positions, rotary_dim] float32: for each position its cosines, then its sines."""
+    dim = rope.rotary_dim(head_dim)
     frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
+
+
+def half_layout(head_dim: int, rotary_dim: int, device: torch.device) -> Tensor:
+    """[head_dim]: the order in which the elements of a head with interleaved pairs are those of a head in halves.
+
+    Kernels rotate elements i and i + rotary_dim / 2 together. A family that rotates 2 i and 2 i + 1 is served by this
+    order of the rows of its queries and keys: scores do not depend on the order of a head's elements.
+    """
+    pairs = torch.arange(rotary_dim, device=device).view(-1, 2).t().flatten()
+    return torch.cat((pairs, torch.arange(rotary_dim, head_dim, device=device)))
 
 
 def _unscaled(theta: float | Tensor, dim: int) -> Tensor:
@@ -36,9 +46,8 @@ def _linear(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
 def _dynamic(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
     """The base grows with the length, so it is a function of each position: that of a sequence which ends there.
 
-    This makes a key's rotation independent of how its prompt was cut into steps, which a paged, shared cache needs.
-    It is what transformers computes token by token; a longer prompt in one piece is rotated there by its whole
-    length.
+    So a key's rotation does not depend on how its prompt was cut into steps, which a paged, shared cache needs. It is
+    what transformers computes token by token; transformers rotates a longer prompt in one piece by its whole length.
     """
     lengths = torch.arange(1, num_positions + 1).clamp(min=rope.original_max_position).unsqueeze(1)
     stretch = rope.factor * lengths / rope.original_max_position - (rope.factor - 1)
@@ -46,7 +55,7 @@ def _dynamic(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
 
 
 def _llama3(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
-    """Long waves are stretched by the factor, short ones kept, those between blended."""
+    """Stretch long waves by the factor, keep short ones, and blend the waves between."""
     frequencies = _unscaled(rope.theta, dim)
     waves_in_training = rope.original_max_position * frequencies / (2 * math.pi)
     kept = (waves_in_training - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -57,7 +66,7 @@ def _yarn(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
     """Like llama3, with the blend linear in the dimension instead of the wave length (arXiv 2309.00071)."""
 
     def dimension_with(rotations: float) -> float:
-        """The (fractional) dimension that makes so many turns over the length of training."""
+        """The (fractional) dimension that makes `rotations` turns over the training length."""
         return dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_with(rope.beta_fast), dimension_with(rope.beta_slow)
@@ -78,7 +87,7 @@ _FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "ll
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """What yarn multiplies queries and keys by, to keep the entropy of attention over longer contexts."""
+    """Yarn's factor of queries and keys, which keeps the entropy of attention over longer contexts."""
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.rope_type != "yarn" or rope.factor <= 1:

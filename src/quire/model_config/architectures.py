@@ -26,8 +26,8 @@ class Architecture:
     """A key → how this family spells it in config.json."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Options of config.json that are supported with this one value."""
+    fixed: Mapping[str, bool] = field(default_factory=dict)
+    """Flags of config.json that are supported with this one value; null is false."""
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -52,6 +52,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
         implied={"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "sliding_window": 4096},
+    ),
+    "StableLmForCausalLM": Architecture(
+        model="quire.models.stablelm:StableLM",
+        names={
+            "rms_norm_eps": "layer_norm_eps",
+            "qkv_bias": "use_qkv_bias",
+            "qk_norm": "qk_layernorm",
+            "parallel_residual": "use_parallel_residual",
+        },
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "layer_norm_eps": 1e-5,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "qk_norm_per_head": True,
+            "partial_rotary_factor": 0.25,
+        },
     ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",

@@ -32,7 +32,7 @@ class ConfigJson:
         self._names = row.names
         self._config = {**row.implied, **config}
         for key, supported in row.fixed.items():
-            if self._config.get(key, supported) != supported:
+            if bool(self._config.get(key, supported)) != supported:
                 raise self.refusal(key, self._config[key], json.dumps(supported))
         quantization = self._config.get("quantization_config")
         if quantization and not _holds_only_kv_scales(quantization):

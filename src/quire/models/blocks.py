@@ -1,53 +1,178 @@
-"""What model families share: embedding and output head, a fused linear layer from several tensors, the gated MLP."""
+"""The two halves of a decoder layer that most families share: attention and a dense MLP.
 
-from collections.abc import Mapping
+A block takes its input as a tensor, or as a `Normed` whose norm the block's first layer may fuse. T new tokens of all
+sequences, R output tokens, H hidden size, D head_dim.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quire.kernels import Kernels
-from quire.layers.embedding import Embedding, TiedEmbedding
-from quire.layers.linear import Linear, output_head
-from quire.layers.norm import RMSNorm
-from quire.model_config import ModelConfig
-from quire.models.weights import TensorSource
+from quire.layers.activation import activation_function
+from quire.layers.attention import Attention
+from quire.layers.linear import Linear
+from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
+from quire.layers.rotary import half_layout
+from quire.layers.step_context import StepContext
+from quire.model_config import ModelConfig, RopeConfig
+from quire.models.builder import Builder
+from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
+
+HeadNorms = tuple[HeadNorm, HeadNorm]
+"""The norms of queries and of keys."""
 
 
-def embedding_and_head(
-    config: ModelConfig, table: Tensor, weights: TensorSource, kernels: Kernels, dtype: str
-) -> tuple[Embedding | TiedEmbedding, Linear]:
-    """The two ends of a model, of the embedding's `table` [vocab_size, H] and, where they are not tied, lm_head."""
-    if config.tie_word_embeddings:
-        head = output_head(kernels, table, dtype)
-        return TiedEmbedding(head), head
-    return Embedding(table, weights.activations), output_head(
-        kernels, weights.take("lm_head.weight", tuple(table.shape)), dtype
+class SelfAttention:
+    """Causal self-attention with grouped KV heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        qkv: Linear,
+        attend: Attention,
+        o: Linear,
+        *,
+        head_norms: HeadNorms | None = None,
+        stored_kv_scales: KVScales | None = None,
+    ) -> None:
+        """`stored_kv_scales` are those that a checkpoint brings."""
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        self.qkv = qkv
+        self.head_norms = head_norms
+        self.attend = attend
+        self.o = o
+        self.stored_kv_scales = stored_kv_scales
+
+    def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
+        """x [T, H] -> [T, H], or [R, H] of the output tokens."""
+        projected = self.qkv(x)
+        # Views of one [T, heads, D] tensor; what follows works on them in place.
+        q, k, v = projected.view(projected.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        if self.head_norms is not None:
+            norm_queries, norm_keys = self.head_norms
+            norm_queries(q)
+            norm_keys(k)
+        return self.o(self.attend(q, k, v, context).flatten(1))
+
+    def scale_kv(self, norm: Norm) -> None:
+        """Scale keys and values for a cache of float8 from now on, by the checkpoint's own scales or else by the least
+        with which no key or value overflows. `norm` is that of the block's input."""
+        scales = self.stored_kv_scales
+        if scales is None:
+            bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
+            _, keys, values = bounds.split_with_sizes(self.heads)
+            if self.head_norms is not None:
+                keys = self.head_norms[1].bound.expand_as(keys)
+            scales = KVScales(scales_of(largest_rotated(keys, self.attend.cos_sin)), scales_of(values))
+        self.attend.k_scale, self.attend.v_scale = scales
+
+
+def rotary_attention(
+    build: Builder,
+    layer: int,
+    cos_sin: Tensor,
+    *,
+    names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    head_norms: HeadNorms | None = None,
+) -> SelfAttention:
+    """The attention of a layer whose queries, keys and values are stored apart and rotated by position."""
+    config = build.config
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {names[0]: q_rows, names[1]: kv_rows, names[2]: kv_rows}
+    q, k, v = (
+        build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
+        for name, rows in sizes.items()
+    )
+    if _is_interleaved(config):
+        order = _head_order(config, q.weight.device)
+        q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
+    return SelfAttention(
+        config,
+        build.pack(q, k, v),
+        Attention(
+            build.kernels,
+            layer,
+            scale=config.attention_scale,
+            cos_sin=cos_sin,
+            window=config.layer_windows[layer] if config.layer_windows else 0,
+            softcap=config.attention_softcap,
+        ),
+        build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
+        head_norms=head_norms,
+        stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
 
 
-def fused_linear(
-    weights: TensorSource, rows: Mapping[str, int], in_features: int, *, bias: bool, kernels: Kernels, dtype: str
-) -> Linear:
-    """One layer whose output is that of several, side by side; `rows` maps their names to their output sizes."""
-    matrices = [weights.take(f"{name}.weight", (n, in_features)) for name, n in rows.items()]
-    biases = [weights.take(f"{name}.bias", (n,)) for name, n in rows.items()] if bias else []
-    return Linear(kernels, matrices, torch.cat(biases) if biases else None, dtype)
+def rms_head_norms(build: Builder) -> HeadNorms | None:
+    """RMSNorm of queries and keys with one weight for all heads, where the config has them."""
+    config = build.config
+    if not config.qk_norm:
+        return None
+
+    def norm(name: str) -> RMSHeadNorm:
+        weight = build.weights.take(f"{name}.weight", (config.head_dim,)).float()
+        if config.norm_unit_offset:
+            weight = weight + 1
+        if _is_interleaved(config):
+            weight = weight[_head_order(config, weight.device)]
+        return RMSHeadNorm(build.kernels, weight, config.norm_eps)
+
+    return norm("q_norm"), norm("k_norm")
+
+
+def _is_interleaved(config: ModelConfig) -> bool:
+    return config.rope is not None and config.rope.layout == "interleaved"
+
+
+def _head_order(config: ModelConfig, device: torch.device) -> Tensor:
+    rope = config.rope or RopeConfig()
+    return half_layout(config.head_dim, rope.rotary_dim(config.head_dim), device)
+
+
+def _rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
+    """An order of a head's elements -> the same order of the rows of all heads."""
+    first = torch.arange(0, num_rows, len(order), device=order.device)
+    return (first[:, None] + order).flatten()
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x)), where x is the norm of the residual stream."""
+    """down(activation(gate(x)) * up(x)); gate and up are one layer."""
 
-    __slots__ = ("activation", "down", "gate_up", "norm")
+    __slots__ = ("activation", "down", "gate_up")
 
-    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str, norm: RMSNorm) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.norm = norm
-        self.gate_up = fused_linear(
-            weights, {"gate_proj": inner, "up_proj": inner}, hidden, bias=bias, kernels=kernels, dtype=dtype
-        )
-        self.activation = config.activation
-        self.down = fused_linear(weights, {"down_proj": hidden}, inner, bias=bias, kernels=kernels, dtype=dtype)
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
 
-    def __call__(self, residual: Tensor, update: Tensor) -> Tensor:
-        """residual, update [T, H] -> the next update [T, H]; `update` is added to `residual`."""
-        return self.down.after_gate(self.gate_up.after_norm(self.norm, residual, update), self.activation)
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.down.after_gate(self.gate_up(x), self.activation)
+
+
+def gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> GatedMLP:
+    """An MLP of `inner` width whose gate, up and down are stored apart."""
+    config, (gate, up, down) = build.config, names
+    hidden = config.hidden_size
+    return GatedMLP(
+        build.linear({gate: inner, up: inner}, hidden, bias=config.mlp_bias),
+        build.linear({down: hidden}, inner, bias=config.mlp_bias),
+        config.activation,
+    )
+
+
+class PlainMLP:
+    """down(activation(up(x)))."""
+
+    __slots__ = ("activation", "down", "up")
+
+    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+        self.up = up
+        self.down = down
+        self.activation = activation_function(activation)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.down(self.activation(self.up(x)))

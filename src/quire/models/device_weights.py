@@ -5,29 +5,25 @@ the next from the file. So loading takes no host memory beyond the buffers, and 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from quire.models.weights import RandomWeights, Weights
+from quire.layers.linear import LinearWeight
+from quire.models.weights import TensorSource
 
 STAGING_BYTES = 64 * 2**20
-"""Of each buffer: large enough for the full rate of a bus, small enough for any host."""
+"""Bytes of each buffer: large enough for the full rate of a bus, small enough for any host."""
 
 
 class DeviceWeights:
     """A TensorSource whose tensors lie on `device`, float tensors as `dtype`, in which the model also computes."""
 
-    def __init__(
-        self, source: Weights | RandomWeights, device: torch.device, dtype: torch.dtype, upload: "Upload | None" = None
-    ) -> None:
-        self.activations = dtype
+    def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.activation_dtype = dtype
         self._source = source
-        self._device = device
-        self._upload = upload or Upload(device)
-
-    def scope(self, prefix: str) -> "DeviceWeights":
-        return DeviceWeights(self._source.scope(prefix), self._device, self.activations, self._upload)
+        self._upload = Upload(device)
 
     def has(self, name: str) -> bool:
         return self._source.has(name)
@@ -36,13 +32,21 @@ class DeviceWeights:
         return self._source.shape_of(name)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._source.take(name, shape)
-        if tensor.device.type == "cpu":
-            tensor = self._upload(tensor)
-        return tensor.to(self.activations)
+        return self._send(self._source.take(name, shape))
+
+    def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
+        stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
+        return replace(
+            stored, weight=self._send(stored.weight), bias=None if stored.bias is None else self._send(stored.bias)
+        )
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":  # random weights are made on the device
+            tensor = self._upload(tensor)
+        return tensor.to(self.activation_dtype)
 
 
 class Upload:
@@ -53,7 +57,7 @@ class Upload:
         self._pinned = device.type == "cuda"
         self._buffers = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(2)]
         self._fetched: list[torch.cuda.Event | None] = [None, None]
-        """When the device has fetched what each buffer held last."""
+        """For each buffer, the event after which the device has fetched its last content."""
         self._turn = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:

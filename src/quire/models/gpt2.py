@@ -1,103 +1,54 @@
-"""GPT-2: LayerNorm, learned positions, a plain MLP, and matrices stored transposed.
+"""GPT-2: LayerNorm, learned positions, a plain MLP, and matrices stored as [inputs, outputs]."""
 
-T new tokens of all sequences, H hidden size, D head_dim.
-"""
-
-from torch import Tensor
-
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
-from quire.layers.activation import activation
-from quire.layers.attention import Attention, KVLayers, LayerKV
+from quire.kernels import Kernels
+from quire.layers.attention import Attention
 from quire.layers.embedding import Embedding
 from quire.layers.linear import Linear
-from quire.layers.norm import LayerNorm
 from quire.model_config import ModelConfig
-from quire.models.blocks import embedding_and_head
-from quire.models.kv_scales import largest_projected, scales_of
-from quire.models.weights import TensorSource
+from quire.models.blocks import PlainMLP, SelfAttention
+from quire.models.builder import Builder
+from quire.models.decoder import Decoder, DecoderLayer
+from quire.models.weights import WeightScope
 
 
-class GPT2:
-    """Token and position embedding, layers, final norm; then logits for the rows that are asked for."""
+class GPT2(Decoder):
+    """The position's embedding is the first update of the residual stream."""
 
     # Causal masks that old checkpoints store; the head may be stored although it is tied.
     ignored_tensors = (r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$")
 
     def __init__(
-        self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str, max_model_len: int
+        self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
     ) -> None:
-        hidden = config.hidden_size
+        build = Builder(config, weights, kernels, dtype)
         # OpenAI's own checkpoints hold the bare model, later ones a "transformer" beside the head.
-        model = weights if weights.has("wte.weight") else weights.scope("transformer")
-        table = model.take("wte.weight", (config.vocab_size, hidden))
-        self.embed, self.head = embedding_and_head(config, table, weights, kernels, dtype)
-        positions = model.take("wpe.weight", (config.max_position_embeddings, hidden))
-        self.embed_position = Embedding(positions, weights.activations)
-        self.layers = [Layer(config, model.scope(f"h.{index}"), kernels, dtype) for index in range(config.num_layers)]
-        self.norm = layer_norm(config, model.scope("ln_f"))
-
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
-        """input_ids, positions int32 [T] -> hidden [T, H], or of the R tokens that are read [R, H]."""
-        residual, update = self.embed(input_ids), self.embed_position(positions)
-        for layer, layer_kv in zip(self.layers, kv.layers, strict=True):
-            last = layer is self.layers[-1]
-            residual, update = layer(residual, update, layer_kv, plan, output_tokens if last else None)
-        return self.norm(residual, update)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> [R, vocab_size]."""
-        return self.head(hidden)
-
-    def scale_kv(self) -> None:
-        """Scale keys and values for a cache of float8 from now on, so that none can be too large."""
-        for layer in self.layers:
-            bounds = largest_projected(layer.qkv, layer.attention_norm.weight, layer.attention_norm.bias)
-            _, keys, values = bounds.view(3, -1, layer.head_dim)
-            layer.attend.k_scale, layer.attend.v_scale = scales_of(keys), scales_of(values)
+        model = build if weights.has("wte.weight") else build.scope("transformer")
+        hidden = config.hidden_size
+        ends = build.ends(model.weights.take("wte.weight", (config.vocab_size, hidden)))
+        positions = model.weights.take("wpe.weight", (config.max_position_embeddings, hidden))
+        super().__init__(
+            ends,
+            [make_layer(model.scope(f"h.{index}"), index) for index in range(config.num_layers)],
+            model.norm("ln_f"),
+            position_embedding=Embedding(positions, weights.activation_dtype),
+        )
 
 
-class Layer:
-    """Attention and MLP, each behind a norm that first adds the last update to the residual stream."""
+def make_layer(build: Builder, index: int) -> DecoderLayer:
+    config = build.config
+    hidden, inner = config.hidden_size, config.intermediate_size
 
-    def __init__(self, config: ModelConfig, weights: TensorSource, kernels: Kernels, dtype: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.head_dim = config.head_dim
-        self.attention_norm = layer_norm(config, weights.scope("ln_1"))
-        self.qkv = transposed_linear(kernels, weights.scope("attn.c_attn"), hidden, 3 * hidden, dtype)
-        self.attend = Attention(kernels, scale=config.head_dim**-0.5)
-        self.o = transposed_linear(kernels, weights.scope("attn.c_proj"), hidden, hidden, dtype)
-        self.mlp_norm = layer_norm(config, weights.scope("ln_2"))
-        self.up = transposed_linear(kernels, weights.scope("mlp.c_fc"), hidden, inner, dtype)
-        self.activation = activation(config.activation)
-        self.down = transposed_linear(kernels, weights.scope("mlp.c_proj"), inner, hidden, dtype)
+    def linear(name: str, num_inputs: int, num_outputs: int) -> Linear:
+        return build.linear({name: num_outputs}, num_inputs, bias=True, transposed=True)
 
-    def __call__(
-        self, residual: Tensor, update: Tensor, layer_kv: LayerKV, plan: AttentionPlan, output_tokens: OutputTokens | None
-    ) -> tuple[Tensor, Tensor]:
-        """residual, update [T, H] -> the same behind the layer, [T, H] or of the tokens that are read [R, H].
-
-        `update` is added to `residual`, in place.
-        """
-        num_tokens = residual.shape[0]
-        qkv = self.qkv(self.attention_norm(residual, update))
-        q, k, v = qkv.view(num_tokens, -1, self.head_dim).chunk(3, dim=1)
-        update = self.o(self.attend(q, k, v, layer_kv, plan, output_tokens=output_tokens).flatten(1))
-        if output_tokens is not None:
-            residual = residual[output_tokens.tokens]
-        return residual, self.down(self.activation(self.up(self.mlp_norm(residual, update))))
-
-
-def layer_norm(config: ModelConfig, weights: TensorSource) -> LayerNorm:
-    shape = (config.hidden_size,)
-    weight, bias = (weights.take(name, shape).to(weights.activations) for name in ("weight", "bias"))
-    return LayerNorm(weight, bias, config.norm_eps)
-
-
-def transposed_linear(
-    kernels: Kernels, weights: TensorSource, in_features: int, out_features: int, dtype: str
-) -> Linear:
-    """GPT-2 stores a matrix as [in, out]."""
-    weight = weights.take("weight", (in_features, out_features))
-    return Linear(kernels, [weight.t()], weights.take("bias", (out_features,)), dtype)
+    return DecoderLayer(
+        build.norm("ln_1"),
+        SelfAttention(
+            config,
+            linear("attn.c_attn", hidden, 3 * hidden),
+            Attention(build.kernels, index, scale=config.attention_scale),
+            linear("attn.c_proj", hidden, hidden),
+        ),
+        build.norm("ln_2"),
+        PlainMLP(linear("mlp.c_fc", hidden, inner), linear("mlp.c_proj", inner, hidden), config.activation),
+    )

@@ -1,9 +1,9 @@
-"""KVScales: what keys and values are divided by before a cache of float8 holds them, one number for each KV head.
+"""KVScales: divisors of keys and values before a float8 cache stores them, one number for each KV head.
 
-A checkpoint may bring them, measured by whoever made it. Else they are computed from the weights alone: what a layer
-projects is a norm's output, whose length is known, so no key or value can be larger than a bound (Cauchy and Schwarz),
-and the scale lets that bound just fit. float8 keeps its precision far below its largest number, so a bound that nothing
-comes near costs nothing. Decision 0026 says why not otherwise.
+A checkpoint may bring measured scales. Else they are computed from the weights alone: a layer projects a norm's output,
+whose length is known, so no key or value can be larger than a bound (Cauchy and Schwarz), and the scale lets that bound
+just fit. float8 keeps its precision far below its largest number, so a bound that no value comes near costs nothing.
+Decision 0026 says why not otherwise.
 """
 
 import math
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from quire.errors import CheckpointError
 from quire.layers.linear import Linear
-from quire.models.weights import TensorSource
+from quire.models.weights import WeightScope
 
 LARGEST = float(torch.finfo(torch.float8_e4m3fn).max)
 _NAMES = (("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale"))
 
 
 class KVScales(NamedTuple):
-    """Of one layer, [num_kv_heads] float32 each."""
+    """The scales of one layer, [num_kv_heads] float32 each."""
 
     keys: Tensor
     values: Tensor
 
 
-def take_kv_scales(weights: TensorSource, num_kv_heads: int) -> KVScales | None:
-    """Those that a checkpoint has beside an attention's weights, one for the layer or one for each head."""
+def take_kv_scales(weights: WeightScope, num_kv_heads: int) -> KVScales | None:
+    """The scales that a checkpoint has beside an attention's weights: one for the layer, or one for each head."""
     for names in _NAMES:
         if all(map(weights.has, names)):
             keys, values = (_take(weights, name, num_kv_heads) for name in names)
@@ -36,7 +36,7 @@ def take_kv_scales(weights: TensorSource, num_kv_heads: int) -> KVScales | None:
     return None
 
 
-def _take(weights: TensorSource, name: str, num_kv_heads: int) -> Tensor:
+def _take(weights: WeightScope, name: str, num_kv_heads: int) -> Tensor:
     shape = weights.shape_of(name)
     scales = weights.take(name, shape).float().flatten()
     if len(scales) not in (1, num_kv_heads) or not bool((scales > 0).all() & scales.isfinite().all()):
@@ -48,9 +48,10 @@ def _take(weights: TensorSource, name: str, num_kv_heads: int) -> Tensor:
 
 
 def largest_projected(layer: Linear, norm_weight: Tensor, norm_bias: Tensor | None = None) -> Tensor:
-    """The largest magnitudes [N] of a layer's outputs, of a norm of weight and bias [H].
+    """The largest magnitudes [N] of a layer's outputs if its input is a norm with this weight and bias [H].
 
-    A row that is normed by its root mean square, or to variance 1, has length sqrt(H) at most.
+    A row that is normed by its root mean square, or to variance 1, has length sqrt(H) at most. A weight that a family
+    stores without its offset of 1 must have the offset here.
     """
     assert isinstance(layer.packed, Tensor), "weights of few bits have no bounds"
     weight = layer.packed.float()
@@ -63,7 +64,7 @@ def largest_projected(layer: Linear, norm_weight: Tensor, norm_bias: Tensor | No
 
 
 def largest_rotated(bounds: Tensor, cos_sin: Tensor | None) -> Tensor:
-    """bounds [heads, D] of vectors -> of the same when rotated by any row of a table (`reference.rotary_`)."""
+    """bounds [heads, D] of vectors -> those of the vectors rotated by any row of a table (`reference.rotary_`)."""
     if cos_sin is None:
         return bounds
     rotary_dim = cos_sin.shape[1]
@@ -73,6 +74,6 @@ def largest_rotated(bounds: Tensor, cos_sin: Tensor | None) -> Tensor:
 
 
 def scales_of(bounds: Tensor) -> Tensor:
-    """bounds [heads, D] -> the least powers of two [heads] by which no value is beyond float8."""
+    """bounds [heads, D] -> the least powers of two [heads] that keep every value inside float8."""
     highest = bounds.amax(1).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.exp2((highest / LARGEST).log2().ceil().clamp(-64, 64))

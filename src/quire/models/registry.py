@@ -8,21 +8,18 @@ from typing import Protocol
 
 from torch import Tensor
 
-from quire.kernels import AttentionPlan, Kernels, OutputTokens
-from quire.layers.attention import KVLayers
+from quire.kernels import Kernels
+from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
-from quire.models.device_weights import DeviceWeights
-from quire.models.weights import RandomWeights, Weights
+from quire.models.weights import TensorSource, WeightScope
 
 
 class Model(Protocol):
-    """What the runner asks of a model. Indices are int32; activations are what the weights' source says."""
+    """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
 
-    def __call__(
-        self, input_ids: Tensor, positions: Tensor, kv: KVLayers, plan: AttentionPlan, output_tokens: OutputTokens | None = None
-    ) -> Tensor:
-        """input_ids, positions [T] -> hidden [T, H], or with a output_tokens of its tokens [R, H], the final norm applied;
-        writes the KV of the T tokens."""
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
+        """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
+        of the T tokens."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -36,17 +33,17 @@ class Model(Protocol):
 
 def load_model(
     config: ModelConfig,
-    weights: Weights | RandomWeights | DeviceWeights,
+    source: TensorSource,
     kernels: Kernels,
     dtype: str,
     *,
     max_model_len: int | None = None,
 ) -> Model:
-    """Build the model from its weights, stored as `dtype`: a float type, or the name of a quantisation. Positions run
+    """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation. Positions run
     up to `max_model_len`, by default the model's context length. Raises `CheckpointError` for weights that are missing,
     misshapen or left over."""
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
-    model: Model = family(config, weights, kernels, dtype, max_model_len or config.context_length)
-    weights.finish(ignored=family.ignored_tensors)
+    model: Model = family(config, WeightScope(source), kernels, dtype, max_model_len or config.context_length)
+    source.finish(ignored=family.ignored_tensors)
     return model

@@ -1,1 +1,1 @@
-"""Executing: the only room where a plan meets tensors."""
+"""Executes step plans: the only room where a plan meets tensors."""

@@ -1,7 +1,7 @@
-"""BlockStore: the contents of the tiers below the pool, and the copies between them. It moves what a plan says.
+"""BlockStore: the contents of the tiers below the pool, and the copies between them and the pool.
 
-Host memory is one tensor of blocks, copied to and from within a step. It is trusted as the pool is, and has no
-checksums; what was on a disk has (see `disk_blocks`).
+Host memory is one tensor of blocks, copied to and from within a step. It is trusted like the pool and has no checksums;
+blocks on a disk have (see `disk_blocks`). An OffloadPlan says what to move.
 """
 
 import time
@@ -14,7 +14,7 @@ from quire.runner.disk_blocks import HEADER_BYTES, DiskBlocks
 from quire.step import OffloadPlan, OffloadResult
 
 MAX_WAIT_SECONDS = 0.05
-"""The longest a step waits for a read: what clients say meanwhile must not wait longer."""
+"""The longest a step waits for a read. New requests and aborts wait with it."""
 
 
 class BlockStore:
@@ -27,46 +27,46 @@ class BlockStore:
         self._slots: dict[bytes, int] = {}
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
 
-    def move(self, moves: OffloadPlan) -> float:
-        """Carry out a plan's moves, in the order of its fields. Returns the seconds spent on loads from host memory."""
-        for tier, name in moves.forgotten:
+    def move(self, plan: OffloadPlan) -> float:
+        """Carry out a plan, in the order of its fields. Returns the seconds spent on loads from host memory."""
+        for tier, block_hash in plan.evicted:
             if tier == HOST:
-                self._free_slots.append(self._slots.pop(name))
+                self._free_slots.append(self._slots.pop(block_hash))
             else:
-                self._files.forget(name)
-        for tier, name, block in moves.saves:
+                self._files.remove(block_hash)
+        for tier, block_hash, block in plan.stores:
             if tier == HOST:
-                slot = self._slots[name] = self._free_slots.pop()
+                slot = self._slots[block_hash] = self._free_slots.pop()
                 self._kv_cache.copy_out(block, self._host[slot])
             else:
                 buffer = self._files.new_buffer()
                 self._kv_cache.copy_out(block, _content(buffer))
-                self._files.save(name, buffer)
-        for name in moves.dropped:
-            self._files.give_back(self._files.take(name))
+                self._files.save(block_hash, buffer)
+        for block_hash in plan.cancelled:
+            self._files.release_buffer(self._files.take_buffer(block_hash))
         seconds = 0.0
-        for tier, name, block in moves.loads:
+        for tier, block_hash, block in plan.loads:
             if tier == HOST:
                 started = time.perf_counter()
-                self._kv_cache.copy_in(block, self._host[self._slots[name]])
+                self._kv_cache.copy_in(block, self._host[self._slots[block_hash]])
                 self._kv_cache.synchronize()
                 seconds += time.perf_counter() - started
             else:
-                buffer = self._files.take(name)
+                buffer = self._files.take_buffer(block_hash)
                 self._kv_cache.copy_in(block, _content(buffer))
-                self._files.give_back(buffer)
-        for name in moves.reads:
-            self._files.read(name)
+                self._files.release_buffer(buffer)
+        for block_hash in plan.reads:
+            self._files.read(block_hash)
         return seconds
 
     def collect(self, *, wait: bool) -> OffloadResult:
-        """What has ended in the background; with `wait`, not before a read has, or a moment has passed."""
+        """What has ended in the background. With `wait`, waits for a read to end, at most MAX_WAIT_SECONDS."""
         if self._disk is None:
             return OffloadResult()
         return self._disk.collect(MAX_WAIT_SECONDS if wait else 0.0)
 
     def close(self) -> None:
-        """Write what is queued and let go of the files."""
+        """Write the queued blocks and close the files."""
         if self._disk is not None:
             self._disk.close()
 
@@ -77,8 +77,8 @@ class BlockStore:
 
 
 def _host_memory(num_blocks: int, kv_cache: KVCache) -> torch.Tensor:
-    """uint8 [num_blocks, block_bytes]: pinned for a GPU, which then copies by itself; else it takes no memory before it
-    is written."""
+    """uint8 [num_blocks, block_bytes]. For a GPU it is pinned, so that copies need no host; otherwise it takes no
+    memory until it is written."""
     if kv_cache.device.type == "cuda":
         return torch.empty(num_blocks, kv_cache.block_bytes, dtype=torch.uint8, pin_memory=True)
     return lazy_zeros(num_blocks * kv_cache.block_bytes).view(num_blocks, kv_cache.block_bytes)

@@ -1,19 +1,19 @@
-"""DecodeGraphs: steps of decoding, captured when they have come often and replayed from then on.
+"""DecodeGraphs: decode steps captured as CUDA graphs once their kind has come often, and replayed from then on.
 
 Launching a model's kernels one by one takes the host longer than a GPU needs to run them for few sequences. A step in
-which every sequence computes one token, or a few drafted ones with it, looks the same every time but for its numbers,
-so it is recorded once for each of a few numbers of tokens, over inputs that lie in fixed memory, and launched whole,
-down to the drawn tokens. A step is padded to the next size: what is padded writes nothing, and what it computes is
-thrown away.
+which every sequence computes one token, or a few draft tokens with it, makes the same launches every time; only its
+numbers differ. So it is recorded once for each of a few sizes, over inputs in fixed memory, and then launched as a
+whole, down to the sampled tokens. A step is padded to the next size: padding writes nothing, and its results are
+ignored.
 
-Whose the tokens are is told by the attention plan alone, which is an input like the others. So a step of 3 sequences
-with 5 drafted tokens is one of 8 tokens, as is one of 8 sequences, and both are one kind where a program of attention
-holds as many rows for either: drafts of a length add a kind only where the heads that share a KV head, times the
-tokens, outgrow a tile (16, 32, 64, 128 rows), and no kind of step is as wide as its longest draft times its sequences.
+Only the attention plan says which token belongs to which sequence, and it is an input like the others. So 3 sequences
+with 5 draft tokens are a step of 8 tokens, just as 8 sequences are. Both are one kind if the attention program holds as
+many rows for either: drafts of some length add a kind only where the heads that share a KV head, times the tokens,
+outgrow a tile (16, 32, 64, 128 rows). No step is padded to its longest draft times its sequences.
 
-Nothing is captured at start, and never inside a step: steps run kernel by kernel until one of their kind is captured,
-which happens between two steps or when there is nothing to do. It takes some tens of milliseconds, so there is at most
-one capture between two steps, and all of them take a small share of the time that requests run.
+Nothing is captured at start, and nothing inside a step: steps run kernel by kernel until one of their kind is captured,
+between two steps or when there is nothing to do. A capture takes some tens of milliseconds. So there is at most one
+between two steps, and all captures take at most a small share of the time in which requests run.
 """
 
 import time
@@ -34,18 +34,18 @@ from quire.kernels.transfer import Arrays, FixedArrays
 EAGER_STEPS = 4
 """Steps of a kind that run kernel by kernel before it is worth a capture."""
 CAPTURE_SHARE = 0.1
-"""Of the time in which requests run, what captures take at most."""
+"""Captures take at most this share of the time in which requests run."""
 MAX_GRAPHS = 64
-"""Kept at once. There could be some hundreds of kinds, and each graph takes memory for its launches."""
+"""Graphs kept at once. There could be some hundreds of kinds, and each graph takes memory for its launches."""
 
 
 class Outcome(IntEnum):
-    """What a step ends in."""
+    """What a captured step returns."""
 
     LOGITS = 0
     TOKENS = 1
-    REPORTS = 2
-    """Tokens, and log-probabilities of those that ask for them."""
+    LOGPROBS = 2
+    """Tokens, and log-probabilities for the rows that ask for them."""
 
 
 class GraphKey(NamedTuple):
@@ -54,13 +54,13 @@ class GraphKey(NamedTuple):
     size: int
     """Tokens it has room for."""
     variant: Variant
-    """Of the attention plan (`AttentionPlan.variant`)."""
+    """The variant of its attention plan (`AttentionPlan.variant`)."""
     outcome: Outcome
 
 
 PrepareStep = Callable[[GraphKey, Mapping[str, Tensor]], Callable[[], Tensor]]
-"""Plans a step of a kind over inputs [size], and returns what launches it: what was drawn [any, size], or logits [size,
-vocab_size]."""
+"""Plans a step of a kind over inputs [size], and returns the function that launches it. That one returns samples
+[any, size] or logits [size, vocab_size]."""
 
 
 class Graph(Protocol):
@@ -71,20 +71,20 @@ class Graph(Protocol):
 
 class Capture(Protocol):
     def __call__(self, run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
-        """Runs once and records a second run; gives what replays it, and the tensor that every replay writes its result
-        to. It is the `first` where no graph that was captured before will be replayed again."""
+        """Runs once and records a second run. Returns the graph, and the tensor that every replay writes its result to.
+        `first`: no graph captured before will be replayed again."""
         ...
 
 
 def graph_sizes(max_num_tokens: int) -> list[int]:
-    """Numbers of tokens worth a graph: padding wastes at most half of a small step and a ninth of a large one."""
+    """Sizes worth a graph: padding wastes at most half of a small step and a ninth of a large one."""
     largest = min(max_num_tokens, MAX_CAPTURED_TOKENS)
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, MAX_CAPTURED_TOKENS, 32)]
     return [*(size for size in sizes if size < largest), largest]
 
 
 class DecodeGraphs:
-    """The graphs of one model, and the memory that their inputs lie in."""
+    """The graphs of one model, and the memory of their inputs."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class DecodeGraphs:
         device: torch.device,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`padding` names the inputs of a step, with what stands for a token that is not there: computing it must
-        change nothing. `prepare_step` is only ever called to capture, over nothing but padding."""
+        """`padding` names the inputs of a step and gives the values of a token that is not there: computing it must
+        change nothing. `prepare_step` is called for captures alone, over inputs that are all padding."""
         self._prepare_step = prepare_step
         self._capture = capture
         self._sizes = graph_sizes(max_num_tokens)
@@ -109,40 +109,39 @@ class DecodeGraphs:
         self._logits: Tensor | None = None
 
     def size_for(self, num_tokens: int) -> int:
-        """The size that a step of decoding is to be planned for; 0: none is large enough."""
+        """The size to plan a decode step for; 0: none is large enough."""
         return next((size for size in self._sizes if size >= num_tokens), 0)
 
-    def has(self, key: GraphKey) -> bool:
-        """Whether a step of this kind, which is about to run, can be replayed."""
+    def count_step(self, key: GraphKey) -> bool:
+        """Count a step of this kind, which is about to run. True if it can be replayed."""
         self._num_steps[key] += 1
         return key in self._graphs
 
     def replay(self, key: GraphKey, inputs: Arrays) -> Tensor:
-        """inputs [T], T ≤ size -> the result of the whole size, overwritten by the next replay."""
+        """inputs [T], T ≤ size -> the result, padding included. The next replay overwrites it."""
         self._inputs.send(inputs)
-        graph, result = self._graphs[key] = self._graphs.pop(key)  # the one replayed last comes last
+        graph, result = self._graphs[key] = self._graphs.pop(key)  # the most recently replayed comes last
         graph.replay()
         return result
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether there is something to capture."""
-        return self._wanted() is not None
+    def has_pending_capture(self) -> bool:
+        """True if there is something to capture."""
+        return self._next_key() is not None
 
     def capture_one(self, *, idle: bool) -> None:
-        """Capture what came most often and is not there yet; unless `idle`, only if it has been long enough since the
-        last time.
+        """Capture the most frequent kind that has no graph; unless `idle`, only if the last capture is long enough ago.
 
-        Raises what PyTorch raises if it fails: after a lack of memory (`is_out_of_memory`) nothing of this size or
-        above is tried again, and after anything else nothing at all. Steps run without then.
+        Raises PyTorch's error if it fails. After a lack of memory (`is_out_of_memory`) no step of this size or above is
+        tried again; after any other error none at all. Such steps run without graphs.
         """
-        key = self._wanted()
+        key = self._next_key()
         started = self._clock()
         if key is None or (not idle and started < self._next_capture):
             return
         first = not self._graphs
         if first:
-            # Memory that a graph has let go of is used again by the next one that needs no more.
+            # Largest first: later graphs that need no more memory use the same again.
             key = key._replace(size=self._sizes[-1])
         if len(self._graphs) >= MAX_GRAPHS:
             oldest = next(iter(self._graphs))
@@ -155,18 +154,18 @@ class DecodeGraphs:
         except RuntimeError as error:
             largest = key.size if is_out_of_memory(error) else 0
             self._sizes = [size for size in self._sizes if size < largest]
-            self.forget()
+            self.clear()
             raise
         finished = self._clock()
         self._next_capture = finished + (finished - started) * (1 / CAPTURE_SHARE - 1)
 
-    def forget(self) -> None:
-        """Give back the memory of all graphs; they are captured anew when their kinds have come often again."""
+    def clear(self) -> None:
+        """Free the memory of all graphs. Their kinds are captured again when they have come often again."""
         self._graphs.clear()
         self._num_steps.clear()
         self._logits = None
 
-    def _wanted(self) -> GraphKey | None:
+    def _next_key(self) -> GraphKey | None:
         often = [
             (count, key)
             for key, count in self._num_steps.items()
@@ -175,43 +174,44 @@ class DecodeGraphs:
         return max(often)[1] if often else None
 
     def _keep(self, logits: Tensor) -> Tensor:
-        """Logits are copied to memory that all graphs share: each graph's own would stay allocated as long as it."""
-        if self._logits is None:  # in the run that is not recorded
+        """Copy logits to memory that all graphs share. Otherwise each graph would keep its own."""
+        if self._logits is None:  # true in the run that is not recorded
             self._logits = logits.new_empty(self._sizes[-1], logits.shape[1])
         return self._logits[: len(logits)].copy_(logits)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had too little memory. PyTorch's allocator tells by the type, who allocates beside it (Triton's
-    launcher, cuBLAS, pinned memory) by the text alone."""
-    told = "out of memory" in str(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    return isinstance(error, torch.OutOfMemoryError) or told
+    """True if a device had too little memory. PyTorch's allocator raises a type of its own. Others that allocate
+    (Triton's launcher, cuBLAS, pinned memory) only say it in the text."""
+    text = str(error)
+    says_so = "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+    return isinstance(error, torch.OutOfMemoryError) or says_so
 
 
 class CudaCapture:
-    """Captures on a CUDA device. All graphs share one pool of memory, as no two run at once."""
+    """Captures on a CUDA device. All graphs share one pool of memory, since no two run at once."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Callable[[], Tensor], *, first: bool) -> tuple[Graph, Tensor]:
-        run()  # compiles what is not compiled, and lets libraries allocate what they allocate the first time
+        run()  # compiles kernels, and lets libraries make their first allocations
         if first:
-            # PyTorch's allocator lets nobody capture into a pool that all graphs have left and some tensor has not.
+            # PyTorch refuses to capture into a pool whose graphs are gone while some tensor still lies in it.
             self._pool = torch.cuda.graph_pool_handle()
-        # `torch.cuda.graph` would wait for the device and empty PyTorch's caches of memory, which serving goes on with.
+        # Not `torch.cuda.graph`: it waits for the device and empties PyTorch's memory caches, which serving needs.
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # PyTorch keeps a workspace of cuBLAS for each stream for good: not in the pool, which would never be free.
+            # PyTorch keeps a cuBLAS workspace per stream for good. Allocated now, it does not keep the pool alive.
             operand = torch.zeros(16, 16, dtype=torch.float16, device="cuda")
             torch.mm(operand, operand)
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = run()
             except BaseException:
-                with suppress(RuntimeError):  # what broke off is told already
+                with suppress(RuntimeError):  # the first error is the one to raise
                     graph.capture_end()
                 raise
             graph.capture_end()

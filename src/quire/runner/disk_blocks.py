@@ -1,15 +1,15 @@
-"""DiskBlocks: the disk tier's files. Blocks are written and read by two threads, and checked before anybody sees them.
+"""DiskBlocks: the disk tier's files. Two threads write and read blocks; a block is checked before it is used.
 
     FOLDER/quire-kv-1/lock                              held by the one process that uses the folder
-    FOLDER/quire-kv-1/<fingerprint>/<ab>/<ab…name>      one block: header, then keys and values of all layers
+    FOLDER/quire-kv-1/<fingerprint>/<ab>/<ab…hash>      one block: header, then keys and values of all layers
 
-The header holds a magic number, the fingerprint (what else decides the values: weights, dtypes, layout, see
-`engine.fingerprint`), the block's name, the length of the content and a BLAKE2b digest of all that and the content. A
-file is written under another name and renamed, so it is there whole or not at all; what a crash of the machine tears
-all the same does not match its digest, is removed, and counts as never stored. Nothing is synced: a lost block costs
-its recomputation, a sync would cost every step around it.
+The header holds a magic number, the fingerprint (everything else that decides the values: weights, dtypes, layout; see
+`engine.fingerprint`), the block's hash, the length of the content and a BLAKE2b digest of all that and the content. A
+file is written under another name and then renamed, so it is there completely or not at all. A file that a crash of the
+machine damaged does not match its digest; it is removed and counts as never stored. Nothing is synced: a lost block
+costs its recomputation, while a sync would cost every step around it.
 
-What to store and what to forget is not decided here.
+The scheduler decides what to store and what to remove.
 """
 
 import errno
@@ -28,31 +28,31 @@ from quire.errors import ConfigError
 from quire.step import OffloadResult
 
 FORMAT = "quire-kv-1"
-FINGERPRINT_BYTES, NAME_BYTES = 16, 32
-_HEADER = struct.Struct(f"<8s{FINGERPRINT_BYTES}s{NAME_BYTES}sQ32s")
+FINGERPRINT_BYTES, HASH_BYTES = 16, 32
+_HEADER = struct.Struct(f"<8s{FINGERPRINT_BYTES}s{HASH_BYTES}sQ32s")
 _MAGIC = b"QUIREKV1"
 HEADER_BYTES = _HEADER.size
 _CLUSTER = 4096
-"""What a file takes of a disk is a multiple of this."""
+"""Bytes; the disk space of a file is a multiple of this."""
 _UNFINISHED = ".part"
 CLOSE_SECONDS = 4.0
 
 Write = Callable[[int, memoryview], int]
-"""os.write, or what a test puts in its place: (file descriptor, bytes) → how many of them were written."""
+"""os.write, or a test's stand-in: (file descriptor, bytes) → number of bytes written."""
 
 logger = logging.getLogger(__name__)
 
 
 def file_bytes(block_bytes: int) -> int:
-    """What a block takes of the disk."""
+    """The disk space of a block."""
     return -(-(HEADER_BYTES + block_bytes) // _CLUSTER) * _CLUSTER
 
 
 class DiskBlocks:
-    """The files of one model's blocks, and two threads. `save`, `read` and `forget` return at once.
+    """The files of one model's blocks, and two threads. `save`, `read` and `remove` return at once.
 
-    `stored` is what was there at the start, the least recently used first: (name, bytes), and for blocks of other
-    models, which only take room, (fingerprint + name, bytes).
+    `stored` lists the blocks found at the start, the least recently used first: (hash, bytes). Blocks of other models,
+    which only take space, are (fingerprint + hash, bytes).
     """
 
     def __init__(self, folder: Path, fingerprint: bytes, block_bytes: int, lock: int, write: Write) -> None:
@@ -64,13 +64,13 @@ class DiskBlocks:
         self._write = write
         self._failed = False
         self._unused: list[bytearray] = []
-        """Buffers of header and content, as many as were ever needed at once."""
-        self._moved = OffloadResult()
+        """Free buffers of header and content. Buffers are kept: there are as many as were ever in use at once."""
+        self._result = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
         """Guards the two above."""
         self._to_write: queue.SimpleQueue[tuple[bytes, bytearray | None] | None] = queue.SimpleQueue()
-        """A block to write, or without content a file to remove."""
+        """(hash, buffer) is a block to write, (hash, None) a file to remove, None the end."""
         self._to_read: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=work, name=f"quire {work.__name__}", daemon=True)
@@ -81,7 +81,7 @@ class DiskBlocks:
     def open(
         cls, folder: str | Path, fingerprint: bytes, block_bytes: int, *, write: Write = os.write
     ) -> "DiskBlocks | None":
-        """Take the folder and list what it holds. None, with a line in the log, if it is full or in use.
+        """Lock the folder and list its blocks. None, with a line in the log, if the disk is full or the folder in use.
 
         Raises `ConfigError` for a folder that cannot be used.
         """
@@ -89,7 +89,7 @@ class DiskBlocks:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             if root.stat().st_mode & 0o077:
-                root.chmod(0o700)  # it holds what users have written
+                root.chmod(0o700)  # it holds KV of users' texts
             (root / fingerprint.hex()).mkdir(mode=0o700, exist_ok=True)
             lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -114,47 +114,49 @@ class DiskBlocks:
     # -- the step's side ----------------------------------------------------------------------------------------------
 
     def new_buffer(self) -> bytearray:
-        """HEADER_BYTES and room for a block after them, to be filled and given to `save`."""
+        """A buffer of HEADER_BYTES and a block, to be filled and passed to `save`."""
         try:
             return self._unused.pop()
         except IndexError:
             return bytearray(HEADER_BYTES + self.block_bytes)
 
-    def give_back(self, buffer: bytearray) -> None:
+    def release_buffer(self, buffer: bytearray) -> None:
+        """The buffer is not used any more."""
         self._unused.append(buffer)
 
-    def save(self, name: bytes, buffer: bytearray) -> None:
-        """Write a block; the buffer belongs to the store from now on."""
-        self._to_write.put((name, buffer))
+    def save(self, block_hash: bytes, buffer: bytearray) -> None:
+        """Write a block. The buffer belongs to this object from now on."""
+        self._to_write.put((block_hash, buffer))
 
-    def forget(self, name: bytes) -> None:
-        """Remove a block, after what was to be written before."""
-        self._to_write.put((name, None))
+    def remove(self, block_hash: bytes) -> None:
+        """Remove a block, after the writes that were queued before."""
+        self._to_write.put((block_hash, None))
 
-    def read(self, name: bytes) -> None:
-        self._to_read.put(name)
+    def read(self, block_hash: bytes) -> None:
+        """Read a block; `collect` reports it."""
+        self._to_read.put(block_hash)
 
-    def take(self, name: bytes) -> bytearray:
-        """The buffer of a read that `collect` has reported; give it back after use."""
+    def take_buffer(self, block_hash: bytes) -> bytearray:
+        """The buffer of a read that `collect` has reported. Release it after use."""
         with self._news:
-            return self._arrived.pop(name)
+            return self._arrived.pop(block_hash)
 
     def collect(self, wait_seconds: float = 0.0) -> OffloadResult:
-        """What has ended since the last call; waits up to `wait_seconds` for a read to end."""
+        """What has ended since the last call. Waits up to `wait_seconds` for a read to end."""
         with self._news:
             if wait_seconds > 0:
-                self._news.wait_for(lambda: bool(self._moved.read or self._moved.not_read), wait_seconds)
-            moved, self._moved = self._moved, OffloadResult(stopped=self._moved.stopped)
-            return moved
+                self._news.wait_for(lambda: bool(self._result.read or self._result.failed_reads), wait_seconds)
+            result, self._result = self._result, OffloadResult(stopped=self._result.stopped)
+            return result
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Write what is queued, for `seconds` at most, and let go of the folder."""
+        """Write the queued blocks, for at most `seconds`, and unlock the folder."""
         self._to_write.put(None)
         self._to_read.put(None)
         deadline = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self._failed = True  # a writer that is still at it leaves the rest
+        self._failed = True  # a writer that is still busy skips the rest
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -162,22 +164,22 @@ class DiskBlocks:
     # -- the threads' side --------------------------------------------------------------------------------------------
 
     def _path(self, key: bytes) -> Path:
-        fingerprint, name = self._fingerprint, key
-        if len(key) > NAME_BYTES:
-            fingerprint, name = key[:FINGERPRINT_BYTES], key[FINGERPRINT_BYTES:]
-        return self._root / fingerprint.hex() / name.hex()[:2] / name.hex()
+        fingerprint, block_hash = self._fingerprint, key
+        if len(key) > HASH_BYTES:
+            fingerprint, block_hash = key[:FINGERPRINT_BYTES], key[FINGERPRINT_BYTES:]
+        return self._root / fingerprint.hex() / block_hash.hex()[:2] / block_hash.hex()
 
     def _write_files(self) -> None:
         while (job := self._to_write.get()) is not None:
-            name, buffer = job
+            block_hash, buffer = job
             if buffer is None:
-                self._path(name).unlink(missing_ok=True)
+                self._path(block_hash).unlink(missing_ok=True)
                 continue
-            saved = False
+            stored = False
             if not self._failed:
                 try:
-                    self._write_file(name, buffer)
-                    saved = True
+                    self._write_file(block_hash, buffer)
+                    stored = True
                 except OSError as error:
                     self._failed = True
                     logger.warning(
@@ -185,16 +187,16 @@ class DiskBlocks:
                         self._root,
                         error.strerror or error,
                     )
-            self.give_back(buffer)
+            self.release_buffer(buffer)
             with self._news:
-                (self._moved.saved if saved else self._moved.not_saved).append(name)
-                self._moved.stopped = self._failed
+                (self._result.stored if stored else self._result.failed_stores).append(block_hash)
+                self._result.stopped = self._failed
 
-    def _write_file(self, name: bytes, buffer: bytearray) -> None:
+    def _write_file(self, block_hash: bytes, buffer: bytearray) -> None:
         content = memoryview(buffer)[HEADER_BYTES:]
-        fields = (_MAGIC, self._fingerprint, name, self.block_bytes)
-        _HEADER.pack_into(buffer, 0, *fields, self._digest(name, content))
-        path = self._path(name)
+        fields = (_MAGIC, self._fingerprint, block_hash, self.block_bytes)
+        _HEADER.pack_into(buffer, 0, *fields, self._digest(block_hash, content))
+        path = self._path(block_hash)
         unfinished = path.with_suffix(_UNFINISHED)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
@@ -211,23 +213,23 @@ class DiskBlocks:
             raise
 
     def _read_files(self) -> None:
-        while (name := self._to_read.get()) is not None:
+        while (block_hash := self._to_read.get()) is not None:
             started = time.perf_counter()
             buffer = self.new_buffer()
-            reason = self._read_file(name, buffer)
+            reason = self._read_file(block_hash, buffer)
             seconds = time.perf_counter() - started
             with self._news:
                 if reason is None:
-                    self._arrived[name] = buffer
-                    self._moved.read.append((name, seconds))
+                    self._arrived[block_hash] = buffer
+                    self._result.read.append((block_hash, seconds))
                 else:
-                    self.give_back(buffer)
-                    self._moved.not_read.append((name, reason))
+                    self.release_buffer(buffer)
+                    self._result.failed_reads.append((block_hash, reason))
                 self._news.notify_all()
 
-    def _read_file(self, name: bytes, buffer: bytearray) -> str | None:
-        """Fill `buffer`; or say why not, and remove the file."""
-        path = self._path(name)
+    def _read_file(self, block_hash: bytes, buffer: bytearray) -> str | None:
+        """Fill `buffer`. If that fails, return the reason; a damaged file is removed."""
+        path = self._path(block_hash)
         try:
             with path.open("rb", buffering=0) as file:
                 num_bytes, rest = 0, memoryview(buffer)
@@ -235,33 +237,33 @@ class DiskBlocks:
                     num_bytes += count
                     rest = rest[count:]
                 whole = num_bytes == len(buffer) and not file.read(1)
-            os.utime(path)  # the order of use outlives the process
+            os.utime(path)  # keeps the order of use for the next process
         except FileNotFoundError:
             return "missing"
         except OSError as error:
             logger.warning("disk tier: cannot read %s: %s; its tokens are computed", path, error.strerror or error)
             return "corrupt"
         if whole:
-            magic, fingerprint, named, length, digest = _HEADER.unpack_from(buffer)
+            *header, digest = _HEADER.unpack_from(buffer)
             content = memoryview(buffer)[HEADER_BYTES:]
-            if (magic, fingerprint, named, length) == (_MAGIC, self._fingerprint, name, self.block_bytes) and (
-                digest == self._digest(name, content)
-            ):
+            expected = [_MAGIC, self._fingerprint, block_hash, self.block_bytes]
+            if header == expected and digest == self._digest(block_hash, content):
                 return None
         state = "does not match its checksum" if whole else f"has not the {len(buffer)} bytes it should"
         logger.warning("disk tier: %s %s; removed, its tokens are computed", path, state)
         path.unlink(missing_ok=True)
         return "corrupt"
 
-    def _digest(self, name: bytes, content: memoryview) -> bytes:
-        digest = blake2b(_MAGIC + self._fingerprint + name + self.block_bytes.to_bytes(8, "little"), digest_size=32)
+    def _digest(self, block_hash: bytes, content: memoryview) -> bytes:
+        header = _MAGIC + self._fingerprint + block_hash + self.block_bytes.to_bytes(8, "little")
+        digest = blake2b(header, digest_size=32)
         digest.update(content)
         return digest.digest()
 
     # -- at start -----------------------------------------------------------------------------------------------------
 
     def _list_files(self) -> None:
-        """Fill `stored`, and remove what an earlier process left unfinished or truncated."""
+        """Fill `stored`. Removes unfinished and truncated files of an earlier process."""
         found: list[tuple[int, bytes, int]] = []
         mine = self._fingerprint.hex()
         for model in os.scandir(self._root):
@@ -271,7 +273,7 @@ class DiskBlocks:
                 for file in os.scandir(group) if group.is_dir(follow_symlinks=False) else ():
                     if file.name.endswith(_UNFINISHED):
                         os.unlink(file)
-                    elif _is_hex(file.name, NAME_BYTES):
+                    elif _is_hex(file.name, HASH_BYTES):
                         status = file.stat(follow_symlinks=False)
                         key = bytes.fromhex(file.name)
                         if model.name != mine:

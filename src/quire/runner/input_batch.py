@@ -16,12 +16,10 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(slots=True)
 class InputBatch:
-    """T tokens of B sequences. All arrays are int32, and those of the batch before where this one follows it."""
+    """T tokens of B sequences. All arrays are int32."""
 
-    rows: list[int]
-    """[B]: the row of each sequence."""
     input_ids: Int32Array
-    """[T]"""
+    """[T]; `~row` stands for the token last sampled on the device for that row."""
     positions: Int32Array
     """[T]"""
     query_start_loc: Int32Array
@@ -29,34 +27,49 @@ class InputBatch:
     seq_lens: Int32Array
     """[B]: tokens whose KV is stored once this step has written its own."""
     block_tables: Int32Array
-    """[B, most blocks of any]"""
+    """[B, most blocks of any sequence]"""
     slots: Int32Array
     """[T]: where each token's KV goes, block * block_size + offset."""
-    follows: bool
-    """Whether it is the batch before with one more token of each sequence, and nothing else of them has changed: then
-    what was made of that batch is advanced instead of made anew."""
-    decoding: "_Decoding | None" = None
-    """Where every sequence computes one token: what it is advanced by."""
+    repeatable: "_Repeatable | None" = None
+    """What `advance` needs; None if the plan has no `batch_id`."""
+
+    def advance(self, plan: StepPlan, rows: RequestRows, block_size: int) -> None:
+        """Update all arrays in place for `plan`, which repeats this batch with one more token per sequence (see
+        `StepPlan.batch_id`). Only `block_tables` becomes a new array, when a sequence needs one more column."""
+        repeatable = self.repeatable
+        assert repeatable is not None, "a plan without batch_id cannot be repeated"
+        positions = plan.num_computed_tokens
+        slots = [slot + 1 for slot in repeatable.slots]
+        # One token changes at most the block that it goes to: a new block begins, or a shared block was copied.
+        changed = {repeatable.sequence_of_row[row] for row, _, _ in plan.new_blocks}
+        changed.update([index for index, position in enumerate(positions) if not position % block_size])
+        for sequence in changed:
+            index, offset = divmod(positions[sequence], block_size)
+            block = int(rows.block_tables[plan.rows[sequence], index])
+            slots[sequence] = block * block_size + offset
+            if index == self.block_tables.shape[1]:
+                self.block_tables = np.ascontiguousarray(rows.block_tables[np.array(plan.rows), : index + 1])
+            self.block_tables[sequence, index] = block
+        repeatable.slots = slots
+        repeatable.write(*plan.token_ids, *positions, *[position + 1 for position in positions], *slots)
 
 
 @dataclass(slots=True)
-class _Decoding:
-    """Numbers of a batch as lists: where the weights have just passed through the caches, a call of NumPy takes some
-    20 µs, whatever the size of its arrays."""
+class _Repeatable:
+    """How the arrays of a steadily decoding batch are overwritten.
+
+    Right after the weights have passed through the caches, one call of NumPy takes some 20 µs whatever the size of its
+    arrays. So numbers are kept as lists and written to all arrays at once.
+    """
 
     write: Callable[..., None]
-    """Overwrites input_ids, positions, seq_lens and slots, which lie one behind the other."""
-    seq_lens: list[int]
+    """Overwrites input_ids, positions, seq_lens and slots, which lie one after the other."""
     slots: list[int]
+    sequence_of_row: dict[int, int]
 
 
-def make_input_batch(
-    plan: StepPlan, rows: RequestRows, block_size: int, before: InputBatch | None = None
-) -> InputBatch:
-    """Vectorised over sequences and tokens, but where this one follows `before`, the batch of the step before, which is
-    overwritten then."""
-    if before is not None and _follows(plan, before):
-        return _advance(plan, rows, block_size, before)
+def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> InputBatch:
+    """Lay out a plan, vectorised over sequences and tokens."""
     row_index = np.array(plan.rows, dtype=np.int32)
     counts = np.array(plan.num_scheduled_tokens, dtype=np.int32)
     starts = np.array(plan.num_computed_tokens, dtype=np.int32)
@@ -67,52 +80,18 @@ def make_input_batch(
     max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
     blocks = rows.block_tables[np.repeat(row_index, counts), positions // block_size]
     slots = blocks * np.int32(block_size) + positions % block_size
-    input_ids, decoding = np.array(plan.token_ids, dtype=np.int32), None
-    if len(positions) == len(seq_lens):
+    input_ids, repeatable = np.array(plan.token_ids, dtype=np.int32), None
+    if plan.batch_id:
         memory = np.stack((input_ids, positions, seq_lens, slots))
         input_ids, positions, seq_lens, slots = memory
         write = partial(Struct(f"{memory.size}i").pack_into, memory.data, 0)
-        decoding = _Decoding(write, seq_lens.tolist(), slots.tolist())
+        repeatable = _Repeatable(write, slots.tolist(), {row: index for index, row in enumerate(plan.rows)})
     return InputBatch(
-        rows=plan.rows,
         input_ids=input_ids,
         positions=positions,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_tables=np.ascontiguousarray(rows.block_tables[row_index, :max_blocks]),
         slots=slots,
-        follows=False,
-        decoding=decoding,
+        repeatable=repeatable,
     )
-
-
-def _follows(plan: StepPlan, before: InputBatch) -> bool:
-    return (
-        before.decoding is not None
-        and plan.rows == before.rows
-        and plan.num_tokens == len(plan.rows)
-        and plan.num_computed_tokens == before.decoding.seq_lens
-        # Rows that begin, fork or lose a block to a copy are told by these; else tables only grow.
-        and not (plan.new_rows or plan.row_forks or plan.block_copies)
-        and all(first > 0 for _, first, _ in plan.new_blocks)
-    )
-
-
-def _advance(plan: StepPlan, rows: RequestRows, block_size: int, batch: InputBatch) -> InputBatch:
-    """In place; only tables that become wider are made anew."""
-    decoding = batch.decoding
-    assert decoding is not None, "all sequences compute one token"
-    positions = plan.num_computed_tokens
-    decoding.seq_lens = [position + 1 for position in positions]
-    decoding.slots = slots = [slot + 1 for slot in decoding.slots]
-    for sequence, position in enumerate(positions):
-        if position % block_size == 0:  # a block begins
-            index = position // block_size
-            block = rows.block_tables[plan.rows[sequence], index]
-            slots[sequence] = int(block) * block_size
-            if index == batch.block_tables.shape[1]:
-                batch.block_tables = np.ascontiguousarray(rows.block_tables[np.array(plan.rows), : index + 1])
-            batch.block_tables[sequence, index] = block
-    decoding.write(*plan.token_ids, *positions, *decoding.seq_lens, *slots)
-    batch.follows = True
-    return batch

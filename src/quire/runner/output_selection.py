@@ -1,7 +1,7 @@
-"""OutputSelection: of which of a step's tokens anybody asks the hidden state, so that the last layer computes no others.
+"""OutputSelection: the tokens of a step whose hidden states are needed, so that the last layer computes no others.
 
-Of a prompt that is the last token alone, and none while it is computed in chunks. Keys and values are needed of all
-tokens, in all layers; whatever else the last layer has is not.
+Of a prompt only the last token is needed, and none while the prompt is computed in chunks. Every layer needs the keys
+and values of all tokens; the rest of the last layer is needed for the selected tokens alone.
 """
 
 from dataclasses import dataclass
@@ -13,39 +13,39 @@ from quire.runner.input_batch import InputBatch, Int32Array
 from quire.runner.sampling_metadata import SamplingMetadata
 from quire.step import StepPlan
 
-# Tokens whose last layer takes as long as planning attention a second time, on a small model.
-_MIN_UNREAD = 32
+# In a small model, computing this many tokens in the last layer takes as long as planning attention a second time.
+_MIN_UNUSED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class OutputSelection:
-    """R tokens, those of one sequence side by side, always the last of those it computes."""
+    """R tokens; those of one sequence stand side by side and are its last in this step."""
 
     tokens: Int32Array
-    """[R], ascending; one even where nobody asks, since kernels take no empty batch."""
+    """[R], ascending; at least one, since kernels take no empty batch."""
     sequences: NDArray[np.int64]
-    """Those that any of the tokens belong to."""
+    """The sequences with at least one selected token."""
     query_start_loc: Int32Array
     """[len(sequences) + 1]: sequences[s] owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
 
-    def places(self, tokens: Int32Array) -> Int32Array:
-        """Tokens of the step, all of them read -> where each stands in `tokens`."""
+    def indices_of(self, tokens: Int32Array) -> Int32Array:
+        """The index in `self.tokens` of each of these tokens of the step, all of which are selected."""
         return np.searchsorted(self.tokens, tokens).astype(np.int32)
 
 
-def select_outputs(plan: StepPlan, points: SamplingMetadata, batch: InputBatch) -> OutputSelection | None:
-    """None where too few tokens are left out to be worth it."""
+def select_outputs(plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch) -> OutputSelection | None:
+    """None if too few tokens could be left out to be worth it."""
     begin, end = batch.query_start_loc[:-1], batch.query_start_loc[1:]
-    if len(batch.input_ids) - len(plan.sample_indices) < _MIN_UNREAD:
+    if len(batch.input_ids) - len(plan.sample_indices) < _MIN_UNUSED:
         return None
     first = end.copy()
-    np.minimum.at(first, np.searchsorted(end, points.tokens, side="right"), points.tokens)
+    np.minimum.at(first, np.searchsorted(end, sampling.tokens, side="right"), sampling.tokens)
     for sequence in plan.prompt_logprobs:
         first[sequence] = begin[sequence]
     if (first == end).all():
         first[-1] -= 1
     counts = end - first
-    if len(batch.input_ids) - counts.sum() < _MIN_UNREAD:
+    if len(batch.input_ids) - counts.sum() < _MIN_UNUSED:
         return None
     sequences = np.flatnonzero(counts)
     query_start_loc = np.zeros(len(sequences) + 1, dtype=np.int32)

@@ -1,7 +1,7 @@
-"""RequestRows: what the runner remembers of every sequence that has a row.
+"""RequestRows: what the runner remembers of every running sequence.
 
-A row is a sequence's for as long as it runs. A preempted sequence leaves; when it resumes it comes as new, with all its
-tokens, so there is never a second copy of its state to keep in step.
+A sequence keeps its row for as long as it runs. A preempted sequence loses its row; when it resumes it arrives as a new
+one with all its tokens. So no second copy of its state has to be kept in step.
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ class RequestRows:
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
     ) -> None:
+        """`fast_forward`: tokens that a grammar forces are added without running the model."""
         self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.states: list[SamplingState | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
@@ -32,8 +33,8 @@ class RequestRows:
         self._fast_forward = fast_forward
 
     def apply(self, plan: StepPlan) -> None:
-        """Take in beams, new rows and changed block tables; the rest of a row follows from the plans themselves."""
-        # All forks are made before any row is written: a row may be the source of some and the place of another.
+        """Apply a plan's forks, new rows and changed block tables. Plans carry everything else that they need."""
+        # All forks are made before any row is written: a row may be the source of one fork and the target of another.
         beams = [(fork, self._source_state(fork)) for fork in plan.row_forks]
         for fork, state in beams:
             state.append(fork.token_id)
@@ -50,8 +51,8 @@ class RequestRows:
                 grammar=self._grammar_state(new),
             )
         for row, first, blocks in plan.new_blocks:
-            if len(blocks) == 1:
-                self.block_tables[row, first] = blocks[0]  # half the time, and what most steps have
+            if len(blocks) == 1:  # the usual case, in half the time of a slice
+                self.block_tables[row, first] = blocks[0]
             else:
                 self.block_tables[row, first : first + len(blocks)] = blocks
 
@@ -61,26 +62,26 @@ class RequestRows:
         return state if fork.row == fork.source else state.fork()
 
     def sampling_states(self, rows: list[int]) -> list[SamplingState]:
-        """The states of rows that sample in this step."""
+        """The states of the rows that are sampled in this step."""
         states = [self.states[row] for row in rows]
         assert all(state is not None for state in states), "a plan samples a row that was never announced"
         return states  # type: ignore[return-value]  # checked above
 
     def _grammar_state(self, new: NewRow) -> GrammarState | None:
-        """The sequence's place in the grammar it asks for, which was compiled before it was scheduled."""
+        """The sequence's place in its grammar, which was compiled before the sequence was scheduled."""
         params = new.params
         if params.structured_outputs is None:
             return None
         grammar = self._grammars and self._grammars.find(params.structured_outputs)
         if not grammar:
             return GrammarState(None, error="the grammar of structured_outputs is not compiled")
-        # What a client bans or asks to see of single tokens holds only where the model is asked for each.
-        asks_each = (
+        # Bans, biases, processors and log-probabilities of single tokens only work if the model runs for each token.
+        needs_each_token = (
             params.logprobs is not None or params.logit_bias or params.bad_words_token_ids or params.logits_processors
         )
         return GrammarState(
             grammar,
             new.output_token_ids,
-            fast_forwards=self._fast_forward and not asks_each and params.allowed_token_ids is None,
+            fast_forwards=self._fast_forward and not needs_each_token and params.allowed_token_ids is None,
             banned_ids=grammar.eos_token_ids if params.ignore_eos else (),
         )

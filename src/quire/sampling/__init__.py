@@ -1,4 +1,4 @@
-"""From logits to tokens: edits of logits, filters, the draw itself, and what is reported of it.
+"""From logits to tokens: edits of logits, filters, sampling itself, and log-probabilities.
 
 `Sampler.sample` is the pipeline from end to end; `SamplingState` is what it remembers of one sequence.
 """

@@ -1,4 +1,4 @@
-"""BadWords: which tokens would complete a forbidden sequence of tokens, given what was generated so far."""
+"""BadWords: the tokens that would complete a forbidden token sequence at the end of the output."""
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from copy import copy
 
 
 class BadWords:
-    """Remembers as much of the output's end as the longest word needs. Words match inside the output only."""
+    """Keeps as much of the output's end as the longest word needs. Words match inside the output only."""
 
     __slots__ = ("_by_last_prefix_token", "_recent", "_single")
 
     def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
         self._single: list[int] = []
-        # A word can only be completed after the token before its last, so that token finds the words worth comparing.
+        # A word is completed right after the token before its last. So that token selects the words to compare.
         self._by_last_prefix_token: defaultdict[int, list[tuple[list[int], int]]] = defaultdict(list)
         longest = 1
         for word in words:
@@ -27,17 +27,17 @@ class BadWords:
         self._recent: deque[int] = deque(maxlen=longest)
 
     def fork(self) -> "BadWords":
-        """An equal one that goes its own way."""
+        """An independent copy."""
         child = copy(self)
         child._recent = self._recent.copy()
         return child
 
     def append(self, token_id: int) -> None:
-        """Follow a generated token."""
+        """Add a generated token."""
         self._recent.append(token_id)
 
     def completions(self) -> list[int]:
-        """The tokens that may not come next."""
+        """Tokens that must not come next."""
         completions = list(self._single)
         if self._recent and (candidates := self._by_last_prefix_token.get(self._recent[-1])):
             recent = list(self._recent)

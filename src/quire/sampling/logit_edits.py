@@ -1,8 +1,8 @@
-"""LogitEdits: what the requests of one batch change in their logits before anything is drawn.
+"""LogitEdits: the changes that the requests of one batch make to their logits before sampling.
 
 In vLLM's order: the grammar's mask, allowed_token_ids, bad_words and min_tokens, logit_bias, then the repetition,
-frequency and presence penalties. All but the mask touch few tokens of a row and are scattered writes at flat indices
-(row * vocab_size + token).
+frequency and presence penalties. The mask touches whole rows; all others touch few tokens of a row and are scattered
+writes at flat indices (row * vocab_size + token).
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.sampling.row_places import place_of, split_rows
+from quire.sampling.row_index import row_index, split_rows
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import MaskPenalties
 
 
 class LogitEdits:
-    """Built once per batch; only what changes from token to token is read from the states at each step."""
+    """Built once per batch. Each step reads from the states only what changes from token to token."""
 
     def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -27,7 +27,7 @@ class LogitEdits:
         self._banning = [(row, state) for row, state in rows if state.bad_words or state.ending_ids]
         grammars = {row: state.grammar for row, state in rows if state.grammar is not None}
         self._grammars = [
-            (place_of(rows), MaskPenalties([grammars[row] for row in rows], vocab_size))
+            (row_index(rows), MaskPenalties([grammars[row] for row in rows], vocab_size))
             for rows in split_rows(list(grammars), vocab_size)
         ]
         self._masked_rows = sorted({*self._allowed_rows, *(row for row, _ in self._banning)})
@@ -42,15 +42,15 @@ class LogitEdits:
         ]
         self._strengths = np.array(strengths, dtype=np.float32).reshape(-1, 3)
         self.any = bool(self._masked_rows or self._grammars or self._biased.size or self._counts)
-        """Whether there is anything to `apply`."""
+        """True if `apply` changes anything."""
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        """Edit `logits` [rows, vocabulary] in place. A row that held NaN or +inf comes out with either."""
+        """Edit `logits` [rows, vocabulary] in place. A row that holds NaN or +inf still does afterwards."""
         flat = logits.reshape(-1)
         faulty = [row for row in self._masked_rows if not logits[row].max() < np.inf]
-        with np.errstate(invalid="ignore"):  # +inf that is forbidden becomes NaN, as it should
-            for place, penalties in self._grammars:
-                logits[place] += penalties.now()
+        with np.errstate(invalid="ignore"):  # +inf − inf is NaN, which marks the row as faulty
+            for index, penalties in self._grammars:
+                logits[index] += penalties.compute()
         if self._allowed_rows:
             kept = flat[self._allowed]
             logits[self._allowed_rows] = -np.inf
@@ -71,7 +71,7 @@ class LogitEdits:
         repetition, frequency, presence = np.repeat(self._strengths, lengths, axis=0).T
         indices = np.repeat(self._row_starts, lengths) + ids
         values = flat[indices]
-        # An overflow to −inf rules the token out; one to +inf fails the row later.
+        # An overflow to −inf rules the token out; an overflow to +inf makes the row fail when it is sampled.
         with np.errstate(over="ignore"):
             values = np.where(values > 0, values / repetition, values * repetition)
         values -= frequency * generated

@@ -1,8 +1,8 @@
-"""Logits processors: Python that changes logits before anything else does, of one request or of all that want it.
+"""Logits processors: Python code that changes logits before all other edits, for one request or for many together.
 
-A request's own are callables in `SamplingParams.logits_processors`. A batch processor is the operator's: it is
-registered with the engine, says of each request whether it concerns it, and sees the rows of those together. Both work
-on copies, so that one that raises ends only the requests it was called for, and no other row loses a bit.
+A request's own processors are callables in `SamplingParams.logits_processors`. A batch processor belongs to the
+operator: it is registered with the engine, chooses the requests it wants, and gets all their rows together. Both work
+on copies. So a processor that raises ends only the requests it was called for, and no other row changes.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from quire.sampling_params import SamplingParams
 
 
 class RowView(Protocol):
-    """What a batch processor may read of the sequence whose logits a row is; nothing of it may be changed."""
+    """What a batch processor may read about the sequence of a row. It must change none of it."""
 
     @property
     def params(self) -> SamplingParams: ...
@@ -32,16 +32,16 @@ class RowView(Protocol):
 
     @property
     def sample_index(self) -> int:
-        """Which of the request's n samples."""
+        """Index among the request's n samples."""
         ...
 
 
 @runtime_checkable
 class BatchLogitsProcessor(Protocol):
-    """A vectorised processor. It keeps nothing of a row between steps: whatever it needs is in the `RowView`."""
+    """A vectorised processor. It keeps no state of a row between steps: the `RowView` holds all it needs."""
 
     def wants(self, params: SamplingParams) -> bool:
-        """Whether requests with these params concern it; asked when the batch changes, not at every step."""
+        """True if it wants requests with these params. Called when the batch changes, not at every step."""
         ...
 
     def apply(self, logits: Tensor, rows: Sequence[RowView]) -> Tensor:
@@ -50,7 +50,7 @@ class BatchLogitsProcessor(Protocol):
 
 
 class LogitsProcessing:
-    """Which rows of one batch which processors are called for; built once per batch."""
+    """The rows of one batch that each processor is called for. Built once per batch."""
 
     def __init__(self, states: Sequence[SamplingState], batch_processors: Sequence[BatchLogitsProcessor]) -> None:
         self._states = states
@@ -66,10 +66,10 @@ class LogitsProcessing:
             if state.params.logits_processors
         ]
         self.any = bool(self._errors or self._batched or self._own)
-        """Whether `apply` does anything."""
+        """True if `apply` changes anything."""
 
     def apply(self, logits: Tensor) -> dict[int, str]:
-        """Change `logits` [rows, vocabulary] in place. Returns row → what went wrong; such a row comes out as NaN."""
+        """Change `logits` [rows, vocabulary] in place. Returns row → error; a row with an error is set to NaN."""
         errors = dict(self._errors)
         for processor, all_rows in self._batched:
             rows = [row for row in all_rows if row not in errors]
@@ -103,9 +103,10 @@ class LogitsProcessing:
 
 
 def load_processors(named: Sequence[object]) -> list[BatchLogitsProcessor]:
-    """Batch processors from `module:Class` names and from objects that are one, in the given order.
+    """Batch processors from `module:Class` names and from processor objects, in the given order.
 
-    Raises `ConfigError` for what cannot be imported, made without arguments, or used.
+    Raises `ConfigError` for a class that cannot be imported or made without arguments, and for an object that is no
+    processor.
     """
     return [_load(each) if isinstance(each, str) else _usable(each, repr(each)) for each in named]
 
@@ -131,7 +132,7 @@ def _usable(made: Any, name: str) -> BatchLogitsProcessor:
 
 
 def _takes_prompt(call: Callable[..., Any]) -> bool:
-    """vLLM's rule: a callable of three parameters gets the prompt's tokens first, one of two does not."""
+    """vLLM's rule: a callable of three parameters gets the prompt's tokens first; one of two parameters does not."""
     try:
         return len(inspect.signature(call).parameters) == 3
     except (TypeError, ValueError):  # a builtin without a signature

@@ -1,7 +1,7 @@
-"""Log-probabilities as clients see them: of the model's own distribution, or of the one that was drawn from.
+"""Log-probabilities as clients see them: of the model's own distribution, or of the one that tokens are sampled from.
 
-Raw ones (the default) are of the model's logits before any parameter changed them. Processed ones are of the logits
-after processors, edits, temperature and filters; a token that was filtered out has −inf.
+Raw log-probabilities (the default) are computed from the model's logits before any parameter changes them. Processed
+ones are computed after processors, edits, temperature and filters; a token that was filtered out has −inf.
 """
 
 from collections.abc import Sequence
@@ -15,40 +15,41 @@ from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
 
 BLOCK_SIZE = 256
-"""Tokens whose weights are summed in float32: a longer sum stops seeing the tail of a large vocabulary."""
+"""Tokens whose weights are summed in float32: a longer sum would lose the tail of a large vocabulary."""
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], k: int) -> list[TokenLogprobs]:
-    """For each row of `logits` [rows, vocabulary]: its token, then its k most likely ones (−1: all there are).
+    """For each row of `logits` [rows, vocabulary]: its token, then its k most likely tokens (−1: the whole vocabulary).
 
-    Takes `step.logprob_bytes` per row, the logits included; callers keep the number of rows within their budget.
+    Takes `step.logprob_bytes` per row, the logits included. Callers keep the number of rows within their budget.
     """
     num_rows, vocab_size = logits.shape
     k = vocab_size if k < 0 else min(k, vocab_size)
     if not num_rows:
         return []
-    peak = logits.amax(dim=-1, keepdim=True)
-    total = _block_sums((logits - peak).exp_().numpy()).sum(axis=1)
-    normaliser = peak.numpy().astype(np.float64) + np.log(total)[:, None]
-    leading, leading_ids = np.empty((num_rows, 0), np.float32), np.empty((num_rows, 0), np.int64)
+    max_logit = logits.amax(dim=-1, keepdim=True)
+    total = _block_sums((logits - max_logit).exp_().numpy()).sum(axis=1)
+    normaliser = max_logit.numpy().astype(np.float64) + np.log(total)[:, None]
+    top, top_ids = np.empty((num_rows, 0), np.float32), np.empty((num_rows, 0), np.int64)
     if k:
-        leading, leading_ids = top_tokens(logits, k)
+        top, top_ids = top_tokens(logits, k)
     own = np.take_along_axis(logits.numpy(), np.array(token_ids)[:, None], axis=1)
-    # A row with NaN or infinity makes no sense and need not warn: its sequence fails for that reason.
+    # A row with NaN or infinity needs no warning: its sequence fails for that reason.
     with np.errstate(invalid="ignore"):
-        logprobs = np.concatenate([own, leading], axis=1) - normaliser
+        logprobs = np.concatenate([own, top], axis=1) - normaliser
     ranks = [_rank(row, token_id) for row, token_id in zip(logits.numpy(), token_ids, strict=True)]
     return [
         TokenLogprobs([token_id, *ids], values, [rank, *range(1, k + 1)])
-        for token_id, rank, ids, values in zip(token_ids, ranks, leading_ids.tolist(), logprobs.tolist(), strict=True)
+        for token_id, rank, ids, values in zip(token_ids, ranks, top_ids.tolist(), logprobs.tolist(), strict=True)
     ]
 
 
 def processed_logprobs(logits: Tensor, token_id: int, params: SamplingParams) -> TokenLogprobs:
-    """The report of one sampled token: `logits` [vocabulary] after edits, `params.logprobs` as many likely tokens.
+    """Log-probabilities of one sampled token and of the `params.logprobs` most likely ones; `logits` [vocabulary] are
+    those after edits.
 
-    What min_p, top_k and top_p keep is the head of the order of `ranking`, so it is told by a number. Greedy sampling
-    divides by no temperature and ignores filters. The order of filtered tokens is by id.
+    The tokens that min_p, top_k and top_p keep come first in the order of `ranking`, so their number is enough. Greedy
+    sampling has no temperature and ignores filters. Filtered tokens are ordered by id.
     """
     values, vocab_size = logits.numpy(), len(logits)
     k = vocab_size if params.logprobs is None or params.logprobs < 0 else min(params.logprobs, vocab_size)
@@ -56,24 +57,24 @@ def processed_logprobs(logits: Tensor, token_id: int, params: SamplingParams) ->
     scores = (values.astype(np.float64) - values.max()) / temperature
     weights = np.exp(scores)
     own_rank = _rank(values, token_id)
-    # Where rounding at the edge of a filter let the draw have one token more, that token counts as kept.
+    # Rounding at the edge of a filter may have let one token more be sampled. That token counts as kept.
     num_kept = max(_num_kept(logits, weights, params), own_rank)
     mass = weights.sum() if num_kept >= vocab_size else weights[top_tokens(logits[None], num_kept)[1][0]].sum()
-    leading_ids = top_tokens(logits[None], k)[1][0] if k else np.empty(0, np.int64)
-    num_real = int(np.count_nonzero(values[leading_ids] > -np.inf))
+    top_ids = top_tokens(logits[None], k)[1][0] if k else np.empty(0, np.int64)
+    num_real = int(np.count_nonzero(values[top_ids] > -np.inf))
     if num_real < k:
-        leading_ids = np.append(leading_ids[:num_real], np.flatnonzero(values == -np.inf)[: k - num_real])
-    logprobs = scores[leading_ids] - np.log(mass)
+        top_ids = np.append(top_ids[:num_real], np.flatnonzero(values == -np.inf)[: k - num_real])
+    logprobs = scores[top_ids] - np.log(mass)
     logprobs[num_kept:] = -np.inf
     return TokenLogprobs(
-        [token_id, *leading_ids.tolist()],
+        [token_id, *top_ids.tolist()],
         [float(scores[token_id] - np.log(mass)), *logprobs.tolist()],
         [own_rank, *range(1, k + 1)],
     )
 
 
 def _num_kept(logits: Tensor, weights: NDArray[np.float64], params: SamplingParams) -> int:
-    """How many of the most likely tokens the filters leave; `weights` are relative to the highest."""
+    """How many of the most likely tokens the filters keep. `weights` are relative to the highest."""
     kept = len(weights)
     if params.greedy:
         return kept
@@ -84,7 +85,7 @@ def _num_kept(logits: Tensor, weights: NDArray[np.float64], params: SamplingPara
     if params.top_p < 1.0:
         everything = kept == len(weights)
         needed = params.top_p * weights.sum()
-        # Most nuclei are small: a long head is sorted only where a short one does not reach far enough.
+        # Most nuclei are small: a long head is sorted only if a short one does not hold enough probability.
         for length in (256, 4096, kept) if everything else (kept,):
             head = weights[top_tokens(logits[None], min(length, kept))[1][0]].cumsum()
             if not everything:

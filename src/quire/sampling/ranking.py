@@ -1,4 +1,4 @@
-"""The most likely tokens of a row, in the one order Quire uses: highest score first, lowest id first among equals."""
+"""Top-k tokens of a row, in Quire's only order: highest score first, lowest id first among equals."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK_SIZE = 32
-"""Neighbouring tokens whose maximum stands for all of them while the leading blocks are sought."""
+"""Neighbouring tokens, represented by their maximum while the blocks of the top k are searched."""
 
 
 def top_tokens(scores: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -17,7 +17,7 @@ def top_tokens(scores: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.
     if k >= scores.shape[1]:
         ordered = scores.sort(dim=-1, descending=True, stable=True)
         return ordered.values.numpy(), ordered.indices.numpy()
-    # One more than asked shows whether the last place is tied with a token that did not get in.
+    # One more than asked shows whether the last token is tied with one that was left out.
     values, ids = (part.numpy() for part in _top(scores, k + 1))
     tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -np.inf)).any(axis=1)
     for row in np.flatnonzero(tied):
@@ -30,13 +30,13 @@ def top_tokens(scores: Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`torch.topk`, looking only into the k blocks of highest maximum: a value above the k-th lies in one of them.
+    """`torch.topk` within the k blocks of highest maximum: every value above the k-th lies in one of them.
 
-    As with `torch.topk`, which of the tokens equal to the k-th get in is arbitrary.
+    As with `torch.topk`, it is arbitrary which of the tokens equal to the k-th are included.
     """
     num_rows, vocab_size = scores.shape
     num_blocks = vocab_size // BLOCK_SIZE
-    if 4 * k > num_blocks:  # the leading blocks would hold so much of the row that finding them does not pay
+    if 4 * k > num_blocks:  # the blocks would hold so much of the row that finding them does not pay
         values, ids = scores.topk(k)
         return values, ids
     whole = num_blocks * BLOCK_SIZE

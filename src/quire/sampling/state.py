@@ -2,41 +2,50 @@
 
 from collections.abc import Sequence
 from copy import copy
-from enum import Enum
+from enum import Enum, auto
 
 from quire.sampling.bad_words import BadWords
 from quire.sampling.structured_output import GrammarState
 from quire.sampling.token_counts import TokenCounts
 from quire.sampling_params import SamplingParams
 
-UNKNOWN_TOKEN = -1
+PLACEHOLDER_TOKEN = -1
+"""Stands in `output_token_ids` for a token that the device has sampled but the host has not read yet.
+
+It is not the placeholder of `StepPlan.token_ids`: there the scheduler writes `~row`, which says where on the device the
+token lies. Here only the number of tokens matters, since it is the position of the next sample.
+"""
 
 
-class Draw(Enum):
-    """The ways to get from a row of logits to a token; rows of one way are computed together."""
+class SamplingMode(Enum):
+    """How a row of logits becomes a token. Rows of one mode are computed together."""
 
-    GREEDY = "the most likely token"
-    UNFILTERED = "any token, by its probability"
-    TOP_K = "one of the k most likely, of which top_p may leave fewer"
-    TOP_P = "one of the fewest most likely that hold enough probability"
-    BEAM = "none: the most likely ones are candidates of a beam search"
+    GREEDY = auto()
+    """The most likely token."""
+    UNFILTERED = auto()
+    """Any token, by its probability; `min_p` may rule some out."""
+    TOP_K = auto()
+    """One of the k most likely tokens; `top_p` may leave fewer."""
+    TOP_P = auto()
+    """One of the fewest most likely tokens that hold `top_p` of the probability."""
+    BEAM = auto()
+    """No token: the most likely ones are candidates of a beam search."""
 
 
 class SamplingState:
-    """One sequence's parameters and history, in the form the sampler reads; `append` is its only writer.
+    """One sequence's parameters and history, in the form the sampler reads. Its own methods are its only writers.
 
-    A state built with the output so far equals one that was fed it token by token, so preemption, fork and restart
-    cannot be seen in the tokens. Token ids outside the vocabulary are ignored: the engine refuses them where a client
-    names them.
+    A state built with the output so far equals one that got the output token by token, so preemption, fork and restart
+    change no token. Token ids outside the vocabulary are ignored: the engine refuses requests that name them.
     """
 
     __slots__ = (
         "allowed_ids",
         "bad_words",
         "bias_by_id",
-        "draw",
         "ending_ids",
         "grammar",
+        "mode",
         "num_candidates",
         "output_token_ids",
         "params",
@@ -60,14 +69,15 @@ class SamplingState:
         self.params = params
         self.prompt_token_ids = prompt_token_ids
         self.output_token_ids = list(output_token_ids)
-        """Generated so far: a draw depends on how many, logits processors may read them. Eight bytes a token."""
+        """Tokens generated so far. Their number is the position of the next sample; logits processors may read them.
+        The list stays the same object as long as the state lives."""
         self.grammar = grammar
-        """Where the sequence is in the grammar it follows; it has consumed `output_token_ids` already."""
+        """Where the sequence is in its grammar. The grammar has consumed `output_token_ids` already."""
         self.seed = seed
         self.sample_index = sample_index
-        self.draw = _choose_draw(params, vocab_size)
+        self.mode = _choose_mode(params, vocab_size)
         self.num_candidates = 0
-        """Of a beam: so many that a full set of beams can go on, however many of them end a sequence."""
+        """Candidates of a beam: enough for all beams to go on even if every ending token is among them. 0: no beam."""
         if params.beam_width is not None:
             self.num_candidates = min(vocab_size, params.beam_width + len(stop_token_ids))
         self.allowed_ids: list[int] | None = None
@@ -88,11 +98,11 @@ class SamplingState:
         elif params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             self.token_counts = TokenCounts((), vocab_size)
         for token_id in output_token_ids if self.bad_words or self.token_counts else ():
-            self._remember(token_id)
+            self._count(token_id)
 
     @property
     def is_stateless(self) -> bool:
-        """Whether `append` does no more than append to `output_token_ids`."""
+        """True if `append` does nothing but append to `output_token_ids`."""
         return self.grammar is None and self.bad_words is None and self.token_counts is None
 
     @property
@@ -101,7 +111,7 @@ class SamplingState:
         return len(self.output_token_ids)
 
     def fork(self) -> "SamplingState":
-        """An equal state that goes its own way."""
+        """An independent copy."""
         child = copy(self)
         child.output_token_ids = self.output_token_ids.copy()
         if self.bad_words is not None:
@@ -113,50 +123,50 @@ class SamplingState:
         return child
 
     def append(self, token_id: int) -> None:
-        """Follow a token that the sequence generated."""
+        """Add a generated token."""
         self.output_token_ids.append(token_id)
-        self._remember(token_id)
+        self._count(token_id)
         if self.grammar is not None:
             self.grammar.append(token_id)
 
-    def promise(self) -> int:
-        """Follow a token that is drawn but not known yet; returns where `keep` puts it. For sequences that need not
-        know their tokens to draw the next."""
-        self.output_token_ids.append(UNKNOWN_TOKEN)
+    def append_placeholder(self) -> int:
+        """Add a token whose id is not known yet. Returns its index for `fill_placeholder`. Only for states whose next
+        sample does not depend on the token itself (`is_stateless`)."""
+        self.output_token_ids.append(PLACEHOLDER_TOKEN)
         return len(self.output_token_ids) - 1
 
-    def keep(self, place: int, token_id: int) -> None:
-        """The token that was promised."""
-        self.output_token_ids[place] = token_id
+    def fill_placeholder(self, index: int, token_id: int) -> None:
+        """Put the token's id where `append_placeholder` left room for it."""
+        self.output_token_ids[index] = token_id
 
-    def take_forced(self, limit: int) -> list[int]:
-        """Follow the tokens that the grammar forces, at most `limit` of them."""
+    def append_forced(self, limit: int) -> list[int]:
+        """Add the tokens that the grammar forces, at most `limit` of them, and return them."""
         forced = self.grammar.take_forced(limit) if self.grammar is not None else []
         self.output_token_ids += forced
         for token_id in forced:
-            self._remember(token_id)
+            self._count(token_id)
         return forced
 
     def banned_ids(self) -> list[int]:
-        """Tokens that `min_tokens` and the bad words rule out at this position; a token may be named twice."""
+        """Tokens that `min_tokens` and the bad words rule out at this position. A token may be listed twice."""
         banned = self.bad_words.completions() if self.bad_words else []
-        # A text that is whole ends, however short it is.
+        # A text whose grammar is complete must end, however short it is.
         if self.position < self.params.min_tokens and not (self.grammar and self.grammar.complete):
             banned += self.ending_ids
         return banned
 
-    def _remember(self, token_id: int) -> None:
+    def _count(self, token_id: int) -> None:
         if self.bad_words is not None:
             self.bad_words.append(token_id)
         if self.token_counts is not None:
             self.token_counts.append(token_id)
 
 
-def _choose_draw(params: SamplingParams, vocab_size: int) -> Draw:
+def _choose_mode(params: SamplingParams, vocab_size: int) -> SamplingMode:
     if params.beam_width is not None:
-        return Draw.BEAM
+        return SamplingMode.BEAM
     if params.greedy:
-        return Draw.GREEDY
+        return SamplingMode.GREEDY
     if 0 < params.top_k < vocab_size:
-        return Draw.TOP_K
-    return Draw.TOP_P if params.top_p < 1.0 else Draw.UNFILTERED
+        return SamplingMode.TOP_K
+    return SamplingMode.TOP_P if params.top_p < 1.0 else SamplingMode.UNFILTERED

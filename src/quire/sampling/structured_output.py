@@ -1,7 +1,7 @@
-"""Structured output in sampling: where each sequence is in its grammar, and which tokens that forbids.
+"""Structured output in sampling: each sequence's place in its grammar, and the tokens that the grammar allows there.
 
-`GrammarState` follows one sequence. `MaskWorker` computes the masks of a step in a thread of its own while the model
-runs; `LogitEdits` applies them with everything else that rules tokens out.
+`GrammarState` tracks one sequence. `MaskWorker` computes the masks of a step in its own thread while the model runs.
+`LogitEdits` applies them with the other edits.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from quire.grammar.compiled import Grammar, Matcher
 
 INLINE_WORDS = 2**11
-"""Up to this many words, the masks of a step cost less than handing them to a thread: 64 rows of 1,024 tokens."""
+"""Masks of up to this many words (64 rows of 1,024 tokens) take less time than handing them to a thread."""
 _PENALTIES = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf)
 _PENALTIES = _PENALTIES.astype(np.float32)
-"""[256, 8]: for a byte of a mask, what to add to the logits of its eight tokens."""
+"""[256, 8]: what each byte of a mask adds to the logits of its eight tokens."""
 
 
 class GrammarState:
-    """One sequence's place in its grammar; `append` is its only writer.
+    """One sequence's place in its grammar. Its own methods are its only writers, but for `allowed`.
 
-    A state that was given the output so far equals one that followed it token by token. An error of the grammar, such
-    as one that takes too much, ends this sequence alone: nothing is allowed any more, and `error` says why.
+    A state built with the output so far equals one that got the output token by token. An error of the grammar, such
+    as one over its limits, ends this sequence alone: no token is allowed any more, and `error` says why.
     """
 
     __slots__ = ("_matcher", "allowed", "banned_ids", "error", "fast_forwards", "grammar")
@@ -41,12 +41,12 @@ class GrammarState:
         """Either a grammar or an error."""
         self.grammar = grammar
         self.fast_forwards = fast_forwards
-        """Whether tokens that the grammar forces may be taken without asking the model."""
+        """True if tokens that the grammar forces may be added without running the model."""
         self.banned_ids = list(banned_ids)
-        """Tokens that are never allowed, whatever the grammar says: end tokens that the request ignores."""
+        """End tokens that the request ignores: not allowed, whatever the grammar says."""
         self.error = error
         self.allowed: NDArray[np.uint32] | None = None
-        """[words of 32 tokens], the lowest bit first: may it come next, as `MaskWorker` found for this step."""
+        """[words of 32 tokens], lowest bit first: the tokens allowed in this step. `MaskWorker` writes it."""
         self._matcher: Matcher | None = None
         if grammar is not None:
             self._matcher = grammar.matcher()
@@ -56,33 +56,33 @@ class GrammarState:
 
     @property
     def matcher(self) -> Matcher | None:
-        """For a mask; None after an error."""
+        """None after an error."""
         return self._matcher if self.error is None else None
 
     @property
     def complete(self) -> bool:
-        """Whether the text is whole and nothing can follow it."""
+        """True if the text is complete and no token may follow."""
         return self.error is None and self._matcher is not None and self._matcher.is_stopped()
 
     def append(self, token_id: int) -> None:
-        """Follow a token that the sequence generated."""
+        """Advance by a generated token."""
         if self.matcher is not None and not self.matcher.consume_token(token_id):
             self.note_error()
 
     def allows(self, token_id: int) -> bool:
-        """Whether a token may come next."""
+        """True if the token may come next."""
         return self.matcher is not None and self.matcher.validate_tokens([token_id]) == 1
 
     @property
     def has_choice(self) -> bool:
-        """Whether the next token is to be drawn: the text is not whole, and `take_forced` would take nothing."""
+        """True if the next token must be sampled: the text is not complete, and `take_forced` would return nothing."""
         forces = self._may_force and self._matcher is not None and self._matcher.compute_ff_tokens()
         return not forces and not self.complete
 
     def take_forced(self, limit: int) -> list[int]:
-        """Follow the tokens that must come next, at most `limit`, as the tokenizer would write their text.
+        """Advance by the tokens that must come next, at most `limit`, as the tokenizer would encode their text.
 
-        Empty where there is a choice, of texts or of how to write one.
+        Empty if there is a choice between texts or between encodings of the text.
         """
         if not self._may_force or self.matcher is None:
             return []
@@ -97,7 +97,7 @@ class GrammarState:
         return self.fast_forwards and self.matcher is not None and not self.matcher.is_stopped()
 
     def fork(self) -> "GrammarState":
-        """A copy that goes its own way."""
+        """An independent copy."""
         copy = GrammarState(None, fast_forwards=self.fast_forwards, banned_ids=self.banned_ids, error=self.error)
         copy.grammar = self.grammar
         copy._matcher = self._matcher.deep_copy() if self._matcher is not None else None
@@ -105,7 +105,7 @@ class GrammarState:
         return copy
 
     def note_error(self) -> None:
-        """Take over what the matcher found wrong with itself."""
+        """Copy the matcher's error, if it has one, to `error`."""
         if self._matcher is not None and self.error is None and self._matcher.is_error():
             if self.grammar is not None:
                 self.grammar.worn = True
@@ -113,7 +113,7 @@ class GrammarState:
 
 
 class _MaskFiller(Protocol):
-    """What is used of llguidance's LLExecutor: masks of many matchers at once, written where a pointer points."""
+    """The part of llguidance's LLExecutor that is used: it writes the masks of many matchers to a pointer."""
 
     def unsafe_compute_mask_ptr(
         self, matchers: list[tuple[Matcher, int]], pointer: int, row_bytes: int, num_rows: int, /
@@ -121,7 +121,7 @@ class _MaskFiller(Protocol):
 
 
 class MaskWorker:
-    """Computes the masks of all sequences of a step that follow a grammar: `start`, run the model, `join`."""
+    """Computes the masks of all grammars of a step while the model runs: `start`, run the model, `join`."""
 
     def __init__(self, vocab_size: int, *, num_threads: int = 1) -> None:
         self._num_words = _num_words(vocab_size)
@@ -132,14 +132,14 @@ class MaskWorker:
         self._masks: NDArray[np.uint32] = np.empty((0, 0), dtype=np.uint32)
 
     def start(self, states: Sequence[GrammarState]) -> None:
-        """Begin; until `join` the states belong to the worker. Costs nothing for no states."""
+        """Begin to compute masks. The states belong to the worker until `join`. Without states it does nothing."""
         num_words = sum(state.grammar.num_mask_words for state in states if state.grammar is not None)
         if num_words <= INLINE_WORDS:
             if states:
                 self._fill(states, None)
             return
         if self._thread is None or self._executor is None:
-            from llguidance import LLExecutor  # only where there is a grammar
+            from llguidance import LLExecutor  # loaded with the first large mask
 
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="quire-masks")
             self._executor = cast(_MaskFiller, LLExecutor(self._num_threads))
@@ -157,12 +157,12 @@ class MaskWorker:
         if len(states) > len(self._masks) or num_words != self._masks.shape[1]:
             self._masks = np.zeros((1 << (len(states) - 1).bit_length(), num_words), dtype=np.uint32)
         pointer, row_bytes = self._masks.ctypes.data, 4 * num_words
-        following = [(state.matcher, row) for row, state in enumerate(states) if state.matcher is not None]
+        matchers = [(state.matcher, row) for row, state in enumerate(states) if state.matcher is not None]
         if executor is None:
-            for matcher, row in following:
+            for matcher, row in matchers:
                 matcher.unsafe_compute_mask_ptr(pointer + row * row_bytes, row_bytes)
-        elif following:
-            executor.unsafe_compute_mask_ptr(following, pointer, row_bytes, len(self._masks))
+        elif matchers:
+            executor.unsafe_compute_mask_ptr(matchers, pointer, row_bytes, len(self._masks))
         for state, mask in zip(states, self._masks, strict=False):
             state.note_error()
             if state.error is not None:
@@ -174,22 +174,22 @@ class MaskWorker:
 
 
 class MaskPenalties:
-    """What the masks of some sequences add to their logits, step after step in the same memory."""
+    """What the grammar masks of some sequences add to their logits, computed into the same memory at each step."""
 
     def __init__(self, states: Sequence[GrammarState], vocab_size: int) -> None:
         self._states = states
         self._masks: NDArray[np.uint32] = np.empty((len(states), _num_words(vocab_size)), dtype=np.uint32)
         self._penalties: NDArray[np.float32] = np.empty((*self._masks.shape, 4, 8), dtype=np.float32)
-        self._of_vocabulary = self._penalties.reshape(len(states), -1)[:, :vocab_size]
+        self._by_token = self._penalties.reshape(len(states), -1)[:, :vocab_size]
 
-    def now(self) -> NDArray[np.float32]:
-        """[states, vocab_size]: 0 or −inf. Masks have been computed, and the next call overwrites what is returned."""
+    def compute(self) -> NDArray[np.float32]:
+        """[states, vocab_size]: 0 or −inf. Needs the masks of this step; the next call overwrites the result."""
         masks = [state.allowed for state in self._states if state.allowed is not None]
         np.concatenate(masks, out=self._masks.reshape(-1))
-        bytes_of_masks = self._masks.view(np.uint8).reshape(self._penalties.shape[:3])
-        # With "clip", which no byte needs, numpy writes to `out` without a copy of its own.
-        _PENALTIES.take(bytes_of_masks, axis=0, out=self._penalties, mode="clip")
-        return self._of_vocabulary
+        mask_bytes = self._masks.view(np.uint8).reshape(self._penalties.shape[:3])
+        # No byte is out of range. mode="clip" makes numpy write to `out` directly instead of through a copy.
+        _PENALTIES.take(mask_bytes, axis=0, out=self._penalties, mode="clip")
+        return self._by_token
 
 
 def _num_words(vocab_size: int) -> int:

@@ -1,4 +1,4 @@
-"""TokenCounts: which tokens a sequence holds and how often it generated each; the penalties are computed from it."""
+"""TokenCounts: a sequence's distinct tokens, and how often it generated each. The penalties are computed from it."""
 
 from array import array
 from collections.abc import Iterable
@@ -6,9 +6,9 @@ from copy import copy
 
 
 class TokenCounts:
-    """Sparse: one entry per distinct token, so that a thousand sequences do not hold a vocabulary each.
+    """Sparse, with one entry per distinct token: a thousand sequences must not hold a vocabulary each.
 
-    `ids` and `num_generated` run in parallel and only grow; being arrays, NumPy reads them without a copy.
+    `ids` and `num_generated` are parallel and only grow. They are arrays, so NumPy reads them without a copy.
     """
 
     __slots__ = ("_slots", "_vocab_size", "ids", "num_generated")
@@ -21,7 +21,7 @@ class TokenCounts:
         self._vocab_size = vocab_size
 
     def fork(self) -> "TokenCounts":
-        """An equal one that goes its own way."""
+        """An independent copy."""
         child = copy(self)
         child.ids, child.num_generated, child._slots = self.ids[:], self.num_generated[:], self._slots.copy()
         return child

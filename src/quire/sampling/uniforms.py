@@ -1,8 +1,8 @@
 """The random numbers of sampling: a pure function of (seed, sample index, position).
 
-Nothing is advanced and nothing is stored, so a sequence draws the same numbers whatever else is in its batch, and
-goes on with them after a preemption, a fork or a restart. Each (seed, sample index) keys a SplitMix64 stream (Steele,
-Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), and the position is the counter:
+There is no state to advance or store. So a sequence gets the same numbers whatever else is in its batch, and continues
+with them after a preemption, a fork or a restart. Each (seed, sample index) keys a SplitMix64 stream (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), and the position is the counter:
 
     mix(z):  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;  z = (z ^ z >> 27) * 0x94D049BB133111EB;  z ^ z >> 31
     key      = mix(mix(seed) + (sample_index + 1) * GAMMA)
@@ -19,7 +19,7 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def stream_keys(seeds: Sequence[int], sample_indices: Sequence[int]) -> NDArray[np.uint64]:
-    """One key per sequence; negative seeds count as their two's complement."""
+    """One key per sequence. A negative seed stands for its two's complement."""
     seed = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], dtype=np.uint64)
     return _mix(_mix(seed) + (np.array(sample_indices, dtype=np.uint64) + np.uint64(1)) * GAMMA)
 

@@ -1,13 +1,14 @@
-"""BlockOffload: what goes down from the pool to the tiers and comes back, and which sequences wait for it.
+"""BlockOffload: which blocks go from the pool to the tiers below it, which come back, and who waits for them.
 
-Down. A named block that is evicted is saved before its space is written: to host memory where there is a host tier,
-and to disk unless it is there. Besides, a block that nobody holds any more goes to disk as soon as there is time
-(write-behind), so that a later process finds it although this one never ran out of space. What is on its way is
-bounded; a block evicted beyond that is dropped and counted. The beginnings of prompts go first.
+Storing. An evicted block is stored before its space is written: in host memory if there is a host tier, and on disk
+unless the disk has it. A block that nobody holds any more also goes to disk as soon as there is time (write-behind), so
+that a later process finds it even if this one never ran out of space. The number of blocks on their way is bounded; a
+block evicted beyond that is lost and counted. The beginnings of prompts are stored first.
 
-Up. A sequence to be admitted takes blocks of the pool for what the tiers hold of it. Host memory is copied at the start
-of the step that also computes; reads from disk run in the background, and until the last has ended the sequence holds
-memory and a row but is in no plan. A read that fails cuts its table there: the rest is computed.
+Loading. When a sequence is admitted, it takes blocks of the pool for what the tiers hold of it. Copies from host memory
+are part of the step that also computes. Reads from disk run in the background; until the last one has finished, the
+sequence holds memory and a row but is in no plan. If a read fails, the sequence's table is cut there and the rest is
+computed.
 """
 
 from collections import Counter
@@ -21,29 +22,29 @@ from quire.scheduler.sequence import Sequence
 from quire.step import OffloadPlan, OffloadResult
 
 WRITE_BEHIND_SHARE = 4
-"""One n-th of the blocks that may be on their way is taken per step for writing behind; evictions may take all."""
+"""Write-behind takes one n-th of the blocks that may be on their way per step; evictions may take all."""
 
 
 @dataclass(slots=True)
 class _Loading:
-    """A sequence whose blocks from logical block `first` on come from below."""
+    """A sequence whose blocks from logical block `first` on come from the tiers."""
 
     first: int
-    names: list[BlockHash]
+    hashes: list[BlockHash]
     origins: list[str]
-    """The tier of each."""
-    missing: set[BlockHash] = field(default_factory=set)
-    """Those that no plan has put into the pool yet."""
+    """The tier of each block."""
+    unplanned: set[BlockHash] = field(default_factory=set)
+    """Blocks that no plan has loaded yet."""
     unread: list[BlockHash] = field(default_factory=list)
-    """Those that are on disk and were not asked for yet, the first at the end."""
+    """Blocks on disk that no plan has read yet, the first at the end."""
 
     def tokens_by_tier(self, block_size: int) -> dict[str, int]:
-        """What is loaded when nothing is missing any more."""
+        """Tokens loaded from each tier once all loads are planned."""
         return {tier_name: count * block_size for tier_name, count in Counter(self.origins).items()}
 
 
 class BlockOffload:
-    """Owned by the scheduler; the pool reports evicted and idle blocks to it."""
+    """Owned by the scheduler. The pool reports evicted and idle blocks to it."""
 
     def __init__(self, index: TierIndex, pool: BlockPool) -> None:
         self.waiting: dict[Sequence, _Loading] = {}
@@ -51,64 +52,65 @@ class BlockOffload:
         self._index = index
         self._pool = pool
         self._plan = OffloadPlan()
+        """The plan that is being made."""
         self._pinned: set[BlockHash] = set()
-        """What the plan in the making loads from host memory or saves there: it must not make room in it."""
-        self._planned: dict[BlockHash, tuple[str, int, Sequence]] = {}
-        """Loads of that plan: tier, block, for whom."""
-        self._complete: dict[Sequence, _Loading] = {}
-        """Sequences that have all their blocks with that plan."""
-        self._coming: set[BlockHash] = set()
-        """Names of all these, and of those that sequences wait for: in the pool they have them only when all are there.
-        """
-        self._ended: list[tuple[Sequence, dict[str, int]]] = []
-        """(sequence, tokens loaded by tier) since the scheduler last asked, of sequences that had to wait."""
+        """Blocks that this plan loads from host memory or stores there; it must not evict them."""
+        self._loads: dict[BlockHash, tuple[str, int, Sequence]] = {}
+        """Loads of this plan: tier, block, and the sequence that takes it."""
+        self._loaded: dict[Sequence, _Loading] = {}
+        """Sequences whose last load is in this plan."""
+        self._in_flight: set[BlockHash] = set()
+        """Blocks of all these sequences. They get their hash in the pool when all blocks of the sequence are loaded."""
+        self._ready: list[tuple[Sequence, dict[str, int]]] = []
+        """(sequence, tokens loaded by tier): sequences that stopped waiting since the last `begin`."""
         self._idle: dict[BlockHash, int] = {}
-        """Blocks to write behind, the last first."""
-        self._saving: set[BlockHash] = set()
+        """Blocks to write behind; the last one is written first."""
+        self._storing: set[BlockHash] = set()
+        """Blocks on their way to disk."""
         self._unwanted: set[BlockHash] = set()
-        """On their way to disk, but to be forgotten when they are there."""
+        """Blocks on their way to disk that are evicted as soon as they are there."""
         self._reads: dict[BlockHash, Sequence | None] = {}
-        """Reads that have not ended, and who waits for each."""
-        self._arrived: dict[BlockHash, Sequence | None] = {}
-        """Reads that have ended since the last plan."""
+        """Unfinished reads, and the sequence that waits for each."""
+        self._finished_reads: dict[BlockHash, Sequence | None] = {}
+        """Reads that finished since the last plan."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
         self._max_staged = num_staged_blocks(self._disk.block_bytes) if self._disk is not None else 0
-        pool.on_evict = self._save_evicted
+        pool.eviction_listeners.append(self._store_evicted)
         if self._disk is not None:
-            pool.on_idle = self._note_idle
-            # The size may be less than it was for the process that stored all this.
-            self._plan.forgotten = [(DISK, name) for name in self._disk.make_room(0, lambda name: False) or ()]
+            pool.idle_listeners.append(self._note_idle)
+            # The disk tier may be smaller than it was for the process that stored its blocks.
+            self._plan.evicted = [(DISK, each) for each in self._disk.make_room(0, lambda each: False) or ()]
 
-    # -- up -----------------------------------------------------------------------------------------------------------
+    # -- loading ------------------------------------------------------------------------------------------------------
 
-    def is_coming(self, name: BlockHash) -> bool:
-        """Whether a block is on its way up to somebody."""
-        return name in self._coming
+    def is_in_flight(self, block_hash: BlockHash) -> bool:
+        """Whether a block is on its way up to a sequence."""
+        return block_hash in self._in_flight
 
     @property
-    def brings_blocks(self) -> bool:
-        """Whether anybody waits for a block, or the plan in the making loads one."""
-        return bool(self._coming)
+    def has_loads(self) -> bool:
+        """Whether a sequence waits for a block, or the next plan loads one."""
+        return bool(self._in_flight)
 
     def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockHash]]:
-        """(tier, name) of the blocks from logical block `first` on that tiers hold without a gap.
+        """(tier, hash) of the blocks from logical block `first` on that tiers hold without a gap.
 
         The last token is never covered, as in `BlockTable.find_prefix`.
         """
         found: list[tuple[str, BlockHash]] = []
         for index in range(first, (len(token_ids) - 1) // self._pool.block_size):
-            name = sequence.table.name_of(index, token_ids)
-            tier_name = self._index.find(name)
-            if tier_name is None or self.is_coming(name):
+            block_hash = sequence.table.name_of(index, token_ids)
+            tier_name = self._index.find(block_hash)
+            if tier_name is None or self.is_in_flight(block_hash):
                 break
-            found.append((tier_name, name))
+            found.append((tier_name, block_hash))
         return found
 
     def start(self, sequence: Sequence, found: list[tuple[str, BlockHash]]) -> dict[str, int]:
-        """Load what of `found` is worth it, into new blocks at the end of a table whose last block is full.
+        """Load what is worth it of `found`, into new blocks at the end of a table whose last block is full.
 
-        The pool must have a free block for each. Returns the tokens by tier if the plan in the making loads all of
-        them; otherwise `begin` tells of the sequence when it need wait no longer.
+        The pool must have a free block for each. Returns the tokens by tier if the next plan loads all of them. If not,
+        `begin` returns the sequence when it stops waiting.
         """
         block_size, table = self._pool.block_size, sequence.table
         num_queued = len(self._reads) + sum(len(loading.unread) for loading in self.waiting.values())
@@ -118,230 +120,231 @@ class BlockOffload:
         sources = found[:num_worth]
         if not sources:
             return {}
-        loading = _Loading(len(table.blocks), [name for _, name in sources], [tier_name for tier_name, _ in sources])
-        loading.missing.update(loading.names)
-        self._coming.update(loading.names)
-        self._pinned.update(loading.names)
-        for tier_name, name in reversed(sources):
-            # The beginnings of prompts are to survive longest here, too.
-            self._index.tiers[tier_name].touch(name)
+        loading = _Loading(len(table.blocks), [each for _, each in sources], [tier_name for tier_name, _ in sources])
+        loading.unplanned.update(loading.hashes)
+        self._in_flight.update(loading.hashes)
+        self._pinned.update(loading.hashes)
+        for tier_name, block_hash in reversed(sources):
+            # Here too, the beginnings of prompts should survive longest.
+            self._index.tiers[tier_name].touch(block_hash)
         table.append(num_worth * block_size, [])
-        sequence.num_computed_tokens = table.num_tokens
+        sequence.start_from_table()
         self.waiting[sequence] = loading
-        for offset, (tier_name, name) in enumerate(sources):
+        for offset, (tier_name, block_hash) in enumerate(sources):
             block = table.blocks[loading.first + offset]
             if tier_name == HOST:
-                self._load(sequence, loading, HOST, name, block)
-            elif name in self._arrived:
-                # Whoever had it read is gone.
-                del self._arrived[name]
-                self._load(sequence, loading, DISK, name, block)
-            elif name in self._reads:
-                self._reads[name] = sequence
+                self._load(sequence, loading, HOST, block_hash, block)
+            elif block_hash in self._finished_reads:
+                # The sequence that it was read for is gone.
+                del self._finished_reads[block_hash]
+                self._load(sequence, loading, DISK, block_hash, block)
+            elif block_hash in self._reads:
+                self._reads[block_hash] = sequence
             else:
-                loading.unread.append(name)
+                loading.unread.append(block_hash)
         loading.unread.reverse()
-        self._ask_for_reads()
+        self._plan_reads()
         return {} if sequence in self.waiting else loading.tokens_by_tier(block_size)
 
     def begin(self) -> list[tuple[Sequence, dict[str, int]]]:
-        """Open a plan with what has arrived. Returns (sequence, tokens by tier) of those that need wait no longer."""
-        for name, sequence in self._arrived.items():
+        """Begin a plan with the finished reads. Returns (sequence, tokens by tier) of sequences that stop waiting."""
+        for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
-                self._plan.dropped.append(name)
+                self._plan.cancelled.append(block_hash)
             else:
                 loading = self.waiting[sequence]
-                block = sequence.table.blocks[loading.first + loading.names.index(name)]
-                self._load(sequence, loading, DISK, name, block)
+                block = sequence.table.blocks[loading.first + loading.hashes.index(block_hash)]
+                self._load(sequence, loading, DISK, block_hash, block)
                 if sequence not in self.waiting:
-                    self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
-        self._arrived.clear()
-        self._ask_for_reads()
-        ended, self._ended = self._ended, []
-        return ended
+                    self._ready.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
+        self._finished_reads.clear()
+        self._plan_reads()
+        ready, self._ready = self._ready, []
+        return ready
 
     def cancel(self, sequence: Sequence) -> None:
         """A sequence gives its blocks back: nothing may be written into them any more."""
-        loading = self.waiting.pop(sequence, None) or self._complete.pop(sequence, None)
+        loading = self.waiting.pop(sequence, None) or self._loaded.pop(sequence, None)
         if loading is not None:
-            self._coming.difference_update(loading.names)
-        self._ended = [(other, loaded) for other, loaded in self._ended if other is not sequence]
-        for orphans in (self._reads, self._arrived):
-            for name in [name for name, owner in orphans.items() if owner is sequence]:
-                orphans[name] = None
-        for name in [name for name, (_, _, owner) in self._planned.items() if owner is sequence]:
-            if self._planned.pop(name)[0] == DISK:
-                self._arrived[name] = None
+            self._in_flight.difference_update(loading.hashes)
+        self._ready = [(other, tokens) for other, tokens in self._ready if other is not sequence]
+        for reads in (self._reads, self._finished_reads):
+            for block_hash in [block_hash for block_hash, owner in reads.items() if owner is sequence]:
+                reads[block_hash] = None
+        for block_hash in [block_hash for block_hash, (_, _, owner) in self._loads.items() if owner is sequence]:
+            if self._loads.pop(block_hash)[0] == DISK:
+                self._finished_reads[block_hash] = None
 
-    def _load(self, sequence: Sequence, loading: _Loading, tier_name: str, name: BlockHash, block: int) -> None:
-        self._planned[name] = (tier_name, block, sequence)
-        loading.missing.remove(name)
+    def _load(self, sequence: Sequence, loading: _Loading, tier_name: str, block_hash: BlockHash, block: int) -> None:
+        """Add a load to the plan; with its last load a sequence stops waiting."""
+        self._loads[block_hash] = (tier_name, block, sequence)
+        loading.unplanned.remove(block_hash)
         stats, size = self._index.tiers[tier_name].stats, self._pool.block_size
         stats.total_loaded += 1
         stats.total_loaded_bytes += self._index.tiers[tier_name].block_bytes
         stats.total_hits += size
-        if not loading.missing:
+        if not loading.unplanned:
             del self.waiting[sequence]
-            self._complete[sequence] = loading
+            self._loaded[sequence] = loading
 
-    def _ask_for_reads(self) -> None:
-        """Begin as many reads as may be on their way, in the order in which sequences came."""
-        num_free = self._max_staged - len(self._reads) - len(self._arrived)
+    def _plan_reads(self) -> None:
+        """Start as many reads as may be on their way, in the order in which the sequences came."""
+        num_free = self._max_staged - len(self._reads) - len(self._finished_reads)
         for sequence, loading in self.waiting.items():
             while loading.unread and num_free > 0:
-                name = loading.unread.pop()
-                self._reads[name] = sequence
-                self._plan.reads.append(name)
+                block_hash = loading.unread.pop()
+                self._reads[block_hash] = sequence
+                self._plan.reads.append(block_hash)
                 num_free -= 1
 
     def _cut(self, sequence: Sequence, failed: BlockHash) -> None:
-        """A block could not be read: what the sequence has before it stays, the rest is computed."""
+        """A read failed: the sequence keeps the blocks before that one, and the rest is computed."""
         loading = self.waiting[sequence]
-        end = loading.names.index(failed)
-        lost = set(loading.names[end:])
-        del loading.names[end:], loading.origins[end:]
-        loading.missing -= lost
-        self._coming -= lost
-        loading.unread = [name for name in loading.unread if name not in lost]
-        for orphans in (self._reads, self._arrived):
-            for name in lost & orphans.keys():
-                orphans[name] = None
+        end = loading.hashes.index(failed)
+        lost = set(loading.hashes[end:])
+        del loading.hashes[end:], loading.origins[end:]
+        loading.unplanned -= lost
+        self._in_flight -= lost
+        loading.unread = [block_hash for block_hash in loading.unread if block_hash not in lost]
+        for reads in (self._reads, self._finished_reads):
+            for block_hash in lost & reads.keys():
+                reads[block_hash] = None
         table = sequence.table
         table.truncate((loading.first + end) * self._pool.block_size)
-        sequence.num_computed_tokens = table.num_tokens
-        if not loading.missing:
+        sequence.start_from_table()
+        if not loading.unplanned:
             del self.waiting[sequence]
             table.hash_full_blocks(sequence.token_ids, table.num_tokens)
-            self._coming.difference_update(loading.names)
-            self._ended.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
+            self._in_flight.difference_update(loading.hashes)
+            self._ready.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
 
-    # -- down ---------------------------------------------------------------------------------------------------------
+    # -- storing ------------------------------------------------------------------------------------------------------
 
-    def _save_evicted(self, block: int, name: BlockHash) -> None:
-        self._idle.pop(name, None)
+    def _store_evicted(self, block: int, block_hash: BlockHash) -> None:
+        self._idle.pop(block_hash, None)
         host, disk = self._host, self._disk
         if host is not None:
-            if name in host:
-                host.touch(name)
+            if block_hash in host:
+                host.touch(block_hash)
             elif (room := host.make_room(host.block_bytes, self._pinned.__contains__)) is None:
                 host.stats.total_dropped += 1
             else:
-                self._plan.forgotten += [(HOST, other) for other in room]
-                self._plan.saves.append((HOST, name, block))
-                self._pinned.add(name)
-                host.add(name)
+                self._plan.evicted += [(HOST, other) for other in room]
+                self._plan.stores.append((HOST, block_hash, block))
+                self._pinned.add(block_hash)
+                host.add(block_hash)
                 host.stats.total_saved += 1
                 host.stats.total_saved_bytes += host.block_bytes
-        if disk is not None and not disk.stats.stopped and name not in disk and name not in self._saving:
-            self._save_to_disk(disk, name, block)
+        if disk is not None and not disk.stats.stopped and block_hash not in disk and block_hash not in self._storing:
+            self._store_on_disk(disk, block_hash, block)
 
-    def _note_idle(self, block: int, name: BlockHash) -> None:
+    def _note_idle(self, block: int, block_hash: BlockHash) -> None:
         disk = self._disk
         assert disk is not None, "only a disk tier is written behind"
-        if name in disk:
-            disk.touch(name)
-        elif not disk.stats.stopped and name not in self._saving:
-            self._idle.pop(name, None)
-            self._idle[name] = block
+        if block_hash in disk:
+            disk.touch(block_hash)
+        elif not disk.stats.stopped and block_hash not in self._storing:
+            self._idle.pop(block_hash, None)
+            self._idle[block_hash] = block
 
-    def _save_to_disk(self, disk: Tier, name: BlockHash, block: int) -> None:
+    def _store_on_disk(self, disk: Tier, block_hash: BlockHash, block: int) -> None:
         room = None
-        if len(self._saving) < self._max_staged:
-            reserved = (len(self._saving) + 1) * disk.block_bytes
+        if len(self._storing) < self._max_staged:
+            reserved = (len(self._storing) + 1) * disk.block_bytes
             room = disk.make_room(reserved, lambda other: other in self._reads or other in self._pinned)
         if room is None:
             disk.stats.total_dropped += 1
             return
-        self._plan.forgotten += [(DISK, other) for other in room]
-        self._plan.saves.append((DISK, name, block))
-        self._saving.add(name)
+        self._plan.evicted += [(DISK, other) for other in room]
+        self._plan.stores.append((DISK, block_hash, block))
+        self._storing.add(block_hash)
 
     def _write_behind(self, disk: Tier) -> None:
-        quota = min(self._max_staged - len(self._saving), max(1, self._max_staged // WRITE_BEHIND_SHARE))
+        quota = min(self._max_staged - len(self._storing), max(1, self._max_staged // WRITE_BEHIND_SHARE))
         while self._idle and quota > 0:
-            name, block = self._idle.popitem()
-            if self._pool.names[block] == name and name not in disk and name not in self._saving:
-                self._save_to_disk(disk, name, block)
+            block_hash, block = self._idle.popitem()
+            if self._pool.names[block] == block_hash and block_hash not in disk and block_hash not in self._storing:
+                self._store_on_disk(disk, block_hash, block)
                 quota -= 1
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     @property
     def has_idle_work(self) -> bool:
-        """Whether there are blocks to write behind, or some whose writing has not ended."""
-        return bool(self._idle) or bool(self._saving)
+        """Whether there are blocks to write behind, or blocks on their way to disk."""
+        return bool(self._idle) or bool(self._storing)
 
     def finish(self, *, computes: bool) -> OffloadPlan | None:
-        """Close the plan, of a step that `computes` something or not. None if there is nothing to do or to wait for."""
+        """Close the plan of a step, which may compute nothing. None if there is nothing to do or to wait for."""
         if self._disk is not None and self._idle:
             self._write_behind(self._disk)
         plan, self._plan = self._plan, OffloadPlan()
-        plan.loads = [(tier_name, name, block) for name, (tier_name, block, _) in self._planned.items()]
+        plan.loads = [(tier_name, block_hash, block) for block_hash, (tier_name, block, _) in self._loads.items()]
         plan.wait = not computes and bool(self._reads)
         self._pinned.clear()
-        if self._reads or self._saving or plan != OffloadPlan():
+        if self._reads or self._storing or plan != OffloadPlan():
             return plan
         return None
 
-    def take_in(self, moves: OffloadPlan | None, moved: OffloadResult) -> None:
-        """The plan was executed; note what has ended meanwhile."""
-        for sequence, loading in self._complete.items():
-            end = (loading.first + len(loading.names)) * self._pool.block_size
+    def update(self, plan: OffloadPlan | None, result: OffloadResult) -> None:
+        """The plan was executed; note what finished meanwhile."""
+        for sequence, loading in self._loaded.items():
+            end = (loading.first + len(loading.hashes)) * self._pool.block_size
             sequence.table.hash_full_blocks(sequence.token_ids, end)
-            self._coming.difference_update(loading.names)
-        self._complete.clear()
-        self._planned.clear()
-        if self._host is not None and moves is not None:
-            num_loads = sum(tier_name == HOST for tier_name, _, _ in moves.loads)
-            self._index.measure_load(HOST, num_loads, moved.load_seconds)
+            self._in_flight.difference_update(loading.hashes)
+        self._loaded.clear()
+        self._loads.clear()
+        if self._host is not None and plan is not None:
+            num_loads = sum(tier_name == HOST for tier_name, _, _ in plan.loads)
+            self._index.measure_load(HOST, num_loads, result.load_seconds)
         disk = self._disk
         if disk is None:
             return
-        for name in moved.saved:
-            self._saving.discard(name)
-            disk.add(name)
+        for block_hash in result.stored:
+            self._storing.discard(block_hash)
+            disk.add(block_hash)
             disk.stats.total_saved += 1
             disk.stats.total_saved_bytes += disk.block_bytes
-            if name in self._unwanted:
-                self._unwanted.discard(name)
-                self._forget(name)
-        for name in moved.not_saved:
-            self._saving.discard(name)
-            self._unwanted.discard(name)
+            if block_hash in self._unwanted:
+                self._unwanted.discard(block_hash)
+                self._evict(block_hash)
+        for block_hash in result.failed_stores:
+            self._storing.discard(block_hash)
+            self._unwanted.discard(block_hash)
             disk.stats.total_dropped += 1
-        for name, seconds in moved.read:
-            self._arrived[name] = self._reads.pop(name)
+        for block_hash, seconds in result.read:
+            self._finished_reads[block_hash] = self._reads.pop(block_hash)
             self._index.measure_load(DISK, 1, seconds)
-        for name, reason in moved.not_read:
-            disk.remove(name)
+        for block_hash, reason in result.failed_reads:
+            disk.remove(block_hash)
             disk.stats.total_corrupt += reason == "corrupt"
-            sequence_or_none = self._reads.pop(name)
+            sequence_or_none = self._reads.pop(block_hash)
             if sequence_or_none is not None:
-                self._cut(sequence_or_none, name)
-        if moved.stopped:
+                self._cut(sequence_or_none, block_hash)
+        if result.stopped:
             disk.stats.stopped = True
             self._idle.clear()
 
-    # -- forgetting ---------------------------------------------------------------------------------------------------
+    # -- evicting -----------------------------------------------------------------------------------------------------
 
-    def forget(self, sequence: Sequence) -> None:
-        """What a sequence holds is not to be trusted: neither is what was saved of it."""
+    def evict(self, sequence: Sequence) -> None:
+        """Remove a sequence's blocks from all tiers, because their content may be wrong."""
         for index in range(sequence.table.num_tokens // self._pool.block_size):
-            self._forget(sequence.table.name_of(index, sequence.token_ids))
+            self._evict(sequence.table.name_of(index, sequence.token_ids))
 
-    def forget_all(self) -> None:
+    def evict_all(self) -> None:
         """Empty the tiers."""
         for tier in self._index.tiers.values():
-            for name in tier.names():
-                self._forget(name)
-        for name in (*self._idle, *self._saving):
-            self._forget(name)
+            for block_hash in tier.hashes():
+                self._evict(block_hash)
+        for block_hash in (*self._idle, *self._storing):
+            self._evict(block_hash)
 
-    def _forget(self, name: BlockHash) -> None:
-        self._plan.forgotten += self._index.remove(name)
-        self._idle.pop(name, None)
-        if name in self._saving:
-            self._unwanted.add(name)
+    def _evict(self, block_hash: BlockHash) -> None:
+        self._plan.evicted += self._index.remove(block_hash)
+        self._idle.pop(block_hash, None)
+        if block_hash in self._storing:
+            self._unwanted.add(block_hash)
 
     def stats(self) -> dict[str, TierStats]:
-        return {name: replace(tier.stats) for name, tier in self._index.tiers.items()}
+        return {tier_name: replace(tier.stats) for tier_name, tier in self._index.tiers.items()}

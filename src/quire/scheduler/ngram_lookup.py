@@ -1,30 +1,33 @@
-"""NgramLookup: where the last tokens of a sequence stood before, and what followed them there: a draft without a model.
+"""NgramLookup and NgramProposer: drafts without a model, by looking up the sequence's last tokens in its own text.
 
-Prompt lookup (Saxena, 2023): summaries, edits and code repeat what they were given. The places of each token are
-chained, the latest first, as in the dictionaries of LZ77's descendants (deflate), and the chain of the last token is
-followed for the longest run that stood before. A token costs O(1) to index, and a lookup at most `_MAX_PLACES` steps.
+Prompt lookup (Saxena, 2023): summaries, edits and code repeat what they were given. The positions of each token are
+chained, the latest first, as in the dictionaries of LZ77's descendants (deflate). The chain of the last token is
+searched for the longest run of tokens that occurred before. Indexing a token costs O(1), a lookup at most
+`_MAX_POSITIONS` steps.
 """
 
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_MAX_PLACES = 64
-"""Places of the last token that are tried, the latest first."""
+from quire.scheduler.acceptance import Draft
+
+_MAX_POSITIONS = 64
+"""Positions of the last token that are tried, the latest first."""
 NONE = -1
 
 
 class Match(NamedTuple):
-    """A run of tokens that ends the sequence and stood before."""
+    """An earlier occurrence of the tokens at the end of a sequence."""
 
     start: int
-    """Index of the token after it, where it stood before."""
+    """Index of the token that followed the earlier occurrence."""
     length: int
-    """Tokens of the run."""
+    """Number of tokens that match."""
 
 
 class NgramLookup:
-    """The runs of one sequence, `shortest` to `longest` tokens long. It follows a list of tokens that only grows."""
+    """Finds earlier occurrences of a sequence's last `shortest` to `longest` tokens. Its list of tokens only grows."""
 
     __slots__ = ("_before", "_found", "_latest", "_longest", "_num_seen", "_shortest")
 
@@ -32,22 +35,25 @@ class NgramLookup:
         self._shortest = shortest
         self._longest = longest
         self._latest: dict[int, int] = {}
-        """Token → index of its latest place, the end of the sequence left out."""
+        """Token → its latest position, the end of the sequence left out."""
         self._before = array("i")
-        """For each index but the last, that of the same token before it."""
+        """Position → the position of the same token before it; for every position but the last."""
         self._found: Match | None = None
+        """The last match."""
         self._num_seen = 0
-        """Tokens when that was found."""
+        """The number of tokens when it was found."""
 
     def find(self, token_ids: Sequence[int]) -> Match | None:
-        """The longest run that ends `token_ids` and stood before; of several the latest, but that which goes on if it
-        is `longest` tokens long."""
-        self._found = self._go_on(token_ids) or self._look_up(token_ids)
+        """The longest match, and of several the latest.
+
+        If the last match was `longest` tokens long and the tokens since then continue it, it is kept.
+        """
+        self._found = self._continue(token_ids) or self._look_up(token_ids)
         self._num_seen = len(token_ids)
         return self._found
 
-    def _go_on(self, token_ids: Sequence[int]) -> Match | None:
-        """What was found last, if what has come since went on there too and no run can be longer."""
+    def _continue(self, token_ids: Sequence[int]) -> Match | None:
+        """The last match, if the new tokens continue it and no match can be longer."""
         if self._found is None:
             return None
         start, length = self._found
@@ -59,25 +65,27 @@ class NgramLookup:
     def _look_up(self, token_ids: Sequence[int]) -> Match | None:
         self._index(token_ids)
         end = len(token_ids) - 1
-        place = self._latest.get(token_ids[end], NONE) if end >= 0 else NONE
+        position = self._latest.get(token_ids[end], NONE) if end >= 0 else NONE
         before, longest, length, found = self._before, self._longest, 0, NONE
-        for _ in range(_MAX_PLACES):
-            if place < length:  # the chain ends, or what is before this place is too short
+        for _ in range(_MAX_POSITIONS):
+            if position < length:  # the chain ends, or there are too few tokens before this position
                 break
-            if token_ids[place - length] == token_ids[end - length]:
-                # Where the token that makes it longer fits, so may the others.
+            if token_ids[position - length] == token_ids[end - length]:
+                # The token that would make the match longer is equal, so the ones between may be.
                 common = 1
-                while common < longest and common <= place and token_ids[place - common] == token_ids[end - common]:
+                while (
+                    common < longest and common <= position and token_ids[position - common] == token_ids[end - common]
+                ):
                     common += 1
                 if common > length:
-                    length, found = common, place
+                    length, found = common, position
                     if length == longest:
                         break
-            place = before[place]
+            position = before[position]
         return Match(found + 1, length) if length >= self._shortest else None
 
     def _index(self, token_ids: Sequence[int]) -> None:
-        """Enter all tokens that are new but the last, which is followed by nothing yet."""
+        """Enter all new tokens but the last, which nothing follows yet."""
         latest, before = self._latest, self._before
         for index in range(len(before), len(token_ids) - 1):
             token = token_ids[index]
@@ -85,9 +93,25 @@ class NgramLookup:
             latest[token] = index
 
 
+class NgramProposer:
+    """Proposes the tokens that followed the match. A row of `PROPOSERS`."""
+
+    __slots__ = ("_lookup",)
+
+    def __init__(self, shortest: int, longest: int) -> None:
+        self._lookup = NgramLookup(shortest, longest)
+
+    def propose(self, token_ids: Sequence[int], max_tokens: int) -> Draft:
+        """Drafts of kind n follow matches of 2**n to 2**(n + 1) − 1 tokens: the longer the match, the better."""
+        match = self._lookup.find(token_ids)
+        if match is None:
+            return Draft([])
+        return Draft(follow(token_ids, match.start, max_tokens), match.length.bit_length() - 1)
+
+
 def follow(token_ids: Sequence[int], start: int, max_tokens: int) -> list[int]:
-    """The tokens from `start` on. Where they end it goes on with its own beginning: a loop is followed round."""
+    """The tokens from `start` on. Where they end they repeat from `start`, so a loop is followed round."""
     followed = list(token_ids[start : start + max_tokens])
-    for place in range(max_tokens - len(followed)):
-        followed.append(followed[place])
+    for index in range(max_tokens - len(followed)):
+        followed.append(followed[index])
     return followed

@@ -1,49 +1,59 @@
-"""PrefixLookup: what of a sequence need not be computed, because the pool or a tier below holds it or soon will.
+"""PrefixLookup: which tokens of a sequence need not be computed, because the pool or a tier has them or soon will.
 
-It changes no table: whoever asks adopts what is found. It keeps the counts of what was found, and why the rest was not.
+It changes no table: its callers adopt what it finds. It counts what was found, and why the rest was not.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.prefix_history import PrefixHistory
-from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.sequence import Sequence, SequenceGroup
 
 
 class Found(NamedTuple):
-    """What a group that waits can start from."""
+    """What a waiting group can start from."""
 
     blocks: list[int]
     """Full blocks of the pool."""
     stored: list[tuple[str, BlockHash]]
-    """(tier, name) of the blocks after those."""
+    """(tier, hash) of the blocks after those."""
     inside: tuple[int, int] | None
-    """The block after those of which only the beginning is shared, as `BlockTable.match_partial` has it."""
+    """The next block after those, if only its beginning can be shared; see `BlockTable.match_partial`."""
+
+
+@dataclass(slots=True)
+class PrefixCounts:
+    """How much was found since the start."""
+
+    num_hits: int = 0
+    """Prompt tokens that were found."""
+    hits: dict[str, int] = field(default_factory=dict)
+    """The same by where their KV was: device, host, disk."""
+    misses: dict[str, int] = field(default_factory=dict)
+    """Reasons of `PrefixMiss` → requests."""
 
 
 class PrefixLookup:
-    """Owned by the scheduler; reads the pool, and hears of its evictions."""
+    """Owned by the scheduler. It reads the pool, which reports evictions to it."""
 
-    def __init__(
-        self, pool: BlockPool, transfers: BlockOffload | None, stats: EngineStats, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, pool: BlockPool, offload: BlockOffload | None, clock: Callable[[], float]) -> None:
+        self.counts = PrefixCounts()
         self._pool = pool
-        self._transfers = transfers
-        self._stats = stats
+        self._offload = offload
         self._history = PrefixHistory(pool.block_size, clock)
-        self._save_evicted, pool.on_evict = pool.on_evict, self._note_eviction
+        pool.eviction_listeners.append(self._note_eviction)
 
-    # -- what is found ------------------------------------------------------------------------------------------------
+    # -- finding ------------------------------------------------------------------------------------------------------
 
-    def find(self, group: SequenceGroup, behind: list[Sequence], loading: list[Sequence]) -> Found | None:
-        """What a waiting group can start from; None while somebody computes or loads its next block just now."""
+    def find(self, group: SequenceGroup, prefilling: list[Sequence], loading: list[Sequence]) -> Found | None:
+        """What a waiting group can start from; None while another sequence computes or loads its next block."""
         if not self._pool.enable_prefix_caching or group.lacks_prompt_logprobs:
             return Found([], [], None)
-        if group.awaited is not None and self._is_on_its_way(group.awaited, behind, loading):
+        if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
         leader, stored = group.leader, list[tuple[str, BlockHash]]()
         # Where others get their first token with the leader, it computes the last token of the prompt.
@@ -52,53 +62,54 @@ class PrefixLookup:
         blocks = leader.table.find_prefix(token_ids)
         inside = leader.table.match_partial(token_ids, len(blocks))
         group.awaited = self._next_full_block(leader, token_ids, len(blocks))
-        if self._transfers is not None:
-            stored = self._transfers.find(leader, token_ids, len(blocks))
-        if group.awaited is not None and self._is_on_its_way(group.awaited, behind, loading):
+        if self._offload is not None:
+            stored = self._offload.find(leader, token_ids, len(blocks))
+        if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
         return Found(blocks, stored, inside)
 
     def find_output(
-        self, sequence: Sequence, behind: list[Sequence]
+        self, sequence: Sequence, prefilling: list[Sequence]
     ) -> tuple[list[int], list[tuple[str, BlockHash]]] | None:
-        """What is found of a resumed sequence, past the full blocks of the prompt where it shares those of its leader.
+        """What a resumed sequence can start from, after the full blocks of the prompt that it shares with its leader.
 
-        First blocks of the pool, then (tier, name) below it. None while somebody computes or loads the next block.
+        Returns blocks of the pool, then (tier, hash) of stored blocks. None while another sequence computes or loads
+        the next block.
         """
         if not self._pool.enable_prefix_caching:
             return [], []
-        group, loading = sequence.group, list(self._transfers.waiting) if self._transfers is not None else []
+        group, loading = sequence.group, list(self._offload.waiting) if self._offload is not None else []
         if group.leader in loading and sequence is not group.leader:
             return None
         num_shared = 0 if sequence is group.leader else group.num_prompt_tokens // self._pool.block_size
         found = sequence.table.find_prefix(sequence.token_ids)[num_shared:]
         first = num_shared + len(found)
         awaited = self._next_full_block(sequence, sequence.token_ids, first)
-        if awaited is not None and self._is_on_its_way(awaited, behind, loading):
+        if awaited is not None and self._is_in_flight(awaited, prefilling, loading):
             return None
-        return found, [] if self._transfers is None else self._transfers.find(sequence, sequence.token_ids, first)
+        return found, [] if self._offload is None else self._offload.find(sequence, sequence.token_ids, first)
 
     def _next_full_block(self, sequence: Sequence, token_ids: list[int], index: int) -> tuple[int, BlockHash] | None:
-        """Logical block `index` of a sequence and its name, if `token_ids` could have it from the cache."""
+        """Logical block `index` of a sequence and its hash, if `token_ids` could have it from the cache."""
         if index >= (len(token_ids) - 1) // self._pool.block_size:
             return None
         return index, sequence.table.name_of(index, token_ids)
 
-    def _is_on_its_way(self, block: tuple[int, BlockHash], behind: list[Sequence], loading: list[Sequence]) -> bool:
-        """Whether somebody loads a block, or will compute it in this step or a later one."""
-        (index, name), block_size = block, self._pool.block_size
-        if self._transfers is not None and self._transfers.is_coming(name):
+    def _is_in_flight(self, block: tuple[int, BlockHash], prefilling: list[Sequence], loading: list[Sequence]) -> bool:
+        """Whether a sequence loads a block, or computes it in this step or a later one."""
+        (index, block_hash), block_size = block, self._pool.block_size
+        if self._offload is not None and self._offload.is_in_flight(block_hash):
             return True
         return any(
             other.num_computed_tokens // block_size <= index < len(other.token_ids) // block_size
-            and other.table.name_of(index, other.token_ids) == name
-            for other in ([*behind, *loading] if loading else behind)
+            and other.table.name_of(index, other.token_ids) == block_hash
+            for other in ([*prefilling, *loading] if loading else prefilling)
         )
 
-    # -- what is counted ----------------------------------------------------------------------------------------------
+    # -- counting -----------------------------------------------------------------------------------------------------
 
     def count_hits(self, sequence: Sequence, hits: dict[str, int]) -> None:
-        """Prompt tokens by where their KV was found, if this is how the group begins and not how it resumes."""
+        """Count the prompt tokens found, by where their KV was, if the group starts here and does not resume."""
         group = sequence.group
         if group.num_preemptions or sequence is not group.leader:
             return
@@ -107,21 +118,21 @@ class PrefixLookup:
             num_tokens = min(found, group.num_prompt_tokens - group.num_cached_tokens)
             if num_tokens > 0:
                 group.num_cached_tokens += num_tokens
-                self._stats.total_prefix_hits += num_tokens
-                for counts in (group.cached_tokens, self._stats.prefix_hits):
+                self.counts.num_hits += num_tokens
+                for counts in (group.cached_tokens, self.counts.hits):
                     counts[origin] = counts.get(origin, 0) + num_tokens
 
     def explain(self, group: SequenceGroup) -> None:
         """Note why the first block that a group must compute was not found."""
-        leader, prompt = group.leader, group.request.prompt_token_ids
-        covered = leader.num_computed_tokens // self._pool.block_size
-        if covered >= (len(prompt) - 1) // self._pool.block_size or not self._pool.enable_prefix_caching:
+        leader, request = group.leader, group.request
+        prompt, block_size = request.prompt_token_ids, self._pool.block_size
+        first = leader.num_computed_tokens // block_size
+        if first >= (len(prompt) - 1) // block_size or not self._pool.enable_prefix_caching:
             return
-        group.miss = self._history.explain(prompt, covered, leader.table.name_of(covered, prompt))
-        misses = self._stats.prefix_misses
-        misses[group.miss.reason] = misses.get(group.miss.reason, 0) + 1
+        block_hash = leader.table.name_of(first, prompt)
+        miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
+        group.miss = miss
+        self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1
 
-    def _note_eviction(self, block: int, name: BlockHash) -> None:
-        self._history.note_eviction(name)
-        if self._save_evicted is not None:
-            self._save_evicted(block, name)
+    def _note_eviction(self, block: int, block_hash: BlockHash) -> None:
+        self._history.note_eviction(block_hash)

@@ -1,31 +1,37 @@
-"""RegisteredPrefixes: prefixes that stay. Their full blocks are held by tables of no sequence, so nothing evicts them.
+"""RegisteredPrefixes: prefixes that are kept on request. Tables of no sequence hold their full blocks, so nothing
+evicts them.
 
-A prefix is computed by an ordinary request; when that ends, its blocks pass into a table of this file's. The same
+An ordinary request computes a prefix. When it ends, a table of this class takes over its blocks and pins them. The same
 blocks can be found under several salts: what an operator registers is no tenant's secret, so all may share it.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from quire.errors import RequestError
 from quire.kv_cache.block_hash import BlockHash, root_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
+from quire.request import Request
 
 
 @dataclass(slots=True)
 class _Prefix:
-    token_ids: list[int]
-    """Those of its full blocks."""
+    request: Request
+    """The request that computes it, cut to full blocks."""
     salts: tuple[str, ...]
-    """The first is the one under which it is computed."""
+    """The first one is the request's."""
     table: BlockTable
     num_new_blocks: int
-    """Blocks that no other prefix held when it was asked for."""
+    """Blocks that no other prefix held when it was registered."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.prompt_token_ids
 
 
 class RegisteredPrefixes:
-    """Holds the prefixes by id, computed or still being computed, and keeps them within `max_blocks` blocks."""
+    """All registered prefixes by id, computed or pending, within `max_blocks` blocks."""
 
     def __init__(self, pool: BlockPool, max_blocks: int) -> None:
         self.max_blocks = max_blocks
@@ -39,37 +45,45 @@ class RegisteredPrefixes:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are held, and that will be when what is pending is computed: no request can have these."""
+        """Blocks that no request can have: those that are pinned, and those that pending prefixes will pin."""
         return len(self._pool.pinned) + sum(prefix.num_new_blocks for prefix in self._pending.values())
 
-    def check(self, prefix_id: str, token_ids: Sequence[int], salts: Iterable[str]) -> _Prefix:
-        """What `reserve` takes. Raises `RequestError` for a prefix that cannot be held."""
-        pool = self._pool
+    def check(self, request: Request, salts: Sequence[str]) -> _Prefix:
+        """What `reserve` takes, for the prompt of a request. Raises `RequestError` if the prefix cannot be held."""
+        pool, prefix_id = self._pool, request.request_id
         if not pool.enable_prefix_caching:
             raise RequestError("prefixes need the prefix cache; set enable_prefix_caching", param="prefix")
         if prefix_id in self._held or prefix_id in self._pending:
             raise RequestError(f"the prefix id {prefix_id} is in use", param="prefix")
-        num_full = len(token_ids) // pool.block_size
+        num_tokens, size = len(request.prompt_token_ids), pool.block_size
+        num_full = num_tokens // size
+        for span in reversed(request.inputs):  # an input is kept whole or not at all
+            if span.offset < num_full * size < span.offset + span.length:
+                num_full = span.offset // size
         if not num_full:
             raise RequestError(
-                f"the prefix has {len(token_ids)} tokens; only full blocks are kept, of {pool.block_size} tokens",
-                param="prefix",
+                f"the prefix has {num_tokens} tokens; only full blocks are kept, of {size} tokens", param="prefix"
             )
-        prefix = _Prefix(list(token_ids[: num_full * pool.block_size]), tuple(salts), self._table(next(iter(salts))), 0)
+        request = replace(
+            request,
+            prompt_token_ids=request.prompt_token_ids[: num_full * size],
+            inputs=tuple(span for span in request.inputs if span.offset < num_full * size),
+        )
+        prefix = _Prefix(request, tuple(salts), self._table(request, salts[0]), 0)
         found = prefix.table.find_prefix([*prefix.token_ids, 0])
         prefix.num_new_blocks = num_full - sum(block in pool.pinned for block in found)
         if self.num_blocks + prefix.num_new_blocks > self.max_blocks:
             raise RequestError(
-                f"the prefix takes {prefix.num_new_blocks} more KV blocks of {pool.block_size} tokens; registered "
+                f"the prefix takes {prefix.num_new_blocks} more KV blocks of {size} tokens; registered "
                 f"prefixes hold {self.num_blocks} and may hold {self.max_blocks} of the pool's {pool.num_blocks} "
                 "(max_pinned_share)",
                 param="prefix",
             )
         return prefix
 
-    def reserve(self, prefix_id: str, prefix: _Prefix) -> None:
-        """Count its blocks as taken while it is computed."""
-        self._pending[prefix_id] = prefix
+    def reserve(self, prefix: _Prefix) -> None:
+        """Count a prefix's blocks as taken while it is computed."""
+        self._pending[prefix.request.request_id] = prefix
 
     def complete(self, prefix_id: str, computed: BlockTable) -> None:
         """The sequence that computes a pending prefix has ended, and its table is about to be freed."""
@@ -78,7 +92,7 @@ class RegisteredPrefixes:
             return
         pool, table = self._pool, prefix.table
         for index in range(len(prefix.token_ids) // pool.block_size):
-            # Usually it has that name. It has none where a twin had it first; the twin may be evicted by now.
+            # A block usually has its hash. It has none if a twin had the hash first, and the twin may be evicted now.
             pool.set_hash(computed.blocks[index], table.name_of(index, prefix.token_ids))
         table.adopt(table.find_prefix([*prefix.token_ids, 0]))
         pool.pin(table.blocks)
@@ -86,11 +100,11 @@ class RegisteredPrefixes:
         self._renew_aliases()
 
     def cancel(self, prefix_id: str) -> None:
-        """Give up a prefix that is still pending, if it is."""
+        """Remove a prefix that is still pending, if it is."""
         self._pending.pop(prefix_id, None)
 
     def remove(self, prefix_id: str) -> None:
-        """Let a prefix go; its blocks stay findable until their space is needed. Unknown ids are ignored."""
+        """Unpin a prefix; its blocks can be found until they are evicted. Unknown ids are ignored."""
         prefix = self._held.pop(prefix_id, None)
         if prefix is not None:
             self._pool.unpin(prefix.table.blocks)
@@ -98,18 +112,19 @@ class RegisteredPrefixes:
             prefix.table.free()
 
     def num_found(self, table: BlockTable, token_ids: Sequence[int]) -> int:
-        """How many held blocks a sequence can start from, which it need not take from the others'."""
+        """How many pinned blocks a sequence can start from instead of taking free ones."""
         return sum(block in self._pool.pinned for block in table.find_prefix(token_ids))
 
     def _renew_aliases(self) -> None:
         aliases: dict[BlockHash, int] = {}
         for prefix in self._held.values():
             for salt in prefix.salts:
-                table = self._table(salt)
-                names = (table.name_of(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
-                named = zip(names, prefix.table.blocks, strict=True)
-                aliases |= {name: block for name, block in named if self._pool.names[block] != name}
+                table = self._table(prefix.request, salt)
+                hashes = (table.name_of(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
+                pairs = zip(hashes, prefix.table.blocks, strict=True)
+                aliases |= {found: block for found, block in pairs if self._pool.names[block] != found}
         self._pool.set_aliases(aliases)
 
-    def _table(self, salt: str) -> BlockTable:
-        return BlockTable(self._pool, root_hash(salt, self._pool.block_size))
+    def _table(self, request: Request, salt: str) -> BlockTable:
+        """An empty table for the prompt of a request, under another salt."""
+        return BlockTable(self._pool, root_hash(salt, self._pool.block_size, request.adapter), request.inputs)

@@ -8,10 +8,9 @@ import bisect
 from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
-from quire.scheduler.length_curve import Ending
 from quire.scheduler.decode_batch import DecodeBatch
+from quire.scheduler.length_curve import Ending
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
@@ -29,9 +28,8 @@ class RequestQueues:
         waiting: WaitingQueue,
         lengths: OutputLengths,
         rules: SequenceOf[AdmissionRule],
-        transfers: BlockOffload | None,
+        offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
-        stats: EngineStats,
     ) -> None:
         """`lengths` and `rules` hear of what starts, is preempted or ends."""
         self.by_id: dict[str, SequenceGroup] = {}
@@ -47,9 +45,10 @@ class RequestQueues:
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._lengths = lengths
         self._rules = rules
-        self._transfers = transfers
+        self._offload = offload
         self._prefixes = prefixes
-        self._stats = stats
+        self.num_preemptions = 0
+        """Since the start."""
 
     def enter(self, group: SequenceGroup) -> None:
         """A new request waits."""
@@ -67,21 +66,41 @@ class RequestQueues:
         self._rows_now = None
         self._lengths.start(group)
 
-    def join(self, sequence: Sequence) -> None:
-        """A sequence that has decoded goes on in decode_batch with the others, if it still runs and can."""
-        if (
-            sequence.row != NO_ROW
+    def add_to_decode_batch(self, sequences: list[Sequence], num_in_flight: int) -> None:
+        """Move the sequences that only decode from now on into the batch.
+
+        `num_in_flight` steps are planned and not processed; each computes a token of every sequence that goes on.
+        """
+        joining = [
+            sequence
+            for sequence in sequences
+            if not sequence.in_decode_batch
+            and sequence.row != NO_ROW
             and sequence.group.only_decodes
             and sequence.num_missing_tokens == 1
             and sequence.table.has_room
-        ):
-            self.decode_batch.join(sequence)
+            and sequence.table.num_tokens == len(sequence.token_ids) - 1 + num_in_flight
+        ]
+        if joining:
+            self.decode_batch.add(joining, num_in_flight)
+            self.not_in_decode_batch = [
+                group
+                for group in self.not_in_decode_batch
+                if not all(sequence.in_decode_batch for sequence in group.sequences)
+            ]
 
-    def disband(self) -> None:
-        """Nobody goes in decode_batch any more."""
-        if len(self.decode_batch):
-            self.decode_batch.disband()
-            self.not_in_decode_batch = self.running.copy()
+    def remove_from_decode_batch(self, sequence: Sequence) -> None:
+        """The sequence is planned by itself from now on, if it goes on."""
+        self.decode_batch.remove(sequence)
+        group = sequence.group
+        place = bisect.bisect_left(self.not_in_decode_batch, group.order, key=_order)
+        if place == len(self.not_in_decode_batch) or self.not_in_decode_batch[place] is not group:
+            self.not_in_decode_batch.insert(place, group)
+
+    def dissolve_decode_batch(self) -> None:
+        """Every sequence is planned by itself from now on."""
+        for sequence in self.decode_batch.sequences:
+            self.remove_from_decode_batch(sequence)
 
     def rows_now(self) -> list[Sequence | None]:
         """A copy of `rows`, not to be changed."""
@@ -91,18 +110,18 @@ class RequestQueues:
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
-        self._stop_running(group)
         for sequence in (*group.sequences, *group.idle_beams):
             self._release(sequence)
-            sequence.num_computed_tokens = 0
+            sequence.discard_computed()
+        self._stop_running(group)
         group.awaited = None
         group.num_preemptions += 1
-        self._stats.total_preemptions += 1
+        self.num_preemptions += 1
         self.waiting.push(group)
         for rule in self._rules:
             rule.note_preemption()
 
-    def drop(self, sequence: Sequence, ending: Ending = Ending.GIVEN_UP) -> None:
+    def drop(self, sequence: Sequence, ending: Ending = Ending.ABORTED) -> None:
         """A sequence has ended; with its last one the group has."""
         group = sequence.group
         self._lengths.end(sequence, ending)
@@ -125,12 +144,10 @@ class RequestQueues:
 
     def _release(self, sequence: Sequence) -> None:
         """Give back a sequence's blocks and row."""
-        if sequence.in_decode_batch and not self.decode_batch.num_planned:
-            self.decode_batch.leave(sequence)
-        elif sequence.in_decode_batch:
-            self.disband()
-        if self._transfers is not None:
-            self._transfers.cancel(sequence)
+        if sequence.in_decode_batch:
+            self.remove_from_decode_batch(sequence)
+        if self._offload is not None:
+            self._offload.cancel(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:

@@ -1,29 +1,40 @@
-"""ResultProcessor: what a step's result makes of the sequences that were in it.
+"""ResultProcessor: applies a step's result to the sequences that were in it.
 
-Their computed tokens advance, samples are appended, full blocks named; the prompt's samples and a search's beams fork;
-what has ended leaves. Nothing is decided here but whether a sequence has ended.
+Computed tokens advance, samples are appended, full blocks are hashed. The samples of a prompt and the beams of a search
+fork. Sequences that have ended leave. The only decision made here is whether a sequence has ended.
 """
 
 from collections.abc import Sequence as SequenceOf
-from itertools import islice
+from dataclasses import dataclass
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats, RequestCounts, SampleId, SequenceDelta, StepDeltas
+from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
-from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.beam_search import BeamSearch, Survivor
 from quire.scheduler.block_offload import BlockOffload
-from quire.scheduler.request_queues import RequestQueues
+from quire.scheduler.decode_batch import DecodeStep
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
+from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN
-from quire.step import BeamCandidates, RowFork, StepPlan, StepResult, TokenLogprobs
+from quire.scheduler.step_totals import StepTotals
+from quire.step import RowFork, StepPlan, StepResult, TokenLogprobs
 
 _ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
 
 ForkedTable = tuple[int, int, list[int]]
 """A table that forked, as in `StepPlan.new_blocks`."""
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step that is planned and whose result is not processed yet."""
+
+    rows: list[Sequence | None]
+    """The sequence in each row when it was planned."""
+    decode_step: DecodeStep | None = None
 
 
 class ResultProcessor:
@@ -32,122 +43,159 @@ class ResultProcessor:
     def __init__(
         self,
         pool: BlockPool,
-        groups: RequestQueues,
+        queues: RequestQueues,
         lookup: PrefixLookup,
-        transfers: BlockOffload | None,
+        offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
-        stats: EngineStats,
+        totals: StepTotals,
     ) -> None:
         self._pool = pool
-        self._queues = groups
-        self._counts_service = groups.waiting.counts_service
+        self._queues = queues
+        self._counts_service = queues.waiting.counts_service
         self._lookup = lookup
-        self._transfers = transfers
+        self._offload = offload
         self._prefixes = prefixes
-        self._stats = stats
+        self._totals = totals
         self._forked: list[ForkedTable] = []
         self._row_forks: list[RowFork] = []
 
     def take_forks(self) -> tuple[list[ForkedTable], list[RowFork]]:
-        """Tables that forked, and beams that went on, since the last call: for the next plan."""
+        """Tables that forked and beams that went on since the last call, for the next plan."""
         forked, row_forks = self._forked, self._row_forks
         self._forked, self._row_forks = [], []
         return forked, row_forks
 
-    def take_in(
+    def process(
         self,
         plan: StepPlan,
         result: StepResult,
-        rows: SequenceOf[Sequence | None],
-        counts: SequenceOf[int],
+        step: StepInFlight,
+        num_kept: SequenceOf[int],
+        num_in_flight: int,
         *,
-        may_join: bool,
+        fills_decode_batch: bool,
     ) -> StepDeltas:
-        """Advance every sequence of the plan; returns what each sample gained.
+        """Apply the result to every sequence of the plan that is still there. Returns what each sample gained.
 
-        `rows` says who had which row when it was planned, `counts` how many of each row's computed tokens stay. A
-        sequence that left meanwhile is passed over. `may_join`: who has decoded may go on in decode_batch.
+        `num_kept` is the number of tokens computed in each row that stay: drafts that were rejected do not.
+        `num_in_flight` steps were planned after this one. With `fills_decode_batch`, sequences that only decode from
+        now on join the batch.
         """
-        block_size = self._pool.block_size
         deltas = StepDeltas()
-        num_in_decode_batch = self._queues.decode_batch.num_planned
-        if any(result.errors[:num_in_decode_batch]):
-            self._queues.disband()
-            num_in_decode_batch = 0
-        samples, token_ids = self._update_decode_batch(deltas, result.token_ids[:num_in_decode_batch])
-        for row, start, count in islice(zip(plan.rows, plan.num_computed_tokens, counts, strict=True), num_in_decode_batch, None):
-            sequence = rows[row]
+        samples: list[SampleId] = []
+        token_ids: list[int] = []
+        first = 0
+        if step.decode_step is not None:
+            first = len(step.decode_step.sequences)
+            samples, token_ids = self._update_decode_batch(deltas, result, step.decode_step, num_in_flight)
+            if len(token_ids) == len(plan.rows):
+                deltas.batch_id = plan.batch_id
+        if first < len(plan.rows):
+            self._advance_rows(plan, step.rows, num_kept, first)
+            if result.prompt_logprobs:
+                self._report_prompts(deltas, plan, result, step.rows)
+            joining = self._append_samples(deltas, plan, result, step.rows, first)
+            if fills_decode_batch and joining:
+                self._queues.add_to_decode_batch(joining, num_in_flight)
+        if token_ids:
+            deltas.samples = [*samples, *deltas.samples] if deltas.samples else samples
+            deltas.token_ids = token_ids + deltas.token_ids
+        self._totals.total_steps += bool(plan.rows)
+        return deltas
+
+    def _update_decode_batch(
+        self, deltas: StepDeltas, result: StepResult, step: DecodeStep, num_in_flight: int
+    ) -> tuple[list[SampleId], list[int]]:
+        """Advance the sequences of the decode batch. Those that fail or end say so in `deltas`.
+
+        Returns the samples that gained a token and nothing else, and their tokens.
+        """
+        num_rows = len(step.sequences)
+        errors = result.errors[:num_rows]
+        failed = [place for place, error in enumerate(errors) if error is not None] if any(errors) else ()
+        sampled = result.token_ids[:num_rows]
+        apart, token_ids = self._queues.decode_batch.update(step, sampled, failed, named_ahead=num_in_flight > 0)
+        samples, going_on = step.samples, step.sequences
+        if apart:
+            gone = set(apart)
+            kept = [place for place in range(num_rows) if place not in gone]
+            samples, going_on = [samples[place] for place in kept], [going_on[place] for place in kept]
+            for place in apart:
+                self._finish_decoding(deltas, step, place, sampled[place], errors[place])
+        self._totals.total_generated_tokens += len(token_ids)
+        if self._counts_service:
+            for sequence in going_on:
+                self._queues.waiting.serve(sequence.group.request.tenant, OUTPUT_TOKEN)
+        return samples, token_ids
+
+    def _finish_decoding(
+        self, deltas: StepDeltas, step: DecodeStep, place: int, token_id: int, error: str | None
+    ) -> None:
+        """Give a sequence of the decode batch that fails or ends its last token."""
+        sequence = step.sequences[place]
+        if sequence.row == NO_ROW:
+            return
+        if sequence.in_decode_batch:
+            self._queues.remove_from_decode_batch(sequence)
+        sequence.advance(step.positions[place] + 1)
+        sequence.drop_unknown_token()
+        self._extend(deltas, sequence, [token_id], None, error)
+
+    def _advance_rows(
+        self, plan: StepPlan, rows: SequenceOf[Sequence | None], num_kept: SequenceOf[int], first: int
+    ) -> None:
+        """Count the computed tokens of the rows from `first` on, and hash the blocks that they filled."""
+        block_size = self._pool.block_size
+        for place in range(first, len(plan.rows)):
+            sequence, count = rows[plan.rows[place]], num_kept[place]
             if sequence is None or sequence.row == NO_ROW:
                 continue
+            start = plan.num_computed_tokens[place]
             end = start + count
-            sequence.num_computed_tokens = end
+            sequence.advance(end)
             if end % block_size < count:  # a block was filled
                 sequence.table.hash_full_blocks(sequence.token_ids, end)
             group = sequence.group
             if start < group.num_prompt_tokens:
-                self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
+                self._totals.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
                 if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
                     self._share_prompt(group)
-        for index, entries in result.prompt_logprobs.items():
-            sequence = rows[plan.rows[index]]
-            if sequence is not None and sequence.row != NO_ROW:
-                delta = self._prompt_delta(sequence, entries)
-                if delta is not None:
-                    deltas.others.append(delta)
-        place, sample_rows = num_in_decode_batch, plan.sample_rows
-        complete, following = set(result.terminated), result.extra_token_ids
+
+    def _append_samples(
+        self,
+        deltas: StepDeltas,
+        plan: StepPlan,
+        result: StepResult,
+        rows: SequenceOf[Sequence | None],
+        first: int,
+    ) -> list[Sequence]:
+        """Append the samples from `first` on. Returns the sequences that may only decode from now on."""
+        place, sample_rows, sampled = first, plan.sample_rows, list[Sequence]()
+        terminated, extra = set(result.terminated), result.extra_token_ids
         while place < len(sample_rows):
-            sequence = rows[sample_rows[place]]
+            sequence, index = rows[sample_rows[place]], place
+            place += 1
             if sequence is None or sequence.row == NO_ROW:
-                place += 1
                 continue
-            group, first = sequence.group, place
-            if group.beam_search is None:
-                place += 1
-                if sequence.token_ids[-1] < 0:
-                    sequence.token_ids.pop()  # the token was named before it was known
-                drawn = [result.token_ids[first]]
-                if following:
-                    drawn += following.get(first, ())
-                own, error = result.logprobs[first], result.errors[first]
-                logprobs = None if own is None else [own, *result.extra_logprobs.get(first, ())]
-                self._extend(deltas, sequence, drawn, logprobs, error, complete=first in complete)
-                if may_join:
-                    self._queues.join(sequence)
-            else:
-                place += len(group.sequences)  # its beams stand side by side
-                error = next((error for error in result.errors[first:place] if error is not None), None)
-                if error is not None:
-                    deltas.others += self._fail(group, error)
-                else:
-                    deltas.others += self._advance(
-                        group, group.beam_search, [result.candidates[i] for i in range(first, place)]
-                    )
-        if token_ids:
-            deltas.samples = [*samples, *deltas.samples] if deltas.samples else samples
-            deltas.token_ids = token_ids + deltas.token_ids
-        self._stats.total_steps += bool(plan.rows)
-        return deltas
-
-    def _update_decode_batch(self, deltas: StepDeltas, token_ids: list[int]) -> tuple[list[SampleId], list[int]]:
-        """Advance the sequences that go in decode_batch, which drew `token_ids`; those that end say so in `deltas`.
-
-        Returns the others and their tokens.
-        """
-        decode_batch, waiting = self._queues.decode_batch, self._queues.waiting
-        if not token_ids:
-            return [], []
-        ending, token_ids = decode_batch.take_in(token_ids)
-        for sequence, token_id in ending:
-            self._extend(deltas, sequence, [token_id], None, None)
-        self._stats.total_generated_tokens += len(token_ids)
-        if self._counts_service:
-            for sequence in decode_batch.sequences:
-                waiting.serve(sequence.group.request.tenant, OUTPUT_TOKEN)
-        return decode_batch.samples, token_ids
+            group = sequence.group
+            if group.beam_search is not None:
+                place = index + len(group.sequences)  # its beams stand side by side
+                self._advance_beams(deltas, group, group.beam_search, result, range(index, place))
+                continue
+            if sequence.token_ids[-1] < 0:
+                sequence.drop_unknown_token()
+            token_ids = [result.token_ids[index]]
+            if extra:
+                token_ids += extra.get(index, ())
+            own, error = result.logprobs[index], result.errors[index]
+            logprobs = None if own is None else [own, *result.extra_logprobs.get(index, ())]
+            self._extend(deltas, sequence, token_ids, logprobs, error, terminated=index in terminated)
+            if group.only_decodes:
+                sampled.append(sequence)
+        return sampled
 
     def _share_prompt(self, group: SequenceGroup) -> None:
-        """The leader has the prompt's KV: the others share it, but for those that more is found of (`_resume`)."""
+        """The leader has the prompt's KV: the others fork from it, except where more of their own output is cached."""
         forked = [group.leader]
         for sequence in group.sequences[1:]:
             if sequence.num_computed_tokens:
@@ -155,9 +203,20 @@ class ResultProcessor:
             if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
                 continue
             sequence.table = group.leader.table.fork()
-            sequence.num_computed_tokens = sequence.table.num_tokens
+            sequence.start_from_table()
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
             forked.append(sequence)
+
+    def _report_prompts(
+        self, deltas: StepDeltas, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None]
+    ) -> None:
+        """Report the log-probabilities of prompt tokens in `deltas`."""
+        for index, entries in result.prompt_logprobs.items():
+            sequence = rows[plan.rows[index]]
+            if sequence is not None and sequence.row != NO_ROW:
+                delta = self._prompt_delta(sequence, entries)
+                if delta is not None:
+                    deltas.others.append(delta)
 
     def _prompt_delta(self, leader: Sequence, entries: list[TokenLogprobs]) -> SequenceDelta | None:
         """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
@@ -179,21 +238,24 @@ class ResultProcessor:
         logprobs: list[TokenLogprobs] | None,
         error: str | None,
         *,
-        complete: bool = False,
+        terminated: bool = False,
     ) -> None:
-        """Append a sample and what follows it, up to where the sequence ends, and say so in `deltas`."""
+        """Append a sample and its extra tokens, up to where the sequence ends, and report them in `deltas`.
+
+        `terminated`: its grammar lets nothing follow.
+        """
         group, tokens, ends = sequence.group, sequence.token_ids, False
         for place, token_id in enumerate(token_ids if error is None else (), start=1):
             tokens.append(token_id)
             if token_id in group.stop_ids or len(tokens) >= group.max_num_tokens:
-                ends, complete = True, complete and place == len(token_ids)
+                ends, terminated = True, terminated and place == len(token_ids)
                 del token_ids[place:]
                 break
         if error is None:
-            self._stats.total_generated_tokens += len(token_ids)
+            self._totals.total_generated_tokens += len(token_ids)
             if self._counts_service:
                 self._queues.waiting.serve(group.request.tenant, OUTPUT_TOKEN * len(token_ids))
-            if sequence.was_reported and not ends and not complete and logprobs is None and len(token_ids) == 1:
+            if sequence.was_reported and not ends and not terminated and logprobs is None and len(token_ids) == 1:
                 deltas.samples.append(sequence.sample)
                 deltas.token_ids += token_ids
                 return
@@ -202,29 +264,39 @@ class ResultProcessor:
         sequence.was_reported = True
         if error is not None:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
-            self._distrust(sequence)
+            self._poison(sequence)
         else:
             delta.token_ids = token_ids
             if logprobs is not None:
                 delta.logprobs = logprobs[: len(token_ids)]
-            if ends or complete:
-                _finish(delta, group.request, complete=complete)
+            if ends or terminated:
+                _set_finish_reason(delta, group.request, terminated=terminated)
                 self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
+            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.ABORTED))
 
-    def _advance(
-        self, group: SequenceGroup, search: BeamSearch, candidates: SequenceOf[BeamCandidates]
-    ) -> list[SequenceDelta]:
-        """One step of a beam search: survivors fork from their parents, the others' blocks are free (paper, 4.4)."""
-        survivors = search.advance(candidates)
+    def _advance_beams(
+        self, deltas: StepDeltas, group: SequenceGroup, search: BeamSearch, result: StepResult, places: range
+    ) -> None:
+        """Process the samples of a group's beams, which stand at `places` of the result."""
+        error = next((result.errors[place] for place in places if result.errors[place] is not None), None)
+        if error is not None:
+            deltas.others += self._fail(group, error)
+            return
+        survivors = search.advance([result.candidates[place] for place in places])
         if search.done:
-            return self._conclude(group, search)
+            deltas.others += self._conclude(group, search)
+        else:
+            self._fork_beams(group, survivors)
+
+    def _fork_beams(self, group: SequenceGroup, survivors: list[Survivor]) -> None:
+        """Survivors fork from their parents, and the blocks of the other beams are free (paper, section 4.4)."""
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
                 parent.table.free()
-                parent.num_computed_tokens, parent.token_ids = 0, []
+                parent.discard_computed()
+                parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
         for place, token_id in survivors:
@@ -234,7 +306,7 @@ class ResultProcessor:
             else:
                 beam = group.idle_beams.pop()
                 beam.table = parent.table.fork()
-                beam.num_computed_tokens = parent.num_computed_tokens
+                beam.advance(parent.num_computed_tokens)
                 beam.token_ids = parent.token_ids.copy()
                 self._forked.append((beam.row, 0, beam.table.blocks.copy()))
             beams.append(beam)
@@ -242,7 +314,6 @@ class ResultProcessor:
         for beam, (_, token_id) in zip(beams, survivors, strict=True):
             beam.token_ids.append(token_id)
         group.sequences = beams
-        return []
 
     def _conclude(self, group: SequenceGroup, search: BeamSearch) -> list[SequenceDelta]:
         """The search is over: its best hypotheses are the samples, each in one piece."""
@@ -254,7 +325,7 @@ class ResultProcessor:
             delta.logprobs = hypothesis.logprobs
             delta.finish_reason = hypothesis.finish_reason
             delta.stop_reason = hypothesis.stop_reason
-            self._stats.total_generated_tokens += len(hypothesis.token_ids)
+            self._totals.total_generated_tokens += len(hypothesis.token_ids)
         for delta in deltas[len(found) :]:
             delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
@@ -264,36 +335,39 @@ class ResultProcessor:
     def _fail(self, group: SequenceGroup, error: str) -> list[SequenceDelta]:
         """A beam cannot go on, and the search means nothing without it."""
         for sequence in group.sequences:
-            self._distrust(sequence)
+            self._poison(sequence)
         deltas = [_delta(group, index) for index in range(group.request.params.n)]
         for delta in deltas:
             delta.error, delta.finish_reason = error, FinishReason.ERROR
         self._queues.drop_all(group)
         return deltas
 
-    def _distrust(self, sequence: Sequence) -> None:
-        """What made a sample fail may sit in the KV, where the next request of this prefix would find it."""
+    def _poison(self, sequence: Sequence) -> None:
+        """Evict what a failed sequence computed: its KV may hold the cause, and the next request with this prefix would
+        find it."""
+        if sequence.in_decode_batch:
+            self._queues.remove_from_decode_batch(sequence)
         sequence.table.forget_hashes()
-        if self._transfers is not None:
-            self._transfers.forget(sequence)
-        sequence.num_computed_tokens = 0
+        if self._offload is not None:
+            self._offload.evict(sequence)
+        sequence.discard_computed()
 
 
-def _finish(delta: SequenceDelta, request: Request, *, complete: bool) -> None:
-    """Why a sequence ends after the delta's last token; `complete`: its grammar lets nothing follow."""
+def _set_finish_reason(delta: SequenceDelta, request: Request, *, terminated: bool) -> None:
+    """Say why a sequence ends after the delta's last token; `terminated`: its grammar lets nothing follow."""
     token_id, delta.finish_reason = delta.token_ids[-1], FinishReason.STOP
     if token_id in request.eos_token_ids:
         return
     if token_id in request.params.stop_token_ids:
         delta.stop_reason = token_id
-    elif complete:
+    elif terminated:
         delta.ends_with_text = True
     else:
         delta.finish_reason = FinishReason.LENGTH
 
 
 def _delta(group: SequenceGroup, index: int) -> SequenceDelta:
-    """What is true of every delta, no token yet."""
+    """A delta without tokens, with the request's counts."""
     counts = RequestCounts(
         group.first_scheduled_time,
         group.num_cached_tokens,

@@ -11,8 +11,8 @@ from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
 from quire.request import Request
 from quire.scheduler.beam_search import BeamSearch
+from quire.scheduler.draft_planner import SequenceDrafts
 from quire.scheduler.length_curve import LengthClass, LengthCurve
-from quire.scheduler.speculation import Drafts
 
 NO_ROW = -1
 
@@ -23,16 +23,16 @@ class Sequence:
     """One sample of a request."""
 
     __slots__ = (
+        "_num_computed_tokens",
         "drafts",
         "group",
         "in_decode_batch",
         "index",
-        "was_reported",
-        "num_computed_tokens",
         "row",
         "sample",
         "table",
         "token_ids",
+        "was_reported",
     )
 
     def __init__(self, group: "SequenceGroup", index: int, table: BlockTable, token_ids: list[int]) -> None:
@@ -45,12 +45,40 @@ class Sequence:
         self.table = table
         self.token_ids = token_ids
         """Prompt and output."""
-        self.num_computed_tokens = 0
+        self._num_computed_tokens = 0
         self.row = NO_ROW
-        self.drafts: Drafts | None = None
+        self.drafts: SequenceDrafts | None = None
         """While it runs and speculation is on."""
         self.in_decode_batch = False
-        """Whether `DecodeBatch` has it: then its counts may lag behind its tokens, by less than a block."""
+        """Whether `DecodeBatch` has it: then `table.num_tokens` may lag behind, by less than a block."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is stored, counting steps in flight only where a later step was planned on them."""
+        # In steady decode just the last token is not computed: nobody keeps count.
+        return len(self.token_ids) - 1 if self.in_decode_batch else self._num_computed_tokens
+
+    def advance(self, num_computed_tokens: int) -> None:
+        """A step computed tokens up to this number."""
+        self._num_computed_tokens = num_computed_tokens
+
+    def start_from_table(self) -> None:
+        """The table was filled with blocks whose KV is stored, or will be before the sequence is in a plan."""
+        self._num_computed_tokens = self.table.num_tokens
+
+    def discard_computed(self) -> None:
+        """Nothing is stored any more, or must not be used again."""
+        self._num_computed_tokens = 0
+
+    def drop_unknown_token(self) -> None:
+        """Remove the number that `LookAhead` put in place of a token, where it did."""
+        if self.token_ids[-1] < 0:
+            self.token_ids.pop()
+
+    def leave_decode_batch(self) -> None:
+        """Count computed tokens again."""
+        self._num_computed_tokens = len(self.token_ids) - 1
+        self.in_decode_batch = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -79,6 +107,7 @@ class SequenceGroup:
         "beam_search",
         "cached_tokens",
         "first_scheduled_time",
+        "idle_beams",
         "length_classes",
         "max_num_tokens",
         "miss",
@@ -95,7 +124,6 @@ class SequenceGroup:
         "rank",
         "request",
         "sequences",
-        "idle_beams",
         "stop_ids",
     )
 
@@ -140,11 +168,12 @@ class SequenceGroup:
             # Nothing of a search is delivered before its end, so a resumed request starts over.
             self.beam_search = BeamSearch(request)
             self.idle_beams = [
-                Sequence(self, index, BlockTable(pool, root), []) for index in range(1, self.beam_search.width)
+                Sequence(self, index, BlockTable(pool, root, request.inputs), [])
+                for index in range(1, self.beam_search.width)
             ]
             outputs = {0: []}
         self.sequences = [
-            Sequence(self, index, BlockTable(pool, root), [*request.prompt_token_ids, *output])
+            Sequence(self, index, BlockTable(pool, root, request.inputs), [*request.prompt_token_ids, *output])
             for index, output in outputs.items()
         ]
         self.sequences.sort(key=lambda sequence: sequence.num_output_tokens > 0)

@@ -1,7 +1,7 @@
-"""The ASGI application: the table of endpoints, and the door that every request passes on its way to one.
+"""The ASGI application: the table of endpoints, and the middleware that every request passes.
 
-At the door: size of the headers, origin, API key (everything not marked public needs one), then the endpoint; whatever
-is raised on the way leaves as an OpenAI error body. Each answer carries its request's id.
+The middleware checks the size of the headers, the origin and the API key (every route that is not public needs one),
+then calls the endpoint. Any error becomes an OpenAI error body. Each response carries the request's id.
 """
 
 import time
@@ -19,10 +19,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
-from quire.server.auth import Client, Doorkeeper
+from quire.server.auth import Authenticator, Client
 from quire.server.backend import Engine
+from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import as_request_error, error_body, error_headers
-from quire.server.exchange import Endpoint, Exchange
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.settings import ServerSettings
 
@@ -40,11 +40,13 @@ _MAX_REQUEST_ID_CHARS = 128
 
 
 def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
-    """The application that serves `engine`; it starts and stops nothing."""
+    """The application that serves `engine`. It neither starts nor stops the engine."""
     endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
-    keeper = Doorkeeper(settings)
+    authenticator = Authenticator(settings)
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
-    middleware = [Middleware(_Door, engine=engine, settings=settings, keeper=keeper, public=public)]
+    middleware = [
+        Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public)
+    ]
     if settings.allow_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -71,24 +73,24 @@ class _Bound:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope["state"]["client"]
-        await self.endpoint.handle(Exchange(self._engine, self._settings, scope, receive, send, client))
+        await self.endpoint.handle(RequestContext(self._engine, self._settings, scope, receive, send, client))
 
 
-class _Door:
-    """What happens to every request before and after its endpoint."""
+class _RequestMiddleware:
+    """Checks every request before its endpoint; turns errors into responses and counts requests after it."""
 
     def __init__(
         self,
         app: ASGIApp,
         engine: Engine,
         settings: ServerSettings,
-        keeper: Doorkeeper,
+        authenticator: Authenticator,
         public: frozenset[str],
     ) -> None:
         self._app = app
         self._engine = engine
         self._settings = settings
-        self._keeper = keeper
+        self._authenticator = authenticator
         self._public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,10 +111,10 @@ class _Door:
 
         try:
             check_headers(scope, self._settings)
-            self._keeper.check_origin(scope["headers"])
-            # The raw path decides: a URL put together with the Host header could be made to name a public route.
+            self._authenticator.check_origin(scope["headers"])
+            # Compare the raw path: a URL rebuilt from the Host header could be forged to name a public route.
             is_public = scope["path"] in self._public
-            client = Client() if is_public else self._keeper.check_key(scope["headers"])
+            client = Client() if is_public else self._authenticator.check_key(scope["headers"])
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, send_with_id)
         except ClientGoneError:
@@ -143,7 +145,7 @@ def _error_response(error: Exception) -> Response:
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's id, which is echoed and never used as a key; or a new one."""
+    """The client's request id, which is echoed and never used as a key; a new one if it sent none."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and 0 < len(value) <= _MAX_REQUEST_ID_CHARS and value.isascii():
             return bytes(value)
@@ -151,6 +153,6 @@ def _request_id(scope: Scope) -> bytes:
 
 
 def _handler_name(scope: Scope) -> str:
-    """The path of the route, not of the request: metrics must not grow with what clients make up."""
+    """Path of the route, not of the request: clients could otherwise add metrics without limit."""
     bound = scope.get("endpoint")
     return bound.endpoint.path if isinstance(bound, _Bound) else "none"

@@ -1,4 +1,4 @@
-"""Who may pass: API keys, and web pages of other origins. Raw bytes of the request decide, never a rebuilt URL."""
+"""Authentication: API keys, and web pages of other origins. Only raw header bytes are compared, never a rebuilt URL."""
 
 import hashlib
 import hmac
@@ -11,16 +11,16 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Client(NamedTuple):
-    """Who sends a request, as far as its API key tells."""
+    """The sender of a request, as its API key identifies it."""
 
     account: str = ""
-    """A name for whoever holds the key; "" where no keys are set."""
+    """A name for the holder of the key; "" if the server has no keys."""
     salt: str = ""
-    """Keeps its prefix blocks apart from other keys'."""
+    """Goes into the hashes of its prefix blocks, so that other keys do not share them."""
 
 
-class Doorkeeper:
-    """Checks the API key and the origin of requests, and tells tenants and their prefix blocks apart by the key."""
+class Authenticator:
+    """Checks the API key and the origin of requests, and derives each tenant's account and cache salt from its key."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
@@ -35,13 +35,13 @@ class Doorkeeper:
         return tuple(_salt(digest) for digest in self._digests)
 
     def check_key(self, headers: Headers) -> Client:
-        """Whose key it is. Raises `Refusal` (401) without a valid one; where no keys are set, all are the same."""
+        """The client that holds the key. Raises `Refusal` (401) without a valid key. A server without keys has one."""
         if not self._digests:
             return Client()
         value = next((value for name, value in headers if name == b"authorization"), b"")
         scheme, _, key = value.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared, each in constant time, so that the time taken tells nothing.
+        # Compare with every key, each in constant time, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             raise Refusal(
@@ -55,8 +55,8 @@ class Doorkeeper:
     def check_origin(self, headers: Headers) -> None:
         """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.
 
-        CORS alone hides the answer from such a page, not the work from the server; and a page whose name was made to
-        resolve to this machine is not even bound by CORS.
+        CORS hides only the response from such a page: the server would still do the work. And a page whose name
+        resolves to this machine (DNS rebinding) is not bound by CORS at all.
         """
         if self._digests or b"*" in self._origins:
             return

@@ -1,4 +1,4 @@
-"""What the server asks of an engine: `AsyncLLM` fulfils it, and so does the scripted engine of the tests."""
+"""Engine: the interface the server needs. `AsyncLLM` implements it, and so does the scripted engine of the tests."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from quire.sampling_params import SamplingParams
 
 
 class Engine(Protocol):
-    """An engine that may still be loading: `tokenizer` is None until its tokenizer is read."""
+    """An engine that may still be loading: `tokenizer` is None until it is loaded."""
 
     @property
     def state(self) -> str: ...
@@ -41,7 +41,7 @@ class Engine(Protocol):
         workload: str = "",
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
-    def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
+    async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
     async def memory_report(self) -> MemoryReport: ...
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...

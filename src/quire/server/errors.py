@@ -1,4 +1,4 @@
-"""Refusals of the HTTP layer, and the one form in which any error reaches a client: OpenAI's error body."""
+"""Errors of the HTTP layer, and OpenAI's error body, in which every error reaches the client."""
 
 import logging
 
@@ -19,7 +19,7 @@ _TYPES = {
 
 
 class ErrorDetail(msgspec.Struct):
-    """The inside of an error body; clients branch on `code` and show `message`."""
+    """Content of an error body. Clients branch on `code` and show `message`."""
 
     message: str
     type: str
@@ -28,13 +28,13 @@ class ErrorDetail(msgspec.Struct):
 
 
 class ErrorBody(msgspec.Struct):
-    """What every response but a success holds."""
+    """Body of every response that is not a success."""
 
     error: ErrorDetail
 
 
 class Refusal(RequestError):
-    """A request that HTTP itself gives reason to refuse: its key, path, method, size or form."""
+    """A request refused for its key, path, method, size or body."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Refusal(RequestError):
 
 
 class SampleFailedError(RequestError):
-    """A sample ended by a fault of the engine, not of the client."""
+    """A sample that failed by a fault of the engine, not of the client."""
 
     status = 500
 
@@ -60,7 +60,7 @@ class SampleFailedError(RequestError):
 
 
 def as_request_error(error: Exception) -> RequestError:
-    """The error to show for `error`. What was not raised on purpose is logged, and shown without its details."""
+    """The error to show to the client. An unexpected error is logged, and shown without its details."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
@@ -72,13 +72,13 @@ def as_request_error(error: Exception) -> RequestError:
 
 
 def error_body(error: RequestError) -> ErrorBody:
-    """OpenAI's form of `error`."""
+    """`error` as OpenAI's error body."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return ErrorBody(ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
 
 
 def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
-    """Headers that belong to `error`, such as Retry-After."""
+    """Response headers for `error`, such as Retry-After."""
     if isinstance(error, QueueFullError | EngineUnavailableError):
         return ((b"retry-after", str(error.retry_after).encode()),)
     return error.headers if isinstance(error, Refusal) else ()

@@ -1,4 +1,4 @@
-"""Running what one HTTP request asks of the engine: one stream of outputs for all its prompts, and a tally."""
+"""Generation: all prompts of one HTTP request as one stream of outputs. UsageCounter: the tokens it took."""
 
 import asyncio
 from asyncio import Queue, Task
@@ -12,20 +12,20 @@ from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
-from quire.server.responses import PromptTokensDetails, Usage
-from quire.server.sender import Sender
+from quire.server.replies import PromptTokensDetails, Usage
+from quire.server.scheduling_info import SchedulingInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """All prompts of one HTTP request, and how each is continued."""
+class Generation:
+    """All prompts of one HTTP request, and the parameters they are continued with."""
 
     prompts: list[list[int]]
     params: SamplingParams
-    sender: Sender
+    scheduling: SchedulingInfo
 
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """(index of the prompt, what is new), as it comes. Raises what the engine refuses, and for a failed sample."""
+        """Yield (index of the prompt, its new output). Raises the engine's refusals and errors of failed samples."""
         streams = [self._generate(engine, prompt) for prompt in self.prompts]
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
             async for index, output in items:
@@ -33,35 +33,21 @@ class Job:
                     _check(sample)
                 yield index, output
 
-    async def whole(self, engine: Engine) -> list[RequestOutput]:
-        """Everything, one entry per prompt with its samples in order, once all have ended."""
-        wholes: dict[int, RequestOutput] = {}
-        async with aclosing(self.run(engine)) as items:
-            async for index, output in items:
-                if index in wholes:
-                    wholes[index].extend(output)
-                else:
-                    wholes[index] = output
-        for whole in wholes.values():
-            whole.outputs.sort(key=lambda sample: sample.index)
-        return [wholes[index] for index in sorted(wholes)]
-
     async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
-        sender = self.sender
         outputs = engine.generate(
             prompt,
             self.params,
-            priority=sender.priority,
-            cache_salt=sender.cache_salt,
-            tenant=sender.tenant,
-            workload=sender.workload,
+            priority=self.scheduling.priority,
+            cache_salt=self.scheduling.cache_salt,
+            tenant=self.scheduling.tenant,
+            workload=self.scheduling.workload,
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None
         try:
             async for output in outputs:
                 watch.note(output)
-                # A long prompt's come in pieces, before any token; they are passed on together with the first.
+                # The log-probabilities of a long prompt arrive in pieces before any token. Send them with the first.
                 if output.prompt_logprobs is not None:
                     prompt_logprobs = (prompt_logprobs or []) + output.prompt_logprobs
                 if output.outputs:
@@ -69,13 +55,13 @@ class Job:
                     yield output
         finally:
             watch.end()
-            # An async generator that is merely dropped would be closed some time later, its request running on.
+            # A dropped async generator is closed some time later, and its request would run on until then.
             await outputs.aclose()
 
 
 @dataclass(slots=True)
 class RequestWatch:
-    """Follows one request of the engine for the metrics."""
+    """Counts one request of the engine for the metrics."""
 
     metrics: Metrics
     params: SamplingParams
@@ -85,7 +71,7 @@ class RequestWatch:
     finish_reasons: list[str] = field(default_factory=list)
 
     def note(self, output: RequestOutput) -> None:
-        """Count what is new; tokens that came merged share the time since the last ones."""
+        """Count a new output. Tokens that arrive together share the time since the previous ones."""
         num_new = sum(len(sample.token_ids) for sample in output.outputs)
         now = output.metrics.last_token_time if output.metrics is not None else None
         if num_new and now is not None:
@@ -97,7 +83,7 @@ class RequestWatch:
         self.last = output
 
     def end(self) -> None:
-        """Count the request; samples that have not ended by now never will."""
+        """Count the request. Samples that have not finished count as aborted."""
         if self.last is None or self.last.metrics is None:
             return
         unfinished = self.params.n - len(self.finish_reasons)
@@ -112,21 +98,24 @@ class RequestWatch:
 
 
 @dataclass(slots=True)
-class Tally:
-    """Tokens so far, for `usage`."""
+class UsageCounter:
+    """Counts tokens for the `usage` field."""
 
+    counts_output: bool = True
+    """False where generated tokens are dropped."""
     prompt_tokens: dict[int, int] = field(default_factory=dict)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
 
-    def add(self, prompt_index: int, output: RequestOutput, *, dropped: bool = False) -> None:
-        """Count what is new in `output`; where it is `dropped`, the prompt only."""
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        """Count a new output of prompt `prompt_index`."""
         self.prompt_tokens[prompt_index] = len(output.prompt_token_ids)
         self.cached_tokens[prompt_index] = output.num_cached_tokens
-        if not dropped:
+        if self.counts_output:
             self.completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
 
     def usage(self) -> Usage:
+        """The tokens counted so far, as OpenAI's object."""
         prompt_tokens = sum(self.prompt_tokens.values())
         return Usage(
             prompt_tokens=prompt_tokens,
@@ -154,7 +143,7 @@ async def _numbered(
 async def _merged(
     streams: list[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """Items of all streams as they come; the first error ends all. At most one item per stream is held."""
+    """Items of all streams in the order they arrive. The first error ends all. At most one item per stream is held."""
     arrived: Queue[tuple[int, RequestOutput] | Exception | None] = Queue(maxsize=1)
     tasks = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(streams)]
     try:

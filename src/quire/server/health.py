@@ -1,18 +1,18 @@
-"""/health and /version: whether the server takes requests, and what it is."""
+"""/health and /version: whether the server takes requests, and its version."""
 
 from quire import __version__
-from quire.server.exchange import Endpoint, Exchange
-from quire.server.responses import Health, Version
+from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.replies import Health, Version
 
 
-async def get_health(exchange: Exchange) -> None:
-    """200 where a request would be taken; 503 with the state while loading, draining, restarting or dead."""
-    state = exchange.engine.state
-    await exchange.reply(Health(status=state), status=200 if state == "ready" else 503)
+async def get_health(context: RequestContext) -> None:
+    """200 if a request would be accepted; 503 with the state while loading, draining, restarting or dead."""
+    state = context.engine.state
+    await context.reply(Health(status=state), status=200 if state == "ready" else 503)
 
 
-async def get_version(exchange: Exchange) -> None:
-    await exchange.reply(Version(version=__version__))
+async def get_version(context: RequestContext) -> None:
+    await context.reply(Version(version=__version__))
 
 
 ENDPOINTS = (

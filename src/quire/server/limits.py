@@ -1,6 +1,6 @@
-"""How much of a request is taken in: bytes of headers and body, seconds without progress, samples and characters.
+"""Limits on a request: bytes of headers and body, seconds without progress, samples, characters and tokens.
 
-Every limit acts before what it limits is buffered, tokenised or queued.
+Every limit is checked before the data is buffered, tokenised or queued.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from quire.engine.limits import check_prompt_length
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.errors import Refusal, error_body
@@ -21,11 +22,11 @@ _LINGER_SECONDS = 1.0
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; there is nobody to answer."""
+    """The client closed the connection, so there is nothing to send."""
 
 
 def check_headers(scope: Scope, settings: ServerSettings) -> None:
-    """Refuse headers over the limit with 431."""
+    """Raise `Refusal` (431) for headers over the limit."""
     size = len(scope["raw_path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > settings.max_header_size:
@@ -64,7 +65,7 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
 
 
 def check_work(prompts: Sequence[object], n: int, settings: ServerSettings) -> None:
-    """Refuse a request whose fan-out or text is over the limit, before any of it is tokenised."""
+    """Refuse a request with too many samples or characters, before any of it is tokenised."""
     if len(prompts) * n > settings.max_samples:
         raise RequestError(
             f"{len(prompts)} prompts × n {n} are {len(prompts) * n} samples; at most {settings.max_samples} are "
@@ -82,22 +83,15 @@ def check_work(prompts: Sequence[object], n: int, settings: ServerSettings) -> N
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int) -> None:
-    """Refuse what has no room in the context, for all prompts before the first is queued; the engine checks again."""
+    """Refuse prompts that do not fit the context, all before the first is queued. The engine checks each again."""
     for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise RequestError("the prompt has no tokens; give at least one", param="prompt")
-        if len(prompt) >= max_model_len and params.truncate_prompt_tokens is None:
-            which = "the prompt" if len(prompts) == 1 else f"prompt {index}"
-            raise RequestError(
-                f"{which} has {len(prompt)} tokens, but the context holds {max_model_len}, output included; "
-                "shorten it or set truncate_prompt_tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        name = "the prompt" if len(prompts) == 1 else f"prompt {index}"
+        if not prompt or params.truncate_prompt_tokens is None:
+            check_prompt_length(len(prompt), max_model_len, name=name)
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which would buffer headers without end, with a limit on their bytes and their time."""
+    """uvicorn's protocol with limits on the bytes and the time of headers; uvicorn itself has none."""
 
     settings = ServerSettings()
 
@@ -149,13 +143,13 @@ class LimitedProtocol(HttpToolsProtocol):
             b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
             b"content-length: %d\r\n\r\n%b" % (len(body), body)
         )
-        # Closing while the client still sends would take the answer from it; what it sends meanwhile is dropped.
+        # Closing while the client still sends would reset the connection and lose the response. Drop what it sends.
         self._refused = True
         self.loop.call_later(_LINGER_SECONDS, self._give_up)
 
 
 def limited_protocol(settings: ServerSettings) -> type[Any]:
-    """`LimitedProtocol` with the limits of `settings`; uvicorn makes the instances itself."""
+    """`LimitedProtocol` with the limits of `settings`, as a class: uvicorn makes the instances."""
     return type("LimitedProtocol", (LimitedProtocol,), {"settings": settings})
 
 

@@ -1,6 +1,6 @@
-"""Listening: the socket, uvicorn around the application, and what SIGTERM does.
+"""Listening: the socket, uvicorn around the application, and SIGTERM.
 
-The first signal drains: /health and new requests get 503 at once, running ones have `shutdown_timeout` seconds to
+The first signal drains: /health and new requests get 503 at once, running requests have `shutdown_timeout` seconds to
 finish, then the process ends. A second signal ends it without waiting.
 """
 
@@ -20,16 +20,16 @@ from quire.errors import ConfigError
 from quire.server.app import build_app
 from quire.server.backend import Engine
 from quire.server.limits import limited_protocol
-from quire.server.prefix_file import register_prefixes
+from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FLUSH_SECONDS = 5
-"""For the last bytes of answers to reach their clients once the engine has finished."""
+"""Time for the last bytes of responses to reach their clients once the engine has finished."""
 
 
 def bind(settings: ServerSettings) -> socket.socket:
-    """A listening socket. Raises `ConfigError`, with what to do, for an address that cannot be had."""
+    """A listening socket. Raises `ConfigError`, with the way out, for an address that cannot be bound."""
     host, port = settings.host.strip("[]"), settings.port
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -49,7 +49,7 @@ def bind(settings: ServerSettings) -> socket.socket:
 async def serve(
     engine: Engine, settings: ServerSettings, listener: socket.socket, *, report: Callable[[str], None]
 ) -> bool:
-    """Serve until a signal; whether all requests could finish. Starts the engine, and shuts it down at the end."""
+    """Start the engine, serve until a signal, shut the engine down. Returns whether all requests could finish."""
     server = _Server(build_app(engine, settings), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
@@ -71,7 +71,7 @@ async def serve(
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where clients find the server."""
+    """URL at which clients on this machine reach the server."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
     return f"http://{host}:{port}"
@@ -84,13 +84,17 @@ async def _live(
     listener: socket.socket,
     report: Callable[[str], None],
 ) -> None:
-    """Start the engine once the server answers. Raises what keeps the engine from starting, or ends it for good:
-    that ends the server too, so that whoever supervises it can start it anew."""
+    """Start the engine once the server answers /health. Raises the error that keeps the engine from starting or ends
+    it; the server then ends too, so that a supervisor can restart it.
+
+    The address is reported after the cheap checks: a wrong model folder or prefix file is an error, not a server."""
     await server.listening.wait()
-    report(f"listening on {url_of(listener)}")
+    prefixes = read_prefixes(settings)
     await engine.start()
-    if num_prefixes := register_prefixes(engine, settings):
-        report(f"prefixes: {num_prefixes} to be computed and kept")
+    report(f"listening on {url_of(listener)}")
+    if prefixes:
+        await register_prefixes(engine, settings, prefixes)
+        report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
     raise await engine.wait_dead()
@@ -114,7 +118,7 @@ async def _drain(engine: Engine, server: "_Server", seconds: float, report: Call
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with signals that drain first, and asleep while there is nothing to do instead of ticking."""
+    """uvicorn with signals that drain first, and without its periodic tick: an idle server sleeps."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         super().__init__(
@@ -147,7 +151,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # signals are somebody else's
+        if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
             yield
             return
         loop = asyncio.get_running_loop()

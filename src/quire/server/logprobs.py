@@ -1,11 +1,11 @@
-"""Log-probabilities in OpenAI's two forms (parallel lists for completions, objects for chats) and vLLM's of promts."""
+"""Log-probabilities as OpenAI writes them (lists for completions, objects for chats) and as vLLM does for prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from quire.engine.tokenizer import Tokenizer
 from quire.outputs import Logprob, PositionLogprobs
-from quire.server.responses import (
+from quire.server.replies import (
     ChatLogprobs,
     ChosenLogprob,
     CompletionLogprobs,
@@ -15,12 +15,12 @@ from quire.server.responses import (
 )
 
 _LOWEST = -9999.0
-"""Stands for minus infinity, the log-probability of a token that a filter ruled out: JSON has no infinity."""
+"""Written for minus infinity, the log-probability of a token that a filter removed: JSON has no infinity."""
 
 
 @dataclass(slots=True)
-class LogprobForms:
-    """Writes the logprobs of one choice; remembers how far its text has come, for `text_offset`."""
+class LogprobFormat:
+    """Writes the log-probabilities of one choice. Keeps the length of its text, for `text_offset`."""
 
     tokenizer: Tokenizer
     as_token_ids: bool
@@ -28,10 +28,10 @@ class LogprobForms:
     _offset: int = field(default=0, init=False)
 
     def for_chat(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> ChatLogprobs:
-        """OpenAI's chat form."""
+        """The log-probabilities of a chat choice."""
         content = []
         for token_id, position in zip(token_ids, positions, strict=True):
-            # The chosen token is an extra entry where it is not among the most likely.
+            # The chosen token is an extra entry if it is not among the top tokens.
             likely = sorted(position.items(), key=lambda item: -item[1].logprob)[: self.num_top]
             chosen = self._entry(token_id, position[token_id])
             top = [self._entry(other, entry) for other, entry in likely]
@@ -41,13 +41,13 @@ class LogprobForms:
     def for_completion(
         self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
     ) -> CompletionLogprobs:
-        """OpenAI's form for completions; a prompt's first token has no log-probability."""
+        """The log-probabilities of a completion choice. A prompt's first token has none."""
         form = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token_id, position in zip(token_ids, positions, strict=True):
             text = self._text(token_id, position[token_id] if position else None)
             form.tokens.append(text)
             form.text_offset.append(self._offset)
-            # Special tokens, which text leaves out, take no room in it.
+            # The text leaves special tokens out.
             self._offset += len(text) if token_id not in self.tokenizer.special_ids else 0
             form.token_logprobs.append(_finite(position[token_id].logprob) if position else None)
             if form.top_logprobs is not None:
@@ -61,7 +61,7 @@ class LogprobForms:
     def _by_text(self, position: PositionLogprobs) -> dict[str, float]:
         likely: dict[str, float] = {}
         for token_id, entry in position.items():
-            # Two tokens may have the same text (parts of characters do); the first stands, as it is the chosen one.
+            # Two tokens may have the same text, as parts of characters do. Keep the first: it is the chosen one.
             likely.setdefault(self._text(token_id, entry), _finite(entry.logprob))
         return likely
 
@@ -74,7 +74,7 @@ class LogprobForms:
 
 
 def prompt_logprobs(positions: Sequence[PositionLogprobs | None]) -> PromptLogprobs:
-    """vLLM's form for the `prompt_logprobs` field."""
+    """The `prompt_logprobs` field, as vLLM has it."""
     return [
         None
         if position is None

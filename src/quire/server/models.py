@@ -1,30 +1,30 @@
-"""/v1/models: the names the server answers to."""
+"""/v1/models: the model names that the server accepts."""
 
 import time
 
-from quire.server.exchange import Endpoint, Exchange
-from quire.server.responses import ModelCard, ModelList
+from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.replies import ModelCard, ModelList
 
 _STARTED = int(time.time())
 
 
-async def list_models(exchange: Exchange) -> None:
-    exchange.tokenizer()  # what the model can take is known from when its tokenizer is
-    names = exchange.engine.model_names
-    await exchange.reply(ModelList(data=[_card(exchange, name) for name in names]))
+async def list_models(context: RequestContext) -> None:
+    context.tokenizer()  # max_model_len is known once the tokenizer is loaded
+    names = context.engine.model_names
+    await context.reply(ModelList(data=[_card(context, name) for name in names]))
 
 
-async def get_model(exchange: Exchange) -> None:
-    exchange.tokenizer()
-    await exchange.reply(_card(exchange, exchange.check_model(exchange.scope["path_params"]["model"])))
+async def get_model(context: RequestContext) -> None:
+    context.tokenizer()
+    await context.reply(_card(context, context.check_model(context.scope["path_params"]["model"])))
 
 
-def _card(exchange: Exchange, name: str) -> ModelCard:
-    engine = exchange.engine
+def _card(context: RequestContext, name: str) -> ModelCard:
+    engine = context.engine
     return ModelCard(id=name, created=_STARTED, root=engine.model_names[0], max_model_len=engine.max_model_len)
 
 
 ENDPOINTS = (
-    Endpoint("GET", "/v1/models", list_models, "The names the server answers to", reply=ModelList),
+    Endpoint("GET", "/v1/models", list_models, "The model names that the server accepts", reply=ModelList),
     Endpoint("GET", "/v1/models/{model:path}", get_model, "One of them", reply=ModelCard),
 )

@@ -1,4 +1,4 @@
-"""/openapi.json and /docs: the routes described from the table that serves them; nothing is loaded from elsewhere."""
+"""/openapi.json and /docs, made from the table of endpoints. The page loads nothing from other servers."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from quire import __version__
+from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import ErrorBody
-from quire.server.exchange import Endpoint, Exchange
 
 _ABOUT = "An engine that serves large language models."
 _REF = "#/components/schemas/{name}"
@@ -25,16 +25,16 @@ _POLICY = (
 
 
 def endpoints(described: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
-    """The two endpoints that describe `described`."""
+    """The endpoints /openapi.json and /docs, for the endpoints `described`."""
     spec = describe(described)
     spec_json = msgspec.json.encode(spec)
     page = render_page(spec).encode()
 
-    async def get_openapi(exchange: Exchange) -> None:
-        await exchange.reply_bytes(spec_json, b"application/json")
+    async def get_openapi(context: RequestContext) -> None:
+        await context.reply_bytes(spec_json, b"application/json")
 
-    async def get_docs(exchange: Exchange) -> None:
-        await exchange.reply_bytes(page, b"text/html; charset=utf-8", headers=(_POLICY,))
+    async def get_docs(context: RequestContext) -> None:
+        await context.reply_bytes(page, b"text/html; charset=utf-8", headers=(_POLICY,))
 
     return (
         Endpoint("GET", "/openapi.json", get_openapi, "The OpenAPI description"),
@@ -44,9 +44,9 @@ def endpoints(described: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
 
 def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document."""
-    forms = [form for e in described for form in (e.body, e.reply) if form is not None] + [ErrorBody]
-    references, schemas = msgspec.json.schema_components(forms, ref_template=_REF)
-    reference_of = dict(zip(forms, references, strict=True))
+    bodies = [body for e in described for body in (e.body, e.reply) if body is not None] + [ErrorBody]
+    references, schemas = msgspec.json.schema_components(bodies, ref_template=_REF)
+    reference_of = dict(zip(bodies, references, strict=True))
     paths: dict[str, Any] = {}
     for endpoint in described:
         path = endpoint.path.replace(":path}", "}")
@@ -68,7 +68,7 @@ def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
 
 
 def render_page(spec: dict[str, Any]) -> str:
-    """One page of HTML: each route, and the fields of each object."""
+    """One HTML page: all routes, and the fields of all objects."""
     routes = "".join(
         f"<tr><td class=method>{method.upper()}</td><td><code>{escape(path)}</code></td>"
         f"<td>{escape(operation['summary'])}</td></tr>"

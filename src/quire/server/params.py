@@ -1,4 +1,4 @@
-"""From a request's fields to SamplingParams: defaults, the two spellings of some fields, and what is not available."""
+"""From a request's fields to SamplingParams: defaults, fields with two names, and fields that are not available."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +46,7 @@ _PASSED_ON = (
     "include_stop_str_in_output",
     "truncate_prompt_tokens",
 )
-_OF_DRAWING = ("temperature", "top_p", "top_k", "min_p")
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
     *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
@@ -59,7 +59,7 @@ _WHY_REFUSED = {
 
 
 def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Params of a completion; a request for no tokens is served as one for one token, which is then dropped."""
+    """SamplingParams of a completion. A request for no tokens generates one, which is dropped later."""
     values = _values(request, defaults)
     values["logprobs"] = request.logprobs
     if request.max_tokens == 0:
@@ -70,7 +70,7 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
 
 
 def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Params of a chat; without a limit the answer may take all the context has room for."""
+    """SamplingParams of a chat. Without a limit the answer may fill the context."""
     values = {"max_tokens": None, **_values(request, defaults)}
     if request.max_completion_tokens is not None:
         values["max_tokens"] = request.max_completion_tokens
@@ -82,14 +82,14 @@ def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> 
 
 
 def check_available(request: GenerateRequest | TokenizeRequest) -> None:
-    """Refuse, by name, a field that asks for what Quire cannot do."""
+    """Raise `Refusal` for a field that asks for something Quire cannot do. The error names the field."""
     for name in _REFUSED:
         if getattr(request, name, None) and not (name == "tools" and _wants_no_tools(request)):
             raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
     if not isinstance(request, GenerateRequest):
         return
-    draws_more = request.best_of is not None and request.best_of > (request.n or 1) and not request.use_beam_search
-    if request.stream and draws_more:
+    samples_more = request.best_of is not None and request.best_of > (request.n or 1) and not request.use_beam_search
+    if request.stream and samples_more:
         raise RequestError(
             f"best_of is {request.best_of}, more than n {request.n or 1}: which samples are best is known when all "
             "have ended, so they cannot be streamed",
@@ -108,19 +108,19 @@ def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, 
     if request.use_beam_search and request.beam_width is None:
         given["beam_width"] = given.pop("best_of", None) or request.n or 1  # vLLM's older requests say best_of
     if "beam_width" in given:
-        # The model's defaults for drawing mean nothing to a search; what the client asked for is refused.
-        defaults = {name: value for name, value in defaults.items() if name not in _OF_DRAWING}
+        # Beam search does not sample: drop the model's sampling defaults. Values that the client set are refused.
+        defaults = {name: value for name, value in defaults.items() if name not in _SAMPLING_ONLY}
     return {**defaults, **given, "structured_outputs": structured_outputs(request)}
 
 
 def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | None:
-    """The form asked of the text, in whichever of three ways. Raises `RequestError` for more than one."""
+    """The constraint on the text, from any of three fields. Raises `RequestError` if several are set."""
     guided = {name: value for name in _GUIDED if (value := getattr(request, f"guided_{name}")) is not None}
     asked = [f"guided_{name}" for name in guided if name != "whitespace_pattern"]
     if request.structured_outputs is not None:
         asked.append("structured_outputs")
-    form = request.response_format
-    if form is not None and form.type != "text":
+    wanted = request.response_format
+    if wanted is not None and wanted.type != "text":
         asked.append("response_format")
     if not asked:
         return None
@@ -132,18 +132,18 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
             name: getattr(request.structured_outputs, name) for name in request.structured_outputs.__struct_fields__
         }
         return StructuredOutputsParams(**{name: value for name, value in given.items() if value is not None})
-    if form is None or form.type == "text":
+    if wanted is None or wanted.type == "text":
         return StructuredOutputsParams(**guided, asked_as=asked_as)
-    if form.type == "json_object":
+    if wanted.type == "json_object":
         return StructuredOutputsParams(json_object=True, asked_as=asked_as)
-    if form.type != "json_schema":
+    if wanted.type != "json_schema":
         raise RequestError(
-            f"response_format is of type {form.type!r}; there is text, json_object and json_schema",
+            f"response_format is of type {wanted.type!r}; there is text, json_object and json_schema",
             param="response_format",
         )
-    if form.json_schema is None or form.json_schema.schema is None:
+    if wanted.json_schema is None or wanted.json_schema.schema is None:
         raise RequestError("response_format of type json_schema needs json_schema.schema", param="response_format")
-    return StructuredOutputsParams(json=form.json_schema.schema, asked_as=asked_as)
+    return StructuredOutputsParams(json=wanted.json_schema.schema, asked_as=asked_as)
 
 
 def _wants_no_tools(request: object) -> bool:

@@ -1,21 +1,23 @@
-"""--prefix-file: prefixes that an operator wants computed once and kept, one JSON object per line.
+"""--prefix-file: prefixes that the server computes at start and keeps in the KV cache, one JSON object per line.
 
     {"prompt": "You are a helpful assistant."}
     {"prompt_token_ids": [1, 15043, 29892]}
     {"messages": [{"role": "system", "content": "Answer in one sentence."}]}
 
-A prompt is tokenised as /v1/completions does, messages go through the model's chat template without the opening of an
-answer. The prefixes are findable under every API key's salt: they are the operator's text, known to be there, and so
-tell nothing of any client.
+A prompt is tokenised as for /v1/completions. Messages go through the model's chat template without the opening of an
+answer. Requests of every API key find the prefixes: they are the operator's text, so a cache hit reveals nothing about
+another client.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from quire.errors import ConfigError, RequestError
-from quire.server.auth import Doorkeeper
+from quire.server.auth import Authenticator
 from quire.server.backend import Engine
 from quire.server.settings import ServerSettings
 
@@ -23,15 +25,18 @@ MAX_FILE_BYTES = 64 * 2**20
 
 
 class PrefixLine(msgspec.Struct, forbid_unknown_fields=True):
-    """One line; exactly one field is given."""
+    """One line of the file. Exactly one field is set."""
 
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
     messages: list[dict[str, Any]] | None = None
 
 
-def read_prefixes(path: Path) -> list[PrefixLine]:
-    """The lines of a file that are not empty. Raises `ConfigError`, with the line, for anything else."""
+def read_prefixes(settings: ServerSettings) -> list[PrefixLine]:
+    """Lines of `settings.prefix_file`; none without a file. Raises `ConfigError` that names the malformed line."""
+    if settings.prefix_file is None:
+        return []
+    path = Path(settings.prefix_file)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"prefix_file {path} has {path.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read")
@@ -52,22 +57,28 @@ def read_prefixes(path: Path) -> list[PrefixLine]:
     return prefixes
 
 
-def register_prefixes(engine: Engine, settings: ServerSettings) -> int:
-    """Have the started engine compute and keep the prefixes of `settings.prefix_file`; returns how many.
+async def register_prefixes(engine: Engine, settings: ServerSettings, prefixes: Sequence[PrefixLine]) -> None:
+    """Register `prefixes`; returns when the engine has loaded and accepted them all.
 
-    Raises `ConfigError` for a file that cannot be read, and for a prefix that cannot be kept.
+    Raises `ConfigError` that names the prefix: at once if it cannot be tokenised, later if the engine refuses it.
     """
-    if settings.prefix_file is None:
-        return 0
-    path = Path(settings.prefix_file)
-    salts = Doorkeeper(settings).salts
-    prefixes = read_prefixes(path)
+    salts = Authenticator(settings).salts
+    token_ids = []
     for index, prefix in enumerate(prefixes, 1):
-        try:
-            engine.register_prefix(_token_ids(engine, prefix), salts)
-        except RequestError as error:
-            raise ConfigError(f"prefix_file {path}, prefix {index}: {error.message}") from error
-    return len(prefixes)
+        with _naming(settings, index):
+            token_ids.append(_token_ids(engine, prefix))
+    for index, prefix_ids in enumerate(token_ids, 1):
+        with _naming(settings, index):
+            await engine.register_prefix(prefix_ids, salts)
+
+
+@contextmanager
+def _naming(settings: ServerSettings, index: int) -> Iterator[None]:
+    """Turn a refusal into a `ConfigError` that names the file and the prefix."""
+    try:
+        yield
+    except RequestError as error:
+        raise ConfigError(f"prefix_file {settings.prefix_file}, prefix {index}: {error.message}") from error
 
 
 def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:

@@ -1,4 +1,4 @@
-"""From what a client wrote to token ids: prompts in their four shapes, and messages by way of the chat template."""
+"""From prompts and messages to token ids: the four shapes of a prompt, and the chat template."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from quire.server.protocol import ChatCompletionRequest, Message, TokenizeReques
 T = TypeVar("T")
 
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
-"""What a request may tell a template; the rest of a template's variables is the server's to set."""
+"""Template variables that a request may set. The server sets the others."""
 _INLINE_CHARS = 8192
-"""Texts up to this take the event loop about a millisecond; longer ones go to a thread, so that streams go on."""
+"""Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
 
 def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """One entry per prompt. Raises `RequestError` for a list of mixed or empty shapes."""
+    """One entry per prompt. Raises `RequestError` for an empty list or a list of mixed shapes."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
@@ -39,7 +39,7 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
 async def tokenize(
     tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
 ) -> list[list[int]]:
-    """Token ids of each prompt; what is a list of them already stays as it is."""
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = await _off_loop(
         sum(map(len, texts)),
@@ -50,7 +50,7 @@ async def tokenize(
 
 
 async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
-    """The prompt's text for the messages of `request`. Raises `RequestError` where the template refuses them."""
+    """The prompt text for the messages of `request`. Raises `RequestError` if the template refuses them."""
     messages = request.messages or []
     if template is None:
         raise RequestError(
@@ -74,7 +74,7 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """What templates expect: OpenAI's newer name for system replaced, absent fields left out."""
+    """The message as templates expect it: role "developer" renamed to "system", absent fields left out."""
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"

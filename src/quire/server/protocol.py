@@ -1,7 +1,7 @@
-"""What clients send: the bodies of the generating routes, as OpenAI and vLLM name their fields.
+"""Bodies of requests, with OpenAI's and vLLM's field names.
 
-Unknown fields are ignored, as clients in between forward all sorts. Fields that would change the answer and that Quire
-cannot honour yet are listed in `NotAvailable`, and refused by name where they are set.
+Unknown fields are ignored, because proxies forward fields of their own. Fields that would change the answer and that
+Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused by the field's name.
 """
 
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ Refused = Annotated[Any, Meta(description="Not available; refused unless null, f
 
 
 class NotAvailable(Struct, kw_only=True):
-    """Fields whose meaning Quire knows and cannot serve."""
+    """Fields that Quire knows and cannot serve."""
 
     prompt_embeds: Refused = None
     logits_processors: Refused = None
@@ -26,7 +26,7 @@ class NotAvailable(Struct, kw_only=True):
 
 
 class StreamOptions(Struct):
-    """What a stream reports beside the text."""
+    """What a stream reports besides the text."""
 
     include_usage: bool | None = None
     """A last event without choices holds the usage."""
@@ -35,17 +35,17 @@ class StreamOptions(Struct):
 
 
 class JsonSchema(Struct):
-    """OpenAI's wrapping of a schema."""
+    """OpenAI's wrapper of a JSON schema."""
 
     schema: dict[str, Any] | None = None
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    """The text follows the schema either way."""
+    """Has no effect: the text always follows the schema."""
 
 
 class ResponseFormat(Struct):
-    """The form asked of the text."""
+    """OpenAI's constraint on the text."""
 
     type: str = "text"
     """text, json_object or json_schema."""
@@ -53,7 +53,7 @@ class ResponseFormat(Struct):
 
 
 class StructuredOutputs(Struct):
-    """The form asked of the text, in vLLM's words; one of the first five is set."""
+    """vLLM's constraint on the text. Exactly one of the first five fields is set."""
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
@@ -71,9 +71,9 @@ class GenerateRequest(NotAvailable, kw_only=True):
     model: str | None = None
     n: int | None = None
     best_of: int | None = None
-    """Samples drawn, of which the n of highest cumulative log-probability are returned; not with `stream`."""
+    """Number of samples; the n with the highest cumulative log-probability are returned. Not with `stream`."""
     use_beam_search: bool | None = None
-    """Search with beams, `beam_width` of them or else `best_of` or n, and return the best n."""
+    """Beam search with `beam_width` beams (default: `best_of`, then n). Returns the best n."""
     beam_width: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
@@ -96,21 +96,21 @@ class GenerateRequest(NotAvailable, kw_only=True):
     bad_words: list[str] | None = None
     prompt_logprobs: int | None = None
     logprobs_mode: str | None = None
-    """raw_logprobs (default): of the model's own distribution. processed_logprobs: of the one drawn from."""
+    """raw_logprobs (default): from the model's distribution. processed_logprobs: from the distribution sampled from."""
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
-    """Only left, the side that `truncate_prompt_tokens` cuts, is available."""
+    """Only "left" is available: `truncate_prompt_tokens` removes the first tokens."""
     add_special_tokens: bool | None = None
-    """Completions add the tokenizer's special tokens by default, chats do not: the template writes them."""
+    """Default: true for completions; false for chats, because the template writes special tokens."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
-    """This and the next are older names of what `structured_outputs` holds."""
+    """The guided_ fields are older names for the fields of `structured_outputs`."""
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
@@ -118,14 +118,14 @@ class GenerateRequest(NotAvailable, kw_only=True):
     priority: Priority | None = None
     """Lower runs first."""
     user: Salt | None = None
-    """On whose account it runs, where the server has no API keys."""
+    """The tenant, if the server has no API keys."""
     cache_salt: Salt | None = None
-    """Only requests of the same salt and API key share prefix blocks."""
+    """Only requests with the same salt and API key share prefix blocks."""
     echo: bool | None = None
-    """Completions: the prompt comes before the text. Chats: the last message does, where it is continued."""
+    """Completions: put the prompt before the text. Chats: put the last message before it, if it is continued."""
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    """In logprobs, name tokens token_id:N instead of by their text."""
+    """In logprobs, write a token as token_id:N instead of its text."""
 
 
 class CompletionRequest(GenerateRequest, kw_only=True):
@@ -162,11 +162,11 @@ class ChatCompletionRequest(GenerateRequest, kw_only=True):
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    """Go on writing the last message instead of starting a new one."""
+    """Continue the last message instead of starting a new one."""
     chat_template_kwargs: dict[str, TemplateOption] | None = None
     """Options of the model's template, such as enable_thinking."""
     reasoning_effort: str | None = None
-    """Reaches the model's template, as in chat_template_kwargs."""
+    """Passed to the model's template, like chat_template_kwargs."""
     tool_choice: Any = None
     modalities: list[str] | None = None
     tools: Refused = None

@@ -1,4 +1,4 @@
-"""ServerSettings: every option of the HTTP server. Its fields are flags of `quire serve`, beside EngineConfig's."""
+"""ServerSettings: the options of the HTTP server. Its fields are flags of `quire serve`, besides EngineConfig's."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -9,37 +9,37 @@ from quire.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Options of one server. Raises `ConfigError` for a value out of range or an open door without a key."""
+    """Options of one server. Raises `ConfigError` for a value out of range and for a public address without a key."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; anything but loopback needs an API key."""
+    """Address to listen on. An address other than loopback needs an API key."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on. 0 takes a free port."""
     api_key: tuple[str, ...] = ()
-    """Keys of which one must come as `Authorization: Bearer KEY`; also read from QUIRE_API_KEY. Repeat for several."""
+    """Accept only requests with this key (`Authorization: Bearer KEY`). Also from QUIRE_API_KEY. Repeat for several."""
     allow_unauthenticated: bool = False
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
-    """Let requests of different API keys share prefix blocks; they could then time each other's prompts."""
+    """Let requests of different API keys share prefix blocks. Clients could then time each other's prompts."""
     prefix_file: str | None = None
-    """Prefixes to compute at start and keep in the KV cache, for clients of all API keys: JSON lines, each with a
-    `prompt`, `prompt_token_ids` or `messages`."""
+    """Prefixes to compute at start and keep in the KV cache, for all API keys. JSON lines, each with a `prompt`,
+    `prompt_token_ids` or `messages`."""
     allow_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call the server from a browser (CORS); * allows all. Repeat for several."""
+    """Origin of web pages that may call the server from a browser (CORS). * allows all. Repeat for several."""
     max_body_size: int = 8 * 2**20
-    """Most bytes in a request body, e.g. 8MiB; beyond it the answer is 413."""
+    """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10
-    """Most bytes of request line and headers; beyond it the answer is 431."""
+    """Maximum bytes of request line and headers. Larger headers are answered with 431."""
     max_prompt_chars: int = 4_000_000
-    """Most characters in the prompts of one request, before they are tokenised."""
+    """Maximum characters in the prompts of one request."""
     max_samples: int = 1024
-    """Most samples one request may ask for: prompts × n."""
+    """Maximum samples of one request: prompts × n."""
     stall_timeout: float = 30.0
-    """Seconds without progress after which a client that does not read its stream, or send its body, is dropped."""
+    """Disconnect a client that does not read its stream, or does not send its body, for this many seconds. 0: never."""
     shutdown_timeout: float = 30.0
-    """Seconds that running requests have to finish after SIGTERM; a second signal stops at once."""
+    """Seconds for running requests to finish after SIGTERM. A second signal stops at once."""
     access_log: bool = False
-    """Print a line per request. Prompts and answers are never printed."""
+    """Print one line per request. Prompts and answers are never printed."""
 
     def __post_init__(self) -> None:
         for name in ("api_key", "allow_origins"):

@@ -1,20 +1,20 @@
-"""Server-sent events, and the watch for clients that leave or stop reading.
+"""Server-sent events, and detection of clients that leave or stop reading.
 
-A stream's status is sent with its first event, so whatever is refused is refused with its own status; an error after
-that is an event of its own. Writes are awaited: while a client reads slowly nothing is asked of the engine, which
-merges what comes in the meantime.
+The status is sent together with the first event. An error before it is answered with its own status; a later error is
+an event of the stream. Every write is awaited: while a client reads slowly, the engine's stream is not read and its
+outputs are merged.
 """
 
 import asyncio
 from asyncio import AbstractEventLoop, Task, TimerHandle
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-import msgspec
 from starlette.types import Receive, Send
 
-from quire.server.errors import as_request_error, error_body
+from quire.errors import RequestError
+from quire.server.errors import as_request_error
 from quire.server.limits import ClientGoneError
 
 T = TypeVar("T")
@@ -23,13 +23,13 @@ DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # nginx would hold events back otherwise.
+    # Without it nginx holds events back.
     (b"x-accel-buffering", b"no"),
 ]
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Do `work`, and cancel it the moment the client leaves (`ClientGoneError`)."""
+    """Await `work`. Cancel it and raise `ClientGoneError` as soon as the client leaves."""
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_client_leaves(receive))
     try:
@@ -42,8 +42,15 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await _cancelled(watch)
 
 
-async def send_events(send: Send, events: AsyncGenerator[bytes, None], stall_timeout: float) -> None:
-    """Send `events` (ready-made, of one or more `data:` lines) and [DONE]. Raises what comes before the first event."""
+async def send_events(
+    send: Send,
+    events: AsyncGenerator[bytes, None],
+    stall_timeout: float,
+    *,
+    failure: Callable[[RequestError], bytes],
+    done: bytes = DONE,
+) -> None:
+    """Send `events` (encoded, one or more per item), then `done`. An error before the first event is raised."""
     async with aclosing(events), _StallWatch(stall_timeout) as watch:
         first = await anext(events, b"")
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
@@ -54,16 +61,15 @@ async def send_events(send: Send, events: AsyncGenerator[bytes, None], stall_tim
         except ClientGoneError:
             raise
         except Exception as error:
-            body = msgspec.json.encode(error_body(as_request_error(error)))
-            await watch.write(send, b"data: " + body + b"\n\n")
-        await watch.write(send, DONE)
+            await watch.write(send, failure(as_request_error(error)))
+        await watch.write(send, done)
         await send({"type": "http.response.body", "body": b""})
 
 
 class _StallWatch:
-    """Cancels the task it was entered in when one write takes longer than `timeout` (0: never).
+    """Cancels the current task when one write takes longer than `timeout` seconds (0: never).
 
-    One timer for a whole stream: a timeout around every write costs as much as the write.
+    One timer serves the whole stream: a timeout around every write would cost as much as the write.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -108,7 +114,7 @@ async def _client_leaves(receive: Receive) -> None:
 
 
 async def _cancelled(task: Task[Any]) -> None:
-    """Cancel `task` if it runs and wait until it has ended; its outcome is nobody's business any more."""
+    """Cancel `task` if it runs, wait until it ends, and ignore its outcome."""
     task.cancel()
     await asyncio.wait((task,))
     if not task.cancelled():

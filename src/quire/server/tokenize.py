@@ -1,46 +1,46 @@
-"""/tokenize and /detokenize: text to the served model's tokens and back."""
+"""/tokenize and /detokenize: from text to token ids of the served model, and back."""
 
 from quire.errors import RequestError
-from quire.server.exchange import Endpoint, Exchange
+from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.limits import check_work
 from quire.server.params import check_available
 from quire.server.prompts import render, tokenize
 from quire.server.protocol import DetokenizeRequest, TokenizeRequest
-from quire.server.responses import Detokenized, Tokenized
+from quire.server.replies import Detokenized, Tokenized
 
 
-async def tokenize_text(exchange: Exchange) -> None:
-    request = await exchange.read(TokenizeRequest)
-    tokenizer = exchange.tokenizer()
-    exchange.check_model(request.model)
+async def tokenize_text(context: RequestContext) -> None:
+    request = await context.read(TokenizeRequest)
+    tokenizer = context.tokenizer()
+    context.check_model(request.model)
     check_available(request)
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
     if request.messages is not None:
-        text, special = await render(exchange.engine.chat_template, request), False
+        text, special = await render(context.engine.chat_template, request), False
     else:
         text, special = request.prompt or "", True
-    check_work([text], 1, exchange.settings)
+    check_work([text], 1, context.settings)
     special = special if request.add_special_tokens is None else request.add_special_tokens
     (tokens,) = await tokenize(tokenizer, [text], add_special_tokens=special)
-    await exchange.reply(
+    await context.reply(
         Tokenized(
             count=len(tokens),
-            max_model_len=exchange.engine.max_model_len,
+            max_model_len=context.engine.max_model_len,
             tokens=tokens,
             token_strs=[tokenizer.id_to_text(token) for token in tokens] if request.return_token_strs else None,
         )
     )
 
 
-async def detokenize_tokens(exchange: Exchange) -> None:
-    request = await exchange.read(DetokenizeRequest)
-    tokenizer = exchange.tokenizer()
-    exchange.check_model(request.model)
+async def detokenize_tokens(context: RequestContext) -> None:
+    request = await context.read(DetokenizeRequest)
+    tokenizer = context.tokenizer()
+    context.check_model(request.model)
     for token in request.tokens:
         if not 0 <= token < 2**31:
             raise RequestError(f"tokens holds {token}; token ids are from 0 to 2147483647", param="tokens")
-    await exchange.reply(Detokenized(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False)))
+    await context.reply(Detokenized(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False)))
 
 
 ENDPOINTS = (

@@ -47,13 +47,13 @@ class ModelledTiers:
         wait = False
         if plan is not None:
             num_loads = sum(tier == HOST for tier, _, _ in plan.loads)
-            num_stores = sum(tier == HOST for tier, _, _ in plan.saves)
+            num_stores = sum(tier == HOST for tier, _, _ in plan.stores)
             result.load_seconds = num_loads * self._host_seconds
             seconds += (num_loads + num_stores) * self._host_seconds
             for block_hash in plan.reads:
                 begin = max(now, self._reads[-1][0]) if self._reads else now
                 self._reads.append((begin + self._disk_seconds, block_hash, self._disk_seconds))
-            for tier, block_hash, _ in plan.saves:
+            for tier, block_hash, _ in plan.stores:
                 if tier == DISK:
                     begin = max(now, self._writes[-1][0]) if self._writes else now
                     self._writes.append((begin + self._disk_seconds, block_hash))
@@ -65,7 +65,7 @@ class ModelledTiers:
             _, block_hash, took = self._reads.popleft()
             result.read.append((block_hash, took))
         while self._writes and self._writes[0][0] <= end:
-            result.saved.append(self._writes.popleft()[1])
+            result.stored.append(self._writes.popleft()[1])
         return result, seconds
 
     def clear(self) -> None:

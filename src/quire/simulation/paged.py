@@ -13,6 +13,7 @@ from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex
 from quire.outputs import StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
@@ -278,9 +279,11 @@ class PagedSimulation:
         self._tiers = self._open_tiers()
         scheduler = Scheduler(
             pool,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
+            SchedulerLimits(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_model_len=self._max_model_len,
+            ),
             tiers=self._tiers,
             make_queue=make_queues(self._executor.output_lengths)[settings.scheduling_policy],
             make_rule=RULES[settings.admission],
@@ -300,7 +303,7 @@ class PagedSimulation:
         return scheduler
 
     def _check(self) -> None:
-        self.scheduler.settle()
+        self.scheduler.update_fill()
         check_pool(self.scheduler.pool)
 
     def _open_tiers(self) -> TierIndex | None:
@@ -319,7 +322,7 @@ class PagedSimulation:
         self.num_deaths += 1
         self.now += self._settings.restart_time
         if self._tiers is not None and DISK in self._tiers.tiers:
-            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].names()]
+            self._on_disk = [(name, self._block_bytes) for name in self._tiers.tiers[DISK].hashes()]
         self._executor.clear()
         self.scheduler = self._start_engine()
         for client in self._clients.values():

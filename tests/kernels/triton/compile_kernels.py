@@ -37,7 +37,7 @@ class Build(NamedTuple):
 
 
 def attention_builds(architecture: int) -> Iterator[Build]:
-    from quire.attention.triton import tile_of
+    from quire.attention.plan_buffers import tile_of
     from quire.kernels.triton.configs import attention_config, compute_dtype
 
     variants: list[tuple[int, int, str, dict[str, Any]]]
@@ -141,13 +141,13 @@ def small_builds(architecture: int) -> Iterator[Build]:
     reports = {**rows, "tokens": "*i32", "nums_reported": "*i32", "chunk_sums": "*fp64", "chunk_ahead": "*i32",
                "chunk_leaders": "*i64", "reports": "*i32", "num_rows": "i32"}  # fmt: skip
     yield build(
-        "sampling:chunk_reports_kernel",
+        "logprobs:chunk_reports_kernel",
         reports,
         {"CHUNK": sampling.CHUNK, "LEADERS": 32},
         sampling.CHUNK_WARPS,
     )
     yield build(
-        "sampling:reports_kernel",
+        "logprobs:reports_kernel",
         reports,
         {"CHUNKS": 64, "LEADERS": 32, "MAX_REPORTED": 20},
         sampling.ROW_WARPS,

@@ -21,9 +21,10 @@ from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.kernels import kernels_for, transfer
 from quire.kernels.triton import sampling
 from quire.kv_cache.storage import KVCache
+from quire.layers.step_context import StepContext
 from quire.models.device_weights import DeviceWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights
 from quire.sampling.device_sampler import KERNEL_COLUMNS, DeviceSampler
 from tests.kernels.triton import test_steps
 
@@ -81,9 +82,9 @@ def main() -> None:
             # As `transfer.send` lays them out on a device.
             sent = transfer.FixedArrays(KERNEL_COLUMNS, count, CPU).first(len(columns["keys"]))
             sent |= transfer.FixedArrays({"ids": ids[0], "places": ids[0]}, tokens, CPU).first(tokens)
-        hidden = model(sent["ids"], sent["places"], cache, attention)
+        hidden = model(sent["ids"], StepContext(sent["places"], cache.layers, attention))
         read = hidden if captured or tokens == count else hidden[torch.zeros(count, dtype=torch.int32)]
-        sampler.draw(model.logits(read), sent, reports=True)
+        sampler.sample(model.logits(read), sent, with_logprobs=True)
 
     with torch.inference_mode():
         for size in DECODE:

@@ -1,14 +1,16 @@
 """Paged attention on a GPU, or in Triton's interpreter, against the reference in float64."""
 
 import math
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from quire.attention import AttentionShape, StepArrays
 from quire.attention.triton import GpuAttentionPlan, PlanBuffers, plan_attention
-from quire.kernels import Kernels, reference
+from quire.kernels import AttentionParams, Kernels, KVLayer, reference
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
@@ -27,35 +29,28 @@ def blocks(shape: Shape, block_size: int) -> Shape:
 
 
 def buffers_for(shape: Shape, device: torch.device, num_sms: int = 2, **options: float) -> PlanBuffers:
-    return PlanBuffers(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=shape.block_size,
-        max_num_seqs=12,
-        max_num_tokens=256,
-        max_blocks=64,
-        device=device,
-        num_sms=num_sms,
-        **options,
+    of_attention = AttentionShape(
+        **asdict(shape), max_num_seqs=12, max_num_tokens=256, max_blocks=64, kv_element_size=2, device=device
     )
+    return PlanBuffers(of_attention, num_sms=num_sms, **options)
 
 
 def plan_of(batch: RaggedBatch, buffers: PlanBuffers, **options: int) -> GpuAttentionPlan:
     of_cpu = batch.plan
     host = [each.numpy() for each in (of_cpu.query_start_loc, of_cpu.seq_lens, of_cpu.block_tables, of_cpu.slots)]
-    return plan_attention(*host, buffers=buffers, **options)
+    return plan_attention(StepArrays(*host), buffers, **options)
 
 
-def caches_of(batch: RaggedBatch, kv_dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def kv_of(batch: RaggedBatch, kv_dtype: torch.dtype, device: torch.device) -> KVLayer:
     """The batch's keys and values as a GPU lays them out."""
-    keys, values = batch.k_cache.transpose(2, 3).contiguous(), batch.v_cache
-    return keys.to(device, kv_dtype), values.to(device, kv_dtype)
+    keys, values = batch.kv.keys.transpose(2, 3).contiguous(), batch.kv.values
+    return KVLayer(keys.to(device, kv_dtype), values.to(device, kv_dtype))
 
 
-def expected_of(batch: RaggedBatch, q: Tensor, caches: tuple[Tensor, Tensor], **options: object) -> Tensor:
-    keys, values = (cache.cpu().double() for cache in caches)
-    return reference.paged_attention(q.double(), keys.transpose(2, 3), values, batch.plan, batch.scale, **options)
+def expected_of(batch: RaggedBatch, q: Tensor, kv: KVLayer, **params: Any) -> Tensor:
+    scales = (None if scale is None else scale.cpu() for scale in (kv.k_scale, kv.v_scale))
+    on_host = KVLayer(kv.keys.cpu().double().transpose(2, 3), kv.values.cpu().double(), *scales)
+    return reference.paged_attention(q.double(), on_host, batch.plan, AttentionParams(batch.scale, **params))
 
 
 def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -101,27 +96,26 @@ def test_paged_attention(
     options: dict[str, Any],
 ) -> None:
     batch = ragged_batch(sequences, shape)
-    caches = caches_of(batch, kv_dtype, device)
+    kv = kv_of(batch, kv_dtype, device)
     q = batch.q.to(dtype)
-    expected_options: dict[str, object] = dict(options)
     if kv_dtype == FP8:
-        k_scale, v_scale = (torch.linspace(low, 1.25, shape.num_kv_heads) for low in (0.5, 0.75))
-        options = {**options, "k_scale": k_scale.to(device), "v_scale": v_scale.to(device)}
-        expected_options |= {"k_scale": k_scale, "v_scale": v_scale}
-    expected = expected_of(batch, q, caches, **expected_options)
+        k_scale, v_scale = (torch.linspace(low, 1.25, shape.num_kv_heads, device=device) for low in (0.5, 0.75))
+        kv = replace(kv, k_scale=k_scale, v_scale=v_scale)
+    expected = expected_of(batch, q, kv, **options)
     for planned_window in {0, int(options.get("window", 0))}:
         plan = plan_of(batch, buffers_for(shape, device), window=planned_window)
-        found = kernels.paged_attention(q.to(device), *caches, plan, batch.scale, **options)
+        found = kernels.paged_attention(q.to(device), kv, plan, AttentionParams(batch.scale, **options))
         assert_close(found, expected, dtype)
 
 
 def test_slopes(kernels: Kernels, device: torch.device) -> None:
     batch = ragged_batch(MIXED, blocks(GQA4, 64))
-    caches = caches_of(batch, FP32, device)
+    kv = kv_of(batch, FP32, device)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
     plan = plan_of(batch, buffers_for(blocks(GQA4, 64), device))
-    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, alibi_slopes=slopes.to(device))
-    assert_close(found, expected_of(batch, batch.q, caches, alibi_slopes=slopes), FP32)
+    params = AttentionParams(batch.scale, alibi_slopes=slopes.to(device))
+    found = kernels.paged_attention(batch.q.to(device), kv, plan, params)
+    assert_close(found, expected_of(batch, batch.q, kv, alibi_slopes=slopes), FP32)
 
 
 @pytest.mark.parametrize("window", [0, 150])
@@ -131,15 +125,16 @@ def test_shared_prefixes(kernels: Kernels, device: torch.device, window: int) ->
     sequences = [(200, 1), (230, 3), (160, 1), *[(170 + n, 1) for n in range(7)], (180, 30), (40, 1)]
     shared = {n: (0, 8 if n < 9 else 4) for n in range(1, 11)}
     batch = ragged_batch(sequences, shape, shared=shared)
-    caches = caches_of(batch, FP32, device)
+    kv = kv_of(batch, FP32, device)
     plan = plan_of(batch, buffers_for(shape, device, num_sms=1, min_shared_bytes=-math.inf))
     assert int(plan.shared.count) > 1
     # The prompt's own window is the layer's affair: a plan for all layers shares whatever a layer sees of it.
-    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, window=window)
-    assert_close(found, expected_of(batch, batch.q, caches, window=window), FP32)
+    found = kernels.paged_attention(batch.q.to(device), kv, plan, AttentionParams(batch.scale, window))
+    assert_close(found, expected_of(batch, batch.q, kv, window=window), FP32)
     slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    found = kernels.paged_attention(batch.q.to(device), *caches, plan, batch.scale, alibi_slopes=slopes.to(device))
-    assert_close(found, expected_of(batch, batch.q, caches, alibi_slopes=slopes), FP32)
+    params = AttentionParams(batch.scale, alibi_slopes=slopes.to(device))
+    found = kernels.paged_attention(batch.q.to(device), kv, plan, params)
+    assert_close(found, expected_of(batch, batch.q, kv, alibi_slopes=slopes), FP32)
 
 
 def test_a_captured_plan_serves_another_step(kernels: Kernels, device: torch.device) -> None:
@@ -150,21 +145,22 @@ def test_a_captured_plan_serves_another_step(kernels: Kernels, device: torch.dev
     batch = ragged_batch([(500, 1), (3, 1), (64, 1)], shape)
     replayed = plan_of(batch, buffers, captured_tokens=6)
     assert int(replayed.num_merges) == 1  # the long sequence's keys are split
-    caches = caches_of(batch, FP32, device)
+    kv = kv_of(batch, FP32, device)
     q = torch.full((6, shape.num_heads, shape.head_dim), float("nan"))
     q[:3] = batch.q
-    found = kernels.paged_attention(q.to(device), *caches, captured, batch.scale)
-    assert_close(found[:3], expected_of(batch, batch.q, caches), FP32)
+    found = kernels.paged_attention(q.to(device), kv, captured, AttentionParams(batch.scale))
+    assert_close(found[:3], expected_of(batch, batch.q, kv), FP32)
     assert captured.slots.tolist() == [*batch.plan.slots.tolist(), -1, -1, -1]
 
 
 def test_arguments_are_checked(kernels: Kernels, device: torch.device) -> None:
     batch = ragged_batch([(40, 4)], blocks(GQA4, 64))
-    keys, values = caches_of(batch, FP32, device)
+    kv, params = kv_of(batch, FP32, device), AttentionParams(batch.scale, window=8)
     plan = plan_of(batch, buffers_for(blocks(GQA4, 64), device), window=8)
     with pytest.raises(ValueError, match="window: expected 1 to 8"):
-        kernels.paged_attention(batch.q.to(device), keys, values, plan, batch.scale, window=9)
+        kernels.paged_attention(batch.q.to(device), kv, plan, AttentionParams(batch.scale, window=9))
     with pytest.raises(ValueError, match=r"q: expected \[T, 1 x n, 64\]"):
-        kernels.paged_attention(batch.q[..., ::2].to(device), keys, values, plan, batch.scale, window=8)
+        kernels.paged_attention(batch.q[..., ::2].to(device), kv, plan, params)
+    short = replace(kv, keys=kv.keys[:, :, :16].contiguous())
     with pytest.raises(ValueError, match="blocks of a multiple of 64, found 16"):
-        kernels.paged_attention(batch.q.to(device), keys[:, :, :16].contiguous(), values, plan, batch.scale, window=8)
+        kernels.paged_attention(batch.q.to(device), short, plan, params)

@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from quire.attention import triton as attention_of_a_gpu
+from quire.attention import plan_buffers
 from quire.engine.core import EngineCore
 from quire.kernels import transfer
 from quire.request import Request
-from quire.runner import model_runner
+from quire.runner import results
 from quire.runner.cuda_graphs import DecodeGraphs
 from quire.sampling_params import SamplingParams
 from tests.kernels.triton.test_steps import make_core
@@ -85,7 +85,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         return tensor
 
     monkeypatch.setattr(transfer, "staged", noted)
-    monkeypatch.setattr(attention_of_a_gpu, "staged", noted)
+    monkeypatch.setattr(plan_buffers, "staged", noted)
     with Watch(staged) as watch, NoTensorFromLists():
         yield watch
 
@@ -153,7 +153,7 @@ def test_no_step_waits_for_its_device(backend: str, monkeypatch: pytest.MonkeyPa
         fetched.append(drawn)
         return lambda: np.zeros(drawn.shape, dtype=np.int32)
 
-    monkeypatch.setattr(model_runner, "_fetch", fetch)
+    monkeypatch.setattr(results, "fetch", fetch)
     replays = []
     replay = DecodeGraphs.replay
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quire.backends import BACKENDS
+from quire.kernels import cpu
 from quire.kernels.transfer import send
 from quire.sampling.device_sampler import DeviceSampler
 from quire.sampling.logprobs import token_logprobs
@@ -82,7 +83,7 @@ def test_the_draws_of_a_cpu(kernels: Any, device: torch.device, dtype: torch.dty
     logits[8, :4096] -= 9.0
     logits[4, ::3] = float("-inf")
     logits[6, :20] = 9.0  # the nucleus ends among equals
-    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states)  # it overwrites them
+    expected = Sampler(VOCAB_SIZE, 1 << 30, cpu).sample(logits.float().clone(), states)  # it overwrites them
     tokens, peaks = sample(logits.float().to(device), rows_of(states, device))
     assert expected.errors == [None] * len(states)
     assert tokens.tolist() == expected.token_ids
@@ -94,9 +95,9 @@ def test_the_runners_sampler_draws_with_them(kernels: Any, device: torch.device,
     own = import_module(BACKENDS["triton"].sampling)
     states = states_of(PARAMS)
     logits = (3 * torch.randn(len(states), VOCAB_SIZE, generator=torch.Generator().manual_seed(8))).to(dtype)
-    expected = Sampler(VOCAB_SIZE, 1 << 30).sample(logits.float().clone(), states).token_ids  # it overwrites them
+    expected = Sampler(VOCAB_SIZE, 1 << 30, cpu).sample(logits.float().clone(), states).token_ids  # it overwrites them
     sampler = DeviceSampler(VOCAB_SIZE, own)
-    tokens, bits = sampler.draw(logits.to(device), send(sampler.columns(states), device), reports=False)
+    tokens, bits = sampler.sample(logits.to(device), send(sampler.columns(states), device), with_logprobs=False)
     assert tokens.tolist() == expected
     assert torch.equal(bits.view(torch.float32).cpu(), logits.float().amax(1))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
-from quire.kernels import Kernels, reference
+from quire.kernels import Kernels, KVLayer, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # Triton's interpreter
 
@@ -87,20 +87,14 @@ def test_write_kv(kernels: Kernels, device: torch.device, kv_dtype: torch.dtype)
     fused = torch.randn(5, 9, 80).to(torch.float8_e4m3fn).float().to(device)
     slots = torch.tensor([3, 63, -1, 16, 40], dtype=torch.int32)
     shapes = kernels.kv_cache_shapes(5, 3, 16, 80)
-    k_cache, v_cache = (torch.zeros(shape, dtype=kv_dtype, device=device) for shape in shapes)
     scales = head_scales(device) if kv_dtype.itemsize == 1 else {}
+    kv = KVLayer(*(torch.zeros(shape, dtype=kv_dtype, device=device) for shape in shapes), **scales)
     expected_k, expected_v = torch.zeros(shapes[0]).double(), torch.zeros(shapes[1]).double()
-    reference.write_kv(
-        fused[:, 3:6].cpu().double(),
-        fused[:, 6:].cpu().double(),
-        expected_k.transpose(2, 3),
-        expected_v,
-        slots,
-        **{name: scale.cpu() for name, scale in scales.items()},
-    )
-    kernels.write_kv(fused[:, 3:6], fused[:, 6:], k_cache, v_cache, slots.to(device), **scales)
-    assert torch.equal(k_cache.cpu().double(), expected_k)
-    assert torch.equal(v_cache.cpu().double(), expected_v)
+    cached = KVLayer(expected_k.transpose(2, 3), expected_v, **{name: scale.cpu() for name, scale in scales.items()})
+    reference.write_kv(fused[:, 3:6].cpu().double(), fused[:, 6:].cpu().double(), cached, slots)
+    kernels.write_kv(fused[:, 3:6], fused[:, 6:], kv, slots.to(device))
+    assert torch.equal(kv.keys.cpu().double(), expected_k)
+    assert torch.equal(kv.values.cpu().double(), expected_v)
 
 
 @pytest.mark.parametrize("rotary_dim", [80, 32])
@@ -109,19 +103,18 @@ def test_rotary_write_kv(kernels: Kernels, device: torch.device, rotary_dim: int
     expected = fused.cpu().double()
     slots, positions = torch.tensor([[3, 63, -1, 16, 40], [0, 9, 49, 1, 30]], dtype=torch.int32)
     cos_sin = cos_sin_table(rotary_dim)
-    k_cache, v_cache = (torch.zeros(shape, device=device) for shape in kernels.kv_cache_shapes(5, 3, 16, 80))
-    expected_k, expected_v = (torch.zeros(k_cache.shape).double() for _ in range(2))
-    q, k, v = expected.split_with_sizes((6, 3, 3), dim=1)
-    cached = (expected_k.transpose(2, 3), expected_v)
     scales = head_scales(device)
-    on_host = {name: scale.cpu() for name, scale in scales.items()}
-    reference.rotary_write_kv(q, k, v, positions, cos_sin.double(), *cached, slots, **on_host)
+    shapes = kernels.kv_cache_shapes(5, 3, 16, 80)
+    kv = KVLayer(*(torch.zeros(shape, device=device) for shape in shapes), **scales)
+    expected_k, expected_v = (torch.zeros(shape).double() for shape in shapes)
+    q, k, v = expected.split_with_sizes((6, 3, 3), dim=1)
+    cached = KVLayer(expected_k.transpose(2, 3), expected_v, **{name: scale.cpu() for name, scale in scales.items()})
+    reference.rotary_write_kv(q, k, v, positions, cos_sin.double(), cached, slots)
     found = fused.split_with_sizes((6, 3, 3), dim=1)
-    on_device = (positions.to(device), cos_sin.to(device), k_cache, v_cache, slots.to(device))
-    kernels.rotary_write_kv(*found, *on_device, **scales)
+    kernels.rotary_write_kv(*found, positions.to(device), cos_sin.to(device), kv, slots.to(device))
     assert_close(fused[:, :6], expected[:, :6], torch.float32)
-    assert_close(k_cache, expected_k, torch.float32)
-    assert_close(v_cache, expected_v, torch.float32)
+    assert_close(kv.keys, expected_k, torch.float32)
+    assert_close(kv.values, expected_v, torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float8_e4m3fn, 448.0), (torch.float16, 65504.0)])
@@ -129,24 +122,25 @@ def test_what_a_cache_cannot_hold_becomes_the_largest(
     kernels: Kernels, device: torch.device, dtype: torch.dtype, limit: float
 ) -> None:
     k = torch.tensor([1e6, -1e6, 448.0, 1.0]).repeat(4).view(1, 1, 16).to(device)
-    caches = [torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) for _ in range(2)]
-    kernels.write_kv(k, k, *caches, torch.zeros(1, dtype=torch.int32, device=device))
-    assert caches[0][0, 0, 0, :4].float().tolist() == [limit, -limit, 448.0, 1.0]
+    kv = KVLayer(*(torch.zeros(1, 1, 16, 16, dtype=dtype, device=device) for _ in range(2)))
+    kernels.write_kv(k, k, kv, torch.zeros(1, dtype=torch.int32, device=device))
+    assert kv.keys[0, 0, 0, :4].float().tolist() == [limit, -limit, 448.0, 1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
 def test_copy_blocks(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
-    caches = [
-        tuple(torch.randn(shape).to(device, dtype) for shape in kernels.kv_cache_shapes(6, 2, 16, 80)) for _ in range(3)
+    layers = [
+        KVLayer(*(torch.randn(shape).to(device, dtype) for shape in kernels.kv_cache_shapes(6, 2, 16, 80)))
+        for _ in range(3)
     ]
-    expected = [(keys.cpu().double(), values.cpu().double()) for keys, values in caches]
+    expected = [KVLayer(layer.keys.cpu().double(), layer.values.cpu().double()) for layer in layers]
     pairs = torch.tensor([[0, 5], [2, 3], [0, 1]], dtype=torch.int32)
     reference.copy_blocks(expected, pairs)
-    kernels.copy_blocks(caches, pairs.to(device))
-    kernels.copy_blocks(caches, pairs[:0].to(device))
-    for layer, expected_layer in zip(caches, expected, strict=True):
-        for found, wanted in zip(layer, expected_layer, strict=True):
-            assert torch.equal(found.cpu().double(), wanted)
+    kernels.copy_blocks(layers, pairs.to(device))
+    kernels.copy_blocks(layers, pairs[:0].to(device))
+    for found, wanted in zip(layers, expected, strict=True):
+        assert torch.equal(found.keys.cpu().double(), wanted.keys)
+        assert torch.equal(found.values.cpu().double(), wanted.values)
 
 
 def test_linear(kernels: Kernels, device: torch.device) -> None:

@@ -19,15 +19,17 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.device_weights import DeviceWeights
+from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
-from quire.models.weights import RandomWeights
 from quire.request import Request
 from quire.runner import cuda_graphs
 from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcome
-from quire.runner.model_runner import ModelRunner, PendingStep
+from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
 from quire.sampling_params import SamplingParams
+from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.speculation import Speculation, StepCurve, StepTimes
+from quire.scheduler.step_times import StepCurve, StepTimes
 from quire.step import StepPlan, TokenLogprobs
 
 pytestmark = [
@@ -105,7 +107,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Replayed]:
 
 
 def make_core(
-    backend: str, device: torch.device, *, captures: bool = False, speculation: Speculation | None = None
+    backend: str, device: torch.device, *, captures: bool = False, speculation: DraftPlanner | None = None
 ) -> EngineCore:
     kernels = kernels_for(backend)
     weights: Any = RandomWeights(3)
@@ -118,22 +120,23 @@ def make_core(
         KVCache(num_layers=1, shapes=shapes, block_size=BLOCK_SIZE, dtype=torch.float32, device=device),
         CONFIG,
         kernels,
-        backend=backend,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=128,
-        max_model_len=256,
-        num_threads=1,
-        logprobs_memory=2**20,
-        draws_on_device=backend != "cpu",
+        RunnerSettings(
+            backend=backend,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=128,
+            max_model_len=256,
+            num_threads=1,
+            logprobs_memory=2**20,
+            sample_on_device=backend != "cpu",
+            max_num_samples=MAX_NUM_SEQS + 8,
+        ),
         capture=capture() if captures else None,
-        max_num_samples=MAX_NUM_SEQS + 8,
     )
     scheduler = Scheduler(
         BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=128,
-        max_model_len=256,
-        max_num_partial_prefills=4,
+        SchedulerLimits(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=128, max_model_len=256, max_num_partial_prefills=4
+        ),
         speculation=speculation,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
@@ -196,7 +199,7 @@ def test_captured_steps_give_the_tokens_of_a_cpu(device: torch.device, replayed:
     assert {key for key, _ in replayed} >= {
         GraphKey(8, (16, 64), Outcome.TOKENS),
         GraphKey(2, (16, 0), Outcome.TOKENS),
-        GraphKey(2, (16, 0), Outcome.REPORTS),
+        GraphKey(2, (16, 0), Outcome.LOGPROBS),
         GraphKey(2, (16, 0), Outcome.LOGITS),
     }
 
@@ -214,7 +217,7 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
         requests_of("penalised", 2, 8, list(range(60)), presence_penalty=0.5, temperature=1.0),
     ]
     plain = make_core("cpu", torch.device("cpu"))
-    speculation = Speculation(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
+    speculation = DraftPlanner(SpeculativeConfig(num_speculative_tokens=8, prompt_lookup_min=1))
     captured = make_core("triton", device, captures=True, speculation=speculation)
     for batch in batches:
         expected = run(plain, batch)
@@ -224,7 +227,7 @@ def test_captured_drafts_give_the_tokens_of_a_cpu(
                 assert not captured.step()
     stats = captured.stats()
     assert stats.total_draft_tokens > stats.total_accepted_tokens > 5
-    assert {key.outcome for key, plan in replayed if plan.drafts} == {Outcome.REPORTS, Outcome.LOGITS}
+    assert {key.outcome for key, plan in replayed if plan.drafts} == {Outcome.LOGPROBS, Outcome.LOGITS}
     assert max(max(plan.num_scheduled_tokens) for _, plan in replayed) in range(2, 9)
     # Two heads share a KV head, so that 8 tokens are 16 rows: one kind with steps that draft nothing.
     assert {key.variant for key, _ in replayed} == {(16, 0)}

@@ -1,4 +1,4 @@
-"""Gated activations: the first half of a row through a function, times the second half."""
+"""Gated activations: a function of a row's first half, times the second half."""
 
 import torch
 import triton

@@ -1,9 +1,9 @@
-"""Paged attention: one kernel for decode, prefill and mixtures, and the merge of results that were split.
+"""Paged attention: one kernel for decode, prefill and mixed batches, and one that merges split results.
 
 A program takes one item of a work list for one KV head: a run of new tokens, whose query heads are packed as rows of
-one matrix, so that each key is read once for all of them. It walks the item's keys tile by tile; a tile lies inside one
-block, so its address is one block number, loaded a tile ahead to keep the copies of keys and values in flight. Only
-tiles at the edges of what is visible are masked.
+one matrix, so that each key is read once for all of them. It reads the item's keys tile by tile. A tile lies in one
+block, so its address is one block number, which is loaded a tile ahead to keep the copies of keys and values in flight.
+Only tiles at the edges of the visible keys are masked.
 
 Softmax runs in base 2 with the running maximum of Milakov and Gimelshein (arXiv 1805.02867); parts of the keys are
 merged by the logarithms of their sums, as in Flash-Decoding.
@@ -15,15 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quire.kernels.gpu_plan import GpuAttentionPlan, WorkList
-from quire.kernels.interface import AttentionPlan
+from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer
 from quire.kernels.triton.configs import INTERPRETED, architecture_of, attention_config, compute_dtype
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 MERGE_PARTS = 8
-"""Of one token, taken in at a time."""
+"""Parts of one token that are merged at a time."""
 MERGE_WARPS = 4
 _MIN_DOT = 16
-"""Numbers that the matrix units sum over at least."""
+"""Least length of the sums that matrix units compute."""
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def _attend_tiles(
     HAS_SLOPES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Take in the keys from `key_begin` to `key_end`; with MASKED each row sees only those it may."""
+    """Attend to the keys from `key_begin` to `key_end`; with MASKED, each row sees only the keys visible to it."""
     BLOCK_D: tl.constexpr = queries.shape[1]
     offset_in_tile = tl.arange(0, TILE)
     dim = tl.arange(0, BLOCK_D)
@@ -65,7 +65,7 @@ def _attend_tiles(
         place = block.to(tl.int64) * BLOCK_STRIDE + (start % BLOCK_SIZE) * HEAD_DIM
         key = start + offset_in_tile
         if MASKED:
-            # Slots past the sequence may hold anything, NaN too, and 0 x NaN is NaN.
+            # Slots past the sequence may hold anything, even NaN, and 0 x NaN is NaN.
             stored = (key < visible_end)[:, None] & (dim < HEAD_DIM)[None, :]
             keys = tl.load(k_head + place + inside, mask=stored, other=0.0)
             values = tl.load(v_head + place + inside, mask=stored, other=0.0)
@@ -81,7 +81,7 @@ def _attend_tiles(
 
         scores = tl.dot(queries, tl.trans(keys), input_precision=precision) * scale
         if SOFTCAP > 0:
-            # tanh by an exponential that may overflow to infinity and is right there too.
+            # tanh by an exponential, which is right even where it overflows to infinity.
             scores = SOFTCAP * _LOG2_E * (1 - 2 / (tl.exp2(scores * (2 * _LOG2_E / SOFTCAP)) + 1))
         if HAS_SLOPES:
             scores += (slope[:, None] * _LOG2_E) * (key[None, :] - position[:, None])
@@ -91,7 +91,7 @@ def _attend_tiles(
                 visible &= key[None, :] > position[:, None] - window
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet has no peak to subtract.
+        # A row that has seen no key yet has no peak to subtract.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         weights = tl.exp2(scores - shift[:, None])
         faded = tl.exp2(peak - shift)
@@ -136,7 +136,7 @@ def attention_kernel(
     GATHERED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One item for one KV head. `scale` is in base 2 unless there is a soft cap, which is in units of scores."""
+    """One item for one KV head. Without a soft cap, `scale` includes the factor to base 2."""
     item = tl.program_id(0) // NUM_KV_HEADS
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     if item >= tl.load(count):
@@ -179,7 +179,7 @@ def attention_kernel(
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=live, other=0.0).to(tl.float32)
 
-    # Keys before `full_begin` are hidden from some rows by the window, those from `full_end` on are in their future.
+    # The window hides keys before `full_begin` from some rows; keys from `full_end` on are in some rows' future.
     full_begin = key_begin
     if HAS_WINDOW:
         key_begin = tl.maximum(key_begin, (first_position - window + 1) // TILE * TILE)
@@ -230,7 +230,7 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One head of one token: the mean of its parts, each weighted by the sum its softmax divided by."""
+    """One head of one token: the mean of its parts, weighted by the sums that their softmaxes divided by."""
     merge = tl.program_id(0) // NUM_HEADS
     head = tl.program_id(0) % NUM_HEADS
     if merge >= tl.load(count):
@@ -261,31 +261,19 @@ def merge_kernel(
     tl.store(out + at + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def paged_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     """q [T, num_heads, D], whose first dimension may have any stride -> [T, num_heads, D]."""
     assert isinstance(plan, GpuAttentionPlan)
-    if plan.window and not 0 < window <= plan.window:
-        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {window}")
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if plan.window and not 0 < params.window <= plan.window:
+        raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
+    _, num_kv_heads, block_size, head_dim = kv.keys.shape
     num_heads = q.shape[1]
     if q.shape[2] != head_dim or num_heads % num_kv_heads or q.stride(1) != head_dim or q.stride(2) != 1:
         raise ValueError(
             f"q: expected [T, {num_kv_heads} x n, {head_dim}] with heads next to each other, "
             f"found {list(q.shape)} with strides {list(q.stride())}"
         )
-    if k_cache.element_size() == 1 and architecture_of(q.device) < 89:
+    if kv.keys.element_size() == 1 and architecture_of(q.device) < 89:
         raise ValueError("k_cache: float8 needs a GPU of compute capability 8.9 or higher; use bfloat16")
     if block_size % plan.tile:
         raise ValueError(f"k_cache: the plan was made for blocks of a multiple of {plan.tile}, found {block_size}")
@@ -297,21 +285,21 @@ def paged_attention(
         config = attention_config(work.num_rows, head_dim, plan.tile, architecture_of(q.device))
         attention_kernel[(work.num_programs * num_kv_heads,)](
             q,
-            k_cache,
-            v_cache,
+            kv.keys,
+            kv.values,
             out,
             plan.partials,
             plan.partial_lse,
-            alibi_slopes,
+            params.alibi_slopes,
             work.items,
             work.count,
             plan.gathered,
             plan.block_tables,
-            k_scale,
-            v_scale,
+            kv.k_scale,
+            kv.v_scale,
             q.stride(0),
-            scale if softcap > 0 else scale * _LOG2_E.value,
-            window,
+            params.scale if params.softcap > 0 else params.scale * _LOG2_E.value,
+            params.window,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
             HEAD_DIM=head_dim,
@@ -320,11 +308,11 @@ def paged_attention(
             ROWS=work.num_rows,
             TILE=config.tile,
             STAGES=config.num_stages,
-            COMPUTE=compute_dtype(q.dtype, k_cache.dtype),
-            HAS_WINDOW=window > 0,
-            SOFTCAP=softcap,
-            HAS_SLOPES=alibi_slopes is not None,
-            SCALED=k_scale is not None,
+            COMPUTE=compute_dtype(q.dtype, kv.keys.dtype),
+            HAS_WINDOW=params.window > 0,
+            SOFTCAP=params.softcap,
+            HAS_SLOPES=params.alibi_slopes is not None,
+            SCALED=kv.k_scale is not None,
             GATHERED=gathered,
             UPCAST=INTERPRETED,
             num_warps=config.num_warps,

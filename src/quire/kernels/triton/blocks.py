@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quire.kernels.interface import KVLayer
 from quire.kernels.transfer import to_device
 
 CHUNK = 4096
-"""Words of 4 bytes a program copies."""
+"""Words of 4 bytes that a program copies."""
 NUM_WARPS = 8
 
 
@@ -26,12 +27,14 @@ def copy_blocks_kernel(addresses, pairs, block_words, CHUNK: tl.constexpr):
     tl.store(tl.multiple_of(cache + destination * block_words, 16) + word, words, mask=word < block_words)
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
-    if not len(pairs) or not caches:
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    if not len(pairs) or not layers:
         return
-    # A block of one head, 16 slots and the smallest head is a multiple of 16 bytes in every type.
-    block_words = caches[0][0][0].nbytes // 4
-    addresses = _addresses(tuple(cache.data_ptr() for layer in caches for cache in layer), pairs.device)
+    # Even the smallest block, of one head and 16 slots, is a multiple of 16 bytes in every type.
+    block_words = layers[0].keys[0].nbytes // 4
+    addresses = _addresses(
+        tuple(cache.data_ptr() for layer in layers for cache in (layer.keys, layer.values)), pairs.device
+    )
     copy_blocks_kernel[(len(pairs), len(addresses), triton.cdiv(block_words, CHUNK))](
         addresses, pairs, block_words, CHUNK=CHUNK, num_warps=NUM_WARPS
     )
@@ -39,5 +42,5 @@ def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], pairs: Tensor) -> None:
 
 @lru_cache(maxsize=4)
 def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device. The caches of an engine never move, so it is made once."""
+    """The addresses on the device. An engine's caches never move, so this is made once."""
     return to_device(np.array(addresses, dtype=np.int64), device)

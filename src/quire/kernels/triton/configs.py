@@ -1,5 +1,6 @@
-"""How each kernel is launched: tables, no autotuning, so that no request ever waits for one. `tests/kernels/triton`
-compiles every row for every architecture and holds its registers and shared memory to a budget."""
+"""Launch parameters of the kernels. They are tables, not autotuned, so that no request waits for tuning.
+`tests/kernels/triton` compiles every row for every architecture and holds its registers and shared memory to a budget.
+"""
 
 import os
 from functools import lru_cache
@@ -9,25 +10,31 @@ import torch
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter. It computes with the bits of bfloat16 and float8 as if they were whole
-numbers, so kernels widen what they load when this is set."""
+"""Whether kernels run in Triton's interpreter. It computes with bfloat16 and float8 as if their bits were integers, so
+kernels widen what they load when this is set."""
+CHUNK = 4096
+"""Logits of a program that takes a part of a row."""
+CHUNK_WARPS = 8
+ROW_WARPS = 8
+"""Warps of a program that takes a whole row of logits."""
 
 
 class AttentionConfig(NamedTuple):
     tile: int
-    """Keys taken at a time."""
+    """Keys that a program takes at a time."""
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    """That have room on a multiprocessor of a Hopper GPU at once, by their registers and shared memory."""
+    """Programs that run on a multiprocessor of a Hopper GPU at once, by their registers and shared memory."""
 
 
 def attention_config(num_rows: int, head_dim: int, max_tile: int, architecture: int) -> AttentionConfig:
-    """For a tile of rows, a head size, the widest tile of keys that the plan allows, and an architecture (90: Hopper).
+    """The configuration for a number of rows, a head size, the widest tile of keys that the plan allows, and an
+    architecture (90: Hopper).
 
-    Few rows are decode: the time is that of reading keys, so three stages keep copies in flight. Many rows are prefill:
-    the tensor cores set the pace, and registers limit how much a warp may hold. Where they do, an Ampere GPU takes
-    narrower tiles or more warps, and a Blackwell GPU more warps.
+    Few rows are decode, where reading keys takes the time: three stages keep copies in flight. Many rows are prefill,
+    where the tensor cores take the time and registers limit what a warp may hold: there an Ampere GPU takes narrower
+    tiles or more warps, and a Blackwell GPU more warps.
     """
     tile = min(64, max_tile)
     if head_dim > 128:
@@ -43,7 +50,7 @@ def attention_config(num_rows: int, head_dim: int, max_tile: int, architecture: 
 
 @lru_cache
 def architecture_of(device: torch.device) -> int:
-    """Its compute capability times ten; in the interpreter that of Hopper."""
+    """The compute capability of a device times ten; in the interpreter that of Hopper."""
     if INTERPRETED:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -51,8 +58,8 @@ def architecture_of(device: torch.device) -> int:
 
 
 def compute_dtype(activations: torch.dtype, cache: torch.dtype) -> Any:
-    """What both products are computed in. float8 becomes float16, which holds each of its values and takes a third of
-    the instructions that bfloat16 takes."""
+    """The type of both matrix products. float8 becomes float16, which holds each of its values and takes a third of the
+    instructions that bfloat16 takes."""
     if INTERPRETED:
         return tl.float32
     if cache.itemsize == 1:
@@ -61,5 +68,5 @@ def compute_dtype(activations: torch.dtype, cache: torch.dtype) -> Any:
 
 
 def num_warps_for(row_size: int) -> int:
-    """For a program that takes a whole row: at most 16 elements a thread, as long as there are warps."""
+    """Warps of a program that takes a whole row: at most 16 elements per thread, up to 16 warps."""
     return min(16, max(1, row_size // 512))

@@ -1,4 +1,4 @@
-"""Dense layers: torch's products (cuBLAS) over weights joined once. Weights of few bits are not there yet."""
+"""Dense layers: torch's products (cuBLAS) over joined weights. There are no int8 or int4 weights yet."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -7,29 +7,27 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
-from quire.kernels.interface import QuantizedWeight
+from quire.kernels.interface import Allocate, QuantizedWeight
+from quire.kernels.reference import zeros
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.norm import add_rms_norm, rms_norm
 from quire.kernels.unfused import unfused
 
 
-def pack_linear(weights: Sequence[Tensor], dtype: str) -> Tensor:
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     """The weights one below the other, on the device of the first."""
     return torch.cat([weight.to(getattr(torch, dtype)) for weight in weights])
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-    """Computed in the type of the weight; the result has the type of x. A bias of another type is widened or rounded as
-    it is added."""
+    """Computed in the type of the weight; the result has the type of x. A bias of another type is converted to it."""
     out = torch.nn.functional.linear(x.to(packed.dtype), packed).to(x.dtype)
     return out if bias is None else out.add_(bias)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    _refuse()
-
-
-def quantize_linear(weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+def quantize_linear(
+    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+) -> QuantizedWeight:
     _refuse()
 
 

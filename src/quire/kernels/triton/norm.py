@@ -1,4 +1,4 @@
-"""Root-mean-square norms: of rows, of rows after adding to the residual stream, and of the heads of queries or keys."""
+"""RMS norms of rows, of rows added to the residual stream, and of the heads of queries or keys."""
 
 import torch
 import triton

@@ -1,24 +1,15 @@
-"""Queries and keys rotated by their positions, and new keys and values written to their slots; each alone, or both in
+"""Rotates queries and keys by their positions and writes new keys and values to their slots: each alone, or both in
 one pass over the fused projection."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quire.kernels.interface import KVShape
+from quire.kernels.interface import KVLayer
 
 HEADS = 4
-"""Heads a program works on at a time."""
+"""Heads of a program."""
 NUM_WARPS = 4
-
-
-def kv_cache_shapes(
-    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
-) -> tuple[KVShape, KVShape]:
-    """The shapes of one layer's k_cache and v_cache."""
-    assert not scaled, "int8 is of the CPU's own kernels"
-    shape = (num_blocks, num_kv_heads, block_size, head_dim)
-    return shape, shape
 
 
 @triton.jit
@@ -31,7 +22,7 @@ def _rotated(x, exists, cos, sin, head, pair, HEAD_DIM: tl.constexpr, HALF: tl.c
 
 @triton.jit
 def _stored(values, scales, dtype: tl.constexpr):
-    """As the cache holds it: what is too large for it becomes the largest."""
+    """Values as the cache stores them; those beyond its range become its largest number."""
     values = tl.div_rn(values, scales)
     if dtype == tl.float8e4nv:
         values = tl.minimum(tl.maximum(values, -448.0), 448.0)
@@ -67,9 +58,9 @@ def rotary_kv_kernel(
     WRITES: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Some heads of one token: first programs take query heads, the others key and value heads.
+    """Some heads of one token: the first programs take query heads, the others key and value heads.
 
-    With WRITES keys go to the cache, else back to where they came from.
+    With WRITES, keys go to the cache; else they are rotated in place.
     """
     token = tl.program_id(0).to(tl.int64)
     QUERY_PROGRAMS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS if ROTATES else 0
@@ -109,7 +100,7 @@ def rotary_kv_kernel(
         values = tl.load(v + token * v_stride + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
         values = _stored(values.to(tl.float32), v_scales, v_cache.dtype.element_ty)
         tl.store(v_cache + start + row[:, None] + dim[None, :], values, mask=exists)
-        # Of keys, what is not rotated.
+        # The dimensions of keys that are not rotated.
         exists &= (dim >= (2 * HALF if ROTATES else 0))[None, :]
         keys = tl.load(x + head[:, None] * HEAD_DIM + dim[None, :], mask=exists, other=0.0)
         keys = _stored(keys.to(tl.float32), k_scales, k_cache.dtype.element_ty)
@@ -122,36 +113,17 @@ def rotary_kv_kernel(
 
 
 def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    _launch(q, k, None, positions, cos_sin, None, None, None, None, None)
+    _launch(q, k, None, positions, cos_sin, None, None)
 
 
-def write_kv(
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> None:
-    _launch(None, k, v, None, None, k_cache, v_cache, slots, k_scale, v_scale)
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+    _launch(None, k, v, None, None, kv, slots)
 
 
 def rotary_write_kv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-    *,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
-    _launch(q, k, v, positions, cos_sin, k_cache, v_cache, slots, k_scale, v_scale)
+    _launch(q, k, v, positions, cos_sin, kv, slots)
 
 
 def _launch(
@@ -160,11 +132,8 @@ def _launch(
     v: Tensor | None,
     positions: Tensor | None,
     cos_sin: Tensor | None,
-    k_cache: Tensor | None,
-    v_cache: Tensor | None,
+    kv: KVLayer | None,
     slots: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
 ) -> None:
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
@@ -177,24 +146,24 @@ def _launch(
         v,
         positions,
         cos_sin,
-        k_cache,
-        v_cache,
+        None if kv is None else kv.keys,
+        None if kv is None else kv.values,
         slots,
         0 if q is None else q.stride(0),
         k.stride(0),
         0 if v is None else v.stride(0),
-        k_scale,
-        v_scale,
+        None if kv is None else kv.k_scale,
+        None if kv is None else kv.v_scale,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim),
         HALF=half,
         BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
-        BLOCK_SIZE=1 if k_cache is None else k_cache.shape[2],
+        BLOCK_SIZE=1 if kv is None else kv.keys.shape[2],
         HEADS=HEADS,
         ROTATES=cos_sin is not None,
-        WRITES=k_cache is not None,
-        SCALED=k_scale is not None,
+        WRITES=kv is not None,
+        SCALED=kv is not None and kv.k_scale is not None,
         num_warps=NUM_WARPS,
     )

@@ -1,22 +1,18 @@
-"""Sampling without sorting: one token per row of logits, and log-probabilities, without the host.
+"""Sampling without sorting: one token per row of logits, without the host.
 
-A row draws the token that `quire.sampling` draws for it on a CPU: the same uniform number (`quire.sampling.uniforms`),
-laid over the same tokens in the same order. Without a filter that is the order of ids; with one it is that of the
-ranking, highest first and lowest id first among equals, of which top-k, top-p and min-p each keep a head. What the two
-devices compute differs by rounding alone, so they differ in a token only where the number falls on a boundary.
+A row samples the same token as `quire.sampling` on a CPU: both use the same uniform number
+(`quire.sampling.uniforms`), laid over the same tokens in the same order. Without a filter that is the order of ids.
+With a filter it is the ranking, highest first and lowest id first among equals; top-k, top-p and min-p each keep its
+head. The two devices differ by rounding alone, so their tokens differ only where the number falls on a boundary.
 
-Rows are looked at in chunks, one program each, so that one row of a large vocabulary keeps the whole device busy: for
-the highest logit of a chunk and who has it, then for the sum of its weights exp(-d), where d = (peak - logit) /
-temperature. One program a row has little left to do: the most likely token is that of the highest chunk, and an
-unfiltered draw looks at one chunk more.
+Rows are processed in chunks, one program each, so that one row of a large vocabulary keeps the whole device busy. A
+first kernel finds the highest logit of each chunk and its id, a second one sums the chunk's weights (`ranking`). Then
+one program per row has little to do: the most likely token is that of the highest chunk, and a sample without filters
+reads one more chunk.
 
-With a filter, chunks count their tokens and weigh them in ranges of d, whose sums over all chunks tell beyond which
-range the ranking need not be known. What is closer is listed, by all chunks at once: a few tokens where k or the
-nucleus is small. In this list the one program finds a rank by the bits of d, which is never negative, so that the bits
-ordered as a whole number are ordered as d is: eight passes find them four at a time, each summing weights in sixteen
-ranges. Sums are float64 over short float32 parts.
-
-Log-probabilities work alike: every chunk has its sum and its most likely tokens, of which one program takes the first.
+With a filter, chunks count and weigh their tokens in ranges of the distance from the peak. Sums over all chunks show
+beyond which range the ranking is not needed. All chunks together list the closer tokens: a few, where k or the nucleus
+is small. In this list, one program finds a rank by the bits of the distance.
 """
 
 from dataclasses import dataclass
@@ -26,25 +22,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 4096
-"""Tokens of a program that takes a part of a row."""
-CHUNK_WARPS = 8
-NUM_RANGES = 32
-PART = 256
-"""Tokens of a chunk that are dealt into ranges together."""
-BLOCK = 512
-"""Tokens looked at together by a program that takes a whole row."""
-ROW_WARPS = 8
+from quire.kernels.triton.configs import CHUNK, CHUNK_WARPS, ROW_WARPS
+from quire.kernels.triton.logprobs import report
+from quire.kernels.triton.ranking import (
+    NUM_RANGES,
+    RANGES,
+    distances_of,
+    find_distance,
+    has_top_k,
+    mix_bits,
+    nth_at,
+    ranges_of,
+    sample_by_id,
+    weight_closer_than,
+    weights_of,
+)
 
+__all__ = ["SamplingRows", "report", "sample"]
+
+PART = 256
+"""Tokens of a chunk that are counted into ranges together."""
+BLOCK = 512
+"""Tokens that a program of a whole row takes at a time."""
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
-_NUM_RANGES = tl.constexpr(NUM_RANGES)
-_FIRST_RANGE = tl.constexpr((0x3E800000 >> 21) - 1)
-_NO_KEY = tl.constexpr(-(2**63))
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """What each row asks for, as tensors on the device, R rows. Fixed memory may be given, for a CUDA graph."""
+    """Sampling parameters of R rows, on the device. For a CUDA graph the tensors are fixed memory."""
 
     temperature: Tensor
     """[R] float32; 0 takes the most likely token."""
@@ -57,132 +62,19 @@ class SamplingRows:
     keys: Tensor
     """[R] int64: the bits of `quire.sampling.uniforms.stream_keys`."""
     positions: Tensor
-    """[R] int64: of the token to be drawn, in its stream."""
-
-
-@triton.jit
-def _mix(z):
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _filters_k(top_k, size):
-    return (top_k > 0) & (top_k < size)
-
-
-@triton.jit
-def _distances(row, token, exists, peak, temperature):
-    """How far some tokens' scores lie below the highest; infinite where there is no token."""
-    logits = tl.load(row + token, mask=exists, other=float("-inf")).to(tl.float32)
-    return tl.div_rn(peak - logits, temperature)
-
-
-@triton.jit
-def _listed_distances(row, ids, place, count, peak, temperature):
-    exists = place < count
-    token = tl.load(ids + place, mask=exists, other=0)
-    return _distances(row, token, exists, peak, temperature)
-
-
-@triton.jit
-def _weights(distance, min_p):
-    weights = tl.exp(-distance)
-    return tl.where(weights >= min_p, weights, 0.0)
-
-
-@triton.jit
-def _ranges(distance):
-    """Which range each distance is in: up to 1/4, then four to each doubling, and all from 48 on."""
-    place = (distance.to(tl.int32, bitcast=True) >> 21) - _FIRST_RANGE
-    return tl.minimum(tl.maximum(place, 0), _NUM_RANGES - 1)
-
-
-@triton.jit
-def _find(
-    row, ids, count, peak, temperature, min_p, target, BY_COUNT: tl.constexpr, EXCEED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The bits of the distance at which the weight (or number) of the listed tokens, in the order of the ranking,
-    reaches the target, or exceeds it, and the weight (or number) of all that are closer."""
-    place = tl.arange(0, 16)
-    bits = tl.zeros([], tl.int32)
-    below = tl.zeros([], tl.float64)
-    for step in range(8):
-        shift = 28 - 4 * step
-        sums = tl.zeros([16], tl.float64)
-        for start in range(0, count, BLOCK):
-            listed = start + tl.arange(0, BLOCK)
-            distance = _listed_distances(row, ids, listed, count, peak, temperature)
-            if BY_COUNT:
-                weights = tl.where(listed < count, 1.0, 0.0)
-            else:
-                weights = _weights(distance, min_p)
-            digit = (distance.to(tl.int32, bitcast=True) >> shift) - (bits >> shift)
-            inside = tl.where(digit[:, None] == place[None, :], weights[:, None], 0.0)
-            sums += tl.sum(inside, 0).to(tl.float64)
-        reached = below + tl.cumsum(sums, 0)
-        short = reached <= target if EXCEED else reached < target
-        # Rounding may leave the target beyond everything: then the last range that holds anything is meant.
-        last = tl.max(tl.where(sums > 0, place, 0), 0)
-        chosen = tl.minimum(tl.sum(short.to(tl.int32), 0), last)
-        below += tl.sum(tl.where(place < chosen, sums, 0.0), 0)
-        bits += chosen << shift
-    return bits, below
-
-
-@triton.jit
-def _weight_closer_than(row, ids, count, peak, temperature, min_p, bits, BLOCK: tl.constexpr):
-    total = tl.zeros([], tl.float64)
-    for start in range(0, count, BLOCK):
-        distance = _listed_distances(row, ids, start + tl.arange(0, BLOCK), count, peak, temperature)
-        weights = tl.where(distance.to(tl.int32, bitcast=True) < bits, _weights(distance, min_p), 0.0)
-        total += tl.sum(weights, 0).to(tl.float64)
-    return total
-
-
-@triton.jit
-def _nth_at(row, ids, count, peak, temperature, bits, n, BLOCK: tl.constexpr):
-    """The id of the token number n, from 0, of those at one distance; of the last if there are fewer."""
-    found = tl.zeros([], tl.int32)
-    before = tl.zeros([], tl.int32)
-    for start in range(0, count, BLOCK):
-        listed = start + tl.arange(0, BLOCK)
-        distance = _listed_distances(row, ids, listed, count, peak, temperature)
-        equal = ((distance.to(tl.int32, bitcast=True) == bits) & (listed < count)).to(tl.int32)
-        number = before + tl.cumsum(equal, 0) - 1
-        found = tl.maximum(found, tl.max(tl.where((equal > 0) & (number <= n), listed, 0), 0))
-        before += tl.sum(equal, 0)
-    return tl.load(ids + found)
-
-
-@triton.jit
-def _draw_by_id(row, start, end, size, peak, temperature, min_p, target, BLOCK: tl.constexpr):
-    """The first token from `start` on at which the weight of all up to it exceeds the target; the last with any weight
-    before `end` if none does."""
-    found = tl.zeros([], tl.int32)
-    before = tl.zeros([], tl.float64)
-    for begin in range(start, end, BLOCK):
-        token = begin + tl.arange(0, BLOCK)
-        weights = _weights(_distances(row, token, token < size, peak, temperature), min_p).to(tl.float64)
-        reached = before + tl.cumsum(weights, 0)
-        # Tokens are passed as long as the sum before them does not exceed the target; the last of these is drawn.
-        candidate = (weights > 0) & (reached - weights <= target)
-        found = tl.maximum(found, tl.max(tl.where(candidate, token, 0), 0))
-        before += tl.sum(weights, 0)
-    return found
+    """[R] int64: position of the token to sample, in its stream."""
 
 
 @triton.jit
 def peaks_kernel(logits, chunk_peaks, chunk_ids, stride, size, num_chunks, CHUNK: tl.constexpr):
-    """Of a chunk its highest logit, NaN if it holds any, and the lowest id that has it."""
+    """The highest logit of a chunk, NaN if the chunk holds NaN, and the lowest id with it."""
     index, chunk = tl.program_id(0), tl.program_id(1)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
     row = logits + index.to(tl.int64) * stride
     values = tl.load(row + token, mask=token < size, other=float("-inf")).to(tl.float32)
     peak = tl.max(values, 0)
     first = tl.min(tl.where((values == peak) & (token < size), token, size), 0)
-    # A maximum may pass over NaN.
+    # A maximum may ignore NaN.
     peak = tl.where(tl.max((values != values).to(tl.int32), 0) > 0, float("nan"), peak)
     tl.store(chunk_peaks + index * num_chunks + chunk, peak)
     tl.store(chunk_ids + index * num_chunks + chunk, first)
@@ -190,7 +82,7 @@ def peaks_kernel(logits, chunk_peaks, chunk_ids, stride, size, num_chunks, CHUNK
 
 @triton.jit
 def _peaks_of_row(chunk_peaks, index, num_chunks, CHUNKS: tl.constexpr):
-    """Of each chunk, and of all: not finite for a row that draws nothing."""
+    """The peak of each chunk and that of the row, which is not finite for a row without a sample."""
     chunk = tl.arange(0, CHUNKS)
     peaks = tl.load(chunk_peaks + index * num_chunks + chunk, mask=chunk < num_chunks, other=float("-inf"))
     unsound = tl.max((peaks != peaks).to(tl.int32), 0) > 0
@@ -215,7 +107,7 @@ def weights_kernel(
     CHUNKS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """The weight of a chunk, of rows that draw; of filtered ones also the weight and number of tokens in each range."""
+    """The weight of a chunk of a random row; for a filtered row also the weight and number of tokens in each range."""
     index, chunk = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperatures + index)
     _, peak = _peaks_of_row(chunk_peaks, index, num_chunks, CHUNKS)
@@ -224,23 +116,23 @@ def weights_kernel(
     row = logits + index.to(tl.int64) * stride
     min_p = tl.load(min_ps + index)
     own = index * num_chunks + chunk
-    if _filters_k(tl.load(top_ks + index), size) | (tl.load(top_ps + index) < 1):
-        place = tl.arange(0, _NUM_RANGES)
-        counts = tl.zeros([PART, _NUM_RANGES], tl.int32)
-        dealt = tl.zeros([PART, _NUM_RANGES], tl.float32)
+    if has_top_k(tl.load(top_ks + index), size) | (tl.load(top_ps + index) < 1):
+        place = tl.arange(0, RANGES)
+        counts = tl.zeros([PART, RANGES], tl.int32)
+        dealt = tl.zeros([PART, RANGES], tl.float32)
         for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, size), PART):
             token = start + tl.arange(0, PART)
-            distance = _distances(row, token, token < size, peak, temperature)
-            inside = (_ranges(distance)[:, None] == place[None, :]) & (token < size)[:, None]
+            distance = distances_of(row, token, token < size, peak, temperature)
+            inside = (ranges_of(distance)[:, None] == place[None, :]) & (token < size)[:, None]
             counts += inside.to(tl.int32)
-            dealt += tl.where(inside, _weights(distance, min_p)[:, None], 0.0)
+            dealt += tl.where(inside, weights_of(distance, min_p)[:, None], 0.0)
         sums = tl.sum(dealt.to(tl.float64), 0)
-        tl.store(range_counts + own * _NUM_RANGES + place, tl.sum(counts, 0))
-        tl.store(range_weights + own * _NUM_RANGES + place, sums)
+        tl.store(range_counts + own * RANGES + place, tl.sum(counts, 0))
+        tl.store(range_weights + own * RANGES + place, sums)
         tl.store(chunk_weights + own, tl.sum(sums, 0))
     else:
         token = chunk * CHUNK + tl.arange(0, CHUNK)
-        weights = _weights(_distances(row, token, token < size, peak, temperature), min_p)
+        weights = weights_of(distances_of(row, token, token < size, peak, temperature), min_p)
         tl.store(chunk_weights + own, tl.sum(weights.to(tl.float64), 0))
 
 
@@ -261,18 +153,18 @@ def list_kernel(
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Of a filtered row the ids, in rising order, that the filters may leave, and some more; each chunk lists its own
-    behind those of the chunks before it."""
+    """Lists the ids of a filtered row that the filters may keep, and some more, in ascending order. Each chunk writes
+    its ids after those of the chunks before it."""
     index, chunk = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(temperatures + index)
     top_k = tl.load(top_ks + index)
-    filters_k = _filters_k(top_k, size)
+    filters_k = has_top_k(top_k, size)
     top_p = tl.load(top_ps + index)
     _, peak = _peaks_of_row(chunk_peaks, index, num_chunks, CHUNKS)
     if (temperature == 0) | ((peak - peak) != 0) | ((filters_k | (top_p < 1)) == 0):
         return
-    place, others = tl.arange(0, _NUM_RANGES), tl.arange(0, CHUNKS)
-    at = (index * num_chunks + others)[:, None] * _NUM_RANGES + place[None, :]
+    place, others = tl.arange(0, RANGES), tl.arange(0, CHUNKS)
+    at = (index * num_chunks + others)[:, None] * RANGES + place[None, :]
     exists = (others < num_chunks)[:, None] & (place >= 0)[None, :]
     counts = tl.load(range_counts + at, mask=exists, other=0)
     if filters_k:
@@ -288,8 +180,8 @@ def list_kernel(
     if tl.sum(tl.where(others == chunk, listed, 0), 0) > 0:
         token = chunk * CHUNK + tl.arange(0, CHUNK)
         row = logits + index.to(tl.int64) * stride
-        distance = _distances(row, token, token < size, peak, temperature)
-        kept = (_ranges(distance) <= last) & (token < size)
+        distance = distances_of(row, token, token < size, peak, temperature)
+        kept = (ranges_of(distance) <= last) & (token < size)
         to = before + tl.cumsum(kept.to(tl.int32), 0) - 1
         tl.store(ids + index.to(tl.int64) * size + to, token, mask=kept)
 
@@ -336,137 +228,40 @@ def sample_kernel(
     min_p = tl.load(min_ps + index)
     key = tl.load(keys + index).to(tl.uint64, bitcast=True)
     position = tl.load(positions + index).to(tl.uint64, bitcast=True)
-    uniform = (_mix(key + (position + 1) * _GAMMA) >> 11).to(tl.float64) * 1.1102230246251565e-16
+    uniform = (mix_bits(key + (position + 1) * _GAMMA) >> 11).to(tl.float64) * 1.1102230246251565e-16
     sums = tl.load(chunk_weights + index * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
     kept = tl.sum(sums, 0)
-    filters_k = _filters_k(top_k, size)
+    filters_k = has_top_k(top_k, size)
     if filters_k | (top_p < 1):
         own = ids + index.to(tl.int64) * size
         count = tl.load(num_ids + index)
         if filters_k:
-            bits, closer = _find(row, own, count, peak, temperature, 0.0, top_k.to(tl.float64), True, False, BLOCK)
-            kept = _weight_closer_than(row, own, count, peak, temperature, min_p, bits, BLOCK)
+            bits, closer = find_distance(
+                row, own, count, peak, temperature, 0.0, top_k.to(tl.float64), True, False, BLOCK
+            )
+            kept = weight_closer_than(row, own, count, peak, temperature, min_p, bits, BLOCK)
             distance = bits.to(tl.float32, bitcast=True)
-            kept += (top_k.to(tl.float64) - closer) * _weights(distance, min_p).to(tl.float64)
+            kept += (top_k.to(tl.float64) - closer) * weights_of(distance, min_p).to(tl.float64)
         if top_p < 1:
             needed = top_p * kept
-            bits, closer = _find(row, own, count, peak, temperature, min_p, needed, False, False, BLOCK)
-            weight = _weights(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
+            bits, closer = find_distance(row, own, count, peak, temperature, min_p, needed, False, False, BLOCK)
+            weight = weights_of(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
             at_edge = tl.maximum(tl.ceil((needed - closer) / weight), 1.0)
             kept = tl.minimum(kept, closer + at_edge * weight)
         target = uniform * kept
-        bits, closer = _find(row, own, count, peak, temperature, min_p, target, False, True, BLOCK)
-        weight = _weights(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
+        bits, closer = find_distance(row, own, count, peak, temperature, min_p, target, False, True, BLOCK)
+        weight = weights_of(bits.to(tl.float32, bitcast=True), min_p).to(tl.float64)
         number = tl.floor(tl.maximum(target - closer, 0.0) / weight).to(tl.int32)
-        tl.store(tokens + index, _nth_at(row, own, count, peak, temperature, bits, number, BLOCK))
+        tl.store(tokens + index, nth_at(row, own, count, peak, temperature, bits, number, BLOCK))
     else:
         target = uniform * kept
-        # Rounding may leave the target beyond everything: then the last chunk that holds anything is meant.
+        # Rounding may put the target beyond the sum: then take the last chunk that is not empty.
         last = tl.max(tl.where(sums > 0, chunk, 0), 0)
         chosen = tl.minimum(tl.sum((tl.cumsum(sums, 0) <= target).to(tl.int32), 0), last)
         before = tl.sum(tl.where(chunk < chosen, sums, 0.0), 0)
         start = chosen * CHUNK
-        token = _draw_by_id(row, start, start + CHUNK, size, peak, temperature, min_p, target - before, BLOCK)
+        token = sample_by_id(row, start, start + CHUNK, size, peak, temperature, min_p, target - before, BLOCK)
         tl.store(tokens + index, token)
-
-
-@triton.jit
-def _rank_keys(values, token, exists):
-    """Whole numbers that are ordered as the ranking is: by value, and by the lower id among equals. All differ."""
-    values = tl.where(values == 0, 0.0, values)  # of which there are two
-    bits = values.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.to(tl.int64) << 32) + (0x7FFFFFFF - token).to(tl.int64)
-    return tl.where(exists, keys, _NO_KEY)
-
-
-@triton.jit
-def chunk_reports_kernel(
-    logits,
-    tokens,
-    nums_reported,
-    chunk_peaks,
-    chunk_sums,
-    chunk_ahead,
-    chunk_leaders,
-    stride,
-    size,
-    num_chunks,
-    CHUNK: tl.constexpr,
-    LEADERS: tl.constexpr,
-):
-    """Of a chunk, for rows that report: its peak and the sum of exp(logit - peak), how many tokens come before the
-    chosen one, and its most likely tokens."""
-    index, chunk = tl.program_id(0), tl.program_id(1)
-    num_reported = tl.load(nums_reported + index)
-    if num_reported == 0:
-        return
-    row = logits + index.to(tl.int64) * stride
-    own_token = tl.load(tokens + index)
-    own = tl.load(row + own_token).to(tl.float32)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
-    exists = token < size
-    values = tl.load(row + token, mask=exists, other=float("-inf")).to(tl.float32)
-    peak = tl.max(values, 0)
-    shift = tl.where(peak == float("-inf"), 0.0, peak)
-    ahead = (values > own) | ((values == own) & (token < own_token))
-    place = index * num_chunks + chunk
-    tl.store(chunk_peaks + place, peak)
-    tl.store(chunk_sums + place, tl.sum(tl.exp(values - shift).to(tl.float64), 0))
-    tl.store(chunk_ahead + place, tl.sum((ahead & exists).to(tl.int32), 0))
-    keys = _rank_keys(values, token, exists)
-    leader = tl.max(keys, 0)
-    for number in range(num_reported - 1):
-        tl.store(chunk_leaders + place.to(tl.int64) * LEADERS + number, leader)
-        leader = tl.max(tl.where(keys < leader, keys, _NO_KEY), 0)
-
-
-@triton.jit(do_not_specialize=["num_rows"])  # or batches of one would be compiled anew
-def reports_kernel(
-    logits,
-    tokens,
-    nums_reported,
-    chunk_peaks,
-    chunk_sums,
-    chunk_ahead,
-    chunk_leaders,
-    reports,
-    num_rows,
-    stride,
-    num_chunks,
-    CHUNKS: tl.constexpr,
-    LEADERS: tl.constexpr,
-    MAX_REPORTED: tl.constexpr,
-):
-    """A row's report from its chunks'."""
-    index = tl.program_id(0)
-    num_reported = tl.load(nums_reported + index)
-    if num_reported == 0:
-        return
-    chunk = tl.arange(0, CHUNKS)
-    exists = chunk < num_chunks
-    place = index * num_chunks + chunk
-    peaks = tl.load(chunk_peaks + place, mask=exists, other=float("-inf"))
-    peak = tl.max(peaks, 0)
-    sums = tl.load(chunk_sums + place, mask=exists, other=0.0)
-    total = tl.sum(sums * tl.exp(peaks - peak).to(tl.float64), 0)
-    normaliser = peak.to(tl.float64) + tl.log(total)
-    rank = 1 + tl.sum(tl.load(chunk_ahead + place, mask=exists, other=0), 0)
-    own = tl.load(logits + index.to(tl.int64) * stride + tl.load(tokens + index)).to(tl.float64)
-    out = reports + index
-    tl.store(out, rank)
-    tl.store(out + num_rows, (own - normaliser).to(tl.float32).to(tl.int32, bitcast=True))
-    number = tl.arange(0, LEADERS)
-    found = exists[:, None] & (number < num_reported - 1)[None, :]
-    keys = tl.load(chunk_leaders + place.to(tl.int64)[:, None] * LEADERS + number[None, :], mask=found, other=_NO_KEY)
-    for following in range(num_reported - 1):
-        key = tl.max(tl.max(keys, 1), 0)
-        keys = tl.where(keys < key, keys, _NO_KEY)
-        ordered = (key >> 32).to(tl.int32)
-        value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        logprob = (value.to(tl.float64) - normaliser).to(tl.float32)
-        tl.store(out + (2 + following) * num_rows, 0x7FFFFFFF - (key & 0xFFFFFFFF).to(tl.int32))
-        tl.store(out + (2 + MAX_REPORTED + following) * num_rows, logprob.to(tl.int32, bitcast=True))
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
@@ -544,40 +339,3 @@ def sample(logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
         num_warps=ROW_WARPS,
     )
     return tokens, peaks
-
-
-def report(logits: Tensor, tokens: Tensor, nums_reported: Tensor, max_reported: int) -> Tensor:
-    """logits [R, vocabulary], tokens [R] int32, nums_reported [R] int32 -> [2 + 2 max_reported, R] int32, of each row
-    the rank of its token, from 1; the bits of its log-probability as float32; the ids of the most likely tokens, and
-    the bits of their log-probabilities.
-
-    A row has a report of `nums_reported` tokens, its own the first of them; 0: none, and its column is void.
-    """
-    num_rows, size = logits.shape
-    num_chunks = triton.cdiv(size, CHUNK)
-    leaders = triton.next_power_of_2(max(1, max_reported))
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(num_rows, num_chunks, *shape, dtype=dtype, device=logits.device)
-
-    reports = torch.empty(2 + 2 * max_reported, num_rows, dtype=torch.int32, device=logits.device)
-    if not num_rows:
-        return reports
-    asked = (logits, tokens, nums_reported)
-    of_chunks = (empty(torch.float32), empty(torch.float64), empty(torch.int32), empty(torch.int64, leaders))
-    chunk_reports_kernel[(num_rows, num_chunks)](
-        *asked, *of_chunks, logits.stride(0), size, num_chunks, CHUNK=CHUNK, LEADERS=leaders, num_warps=CHUNK_WARPS
-    )
-    reports_kernel[(num_rows,)](
-        *asked,
-        *of_chunks,
-        reports,
-        num_rows,
-        logits.stride(0),
-        num_chunks,
-        CHUNKS=triton.next_power_of_2(num_chunks),
-        LEADERS=leaders,
-        MAX_REPORTED=max_reported,
-        num_warps=ROW_WARPS,
-    )
-    return reports

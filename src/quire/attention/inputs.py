@@ -1,0 +1,55 @@
+"""AttentionShape and StepArrays: what a planner takes, once and in every step."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What is the same in every step."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    window: int = 0
+    """Most positions that any layer sees; 0: all. A plan serves layers with this window or a smaller one."""
+    max_num_seqs: int = 0
+    """Sequences in a step. This and the next two limits are for backends whose plans are in fixed buffers."""
+    max_num_tokens: int = 0
+    """New tokens in a step, of all sequences together."""
+    max_blocks: int = 0
+    """Blocks of one sequence."""
+    num_threads: int = 1
+    kv_element_size: int = 4
+    """Bytes of a number in the cache."""
+    batch_invariant: bool = False
+    """If true, a token's result does not depend on other sequences, chunks or the number of threads, bit for bit:
+    nothing is shared, and the order in which a token's keys are summed depends on its position alone."""
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class StepArrays(NamedTuple):
+    """A step on the host: B sequences with T new tokens, which are the last of each sequence. All int32."""
+
+    query_start_loc: Int32Array
+    """[B + 1]: the new tokens of sequence s are query_start_loc[s] up to query_start_loc[s + 1]."""
+    seq_lens: Int32Array
+    """[B]: tokens of each sequence, the new ones included."""
+    block_tables: Int32Array
+    """[B, most blocks of any sequence]"""
+    slots: Int32Array
+    """[T]: where each new token's KV is stored, block * block_size + offset."""

@@ -1,0 +1,244 @@
+"""Builds an EngineCore for a memory plan: reads the weights, allocates the KV cache, wires scheduler and runner.
+
+The only file of the engine that imports torch. Everything before it runs while torch is still being imported.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quire.backends import BACKENDS
+from quire.config import EngineConfig
+from quire.engine.core import EngineCore
+from quire.engine.device import usable_cores
+from quire.engine.fingerprint import fingerprint
+from quire.engine.grammars import load_compiler
+from quire.engine.memory_budget import max_num_samples
+from quire.engine.memory_plan import MemoryPlan
+from quire.engine.preloader import Preloader, preload
+from quire.grammar.cache import GrammarCache
+from quire.kernels import Kernels, cpu, kernels_for
+from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.storage import KVCache
+from quire.kv_cache.tiers import Tier, TierIndex
+from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.device_weights import DeviceWeights
+from quire.models.packed_weights import PackedWeights
+from quire.models.random_weights import RandomWeights
+from quire.models.registry import Model, load_model
+from quire.models.weights import TensorSource
+from quire.runner.block_store import BlockStore
+from quire.runner.cuda_graphs import CudaCapture
+from quire.runner.disk_blocks import DiskBlocks, file_bytes
+from quire.runner.model_runner import ModelRunner, RunnerSettings
+from quire.sampling.logits_processors import load_processors
+from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
+from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
+from quire.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_KV_TYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+"""KV types that have another name in torch."""
+
+Phase = Callable[[str, float], None]
+"""Called after each phase of start-up with its name and its seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What is being built: the options, the model, and the plan made for both."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    plan: MemoryPlan
+    folder: Path
+    kernels: Kernels
+    device: torch.device
+
+
+def build_core(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    plan: MemoryPlan,
+    folder: Path,
+    on_phase: Phase,
+    *,
+    preloader: Preloader | None = None,
+    logits_processors: Sequence[object] | None = None,
+    warm_grammars: bool = False,
+) -> EngineCore:
+    """Load a model. Raises `CheckpointError` for files that do not fit the config.
+
+    `preloader` was started with the same arguments before torch was imported. `logits_processors`, names or objects,
+    replace the config's, which can only hold names. `warm_grammars` reads the vocabulary for structured outputs now, in
+    a thread: reading a large one with the first grammar would delay running requests by a second.
+    """
+    processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
+    grammars = GrammarCache(
+        lambda: load_compiler(config, model_config, folder), config.max_grammars, config.grammar_memory
+    )
+    if warm_grammars:
+        grammars.warm()
+    started = time.perf_counter()
+    num_threads = _set_threads(config)
+    target = _Target(config, model_config, plan, folder, kernels_for(plan.attention_backend), torch.device(plan.device))
+    name = _kernel_name(config, plan)
+    on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
+    preloader = preloader or preload(config, model_config, plan, folder)
+    model, from_cache = _load_weights(target, preloader)
+    on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
+
+    started = time.perf_counter()
+    kv_cache = _make_kv_cache(target)
+    tiers, block_store = _open_tiers(target, kv_cache)
+    _warn_of_surplus(target)
+    on_phase("KV cache", time.perf_counter() - started)
+    settings = RunnerSettings(
+        backend=plan.attention_backend,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        num_threads=num_threads,
+        logprobs_memory=plan.logprobs,
+        fast_forward=config.fast_forward,
+        batch_invariant=config.deterministic,
+        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
+        max_num_samples=max_num_samples(config),
+    )
+    runner = ModelRunner(
+        model,
+        kv_cache,
+        model_config,
+        target.kernels,
+        settings,
+        logits_processors=processors,
+        block_store=block_store,
+        grammars=grammars,
+        capture=CudaCapture() if plan.graphs else None,
+    )
+    return EngineCore(
+        _make_scheduler(config, plan, tiers),
+        runner,
+        grammars,
+        preloader.cache,
+        vocab_size=model_config.vocab_size,
+        max_logprobs=config.max_logprobs,
+        overlaps=plan.async_scheduling,
+    )
+
+
+def _set_threads(config: EngineConfig) -> int:
+    """Give torch as many threads as the config says, or one per usable core; returns the number."""
+    cores = usable_cores()
+    num_threads = config.threads or cores
+    if num_threads > cores:
+        logger.warning(
+            "threads is %d, but there are %d cores to use: they will wait for each other", num_threads, cores
+        )
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _kernel_name(config: EngineConfig, plan: MemoryPlan) -> str:
+    """The backend, or on a CPU its instruction set. Warns if the KV type was chosen for another instruction set."""
+    if plan.attention_backend != "cpu":
+        return plan.attention_backend
+    name = cpu.isa()
+    if (config.kv_cache_dtype, plan.kv_cache_dtype) == ("auto", "bfloat16") and name != "avx512bf16":
+        logger.warning(
+            "the KV cache is bfloat16, because this CPU reports that it multiplies pairs of bfloat16, but the %s "
+            "kernels run, which do not; kv_cache_dtype float16 takes as much memory and is more precise",
+            name,
+        )
+    return name
+
+
+def _load_weights(target: _Target, preloader: Preloader) -> tuple[Model, bool]:
+    """The model, and whether its weights came packed from the cache; else they are now being stored there."""
+    preloader.finish()
+    packed = None if preloader.memory is None else PackedWeights(preloader.memory, preloader.stored)
+    model = _load_model(target, target.kernels if packed is None else packed.kernels)
+    if target.plan.kv_cache_dtype == "fp8_e4m3":
+        model.scale_kv()
+    from_cache = packed is not None and packed.num_packed == 0
+    if preloader.cache is not None and packed is not None and not from_cache:
+        preloader.cache.store(packed.parts)
+    return model, from_cache
+
+
+def _load_model(target: _Target, kernels: Kernels) -> Model:
+    config, plan = target.config, target.plan
+    float32_activations = BACKENDS[plan.attention_backend].float32_activations
+    made_on = torch.device("cpu") if float32_activations else target.device
+    dummy = config.load_format == "dummy"
+    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else open_checkpoint(target.folder)
+    if not float32_activations:
+        source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
+    stored_as = plan.quantization or plan.dtype
+    return load_model(target.model_config, source, kernels, stored_as, max_model_len=plan.max_model_len)
+
+
+def _make_kv_cache(target: _Target) -> KVCache:
+    plan, model_config = target.plan, target.model_config
+    return KVCache(
+        num_layers=model_config.num_layers,
+        shapes=target.kernels.kv_cache_shapes(
+            plan.num_blocks,
+            model_config.num_kv_heads,
+            plan.block_size,
+            model_config.head_dim,
+            scaled=plan.kv_cache_dtype == "int8",
+        ),
+        block_size=plan.block_size,
+        dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
+        device=target.device,
+    )
+
+
+def _open_tiers(target: _Target, kv_cache: KVCache) -> tuple[TierIndex | None, BlockStore | None]:
+    """The tiers that the config asks for: the index for the scheduler, the contents for the runner."""
+    config, plan = target.config, target.plan
+    block_bytes = kv_cache.block_bytes
+    num_host_blocks = plan.swap_space // block_bytes
+    files = None
+    if config.disk_cache is not None:
+        key = fingerprint(config, plan, target.folder, cpu.isa())
+        files = DiskBlocks.open(config.disk_cache, key, block_bytes)
+    if not num_host_blocks and files is None:
+        return None, None
+    host = Tier(num_host_blocks * block_bytes, block_bytes) if num_host_blocks else None
+    disk = Tier(config.disk_cache_size, file_bytes(block_bytes), files.stored) if files is not None else None
+    store = BlockStore(kv_cache, num_host_blocks=num_host_blocks, disk=files)
+    return TierIndex(time.monotonic, host=host, disk=disk), store
+
+
+def _warn_of_surplus(target: _Target) -> None:
+    """Warn if a CUDA device holds more memory than the plan counted."""
+    if target.device.type == "cuda":
+        surplus = target.plan.surplus(torch.cuda.memory_allocated(target.device))
+        if surplus:
+            logger.warning("%s", surplus)
+
+
+def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
+    return Scheduler(
+        BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
+        SchedulerLimits(
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            max_pinned_share=config.max_pinned_share,
+        ),
+        tiers=tiers,
+        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
+        make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
+        make_rule=ADMISSIONS[config.admission],
+    )

@@ -1,0 +1,224 @@
+"""The kernels in plain PyTorch for any device: KV is gathered through the block tables for torch's own attention.
+
+For devices without kernels of their own (older GPUs, MPS), and on a CPU for tests of what only devices do. Slower than
+a paged kernel, since KV is read, copied and read again; in exchange nothing here depends on the device. No operation
+waits for it: every shape is known on the host. What each computes is written in `quire.kernels.reference`.
+
+Activations are of any float type and sums are float32. Caches are [num_blocks, num_kv_heads, block_size, head_dim] of
+any float type or float8_e4m3fn, to whose range what is stored is clamped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quire.kernels import reference
+from quire.kernels.host_sampling import row_argmax, sample_tokens
+from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.reference import (
+    gather_rows_quantized,
+    gelu_and_mul,
+    linear_quantized,
+    quantize_linear,
+    silu_and_mul,
+    zeros,
+)
+from quire.kernels.unfused import unfused
+
+__all__ = [
+    "SdpaPlan",
+    "SequenceRun",
+    "add_rms_norm",
+    "copy_blocks",
+    "describe",
+    "gather_rows",
+    "gather_rows_quantized",
+    "gelu_and_mul",
+    "glu_linear",
+    "kv_cache_shapes",
+    "linear",
+    "linear_quantized",
+    "pack_linear",
+    "paged_attention",
+    "quantize_linear",
+    "rms_norm",
+    "rms_norm_heads_",
+    "rms_norm_linear",
+    "rotary_",
+    "rotary_write_kv",
+    "row_argmax",
+    "sample_tokens",
+    "silu_and_mul",
+    "write_kv",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRun:
+    """Sequences that are computed together: n of them with q new tokens each and at most b blocks."""
+
+    tokens: Tensor
+    """[n, q] int64: rows of q and of the output."""
+    blocks: Tensor
+    """[n, b] int64: their block tables; an entry past a sequence's end is any block."""
+    distance: Tensor
+    """[n, q, b * block_size] int32: position of the key minus that of the query. Above zero it is not seen."""
+    seq_lens: Tensor
+    """[n, 1] int64"""
+
+
+@dataclass(frozen=True, slots=True)
+class SdpaPlan(AttentionPlan):
+    """An AttentionPlan whose tensors lie on the device, without work items."""
+
+    runs: list[SequenceRun] = field(default_factory=list)
+
+
+def describe() -> str:
+    return "sdpa"
+
+
+def kv_cache_shapes(
+    num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
+) -> tuple[KVShape, KVShape]:
+    assert not scaled, "only the CPU's own kernels store int8"
+    shape = (num_blocks, num_kv_heads, block_size, head_dim)
+    return shape, shape
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def rms_norm_heads_(x: Tensor, weight: Tensor, eps: float) -> None:
+    x.copy_(rms_norm(x, weight, eps))
+
+
+def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    for x in (q, k):
+        first, second = x[..., :rotary_dim].float().chunk(2, dim=-1)
+        x[..., :rotary_dim] = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
+    if not len(slots):
+        return
+    # A token that is not stored repeats the first one that is, and where none is, a slot gets what it holds. A mask
+    # would do with less, but the host would have to wait for the number of its ones.
+    stored = slots >= 0
+    row = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
+    slot = slots[row].long().clamp(min=0)
+    block_size = kv.values.shape[2]
+    place = (slot // block_size, slice(None), slot % block_size)
+    any_stored = stored.any()
+    for new, cache, scale in ((k, kv.keys, kv.k_scale), (v, kv.values, kv.v_scale)):
+        values = new.index_select(0, row)
+        if scale is not None:
+            values = values.float() / scale[:, None]
+        values = _narrow(values, cache.dtype)
+        raw = _bits(cache)
+        raw[place] = torch.where(any_stored, _bits(values), raw[place])
+
+
+def rotary_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
+) -> None:
+    rotary_(q, k, positions, cos_sin)
+    write_kv(k, v, kv, slots)
+
+
+def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
+    reference.copy_blocks([KVLayer(_bits(layer.keys), _bits(layer.values)) for layer in layers], pairs)
+
+
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+    stored = [weight.to(getattr(torch, dtype)) for weight in weights]
+    return stored[0] if len(stored) == 1 else torch.cat(stored)
+
+
+def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
+    return packed.index_select(0, ids)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return functional.linear(x, packed, None if bias is None else bias.to(x.dtype))
+
+
+rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+
+
+def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
+    assert isinstance(plan, SdpaPlan), "made by quire.attention.sdpa"
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for run in plan.runs:
+        keys, values = _gather(kv.keys, run.blocks, q.dtype), _gather(kv.values, run.blocks, q.dtype)
+        for x, head_scale in ((keys, kv.k_scale), (values, kv.v_scale)):
+            if head_scale is not None:
+                x.mul_(head_scale[:, None, None])
+        # Slots past a sequence's end may hold anything, and not a number times nothing is not a number.
+        unwritten = torch.arange(keys.shape[2], device=q.device) >= run.seq_lens
+        keys, values = (x.masked_fill_(unwritten[:, None, :, None], 0) for x in (keys, values))
+        queries = q[run.tokens].transpose(1, 2)  # [n, heads, q, D]
+        hidden = run.distance > 0
+        if params.window > 0:
+            hidden |= run.distance <= -params.window
+        hidden = hidden.unsqueeze(1)
+        if params.softcap > 0:
+            attended = _soft_capped(queries, keys, values, hidden, run.distance, params)
+        else:
+            mask = ~hidden
+            if params.alibi_slopes is not None:
+                mask = _alibi(params.alibi_slopes, run.distance).masked_fill(hidden, float("-inf")).to(q.dtype)
+            attended = functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=params.scale, enable_gqa=True
+            )
+        out[run.tokens] = attended.transpose(1, 2)
+    return out
+
+
+def _soft_capped(
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, distance: Tensor, params: AttentionParams
+) -> Tensor:
+    """Attention with a soft cap, by its definition: torch's own has none."""
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = (queries.float() @ keys.float().transpose(2, 3)) * params.scale
+    scores = params.softcap * torch.tanh(scores / params.softcap)
+    if params.alibi_slopes is not None:
+        scores = scores + _alibi(params.alibi_slopes, distance)
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.float()).to(queries.dtype)
+
+
+def _alibi(slopes: Tensor, distance: Tensor) -> Tensor:
+    return slopes.float().view(1, -1, 1, 1) * distance.unsqueeze(1)
+
+
+def _gather(cache: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """cache [num_blocks, heads, block_size, D], blocks [n, b] -> [n, heads, b * block_size, D], a copy."""
+    num_sequences, num_blocks = blocks.shape
+    gathered = _bits(cache).index_select(0, blocks.flatten()).view(cache.dtype)
+    by_sequence = gathered.view(num_sequences, num_blocks, *cache.shape[1:])
+    return by_sequence.transpose(1, 2).flatten(2, 3).to(dtype)
+
+
+def _narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in (torch.float16, torch.float8_e4m3fn):
+        return x.to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """8-bit floats as bytes: not every device indexes them."""
+    return x if x.dtype.itemsize > 1 else x.view(torch.uint8)

@@ -1,0 +1,30 @@
+"""StepContext: what one step gives to every layer besides the tokens' hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from quire.kernels import AttentionPlan, KVLayer, OutputTokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """One step as model, layers and kernels see it. T new tokens of all sequences."""
+
+    positions: Tensor
+    """[T] int32: position of each new token in its sequence."""
+    kv_layers: Sequence[KVLayer]
+    """The KV cache, one entry a layer."""
+    attention: AttentionPlan
+    output_tokens: OutputTokens | None = None
+    """The tokens whose hidden states are read; None: all of them."""
+
+    @property
+    def for_inner_layers(self) -> "StepContext":
+        """The same step for layers before the last: they compute every token, since later layers need its keys."""
+        return self if self.output_tokens is None else replace(self, output_tokens=None)
+
+    def select_output(self, x: Tensor) -> Tensor:
+        """x [T, ...] -> the rows of the output tokens [R, ...]; x itself where all tokens are read."""
+        return x if self.output_tokens is None else x[self.output_tokens.tokens]

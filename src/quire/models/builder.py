@@ -1,0 +1,75 @@
+"""Builder: makes a model's layers from its config and its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quire.kernels import Kernels
+from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.layers.linear import Linear, LinearWeight, output_head
+from quire.layers.norm import LayerNorm, Norm, RMSNorm
+from quire.model_config import ModelConfig
+from quire.models.weights import WeightScope
+from quire.quantization import METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class Builder:
+    """What every part of a model is made from. Names are relative to the scope of the weights."""
+
+    config: ModelConfig
+    weights: WeightScope
+    kernels: Kernels
+    dtype: str
+    """How dense layers are packed: a float type, or the name of a quantisation."""
+
+    def scope(self, name: str) -> "Builder":
+        """A builder for the tensors below `name`."""
+        return replace(self, weights=self.weights.scope(name))
+
+    @property
+    def float_dtype(self) -> str:
+        """How layers are packed that no quantisation touches."""
+        if self.dtype not in METHODS:
+            return self.dtype
+        return str(self.weights.activation_dtype).removeprefix("torch.")
+
+    def linear(
+        self, rows: Mapping[str, int], num_inputs: int, *, bias: bool = False, transposed: bool = False
+    ) -> Linear:
+        """One layer from several stored ones, outputs side by side; `rows` maps their names to their output sizes."""
+        take = self.weights.take_linear
+        return self.pack(
+            *(take(name, (count, num_inputs), bias=bias, transposed=transposed) for name, count in rows.items())
+        )
+
+    def pack(self, *weights: LinearWeight) -> Linear:
+        return Linear(self.kernels, weights, self.dtype)
+
+    def norm(self, name: str) -> Norm:
+        """A norm of the residual stream, of the kind that config says."""
+        config, shape = self.config, (self.config.hidden_size,)
+        weight = self.weights.take(f"{name}.weight", shape).float()
+        if config.norm_unit_offset:
+            weight = weight + 1
+        bias = self.weights.take(f"{name}.bias", shape).float() if config.norm_bias else None
+        if config.norm == "rms_norm":
+            return RMSNorm(self.kernels, weight, config.norm_eps)
+        # Unlike the kernels' RMSNorm, torch's LayerNorm wants its weight in the type of its input.
+        dtype = self.weights.activation_dtype
+        return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
+
+    def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[Embedding | TiedEmbedding, Linear]:
+        """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`."""
+        if self.config.tie_word_embeddings:
+            head = output_head(self.kernels, LinearWeight(table), self.dtype)
+            return TiedEmbedding(head), head
+        num_outputs, num_inputs = table.shape
+        stored = self.weights.take_linear(head_name, (num_outputs, num_inputs))
+        return Embedding(table, self.weights.activation_dtype), output_head(self.kernels, stored, self.dtype)
+
+    def rounded(self, factor: float) -> float:
+        """A factor as the checkpoint's dtype holds it, which is how transformers multiplies by it."""
+        return torch.tensor(factor, dtype=getattr(torch, self.config.checkpoint_dtype)).item()

@@ -1,0 +1,66 @@
+"""CHECKPOINT_FORMATS: how checkpoints are stored. A format is a row here and a file with its `TensorSource`.
+
+The row's class is imported when a checkpoint needs it. It opens a folder with `open` and raises `CheckpointError` for
+what is missing, truncated or at odds.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from quire.errors import CheckpointError
+from quire.models.weights import TensorSource
+
+_NUM_NAMED = 5
+"""File names a message gives before it says how many more there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFormat:
+    """A row of CHECKPOINT_FORMATS."""
+
+    source: str
+    """The class, as "module:Class"."""
+    files: tuple[str, ...]
+    """A folder that holds one of these files is of this format."""
+
+
+CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
+    "safetensors": CheckpointFormat(
+        "quire.models.safetensors_weights:SafetensorsWeights", ("model.safetensors.index.json", "model.safetensors")
+    ),
+}
+"""The first row that fits a folder is taken."""
+
+
+def open_checkpoint(folder: str | Path) -> TensorSource:
+    """The weights of a checkpoint folder. Raises `CheckpointError` where no format fits or its files are damaged."""
+    folder = Path(folder)
+    for row in CHECKPOINT_FORMATS.values():
+        if any((folder / name).is_file() for name in row.files):
+            module, name = row.source.split(":")
+            format_class: Any = getattr(import_module(module), name)
+            source: TensorSource = format_class.open(folder)
+            return source
+    raise CheckpointError(_nothing_to_load(folder))
+
+
+def _nothing_to_load(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder} holds its weights in {name_some(pickled)}; loading pickled files can run code, so only "
+            f"{', '.join(CHECKPOINT_FORMATS)} are supported. Convert them once, with transformers installed:\n"
+            f"  from transformers import AutoModelForCausalLM\n"
+            f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        )
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    expected = " nor ".join(name for row in CHECKPOINT_FORMATS.values() for name in reversed(row.files))
+    return f"{folder} has neither {expected}; found {name_some(found) if found else 'nothing'}"
+
+
+def name_some(names: list[str]) -> str:
+    """The first few names, and the number of the others."""
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more

@@ -1,0 +1,116 @@
+"""Decoder: embedding, decoder layers, final norm and output head; what every family has.
+
+T new tokens of all sequences, R output tokens, H hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.layers.linear import Linear
+from quire.layers.norm import Norm, Normed
+from quire.layers.step_context import StepContext
+from quire.models.blocks import SelfAttention
+
+
+class MLP(Protocol):
+    """The second half of a layer: a dense MLP or experts."""
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        ...
+
+
+class DecoderLayer:
+    """Attention and MLP, each added to the residual stream.
+
+    What a half computes is its update. The norm of the next half adds it to the residual stream, so that addition, norm
+    and first product can be one kernel. Without `mlp_norm` the residual is parallel: both halves read the one norm, and
+    both are added. Post-norms, where there are any, norm the updates themselves.
+    """
+
+    def __init__(
+        self,
+        attention_norm: Norm,
+        attention: SelfAttention,
+        mlp_norm: Norm | None,
+        mlp: MLP,
+        *,
+        post_norms: tuple[Norm, Norm] | None = None,
+    ) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+        self.attention_post_norm: Norm | None = None
+        self.mlp_post_norm: Norm | None = None
+        if post_norms is not None:
+            self.attention_post_norm, self.mlp_post_norm = post_norms
+
+    def __call__(self, residual: Tensor, update: Tensor | None, context: StepContext) -> tuple[Tensor, Tensor]:
+        """residual, update [T, H] -> the same after the layer, [T, H], or [R, H] of the output tokens.
+
+        `update` is added to `residual`, in place.
+        """
+        normed = Normed(self.attention_norm, residual, update)
+        if self.mlp_norm is None:
+            x = normed.compute()
+            update = self.attention(x, context)
+            return context.select_output(residual), update.add_(self.mlp(context.select_output(x)))
+        update = self.attention(normed, context)
+        if self.attention_post_norm is not None:
+            update = self.attention_post_norm(update)
+        residual = context.select_output(residual)
+        update = self.mlp(Normed(self.mlp_norm, residual, update))
+        if self.mlp_post_norm is not None:
+            update = self.mlp_post_norm(update)
+        return residual, update
+
+
+class Decoder:
+    """A decoder-only model. `embedding_factor` multiplies token embeddings; a logit l becomes softcap * tanh(l /
+    softcap) where `logits_softcap` is above 0."""
+
+    def __init__(
+        self,
+        ends: tuple[Embedding | TiedEmbedding, Linear],
+        layers: Sequence[DecoderLayer],
+        norm: Norm,
+        *,
+        position_embedding: Embedding | None = None,
+        embedding_factor: float = 1.0,
+        logits_softcap: float = 0.0,
+    ) -> None:
+        """`ends` are the embedding and the output head."""
+        self.embedding, self.head = ends
+        self.layers = list(layers)
+        self.norm = norm
+        self.position_embedding = position_embedding
+        self.embedding_factor = embedding_factor
+        self.logits_softcap = logits_softcap
+
+    def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
+        """input_ids int32 [T] -> hidden [T, H], or [R, H] of the output tokens."""
+        residual = self.embedding(input_ids)
+        if self.embedding_factor != 1.0:
+            residual *= self.embedding_factor
+        update = None if self.position_embedding is None else self.position_embedding(context.positions)
+        inner = context.for_inner_layers
+        for layer in self.layers[:-1]:
+            residual, update = layer(residual, update, inner)
+        return self.norm(*self.layers[-1](residual, update, context))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> [R, vocab_size]."""
+        logits = self.head(hidden)
+        if self.logits_softcap > 0:
+            logits = torch.tanh_(logits.div_(self.logits_softcap)).mul_(self.logits_softcap)
+        return logits
+
+    def scale_kv(self) -> None:
+        """Scale keys and values for a cache of float8 from now on."""
+        for layer in self.layers:
+            layer.attention.scale_kv(layer.attention_norm)

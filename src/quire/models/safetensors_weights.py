@@ -1,0 +1,141 @@
+"""SafetensorsWeights: the tensors of a Hugging Face folder, in one safetensors file or several.
+
+Files are mapped, not read: a tensor is a view of its file until a layer packs it.
+"""
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quire.errors import CheckpointError
+from quire.layers.linear import LinearWeight
+from quire.model_config import read_json
+from quire.models.checkpoint_formats import name_some
+from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
+from quire.models.weights import take_float_linear
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_FLOATS = ("F32", "F16", "BF16")
+
+
+class _MappedFile:
+    """A file in memory. A tensor taken from it is packed soon and not read again, so its pages are given back: a load
+    then takes little more memory than the packed weights. A page that is read again is mapped again."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            # Private and writable as far as torch knows; nothing writes.
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._taken_bytes = 0
+
+    def take(self, entry: Entry) -> Tensor:
+        self._taken_bytes += entry.end - entry.begin
+        if self._taken_bytes > RELEASED_BYTES:
+            self.release()
+        dtype = getattr(torch, DTYPES[entry.dtype])
+        return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin).view(
+            entry.shape
+        )
+
+    def release(self) -> None:
+        self._taken_bytes = 0
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class SafetensorsWeights:
+    """The tensors of one checkpoint, taken by name and checked; every one must be asked for."""
+
+    activation_dtype = torch.float32
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+        self._folder = folder
+        self._entries = entries
+        self._taken: set[str] = set()
+        self._files: dict[Path, _MappedFile] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "SafetensorsWeights":
+        """Map the safetensors files of a folder."""
+        index = folder / INDEX_FILE
+        if index.is_file():
+            return cls(folder, _indexed_entries(folder, index))
+        return cls(folder, read_header(folder / SINGLE_FILE)[0])
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as stored, a view of its file; its shape must be `shape`."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} of shape {list(shape)} is missing; {self._similar(name)}"
+            )
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
+            )
+        if entry.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(_FLOATS)}"
+            )
+        self._taken.add(name)
+        if entry.file not in self._files:
+            self._files[entry.file] = _MappedFile(entry.file)
+        return self._files[entry.file].take(entry)
+
+    def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
+        return take_float_linear(self, name, shape, bias=bias, transposed=transposed)
+
+    def finish(self, ignored: Iterable[str] = ()) -> None:
+        """Raise `CheckpointError` if tensors were never taken, apart from those that a pattern of `ignored` matches."""
+        patterns = [re.compile(pattern) for pattern in ignored]
+        left = [
+            name
+            for name in self._entries
+            if name not in self._taken and not any(pattern.search(name) for pattern in patterns)
+        ]
+        if left:
+            raise CheckpointError(
+                f"{self._folder}: {len(left)} tensors are not part of the model config.json describes: "
+                f"{name_some(sorted(left))}; expected only the {len(self._taken)} that were loaded"
+            )
+        for file in self._files.values():
+            file.release()
+
+    def _similar(self, name: str) -> str:
+        """Tensors that the checkpoint has near a missing one."""
+        scope = name.rsplit(".", 2)[0] + "."
+        found = sorted(other for other in self._entries if other.startswith(scope))
+        if found:
+            return f"under {scope} it has {name_some(found)}"
+        return f"its {len(self._entries)} tensors include {name_some(sorted(self._entries))}"
+
+
+def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
+    """The tensors of a sharded checkpoint; its index maps tensors to files."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")
+        entries.update(read_header(file)[0])
+    for tensor, name in weight_map.items():
+        if tensor not in entries or entries[tensor].file.name != name:
+            found = f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
+            raise CheckpointError(f"{index}: tensor {tensor} should be in {name}, {found}")
+    return entries

@@ -1,0 +1,51 @@
+"""RunnerSettings: the plain values that a ModelRunner is made with, and what its attention planner needs of them."""
+
+from dataclasses import dataclass
+
+from quire.attention import AttentionShape
+from quire.kv_cache.storage import KVCache
+from quire.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerSettings:
+    """The plain values that a runner is made with."""
+
+    backend: str
+    """A row of BACKENDS."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_threads: int
+    logprobs_memory: int
+    """Bytes that log-probabilities may take at once."""
+    fast_forward: bool = True
+    """Add tokens that a grammar forces without running the model."""
+    batch_invariant: bool = False
+    """No bit of a sequence's logits depends on the other sequences of its step."""
+    sample_on_device: bool = False
+    """Sample on the device, without waiting, where the requests of a step allow it."""
+    max_num_samples: int = 0
+    """The most samples of a captured step, drafts included, if that is more than `max_num_seqs`."""
+
+
+def attention_shape(
+    settings: RunnerSettings, model_config: ModelConfig, kv_cache: KVCache, max_blocks: int
+) -> AttentionShape:
+    """What the attention planner has to know."""
+    windows = set(model_config.layer_windows) or {0}
+    return AttentionShape(
+        num_heads=model_config.num_heads,
+        num_kv_heads=model_config.num_kv_heads,
+        head_dim=model_config.head_dim,
+        block_size=kv_cache.block_size,
+        # If every layer has a window, the plan leaves out the keys that no layer sees.
+        window=0 if 0 in windows else max(windows),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_tokens=settings.max_num_batched_tokens,
+        max_blocks=max_blocks,
+        num_threads=settings.num_threads,
+        kv_element_size=kv_cache.element_size,
+        batch_invariant=settings.batch_invariant,
+        device=kv_cache.device,
+    )

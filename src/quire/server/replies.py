@@ -1,0 +1,196 @@
+"""Bodies of replies: OpenAI's objects, with vLLM's additional fields if the client asked for them.
+
+A field that is UNSET is absent from the JSON. A field that is None is null, as in OpenAI's own replies.
+"""
+
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class PromptTokensDetails(Struct):
+    """Prompt tokens whose KV came from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(Struct):
+    """Tokens of the prompts and of the output."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TokenLogprob(Struct):
+    """One token in the logprobs of a chat."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChosenLogprob(TokenLogprob):
+    """The chosen token of a position, and the top tokens there."""
+
+    top_logprobs: list[TokenLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Logprobs of a chat choice."""
+
+    content: list[ChosenLogprob] | None
+
+
+class CompletionLogprobs(Struct):
+    """Logprobs of a completion choice: parallel lists with one entry per token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None] | None
+
+
+class PromptLogprob(Struct):
+    """One token in `prompt_logprobs`, as vLLM has it."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class Delta(Struct):
+    """The part of a chat choice that an event adds."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct):
+    """One choice in an event of a chat."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(Struct):
+    """One event of a chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class AssistantMessage(Struct):
+    """The message of a chat choice."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    """One sample of a chat."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(Struct):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class CompletionChoice(Struct):
+    """One sample of a completion, or the part of it that an event adds."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+
+
+class Completion(Struct):
+    """Reply of /v1/completions, and each of its events."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    object: Literal["text_completion"] = "text_completion"
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(Struct):
+    """One model name that the server accepts."""
+
+    id: str
+    created: int
+    root: str
+    max_model_len: int
+    parent: None = None
+    object: Literal["model"] = "model"
+    owned_by: str = "quire"
+
+
+class ModelList(Struct):
+    """Reply of /v1/models."""
+
+    data: list[ModelCard]
+    object: Literal["list"] = "list"
+
+
+class Tokenized(Struct):
+    """Reply of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Struct):
+    """Reply of /detokenize."""
+
+    prompt: str
+
+
+class Health(Struct):
+    """Reply of /health: ready, loading, draining, restarting or dead."""
+
+    status: str
+
+
+class Version(Struct):
+    """Reply of /version."""
+
+    version: str
