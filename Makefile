@@ -14,8 +14,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
+MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers paper clean
+.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -31,8 +32,14 @@ setup: .venv/.runtime .venv/.test  ## Make .venv with Quire in it (editable), it
 	@$(PIP) --quiet 'scikit-build-core>=0.11' 'nanobind>=2.10' 'cmake>=3.26' ninja
 	@touch $@
 
+# An editable install lists the modules there are, so it is made again when one is added, moved or removed.
+.venv/.modules: .venv/.created FORCE
+	@echo '$(MODULES)' | cmp -s - $@ || echo '$(MODULES)' > $@
+
+FORCE:
+
 # Without build isolation, so that a rebuild after an edit in csrc/ is incremental.
-.venv/.runtime: .venv/.tools $(PROJECT) $(KERNEL_SOURCES)
+.venv/.runtime: .venv/.tools .venv/.modules $(PROJECT) $(KERNEL_SOURCES)
 	@echo "quire: installing dependencies and building the kernels (minutes the first time, most of it torch)"
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@

@@ -177,7 +177,7 @@ class Core:
         attention plan is still on the device."""
         from quire.runner.cuda_graphs import Outcome
 
-        runner: Any = self._core._runner  # there is no public interface to run a step without requests
+        runner: Any = self._core._executor  # there is no public interface to run a step without requests
         graphs = getattr(runner._graphs, "_graphs", {})
         keys = [key for key in graphs if key.size == batch and key.outcome is Outcome.TOKENS]
         if not keys:
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="file for the rows as they come")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing is measured")
+        print("no CUDA device: not measured")
         return
     for note in use_sources():
         print(note)

@@ -16,6 +16,7 @@ from quire.kv_cache.block_table import BlockTable
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.length_curve import MIN_ANSWERS
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
@@ -67,9 +68,7 @@ def step_seconds(num_seqs: int, admission: str = "current") -> list[float]:
     num_waiting = 64 if admission == "predicted" else 0
     scheduler = Scheduler(
         BlockPool(num_seqs * 16, BLOCK_SIZE),
-        max_num_seqs=num_seqs + num_waiting,
-        max_num_batched_tokens=2 * num_seqs,
-        max_model_len=1024,
+        SchedulerLimits(max_num_seqs=num_seqs + num_waiting, max_num_batched_tokens=2 * num_seqs, max_model_len=1024),
         make_rule=ADMISSIONS[admission],
     )
     if num_waiting:

@@ -72,7 +72,7 @@ def install(timers: Timers) -> None:
 
 
 def around_model(timers: Timers, llm: LLM) -> None:
-    runner = llm._engine._core._runner
+    runner: Any = llm._engine._core._executor
     timers.around(runner, "_plan_attention", "plan")
     model = runner._model
     timers.around(type(model), "__call__", "layers")

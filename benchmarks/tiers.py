@@ -103,23 +103,23 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
         tempfile.TemporaryDirectory() as folder,
         LLM(**engine, num_blocks=num_tokens // 8, max_num_seqs=8, disk_cache=folder) as llm,
     ):
-        core = llm._engine._core
-        scheduler, store = core._scheduler, core._runner._block_store
+        core: Any = llm._engine._core
+        scheduler, store = core._scheduler, core._executor._block_store
         index, files = scheduler._tiers, store._disk if store is not None else None
         assert index is not None
         assert files is not None
         decide, read = index.num_worth_loading, files._read_file
         rate = float("inf")
 
-        def read_throttled(name: bytes, buffer: bytearray) -> str | None:
+        def read_throttled(block_hash: bytes, buffer: bytearray) -> str | None:
             started = time.perf_counter()
-            reason = read(name, buffer)
+            reason: str | None = read(block_hash, buffer)
             time.sleep(max(0.0, len(buffer) / (rate * 1e6) - (time.perf_counter() - started)))
             return reason
 
         def first_token(way: str) -> float:
-            scheduler.pool.forget_hashes()
-            index.num_worth_loading = {  # type: ignore[method-assign]  # force the choice, to measure it
+            scheduler.pool.clear_hashes()
+            index.num_worth_loading = {  # force the choice, to measure it
                 "loaded": lambda stored_in, *_: len(stored_in),
                 "computed": lambda *_: 0,
                 "chosen": decide,
@@ -128,7 +128,7 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
             llm.generate([prompt], params, use_tqdm=False)
             return time.perf_counter() - started
 
-        files._read_file = read_throttled  # type: ignore[method-assign]
+        files._read_file = read_throttled
         for _ in range(2):
             llm.generate([prompt], params, use_tqdm=False)
         while core.has_idle_work:

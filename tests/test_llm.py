@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire import LLM, ConfigError, RequestError, SamplingParams
+from quire import LLM, ConfigError, EngineConfig, RequestError, SamplingParams
 from quire.outputs import RequestOutput
 from quire.sampling.logits_processors import RowView
 
@@ -108,6 +108,40 @@ def test_chat(llm: LLM) -> None:
     assert one.outputs[0].text
     two = llm.chat([messages, messages], GREEDY)
     assert texts(two) == [one.outputs[0].text] * 2
+    assert texts(llm.chat("Speak, my lord.", GREEDY)) == [one.outputs[0].text]
+    assert texts(llm.chat(messages[0], GREEDY)) == [one.outputs[0].text]
+    assert llm.chat([], GREEDY) == []
+    for wrong in (["Speak, my lord."], [[messages[0], "and"]], [messages, "and"]):
+        with pytest.raises(
+            RequestError, match=r"messages holds .*; a conversation is a list of messages such as"
+        ) as error:
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]  # what a user may try
+        assert error.value.param == "messages"
+
+
+def test_what_a_notebook_shows(llm: LLM) -> None:
+    pool = 500 * llm.memory_plan.kv_bytes_per_token * 16 / 2**20
+    assert repr(llm) == f"LLM(quire-bundled, float32, KV pool of 500 blocks × 16 tokens ({pool:.0f} MiB, float32), cpu)"
+    llm._engine.add_request("first", "ROMEO:", GREEDY)
+    llm._engine.add_request("<b>", "JULIET:", GREEDY.with_changes(n=3))
+    for _ in range(3):
+        llm._engine.step()
+    report = llm.memory_report()
+    pool_line, slots_line, requests_line, head, *rows = str(report).splitlines()
+    assert "of 500 blocks of 16 tokens used" in pool_line
+    assert "wasted" in slots_line
+    assert requests_line == "requests: 2 running, 0 waiting"
+    assert head.split()[:5] == ["request", "state", "sequences", "tokens", "blocks"]
+    assert [row.split()[:3] for row in rows] == [["first", "running", "1"], ["<b>", "running", "3"]]
+    assert all(row[head.index("state") :].startswith("running") for row in rows)
+    html = report._repr_html_()
+    assert html.count("<tr>") == 3
+    assert "<td>&lt;b&gt;</td>" in html
+    assert "<b>" not in html
+    for request_id in ("first", "<b>"):
+        llm._engine.abort(request_id)
+    assert len(str(llm.memory_report()).splitlines()) == 3
+    assert "<tr>" not in llm.memory_report()._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +160,8 @@ def test_chat(llm: LLM) -> None:
         ({"speculative_config": {"prompt_lookup_min": 9}}, "prompt_lookup_min is 9, more than prompt_lookup_max 8"),
         ({"scheduling_policy": "sjf"}, "scheduling_policy is 'sjf'; it must be one of fcfs, shortest, fair"),
         ({"admission": "all"}, "admission is 'all'; it must be one of current, predicted"),
+        ({"tensor_parallel_size": 2}, "is 2; it must be 1: Quire does not split a model over several GPUs; run one"),
+        ({"trust_remote_code": True}, "is True; it must be False: Quire never runs code from a checkpoint"),
         ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, or left out"),
     ],
 )
@@ -133,6 +169,11 @@ def test_bad_options_are_refused_by_name(options: dict[str, object], message: st
     with pytest.raises(ConfigError) as caught:
         LLM(**options)
     assert message in str(caught.value)
+
+
+def test_options_of_vllm_that_ask_for_nothing_are_accepted() -> None:
+    given = {"tensor_parallel_size": 1, "trust_remote_code": False, "enable_chunked_prefill": True, "enable_lora": None}
+    assert EngineConfig.from_options({"seed": 3, **given}) == EngineConfig(seed=3)
 
 
 def test_a_bad_request_leaves_an_empty_engine(llm: LLM) -> None:
@@ -175,7 +216,7 @@ def test_prefixes_that_cannot_be_kept_are_refused_with_the_numbers() -> None:
         llm.register_prefix([8] * 15)
     with pytest.raises(RequestError, match=r"can need 8 KV blocks .* the pool has 10, of which 3 are registered"):
         llm.generate([[9] * 100], GREEDY.with_changes(max_tokens=20))
-    # The same length fits where it begins with what is held.
+    # The same length fits if it begins with a registered prefix.
     assert len(llm.generate([[7] * 100], GREEDY.with_changes(max_tokens=20))[0].outputs[0].token_ids) == 20
     with pytest.raises(RequestError, match="prefixes need the prefix cache"):
         LLM(num_blocks=10, max_num_seqs=2, threads=1, enable_prefix_caching=False).register_prefix([7] * 48)
@@ -198,7 +239,7 @@ def test_a_raising_logits_processor_ends_its_own_request(llm: LLM) -> None:
 
 
 class OneLetter:
-    """Lets requests labelled so say nothing but the token of their label."""
+    """Restricts labelled requests to the token of their label."""
 
     def wants(self, params: SamplingParams) -> bool:
         return "only" in params.extra
@@ -235,7 +276,7 @@ def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
 
 def test_whichever_thread_asks_as_many_compute() -> None:
-    """OpenMP's number of threads belongs to the thread that calls; a new one would take all cores."""
+    """OpenMP's number of threads belongs to the calling thread; a new thread would use all cores."""
     llm = LLM(num_blocks=16, max_num_seqs=1, max_model_len=64, threads=3, dtype="float32")
 
     def num_started() -> int:

@@ -1,7 +1,7 @@
 """Quire, an engine that serves large language models.
 
-The names below are all that is public here. Each is imported when it is first used, so that `import quire`
-costs next to nothing and a process that never touches a model never imports torch.
+The names below are public. Each is imported on first use, so that `import quire` is fast and a process without a model
+does not import torch.
 """
 
 from importlib import import_module

@@ -27,21 +27,55 @@ SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
 SPECULATIVE_METHODS = ("ngram",)
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
+_ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
+UNAVAILABLE_OPTIONS: dict[str, tuple[object, str]] = {
+    "tensor_parallel_size": (1, _ONE_GPU),
+    "pipeline_parallel_size": (1, _ONE_GPU),
+    "trust_remote_code": (False, "Quire never runs code from a checkpoint; a model needs a supported architecture"),
+    "enable_chunked_prefill": (True, "Quire always computes long prompts in chunks; see max_num_batched_tokens"),
+    "enable_lora": (False, "Quire has no adapters; merge the adapter into the checkpoint"),
+}
+"""Options of vLLM that Quire lacks → the only accepted value, and why no other is."""
+_CHOICES = {
+    "dtype": DTYPES,
+    "kv_cache_dtype": ("auto", *KV_CACHE_DTYPES),
+    "device": ("auto", *DEVICES),
+    "attention_backend": ("auto", *BACKENDS),
+    "scheduling_policy": SCHEDULING_POLICIES,
+    "admission": ADMISSIONS,
+    "load_format": ("auto", "safetensors", "dummy"),
+    "generation_config": ("auto", "none"),
+}
+_INTEGERS = {
+    "max_model_len": (1, 2**24),
+    "max_num_seqs": (1, 2**16),
+    "max_num_batched_tokens": (1, 2**20),
+    "max_num_partial_prefills": (1, 2**10),
+    "block_size": (1, 1024),
+    "num_blocks": (1, 2**31 - 1),
+    "max_logprobs": (0, 2**20),
+    "max_grammars": (1, 2**16),
+    "max_queue_size": (0, 2**20),
+    "threads": (1, 1024),
+}
+"""Option → its smallest and largest value; None is allowed if it is the default."""
+_SIZES = ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size", "weights_cache_size")
+"""Options in bytes, which may be given as text, e.g. 4GiB."""
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculativeConfig:
-    """How tokens are guessed before they are drawn. Names and meanings are vLLM's."""
+    """How tokens are drafted before the model computes them. Names and meanings are vLLM's."""
 
     method: str = "ngram"
-    """ngram: what followed the last tokens where they stood before, in prompt or output."""
+    """ngram: the tokens that followed an earlier occurrence of the last tokens, in prompt or output."""
     num_speculative_tokens: int = 16
-    """The longest draft; how many of it are taken is decided anew in every step."""
+    """Longest draft in tokens; every step decides how much of a draft it computes."""
     prompt_lookup_max: int = 8
-    """The most tokens that are looked for; more are preferred."""
+    """Most last tokens to look for; a longer match is preferred."""
     prompt_lookup_min: int = 1
-    """The fewest tokens that are looked for."""
+    """Fewest last tokens to look for."""
 
     def __post_init__(self) -> None:
         if self.method not in SPECULATIVE_METHODS:
@@ -83,133 +117,128 @@ class EngineConfig:
     model: str = ""
     """Folder of a Hugging Face checkpoint, or a hub name; empty uses the bundled model."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json, where it is not the model's."""
+    """Folder with tokenizer.json, if it is not the model's."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; resolved to one commit for every file."""
     served_model_name: tuple[str, ...] = ()
     """Names the server answers to; the model's own name if empty."""
     device: str = "auto"
-    """What computes: cpu, cuda, mps; auto takes a CUDA device where there is one."""
+    """Device that computes: cpu, cuda, mps; auto takes a CUDA device if there is one."""
     attention_backend: str = "auto"
     """Kernel set: cpu, triton (CUDA), sdpa (any device); auto takes the device's best."""
     dtype: str = "auto"
-    """What weights are stored in: auto, float32, float16, bfloat16. Activations are float32 on a CPU, else the same."""
+    """Type of the weights: auto, float32, float16, bfloat16. Activations have the same type, on a CPU float32."""
     kv_cache_dtype: str = "auto"
-    """What KV is stored in: a dtype, int8 on a CPU, fp8_e4m3 on a device; auto follows dtype, but on a CPU beside
-    bfloat16 and quantised weights is bfloat16 where the CPU multiplies it, else float16."""
+    """Type of the KV cache: a dtype, int8 on a CPU, fp8_e4m3 on a device. auto follows dtype, except on a CPU with
+    bfloat16 or quantised weights: bfloat16 if the CPU can multiply it, else float16."""
     quantization: str | None = None
-    """Store dense layers in fewer bits, made while loading: int8 or int4; None keeps dtype."""
+    """Quantise dense layers while loading: int8 or int4; None keeps dtype."""
     load_format: str = "auto"
     """auto reads safetensors; dummy makes random weights of the model's shape (for benchmarks)."""
     weights_cache: str | None = None
-    """Folder for packed weights, so that a second start of a model maps them and packs or quantises nothing."""
+    """Folder for packed weights: the next start maps them instead of packing and quantising again."""
     weights_cache_size: int = 20 * 2**30
-    """Most bytes the folder may take, e.g. 20GiB; the files used least recently make room."""
+    """Most bytes in weights_cache, e.g. 20GiB; the least recently used files are removed."""
     max_model_len: int | None = None
-    """Longest prompt + output in tokens; None takes the model's limit, or what fits if that is less."""
+    """Longest prompt + output in tokens; None takes the model's limit, or less if the memory holds less."""
     max_num_seqs: int = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: int | None = None
     """Most tokens computed in one step; None takes 512, on a GPU 8192, or max_num_seqs if that is more."""
     max_num_partial_prefills: int = 4
-    """Prompts that may share a step's budget when they do not fit it together."""
+    """Most prompts that are computed in chunks at the same time."""
     scheduling_policy: str = "fcfs"
-    """Who is admitted first among requests of one priority: fcfs, who came first; shortest, who is predicted to need
-    least, within a bound; fair, whose tenant (API key, else user) was given least."""
+    """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
+    need first, within a bound; fair, first the tenant (API key, else user) that was served least."""
     admission: str = "current"
-    """When there is memory for one more: current, if it fits now; predicted, if it also fits at the predicted peak."""
+    """When to admit a request: current, if it fits now; predicted, if it also fits at the predicted peak."""
     block_size: int | None = None
     """Tokens per KV block; None takes 16 on a CPU, 64 on a GPU."""
     num_blocks: int | None = None
     """KV blocks in the pool; None derives it from the memory. vLLM's num_gpu_blocks_override is an alias."""
     kv_cache_memory: int | None = None
-    """Bytes for the KV pool, e.g. 4GiB; None plans it from the memory there is."""
+    """Bytes for the KV pool, e.g. 4GiB; None derives it from the memory."""
     gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory, above 0 to 1, that all together may take."""
+    """Share of a GPU's memory, above 0 to 1, for weights, activations and KV together."""
     enforce_eager: bool = False
     """Do not capture CUDA graphs of steps."""
     async_scheduling: bool | None = None
-    """Plan a step while the one before it runs; None does so on a CUDA device."""
+    """Plan a step while the one before it runs; None: on a CUDA device only."""
     enable_prefix_caching: bool = True
+    """Reuse the KV of prompts that begin alike."""
     swap_space: int | None = None
-    """Bytes of host memory, e.g. 4GiB, for blocks that leave the KV pool; None: they are forgotten."""
+    """Bytes of host memory, e.g. 4GiB, for blocks evicted from the KV pool; None: they are lost."""
     disk_cache: str | None = None
-    """Folder for blocks of KV that outlive the process, so that prompts of yesterday need not be computed again."""
+    """Folder for evicted KV blocks; a later process finds them and need not compute the same prompts again."""
     disk_cache_size: int = 10 * 2**30
-    """Bytes that the blocks in disk_cache may take, e.g. 50GiB."""
+    """Most bytes in disk_cache, e.g. 50GiB."""
     max_pinned_share: float = 0.5
     """Most of the pool's blocks, 0 to 1, that registered prefixes may hold."""
     seed: int = 0
-    """Seeds requests that bring no seed of their own."""
+    """Seed for requests without their own."""
     max_logprobs: int = 20
     """Most log-probabilities per position a request may ask for."""
     logprobs_memory: int | None = None
-    """Bytes in which log-probabilities are worked out at once, e.g. 64MiB; None plans 64 positions, at most 64 MiB."""
+    """Bytes for computing log-probabilities, e.g. 64MiB; None plans 64 positions at once, at most 64 MiB."""
     max_grammars: int = 64
-    """Compiled grammars of structured outputs that are kept for the next request that asks for the same."""
+    """Most compiled grammars of structured outputs that are kept for later requests."""
     grammar_memory: int = 128 * 2**20
-    """Bytes that they may take in all when compiled, e.g. 128MiB."""
+    """Most bytes of compiled grammars, e.g. 128MiB."""
     fast_forward: bool = True
-    """Take tokens that a grammar forces without asking the model for each."""
+    """Append tokens that a grammar forces without sampling each."""
     speculative_config: SpeculativeConfig | None = None
-    """Guess tokens and check several in one step, where that is faster: {"method": "ngram"}, as JSON or a dict."""
+    """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
     deterministic: bool = False
-    """Batch invariance: a request's tokens and log-probabilities are the same bits whatever else runs beside it."""
+    """Batch invariance: a request's tokens and log-probabilities are bit-identical whatever else runs at the time."""
     max_queue_size: int = 1024
-    """Most requests that wait; beyond it the answer is 429."""
+    """Most waiting requests; the next one is refused with 429."""
     logits_processors: tuple[str, ...] = ()
-    """Batch logits processors, as package.module:Class; made without arguments. Repeat for several."""
+    """Batch logits processors, as package.module:Class, created without arguments. Repeat for several."""
     generation_config: str = "auto"
-    """auto takes sampling defaults from the model's generation_config.json, none ignores it (end tokens excepted)."""
+    """auto takes sampling defaults from the model's generation_config.json; none ignores it, except for end tokens."""
     threads: int | None = None
-    """CPU threads for computing; None takes one for each core this process may use, within a container's CPU limit."""
+    """CPU threads for computing; None takes one per core that this process may use, within a container's CPU limit."""
     disable_log_stats: bool = False
     """Do not print a line of throughput every ten seconds while serving."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
-            value = DTYPE_ALIASES.get(getattr(self, name), getattr(self, name))
-            if value not in allowed:
-                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-            object.__setattr__(self, name, value)
-        for name, choices in (("device", DEVICES), ("attention_backend", tuple(BACKENDS))):
+        self._convert()
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in ("auto", *choices):
-                raise ConfigError(f"{name} is {value!r}; it must be auto or one of {', '.join(choices)}")
-        if self.scheduling_policy == "priority":  # vLLM's; here priorities count whatever the policy
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        for name, (low, high) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not low <= value <= high):
+                raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
+            )
+        if not 0.0 <= self.max_pinned_share <= 1.0:
+            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
+        if self.quantization is not None and self.quantization not in METHODS:
+            raise ConfigError(
+                f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
+            )
+        self._check_conflicts()
+
+    def _convert(self) -> None:
+        """Replace aliases, sizes given as text, and single names by their stored form."""
+        for name in ("dtype", "kv_cache_dtype"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, DTYPE_ALIASES.get(value, value))
+        if self.scheduling_policy == "priority":  # vLLM's name; here priorities count under every policy
             object.__setattr__(self, "scheduling_policy", "fcfs")
-        for name, choices in (("scheduling_policy", SCHEDULING_POLICIES), ("admission", ADMISSIONS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
-        for name in (
-            "kv_cache_memory",
-            "logprobs_memory",
-            "grammar_memory",
-            "swap_space",
-            "disk_cache_size",
-            "weights_cache_size",
-        ):
+        for name in _SIZES:
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.read(self.speculative_config))
         for name in ("served_model_name", "logits_processors"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        for name, low, high in (
-            ("max_model_len", 1, 2**24),
-            ("max_num_seqs", 1, 2**16),
-            ("max_num_batched_tokens", 1, 2**20),
-            ("max_num_partial_prefills", 1, 2**10),
-            ("block_size", 1, 1024),
-            ("num_blocks", 1, 2**31 - 1),
-            ("max_logprobs", 0, 2**20),
-            ("max_grammars", 1, 2**16),
-            ("max_queue_size", 0, 2**20),
-            ("threads", 1, 1024),
-        ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or not low <= value <= high):
-                raise ConfigError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+
+    def _check_conflicts(self) -> None:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs {self.max_num_seqs}: "
@@ -221,32 +250,26 @@ class EngineConfig:
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
-        if self.quantization is not None and self.quantization not in METHODS:
-            raise ConfigError(
-                f"quantization is {self.quantization!r}; it must be one of {', '.join(METHODS)}, or left out"
-            )
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
-            )
-        if not 0.0 <= self.max_pinned_share <= 1.0:
-            raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
-        if self.load_format not in ("auto", "safetensors", "dummy"):
-            raise ConfigError(f"load_format is {self.load_format!r}; it must be auto, safetensors or dummy")
-        if self.generation_config not in ("auto", "none"):
-            raise ConfigError(f"generation_config is {self.generation_config!r}; it must be auto or none")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "EngineConfig":
-        """Build from keyword arguments or flags; an unknown name is refused with the nearest known one."""
+        """Build from keyword arguments or flags. Raises `ConfigError` for an unknown name, with the nearest known one,
+        and for an option of vLLM that Quire lacks, with the reason."""
         known = {f.name for f in fields(cls)}
-        renamed = {OPTION_ALIASES.get(name, name): value for name, value in options.items()}
-        for name in renamed:
-            if name not in known:
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            name = OPTION_ALIASES.get(name, name)
+            if name in UNAVAILABLE_OPTIONS:
+                neutral, reason = UNAVAILABLE_OPTIONS[name]
+                if value is not None and value != neutral:
+                    raise ConfigError(f"{name} is {value!r}; it must be {neutral}: {reason}")
+            elif name in known:
+                given[name] = value
+            else:
                 near = difflib.get_close_matches(name, sorted(known | OPTION_ALIASES.keys()), n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
-        return cls(**renamed)
+        return cls(**given)
 
 
 def parse_size(name: str, value: int | str | None) -> int | None:

@@ -1,13 +1,13 @@
 """Every error Quire raises on purpose.
 
     QuireError
-    ├── RequestError            a client did it: the HTTP status and the parameter at fault travel with it
+    ├── RequestError            a request at fault; carries the HTTP status and the name of the parameter
     │   ├── QueueFullError          429, with the seconds after which a retry makes sense
     │   └── EngineUnavailableError  503, the engine is loading, draining or being restarted
     ├── ConfigError             an option of the engine or the command line
     ├── CheckpointError         a file of the model: missing, truncated, misshapen, unsupported
-    ├── MemoryPlanError         what was asked does not fit the memory there is
-    ├── DeviceMemoryError       a device had not the memory that a step asked for; the engine goes on with less
+    ├── MemoryPlanError         the options do not fit the memory
+    ├── DeviceMemoryError       a device lacked memory for a step; the engine continues with smaller steps
     └── EngineDeadError         the engine process ended and could not be restarted
 
 A message names the value seen, the limit or the expectation, and the way out.
@@ -41,7 +41,7 @@ class QueueFullError(RequestError):
 
 
 class EngineUnavailableError(RequestError):
-    """The engine takes no requests now: weights are loading, the server drains, or a restart is under way."""
+    """The engine takes no requests now: it is loading, draining or restarting."""
 
     status = 503
 
@@ -51,20 +51,20 @@ class EngineUnavailableError(RequestError):
 
 
 class ConfigError(QuireError, ValueError):
-    """An option that is unknown, out of range, or at odds with another one."""
+    """An option that is unknown, out of range, or in conflict with another one."""
 
 
 class CheckpointError(QuireError):
-    """A model folder that cannot be loaded; the message names file, tensor, expected and found."""
+    """A model folder that cannot be loaded. The message names the file, the tensor, and what was expected and found."""
 
 
 class MemoryPlanError(QuireError):
-    """Weights, activations and KV blocks do not fit; the message holds the plan and what would fit."""
+    """Weights, activations and KV blocks do not fit. The message contains the plan and what would fit."""
 
 
 class DeviceMemoryError(QuireError):
-    """A device was out of memory inside a step. Nothing of the step counts; it can be planned again, smaller."""
+    """A device ran out of memory in a step. The step has no effect; it can be planned again, smaller."""
 
 
 class EngineDeadError(QuireError):
-    """The engine process is gone for good; the message carries its last words."""
+    """The engine process has ended for good. The message has the reason."""

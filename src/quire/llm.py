@@ -1,15 +1,16 @@
-"""LLM: the offline interface. One process, a list of prompts in, a list of RequestOutputs out. Names are vLLM's."""
+"""LLM: the offline interface. One process; a list of prompts in, a list of RequestOutputs out. Names are vLLM's."""
 
 import contextlib
 import itertools
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.chat_template import ChatTemplate
-from quire.engine.checkpoint import read_default_params
+from quire.engine.checkpoint import model_name, read_default_params
 from quire.engine.engine import Engine
 from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
@@ -34,8 +35,8 @@ class LLM:
     >>> llm = LLM()                                     # the bundled model
     >>> llm.generate("ROMEO:", SamplingParams(max_tokens=32))[0].outputs[0].text
 
-    Keyword arguments are the fields of `EngineConfig`; an unknown one is refused by name. `logits_processors` may also
-    hold objects (see `BatchLogitsProcessor`). With `verbose` the memory plan and the phases of start-up are printed to
+    Keyword arguments are the fields of `EngineConfig`; an unknown one raises `ConfigError`. `logits_processors` may
+    also hold objects (see `BatchLogitsProcessor`). `verbose` prints the memory plan and the phases of start-up to
     standard error.
     """
 
@@ -52,10 +53,18 @@ class LLM:
             report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
             logits_processors=logits_processors,
         )
-        # Also runs when the interpreter ends.
+        # Also called when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._engine.close)
         self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()
+
+    def __repr__(self) -> str:
+        plan, model = self._engine.memory_plan, model_name(self._engine.config.model)
+        dtype = plan.dtype if plan.quantization is None else f"{plan.dtype}, {plan.quantization}"
+        return (
+            f"LLM({model}, {dtype}, KV pool of {plan.num_blocks} blocks × {plan.block_size} tokens "
+            f"({plan.kv_cache / 2**20:.0f} MiB, {plan.kv_cache_dtype}), {plan.device})"
+        )
 
     def generate(
         self,
@@ -66,11 +75,12 @@ class LLM:
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
     ) -> list[RequestOutput]:
-        """Continue every prompt; outputs come in the order of the prompts.
+        """Continue every prompt; outputs are in the order of the prompts.
 
-        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. One `SamplingParams`
-        serves all prompts, or there is one for each; None takes the model's own defaults. `use_tqdm` shows a progress
-        bar on a terminal. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
+        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. `sampling_params` is
+        one `SamplingParams` for all prompts or a list with one for each; None takes the model's own defaults.
+        `use_tqdm` shows a progress bar on a terminal. Raises `RequestError` before anything runs if a prompt or its
+        parameters cannot be served.
         """
         batch = _as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
@@ -87,7 +97,7 @@ class LLM:
                 while self._engine.has_work:
                     advance(self._engine.step())
         except BaseException:
-            # Also Ctrl-C: the next call starts with an empty engine.
+            # Ctrl-C too: the next call must find an empty engine.
             for request_id in outputs:
                 self._engine.abort(request_id)
             raise
@@ -98,11 +108,11 @@ class LLM:
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
     ) -> list[BeamSearchOutput]:
-        """The likeliest continuations of every prompt, searched with `params.beam_width` beams, best first.
+        """The most likely continuations of every prompt, best first, by a search with `params.beam_width` beams.
 
-        `generate` does the same for `SamplingParams` with a beam width, in one batch with everything else. Raises
-        `RequestError` before anything runs if a prompt or a parameter cannot be served, and after it for a search
-        that failed.
+        `generate` does the same for `SamplingParams` with a beam width, in one batch with other requests. Raises
+        `RequestError` before anything runs if a prompt or a parameter cannot be served, and afterwards if a search
+        failed.
         """
         tokenizer, results = self._engine.tokenizer, []
         for output in self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm):
@@ -128,7 +138,7 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: str | Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -136,14 +146,17 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        """Answer one conversation or several, through the model's chat template.
+
+        A conversation is a list of messages such as {"role": "user", "content": "Hello"}; a text is one such message.
+        """
+        conversations = _as_conversations(messages)
         if self._chat_template is None:
             self._chat_template = ChatTemplate.from_folder(self._engine.folder)
         prompts = []
         for conversation in conversations:
             text = self._chat_template.render(
-                conversation,  # type: ignore[arg-type]  # told apart above
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **(chat_template_kwargs or {}),
@@ -154,33 +167,34 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def register_prefix(self, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
-        """Compute the KV of a prefix now and keep its full blocks until `unregister_prefix`, whatever else runs.
+        """Compute the KV of a prefix now and keep its full blocks until `unregister_prefix`.
 
-        Prompts of the same `cache_salt` that begin with its tokens start from there. Raises `RequestError`, with the
-        numbers, for more than `max_pinned_share` of the pool's blocks.
+        Prompts with the same `cache_salt` that begin with its tokens reuse it. Raises `RequestError`, with the numbers,
+        if all prefixes together would hold more than `max_pinned_share` of the pool's blocks.
         """
         return self._engine.register_prefix(f"prefix-{next(self._request_ids)}", prefix, cache_salt=cache_salt)
 
     def unregister_prefix(self, prefix: RegisteredPrefix) -> None:
-        """Let a prefix go, as if it had been used by a request that has ended. Once is enough; more is harmless."""
+        """Release a prefix: its blocks stay cached until their space is needed. Safe to repeat."""
         self._engine.unregister_prefix(prefix)
 
     def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer in use. Raises `RequestError` where the model has none."""
+        """The tokenizer in use. Raises `RequestError` if the model has none."""
         if self._engine.tokenizer is None:
             raise RequestError("the model has no tokenizer.json", param="tokenizer")
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for."""
+        """The sampling parameters of the model's generation_config.json."""
         return SamplingParams(**read_default_params(self._engine.config, self._engine.folder))
 
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable that is not registered."""
+        """Make all cached prefixes unfindable, except registered ones."""
         self._engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Save what a disk tier lacks and let go of its folder; happens by itself when object or process ends."""
+        """Save to a disk tier what it lacks and release its folder. Called automatically when the object or the process
+        ends."""
         self._finalizer()
 
     def __enter__(self) -> "LLM":
@@ -194,11 +208,14 @@ class LLM:
         return self._engine.memory_plan
 
     def memory_report(self) -> MemoryReport:
-        """What the KV pool holds, in all and per unfinished request, and why prompts missed the prefix cache."""
+        """Contents of the KV pool, in total and per unfinished request, and why prompts missed the prefix cache.
+
+        `print` shows it as a table.
+        """
         return self._engine.memory_report()
 
     def stats(self) -> EngineStats:
-        """Counts of requests, blocks, slots and tokens as they are now."""
+        """Present counts of requests, blocks, slots and tokens."""
         return self._engine.stats()
 
     def _params_of(
@@ -214,19 +231,37 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt → a batch of one: a text, a mapping, or a list whose first entry is a token id."""
+    """One prompt → a batch of one. A prompt is a text, a mapping, or a list whose first entry is a token id."""
     if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]  # told apart by the first entry
+        return [prompts]  # type: ignore[list-item]  # the first entry decides
     return prompts  # type: ignore[return-value]
+
+
+def _as_conversations(messages: Any) -> list[list[Message]]:
+    """A text or one conversation → a list of one. Raises `RequestError` for anything that is no list of messages."""
+    if isinstance(messages, str):
+        return [[{"role": "user", "content": messages}]]
+    if isinstance(messages, Mapping):
+        return [[messages]]
+    if messages and isinstance(messages[0], Mapping):
+        messages = [messages]
+    for conversation in messages:
+        if isinstance(conversation, str) or not all(isinstance(message, Mapping) for message in conversation):
+            raise RequestError(
+                f"messages holds {brief(conversation)}; a conversation is a list of messages such as "
+                '{"role": "user", "content": "Hello"}',
+                param="messages",
+            )
+    return [list(conversation) for conversation in messages]
 
 
 @contextlib.contextmanager
 def _progress(total: int, *, shown: bool) -> Iterator[Any]:
-    """A bar of finished requests with the rate of output tokens; nothing where standard error is no terminal."""
+    """A bar of finished requests with the rate of output tokens, if standard error is a terminal."""
     if not shown or not sys.stderr.isatty():
         yield lambda outputs: None
         return
-    from rich.console import Console  # only where something is shown
+    from rich.console import Console  # only if a bar is shown
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (

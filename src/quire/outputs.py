@@ -1,4 +1,7 @@
-"""What a user receives: RequestOutput with one CompletionOutput per sample. Names are vLLM's."""
+"""Results of the engine: RequestOutput with one CompletionOutput per sample, stats, and the memory report.
+
+Names that users see are vLLM's.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +12,7 @@ from quire.step import TokenLogprobs
 
 @dataclass(slots=True)
 class Logprob:
-    """One token's log-probability, its 1-based rank in the vocabulary, and its text where a tokenizer is at hand."""
+    """One token's log-probability, its 1-based rank in the vocabulary, and its text if there is a tokenizer."""
 
     logprob: float
     rank: int | None = None
@@ -17,12 +20,12 @@ class Logprob:
 
 
 PositionLogprobs = dict[int, Logprob]
-"""Token id → Logprob for one position; the token that stands there comes first."""
+"""Token id → Logprob for one position; the token at that position comes first."""
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample: all of it from `LLM`, what is new since the last item in a stream of `AsyncLLM`."""
+    """One sample: the whole of it from `LLM`, a delta in a stream of `AsyncLLM`."""
 
     index: int
     text: str = ""
@@ -30,18 +33,18 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
-    """"stop", "length", "abort" or "error"; None while it runs."""
+    """"stop", "length", "abort" or "error"; None until the sample ends."""
     stop_reason: int | str | None = None
-    """The stop token or stop string that ended it; None for end of sequence."""
+    """The stop token or stop string that ended the sample; None for an end-of-sequence token."""
     error: str | None = None
-    """What went wrong, where `finish_reason` is "error"."""
+    """The reason if `finish_reason` is "error"."""
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
     def extend(self, delta: "CompletionOutput") -> None:
-        """Append what a later item of the stream brought."""
+        """Append a later delta."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.cumulative_logprob = delta.cumulative_logprob
@@ -54,7 +57,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Seconds on the engine's monotonic clock, and counts."""
+    """Times of a request in seconds on the engine's monotonic clock, and counts."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -62,9 +65,9 @@ class RequestMetrics:
     last_token_time: float | None = None
     num_preemptions: int = 0
     num_draft_tokens: int = 0
-    """Guessed and computed before it was known whether they come."""
+    """Draft tokens that were computed."""
     num_accepted_tokens: int = 0
-    """Those of them that came."""
+    """Draft tokens that were accepted."""
 
 
 @dataclass(slots=True)
@@ -82,7 +85,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
 
     def extend(self, delta: "RequestOutput") -> None:
-        """Append a later item of the same stream: deltas add up to the whole."""
+        """Append a later delta of the same stream: the deltas add up to the whole output."""
         mine = {output.index: output for output in self.outputs}
         for output in delta.outputs:
             if output.index in mine:
@@ -98,12 +101,12 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredPrefix:
-    """A prefix that stays: what `LLM.register_prefix` returns and `unregister_prefix` takes."""
+    """A prefix that stays in the cache: returned by `LLM.register_prefix`, argument of `unregister_prefix`."""
 
     prefix_id: str
     num_tokens: int
     num_kept_tokens: int
-    """Those of its full blocks; what follows them is computed with each request."""
+    """Tokens in full blocks; the rest of the prefix is computed with each request."""
 
 
 @dataclass(slots=True)
@@ -111,11 +114,11 @@ class BeamSearchSequence:
     """One finished beam."""
 
     tokens: list[int]
-    """The prompt's and those that follow."""
+    """Prompt and output tokens."""
     text: str
-    """Of all of them; empty where the model has no tokenizer."""
+    """Text of `tokens`; empty if the model has no tokenizer."""
     cum_logprob: float
-    """Log-probability of the tokens that follow."""
+    """Log-probability of the output tokens."""
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: list[PositionLogprobs] | None = None
@@ -130,7 +133,7 @@ class BeamSearchOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestCounts:
-    """What has become of a request so far, beside its tokens."""
+    """Progress of a request besides its tokens."""
 
     first_scheduled_time: float
     num_cached_tokens: int
@@ -141,7 +144,7 @@ class RequestCounts:
 
 @dataclass(slots=True)
 class SequenceDelta:
-    """What one step added to one sample, as it leaves the engine core: ids, no text yet."""
+    """What one step added to one sample, before detokenisation."""
 
     request_id: str
     index: int
@@ -150,14 +153,14 @@ class SequenceDelta:
     finish_reason: str | None = None
     stop_reason: int | None = None
     ends_with_text: bool = False
-    """The finish reason is stop and the last token is part of the text: it made its grammar complete."""
+    """The finish reason is stop, but the last token belongs to the text: it completed the grammar."""
     error: str | None = None
     cumulative_logprob: float | None = None
-    """Of a whole hypothesis of a beam search; its tokens come in one piece."""
+    """Log-probability of a finished beam; its tokens come in one delta."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Entries for prompt tokens after the first, as far as this step computed them."""
+    """Log-probabilities of the prompt tokens that this step computed, the first prompt token excepted."""
     counts: RequestCounts | None = None
-    """None: hardly others than those that were told before."""
+    """None if unchanged since this sample's previous delta."""
 
 
 SampleId = tuple[str, int]
@@ -166,24 +169,26 @@ SampleId = tuple[str, int]
 
 @dataclass(slots=True)
 class StepDeltas:
-    """What one step added to all samples. Most decode, and gain one token of which there is nothing to say: those have
-    no object each, since of hundreds that would cost more than all else that the host does in a step."""
+    """What one step added to all samples.
+
+    Most samples gain one token and nothing else. They have no `SequenceDelta`, because hundreds of these objects would
+    cost more than all other host work of a step.
+    """
 
     samples: list[SampleId] = field(default_factory=list)
-    """Those that gained a token and nothing else: the very list of the step before where they are the same, and never
-    changed once it was given out, so that whoever knows the list need not read it."""
+    """Samples that gained one token and nothing else. The list is not changed afterwards."""
     token_ids: list[int] = field(default_factory=list)
-    """Its token."""
+    """The token of each of `samples`."""
     batch_id: int = 0
-    """Non-zero: `samples` equals that of the last deltas with the same id (see `StepPlan.batch_id`)."""
+    """Non-zero: `samples` equals `samples` of the last deltas with the same id (see `StepPlan.batch_id`)."""
     others: list[SequenceDelta] = field(default_factory=list)
-    """Those of which there is more to say: the first of a sample since it runs, the last, log-probabilities, …"""
+    """Deltas with more than a token: a sample's first and last ones, log-probabilities, errors, …"""
 
     def __len__(self) -> int:
         return len(self.samples) + len(self.others)
 
     def __iter__(self) -> Iterator[SequenceDelta]:
-        """All of them, each spelt out."""
+        """All deltas, also those of `samples`."""
         yield from self.others
         for (request_id, index), token_id in zip(self.samples, self.token_ids, strict=True):
             yield SequenceDelta(request_id, index, [token_id])
@@ -191,69 +196,69 @@ class StepDeltas:
 
 @dataclass(slots=True)
 class TierStats:
-    """One tier below the pool. Blocks, unless said otherwise."""
+    """One tier below the pool. Counts are blocks unless said otherwise."""
 
     num_blocks: int = 0
     num_bytes: int = 0
     capacity_bytes: int = 0
     stopped: bool = False
-    """Takes no more blocks, because writing failed; those it has are still found."""
+    """Takes no more blocks, because writing failed; stored blocks are still found."""
     total_hits: int = 0
-    """Tokens that did not have to be computed, since they were loaded from here: of prompts, and of what resumed."""
+    """Tokens loaded from here instead of computed, of prompts and of resumed sequences."""
     total_saved: int = 0
     total_loaded: int = 0
     total_saved_bytes: int = 0
     total_loaded_bytes: int = 0
     total_dropped: int = 0
-    """Not saved, because too many others were on their way or writing failed."""
+    """Not saved, because too many saves were in progress or writing failed."""
     total_evicted: int = 0
-    """Forgotten to make room."""
+    """Evicted to make room."""
     total_corrupt: int = 0
     """Found truncated, altered or unreadable."""
     total_recomputed: int = 0
-    """Computed although they were stored here, since that was faster by the measured rates."""
+    """Computed although stored here, because that is faster by the measured rates."""
 
 
 class PrefixMiss(NamedTuple):
-    """Where a prompt left what the prefix cache holds, and why."""
+    """Where a prompt stops matching the prefix cache, and why."""
 
     block: int
     """The first logical block that had to be computed."""
     reason: str
-    """new: nothing begins like this; differs: others go on differently from here; evicted: it was here; salt: it may
-    be here, but for another tenant."""
+    """new: no cached prompt begins like this; differs: cached prompts continue differently; evicted: the block was
+    cached before; salt: it may be cached, but for another tenant."""
     evicted_seconds_ago: float | None
 
 
 @dataclass(slots=True)
 class RequestMemory:
-    """What one unfinished request holds. Slots are tokens' worth of KV."""
+    """Memory of one unfinished request. A slot holds the KV of one token."""
 
     request_id: str
     running: bool
     num_sequences: int
     num_tokens: int
-    """Prompt and output of all its sequences, each sharer's counted."""
+    """Prompt and output tokens of all its sequences; shared ones count once per sequence."""
     num_blocks: int
     """Distinct blocks."""
     num_filled_slots: int
     num_allocated_slots: int
     num_shared_slots: int
-    """What its sequences save by sharing, among themselves and with other requests."""
+    """Slots saved by sharing, among its sequences and with other requests."""
     num_copied_slots: int
-    """In blocks copied on write since it came."""
+    """Slots in blocks copied on write since the request arrived."""
     waste: float
     """Share of its allocated slots that hold no token, 0 to 1."""
     num_preemptions: int
     cached_tokens: dict[str, int]
-    """Prompt tokens that were not computed, by where their KV came from: device, host, disk."""
+    """Prompt tokens that were not computed, by the origin of their KV: device, host, disk."""
     miss: PrefixMiss | None
-    """None where all of the prompt was found that can be, or nothing was looked for."""
+    """None if as much of the prompt was found as possible, or the cache was not asked."""
 
 
 @dataclass(slots=True)
 class AgeQuantiles:
-    """Seconds."""
+    """Ages of blocks in seconds."""
 
     p50: float = 0.0
     p90: float = 0.0
@@ -262,38 +267,89 @@ class AgeQuantiles:
 
 @dataclass(slots=True)
 class MemoryReport:
-    """What the pool holds, in all and per request."""
+    """Contents of the KV pool, in total and per request. `print` shows it as a table, and so does a notebook."""
 
     stats: "EngineStats"
     waste: float
     """Share of all allocated slots that hold no token, 0 to 1."""
     used_block_ages: AgeQuantiles
-    """Since a block in use was taken."""
+    """Time since blocks in use were taken."""
     cached_free_block_ages: AgeQuantiles
-    """Since a free block whose content can still be found was taken."""
+    """Time since free blocks that the prefix cache can still find were taken."""
     requests: list[RequestMemory]
-    """At most `MAX_REPORTED_REQUESTS`, those that run first."""
+    """At most `MAX_REPORTED_REQUESTS`, running ones first."""
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        table = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*self._summary(), *(line.rstrip() for line in table[: len(rows) if self.requests else 0])])
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        from html import escape  # only notebooks need it
+
+        summary = "<br>".join(map(escape, self._summary()))
+        head, *rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in self._rows()]
+        head = head.replace("td>", "th>")
+        table = "".join(f"<tr>{row}</tr>" for row in (head, *rows)) if rows else ""
+        return f"<p>{summary}</p><table>{table}</table>"
+
+    def _summary(self) -> list[str]:
+        stats = self.stats
+        lines = [
+            f"KV pool: {stats.num_used_blocks} of {stats.num_blocks} blocks of {stats.block_size} tokens used "
+            f"({stats.kv_cache_usage:.1%}), {stats.num_pinned_blocks} pinned, "
+            f"{stats.num_cached_free_blocks} free but still cached",
+            f"slots: {stats.num_filled_slots} of {stats.num_allocated_slots} allocated hold a token "
+            f"({self.waste:.1%} wasted), {stats.num_shared_slots} saved by sharing",
+            f"requests: {stats.num_running} running, {stats.num_waiting} waiting",
+        ]
+        for name, tier in stats.tiers.items():
+            lines.append(f"{name} tier: {tier.num_blocks} blocks, {tier.num_bytes / 2**20:.1f} MiB")
+        return lines
+
+    def _rows(self) -> list[list[str]]:
+        """The head of the table, and a row for each request."""
+        head = ["request", "state", "sequences", "tokens", "blocks", "shared slots", "waste", "cached", "preempted"]
+        return [
+            head,
+            *(
+                [
+                    request.request_id,
+                    "running" if request.running else "waiting",
+                    str(request.num_sequences),
+                    str(request.num_tokens),
+                    str(request.num_blocks),
+                    str(request.num_shared_slots),
+                    f"{request.waste:.1%}",
+                    str(sum(request.cached_tokens.values())),
+                    str(request.num_preemptions),
+                ]
+                for request in self.requests
+            ),
+        ]
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot of the engine after a step. Counts whose name starts with `total_` only grow."""
+    """Snapshot of the engine after a step. Counts named `total_…` only grow."""
 
     num_running: int = 0
-    """Requests with memory."""
+    """Requests that hold memory."""
     num_waiting: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
     num_cached_free_blocks: int = 0
-    """Free blocks whose content can still be found by the prefix cache."""
+    """Free blocks that the prefix cache can still find."""
     num_pinned_blocks: int = 0
     """Blocks in use that registered prefixes hold."""
     block_size: int = 0
     num_filled_slots: int = 0
-    """Token slots holding KV, each sharer counted once per physical slot."""
+    """Token slots that hold KV; a shared slot counts once."""
     num_allocated_slots: int = 0
     num_shared_slots: int = 0
-    """Slots that sharing saved: what sequences hold together less what is allocated."""
+    """Slots saved by sharing: the sum over sequences minus the allocated slots."""
     total_steps: int = 0
     total_prompt_tokens: int = 0
     total_generated_tokens: int = 0
@@ -309,23 +365,23 @@ class EngineStats:
     prefix_misses: dict[str, int] = field(default_factory=dict)
     """Reasons of `PrefixMiss` → requests since the start."""
     num_grammars: int = 0
-    """Compiled grammars that are kept, and the bytes they took when compiled."""
+    """Compiled grammars in the cache."""
     num_grammar_bytes: int = 0
+    """Their size when compiled."""
     total_drafts: int = 0
-    """Runs of drafted tokens, one sequence's in one step."""
+    """Drafts: consecutive draft tokens of one sequence in one step."""
     total_draft_tokens: int = 0
     total_accepted_tokens: int = 0
-    """Draft tokens that turned out to be what came next."""
+    """Draft tokens that were accepted."""
     predicted_output_tokens: int | None = None
-    """Tokens that running and waiting requests will still generate; like all predictions None while too little is known
-    of how long answers are."""
+    """Tokens that running and waiting requests will still generate. Like all predictions None while too few output
+    lengths are known."""
     predicted_kv_cache_usage: float | None = None
-    """The most that running requests will use, as a share of the pool's blocks; more than 1 where some will be
-    preempted."""
+    """Peak use by the running requests, as a share of the pool's blocks; above 1 if some will be preempted."""
     predicted_queue_seconds: float | None = None
-    """Until all requests that wait now have started."""
+    """Seconds until all requests that wait now have started."""
     tiers: dict[str, TierStats] = field(default_factory=dict)
-    """Of each tier below the pool, by name: host, disk."""
+    """Tiers below the pool by name: host, disk."""
 
     @property
     def kv_cache_usage(self) -> float:

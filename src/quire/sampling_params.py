@@ -1,14 +1,14 @@
 """SamplingParams: what a client may ask of sampling, with the range of every field.
 
-Field names and defaults are vLLM's. Validation happens in `__post_init__`, so a value that exists is a valid one;
-limits that depend on the engine (vocabulary, context, `max_logprobs`) are checked again at the engine's door.
+Field names and defaults are vLLM's. `__post_init__` validates, so every instance is valid. Limits that depend on the
+engine (vocabulary, context, `max_logprobs`) are checked in `quire.engine.limits`.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from reprlib import repr as brief
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from quire.errors import RequestError
 from quire.structured_outputs import StructuredOutputsParams
@@ -25,6 +25,51 @@ MAX_EXTRA_CHARS = 512
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow float32 logits."""
+_MAX_INT = 2**31 - 1
+
+
+class _Range(NamedTuple):
+    """Allowed values of a number; both ends are included."""
+
+    low: float
+    high: float
+    optional: bool = False
+    """None is allowed too."""
+    above_low: bool = False
+    """`low` itself is not allowed."""
+
+
+_INTEGERS = {
+    "n": _Range(1, MAX_N),
+    "best_of": _Range(1, MAX_N, optional=True),
+    "beam_width": _Range(1, MAX_BEAM_WIDTH, optional=True),
+    "top_k": _Range(-1, _MAX_INT),
+    "seed": _Range(-(2**63), 2**64 - 1, optional=True),
+    "max_tokens": _Range(1, _MAX_INT, optional=True),
+    "min_tokens": _Range(0, _MAX_INT),
+    "logprobs": _Range(-1, _MAX_INT, optional=True),
+    "prompt_logprobs": _Range(-1, _MAX_INT, optional=True),
+    "truncate_prompt_tokens": _Range(-1, _MAX_INT, optional=True),
+}
+_NUMBERS = {
+    "length_penalty": _Range(-10.0, 10.0),
+    "temperature": _Range(0.0, 1e6),
+    "top_p": _Range(0.0, 1.0, above_low=True),
+    "min_p": _Range(0.0, 1.0),
+    "presence_penalty": _Range(-2.0, 2.0),
+    "frequency_penalty": _Range(-2.0, 2.0),
+    "repetition_penalty": _Range(0.0, 1e4, above_low=True),
+}
+_TOKEN_ID = _Range(0, _MAX_INT)
+_LOGIT_BIAS = _Range(-100.0, 100.0)
+_FLAGS = (
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+    "detokenize",
+)
+_TUPLES = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits_processors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,16 +80,17 @@ class SamplingParams:
     """
 
     n: int = 1
-    """Samples drawn from the prompt; their KV of the prompt is shared."""
+    """Samples per prompt; they share the prompt's KV."""
     best_of: int | None = None
-    """Samples drawn, of which the n of highest cumulative log-probability are returned, best first; None draws n."""
+    """Number of samples, of which the n of highest cumulative log-probability are returned, best first; None: n.
+    Newer versions of vLLM have dropped it; it stays because scripts still set it."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""
     length_penalty: float = 1.0
-    """Of a beam search: finished beams are ranked by their log-probability over length ** length_penalty."""
+    """For beam search: finished beams are ranked by log-probability / length ** length_penalty."""
     early_stopping: bool | Literal["never"] = False
-    """Of a beam search: true ends it once beam_width beams are finished; false when a live beam is unlikely to beat
-    them at its present length; "never" when none could at any length (transformers' meanings)."""
+    """When a beam search ends. True: once beam_width beams are finished; false: when no live beam is likely to beat
+    them at its present length; "never": when none could beat them at any length (transformers' meanings)."""
     temperature: float = 1.0
     """0 is greedy; otherwise logits are divided by it."""
     top_p: float = 1.0
@@ -60,7 +106,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or output (Keskar et al. 2019, CTRL)."""
     seed: int | None = None
-    """Same seed, same tokens, whatever else is in the batch; None lets the engine draw one."""
+    """Same seed, same tokens, whatever else is in the batch; None lets the engine choose one."""
     stop: tuple[str, ...] = ()
     """Texts that end the output; they are cut from it unless `include_stop_str_in_output`."""
     stop_token_ids: tuple[int, ...] = ()
@@ -73,24 +119,24 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log-probability of each chosen token and of this many most likely ones (−1: the whole vocabulary)."""
     prompt_logprobs: int | None = None
-    """The same for each prompt token after the first; always of the model's own distribution."""
+    """Like `logprobs`, for each prompt token after the first; always the model's own distribution."""
     logprobs_mode: str = "raw_logprobs"
-    """What `logprobs` are of: raw_logprobs, the model's own distribution, or processed_logprobs, the one that was
-    drawn from, after processors, edits, temperature and filters (−inf for tokens these left out)."""
+    """Distribution of `logprobs`: raw_logprobs, the model's own, or processed_logprobs, the one that was sampled from,
+    after processors, edits, temperature and filters (−inf for excluded tokens)."""
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     """Token id → value added to its logit, from −100 to 100."""
     allowed_token_ids: tuple[int, ...] | None = None
     """Only these tokens can be sampled."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose last token may not be sampled when it would complete them."""
+    """Texts that the output may not contain: the token that would complete one is not sampled."""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    """The token forms of `bad_words`, filled in where a tokenizer is at hand."""
+    """The token forms of `bad_words`; filled in by the engine if it has a tokenizer."""
     logits_processors: tuple[Any, ...] = ()
-    """Callables f(output_token_ids, logits) or f(prompt_token_ids, output_token_ids, logits), one row's logits in and
-    out, called in turn before anything else changes them. Only where the engine runs in the caller's process (`LLM`).
-    """
+    """Callables f(output_token_ids, logits) or f(prompt_token_ids, output_token_ids, logits) that return the new logits
+    of one row. They are called in turn before any other change to the logits. Only for `LLM`, whose engine runs in the
+    caller's process."""
     structured_outputs: StructuredOutputsParams | None = None
-    """The form that the text must have; end of sequence is possible only where the text is whole."""
+    """Constraint on the text; it can end only when the text satisfies it."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -98,64 +144,81 @@ class SamplingParams:
     """Keep only this many last tokens of the prompt; −1 keeps what the context allows."""
     detokenize: bool = True
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """Free-form labels of the client's own; never interpreted."""
+    """Free-form labels of the client, for logits processors. The engine does not interpret them."""
 
     def __post_init__(self) -> None:
-        # Lists and single strings are what clients send; the stored form is hashable and immutable.
-        for name in ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids", "logits_processors"):
+        self._freeze()
+        for name, limits in _INTEGERS.items():
+            value = getattr(self, name)
+            if type(value) is not int or not limits.low <= value <= limits.high:
+                _check_integer(name, value, limits)
+        for name, limits in _NUMBERS.items():
+            value = getattr(self, name)
+            if type(value) is not float or not limits.low < value <= limits.high:
+                _check_number(name, value, limits)
+        for name in _FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise RequestError(f"{name} is {brief(value)}; it must be true or false", param=name)
+        self._check_counts()
+        self._check_texts()
+        self._check_tokens()
+        self._check_logits_processors()
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise RequestError(
+                f"structured_outputs is {brief(self.structured_outputs)}; it must be a StructuredOutputsParams",
+                param="structured_outputs",
+            )
+        _check_extra(self.extra)
+        self._check_beam_search()
+
+    def _freeze(self) -> None:
+        """Replace the lists and single texts that clients send by tuples, which are immutable and hashable."""
+        for name in _TUPLES:
             object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", _as_tuple("allowed_token_ids", self.allowed_token_ids))
         words = tuple(_as_tuple("bad_words_token_ids", word) for word in self.bad_words_token_ids)
         object.__setattr__(self, "bad_words_token_ids", words)
-        _check_integer("n", self.n, 1, MAX_N)
-        _check_integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH, optional=True)
-        _check_number("length_penalty", self.length_penalty, -10.0, 10.0)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise RequestError(
-                f'early_stopping is {brief(self.early_stopping)}; it must be true, false or "never"',
-                param="early_stopping",
-            )
-        _check_integer("best_of", self.best_of, 1, MAX_N, optional=True)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError(
+                    f"logit_bias is {brief(self.logit_bias)}; it must map token ids to numbers", param="logit_bias"
+                )
+            bias = {_as_token_id("logit_bias", key): value for key, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
+
+    def _check_counts(self) -> None:
+        """Checks between numbers, and of values that are no range."""
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError(
                 f"best_of is {self.best_of}, less than n {self.n}: so many are returned; raise it or leave it out",
                 param="best_of",
             )
-        _check_number("temperature", self.temperature, 0.0, 1e6)
-        _check_number("top_p", self.top_p, 0.0, 1.0, low_included=False)
-        _check_integer("top_k", self.top_k, -1, 2**31 - 1)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, 1e4, low_included=False)
-        _check_integer("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
-        _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, optional=True)
-        _check_integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", param="min_tokens"
             )
-        _check_integer("logprobs", self.logprobs, -1, 2**31 - 1, optional=True)
-        _check_integer("prompt_logprobs", self.prompt_logprobs, -1, 2**31 - 1, optional=True)
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens is 0; give −1 or at least 1", param="truncate_prompt_tokens")
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise RequestError(
                 f"logprobs_mode is {brief(self.logprobs_mode)}; it must be one of {', '.join(LOGPROBS_MODES)}",
                 param="logprobs_mode",
             )
-        _check_integer("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, 2**31 - 1, optional=True)
-        if self.truncate_prompt_tokens == 0:
-            raise RequestError("truncate_prompt_tokens is 0; give −1 or at least 1", param="truncate_prompt_tokens")
+
+    def _check_texts(self) -> None:
         _check_strings("stop", self.stop, MAX_STOP_STRINGS)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need text: set detokenize to true", param="stop")
         _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
+
+    def _check_tokens(self) -> None:
         _check_token_list("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             _check_token_list("allowed_token_ids", self.allowed_token_ids)
             if not self.allowed_token_ids:
                 raise RequestError("allowed_token_ids is empty: no token could be sampled", param="allowed_token_ids")
-        # A word has one form where a text begins with it and another behind a space.
+        # Each word has two token forms: at the start of a text, and behind a space.
         if len(self.bad_words_token_ids) > 2 * MAX_BAD_WORDS:
             raise RequestError(
                 f"bad_words_token_ids holds {len(self.bad_words_token_ids)} words; "
@@ -168,22 +231,12 @@ class SamplingParams:
                 raise RequestError(
                     "bad_words_token_ids holds an empty word; each needs a token", param="bad_words_token_ids"
                 )
-        for name in (
-            "ignore_eos",
-            "skip_special_tokens",
-            "spaces_between_special_tokens",
-            "include_stop_str_in_output",
-            "detokenize",
-        ):
-            if not isinstance(value := getattr(self, name), bool):
-                raise RequestError(f"{name} is {brief(value)}; it must be true or false", param=name)
-        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise RequestError(
-                f"structured_outputs is {brief(self.structured_outputs)}; it must be a StructuredOutputsParams",
-                param="structured_outputs",
-            )
-        _check_extra(self.extra)
-        self._check_beam_search()
+        if self.logit_bias is not None:
+            _check_token_list("logit_bias", tuple(self.logit_bias))
+            for value in self.logit_bias.values():
+                _check_number("logit_bias", value, _LOGIT_BIAS)
+
+    def _check_logits_processors(self) -> None:
         if len(self.logits_processors) > MAX_LOGITS_PROCESSORS:
             raise RequestError(
                 f"logits_processors holds {len(self.logits_processors)} callables; at most {MAX_LOGITS_PROCESSORS} are "
@@ -196,30 +249,24 @@ class SamplingParams:
                     f"logits_processors holds {brief(processor)}; each entry must be callable",
                     param="logits_processors",
                 )
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise RequestError(
-                    f"logit_bias is {brief(self.logit_bias)}; it must map token ids to numbers",
-                    param="logit_bias",
-                )
-            bias = {_as_token_id("logit_bias", key): value for key, value in self.logit_bias.items()}
-            _check_token_list("logit_bias", tuple(bias))
-            for value in bias.values():
-                _check_number("logit_bias", value, -100.0, 100.0)
-            object.__setattr__(self, "logit_bias", bias)
 
     def _check_beam_search(self) -> None:
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(
+                f'early_stopping is {brief(self.early_stopping)}; it must be true, false or "never"',
+                param="early_stopping",
+            )
         if self.beam_width is None:
             for name, default in (("length_penalty", 1.0), ("early_stopping", False)):
                 if getattr(self, name) != default:
                     raise RequestError(f"{name} belongs to a beam search: set beam_width", param=name)
             return
         if self.n > self.beam_width:
-            raise RequestError(f"n is {self.n}, but {self.beam_width} beams end in at most as many texts", param="n")
+            raise RequestError(f"n is {self.n}, but {self.beam_width} beams give at most as many texts", param="n")
         if self.temperature not in (0.0, 1.0) or self.top_p != 1.0 or self.top_k > 0 or self.min_p != 0.0:
             raise RequestError(
-                "a beam search takes the most likely sequences and draws nothing: leave out temperature, top_p, top_k "
-                "and min_p",
+                "a beam search takes the most likely sequences and does not sample: leave out temperature, top_p, "
+                "top_k and min_p",
                 param="beam_width",
             )
         if self.best_of is not None:
@@ -234,12 +281,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < GREEDY_TEMPERATURE
 
     @property
     def num_samples(self) -> int:
-        """Samples that are drawn."""
+        """Number of samples computed: best_of, else n."""
         return self.best_of or self.n
 
     def with_changes(self, **changes: object) -> "SamplingParams":
@@ -249,13 +296,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
-    """A beam search in vLLM's words, for `LLM.beam_search`; `sampling_params` says the same of one request."""
+    """Parameters of `LLM.beam_search`, with vLLM's names; `sampling_params` converts them."""
 
     beam_width: int
     max_tokens: int
     ignore_eos: bool = False
     temperature: float = 0.0
-    """A search draws nothing: only 0 and 1 are accepted, and mean the same."""
+    """Beam search does not sample: only 0 and 1 are accepted, and mean the same."""
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     include_stop_str_in_output: bool = False
@@ -263,13 +310,13 @@ class BeamSearchParams:
 
     @property
     def sampling_params(self) -> SamplingParams:
-        """All beams are returned. Raises `RequestError` for a value out of range."""
+        """The equivalent `SamplingParams`, which return all beams. Raises `RequestError` for a value out of range."""
         return SamplingParams(
             n=self.beam_width, **{field.name: getattr(self, field.name) for field in fields(BeamSearchParams)}
         )
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, low_included: bool = True) -> None:
+def _check_number(name: str, value: object, limits: _Range) -> None:
     # An int may be too large for math.isfinite; it is out of range below.
     if (
         isinstance(value, bool)
@@ -277,18 +324,19 @@ def _check_number(name: str, value: object, low: float, high: float, *, low_incl
         or (isinstance(value, float) and not math.isfinite(value))
     ):
         raise RequestError(f"{name} is {brief(value)}; it must be a finite number", param=name)
-    if value > high or value < low or (value == low and not low_included):
-        left = "at least" if low_included else "more than"
-        raise RequestError(f"{name} is {value}; it must be {left} {low:g} and at most {high:g}", param=name)
+    low, high = limits.low, limits.high
+    if value > high or value < low or (value == low and limits.above_low):
+        least = "more than" if limits.above_low else "at least"
+        raise RequestError(f"{name} is {value}; it must be {least} {low:g} and at most {high:g}", param=name)
 
 
-def _check_integer(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
-    if value is None and optional:
+def _check_integer(name: str, value: object, limits: _Range) -> None:
+    if value is None and limits.optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} is {brief(value)}; it must be an integer", param=name)
-    if not low <= value <= high:
-        raise RequestError(f"{name} is {value}; it must be from {low} to {high}", param=name)
+    if not limits.low <= value <= limits.high:
+        raise RequestError(f"{name} is {value}; it must be from {limits.low} to {limits.high}", param=name)
 
 
 def _check_strings(name: str, values: Sequence[object], limit: int) -> None:
@@ -308,7 +356,7 @@ def _check_token_list(name: str, values: Sequence[object]) -> None:
     if len(values) > MAX_TOKEN_LIST:
         raise RequestError(f"{name} holds {len(values)} tokens; at most {MAX_TOKEN_LIST} are allowed", param=name)
     for value in values:
-        _check_integer(name, value, 0, 2**31 - 1)
+        _check_integer(name, value, _TOKEN_ID)
 
 
 def _as_token_id(name: str, key: object) -> int:

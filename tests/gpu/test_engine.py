@@ -112,7 +112,7 @@ def test_drafts_and_log_probabilities_from_graphs(tmp_path: Path) -> None:
 def test_graphs_are_captured_anew_after_their_memory_was_given_back(tmp_path: Path) -> None:
     llm = make_llm(make_checkpoint(tmp_path, "llama"))
     prompts = make_prompts(5, longest=40)
-    runner: Any = llm._engine._core._runner
+    runner: Any = llm._engine._core._executor
     expected = seen(llm.generate(prompts, GREEDY))
     for _ in range(3):
         capture_graphs(llm)

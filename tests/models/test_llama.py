@@ -5,30 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from quire.kernels import reference
 from quire.model_config import ModelConfig
 from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
+from tests.models.parity import TOLERANCE, assert_close, assert_equals_transformers, expected_logits, prompt
 from tests.paged_model import PagedModel
 
-TOLERANCE = 2e-4
 DECODERS = [family for family in FAMILIES if family != "gpt2"]
-
-
-def prompt(length: int, seed: int = 1) -> list[int]:
-    ids: list[int] = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return ids
-
-
-def expected_logits(folder: Path, ids: list[int]) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = reference_model(folder)(torch.tensor([ids])).logits[0]
-    return logits
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert (found - expected).abs().max().item() <= tolerance
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -80,11 +64,7 @@ def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None
     ids=str,
 )
 def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, family, **overrides)
-    ids = prompt(50)
-    model = PagedModel(folder)
-    found = torch.cat([model.step({0: ids[:37]})[0], model.step({0: ids[37:]})[0]])
-    assert_close(found, expected_logits(folder, ids))
+    assert_equals_transformers(make_checkpoint(tmp_path, family, **overrides))
 
 
 @pytest.mark.usefixtures("float_products")

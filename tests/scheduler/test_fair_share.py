@@ -7,7 +7,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.fair_share import MAX_TENANTS, FairShare
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 POOL = BlockPool(1, 1)
 
@@ -66,7 +66,7 @@ def test_who_leaves_while_it_waits_is_gone() -> None:
     queue.remove(groups[2])
     queue.remove(groups[2])
     queue.remove(groups[0])
-    assert (len(queue), list(queue.first_known(9))) == (1, [groups[1]])
+    assert (len(queue), list(queue.peek(9))) == (1, [groups[1]])
     assert queue.pop() is groups[1]
     assert (len(queue), queue.pop(), queue._queues) == (0, None, {})
 

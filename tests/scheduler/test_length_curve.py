@@ -16,7 +16,7 @@ LIMIT = 50
 
 
 def share_longer(answers: list[Answer], length: int) -> Fraction:
-    """Kaplan and Meier's product: of those that had not ended before it, who went on past each length."""
+    """Kaplan and Meier's product: for each length, the share of answers not ended before it that went past it."""
     share = Fraction(1)
     for at in range(1, length + 1):
         at_risk = [answer for answer in answers if answer.length >= at]
@@ -76,13 +76,13 @@ def test_past_all_experience_as_much_again_is_expected() -> None:
     assert curve.quantile(0.5, 40, 50) == 50
 
 
-def test_answers_that_still_run_are_not_forgotten() -> None:
+def test_answers_that_still_run_count() -> None:
     """Soon after a start only short answers have ended. Their mean is far off, the estimate is not."""
     draw = random.Random(0)
     lengths = [1 + int(draw.expovariate(1 / 300)) for _ in range(4000)]
     now = 200
     ended = [length for length in lengths if length <= now]
-    seen = [Answer(length, Ending.NATURAL) if length <= now else Answer(now, Ending.GIVEN_UP) for length in lengths]
+    seen = [Answer(length, Ending.NATURAL) if length <= now else Answer(now, Ending.ABORTED) for length in lengths]
     truth = sorted(lengths)[len(lengths) * 4 // 10]
     assert sorted(ended)[len(ended) * 4 // 10] < 0.6 * truth
     assert LengthCurve(seen).quantile(0.4, 0, 4096) == pytest.approx(truth, rel=0.05)
@@ -96,21 +96,21 @@ class Running:
 def test_a_class_is_believed_when_it_has_shown_enough_and_follows_a_shift() -> None:
     known = LengthClass()
     for _ in range(MIN_ANSWERS - 1):
-        known.note(Answer(10, Ending.NATURAL))
+        known.add(Answer(10, Ending.NATURAL))
         assert known.curve is None
-    known.note(Answer(10, Ending.NATURAL))
+    known.add(Answer(10, Ending.NATURAL))
     assert known.curve is not None
     assert known.curve.quantile(0.5, 0, LIMIT) == 10
     for _ in range(WINDOW):
-        known.note(Answer(20, Ending.NATURAL))
+        known.add(Answer(20, Ending.NATURAL))
     assert known.curve.quantile(0.01, 0, LIMIT) == 20
 
 
 def test_a_class_counts_those_that_run_when_its_curve_is_drawn() -> None:
     known = LengthClass()
     for _ in range(MIN_ANSWERS):
-        known.note(Answer(10, Ending.NATURAL))
+        known.add(Answer(10, Ending.NATURAL))
     for _ in range(9 * MIN_ANSWERS):
-        known.live[Running(11)] = None
+        known.running[Running(11)] = None
     assert known.curve is not None
     assert known.curve.quantile(0.5, 0, 1000) > 10

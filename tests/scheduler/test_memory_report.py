@@ -6,6 +6,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import MemoryReport
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
 
@@ -19,9 +20,7 @@ class Steps:
         self.seconds = 0.0
         self.scheduler = Scheduler(
             BlockPool(num_blocks, BLOCK_SIZE),
-            max_num_seqs=8,
-            max_num_batched_tokens=64,
-            max_model_len=128,
+            SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128),
             clock=lambda: self.seconds,
         )
         self._tokens = itertools.count(1000)

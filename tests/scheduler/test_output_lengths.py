@@ -66,7 +66,7 @@ def test_a_tenant_whose_limits_mean_nothing_spoils_nobody_else_s_prediction() ->
 def test_who_never_ran_says_nothing() -> None:
     lengths = OutputLengths()
     for _ in range(MIN_ANSWERS):
-        lengths.end(new_group(lengths).leader, Ending.GIVEN_UP)
+        lengths.end(new_group(lengths).leader, Ending.ABORTED)
     assert predicted(lengths) is None
 
 

@@ -2,11 +2,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
 from quire.scheduler.shortest_first import PATIENCE, ShortestFirst
-from tests.scheduler.test_scheduler import Engine, new_request
+from quire.scheduler.step_totals import StepTotals
+from tests.scheduler.checked_engine import Engine, new_request
 
 POOL = BlockPool(1, 1)
 
@@ -16,7 +16,7 @@ def new_group(number: int, num_prompt: int, max_tokens: int) -> SequenceGroup:
 
 
 def test_the_shortest_goes_first_and_equals_keep_their_order() -> None:
-    queue = ShortestFirst(EngineStats())
+    queue = ShortestFirst(StepTotals())
     for number, max_tokens in enumerate([50, 10, 30, 10]):
         queue.enter(new_group(number, 4, max_tokens))
     order = []
@@ -30,7 +30,7 @@ def test_nobody_is_overtaken_by_what_comes_after_its_patience(
     events: list[tuple[int, int, int, bool]],
 ) -> None:
     """The bound, as the file states it: who precedes i came before PATIENCE s(i) more was given than when i came."""
-    stats = EngineStats()
+    stats = StepTotals()
     queue = ShortestFirst(stats)
     given_at: dict[int, float] = {}
     sizes: dict[int, float] = {}
@@ -42,7 +42,7 @@ def test_nobody_is_overtaken_by_what_comes_after_its_patience(
         queue.enter(group)
         first = queue.pop() if pops else None
         if first is not None:
-            left = {waiting.order[1] for waiting in queue.first_known(len(events))}
+            left = {waiting.order[1] for waiting in queue.peek(len(events))}
             for other in left:
                 assert given_at[first.order[1]] < given_at[other] + PATIENCE * sizes[other]
             if first.order[1] % 2:

@@ -93,7 +93,7 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
         show_env_var=field.name in _ENVIRONMENT,
         negative_bool=() if field.default is False else None,
         negative_iterable=(),
-        **({"group": _GROUPS[config]} if config in _GROUPS else {}),
+        group=_GROUPS.get(config),
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, about]

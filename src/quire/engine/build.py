@@ -39,6 +39,7 @@ from quire.runner.disk_blocks import DiskBlocks, file_bytes
 from quire.runner.model_runner import ModelRunner, RunnerSettings
 from quire.sampling.logits_processors import load_processors
 from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
 
@@ -232,12 +233,14 @@ def _warn_of_surplus(target: _Target) -> None:
 def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
     return Scheduler(
         BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
-        max_num_partial_prefills=config.max_num_partial_prefills,
+        SchedulerLimits(
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_model_len=plan.max_model_len,
+            max_num_partial_prefills=config.max_num_partial_prefills,
+            max_pinned_share=config.max_pinned_share,
+        ),
         tiers=tiers,
-        max_pinned_share=config.max_pinned_share,
         speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],

@@ -1,8 +1,8 @@
-"""ChatTemplate: messages to the one text that the model was taught to see them in.
+"""ChatTemplate: turns messages into the text format that the model was trained on.
 
-Templates are Jinja programs that come with the model's files. They run in Jinja's sandbox, with what Hugging Face
-templates expect to find there, and within a budget: so much text, so many turns of loops, and no value larger than a
-prompt. What one filter may allocate for a moment is not bounded; whoever made the model folder wrote the template.
+Templates are Jinja programs in the model's files. They run in Jinja's sandbox, with the functions that Hugging Face
+templates expect, and within a budget: of output text, of loop turns, and of the size of every value. The memory that
+one filter allocates for a moment is not limited: the template has the same author as the model folder.
 """
 
 import json
@@ -23,14 +23,14 @@ from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_json, read_special_tok
 from quire.errors import CheckpointError, RequestError
 
 MAX_LOOP_TURNS = 1_000_000
-"""Of all loops of one rendering together: some hundred per message are usual."""
+"""Most turns of all loops in one rendering; some hundred per message are usual."""
 
 CONTINUE_HERE = "\ue000quire:continue\ue000"
-"""Marks the end of the last message, from the private-use area so that no message holds it by chance."""
+"""Marks the end of the last message. It is from the private-use area, so that no message contains it by chance."""
 
 
 class ChatTemplate:
-    """The chat templates of one model; most have one, some a second for tools."""
+    """The chat templates of one model: usually one, sometimes a second for tools."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class ChatTemplate:
         max_chars: int = MAX_PROMPT_CHARS,
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`sources` maps names ("default", "tool_use", …) to Jinja texts; `origin` is how errors call them."""
+        """`sources` maps names ("default", "tool_use", …) to Jinja texts; errors call them `origin`."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
         environment.filters |= {"tojson": _to_json, "quire_turns": _turns, "quire_grown": _grown}
-        del environment.globals["lipsum"]  # text without end, for web designers
+        del environment.globals["lipsum"]  # generates text without end
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         try:
@@ -56,7 +56,7 @@ class ChatTemplate:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
-        """From chat_template.jinja, else from tokenizer_config.json. Without either it cannot render."""
+        """From chat_template.jinja, else from tokenizer_config.json. Without both, `render` refuses."""
         sources, origin = _read_sources(Path(folder))
         return cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
 
@@ -69,10 +69,10 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt for `messages` in OpenAI's form, special tokens written out: encode it without adding any.
+        """The prompt for `messages` in OpenAI's format. It contains the special tokens: encode it without adding any.
 
-        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last one open instead.
-        `variables` reach the template as they are (`enable_thinking` and the like).
+        `add_generation_prompt` opens the assistant's turn; `continue_final_message` leaves the last turn open instead.
+        `variables` are passed to the template unchanged (`enable_thinking` and the like).
         """
         template = self._choose(with_tools=bool(tools))
         if not messages:
@@ -87,7 +87,7 @@ class ChatTemplate:
             content = chat[-1].get("content")
             if not isinstance(content, str):
                 raise RequestError("the final message has no text to continue", param="messages")
-            # The space shows whether the template trims messages: then what it trims goes from the text as well.
+            # The space shows whether the template trims messages; if it does, the text is trimmed as well.
             chat[-1]["content"] = f"{content}{CONTINUE_HERE} "
         budget = _Budget(self._max_chars)
         context = {**variables, **self._special_tokens, _BUDGET: budget}
@@ -96,9 +96,9 @@ class ChatTemplate:
                 messages=chat, tools=tools or None, add_generation_prompt=add_generation_prompt, **context
             )
             text = "".join(budget.output(pieces))
-        except Exception as error:  # a template is a program: whatever it raises, it is about these messages
+        except Exception as error:  # a template is a program and can raise anything
             raise RequestError(
-                f"the model's chat template refuses the messages: {_told(error)}", param="messages"
+                f"the model's chat template refuses the messages: {_reason(error)}", param="messages"
             ) from error
         return _cut_after_final_message(text) if continue_final_message else text
 
@@ -116,7 +116,7 @@ class ChatTemplate:
 
 
 def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
-    """Name → template, and the file they are from."""
+    """Name → template, and the file that they come from."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return {"default": path.read_text(encoding="utf-8")}, str(path)
@@ -134,7 +134,7 @@ def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
 
 
 def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as templates expect it: content is one text, the arguments of tool calls are objects."""
+    """A message in the form that templates expect: content is one text, arguments of tool calls are objects."""
     if not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{index}] is no object with a role", param="messages")
     plain = dict(message)
@@ -166,7 +166,7 @@ def _text_of_part(part: object, index: int) -> str:
 
 
 def _plain_tool_call(call: Any) -> Any:
-    """OpenAI sends arguments as JSON in a string; templates write them with `tojson`, which would quote it again."""
+    """Parse arguments, which OpenAI sends as JSON in a string: a template's `tojson` would quote the string again."""
     match call:
         case {"function": {"arguments": str(arguments)}}:
             try:
@@ -177,7 +177,7 @@ def _plain_tool_call(call: Any) -> Any:
 
 
 def _cut_after_final_message(text: str) -> str:
-    """The text up to the mark, less the white space before it if the template trimmed what followed it."""
+    """The text up to the mark, without trailing white space if the template trims messages."""
     end = text.rfind(CONTINUE_HERE)
     if end < 0:
         raise RequestError(
@@ -188,13 +188,13 @@ def _cut_after_final_message(text: str) -> str:
     return text[:end] if kept else text[:end].rstrip()
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, TemplateError):
         return error.message or type(error).__name__
     return f"{type(error).__name__}: {error}"
 
 
-# --- what templates find in their environment -------------------------------------------------------------------
+# --- functions that templates expect ----------------------------------------------------------------------------
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -208,12 +208,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter sorts keys and escapes for HTML, which is not what models were trained on."""
+    """JSON as models were trained on it; Jinja's own filter sorts keys and escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model is trained on; for a prompt it is only its content."""
+    """`{% generation %}` marks the text of a training target; in a prompt it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  # Jinja's own attribute
 
@@ -222,13 +222,13 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-# --- the budget: templates are rewritten as they are compiled, so that it is asked wherever something can grow ---
+# --- the budget: compiling a template adds a check wherever text, loops or values can grow -----------------------
 
 _BUDGET = "quire_budget"
 
 
 class _Budget:
-    """What one rendering may still use."""
+    """The rest of the budget of one rendering."""
 
     def __init__(self, max_chars: int) -> None:
         self._max_chars = max_chars
@@ -236,7 +236,7 @@ class _Budget:
         self._turns_left = MAX_LOOP_TURNS
 
     def output(self, pieces: Iterable[str]) -> Iterator[str]:
-        """Passes the text through while it is not too long."""
+        """Pass the text on; raises if it grows too long."""
         for piece in pieces:
             self._chars_left -= len(piece)
             if self._chars_left < 0:
@@ -244,7 +244,7 @@ class _Budget:
             yield piece
 
     def turns(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Passes the items of a loop through while there are not too many."""
+        """Pass the items of a loop on; raises if there are too many."""
         for item in items:
             self._turns_left -= 1
             if self._turns_left < 0:
@@ -259,7 +259,7 @@ def _turns(context: Context, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def _grown(value: Any) -> Any:
-    """The value of an expression that may have grown: a text doubled thirty times needs only a short template."""
+    """Check the size of a value: a short template can double a text thirty times."""
     if isinstance(value, str | list | tuple):
         _check_size(len(value))
     return value
@@ -271,7 +271,7 @@ def _check_size(size: int) -> None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with every loop passed through `_turns` and what makes new values through `_grown`."""
+    """Jinja's sandbox; every loop goes through `_turns`, and every new value through `_grown`."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -280,7 +280,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Looks at products and powers beforehand: one of them can ask for any amount of memory."""
+        """Check products and powers before they are computed: a single one can take any amount of memory."""
         for value, factor in ((left, right), (right, left)):
             if isinstance(value, str | list | tuple) and isinstance(factor, int):
                 _check_size(len(value) * factor)
@@ -303,5 +303,5 @@ class _Metering(NodeTransformer):
 
 
 def _filtered(value: nodes.Node, name: str) -> nodes.Expr:
-    """A filter, because the sandbox looks twice at every call."""
+    """The value with a filter applied. Not a call, which the sandbox would check twice."""
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)

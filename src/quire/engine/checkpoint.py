@@ -1,4 +1,4 @@
-"""Where a model's files are: the bundled model, a folder, or a repository of the Hugging Face hub fetched on demand."""
+"""Finds a model's files: the bundled model, a folder, or a repository of the Hugging Face hub, downloaded on demand."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ def bundled_folder() -> Path:
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: "" is the bundled one; what is no folder is a hub name such as "org/name".
+    """The folder of `model`: "" is the bundled model, a path is a folder, "org/name" is a hub model.
 
-    A hub model is downloaded once; the revision is resolved to one commit, from which every file is read. Raises
-    `CheckpointError` for what cannot be found.
+    A hub model is downloaded once. The revision is resolved to one commit, from which all files come. Raises
+    `CheckpointError` for a model that cannot be found.
     """
     if not model or model == BUNDLED_NAME:
         return bundled_folder()
@@ -36,7 +36,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
 
 
 def model_name(model: str) -> str:
-    """What the server calls the model if nobody names it."""
+    """The default name of the model in the server."""
     return model or BUNDLED_NAME
 
 
@@ -55,18 +55,18 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
-    """The model's folder, or the one asked for."""
+    """The folder of tokenizer.json: the model's, or that of the option `tokenizer`."""
     return folder if config.tokenizer is None else find_model(config.tokenizer, config.revision)
 
 
 def _download(model: str, revision: str | None) -> Path:
-    """A hub model's folder in the hub's own cache; files that are there already are not fetched again."""
+    """A hub model's folder in the hub's cache. Files in the cache are not downloaded again."""
     from huggingface_hub import snapshot_download  # only hub models need it
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        # One call resolves the revision to a commit and takes every file from it; without a connection it gives what
-        # an earlier download of that revision has left.
+        # One call resolves the revision to a commit and takes every file from it. Without a connection it returns the
+        # earlier download of that revision.
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from error
@@ -75,6 +75,6 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model} is no folder here, the hub cannot be reached, and nothing was downloaded before; "
             "give the folder of a checkpoint"
         ) from error
-    except Exception as error:  # network libraries raise classes of their own, which are not ours to know
+    except Exception as error:  # network libraries raise many classes of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{model} could not be downloaded: {reason}") from error

@@ -169,7 +169,7 @@ class EngineCore:
             request,
             vocab_size=self._vocab_size,
             max_logprobs=self._max_logprobs,
-            max_model_len=self._scheduler.max_model_len,
+            max_model_len=self._scheduler.limits.max_model_len,
         )
 
     def _queue_compiled(self, *, block: bool) -> None:

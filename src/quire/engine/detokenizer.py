@@ -1,7 +1,7 @@
 """Detokenizer: the text of one sample, token by token, never with half a character and never past a stop string.
 
-Owns the three places where text waits before it may be shown: bytes that are the start of a character, characters that
-may turn out to be the start of a stop string, and what was not asked for yet. All work is linear in the tokens.
+Text waits in three places before it is shown: bytes that begin a character, characters that may begin a stop string,
+and text that the caller has not read yet. All work is linear in the tokens.
 """
 
 import codecs
@@ -17,20 +17,19 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class StopMatch:
-    """A stop string was found. `num_tokens` output tokens were needed to complete it; later ones are void."""
+    """A stop string was found. The first `num_tokens` output tokens complete it; later tokens do not count."""
 
     stop: str
     num_tokens: int
 
 
 class Detokenizer:
-    """Text of the output tokens given to `append`, as `delta` by `delta` or as `text` in all.
+    """Text of the output tokens passed to `append`: piece by piece from `delta`, or all of it in `text`.
 
-    The text continues the prompt's: a SentencePiece token keeps its leading space unless nothing visible came before.
-    Together the deltas are what `Tokenizer.decode` makes of all tokens at once, but for one case: where byte tokens
-    like `<0xE2>` spell whole characters and then a broken one, the whole ones stay, having been shown. A token that
-    ended the output as a stop token is for the caller to leave out, and so is the whole object where
-    `params.detokenize` is off.
+    The text continues the prompt: a SentencePiece token keeps its leading space unless no visible token came before.
+    The deltas add up to `Tokenizer.decode` of all tokens, with one exception: if byte tokens like `<0xE2>` form whole
+    characters and then a broken one, the whole ones stay, because they were shown. The caller omits a stop token that
+    ended the output, and does not create a detokenizer if `params.detokenize` is off.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
@@ -62,9 +61,9 @@ class Detokenizer:
         return new
 
     def append(self, token_ids: Sequence[int], finished: bool = False) -> StopMatch | None:
-        """Takes the next output tokens; returns the stop string that they complete, if any.
+        """Add the next output tokens; returns the stop string that they complete, if any.
 
-        With `finished`, everything held back is let go: there is nothing more to wait for.
+        `finished`: no token will follow, so held text is shown.
         """
         for token_id in token_ids:
             if self._match is not None:
@@ -78,7 +77,7 @@ class Detokenizer:
         return self._match
 
     def _show(self, text: str) -> None:
-        """Passes on what of `text` cannot belong to a stop string, and looks for one that ends in it."""
+        """Show the part of `text` that cannot belong to a stop string; record a stop string that ends in it."""
         if not text:
             return
         if not self._stops:
@@ -88,7 +87,7 @@ class Detokenizer:
         found = [(end, -len(stop.text), stop.text) for end, stop in zip(ends, self._stops, strict=True) if end]
         pending = self._held + text
         if found:
-            # The first to be complete wins, and the longest of those that end together: no chunking can change that.
+            # The first complete stop string wins, the longest of those that end together. Chunking cannot change it.
             end, _, stop = min(found)
             end += len(self._held)
             self._release(pending[: end if self._include_stop else end - len(stop)])
@@ -105,13 +104,13 @@ class Detokenizer:
 
 
 class _StopString:
-    """Finds a text in a stream of pieces with the automaton of Knuth, Morris and Pratt: each character is read once."""
+    """Finds a text in a stream of pieces with the Knuth-Morris-Pratt automaton: each character is read once."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.num_matched = 0
-        """Length of the longest start of `text` that the stream so far ends with."""
-        self._borders = [0] * len(text)  # per length − 1: the longest proper start that is an end as well
+        """Length of the longest prefix of `text` that the stream ends with."""
+        self._borders = [0] * len(text)  # [length − 1]: the longest proper prefix that is also a suffix
         length = 0
         for i in range(1, len(text)):
             while length and text[i] != text[length]:
@@ -120,10 +119,10 @@ class _StopString:
             self._borders[i] = length
 
     def first_end(self, piece: str, *, allowed: bool) -> int:
-        """Reads `piece`; returns the position behind the first occurrence, 0 if there is none or none is `allowed`."""
+        """Read `piece`; returns the end of the first occurrence, 0 if there is none or none is `allowed`."""
         matched, position = self.num_matched, 0
         while position < len(piece):
-            if matched == 0:  # the usual case: leap to where it could begin
+            if matched == 0:  # the usual case: skip to where it could begin
                 position = piece.find(self.text[0], position)
                 if position < 0:
                     break
@@ -140,26 +139,26 @@ class _StopString:
 
 
 class _Decoder(ABC):
-    """Tokens in, whole characters out."""
+    """Turns tokens into whole characters."""
 
     @abstractmethod
     def add(self, token_id: int) -> str:
-        """The characters that this token completes."""
+        """The characters that the token completes."""
 
     @abstractmethod
     def flush(self) -> str:
-        """What is left of a character that never became whole, as U+FFFD."""
+        """The rest of an incomplete character, as U+FFFD."""
 
 
 class _PieceDecoder(_Decoder):
-    """For vocabularies whose tokens are bytes to be joined: a table and an incremental UTF-8 decoder."""
+    """For vocabularies that decode by joining bytes: a table and an incremental UTF-8 decoder."""
 
     def __init__(
         self, tokenizer: Tokenizer, rules: PieceRules, hidden: frozenset[int], prompt_token_ids: Sequence[int]
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._hidden = hidden
-        # Of a broken character the library shows one U+FFFD in a byte-level vocabulary, else one for each of its bytes.
+        # The library shows a broken character as one U+FFFD in a byte-level vocabulary, else as one for each byte.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace" if rules.byte_level else _EACH_BYTE)
         visible = (self._token_bytes(token_id) for token_id in prompt_token_ids if token_id not in hidden)
         self._strip_start = "" if any(visible) else rules.strip_start
@@ -176,7 +175,7 @@ class _PieceDecoder(_Decoder):
         return self._stripped(self._utf8.decode(b"", final=True))
 
     def _stripped(self, text: str) -> str:
-        """The text less the space that encoding put before the first word."""
+        """The text without the space that encoding added before the first word."""
         while text and self._strip_start:
             if text[0] != self._strip_start[0]:
                 self._strip_start = ""
@@ -186,16 +185,16 @@ class _PieceDecoder(_Decoder):
 
 
 class _WindowDecoder(_Decoder):
-    """For any other vocabulary: decodes the last few tokens with and without the new one, and takes the difference.
+    """For any other vocabulary: decodes the last few tokens with and without the new one; the difference is new text.
 
-    The window starts where text was last complete but one, so that what a token does to its left neighbour is seen.
+    The window begins one complete text before the last, because a token can change the text of its left neighbour.
     """
 
     MAX_PENDING = 4
-    """Tokens that may wait for the rest of a character: it has at most four bytes."""
+    """Most tokens that wait for the rest of a character, which has at most four bytes."""
 
     CONTEXT = 6
-    """Tokens of the prompt that the first output token is seen in."""
+    """Prompt tokens that are decoded together with the first output token."""
 
     def __init__(
         self,
@@ -232,7 +231,7 @@ class _WindowDecoder(_Decoder):
         return after[len(before) :]
 
     def _texts(self) -> tuple[str, str]:
-        """The window's text up to what was shown, and in all."""
+        """The window's text that was shown, and all of it."""
         shown = self._window[: self._num_shown]
         return (
             self._tokenizer.decode(shown, skip_special_tokens=False),

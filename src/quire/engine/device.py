@@ -1,7 +1,7 @@
-"""Device: what a model is computed on, and what must be known of it and of the host's cores before torch is imported.
+"""Device: facts about the device and the host's cores that are needed before torch is imported.
 
-A CUDA device is asked through its driver library, which torch loads anyway: the number of devices, names, memory and
-capability, all of which need no context on the card. CUDA_VISIBLE_DEVICES is the driver's affair and holds.
+CUDA devices are queried through the driver library, which torch loads anyway: number of devices, name, memory and
+capability. None of these needs a context on the card. The driver respects CUDA_VISIBLE_DEVICES.
 """
 
 import ctypes
@@ -16,29 +16,29 @@ from typing import Any
 from quire.errors import ConfigError
 
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
-"""Of cuDeviceGetAttribute."""
+"""Attributes of cuDeviceGetAttribute."""
 _NAME_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The first device of its type; Quire computes on one."""
+    """The device that Quire computes on: the first of its type."""
 
     type: str
-    """cpu, cuda or mps, as torch says."""
+    """torch's name: cpu, cuda or mps."""
     name: str = ""
     total_memory: int | None = None
-    """Bytes of the device's own; None where it shares the host's."""
+    """Bytes of the device's own memory; None if it shares the host's."""
     capability: tuple[int, int] = (0, 0)
-    """Of a CUDA device."""
+    """Compute capability of a CUDA device."""
     multiplies_bfloat16: bool = False
-    """Of a CPU: whether it says that it has products of pairs of bfloat16, and the kernels are to use them."""
+    """Whether a CPU reports products of pairs of bfloat16, and the kernels may use them."""
 
 
 def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None) -> Device:
-    """The device that the option `device` means; auto is a CUDA device where there is one that torch can use.
+    """The device for the option `device`; auto is a CUDA device if there is one that torch can use.
 
-    Raises `ConfigError` for one that is not there. `probe` looks for a CUDA device.
+    Raises `ConfigError` for a device that does not exist. `probe` looks for a CUDA device.
     """
     if wanted == "cpu":
         return probe_cpu()
@@ -64,8 +64,8 @@ def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None
 
 
 def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
-    """What `quire.kernels.cpu` will choose for this CPU unless that fails its test there. It cannot be asked yet: it
-    shares torch's OpenMP, which must be there first. `EngineCore.load` tells what was chosen."""
+    """The CPU, with what `quire.kernels.cpu` will choose for it unless its self-test fails. It cannot be asked yet: it
+    shares torch's OpenMP, which must be loaded first. `build_core` reports the choice."""
     try:
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
     except OSError:
@@ -75,11 +75,11 @@ def probe_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
 
 
 def usable_cores(root: Path = Path("/")) -> int:
-    """Cores to compute on, at least one: those this process may run on, each once however many processors it shows as,
-    and no more than the time that control groups allow (a container's or a service's limit of CPUs) keeps busy.
+    """Number of cores to compute on, at least one: physical cores that this process may run on, limited by the CPU time
+    that control groups allow (the CPU limit of a container or service).
 
-    A second thread on a core waits for the arithmetic of the first; and where time is limited, threads beyond it are
-    stopped together, each barrier waiting for the last. `root` is where /proc and /sys are found.
+    Two threads on one core wait for each other's arithmetic. Threads beyond a CPU limit are paused, and every barrier
+    waits for them. `root` is the folder of /proc and /sys.
     """
     processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     topology = root / "sys/devices/system/cpu"
@@ -88,7 +88,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 
 def _cpu_limits(root: Path) -> Iterator[float]:
-    """CPUs' worth of time that this process's control groups and those above them allow, of both versions."""
+    """CPU limits of this process's control groups and their parents, of both cgroup versions."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -112,7 +112,7 @@ def _read(path: Path) -> str:
 
 
 def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:
-    """The first CUDA device, or None where there is no driver or no device."""
+    """The first CUDA device, or None without a driver or a device."""
     try:
         driver = load("libcuda.so.1")
     except OSError:
@@ -131,6 +131,6 @@ def probe_cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:
     )
     for call, *arguments in calls:
         if call(*arguments):
-            # A type cannot be guessed of a card that does not answer.
+            # Without an answer of the card no type can be chosen for it.
             return None
     return Device("cuda", name.value.decode(errors="replace"), total.value, (major.value, minor.value))

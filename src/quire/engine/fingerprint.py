@@ -1,10 +1,10 @@
-"""What decides the keys and values of a block besides its tokens: a hash that blocks on disk are kept under.
+"""Fingerprint: a hash of everything besides tokens that determines the KV of a block. Disk blocks are stored under it.
 
-It covers config.json, and of each safetensors file the name, size, time of change and header (every tensor's name,
-dtype, shape and place; not the bytes themselves, which would take as long as loading); the dtypes of weights and KV,
-the layout and the block size; whether weights are random, and their seed; the version of Quire, the device, the backend
-and the CPU kernels' instruction set, since each may change the last bits of a value. Any of it different, and nothing
-stored is found.
+It covers config.json; the name, size, modification time and header of each safetensors file (name, dtype, shape and
+offset of every tensor, not the bytes, since hashing them takes as long as loading); the dtypes of weights and KV, the
+layout and the block size; the seed of random weights; the version of Quire, the device, the backend and the instruction
+set of the CPU kernels, since each may change the last bits of a value. If any of these changes, no stored block is
+found.
 """
 
 from hashlib import blake2b
@@ -20,14 +20,14 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instruction_set: str) -> bytes:
-    """FINGERPRINT_BYTES of BLAKE2b."""
+    """BLAKE2b hash of FINGERPRINT_BYTES bytes."""
     computed = f"{instruction_set} {plan.device} {plan.attention_backend}"
     kv = (KV_LAYOUT, computed, plan.kv_cache_dtype, str(plan.block_size))
     return _digest(config, plan, folder, kv)
 
 
 def weights_fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path) -> bytes:
-    """The same of the weights alone; how they were packed is told by what is kept under it."""
+    """Fingerprint of the weights only; the packing is recorded in the cache entry."""
     return _digest(config, plan, folder, ("packed weights",))
 
 

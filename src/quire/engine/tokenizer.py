@@ -1,8 +1,8 @@
-"""Tokenizer: text to token ids and back, over the `tokenizers` library and the files of a model folder.
+"""Tokenizer: text to token ids and back, with the `tokenizers` library and the files of a model folder.
 
-Owns the reading of tokenizer.json, tokenizer_config.json and special_tokens_map.json, the bound on how much text one
-request may have tokenised, and what every single token contributes to a text. Putting tokens together as they come is
-the detokenizer's. Safe to share between threads.
+Reads tokenizer.json, tokenizer_config.json and special_tokens_map.json, limits the text that one request may have
+tokenised, and knows the bytes of every token. The detokenizer joins tokens as they arrive. Safe to share between
+threads.
 """
 
 import json
@@ -17,35 +17,35 @@ from quire.config import EngineConfig
 from quire.engine.checkpoint import tokenizer_folder
 from quire.errors import CheckpointError, RequestError
 
-# The library warns when a process forks after it used its own threads; requests are parallel enough without them.
+# The library warns if a process forks after it used its own threads. Requests are parallel enough without them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers  # after the variable is set
 
 MAX_PROMPT_CHARS = 4_000_000
-"""A few seconds of tokenising, and more than the longest contexts hold."""
+"""Takes a few seconds to tokenise, and is more than the longest contexts hold."""
 
 MAX_TOKENIZER_FILE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class PieceRules:
-    """How the tokens of a vocabulary add up to text, where that is joining bytes.
+    """Rules for decoding by joining the bytes of tokens.
 
-    Covers byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece in Hugging Face's form (Llama 2, Mistral, Gemma).
+    Cover byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece in Hugging Face's form (Llama 2, Mistral, Gemma).
     """
 
     byte_level: bool = False
-    """Tokens are spelled in GPT-2's alphabet of one printable character per byte."""
+    """Tokens are written in GPT-2's alphabet of one printable character per byte."""
     byte_tokens: bool = False
-    """A token `<0xE2>` stands for one byte of a character that the vocabulary lacks."""
+    """A token like `<0xE2>` is one byte of a character that the vocabulary lacks."""
     replacements: tuple[tuple[str, str], ...] = ()
     strip_start: str = ""
-    """This much is taken from the start of the whole text if it is there: the space that encoding put in front."""
+    """Removed from the start of the whole text: the space that encoding adds."""
 
     @staticmethod
     def of(decoder: Mapping[str, Any] | None) -> "PieceRules | None":
-        """From the `decoder` of tokenizer.json; None for one that is more than joining bytes."""
+        """From the `decoder` of tokenizer.json; None if decoding is more than joining bytes."""
         if decoder is None:
             return None
         replacements: list[tuple[str, str]] = []
@@ -72,7 +72,7 @@ class PieceRules:
 
 
 class Tokenizer:
-    """A model's tokenizer. `from_folder` reads one; the constructor takes the library's object as it is."""
+    """A model's tokenizer. `from_folder` reads one; the constructor takes the library's object."""
 
     def __init__(
         self,
@@ -86,16 +86,16 @@ class Tokenizer:
         self._backend = backend
         self.max_prompt_chars = max_prompt_chars
         self.special_tokens = dict(special_tokens)
-        """Name → text, as in {"bos_token": "<s>"}: what chat templates call them by."""
+        """Name in chat templates → text, as in {"bos_token": "<s>"}."""
         added = backend.get_added_tokens_decoder()
         self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        """Tokens that steer the model and are left out of text by `skip_special_tokens`."""
+        """Control tokens, which `skip_special_tokens` omits from text."""
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
-        # What the library pickles of a decoder is its part of tokenizer.json; parsing the whole file takes far longer.
+        # The pickled state of a decoder is its part of tokenizer.json. Parsing the whole file takes far longer.
         self.pieces = PieceRules.of(backend.decoder and json.loads(backend.decoder.__getstate__()))
-        self._bytes_of_token: dict[int, bytes] = {}  # filled as tokens are met; at most the vocabulary
+        self._bytes_of_token: dict[int, bytes] = {}  # filled on use; at most the vocabulary
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_prompt_chars: int = MAX_PROMPT_CHARS) -> "Tokenizer":
@@ -112,7 +112,7 @@ class Tokenizer:
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library has no class of its own for this
+        except Exception as error:  # the library raises plain Exception
             raise CheckpointError(
                 f"{path} is not a tokenizer that the `tokenizers` library {tokenizers.__version__} can read: {error}"
             ) from error
@@ -120,15 +120,15 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens known to the tokenizer, added ones included; the model's table may be larger."""
+        """Number of tokens of the tokenizer, added ones included; the model's table may be larger."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens written out in it are recognised, as chat templates need.
+        """Token ids of `text`. Special tokens spelled out in the text are recognised, as chat templates require.
 
-        `add_special_tokens` adds what the model expects around a text, often a BOS token. A chat template has written
-        it already.
+        `add_special_tokens` adds the tokens that the model expects around a text, often a BOS token. Text from a chat
+        template contains them already.
         """
         if len(text) > self.max_prompt_chars:
             raise RequestError(
@@ -144,19 +144,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. For tokens that come one by one there is `Detokenizer`."""
+        """The text of a whole sequence. `Detokenizer` decodes tokens one by one."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token puts into a text: perhaps part of a character; nothing for an id that no token has."""
+        """The bytes that the token adds to a text, perhaps part of a character; empty for an unused id."""
         found = self._bytes_of_token.get(token_id)
         if found is None:
             found = self._bytes_of_token[token_id] = self._spell(token_id)
         return found
 
     def id_to_text(self, token_id: int) -> str:
-        """The token for display, special or not, its leading space kept; part of a character shows as U+FFFD."""
+        """The token for display, special or not, with its leading space; part of a character shows as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     def _spell(self, token_id: int) -> bytes:
@@ -166,7 +166,7 @@ class Tokenizer:
         if self.pieces is None:
             return self.decode([token_id], skip_special_tokens=False).encode()
         if self.pieces.byte_level:
-            # A token with a character outside the alphabet, such as an added token with a space, is spelled plainly.
+            # A token with a character outside the alphabet, such as an added token with a space, is plain text.
             values = [_BYTE_OF_LETTER.get(letter) for letter in token]
             return token.encode() if None in values else bytes(value for value in values if value is not None)
         if self.pieces.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
@@ -182,7 +182,7 @@ class Tokenizer:
 
 
 def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
-    """The model's tokenizer, or the one asked for; None where the folder has none, so that token ids still work."""
+    """The tokenizer of the model or of the option `tokenizer`; None if there is none: prompts are then token ids."""
     folder = tokenizer_folder(config, folder)
     try:
         return Tokenizer.from_folder(folder)
@@ -220,7 +220,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _letters_of_bytes() -> dict[str, int]:
-    """GPT-2's alphabet: a printable Latin-1 byte is its own letter, the others take those from U+0100 on, in order."""
+    """GPT-2's alphabet: printable Latin-1 bytes are their own letters; the others get U+0100 and up, in order."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

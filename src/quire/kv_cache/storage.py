@@ -1,7 +1,7 @@
-"""KVCache: the tensors behind the blocks, allocated once at start; the one file of this room that knows torch.
+"""KVCache: the tensors behind the blocks, allocated once at start. The only file of `kv_cache` that imports torch.
 
-How a block lies is the kernels' affair (`Kernels.kv_cache_shapes`, see docs/decisions). What is asked here is that
-blocks are the first dimension of keys and of values.
+The kernels decide the layout of a block (`Kernels.kv_cache_shapes`, see docs/decisions). Here, the first dimension of
+keys and of values must be the block.
 """
 
 import itertools
@@ -19,7 +19,7 @@ _HUGE_PAGE = 2 << 20
 
 
 class KVCache:
-    """All layers' blocks, zero at first. On a CPU a block takes memory when it is first written, not before."""
+    """The blocks of all layers, zero at first. On a CPU a block takes no memory until it is first written."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device = CPU,
     ) -> None:
-        """`shapes` are those of one layer's keys and values, the number of blocks first."""
+        """`shapes` are the shapes of one layer's keys and values, each [num_blocks, ...]."""
         keys, values = shapes
         num_blocks = keys[0]
         self.num_blocks = num_blocks
@@ -42,12 +42,12 @@ class KVCache:
         self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for tensor in tensors]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
-        """A block's keys and values in all layers."""
+        """Size of a block's keys and values in all layers."""
 
     def copy_out(self, block: int, out: torch.Tensor) -> None:
         """Copy a block to `out`, uint8 [block_bytes]: keys, then values, layer after layer.
 
-        To pinned memory a device copies in its own time: before its next step, and after that `copy_in` may read it.
+        A copy to pinned memory is asynchronous. It is done before the device's next step; then `copy_in` may read it.
         """
         first = 0
         for tensor in self._bytes:
@@ -55,12 +55,12 @@ class KVCache:
             first += tensor.shape[1]
 
     def synchronize(self) -> None:
-        """Wait for the copies of a device."""
+        """Wait until a device has made its copies."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def copy_in(self, block: int, content: torch.Tensor) -> None:
-        """Overwrite a block with what `copy_out` made of one."""
+        """Overwrite a block with content from `copy_out`."""
         first = 0
         for tensor in self._bytes:
             tensor[block].copy_(content[first : first + tensor.shape[1]], non_blocking=content.is_pinned())
@@ -68,11 +68,11 @@ class KVCache:
 
 
 def lazy_zeros(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes], pages of the system's own that are there when they are written; torch.zeros would write, and
-    so take, all of them, and malloc might keep them when they are freed.
+    """uint8 [num_bytes] in pages that the system provides when they are written.
 
-    Huge pages are not asked for: where a hypervisor must find them, a prompt waits longer for them than all its
-    attention gains (docs/log.md).
+    torch.zeros would write all of them, and so take their memory at once; malloc might keep them when they are freed.
+    This does not ask for huge pages: if a hypervisor must find them, a prompt waits longer for them than its attention
+    gains from them (docs/log.md).
     """
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
@@ -82,8 +82,8 @@ def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.
     if device.type != "cpu":
         stored = torch.uint8 if dtype.itemsize == 1 else dtype
         return [torch.zeros(shape, dtype=stored, device=device).view(dtype) for shape in shapes]
-    # Blocks are taken from the first on, in every tensor. Where the system gives huge pages unasked, each tensor begins
-    # elsewhere in one, so that a step enters a new one in few of them: some systems take milliseconds for each.
+    # Blocks are used from the first on, in every tensor. If the system uses huge pages unasked, a new one can take
+    # milliseconds. So each tensor starts at another offset in its huge page, and a step enters new ones in few tensors.
     sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
     step = _HUGE_PAGE // len(sizes) // _PAGE * _PAGE
     strides = [-(-size // _HUGE_PAGE) * _HUGE_PAGE + step for size in sizes]

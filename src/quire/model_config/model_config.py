@@ -169,9 +169,10 @@ def _read(config: ConfigJson) -> ModelConfig:
         raise config.refusal("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
     if config.value("head_dim") is None and hidden_size % num_heads:
         raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
+    head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
-    num_experts = config.integer("num_experts", 0, minimum=0)
+    num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
@@ -183,7 +184,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=config.integer("head_dim", hidden_size // num_heads),
+        head_dim=head_dim,
         max_position_embeddings=max_position,
         norm="layer_norm" if norm == "layer_norm" else "rms_norm",
         norm_eps=config.number("rms_norm_eps", 1e-6),
@@ -208,7 +209,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         query_pre_attn_scalar=scalar or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=read_layer_windows(config, num_layers),
-        rope=None if config.flag("learned_positions") else read_rope(config, max_position),
+        rope=None if config.flag("learned_positions") else read_rope(config, max_position, head_dim),
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),

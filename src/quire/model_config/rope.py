@@ -37,7 +37,7 @@ class RopeConfig:
         return int(head_dim * self.partial_rotary_factor)
 
 
-def read_rope(config: ConfigJson, max_position: int) -> RopeConfig:
+def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfig:
     """The rotary embedding of a config.json. `max_position` is its max_position_embeddings.
 
     transformers 5 writes `rope_parameters`, earlier versions wrote `rope_theta` beside `rope_scaling`.
@@ -63,6 +63,10 @@ def read_rope(config: ConfigJson, max_position: int) -> RopeConfig:
     )
     # Dynamic scaling begins where max_position_embeddings ends; the others name the training length.
     original = max_position if rope_type == "dynamic" else original
+    share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
+    if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
+        supported = f"a share that rotates an even number of a head's {head_dim} elements"
+        raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
         theta=number("rope_theta", config.value("rope_theta") or 10000.0),
@@ -77,6 +81,6 @@ def read_rope(config: ConfigJson, max_position: int) -> RopeConfig:
         attention_factor=optional("attention_factor"),
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
-        partial_rotary_factor=number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0),
+        partial_rotary_factor=share,
         layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
     )

@@ -180,9 +180,7 @@ class ModelRunner:
         columns = sampler.begin(step)
         self._copy_blocks(plan)
         size = self._captured_size(step)
-        attention = self._plan_attention(
-            step.attention_arrays, captured_tokens=size, repeats=step.repeats
-        )
+        attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
         key = GraphKey(size, attention.variant, sampler.outcome(columns))
         finishes: list[Finish] = []
         if self._graphs is not None and size and self._graphs.count_step(key):

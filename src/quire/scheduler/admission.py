@@ -6,10 +6,8 @@ computed by another group waits for that block instead of computing it twice.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.prefix_lookup import Found, PrefixLookup
@@ -28,11 +26,10 @@ class Admission:
     def __init__(
         self,
         pool: BlockPool,
-        groups: RequestQueues,
+        queues: RequestQueues,
         lookup: PrefixLookup,
         rule: AdmissionRule | None,
-        transfers: BlockOffload | None,
-        stats: EngineStats,
+        offload: BlockOffload | None,
         clock: Callable[[], float],
         *,
         watermark: int,
@@ -41,11 +38,12 @@ class Admission:
         """`watermark` blocks are left free, so that running sequences can grow before any is preempted; `rule` may ask
         for more room than that."""
         self._pool = pool
-        self._queues = groups
+        self._queues = queues
         self._lookup = lookup
         self._rule = rule
-        self._transfers = transfers
-        self._stats = stats
+        self._offload = offload
+        self.num_queried_tokens = 0
+        """Prompt tokens that were looked up in the prefix cache, since the start."""
         self._clock = clock
         self._watermark = watermark
         self._max_num_partial_prefills = max_num_partial_prefills
@@ -57,10 +55,10 @@ class Admission:
         wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
-        block_size, transfers, waiting = self._pool.block_size, self._transfers, self._queues.waiting
+        block_size, offload, waiting = self._pool.block_size, self._offload, self._queues.waiting
         # Every sequence needs a token a step, of which there may be few for a while.
         num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
-        loading = list(transfers.waiting) if transfers is not None else []
+        loading = list(offload.waiting) if offload is not None else []
         promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*behind, *loading))
         wanted = sum(sequence.num_missing_tokens for sequence in behind)
         postponed: list[SequenceGroup] = []
@@ -74,7 +72,8 @@ class Admission:
             if found is None:
                 postponed.append(group)
                 continue
-            if not self._fits(group, found.blocks, promised, num_rows_kept):
+            group.num_shared_blocks = sum(1 for block in found.blocks if self._pool.ref_counts[block])
+            if not self._fits(group, promised, num_rows_kept):
                 waiting.push(group)
                 break
             if found.inside is not None and (found.stored or not self._can_copy(group, found, promised)):
@@ -85,7 +84,7 @@ class Admission:
                 if not group.waits_for_leader(sequence):
                     promised += _num_blocks_to_come(sequence, block_size)
             leader = group.leader
-            if transfers is not None and leader in transfers.waiting:
+            if offload is not None and leader in offload.waiting:
                 loading.append(leader)
                 continue
             behind.append(leader)
@@ -112,16 +111,16 @@ class Admission:
                 sequence.table = leader.table.fork(num_shared)
             sequence.table.adopt(found)
             sequence.start_from_table()
-            if self._transfers is not None:
-                self._transfers.start(sequence, stored[: self._pool.num_free])
+            if self._offload is not None:
+                self._offload.start(sequence, stored[: self._pool.num_free])
             if sequence.table.blocks:
                 plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
                 started = True
-            if self._transfers is None or sequence not in self._transfers.waiting:
+            if self._offload is None or sequence not in self._offload.waiting:
                 behind.append(sequence)
         return started
 
-    def _fits(self, group: SequenceGroup, found: SequenceOf[int], promised: int, num_rows_kept: int) -> bool:
+    def _fits(self, group: SequenceGroup, promised: int, num_rows_kept: int) -> bool:
         """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
         num_free_rows = len(self._queues.free_rows)
         if not self._queues.running:
@@ -129,7 +128,7 @@ class Admission:
             return group.num_rows <= num_free_rows
         if group.num_rows > num_free_rows - num_rows_kept:
             return False
-        needed = self._num_needed(group, found)
+        needed = self._num_needed(group)
         if needed + promised > self._pool.num_free - self._watermark:
             return False
         return self._rule is None or self._rule.fits(group, needed, self._queues.running, promised)
@@ -139,12 +138,11 @@ class Admission:
         assert found.inside is not None
         block = found.inside[0]
         # One without a name was left partly filled: it is not copied, but one of those that are needed.
-        held = self._pool.ref_counts[block] == 0 and self._pool.names[block] is not None
-        return self._num_needed(group, found.blocks) + held + promised <= self._pool.num_free
+        held = self._pool.ref_counts[block] == 0 and self._pool.hashes[block] is not None
+        return self._num_needed(group) + held + promised <= self._pool.num_free
 
-    def _num_needed(self, group: SequenceGroup, found: SequenceOf[int]) -> int:
+    def _num_needed(self, group: SequenceGroup) -> int:
         """Blocks that are free now and would not be when all tokens of the group are computed."""
-        group.num_shared_blocks = sum(1 for block in found if self._pool.ref_counts[block])
         return _num_blocks_to_come(group.leader, self._pool.block_size) - group.num_shared_blocks
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
@@ -154,15 +152,15 @@ class Admission:
         leader.table.adopt(found.blocks, found.inside)
         leader.start_from_table()
         hits = {"device": leader.table.num_tokens}
-        if found.stored and self._transfers is not None:
-            hits |= self._transfers.start(leader, found.stored)
+        if found.stored and self._offload is not None:
+            hits |= self._offload.start(leader, found.stored)
         if leader.table.blocks:
             plan.new_blocks.append((leader.row, 0, leader.table.blocks.copy()))
         if group.num_cached_tokens < 0:
             group.first_scheduled_time = self._clock()
             group.num_cached_tokens = 0
             self._lookup.explain(group)
-            self._stats.total_prefix_queries += group.num_prompt_tokens
+            self.num_queried_tokens += group.num_prompt_tokens
             self._lookup.count_hits(leader, hits)
             if self._queues.waiting.counts_service:
                 num_computed = group.num_prompt_tokens - group.num_cached_tokens

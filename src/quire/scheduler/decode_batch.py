@@ -20,7 +20,7 @@ from quire.step import StepPlan
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DecodeStep:
     """What the batch computes in one planned step, the first entries of its plan. The lists are never changed."""
 

@@ -6,7 +6,6 @@ Which tokens, and whether it pays, `DraftPlanner` says; what is here keeps block
 from collections.abc import Callable
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.acceptance import num_equal
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.request_queues import RequestQueues
@@ -20,8 +19,7 @@ class Drafting:
         self,
         speculation: DraftPlanner,
         pool: BlockPool,
-        groups: RequestQueues,
-        stats: EngineStats,
+        queues: RequestQueues,
         clock: Callable[[], float],
         *,
         watermark: int,
@@ -30,8 +28,11 @@ class Drafting:
         """`watermark` free blocks are left to others."""
         self._speculation = speculation
         self._pool = pool
-        self._queues = groups
-        self._stats = stats
+        self._queues = queues
+        self.num_drafts = 0
+        """Runs of draft tokens since the start, one sequence's in one step."""
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
         self._clock = clock
         self._watermark = watermark
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -103,7 +104,7 @@ class Drafting:
             group = sequence.group
             group.num_draft_tokens += len(draft)
             group.num_accepted_tokens += num_held
-            self._stats.total_drafts += 1
-            self._stats.total_draft_tokens += len(draft)
-            self._stats.total_accepted_tokens += num_held
+            self.num_drafts += 1
+            self.num_draft_tokens += len(draft)
+            self.num_accepted_tokens += num_held
         return counts

@@ -1,13 +1,12 @@
 """FairShare: tenants get equal shares of the service while they ask for more than there is.
 
-Virtual token counters (Sheng et al., OSDI 2024): each tenant has a counter of the service it was given, and the
-waiting request of the tenant with the lowest counter is admitted next; a tenant's own requests keep their order. A
-tenant that comes back after it had nothing waiting begins no lower than the lowest of those that do: having been away
-earns no credit. While two tenants both have requests waiting, what they are given differs by no more than twice the
-greatest of what one prompt and what a full KV pool of output are worth, however many requests either sends.
+Virtual token counters (Sheng et al., OSDI 2024): each tenant has a counter of the service it was given. The tenant with
+the lowest counter has its request admitted next; a tenant's own requests keep their order. A tenant that had nothing
+waiting and comes back starts no lower than the lowest waiting tenant: absence earns no credit. While two tenants both
+have requests waiting, the service given to them differs by no more than twice the larger of two amounts, one prompt and
+a full KV pool of output, however many requests either sends.
 
-A preempted request computes tokens again that were counted before: they are not counted twice. Nor are tokens that the
-prefix cache had.
+Tokens that a preempted request computes again are not counted twice. Tokens from the prefix cache are not counted.
 """
 
 from collections import OrderedDict
@@ -18,35 +17,35 @@ from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
 
 MAX_TENANTS = 4096
-"""Counters kept; beyond that, of the tenants with nothing waiting, the one served longest ago is forgotten."""
+"""Counters kept. Beyond that, the tenant served longest ago among those with nothing waiting loses its counter."""
 
 
 class FairShare(WaitingQueue):
-    """A queue per tenant and priority class, and the counters."""
+    """A queue per tenant and priority class, and a counter per tenant."""
 
     counts_service = True
 
     def __init__(self) -> None:
         super().__init__()
         self._queues: dict[tuple[int, str], WaitingQueue] = {}
-        """Of (priority, tenant); none of them is empty."""
+        """(priority, tenant) → its queue, which is never empty."""
         self._counters: OrderedDict[str, float] = OrderedDict()
         self._last_served = 0.0
-        """The counter of whose request left the queue last."""
+        """The counter of the tenant whose request left the queue last."""
         self._num_groups = 0
 
     def __len__(self) -> int:
         return self._num_groups
 
-    def first_known(self, count: int) -> Iterator[SequenceGroup]:
-        return islice(chain.from_iterable(queue.first_known(count) for queue in self._queues.values()), count)
+    def peek(self, count: int) -> Iterator[SequenceGroup]:
+        return islice(chain.from_iterable(queue.peek(count) for queue in self._queues.values()), count)
 
     def enter(self, group: SequenceGroup) -> None:
         tenant, counters = group.request.tenant, self._counters
         waiting = {other for _, other in self._queues}
         if tenant not in waiting:
             floor = min(counters.get(other, 0.0) for other in waiting) if waiting else self._last_served
-            self._count(tenant, max(counters.get(tenant, 0.0), floor))
+            self._set_counter(tenant, max(counters.get(tenant, 0.0), floor))
         self.push(group)
 
     def push(self, group: SequenceGroup) -> None:
@@ -65,7 +64,7 @@ class FairShare(WaitingQueue):
         group = self._queues[key].pop()
         assert group is not None
         self._num_groups -= 1
-        self._forget_if_empty(key)
+        self._delete_if_empty(key)
         self._last_served = counters.get(key[1], 0.0)
         return group
 
@@ -76,12 +75,12 @@ class FairShare(WaitingQueue):
             self._num_groups -= len(queue)
             queue.remove(group)
             self._num_groups += len(queue)
-            self._forget_if_empty(key)
+            self._delete_if_empty(key)
 
     def serve(self, tenant: str, service: float) -> None:
-        self._count(tenant, self._counters.get(tenant, 0.0) + service)
+        self._set_counter(tenant, self._counters.get(tenant, 0.0) + service)
 
-    def _count(self, tenant: str, service: float) -> None:
+    def _set_counter(self, tenant: str, service: float) -> None:
         self._counters[tenant] = service
         self._counters.move_to_end(tenant)
         if len(self._counters) > MAX_TENANTS:
@@ -90,6 +89,6 @@ class FairShare(WaitingQueue):
             if idle is not None:
                 del self._counters[idle]
 
-    def _forget_if_empty(self, key: tuple[int, str]) -> None:
+    def _delete_if_empty(self, key: tuple[int, str]) -> None:
         if not len(self._queues[key]):
             del self._queues[key]

@@ -1,17 +1,17 @@
-"""Forecast: how much of the pool the running groups will need at their worst, and whether another one fits beside them.
+"""Forecast: how much of the pool the running groups will need at their peak, and whether another one fits beside them.
 
-The future peak of Past-Future scheduling (Gong et al., arXiv 2507.10150), with quantiles where that draws samples. Each
-running sequence grows by a token a step until its predicted end, where it gives its blocks back; so use is highest at
-one of the ends. Sorted by tokens to come r(1) <= r(2) <= ..., just before the i-th ends
+The future peak of Past-Future scheduling (Gong et al., arXiv 2507.10150), with quantiles instead of random samples.
+Each running sequence grows by a token a step until its expected end, where it gives its blocks back. So use is highest
+at one of the ends. Sorted by tokens to come r(1) <= r(2) <= ..., just before the i-th ends
 
     used(i) = used now + (n - i + 1) r(i) / block size - blocks of those that ended before.
 
-A group is admitted if the peak of that with it stays within the pool. Beside admission by the memory that is free now,
-it waits where all that run are young, and is preempted less; where many end soon it waits for nothing.
+A group is admitted if the peak with it stays within the pool. Compared with admission by the memory that is free now,
+it waits if all running sequences are young, so fewer are preempted; if many end soon it need not wait.
 
-The quantile by which lengths are predicted is not a setting: each preemption says that it was too low and raises it,
-each answer that ends lowers it a little. It is well below the middle most of the time: a preempted group loses little,
-as most of what it had is still found, while memory kept free for what does not come is lost.
+The quantile of the expected lengths is not a setting. Each preemption shows that it was too low and raises it, and each
+answer that ends lowers it a little. Most of the time it is well below the median: a preempted group loses little, since
+most of what it had is still found, while memory that is kept free for tokens that never come is lost.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,12 +24,12 @@ FIRST_QUANTILE = 0.5
 QUANTILES = (0.15, 0.95)
 """The lowest and the highest."""
 RAISED_BY = 0.05
-"""For a preemption."""
+"""How much a preemption raises the quantile."""
 PREEMPTIONS = 0.4
 """Preemptions per answer at which the quantile stays where it is."""
 _SEQUENCES_PER_STEP = 64
-"""A group that did not fit is looked at again after one step for every so many that run: much does not change sooner,
-and a step's cost stays the same however many there are."""
+"""A group that did not fit is checked again after one step for every so many running sequences. Little changes sooner,
+and the cost of a step stays the same however many run."""
 
 
 class Outlook(NamedTuple):
@@ -37,37 +37,37 @@ class Outlook(NamedTuple):
 
     num_tokens_to_come: int
     num_blocks: int
-    """It will give back, besides those it takes for these tokens."""
+    """Blocks that it will give back, besides those for the tokens to come."""
 
 
 def peak_blocks(num_used: float, outlooks: Iterable[Outlook], block_size: int) -> float:
-    """The most blocks in use at any time if `num_used` are now and nobody else comes."""
+    """The most blocks in use at any time, if `num_used` are used now and no other sequence starts."""
     ordered = sorted(outlooks)
-    peak, num_alive = num_used, len(ordered)
+    peak, num_running = num_used, len(ordered)
     for num_tokens, num_blocks in ordered:
-        used = num_used + num_alive * num_tokens / block_size
+        used = num_used + num_running * num_tokens / block_size
         if used > peak:
             peak = used
         num_used -= num_blocks
-        num_alive -= 1
+        num_running -= 1
     return peak
 
 
 class Forecast:
-    """Owned by the scheduler, which reports preemptions and ends."""
+    """Owned by the scheduler, which reports preemptions and ends to it. The rule of the admission `predicted`."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.quantile = FIRST_QUANTILE
         self._pool = pool
         self._refused: SequenceGroup | None = None
-        """Who did not fit."""
+        """The group that did not fit."""
         self._num_skipped = 0
-        """How many times more that is taken for granted."""
+        """For how many more calls it is refused without a check."""
 
     def fits(self, group: SequenceGroup, num_needed: int, running: Sequence[SequenceGroup], promised: int) -> bool:
-        """Whether the predicted peak stays within the pool with a group that needs so many blocks now.
+        """Whether the expected peak stays within the pool with a group that needs `num_needed` blocks now.
 
-        `promised` blocks are still to be taken by running groups for tokens that they have.
+        Running groups will still take `promised` blocks for tokens that they already have.
         """
         if self._refused is group and self._num_skipped:
             self._num_skipped -= 1
@@ -78,8 +78,10 @@ class Forecast:
         return fits
 
     def peak(self, groups: Iterable[SequenceGroup], num_used: float) -> float | None:
-        """The most blocks that `groups` will use, if they use `num_used` when all their tokens are computed; None while
-        too little is known of answers."""
+        """The most blocks that `groups` will use, if they use `num_used` once all their tokens are computed.
+
+        None while too little is known of the lengths of answers.
+        """
         outlooks: list[Outlook] = []
         block_size, quantile = self._pool.block_size, self.quantile
         for group in groups:

@@ -14,7 +14,7 @@ def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: Engin
     """The whole report; `now` is on the clock that set `pool.now`."""
     requests = sorted((_of_request(pool, group) for group in groups), key=lambda request: not request.running)
     used = [now - pool.taken_at[block] for block, count in enumerate(pool.ref_counts) if count]
-    named = [now - pool.taken_at[block] for block in pool.free_order() if pool.names[block] is not None]
+    named = [now - pool.taken_at[block] for block in pool.free_order() if pool.hashes[block] is not None]
     return MemoryReport(
         stats=stats,
         waste=stats.waste,

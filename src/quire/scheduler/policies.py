@@ -1,27 +1,29 @@
 """The tables of policies: what `scheduling_policy` and `admission` of the config stand for.
 
-Another order of waiting groups is a subclass of `WaitingQueue` in a file of its own, and a row here and in the config;
-so is another rule of admission.
+Another order of waiting groups is a subclass of `WaitingQueue` in a file of its own, and a row here and in the config.
+So is another rule of admission.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.fair_share import FairShare
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.sequence import SequenceGroup
+from quire.scheduler.service import Progress
 from quire.scheduler.shortest_first import ShortestFirst
 from quire.scheduler.waiting_queue import WaitingQueue
 
 
 class AdmissionRule(Protocol):
-    """What a group must meet besides having the rows and blocks that it needs at once."""
+    """A condition for admission besides the rows and blocks that a group needs at once."""
 
     def fits(self, group: SequenceGroup, num_needed: int, running: Sequence[SequenceGroup], promised: int) -> bool:
-        """Whether to admit a group that needs `num_needed` blocks now beside those that run, to which blocks are
-        `promised` for tokens that they have. Never asked where nothing runs."""
+        """Whether to admit a group that needs `num_needed` blocks now, beside the `running` groups.
+
+        `promised` blocks are reserved for tokens that the running groups already have. Never called if nothing runs.
+        """
         ...
 
     def note_preemption(self) -> None:
@@ -33,15 +35,15 @@ class AdmissionRule(Protocol):
         ...
 
 
-MakeQueue = Callable[[EngineStats], WaitingQueue]
-MakeRule = Callable[[Forecast, BlockPool, EngineStats], AdmissionRule | None]
+MakeQueue = Callable[[Progress], WaitingQueue]
+MakeRule = Callable[[Forecast, BlockPool, Progress], AdmissionRule | None]
 
 SCHEDULING_POLICIES: dict[str, MakeQueue] = {
-    "fcfs": lambda stats: WaitingQueue(),
+    "fcfs": lambda progress: WaitingQueue(),
     "shortest": ShortestFirst,
-    "fair": lambda stats: FairShare(),
+    "fair": lambda progress: FairShare(),
 }
 ADMISSIONS: dict[str, MakeRule] = {
-    "current": lambda forecast, pool, stats: None,
-    "predicted": lambda forecast, pool, stats: forecast,
+    "current": lambda forecast, pool, progress: None,
+    "predicted": lambda forecast, pool, progress: forecast,
 }

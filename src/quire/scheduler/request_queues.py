@@ -8,7 +8,6 @@ import bisect
 from collections.abc import Sequence as SequenceOf
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.decode_batch import DecodeBatch
 from quire.scheduler.length_curve import Ending
@@ -29,9 +28,8 @@ class RequestQueues:
         waiting: WaitingQueue,
         lengths: OutputLengths,
         rules: SequenceOf[AdmissionRule],
-        transfers: BlockOffload | None,
+        offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
-        stats: EngineStats,
     ) -> None:
         """`lengths` and `rules` hear of what starts, is preempted or ends."""
         self.by_id: dict[str, SequenceGroup] = {}
@@ -47,9 +45,10 @@ class RequestQueues:
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._lengths = lengths
         self._rules = rules
-        self._transfers = transfers
+        self._offload = offload
         self._prefixes = prefixes
-        self._stats = stats
+        self.num_preemptions = 0
+        """Since the start."""
 
     def enter(self, group: SequenceGroup) -> None:
         """A new request waits."""
@@ -117,12 +116,12 @@ class RequestQueues:
         self._stop_running(group)
         group.awaited = None
         group.num_preemptions += 1
-        self._stats.total_preemptions += 1
+        self.num_preemptions += 1
         self.waiting.push(group)
         for rule in self._rules:
             rule.note_preemption()
 
-    def drop(self, sequence: Sequence, ending: Ending = Ending.GIVEN_UP) -> None:
+    def drop(self, sequence: Sequence, ending: Ending = Ending.ABORTED) -> None:
         """A sequence has ended; with its last one the group has."""
         group = sequence.group
         self._lengths.end(sequence, ending)
@@ -147,8 +146,8 @@ class RequestQueues:
         """Give back a sequence's blocks and row."""
         if sequence.in_decode_batch:
             self.remove_from_decode_batch(sequence)
-        if self._transfers is not None:
-            self._transfers.cancel(sequence)
+        if self._offload is not None:
+            self._offload.cancel(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:

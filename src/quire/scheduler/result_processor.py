@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats, RequestCounts, SampleId, SequenceDelta, StepDeltas
+from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch, Survivor
 from quire.scheduler.block_offload import BlockOffload
@@ -19,6 +19,7 @@ from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN
+from quire.scheduler.step_totals import StepTotals
 from quire.step import RowFork, StepPlan, StepResult, TokenLogprobs
 
 _ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
@@ -27,7 +28,7 @@ ForkedTable = tuple[int, int, list[int]]
 """A table that forked, as in `StepPlan.new_blocks`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepInFlight:
     """A step that is planned and whose result is not processed yet."""
 
@@ -46,7 +47,7 @@ class ResultProcessor:
         lookup: PrefixLookup,
         offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
-        stats: EngineStats,
+        totals: StepTotals,
     ) -> None:
         self._pool = pool
         self._queues = queues
@@ -54,7 +55,7 @@ class ResultProcessor:
         self._lookup = lookup
         self._offload = offload
         self._prefixes = prefixes
-        self._stats = stats
+        self._totals = totals
         self._forked: list[ForkedTable] = []
         self._row_forks: list[RowFork] = []
 
@@ -89,20 +90,17 @@ class ResultProcessor:
             samples, token_ids = self._update_decode_batch(deltas, result, step.decode_step, num_in_flight)
             if len(token_ids) == len(plan.rows):
                 deltas.batch_id = plan.batch_id
-        self._advance_rows(plan, step.rows, num_kept, first)
-        for index, entries in result.prompt_logprobs.items():
-            sequence = step.rows[plan.rows[index]]
-            if sequence is not None and sequence.row != NO_ROW:
-                delta = self._prompt_delta(sequence, entries)
-                if delta is not None:
-                    deltas.others.append(delta)
-        sampled = self._append_samples(deltas, plan, result, step.rows, first)
-        if fills_decode_batch and sampled:
-            self._queues.add_to_decode_batch(sampled, num_in_flight)
+        if first < len(plan.rows):
+            self._advance_rows(plan, step.rows, num_kept, first)
+            if result.prompt_logprobs:
+                self._report_prompts(deltas, plan, result, step.rows)
+            joining = self._append_samples(deltas, plan, result, step.rows, first)
+            if fills_decode_batch and joining:
+                self._queues.add_to_decode_batch(joining, num_in_flight)
         if token_ids:
             deltas.samples = [*samples, *deltas.samples] if deltas.samples else samples
             deltas.token_ids = token_ids + deltas.token_ids
-        self._stats.total_steps += bool(plan.rows)
+        self._totals.total_steps += bool(plan.rows)
         return deltas
 
     def _update_decode_batch(
@@ -124,7 +122,7 @@ class ResultProcessor:
             samples, going_on = [samples[place] for place in kept], [going_on[place] for place in kept]
             for place in apart:
                 self._finish_decoding(deltas, step, place, sampled[place], errors[place])
-        self._stats.total_generated_tokens += len(token_ids)
+        self._totals.total_generated_tokens += len(token_ids)
         if self._counts_service:
             for sequence in going_on:
                 self._queues.waiting.serve(sequence.group.request.tenant, OUTPUT_TOKEN)
@@ -159,7 +157,7 @@ class ResultProcessor:
                 sequence.table.hash_full_blocks(sequence.token_ids, end)
             group = sequence.group
             if start < group.num_prompt_tokens:
-                self._stats.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
+                self._totals.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
                 if len(group.sequences) > 1 and end >= group.num_prompt_tokens and sequence is group.leader:
                     self._share_prompt(group)
 
@@ -171,7 +169,7 @@ class ResultProcessor:
         rows: SequenceOf[Sequence | None],
         first: int,
     ) -> list[Sequence]:
-        """Append the samples from `first` on. Returns the sequences that got one, beams excepted."""
+        """Append the samples from `first` on. Returns the sequences that may only decode from now on."""
         place, sample_rows, sampled = first, plan.sample_rows, list[Sequence]()
         terminated, extra = set(result.terminated), result.extra_token_ids
         while place < len(sample_rows):
@@ -184,14 +182,16 @@ class ResultProcessor:
                 place = index + len(group.sequences)  # its beams stand side by side
                 self._advance_beams(deltas, group, group.beam_search, result, range(index, place))
                 continue
-            sequence.drop_unknown_token()
+            if sequence.token_ids[-1] < 0:
+                sequence.drop_unknown_token()
             token_ids = [result.token_ids[index]]
             if extra:
                 token_ids += extra.get(index, ())
             own, error = result.logprobs[index], result.errors[index]
             logprobs = None if own is None else [own, *result.extra_logprobs.get(index, ())]
             self._extend(deltas, sequence, token_ids, logprobs, error, terminated=index in terminated)
-            sampled.append(sequence)
+            if group.only_decodes:
+                sampled.append(sequence)
         return sampled
 
     def _share_prompt(self, group: SequenceGroup) -> None:
@@ -206,6 +206,17 @@ class ResultProcessor:
             sequence.start_from_table()
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
             forked.append(sequence)
+
+    def _report_prompts(
+        self, deltas: StepDeltas, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None]
+    ) -> None:
+        """Report the log-probabilities of prompt tokens in `deltas`."""
+        for index, entries in result.prompt_logprobs.items():
+            sequence = rows[plan.rows[index]]
+            if sequence is not None and sequence.row != NO_ROW:
+                delta = self._prompt_delta(sequence, entries)
+                if delta is not None:
+                    deltas.others.append(delta)
 
     def _prompt_delta(self, leader: Sequence, entries: list[TokenLogprobs]) -> SequenceDelta | None:
         """The prompt log-probabilities that this step added; those computed again after a preemption are dropped."""
@@ -241,7 +252,7 @@ class ResultProcessor:
                 del token_ids[place:]
                 break
         if error is None:
-            self._stats.total_generated_tokens += len(token_ids)
+            self._totals.total_generated_tokens += len(token_ids)
             if self._counts_service:
                 self._queues.waiting.serve(group.request.tenant, OUTPUT_TOKEN * len(token_ids))
             if sequence.was_reported and not ends and not terminated and logprobs is None and len(token_ids) == 1:
@@ -262,7 +273,7 @@ class ResultProcessor:
                 _set_finish_reason(delta, group.request, terminated=terminated)
                 self._prefixes.complete(group.request.request_id, sequence.table)
         if delta.finish_reason is not None:
-            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.GIVEN_UP))
+            self._queues.drop(sequence, _ENDINGS.get(delta.finish_reason, Ending.ABORTED))
 
     def _advance_beams(
         self, deltas: StepDeltas, group: SequenceGroup, search: BeamSearch, result: StepResult, places: range
@@ -314,7 +325,7 @@ class ResultProcessor:
             delta.logprobs = hypothesis.logprobs
             delta.finish_reason = hypothesis.finish_reason
             delta.stop_reason = hypothesis.stop_reason
-            self._stats.total_generated_tokens += len(hypothesis.token_ids)
+            self._totals.total_generated_tokens += len(hypothesis.token_ids)
         for delta in deltas[len(found) :]:
             delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
@@ -336,7 +347,7 @@ class ResultProcessor:
         find it."""
         if sequence.in_decode_batch:
             self._queues.remove_from_decode_batch(sequence)
-        sequence.table.forget_hashes()
+        sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
         sequence.discard_computed()

@@ -168,7 +168,8 @@ class SequenceGroup:
             # Nothing of a search is delivered before its end, so a resumed request starts over.
             self.beam_search = BeamSearch(request)
             self.idle_beams = [
-                Sequence(self, index, BlockTable(pool, root, request.inputs), []) for index in range(1, self.beam_search.width)
+                Sequence(self, index, BlockTable(pool, root, request.inputs), [])
+                for index in range(1, self.beam_search.width)
             ]
             outputs = {0: []}
         self.sequences = [

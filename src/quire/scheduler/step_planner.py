@@ -8,7 +8,7 @@ The rules, in their order:
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
    one request take their tokens together: a beam that lacks one token waits for those that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
-4. A step that only decodes may take draft tokens where they pay (`speculation`). They come last: nobody is preempted
+4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: nobody is preempted
    for them, and rejected drafts are rolled back when the step ends.
 """
 
@@ -63,8 +63,9 @@ class StepPlanner:
             if resuming:
                 prefilling = [sequence for sequence in prefilling if not sequence.group.looks_for_blocks(sequence)]
             started = False
-            if not preempted:
+            if not preempted and resuming:
                 started = self._admission.resume(plan, resuming, prefilling)
+            if not preempted and len(queues.waiting):
                 started = self._admission.admit(plan, prefilling, max_tokens) or started
             if prefilling:
                 self._plan_prefilling(plan, prefilling, max_tokens - plan.num_tokens)
@@ -99,16 +100,15 @@ class StepPlanner:
         pool, queues = self._pool, self._queues
         needed, size = queues.decode_batch.num_blocks_needed, pool.block_size
         writers: dict[int, int] = {}
-        for group in queues.not_in_decode_batch:
-            for sequence in _decoding(group, excluded, []):
-                table = sequence.table
-                if table.num_tokens % size == 0:
-                    needed += 1
-                elif table.num_copies_to_come:
-                    writers[table.blocks[-1]] = writers.get(table.blocks[-1], 0) + 1
+        for sequence in _decoding(queues.not_in_decode_batch, excluded, []):
+            table = sequence.table
+            if table.num_tokens % size == 0:
+                needed += 1
+            elif table.num_copies_to_come:
+                writers[table.blocks[-1]] = writers.get(table.blocks[-1], 0) + 1
         for block, count in writers.items():
             # The last holder of a block without a hash writes in place.
-            needed += count if pool.names[block] is not None else min(count, pool.ref_counts[block] - 1)
+            needed += count if pool.hashes[block] is not None else min(count, pool.ref_counts[block] - 1)
         return needed
 
     def _plan_decoding(
@@ -121,19 +121,16 @@ class StepPlanner:
         queues, copies = self._queues, plan.block_copies
         decode_step = queues.decode_batch.plan(plan) if len(queues.decode_batch) else None
         prefilling: list[Sequence] = []
-        for group in queues.not_in_decode_batch:
+        for sequence in _decoding(queues.not_in_decode_batch, excluded, prefilling):
+            table, token_ids = sequence.table, sequence.token_ids
             num_copies = len(copies)
-            for sequence in _decoding(group, excluded, prefilling):
-                table = sequence.table
-                start = sequence.num_computed_tokens
-                changed = table.append(1, copies)
-                if changed < len(table.blocks):
-                    plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
-                plan.rows.append(sequence.row)
-                plan.num_computed_tokens.append(start)
-                plan.token_ids.append(sequence.token_ids[start])
-            if len(copies) > num_copies:
-                group.num_copied_blocks += len(copies) - num_copies
+            changed = table.append(1, copies)
+            if changed < len(table.blocks):
+                plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
+                sequence.group.num_copied_blocks += len(copies) - num_copies
+            plan.rows.append(sequence.row)
+            plan.num_computed_tokens.append(len(token_ids) - 1)
+            plan.token_ids.append(token_ids[-1])
         num_rows = len(plan.rows)
         plan.num_scheduled_tokens, plan.sample_indices = [1] * num_rows, list(range(num_rows))
         plan.sample_rows = plan.rows.copy()
@@ -206,18 +203,23 @@ class _BatchIds:
         return self._num_ids
 
 
-def _decoding(group: SequenceGroup, excluded: Collection[Sequence], prefilling: list[Sequence]) -> list[Sequence]:
-    """The sequences of a group that take one token now; those that lack more are added to `prefilling`."""
-    decoding = []
-    for sequence in group.sequences:
-        if sequence.in_decode_batch or (excluded and sequence in excluded):
-            continue
-        if sequence.num_missing_tokens == 1 and len(sequence.token_ids) != group.num_prompt_tokens:
-            decoding.append(sequence)
-        elif not group.waits_for_leader(sequence):
-            prefilling.append(sequence)
-    if group.advances_together and len(decoding) < len(group.sequences):
-        return []  # a beam that lacks one token waits for the others
+def _decoding(
+    groups: list[SequenceGroup], excluded: Collection[Sequence], prefilling: list[Sequence]
+) -> list[Sequence]:
+    """The sequences that take one token now; those that lack more are added to `prefilling`."""
+    decoding: list[Sequence] = []
+    for group in groups:
+        num_before, num_prompt_tokens = len(decoding), group.num_prompt_tokens
+        for sequence in group.sequences:
+            if sequence.in_decode_batch or (excluded and sequence in excluded):
+                continue
+            num_tokens = len(sequence.token_ids)
+            if num_tokens - sequence.num_computed_tokens == 1 and num_tokens != num_prompt_tokens:
+                decoding.append(sequence)
+            elif not group.waits_for_leader(sequence):
+                prefilling.append(sequence)
+        if group.beam_search is not None and len(decoding) - num_before < len(group.sequences):
+            del decoding[num_before:]  # a beam that lacks one token waits for the others
     return decoding
 
 

@@ -1,7 +1,7 @@
-"""WaitingQueue: groups without memory, in the order in which they are admitted: priority class, then arrival.
+"""WaitingQueue: groups without memory, in the order of admission: priority class, then arrival.
 
-A preempted group keeps its place in that order, which puts it before everything that arrived after it. Other policies
-are other queues: they give groups another `rank`, or choose among several queues (see `policies`).
+A preempted group keeps its place in that order, ahead of everything that arrived after it. Other policies are other
+queues: they give groups another `rank`, or choose among several queues (see `policies`).
 """
 
 import heapq
@@ -14,45 +14,45 @@ Rank = tuple[int, float, int]
 
 
 class WaitingQueue:
-    """A heap by `SequenceGroup.rank`. What is removed leaves its entry behind, until it surfaces or most are such."""
+    """A heap by `SequenceGroup.rank`. Entries of removed groups stay in it until they surface or are the majority."""
 
     counts_service = False
-    """Whether `serve` is to be called."""
+    """Whether the policy wants `serve` to be called."""
 
     def __init__(self) -> None:
-        self._queues: dict[Rank, SequenceGroup] = {}
+        self._groups: dict[Rank, SequenceGroup] = {}
         self._heap: list[Rank] = []
 
     def __len__(self) -> int:
-        return len(self._queues)
+        return len(self._groups)
 
-    def first_known(self, count: int) -> Iterator[SequenceGroup]:
-        """Up to `count` of the groups, in no order: enough to judge the others by."""
-        return islice(self._queues.values(), count)
+    def peek(self, count: int) -> Iterator[SequenceGroup]:
+        """Up to `count` of the groups, in no order: enough to estimate the others by."""
+        return islice(self._groups.values(), count)
 
     def enter(self, group: SequenceGroup) -> None:
-        """A new request waits."""
+        """Add a new request."""
         self.push(group)
 
     def push(self, group: SequenceGroup) -> None:
-        """A group waits again, at the place it had."""
-        self._queues[group.rank] = group
+        """Add a group that was in the queue before, at its old place."""
+        self._groups[group.rank] = group
         heapq.heappush(self._heap, group.rank)
 
     def pop(self) -> SequenceGroup | None:
-        """The first group, or None."""
+        """Remove and return the first group, or None."""
         while self._heap:
-            group = self._queues.pop(heapq.heappop(self._heap), None)
+            group = self._groups.pop(heapq.heappop(self._heap), None)
             if group is not None:
                 return group
         return None
 
     def remove(self, group: SequenceGroup) -> None:
-        """Take a group out for good, if it is in."""
-        self._queues.pop(group.rank, None)
-        if len(self._heap) > 2 * len(self._queues) + 64:
-            # Clients that give up while the head of the queue waits must not fill the heap.
-            self._heap = sorted(self._queues)
+        """Remove a group for good, if it is in the queue."""
+        self._groups.pop(group.rank, None)
+        if len(self._heap) > 2 * len(self._groups) + 64:
+            # Clients that leave while the head of the queue waits must not fill the heap.
+            self._heap = sorted(self._groups)
 
     def serve(self, tenant: str, service: float) -> None:
-        """A tenant's requests were given so much, in the unit of `service`; of no concern to this policy."""
+        """A tenant's requests were given so much service. This policy ignores it."""

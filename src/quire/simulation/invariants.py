@@ -1,4 +1,4 @@
-"""What must hold of the memory after every step, whatever went wrong in it. Costs a walk over all of it."""
+"""Invariants of the memory that hold after every step, even a failed one. A check walks over all of the memory."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,11 @@ from quire.simulation.buddy import BuddyAllocator
 
 
 class InvariantError(QuireError):
-    """The pool's books do not add up: a fault of Quire, never of a request."""
+    """The pool contradicts itself. Always a bug of Quire, never the fault of a request."""
 
 
 def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
-    """Raise `InvariantError` where the pool contradicts itself. `idle` says that nobody holds a block any more."""
+    """Raise `InvariantError` if the pool contradicts itself. `idle`: all requests have ended."""
     free = list(pool.free_order())
     used = [block for block in range(pool.num_blocks) if pool.ref_counts[block] > 0]
     _equal("free blocks", len(set(free)), pool.num_free)
@@ -21,17 +21,17 @@ def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
     _equal("references to free blocks", sum(pool.ref_counts[block] for block in free), 0)
     _equal("sum of reference counts", sum(pool.ref_counts), pool.num_references)
     _equal("filled slots of used blocks", sum(pool.fill[block] for block in used), pool.num_filled_slots)
-    _equal("named free blocks", sum(1 for block in free if pool.names[block] is not None), pool.num_cached_free)
-    for block, name in enumerate(pool.names):
-        if name is not None:
-            _equal(f"block that the name of block {block} finds", pool.find(name), block)
-            _equal(f"fill of named block {block}", pool.fill[block], pool.block_size)
+    _equal("free blocks with a hash", sum(1 for block in free if pool.hashes[block] is not None), pool.num_cached_free)
+    for block, block_hash in enumerate(pool.hashes):
+        if block_hash is not None:
+            _equal(f"block that the hash of block {block} finds", pool.find(block_hash), block)
+            _equal(f"fill of block {block}, which has a hash", pool.fill[block], pool.block_size)
     if idle:
         _equal("blocks in use after the last request", len(used), 0)
 
 
 def check_buddy(memory: BuddyAllocator, held: Iterable[tuple[int, int]]) -> None:
-    """Raise `InvariantError` unless the free chunks and those that are held are all slots, each once."""
+    """Raise `InvariantError` unless the free and the held chunks cover every slot exactly once."""
     chunks = sorted([*memory.free_chunks(), *held])
     end = 0
     for offset, order in chunks:

@@ -13,6 +13,7 @@ from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex
 from quire.outputs import StepDeltas
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.simulation.arrivals import Arrival
 from quire.simulation.faults import Faults
@@ -98,7 +99,7 @@ class PagedSimulation:
         self.scheduler = self._start_engine()
 
     def run(self, on_progress: Progress | None = None) -> None:
-        """Until every counted request has ended."""
+        """Run until every counted request has ended."""
         measures, faults, settings = self.measures, self._faults, self._settings
         while True:
             self._admit_arrivals()
@@ -278,9 +279,11 @@ class PagedSimulation:
         self._tiers = self._open_tiers()
         scheduler = Scheduler(
             pool,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
+            SchedulerLimits(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_model_len=self._max_model_len,
+            ),
             tiers=self._tiers,
             make_queue=make_queues(self._executor.output_lengths)[settings.scheduling_policy],
             make_rule=RULES[settings.admission],

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import EngineStats
 from quire.scheduler.forecast import Forecast
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES, MakeQueue, MakeRule
 from quire.scheduler.sequence import SequenceGroup
-from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
+from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN, Progress
 from quire.scheduler.waiting_queue import WaitingQueue
 
 
@@ -43,10 +42,10 @@ class NewTokenRatio:
     CLIP = 4096
     LOOK_AHEAD = 20
 
-    def __init__(self, forecast: Forecast, pool: BlockPool, stats: EngineStats) -> None:
+    def __init__(self, forecast: Forecast, pool: BlockPool, progress: Progress) -> None:
         self.ratio = self.FIRST
         self._pool = pool
-        self._stats = stats
+        self._progress = progress
         self._step = 0
         self._preempted = False
 
@@ -61,7 +60,7 @@ class NewTokenRatio:
         return mine + reserved <= (self._pool.num_free - promised) * self._pool.block_size
 
     def _renew(self, running: Sequence[SequenceGroup]) -> None:
-        num_steps, self._step = self._stats.total_steps - self._step, self._stats.total_steps
+        num_steps, self._step = self._progress.total_steps - self._step, self._progress.total_steps
         if self._preempted:
             sequences = [(sequence, other.request.max_tokens) for other in running for sequence in other.sequences]
             used = sum(sequence.num_output_tokens + self.LOOK_AHEAD for sequence, _ in sequences)
@@ -79,7 +78,7 @@ class NewTokenRatio:
 
 def make_queues(output_lengths: Mapping[int, int]) -> dict[str, MakeQueue]:
     """Every scheduling policy of a simulation; the oracle looks lengths up in `output_lengths`."""
-    return {**SCHEDULING_POLICIES, "oracle-shortest": lambda stats: OracleShortestFirst(output_lengths)}
+    return {**SCHEDULING_POLICIES, "oracle-shortest": lambda progress: OracleShortestFirst(output_lengths)}
 
 
 RULES: dict[str, MakeRule] = {**ADMISSIONS, "new-token-ratio": NewTokenRatio}

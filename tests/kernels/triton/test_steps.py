@@ -27,6 +27,7 @@ from quire.runner.cuda_graphs import CudaCapture, DecodeGraphs, GraphKey, Outcom
 from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
 from quire.sampling_params import SamplingParams
 from quire.scheduler.draft_planner import DraftPlanner
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step_times import StepCurve, StepTimes
 from quire.step import StepPlan, TokenLogprobs
@@ -133,10 +134,9 @@ def make_core(
     )
     scheduler = Scheduler(
         BlockPool(80, BLOCK_SIZE, enable_prefix_caching=True),
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=128,
-        max_model_len=256,
-        max_num_partial_prefills=4,
+        SchedulerLimits(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=128, max_model_len=256, max_num_partial_prefills=4
+        ),
         speculation=speculation,
     )
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)

@@ -1,0 +1,19 @@
+"""SchedulerLimits: the sizes that the scheduler is given."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What one step and one request may take."""
+
+    max_num_seqs: int
+    """Sequences that run at once."""
+    max_num_batched_tokens: int
+    """Tokens of a step; at least `max_num_seqs`, so that all sequences can decode in one step."""
+    max_model_len: int
+    """Tokens of one sequence, prompt and output."""
+    max_num_partial_prefills: int = 4
+    """Prompts that share what a step has left besides decoding, where they take all of it."""
+    max_pinned_share: float = 0.5
+    """Share of the pool that registered prefixes may hold."""
