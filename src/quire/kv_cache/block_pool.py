@@ -2,8 +2,8 @@
 
 A block is an index. It is *used* while its reference count is positive, and on the free list otherwise. A full block
 may have a hash (see `block_hash`). When its last reference goes it keeps the hash, so a later request with the same
-prefix finds it until its space is needed. A partly filled block has no hash; it can be kept and found by its tokens,
-and the sequence that finds it fills it up. The pool knows nothing of sequences or tensors, and has no clock.
+prefix finds it until its space is needed. A partly filled block has no hash; it can be retained and found by its
+tokens, and the sequence that finds it fills it up. The pool knows nothing of sequences or tensors, and has no clock.
 
 The free list is in eviction order: blocks without content first, then blocks that can be found, least recently freed
 first. It is doubly linked, because a prefix hit takes a block out of the middle. The links are two flat lists of
@@ -268,7 +268,7 @@ class BlockPool:
         self._link(self.num_blocks, block)
 
     def _link(self, before: int, block: int) -> None:
-        """Put a block into the free list behind another, or behind its anchor."""
+        """Put a block into the free list after another block, or after the anchor."""
         after = self._next[before]
         self._next[before] = block
         self._prev[block] = before

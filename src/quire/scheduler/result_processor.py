@@ -106,7 +106,7 @@ class ResultProcessor:
     def _update_decode_batch(
         self, deltas: StepDeltas, result: StepResult, step: DecodeStep, num_in_flight: int
     ) -> tuple[list[SampleId], list[int]]:
-        """Advance the sequences of the decode batch. Those that fail or end say so in `deltas`.
+        """Advance the sequences of the decode batch. The ends and failures among them are added to `deltas`.
 
         Returns the samples that gained a token and nothing else, and their tokens.
         """
