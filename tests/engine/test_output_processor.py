@@ -160,6 +160,20 @@ def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any], b
     assert dataclasses.asdict(whole) == dataclasses.asdict(total)
 
 
+def test_a_new_core_numbers_its_batches_anew() -> None:
+    processor = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
+    wholes = []
+    for request_id in ("a", "b"):
+        params = SamplingParams(detokenize=False)
+        request = Request(request_id=request_id, prompt_token_ids=[1], params=params, max_tokens=100)
+        wholes.append(processor.add(request, None))
+        processor.process(StepDeltas(others=[SequenceDelta(request_id, 0, [1])]))
+    processor.process(StepDeltas([("a", 0), ("b", 0)], [2, 3], 1))
+    processor.restart()
+    processor.process(StepDeltas([("b", 0)], [4], 1))
+    assert [whole.outputs[0].token_ids for whole in wholes] == [[1, 2], [1, 3, 4]]
+
+
 @pytest.mark.parametrize("batch_id", [0, 7])
 def test_a_repeated_batch_grows_in_place(batch_id: int) -> None:
     """Also after a request of the batch was aborted, and with other deltas in the same step. An id of 0 says nothing

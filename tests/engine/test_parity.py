@@ -10,7 +10,18 @@ import torch
 from quire import LLM, RequestOutput, SamplingParams
 from tests.checkpoints import make_checkpoint, reference_model
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "llama-rope-llama3", "stablelm", "stablelm-parallel"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "llama-rope-llama3",
+    "stablelm",
+    "stablelm-parallel",
+    "gemma2",
+    "mixtral",
+]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)
 BLOCK_SIZE = 8
