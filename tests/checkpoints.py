@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
+from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
@@ -97,6 +99,19 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         StableLmForCausalLM,
         {**_STABLELM, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     ),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        # The soft-caps are as low as the scores and logits of a small model, so that they bend them.
+        {
+            **_DECODER,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
@@ -120,7 +135,9 @@ def make_checkpoint(
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter, 1.0 if "bias" not in name else 0.0, 0.1)
+                # Gemma's norms multiply by 1 + weight.
+                mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
+                torch.nn.init.normal_(parameter, mean, 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype

@@ -10,7 +10,9 @@ from tests.checkpoints import make_checkpoint, reference_model
 from tests.paged_model import PagedModel
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "stablelm", "stablelm-parallel"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"]
+)
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family, dtype="bfloat16")
     ids = torch.randint(0, 256, (90,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -30,7 +30,8 @@ LIMIT = 1 << 24
 
 def load(folder: Path, dtype: str, stored: Sequence[PackedTensor] = ()) -> tuple[Model, PackedWeights]:
     packed = PackedWeights(mmap.mmap(-1, 1 << 20), stored)
-    return load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), packed.kernels, dtype), packed
+    model_config, source = ModelConfig.from_folder(folder), open_checkpoint(folder)
+    return load_model(model_config, source, cpu, dtype, packing=packed), packed
 
 
 def logits(model: Model) -> torch.Tensor:
@@ -53,7 +54,7 @@ def cache(tmp_path: Path) -> WeightsCache:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama-bias", "stablelm-parallel"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "llama-bias", "stablelm-parallel", "gemma2", "mixtral"])
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:
     folder = make_checkpoint(tmp_path / "model", family)
     first, packed = load(folder, dtype)

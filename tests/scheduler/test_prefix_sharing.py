@@ -1,7 +1,7 @@
 """What requests share through the prefix cache: exactly what is the same, images and adapters included.
 
-The content of a token slot is a chain over everything that its KV depends on. Whoever gets a block of another context
-reads another chain.
+The content of a token slot is a chain over everything that its KV depends on. A sequence that gets a block of another
+context reads another chain.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import HOST, Tier, TierIndex
 from quire.request import InputSpan, Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import SequenceGroup
 from quire.step import StepResult
@@ -47,9 +48,7 @@ class Cache:
         self.tiers = TierIndex(lambda: 1.0, host=Tier(num_host_blocks, 1)) if num_host_blocks else None
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=4,
-            max_num_batched_tokens=16,
-            max_model_len=256,
+            SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=256),
             tiers=self.tiers,
             clock=lambda: 1.0,
         )

@@ -172,7 +172,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
-    num_experts = config.integer("num_experts", 0, minimum=0)
+    num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")

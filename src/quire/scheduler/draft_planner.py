@@ -10,8 +10,8 @@ drafted token is accepted if the tokens before it are, so the j-th token of a dr
 starts with what drafts of all sequences have shown, and soon follows its own. The cost follows from the times of the
 last steps, by their number of tokens. All drafted tokens of the batch are sorted, likeliest first, and as many are
 taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing Speculative Decoding
-for Serving LLMs Using Goodput", 2024). So a sequence in the middle of a copy gets a long draft, a sequence that has just
-repeated two tokens gets a short one or none, and a batch that keeps the machine busy by itself gets none.
+for Serving LLMs Using Goodput", 2024). So a sequence in the middle of a copy gets a long draft, a sequence that has
+just repeated two tokens gets a short one or none, and a batch that keeps the machine busy by itself gets none.
 """
 
 from collections.abc import Sequence

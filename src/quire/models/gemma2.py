@@ -1,0 +1,22 @@
+"""Gemma 2: norms before and after each half of a layer. Soft-caps, windows on alternate layers, the factor of the
+embeddings and the offset of the norms follow from the config."""
+
+from torch import Tensor
+
+from quire.models.blocks import gated_mlp, rotary_attention
+from quire.models.builder import Builder
+from quire.models.decoder import DecoderLayer
+from quire.models.llama import Llama
+
+
+class Gemma2(Llama):
+    """Llama's names, but `post_attention_layernorm` norms what attention computes."""
+
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+        return DecoderLayer(
+            build.norm("input_layernorm"),
+            rotary_attention(build.scope("self_attn"), index, cos_sin),
+            build.norm("pre_feedforward_layernorm"),
+            gated_mlp(build.scope("mlp"), build.config.intermediate_size),
+            post_norms=(build.norm("post_attention_layernorm"), build.norm("post_feedforward_layernorm")),
+        )
