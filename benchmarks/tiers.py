@@ -117,7 +117,7 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
             return reason
 
         def first_token(way: str) -> float:
-            scheduler.pool.forget_hashes()
+            scheduler.pool.clear_hashes()
             index.num_worth_loading = {  # type: ignore[method-assign]  # what is measured is what it would choose
                 "loaded": lambda stored_in, *_: len(stored_in),
                 "computed": lambda *_: 0,

@@ -159,7 +159,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_hashes(self) -> None:
-        self.engine.pool.forget_hashes()
+        self.engine.pool.clear_hashes()
 
     @precondition(lambda self: self.engine.clients)
     @rule()

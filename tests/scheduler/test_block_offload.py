@@ -286,7 +286,7 @@ def test_what_cannot_be_read_is_computed_from_there_on(broken: int) -> None:
     engine = with_stored_prompt()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
     table = engine.scheduler._queues.by_id["b"].leader.table
-    engine.disk.broken.add(table.name_of(broken, PROMPT))
+    engine.disk.broken.add(table.block_hash(broken, PROMPT))
     engine.step()
     plan = engine.step()
     assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([4 * broken], [13 - 4 * broken])
@@ -407,7 +407,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     engine.scheduler._queues.preempt(group)
     lengths = {sequence: len(sequence.token_ids) for sequence in group.sequences}
     names = {
-        sequence.table.name_of(index, sequence.token_ids)
+        sequence.table.block_hash(index, sequence.token_ids)
         for sequence, length in lengths.items()
         for index in range((length - 1) // 4)
     }

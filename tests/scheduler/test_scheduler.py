@@ -91,13 +91,13 @@ def test_a_registered_prefix_is_found_under_all_its_salts_until_it_is_removed() 
         return plan.num_computed_tokens[0]
 
     assert [cached(f"a{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
-    pool.forget_hashes()
+    pool.clear_hashes()
     assert [cached(f"b{salt}", salt) for salt in ("one", "two", "three")] == [8, 8, 0]
     register(engine, "q", prefix[:4], ("two",))
     assert scheduler.stats().num_pinned_blocks == 2, "they share the first block"
     scheduler.prefixes.remove("p")
     assert scheduler.stats().num_pinned_blocks == 1
-    pool.forget_hashes()
+    pool.clear_hashes()
     assert [cached(f"c{salt}", salt) for salt in ("one", "two")] == [4, 4]
     scheduler.prefixes.remove("q")
     assert (pool.num_free, pool.num_references) == (pool.num_blocks, 0)
@@ -188,7 +188,7 @@ def test_a_sample_that_failed_leaves_no_block() -> None:
     engine.run()
     endings = [alone(request, index) for request in requests for index in range(2)]
     assert {ending.finish_reason for ending in endings} == {"error"}
-    assert all(engine.pool.names[block] is not None for block in engine.pool.children)
+    assert all(engine.pool.hashes[block] is not None for block in engine.pool.children)
 
 
 def test_one_prefix_asked_for_many_times_at_once_is_computed_once() -> None:
