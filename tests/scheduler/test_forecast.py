@@ -14,7 +14,7 @@ OUTLOOKS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda
 
 @given(OUTLOOKS, st.integers(0, 100))
 def test_the_peak_is_that_of_going_through_the_steps(outlooks: list[Outlook], others: int) -> None:
-    """Blocks of one token; whoever ends gives back what it had and what it took."""
+    """Blocks of one token. A sequence that ends gives back all its blocks."""
     used = others + sum(outlook.num_blocks for outlook in outlooks)
     peak = most = peak_blocks(used, outlooks, 1)
     seen = used

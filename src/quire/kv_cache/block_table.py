@@ -7,7 +7,7 @@ the step. `free` gives the last block back first, so that the beginnings of prom
 
 from collections.abc import Sequence
 
-from quire.kv_cache.block_hash import BlockExtra, BlockHash, TokenKey, find_extras, hash_block, token_keys
+from quire.kv_cache.block_hash import BlockHash, TokenKey, find_extras, hash_block, token_keys
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
 from quire.request import InputSpan
 
@@ -208,11 +208,11 @@ class BlockTable:
 
     def block_hash(self, index: int, token_ids: Sequence[int]) -> BlockHash:
         """The hash of logical block `index`, which `token_ids` must fill. Each block is hashed once."""
-        hashes = self._hashes
+        hashes, inputs = self._hashes, self._inputs
         size = self._pool.block_size
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent, extras = hashes[-1] if hashes else self._root, self._extras(len(hashes))
+            parent, extras = hashes[-1] if hashes else self._root, find_extras(inputs, start, size) if inputs else ()
             hashes.append(hash_block(parent, token_ids[start : start + size], extras))
         return hashes[index]
 
@@ -222,14 +222,12 @@ class BlockTable:
         keys = self._keys(index, token_ids[start : start + self._pool.block_size])
         self._pool.set_hash(self.blocks[index], block_hash, parent, keys)
 
-    def _extras(self, index: int) -> Sequence[BlockExtra]:
-        """The inputs that cover tokens of logical block `index`."""
-        size = self._pool.block_size
-        return find_extras(self._inputs, index * size, size) if self._inputs else ()
-
     def _keys(self, index: int, token_ids: Sequence[int]) -> Sequence[TokenKey]:
         """The first tokens of logical block `index`, as the pool compares them."""
-        return token_keys(token_ids, self._extras(index))
+        if not self._inputs:
+            return token_ids
+        size = self._pool.block_size
+        return token_keys(token_ids, find_extras(self._inputs, index * size, size))
 
     def _write_needs_copy(self, block: int) -> bool:
         return self._pool.ref_counts[block] > 1 or self._pool.hashes[block] is not None
