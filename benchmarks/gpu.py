@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="file for the rows as they come")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("no CUDA device: nothing is measured")
+        print("no CUDA device: not measured")
         return
     for note in use_sources():
         print(note)

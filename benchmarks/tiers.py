@@ -111,14 +111,14 @@ def crossover(engine: dict[str, Any], num_tokens: int, repeats: int) -> list[dic
         decide, read = index.num_worth_loading, files._read_file
         rate = float("inf")
 
-        def read_throttled(name: bytes, buffer: bytearray) -> str | None:
+        def read_throttled(block_hash: bytes, buffer: bytearray) -> str | None:
             started = time.perf_counter()
-            reason: str | None = read(name, buffer)
+            reason: str | None = read(block_hash, buffer)
             time.sleep(max(0.0, len(buffer) / (rate * 1e6) - (time.perf_counter() - started)))
             return reason
 
         def first_token(way: str) -> float:
-            scheduler.pool.forget_hashes()
+            scheduler.pool.clear_hashes()
             index.num_worth_loading = {  # force the choice, to measure it
                 "loaded": lambda stored_in, *_: len(stored_in),
                 "computed": lambda *_: 0,

@@ -551,7 +551,7 @@ private:
     }
     int64_t high_key(int64_t token) const { return min_of(position(token) + 1, tile.end) - tile.begin; }
 
-    // Of the item's tokens: row of q and out, position in the sequence, row of the first head's partial result.
+    // For each token of the item: row of q and out, position in the sequence, row of the first head's partial result.
     const SharedToken& sharer(int64_t token) const { return a.shared[item.token_begin + token]; }
     int64_t query_row(int64_t token) const { return item.shared ? sharer(token).row : item.token_begin + token; }
     int64_t position(int64_t token) const { return item.shared ? sharer(token).position : first_position + token; }

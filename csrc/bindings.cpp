@@ -416,7 +416,7 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
     kernels->linear_quantized(a);
 }
 
-// The rows of a packed weight that `ids` names, all of which it has.
+// Indices of rows of a packed weight; checks that all of them exist.
 const int32_t* row_ids(const Tensor& ids, const Argument& packed, int64_t count) {
     const int32_t* id = vector_of_indices("ids", ids, count);
     for (int64_t i = 0; i < count; ++i)

@@ -1,12 +1,12 @@
-// Tokens drawn by chance: of each row of logits one, by its probability among those that its limits keep.
+// Random sampling: one token per row of logits, by its probability among the tokens that the row's filters keep.
 //
-// The score of a token is (peak - logit) / temperature: 0 for the likeliest, its weight exp(-score). Tokens whose weight
-// is below min_p are dropped first; of the others top_k and top_p keep the head of their order, by score and then by id.
-// Without either the draw walks the row in the order of ids. Else it walks tokens in their order, which is never made:
-// they are dealt into buckets of score, and only the buckets in which a limit or the draw falls are sorted.
+// The score of a token is (peak - logit) / temperature, 0 for the likeliest; its weight is exp(-score). Tokens with a
+// weight below min_p are dropped first. Then top_k and top_p keep the head of the ranking, by score and then by id.
+// Without top_k and top_p, sampling walks the row in the order of ids. With them it walks the ranking without sorting the
+// row: tokens are put into buckets of score, and only the buckets that hold a limit or the sample are sorted.
 //
-// Sums over the vocabulary are of float64 over short float32 blocks: a running float32 sum stops seeing the tail of a
-// large vocabulary. A row is computed from its own values alone, in an order that nothing else can change.
+// Sums over the vocabulary are float64 over short float32 blocks: a running float32 sum loses the tail of a large
+// vocabulary. A row's result depends on its own values alone, summed in a fixed order.
 #pragma once
 
 #include <omp.h>

@@ -1,7 +1,6 @@
 // The kernels' interface: plain pointers, sizes and strides, and a table of functions per instruction set.
 //
-// Everything above this line of the code (bindings.cpp) has checked its arguments; nothing below it throws, allocates
-// or knows a framework. Only plain types may appear here: this header is seen by translation units compiled for
+// The layer above (bindings.cpp) has checked all arguments; nothing below throws, allocates or knows a framework. Only plain types may appear here: this header is seen by translation units compiled for
 // different instruction sets, and an inline function shared by them could be linked in the wrong version.
 #pragma once
 
@@ -20,9 +19,9 @@ struct Rows {
 
 enum class KVElement : uint8_t { float32, float16, bfloat16, int8 };
 
-// Bytes that two float32 scales take: of int8, a key and a value have one each, and both lie behind the keys.
+// Bytes of two float32 scales. In an int8 cache, a key and a value have one each; both are stored behind the keys.
 constexpr int64_t kScaleRows = 8;
-// Of int8; a key is brought to 8 bits on the stack.
+// Largest head size of an int8 cache: a key is quantised on the stack.
 constexpr int64_t kMostHeadDim = 1024;
 
 // The two cache tensors of one layer:
@@ -77,14 +76,14 @@ struct Attention {
     int num_threads;
 };
 
-// A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel], of bfloat16 [k / 2][kPanel][2]; lanes past the
-// last output and steps past the last input hold zeros.
+// A packed weight of n outputs is ceil(n / kPanel) panels of [k][kPanel], for bfloat16 [k / 2][kPanel][2]. Lanes past the
+// last output and steps past the last input are zero.
 constexpr int64_t kPanel = 32;
 
-// What becomes of x before a dense layer multiplies it.
+// The operation on x before a dense layer multiplies it.
 enum class InputOp : uint8_t {
     none,      // x [m, k] is the input
-    rms_norm,  // the norm of x [m, k], or with a residual of the residual, to which x is added
+    rms_norm,  // the norm of x [m, k]; with a residual, x is added to it and its norm is taken
     silu,      // x [m, 2 k]: the activation of the first half times the second
     gelu,
     gelu_tanh,
@@ -107,12 +106,12 @@ struct Linear {
     int64_t m, n, k;
 };
 
-// Inputs of low-bit weights go in pairs of steps of four; rows are padded to whole pairs.
+// Inputs of low-bit weights are taken in pairs of steps of four; rows are padded to whole pairs.
 constexpr int64_t kPairOfSteps = 8;
-// The sum of so many products of 127 * 127 still fits 32 bits.
+// The sum of this many products of 127 * 127 fits 32 bits.
 constexpr int64_t kMostInputs = 1 << 17;
 
-// A weight of 8 or 4 bits; how it lies is told in linear_low_bit.h. `scales` are [panel][group][kPanel].
+// A weight of 8 or 4 bits, in the layout of linear_low_bit.h. `scales` are [panel][group][kPanel].
 struct LowBitWeight {
     uint8_t* weight;
     float* scales;
@@ -135,8 +134,7 @@ struct LowBitLinear {
     int64_t m, n, k;
 };
 
-// A token for each row of logits. Limits are one for each row: of 0 tokens for top_k, of 1 for top_p and of 0 for min_p
-// there is none.
+// Samples one token per row of logits. Each row has its own filters; top_k 0, top_p 1 and min_p 0 filter nothing.
 struct Draws {
     Rows logits;
     int64_t rows, columns;

@@ -36,7 +36,7 @@ constexpr int kVectorsOfBytes = kLanes == 8 ? 4 : 8;
 struct Unsigned {
     IntVec bytes;
 };
-// Sums of two products each. Of 4-bit weights there is room for more, and they are brought to 32 bits together.
+// Sums of two products each. With 4-bit weights there is room for more, and they are widened to 32 bits together.
 typedef int16_t WordVec __attribute__((vector_size(kLanes * 4)));
 #if defined(__AVX512VNNI__)
 constexpr int kRowsOfBytes = 8;
@@ -390,8 +390,8 @@ static void linear_quantized(const LowBitLinear& a) {
     else multiply_quantized<Bits4>(a);
 }
 
-// One group of one output: its scale, and its values plus the zero point as bytes, of which it may write a vector too
-// many.
+// One group of one output: returns its scale and writes its values plus the zero point as bytes. May write up to one
+// vector of bytes too many.
 template <class From>
 QUIRE_INLINE float quantize_group(const From* weight, int64_t k, int bits, uint8_t* values) {
     constexpr int64_t kBlock = kLanes;

@@ -1,4 +1,4 @@
-// Of each row the highest number and where it stands first: what greedy sampling takes of logits.
+// The highest number of each row and its first index: greedy sampling.
 #pragma once
 
 #include "elementwise.h"

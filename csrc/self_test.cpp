@@ -58,7 +58,7 @@ struct Product {
     }
 };
 
-// The last tokens of a sequence, each head of which sees one key that outweighs all others beyond what floats hold.
+// The last tokens of a sequence. Each head sees one key that outweighs all others by more than floats can hold.
 bool attends(const Kernels& kernels, KVElement element) {
     constexpr int64_t kTokens = 3, kContext = 20, kHeads = 2, kHeadDim = 32, kBlockSize = 16, kBlocks = 2;
     std::vector<float> keys(kContext * kHeadDim), values, q(kTokens * kHeads * kHeadDim), out(q.size()), expected;

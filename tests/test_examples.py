@@ -1,4 +1,4 @@
-"""Every example runs as it stands; the one that needs a server is run by tests/server/test_end_to_end.py."""
+"""Every example runs unchanged. tests/server/test_end_to_end.py runs the one that needs a server."""
 
 import subprocess
 import sys

@@ -1,6 +1,8 @@
 """The recipes of docs/extending.md: their code blocks are executed, and what they add is used."""
 
+import ast
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -39,6 +41,22 @@ def blocks(title: str) -> list[tuple[str, str, str]]:
     return found
 
 
+def constants_made_from(module: ModuleType, name: str) -> list[tuple[str, Any]]:
+    """The module's constants whose definitions mention `name`, with their values now."""
+    found = []
+    for statement in ast.parse(inspect.getsource(module)).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=target)], value=value):
+                pass
+            case ast.AnnAssign(target=ast.Name(id=target), value=ast.expr() as value):
+                pass
+            case _:
+                continue
+        if target != name and any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(value)):
+            found.append((target, eval(compile(ast.Expression(value), module.__name__, "eval"), vars(module))))
+    return found
+
+
 class Source:
     """The package as if the blocks of a recipe had been written into its files. `undo` takes them out."""
 
@@ -70,25 +88,29 @@ class Source:
         return module
 
     def _change(self, module: ModuleType, code: str) -> None:
-        """Run code in a module. A name that it rebinds is rebound in every module that has imported the name."""
+        """Run code in a module. A name that it rebinds is rebound wherever it was imported, and so are constants made
+        from it: what an import would do if the code stood in the file."""
         before = dict(vars(module))
         tables = {name: dict(value) for name, value in before.items() if name.isupper() and isinstance(value, dict)}
         exec(compile(code, module.__name__, "exec"), vars(module))
         for name, table in tables.items():
             self._undo.append(lambda value=before[name], table=table: (value.clear(), value.update(table)))
         for name in [name for name in vars(module) if before.get(name) is not vars(module)[name]]:
-            self._rebind(module, name, before)
+            if name in before:
+                self._rebind(module, name, before[name])
+            else:
+                self._undo.append(lambda name=name: delattr(module, name))
 
-    def _rebind(self, module: ModuleType, name: str, before: dict[str, Any]) -> None:
+    def _rebind(self, module: ModuleType, name: str, old: Any) -> None:
         new = vars(module)[name]
-        if name not in before:
-            self._undo.append(lambda: delattr(module, name))
-            return
-        old = before[name]
         users = [user for key, user in sys.modules.items() if key.split(".")[0] == "quire"]
         for user in [module, *(user for user in users if vars(user).get(name) is old)]:
             setattr(user, name, new)
             self._undo.append(lambda user=user: setattr(user, name, old))
+            for derived, value in constants_made_from(user, name):
+                before = vars(user)[derived]
+                setattr(user, derived, value)
+                self._rebind(user, derived, before)
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_prefixes_that_cannot_be_kept_are_refused_with_the_numbers() -> None:
         llm.register_prefix([8] * 15)
     with pytest.raises(RequestError, match=r"can need 8 KV blocks .* the pool has 10, of which 3 are registered"):
         llm.generate([[9] * 100], GREEDY.with_changes(max_tokens=20))
-    # The same length fits where it begins with what is held.
+    # The same length fits if it begins with a registered prefix.
     assert len(llm.generate([[7] * 100], GREEDY.with_changes(max_tokens=20))[0].outputs[0].token_ids) == 20
     with pytest.raises(RequestError, match="prefixes need the prefix cache"):
         LLM(num_blocks=10, max_num_seqs=2, threads=1, enable_prefix_caching=False).register_prefix([7] * 48)
@@ -239,7 +239,7 @@ def test_a_raising_logits_processor_ends_its_own_request(llm: LLM) -> None:
 
 
 class OneLetter:
-    """Lets requests labelled so say nothing but the token of their label."""
+    """Restricts labelled requests to the token of their label."""
 
     def wants(self, params: SamplingParams) -> bool:
         return "only" in params.extra
@@ -276,7 +276,7 @@ def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
 
 def test_whichever_thread_asks_as_many_compute() -> None:
-    """OpenMP's number of threads belongs to the thread that calls; a new one would take all cores."""
+    """OpenMP's number of threads belongs to the calling thread; a new thread would use all cores."""
     llm = LLM(num_blocks=16, max_num_seqs=1, max_model_len=64, threads=3, dtype="float32")
 
     def num_started() -> int:

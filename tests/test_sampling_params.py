@@ -1,4 +1,4 @@
-"""SamplingParams: what is accepted, in which form it is kept, and one refusal per field."""
+"""SamplingParams: accepted values, their stored form, and one refusal per field."""
 
 import math
 from typing import Any

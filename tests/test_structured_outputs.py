@@ -1,4 +1,4 @@
-"""StructuredOutputsParams: one form, within its limits, equal by what it asks for."""
+"""StructuredOutputsParams: one constraint, its limits and its equality."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ for _ in range(100_000):
         ({"json_object": True, "whitespace_pattern": " ", "disable_any_whitespace": True}, "both set"),
     ],
 )
-def test_what_is_no_form_is_refused(fields: dict[str, Any], said: str) -> None:
+def test_an_invalid_constraint_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(RequestError, match=said) as refused:
         StructuredOutputsParams(**fields)
     assert refused.value.param == "structured_outputs"
@@ -48,7 +48,7 @@ def test_what_is_no_form_is_refused(fields: dict[str, Any], said: str) -> None:
     assert refused.value.param == "guided_x"
 
 
-def test_forms_are_equal_by_what_they_ask_for() -> None:
+def test_equal_constraints_compare_equal() -> None:
     as_object = StructuredOutputsParams(json={"type": "object", "é": 1})
     as_text = StructuredOutputsParams(json=' {"type":"object" , "\\u00e9": 1} ')
     assert as_object == as_text == StructuredOutputsParams(json=as_text.json, asked_as="guided_json")
@@ -66,11 +66,11 @@ def test_forms_are_equal_by_what_they_ask_for() -> None:
         {"json_object": True, "whitespace_pattern": " "},
     ],
 )
-def test_a_form_travels_inside_its_params(fields: dict[str, Any]) -> None:
+def test_a_constraint_survives_msgpack_in_its_params(fields: dict[str, Any]) -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**fields))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
-def test_params_take_nothing_else_for_a_form() -> None:
+def test_params_accept_no_other_type_as_constraint() -> None:
     with pytest.raises(RequestError, match="must be a StructuredOutputsParams"):
         SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]  # that is the point

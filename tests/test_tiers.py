@@ -1,4 +1,4 @@
-"""Tiers under the real engine: equal tokens whatever is evicted, preempted, restarted or broken."""
+"""Tiers in the real engine: equal tokens after evictions, preemptions, restarts and faults."""
 
 import asyncio
 import contextlib
@@ -33,7 +33,7 @@ PARAMS = [
     for number in range(len(PROMPTS))
 ]
 BLOCKS_OF_LONGEST = 9
-"""103 prompt + 16 output tokens, of which n = 2 share only full blocks, are 8; one more for the second sample."""
+"""103 prompt + 16 output tokens take 8 blocks; the second sample of n = 2 shares only full ones and needs one more."""
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[list[int]]]:
@@ -95,7 +95,7 @@ def ask(llm: LLM, *more: int) -> RequestOutput:
 
 @pytest.fixture
 def stored(roomy: LLM, tmp_path: Path) -> Path:
-    """A folder in which an engine that is gone has stored SYSTEM."""
+    """A folder in which an earlier engine has stored SYSTEM."""
     with LLM(num_blocks=100, disk_cache=str(tmp_path), **OPTIONS) as llm:
         assert tokens([ask(llm, 1)]) == tokens([ask(roomy, 1)])
         assert llm.stats().total_evictions == 0
@@ -186,7 +186,7 @@ def test_a_second_engine_runs_without_the_tier(roomy: LLM, stored: Path) -> None
 
 
 def test_a_served_engine_stores_when_idle_and_finds_after_a_kill(roomy: LLM, tmp_path: Path) -> None:
-    """The engine process is killed, not ended: what idleness has written is there all the same."""
+    """The engine process is killed: blocks that it saved while idle are found afterwards."""
     options = {**OPTIONS, "num_blocks": 100, "disk_cache": str(tmp_path)}
 
     async def ask_served(engine: AsyncLLM, prompt: list[int]) -> RequestOutput:

@@ -1,6 +1,6 @@
 """Request: what was asked, complete and immutable, as it travels from a client's call to the scheduler.
 
-What becomes of it (sequences, block tables, progress) belongs to `quire.scheduler.sequence`.
+Its sequences, block tables and progress belong to `quire.scheduler.sequence`.
 """
 
 from dataclasses import dataclass, field
@@ -33,42 +33,41 @@ class InputSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it. All values are resolved: no default is looked up later."""
+    """One prompt and how to continue it. All values are final: no default is looked up later."""
 
     request_id: str
     """Made by the engine's front, never by a client, so that two clients cannot collide."""
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int = 0
-    """The params' seed, or one drawn from the engine's."""
+    """The params' seed, or one derived from the engine's."""
     eos_token_ids: tuple[int, ...] = ()
-    """Tokens that end a sample; empty where `ignore_eos` is set."""
+    """Tokens that end a sample; empty if `ignore_eos` is set."""
     max_tokens: int = 16
-    """The params' limit, or all that the context has room for."""
+    """The params' limit, or all that fits into the context."""
     arrival_time: float = 0.0
     """Seconds on the engine's monotonic clock."""
     priority: int = 0
     """Lower runs first, as in vLLM."""
     cache_salt: str = ""
-    """Only requests of the same salt share prefix blocks."""
+    """Only requests with the same salt share prefix blocks."""
     adapter: str = ""
     """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
     tenant: str = ""
-    """On whose account: the client's API key, or its name for a user. Shares are fair between tenants."""
+    """The account: the client's API key, or its name for a user. Shares are fair between tenants."""
     workload: str = ""
-    """What it is sent for: route and system prompt. Requests of one tenant and workload have answers of like lengths.
-    """
+    """The purpose: route and system prompt. Requests of one tenant and workload have answers of similar length."""
     num_returned: int = 0
-    """Of the params' n samples, return so many of highest cumulative log-probability, at the end; 0: all, as they come.
-    """
+    """Return only so many of the params' n samples, those of highest cumulative log-probability, at the end. 0: return
+    all, as they come."""
     grammar_bytes: int = 0
-    """What the grammar of `structured_outputs` takes once compiled, as measured when it was checked."""
+    """Memory of the compiled grammar of `structured_outputs`, measured when it was checked."""
     hides_logprobs: bool = False
-    """The samples' log-probabilities are asked for to rank them, not by the client."""
+    """Log-probabilities are computed to rank the samples; the client did not ask for them."""
     output_token_ids: dict[int, list[int]] = field(default_factory=dict)
-    """Samples to go on with after an earlier engine process ended: index → its tokens so far. Empty: n new samples."""
+    """Samples to resume after an earlier engine process ended: index → its tokens so far. Empty: n new samples."""
 
     def __post_init__(self) -> None:
         """Raises `RequestError` for inputs that do not lie in the prompt one after the other."""

@@ -1,8 +1,8 @@
-"""What crosses between deciding and executing: the scheduler's StepPlan and the runner's StepResult.
+"""What passes between deciding and executing: the scheduler's StepPlan and the runner's StepResult.
 
-Plain values only, so that either side can be replaced: the simulator executes plans without a model, the tests run
-models without a scheduler. Sequences are known here by their row, the slot in the runner's persistent arrays that a
-sequence keeps from admission until it ends or is preempted.
+Plain values only, so that either side can be replaced: the simulator executes plans without a model, and tests run
+models without a scheduler. A sequence is identified by its row: the slot in the runner's persistent arrays that it
+keeps from admission until it ends or is preempted.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from quire.sampling_params import SamplingParams
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position: entry 0 is the token that stands there, then the most likely ones."""
+    """Log-probabilities at one position. Entry 0 is the token at that position; the most likely tokens follow."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -21,19 +21,19 @@ class TokenLogprobs(NamedTuple):
 
 
 class BeamCandidates(NamedTuple):
-    """What may follow one beam: its most likely tokens, best first, as the request's parameters let them through."""
+    """The most likely next tokens of one beam, best first, after the request's parameters were applied."""
 
     token_ids: list[int]
     logprobs: list[float]
-    """Edited as the request asks; −inf is ruled out."""
+    """After the request's parameters were applied; a token of −inf is ruled out."""
     reports: list[TokenLogprobs]
-    """What the client is told of each, where it asked; else empty."""
+    """Log-probabilities of each for the client; empty if it did not ask."""
     last: bool = False
-    """The beam's text is whole by its grammar: whatever follows, an end token, ends the sequence."""
+    """The beam's grammar is complete: only an end token can follow, and it ends the sequence."""
 
 
 class RowFork(NamedTuple):
-    """A beam that goes on: `row` takes over what the runner knows of the sequence in `source`, and one more token."""
+    """A beam goes on in `row`: copy the runner's state of the sequence in `source`, and append the token."""
 
     row: int
     source: int
@@ -41,10 +41,10 @@ class RowFork(NamedTuple):
 
 
 def logprob_bytes(vocab_size: int, num_logprobs: int) -> int:
-    """Memory in which one position's `TokenLogprobs` are worked out: what the plan counts and the sampler keeps to.
+    """Memory for computing one position's `TokenLogprobs`. The memory plan reserves it, and the sampler keeps to it.
 
-    Two float32 rows of the vocabulary (the logits, and a copy that is exponentiated or filtered), and for each of
-    the tokens reported a score, an id and a log-probability, twice while they are put together.
+    It holds two float32 rows of the vocabulary (the logits, and a copy that is exponentiated or filtered), and for each
+    reported token a score, an id and a log-probability, twice while they are collected.
     """
     num_reported = 1 + (vocab_size if num_logprobs < 0 else min(num_logprobs, vocab_size))
     return 2 * 4 * vocab_size + 2 * (4 + 8 + 8) * num_reported
@@ -52,7 +52,7 @@ def logprob_bytes(vocab_size: int, num_logprobs: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A sequence that takes a row: all the runner must remember of it beyond its block table."""
+    """A sequence that starts in a row: all that the runner stores of it besides its block table."""
 
     row: int
     params: SamplingParams
@@ -62,7 +62,7 @@ class NewRow:
     seed: int
     sample_index: int
     stop_token_ids: tuple[int, ...]
-    """Tokens that `min_tokens` holds back: end of sequence and the request's own."""
+    """Tokens that `min_tokens` forbids at first: end of sequence and the request's own stop tokens."""
 
 
 @dataclass(slots=True)
@@ -121,26 +121,29 @@ class StepPlan:
     num_scheduled_tokens: list[int] = field(default_factory=list)
     """Tokens computed in this step."""
     token_ids: list[int] = field(default_factory=list)
-    """The tokens computed, sequence after sequence: sum(num_scheduled_tokens) entries."""
+    """The tokens computed, sequence after sequence: sum(num_scheduled_tokens) entries.
+
+    An entry may be negative: ~row stands for the token that the step before samples for that row. It happens only if
+    this step was planned before the result of that one was known."""
     sample_indices: list[int] = field(default_factory=list)
-    """Indices into `rows` after whose last token a sample is drawn; n times the same one where n samples part."""
+    """Indices into `rows`: sample after the last token of these. The same index n times where n samples fork."""
     sample_rows: list[int] = field(default_factory=list)
-    """For each of those, the row whose sampling state draws it and gets the token."""
+    """For each entry of `sample_indices`, the row whose sampling state samples and that gets the token."""
     drafts: dict[int, list[int]] = field(default_factory=dict)
-    """Index into `sample_rows` → tokens that are guessed to come next, the last of those computed for its row. Samples
-    are drawn where the first of them is guessed and after each that holds."""
+    """Index into `sample_rows` → draft tokens: the last len(draft) tokens of that row in this step. One sample is taken
+    before the first of them and one after each accepted one."""
     row_forks: list[RowFork] = field(default_factory=list)
-    """Beams as the last step left them; they all start from what the rows held before any of them."""
+    """Beams that go on since the last step. All forks read the rows as they were before any of them."""
     new_rows: list[NewRow] = field(default_factory=list)
-    """Taken in after `row_forks`, whose rows may have changed hands since."""
+    """Applied after `row_forks`, whose rows may belong to another sequence by now."""
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(row, first index, blocks): entries of block tables that changed, to be written before anything is computed."""
+    """(row, first index, blocks): changed entries of block tables. Written before anything is computed."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
-    """(source, destination): copy-on-write of this step, done before anything is computed."""
+    """(source, destination): copy-on-write. Done before anything is computed."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
-    """Index into `rows` → (how many, the token that follows each computed position)."""
+    """Index into `rows` → (number of most likely tokens, the token that follows each computed position)."""
     offload: OffloadPlan | None = None
-    """None without tiers, and where nothing moves."""
+    """None without tiers, and if nothing is copied."""
 
     @property
     def num_tokens(self) -> int:
@@ -149,22 +152,22 @@ class StepPlan:
 
 @dataclass(slots=True)
 class StepResult:
-    """What came out. The lists run in parallel, one entry per sample, in the order of `StepPlan.sample_rows`."""
+    """The outcome of a step. The lists run in parallel, one entry per sample in the order of `StepPlan.sample_rows`."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     errors: list[str | None] = field(default_factory=list)
-    """Why a sample could not be drawn (its token is then meaningless); only that sequence ends."""
+    """Why a sample failed. Its token is then meaningless, and only its sequence ends."""
     candidates: dict[int, BeamCandidates] = field(default_factory=dict)
-    """Index into the lists → what may follow, for a row that is a beam; its token is meaningless."""
+    """Index into the lists → the candidates of a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
     extra_token_ids: dict[int, list[int]] = field(default_factory=dict)
-    """Index into `token_ids` → what follows it: the samples after drafted tokens that held, then the tokens that a
-    grammar forces, of which the model was not asked."""
+    """Index into `token_ids` → tokens that follow it: the samples after accepted draft tokens, then the tokens that a
+    grammar forces without asking the model."""
     extra_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    """Of the samples in `extra_token_ids`, where asked for; nobody who asks gets forced tokens."""
+    """Log-probabilities of `extra_token_ids`, for requests that ask. Such requests get no forced tokens."""
     terminated: list[int] = field(default_factory=list)
-    """Indices into `token_ids` of the samples whose grammar lets nothing follow, all of `extra_token_ids` included."""
+    """Indices into `token_ids` of the samples whose grammar is complete after all their tokens, extra ones included."""
     offload: OffloadResult | None = None
     """None without tiers."""

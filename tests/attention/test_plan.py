@@ -29,7 +29,7 @@ def plan(
     batch_invariant: bool = False,
     block_tables: NDArray[np.int32] | None = None,
 ) -> CpuAttentionPlan:
-    """Plan sequences given as (tokens, of which new), with blocks of their own unless given."""
+    """Plan sequences given as (tokens, new tokens), with blocks of their own unless given."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
     if block_tables is None:
         width = -(-int(lengths.max(initial=0)) // 16)

@@ -1,8 +1,7 @@
 """Sharing prefixes never loses, calculated: the time of a layer's attention on modelled cards, with and without.
 
-The model of a card is kinder to what is not shared than a card is: whoever reads a key after its first reader finds it
-in the cache, however large the prefix, and every launch costs sharing more than it should. It is a calculation, not a
-measurement; what a card does `make bench-gpu` shows.
+The model favours plans without sharing: every reader of a key after the first finds it in the cache, however large the
+prefix, and every launch costs sharing more than on a card. `make bench-gpu` measures a card.
 """
 
 import heapq

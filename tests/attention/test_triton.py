@@ -37,8 +37,8 @@ def shape_of(num_heads: int, num_kv_heads: int, head_dim: int = 64) -> Attention
 def plan(
     sequences: list[tuple[int, int]], buffers: PlanBuffers, shared: dict[int, int] | None = None, **options: int
 ) -> GpuAttentionPlan:
-    """Of sequences given as (tokens, of which new), whose block tables count up; `shared` has of a sequence how many
-    blocks it begins with like the first."""
+    """Plan sequences given as (tokens, new tokens), whose block tables count up; `shared` maps a sequence to the number
+    of blocks that it shares with the first."""
     lengths = np.array([length for length, _ in sequences], dtype=np.int32)
     new = [new for _, new in sequences]
     width = -(-int(lengths.max(initial=0)) // BLOCK_SIZE)

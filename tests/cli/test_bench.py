@@ -1,4 +1,4 @@
-"""What the benchmarks ask and compute, and `bench serve` against a scripted engine."""
+"""Workloads and figures of the benchmarks, and `bench serve` against a scripted engine."""
 
 import json
 import statistics
@@ -83,7 +83,7 @@ def test_serve_measures_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "output_throughput" in capsys.readouterr().out
 
 
-def test_serve_tells_of_failures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_reports_failures(capsys: pytest.CaptureFixture[str]) -> None:
     with RunningServer(ScriptedEngine(full=True)) as server:
         assert run(["bench", "serve", "--base-url", server.url, "--num-prompts", "3"]) == 1
     assert "3 of 3 requests failed, the first with" in capsys.readouterr().err

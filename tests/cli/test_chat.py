@@ -1,4 +1,4 @@
-"""The conversation: what is asked of the model, what commands do, and that Ctrl-C stops only the answer."""
+"""`quire chat`: prompts to the model, commands, failures, and Ctrl-C, which stops only the answer."""
 
 import builtins
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The command line from outside: speed of the quick answers, refusals in one line, statuses."""
+"""The command line from outside: speed of --help and --version, errors in one line, statuses, closed pipes."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def quire(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def cpu_seconds(*arguments: str) -> float:
-    """The least of three runs, in time of the CPU: other processes must not fail the test."""
+    """CPU time, the minimum of three runs, so that other processes do not fail the test."""
 
     def once() -> float:
         before = os.times()
@@ -112,7 +112,7 @@ def test_engine_and_server_flags_have_vllms_names(capsys: pytest.CaptureFixture[
         (["bench", "nothing"], 'Unknown command "nothing"'),
     ],
 )
-def test_wrong_questions_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -121,7 +121,7 @@ def test_wrong_questions_are_one_line(arguments: list[str], said: str, capsys: p
     assert said in shown.err
 
 
-def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "./no-such-model"]) == 3
     assert "./no-such-model is not a folder" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""The small HTTP client against a real server: streams, errors, and what a server may do wrong."""
+"""The small HTTP client against a real server: streams, errors, and faulty servers."""
 
 import asyncio
 import socket
@@ -43,7 +43,7 @@ def test_an_error_within_the_stream() -> None:
         events(f"{server.url}/v1/completions")
 
 
-def test_nobody_there() -> None:
+def test_no_server() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         with pytest.raises(HttpError, match="is the server running"):

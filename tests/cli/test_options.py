@@ -1,4 +1,4 @@
-"""Flags are the fields of the configs: values arrive as the configs take them."""
+"""Flags are the fields of option classes; values arrive in the classes' types."""
 
 from dataclasses import fields
 from typing import Any
@@ -13,7 +13,7 @@ from quire.simulation.settings import SimulationSettings
 
 
 def parsed(*arguments: str) -> dict[str, Any]:
-    """What a command with all flags receives."""
+    """The options that a command with all flags receives."""
     app = App(result_action="return_value")
 
     @app.default
@@ -25,7 +25,7 @@ def parsed(*arguments: str) -> dict[str, Any]:
     return received
 
 
-def test_only_what_was_given_arrives() -> None:
+def test_only_given_flags_arrive() -> None:
     assert parsed() == {"model": ""}
     assert parsed("DIR", "--port", "80", "--max-num-seqs=4") == {
         "model": "DIR",

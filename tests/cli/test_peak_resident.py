@@ -1,4 +1,4 @@
-"""What the system shows of a process that serves, beside what was planned for it."""
+"""Peak memory of a serving process, and its plan."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def test_a_process_takes_what_was_planned(tmp_path: Path) -> None:
-    """Interpreter and libraries are the machine's affair; what a model of 180 MiB takes beyond one of 20 is the plan's.
+    """The difference between a model of 180 MiB and one of 20 MiB is as planned; interpreter and libraries cancel out.
 
     Both fill their pools to the last block.
     """

@@ -1,4 +1,4 @@
-"""The engine behind its child process, for real: streams, aborts, deaths, idleness, and what is imported where."""
+"""AsyncLLM with its real child process: streams, aborts, deaths, idleness, and what each process imports."""
 
 import asyncio
 import contextlib
@@ -348,7 +348,7 @@ def test_the_api_process_imports_neither_torch_nor_numpy() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_the_engine_process_loads_neither_a_tokenizer_nor_an_http_server() -> None:
-    """Not while it answers either: what it has mapped, after a text with stop strings was made."""
+    """Checked by the libraries it has mapped after a request with stop strings."""
 
     async def test(engine: AsyncLLM) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=8, stop=["no such text"], logprobs=1, ignore_eos=True)

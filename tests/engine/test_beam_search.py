@@ -1,4 +1,4 @@
-"""Beam search gives the tokens and scores of transformers, alone or among everything else, whatever the memory."""
+"""Beam search gives the tokens and scores of transformers, alone or beside other requests, at any size of memory."""
 
 import itertools
 import random
@@ -113,7 +113,7 @@ def test_other_families(family: str, tmp_path: Path) -> None:
 def test_chunks_and_preemptions_change_nothing(
     checkpoint: Path, oracle: torch.nn.Module, caching: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beams share so much that memory hardly runs out, so every fifth step takes a search's memory away."""
+    """Beams share so many blocks that memory rarely runs out, so every fifth step preempts a search."""
     schedule, numbers = Scheduler.schedule, itertools.count(1)
 
     def preempting_schedule(scheduler: Scheduler) -> StepPlan:

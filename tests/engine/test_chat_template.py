@@ -1,4 +1,4 @@
-"""ChatTemplate against published renderings and transformers; and templates that would take everything."""
+"""ChatTemplate against published renderings and transformers, and against templates that exceed every limit."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Finding a model's files: the bundled one, a folder, and a hub model from a stand-in for the hub on this machine."""
+"""Finding a model's files: the bundled model, a folder, and a hub model from a local stand-in for the hub."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def content(file: str, commit: str) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Knows one model, org/small, at two commits whose files tell their names and their commit."""
+    """Has one model, org/small, at two commits; its files contain their name and commit."""
 
     files = ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
     requests: list[str] = []  # noqa: RUF012  # shared by all handlers on purpose

@@ -12,6 +12,7 @@ from quire.grammar.cache import GrammarCache
 from quire.kv_cache.block_pool import BlockPool
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
 
@@ -65,9 +66,8 @@ class ScriptedExecutor:
 
 
 def make_core(executor: Executor, *, overlaps: bool = False) -> EngineCore:
-    scheduler = Scheduler(
-        BlockPool(40, 16, enable_prefix_caching=True), max_num_seqs=8, max_num_batched_tokens=64, max_model_len=200
-    )
+    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=200)
+    scheduler = Scheduler(BlockPool(40, 16, enable_prefix_caching=True), limits)
     grammars = GrammarCache(lambda: pytest.fail("no grammars"), 1, 1)
     return EngineCore(scheduler, executor, grammars, None, vocab_size=300, max_logprobs=5, overlaps=overlaps)
 

@@ -55,7 +55,7 @@ def generate(llm: LLM, numbers: list[int]) -> dict[int, Any]:
 
 
 def what_came_of(output: RequestOutput) -> Any:
-    """Everything of which each bit counts."""
+    """The part of the outputs that must be bit-identical."""
     assert all(len(sample.token_ids) == NUM_TOKENS for sample in output.outputs)
     return [(sample.token_ids, sample.logprobs) for sample in output.outputs], output.prompt_logprobs
 
@@ -80,7 +80,7 @@ def weights(request: pytest.FixtureRequest) -> Weights:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, weights: Weights) -> Iterator[dict[int, Any]]:
-    """Each request by itself, without a prefix to find."""
+    """Each request alone, without a cached prefix."""
     with make_llm(checkpoint, weights, enable_prefix_caching=False) as llm:
         yield {number: generate(llm, [number])[number] for number in ALL}
 

@@ -1,4 +1,4 @@
-"""Detokenizer: whatever the tokens and however they come, the same text, whole characters, and stop strings on time."""
+"""Detokenizer: any tokens in any chunks give the same text, whole characters, and stop strings on time."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def texts(name: str) -> list[str]:
 
 
 def chunks(ids: Sequence[int], draw: random.Random) -> list[Sequence[int]]:
-    """The ids cut at random places, empty chunks included."""
+    """The ids, split at random places; chunks may be empty."""
     cuts = sorted(draw.choices(range(len(ids) + 1), k=draw.randrange(len(ids) + 2)))
     return [ids[start:end] for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
@@ -42,7 +42,7 @@ def stream(
     prompt: Sequence[int] = (),
     **params: object,
 ) -> tuple[list[str], Detokenizer, StopMatch | None]:
-    """Every delta, the detokenizer and what stopped it."""
+    """All deltas, the detokenizer, and the stop string that ended it."""
     detokenizer = Detokenizer(tokenizer, SamplingParams(**params), prompt)  # type: ignore[arg-type]  # a test's shorthand
     deltas = []
     match = None
@@ -115,7 +115,7 @@ def test_any_text_through_byte_fallback(load_tokenizer: Load, name: str, text: s
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), length=st.integers(0, 30))
 def test_broken_characters_in_byte_fallback(load_tokenizer: Load, name: str, seed: int, length: int) -> None:
-    """Bytes that no character begins with, and characters cut short: one U+FFFD per byte, as the library has it."""
+    """Invalid first bytes and truncated characters: one U+FFFD per byte, as in the library."""
     tokenizer = load_tokenizer(name)
     draw = random.Random(seed)
     byte = {tokenizer.token_bytes(i)[0]: i for i in range(3, 1100) if len(tokenizer.token_bytes(i)) == 1}
@@ -139,7 +139,7 @@ def test_word_pieces_equal_the_library(word_pieces: Tokenizer, seed: int, length
 
 @pytest.mark.parametrize("name", NAMES)
 def test_never_half_a_character(load_tokenizer: Load, name: str) -> None:
-    """Emoji with joiners, CJK, combining marks: after every token what is shown is a start of the text."""
+    """Emoji with joiners, CJK, combining marks: after every token the shown text is a prefix of the whole."""
     tokenizer = load_tokenizer(name)
     text = "naïve e\u0301 你好 👩\u200d👩\u200d👧 🇫🇷 नमस्ते שלום 한국어 𝔘𝔫𝔦"
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -165,7 +165,7 @@ def test_unfinished_character_shows_at_the_end_only(load_tokenizer: Load, name: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_output_continues_the_prompt(load_tokenizer: Load, name: str) -> None:
-    """Wherever a text is cut into prompt and output, also inside a character, the output's text is the rest."""
+    """Wherever a text is split into prompt and output, even inside a character, the output is the rest of the text."""
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode("To be, 你好 𝔘 or not")
     whole = tokenizer.decode(ids)
@@ -205,7 +205,7 @@ def test_special_tokens_show_on_request(load_tokenizer: Load, word_pieces: Token
 def expected_stop(
     texts_per_token: list[str], stops: Sequence[str], min_tokens: int, include: bool
 ) -> tuple[str, object]:
-    """The plain definition: character by character, the first stop string to be complete, the longest of several."""
+    """The definition: read by character, the first stop string that is complete, the longest if several are."""
     text = ""
     for num_tokens, piece in enumerate(texts_per_token, start=1):
         for letter in piece:
@@ -255,7 +255,7 @@ def test_stop_strings_follow_the_definition(
 def test_near_misses_of_a_stop_string(
     load_tokenizer: Load, stop: str, cuts: list[int], min_tokens: int, seed: int
 ) -> None:
-    """Texts made of starts of the stop string: after a near miss, part of it may be the start of the real one."""
+    """Texts made of prefixes of the stop string: part of a near miss may begin the real match."""
     tokenizer = load_tokenizer("llama3-style-4k")
     letters = {letter: tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab"}
     text = "".join(stop[:cut] for cut in cuts)
@@ -273,7 +273,7 @@ def test_near_misses_of_a_stop_string(
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), min_size=1),
 )
 def test_as_little_as_possible_is_held_back(load_tokenizer: Load, text: str, stops: list[str]) -> None:
-    """What is not shown yet is the longest end of the text that some stop string starts with."""
+    """The held text is the longest suffix of the text that is a prefix of a stop string."""
     tokenizer = load_tokenizer("llama3-style-4k")
     detokenizer = Detokenizer(tokenizer, SamplingParams(stop=tuple(stops)))
     so_far = ""
@@ -345,7 +345,7 @@ def test_takes_linear_time(load_tokenizer: Load, name: str, kind: str) -> None:
 
 
 def test_word_pieces_take_linear_time(word_pieces: Tokenizer) -> None:
-    """The window over the last tokens stays small, also where a character never ends."""
+    """The window over the last tokens stays small, even if a character never ends."""
     detokenizer = Detokenizer(word_pieces, SamplingParams())
     started = time.perf_counter()
     for _ in range(5_000):

@@ -1,4 +1,4 @@
-"""The path of a device, run on a CPU by the backend that runs anywhere: the same tokens, plans, clear refusals."""
+"""The code path of a device, run on a CPU by the backend sdpa: equal tokens, plans, clear refusals."""
 
 import ctypes
 import os
@@ -52,7 +52,7 @@ def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
 def test_activations_of_sixteen_bits(kv_cache_dtype: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16")
     llm = LLM(str(checkpoint), attention_backend="sdpa", kv_cache_dtype=kv_cache_dtype, num_blocks=40, threads=1)
-    core: Any = llm._engine._core  # what is stored is not otherwise shown
+    core: Any = llm._engine._core  # the stored type is not shown elsewhere
     assert core._executor._kv_cache.layers[0].keys.dtype == (
         torch.float8_e4m3fn if kv_cache_dtype == "fp8" else torch.bfloat16
     )
@@ -63,7 +63,7 @@ def test_activations_of_sixteen_bits(kv_cache_dtype: str, tmp_path: Path) -> Non
         expected = reference_model(checkpoint)(torch.tensor([prompt])).logits[0].log_softmax(-1)
     found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
     wanted = expected[range(len(prompt) - 1), prompt[1:]]
-    # Sixteen bits, and eight of KV, cost that much of what the model says, and no more.
+    # The loss of precision of 16-bit activations, and of 8-bit KV.
     assert (torch.tensor(found) - wanted).abs().mean() < (0.3 if kv_cache_dtype == "fp8" else 0.1)
 
 
@@ -86,7 +86,7 @@ def test_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeDriver:
-    """What is asked of libcuda, with one card or none."""
+    """The calls of libcuda that Quire uses, with one card or none."""
 
     def __init__(self, count: int, *, init: int = 0) -> None:
         self.count, self.init = count, init
@@ -266,18 +266,18 @@ def test_what_the_plan_takes_a_cpu_for_is_what_the_kernels_find(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "warns"),
     [({"quantization": "int8"}, True), ({"kv_cache_dtype": "bfloat16"}, False), ({"dtype": "float32"}, False)],
     ids=str,
 )
-def test_the_build_that_runs_is_told_and_where_it_is_not_the_planned_one(
+def test_the_chosen_kernels_are_reported_and_a_warning_says_if_the_plan_assumed_others(
     options: dict[str, Any],
-    told: bool,
+    warns: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As after a failed test of the kernels that the plan counted on."""
+    """As after a failed self-test of the kernels that the plan assumed."""
     monkeypatch.setattr(devices, "probe_cpu", lambda: Device("cpu", multiplies_bfloat16=True))
     best = cpu.isa()
     try:
@@ -286,7 +286,7 @@ def test_the_build_that_runs_is_told_and_where_it_is_not_the_planned_one(
     finally:
         cpu.use_isa(best)
     assert "\nkernels (portable, 1 thread): " in capsys.readouterr().err
-    assert ["but the portable kernels run" in message for message in caplog.messages] == [True] * told
+    assert ["but the portable kernels run" in message for message in caplog.messages] == [True] * warns
 
 
 def write(path: Path, text: str) -> None:
@@ -296,7 +296,7 @@ def write(path: Path, text: str) -> None:
 
 def test_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: set(range(4, 12)))
-    assert usable_cores(tmp_path) == 8  # nothing is known of what they share
+    assert usable_cores(tmp_path) == 8  # the topology is unknown
     for number in range(16):  # 0 and 8 are one core, 1 and 9 ...
         write(
             tmp_path / f"sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list",
@@ -306,7 +306,7 @@ def test_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: set(range(16)))
     assert usable_cores(tmp_path) == 8
 
-    # A limit holds for all groups below it, and counts in whole cores.
+    # A limit applies to all groups below it; only whole cores count.
     groups = tmp_path / "sys/fs/cgroup"
     write(tmp_path / "proc/self/cgroup", "0::/kubepods/pod1/quire\n")
     write(groups / "kubepods/pod1/quire/cpu.max", "max 100000\n")
@@ -315,11 +315,11 @@ def test_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert usable_cores(tmp_path) == 3
     write(groups / "kubepods/cpu.max", "600000 100000\n")
     assert usable_cores(tmp_path) == 3
-    write(groups / "cpu.max", "20000 100000\n")  # as a container sees its own
+    write(groups / "cpu.max", "20000 100000\n")  # as seen inside a container
     assert usable_cores(tmp_path) == 1
     (groups / "cpu.max").unlink()
 
-    # The first version, whose groups of a container may not be where their names say.
+    # cgroups v1, where a container's group may not be at the path that its name says.
     write(tmp_path / "proc/self/cgroup", "3:cpuset:/\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n")
     write(groups / "cpu/cpu.cfs_period_us", "50000\n")
     write(groups / "cpu/cpu.cfs_quota_us", "-1\n")

@@ -1,4 +1,4 @@
-"""Grammars are checked within a second, whatever one does to the process that compiles it."""
+"""Grammars are checked within a second, even if one kills or blocks the process that compiles it."""
 
 import asyncio
 import os

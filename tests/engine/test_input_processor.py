@@ -1,4 +1,4 @@
-"""What a user gives becomes a Request in which nothing is left open, or an error that names the field."""
+"""User input becomes a Request with every value resolved, or an error that names the field."""
 
 from typing import Any
 

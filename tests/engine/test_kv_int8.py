@@ -1,4 +1,4 @@
-"""KV in int8 through the whole engine: its cost in perplexity, and that its scales go where blocks go."""
+"""KV in int8 in the whole engine: its cost in perplexity, and scales that move with their blocks."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def make_llm(checkpoint: Path, **options: object) -> LLM:
 
 
 def test_scales_are_copied_evicted_and_restored(tmp_path: Path) -> None:
-    """Samples that part inside a block, blocks that go to host memory and come back, and a restart from disk."""
+    """Samples that diverge inside a block, blocks that go to host memory and back, and a restart from disk."""
     checkpoint = make_checkpoint(tmp_path / "model", "llama")
     sampled = SamplingParams(n=3, seed=1, max_tokens=24, ignore_eos=True)
 

@@ -1,5 +1,5 @@
-"""Memory of activations stays with the process, and goes back when the engine closes. A process of its own each, since
-malloc's settings are the process's."""
+"""The memory of activations stays with the process until the engine closes. Each test runs its own process, because
+malloc's settings apply to the whole process."""
 
 import subprocess
 import sys

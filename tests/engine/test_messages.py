@@ -1,4 +1,4 @@
-"""Messages survive the wire whole, however the bytes are cut, and nothing but known messages is taken."""
+"""Messages survive transport however the bytes are split, and unknown messages are refused."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""Metrics: the names others ask by, and counters that only grow."""
+"""Metrics: names under which others query them, and counters that only grow."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Token ids become deltas of text; stop strings end samples; late tokens of ended samples change nothing."""
+"""Token ids become deltas of text; stop strings end samples; late tokens of ended samples are ignored."""
 
 import dataclasses
 from typing import Any
@@ -51,16 +51,16 @@ def test_a_stop_token_is_no_text_unless_asked_for() -> None:
     assert run(make_processor(include_stop_str_in_output=True), IDS, reason="stop").outputs[0].text == TEXT
 
 
-def test_a_stop_string_ends_the_sample_and_tells_the_core() -> None:
+def test_a_stop_string_ends_the_sample_and_is_reported_for_the_core() -> None:
     processor = make_processor(stop=["through"])
     total = RequestOutput("a", "prompt", [1], [])
-    told = []
+    ended = []
     for token_id in IDS:
         outputs, stopped = processor.process(StepDeltas(others=[SequenceDelta("a", 0, [token_id])]))
-        told += stopped
+        ended += stopped
         for output in outputs:
             total.extend(output)
-    assert told == [("a", 0)]
+    assert ended == [("a", 0)]
     assert total.finished
     assert total.outputs[0].text == "What light "
     assert (total.outputs[0].finish_reason, total.outputs[0].stop_reason) == ("stop", "through")
@@ -68,7 +68,7 @@ def test_a_stop_string_ends_the_sample_and_tells_the_core() -> None:
     assert len(processor) == 0
 
 
-def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_not_told_twice() -> None:
+def test_a_stop_string_in_the_step_that_reached_the_limit_wins_and_is_reported_once() -> None:
     processor = make_processor(stop=["breaks"])
     for token_id in IDS[:-1]:
         outputs, stopped = processor.process(StepDeltas(others=[SequenceDelta("a", 0, [token_id])]))
@@ -136,7 +136,7 @@ def test_without_detokenising_there_are_ids_only() -> None:
 @pytest.mark.parametrize("batch_id", [0, 1])
 @pytest.mark.parametrize("params", [{}, {"detokenize": False}, {"stop": ["window"]}, {"n": 2}])
 def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any], batch_id: int) -> None:
-    """Most tokens come without a delta of their own."""
+    """Most tokens arrive without a `SequenceDelta`."""
     request = Request(request_id="a", prompt_token_ids=[1], params=SamplingParams(**params), max_tokens=100)
     streaming = OutputProcessor(TOKENIZER, clock=lambda: 1.0)
     growing = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
@@ -158,6 +158,20 @@ def test_an_output_that_grows_is_the_sum_of_the_deltas(params: dict[str, Any], b
         assert stopped == stopped_too
     assert total.finished
     assert dataclasses.asdict(whole) == dataclasses.asdict(total)
+
+
+def test_a_new_core_numbers_its_batches_anew() -> None:
+    processor = OutputProcessor(TOKENIZER, clock=lambda: 1.0, outputs_grow=True)
+    wholes = []
+    for request_id in ("a", "b"):
+        params = SamplingParams(detokenize=False)
+        request = Request(request_id=request_id, prompt_token_ids=[1], params=params, max_tokens=100)
+        wholes.append(processor.add(request, None))
+        processor.process(StepDeltas(others=[SequenceDelta(request_id, 0, [1])]))
+    processor.process(StepDeltas([("a", 0), ("b", 0)], [2, 3], 1))
+    processor.restart()
+    processor.process(StepDeltas([("b", 0)], [4], 1))
+    assert [whole.outputs[0].token_ids for whole in wholes] == [[1, 2], [1, 3, 4]]
 
 
 @pytest.mark.parametrize("batch_id", [0, 7])

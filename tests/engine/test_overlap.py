@@ -1,4 +1,4 @@
-"""Planning a step while the one before it runs changes no token, whatever is asked for; nor does a lack of memory."""
+"""Planning a step while the one before it runs changes no token, with any parameters; nor does a lack of memory."""
 
 import random
 from pathlib import Path
@@ -58,7 +58,7 @@ def seen(outputs: list[RequestOutput]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path) -> list[Any]:
-    """One step after the other, with the sampler of the host."""
+    """Without overlap, with the sampler of the host."""
     return seen(make_llm(checkpoint, async_scheduling=False).generate(*requests()))
 
 
@@ -75,8 +75,8 @@ def test_no_token_changes(checkpoint: Path, expected: list[Any], options: dict[s
         assert llm.stats().total_preemptions > 0
 
 
-def test_draws_run_ahead(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind that only draws has its steps launched before the result of the one before is asked for."""
+def test_sampling_only_steps_run_ahead(checkpoint: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a step only samples, the next one is launched before its result is read."""
     order: list[str] = []
     launch, result = ModelRunner.launch, PendingStep.result
 
@@ -113,7 +113,7 @@ def test_the_device_reports_what_the_host_would(checkpoint: Path) -> None:
     prompts = [[(7 * place + kind) % 256 for place in range(20 + 30 * kind)] for kind in range(3)]
     params = [SamplingParams(max_tokens=9, **kind) for kind in kinds]
 
-    def told(**options: Any) -> list[Any]:
+    def reported(**options: Any) -> list[Any]:
         outputs = make_llm(checkpoint, max_num_batched_tokens=32, logprobs_memory="32KiB", **options).generate(
             prompts, params
         )
@@ -124,7 +124,7 @@ def test_the_device_reports_what_the_host_would(checkpoint: Path) -> None:
             if position is not None
         ]
 
-    expected, found = told(async_scheduling=False), told(async_scheduling=True)
+    expected, found = reported(async_scheduling=False), reported(async_scheduling=True)
     assert len(expected) > 100
     for one, other in zip(found, expected, strict=True):
         assert list(one) == list(other)
@@ -132,8 +132,8 @@ def test_the_device_reports_what_the_host_would(checkpoint: Path) -> None:
             assert other[token] == (pytest.approx(logprob, abs=5e-6), rank)
 
 
-def test_a_prompt_told_of_beside_a_sample_drawn_on_the_host(checkpoint: Path) -> None:
-    """What is still to be told of the prompt lets nobody go on with a token that the device did not draw."""
+def test_prompt_logprobs_beside_a_sample_of_the_host(checkpoint: Path) -> None:
+    """Pending prompt log-probabilities do not let a sequence continue with a token that the device did not sample."""
     prompts = [[5, 6, 7], [(7 * place) % 256 for place in range(40)]]
     params = [
         SamplingParams(max_tokens=30, temperature=0.9, presence_penalty=0.5, seed=1, ignore_eos=True),

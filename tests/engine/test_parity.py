@@ -1,4 +1,4 @@
-"""Greedy tokens equal transformers', whatever the batch, the chunks, the prefix hits and the preemptions."""
+"""Greedy tokens equal transformers' with any batch, chunks, prefix hits and preemptions."""
 
 import random
 from dataclasses import replace
@@ -28,14 +28,14 @@ BLOCK_SIZE = 8
 
 
 def make_prompts(count: int, *, longest: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of ragged lengths, among them one token, one block, and one that ends with a full block."""
+    """Prompts of different lengths, among them one token, one block, and one that ends with a full block."""
     rng = random.Random(seed)
     lengths = [1, BLOCK_SIZE, 2 * BLOCK_SIZE, *(rng.randint(2, longest) for _ in range(count))][:count]
     return [[rng.randrange(256) for _ in range(length)] for length in lengths]
 
 
 def assert_greedy(oracle: torch.nn.Module, outputs: list[RequestOutput], num_steps: int = NUM_STEPS) -> None:
-    """Every token is the most likely one after all before it: by induction, what `generate` would have given."""
+    """Every token is the most likely one after those before it; by induction, what transformers would generate."""
     for output in outputs:
         tokens = output.outputs[0].token_ids
         assert len(tokens) == num_steps
@@ -71,7 +71,7 @@ def test_one_request_and_a_prefix_hit(checkpoint: Path, oracle: torch.nn.Module)
     again = llm.generate([prompt], GREEDY)
     assert_greedy(oracle, first)
     assert first[0].num_cached_tokens == 0
-    assert again[0].num_cached_tokens == 99  # twelve blocks, and of the thirteenth all but the last token
+    assert again[0].num_cached_tokens == 99  # twelve blocks, and the thirteenth without its last token
     assert again[0].outputs[0].token_ids == first[0].outputs[0].token_ids
 
 
@@ -93,7 +93,7 @@ def test_turns_of_a_conversation_compute_only_what_is_new(checkpoint: Path, orac
     for known in (0, 1, 1):
         outputs = llm.generate(prompts, replace(GREEDY, max_tokens=30))
         assert_greedy(oracle, outputs, 30)
-        # All but the last token of an answer, whose KV is never computed, and what is said next.
+        # The answer without its last token, whose KV is never computed, and the next message.
         assert [output.num_cached_tokens for output in outputs] == [known * (len(p) - 3) for p in prompts]
         prompts = [[*output.prompt_token_ids, *output.outputs[0].token_ids, 7, 8] for output in outputs]
     assert llm.stats().total_block_copies == 0

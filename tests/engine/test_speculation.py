@@ -1,4 +1,4 @@
-"""Speculation through the whole engine: drafts change the number of steps, and not one bit of what comes out."""
+"""Speculation in the whole engine: drafts change the number of steps and no bit of the outputs."""
 
 import json
 import random
@@ -60,7 +60,7 @@ def what_came_of(output: RequestOutput) -> Any:
 
 @pytest.fixture
 def free_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is drafted is computed: a step takes the same time whatever its size."""
+    """All drafts are computed: every step appears to take the same time."""
     monkeypatch.setattr(StepTimes, "curve", lambda *_: StepCurve([(1, 1.0)]))
 
 
@@ -90,8 +90,8 @@ def test_the_same_bits_in_fewer_steps(plain: LLM, options: dict[str, Any]) -> No
 
 
 @pytest.mark.usefixtures("free_steps")
-def test_a_prompt_continued_from_blocks_that_drafts_have_filled(tmp_path: Path) -> None:
-    """What the prefix cache holds of a sequence that drafted is what its tokens give."""
+def test_a_prompt_that_reuses_blocks_filled_by_drafts(tmp_path: Path) -> None:
+    """Cached blocks of a sequence with drafts equal those of its tokens."""
     checkpoint = make_checkpoint(tmp_path, "llama")
     rng = random.Random(0)
     prompt = [rng.randrange(256) for _ in range(20)] * 2

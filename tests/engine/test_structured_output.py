@@ -1,4 +1,4 @@
-"""Structured output through the whole engine: every form holds, and nothing but the form changes the tokens."""
+"""Structured output in the whole engine: every constraint holds, and nothing else changes the tokens."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def llm() -> LLM:
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One token per byte, so that a text can be written in one way only."""
+    """One token per byte, so that a text has a single tokenisation."""
     return make_checkpoint(tmp_path_factory.mktemp("random"), "llama", max_position_embeddings=512)
 
 
@@ -58,7 +58,7 @@ def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
 
 
 def check_json(text: str) -> None:
-    """Against SCHEMA, in plain Python."""
+    """Checks a value against SCHEMA in plain Python."""
     value = json.loads(text)
     assert list(value) == ["name", "age", "tags", "address"]
     assert isinstance(value["name"], str)
@@ -86,7 +86,7 @@ def test_json_follows_its_schema_at_any_temperature(llm: LLM, random_model: Path
 
 
 def test_json_object_is_one(llm: LLM) -> None:
-    """A small model may write strings without end, so what is cut off must at least be the beginning of an object."""
+    """A small model may write endless strings, so a truncated text must at least begin an object."""
     form = StructuredOutputsParams(json_object=True)
     params = SamplingParams(temperature=1.0, seed=1, n=4, max_tokens=120, structured_outputs=form)
     for output in run(llm, params):
@@ -186,7 +186,7 @@ def test_a_model_without_tokenizer_has_no_structured_outputs(random_model: Path,
 
 
 def test_a_beam_that_ignores_the_end_ends_where_its_text_is_whole(llm: LLM) -> None:
-    """With one end token, after which nothing comes; and where the text can go on, it does."""
+    """With one end token, after which nothing follows; a text that can continue does."""
     choices = ["yes", "no", "never"]
     for form, expected in (
         (StructuredOutputsParams(choice=tuple(choices)), choices),
@@ -204,7 +204,7 @@ def test_a_beam_that_ignores_the_end_ends_where_its_text_is_whole(llm: LLM) -> N
 
 @pytest.mark.parametrize("width", [2, 4])
 def test_every_beam_follows_the_form(llm: LLM, width: int) -> None:
-    """And as wide as there are choices, the search finds them all, each once."""
+    """With as many beams as choices, the search finds each choice once."""
     beams = SamplingParams(temperature=0.0, beam_width=width, n=width, max_tokens=200, structured_outputs=JSON)
     for output in run(llm, beams):
         found = texts([output])
@@ -217,6 +217,6 @@ def test_every_beam_follows_the_form(llm: LLM, width: int) -> None:
         assert set(texts([output])) <= set(choices)
     greedy = SamplingParams(temperature=0.0, max_tokens=200, structured_outputs=JSON)
     assert tokens(run(llm, beams.with_changes(beam_width=1, n=1), "O")) == [
-        # A beam ends with the end token, which a sample whose text is whole does without.
+        # A beam ends with an end token; a sample whose text is complete needs none.
         [*tokens(run(llm, greedy, "O"))[0], 1]
     ]

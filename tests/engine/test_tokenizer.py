@@ -1,4 +1,4 @@
-"""Tokenizer against published encodings, and what it says of files and texts that are none."""
+"""Tokenizer against published encodings, and its errors for unusable files and texts."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_bytes_of_the_tokens_add_up_to_the_text(load_tokenizer: Load, name: str)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_is_spelled_as_the_library_decodes_it(load_tokenizer: Load, name: str) -> None:
-    """In the middle of a text, where no leading space is stripped; tokens that hold part of a character aside."""
+    """In the middle of a text, where no leading space is stripped. Tokens with part of a character are left out."""
     tokenizer = load_tokenizer(name)
     anchor = tokenizer.encode("a", add_special_tokens=False)
     before = tokenizer.decode(anchor)
@@ -130,7 +130,7 @@ def test_prompt_length_is_limited(load_tokenizer: Load, tokenizer_folder: Folder
 @pytest.mark.parametrize("name", ["gpt2", "mistral-v1"])
 @pytest.mark.parametrize("unit", ["a", " ", "a b", "你", "🙂"])
 def test_tokenising_takes_linear_time(load_tokenizer: Load, name: str, unit: str) -> None:
-    """Texts without a place to split included. The bound of 8 for four times the text leaves room for noise."""
+    """Also texts without a place to split. The bound of 8 for four times the text leaves room for noise."""
     tokenizer = load_tokenizer(name)
 
     def seconds(length: int) -> float:

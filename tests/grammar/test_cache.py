@@ -1,4 +1,4 @@
-"""GrammarCache: compiled once, kept within bounds, found as long as it is in use, failures forgotten."""
+"""GrammarCache: compiles once, keeps within its bounds, finds grammars in use, does not keep failures."""
 
 import gc
 
@@ -11,7 +11,7 @@ from quire.structured_outputs import StructuredOutputsParams
 
 
 class CountingCompiler:
-    """Compiles any regular expression but `bad`, and remembers how often."""
+    """Compiles every regular expression but `bad`, and records the calls."""
 
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -25,14 +25,14 @@ class CountingCompiler:
 
 
 def no_matcher() -> Matcher:
-    raise AssertionError("nobody follows it here")
+    raise AssertionError("the tests use no matcher")
 
 
 def constraint(regex: str) -> StructuredOutputsParams:
     return StructuredOutputsParams(regex=regex)
 
 
-def test_compiles_once_and_keeps_the_last_used() -> None:
+def test_compiles_once_and_keeps_the_recently_used() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=2, max_bytes=100)
     first = cache.compile(constraint("a")).result()
@@ -40,7 +40,7 @@ def test_compiles_once_and_keeps_the_last_used() -> None:
     assert cache.compile(constraint("a")).result() is first
     cache.compile(constraint("b")).result()
     cache.compile(constraint("a")).result()
-    cache.compile(constraint("c")).result()  # b was used least lately
+    cache.compile(constraint("c")).result()  # b is the least recently used
     assert len(cache) == 2
     gc.collect()
     assert cache.find(constraint("b")) is None
@@ -49,7 +49,7 @@ def test_compiles_once_and_keeps_the_last_used() -> None:
     assert compiler.compiled == ["a", "b", "c", "b"]
 
 
-def test_what_is_in_use_is_found_however_many_came_since() -> None:
+def test_a_grammar_in_use_is_found_after_many_others() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=1, max_bytes=100)
     in_use = cache.compile(constraint("a")).result()
@@ -60,7 +60,7 @@ def test_what_is_in_use_is_found_however_many_came_since() -> None:
     assert compiler.compiled.count("a") == 1
 
 
-def test_what_exceeds_the_bytes_is_forgotten_the_least_recently_used_first() -> None:
+def test_over_the_bytes_the_least_recently_used_is_removed_first() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=9, max_bytes=100)
     for name, num_bytes, kept, held in (("a", 40, 1, 40), ("b", 60, 2, 100), ("a", 40, 2, 100), ("c", 30, 2, 70)):
@@ -71,7 +71,7 @@ def test_what_exceeds_the_bytes_is_forgotten_the_least_recently_used_first() -> 
     assert cache.find(constraint("d")) is large, "as long as it is in use"
 
 
-def test_a_failure_is_told_and_not_kept() -> None:
+def test_a_failure_is_raised_and_not_kept() -> None:
     compiler = CountingCompiler()
     cache = GrammarCache(lambda: compiler, max_grammars=4, max_bytes=100)
     for _ in range(2):
@@ -80,7 +80,7 @@ def test_a_failure_is_told_and_not_kept() -> None:
     assert compiler.compiled == ["bad", "bad"]
 
 
-def test_a_worn_grammar_is_compiled_anew() -> None:
+def test_a_worn_grammar_is_compiled_again() -> None:
     cache = GrammarCache(CountingCompiler, max_grammars=4, max_bytes=100)
     worn = cache.compile(constraint("a")).result()
     worn.worn = True

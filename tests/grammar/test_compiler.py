@@ -1,4 +1,4 @@
-"""GrammarCompiler: the token table is the tokenizer's, masks are right by definition, explosions are errors."""
+"""GrammarCompiler: the token table is the tokenizer's, masks match their definition, explosions are errors."""
 
 import lzma
 from functools import cache
@@ -32,7 +32,7 @@ def bundled() -> Tokenizer:
 
 
 def allowed(constraint: StructuredOutputsParams, token_ids: list[int]) -> tuple[set[int], list[int]]:
-    """The tokens that may follow, read from llguidance's mask, and those it takes for forced."""
+    """The allowed next tokens by llguidance's mask, and the tokens that it forces."""
     matcher: Any = compiler().compile(constraint).matcher()
     assert matcher.consume_tokens(token_ids), matcher.get_error()
     if matcher.is_stopped():
@@ -60,11 +60,11 @@ words = st.text(st.sampled_from("abtheé "), min_size=1, max_size=6)
 
 @settings(max_examples=60)
 @given(st.lists(words, min_size=1, max_size=6, unique=True), st.data())
-def test_a_mask_is_what_keeps_the_text_a_prefix_of_an_answer(choices: list[str], data: st.DataObject) -> None:
-    """By the plain definition, over every token: some answer begins with the text and the token's bytes.
+def test_a_mask_keeps_the_text_a_prefix_of_an_answer(choices: list[str], data: st.DataObject) -> None:
+    """The definition, for every token: some answer begins with the text and the token's bytes.
 
-    Where the next bytes are the same in all answers, only the token is left with which the tokenizer would write them,
-    and what is forced beyond it is in all answers.
+    If the next bytes are the same in all answers, only the tokenizer's own token for them is allowed, and the tokens
+    forced after it are in all answers.
     """
     answers = [choice.encode() for choice in choices]
     spelled = {i: bundled().token_bytes(i) for i in range(VOCAB_SIZE) if i not in bundled().special_ids}
@@ -138,13 +138,13 @@ def test_whole_texts_are_accepted_and_others_are_not(
         ),
     ],
 )
-def test_what_is_no_grammar_or_explodes_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:
+def test_an_invalid_or_exploding_grammar_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError, match=reason) as refused:
         compiler().compile(StructuredOutputsParams(**fields))
     assert (refused.value.param, refused.value.code) == ("structured_outputs", "invalid_grammar")
     assert len(refused.value.message) < 600
 
 
-def test_a_tokenizer_llguidance_cannot_read_is_said_to_be_one() -> None:
+def test_a_tokenizer_that_llguidance_cannot_read_is_named() -> None:
     with pytest.raises(RequestError, match="not available with this model's tokenizer"):
         GrammarCompiler("{}", vocab_size=10, eos_token_ids=(1,))

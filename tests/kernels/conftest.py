@@ -1,4 +1,4 @@
-"""Every test of a kernel begins with scratch memory full of NaN: whoever reads what it has not written will show it."""
+"""Every test of a kernel begins with scratch memory full of NaN, so that a read before a write shows."""
 
 import pytest
 import torch

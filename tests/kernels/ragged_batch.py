@@ -52,11 +52,11 @@ def ragged_batch(
     share_prefixes: bool = True,
     batch_invariant: bool = False,
 ) -> RaggedBatch:
-    """A batch of sequences given as (tokens, of which new).
+    """A batch of sequences given as (tokens, new tokens).
 
-    `shared` has of a sequence an earlier one, and with how many blocks of that it begins.
-    Blocks are scattered, slots never written hold NaN, and block table entries past a sequence's end point nowhere:
-    whoever reads what it must not will show it.
+    `shared` maps a sequence to an earlier one and the number of blocks that it shares with it. Blocks are scattered,
+    slots never written hold NaN, and block table entries past a sequence's end point nowhere, so that a wrong read
+    shows.
     """
     random = torch.Generator().manual_seed(seed)
     block_size = shape.block_size

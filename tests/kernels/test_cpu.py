@@ -19,7 +19,7 @@ from quire.kernels import AttentionParams, Kernels, KVLayer, cpu, kernels_for, r
 from tests.kernels.ragged_batch import RaggedBatch, Shape, ragged_batch
 
 # Errors of float32 arithmetic on values of size one. They are the same for every KV type, since the reference reads the
-# same rounded cache; how much rounding costs is the business of whoever chooses the type.
+# same rounded cache; this does not test how much rounding costs.
 TOLERANCE = 5e-6
 KV_FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 KV_DTYPES = [*KV_FLOATS, torch.int8]
@@ -341,7 +341,7 @@ def test_an_empty_batch(isa: str) -> None:
 
 
 def test_threads_do_not_change_results() -> None:
-    """The same plan gives the same bits whoever takes which item, and however often it is run."""
+    """The same plan gives the same bits whichever thread takes an item, and however often it runs."""
     batch = ragged_batch([(3000, 1), (200, 200), (700, 3)], Shape(), num_threads=4)
     threads = torch.get_num_threads()
     try:

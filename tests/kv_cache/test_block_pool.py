@@ -57,7 +57,7 @@ def test_blocks_without_content_are_taken_before_named_ones() -> None:
     for block in blocks:
         assert block is not None
         pool.share(block)
-    pool.forget_name(2)
+    pool.remove_hash(2)
     pool.release(1)
     pool.release(2)
     assert list(pool.free_order()) == [2, 0, 3, 1]
@@ -93,7 +93,7 @@ def test_the_first_of_twins_keeps_the_name() -> None:
     first, second = pool.allocate(), pool.allocate()
     pool.set_hash(first, b"name")
     pool.set_hash(second, b"name")
-    assert (pool.find(b"name"), pool.names[second]) == (first, None)
+    assert (pool.find(b"name"), pool.hashes[second]) == (first, None)
     pool.release(first)
     pool.release(second)
     assert list(pool.free_order()) == [second, first]
@@ -110,7 +110,7 @@ def test_a_block_is_named_once() -> None:
 def test_forgotten_names_cannot_be_found() -> None:
     pool = named_pool(3)
     pool.share(1)
-    pool.forget_hashes()
+    pool.clear_hashes()
     assert [pool.find(b"%d" % index) for index in range(3)] == [None] * 3
     assert (pool.num_cached_free, pool.num_used) == (0, 1)
     pool.release(1)
@@ -126,7 +126,7 @@ def test_memory_that_was_written_is_taken_before_fresh_memory() -> None:
     for block in (1, 0):
         pool.release(block)
     assert list(pool.free_order()) == [2, 3, 1, 0]
-    pool.forget_hashes()
+    pool.clear_hashes()
     assert list(pool.free_order()) == [1, 0, 2, 3]
 
 

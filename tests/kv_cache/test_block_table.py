@@ -209,16 +209,16 @@ def test_forgotten_names_of_a_table() -> None:
     table = named_table(pool, [1, 2, 3, 4])
     child = table.fork(2)
     child.append(1, [])
-    child.forget_hashes()
+    child.remove_hashes()
     assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == []
     table.hash_full_blocks([1, 2, 3, 4, 5, 6], 4)
-    assert pool.names[table.blocks[0]] is None, "a block is named once"
+    assert pool.hashes[table.blocks[0]] is None, "a block is named once"
 
 
 def test_without_prefix_caching_nothing_is_found_or_hashed() -> None:
     pool = BlockPool(2, 2, enable_prefix_caching=False)
     table = named_table(pool, [1, 2])
-    assert (table.find_prefix([1, 2, 3]), pool.names) == ([], [None, None])
+    assert (table.find_prefix([1, 2, 3]), pool.hashes) == ([], [None, None])
 
 
 def test_a_million_operations_leave_no_trace() -> None:
@@ -233,7 +233,7 @@ def test_a_million_operations_leave_no_trace() -> None:
             for table, _ in tables:
                 table.free()
             tables.clear()
-            pool.forget_hashes()
+            pool.clear_hashes()
             gc.collect()
             started_with = sys.getallocatedblocks()
         draw = rng.random()
@@ -275,7 +275,7 @@ def test_a_million_operations_leave_no_trace() -> None:
     tables.clear()
     pool.copies_are_done()
     assert (pool.num_free, pool.num_references, pool.num_filled_slots) == (256, 0, 0)
-    pool.forget_hashes()
+    pool.clear_hashes()
     gc.collect()
     assert sys.getallocatedblocks() - started_with < 2_000
 
@@ -331,7 +331,7 @@ def test_of_many_that_part_the_latest_are_remembered() -> None:
     assert new_table(pool).match_partial([8, 99], 0) is None, "the oldest is forgotten"
     assert new_table(pool).find_prefix([8, 0, 1]) == [0], "but still found by its name"
     assert len(pool.children) == MAX_CHILDREN
-    pool.forget_hashes()
+    pool.clear_hashes()
     assert len(pool.children) == 0
 
 
@@ -660,7 +660,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_all_names(self) -> None:
-        self.pool.forget_hashes()
+        self.pool.clear_hashes()
         held = {*self.named.values(), *self.left}
         self.free.sort(key=lambda block: block not in held)  # stable: what is forgotten comes first, in its order
         for content in [content for content, block in self.named.items() if not self.is_pinned(block)]:
@@ -698,7 +698,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def forget_names_of_one(self, data: st.DataObject) -> None:
         each = data.draw(st.sampled_from(self.tables))
-        each.table.forget_hashes()
+        each.table.remove_hashes()
         for content in [content for content, block in self.named.items() if block in each.blocks]:
             if not self.is_pinned(self.named[content]):
                 self.forget(content)
@@ -732,13 +732,13 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def names_mean_content(self) -> None:
         pool = self.pool
-        assert {block for block, name in enumerate(pool.names) if name is not None} == set(self.named.values())
+        assert {block for block, name in enumerate(pool.hashes) if name is not None} == set(self.named.values())
         assert len(set(self.named.values())) == len(self.named)
         for (_, token_ids), block in self.named.items():
-            assert pool.find(pool.names[block] or b"") == block
+            assert pool.find(pool.hashes[block] or b"") == block
             assert self.memory[block] == list(token_ids[-self.size :])
-        assert pool.num_cached_free == sum(pool.names[block] is not None for block in self.free)
-        found = [pool.names[block] is not None or block in pool.children for block in self.free]
+        assert pool.num_cached_free == sum(pool.hashes[block] is not None for block in self.free)
+        found = [pool.hashes[block] is not None or block in pool.children for block in self.free]
         assert found == sorted(found), "blocks that cannot be found are taken first"
         for block, (_, token_ids) in self.left.items():
             used = len(token_ids) % self.size

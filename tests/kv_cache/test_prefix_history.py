@@ -6,7 +6,7 @@ from quire.kv_cache.prefix_history import PrefixHistory
 PROMPT = list(range(12))
 
 
-def names(salt: str, count: int = 3) -> list[bytes]:
+def hashes(salt: str, count: int = 3) -> list[bytes]:
     parent, found = root_hash(salt, 4), []
     for index in range(count):
         parent = hash_block(parent, PROMPT[4 * index : 4 * index + 4])
@@ -17,23 +17,23 @@ def names(salt: str, count: int = 3) -> list[bytes]:
 def test_every_reason() -> None:
     now = [10.0]
     history = PrefixHistory(4, lambda: now[0])
-    assert history.explain(PROMPT, 0, names("")[0]) == (0, "new", None)
-    assert history.explain(PROMPT, 0, names("")[0]) == (0, "new", None), "under the same salt it is just not there"
-    assert history.explain(PROMPT, 0, names("other")[0]) == (0, "salt", None)
-    assert history.explain(PROMPT, 2, names("")[2]) == (2, "differs", None)
-    history.note_eviction(names("")[2])
+    assert history.explain(PROMPT, 0, hashes("")[0]) == (0, "new", None)
+    assert history.explain(PROMPT, 0, hashes("")[0]) == (0, "new", None), "under the same salt it is just not there"
+    assert history.explain(PROMPT, 0, hashes("other")[0]) == (0, "salt", None)
+    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "differs", None)
+    history.note_eviction(hashes("")[2])
     now[0] = 12.5
-    assert history.explain(PROMPT, 2, names("")[2]) == (2, "evicted", 2.5)
-    assert history.explain(PROMPT, 2, names("")[2]) == (2, "differs", None), "it was computed again since"
+    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "evicted", 2.5)
+    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "differs", None), "it was computed again since"
 
 
-def test_it_forgets_the_oldest() -> None:
+def test_the_oldest_entries_are_removed() -> None:
     history = PrefixHistory(4, lambda: 0.0, capacity=2)
     for index in range(3):
-        history.note_eviction(names("")[index])
-    assert [history.explain(PROMPT, index, names("")[index]).reason for index in (1, 2)] == ["evicted", "evicted"]
-    assert history.explain(PROMPT, 0, names("")[0]).reason == "new"
+        history.note_eviction(hashes("")[index])
+    assert [history.explain(PROMPT, index, hashes("")[index]).reason for index in (1, 2)] == ["evicted", "evicted"]
+    assert history.explain(PROMPT, 0, hashes("")[0]).reason == "new"
     assert len(history._evicted) == 0
     for salt in "abc":
-        history.explain([ord(salt), *PROMPT], 0, names(salt)[0])
+        history.explain([ord(salt), *PROMPT], 0, hashes(salt)[0])
     assert len(history._beginnings) == 2

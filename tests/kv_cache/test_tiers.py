@@ -16,15 +16,15 @@ class Clock:
         return self.now
 
 
-def never(name: bytes) -> bool:
+def never(block_hash: bytes) -> bool:
     return False
 
 
 def test_room_is_made_by_what_was_used_least_recently() -> None:
     tier = Tier(300, 100)
-    for name in (b"a", b"b", b"c"):
+    for block_hash in (b"a", b"b", b"c"):
         assert tier.make_room(100, never) == []
-        tier.add(name)
+        tier.add(block_hash)
     tier.touch(b"a")
     assert tier.make_room(100, never) == [b"b"]
     assert tier.hashes() == [b"c", b"a"]
@@ -33,8 +33,8 @@ def test_room_is_made_by_what_was_used_least_recently() -> None:
 
 def test_what_is_kept_makes_no_room() -> None:
     tier = Tier(300, 100, [(b"a", 100), (b"b", 100), (b"c", 100)])
-    assert tier.make_room(200, lambda name: name == b"a") == [b"b", b"c"]
-    assert tier.make_room(300, lambda name: name == b"a") is None
+    assert tier.make_room(200, lambda block_hash: block_hash == b"a") == [b"b", b"c"]
+    assert tier.make_room(300, lambda block_hash: block_hash == b"a") is None
     assert tier.hashes() == [b"a"]
 
 
@@ -54,26 +54,26 @@ def test_sizes_against_a_plain_model(seed: int) -> None:
     rng = random.Random(seed)
     tier, model = Tier(10, 2), []
     for _ in range(500):
-        name = b"%d" % rng.randrange(12)
+        block_hash = b"%d" % rng.randrange(12)
         action = rng.randrange(3)
-        if action == 0 and name in model:
-            tier.touch(name)
-            model.append(model.pop(model.index(name)))
+        if action == 0 and block_hash in model:
+            tier.touch(block_hash)
+            model.append(model.pop(model.index(block_hash)))
         elif action == 1:
-            assert tier.remove(name) == (name in model)
-            model = [other for other in model if other != name]
-        elif name not in model:
-            forgotten = tier.make_room(2, never)
-            assert forgotten == model[: max(0, len(model) - 4)]
-            model = [*model[len(forgotten or ()) :], name]
-            tier.add(name)
+            assert tier.remove(block_hash) == (block_hash in model)
+            model = [other for other in model if other != block_hash]
+        elif block_hash not in model:
+            evicted = tier.make_room(2, never)
+            assert evicted == model[: max(0, len(model) - 4)]
+            model = [*model[len(evicted or ()) :], block_hash]
+            tier.add(block_hash)
         assert tier.hashes() == model
         assert tier.stats.num_bytes == 2 * len(model) <= 10
 
 
 def test_the_faster_tier_is_asked_first() -> None:
     index = TierIndex(Clock(), host=Tier(9, 1, [(b"both", 1)]), disk=Tier(9, 1, [(b"both", 1), (b"disk", 1)]))
-    assert [index.find(name) for name in (b"both", b"disk", b"none")] == [HOST, DISK, None]
+    assert [index.find(block_hash) for block_hash in (b"both", b"disk", b"none")] == [HOST, DISK, None]
     assert index.remove(b"both") == [(HOST, b"both"), (DISK, b"both")]
     assert index.find(b"both") is None
 

@@ -30,7 +30,8 @@ LIMIT = 1 << 24
 
 def load(folder: Path, dtype: str, stored: Sequence[PackedTensor] = ()) -> tuple[Model, PackedWeights]:
     packed = PackedWeights(mmap.mmap(-1, 1 << 20), stored)
-    return load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), packed.kernels, dtype), packed
+    model_config, source = ModelConfig.from_folder(folder), open_checkpoint(folder)
+    return load_model(model_config, source, cpu, dtype, packing=packed), packed
 
 
 def logits(model: Model) -> torch.Tensor:

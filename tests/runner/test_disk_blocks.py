@@ -219,7 +219,7 @@ def test_one_process_at_a_time(open_store: Open, tmp_path: Path, caplog: pytest.
     again.close()
 
 
-def test_nobody_else_may_look(open_store: Open, tmp_path: Path) -> None:
+def test_other_users_cannot_read(open_store: Open, tmp_path: Path) -> None:
     (tmp_path / FORMAT).mkdir(mode=0o755)
     save(open_store(), 0)
     for path in [tmp_path / FORMAT, *(tmp_path / FORMAT).rglob("*")]:

@@ -28,7 +28,7 @@ def assert_same(found: InputBatch, expected: InputBatch) -> None:
 @given(lengths=st.dictionaries(st.integers(0, 7), st.integers(1, 13), min_size=1, max_size=4), data=st.data())
 def test_an_advanced_batch_equals_one_laid_out_anew(lengths: dict[int, int], data: st.DataObject) -> None:
     """And a plan of attention that goes on with it reads what it holds. Blocks come when they are needed, sometimes a
-    step early; the last block of a sequence may be replaced by a copy."""
+    step early."""
     rows = RequestRows(max_num_seqs=8, max_blocks=16, vocab_size=10)
     free, early, batch = iter(range(100, 300)), set[tuple[int, int]](), None
     plan_attention = make_planner(
@@ -65,9 +65,6 @@ def test_an_advanced_batch_equals_one_laid_out_anew(lengths: dict[int, int], dat
             elif length % BLOCK_SIZE == BLOCK_SIZE - 1 and data.draw(st.booleans()):
                 rows.block_tables[row, index + 1] = next(free)
                 early.add((row, index + 1))
-            elif length % BLOCK_SIZE and data.draw(st.sampled_from([False, False, True])):
-                plan.new_blocks.append((row, index, [next(free)]))
-                plan.block_copies.append((int(rows.block_tables[row, index]), plan.new_blocks[-1][2][0]))
             lengths[row] += 1
         rows.apply(plan)
         if batch is None:

@@ -1,4 +1,4 @@
-"""Which tokens of a step are read, against the plain definition."""
+"""The selected tokens of a step, against the plain definition."""
 
 import numpy as np
 from hypothesis import given
@@ -16,7 +16,7 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
     end = np.cumsum(counts)
     sample_indices, sampled = [], []
     for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1))):
-        # The last known token, and drafted ones after it, of which a grammar may have cut some.
+        # The last known token, and draft tokens after it; a grammar may have cut some.
         last_known = data.draw(st.integers(0, min(4, counts[sequence] - 1)))
         points = data.draw(st.integers(1, last_known + 1))
         repeats = data.draw(st.integers(1, 3)) if last_known == 0 else 1  # samples part where the prompt ends
@@ -29,35 +29,35 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
     asked = set(map(int, sampled))
     for sequence in plan.prompt_logprobs:
         asked |= set(range(int(end[sequence]) - counts[sequence], int(end[sequence])))
-    read = select_outputs(plan, _points(sampled), _batch(counts))
+    selection = select_outputs(plan, _sampling(sampled), _batch(counts))
 
-    if read is None:
+    if selection is None:
         first = [min((t for t in asked if e - c <= t < e), default=e) for e, c in zip(end, counts, strict=True)]
-        assert sum(counts) - max(1, sum(end - first)) < _MIN_UNUSED  # one is read where nobody asks
+        assert sum(counts) - max(1, sum(end - first)) < _MIN_UNUSED  # at least one is selected
         return
-    assert asked <= set(read.tokens.tolist())
-    np.testing.assert_array_equal(read.tokens[read.indices_of(np.array(sampled, dtype=np.int32))], sampled)
-    assert len(read.tokens) > 0
-    assert sum(counts) - len(read.tokens) >= _MIN_UNUSED
+    assert asked <= set(selection.tokens.tolist())
+    np.testing.assert_array_equal(selection.tokens[selection.indices_of(np.array(sampled, dtype=np.int32))], sampled)
+    assert len(selection.tokens) > 0
+    assert sum(counts) - len(selection.tokens) >= _MIN_UNUSED
     for sequence, (begin, stop) in enumerate(zip(end - counts, end, strict=True)):
-        tokens = [token for token in read.tokens.tolist() if begin <= token < stop]
+        tokens = [token for token in selection.tokens.tolist() if begin <= token < stop]
         assert tokens == list(range(stop - len(tokens), stop))
-        assert (sequence in read.sequences.tolist()) == bool(tokens)
+        assert (sequence in selection.sequences.tolist()) == bool(tokens)
         if tokens and asked:
             assert tokens[0] in asked
         if tokens:
-            place = read.sequences.tolist().index(sequence)
-            assert read.query_start_loc[place + 1] - read.query_start_loc[place] == len(tokens)
+            place = selection.sequences.tolist().index(sequence)
+            assert selection.query_start_loc[place + 1] - selection.query_start_loc[place] == len(tokens)
 
 
-def test_one_token_where_nobody_asks() -> None:
+def test_one_token_is_selected_without_samples() -> None:
     plan = StepPlan(num_scheduled_tokens=[64, 64], token_ids=[0] * 128)
-    read = select_outputs(plan, _points([]), _batch([64, 64]))
-    assert read is not None
-    assert read.tokens.tolist() == [127]
+    selection = select_outputs(plan, _sampling([]), _batch([64, 64]))
+    assert selection is not None
+    assert selection.tokens.tolist() == [127]
 
 
-def _points(tokens: list[int]) -> SamplingMetadata:
+def _sampling(tokens: list[int]) -> SamplingMetadata:
     empty = np.empty(0, dtype=np.int32)
     return SamplingMetadata(
         states=[],

@@ -22,7 +22,7 @@ RESULTS = StepResults(max_model_len=100)
 
 
 class FakeGrammar:
-    """Allows and forces what it is told to, and is complete after so many tokens."""
+    """Allows every token, forces `forced` by the number of tokens so far, and is complete after `num_tokens`."""
 
     def __init__(self, forced: dict[int, list[int]], num_tokens: int = 100) -> None:
         self.forced, self.num_tokens, self.taken = forced, num_tokens, list[int]()

@@ -28,7 +28,7 @@ def test_the_last_token_is_banned_only_behind_its_whole_prefix() -> None:
     assert completions(word, [1, 2, 9]) == []
 
 
-def test_words_that_share_an_end_are_told_apart() -> None:
+def test_words_that_share_an_end_are_distinguished() -> None:
     assert completions([[1, 5, 6], [2, 5, 7], [5, 8]], [2, 5]) == [7, 8]
 
 

@@ -1,4 +1,4 @@
-"""What is drawn on a device is what the sampler on the host draws, of the same logits with the same numbers."""
+"""The device samples what the host samples from the same logits with the same random numbers."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -44,40 +44,40 @@ def states(vocab_size: int, count: int, position: int = 3, **more: Any) -> list[
     ]
 
 
-def drawn(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
+def sample_on_device(sampler: DeviceSampler, logits: Tensor, batch: list[SamplingState]) -> tuple[list[int], Tensor]:
     tokens, bits = sampler.sample(logits, send(sampler.columns(batch), CPU), with_logprobs=False)
     return tokens.tolist(), bits.view(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bfloat16 many logits are equal
 @pytest.mark.parametrize("vocab_size", [7, 300, 5_000])
-def test_the_host_draws_the_same(vocab_size: int, dtype: torch.dtype) -> None:
+def test_the_host_samples_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(vocab_size)
     device, host = DeviceSampler(vocab_size), Sampler(vocab_size, 2**24, cpu)
     batch = states(vocab_size, 4 * len(KINDS))
     for _ in range(12):
         logits = (3 * torch.randn(len(batch), vocab_size, generator=random)).to(dtype)
         expected = host.sample(logits.float(), batch).token_ids
-        tokens, peaks = drawn(device, logits, batch)
+        tokens, max_logits = sample_on_device(device, logits, batch)
         assert tokens == expected
-        assert torch.equal(peaks, logits.float().amax(1))
+        assert torch.equal(max_logits, logits.float().amax(1))
         for state, token in zip(batch, tokens, strict=True):
             state.fill_placeholder(state.append_placeholder(), token)
 
 
-def test_what_cannot_be_drawn_shows_in_its_peak() -> None:
+def test_a_row_that_cannot_be_sampled_shows_in_its_highest_logit() -> None:
     logits = torch.randn(4 * len(KINDS), 300)
     logits[0, 5], logits[7, 9], logits[8] = float("nan"), float("inf"), float("-inf")
     batch = states(300, len(logits))
     expected = Sampler(300, 2**24, cpu).sample(logits.clone(), batch)
-    tokens, peaks = drawn(DeviceSampler(300), logits, batch)
-    sound = peaks.isfinite().tolist()
-    assert sound == [error is None for error in expected.errors]
-    assert [token if fine else NO_TOKEN for token, fine in zip(tokens, sound, strict=True)] == expected.token_ids
+    tokens, max_logits = sample_on_device(DeviceSampler(300), logits, batch)
+    is_finite = max_logits.isfinite().tolist()
+    assert is_finite == [error is None for error in expected.errors]
+    assert [token if fine else NO_TOKEN for token, fine in zip(tokens, is_finite, strict=True)] == expected.token_ids
     assert all(0 <= token < 300 for token in tokens)
 
 
-def test_kernels_are_told_what_rows_ask_for() -> None:
+def test_kernels_get_the_parameters_of_each_row() -> None:
     seen: dict[str, Any] = {}
 
     def sample(logits: Tensor, rows: SimpleNamespace) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ def test_kernels_are_told_what_rows_ask_for() -> None:
 
     kernels: Any = SimpleNamespace(SamplingRows=SimpleNamespace, sample=sample)
     logits, batch = torch.randn(len(KINDS), 300), states(300, len(KINDS))
-    tokens, peaks = drawn(DeviceSampler(300, kernels), logits, batch)
+    tokens, max_logits = sample_on_device(DeviceSampler(300, kernels), logits, batch)
     assert tokens == logits.argmax(1).tolist()
-    assert torch.equal(peaks, logits.amax(1))
+    assert torch.equal(max_logits, logits.amax(1))
     assert seen["temperature"].tolist() == pytest.approx([kind["temperature"] for kind in KINDS])
     assert seen["top_k"].tolist() == [kind.get("top_k", 300) for kind in KINDS]
     assert seen["top_p"].tolist() == [kind.get("top_p", 1.0) for kind in KINDS]
@@ -111,8 +111,8 @@ def test_kernels_are_told_what_rows_ask_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [7, 5_000])
-def test_the_host_reports_the_same(vocab_size: int, dtype: torch.dtype) -> None:
-    """Some rows ask for log-probabilities, one of them has none to tell of."""
+def test_the_host_gives_the_same_log_probabilities(vocab_size: int, dtype: torch.dtype) -> None:
+    """Some rows ask for log-probabilities; one of them cannot be sampled and has none."""
     logits = (3 * torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(1))).to(dtype)
     logits[3, 5] = float("nan")
     logits[4, 2], logits[4, 4] = 0.0, -0.0
@@ -142,6 +142,6 @@ def test_the_host_reports_the_same(vocab_size: int, dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-def test_who_asks_for_more_is_sampled_on_the_host(more: dict[str, Any]) -> None:
+def test_rows_that_ask_for_more_are_sampled_on_the_host(more: dict[str, Any]) -> None:
     assert all(map(can_sample_on_device, states(300, len(KINDS))))
     assert not any(map(can_sample_on_device, states(300, len(KINDS), **more)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
+from quire.kernels import cpu
 from quire.sampling import Sampler, SampleResult, SamplingState
 from quire.sampling.logits_processors import RowView, load_processors
 from quire.sampling_params import SamplingParams
@@ -45,7 +46,7 @@ def state(params: SamplingParams, output: Sequence[int] = (), index: int = 0) ->
 
 
 def sample(logits: Tensor, states: Sequence[SamplingState], *processors: Any) -> SampleResult:
-    return Sampler(VOCAB_SIZE, 2**20, processors).sample(logits.clone(), states)
+    return Sampler(VOCAB_SIZE, 2**20, cpu, processors).sample(logits.clone(), states)
 
 
 def random_logits(rows: int) -> Tensor:

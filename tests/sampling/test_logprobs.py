@@ -1,4 +1,4 @@
-"""Reported log-probabilities against torch's log_softmax, and ranks against a sort."""
+"""Log-probabilities against torch's log_softmax, and ranks against a sort."""
 
 import tracemalloc
 
@@ -18,19 +18,19 @@ def test_equals_log_softmax_and_a_sort(vocab_size: int, k: int) -> None:
     logits = torch.randn(6, vocab_size, generator=generator) * 4
     chosen = [row % vocab_size for row in (0, 4, 999, 7, 3, 2)]
     expected = logits.double().log_softmax(-1)
-    reports = token_logprobs(logits, chosen, k)
+    found = token_logprobs(logits, chosen, k)
     order = np.argsort(-logits.numpy(), axis=1, kind="stable")
-    num_leading = vocab_size if k < 0 else min(k, vocab_size)
-    for row, (report, token_id) in enumerate(zip(reports, chosen, strict=True)):
-        assert report.token_ids == [token_id, *order[row, :num_leading]]
-        assert report.ranks == [1 + order[row].tolist().index(token_id), *range(1, num_leading + 1)]
-        np.testing.assert_allclose(report.logprobs, expected[row, report.token_ids], atol=2e-6)
+    num_top = vocab_size if k < 0 else min(k, vocab_size)
+    for row, (entry, token_id) in enumerate(zip(found, chosen, strict=True)):
+        assert entry.token_ids == [token_id, *order[row, :num_top]]
+        assert entry.ranks == [1 + order[row].tolist().index(token_id), *range(1, num_top + 1)]
+        np.testing.assert_allclose(entry.logprobs, expected[row, entry.token_ids], atol=2e-6)
 
 
 def test_tied_tokens_rank_by_id() -> None:
-    (report,) = token_logprobs(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), [3], 4)
-    assert report.ranks == [4, 1, 2, 3, 4]
-    assert report.token_ids == [3, 1, 0, 2, 3]
+    (entry,) = token_logprobs(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), [3], 4)
+    assert entry.ranks == [4, 1, 2, 3, 4]
+    assert entry.token_ids == [3, 1, 0, 2, 3]
 
 
 def test_a_row_does_not_notice_its_piece() -> None:
@@ -38,7 +38,7 @@ def test_a_row_does_not_notice_its_piece() -> None:
     targets = list(range(50))
     whole = token_logprobs(logits, targets, 3)
     pieces = [token_logprobs(logits[i : i + 7], targets[i : i + 7], 3) for i in range(0, 50, 7)]
-    assert whole == [report for piece in pieces for report in piece]
+    assert whole == [entry for piece in pieces for entry in piece]
 
 
 def test_no_positions() -> None:
@@ -55,7 +55,7 @@ def test_a_position_keeps_within_the_bytes_it_is_planned_with(k: int) -> None:
     token_logprobs(logits, [0] * rows, k)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    lists = 0 if k == 0 else rows * (vocab_size if k < 0 else k) * 3 * (8 + 32)  # the report itself, in Python's boxes
+    lists = 0 if k == 0 else rows * (vocab_size if k < 0 else k) * 3 * (8 + 32)  # the result itself, in Python's boxes
     assert logits.nbytes + peak <= rows * logprob_bytes(vocab_size, k) + lists + 100_000
 
 
@@ -106,14 +106,14 @@ def test_processed_equals_the_plain_definition(vocab_size: int, asked: dict[str,
         params = SamplingParams(logprobs=k, logprobs_mode="processed_logprobs", **asked)
         expected = plain_logprobs(row.numpy(), params)
         order = np.argsort(-row.numpy(), kind="stable")
-        report = processed_logprobs(row, 0, params)
-        num_leading = vocab_size if k < 0 else min(k, vocab_size)
-        assert report.token_ids == [0, *order[:num_leading]]
-        assert report.ranks == [1, *range(1, num_leading + 1)]
-        np.testing.assert_allclose(report.logprobs, expected[report.token_ids], atol=1e-9)
+        entry = processed_logprobs(row, 0, params)
+        num_top = vocab_size if k < 0 else min(k, vocab_size)
+        assert entry.token_ids == [0, *order[:num_top]]
+        assert entry.ranks == [1, *range(1, num_top + 1)]
+        np.testing.assert_allclose(entry.logprobs, expected[entry.token_ids], atol=1e-9)
 
 
-def test_a_token_drawn_at_the_edge_of_a_filter_is_not_reported_as_impossible() -> None:
+def test_a_token_sampled_at_the_edge_of_a_filter_is_not_given_as_impossible() -> None:
     params = SamplingParams(top_p=0.5, logprobs=3, logprobs_mode="processed_logprobs")
-    report = processed_logprobs(torch.zeros(4), 2, params)
-    np.testing.assert_allclose(report.logprobs[:4], -np.log(3))
+    entry = processed_logprobs(torch.zeros(4), 2, params)
+    np.testing.assert_allclose(entry.logprobs[:4], -np.log(3))

@@ -60,7 +60,7 @@ MIXED = [
 
 
 def test_whole_numbers_are_as_good_as_others() -> None:
-    """Whoever writes temperature=1 gives an int."""
+    """A client that writes temperature=1 sends an int."""
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(4))
     whole = [SamplingParams(temperature=2, top_p=1, min_p=0), SamplingParams(temperature=1), SamplingParams(min_p=1)]
     fractional = [SamplingParams(temperature=2.0), SamplingParams(temperature=1.0), SamplingParams(min_p=1.0)]

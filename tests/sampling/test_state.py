@@ -76,7 +76,7 @@ def test_filters_that_keep_everything_are_no_filters() -> None:
 
 
 @given(prompt=tokens, output=tokens, mine=tokens, theirs=tokens)
-def test_a_fork_goes_its_own_way(prompt: list[int], output: list[int], mine: list[int], theirs: list[int]) -> None:
+def test_a_fork_is_independent(prompt: list[int], output: list[int], mine: list[int], theirs: list[int]) -> None:
     params = SamplingParams(repetition_penalty=1.3, bad_words_token_ids=((1, 2), (4, 5, 6)), beam_width=3)
     parent = make(params, prompt, output)
     child = parent.fork()

@@ -8,6 +8,7 @@ from quire.engine.checkpoint import bundled_folder
 from quire.engine.tokenizer import Tokenizer
 from quire.grammar.compiled import Grammar
 from quire.grammar.compiler import GrammarCompiler
+from quire.kernels import cpu
 from quire.sampling import structured_output
 from quire.sampling.sampler import Sampler
 from quire.sampling.state import SamplingState
@@ -17,7 +18,7 @@ from quire.structured_outputs import StructuredOutputsParams
 
 VOCAB_SIZE, EOS = 1024, 1
 ROOM = 2**24
-"""Bytes for log-probabilities, which nobody asks for here."""
+"""Bytes for log-probabilities; no request here asks for any."""
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -94,7 +95,7 @@ def test_a_resumed_state_equals_one_that_ran_through(compiler: GrammarCompiler, 
     assert ran.complete == resumed.complete is False
 
 
-def test_a_fork_goes_its_own_way(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+def test_a_fork_is_independent(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     (a,), (b,), (f,) = (letters(tokenizer, letter) & {*range(300)} for letter in "abf")
     params = SamplingParams(bad_words_token_ids=((b, f),), presence_penalty=1.0)
     state = SamplingState(params, [], [], 0, 0, (EOS,), VOCAB_SIZE, GrammarState(regex(compiler, "(a|b)(ax?|f)")))
@@ -134,7 +135,7 @@ def test_a_wrong_token_ends_this_sequence_alone(compiler: GrammarCompiler, token
     assert wrong.take_forced(5) == []
     assert fill([wrong, right]) == [set(), letters(tokenizer, "ab")]
     states = [SamplingState(GREEDY, [], [], 0, 0, (), VOCAB_SIZE, grammar=each) for each in (wrong, right)]
-    result = Sampler(VOCAB_SIZE, ROOM).sample(torch.zeros(2, VOCAB_SIZE), states)
+    result = Sampler(VOCAB_SIZE, ROOM, cpu).sample(torch.zeros(2, VOCAB_SIZE), states)
     assert result.errors[1] is None
     assert result.token_ids[1] == min(letters(tokenizer, "ab"))
     assert "the grammar of structured_outputs failed" in (result.errors[0] or "")
@@ -158,7 +159,7 @@ def test_a_fault_does_not_hide_behind_a_grammar(compiler: GrammarCompiler, token
     for place in (min(allowed), min({*range(VOCAB_SIZE)} - allowed)):
         logits = torch.zeros(1, VOCAB_SIZE)
         logits[0, place] = fault
-        assert Sampler(VOCAB_SIZE, ROOM).sample(logits, [state]).errors != [None]
+        assert Sampler(VOCAB_SIZE, ROOM, cpu).sample(logits, [state]).errors != [None]
 
 
 def test_masks_come_before_the_other_edits(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
@@ -170,9 +171,9 @@ def test_masks_come_before_the_other_edits(compiler: GrammarCompiler, tokenizer:
     assert state.grammar is not None
     fill([state.grammar])
     logits = torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    together = Sampler(VOCAB_SIZE, ROOM).sample(logits.clone(), [state, plain])
+    together = Sampler(VOCAB_SIZE, ROOM, cpu).sample(logits.clone(), [state, plain])
     assert together.token_ids[0] == ab[1]
-    assert together.token_ids[1] == Sampler(VOCAB_SIZE, ROOM).sample(logits[1:].clone(), [plain]).token_ids[0]
+    assert together.token_ids[1] == Sampler(VOCAB_SIZE, ROOM, cpu).sample(logits[1:].clone(), [plain]).token_ids[0]
 
 
 def test_forced_tokens_are_followed_up_to_the_limit(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,7 @@
-"""Tiers below the pool, against a runner that keeps what it is told to keep, late, and sometimes loses it.
+"""Tiers below the pool, against a runner that stores and reads as planned, late, and sometimes loses a block.
 
-As in `test_scheduler`, the content of a block is a chain of hashes of tokens: a block saved too late, loaded too early,
-into the wrong place or into one that somebody else has by now shows in the next token.
+As in `test_scheduler`, the content of a block is a chain of hashes of tokens. A block that is stored too late, loaded
+too early, or loaded into a block that another sequence holds by now shows in the next token.
 """
 
 import random
@@ -18,16 +18,9 @@ from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
-from tests.scheduler.test_scheduler import (
-    NOTHING,
-    Engine,
-    FakeRunner,
-    SchedulerMachine,
-    counts_by_request,
-    is_faulty,
-    kv_of_all,
-    new_request,
-)
+from tests.scheduler.checked_engine import Engine, counts_by_request, new_request
+from tests.scheduler.fake_runner import NOTHING, FakeRunner, is_faulty, kv_of_all
+from tests.scheduler.scheduler_machine import SchedulerMachine
 
 BLOCK_BYTES = 2**30
 """So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
@@ -35,7 +28,7 @@ BLOCK_BYTES = 2**30
 
 @dataclass
 class FakeDisk:
-    """Outlives the engines of a test."""
+    """A disk that outlives the engines of a test."""
 
     blocks: dict[bytes, list[int]] = field(default_factory=dict)
     broken: set[bytes] = field(default_factory=set)
@@ -151,23 +144,23 @@ class TieredEngine(Engine):
     def run(self, max_steps: int = 1_000) -> None:
         super().run(4 * max_steps + 1_000)
 
-    def settle(self) -> None:
-        """Steps without requests, until all is saved."""
+    def finish_stores(self) -> None:
+        """Run steps without requests until everything is stored."""
         for _ in range(2_000):
             if not self.scheduler.has_idle_work:
                 return
             self.step()
-        raise AssertionError("saving does not end")
+        raise AssertionError("storing does not end")
 
     def push_down(self) -> None:
-        """Somebody else takes all free blocks, and gives them back; meanwhile no request runs."""
-        scheduler, transfers = self.scheduler, self.scheduler._offload
-        assert transfers is not None
+        """Take all free blocks and give them back, while no request runs: every cached block is evicted."""
+        scheduler, offload = self.scheduler, self.scheduler._offload
+        assert offload is not None
         taken: list[int] = []
-        while self.pool.num_free or transfers._storing or transfers._idle:
-            if self.pool.num_free and len(transfers._storing) < MIN_STAGED_BLOCKS:
+        while self.pool.num_free or offload._storing or offload._idle:
+            if self.pool.num_free and len(offload._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
-            plan = StepPlan(offload=transfers.finish(computes=False))
+            plan = StepPlan(offload=offload.finish(computes=False))
             scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
@@ -176,14 +169,14 @@ class TieredEngine(Engine):
 
     def step(self) -> StepPlan:
         plan = super().step()
-        transfers = self.scheduler._offload
-        assert transfers is not None
+        offload = self.scheduler._offload
+        assert offload is not None
         assert len(self.runner.host) <= self.num_host_blocks
         if DISK in self.index.tiers:
             removed = {name for name, content in self.runner.writing if content is None}
             written = {name for name, content in self.runner.writing if content is not None}
             assert len((self.disk.blocks.keys() - removed) | written) <= self.num_disk_blocks
-        if not transfers._plan.evicted:
+        if not offload._plan.evicted:
             if HOST in self.index.tiers:
                 assert set(self.index.tiers[HOST].hashes()) == self.runner.host.keys()
             if DISK in self.index.tiers and not self.runner.writing:
@@ -196,7 +189,7 @@ class TieredEngine(Engine):
         waiting = scheduler._offload.waiting
         if not plan.rows and scheduler.has_work:
             assert plan.offload is not None
-            assert plan.offload.wait or plan.offload.loads, "a step that computes nothing brings what is waited for"
+            assert plan.offload.wait or plan.offload.loads, "a step that computes nothing waits or loads"
         assert 0 <= plan.num_tokens <= scheduler.limits.max_num_batched_tokens
         assert not {sequence.row for sequence in waiting} & set(plan.rows)
         for tier in self.index.tiers.values():
@@ -218,7 +211,7 @@ def with_stored_prompt(**options: int) -> TieredEngine:
     engine = TieredEngine(num_disk_blocks=20)
     engine.add(new_request("a", PROMPT, max_tokens=6))
     engine.run()
-    engine.settle()
+    engine.finish_stores()
     assert len(engine.disk.blocks) == 4
     return TieredEngine(num_disk_blocks=20, disk=engine.disk, **options)
 
@@ -238,7 +231,7 @@ def test_what_is_evicted_moves_to_host_memory_and_comes_back_in_the_same_step() 
     engine.run()
 
 
-def test_a_host_tier_forgets_what_was_used_least_recently() -> None:
+def test_a_host_tier_evicts_the_least_recently_used() -> None:
     engine = TieredEngine(num_blocks=8, num_host_blocks=6)
     for number in range(4):
         engine.add(new_request(f"{number}", 24, max_tokens=2))
@@ -293,14 +286,14 @@ def test_what_cannot_be_read_is_computed_from_there_on(broken: int) -> None:
     engine = with_stored_prompt()
     engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
     table = engine.scheduler._queues.by_id["b"].leader.table
-    engine.disk.broken.add(table.name_of(broken, PROMPT))
+    engine.disk.broken.add(table.block_hash(broken, PROMPT))
     engine.step()
     plan = engine.step()
     assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([4 * broken], [13 - 4 * broken])
     assert stats_of(engine, DISK)["corrupt"] == 1
     assert engine.scheduler.stats().total_prefix_hits == 4 * broken
     engine.run()
-    engine.settle()
+    engine.finish_stores()
     assert len(engine.disk.blocks) == 4, "the block is stored anew"
 
 
@@ -322,7 +315,7 @@ def test_a_full_disk_stops_the_tier_and_nothing_else() -> None:
     engine.disk.full = True
     engine.add(new_request("b", 40, max_tokens=3))
     engine.run()
-    engine.settle()
+    engine.finish_stores()
     stats = engine.scheduler.stats().tiers[DISK]
     assert stats.stopped
     assert stats.total_dropped > 0
@@ -369,13 +362,13 @@ def test_resetting_the_prefix_cache_empties_the_tiers() -> None:
     assert engine.disk.blocks == {}
 
 
-def test_what_a_failed_sample_held_is_forgotten_below_too() -> None:
+def test_the_blocks_of_a_failed_sample_leave_the_tiers_too() -> None:
     prompts = ([number] * 9 for number in range(100, 200))
     prompt = next(prompt for prompt in prompts if is_faulty(kv_of_all(prompt)[-1], seed=-1))
     engine = TieredEngine(num_disk_blocks=20)
     engine.add(new_request("healthy", prompt, max_tokens=1))
     engine.run()
-    engine.settle()
+    engine.finish_stores()
     assert len(engine.disk.blocks) == 2
     engine.add(new_request("faulty", prompt, seed=-1))
     engine.run()
@@ -401,9 +394,9 @@ def test_preempted_requests_resume_from_wherever_their_blocks_are(tiers: tuple[i
 def test_every_sequence_of_a_group_resumes_from_its_own_output(
     tiers: tuple[int, int], prompt: int, width: int, beams: bool
 ) -> None:
-    """Of each at most the last, partly filled block is computed again, and what beams share is loaded once.
+    """Each computes at most its last, partly filled block again; blocks that beams share are loaded once.
 
-    Where the pool still has it, the first goes on in the one that it left.
+    If the pool still has that block, the first sequence continues in it.
     """
     engine = TieredEngine(num_host_blocks=tiers[0], num_disk_blocks=tiers[1], patience=0.5)
     engine.add(new_request("a", prompt, max_tokens=40, **({"beam_width": width} if beams else {"n": width})))
@@ -414,7 +407,7 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     engine.scheduler._queues.preempt(group)
     lengths = {sequence: len(sequence.token_ids) for sequence in group.sequences}
     names = {
-        sequence.table.name_of(index, sequence.token_ids)
+        sequence.table.block_hash(index, sequence.token_ids)
         for sequence, length in lengths.items()
         for index in range((length - 1) // 4)
     }
@@ -422,10 +415,10 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     if any(tiers):
         engine.push_down()
     before = engine.scheduler.stats()
-    transfers = engine.scheduler._offload
-    assert transfers is not None
+    offload = engine.scheduler._offload
+    assert offload is not None
     num_repeated = 0
-    while transfers.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
+    while offload.waiting or any(sequence.num_missing_tokens > 1 for sequence in lengths):
         plan = engine.step()
         stored = {sequence.row: length - 1 for sequence, length in lengths.items()}
         for row, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
@@ -460,7 +453,7 @@ def test_crowds_with_little_memory_at_every_level(seed: int) -> None:
             engine.add(new_request(f"{number}", prompt, rng.randrange(1, 10), n=rng.choice([1, 1, 2]), seed=number % 3))
             disk.broken |= {name for name in disk.blocks if rng.random() < 0.1}
         engine.run()
-        engine.settle()
+        engine.finish_stores()
         assert engine.runner.arrived == {}
 
 
@@ -503,7 +496,7 @@ class TieredMachine(SchedulerMachine):
     @rule(flush=st.booleans())
     def restart(self, flush: bool) -> None:
         if flush:
-            self.engine.settle()
+            self.engine.finish_stores()
         self.engine = TieredEngine(**self.options)
 
     @precondition(lambda self: self.engine.disk.blocks)
@@ -522,7 +515,7 @@ class TieredMachine(SchedulerMachine):
     def teardown(self) -> None:
         super().teardown()
         if hasattr(self, "engine"):
-            self.engine.settle()
+            self.engine.finish_stores()
             self.engine.step()
             assert self.engine.runner.arrived == {}
 

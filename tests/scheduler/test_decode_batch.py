@@ -7,7 +7,8 @@ import pytest
 from quire.config import SpeculativeConfig
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.step import StepPlan, StepResult
-from tests.scheduler.test_scheduler import EOS, STOP_TOKEN, Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
+from tests.scheduler.fake_runner import EOS, STOP_TOKEN
 
 
 def decode_batch_of(engine: Engine) -> list[str]:

@@ -1,7 +1,7 @@
 import pytest
 
 from quire.scheduler.length_curve import MIN_ANSWERS
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 STEP = 0.1
 """Seconds."""
@@ -40,7 +40,7 @@ def test_predictions_come_true() -> None:
         engine.step()
         most_used = max(most_used, engine.scheduler.stats().num_used_blocks)
     assert stats.predicted_queue_seconds == pytest.approx(STEP * (engine.num_steps - now), rel=0.15)
-    # Those that ran then, and not those that came while they ran.
+    # Of the requests that ran then, not of those that came while they ran.
     assert 0.6 * most_used / 64 < stats.predicted_kv_cache_usage <= most_used / 64
     engine.run()
     total = engine.scheduler.stats().total_generated_tokens

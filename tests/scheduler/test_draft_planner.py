@@ -1,4 +1,4 @@
-"""Which drafts are made: those that promise more tokens per second by the times of the last steps."""
+"""Drafts are taken if they promise more tokens per second by the times of the last steps."""
 
 from collections.abc import Callable
 

@@ -7,7 +7,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.fair_share import MAX_TENANTS, FairShare
 from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 POOL = BlockPool(1, 1)
 

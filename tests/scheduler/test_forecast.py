@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler import length_curve
 from quire.scheduler.forecast import QUANTILES, Forecast, Outlook, peak_blocks
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 OUTLOOKS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)).map(lambda pair: Outlook(*pair)), max_size=12)
 
 
 @given(OUTLOOKS, st.integers(0, 100))
 def test_the_peak_is_that_of_going_through_the_steps(outlooks: list[Outlook], others: int) -> None:
-    """Blocks of one token; whoever ends gives back what it had and what it took."""
+    """Blocks of one token. A sequence that ends gives back all its blocks."""
     used = others + sum(outlook.num_blocks for outlook in outlooks)
     peak = most = peak_blocks(used, outlooks, 1)
     seen = used

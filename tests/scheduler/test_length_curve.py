@@ -16,7 +16,7 @@ LIMIT = 50
 
 
 def share_longer(answers: list[Answer], length: int) -> Fraction:
-    """Kaplan and Meier's product: of those that had not ended before it, who went on past each length."""
+    """Kaplan and Meier's product: for each length, the share of answers not ended before it that went past it."""
     share = Fraction(1)
     for at in range(1, length + 1):
         at_risk = [answer for answer in answers if answer.length >= at]
@@ -76,7 +76,7 @@ def test_past_all_experience_as_much_again_is_expected() -> None:
     assert curve.quantile(0.5, 40, 50) == 50
 
 
-def test_answers_that_still_run_are_not_forgotten() -> None:
+def test_answers_that_still_run_count() -> None:
     """Soon after a start only short answers have ended. Their mean is far off, the estimate is not."""
     draw = random.Random(0)
     lengths = [1 + int(draw.expovariate(1 / 300)) for _ in range(4000)]

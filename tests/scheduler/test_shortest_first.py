@@ -6,7 +6,7 @@ from quire.scheduler.sequence import SequenceGroup
 from quire.scheduler.service import OUTPUT_TOKEN, PROMPT_TOKEN
 from quire.scheduler.shortest_first import PATIENCE, ShortestFirst
 from quire.scheduler.step_totals import StepTotals
-from tests.scheduler.test_scheduler import Engine, new_request
+from tests.scheduler.checked_engine import Engine, new_request
 
 POOL = BlockPool(1, 1)
 

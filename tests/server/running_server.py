@@ -23,7 +23,7 @@ class RunningServer:
     engine: Engine
     settings: ServerSettings = field(default_factory=lambda: ServerSettings(port=0))
     wait: bool = True
-    """Until the engine is ready."""
+    """Wait until the engine is ready."""
     start_seconds: float = 10
     reports: list[str] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ class RunningServer:
     def send(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[HTTPResponse, Any]:
-        """(response, its JSON or text), for what the client would not send."""
+        """Send a request that the openai client would not send. Returns (response, its JSON or text)."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=20)
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -79,7 +79,7 @@ class RunningServer:
         return response, json.loads(content) if is_json else content.decode()
 
     def raw(self, data: bytes, *, read: bool = True) -> bytes:
-        """What comes back for bytes that no client library would send, until the server closes."""
+        """Send raw bytes. Returns everything the server sends until it closes the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
             connection.sendall(data)
             received = b""

@@ -1,4 +1,4 @@
-"""An engine without a model: says what a test tells it to, as fast or slow as told, and remembers what it was asked."""
+"""An engine without a model: generates a scripted answer at a scripted speed and records its calls."""
 
 import asyncio
 import time
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass
 class ScriptedEngine:
-    """Implements what `quire.server.backend.Engine` asks for."""
+    """Implements `quire.server.backend.Engine`."""
 
     answer: str = ANSWER
     delay: float = 0.0
@@ -56,14 +56,14 @@ class ScriptedEngine:
     endless: bool = False
     """Repeat the answer until the request is closed."""
     fail_at: int | None = None
-    """The token in whose place the sample fails."""
+    """Index of the token at which the sample fails."""
     raises: Exception | None = None
-    """Raised by every request, before its first token or in place of token `raises_at`."""
+    """Raised by every request in place of token `raises_at`."""
     raises_at: int = 0
     full: bool = False
     load_seconds: float = 0.0
     lives_for: float | None = None
-    """Seconds from being ready until it is down for good."""
+    """Seconds from being ready until it dies."""
     max_model_len: int = 256
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
@@ -76,7 +76,7 @@ class ScriptedEngine:
     num_running: int = 0
     num_closed_early: int = 0
     num_tokens: int = 0
-    """Handed out, over all requests."""
+    """Tokens generated for all requests."""
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
@@ -143,7 +143,7 @@ class ScriptedEngine:
         limit = params.max_tokens or len(tokens)
         length = limit if self.endless else min(limit, len(tokens))
         metrics = RequestMetrics(arrival_time=time.monotonic(), first_scheduled_time=time.monotonic())
-        if params.prompt_logprobs is not None:  # in two pieces, as of a prompt that took two steps
+        if params.prompt_logprobs is not None:  # in two pieces, like those of a prompt computed in two steps
             positions = [None, *(self._position(token, params.prompt_logprobs) for token in prompt[1:])]
             yield RequestOutput("r", None, prompt, [], prompt_logprobs=positions[:1])
             yield RequestOutput("r", None, prompt, [], prompt_logprobs=positions[1:])
@@ -171,7 +171,7 @@ class ScriptedEngine:
 
     @staticmethod
     def _position(token: int, num_top: int) -> PositionLogprobs:
-        """The token itself comes third in the ranking; the two before it are its neighbours."""
+        """Log-probabilities in which the token has rank 3; ranks 1 and 2 are its neighbours."""
         tokenizer = bundled_tokenizer()
         position = {token: Logprob(-3.0, 3, tokenizer.id_to_text(token))}
         for rank in range(1, num_top + 1):

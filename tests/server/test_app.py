@@ -1,4 +1,4 @@
-"""The small endpoints, the description of all, the metrics, and what the server does not import."""
+"""The small endpoints, the OpenAPI description, the metrics, and packages that the server must not import."""
 
 import re
 import subprocess
@@ -91,7 +91,7 @@ def test_metrics(server: RunningServer, client: OpenAI, engine: ScriptedEngine) 
     assert 'http_requests_total{handler="/v1/completions",method="POST",status="200"} 1.0' in text
 
 
-def test_made_up_paths_do_not_grow_the_metrics(server: RunningServer) -> None:
+def test_unknown_paths_do_not_add_metrics(server: RunningServer) -> None:
     for number in range(5):
         server.send("GET", f"/made/up/{number}")
     _, text = server.send("GET", "/metrics")

@@ -1,4 +1,4 @@
-"""API keys and origins: who may pass, and that nothing but the raw path and the key decides."""
+"""API keys and origins. Only the raw path and the key decide whether a request is accepted."""
 
 import pytest
 from openai import AuthenticationError
@@ -54,7 +54,7 @@ def test_salt_follows_the_key(engine: ScriptedEngine) -> None:
     assert salted not in (first, "s")
 
 
-def test_the_tenant_is_the_key_s_holder_and_the_user_only_where_there_are_no_keys(engine: ScriptedEngine) -> None:
+def test_the_tenant_is_the_account_of_the_key_or_the_user_without_keys(engine: ScriptedEngine) -> None:
     with RunningServer(engine, ServerSettings(port=0, api_key=KEYS, share_prefix_cache=True)) as server:
         for key in (*KEYS, KEYS[0]):
             server.client(key).completions.create(model="scripted", prompt="x", user="somebody else")

@@ -199,7 +199,7 @@ def test_refuses_by_name(client: OpenAI, engine: ScriptedEngine, fields: dict[st
     assert engine.calls == []
 
 
-def test_tools_are_ignored_where_none_is_wanted(client: OpenAI) -> None:
+def test_tools_are_ignored_with_tool_choice_none(client: OpenAI) -> None:
     answer = client.chat.completions.create(
         model="scripted",
         messages=HELLO,

@@ -84,7 +84,7 @@ def test_echo_with_logprobs_scores_the_prompt(client: OpenAI, max_tokens: int) -
     assert reply.usage.completion_tokens == max_tokens
 
 
-def test_echo_of_text_gives_it_back_as_sent(client: OpenAI) -> None:
+def test_echo_returns_the_text_as_sent(client: OpenAI) -> None:
     asked: dict[str, Any] = {"model": "scripted", "prompt": PROMPT, "echo": True, "max_tokens": 2}
     text = client.completions.create(**asked).choices[0].text
     assert text.startswith(PROMPT)

@@ -76,7 +76,7 @@ def test_beam_search_whole_and_streamed_agree(client: OpenAI) -> None:
     )
 
 
-def test_kv_tells_what_the_pool_holds(server: RunningServer, client: OpenAI) -> None:
+def test_kv_reports_the_pool(server: RunningServer, client: OpenAI) -> None:
     stream = client.completions.create(
         model="quire-bundled", prompt=PROMPT, max_tokens=400, n=2, stream=True, extra_body={"ignore_eos": True}
     )
@@ -92,7 +92,7 @@ def test_kv_tells_what_the_pool_holds(server: RunningServer, client: OpenAI) -> 
     stream.close()
 
 
-def test_many_at_once_say_what_each_says_alone(client: OpenAI) -> None:
+def test_concurrent_requests_equal_single_ones(client: OpenAI) -> None:
     prompts = [PROMPT[:length] for length in range(10, 58, 8)]
     alone = [greedy(client, prompt) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -121,7 +121,7 @@ def test_stop_strings_end_the_text(client: OpenAI) -> None:
 
 
 def test_echo_scores_are_the_logprobs_of_generating(client: OpenAI) -> None:
-    """What a harness reads from echo equals what was reported when the same tokens were generated."""
+    """The scores that an evaluation reads from echo equal the log-probabilities of generating the same tokens."""
     asked: dict[str, Any] = {"model": "quire-bundled", "temperature": 0}
     first = client.completions.create(
         **asked, prompt=PROMPT, max_tokens=8, logprobs=2, extra_body={"return_token_ids": True}

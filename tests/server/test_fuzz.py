@@ -1,4 +1,4 @@
-"""Whatever JSON comes, the answer is a success or a refusal that names its reason; never a fault of the server."""
+"""Any JSON body gets a success or a refusal with its reason, never a server error."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sizes, forms and times of requests: each refused with its own status, and before it costs anything."""
+"""Limits on sizes, formats and times of requests: each has its own status and is checked before any work."""
 
 import json
 import socket
@@ -69,7 +69,7 @@ def test_malformed_bodies(server: RunningServer, body: bytes, said: str) -> None
     assert reply["error"]["type"] == "invalid_request_error"
 
 
-def test_only_json_is_taken(server: RunningServer) -> None:
+def test_only_json_is_accepted(server: RunningServer) -> None:
     response, reply = server.send("POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": "text/plain"})
     assert response.status == 415
     assert "application/json" in reply["error"]["message"]

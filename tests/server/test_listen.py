@@ -1,4 +1,4 @@
-"""Loading, draining and signals, of a real process with a scripted engine."""
+"""Loading, draining and signals in a real process with a scripted engine."""
 
 import asyncio
 import json
@@ -80,7 +80,7 @@ def test_sigterm_lets_running_requests_finish() -> None:
         assert running.wait(10) == 0
 
 
-def test_what_does_not_finish_in_time_gets_an_error_event() -> None:
+def test_an_unfinished_stream_gets_an_error_event() -> None:
     with process(shutdown_timeout=0.3) as (running, port), stream(port, max_tokens=100_000) as answer:
         running.send_signal(signal.SIGTERM)
         *_, error, done = answer.read().strip().split(b"\n\n")
@@ -123,7 +123,7 @@ def test_an_unknown_host_is_one_line() -> None:
         bind(ServerSettings(host="999.1.1.1", api_key=("k",)))
 
 
-def test_an_engine_that_is_down_for_good_ends_the_server() -> None:
+def test_a_dead_engine_ends_the_server() -> None:
     engine = ScriptedEngine(lives_for=0.05)
     settings = ServerSettings(port=0)
     with pytest.raises(EngineDeadError, match="died 5 times"):

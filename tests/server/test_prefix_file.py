@@ -1,4 +1,4 @@
-"""--prefix-file: its lines, the salts they are registered under, and what stops a server from starting."""
+"""--prefix-file: its lines, the salts of the prefixes, and errors that keep a server from starting."""
 
 import asyncio
 from pathlib import Path

@@ -46,7 +46,7 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
 def test_a_client_that_leaves_stops_the_work(
     server: RunningServer, engine: ScriptedEngine, path: str, body: dict[str, object], delay: float
 ) -> None:
-    """Whether it leaves in the middle of a stream or before the first byte."""
+    """In the middle of a stream and before the first byte."""
     engine.endless, engine.delay = True, delay
     connection = connect(server, path, **body)
     num_prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1  # type: ignore[arg-type]  # of any
@@ -77,11 +77,11 @@ def test_a_client_that_does_not_read_is_waited_for_and_then_dropped(engine: Scri
         assert engine.num_closed_early == 1
         assert num_tokens * 250 < 32 * 2**20, "no more is generated than the sockets hold"
         connection.close()
-        with server.client() as client:  # others are served all the while
+        with server.client() as client:  # other clients are served
             assert client.completions.create(model="scripted", prompt="x", max_tokens=3).choices[0].text
 
 
-def test_what_comes_before_the_first_event_is_no_stream(server: RunningServer, engine: ScriptedEngine) -> None:
+def test_an_error_before_the_first_event_has_its_own_status(server: RunningServer, engine: ScriptedEngine) -> None:
     engine.full = True
     response, reply = server.send("POST", "/v1/completions", {"prompt": ["x", "y"], "stream": True})
     assert response.status == 429
@@ -98,7 +98,7 @@ def test_an_error_within_a_stream_is_an_event(server: RunningServer, engine: Scr
     assert "secret" not in text
 
 
-def test_work_is_cancelled_with_its_exchange() -> None:
+def test_work_is_cancelled_with_its_request() -> None:
     async def scenario() -> None:
         cancelled = asyncio.Event()
 
@@ -112,11 +112,11 @@ def test_work_is_cancelled_with_its_exchange() -> None:
             await asyncio.sleep(100)
             return {"type": "http.disconnect"}
 
-        exchange = asyncio.create_task(while_connected(receive, work()))
+        request = asyncio.create_task(while_connected(receive, work()))
         await asyncio.sleep(0)
-        exchange.cancel()
+        request.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await exchange
+            await request
         assert cancelled.is_set()
         assert len(asyncio.all_tasks()) == 1
 

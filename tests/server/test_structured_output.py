@@ -23,7 +23,7 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
 }
 SLOW = {"type": "integer", "multipleOf": 999983}
-"""Within every limit of the compiler, and seconds to compile."""
+"""A grammar within every limit of the compiler that takes seconds to compile."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_response_format_of_a_chat_whole_and_streamed(client: OpenAI) -> None:
         ({"response_format": {"type": "text"}, "guided_choice": ["a"]}, "a"),
     ],
 )
-def test_every_field_gives_its_form(client: OpenAI, fields: dict[str, Any], pattern: str) -> None:
+def test_every_field_constrains_the_text(client: OpenAI, fields: dict[str, Any], pattern: str) -> None:
     for text in complete(client, n=3, extra_body=fields):
         assert re.fullmatch(pattern, text), text
 
@@ -101,7 +101,7 @@ def test_every_field_gives_its_form(client: OpenAI, fields: dict[str, Any], patt
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_grammar_that_cannot_be_is_a_400_within_a_second(
+def test_an_invalid_grammar_is_a_400_within_a_second(
     client: OpenAI, fields: dict[str, Any], reason: str, stream: bool
 ) -> None:
     started = time.monotonic()
@@ -124,7 +124,7 @@ def test_a_grammar_that_cannot_be_is_a_400_within_a_second(
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": "x" * 2**17}}}},
     ],
 )
-def test_what_is_no_form_is_refused_by_the_name_of_its_field(client: OpenAI, fields: dict[str, Any]) -> None:
+def test_an_invalid_constraint_is_refused_by_the_name_of_its_field(client: OpenAI, fields: dict[str, Any]) -> None:
     with pytest.raises(BadRequestError) as refused:
         client.completions.create(model=MODEL, prompt=PROMPT, extra_body=fields)
     body: Any = refused.value.body
@@ -133,7 +133,7 @@ def test_what_is_no_form_is_refused_by_the_name_of_its_field(client: OpenAI, fie
     assert field in body["message"]
 
 
-def test_eight_streams_go_on_beside_explosions(client: OpenAI) -> None:
+def test_eight_streams_continue_during_explosions(client: OpenAI) -> None:
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
     prompts = [PROMPT[:length] for length in range(8, 40, 4)]
 
@@ -151,10 +151,10 @@ def test_eight_streams_go_on_beside_explosions(client: OpenAI) -> None:
         return time.monotonic() - started
 
     alone = [stream(prompt)[0] for prompt in prompts]
-    complete(client, extra_body={"guided_choice": ["a"]})  # the process that checks grammars is there
+    complete(client, extra_body={"guided_choice": ["a"]})  # the process that checks grammars runs
     with ThreadPoolExecutor(9) as pool:
         exploding = pool.submit(explode, 0)
-        beside = list(pool.map(stream, prompts))
-    assert [text for text, _ in beside] == alone
-    assert max(gap for _, gap in beside) < 3
+        concurrent = list(pool.map(stream, prompts))
+    assert [text for text, _ in concurrent] == alone
+    assert max(gap for _, gap in concurrent) < 3
     assert exploding.result() < 5, "0.7 s, and what nine busy clients add"

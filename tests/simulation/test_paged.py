@@ -223,7 +223,7 @@ def test_the_check_sees_books_that_do_not_add_up() -> None:
             case "fill":
                 pool.fill[block] -= 1
             case "names":
-                pool.names[block] = b"x"
+                pool.hashes[block] = b"x"
             case "num_free":
                 pool.num_free += 1
             case "next":

@@ -1,4 +1,4 @@
-"""What the benchmarks ask, prompts of random tokens with lengths of a named distribution; and figures of what came."""
+"""Workloads of `quire bench`: prompts of random tokens with given or distributed lengths. Also prints the figures."""
 
 import json
 import math

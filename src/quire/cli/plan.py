@@ -35,7 +35,7 @@ PROMPT, OUTPUT = 512, 128
 @Parameter(name="*")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What `quire plan` is asked, beside the engine's options. The docstrings are its help."""
+    """Options of `quire plan` beside the engine's. The docstrings are its help."""
 
     device: str = ""
     """A100-40GB, A100-80GB, H100, H200, or a file that --measure wrote. Left out, or cpu or cuda: this machine, without

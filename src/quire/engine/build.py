@@ -21,7 +21,8 @@ from quire.engine.memory_budget import max_num_samples
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
-from quire.kernels import Kernels, cpu, kernels_for
+from quire.kernels import Kernels, kernels_for
+from quire.kernels.interface import Packing
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
@@ -89,7 +90,7 @@ def build_core(
     started = time.perf_counter()
     num_threads = _set_threads(config)
     target = _Target(config, model_config, plan, folder, kernels_for(plan.attention_backend), torch.device(plan.device))
-    name = _kernel_name(config, plan)
+    name = _kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
     model, from_cache = _load_weights(target, preloader)
@@ -146,11 +147,11 @@ def _set_threads(config: EngineConfig) -> int:
     return num_threads
 
 
-def _kernel_name(config: EngineConfig, plan: MemoryPlan) -> str:
+def _kernel_name(config: EngineConfig, plan: MemoryPlan, kernels: Kernels) -> str:
     """The backend, or on a CPU its instruction set. Warns if the KV type was chosen for another instruction set."""
+    name = kernels.describe()
     if plan.attention_backend != "cpu":
-        return plan.attention_backend
-    name = cpu.isa()
+        return name
     if (config.kv_cache_dtype, plan.kv_cache_dtype) == ("auto", "bfloat16") and name != "avx512bf16":
         logger.warning(
             "the KV cache is bfloat16, because this CPU reports that it multiplies pairs of bfloat16, but the %s "
@@ -164,7 +165,7 @@ def _load_weights(target: _Target, preloader: Preloader) -> tuple[Model, bool]:
     """The model, and whether its weights came packed from the cache; else they are now being stored there."""
     preloader.finish()
     packed = None if preloader.memory is None else PackedWeights(preloader.memory, preloader.stored)
-    model = _load_model(target, target.kernels if packed is None else packed.kernels)
+    model = _load_model(target, packed)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
     from_cache = packed is not None and packed.num_packed == 0
@@ -173,7 +174,7 @@ def _load_weights(target: _Target, preloader: Preloader) -> tuple[Model, bool]:
     return model, from_cache
 
 
-def _load_model(target: _Target, kernels: Kernels) -> Model:
+def _load_model(target: _Target, packing: Packing | None) -> Model:
     config, plan = target.config, target.plan
     float32_activations = BACKENDS[plan.attention_backend].float32_activations
     made_on = torch.device("cpu") if float32_activations else target.device
@@ -182,7 +183,9 @@ def _load_model(target: _Target, kernels: Kernels) -> Model:
     if not float32_activations:
         source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
     stored_as = plan.quantization or plan.dtype
-    return load_model(target.model_config, source, kernels, stored_as, max_model_len=plan.max_model_len)
+    return load_model(
+        target.model_config, source, target.kernels, stored_as, packing=packing, max_model_len=plan.max_model_len
+    )
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
@@ -209,7 +212,7 @@ def _open_tiers(target: _Target, kv_cache: KVCache) -> tuple[TierIndex | None, B
     num_host_blocks = plan.swap_space // block_bytes
     files = None
     if config.disk_cache is not None:
-        key = fingerprint(config, plan, target.folder, cpu.isa())
+        key = fingerprint(config, plan, target.folder, target.kernels.describe())
         files = DiskBlocks.open(config.disk_cache, key, block_bytes)
     if not num_host_blocks and files is None:
         return None, None

@@ -11,13 +11,13 @@ from quire.model_config import ModelConfig
 from quire.step import logprob_bytes
 
 CONTEXT_BYTES = 640 * 2**20
-"""What a CUDA context, its kernels and the workspaces of cuBLAS take of a card before anything is allocated."""
+"""Memory of a card that a CUDA context, its kernels and the workspaces of cuBLAS take before any allocation."""
 GRAPH_BYTES = 256 * 2**20
-"""Allowance for what captured steps take beside their activations: their launches, a workspace of cuBLAS."""
+"""Allowance for captured steps beside their activations: their launches, a workspace of cuBLAS."""
 SAMPLING_BYTES_PER_LOGIT = 4 + 4 + 8
-"""Sampling on a device: float32 logits, and a sorted copy with its ids."""
+"""Sampling on a device: float32 logits, and a sorted copy with its token ids."""
 TOP_TOKENS_BYTES_PER_LOGIT = 4
-"""The same with kernels that list token ids instead of sorting: at most all of them."""
+"""Sampling with kernels that list token ids instead of sorting: at most all of them."""
 LOGPROB_POSITIONS = 64
 """Positions whose log-probabilities are computed at once by default: enough for full-speed products."""
 MAX_LOGPROBS_MEMORY = 64 * 2**20
@@ -53,7 +53,7 @@ class MemoryBudget:
     logprobs: int
     """For log-probabilities of prompts and samples, which are computed piece by piece in it."""
     context: int = 0
-    """What a device takes before anything is allocated."""
+    """Memory that a device takes before any allocation."""
     graphs: int = 0
     """Allowance for captured steps."""
     swap_space: int = 0
@@ -68,7 +68,7 @@ class MemoryBudget:
 
     @property
     def left(self) -> int:
-        """What remains for KV blocks; negative where the other parts do not fit."""
+        """Memory left for KV blocks; negative if the other parts do not fit."""
         left = self.available - self.weights - self.activations - self.logprobs - self.context - self.graphs
         return left if self.own_memory else left - self.tiers
 

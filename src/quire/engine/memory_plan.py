@@ -52,14 +52,14 @@ class MemoryPlan:
     staging: int = 0
     """Blocks on their way to and from the disk tier."""
     context: int = 0
-    """What a device takes before anything is allocated."""
+    """Memory that a device takes before any allocation."""
     graphs: int = 0
     """Allowance for captured steps."""
     async_scheduling: bool = False
 
     @property
     def total(self) -> int:
-        """What is taken of `available`. On a card with memory of its own, tiers and staging are the host's and do not
+        """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
         device = self.weights + self.activations + self.logprobs + self.kv_cache + self.context + self.graphs
         return device if self.device == "cuda" else device + self.swap_space + self.staging
@@ -109,9 +109,10 @@ class MemoryPlan:
 def plan_memory(
     config: EngineConfig, model: ModelConfig, available: int | None = None, *, device: Device | None = None
 ) -> MemoryPlan:
-    """Decide every size. Raises `MemoryPlanError` for a plan that cannot fit, `ConfigError` for options at odds.
+    """Decide every size, in memory of `available` bytes (by default what the host has available).
 
-    A card's memory is known from its size alone; what others have taken of it at this moment never decides anything.
+    Raises `MemoryPlanError` for a plan that cannot fit, `ConfigError` for options that contradict each other. A card's
+    plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
     choice = _choose_storage(config, model, device)

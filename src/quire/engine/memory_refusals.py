@@ -128,7 +128,7 @@ def check_pool(config: EngineConfig, budget: MemoryBudget, num_blocks: int, bloc
 
 
 def _smaller_weights(model: ModelConfig, choice: StorageChoice, available: int) -> str:
-    """What the weights would take in those ways of storing them that are smaller and fit into `available` bytes."""
+    """Sizes of the weights in smaller formats that fit into `available` bytes, as the end of a sentence, or ""."""
     spec, dtype = model.spec, choice.dtype
     in_half = DTYPE_BYTES[dtype] > 2 and choice.quantization is None
     choices = {"float16": spec.weight_bytes("float16")} if in_half else {}

@@ -77,7 +77,7 @@ class OutputProcessor:
         self._clock = clock
         self._states: dict[str, _RequestState] = {}
         self._batch_id = 0
-        """The last `StepDeltas.batch_id`; 0 if requests were discarded since."""
+        """The last `StepDeltas.batch_id`; 0 if it no longer says anything about the samples."""
         self._growing: _Growing | None = None
         """The samples of that batch, if all of them grow by token ids only."""
 
@@ -93,6 +93,10 @@ class OutputProcessor:
     def discard(self, request_id: str) -> None:
         """Remove an aborted request."""
         self._states.pop(request_id, None)
+        self._batch_id = 0
+
+    def restart(self) -> None:
+        """A new engine core comes next; it numbers its batches from the beginning."""
         self._batch_id = 0
 
     def process(self, deltas: StepDeltas) -> tuple[Sequence[RequestOutput], list[tuple[str, int]]]:

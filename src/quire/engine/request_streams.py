@@ -118,6 +118,7 @@ class RequestStreams:
 
     def count_death(self) -> None:
         """The engine process died: end the streams that have seen too many deaths."""
+        self._outputs.restart()
         for request_id, stream in list(self._streams.items()):
             stream.num_deaths += 1
             if stream.num_deaths >= DEATHS_PER_REQUEST:

@@ -1,1 +1,1 @@
-"""What a form of text allows next: grammars over a model's tokens, compiled by llguidance. No torch, no model."""
+"""Grammars over a model's tokens: which tokens a constraint allows next. llguidance compiles. No torch, no model."""

@@ -82,9 +82,9 @@ def kv_cache_shapes(
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
 
-    They are divided by the scales of their heads before they are rounded to the cache's type. What is beyond the range
-    of float16 or float8 becomes its largest number: one infinite key or value would turn all later tokens of its
-    sequence into NaN. To int8 each key and each value is brought as `quantize_rows` says.
+    They are divided by the scales of their heads, then rounded to the cache's type. Values beyond the range of float16
+    or float8 become its largest number: one infinite key or value would turn all later tokens of its sequence into NaN.
+    For int8, each key and each value is a row of `quantize_rows`.
     """
     keys, values, block_size = kv.keys, kv.values, kv.values.shape[2]
     written = slots >= 0
@@ -134,7 +134,7 @@ def stored_kv(kv: KVLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def rotary_write_kv(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos_sin: Tensor, kv: KVLayer, slots: Tensor
 ) -> None:
-    """`rotary_`, then `write_kv`; one pass where a device can. What is left in k is not defined."""
+    """`rotary_`, then `write_kv`; in one pass where a device can. The content of k afterwards is undefined."""
     rotary_(q, k, positions, cos_sin)
     write_kv(k, v, kv, slots)
 
@@ -161,14 +161,14 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> whole numbers from -127 to 127 [M, K] int8, and what to multiply each row by [M].
+    """x [M, K] -> integers from -127 to 127 [M, K] int8, and the scale of each row [M].
 
-    The largest magnitude of a row becomes 127; halves are rounded to even. A row of nothing above 2^-100 becomes zeros.
-    A row with an infinity or a NaN has NaN for its scale, so that nothing computed from it looks like a result.
+    The largest magnitude of a row becomes 127; halves are rounded to even. A row without a magnitude of 2^-100 or more
+    becomes zeros. The scale of a row with an infinity or a NaN is NaN, so that nothing computed from it looks valid.
     """
     magnitude = x.abs().amax(-1)
     finite = magnitude.isfinite()
-    # One division; of a number by a tensor torch makes a reciprocal and a product.
+    # A division of tensors: torch would compute number / tensor as a reciprocal and a product.
     inverse = torch.where(finite & (magnitude >= 2.0**-100), torch.full_like(magnitude, 127) / magnitude, 0.0)
     values = (torch.where(finite[:, None], x, 0.0) * inverse[:, None]).round()
     return values.to(torch.int8), torch.where(finite, magnitude / 127, float("nan"))
@@ -180,7 +180,8 @@ def quantize_linear(
     """weights [N_i, K] -> one weight of sum(N_i) outputs, in groups of `group_size` inputs with one scale each.
 
     With 8 bits the largest magnitude of a group becomes 127 or -127. With 4 bits the value furthest from zero becomes
-    -8, and what would be 8 becomes 7. Halves are rounded to even; a group of nothing above 2^-100 becomes zeros.
+    -8, and what would be 8 becomes 7. Halves are rounded to even; a group without a magnitude of 2^-100 or more
+    becomes zeros.
     """
     values, scales = [], []
     for group in torch.cat([weight.float() for weight in weights]).split(group_size, dim=1):
@@ -197,7 +198,7 @@ def quantize_linear(
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in 8 bits.
 
-    Products of whole numbers are summed exactly inside a group of inputs.
+    Products of integers are summed exactly within a group of inputs.
     """
     values, row_scales = quantize_rows(x)
     out = torch.zeros(len(x), num_outputs, dtype=x.dtype)
@@ -277,13 +278,14 @@ def sample_tokens(
     peaks: Tensor,
     ids: Tensor,
 ) -> None:
-    """x [M, N] logits, N > 0; all others [M]: draws a token of each row by its probability at the row's temperature.
+    """x [M, N] logits, N > 0; all others [M]: samples a token of each row by its probability at the row's temperature.
 
-    Tokens less than `min_p` times as likely as the likeliest are left out, then all but the `top_k` likeliest (0: none
-    is), then all but the fewest likeliest that hold `top_p` of what is left; of equals the lowest ids stay. `uniforms`,
-    in [0, 1), pick by the inverse of the cumulative distribution: over tokens in the order of likelihood where top_k or
-    top_p is asked for, else of ids. Temperatures and min_p are float32, top_k int32, top_p and uniforms float64.
-    Writes the highest logits to `peaks` and tokens to `ids`, which mean nothing where the peak is not finite.
+    Three filters apply in turn. `min_p` removes tokens less than `min_p` times as likely as the likeliest. `top_k`
+    keeps the `top_k` likeliest (0: all). `top_p` keeps the fewest likeliest that hold `top_p` of the rest. Among equals
+    the lowest ids stay. `uniforms`, in [0, 1), select by the inverse of the cumulative distribution: over tokens
+    ordered by likelihood if top_k or top_p filters, else by id. Temperatures and min_p are float32, top_k int32, top_p
+    and uniforms float64. Writes the highest logits to `peaks` and the tokens to `ids`; where a peak is not finite, the
+    token means nothing.
     """
     row_argmax(x, peaks, ids)
     for row in peaks.isfinite().nonzero().flatten().tolist():

@@ -1,11 +1,11 @@
 """The kernels in plain PyTorch for any device: KV is gathered through the block tables for torch's own attention.
 
-For devices without kernels of their own (older GPUs, MPS), and on a CPU for tests of what only devices do. Slower than
-a paged kernel, since KV is read, copied and read again; in exchange nothing here depends on the device. No operation
-waits for it: every shape is known on the host. What each computes is written in `quire.kernels.reference`.
+They serve devices without kernels of their own (older GPUs, MPS), and tests of device code on a CPU. They are slower
+than a paged kernel, since KV is read, copied and read again, but nothing here depends on the device. No operation waits
+for the device: every shape is known on the host. `quire.kernels.reference` specifies what each computes.
 
-Activations are of any float type and sums are float32. Caches are [num_blocks, num_kv_heads, block_size, head_dim] of
-any float type or float8_e4m3fn, to whose range what is stored is clamped.
+Activations have any float type and sums are float32. Caches are [num_blocks, num_kv_heads, block_size, head_dim] of any
+float type or float8_e4m3fn; values beyond the range of float16 and float8 are clamped.
 """
 
 from collections.abc import Sequence
@@ -58,14 +58,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SequenceRun:
-    """Sequences that are computed together: n of them with q new tokens each and at most b blocks."""
+    """Sequences that are computed together: n sequences with q new tokens each and at most b blocks."""
 
     tokens: Tensor
     """[n, q] int64: rows of q and of the output."""
     blocks: Tensor
     """[n, b] int64: their block tables; an entry past a sequence's end is any block."""
     distance: Tensor
-    """[n, q, b * block_size] int32: position of the key minus that of the query. Above zero it is not seen."""
+    """[n, q, b * block_size] int32: position of the key minus position of the query. Above zero the key is hidden."""
     seq_lens: Tensor
     """[n, 1] int64"""
 
@@ -114,8 +114,8 @@ def rotary_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     if not len(slots):
         return
-    # A token that is not stored repeats the first one that is, and where none is, a slot gets what it holds. A mask
-    # would do with less, but the host would have to wait for the number of its ones.
+    # A token that is not stored repeats the write of the first one that is; if none is, the slot keeps its value. A
+    # mask would be simpler, but the host would have to wait for the number of its ones.
     stored = slots >= 0
     row = torch.where(stored, torch.arange(len(slots), device=slots.device), stored.int().argmax())
     slot = slots[row].long().clamp(min=0)
@@ -166,7 +166,7 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         for x, head_scale in ((keys, kv.k_scale), (values, kv.v_scale)):
             if head_scale is not None:
                 x.mul_(head_scale[:, None, None])
-        # Slots past a sequence's end may hold anything, and not a number times nothing is not a number.
+        # Slots past a sequence's end may hold anything, and NaN times 0 is NaN.
         unwritten = torch.arange(keys.shape[2], device=q.device) >= run.seq_lens
         keys, values = (x.masked_fill_(unwritten[:, None, :, None], 0) for x in (keys, values))
         queries = q[run.tokens].transpose(1, 2)  # [n, heads, q, D]

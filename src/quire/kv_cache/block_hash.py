@@ -47,9 +47,10 @@ def root_hash(salt: str, block_size: int, adapter: str = "") -> BlockHash:
 
 def hash_block(parent: BlockHash, token_ids: Sequence[int], extras: Sequence[BlockExtra] = ()) -> BlockHash:
     """The hash of a full block that holds `token_ids` and follows the block with the hash `parent`."""
-    encoded = b"block\x00" + parent + b"%d\x00" % len(token_ids) + array("I", token_ids).tobytes()
-    for content_hash, offset, end in extras:
-        encoded += b"input\x00%d\x00%d\x00%d\x00" % (offset, end, len(content_hash)) + content_hash
+    encoded = b"block\x00%b%d\x00%b" % (parent, len(token_ids), array("I", token_ids).tobytes())
+    if extras:
+        for content_hash, offset, end in extras:
+            encoded += b"input\x00%d\x00%d\x00%d\x00%b" % (offset, end, len(content_hash), content_hash)
     return blake2b(encoded, digest_size=32).digest()
 
 

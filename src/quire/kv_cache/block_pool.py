@@ -1,14 +1,13 @@
 """BlockPool: which blocks are free, who shares which, and which hold content that can be found again.
 
-A block is an index. It is *used* while its reference count is positive and on the free list otherwise. A full block may
-carry a name (see `block_hash`); when its last reference goes it keeps the name, so a later request with the same prefix
-finds it there until its space is needed. One that is only partly filled has no name, and can be left to be found by
-its tokens; whoever finds it fills it up. The pool knows nothing of sequences, tensors or time.
+A block is an index. It is *used* while its reference count is positive, and on the free list otherwise. A full block
+may have a hash (see `block_hash`). When its last reference goes it keeps the hash, so a later request with the same
+prefix finds it until its space is needed. A partly filled block has no hash; it can be retained and found by its
+tokens, and the sequence that finds it fills it up. The pool knows nothing of sequences or tensors, and has no clock.
 
-The free list is doubly linked through two flat lists, in eviction order: blocks without content first, then those
-that can be found, least recently freed first. A prefix hit takes a block out of the middle, which is why this is not a
-deque; and flat lists of integers, not node objects, let a pool of a million blocks start in a fraction of a
-second.
+The free list is in eviction order: blocks without content first, then blocks that can be found, least recently freed
+first. It is doubly linked, because a prefix hit takes a block out of the middle. The links are two flat lists of
+integers instead of node objects, so that a pool of a million blocks starts in a fraction of a second.
 """
 
 from collections import Counter
@@ -23,7 +22,7 @@ BlockListener = Callable[[int, BlockHash], None]
 
 
 class OutOfBlocksError(QuireError):
-    """A block was asked for and none is free. Schedulers ask `num_free` first; who sees this did not."""
+    """No block is free. Callers check `num_free` first; reaching this is a bug."""
 
 
 class BlockPool:
@@ -36,7 +35,7 @@ class BlockPool:
         self.ref_counts = [0] * num_blocks
         self.fill = [0] * num_blocks
         """Slots written since the block was last taken."""
-        self.names: list[BlockHash | None] = [None] * num_blocks
+        self.hashes: list[BlockHash | None] = [None] * num_blocks
         self.num_free = num_blocks
         self.num_references = 0
         """Sum of all reference counts."""
@@ -54,12 +53,12 @@ class BlockPool:
         self.idle_listeners: list[BlockListener] = []
         """Called for a block with a hash when its last reference goes."""
         self.pinned: Counter[int] = Counter()
-        """Used blocks that registered prefixes hold → by how many; these never lose their names."""
+        """Used blocks that registered prefixes hold → by how many prefixes. They never lose their hash."""
         self.children = PartialBlockIndex()
         self._copied_from: list[int] = []
-        self._named: dict[BlockHash, int] = {}
+        self._by_hash: dict[BlockHash, int] = {}
         self._aliases: dict[BlockHash, int] = {}
-        """Further names of pinned blocks: what a registered prefix is called under other salts."""
+        """Further hashes of pinned blocks: those of a registered prefix under other salts."""
         # The entry past the last block is the list's anchor: its next is the head, its previous the tail.
         self._next: list[int] = [*range(1, num_blocks + 1), 0]
         self._prev: list[int] = [num_blocks, *range(num_blocks)]
@@ -87,7 +86,7 @@ class BlockPool:
         self.now = now
 
     def allocate(self) -> int:
-        """Take the first block of the free list; what it held can no longer be found."""
+        """Take the first block of the free list. Its old content can no longer be found."""
         anchor = self.num_blocks
         block = self._next[anchor]
         if block == anchor:
@@ -95,14 +94,14 @@ class BlockPool:
         self._unlink(block)
         self.num_free -= 1
         self.children.remove(block)
-        name = self.names[block]
-        if name is not None:
-            del self._named[name]
-            self.names[block] = None
+        block_hash = self.hashes[block]
+        if block_hash is not None:
+            del self._by_hash[block_hash]
+            self.hashes[block] = None
             self.num_cached_free -= 1
             self.total_evictions += 1
             for listener in self.eviction_listeners:
-                listener(block, name)
+                listener(block, block_hash)
         self.taken_at[block] = self.now
         self.ref_counts[block] = 1
         self.num_references += 1
@@ -110,14 +109,14 @@ class BlockPool:
         return block
 
     def share(self, block: int) -> None:
-        """Add a reference to a block; one that was found may be on the free list and leaves it.
+        """Add a reference to a block. A block that was found may be on the free list, and leaves it.
 
-        One that was left partly filled is then its finder's alone, who says by `write` how much of it is wanted.
+        A retained, partly filled block now belongs to its finder alone, which says by `write` how much of it to use.
         """
         if self.ref_counts[block] == 0:
             self._unlink(block)
             self.num_free -= 1
-            if self.names[block] is None:
+            if self.hashes[block] is None:
                 self.children.remove(block)
             else:
                 self.num_cached_free -= 1
@@ -126,7 +125,7 @@ class BlockPool:
         self.num_references += 1
 
     def release(self, block: int) -> None:
-        """Drop a reference. At the last one the block goes to the free list: to its tail if it can be found."""
+        """Drop a reference. With the last one the block joins the free list, at its tail if it can be found."""
         count = self.ref_counts[block] - 1
         self.ref_counts[block] = count
         self.num_references -= 1
@@ -134,32 +133,32 @@ class BlockPool:
             return
         self.num_free += 1
         self.num_filled_slots -= self.fill[block]
-        name = self.names[block]
-        if name is None and block not in self.children:
+        block_hash = self.hashes[block]
+        if block_hash is None and block not in self.children:
             self._link_first(block)
             return
         self._link(self._prev[self.num_blocks], block)
-        if name is not None:
+        if block_hash is not None:
             self.num_cached_free += 1
             for listener in self.idle_listeners:
-                listener(block, name)
+                listener(block, block_hash)
 
-    def leave(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
-        """Let a partly filled block be found when its only holder, who is about to release it, is gone.
+    def retain_partial(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
+        """Keep a partly filled block findable after its only holder has released it, which it is about to do.
 
-        It holds `token_ids` and follows the block named `parent`. One that others hold, or whose tokens can be found
-        elsewhere, is not left.
+        The block holds `token_ids` and follows the block with the hash `parent`. Nothing happens if others hold it, or
+        if its tokens can be found elsewhere.
         """
-        if not self.enable_prefix_caching or self.ref_counts[block] > 1 or self.names[block] is not None:
+        if not self.enable_prefix_caching or self.ref_counts[block] > 1 or self.hashes[block] is not None:
             return
         found = self.children.longest(parent, token_ids)
         if found is None or found[1] < len(token_ids):
             self._add_child(block, parent, token_ids)
 
     def release_after_copy(self, block: int) -> None:
-        """Drop a reference to a block of which a copy was ordered; its space is not taken before `copies_are_done`.
+        """Drop a reference to a block that this step copies; nothing takes its space before `copies_are_done`.
 
-        Were it taken in the same step, it could be the destination of another copy, and the two would depend on order.
+        If it were taken in the same step, it could be the destination of another copy, and the order would matter.
         """
         if self.ref_counts[block] > 1:
             self.release(block)
@@ -167,12 +166,12 @@ class BlockPool:
             self._copied_from.append(block)
 
     def copies_are_done(self) -> None:
-        """The copies ordered so far have been made, or were taken back: drop what was held for them."""
+        """All planned copies were made or rolled back: release their sources."""
         while self._copied_from:
             self.release(self._copied_from.pop())
 
     def write(self, block: int, fill: int) -> None:
-        """Note that a block its only holder writes to is now filled up to `fill` slots."""
+        """A block that its only holder writes to is now filled up to `fill` slots."""
         self.num_filled_slots += fill - self.fill[block]
         self.fill[block] = fill
 
@@ -181,7 +180,7 @@ class BlockPool:
         self.num_filled_slots += num_slots
 
     def set_counted_fill(self, block: int, fill: int) -> None:
-        """Note the fill of a block whose slots `count_filled` has counted."""
+        """Set the fill of a block whose slots `count_filled` has counted."""
         self.fill[block] = fill
 
     def copy_on_write(self, block: int) -> int:
@@ -191,59 +190,59 @@ class BlockPool:
         self.release_after_copy(block)
         return copy
 
-    def find(self, name: BlockHash) -> int | None:
-        """The block that carries `name`, used or free; it must be shared before anything else is allocated."""
-        if self._aliases and (block := self._aliases.get(name)) is not None:
+    def find(self, block_hash: BlockHash) -> int | None:
+        """The block with this hash, used or free. Share it before anything else is allocated."""
+        if self._aliases and (block := self._aliases.get(block_hash)) is not None:
             return block
-        return self._named.get(name)
+        return self._by_hash.get(block_hash)
 
     def set_hash(
-        self, block: int, name: BlockHash, parent: BlockHash = b"", token_ids: Sequence[TokenKey] | None = None
+        self, block: int, block_hash: BlockHash, parent: BlockHash = b"", token_ids: Sequence[TokenKey] | None = None
     ) -> None:
-        """Make a full block findable. The first block of a name keeps it; later twins stay nameless.
+        """Make a full block findable. Of several blocks with the same content only the first gets the hash.
 
-        With the name of its parent and its tokens, it can also be found by a beginning of the tokens.
+        With its parent's hash and its tokens, it can also be found by the first of its tokens.
         """
-        if self.enable_prefix_caching and self.names[block] is None and self.find(name) is None:
-            self.names[block] = name
-            self._named[name] = block
+        if self.enable_prefix_caching and self.hashes[block] is None and self.find(block_hash) is None:
+            self.hashes[block] = block_hash
+            self._by_hash[block_hash] = block
             if token_ids is not None:
                 self._add_child(block, parent, token_ids)
 
-    def forget_name(self, block: int) -> None:
-        """Make a used block unfindable, because what it holds is not to be trusted."""
-        name = self.names[block]
-        if name is not None and block not in self.pinned:
-            del self._named[name]
-            self.names[block] = None
+    def remove_hash(self, block: int) -> None:
+        """Make a used block unfindable, because its content may be wrong. Pinned blocks keep their hash."""
+        block_hash = self.hashes[block]
+        if block_hash is not None and block not in self.pinned:
+            del self._by_hash[block_hash]
+            self.hashes[block] = None
             self.children.remove(block)
 
-    def forget_hashes(self) -> None:
-        """Empty the prefix cache: only what is pinned can be found by name any more; tables are untouched.
+    def clear_hashes(self) -> None:
+        """Empty the prefix cache: only pinned blocks stay findable. Block tables are untouched.
 
-        Blocks that have been written are taken before those that never were: their memory is there already.
+        Blocks that were written once are taken first from now on: their memory is there already.
         """
-        forgotten = {block for block in (*self._named.values(), *self.children) if block not in self.pinned}
-        for block in [block for block in self.free_order() if block in forgotten][::-1]:
+        evicted = {block for block in (*self._by_hash.values(), *self.children) if block not in self.pinned}
+        for block in [block for block in self.free_order() if block in evicted][::-1]:
             self._unlink(block)
             self._link_first(block)
-        for block in forgotten:
-            self.names[block] = None
+        for block in evicted:
+            self.hashes[block] = None
             self.children.remove(block)
-        self._named = {name: block for name, block in self._named.items() if block in self.pinned}
+        self._by_hash = {block_hash: block for block_hash, block in self._by_hash.items() if block in self.pinned}
         self.num_cached_free = 0
 
     def pin(self, blocks: Iterable[int]) -> None:
-        """Let used, named blocks keep their names whatever happens, once more than before; the holder keeps them."""
+        """Pin used blocks that have a hash, once more than before. Their holder keeps its references."""
         self.pinned.update(blocks)
 
     def unpin(self, blocks: Iterable[int]) -> None:
-        """Take back one `pin` of each block."""
+        """Undo one `pin` of each block."""
         self.pinned.subtract(blocks)
         self.pinned += Counter()  # drops what has come to 0
 
     def set_aliases(self, aliases: dict[BlockHash, int]) -> None:
-        """Replace the further names under which pinned blocks are found."""
+        """Replace the further hashes under which pinned blocks are found."""
         self._aliases = aliases
 
     def free_order(self) -> Iterable[int]:
@@ -254,10 +253,10 @@ class BlockPool:
             block = self._next[block]
 
     def _add_child(self, block: int, parent: BlockHash, token_ids: Sequence[TokenKey]) -> None:
-        forgotten = self.children.add(block, parent, token_ids)
-        if forgotten is not None and self.names[forgotten] is None:  # free, and now without content
-            self._unlink(forgotten)
-            self._link_first(forgotten)
+        evicted = self.children.add(block, parent, token_ids)
+        if evicted is not None and self.hashes[evicted] is None:  # free, and now without content
+            self._unlink(evicted)
+            self._link_first(evicted)
 
     def _unlink(self, block: int) -> None:
         """Take a block out of the free list."""
@@ -269,7 +268,7 @@ class BlockPool:
         self._link(self.num_blocks, block)
 
     def _link(self, before: int, block: int) -> None:
-        """Put a block into the free list behind another, or behind its anchor."""
+        """Put a block into the free list after another block, or after the anchor."""
         after = self._next[before]
         self._next[before] = block
         self._prev[block] = before

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
@@ -37,8 +37,16 @@ class Linear:
 
     __slots__ = ("bias", "kernels", "num_inputs", "num_outputs", "packed")
 
-    def __init__(self, kernels: Kernels, weights: Sequence[LinearWeight], dtype: str | WeightFormat) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        weights: Sequence[LinearWeight],
+        dtype: str | WeightFormat,
+        packing: Packing | None = None,
+    ) -> None:
+        """`packing` packs the weights; by default `kernels` does."""
         self.kernels = kernels
+        packing = packing or kernels
         matrices = [part.weight for part in weights]
         self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
         self.num_inputs = matrices[0].shape[1]
@@ -46,9 +54,9 @@ class Linear:
             dtype = METHODS[dtype].layers
         self.packed: PackedWeight
         if isinstance(dtype, str):
-            self.packed = kernels.pack_linear(matrices, dtype)
+            self.packed = packing.pack_linear(matrices, dtype)
         else:
-            self.packed = kernels.quantize_linear(matrices, dtype.bits, dtype.group_size or self.num_inputs)
+            self.packed = packing.quantize_linear(matrices, dtype.bits, dtype.group_size or self.num_inputs)
         self.bias = _join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
@@ -79,7 +87,7 @@ def _join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     return torch.cat([bias.float() for bias in biases])
 
 
-def output_head(kernels: Kernels, table: LinearWeight, dtype: str) -> Linear:
+def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Packing | None = None) -> Linear:
     """The layer that makes logits: a table [vocab_size, H], which may be the embedding's. A quantisation has a format
     of its own for it."""
-    return Linear(kernels, [table], METHODS[dtype].head if dtype in METHODS else dtype)
+    return Linear(kernels, [table], METHODS[dtype].head if dtype in METHODS else dtype, packing)

@@ -46,7 +46,7 @@ class Builder:
         )
 
     def pack(self, *weights: LinearWeight) -> Linear:
-        return Linear(self.kernels, weights, self.dtype)
+        return Linear(self.kernels, weights, self.dtype, self.weights.packing)
 
     def norm(self, name: str) -> Norm:
         """A norm of the residual stream, of the kind that config says."""
@@ -64,11 +64,12 @@ class Builder:
     def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[Embedding | TiedEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`."""
         if self.config.tie_word_embeddings:
-            head = output_head(self.kernels, LinearWeight(table), self.dtype)
+            head = output_head(self.kernels, LinearWeight(table), self.dtype, self.weights.packing)
             return TiedEmbedding(head), head
         num_outputs, num_inputs = table.shape
         stored = self.weights.take_linear(head_name, (num_outputs, num_inputs))
-        return Embedding(table, self.weights.activation_dtype), output_head(self.kernels, stored, self.dtype)
+        head = output_head(self.kernels, stored, self.dtype, self.weights.packing)
+        return Embedding(table, self.weights.activation_dtype), head
 
     def rounded(self, factor: float) -> float:
         """A factor as the checkpoint's dtype holds it, which is how transformers multiplies by it."""

@@ -23,7 +23,7 @@ class Mixtral(Llama):
             rotary_attention(build.scope("self_attn"), index, cos_sin),
             build.norm("post_attention_layernorm"),
             Experts(
-                Linear(build.kernels, [router], build.float_dtype),
+                Linear(build.kernels, [router], build.float_dtype, build.weights.packing),
                 _fused_experts(moe) if fused else _experts(moe),
                 config.num_experts_per_token,
                 normalise=config.norm_topk,

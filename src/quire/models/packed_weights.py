@@ -1,18 +1,17 @@
-"""PackedWeights: the memory of a CPU model's packed weights. They lie side by side, in memory that was allocated before
-torch was imported, or in a file that an earlier start wrote."""
+"""PackedWeights: packs a model's weights for the CPU side by side, into memory that was reserved before torch was
+imported, or finds them in a file of an earlier start."""
 
 import math
 import mmap
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from quire.kernels import Kernels, cpu
-from quire.kernels.interface import QuantizedWeight
+from quire.kernels import cpu
+from quire.kernels.interface import Allocate, QuantizedWeight
+from quire.kernels.reference import zeros
 from quire.models.safetensors_file import DTYPES
 from quire.models.weights_cache import PackedTensor
 
@@ -21,30 +20,31 @@ _NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
 
 
 class PackedWeights:
-    """`kernels` are the CPU's kernels, which pack into `memory` while there is room, and take a weight from `stored`
-    instead of packing it again."""
+    """The `Packing` of the CPU kernels, into `memory` as long as there is room. A weight in `stored` is not packed
+    again."""
 
     def __init__(self, memory: mmap.mmap | None, stored: Sequence[PackedTensor] = ()) -> None:
-        """`memory` holds zeros; `stored` is `parts` of an earlier load of the same model."""
+        """`memory` holds zeros; `stored` is the `parts` of an earlier load of the same model."""
         self._memory = torch.frombuffer(memory or bytearray(1), dtype=torch.uint8)
         self._used = 0
         self._stored = stored
         self.parts: list[PackedTensor] = []
-        """The weights packed or found so far, in the order in which layers asked for them."""
+        """Packed and found weights, in the order of requests."""
         self.num_packed = 0
         """Weights that were not found in `stored`."""
-        packing = {"pack_linear": self._pack_linear, "quantize_linear": self._quantize_linear}
-        self.kernels = cast(Kernels, SimpleNamespace(**vars(cpu) | packing))
 
-    def _pack_linear(self, weights: Sequence[Tensor], dtype: str) -> Tensor:
+    def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+        """`allocate` provides memory when the own memory is full."""
         (packed,) = self._find_or_pack(
-            f"{dtype} {cpu.PACKING}", weights, 1, lambda: (cpu.pack_linear(weights, dtype, self._allocate),)
+            f"{dtype} {cpu.PACKING}", weights, 1, lambda: (cpu.pack_linear(weights, dtype, self._or_else(allocate)),)
         )
         return packed
 
-    def _quantize_linear(self, weights: Sequence[Tensor], bits: int, group_size: int) -> QuantizedWeight:
+    def quantize_linear(
+        self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+    ) -> QuantizedWeight:
         def pack() -> tuple[Tensor, Tensor]:
-            packed = cpu.quantize_linear(weights, bits, group_size, self._allocate)
+            packed = cpu.quantize_linear(weights, bits, group_size, self._or_else(allocate))
             return packed.values, packed.scales
 
         form = f"{bits} bits in groups of {group_size} {cpu.isa()} {cpu.PACKING}"
@@ -64,17 +64,22 @@ class PackedWeights:
         self.parts += [_part(source, tensor) for tensor in tensors]
         return tensors
 
-    def _allocate(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-        end = self._used + math.prod(shape) * dtype.itemsize
-        if end > len(self._memory):  # the memory plan does not count the unused lanes of a last panel
-            return torch.zeros(shape, dtype=dtype)
-        tensor = self._memory[self._used : end].view(dtype).view(*shape)
-        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return tensor
+    def _or_else(self, allocate: Allocate) -> Allocate:
+        """Allocates from the own memory; where that is full, from `allocate`."""
+
+        def from_memory(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+            end = self._used + math.prod(shape) * dtype.itemsize
+            if end > len(self._memory):  # the memory plan does not count the unused lanes of a last panel
+                return allocate(shape, dtype=dtype)
+            tensor = self._memory[self._used : end].view(dtype).view(*shape)
+            self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+            return tensor
+
+        return from_memory
 
 
 def _source(form: str, weights: Sequence[Tensor]) -> str:
-    """A digest of the packing and of three rows of each weight: enough to tell one model's weights from another's."""
+    """A digest of the packing and of three rows of each weight: enough to tell weights apart."""
     digest = blake2b(form.encode(), digest_size=16)
     for weight in weights:
         digest.update(f"{weight.dtype} {list(weight.shape)}".encode())

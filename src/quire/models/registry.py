@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.interface import Packing
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.weights import TensorSource, WeightScope
@@ -37,13 +38,17 @@ def load_model(
     kernels: Kernels,
     dtype: str,
     *,
+    packing: Packing | None = None,
     max_model_len: int | None = None,
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation. Positions run
-    up to `max_model_len`, by default the model's context length. Raises `CheckpointError` for weights that are missing,
+    up to `max_model_len`, by default the model's context length. `packing` packs the dense layers; by default `kernels`
+    do. Raises `CheckpointError` for weights that are missing,
     misshapen or left over."""
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
-    model: Model = family(config, WeightScope(source), kernels, dtype, max_model_len or config.context_length)
+    model: Model = family(
+        config, WeightScope(source, packing=packing), kernels, dtype, max_model_len or config.context_length
+    )
     source.finish(ignored=family.ignored_tensors)
     return model

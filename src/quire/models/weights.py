@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quire.kernels.interface import Packing
 from quire.layers.linear import LinearWeight
 
 
@@ -48,10 +49,12 @@ class WeightScope:
 
     source: TensorSource
     prefix: str = ""
+    packing: Packing | None = None
+    """Packs the dense layers; None: the model's kernels do."""
 
     def scope(self, name: str) -> "WeightScope":
         """The tensors below `name` and a dot."""
-        return WeightScope(self.source, f"{self.prefix}{name}.")
+        return WeightScope(self.source, f"{self.prefix}{name}.", self.packing)
 
     @property
     def activation_dtype(self) -> torch.dtype:

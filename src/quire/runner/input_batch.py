@@ -39,18 +39,14 @@ class InputBatch:
         repeatable = self.repeatable
         assert repeatable is not None, "a plan without batch_id cannot be repeated"
         positions = plan.num_computed_tokens
-        slots = [slot + 1 for slot in repeatable.slots]
-        # One token changes at most the block that it goes to: a new block begins, or a shared block was copied.
-        changed = {repeatable.sequence_of_row[row] for row, _, _ in plan.new_blocks}
-        changed.update([index for index, position in enumerate(positions) if not position % block_size])
-        for sequence in changed:
-            index, offset = divmod(positions[sequence], block_size)
+        repeatable.slots = slots = [slot + 1 for slot in repeatable.slots]
+        for sequence in [index for index, position in enumerate(positions) if not position % block_size]:
+            index = positions[sequence] // block_size  # a new block
             block = int(rows.block_tables[plan.rows[sequence], index])
-            slots[sequence] = block * block_size + offset
+            slots[sequence] = block * block_size
             if index == self.block_tables.shape[1]:
                 self.block_tables = np.ascontiguousarray(rows.block_tables[np.array(plan.rows), : index + 1])
             self.block_tables[sequence, index] = block
-        repeatable.slots = slots
         repeatable.write(*plan.token_ids, *positions, *[position + 1 for position in positions], *slots)
 
 
@@ -65,7 +61,6 @@ class _Repeatable:
     write: Callable[..., None]
     """Overwrites input_ids, positions, seq_lens and slots, which lie one after the other."""
     slots: list[int]
-    sequence_of_row: dict[int, int]
 
 
 def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> InputBatch:
@@ -85,7 +80,7 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
         memory = np.stack((input_ids, positions, seq_lens, slots))
         input_ids, positions, seq_lens, slots = memory
         write = partial(Struct(f"{memory.size}i").pack_into, memory.data, 0)
-        repeatable = _Repeatable(write, slots.tolist(), {row: index for index, row in enumerate(plan.rows)})
+        repeatable = _Repeatable(write, slots.tolist())
     return InputBatch(
         input_ids=input_ids,
         positions=positions,

@@ -1,4 +1,4 @@
-"""Admission: who of those that wait gets rows and memory, and what of their KV they start from.
+"""Admission: which waiting groups get rows and memory, and which cached KV they start from.
 
 Groups are admitted in the order of the waiting queue while there are rows, blocks for the whole prompt and a watermark
 of free blocks besides, and while the rule of admission, if there is one, allows it. A group whose next block is being
@@ -17,7 +17,7 @@ from quire.scheduler.service import PROMPT_TOKEN
 from quire.step import NewRow, StepPlan
 
 MAX_POSTPONED = 64
-"""Waiting groups passed over in one step because another group computes their prefix."""
+"""Waiting groups that one step passes over because another group computes their prefix."""
 
 
 class Admission:
@@ -35,8 +35,8 @@ class Admission:
         watermark: int,
         max_num_partial_prefills: int,
     ) -> None:
-        """`watermark` blocks are left free, so that running sequences can grow before any is preempted; `rule` may ask
-        for more room than that."""
+        """`watermark` blocks stay free, so that running sequences can grow before any is preempted. `rule` may ask for
+        more room than that."""
         self._pool = pool
         self._queues = queues
         self._lookup = lookup
@@ -48,27 +48,27 @@ class Admission:
         self._watermark = watermark
         self._max_num_partial_prefills = max_num_partial_prefills
 
-    def admit(self, plan: StepPlan, behind: list[Sequence], max_step_tokens: int) -> bool:
-        """Give rows and prefix hits to waiting groups, while they would get a share of the budget worth having.
+    def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int) -> bool:
+        """Start waiting groups while their share of the budget is worth having. They get rows and prefix hits.
 
-        The budget is what `plan` leaves of `max_step_tokens`. Their leaders join those `behind`, but for those that
-        wait for a tier. Returns whether any group started.
+        The budget is what `plan` leaves of `max_step_tokens`. The leaders of the groups are added to `prefilling`,
+        except leaders that wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
         block_size, offload, waiting = self._pool.block_size, self._offload, self._queues.waiting
-        # Every sequence needs a token a step, of which there may be few for a while.
+        # Every sequence needs a token per step, and a step may be small for a while.
         num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
         loading = list(offload.waiting) if offload is not None else []
-        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*behind, *loading))
-        wanted = sum(sequence.num_missing_tokens for sequence in behind)
+        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*prefilling, *loading))
+        wanted = sum(sequence.num_missing_tokens for sequence in prefilling)
         postponed: list[SequenceGroup] = []
-        while len(behind) < budget and len(postponed) < MAX_POSTPONED:
-            if wanted >= budget and len(behind) >= self._max_num_partial_prefills:
+        while len(prefilling) < budget and len(postponed) < MAX_POSTPONED:
+            if wanted >= budget and len(prefilling) >= self._max_num_partial_prefills:
                 break
             group = waiting.pop()
             if group is None:
                 break
-            found = self._lookup.find(group, behind, loading)
+            found = self._lookup.find(group, prefilling, loading)
             if found is None:
                 postponed.append(group)
                 continue
@@ -87,21 +87,21 @@ class Admission:
             if offload is not None and leader in offload.waiting:
                 loading.append(leader)
                 continue
-            behind.append(leader)
+            prefilling.append(leader)
             wanted += leader.num_missing_tokens
         for group in postponed:
             waiting.push(group)
         return started
 
-    def resume(self, plan: StepPlan, resuming: list[Sequence], behind: list[Sequence]) -> bool:
-        """Let sequences of running groups start from what is found of their output; whether any has.
+    def resume(self, plan: StepPlan, resuming: list[Sequence], prefilling: list[Sequence]) -> bool:
+        """Let preempted sequences of running groups start from the cached part of their output.
 
-        They join those `behind`, unless somebody else computes or loads their next block just now: then they wait, and
-        share it.
+        They are added to `prefilling`, unless another sequence computes or loads their next block: then they wait and
+        share it. Returns whether any sequence started from a block.
         """
         started = False
         for sequence in resuming:
-            looked_up = self._lookup.find_output(sequence, behind)
+            looked_up = self._lookup.find_output(sequence, prefilling)
             if looked_up is None:
                 continue
             found, stored = looked_up
@@ -117,14 +117,14 @@ class Admission:
                 plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
                 started = True
             if self._offload is None or sequence not in self._offload.waiting:
-                behind.append(sequence)
+                prefilling.append(sequence)
         return started
 
     def _fits(self, group: SequenceGroup, promised: int, num_rows_kept: int) -> bool:
-        """Whether there are rows, and blocks for all tokens the group has besides those promised to others."""
+        """Whether there are rows, and blocks for all tokens of the group besides the blocks promised to others."""
         num_free_rows = len(self._queues.free_rows)
         if not self._queues.running:
-            # Every block is free but for registered prefixes', and a group that passed the door fits.
+            # Only registered prefixes hold blocks, and `RequestCheck` let the group in: it fits.
             return group.num_rows <= num_free_rows
         if group.num_rows > num_free_rows - num_rows_kept:
             return False
@@ -137,12 +137,12 @@ class Admission:
         """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
         assert found.inside is not None
         block = found.inside[0]
-        # One without a name was left partly filled: it is not copied, but one of those that are needed.
-        held = self._pool.ref_counts[block] == 0 and self._pool.names[block] is not None
+        # A block without a hash was retained partly filled: it is not copied, and is one of the needed blocks.
+        held = self._pool.ref_counts[block] == 0 and self._pool.hashes[block] is not None
         return self._num_needed(group) + held + promised <= self._pool.num_free
 
     def _num_needed(self, group: SequenceGroup) -> int:
-        """Blocks that are free now and would not be when all tokens of the group are computed."""
+        """Blocks that are free now and will be used when all tokens of the group are computed."""
         return _num_blocks_to_come(group.leader, self._pool.block_size) - group.num_shared_blocks
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
@@ -168,7 +168,7 @@ class Admission:
 
 
 def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
-    """Blocks that a sequence will take until all tokens it has are computed, and those who wait to fork from it."""
+    """Blocks that a sequence and its future forks will take until all their tokens are computed."""
     group = sequence.group
     blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks) + sequence.table.num_copies_to_come
     shared = group.num_prompt_tokens // block_size

@@ -1,14 +1,16 @@
-"""BeamSearch: which beams of one request go on, which are finished, and when the search is over. No memory, no rows.
+"""BeamSearch: which beams of one request go on, which are finished, and when the search is over.
+
+It knows nothing of memory or rows.
 
 The rules are those of Hugging Face transformers' `generate(num_beams=width)`, so that tokens and scores compare:
 
-- A candidate is a live beam and one more token; its score is the sum of log-probabilities. Of all candidates, best
-  first, the first `width` that do not end a sequence are the next live beams; those among the first `width` of all
-  that do are finished.
+- A candidate is a live beam plus one token; its score is the sum of its log-probabilities. Candidates are sorted, best
+  first. The first `width` candidates that do not end a sequence are the next live beams. Candidates that end a sequence
+  are finished if they are among the first `width` of all.
 - A finished sequence of L tokens is ranked by score / L ** length_penalty; the best `width` are kept.
-- Once `width` are finished, the search goes on only while the best live beam could still beat the worst of them:
-  judged at its present length, or with `early_stopping="never"` and a positive penalty at the longest length
-  allowed. `early_stopping=True` ends it as soon as `width` are finished.
+- Once `width` are finished, the search goes on only while the best live beam could still beat the worst of them. It is
+  judged at its present length, or with `early_stopping="never"` and a positive penalty at the longest length allowed.
+  `early_stopping=True` ends the search as soon as `width` are finished.
 """
 
 import heapq
@@ -36,7 +38,7 @@ class Hypothesis:
     token_ids: list[int]
     cumulative_logprob: float
     score: float
-    """cumulative_logprob / len(token_ids) ** length_penalty: what hypotheses are ranked by."""
+    """cumulative_logprob / len(token_ids) ** length_penalty; hypotheses are ranked by it."""
     finish_reason: FinishReason
     stop_reason: int | None
     logprobs: list[TokenLogprobs] | None
@@ -50,7 +52,7 @@ class _Beam:
 
 
 class BeamSearch:
-    """The search of one request, from its prompt's end. Live beams are known by their place, 0 the best."""
+    """The search of one request, from the end of its prompt. Live beams are numbered, 0 the best."""
 
     def __init__(self, request: Request) -> None:
         params = request.params
@@ -66,9 +68,10 @@ class BeamSearch:
         self._finished: list[Hypothesis] = []
 
     def advance(self, candidates: Sequence[BeamCandidates]) -> list[Survivor]:
-        """Take in the candidates of every live beam, in their order; returns the next live beams, none if it is over.
+        """Advance by one token. `candidates` has one entry per live beam, in their order.
 
-        Each entry holds at least `width` tokens that end no sequence, or all that the beam can be followed by.
+        Each entry holds at least `width` tokens that end no sequence, or all tokens that can follow the beam. Returns
+        the next live beams; none if the search is over.
         """
         length = len(self._beams[0].token_ids) + 1
         at_limit = length >= self._max_tokens
@@ -99,11 +102,11 @@ class BeamSearch:
         return survivors
 
     def hypotheses(self, count: int) -> list[Hypothesis]:
-        """The best finished sequences, best first; fewer where the search did not find so many."""
+        """The best finished sequences, best first; fewer if the search did not find so many."""
         return self._finished[:count]
 
     def _by_score(self, candidates: Sequence[BeamCandidates]) -> Iterator[tuple[float, int, int]]:
-        """(score, beam, place among its candidates) of all candidates, best first; what is ruled out is left out."""
+        """(score, beam, place among its candidates) of all candidates that are not ruled out, best first."""
         runs = [
             [
                 (beam.score + logprob, index, place)

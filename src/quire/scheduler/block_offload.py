@@ -99,7 +99,7 @@ class BlockOffload:
         """
         found: list[tuple[str, BlockHash]] = []
         for index in range(first, (len(token_ids) - 1) // self._pool.block_size):
-            block_hash = sequence.table.name_of(index, token_ids)
+            block_hash = sequence.table.block_hash(index, token_ids)
             tier_name = self._index.find(block_hash)
             if tier_name is None or self.is_in_flight(block_hash):
                 break
@@ -263,7 +263,7 @@ class BlockOffload:
         quota = min(self._max_staged - len(self._storing), max(1, self._max_staged // WRITE_BEHIND_SHARE))
         while self._idle and quota > 0:
             block_hash, block = self._idle.popitem()
-            if self._pool.names[block] == block_hash and block_hash not in disk and block_hash not in self._storing:
+            if self._pool.hashes[block] == block_hash and block_hash not in disk and block_hash not in self._storing:
                 self._store_on_disk(disk, block_hash, block)
                 quota -= 1
 
@@ -330,7 +330,7 @@ class BlockOffload:
     def evict(self, sequence: Sequence) -> None:
         """Remove a sequence's blocks from all tiers, because their content may be wrong."""
         for index in range(sequence.table.num_tokens // self._pool.block_size):
-            self._evict(sequence.table.name_of(index, sequence.token_ids))
+            self._evict(sequence.table.block_hash(index, sequence.token_ids))
 
     def evict_all(self) -> None:
         """Empty the tiers."""

@@ -10,8 +10,8 @@ drafted token is accepted if the tokens before it are, so the j-th token of a dr
 starts with what drafts of all sequences have shown, and soon follows its own. The cost follows from the times of the
 last steps, by their number of tokens. All drafted tokens of the batch are sorted, likeliest first, and as many are
 taken as give the highest expected number of tokens per second (goodput; Liu et al., "Optimizing Speculative Decoding
-for Serving LLMs Using Goodput", 2024). So a sequence in the middle of a copy gets a long draft, a sequence that has just
-repeated two tokens gets a short one or none, and a batch that keeps the machine busy by itself gets none.
+for Serving LLMs Using Goodput", 2024). So a sequence in the middle of a copy gets a long draft, a sequence that has
+just repeated two tokens gets a short one or none, and a batch that keeps the machine busy by itself gets none.
 """
 
 from collections.abc import Sequence
@@ -55,16 +55,16 @@ class SequenceDrafts:
         if came:
             self.acceptance.judge(self._draft, came)
         self._num_tokens = len(token_ids)
-        self._draft, kind = self._proposer.propose(token_ids, max_tokens)
-        if self._draft:
-            self.acceptance = self._model(kind)
-        return self._draft
+        draft, kind = self._proposer.propose(token_ids, max_tokens)
+        self._draft = draft
+        if draft:
+            self.acceptance = self._models.get(kind) or self._model(kind)
+        return draft
 
     def _model(self, kind: int) -> AcceptanceModel:
-        model = self._models.get(kind)
-        if model is None:
-            shared = self._shared.setdefault(kind, AcceptanceModel())
-            model = self._models[kind] = AcceptanceModel(shared)
+        """A new acceptance model for a kind of draft."""
+        shared = self._shared.setdefault(kind, AcceptanceModel())
+        model = self._models[kind] = AcceptanceModel(shared)
         return model
 
 

@@ -1,6 +1,6 @@
-"""Drafting: puts drafted tokens into a step's plan, and takes back those that did not come.
+"""Drafting: adds draft tokens to a step's plan, and rolls back the rejected ones.
 
-Which tokens, and whether it pays, `DraftPlanner` says; what is here keeps blocks, rows and counts right.
+`DraftPlanner` chooses the tokens and decides whether they pay. This file keeps blocks, rows and counts right.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from quire.step import StepPlan, StepResult
 
 
 class Drafting:
-    """Owned by the scheduler, where speculation is on."""
+    """Owned by the scheduler; exists only if speculation is on."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Drafting:
         watermark: int,
         max_num_batched_tokens: int,
     ) -> None:
-        """`watermark` free blocks are left to others."""
+        """Drafts leave `watermark` free blocks to other sequences."""
         self._speculation = speculation
         self._pool = pool
         self._queues = queues
@@ -38,30 +38,30 @@ class Drafting:
         self._max_num_batched_tokens = max_num_batched_tokens
 
     def prepare(self) -> None:
-        """Before a step is planned: if it may take drafts, nobody goes in decode_batch."""
+        """Dissolve the decode batch before a step that may take drafts."""
         if self._speculation.looks_next:
             self._queues.dissolve_decode_batch()
 
     @property
-    def allows_lockstep(self) -> bool:
-        """Whether drafts are looked for so seldom that sequences may go in decode_batch between."""
+    def allows_decode_batch(self) -> bool:
+        """Whether drafts are looked for so seldom that the decode batch pays in between."""
         return self._speculation.pauses
 
     def extend(self, plan: StepPlan) -> None:
-        """Let sequences that decode compute drafted tokens behind their last one, in a step that does nothing else."""
+        """Add draft tokens after the last token of decoding sequences, in a step that only decodes."""
         pool, speculation, rows = self._pool, self._speculation, self._queues.rows
         if not speculation.begin_step():
             return
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
         sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
-        # Drafts take no block that a running sequence may need next, and need no more logits than are planned for.
+        # Drafts leave the blocks that running sequences may need next, and need no more logits than are planned for.
         num_slots = (pool.num_free - max(self._watermark, len(plan.rows))) * pool.block_size
         num_rows = len(rows) + speculation.max_tokens - len(plan.rows)
         candidates = []
         for sequence in sequences:
             if sequence.drafts is None:
                 sequence.drafts = speculation.new_drafts()
-            # The last token that a request may have is drawn and not computed.
+            # The last token of a request is sampled and not computed.
             most = sequence.group.request.max_tokens - sequence.num_output_tokens - 1
             candidates.append((sequence.drafts, sequence.token_ids, most))
         max_drafted = min(num_slots, num_rows, self._max_num_batched_tokens - plan.num_tokens)
@@ -80,8 +80,8 @@ class Drafting:
                 if changed < len(sequence.table.blocks):
                     plan.new_blocks.append((sequence.row, changed, sequence.table.blocks[changed:]))
 
-    def settle(self, plan: StepPlan, result: StepResult) -> list[int]:
-        """Take back drafted tokens that did not come. Returns how many of each row's computed tokens stay."""
+    def roll_back_rejected(self, plan: StepPlan, result: StepResult) -> list[int]:
+        """Remove rejected draft tokens from the block tables. Returns how many computed tokens of each row stay."""
         if self._speculation.measures:
             now = self._clock()
             if plan.num_tokens == len(plan.sample_rows) + sum(map(len, plan.drafts.values())):
@@ -93,9 +93,9 @@ class Drafting:
             sequence = self._queues.rows[plan.rows[index]]
             assert sequence is not None
             came = [result.token_ids[index], *result.extra_token_ids.get(index, ())]
-            num_held = num_equal(draft, came) if result.errors[index] is None else 0
-            # The last token is computed in the next step, which needs what the model makes of it.
-            num_kept = min(num_held, len(came) - 1)
+            num_accepted = num_equal(draft, came) if result.errors[index] is None else 0
+            # The next step computes the last token, because it needs its logits.
+            num_kept = min(num_accepted, len(came) - 1)
             counts[index] -= len(draft) - num_kept
             end = plan.num_computed_tokens[index] + counts[index]
             sequence.table.truncate(end)
@@ -103,8 +103,8 @@ class Drafting:
                 sequence.table.hash_full_blocks([*sequence.token_ids, *draft[:num_kept]], end)
             group = sequence.group
             group.num_draft_tokens += len(draft)
-            group.num_accepted_tokens += num_held
+            group.num_accepted_tokens += num_accepted
             self.num_drafts += 1
             self.num_draft_tokens += len(draft)
-            self.num_accepted_tokens += num_held
+            self.num_accepted_tokens += num_accepted
         return counts

@@ -58,7 +58,7 @@ class LookAhead:
         return num_blocks if goes_on else None
 
     def assume_result(self, plan: StepPlan, decode_step: DecodeStep | None) -> set[Sequence]:
-        """Advance every sequence to where `plan` leaves it, its token unknown. Returns those that end with it."""
+        """Advance every sequence to where `plan` leaves it, its token unknown. Returns those that it ends."""
         queues = self._queues
         first = 0 if decode_step is None else len(decode_step.sequences)
         others = [

@@ -1,4 +1,4 @@
-"""What the scheduler's groups hold of the pool, told in one piece. Reads only; a snapshot between two steps."""
+"""The memory report: what each request holds of the pool. It only reads; it is a snapshot between two steps."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -11,20 +11,20 @@ MAX_REPORTED_REQUESTS = 1000
 
 
 def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: EngineStats, now: float) -> MemoryReport:
-    """The whole report; `now` is on the clock that set `pool.now`."""
-    requests = sorted((_of_request(pool, group) for group in groups), key=lambda request: not request.running)
+    """The whole report. `now` is on the clock of `BlockPool.set_time`."""
+    requests = sorted((_request_memory(pool, group) for group in groups), key=lambda request: not request.running)
     used = [now - pool.taken_at[block] for block, count in enumerate(pool.ref_counts) if count]
-    named = [now - pool.taken_at[block] for block in pool.free_order() if pool.names[block] is not None]
+    cached = [now - pool.taken_at[block] for block in pool.free_order() if pool.hashes[block] is not None]
     return MemoryReport(
         stats=stats,
         waste=stats.waste,
         used_block_ages=_quantiles(used),
-        cached_free_block_ages=_quantiles(named),
+        cached_free_block_ages=_quantiles(cached),
         requests=requests[:MAX_REPORTED_REQUESTS],
     )
 
 
-def _of_request(pool: BlockPool, group: SequenceGroup) -> RequestMemory:
+def _request_memory(pool: BlockPool, group: SequenceGroup) -> RequestMemory:
     blocks = Counter(block for sequence in group.sequences for block in sequence.table.blocks)
     num_shared_outside = sum(1 for block, mine in blocks.items() if pool.ref_counts[block] > mine)
     num_shared_inside = blocks.total() - len(blocks)

@@ -93,7 +93,7 @@ class PrefixLookup:
         """Logical block `index` of a sequence and its hash, if `token_ids` could have it from the cache."""
         if index >= (len(token_ids) - 1) // self._pool.block_size:
             return None
-        return index, sequence.table.name_of(index, token_ids)
+        return index, sequence.table.block_hash(index, token_ids)
 
     def _is_in_flight(self, block: tuple[int, BlockHash], prefilling: list[Sequence], loading: list[Sequence]) -> bool:
         """Whether a sequence loads a block, or computes it in this step or a later one."""
@@ -102,7 +102,7 @@ class PrefixLookup:
             return True
         return any(
             other.num_computed_tokens // block_size <= index < len(other.token_ids) // block_size
-            and other.table.name_of(index, other.token_ids) == block_hash
+            and other.table.block_hash(index, other.token_ids) == block_hash
             for other in ([*prefilling, *loading] if loading else prefilling)
         )
 
@@ -129,7 +129,7 @@ class PrefixLookup:
         first = leader.num_computed_tokens // block_size
         if first >= (len(prompt) - 1) // block_size or not self._pool.enable_prefix_caching:
             return
-        block_hash = leader.table.name_of(first, prompt)
+        block_hash = leader.table.block_hash(first, prompt)
         miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
         group.miss = miss
         self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1

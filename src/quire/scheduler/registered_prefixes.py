@@ -93,7 +93,7 @@ class RegisteredPrefixes:
         pool, table = self._pool, prefix.table
         for index in range(len(prefix.token_ids) // pool.block_size):
             # A block usually has its hash. It has none if a twin had the hash first, and the twin may be evicted now.
-            pool.set_hash(computed.blocks[index], table.name_of(index, prefix.token_ids))
+            pool.set_hash(computed.blocks[index], table.block_hash(index, prefix.token_ids))
         table.adopt(table.find_prefix([*prefix.token_ids, 0]))
         pool.pin(table.blocks)
         self._held[prefix_id] = prefix
@@ -120,9 +120,9 @@ class RegisteredPrefixes:
         for prefix in self._held.values():
             for salt in prefix.salts:
                 table = self._table(prefix.request, salt)
-                hashes = (table.name_of(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
+                hashes = (table.block_hash(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
                 pairs = zip(hashes, prefix.table.blocks, strict=True)
-                aliases |= {found: block for found, block in pairs if self._pool.names[block] != found}
+                aliases |= {found: block for found, block in pairs if self._pool.hashes[block] != found}
         self._pool.set_aliases(aliases)
 
     def _table(self, request: Request, salt: str) -> BlockTable:

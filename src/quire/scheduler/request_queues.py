@@ -1,7 +1,6 @@
-"""RequestQueues: every request that has not ended, those that wait and those that run, and who has which row.
+"""RequestQueues: all unfinished requests, waiting and running, and the sequence in each row.
 
-The one place where a group gets its rows and where memory is given back: it waits, runs, may be preempted and wait
-again, and ends.
+Here a group gets its rows and gives back its memory. It waits, runs, may be preempted and wait again, and ends.
 """
 
 import bisect
@@ -31,15 +30,16 @@ class RequestQueues:
         offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
     ) -> None:
-        """`lengths` and `rules` hear of what starts, is preempted or ends."""
+        """`lengths` and `rules` are notified when groups start, are preempted or end."""
         self.by_id: dict[str, SequenceGroup] = {}
         self.waiting = waiting
         self.running: list[SequenceGroup] = []
-        """RequestQueues with memory, sorted by `order`: the last one yields first."""
+        """Groups with memory, sorted by `order`: the last one is preempted first."""
         self.decode_batch = DecodeBatch(pool)
-        """Sequences of theirs that only decode."""
+        """Their sequences in steady decode."""
         self.not_in_decode_batch: list[SequenceGroup] = []
-        """Those of `running`, in its order, of which a sequence may not be in decode_batch."""
+        """The groups of `running`, in its order, that have a sequence outside the decode batch. A group all of whose
+        sequences are in it may be there, too."""
         self.rows: list[Sequence | None] = [None] * max_num_seqs
         self._rows_now: list[Sequence | None] | None = None
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -51,13 +51,13 @@ class RequestQueues:
         """Since the start."""
 
     def enter(self, group: SequenceGroup) -> None:
-        """A new request waits."""
+        """Add a new request; it waits."""
         self.by_id[group.request.request_id] = group
         self._lengths.enter(group)
         self.waiting.enter(group)
 
     def start(self, group: SequenceGroup) -> None:
-        """A group taken from those that wait gets its rows and runs."""
+        """Run a group that was taken from `waiting`: it gets its rows."""
         for sequence in (*group.sequences, *group.idle_beams):
             sequence.row, sequence.was_reported = self.free_rows.pop(), False
             self.rows[sequence.row] = sequence
@@ -103,13 +103,13 @@ class RequestQueues:
             self.remove_from_decode_batch(sequence)
 
     def rows_now(self) -> list[Sequence | None]:
-        """A copy of `rows`, not to be changed."""
+        """A copy of `rows` that never changes."""
         if self._rows_now is None:
             self._rows_now = self.rows.copy()
         return self._rows_now
 
     def preempt(self, group: SequenceGroup) -> None:
-        """Take all blocks and rows of a running group; it waits at the place its arrival gives it."""
+        """Take all blocks and rows of a running group. It waits, at the place that its arrival gives it."""
         for sequence in (*group.sequences, *group.idle_beams):
             self._release(sequence)
             sequence.discard_computed()
@@ -122,7 +122,7 @@ class RequestQueues:
             rule.note_preemption()
 
     def drop(self, sequence: Sequence, ending: Ending = Ending.ABORTED) -> None:
-        """A sequence has ended; with its last one the group has."""
+        """End a sequence, and with its last sequence the group."""
         group = sequence.group
         self._lengths.end(sequence, ending)
         for rule in self._rules:
@@ -138,7 +138,7 @@ class RequestQueues:
             self._stop_running(group)
 
     def drop_all(self, group: SequenceGroup) -> None:
-        """The whole group has ended."""
+        """End a whole group."""
         for sequence in tuple(group.sequences):
             self.drop(sequence)
 
@@ -156,7 +156,7 @@ class RequestQueues:
             sequence.row = NO_ROW
 
     def _stop_running(self, group: SequenceGroup) -> None:
-        """Take a group out of those that run, if it is one."""
+        """Remove a group from the running ones, if it runs."""
         for groups in (self.running, self.not_in_decode_batch):
             place = bisect.bisect_left(groups, group.order, key=_order)
             if place < len(groups) and groups[place] is group:

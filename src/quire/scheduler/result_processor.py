@@ -106,7 +106,7 @@ class ResultProcessor:
     def _update_decode_batch(
         self, deltas: StepDeltas, result: StepResult, step: DecodeStep, num_in_flight: int
     ) -> tuple[list[SampleId], list[int]]:
-        """Advance the sequences of the decode batch. Those that fail or end say so in `deltas`.
+        """Advance the sequences of the decode batch. The ends and failures among them are added to `deltas`.
 
         Returns the samples that gained a token and nothing else, and their tokens.
         """
@@ -347,7 +347,7 @@ class ResultProcessor:
         find it."""
         if sequence.in_decode_batch:
             self._queues.remove_from_decode_batch(sequence)
-        sequence.table.forget_hashes()
+        sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
         sequence.discard_computed()

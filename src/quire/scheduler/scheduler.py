@@ -85,7 +85,7 @@ class Scheduler:
             self._queues.drop_all(group)
 
     def stop(self, request_id: str, index: int) -> None:
-        """End one sample whose text reached a stop string; the others of its request go on."""
+        """End one sample whose text reached a stop string. The other samples of its request go on."""
         group = self._queues.by_id.get(request_id)
         if group is not None:
             for sequence in tuple(group.sequences):
@@ -109,17 +109,17 @@ class Scheduler:
 
     @property
     def request_ids(self) -> list[str]:
-        """Of all requests that have not ended."""
+        """Ids of all unfinished requests."""
         return list(self._queues.by_id)
 
     @property
     def has_idle_work(self) -> bool:
-        """Whether steps without requests would still save blocks to the tiers below."""
+        """Whether steps without requests would still store blocks in the tiers."""
         return self._offload is not None and self._offload.has_idle_work
 
     def reset_prefix_cache(self) -> None:
-        """Make every stored prefix unfindable, in the pool and below it."""
-        self.pool.forget_hashes()
+        """Make every cached prefix unfindable, in the pool and in the tiers."""
+        self.pool.clear_hashes()
         if self._offload is not None:
             self._offload.evict_all()
 
@@ -161,11 +161,11 @@ class Scheduler:
         return stats
 
     def update_fill(self) -> None:
-        """Bring the fill counts of the last blocks of decoding sequences up to date, for whoever reads the pool."""
+        """Bring the fill of the decode batch's last blocks up to date, before the pool is read."""
         self._queues.decode_batch.update_fill()
 
     def memory_report(self) -> MemoryReport:
-        """Who holds what, how old it is, and why prompts were not found."""
+        """What each request holds, how old blocks are, and why prompts were not found in the cache."""
         self.update_fill()
         return report_memory(self.pool, self._queues.by_id.values(), self.stats(), self._clock())
 
@@ -238,8 +238,10 @@ class Scheduler:
         if self._tiers is not None and self._offload is not None and result.offload is not None:
             self._tiers.measure_step(plan, self._clock() - self._planned_at)
             self._offload.update(plan.offload, result.offload)
-        num_kept = plan.num_scheduled_tokens if self._drafting is None else self._drafting.settle(plan, result)
-        fills_decode_batch = self._drafting is None or self._drafting.allows_lockstep
+        num_kept = (
+            plan.num_scheduled_tokens if self._drafting is None else self._drafting.roll_back_rejected(plan, result)
+        )
+        fills_decode_batch = self._drafting is None or self._drafting.allows_decode_batch
         return self._results.process(
             plan, result, step, num_kept, len(self._in_flight), fills_decode_batch=fills_decode_batch
         )

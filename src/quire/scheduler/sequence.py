@@ -1,8 +1,8 @@
-"""Sequence and SequenceGroup: what has become of a request so far. Owned and written by the scheduler alone.
+"""Sequence and SequenceGroup: the state of a request. Owned and written by the scheduler alone.
 
-There are no phases. A sequence has tokens, and KV stored for the first `num_computed_tokens` of them; a step lets
-the second number catch up with the first, whether the gap is a prompt, a chunk of one, the last sampled token, or
-everything again after a preemption.
+There are no phases. A sequence has tokens, and stored KV for the first `num_computed_tokens` of them. A step lets the
+second number catch up with the first, whether the gap is a prompt, a chunk of one, the last sampled token, or
+everything after a preemption.
 """
 
 from quire.kv_cache.block_hash import BlockHash
@@ -39,23 +39,23 @@ class Sequence:
         self.group = group
         self.index = index
         self.sample = (group.request.request_id, index)
-        """What it is called outside."""
+        """Its name outside the scheduler: (request id, index)."""
         self.was_reported = False
-        """Whether anything was delivered of it since it runs."""
+        """Whether a delta of it was delivered since it last started to run."""
         self.table = table
         self.token_ids = token_ids
-        """Prompt and output."""
+        """Prompt and output. A last entry of ~row stands for a token that is not known yet (`LookAhead`)."""
         self._num_computed_tokens = 0
         self.row = NO_ROW
         self.drafts: SequenceDrafts | None = None
-        """While it runs and speculation is on."""
+        """Set while it runs and speculation is on."""
         self.in_decode_batch = False
-        """Whether `DecodeBatch` has it: then `table.num_tokens` may lag behind, by less than a block."""
+        """Whether it is in the `DecodeBatch`. Then `table.num_tokens` may lag behind, by less than a block."""
 
     @property
     def num_computed_tokens(self) -> int:
         """Tokens whose KV is stored, counting steps in flight only where a later step was planned on them."""
-        # In steady decode just the last token is not computed: nobody keeps count.
+        # In steady decode only the last token is not computed, so nothing has to be counted.
         return len(self.token_ids) - 1 if self.in_decode_batch else self._num_computed_tokens
 
     def advance(self, num_computed_tokens: int) -> None:
@@ -93,13 +93,13 @@ class Sequence:
 class SequenceGroup:
     """A request's unfinished sequences, scheduled and preempted together (paper, section 4.5).
 
-    The first of them leads: it computes the prompt, and the others fork from its table where the prompt ends. The
-    same holds when the group resumes after a preemption, so that the prompt is stored once then, too; past it each
-    starts from what is found of its own output. Sequences without output come first: they all get their first token
-    where the leader ends the prompt.
+    The first sequence leads: it computes the prompt, and the others fork from its table where the prompt ends. The same
+    holds when the group resumes after a preemption, so the prompt is stored once then, too; after the prompt each
+    sequence starts from the cached part of its own output. Sequences without output come first: they all sample their
+    first token where the leader ends the prompt.
 
-    A beam search begins with one sequence and `idle_beams` for the others: its live beams are `sequences`, the best
-    first, and each holds a row from admission on, so that a fork is never short of one.
+    A beam search begins with one sequence, and `idle_beams` for the others. Its live beams are `sequences`, the best
+    first. Every beam, live or idle, holds a row from admission on, so that a fork never lacks one.
     """
 
     __slots__ = (
@@ -131,41 +131,41 @@ class SequenceGroup:
         self.request = request
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.max_num_tokens = self.num_prompt_tokens + request.max_tokens
-        """Of one sequence, its prompt's included."""
+        """Tokens of one sequence at most, prompt included."""
         self.stop_ids = frozenset((*request.eos_token_ids, *request.params.stop_token_ids))
         """Tokens that end a sequence."""
         params = request.params
         self.only_decodes = params.beam_width is None and params.structured_outputs is None and params.logprobs is None
-        """Whether of a step of its sequences' there is nothing to know but a token of each."""
+        """Whether a step of its sequences yields nothing but one token each: no beams, grammar or log-probabilities."""
         self.order = (request.priority, arrival_number)
-        """Who yields last; unique, so that every order in the scheduler is total."""
+        """Preemption order: the greatest is preempted first. Unique, so that every order in the scheduler is total."""
         self.rank: tuple[int, float, int] = (request.priority, 0.0, arrival_number)
-        """Who is admitted first; unique, and set by the waiting queue when the group enters it."""
+        """Admission order: the lowest is admitted first. Unique; set by the waiting queue when the group enters it."""
         self.length_classes: tuple[LengthClass, ...] = ()
-        """By whose answers its own are predicted, the closest first."""
+        """Classes of requests whose answers predict the length of its own, the closest first."""
         self.num_shared_blocks = 0
-        """Blocks that it started from while others held them: they stay when it ends."""
+        """Blocks that others held when it started from them: they stay in use when it ends."""
         self.num_preemptions = 0
         self.num_copied_blocks = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
         self.num_cached_tokens = -1
-        """Prompt tokens found in the prefix cache at the first admission; −1 before it."""
+        """Prompt tokens found in the prefix cache at the first admission; −1 before that."""
         self.first_scheduled_time = 0.0
         self.num_prompt_logprobs = 0
         """Prompt positions whose log-probabilities were delivered."""
         self.awaited: tuple[int, BlockHash] | None = None
-        """The first block the group would have to compute (index and name), while it waits for another one to do so."""
+        """(index, hash) of the first block that it lacks, while it waits for another group to compute it."""
         self.cached_tokens: dict[str, int] = {}
-        """Prompt tokens that needed no computing at the first admission, by where their KV was: device, host, disk."""
+        """Prompt tokens found at the first admission, by where their KV was: device, host, disk."""
         self.miss: PrefixMiss | None = None
-        """What kept the rest of the prompt from being found."""
+        """Why the rest of the prompt was not found."""
         self.beam_search: BeamSearch | None = None
         self.idle_beams: list[Sequence] = []
-        """Sequences without tokens or blocks that wait to become beams."""
+        """Sequences without tokens or blocks that can become beams."""
         outputs = request.output_token_ids or {index: [] for index in range(request.params.n)}
         if request.params.beam_width is not None:
-            # Nothing of a search is delivered before its end, so a resumed request starts over.
+            # A search delivers nothing before its end, so a resumed request starts over.
             self.beam_search = BeamSearch(request)
             self.idle_beams = [
                 Sequence(self, index, BlockTable(pool, root, request.inputs), [])
@@ -184,15 +184,15 @@ class SequenceGroup:
 
     @property
     def lacks_prompt_logprobs(self) -> bool:
-        """Whether log-probabilities of prompt tokens were asked for and are not all delivered."""
+        """Whether log-probabilities of prompt tokens are wanted and not all delivered."""
         wanted = self.request.params.prompt_logprobs is not None
         return wanted and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
     @property
     def length_curve(self) -> LengthCurve | None:
-        """The distribution of lengths to judge its answers by; None while too little is known.
+        """The expected distribution of its answers' lengths; None while too little is known.
 
-        Beams are expected to go on to their limit.
+        Beams are expected to run to their limit.
         """
         if self.beam_search is not None:
             return _TO_THE_LIMIT
@@ -204,34 +204,34 @@ class SequenceGroup:
 
     @property
     def num_rows(self) -> int:
-        """Rows the group holds while it runs."""
+        """Rows that the group holds while it runs."""
         return len(self.sequences) + len(self.idle_beams)
 
     @property
     def advances_together(self) -> bool:
-        """Whether the sequences are beams, which take their next tokens in the same step or not at all."""
+        """Whether the sequences are beams, which all take their next token in the same step."""
         return self.beam_search is not None
 
     @property
     def takes_drafts(self) -> bool:
-        """Beams take no drafts: what follows one is not drawn. Nor does who is to be called once for every token."""
+        """False for beams, whose next tokens are not sampled, and for requests with per-token logits processors."""
         return self.beam_search is None and not self.request.params.logits_processors
 
     def waits_for_leader(self, sequence: Sequence) -> bool:
-        """Whether the sequence has no KV yet and will fork from the leader, which is still at the prompt."""
+        """Whether the sequence has no KV yet and will fork from the leader, which still computes the prompt."""
         leader = self.sequences[0]
-        is_behind = leader.num_computed_tokens < self.num_prompt_tokens
-        return is_behind and sequence.num_computed_tokens == 0 and sequence is not leader
+        in_prompt = leader.num_computed_tokens < self.num_prompt_tokens
+        return in_prompt and sequence.num_computed_tokens == 0 and sequence is not leader
 
     def looks_for_blocks(self, sequence: Sequence) -> bool:
-        """Whether the sequence resumes and has not started from what is found of it yet."""
+        """True if the sequence was preempted and its cached blocks have not been looked up yet."""
         if sequence.num_computed_tokens or not sequence.num_output_tokens or self.waits_for_leader(sequence):
             return False
         return sequence is not self.sequences[0] or not self.lacks_prompt_logprobs
 
     def max_blocks(self, block_size: int) -> int:
-        """The most blocks the group can ever hold: the full ones of the prompt once, the rest per sample."""
+        """The most blocks that the group can ever hold: the prompt's full blocks once, the rest per sample."""
         shared = self.num_prompt_tokens // block_size
-        # The last token sampled is never computed, so it needs no slot.
+        # The last sampled token is never computed, so it needs no slot.
         longest = -(-(self.num_prompt_tokens + self.request.max_tokens - 1) // block_size)
         return shared + self.num_rows * (longest - shared)

@@ -6,10 +6,10 @@ The rules, in their order:
    the prefix cache still holds of it. This happens before anything is planned.
 2. The rest of the budget goes to sequences that lack more (prompts, chunks, resumed groups) in equal shares. What a
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
-   one request take their tokens together: a beam that lacks one token waits for those that lack more.
+   one request take their tokens together: a beam that lacks one token waits for beams that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
-4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: nobody is preempted
-   for them, and rejected drafts are rolled back when the step ends.
+4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
+   preempted for them, and rejected drafts are rolled back when the step ends.
 """
 
 from collections.abc import Collection
@@ -108,7 +108,7 @@ class StepPlanner:
                 writers[table.blocks[-1]] = writers.get(table.blocks[-1], 0) + 1
         for block, count in writers.items():
             # The last holder of a block without a hash writes in place.
-            needed += count if pool.names[block] is not None else min(count, pool.ref_counts[block] - 1)
+            needed += count if pool.hashes[block] is not None else min(count, pool.ref_counts[block] - 1)
         return needed
 
     def _plan_decoding(
@@ -179,7 +179,7 @@ class _BatchIds:
         self._repeats = False
         """Whether the next step may go on with the last id."""
         self._version: int | None = None
-        """Of the decode batch, where it was all of the last step."""
+        """Version of the decode batch, if it was all of the last step."""
         self._rows: list[int] = []
         self._next_positions: list[int] = []
 
@@ -206,7 +206,7 @@ class _BatchIds:
 def _decoding(
     groups: list[SequenceGroup], excluded: Collection[Sequence], prefilling: list[Sequence]
 ) -> list[Sequence]:
-    """The sequences that take one token now; those that lack more are added to `prefilling`."""
+    """The sequences that take one token now. Sequences that lack more are added to `prefilling`."""
     decoding: list[Sequence] = []
     for group in groups:
         num_before, num_prompt_tokens = len(decoding), group.num_prompt_tokens

@@ -42,17 +42,17 @@ class LogprobFormat:
         self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
     ) -> CompletionLogprobs:
         """The log-probabilities of a completion choice. A prompt's first token has none."""
-        form = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+        reply = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token_id, position in zip(token_ids, positions, strict=True):
             text = self._text(token_id, position[token_id] if position else None)
-            form.tokens.append(text)
-            form.text_offset.append(self._offset)
+            reply.tokens.append(text)
+            reply.text_offset.append(self._offset)
             # The text leaves special tokens out.
             self._offset += len(text) if token_id not in self.tokenizer.special_ids else 0
-            form.token_logprobs.append(_finite(position[token_id].logprob) if position else None)
-            if form.top_logprobs is not None:
-                form.top_logprobs.append(self._by_text(position) if position else None)
-        return form
+            reply.token_logprobs.append(_finite(position[token_id].logprob) if position else None)
+            if reply.top_logprobs is not None:
+                reply.top_logprobs.append(self._by_text(position) if position else None)
+        return reply
 
     def _entry(self, token_id: int, entry: Logprob) -> TokenLogprob:
         text = self._text(token_id, entry)

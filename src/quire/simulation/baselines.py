@@ -96,7 +96,7 @@ class BaselineSimulation(ABC):
 
     @abstractmethod
     def run(self, on_progress: Progress | None = None) -> None:
-        """Until every counted request has ended."""
+        """Run until every counted request has ended."""
 
     def result(self) -> dict[str, Any]:
         """The figures of the run."""

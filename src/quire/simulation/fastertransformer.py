@@ -14,7 +14,7 @@ class FasterTransformerSimulation(BaselineSimulation):
     """
 
     def run(self, on_progress: Progress | None = None) -> None:
-        """Until every counted request has ended."""
+        """Run until every counted request has ended."""
         most = self._num_slots // (self._max_model_len * self._num_samples)
         while not self._is_over:
             batch: list[WaitingClient] = []

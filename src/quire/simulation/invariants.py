@@ -21,8 +21,8 @@ def check_pool(pool: BlockPool, *, idle: bool = False) -> None:
     _equal("references to free blocks", sum(pool.ref_counts[block] for block in free), 0)
     _equal("sum of reference counts", sum(pool.ref_counts), pool.num_references)
     _equal("filled slots of used blocks", sum(pool.fill[block] for block in used), pool.num_filled_slots)
-    _equal("free blocks with a hash", sum(1 for block in free if pool.names[block] is not None), pool.num_cached_free)
-    for block, block_hash in enumerate(pool.names):
+    _equal("free blocks with a hash", sum(1 for block in free if pool.hashes[block] is not None), pool.num_cached_free)
+    for block, block_hash in enumerate(pool.hashes):
         if block_hash is not None:
             _equal(f"block that the hash of block {block} finds", pool.find(block_hash), block)
             _equal(f"fill of block {block}, which has a hash", pool.fill[block], pool.block_size)

@@ -12,7 +12,7 @@ from quire.quantization import METHODS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """One decoder-only model as a simulation sees it. What follows from its layers alone is asked of `spec`."""
+    """One decoder-only model as a simulation sees it. `spec` has all that follows from its layers alone."""
 
     name: str
     spec: ModelSpec

@@ -40,8 +40,9 @@ class ModelledTiers:
         self._writes: deque[tuple[float, bytes]] = deque()
         """(when the write ends, block hash), the first to end first."""
 
-    def move(self, plan: OffloadPlan | None, now: float, seconds: float) -> tuple[OffloadResult, float]:
-        """What ends by the end of a step that begins `now` and computes for `seconds`; and how long it then takes."""
+    def copy(self, plan: OffloadPlan | None, now: float, seconds: float) -> tuple[OffloadResult, float]:
+        """Copies that end within a step which begins at `now` and computes for `seconds`; and the seconds of that step
+        with its copies."""
         result = OffloadResult()
         wait = False
         if plan is not None:
@@ -49,20 +50,20 @@ class ModelledTiers:
             num_stores = sum(tier == HOST for tier, _, _ in plan.stores)
             result.load_seconds = num_loads * self._host_seconds
             seconds += (num_loads + num_stores) * self._host_seconds
-            for name in plan.reads:
+            for block_hash in plan.reads:
                 begin = max(now, self._reads[-1][0]) if self._reads else now
-                self._reads.append((begin + self._disk_seconds, name, self._disk_seconds))
-            for tier, name, _ in plan.stores:
+                self._reads.append((begin + self._disk_seconds, block_hash, self._disk_seconds))
+            for tier, block_hash, _ in plan.stores:
                 if tier == DISK:
                     begin = max(now, self._writes[-1][0]) if self._writes else now
-                    self._writes.append((begin + self._disk_seconds, name))
+                    self._writes.append((begin + self._disk_seconds, block_hash))
             wait = plan.wait
         if wait and self._reads:
             seconds = max(seconds, self._reads[0][0] - now)
         end = now + seconds
         while self._reads and self._reads[0][0] <= end:
-            _, name, took = self._reads.popleft()
-            result.read.append((name, took))
+            _, block_hash, took = self._reads.popleft()
+            result.read.append((block_hash, took))
         while self._writes and self._writes[0][0] <= end:
             result.stored.append(self._writes.popleft()[1])
         return result, seconds
@@ -124,7 +125,7 @@ class ModelledExecutor:
             self._end_samples(plan, result)
         self._follow_beams(plan, result)
         if self._tiers is not None:
-            result.offload, seconds = self._tiers.move(plan.offload, now, seconds)
+            result.offload, seconds = self._tiers.copy(plan.offload, now, seconds)
         return result, seconds
 
     def clear(self) -> None:

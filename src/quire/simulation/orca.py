@@ -51,7 +51,7 @@ class OrcaSimulation(BaselineSimulation):
     """The first waiting request did not fit, and no request has left since."""
 
     def run(self, on_progress: Progress | None = None) -> None:
-        """Until every counted request has ended."""
+        """Run until every counted request has ended."""
         settings, faults = self._settings, self._faults
         self._start_engine()
         iteration = 0

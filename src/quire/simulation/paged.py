@@ -99,7 +99,7 @@ class PagedSimulation:
         self.scheduler = self._start_engine()
 
     def run(self, on_progress: Progress | None = None) -> None:
-        """Until every counted request has ended."""
+        """Run until every counted request has ended."""
         measures, faults, settings = self.measures, self._faults, self._settings
         while True:
             self._admit_arrivals()

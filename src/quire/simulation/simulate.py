@@ -26,8 +26,8 @@ def run_simulation(
 ) -> dict[str, Any]:
     """Run one simulation; return its figures by name, those of the set-up first, ready for JSON.
 
-    Times are in seconds, shares in percent. Raises `ConfigError` for settings at odds with the trace, the model or the
-    device. `settings.trace`, `settings.model` and `settings.device` are names only; the objects given here are used.
+    Times are in seconds, shares in percent. Raises `ConfigError` for settings that contradict the trace, the model or
+    the device. `settings.trace`, `settings.model` and `settings.device` are names only; the objects are used.
     """
     if trace.rows[0].arrival is None and not settings.saturate and settings.rate is None:
         raise ConfigError(f"trace {trace.name} holds no arrivals; set rate in requests per second, or saturate")

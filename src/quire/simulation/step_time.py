@@ -4,8 +4,8 @@ Matrix products and attention run one after the other, so their times add up. Ea
 what it computes, whichever takes longer (Williams et al. 2009, the roofline); where a device's products were measured,
 their curves take the place of that. All-reduces between devices and fixed costs of a step come on top.
 
-A step reads dense layers once. Of experts it reads those that its tokens are sent to: top-k of one token, and at most
-k for each token of a larger batch, until all are read.
+A step reads dense layers once. It reads the experts that its tokens are sent to: the top-k of one token, up to k more
+with each further token, at most all of them.
 """
 
 from bisect import bisect_left
