@@ -1,4 +1,4 @@
-"""From a ModelConfig to a model: which class, and every weight accounted for.
+"""load_model: build the model of a config, and account for every weight.
 
 The table of families is `quire.model_config.ARCHITECTURES`; a row's class is imported when a checkpoint needs it.
 """
