@@ -21,6 +21,7 @@ FAMILIES = [
     "stablelm-parallel",
     "gemma2",
     "mixtral",
+    "qwen2-moe",
     "gptj",
 ]
 NUM_STEPS = 128

@@ -67,6 +67,24 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "Qwen1.5-MoE-A2.7B": (
+        "Qwen2MoeForCausalLM",
+        {"max_position_embeddings": 8192, "max_window_layers": 21, "sliding_window": 32768},
+    ),
+    "Qwen2-57B-A14B": (
+        "Qwen2MoeForCausalLM",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -79,6 +97,7 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
 }
 
 
@@ -119,6 +138,19 @@ def test_mixtral_is_read(tmp_path: Path) -> None:
         *("qkv", "o", "router"),
         *("expert.gate_up", "expert.down"),
     ]
+
+
+def test_qwen2_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Qwen1.5-MoE-A2.7B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (60, 4, 1408)
+    assert (config.shared_expert_intermediate_size, config.shared_expert_gate, config.norm_topk) == (5632, True, False)
+    assert (config.qkv_bias, config.o_bias, config.dense_layers) == (True, False, frozenset())
+    assert config.layer_windows == (0,) * 24
+    # As its model card says: 14.3B parameters, 2.7B of them used for a token.
+    assert (config.spec.num_parameters, config.spec.num_active_parameters) == (14_315_784_192, 2_689_173_504)
+    write(tmp_path, "Qwen1.5-MoE-A2.7B", decoder_sparse_step=3, mlp_only_layers=[2, 3], num_hidden_layers=6)
+    assert ModelConfig.from_folder(tmp_path).dense_layers == {0, 1, 2, 3, 4}
 
 
 @pytest.mark.parametrize(

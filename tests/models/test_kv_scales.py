@@ -47,6 +47,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "stablelm-parallel",
         "gemma2",
         "mixtral",
+        "qwen2-moe",
         "gptj",
     ],
 )

@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `post_norms`, `sliding_window_pattern`, `alternate_windows`, `head_bias`, `router`, `shared_expert_gate`.
     """
 
     model: str
@@ -104,6 +104,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_experts_per_tok": 2,
             "use_sliding_window": True,
             "max_window_layers": 0,
+        },
+    ),
+    "Qwen2MoeForCausalLM": Architecture(
+        model="quire.models.moe:MoELlama",
+        implied={
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 32768,
+            "qkv_bias": True,
+            "sliding_window": 4096,
+            "alternate_windows": True,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "shared_expert_gate": True,
         },
     ),
     "GPT2LMHeadModel": Architecture(

@@ -7,7 +7,7 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     """The window of every layer in positions; 0 for a layer that attends to all.
 
     `layer_types` decides if there is one. Else every `sliding_window_pattern`-th layer attends to all (Gemma), or the
-    layers from `max_window_layers` on have the window (Qwen).
+    layers from `max_window_layers` on have the window (Qwen), or every other layer before it (Qwen2-MoE).
     """
     if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
         return (0,) * num_layers
@@ -22,4 +22,6 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
         pattern = config.integer("sliding_window_pattern")
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(num_layers))
     first = config.integer("max_window_layers", 28, minimum=0)
+    if config.flag("alternate_windows"):
+        return tuple(window if layer % 2 == 0 and layer < first else 0 for layer in range(num_layers))
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
