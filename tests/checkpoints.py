@@ -135,15 +135,23 @@ def make_checkpoint(
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                # Gemma's norms multiply by 1 + weight.
-                mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
-                torch.nn.init.normal_(parameter, mean, 0.1)
+                torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
     return folder
+
+
+def _mean_of_vector(family: str, name: str) -> float:
+    if "bias" in name:
+        return 0.0
+    if not family.startswith("gemma"):
+        return 1.0
+    # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would
+    # repeat the last token.
+    return 3.0 if "post_" in name else 0.0
 
 
 def reference_model(folder: str | Path) -> PreTrainedModel:
