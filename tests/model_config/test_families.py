@@ -85,6 +85,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 8,
         },
     ),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -98,6 +109,7 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
     "Qwen2MoeForCausalLM": "qwen2_moe",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 
