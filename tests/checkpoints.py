@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
@@ -99,6 +100,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         StableLmForCausalLM,
         {**_STABLELM, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     ),
+    "gemma": (GemmaConfig, GemmaForCausalLM, _DECODER),
     "gemma2": (
         Gemma2Config,
         Gemma2ForCausalLM,

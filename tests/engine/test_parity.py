@@ -19,6 +19,7 @@ FAMILIES = [
     "llama-rope-llama3",
     "stablelm",
     "stablelm-parallel",
+    "gemma",
     "gemma2",
     "mixtral",
 ]

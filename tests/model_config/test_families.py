@@ -65,6 +65,18 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_parallel_residual": True,
         },
     ),
+    "gemma-2b": (
+        "GemmaForCausalLM",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "hidden_act": "gelu",
+        },
+    ),
+    "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
@@ -76,6 +88,7 @@ MODEL_TYPES = {
     "GPT2LMHeadModel": "gpt2",
     "MixtralForCausalLM": "mixtral",
     "StableLmForCausalLM": "stablelm",
+    "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
 }
 

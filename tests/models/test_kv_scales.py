@@ -37,7 +37,8 @@ def change(folder: Path, **tensors: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"],
+    ["llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"]
+    + ["gemma"],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
     """Inputs of any size, in the worst direction of every row, stay inside float8; the bound is not far above them."""

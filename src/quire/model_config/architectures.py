@@ -26,6 +26,8 @@ class Architecture:
     """A key → how this family spells it in config.json."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
+    meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """A key → values of config.json by which the family means another one."""
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
@@ -70,6 +72,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_norm_per_head": True,
             "partial_rotary_factor": 0.25,
         },
+    ),
+    "GemmaForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        # Its files say gelu, and the models were trained with the approximation by tanh.
+        meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
+        implied={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_unit_offset": True,
+            "scale_embeddings": True,
+            "tie_word_embeddings": True,
+        },
+        fixed={"use_bidirectional_attention": False},
     ),
     "Gemma2ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
