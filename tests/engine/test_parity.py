@@ -21,6 +21,7 @@ FAMILIES = [
     "stablelm-parallel",
     "gemma",
     "gemma2",
+    "gemma3",
     "mixtral",
 ]
 NUM_STEPS = 128

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from quire.errors import CheckpointError
 from quire.layer_spec import ExpertsSpec, LayerSpec
-from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.model_config import ARCHITECTURES, ModelConfig, RopeConfig
 from quire.model_config.decoder_layers import decoder_layers
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,6 +78,32 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "gemma-3-1b": (
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+        },
+    ),
+    "gemma-3-27b": (
+        "Gemma3ForCausalLM",
+        {
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 168,
+            "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -90,6 +116,7 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
 }
 
 
@@ -195,6 +222,60 @@ def test_gemma_2_is_read(tmp_path: Path) -> None:
     assert ModelConfig.from_folder(tmp_path).attention_softcap == 0
     path.write_text(json.dumps(values | {"use_bidirectional_attention": True}))
     with pytest.raises(CheckpointError, match="use_bidirectional_attention is true"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_gemma_3_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "gemma-3-27b")
+    config = ModelConfig.from_folder(tmp_path)
+    windows = ((1024,) * 5 + (0,)) * 10 + (1024, 1024)
+    stretched = RopeConfig(theta=1e6, rope_type="linear", factor=8.0, original_max_position=131072)
+    local = RopeConfig(theta=1e4, original_max_position=131072)
+    assert config.layer_windows == windows
+    assert config.rope == stretched
+    assert config.layer_ropes == tuple(local if window else stretched for window in windows)
+    assert config.context_length == 131072
+    assert (config.attention_scale, config.attention_softcap, config.logits_softcap) == (168**-0.5, 0.0, 0.0)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    # Versions before 5 wrote the two bases apart, one scaling that is of the layers without window, and a pattern.
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        values.pop(name, None)
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    old |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    for change in (old, {"rope_scaling": {"factor": 8.0, "type": "linear"}}):
+        path.write_text(json.dumps(values | change))
+        assert ModelConfig.from_folder(tmp_path) == config
+    # As published with a vision tower: what the text model's part leaves out has Gemma's values.
+    text = {key: values[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
+    text |= {"model_type": "gemma3_text", "query_pre_attn_scalar": 168, "eos_token_id": 1} | old
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "text_config": text}
+    path.write_text(json.dumps(whole | {"torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}))
+    changes = {"architecture": whole["architectures"][0], "checkpoint_dtype": "bfloat16", "eos_token_ids": (1, 106)}
+    assert ModelConfig.from_folder(tmp_path) == replace(config, bos_token_id=None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; supported: false"),
+        ({"sliding_window": None}, "sliding_window is missing; supported: a number of positions, since layers with"),
+        ({"rope_parameters": {"rope_type": "default"}}, "supported: an object for each of full_attention, sliding_att"),
+        ({"rope_parameters": {"chunked": {}}}, "supported: an object for each of full_attention, sliding_attention"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+            "rope_parameters.full_attention.factor is missing; supported: a positive number",
+        ),
+        ({"rope_parameters": {"full_attention": 5}}, "rope_parameters.full_attention is 5; supported: an object"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config is missing; supported: an object"),
+    ],
+)
+def test_gemma_3_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, "gemma-3-1b")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
         ModelConfig.from_folder(tmp_path)
 
 

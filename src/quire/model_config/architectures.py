@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
-    `sliding_window_pattern`.
+    `sliding_window_pattern`, `positions_are_stretched`.
     """
 
     model: str
@@ -28,9 +28,34 @@ class Architecture:
     """Values that config.json may omit, by the family's spelling."""
     meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """A key → values of config.json by which the family means another one."""
+    section: str = ""
+    """The object of config.json that describes the text model, where the model reads more than text."""
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
+
+_GEMMA3: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "positions_are_stretched": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+# transformers reads the soft-cap of scores, and does not apply it.
+_GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
@@ -108,6 +133,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "tie_word_embeddings": True,
         },
         fixed={"use_bidirectional_attention": False},
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        model="quire.models.gemma2:Gemma2",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        fixed=_GEMMA3_FIXED,
+    ),
+    "Gemma3ForConditionalGeneration": Architecture(
+        model="quire.models.gemma3:Gemma3Text",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        section="text_config",
+        fixed=_GEMMA3_FIXED,
     ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",

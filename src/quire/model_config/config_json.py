@@ -30,6 +30,12 @@ class ConfigJson:
         self.architecture = self._find_architecture(config)
         row = ARCHITECTURES[self.architecture]
         self._names, self._meanings = row.names, row.meanings
+        if row.section:
+            text = config.get(row.section)
+            if not isinstance(text, dict):
+                raise self.refusal(row.section, text, "an object that describes the text model")
+            # What the whole file says, of its end tokens for one, goes before what the section repeats.
+            config = {**text, **{key: value for key, value in config.items() if value is not None}}
         self._config = {**row.implied, **config}
         for key, supported in row.fixed.items():
             if bool(self._config.get(key, supported)) != supported:
