@@ -22,6 +22,7 @@ FAMILIES = [
     "gemma",
     "gemma2",
     "gemma3",
+    "granite",
     "mixtral",
 ]
 NUM_STEPS = 128

@@ -78,6 +78,27 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "granite-3.0-8b": (
+        "GraniteForCausalLM",
+        {
+            "vocab_size": 49155,
+            "hidden_size": 4096,
+            "intermediate_size": 12800,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0078125,
+            "logits_scaling": 16.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-3.0-2b": (
+        "GraniteForCausalLM",
+        {"vocab_size": 49155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
+        | {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    ),
     "gemma-3-1b": (
         "Gemma3ForCausalLM",
         {
@@ -117,6 +138,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "GraniteForCausalLM": "granite",
 }
 
 
@@ -279,6 +301,24 @@ def test_gemma_3_is_refused(change: dict[str, Any], message: str, tmp_path: Path
         ModelConfig.from_folder(tmp_path)
 
 
+def test_granite_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "granite-3.0-8b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier) == (12.0, 0.22, 1 / 16)
+    assert config.attention_scale == 1 / 128
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in names}))
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier) == (1.0, 1.0, 1.0)
+    assert config.attention_scale == 1.0
+    for name in names:
+        path.write_text(json.dumps(values | {name: 0}))
+        with pytest.raises(CheckpointError, match=f"{name} is 0; supported: a positive number"):
+            ModelConfig.from_folder(tmp_path)
+
+
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:
     write(tmp_path, "Llama-3.1-8B")
     config = ModelConfig.from_folder(tmp_path)
@@ -286,6 +326,7 @@ def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:
     names = ("norm", "norm_unit_offset", "post_norms", "parallel_residual", "num_experts", "expert_intermediate_size")
     assert [getattr(config, name) for name in names] == ["rms_norm", False, False, False, 0, 0]
     assert (config.attention_softcap, config.logits_softcap, config.embedding_multiplier) == (0.0, 0.0, 1.0)
+    assert (config.residual_multiplier, config.logits_multiplier, config.layer_ropes) == (1.0, 1.0, ())
 
 
 def two_dense_layers_first(config: ModelConfig) -> tuple[LayerSpec, ...]:

@@ -147,6 +147,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         section="text_config",
         fixed=_GEMMA3_FIXED,
     ),
+    "GraniteForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",
         names={"num_experts": "num_local_experts"},

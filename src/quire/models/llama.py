@@ -1,5 +1,5 @@
 """Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys)."""
+queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of its norms), Granite (factors)."""
 
 import torch
 from torch import Tensor
@@ -34,12 +34,14 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         model = build.scope("model")
         table = model.weights.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
         super().__init__(
             build.ends(table),
             [self.make_layer(model.scope(f"layers.{index}"), index, cos_sin) for index, cos_sin in enumerate(tables)],
             model.norm("norm"),
-            embedding_factor=build.rounded(config.embedding_multiplier),
+            embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
+            logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,
         )
 
@@ -50,4 +52,5 @@ class Llama(Decoder):
             rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             build.norm("post_attention_layernorm"),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
+            residual_factor=build.config.residual_multiplier,
         )
