@@ -20,6 +20,7 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -139,6 +140,15 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "residual_multiplier": 0.4,
             "attention_multiplier": 0.15,
             "logits_scaling": 1.7,
+        },
+    ),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {
+            **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+            "no_rope_layer_interval": 2,
+            "pad_token_id": None,
         },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),

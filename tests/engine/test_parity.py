@@ -23,6 +23,7 @@ FAMILIES = [
     "gemma2",
     "gemma3",
     "granite",
+    "smollm3",
     "mixtral",
 ]
 NUM_STEPS = 128

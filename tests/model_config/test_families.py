@@ -99,6 +99,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 49155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
         | {"num_key_value_heads": 8, "tie_word_embeddings": True},
     ),
+    "SmolLM3-3B": ("SmolLM3ForCausalLM", {"max_position_embeddings": 65536}),
     "gemma-3-1b": (
         "Gemma3ForCausalLM",
         {
@@ -138,6 +139,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
 }
 
@@ -317,6 +319,32 @@ def test_granite_is_read(tmp_path: Path) -> None:
         path.write_text(json.dumps(values | {name: 0}))
         with pytest.raises(CheckpointError, match=f"{name} is 0; supported: a positive number"):
             ModelConfig.from_folder(tmp_path)
+
+
+def test_smollm3_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "SmolLM3-3B", rope_theta=5e6)
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.spec.num_parameters == 3_075_098_624  # as its card says
+    assert config.layer_windows == (0,) * 36
+    assert config.rope == RopeConfig(theta=5e6, original_max_position=65536)
+    assert config.layer_ropes == (*[config.rope] * 3, None) * 9
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for change in ({"no_rope_layers": None}, {"no_rope_layers": [True, 1, 1, 0] * 10}):
+        path.write_text(json.dumps(values | change))
+        assert ModelConfig.from_folder(tmp_path) == config
+    path.write_text(json.dumps(values | {"no_rope_layers": [1] * 36}))
+    assert ModelConfig.from_folder(tmp_path).layer_ropes == ()
+    changes = {"no_rope_layers": None, "layer_types": None, "use_sliding_window": True, "sliding_window": 9}
+    path.write_text(json.dumps(values | changes))
+    assert ModelConfig.from_folder(tmp_path).layer_windows == (0, 0, 0, 9) * 9
+    for wrong in ([1] * 35, [2] * 36, 1):
+        path.write_text(json.dumps(values | {"no_rope_layers": wrong}))
+        with pytest.raises(CheckpointError, match=r"no_rope_layers is .*; supported: 36 times 0 or 1"):
+            ModelConfig.from_folder(tmp_path)
+    path.write_text(json.dumps(values | {"no_rope_layers": None, "no_rope_layer_interval": 0}))
+    with pytest.raises(CheckpointError, match="no_rope_layer_interval is 0; supported: an integer of at least 1"):
+        ModelConfig.from_folder(tmp_path)
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:

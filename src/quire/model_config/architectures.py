@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
-    `sliding_window_pattern`, `positions_are_stretched`.
+    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`.
     """
 
     model: str
@@ -150,6 +150,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GraniteForCausalLM": Architecture(
         model="quire.models.llama:Llama",
         implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
     ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",

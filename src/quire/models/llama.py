@@ -1,5 +1,6 @@
 """Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of its norms), Granite (factors)."""
+queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of its norms), Granite (factors), SmolLM3
+(layers that rotate nothing)."""
 
 import torch
 from torch import Tensor
