@@ -18,6 +18,7 @@ from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
@@ -151,6 +152,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "pad_token_id": None,
         },
     ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, _DECODER),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
 }

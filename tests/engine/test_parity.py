@@ -24,6 +24,7 @@ FAMILIES = [
     "gemma3",
     "granite",
     "smollm3",
+    "olmo2",
     "mixtral",
 ]
 NUM_STEPS = 128

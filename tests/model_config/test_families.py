@@ -100,6 +100,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_key_value_heads": 8, "tie_word_embeddings": True},
     ),
     "SmolLM3-3B": ("SmolLM3ForCausalLM", {"max_position_embeddings": 65536}),
+    "OLMo-2-1124-7B": ("Olmo2ForCausalLM", {"vocab_size": 100352, "max_position_embeddings": 4096}),
+    "OLMo-2-0425-1B": (
+        "Olmo2ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "rope_theta": 500000, "max_position_embeddings": 4096},
+    ),
+    "OLMo-2-0325-32B": (
+        "Olmo2ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+        | {"num_attention_heads": 40, "num_key_value_heads": 8, "rope_theta": 500000, "max_position_embeddings": 4096},
+    ),
     "gemma-3-1b": (
         "Gemma3ForCausalLM",
         {
@@ -139,6 +150,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
 }
@@ -345,6 +357,17 @@ def test_smollm3_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(values | {"no_rope_layers": None, "no_rope_layer_interval": 0}))
     with pytest.raises(CheckpointError, match="no_rope_layer_interval is 0; supported: an integer of at least 1"):
         ModelConfig.from_folder(tmp_path)
+
+
+def test_olmo_2_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "OLMo-2-0325-32B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.pre_norms, config.post_norms, config.qk_norm, config.qk_norm_joint) == (False, True, True, True)
+    assert (config.norm_eps, config.context_length) == (1e-5, 4096)
+    assert [(each.name, each.size) for each in config.spec.layers[0].vectors] == [
+        *(("attention_post_norm.weight", 5120), ("mlp_post_norm.weight", 5120)),
+        *(("q_norm.weight", 5120), ("k_norm.weight", 1024)),
+    ]
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:

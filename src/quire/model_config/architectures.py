@@ -14,6 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
+    `pre_norms`, `qk_norm_joint`,
     `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`.
     """
 
@@ -159,6 +160,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rope_theta": 2e6,
             "no_rope_layer_interval": 4,
             "tie_word_embeddings": True,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "qk_norm_joint": True,
         },
     ),
     "MixtralForCausalLM": Architecture(

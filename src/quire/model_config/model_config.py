@@ -46,6 +46,8 @@ class ModelConfig:
     """Norms have a bias beside the weight."""
     norm_unit_offset: bool = False
     """A norm multiplies by 1 + weight (Gemma)."""
+    pre_norms: bool = True
+    """What attention and the MLP read is a norm of the residual stream; else the stream itself (OLMo 2)."""
     post_norms: bool = False
     """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
     norms a layer instead of two (Gemma 2)."""
@@ -75,6 +77,8 @@ class ModelConfig:
     """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
     qk_norm_per_head: bool = False
     """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    qk_norm_joint: bool = False
+    """That norm is of all heads together, as one long vector with a weight for each element (OLMo 2)."""
     query_pre_attn_scalar: float | None = None
     """Scores are multiplied by this ** -0.5; None: by head_dim ** -0.5. `attention_scale` has the factor."""
     attention_multiplier: float | None = None
@@ -211,6 +215,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
+        pre_norms=config.flag("pre_norms", True),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
@@ -227,6 +232,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         ),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
+        qk_norm_joint=config.flag("qk_norm_joint"),
         query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
         attention_multiplier=config.number("attention_multiplier", 0.0) or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
