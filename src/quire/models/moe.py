@@ -40,7 +40,7 @@ class MoELlama(Llama):
     """Ways of storing the experts, the published one first."""
     shared = "shared_expert"
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
         return DecoderLayer(
             build.norm("input_layernorm"),
