@@ -24,6 +24,7 @@ from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -163,6 +164,11 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         Qwen2MoeConfig,
         Qwen2MoeForCausalLM,
         {**_MOE, "num_experts": 6, "shared_expert_intermediate_size": 80, "mlp_only_layers": [0]},
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**_MOE, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [2]},
     ),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),

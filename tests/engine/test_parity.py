@@ -27,6 +27,7 @@ FAMILIES = [
     "olmo2",
     "mixtral",
     "qwen2-moe",
+    "qwen3-moe",
     "gptj",
     "gpt-neox",
 ]

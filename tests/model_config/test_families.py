@@ -97,6 +97,22 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 8,
         },
     ),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeForCausalLM",
+        {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "max_position_embeddings": 40960},
+    ),
+    "Qwen3-235B-A22B": (
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 94,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+            "norm_topk_prob": True,
+        },
+    ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
@@ -180,6 +196,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "GPTNeoXForCausalLM": "gpt_neox",
     "Gemma3ForCausalLM": "gemma3_text",
@@ -239,6 +256,17 @@ def test_qwen2_moe_is_read(tmp_path: Path) -> None:
     assert (config.spec.num_parameters, config.spec.num_active_parameters) == (14_315_784_192, 2_689_173_504)
     write(tmp_path, "Qwen1.5-MoE-A2.7B", decoder_sparse_step=3, mlp_only_layers=[2, 3], num_hidden_layers=6)
     assert ModelConfig.from_folder(tmp_path).dense_layers == {0, 1, 2, 3, 4}
+
+
+def test_qwen3_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Qwen3-30B-A3B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (128, 8, 768)
+    assert (config.qk_norm, config.norm_topk, config.shared_expert_intermediate_size) == (True, True, 0)
+    assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (
+        30.5,
+        3.3,
+    )
 
 
 @pytest.mark.parametrize(

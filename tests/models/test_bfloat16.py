@@ -23,6 +23,7 @@ from tests.paged_model import PagedModel
         "gemma2",
         "mixtral",
         "qwen2-moe",
+        "qwen3-moe",
         "gptj",
         "gpt-neox",
     ],

@@ -48,6 +48,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gemma2",
         "mixtral",
         "qwen2-moe",
+        "qwen3-moe",
         "gptj",
         "gpt-neox",
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),

@@ -30,6 +30,10 @@ from tests.paged_model import PagedModel
         ("qwen2-moe", {"hidden_size": 60, "shared_expert_intermediate_size": 37, "num_key_value_heads": 4}),
         ("qwen2-moe", {"use_sliding_window": True, "sliding_window": 7}),
         ("qwen2-moe", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+        ("qwen3-moe", {"norm_topk_prob": False, "mlp_only_layers": [], "tie_word_embeddings": True}),
+        ("qwen3-moe", {"num_experts": 5, "num_experts_per_tok": 3, "decoder_sparse_step": 3}),
+        ("qwen3-moe", {"num_key_value_heads": 1, "head_dim": 20, "attention_bias": True, "hidden_act": "gelu"}),
+        ("qwen3-moe", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
     ],
     ids=str,
 )
@@ -37,12 +41,12 @@ def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_
     assert_equals_transformers(make_checkpoint(tmp_path, family, **overrides))
 
 
-@pytest.mark.parametrize("family", ["qwen2-moe"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe"])
 def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None:
     assert_equals_transformers(make_checkpoint(tmp_path, family), kernels=reference, block_size=8)
 
 
-@pytest.mark.parametrize("family", ["qwen2-moe"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe"])
 def test_one_token(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family)
     ids = prompt(12)
@@ -51,7 +55,7 @@ def test_one_token(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
-@pytest.mark.parametrize("family", ["qwen2-moe"])
+@pytest.mark.parametrize("family", ["qwen2-moe", "qwen3-moe"])
 def test_experts_in_one_tensor(family: str, dtype: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family)
     ids = prompt(20)
@@ -80,6 +84,19 @@ def test_old_files_leave_the_types_of_layers_unsaid(tmp_path: Path) -> None:
     assert config.pop("layer_types") == ["sliding_attention", "full_attention", "full_attention"]
     path.write_text(json.dumps(config))
     assert ModelConfig.from_folder(folder).layer_windows == (7, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_both_spellings_of_the_number_of_experts(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "qwen3-moe")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("num_local_experts") == 6
+    path.write_text(json.dumps({**config, name: 6}))
+    assert ModelConfig.from_folder(folder).num_experts == 6
+    path.write_text(json.dumps({**config, name: 0}))
+    with pytest.raises(CheckpointError, match="num_experts is 0; supported: an integer of at least 1"):
+        ModelConfig.from_folder(folder)
 
 
 def test_dense_and_sparse_layers_are_counted(tmp_path: Path) -> None:

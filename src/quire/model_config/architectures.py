@@ -25,6 +25,8 @@ class Architecture:
     layers do not follow from the fields of `ModelConfig` names its own."""
     names: Mapping[str, str] = field(default_factory=dict)
     """A key → how this family spells it in config.json."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Another spelling of config.json → the one of `names`, which wins where a file has both."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
     meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
@@ -201,6 +203,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "moe_intermediate_size": 1408,
             "shared_expert_intermediate_size": 5632,
             "shared_expert_gate": True,
+        },
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        model="quire.models.moe:MoELlama",
+        # With a window all layers have it, whatever the file says beside it.
+        names={"max_window_layers": "first_window_layer", "layer_types": "window_layer_types"},
+        aliases={"num_local_experts": "num_experts"},
+        implied={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "qk_norm": True,
+            "sliding_window": 4096,
+            "first_window_layer": 0,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "moe_intermediate_size": 768,
         },
     ),
     "GPT2LMHeadModel": Architecture(
