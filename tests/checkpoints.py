@@ -21,6 +21,7 @@ from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -171,6 +172,11 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         {**_MOE, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [2]},
     ),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
+    "olmoe": (
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        {**_STABLELM, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3},
+    ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),

@@ -28,6 +28,7 @@ FAMILIES = [
     "mixtral",
     "qwen2-moe",
     "qwen3-moe",
+    "olmoe",
     "gptj",
     "gpt-neox",
 ]

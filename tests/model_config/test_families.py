@@ -113,6 +113,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "OLMoE-1B-7B": ("OlmoeForCausalLM", {"intermediate_size": 1024}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
@@ -196,6 +197,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "OlmoeForCausalLM": "olmoe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "GPTNeoXForCausalLM": "gpt_neox",
@@ -256,6 +258,14 @@ def test_qwen2_moe_is_read(tmp_path: Path) -> None:
     assert (config.spec.num_parameters, config.spec.num_active_parameters) == (14_315_784_192, 2_689_173_504)
     write(tmp_path, "Qwen1.5-MoE-A2.7B", decoder_sparse_step=3, mlp_only_layers=[2, 3], num_hidden_layers=6)
     assert ModelConfig.from_folder(tmp_path).dense_layers == {0, 1, 2, 3, 4}
+
+
+def test_olmoe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "OLMoE-1B-7B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (64, 8, 1024)
+    assert (config.qk_norm, config.qk_norm_joint, config.norm_topk) == (True, True, False)
+    assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (6.9, 1.3)
 
 
 def test_qwen3_moe_is_read(tmp_path: Path) -> None:

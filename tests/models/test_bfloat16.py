@@ -24,6 +24,7 @@ from tests.paged_model import PagedModel
         "mixtral",
         "qwen2-moe",
         "qwen3-moe",
+        "olmoe",
         "gptj",
         "gpt-neox",
     ],

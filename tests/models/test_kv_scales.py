@@ -49,6 +49,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "mixtral",
         "qwen2-moe",
         "qwen3-moe",
+        "olmoe",
         "gptj",
         "gpt-neox",
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),

@@ -230,6 +230,7 @@ class TestRandomWeights:
             "mixtral",
             "qwen2-moe",
             "qwen3-moe",
+            "olmoe",
             "gptj",
             "gpt-neox",
         ],

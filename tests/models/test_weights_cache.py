@@ -65,6 +65,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "mixtral",
         "qwen2-moe",
         "qwen3-moe",
+        "olmoe",
         "gptj",
         "gpt-neox",
     ],

@@ -121,6 +121,7 @@ def test_the_head_has_its_own_format() -> None:
         "mixtral",
         "qwen2-moe",
         "qwen3-moe",
+        "olmoe",
         "gptj",
         "gpt-neox",
     ],

@@ -222,6 +222,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             "moe_intermediate_size": 768,
         },
     ),
+    "OlmoeForCausalLM": Architecture(
+        model="quire.models.moe:MoELlama",
+        implied={
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": 50279,
+            "qk_norm": True,
+            "qk_norm_joint": True,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        fixed={"clip_qkv": False},
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names={

@@ -1,4 +1,4 @@
-"""Llama with experts in the place of the MLP, in all layers or in some: Qwen2-MoE, Qwen3-MoE."""
+"""Llama with experts in the place of the MLP, in all layers or in some: Qwen2-MoE, Qwen3-MoE, OLMoE."""
 
 from typing import NamedTuple
 

@@ -3,8 +3,8 @@ heads together."""
 
 from torch import Tensor
 
-from quire.layers.norm import JointHeadNorm, NoNorm
-from quire.models.blocks import HeadNorms, gated_mlp, rotary_attention
+from quire.layers.norm import NoNorm
+from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import Llama
@@ -17,18 +17,8 @@ class OLMo2(Llama):
         attention = build.scope("self_attn")
         return DecoderLayer(
             NoNorm(),
-            rotary_attention(attention, index, cos_sin, head_norms=_head_norms(attention)),
+            rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             NoNorm(),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
             post_norms=(build.norm("post_attention_layernorm"), build.norm("post_feedforward_layernorm")),
         )
-
-
-def _head_norms(build: Builder) -> HeadNorms:
-    config = build.config
-
-    def norm(name: str, num_heads: int) -> JointHeadNorm:
-        weight = build.weights.take(f"{name}.weight", (num_heads * config.head_dim,)).float()
-        return JointHeadNorm(build.kernels, weight, config.norm_eps, config.head_dim)
-
-    return norm("q_norm", config.num_heads), norm("k_norm", config.num_kv_heads)
