@@ -33,7 +33,19 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "qwen2-moe", "qwen3-moe", "olmoe"],
+    [
+        "llama",
+        "mistral",
+        "qwen3",
+        "gpt2",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "qwen2-moe",
+        "qwen3-moe",
+        "olmoe",
+        "granite-moe",
+    ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, family)

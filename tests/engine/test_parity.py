@@ -29,6 +29,7 @@ FAMILIES = [
     "qwen2-moe",
     "qwen3-moe",
     "olmoe",
+    "granite-moe",
     "gptj",
     "gpt-neox",
 ]

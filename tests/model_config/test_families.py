@@ -114,6 +114,24 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "OLMoE-1B-7B": ("OlmoeForCausalLM", {"intermediate_size": 1024}),
+    "granite-3.1-1b-a400m": (
+        "GraniteMoeForCausalLM",
+        {
+            "vocab_size": 49155,
+            "hidden_size": 1024,
+            "intermediate_size": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 6.0,
+        },
+    ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
@@ -197,6 +215,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "GraniteMoeForCausalLM": "granitemoe",
     "OlmoeForCausalLM": "olmoe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
@@ -266,6 +285,14 @@ def test_olmoe_is_read(tmp_path: Path) -> None:
     assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (64, 8, 1024)
     assert (config.qk_norm, config.qk_norm_joint, config.norm_topk) == (True, True, False)
     assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (6.9, 1.3)
+
+
+def test_granite_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "granite-3.1-1b-a400m")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (32, 8, 512)
+    assert (config.router.kind, config.residual_multiplier, config.attention_scale) == ("topk_softmax", 0.22, 1 / 64)
+    assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (1.3, 0.4)
 
 
 def test_qwen3_moe_is_read(tmp_path: Path) -> None:

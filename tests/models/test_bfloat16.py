@@ -25,6 +25,7 @@ from tests.paged_model import PagedModel
         "qwen2-moe",
         "qwen3-moe",
         "olmoe",
+        "granite-moe",
         "gptj",
         "gpt-neox",
     ],

@@ -50,6 +50,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "qwen2-moe",
         "qwen3-moe",
         "olmoe",
+        "granite-moe",
         "gptj",
         "gpt-neox",
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),

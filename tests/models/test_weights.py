@@ -231,6 +231,7 @@ class TestRandomWeights:
             "qwen2-moe",
             "qwen3-moe",
             "olmoe",
+            "granite-moe",
             "gptj",
             "gpt-neox",
         ],

@@ -66,6 +66,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "qwen2-moe",
         "qwen3-moe",
         "olmoe",
+        "granite-moe",
         "gptj",
         "gpt-neox",
     ],

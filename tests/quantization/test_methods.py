@@ -122,6 +122,7 @@ def test_the_head_has_its_own_format() -> None:
         "qwen2-moe",
         "qwen3-moe",
         "olmoe",
+        "granite-moe",
         "gptj",
         "gpt-neox",
     ],

@@ -236,6 +236,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"clip_qkv": False},
     ),
+    "GraniteMoeForCausalLM": Architecture(
+        model="quire.models.granite_moe:GraniteMoE",
+        names={"num_experts": "num_local_experts"},
+        implied={
+            "max_position_embeddings": 2048,
+            "attention_multiplier": 1.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router": "topk_softmax",
+        },
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names={

@@ -47,6 +47,7 @@ class MoELlama(Llama):
             rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             build.norm("post_attention_layernorm"),
             self.make_mlp(build, index),
+            residual_factor=build.config.residual_multiplier,
         )
 
     def make_mlp(self, build: Builder, index: int) -> MLP:
