@@ -23,6 +23,7 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmoe import OlmoeConfig, OlmoeForCausalLM
+from transformers.models.phimoe import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -190,6 +191,19 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "residual_multiplier": 0.5,
             "attention_multiplier": 0.1,
             "logits_scaling": 2.0,
+        },
+    ),
+    "phimoe": (
+        PhimoeConfig,
+        PhimoeForCausalLM,
+        {
+            **_DECODER,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            # So wide that several experts count beside the largest.
+            "router_jitter_noise": 0.2,
+            "attention_bias": True,
+            "lm_head_bias": True,
         },
     ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),

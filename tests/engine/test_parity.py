@@ -30,6 +30,7 @@ FAMILIES = [
     "qwen3-moe",
     "olmoe",
     "granite-moe",
+    "phimoe",
     "gptj",
     "gpt-neox",
 ]

@@ -132,6 +132,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 6.0,
         },
     ),
+    "Phi-3.5-MoE": ("PhimoeForCausalLM", {"attention_bias": True, "lm_head_bias": True}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
@@ -215,6 +216,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "PhimoeForCausalLM": "phimoe",
     "GraniteMoeForCausalLM": "granitemoe",
     "OlmoeForCausalLM": "olmoe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
@@ -293,6 +295,19 @@ def test_granite_moe_is_read(tmp_path: Path) -> None:
     assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (32, 8, 512)
     assert (config.router.kind, config.residual_multiplier, config.attention_scale) == ("topk_softmax", 0.22, 1 / 64)
     assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (1.3, 0.4)
+
+
+def test_phi_3_5_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Phi-3.5-MoE")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (16, 2, 6400)
+    assert (config.norm, config.norm_bias, config.qkv_bias, config.o_bias, config.head_bias) == (
+        "layer_norm",
+        *(True,) * 4,
+    )
+    assert (config.router.kind, config.router.jitter) == ("sparse_mixer", 0.01)
+    # As its model card says: 16x3.8B, 42B parameters, 6.6B of them used for a token.
+    assert (round(config.spec.num_parameters / 1e9), round(config.spec.num_active_parameters / 1e9, 1)) == (42, 6.6)
 
 
 def test_qwen3_moe_is_read(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tests.paged_model import PagedModel
         "qwen3-moe",
         "olmoe",
         "granite-moe",
+        "phimoe",
         "gptj",
         "gpt-neox",
     ],

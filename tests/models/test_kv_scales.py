@@ -51,6 +51,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "qwen3-moe",
         "olmoe",
         "granite-moe",
+        "phimoe",
         "gptj",
         "gpt-neox",
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),

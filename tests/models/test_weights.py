@@ -232,6 +232,7 @@ class TestRandomWeights:
             "qwen3-moe",
             "olmoe",
             "granite-moe",
+            "phimoe",
             "gptj",
             "gpt-neox",
         ],

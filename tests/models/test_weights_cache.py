@@ -67,6 +67,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "qwen3-moe",
         "olmoe",
         "granite-moe",
+        "phimoe",
         "gptj",
         "gpt-neox",
     ],

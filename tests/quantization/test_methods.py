@@ -123,6 +123,7 @@ def test_the_head_has_its_own_format() -> None:
         "qwen3-moe",
         "olmoe",
         "granite-moe",
+        "phimoe",
         "gptj",
         "gpt-neox",
     ],

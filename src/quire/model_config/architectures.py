@@ -247,6 +247,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "router": "topk_softmax",
         },
     ),
+    "PhimoeForCausalLM": Architecture(
+        model="quire.models.phimoe:PhiMoE",
+        names={"num_experts": "num_local_experts", "head_bias": "lm_head_bias"},
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "rope_theta": 1e6,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 2,
+            "router": "sparse_mixer",
+        },
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names={
