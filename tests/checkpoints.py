@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.glm4_moe import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
@@ -206,6 +207,19 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "lm_head_bias": True,
         },
     ),
+    "glm4-moe": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            **_MOE,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
@@ -232,6 +246,10 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # As large as the differences between scores, so that it moves the choice.
+                torch.nn.init.normal_(buffer, 0.0, 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype

@@ -46,6 +46,7 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "olmoe",
         "granite-moe",
         "phimoe",
+        "glm4-moe",
     ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ FAMILIES = [
     "olmoe",
     "granite-moe",
     "phimoe",
+    "glm4-moe",
     "gptj",
     "gpt-neox",
 ]

@@ -133,6 +133,22 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "Phi-3.5-MoE": ("PhimoeForCausalLM", {"attention_bias": True, "lm_head_bias": True}),
+    "GLM-4.5-Air": ("Glm4MoeForCausalLM", {"head_dim": 128, "attention_bias": True}),
+    "GLM-4.5": (
+        "Glm4MoeForCausalLM",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 92,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+            "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
@@ -216,6 +232,7 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Glm4MoeForCausalLM": "glm4_moe",
     "PhimoeForCausalLM": "phimoe",
     "GraniteMoeForCausalLM": "granitemoe",
     "OlmoeForCausalLM": "olmoe",
@@ -308,6 +325,19 @@ def test_phi_3_5_moe_is_read(tmp_path: Path) -> None:
     assert (config.router.kind, config.router.jitter) == ("sparse_mixer", 0.01)
     # As its model card says: 16x3.8B, 42B parameters, 6.6B of them used for a token.
     assert (round(config.spec.num_parameters / 1e9), round(config.spec.num_active_parameters / 1e9, 1)) == (42, 6.6)
+
+
+def test_glm_4_5_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "GLM-4.5")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (160, 8, 1536)
+    assert (config.shared_expert_intermediate_size, config.shared_expert_gate, config.norm_topk) == (1536, False, True)
+    assert (config.router.kind, config.router.scale, config.router.num_groups) == ("grouped_sigmoid", 2.5, 1)
+    assert (config.dense_layers, config.qk_norm, config.qkv_bias, config.o_bias) == ({0, 1, 2}, True, True, False)
+    assert config.rope is not None
+    assert (config.rope.rotary_dim(config.head_dim), config.rope.layout) == (64, "half")
+    # As its model card says, without the layer that predicts the token after the next: 355B, 32B used for a token.
+    assert (round(config.spec.num_parameters / 1e9), round(config.spec.num_active_parameters / 1e9)) == (353, 34)
 
 
 def test_qwen3_moe_is_read(tmp_path: Path) -> None:

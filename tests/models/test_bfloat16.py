@@ -27,6 +27,7 @@ from tests.paged_model import PagedModel
         "olmoe",
         "granite-moe",
         "phimoe",
+        "glm4-moe",
         "gptj",
         "gpt-neox",
     ],

@@ -52,6 +52,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "olmoe",
         "granite-moe",
         "phimoe",
+        "glm4-moe",
         "gptj",
         "gpt-neox",
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),

@@ -233,6 +233,7 @@ class TestRandomWeights:
             "olmoe",
             "granite-moe",
             "phimoe",
+            "glm4-moe",
             "gptj",
             "gpt-neox",
         ],

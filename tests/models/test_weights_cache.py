@@ -68,6 +68,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "olmoe",
         "granite-moe",
         "phimoe",
+        "glm4-moe",
         "gptj",
         "gpt-neox",
     ],

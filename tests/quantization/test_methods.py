@@ -124,6 +124,7 @@ def test_the_head_has_its_own_format() -> None:
         "olmoe",
         "granite-moe",
         "phimoe",
+        "glm4-moe",
         "gptj",
         "gpt-neox",
     ],

@@ -13,7 +13,7 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
+    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
     `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alternate_windows`, `router`,
     `shared_expert_gate`, `pre_norms`, `qk_norm_joint`, `positions_are_stretched`, `rope_in_windows_only`.
     """
@@ -262,6 +262,25 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 16,
             "num_experts_per_tok": 2,
             "router": "sparse_mixer",
+        },
+    ),
+    "Glm4MoeForCausalLM": Architecture(
+        model="quire.models.glm4_moe:Glm4MoE",
+        names={"num_experts": "n_routed_experts", "qk_norm": "use_qk_norm"},
+        aliases={"num_local_experts": "n_routed_experts"},
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "o_bias": False,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 1408,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "router": "grouped_sigmoid",
         },
     ),
     "GPT2LMHeadModel": Architecture(
