@@ -13,9 +13,9 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alternate_windows`, `router`,
-    `shared_expert_gate`, `pre_norms`, `qk_norm_joint`, `positions_are_stretched`, `rope_in_windows_only`.
+    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
+    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alternate_windows`,
+    `router`, `shared_expert_gate`, `pre_norms`, `qk_norm_joint`, `positions_are_stretched`, `rope_in_windows_only`.
     """
 
     model: str
