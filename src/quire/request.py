@@ -116,6 +116,4 @@ class Request:
             )
         for name in ("beam_width", "structured_outputs", "logprobs", "prompt_logprobs"):
             if getattr(self.params, name) is not None:
-                raise RequestError(
-                    f"{name} is set; an embedding has no output tokens: leave it out", param=name
-                )
+                raise RequestError(f"{name} is set; an embedding has no output tokens: leave it out", param=name)
