@@ -1,4 +1,4 @@
-"""Small Hugging Face checkpoints with random weights, written by transformers: what the model and engine tests load.
+"""Small Hugging Face checkpoints with random weights, written by transformers, for the tests of models and engine.
 
 `make_checkpoint(folder, family)` writes config.json, generation_config.json, safetensors and a byte-level tokenizer.
 """
@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
@@ -49,6 +51,7 @@ _GPT2: dict[str, Any] = {
 
 
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -113,6 +116,9 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
+    "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
+    "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 
@@ -131,19 +137,27 @@ def make_checkpoint(
     config_class, model_class, options = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # transformers' own scale would make all logits alike; this one tells tokens, positions and layers apart.
+        # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                # Gemma's norms multiply by 1 + weight.
-                mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
-                torch.nn.init.normal_(parameter, mean, 0.1)
+                torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
     return folder
+
+
+def _mean_of_vector(family: str, name: str) -> float:
+    if "bias" in name:
+        return 0.0
+    if not family.startswith("gemma"):
+        return 1.0
+    # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would
+    # repeat the last token.
+    return 3.0 if "post_" in name else 0.0
 
 
 def reference_model(folder: str | Path) -> PreTrainedModel:

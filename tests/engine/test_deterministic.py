@@ -110,3 +110,14 @@ def test_resumed_from_disk(checkpoint: Path, weights: Weights, alone: dict[int, 
         with make_llm(checkpoint, weights, disk_cache=str(tmp_path)) as llm:
             assert generate(llm, ALL) == alone
     assert llm.stats().tiers["disk"].total_hits > 1000
+
+
+def test_experts(tmp_path: Path) -> None:
+    """Each expert computes the tokens of a whole batch in one product."""
+    folder = make_checkpoint(tmp_path, "mixtral", num_local_experts=5, num_experts_per_tok=3)
+    numbers = [number for number in ALL if LENGTHS[number] < 100]
+    with make_llm(folder, {}) as llm:
+        expected = {number: generate(llm, [number])[number] for number in numbers}
+        assert generate(llm, numbers) == expected
+    with make_llm(folder, {}, max_num_batched_tokens=7, max_num_seqs=7, enable_prefix_caching=False) as llm:
+        assert generate(llm, numbers) == expected

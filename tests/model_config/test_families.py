@@ -66,6 +66,18 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -77,6 +89,8 @@ MODEL_TYPES = {
     "MixtralForCausalLM": "mixtral",
     "StableLmForCausalLM": "stablelm",
     "Gemma2ForCausalLM": "gemma2",
+    "GPTJForCausalLM": "gptj",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 

@@ -1,5 +1,5 @@
-"""A model in bfloat16 is closer to what its weights mean than transformers' in bfloat16 is, whatever the processor
-multiplies; the truth is transformers' in float32."""
+"""In bfloat16 Quire is closer to transformers in float32 than transformers in bfloat16 is, whatever the processor
+multiplies."""
 
 from pathlib import Path
 
@@ -11,7 +11,20 @@ from tests.paged_model import PagedModel
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"]
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gpt2",
+        "stablelm",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "gptj",
+        "gpt-neox",
+    ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family, dtype="bfloat16")

@@ -97,11 +97,12 @@ def new_request(
     adapter: str = "",
     salt: str = "",
     max_tokens: int = 1,
+    n: int = 1,
 ) -> Request:
     return Request(
         request_id=str(next(NUMBERS)),
         prompt_token_ids=token_ids,
-        params=SamplingParams(),
+        params=SamplingParams(n=n),
         max_tokens=max_tokens,
         cache_salt=salt,
         adapter=adapter,
@@ -133,6 +134,14 @@ def test_the_same_image_in_another_place_is_another_prefix() -> None:
     assert cache.num_cached(new_request(placeholders, (b"cat", 5, 8))) == 4
     assert cache.num_cached(new_request(placeholders, (b"cat", 0, 8))) == 0
     assert cache.num_cached(new_request(placeholders, (b"cat", 4, 4), (b"cat", 8, 4))) == 8, "two small ones"
+
+
+def test_samples_of_one_prompt_keep_its_image() -> None:
+    """The image ends in the block where they part, which each of them fills by itself."""
+    cache, prompt = Cache(), [1, 2, *[IMAGE] * 4]
+    cache.run(new_request(prompt, (b"cat", 2, 4), n=3, max_tokens=4))
+    assert cache.num_cached(new_request([*prompt, 0, 0, 9], (b"cat", 2, 4))) == 8
+    assert cache.num_cached(new_request([*prompt, 0, 0, 9], (b"dog", 2, 4))) == 2
 
 
 def test_adapters_never_share() -> None:
@@ -232,21 +241,23 @@ def requests(draw: st.DrawFn) -> Request:
         images.append((draw(st.sampled_from([b"cat", b"dog"])), offset, draw(st.integers(1, len(token_ids) - offset))))
         end = images[-1][1] + images[-1][2]
     adapter, salt = draw(st.sampled_from(["", "a"])), draw(st.sampled_from(["", "", "s"]))
-    return new_request(token_ids, *images, adapter=adapter, salt=salt, max_tokens=draw(st.integers(1, 6)))
+    return new_request(
+        token_ids, *images, adapter=adapter, salt=salt, max_tokens=draw(st.integers(1, 6)), n=draw(st.integers(1, 3))
+    )
 
 
 @given(st.lists(requests(), max_size=7))
 def test_every_request_finds_all_that_is_the_same_and_nothing_else(all_requests: list[Request]) -> None:
     cache, seen = Cache(), list[list[object]]()
     for request in all_requests:
-        request = replace(request, max_tokens=1)
+        request = replace(request, max_tokens=1, params=SamplingParams())
         mine = chain(request, request.prompt_token_ids)
         common = max((sum(a == b for a, b in zip(mine, other, strict=False)) for other in seen), default=0)
         assert cache.num_cached(request) == min(common, len(mine) - 1)
         seen.append(mine)
 
 
-@given(st.lists(requests(), max_size=12), st.integers(6, 20), st.sampled_from([0, 8]), st.randoms())
+@given(st.lists(requests(), max_size=12), st.integers(9, 24), st.sampled_from([0, 8]), st.randoms())
 def test_no_request_reads_the_kv_of_another_context(
     all_requests: list[Request], num_blocks: int, num_host_blocks: int, rng: random.Random
 ) -> None:

@@ -85,6 +85,7 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
 def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
     kind = _TEXTS.get(field.name) or get_type_hints(config)[field.name]
     names = [f"--{old.replace('_', '-')}" for old, new in OPTION_ALIASES.items() if new == field.name]
+    group: dict[str, Any] = {"group": _GROUPS[config]} if config in _GROUPS else {}  # None would hide the flag
     about = Parameter(
         help=field_docs(config).get(field.name, ""),
         alias=names,
@@ -93,7 +94,7 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
         show_env_var=field.name in _ENVIRONMENT,
         negative_bool=() if field.default is False else None,
         negative_iterable=(),
-        group=_GROUPS.get(config),
+        **group,
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, about]

@@ -15,7 +15,13 @@ from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.rope import RopeConfig, read_rope
 from quire.model_config.windows import read_layer_windows
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 """config.json's name → ours."""
 
 
@@ -52,6 +58,8 @@ class ModelConfig:
     parallel_residual: bool = False
     """Attention and MLP both read the one norm of the layer's input, and both are added: x + attention(norm(x)) +
     mlp(norm(x)). Such a layer has one norm (StableLM)."""
+    parallel_mlp_norm: bool = False
+    """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
     """silu, gelu or gelu_tanh."""
@@ -89,6 +97,8 @@ class ModelConfig:
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    """The output head has a bias, its own even where its weight is the embedding's."""
 
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
@@ -144,13 +154,14 @@ def _spec(config: ModelConfig) -> ModelSpec:
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden = config.hidden_size
     positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, hidden),
         head=LinearSpec("head", config.vocab_size, hidden),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=norm_vectors(config, "norm"),
+        vectors=norm_vectors(config, "norm") + head_bias,
     )
 
 
@@ -192,6 +203,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_unit_offset=config.flag("norm_unit_offset"),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
+        parallel_mlp_norm=config.flag("parallel_mlp_norm"),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
@@ -213,6 +225,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
+        head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=config.value("bos_token_id"),
         eos_token_ids=_end_tokens(config),

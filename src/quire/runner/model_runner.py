@@ -179,11 +179,15 @@ class ModelRunner:
         sampler = self._choose_sampler(step)
         columns = sampler.begin(step)
         self._copy_blocks(plan)
-        size = self._captured_size(step)
+        size = 0 if self._graphs is None else self._captured_size(self._graphs, step)
         attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
-        key = GraphKey(size, attention.variant, sampler.outcome(columns))
+        outcome = sampler.outcome(columns)
         finishes: list[Finish] = []
-        if self._graphs is not None and size and self._graphs.count_step(key):
+        if (
+            self._graphs is not None
+            and size
+            and self._graphs.count_step(key := GraphKey(size, attention.variant, outcome))
+        ):
             output = self._graphs.replay(key, {**step.arrays, **columns})
         else:
             sent = self._inputs.send(step, columns)
@@ -194,7 +198,7 @@ class ModelRunner:
                 finishes.append(fetch_vectors(step, sent, hidden, result))
             if not plan.sample_indices:
                 return finishes
-            output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, key.outcome)
+            output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, outcome)
         if not sampler.waits:
             return [*finishes, *sampler.finish(output, step, result)]
         self._pending.result()  # the tokens of the step before decide what may be sampled now
@@ -256,12 +260,13 @@ class ModelRunner:
             device=self._device,
         )
 
-    def _captured_size(self, step: StepInputs) -> int:
+    @staticmethod
+    def _captured_size(graphs: DecodeGraphs, step: StepInputs) -> int:
         """The size of the captured step that could stand for this one; 0: none can."""
         plan = step.plan
-        if self._graphs is None or not step.sampling.after_every_token or plan.prompt_logprobs:
+        if not step.sampling.after_every_token or plan.prompt_logprobs:
             return 0
-        return self._graphs.size_for(plan.num_tokens) if max(plan.num_scheduled_tokens) <= MAX_NARROW_TOKENS else 0
+        return graphs.size_for(plan.num_tokens) if max(plan.num_scheduled_tokens) <= MAX_NARROW_TOKENS else 0
 
     def _prepare_captured(self, key: GraphKey, tensors: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         """A step of decoding over fixed inputs, down to samples or logits, planned without any sequence."""

@@ -55,16 +55,16 @@ class SequenceDrafts:
         if came:
             self.acceptance.judge(self._draft, came)
         self._num_tokens = len(token_ids)
-        self._draft, kind = self._proposer.propose(token_ids, max_tokens)
-        if self._draft:
-            self.acceptance = self._model(kind)
-        return self._draft
+        draft, kind = self._proposer.propose(token_ids, max_tokens)
+        self._draft = draft
+        if draft:
+            self.acceptance = self._models.get(kind) or self._model(kind)
+        return draft
 
     def _model(self, kind: int) -> AcceptanceModel:
-        model = self._models.get(kind)
-        if model is None:
-            shared = self._shared.setdefault(kind, AcceptanceModel())
-            model = self._models[kind] = AcceptanceModel(shared)
+        """A new acceptance model for a kind of draft."""
+        shared = self._shared.setdefault(kind, AcceptanceModel())
+        model = self._models[kind] = AcceptanceModel(shared)
         return model
 
 

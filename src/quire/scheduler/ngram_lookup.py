@@ -93,6 +93,9 @@ class NgramLookup:
             latest[token] = index
 
 
+_NOTHING = Draft([])
+
+
 class NgramProposer:
     """Proposes the tokens that followed the match. A row of `PROPOSERS`."""
 
@@ -105,8 +108,9 @@ class NgramProposer:
         """Drafts of kind n follow matches of 2**n to 2**(n + 1) − 1 tokens: the longer the match, the better."""
         match = self._lookup.find(token_ids)
         if match is None:
-            return Draft([])
-        return Draft(follow(token_ids, match.start, max_tokens), match.length.bit_length() - 1)
+            return _NOTHING
+        start, length = match
+        return Draft(follow(token_ids, start, max_tokens), length.bit_length() - 1)
 
 
 def follow(token_ids: Sequence[int], start: int, max_tokens: int) -> list[int]:

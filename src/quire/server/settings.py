@@ -16,7 +16,8 @@ class ServerSettings:
     port: int = 8000
     """Port to listen on. 0 takes a free port."""
     api_key: tuple[str, ...] = ()
-    """Accept only requests with this key (`Authorization: Bearer KEY`). Also from QUIRE_API_KEY. Repeat for several."""
+    """Accept only requests with this key (`Authorization: Bearer KEY`); only /health needs none. Also read
+    from QUIRE_API_KEY. Repeat for several."""
     allow_unauthenticated: bool = False
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
