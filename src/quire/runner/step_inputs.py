@@ -66,7 +66,7 @@ class SentInputs:
     """`sampled` on the host."""
 
     def hidden_indices(self, tokens: Int32Array) -> Int32Array:
-        """The row of the hidden states that belongs to each of these tokens of the step, all of which are selected."""
+        """The row of the hidden states that belongs to each of these tokens of the step; all must be selected."""
         return tokens if self.selection is None else self.selection.indices_of(tokens)
 
 
