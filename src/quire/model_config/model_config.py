@@ -12,7 +12,7 @@ from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.rope import RopeConfig, read_rope
+from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -83,6 +83,11 @@ class ModelConfig:
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
     rope: RopeConfig | None = None
     """None: positions are learned, one embedding each."""
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """The rotary embedding of each layer, where layers differ in it: None for a layer that rotates nothing. `rope` is
+    then that of the layers that attend to all positions. Empty: every layer has `rope`."""
+    positions_are_stretched: bool = False
+    """`max_position_embeddings` already counts the stretch of a scaled rotary embedding (Gemma 3)."""
 
     embedding_multiplier: float = 1.0
     """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
@@ -116,13 +121,17 @@ class ModelConfig:
     def context_length(self) -> int:
         """Most tokens a sequence can have: positions trained, times the stretch of scaled rotary embeddings."""
         rope = self.rope
-        if rope is None:
+        if rope is None or self.positions_are_stretched:
             return self.max_position_embeddings
         if rope.rope_type in ("linear", "dynamic"):
             return int(self.max_position_embeddings * rope.factor)
         if rope.rope_type == "yarn":
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer; None: it rotates nothing."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     @property
     def attention_scale(self) -> float:
@@ -176,6 +185,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     attention_bias = config.flag("attention_bias")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    windows = read_layer_windows(config, num_layers)
+    ropes = (None, ()) if config.flag("learned_positions") else read_ropes(config, max_position, head_dim, windows)
     return ModelConfig(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
@@ -208,8 +219,10 @@ def _read(config: ConfigJson) -> ModelConfig:
         qk_norm_per_head=config.flag("qk_norm_per_head"),
         query_pre_attn_scalar=scalar or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
-        layer_windows=read_layer_windows(config, num_layers),
-        rope=None if config.flag("learned_positions") else read_rope(config, max_position, head_dim),
+        layer_windows=windows,
+        rope=ropes[0],
+        layer_ropes=ropes[1],
+        positions_are_stretched=config.flag("positions_are_stretched"),
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),

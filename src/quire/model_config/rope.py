@@ -1,6 +1,8 @@
 """RopeConfig: rotary position embedding as data, and how config.json spells it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from quire.model_config.config_json import ConfigJson
@@ -37,13 +39,50 @@ class RopeConfig:
         return int(head_dim * self.partial_rotary_factor)
 
 
-def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfig:
-    """The rotary embedding of a config.json. `max_position` is its max_position_embeddings.
+def read_ropes(
+    config: ConfigJson, max_position: int, head_dim: int, layer_windows: tuple[int, ...]
+) -> tuple[RopeConfig, tuple[RopeConfig | None, ...]]:
+    """The rotary embedding of the layers that attend to all positions, and that of every layer where they differ.
 
-    transformers 5 writes `rope_parameters`, earlier versions wrote `rope_theta` beside `rope_scaling`.
+    transformers 5 writes `rope_parameters`, which may hold one object for each type of layer; earlier versions wrote
+    `rope_theta` beside `rope_scaling`, and Gemma 3's layers with a window `rope_local_base_freq`. `max_position` is the
+    config's max_position_embeddings.
     """
     section = "rope_parameters" if config.value("rope_parameters") else "rope_scaling"
     values: dict[str, Any] = dict(config.value(section) or {})
+    theta, local_theta = config.value("rope_theta") or 10000.0, config.value("rope_local_base_freq")
+    read = partial(_read_rope, config, max_position=max_position, head_dim=head_dim)
+    if local_theta is None and not any(isinstance(value, dict) for value in values.values()):
+        full = window = read(section, values, theta)
+    else:
+        if config.value("sliding_window") is None:
+            supported = "a number of positions, since layers with a window have a rotary embedding of their own"
+            raise config.refusal("sliding_window", None, supported)
+        if section == "rope_scaling":
+            values = {"full_attention": values}
+        elif not values.keys() <= {"full_attention", "sliding_attention"}:
+            raise config.refusal(section, values, "an object for each of full_attention, sliding_attention")
+        full = read(f"{section}.full_attention", values.get("full_attention") or {}, theta)
+        window = read(f"{section}.sliding_attention", values.get("sliding_attention") or {}, local_theta or theta)
+    rotates = _read_rotating_layers(config, layer_windows)
+    kinds = zip(layer_windows, rotates, strict=True)
+    layers = tuple(None if not turns else window if has_window else full for has_window, turns in kinds)
+    return full, layers if set(layers) != {full} else ()
+
+
+def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether each layer rotates its queries and keys."""
+    if config.flag("rope_in_windows_only"):
+        return tuple(window > 0 for window in layer_windows)
+    return (True,) * len(layer_windows)
+
+
+def _read_rope(
+    config: ConfigJson, section: str, values: Mapping[str, Any], theta: float, *, max_position: int, head_dim: int
+) -> RopeConfig:
+    """The rotary embedding that `values`, an object of config.json, describes; `theta` is its base by default."""
+    if not isinstance(values, Mapping):
+        raise config.refusal(section, values, "an object")
     rope_type = values.get("rope_type", values.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
@@ -69,7 +108,7 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
         raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
-        theta=number("rope_theta", config.value("rope_theta") or 10000.0),
+        theta=number("rope_theta", theta),
         rope_type=rope_type,
         factor=number("factor", None if needs_factor else max_position / original),
         original_max_position=original,

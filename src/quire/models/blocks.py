@@ -72,7 +72,7 @@ class SelfAttention:
 def rotary_attention(
     build: Builder,
     layer: int,
-    cos_sin: Tensor,
+    cos_sin: Tensor | None,
     *,
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     head_norms: HeadNorms | None = None,

@@ -12,7 +12,7 @@ from quire.models.llama import Llama
 class Gemma2(Llama):
     """Llama's names, but `post_attention_layernorm` norms what attention computes."""
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(
             build.norm("input_layernorm"),
             rotary_attention(build.scope("self_attn"), index, cos_sin),

@@ -1,15 +1,25 @@
 """Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
 queries, keys and values), Qwen3 (norms of queries and keys)."""
 
+import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.layers.rotary import cos_sin_table
-from quire.model_config import ModelConfig, RopeConfig
+from quire.model_config import ModelConfig
 from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import Decoder, DecoderLayer
 from quire.models.weights import WeightScope
+
+
+def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device) -> list[Tensor | None]:
+    """The table of every layer, None for a layer that rotates nothing. Layers of one kind share it."""
+    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+    tables = {
+        rope: cos_sin_table(rope, config.head_dim, num_positions).to(device) for rope in set(ropes) if rope is not None
+    }
+    return [None if rope is None else tables[rope] for rope in ropes]
 
 
 class Llama(Decoder):
@@ -24,16 +34,16 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         model = build.scope("model")
         table = model.weights.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
+        tables = rotary_tables(config, max_model_len, table.device)
         super().__init__(
             build.ends(table),
-            [self.make_layer(model.scope(f"layers.{index}"), index, cos_sin) for index in range(config.num_layers)],
+            [self.make_layer(model.scope(f"layers.{index}"), index, cos_sin) for index, cos_sin in enumerate(tables)],
             model.norm("norm"),
             embedding_factor=build.rounded(config.embedding_multiplier),
             logits_softcap=config.logits_softcap,
         )
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
         return DecoderLayer(
             build.norm("input_layernorm"),
