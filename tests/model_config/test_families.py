@@ -66,6 +66,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "gpt-j-6b": ("GPTJForCausalLM", {}),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -77,6 +78,7 @@ MODEL_TYPES = {
     "MixtralForCausalLM": "mixtral",
     "StableLmForCausalLM": "stablelm",
     "Gemma2ForCausalLM": "gemma2",
+    "GPTJForCausalLM": "gptj",
 }
 
 
