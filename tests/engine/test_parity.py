@@ -21,6 +21,7 @@ FAMILIES = [
     "stablelm-parallel",
     "gemma2",
     "mixtral",
+    "starcoder2",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -37,7 +37,18 @@ def change(folder: Path, **tensors: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    ["llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"],
+    [
+        "llama-bias",
+        "llama-rope-yarn",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "stablelm",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "starcoder2",
+    ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
     """For inputs of any size and the worst direction of any row; and the bound is not far from what can be."""

@@ -176,3 +176,14 @@ class PlainMLP:
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """x [T, H] -> [T, H]."""
         return self.down(self.activation(self.up(x)))
+
+
+def plain_mlp(build: Builder, *, names: Sequence[str] = ("c_fc", "c_proj"), transposed: bool = False) -> PlainMLP:
+    """An MLP whose up and down are stored under `names`."""
+    config, (up, down) = build.config, names
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return PlainMLP(
+        build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed),
+        build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed),
+        config.activation,
+    )
