@@ -30,6 +30,28 @@ class Architecture:
     """Flags of config.json that are supported with this one value; null is false."""
 
 
+_GPT2_NAMES: dict[str, str] = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_GPT2_IMPLIED: dict[str, Any] = {
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "gated_mlp": False,
+    "norm": "layer_norm",
+    "norm_bias": True,
+    "learned_positions": True,
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         model="quire.models.llama:Llama",
@@ -125,31 +147,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
-        implied={
-            "n_positions": 1024,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "learned_positions": True,
-        },
+        names=_GPT2_NAMES,
+        implied=_GPT2_IMPLIED,
         fixed={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
+    ),
+    "GPTBigCodeForCausalLM": Architecture(
+        model="quire.models.gpt_bigcode:GPTBigCode",
+        names=_GPT2_NAMES,
+        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
     ),
 }

@@ -16,5 +16,5 @@ class StarCoder2(Llama):
             build.norm("input_layernorm"),
             rotary_attention(build.scope("self_attn"), index, cos_sin),
             build.norm("post_attention_layernorm"),
-            plain_mlp(build.scope("mlp")),
+            plain_mlp(build.scope("mlp"), ("c_fc", "c_proj")),
         )
