@@ -1,4 +1,4 @@
-"""Small Hugging Face checkpoints with random weights, written by transformers: what the model and engine tests load.
+"""Small Hugging Face checkpoints with random weights, written by transformers, for the tests of models and engine.
 
 `make_checkpoint(folder, family)` writes config.json, generation_config.json, safetensors and a byte-level tokenizer.
 """
@@ -135,7 +135,7 @@ def make_checkpoint(
     config_class, model_class, options = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # transformers' own scale would make all logits alike; this one tells tokens, positions and layers apart.
+        # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:

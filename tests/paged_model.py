@@ -1,4 +1,4 @@
-"""A model and a KV cache of shuffled blocks, fed by hand: what a runner does, without scheduler or engine."""
+"""PagedModel: a model and a KV cache of shuffled blocks, run by hand, without scheduler or engine."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from quire.models.registry import load_model
 
 
 class PagedModel:
-    """`step` computes the next tokens of any sequences together and returns their logits."""
+    """`step` computes the next tokens of several sequences together and returns their logits."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class PagedModel:
         self.block_tables = shuffled.reshape(max_sequences, blocks_per_sequence)
         keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
         values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        # What a block held before must never matter.
+        # The old contents of a block must never matter.
         self.layers = [
             KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
             for _ in range(config.num_layers)

@@ -230,7 +230,7 @@ def test_a_backends_workspace_is_in_the_plan(llama_8b: ModelConfig, monkeypatch:
     monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
     plan = plan_memory(EngineConfig(), llama_8b, device=CARD)
     rows = {**BACKENDS, "triton": replace(BACKENDS["triton"], workspace=BACKENDS["triton"].workspace + 2**25)}
-    monkeypatch.setattr("quire.engine.memory_plan.BACKENDS", rows)
+    monkeypatch.setattr("quire.engine.memory_budget.BACKENDS", rows)
     assert plan_memory(EngineConfig(), llama_8b, device=CARD).activations - plan.activations == 2**25
 
 

@@ -1,4 +1,4 @@
-"""Rows come out in float32 and are the caller's to change; those of a tied table are what the head multiplies by."""
+"""Rows are fresh float32 tensors; rows of a tied table are the values that the head multiplies by."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def test_side_by_side(kernels: object, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_what_comes_before_a_layer(dtype: str, activation: str) -> None:
-    """As the reference has it, one operation after the other; with few bits a value may fall beside a half."""
+    """Fused kernels equal the reference's separate operations; with few bits a value may round to the other side."""
     weight, scale = torch.randn(40, 64), torch.rand(64)
     residual, update, x = torch.randn(5, 64), torch.randn(5, 64), torch.randn(5, 128)
     results = []

@@ -7,7 +7,7 @@ from quire.kernels import cpu
 
 @pytest.fixture
 def float_products() -> Iterator[None]:
-    """Inputs of bfloat16 weights are not rounded, so that what is computed is exact to float32."""
+    """Multiply bfloat16 weights by float32 inputs, so that results are exact to float32."""
     before = cpu.isa()
     if before == "avx512bf16":
         cpu.use_isa("avx512vnni")

@@ -1,5 +1,5 @@
-"""A model in bfloat16 is closer to what its weights mean than transformers' in bfloat16 is, whatever the processor
-multiplies; the truth is transformers' in float32."""
+"""In bfloat16 Quire is closer to transformers in float32 than transformers in bfloat16 is, whatever the processor
+multiplies."""
 
 from pathlib import Path
 

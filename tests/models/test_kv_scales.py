@@ -1,5 +1,5 @@
-"""Scales of a float8 cache: no key or value is beyond it, they are the checkpoint's where it has any, and what they
-are good for."""
+"""Scales of a float8 cache: no key or value overflows, a checkpoint's own scales are used, and the size of keys and
+values does not matter."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
-    """For inputs of any size and the worst direction of any row; and the bound is not far from what can be."""
+    """Inputs of any size, in the worst direction of every row, stay inside float8; the bound is not far above them."""
     options: dict[str, Any] = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
     folder = make_checkpoint(tmp_path, family, **options)
     model = load(folder)
@@ -62,7 +62,7 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     seen: dict[str, Tensor] = {"k": torch.zeros(()), "v": torch.zeros(())}
 
     class Recorder:
-        """In the place of kernels: keys as they are stored."""
+        """Stands in for kernels and records keys and values as they are stored."""
 
         def write_kv(self, k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
             for name, x, scale in (("k", k, kv.k_scale), ("v", v, kv.v_scale)):
@@ -88,7 +88,7 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
         attention(Normed(norm, rows, None), context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST
-    # Half of it is lost to powers of two, a part to rotation, and where keys are normed to its length in one dimension.
+    # Powers of two cost half, rotation a part, and head norms assume all the length in one dimension.
     assert min(seen["k"], seen["v"]) > LARGEST / 8
 
 
@@ -140,8 +140,8 @@ def test_a_config_that_quantises_nothing_but_kv(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exponent", [-14, 14])
 def test_how_large_keys_and_values_are_does_not_matter(exponent: int, tmp_path: Path) -> None:
-    """A model whose keys and values are made larger or smaller, and what reads them smaller or larger, is the same; as
-    they are, float8 would hold the largest number, or nothing, for all of them."""
+    """Keys and values are made larger or smaller, and queries and the output projection the opposite: the same model.
+    Without scales float8 would store its largest number, or zero, for all of them."""
     folder = make_checkpoint(tmp_path / "as made", "llama")
     tensors = load_file(folder / "model.safetensors")
     signs = {"k_proj": 1, "v_proj": 1, "q_proj": -1, "o_proj": -1}

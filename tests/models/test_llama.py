@@ -74,7 +74,7 @@ def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_
 def test_16_bit_checkpoints(checkpoint_dtype: str, dtype: str, tied: bool, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "llama", dtype=checkpoint_dtype, tie_word_embeddings=tied)
     ids = prompt(40)
-    # Weights that are rounded once more show it; those that are not show float32's rounding alone.
+    # A second rounding of the weights shows; without one, only float32 rounding does.
     tolerance = TOLERANCE if dtype in ("float32", checkpoint_dtype) else 1e-1
     assert_close(PagedModel(folder, dtype).step({0: ids})[0], expected_logits(folder, ids), tolerance)
 
@@ -98,7 +98,7 @@ def test_dynamic_rope_beyond_its_length_matches_transformers_token_by_token(tmp_
         for token in ids[20:]:
             out = oracle(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
             expected.append(out.logits[0])
-    # Ours does not depend on how the prompt is cut.
+    # Quire's rotation does not depend on how the prompt is cut.
     assert_close(torch.cat([model.step({0: ids[:64]})[0], model.step({0: ids[64:]})[0]]), torch.cat(expected))
 
 

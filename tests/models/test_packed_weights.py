@@ -1,4 +1,4 @@
-"""What is packed lies in the memory given, as long as there is room, and is what the kernels pack anywhere."""
+"""Weights are packed into the given memory while there is room, with the bytes that the kernels pack anywhere."""
 
 import mmap
 from collections.abc import Sequence

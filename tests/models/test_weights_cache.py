@@ -1,5 +1,5 @@
-"""A second start packs nothing and computes the same; whatever is wrong with a file, its folder or the disk costs a
-line in the log and no start."""
+"""A second start packs nothing and computes the same. A fault of a file, its folder or the disk costs a line in the log
+and never a start."""
 
 import errno
 import fcntl
@@ -101,7 +101,7 @@ def test_a_truncated_file_is_a_miss(
     assert len(caplog.records) == 1
 
 
-def test_a_header_that_tells_another_story_is_a_miss(cache: WeightsCache, parts: list[PackedTensor]) -> None:
+def test_a_header_with_other_contents_is_a_miss(cache: WeightsCache, parts: list[PackedTensor]) -> None:
     store(cache, parts)
     content = cache.path.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -135,7 +135,7 @@ def test_weights_that_changed_under_the_same_key_are_packed_anew(tmp_path: Path,
     assert torch.equal(logits(fresh), logits(model))
 
 
-def test_a_file_of_another_form_is_not_read(tmp_path: Path, parts: list[PackedTensor]) -> None:
+def test_a_file_of_another_packing_is_not_read(tmp_path: Path, parts: list[PackedTensor]) -> None:
     folder = tmp_path / "model"
     for dtype in ("bfloat16", "int8"):
         _, packed = load(folder, dtype, parts)

@@ -36,7 +36,7 @@ class SelfAttention:
         head_norms: HeadNorms | None = None,
         stored_kv_scales: KVScales | None = None,
     ) -> None:
-        """`stored_kv_scales` are those that a checkpoint brings."""
+        """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
         self.qkv = qkv

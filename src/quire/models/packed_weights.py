@@ -69,7 +69,7 @@ class PackedWeights:
 
         def from_memory(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
             end = self._used + math.prod(shape) * dtype.itemsize
-            if end > len(self._memory):  # a last panel may have lanes that no plan counted
+            if end > len(self._memory):  # the memory plan does not count the unused lanes of a last panel
                 return allocate(shape, dtype=dtype)
             tensor = self._memory[self._used : end].view(dtype).view(*shape)
             self._used = -(-end // _ALIGNMENT) * _ALIGNMENT

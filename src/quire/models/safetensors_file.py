@@ -1,5 +1,7 @@
-"""The header of a safetensors file: which tensors lie where. Checked before anything is mapped, since touching a page
-beyond the end of a truncated file would kill the process. No torch: files are opened while it is still being imported.
+"""The header of a safetensors file: where each tensor lies.
+
+It is checked before a file is mapped, since touching a page beyond the end of a truncated file would kill the process.
+No torch: files are opened while torch is still being imported.
 """
 
 import json
@@ -10,16 +12,16 @@ from pathlib import Path
 from quire.errors import CheckpointError
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
-"""A file's names → torch's, of the dtypes that Quire reads."""
+"""Dtypes that Quire reads: safetensors' name → torch's."""
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _MAX_HEADER_BYTES = 100_000_000
 RELEASED_BYTES = 32 << 20
-"""A mapped file's pages are given back to the system whenever tensors of this many bytes were taken from it."""
+"""A mapped file's pages are given back to the system each time tensors of this many bytes have been taken from it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: its bytes are `begin` to `end` of the file."""
+    """One tensor: bytes `begin` to `end` of the file."""
 
     file: Path
     dtype: str
@@ -29,8 +31,8 @@ class Entry:
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file by name, and its metadata. Raises `CheckpointError` for a file that does not hold all their
-    bytes or does not say where."""
+    """The tensors of a file by name, and its metadata. Raises `CheckpointError` for a truncated file or a corrupt
+    header."""
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")

@@ -99,7 +99,7 @@ class SafetensorsWeights:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise `CheckpointError` if tensors were never taken, apart from those that a pattern of `ignored` matches."""
+        """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
         patterns = [re.compile(pattern) for pattern in ignored]
         left = [
             name

@@ -39,7 +39,7 @@ class TensorSource(Protocol):
         ...
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raise `CheckpointError` if tensors were never taken, apart from those that a pattern of `ignored` matches."""
+        """Raise `CheckpointError` if tensors were never taken, unless a pattern of `ignored` matches their names."""
         ...
 
 

@@ -1,9 +1,10 @@
 """WeightsCache: packed weights on disk, so that a second start maps them and packs nothing.
 
-One safetensors file for each checkpoint and way of storing it, FOLDER/quire-weights-<key>.safetensors, with the packed
-weights in the order in which layers ask for them. Its metadata holds a digest of all that is read from it: what made
-it, where each weight came from, and every byte. A file that does not match is a miss. It is written under another name
-and renamed, so it is there whole or not at all; the oldest files go when the folder would outgrow its limit.
+There is one safetensors file for each checkpoint and packing, FOLDER/quire-weights-<key>.safetensors. It holds the
+packed weights in the order in which layers ask for them. Its metadata holds a digest of everything that is read from
+it: the source of each weight, its dtype and shape, and every byte. A file that does not match is a miss. A file is
+written under another name and renamed, so it exists whole or not at all. The least recently used files are removed
+when the folder would exceed its limit.
 
 No torch: a file is checked while torch is being imported.
 """
@@ -26,7 +27,7 @@ from quire.errors import CheckpointError
 from quire.models.safetensors_file import Entry, read_header
 
 CLOSE_SECONDS = 5.0
-"""Less than the API process waits for its engine to end."""
+"""Shorter than the API process waits for its engine to end."""
 _PREFIX, _SUFFIX, _UNFINISHED = "quire-weights-", ".safetensors", ".part"
 _DIGEST_BYTES = 16
 _PAGE = 4096
@@ -34,25 +35,25 @@ _PIECE_BYTES = 16 << 20
 _MAX_CHECKING_THREADS = 4
 
 Write = Callable[[int, memoryview], int]
-"""os.write, or what a test puts in its place: (file descriptor, bytes) → how many of them were written."""
+"""os.write or a test's replacement: (file descriptor, bytes) → number of bytes written."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A part of a packed weight; what it lies in is a file's mapping or memory of its own."""
+    """A part of a packed weight, in a mapped file or in memory of its own."""
 
     source: str
-    """What it was packed from, and how; `PackedWeights` decides what is written here."""
+    """A text that says what it was packed from, and how; `PackedWeights` makes it."""
     dtype: str
-    """As safetensors names it."""
+    """safetensors' name of it."""
     shape: tuple[int, ...]
     content: memoryview
 
 
 class WeightsCache:
-    """The file of one key. `load` reads it, `store` writes it in a thread; neither ever fails a start."""
+    """The file of one key. `load` reads it, and `store` writes it in a thread. Neither makes a start fail."""
 
     def __init__(self, folder: str | Path, key: bytes, max_bytes: int, *, write: Write = os.write) -> None:
         self._folder = Path(folder).expanduser()
@@ -63,8 +64,7 @@ class WeightsCache:
         self._thread: threading.Thread | None = None
 
     def load(self, num_threads: int = 1) -> list[PackedTensor]:
-        """What is stored, every byte checked by at most so many threads; nothing where there is no file or a damaged
-        one."""
+        """The stored parts, every byte checked by at most `num_threads`; none if the file is missing or damaged."""
         try:
             entries, metadata = read_header(self.path)
             with self.path.open("rb") as file:
@@ -84,17 +84,17 @@ class WeightsCache:
         except (OSError, CheckpointError, ValueError, KeyError, TypeError) as error:
             logger.warning("weights cache: %s cannot be used: %s; the checkpoint is packed anew", self.path, error)
             return []
-        with contextlib.suppress(OSError):  # a folder to read only
+        with contextlib.suppress(OSError):  # a read-only folder
             os.utime(self.path)  # the order of use outlives the process
         return tensors
 
     def store(self, tensors: Sequence[PackedTensor]) -> None:
-        """Write the file, in a thread. What cannot be written costs a line in the log."""
+        """Write the file in a thread. A failure is logged."""
         self._thread = threading.Thread(target=self._store, args=(tensors,), name="quire weights cache", daemon=True)
         self._thread.start()
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait for `store`, for `seconds` at most; then it gives up."""
+        """Wait for `store`, at most `seconds`; then stop it."""
         if self._thread is not None:
             self._thread.join(seconds)
             if self._thread.is_alive():
@@ -125,12 +125,12 @@ class WeightsCache:
             )
 
     def _write_file(self, path: Path, tensors: Sequence[PackedTensor]) -> bool:
-        """Whether the file is whole: `close` may end its writing."""
+        """True if the file is whole; `close` may stop its writing."""
         header = _header(tensors, "0" * 2 * _DIGEST_BYTES)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # held: not the remains of a process that died
-            # The room is taken before anything is written, so that a disk without it is left as it was.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # a process that died holds none
+            # Allocate before writing, so that a full disk is left as it was.
             os.posix_fallocate(descriptor, 0, len(header) + sum(len(tensor.content) for tensor in tensors))
             self._write_all(descriptor, memoryview(header))
             checksums = []
@@ -154,7 +154,7 @@ class WeightsCache:
             content = content[self._write(descriptor, content) :]
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Remove the files that were used least recently until `num_bytes` more fit the limit."""
+        """Remove the least recently used files until `num_bytes` more fit the limit."""
         files = sorted(
             (status.st_mtime_ns, status.st_size, path)
             for path in self._folder.glob(f"{_PREFIX}*{_SUFFIX}")
@@ -172,7 +172,7 @@ class WeightsCache:
         return True
 
     def _remove_unfinished(self) -> None:
-        """Files of processes that died while they wrote."""
+        """Remove files of processes that died while writing."""
         for path in self._folder.glob(f"{_PREFIX}*{_UNFINISHED}"):
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,7 +184,7 @@ def _in_order(entries: dict[str, Entry]) -> list[Entry]:
 
 
 def _header(tensors: Sequence[PackedTensor], digest: str) -> bytes:
-    """Length and header of a safetensors file, as long for one digest as for another. Tensors begin on a page."""
+    """Length and header of a safetensors file; its size does not depend on the digest. Tensors begin on a page."""
     header: dict[str, object] = {
         "__metadata__": {"digest": digest, "sources": json.dumps([tensor.source for tensor in tensors])}
     }
@@ -198,8 +198,8 @@ def _header(tensors: Sequence[PackedTensor], digest: str) -> bytes:
 
 
 def _digest(tensors: Sequence[PackedTensor], checksums: Sequence[int]) -> str:
-    told = [
+    described = [
         [tensor.source, tensor.dtype, *tensor.shape, checksum]
         for tensor, checksum in zip(tensors, checksums, strict=True)
     ]
-    return blake2b(json.dumps(told).encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return blake2b(json.dumps(described).encode(), digest_size=_DIGEST_BYTES).hexdigest()

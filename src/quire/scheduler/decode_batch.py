@@ -116,6 +116,16 @@ class DecodeBatch:
         if not self.sequences:
             self._any_stop_ids.clear()
 
+    def dissolve(self) -> None:
+        """Remove all members."""
+        self.update_fill()
+        for sequence in self.sequences:
+            sequence.leave_decode_batch()
+        self.version += 1
+        self.sequences, self._rows, self._token_ids, self._positions = [], [], [], []
+        self._ends, self._stop_ids, self._first_end = [], [], 0
+        self._any_stop_ids.clear()
+
     def update_fill(self) -> None:
         """Bring the members' block tables and the fill of their last blocks up to date."""
         for sequence, position in zip(self.sequences, self._positions, strict=True):

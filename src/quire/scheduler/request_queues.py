@@ -99,8 +99,9 @@ class RequestQueues:
 
     def dissolve_decode_batch(self) -> None:
         """Every sequence is planned by itself from now on."""
-        for sequence in self.decode_batch.sequences:
-            self.remove_from_decode_batch(sequence)
+        if len(self.decode_batch):
+            self.decode_batch.dissolve()
+            self.not_in_decode_batch = self.running.copy()
 
     def rows_now(self) -> list[Sequence | None]:
         """A copy of `rows` that never changes."""

@@ -1,4 +1,4 @@
-"""What a model computes for the tokens that are read is what it computes for them among all; KV is written of all."""
+"""Output tokens get the hidden states that they get when all tokens are read; the KV of all tokens is written."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ TOLERANCE = 2e-5  # the last layer's sums are of the same terms, in an order tha
 
 @pytest.mark.parametrize("replan", [True, False], ids=["own plan", "no plan"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_that_are_read(family: str, replan: bool, tmp_path: Path) -> None:
+def test_only_output_tokens_are_read(family: str, replan: bool, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family)
     ids = torch.randint(0, 256, (3, 60), generator=torch.Generator().manual_seed(1)).tolist()
     whole, part = PagedModel(folder), PagedModel(folder)
