@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
@@ -19,6 +20,7 @@ from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
+from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -113,8 +115,10 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
+    "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 

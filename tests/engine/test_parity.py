@@ -22,6 +22,8 @@ FAMILIES = [
     "gemma2",
     "mixtral",
     "gptj",
+    "starcoder2",
+    "gpt-bigcode",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -67,6 +67,29 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "starcoder2-3b": (
+        "Starcoder2ForCausalLM",
+        {"num_hidden_layers": 30, "max_position_embeddings": 16384, "sliding_window": 4096},
+    ),
+    "starcoder2-7b": (
+        "Starcoder2ForCausalLM",
+        {"hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32}
+        | {"num_attention_heads": 36, "num_key_value_heads": 4},
+    ),
+    "starcoder2-15b": (
+        "Starcoder2ForCausalLM",
+        {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 40}
+        | {"num_attention_heads": 48, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    ),
+    "starcoder": (
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": 49152, "n_embd": 6144, "n_layer": 40, "n_head": 48, "n_inner": 24576}
+        | {"n_positions": 8192, "activation_function": "gelu"},
+    ),
+    "santacoder with a KV head for each query head": (
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048, "multi_query": False},
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -79,6 +102,8 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "GPTBigCodeForCausalLM": "gpt_bigcode",
 }
 
 
@@ -185,6 +210,28 @@ def test_gemma_2_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(values | {"use_bidirectional_attention": True}))
     with pytest.raises(CheckpointError, match="use_bidirectional_attention is true"):
         ModelConfig.from_folder(tmp_path)
+
+
+def test_starcoder2_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "starcoder2-3b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.norm_eps) == ("layer_norm", True, 1e-5)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.gated_mlp) == (True, True, True, False)
+    assert config.activation == "gelu_tanh"
+    assert config.layer_windows == (4096,) * 30
+    assert config.spec.num_parameters == 3_030_371_328
+    write(tmp_path, "starcoder2-7b")
+    assert ModelConfig.from_folder(tmp_path).layer_windows == (0,) * 32
+
+
+def test_gpt_bigcode_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "starcoder")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_heads, config.num_kv_heads, config.num_qkv_heads, config.head_dim) == (48, 1, 50, 128)
+    assert (config.activation, config.rope, config.tie_word_embeddings) == ("gelu", None, True)
+    write(tmp_path, "santacoder with a KV head for each query head")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_heads, config.num_kv_heads, config.activation) == (16, 16, "gelu_tanh")
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:

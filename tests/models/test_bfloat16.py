@@ -12,7 +12,20 @@ from tests.paged_model import PagedModel
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen2", "qwen3", "mistral", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral", "gptj"],
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gpt2",
+        "stablelm",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "gptj",
+        "starcoder2",
+        "gpt-bigcode",
+    ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family, dtype="bfloat16")

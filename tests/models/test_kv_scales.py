@@ -48,6 +48,8 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gemma2",
         "mixtral",
         "gptj",
+        "starcoder2",
+        "gpt-bigcode",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

@@ -30,6 +30,28 @@ class Architecture:
     """Flags of config.json that are supported with this one value; null is false."""
 
 
+_GPT2_NAMES: dict[str, str] = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_GPT2_IMPLIED: dict[str, Any] = {
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "gated_mlp": False,
+    "norm": "layer_norm",
+    "norm_bias": True,
+    "learned_positions": True,
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         model="quire.models.llama:Llama",
@@ -106,29 +128,27 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
-    "GPT2LMHeadModel": Architecture(
-        model="quire.models.gpt2:GPT2",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
+    "Starcoder2ForCausalLM": Architecture(
+        model="quire.models.starcoder2:StarCoder2",
+        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
         implied={
-            "n_positions": 1024,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
             "norm": "layer_norm",
             "norm_bias": True,
-            "learned_positions": True,
+            "gated_mlp": False,
+            "use_bias": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
         },
+    ),
+    "GPT2LMHeadModel": Architecture(
+        model="quire.models.gpt2:GPT2",
+        names=_GPT2_NAMES,
+        implied=_GPT2_IMPLIED,
         fixed={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -137,16 +157,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GPTJForCausalLM": Architecture(
         model="quire.models.gptj:GPTJ",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "rotary_elements": "rotary_dim",
-        },
+        names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
         implied={
             "n_positions": 2048,
             "activation_function": "gelu_new",
@@ -160,5 +171,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rotary_dim": 64,
             "rotary_layout": "interleaved",
         },
+    ),
+    "GPTBigCodeForCausalLM": Architecture(
+        model="quire.models.gpt_bigcode:GPTBigCode",
+        names=_GPT2_NAMES,
+        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
     ),
 }

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from quire.layers.linear import Linear, LinearWeight
+from quire.layers.linear import LinearWeight
 from quire.models.blocks import GatedMLP, gated_mlp, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
@@ -23,7 +23,7 @@ class Mixtral(Llama):
             rotary_attention(build.scope("self_attn"), index, cos_sin),
             build.norm("post_attention_layernorm"),
             Experts(
-                Linear(build.kernels, [router], build.float_dtype, build.weights.packing),
+                build.pack(router, quantizes=False),
                 _fused_experts(moe) if fused else _experts(moe),
                 config.num_experts_per_token,
                 normalise=config.norm_topk,

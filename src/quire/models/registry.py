@@ -43,8 +43,7 @@ def load_model(
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation. Positions run
     up to `max_model_len`, by default the model's context length. `packing` packs the dense layers; by default `kernels`
-    do. Raises `CheckpointError` for weights that are missing,
-    misshapen or left over."""
+    do. Raises `CheckpointError` for weights that are missing, misshapen or left over."""
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
     model: Model = family(
