@@ -17,6 +17,7 @@ from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
@@ -52,6 +53,7 @@ _GPT2: dict[str, Any] = {
 
 
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_PHI3 = {**_STABLELM, "pad_token_id": 256}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -115,6 +117,23 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {**_PHI3, "sliding_window": 24}),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            **_PHI3,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 240,
+            **_rope(
+                "longrope",
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+            ),
+        },
+    ),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),

@@ -21,6 +21,8 @@ FAMILIES = [
     "stablelm-parallel",
     "gemma2",
     "mixtral",
+    "phi3",
+    "phi3-longrope",
     "gptj",
     "starcoder2",
     "gpt-bigcode",

@@ -14,6 +14,13 @@ from quire.layer_spec import ExpertsSpec, LayerSpec
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.model_config.decoder_layers import decoder_layers
 
+
+def _longrope(num_pairs: int, share: float) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * num_pairs, "long_factor": [2.0] * num_pairs}
+    values = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share, **factors}
+    return {"rope_parameters": values}
+
+
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": (
         "LlamaForCausalLM",
@@ -67,6 +74,25 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "Phi-3-mini-4k": ("Phi3ForCausalLM", {"sliding_window": 2047}),
+    "Phi-3-medium-128k": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40}
+        | {"num_key_value_heads": 10, "max_position_embeddings": 131072, "sliding_window": 131072}
+        | _longrope(64, 1.0),
+    ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40}
+        | {"num_attention_heads": 40, "num_key_value_heads": 10, "max_position_embeddings": 16384}
+        | {"original_max_position_embeddings": 16384, "rope_theta": 250000.0},
+    ),
+    "Phi-4-mini": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
+        | _longrope(48, 0.75),
+    ),
     "starcoder2-3b": (
         "Starcoder2ForCausalLM",
         {"num_hidden_layers": 30, "max_position_embeddings": 16384, "sliding_window": 4096},
@@ -102,6 +128,7 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Phi3ForCausalLM": "phi3",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
 }

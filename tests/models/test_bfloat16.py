@@ -22,6 +22,7 @@ from tests.paged_model import PagedModel
         "stablelm-parallel",
         "gemma2",
         "mixtral",
+        "phi3-longrope",
         "gptj",
         "starcoder2",
         "gpt-bigcode",

@@ -47,6 +47,8 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "stablelm-parallel",
         "gemma2",
         "mixtral",
+        "phi3",
+        "phi3-longrope",
         "gptj",
         "starcoder2",
         "gpt-bigcode",

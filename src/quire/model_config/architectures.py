@@ -128,6 +128,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
+    "Phi3ForCausalLM": Architecture(
+        model="quire.models.phi3:Phi3",
+        implied={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
     "Starcoder2ForCausalLM": Architecture(
         model="quire.models.starcoder2:StarCoder2",
         names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},

@@ -131,6 +131,14 @@ class ModelConfig:
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
 
+    @property
+    def default_model_len(self) -> int:
+        """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
+        rope = self.rope
+        if rope is not None and rope.rope_type == "longrope":
+            return min(self.context_length, rope.original_max_position)
+        return self.context_length
+
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer; None: it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope

@@ -208,6 +208,15 @@ def gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_proj"
     )
 
 
+def fused_gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_up_proj", "down_proj")) -> GatedMLP:
+    """An MLP of `inner` width whose gate and up are stored as one matrix, the gate first."""
+    return GatedMLP(
+        build.linear({names[0]: 2 * inner}, build.config.hidden_size, bias=build.config.mlp_bias),
+        build.linear({names[1]: build.config.hidden_size}, inner, bias=build.config.mlp_bias),
+        build.config.activation,
+    )
+
+
 class PlainMLP:
     """down(activation(up(x)))."""
 
