@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
+from transformers.models.glm import GlmConfig, GlmForCausalLM
+from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
@@ -53,6 +55,7 @@ _GPT2: dict[str, Any] = {
 
 
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_GLM = {**_DECODER, "pad_token_id": 256}
 _PHI3 = {**_STABLELM, "pad_token_id": 256}
 
 
@@ -134,6 +137,8 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             ),
         },
     ),
+    "glm": (GlmConfig, GlmForCausalLM, _GLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),

@@ -23,6 +23,8 @@ FAMILIES = [
     "mixtral",
     "phi3",
     "phi3-longrope",
+    "glm",
+    "glm4",
     "gptj",
     "starcoder2",
     "gpt-bigcode",

@@ -93,6 +93,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
         | _longrope(48, 0.75),
     ),
+    "glm-4-9b-chat": ("GlmForCausalLM", {}),
+    "GLM-4-9B-0414": ("Glm4ForCausalLM", {"attention_bias": False, "max_position_embeddings": 32768}),
+    "GLM-4-32B-0414": (
+        "Glm4ForCausalLM",
+        {"hidden_size": 6144, "intermediate_size": 23040, "num_hidden_layers": 61, "num_attention_heads": 48}
+        | {"attention_bias": False, "max_position_embeddings": 32768},
+    ),
     "starcoder2-3b": (
         "Starcoder2ForCausalLM",
         {"num_hidden_layers": 30, "max_position_embeddings": 16384, "sliding_window": 4096},
@@ -129,6 +136,8 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
     "Phi3ForCausalLM": "phi3",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
 }

@@ -23,6 +23,7 @@ from tests.paged_model import PagedModel
         "gemma2",
         "mixtral",
         "phi3-longrope",
+        "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",

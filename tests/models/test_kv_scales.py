@@ -49,6 +49,8 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "mixtral",
         "phi3",
         "phi3-longrope",
+        "glm",
+        "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",

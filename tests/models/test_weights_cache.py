@@ -64,6 +64,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gemma2",
         "mixtral",
         "phi3",
+        "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",

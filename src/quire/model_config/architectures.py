@@ -13,8 +13,8 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
+    `parallel_residual`, `post_norms`, `sliding_window_pattern`, `head_bias`.
     """
 
     model: str
@@ -50,6 +50,18 @@ _GPT2_IMPLIED: dict[str, Any] = {
     "norm": "layer_norm",
     "norm_bias": True,
     "learned_positions": True,
+}
+
+_GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "o_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rotary_layout": "interleaved",
+    "eos_token_id": [151329, 151336, 151338],
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -139,6 +151,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     "Starcoder2ForCausalLM": Architecture(
         model="quire.models.starcoder2:StarCoder2",
         names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},

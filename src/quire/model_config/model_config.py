@@ -222,7 +222,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
-        o_bias=attention_bias,
+        o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         num_experts=num_experts,
         num_experts_per_token=_num_experts_per_token(config, num_experts),
