@@ -17,6 +17,8 @@ from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
+from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
@@ -88,6 +90,27 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         {**_DECODER, **_rope("yarn", factor=4.0, original_max_position_embeddings=64)},
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {**_DECODER, "sliding_window": 24}),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {**_DECODER, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        Ministral3Config,
+        Ministral3ForCausalLM,
+        {
+            **_DECODER,
+            "pad_token_id": 256,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.5,
+            ),
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {k: v for k, v in _DECODER.items() if k != "head_dim"}),
     "qwen2-window": (
         Qwen2Config,

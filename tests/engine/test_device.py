@@ -36,6 +36,7 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
     [
         "llama",
         "mistral",
+        "ministral3",
         "qwen3",
         "gpt2",
         "stablelm-parallel",

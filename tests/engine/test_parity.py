@@ -13,6 +13,8 @@ from tests.checkpoints import make_checkpoint, reference_model
 FAMILIES = [
     "llama",
     "mistral",
+    "ministral",
+    "ministral3",
     "qwen2",
     "qwen3",
     "gpt2",

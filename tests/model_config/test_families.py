@@ -35,6 +35,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}),
     "Mistral-7B": ("MistralForCausalLM", {"num_hidden_layers": 32}),
+    "Ministral-8B": (
+        "MinistralForCausalLM",
+        {"vocab_size": 131072, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+        | {"max_position_embeddings": 32768, "sliding_window": 32768, "rope_theta": 1e8},
+    ),
+    "Ministral-3-8B": ("Ministral3ForCausalLM", {}),
+    "Ministral-3-3B": (
+        "Ministral3ForCausalLM",
+        {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26, "tie_word_embeddings": True},
+    ),
     "Qwen2-0.5B": (
         "Qwen2ForCausalLM",
         {
@@ -128,6 +138,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MinistralForCausalLM": "ministral",
+    "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "GPT2LMHeadModel": "gpt2",

@@ -17,6 +17,7 @@ from tests.paged_model import PagedModel
         "qwen2",
         "qwen3",
         "mistral",
+        "ministral3",
         "gpt2",
         "stablelm",
         "stablelm-parallel",

@@ -40,6 +40,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
     [
         "llama-bias",
         "llama-rope-yarn",
+        "ministral3",
         "qwen2",
         "qwen3",
         "gpt2",

@@ -4,6 +4,7 @@ The table is computed in float32, as transformers computes it, since models were
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor
     frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
+
+
+@lru_cache(maxsize=1)  # the layers of a model share one table
+def query_scales(rope: RopeConfig | None, num_positions: int, device: torch.device) -> Tensor | None:
+    """[num_positions] float32: the factors of queries, which sharpen attention beyond the training length; None where
+    they are all 1."""
+    if rope is None or not rope.query_scaling_beta or num_positions <= rope.original_max_position:
+        return None
+    lengths = torch.floor(torch.arange(num_positions, device=device) / rope.original_max_position)
+    return 1 + rope.query_scaling_beta * torch.log(1 + lengths)
 
 
 def half_layout(head_dim: int, rotary_dim: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `parallel_residual`, `post_norms`, `scale_queries`, `sliding_window_pattern`, `head_bias`.
     """
 
     model: str
@@ -75,6 +75,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "MinistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "scale_queries": True,
             "use_sliding_window": True,
             "max_window_layers": 0,
         },

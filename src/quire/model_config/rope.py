@@ -32,6 +32,8 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     """longrope's divisors of the frequencies, one for each pair; see `is_long`."""
+    query_scaling_beta: float = 0.0
+    """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements, the first ones, that are rotated."""
     layout: Literal["half", "interleaved"] = "half"
@@ -150,6 +152,7 @@ def _read_rope(
         attention_factor=optional("attention_factor"),
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
+        query_scaling_beta=(optional("llama_4_scaling_beta") or 0.0) if config.flag("scale_queries") else 0.0,
         short_factors=factors("short_factor"),
         long_factors=factors("long_factor"),
         partial_rotary_factor=share,

@@ -13,7 +13,7 @@ from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear
 from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
-from quire.layers.rotary import half_layout
+from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
@@ -131,6 +131,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
         cos_sin=cos_sin,
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
+        query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
 
 

@@ -1,5 +1,5 @@
-"""Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys)."""
+"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window,
+queries scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys)."""
 
 from typing import NamedTuple
 
