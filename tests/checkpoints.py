@@ -16,6 +16,7 @@ from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
+from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
 from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausalLM
@@ -160,6 +161,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             ),
         },
     ),
+    "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
     "glm": (GlmConfig, GlmForCausalLM, _GLM),
     "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),

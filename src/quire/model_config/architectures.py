@@ -182,6 +182,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
+    "InternLM2ForCausalLM": Architecture(
+        model="quire.models.internlm2:InternLM2",
+        names={"attention_bias": "bias"},
+        implied={"max_position_embeddings": 2048, "bias": True},
+    ),
+    "InternLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"bias": False},
+    ),
     "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     "Starcoder2ForCausalLM": Architecture(
