@@ -14,7 +14,8 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `post_norms`, `scale_queries`, `sliding_window_pattern`, `head_bias`.
+    `parallel_residual`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`,
+    `positions_are_stretched`, `rope_in_windows_only`, `head_bias`.
     """
 
     model: str
@@ -26,6 +27,10 @@ class Architecture:
     """A key → how this family spells it in config.json."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
+    meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """A key → values of config.json by which the family means another one."""
+    section: str = ""
+    """The object of config.json that describes the text model, where the model reads more than text."""
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
@@ -63,6 +68,29 @@ _GLM: dict[str, Any] = {
     "rotary_layout": "interleaved",
     "eos_token_id": [151329, 151336, 151338],
 }
+
+_GEMMA3: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "positions_are_stretched": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+# transformers reads the soft-cap of scores, and does not apply it.
+_GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
@@ -136,6 +164,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "partial_rotary_factor": 0.25,
         },
     ),
+    "GemmaForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        # Its files say gelu, and the models were trained with the approximation by tanh.
+        meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
+        implied={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_unit_offset": True,
+            "scale_embeddings": True,
+            "tie_word_embeddings": True,
+        },
+        fixed={"use_bidirectional_attention": False},
+    ),
     "Gemma2ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
         names={"hidden_act": "hidden_activation"},
@@ -156,6 +199,44 @@ ARCHITECTURES: dict[str, Architecture] = {
             "tie_word_embeddings": True,
         },
         fixed={"use_bidirectional_attention": False},
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        model="quire.models.gemma2:Gemma2",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        fixed=_GEMMA3_FIXED,
+    ),
+    "Gemma3ForConditionalGeneration": Architecture(
+        model="quire.models.gemma3:Gemma3Text",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        section="text_config",
+        fixed=_GEMMA3_FIXED,
+    ),
+    "GraniteForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "qk_norm_joint": True,
+        },
     ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",

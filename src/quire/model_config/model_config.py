@@ -46,6 +46,8 @@ class ModelConfig:
     """Norms have a bias beside the weight."""
     norm_unit_offset: bool = False
     """A norm multiplies by 1 + weight (Gemma)."""
+    pre_norms: bool = True
+    """What attention and the MLP read is a norm of the residual stream; else the stream itself (OLMo 2)."""
     post_norms: bool = False
     """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
     norms a layer instead of two (Gemma 2)."""
@@ -75,8 +77,12 @@ class ModelConfig:
     """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
     qk_norm_per_head: bool = False
     """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    qk_norm_joint: bool = False
+    """That norm is of all heads together, as one long vector with a weight for each element (OLMo 2)."""
     query_pre_attn_scalar: float | None = None
     """Scores are multiplied by this ** -0.5; None: by head_dim ** -0.5. `attention_scale` has the factor."""
+    attention_multiplier: float | None = None
+    """The factor of the scores itself, in the place of that (Granite)."""
     attention_softcap: float = 0.0
     """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
     layer_windows: tuple[int, ...] = ()
@@ -90,7 +96,13 @@ class ModelConfig:
     """`max_position_embeddings` already counts the stretch of a scaled rotary embedding (Gemma 3)."""
 
     embedding_multiplier: float = 1.0
-    """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
+    """Factor of the token embeddings."""
+    round_embedding_multiplier: bool = False
+    """transformers rounds that factor to the type of the weights it loads (Gemma)."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and the MLP compute before it is added to the residual stream (Granite)."""
+    logits_multiplier: float = 1.0
+    """Factor of the logits."""
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
     tie_word_embeddings: bool = False
@@ -151,6 +163,8 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """Factor of the attention scores."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         scale: float = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
         return scale
 
@@ -199,8 +213,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
     num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
-    scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    scaled = config.flag("scale_embeddings")
     windows = read_layer_windows(config, num_layers)
     ropes = (None, ()) if config.flag("learned_positions") else read_ropes(config, max_position, head_dim, windows)
     return ModelConfig(
@@ -217,6 +231,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
+        pre_norms=config.flag("pre_norms", True),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
@@ -233,13 +248,18 @@ def _read(config: ConfigJson) -> ModelConfig:
         ),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
-        query_pre_attn_scalar=scalar or None,
+        qk_norm_joint=config.flag("qk_norm_joint"),
+        query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
+        attention_multiplier=config.number("attention_multiplier", 0.0) or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=windows,
         rope=ropes[0],
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),
-        embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
+        embedding_multiplier=hidden_size**0.5 if scaled else config.number("embedding_multiplier", 1.0),
+        round_embedding_multiplier=scaled,
+        residual_multiplier=config.number("residual_multiplier", 1.0),
+        logits_multiplier=config.number("logit_scale", 1.0) / config.number("logits_scaling", 1.0),
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),

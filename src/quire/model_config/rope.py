@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from quire.model_config.config_json import ConfigJson
+from quire.model_config.windows import read_no_rope_layers
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROTARY_LAYOUTS = ("half", "interleaved")
@@ -90,7 +91,7 @@ def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) ->
     """Whether each layer rotates its queries and keys."""
     if config.flag("rope_in_windows_only"):
         return tuple(window > 0 for window in layer_windows)
-    return (True,) * len(layer_windows)
+    return read_no_rope_layers(config, len(layer_windows)) or (True,) * len(layer_windows)
 
 
 def _read_rope(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear
@@ -61,6 +62,11 @@ class SelfAttention:
         with which no key or value overflows. `norm` is that of the block's input."""
         scales = self.stored_kv_scales
         if scales is None:
+            if norm.weight is None:
+                raise ConfigError(
+                    "kv_cache_dtype fp8 needs scales: this model's layers read a residual stream that no norm bounds, "
+                    "and its checkpoint has no k_scale and v_scale; use another kv_cache_dtype"
+                )
             bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
             _, keys, values = bounds.split_with_sizes(self.heads)
             if self.head_norms is not None:

@@ -1,5 +1,6 @@
-"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window,
-queries scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys)."""
+"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window, queries
+scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of
+its norms), Granite (factors), SmolLM3 (layers that rotate nothing)."""
 
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ class Llama(Decoder):
         names = self.names
         model = build.scope(names.model)
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
+        factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
         super().__init__(
             build.ends(table, names.head),
@@ -57,7 +59,8 @@ class Llama(Decoder):
                 for index, cos_sin in enumerate(tables)
             ],
             model.norm(names.norm),
-            embedding_factor=build.rounded(config.embedding_multiplier),
+            embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
+            logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,
         )
 
@@ -68,4 +71,5 @@ class Llama(Decoder):
             rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             build.norm("post_attention_layernorm"),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
+            residual_factor=build.config.residual_multiplier,
         )
