@@ -35,6 +35,7 @@ FAMILIES = [
     "gptj",
     "starcoder2",
     "gpt-bigcode",
+    "gpt-neox",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -204,6 +204,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         },
     ),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -228,6 +239,7 @@ MODEL_TYPES = {
     "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 

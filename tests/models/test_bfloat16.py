@@ -28,6 +28,7 @@ from tests.paged_model import PagedModel
         "gptj",
         "starcoder2",
         "gpt-bigcode",
+        "gpt-neox",
     ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gptj",
         "starcoder2",
         "gpt-bigcode",
+        "gpt-neox",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ class TestRandomWeights:
             "gptj",
             "starcoder2",
             "gpt-bigcode",
+            "gpt-neox",
         ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gptj",
         "starcoder2",
         "gpt-bigcode",
+        "gpt-neox",
     ],
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:

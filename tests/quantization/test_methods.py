@@ -124,6 +124,7 @@ def test_the_head_has_its_own_format() -> None:
         "gptj",
         "starcoder2",
         "gpt-bigcode",
+        "gpt-neox",
     ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`,
-    `positions_are_stretched`, `rope_in_windows_only`, `head_bias`.
+    `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`,
+    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`, `head_bias`.
     """
 
     model: str
@@ -329,5 +329,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         names=_GPT2_NAMES,
         implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
         fixed={"scale_attn_weights": True, "add_cross_attention": False},
+    ),
+    "GPTNeoXForCausalLM": Architecture(
+        model="quire.models.gpt_neox:GPTNeoX",
+        names={
+            "rms_norm_eps": "layer_norm_eps",
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+            "parallel_residual": "use_parallel_residual",
+        },
+        implied={
+            "max_position_embeddings": 2048,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "use_parallel_residual": True,
+            "parallel_mlp_norm": True,
+            "rotary_pct": 0.25,
+        },
     ),
 }

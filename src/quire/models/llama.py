@@ -23,7 +23,8 @@ class DecoderNames(NamedTuple):
     embedding: str = "embed_tokens"
     layers: str = "layers"
     norm: str = "norm"
-    head: str = "lm_head"
+    heads: tuple[str, ...] = ("lm_head",)
+    """Names of the output head; the checkpoint has one of them, where the head is not tied."""
 
 
 def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device) -> list[Tensor | None]:
@@ -41,7 +42,7 @@ class Llama(Decoder):
     names = DecoderNames()
 
     # Old checkpoints store the rotary frequencies; some store the head although it is tied.
-    ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
+    ignored_tensors: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
@@ -52,8 +53,9 @@ class Llama(Decoder):
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
+        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
-            build.ends(table, names.head),
+            build.ends(table, head),
             [
                 self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
                 for index, cos_sin in enumerate(tables)
