@@ -36,6 +36,7 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
     [
         "llama",
         "mistral",
+        "ministral3",
         "qwen3",
         "gpt2",
         "stablelm-parallel",
@@ -47,6 +48,9 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "granite-moe",
         "phimoe",
         "glm4-moe",
+        "phi3-longrope",
+        "starcoder2",
+        "gpt-bigcode",
     ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:

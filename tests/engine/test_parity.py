@@ -13,6 +13,8 @@ from tests.checkpoints import make_checkpoint, reference_model
 FAMILIES = [
     "llama",
     "mistral",
+    "ministral",
+    "ministral3",
     "qwen2",
     "qwen3",
     "gpt2",
@@ -32,7 +34,13 @@ FAMILIES = [
     "granite-moe",
     "phimoe",
     "glm4-moe",
+    "phi3",
+    "phi3-longrope",
+    "glm",
+    "glm4",
     "gptj",
+    "starcoder2",
+    "gpt-bigcode",
     "gpt-neox",
 ]
 NUM_STEPS = 128

@@ -235,6 +235,10 @@ class TestRandomWeights:
             "phimoe",
             "glm4-moe",
             "gptj",
+            "phi3",
+            "glm4",
+            "starcoder2",
+            "gpt-bigcode",
             "gpt-neox",
         ],
     )

@@ -70,6 +70,10 @@ def cache(tmp_path: Path) -> WeightsCache:
         "phimoe",
         "glm4-moe",
         "gptj",
+        "phi3",
+        "glm4",
+        "starcoder2",
+        "gpt-bigcode",
         "gpt-neox",
     ],
 )

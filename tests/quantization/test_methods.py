@@ -126,6 +126,10 @@ def test_the_head_has_its_own_format() -> None:
         "phimoe",
         "glm4-moe",
         "gptj",
+        "phi3",
+        "glm4",
+        "starcoder2",
+        "gpt-bigcode",
         "gpt-neox",
     ],
 )

@@ -1,41 +1,46 @@
 """ARCHITECTURES: the list of what Quire can load, one row for each name in `architectures` of a config.json."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-STANDARD_LAYERS = "quire.model_config.decoder_layers:decoder_layers"
+from quire.model_config.architecture import STANDARD_LAYERS, Architecture
+from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
+
+__all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """A row of ARCHITECTURES: the class of a family, and what its config.json leaves unsaid.
+_GPT2_NAMES: dict[str, str] = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_GPT2_IMPLIED: dict[str, Any] = {
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "gated_mlp": False,
+    "norm": "layer_norm",
+    "norm_bias": True,
+    "learned_positions": True,
+}
 
-    Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
-    these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alternate_windows`,
-    `router`, `shared_expert_gate`, `pre_norms`, `qk_norm_joint`, `positions_are_stretched`, `rope_in_windows_only`.
-    """
-
-    model: str
-    """The class, as "module:Class"; imported when a checkpoint needs it."""
-    layers: str = STANDARD_LAYERS
-    """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
-    layers do not follow from the fields of `ModelConfig` names its own."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """A key → how this family spells it in config.json."""
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Another spelling of config.json → the one of `names`, which wins where a file has both."""
-    implied: Mapping[str, Any] = field(default_factory=dict)
-    """Values that config.json may omit, by the family's spelling."""
-    meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
-    """A key → values of config.json by which the family means another one."""
-    section: str = ""
-    """The object of config.json that describes the text model, where the model reads more than text."""
-    fixed: Mapping[str, bool] = field(default_factory=dict)
-    """Flags of config.json that are supported with this one value; null is false."""
-
+_GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "o_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rotary_layout": "interleaved",
+    "eos_token_id": [151329, 151336, 151338],
+}
 
 _GEMMA3: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -71,6 +76,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "MinistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "scale_queries": True,
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
@@ -175,137 +211,56 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_norm_joint": True,
         },
     ),
-    "MixtralForCausalLM": Architecture(
-        model="quire.models.mixtral:Mixtral",
-        names={"num_experts": "num_local_experts"},
-        implied={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-        },
-    ),
-    "Qwen2MoeForCausalLM": Architecture(
-        model="quire.models.moe:MoELlama",
-        implied={
-            "num_key_value_heads": 16,
-            "max_position_embeddings": 32768,
-            "qkv_bias": True,
-            "sliding_window": 4096,
-            "alternate_windows": True,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": False,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-            "shared_expert_gate": True,
-        },
-    ),
-    "Qwen3MoeForCausalLM": Architecture(
-        model="quire.models.moe:MoELlama",
-        # With a window all layers have it, whatever the file says beside it.
-        names={"max_window_layers": "first_window_layer", "layer_types": "window_layer_types"},
-        aliases={"num_local_experts": "num_experts"},
-        implied={
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 32768,
-            "qk_norm": True,
-            "sliding_window": 4096,
-            "first_window_layer": 0,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": False,
-            "moe_intermediate_size": 768,
-        },
-    ),
-    "OlmoeForCausalLM": Architecture(
-        model="quire.models.moe:MoELlama",
+    **EXPERT_ARCHITECTURES,
+    "Phi3ForCausalLM": Architecture(
+        model="quire.models.phi3:Phi3",
         implied={
             "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
-            "eos_token_id": 50279,
-            "qk_norm": True,
-            "qk_norm_joint": True,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": False,
-        },
-        fixed={"clip_qkv": False},
-    ),
-    "GraniteMoeForCausalLM": Architecture(
-        model="quire.models.granite_moe:GraniteMoE",
-        names={"num_experts": "num_local_experts"},
-        implied={
-            "max_position_embeddings": 2048,
-            "attention_multiplier": 1.0,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "router": "topk_softmax",
-        },
-    ),
-    "PhimoeForCausalLM": Architecture(
-        model="quire.models.phimoe:PhiMoE",
-        names={"num_experts": "num_local_experts", "head_bias": "lm_head_bias"},
-        implied={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "rope_theta": 1e6,
             "use_sliding_window": True,
             "max_window_layers": 0,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 2,
-            "router": "sparse_mixer",
         },
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
-    "Glm4MoeForCausalLM": Architecture(
-        model="quire.models.glm4_moe:Glm4MoE",
-        names={"num_experts": "n_routed_experts", "qk_norm": "use_qk_norm"},
-        aliases={"num_local_experts": "n_routed_experts"},
+    "InternLM2ForCausalLM": Architecture(
+        model="quire.models.internlm2:InternLM2",
+        names={"attention_bias": "bias"},
+        implied={"max_position_embeddings": 2048, "bias": True},
+    ),
+    "InternLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
         implied={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-5,
-            "partial_rotary_factor": 0.5,
-            "o_bias": False,
-            "n_routed_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 1408,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "norm_topk_prob": True,
-            "router": "grouped_sigmoid",
+        },
+        fixed={"bias": False},
+    ),
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
+    "Starcoder2ForCausalLM": Architecture(
+        model="quire.models.starcoder2:StarCoder2",
+        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        implied={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "gated_mlp": False,
+            "use_bias": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
         },
     ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
-        implied={
-            "n_positions": 1024,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "learned_positions": True,
-        },
+        names=_GPT2_NAMES,
+        implied=_GPT2_IMPLIED,
         fixed={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -314,16 +269,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GPTJForCausalLM": Architecture(
         model="quire.models.gptj:GPTJ",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "rotary_elements": "rotary_dim",
-        },
+        names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
         implied={
             "n_positions": 2048,
             "activation_function": "gelu_new",
@@ -337,6 +283,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rotary_dim": 64,
             "rotary_layout": "interleaved",
         },
+    ),
+    "GPTBigCodeForCausalLM": Architecture(
+        model="quire.models.gpt_bigcode:GPTBigCode",
+        names=_GPT2_NAMES,
+        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
     ),
     "GPTNeoXForCausalLM": Architecture(
         model="quire.models.gpt_neox:GPTNeoX",

@@ -162,9 +162,22 @@ class ModelConfig:
         """Whether a layer has experts in the place of its MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    @property
+    def default_model_len(self) -> int:
+        """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
+        rope = self.rope
+        if rope is not None and rope.rope_type == "longrope":
+            return min(self.context_length, rope.original_max_position)
+        return self.context_length
+
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer; None: it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    @property
+    def num_qkv_heads(self) -> int:
+        """Heads of queries, keys and values together."""
+        return self.num_heads + 2 * self.num_kv_heads
 
     @property
     def attention_scale(self) -> float:
@@ -209,7 +222,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     hidden_size = config.integer("hidden_size")
     num_layers = config.integer("num_hidden_layers")
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = _num_kv_heads(config, num_heads)
     if num_heads % num_kv_heads:
         raise config.refusal("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
     if config.value("head_dim") is None and hidden_size % num_heads:
@@ -267,6 +280,13 @@ def _read(config: ConfigJson) -> ModelConfig:
         bos_token_id=config.value("bos_token_id"),
         eos_token_ids=_end_tokens(config),
     )
+
+
+def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
+    """One or as many as query heads where a family has the flag `multi_query`."""
+    if config.value("multi_query") is None:
+        return config.integer("num_key_value_heads", num_heads)
+    return 1 if config.flag("multi_query") else num_heads
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:

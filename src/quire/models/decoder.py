@@ -30,7 +30,8 @@ class DecoderLayer:
     What a half computes is its update. The norm of the next half adds it to the residual stream, so that addition, norm
     and first product can be one kernel. Where the residual is parallel, both halves read norms of the layer's input,
     and both updates are added: two norms with `parallel_residual`, one norm for both without `mlp_norm`. Post-norms,
-    where there are any, norm the updates themselves; `residual_factor` multiplies them.
+    where there are any, norm the updates themselves; `residual_factor`
+    multiplies them.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class DecoderLayer:
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
-        self.parallel_residual = parallel_residual
         self.residual_factor = residual_factor
+        self.parallel_residual = parallel_residual
         self.attention_post_norm: Norm | None = None
         self.mlp_post_norm: Norm | None = None
         if post_norms is not None:
@@ -71,7 +72,8 @@ class DecoderLayer:
             update = self.attention_post_norm(update)
         residual = context.select_output(residual)
         if self.parallel_residual:
-            return residual, update.add_(self.mlp(Normed(self.mlp_norm, residual, None)))
+            update.add_(self.mlp(Normed(self.mlp_norm, residual, None)))
+            return residual, self._scaled(update)
         update = self.mlp(Normed(self.mlp_norm, residual, self._scaled(update)))
         if self.mlp_post_norm is not None:
             update = self.mlp_post_norm(update)

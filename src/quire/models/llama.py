@@ -1,6 +1,6 @@
-"""Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of its norms), Granite (factors), SmolLM3
-(layers that rotate nothing)."""
+"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window, queries
+scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of
+its norms), Granite (factors), SmolLM3 (layers that rotate nothing)."""
 
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ class Llama(Decoder):
         names = self.names
         model = build.scope(names.model)
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
-        tables = rotary_tables(config, max_model_len, table.device)
         factor = config.embedding_multiplier
+        tables = rotary_tables(config, max_model_len, table.device)
         head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
             build.ends(table, head),
