@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
+from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
@@ -17,6 +18,16 @@ from tests.checkpoints import make_checkpoint
 from tests.models.parity import assert_equals_transformers, prompt
 from tests.models.test_qwen_moe import fuse
 from tests.paged_model import PagedModel
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 240,
+    "short_factor": [1.0 + 0.1 * index for index in range(16)],
+    "long_factor": [1.0 + index for index in range(16)],
+    "short_mscale": 1.25,
+    "long_mscale": 1.5,
+}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,21 @@ def test_names_in_memory_and_in_published_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(PagedModel(folder).step({0: ids})[0], expected)
 
 
+def test_short_contexts_match_transformers(tmp_path: Path) -> None:
+    """Beyond the training length Quire rotates by the long factors, as the model was trained; transformers does not."""
+    folder = make_checkpoint(tmp_path, "phimoe", max_position_embeddings=512, rope_parameters=LONGROPE)
+    assert_equals_transformers(folder, max_model_len=240)
+
+
+def test_mscales_of_short_and_of_long_contexts(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "phimoe", max_position_embeddings=512, rope_parameters=LONGROPE)
+    rope = ModelConfig.from_folder(folder).rope
+    assert rope is not None
+    for num_positions, mscale in ((240, 1.25), (241, 1.5)):
+        cosines = cos_sin_table(rope, 32, num_positions)[0, :16]
+        assert cosines.tolist() == [mscale] * 16
+
+
 def test_a_bias_that_is_missing(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "phimoe")
     file = folder / "model.safetensors"
@@ -71,6 +97,10 @@ def test_a_bias_that_is_missing(tmp_path: Path) -> None:
     [
         ({"num_experts_per_tok": 3}, "num_experts_per_tok is 3; supported: 2"),
         ({"router_jitter_noise": -1}, "router_jitter_noise is -1; supported: a positive number"),
+        (
+            {"rope_parameters": {**LONGROPE, "short_mscale": None}},
+            "rope_parameters.short_mscale is missing; supported: a positive number",
+        ),
         ({"rope_parameters": {"rope_type": "spiral"}}, 'rope_parameters.rope_type is "spiral"; supported: default'),
     ],
 )

@@ -16,7 +16,7 @@ class Architecture:
     `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
     `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`,
     `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`, `head_bias`,
-    `alternate_windows`, `router`, `shared_expert_gate`.
+    `alternate_windows`, `router`, `shared_expert_gate`, `rope_mscales`.
     """
 
     model: str

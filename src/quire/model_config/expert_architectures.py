@@ -85,6 +85,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "norm": "layer_norm",
             "norm_bias": True,
             "rope_theta": 1e6,
+            "rope_mscales": True,
             "use_sliding_window": True,
             "max_window_layers": 0,
             "num_local_experts": 16,
