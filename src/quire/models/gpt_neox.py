@@ -20,7 +20,7 @@ class GPTNeoX(Llama):
         r"^(embed_out|lm_head)\.weight$",
     )
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         rows = rows_of_groups(build.config)
         names = ("query_key_value", "dense")
         return DecoderLayer(
