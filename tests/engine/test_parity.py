@@ -23,6 +23,7 @@ FAMILIES = [
     "mixtral",
     "gptj",
     "gpt-neox",
+    "phi-norms",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -68,6 +68,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "phi-1_5": ("PhiForCausalLM", {}),
+    "phi-2": (
+        "PhiForCausalLM",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "partial_rotary_factor": 0.4,
+        },
+    ),
+    "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
         {
@@ -91,6 +102,7 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
     "GPTNeoXForCausalLM": "gpt_neox",
+    "PhiForCausalLM": "phi",
 }
 
 

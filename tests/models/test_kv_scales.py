@@ -49,6 +49,8 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "mixtral",
         "gptj",
         "gpt-neox",
+        "phi",
+        "phi-norms",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `qk_norm_bias`, `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
+    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`.
     """
 
     model: str
@@ -181,6 +181,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_parallel_residual": True,
             "parallel_mlp_norm": True,
             "rotary_pct": 0.25,
+        },
+    ),
+    "PhiForCausalLM": Architecture(
+        model="quire.models.phi:Phi",
+        names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "qk_layernorm"},
+        implied={
+            "max_position_embeddings": 2048,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "parallel_residual": True,
+            "qk_norm_bias": True,
+            "partial_rotary_factor": 0.5,
         },
     ),
 }

@@ -19,8 +19,8 @@ ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }
 """config.json's name → ours."""
 
@@ -80,9 +80,11 @@ class ModelConfig:
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
 
     qk_norm: bool = False
-    """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
+    """Queries and keys pass a norm of `head_dim` elements before they are rotated."""
     qk_norm_per_head: bool = False
     """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    qk_norm_bias: bool = False
+    """That norm has a bias beside the weight (Phi)."""
     query_pre_attn_scalar: float | None = None
     """Scores are multiplied by this ** -0.5; None: by head_dim ** -0.5. `attention_scale` has the factor."""
     attention_softcap: float = 0.0
@@ -218,6 +220,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         ),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
+        qk_norm_bias=config.flag("qk_norm_bias"),
         query_pre_attn_scalar=scalar or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=read_layer_windows(config, num_layers),
