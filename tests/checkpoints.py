@@ -17,6 +17,7 @@ from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.opt import OPTConfig, OPTForCausalLM
 from transformers.models.phi import PhiConfig, PhiForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -53,6 +54,20 @@ _GPT2: dict[str, Any] = {
 
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
+
+
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "init_std": 0.12,
+    "pad_token_id": BOS_TOKEN_ID - 1,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -122,6 +137,8 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
     "phi": (PhiConfig, PhiForCausalLM, _STABLELM),
     "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
+    "opt": (OPTConfig, OPTForCausalLM, _OPT),
+    "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 

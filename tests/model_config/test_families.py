@@ -68,6 +68,20 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 512,
+        },
+    ),
+    "OPT without biases": ("OPTForCausalLM", {"num_hidden_layers": 2, "enable_bias": False}),
+    "OPT fine-tuned early": ("OPTForCausalLM", {"num_hidden_layers": 2, "_remove_final_layer_norm": True}),
     "phi-1_5": ("PhiForCausalLM", {}),
     "phi-2": (
         "PhiForCausalLM",
@@ -103,6 +117,7 @@ MODEL_TYPES = {
     "GPTJForCausalLM": "gptj",
     "GPTNeoXForCausalLM": "gpt_neox",
     "PhiForCausalLM": "phi",
+    "OPTForCausalLM": "opt",
 }
 
 

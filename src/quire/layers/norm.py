@@ -52,6 +52,21 @@ class LayerNorm:
         return torch.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class NoNorm:
+    """Only adds the update: stands where a family has no norm."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self) -> None:
+        self.weight = torch.empty(0)
+        self.bias: Tensor | None = None
+
+    def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
+        if update is not None:
+            residual += update
+        return residual
+
+
 class Normed(NamedTuple):
     """The norm of the residual stream, not yet computed: the layer that reads it may fuse the two.
 

@@ -14,7 +14,8 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qk_norm_bias`, `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`,
+    `norm_before`, `no_final_norm`, `position_offset`, `embedding_width`.
     """
 
     model: str
@@ -200,5 +201,31 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_norm_bias": True,
             "partial_rotary_factor": 0.5,
         },
+    ),
+    "OPTForCausalLM": Architecture(
+        model="quire.models.opt:OPT",
+        names={
+            "intermediate_size": "ffn_dim",
+            "hidden_act": "activation_function",
+            "attention_bias": "enable_bias",
+            "mlp_bias": "enable_bias",
+            "norm_before": "do_layer_norm_before",
+            "no_final_norm": "_remove_final_layer_norm",
+            "embedding_width": "word_embed_proj_dim",
+        },
+        implied={
+            "ffn_dim": 3072,
+            "max_position_embeddings": 2048,
+            "activation_function": "relu",
+            "rms_norm_eps": 1e-5,
+            "enable_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "learned_positions": True,
+            "position_offset": 2,
+            "tie_word_embeddings": True,
+        },
+        fixed={"layer_norm_elementwise_affine": True},
     ),
 }

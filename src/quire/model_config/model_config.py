@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 """config.json's name → ours."""
 
@@ -52,6 +53,11 @@ class ModelConfig:
     """Norms have a bias beside the weight."""
     norm_unit_offset: bool = False
     """A norm multiplies by 1 + weight (Gemma)."""
+    norm_before: bool = True
+    """Norms precede attention and the MLP. False: they follow the additions, x = norm(x + attention(x)), and the last
+    layer's norm is the final one (OPT-350M)."""
+    final_norm: bool = True
+    """There is a norm before the output head that belongs to no layer."""
     post_norms: bool = False
     """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
     norms a layer instead of two (Gemma 2)."""
@@ -62,7 +68,7 @@ class ModelConfig:
     """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
-    """silu, gelu or gelu_tanh."""
+    """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -93,7 +99,12 @@ class ModelConfig:
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
     rope: RopeConfig | None = None
     """None: positions are learned, one embedding each."""
+    position_offset: int = 0
+    """Rows of that table before the first position's (OPT)."""
 
+    embedding_width: int = 0
+    """Width of the token embeddings and of the head's input, where projections lead to `hidden_size` and back
+    (OPT-350M); 0: it is `hidden_size`, without projections."""
     embedding_multiplier: float = 1.0
     """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
     logits_softcap: float = 0.0
@@ -154,16 +165,22 @@ def _spec(config: ModelConfig) -> ModelSpec:
     row = ARCHITECTURES.get(config.architecture)
     module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
-    hidden = config.hidden_size
-    positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
+    num_positions = config.max_position_embeddings + config.position_offset
+    positions = None if config.rope else LinearSpec("positions", num_positions, hidden)
+    projections = (
+        LinearSpec("project_in", hidden, width, quantizes=False),
+        LinearSpec("project_out", width, hidden, quantizes=False),
+    )
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
-        embedding=LinearSpec("embedding", config.vocab_size, hidden),
-        head=LinearSpec("head", config.vocab_size, hidden),
+        embedding=LinearSpec("embedding", config.vocab_size, width),
+        head=LinearSpec("head", config.vocab_size, width),
+        projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=norm_vectors(config, "norm") + head_bias,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + head_bias,
     )
 
 
@@ -189,6 +206,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     attention_bias = config.flag("attention_bias")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    norm_before = config.flag("norm_before", True)
+    embedding_width = config.integer("embedding_width", hidden_size)
     return ModelConfig(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
@@ -203,6 +222,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
+        norm_before=norm_before,
+        final_norm=norm_before and not config.flag("no_final_norm"),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
         parallel_mlp_norm=config.flag("parallel_mlp_norm"),
@@ -225,6 +246,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=read_layer_windows(config, num_layers),
         rope=None if config.flag("learned_positions") else read_rope(config, max_position, head_dim),
+        position_offset=config.integer("position_offset", 0, minimum=0),
+        embedding_width=0 if embedding_width == hidden_size else embedding_width,
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),

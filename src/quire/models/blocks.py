@@ -72,12 +72,13 @@ class SelfAttention:
 def rotary_attention(
     build: Builder,
     layer: int,
-    cos_sin: Tensor,
+    cos_sin: Tensor | None,
     *,
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     head_norms: HeadNorms | None = None,
 ) -> SelfAttention:
-    """The attention of a layer whose queries, keys and values are stored apart and rotated by position."""
+    """The attention of a layer whose queries, keys and values are stored apart, and rotated by position if there is a
+    table."""
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {names[0]: q_rows, names[1]: kv_rows, names[2]: kv_rows}
@@ -114,7 +115,7 @@ def rows_of_groups(config: ModelConfig) -> Tensor:
 def _attention(
     build: Builder,
     layer: int,
-    cos_sin: Tensor,
+    cos_sin: Tensor | None,
     qkv: tuple[LinearWeight, LinearWeight, LinearWeight],
     o_name: str,
     head_norms: HeadNorms | None,

@@ -77,7 +77,8 @@ class DecoderLayer:
 
 class Decoder:
     """A decoder-only model. `embedding_factor` multiplies token embeddings; a logit l becomes softcap * tanh(l /
-    softcap) where `logits_softcap` is above 0."""
+    softcap) where `logits_softcap` is above 0. `projections` lead from the width of the token embeddings to that of the
+    layers, and back before the head."""
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class Decoder:
         norm: Norm,
         *,
         position_embedding: Embedding | None = None,
+        projections: tuple[Linear, Linear] | None = None,
         embedding_factor: float = 1.0,
         logits_softcap: float = 0.0,
     ) -> None:
@@ -94,6 +96,7 @@ class Decoder:
         self.layers = list(layers)
         self.norm = norm
         self.position_embedding = position_embedding
+        self.projections = projections
         self.embedding_factor = embedding_factor
         self.logits_softcap = logits_softcap
 
@@ -102,6 +105,8 @@ class Decoder:
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
+        if self.projections is not None:
+            residual = self.projections[0](residual)
         update = None if self.position_embedding is None else self.position_embedding(context.positions)
         inner = context.for_inner_layers
         for layer in self.layers[:-1]:
@@ -110,7 +115,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
-        logits = self.head(hidden)
+        logits = self.head(hidden if self.projections is None else self.projections[1](hidden))
         if self.logits_softcap > 0:
             logits = torch.tanh_(logits.div_(self.logits_softcap)).mul_(self.logits_softcap)
         return logits
