@@ -11,8 +11,13 @@ from quire.kernels import Kernels
 class Norm(Protocol):
     """A norm over the last dimension [H]. Called with an update, it first adds it to the residual stream, in place."""
 
-    weight: Tensor
-    bias: Tensor | None
+    @property
+    def weight(self) -> Tensor | None:
+        """[H]; None where nothing is normed."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
         """residual, update [T, H] -> [T, H]."""
@@ -53,15 +58,13 @@ class LayerNorm:
 
 
 class NoNorm:
-    """Only adds the update: stands where a family has no norm."""
+    """The residual stream itself, for families that norm only what is added to it."""
 
-    __slots__ = ("bias", "weight")
-
-    def __init__(self) -> None:
-        self.weight = torch.empty(0)
-        self.bias: Tensor | None = None
+    weight: None = None
+    bias: None = None
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
+        """The result is `residual`, not a copy."""
         if update is not None:
             residual += update
         return residual
@@ -123,6 +126,21 @@ class LayerHeadNorm:
     def __call__(self, x: Tensor) -> None:
         normed = torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight
         x.copy_(normed if self.bias is None else normed + self.bias)
+
+
+class JointHeadNorm:
+    """RMSNorm of all heads of a token as one vector, with a weight [heads x D]."""
+
+    __slots__ = ("bound", "eps", "kernels", "weight")
+
+    def __init__(self, kernels: Kernels, weight: Tensor, eps: float, head_dim: int) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+        self.bound = _bound(weight).view(-1, head_dim)
+
+    def __call__(self, x: Tensor) -> None:
+        self.kernels.rms_norm_heads_(x.flatten(1).unsqueeze(1), self.weight, self.eps)
 
 
 def _bound(weight: Tensor) -> Tensor:

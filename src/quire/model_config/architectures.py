@@ -13,9 +13,10 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qk_norm_bias`, `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`,
-    `norm_before`, `no_final_norm`, `position_offset`, `embedding_width`.
+    `qk_norm_bias`, `qkv_bias`, `o_bias`, `learned_positions`, `position_offset`, `rotary_elements`, `rotary_layout`,
+    `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
+    `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
+    `rope_in_windows_only`, `embedding_width`, `head_bias`.
     """
 
     model: str
@@ -27,9 +28,70 @@ class Architecture:
     """A key → how this family spells it in config.json."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
+    meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """A key → values of config.json by which the family means another one."""
+    section: str = ""
+    """The object of config.json that describes the text model, where the model reads more than text."""
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
+
+_GPT2_NAMES: dict[str, str] = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_GPT2_IMPLIED: dict[str, Any] = {
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "gated_mlp": False,
+    "norm": "layer_norm",
+    "norm_bias": True,
+    "learned_positions": True,
+}
+
+_GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "o_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rotary_layout": "interleaved",
+    "eos_token_id": [151329, 151336, 151338],
+}
+
+_GEMMA3: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "positions_are_stretched": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+# transformers reads the soft-cap of scores, and does not apply it.
+_GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
@@ -42,6 +104,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "MinistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "scale_queries": True,
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
@@ -72,6 +165,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "partial_rotary_factor": 0.25,
         },
     ),
+    "GemmaForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        # Its files say gelu, and the models were trained with the approximation by tanh.
+        meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
+        implied={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_unit_offset": True,
+            "scale_embeddings": True,
+            "tie_word_embeddings": True,
+        },
+        fixed={"use_bidirectional_attention": False},
+    ),
     "Gemma2ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
         names={"hidden_act": "hidden_activation"},
@@ -93,6 +201,44 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"use_bidirectional_attention": False},
     ),
+    "Gemma3ForCausalLM": Architecture(
+        model="quire.models.gemma2:Gemma2",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        fixed=_GEMMA3_FIXED,
+    ),
+    "Gemma3ForConditionalGeneration": Architecture(
+        model="quire.models.gemma3:Gemma3Text",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        section="text_config",
+        fixed=_GEMMA3_FIXED,
+    ),
+    "GraniteForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "qk_norm_joint": True,
+        },
+    ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",
         names={"num_experts": "num_local_experts"},
@@ -107,29 +253,55 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
-    "GPT2LMHeadModel": Architecture(
-        model="quire.models.gpt2:GPT2",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
+    "Phi3ForCausalLM": Architecture(
+        model="quire.models.phi3:Phi3",
         implied={
-            "n_positions": 1024,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
+    "InternLM2ForCausalLM": Architecture(
+        model="quire.models.internlm2:InternLM2",
+        names={"attention_bias": "bias"},
+        implied={"max_position_embeddings": 2048, "bias": True},
+    ),
+    "InternLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"bias": False},
+    ),
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
+    "Starcoder2ForCausalLM": Architecture(
+        model="quire.models.starcoder2:StarCoder2",
+        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        implied={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
             "norm": "layer_norm",
             "norm_bias": True,
-            "learned_positions": True,
+            "gated_mlp": False,
+            "use_bias": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
         },
+    ),
+    "GPT2LMHeadModel": Architecture(
+        model="quire.models.gpt2:GPT2",
+        names=_GPT2_NAMES,
+        implied=_GPT2_IMPLIED,
         fixed={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -138,16 +310,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GPTJForCausalLM": Architecture(
         model="quire.models.gptj:GPTJ",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "rotary_elements": "rotary_dim",
-        },
+        names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
         implied={
             "n_positions": 2048,
             "activation_function": "gelu_new",
@@ -161,6 +324,12 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rotary_dim": 64,
             "rotary_layout": "interleaved",
         },
+    ),
+    "GPTBigCodeForCausalLM": Architecture(
+        model="quire.models.gpt_bigcode:GPTBigCode",
+        names=_GPT2_NAMES,
+        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
     ),
     "GPTNeoXForCausalLM": Architecture(
         model="quire.models.gpt_neox:GPTNeoX",

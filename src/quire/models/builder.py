@@ -31,7 +31,7 @@ class Builder:
 
     @property
     def float_dtype(self) -> str:
-        """How layers are packed that no quantisation touches."""
+        """The type of layers that are never quantised."""
         if self.dtype not in METHODS:
             return self.dtype
         return str(self.weights.activation_dtype).removeprefix("torch.")
@@ -45,8 +45,9 @@ class Builder:
             *(take(name, (count, num_inputs), bias=bias, transposed=transposed) for name, count in rows.items())
         )
 
-    def pack(self, *weights: LinearWeight) -> Linear:
-        return Linear(self.kernels, weights, self.dtype, self.weights.packing)
+    def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
+        """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
+        return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
 
     def norm(self, name: str) -> Norm:
         """A norm of the residual stream, of the kind that config says."""

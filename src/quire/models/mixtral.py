@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from quire.layers.linear import Linear, LinearWeight
+from quire.layers.linear import LinearWeight
 from quire.models.blocks import GatedMLP, gated_mlp, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
@@ -13,7 +13,7 @@ from quire.models.llama import Llama
 class Mixtral(Llama):
     """Llama's names. Experts are stored one by one below `block_sparse_moe`, or all in one tensor below `mlp`."""
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         fused = build.weights.has("mlp.experts.gate_up_proj")
         moe = build.scope("mlp" if fused else "block_sparse_moe")
         config, hidden = build.config, build.config.hidden_size
@@ -23,7 +23,7 @@ class Mixtral(Llama):
             rotary_attention(build.scope("self_attn"), index, cos_sin),
             build.norm("post_attention_layernorm"),
             Experts(
-                Linear(build.kernels, [router], build.float_dtype, build.weights.packing),
+                build.pack(router, quantizes=False),
                 _fused_experts(moe) if fused else _experts(moe),
                 config.num_experts_per_token,
                 normalise=config.norm_topk,

@@ -3,10 +3,8 @@ embeddings to that of the layers and back."""
 
 from torch import Tensor
 
-from quire.errors import ConfigError
 from quire.kernels import Kernels
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
 from quire.layers.norm import NoNorm, Norm
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
@@ -49,7 +47,9 @@ class OPT(Decoder):
         projections = None
         if config.embedding_width:
             sizes = {"project_in": (hidden, width), "project_out": (width, hidden)}
-            project_in, project_out = (_projection(model, name, shape) for name, shape in sizes.items())
+            project_in, project_out = (
+                model.pack(model.weights.take_linear(name, shape), quantizes=False) for name, shape in sizes.items()
+            )
             projections = project_in, project_out
         layers, norm = _layers(model) if config.norm_before else _post_norm_layers(model)
         super().__init__(
@@ -59,22 +59,6 @@ class OPT(Decoder):
             position_embedding=Embedding(positions[offset:], weights.activation_dtype),
             projections=projections,
         )
-
-    def scale_kv(self) -> None:
-        first = self.layers[0]
-        if isinstance(first.attention_norm, NoNorm) and first.attention.stored_kv_scales is None:
-            raise ConfigError(
-                "kv_cache_dtype is fp8_e4m3, whose scales follow from the norm before attention; the first layer of "
-                "this model has none (do_layer_norm_before is false), and its checkpoint has no scales; choose float16 "
-                "or bfloat16"
-            )
-        super().scale_kv()
-
-
-def _projection(build: Builder, name: str, shape: tuple[int, int]) -> Linear:
-    """A small layer that no quantisation touches."""
-    weight = build.weights.take_linear(name, shape)
-    return Linear(build.kernels, [weight], build.float_dtype, build.weights.packing)
 
 
 def _halves(build: Builder, index: int) -> tuple[SelfAttention, PlainMLP]:

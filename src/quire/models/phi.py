@@ -15,7 +15,7 @@ class Phi(Llama):
 
     names = DecoderNames(norm="final_layernorm")
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
         names = ("q_proj", "k_proj", "v_proj", "dense")
         return DecoderLayer(

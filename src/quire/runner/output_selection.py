@@ -29,7 +29,7 @@ class OutputSelection:
     """[len(sequences) + 1]: sequences[s] owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
 
     def indices_of(self, tokens: Int32Array) -> Int32Array:
-        """The index in `self.tokens` of each of these tokens of the step, all of which are selected."""
+        """The index in `self.tokens` of each of these tokens of the step. All of them must be selected."""
         return np.searchsorted(self.tokens, tokens).astype(np.int32)
 
 
@@ -40,6 +40,8 @@ def select_outputs(plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch
         return None
     first = end.copy()
     np.minimum.at(first, np.searchsorted(end, sampling.tokens, side="right"), sampling.tokens)
+    if plan.pool_rows:
+        first[plan.pool_rows] -= 1
     for sequence in plan.prompt_logprobs:
         first[sequence] = begin[sequence]
     if (first == end).all():
