@@ -27,6 +27,8 @@ from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausal
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.opt import OPTConfig, OPTForCausalLM
+from transformers.models.phi import PhiConfig, PhiForCausalLM
 from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -67,6 +69,20 @@ _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 _GLM = {**_DECODER, "pad_token_id": 256}
 _PHI3 = {**_STABLELM, "pad_token_id": 256}
 _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
+
+
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "init_std": 0.12,
+    "pad_token_id": BOS_TOKEN_ID - 1,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -214,6 +230,10 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
+    "phi": (PhiConfig, PhiForCausalLM, _STABLELM),
+    "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
+    "opt": (OPTConfig, OPTForCausalLM, _OPT),
+    "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 

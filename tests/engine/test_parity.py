@@ -36,6 +36,9 @@ FAMILIES = [
     "starcoder2",
     "gpt-bigcode",
     "gpt-neox",
+    "phi-norms",
+    "opt",
+    "opt-350m",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

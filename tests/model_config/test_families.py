@@ -205,6 +205,31 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 512,
+        },
+    ),
+    "OPT without biases": ("OPTForCausalLM", {"num_hidden_layers": 2, "enable_bias": False}),
+    "OPT fine-tuned early": ("OPTForCausalLM", {"num_hidden_layers": 2, "_remove_final_layer_norm": True}),
+    "phi-1_5": ("PhiForCausalLM", {}),
+    "phi-2": (
+        "PhiForCausalLM",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "partial_rotary_factor": 0.4,
+        },
+    ),
+    "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
         {
@@ -240,6 +265,8 @@ MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
     "GPTNeoXForCausalLM": "gpt_neox",
+    "PhiForCausalLM": "phi",
+    "OPTForCausalLM": "opt",
 }
 
 

@@ -234,6 +234,8 @@ class TestRandomWeights:
             "starcoder2",
             "gpt-bigcode",
             "gpt-neox",
+            "phi-norms",
+            "opt-350m",
         ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:

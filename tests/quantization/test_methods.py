@@ -125,6 +125,8 @@ def test_the_head_has_its_own_format() -> None:
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt-350m",
     ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:
