@@ -263,6 +263,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
+    "Exaone4ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+    ),
     "InternLM2ForCausalLM": Architecture(
         model="quire.models.internlm2:InternLM2",
         names={"attention_bias": "bias"},
