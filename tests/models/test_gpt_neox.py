@@ -103,8 +103,8 @@ def test_a_fused_layer_of_the_wrong_shape(suffix: str, tmp_path: Path) -> None:
             "rope_parameters.partial_rotary_factor is 0.35; supported: .* even number of a head's 16 elements",
         ),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            'rope_parameters.rope_type is "longrope"; supported: default, linear',
+            {"rope_parameters": {"rope_type": "proportional"}},
+            'rope_parameters.rope_type is "proportional"; supported: default, linear',
         ),
     ],
 )

@@ -138,6 +138,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
+    "Mistral3ForConditionalGeneration": Architecture(
+        model="quire.models.mistral3:Mistral3Text",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        section="text_config",
+    ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
         implied={"max_position_embeddings": 32768, "qkv_bias": True, "sliding_window": 4096},
