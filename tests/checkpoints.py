@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
@@ -221,6 +222,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             ),
         },
     ),
+    "exaone4": (Exaone4Config, Exaone4ForCausalLM, {**_DECODER, "num_hidden_layers": 4, "sliding_window": 24}),
     "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
     "glm": (GlmConfig, GlmForCausalLM, _GLM),
     "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),

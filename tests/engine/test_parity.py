@@ -30,6 +30,7 @@ FAMILIES = [
     "mixtral",
     "phi3",
     "phi3-longrope",
+    "exaone4",
     "glm",
     "glm4",
     "gptj",

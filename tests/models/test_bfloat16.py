@@ -24,6 +24,7 @@ from tests.paged_model import PagedModel
         "gemma2",
         "mixtral",
         "phi3-longrope",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",

@@ -229,6 +229,7 @@ class TestRandomWeights:
             "gemma2",
             "mixtral",
             "phi3",
+            "exaone4",
             "glm4",
             "gptj",
             "starcoder2",

@@ -64,6 +64,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gemma2",
         "mixtral",
         "phi3",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",

@@ -120,6 +120,7 @@ def test_the_head_has_its_own_format() -> None:
         "gemma2",
         "mixtral",
         "phi3",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",

@@ -139,6 +139,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
+    "Mistral3ForConditionalGeneration": Architecture(
+        model="quire.models.mistral3:Mistral3Text",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        section="text_config",
+    ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
         implied={"max_position_embeddings": 32768, "qkv_bias": True, "sliding_window": 4096},
@@ -263,6 +276,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
+    "Exaone4ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
     ),
     "InternLM2ForCausalLM": Architecture(
         model="quire.models.internlm2:InternLM2",
