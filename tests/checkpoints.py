@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.cohere import CohereConfig, CohereForCausalLM
+from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
@@ -153,6 +155,17 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, _DECODER),
+    "cohere": (CohereConfig, CohereForCausalLM, {**_STABLELM, "logit_scale": 0.3}),
+    "cohere-qk-norm": (CohereConfig, CohereForCausalLM, {**_STABLELM, "use_qk_norm": True}),
+    "cohere2": (
+        Cohere2Config,
+        Cohere2ForCausalLM,
+        {
+            **_STABLELM,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
 }
@@ -176,7 +189,7 @@ def make_checkpoint(
         # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or "norm" in name:
                 # Gemma's norms multiply by 1 + weight.
                 mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
                 torch.nn.init.normal_(parameter, mean, 0.1)

@@ -25,6 +25,9 @@ FAMILIES = [
     "granite",
     "smollm3",
     "olmo2",
+    "cohere",
+    "cohere-qk-norm",
+    "cohere2",
     "mixtral",
 ]
 NUM_STEPS = 128

@@ -39,7 +39,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
     "family",
     [
         *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),
-        *("gemma", "gemma2", "gemma3", "granite", "smollm3"),
+        *("gemma", "gemma2", "gemma3", "granite", "smollm3", "cohere", "cohere-qk-norm", "cohere2"),
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
