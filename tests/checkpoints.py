@@ -15,16 +15,26 @@ from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.glm import GlmConfig, GlmForCausalLM
+from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
+from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
+from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
+from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -56,6 +66,9 @@ _GPT2: dict[str, Any] = {
 
 
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_GLM = {**_DECODER, "pad_token_id": 256}
+_PHI3 = {**_STABLELM, "pad_token_id": 256}
+_GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -87,6 +100,27 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         {**_DECODER, **_rope("yarn", factor=4.0, original_max_position_embeddings=64)},
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {**_DECODER, "sliding_window": 24}),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {**_DECODER, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        Ministral3Config,
+        Ministral3ForCausalLM,
+        {
+            **_DECODER,
+            "pad_token_id": 256,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.5,
+            ),
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {k: v for k, v in _DECODER.items() if k != "head_dim"}),
     "qwen2-window": (
         Qwen2Config,
@@ -167,7 +201,32 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {**_PHI3, "sliding_window": 24}),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            **_PHI3,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 240,
+            **_rope(
+                "longrope",
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+            ),
+        },
+    ),
+    "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
+    "glm": (GlmConfig, GlmForCausalLM, _GLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),
+    "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
+    "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
+    "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
+    "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 
@@ -190,15 +249,23 @@ def make_checkpoint(
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
-                # Gemma's norms multiply by 1 + weight.
-                mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
-                torch.nn.init.normal_(parameter, mean, 0.1)
+                torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
     return folder
+
+
+def _mean_of_vector(family: str, name: str) -> float:
+    if "bias" in name:
+        return 0.0
+    if not family.startswith("gemma"):
+        return 1.0
+    # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would
+    # repeat the last token.
+    return 3.0 if "post_" in name else 0.0
 
 
 def reference_model(folder: str | Path) -> PreTrainedModel:

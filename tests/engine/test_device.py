@@ -31,7 +31,22 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
 # Tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "mistral",
+        "ministral3",
+        "qwen3",
+        "gpt2",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "phi3-longrope",
+        "starcoder2",
+        "gpt-bigcode",
+    ],
+)
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, family)
     options = {"attention_backend": "sdpa", "threads": 1, "max_num_seqs": 20}

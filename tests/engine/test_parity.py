@@ -13,6 +13,8 @@ from tests.checkpoints import make_checkpoint, reference_model
 FAMILIES = [
     "llama",
     "mistral",
+    "ministral",
+    "ministral3",
     "qwen2",
     "qwen3",
     "gpt2",
@@ -29,6 +31,14 @@ FAMILIES = [
     "cohere-qk-norm",
     "cohere2",
     "mixtral",
+    "phi3",
+    "phi3-longrope",
+    "glm",
+    "glm4",
+    "gptj",
+    "starcoder2",
+    "gpt-bigcode",
+    "gpt-neox",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

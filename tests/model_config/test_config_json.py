@@ -138,8 +138,8 @@ class TestRope:
         ("scaling", "message"),
         [
             (
-                {"rope_type": "longrope", "factor": 4.0},
-                'rope_scaling.rope_type is "longrope"; supported: default, linear, dynamic, llama3, yarn',
+                {"rope_type": "proportional", "factor": 4.0},
+                'rope_scaling.rope_type is "proportional"; supported: default, linear, dynamic, llama3, yarn, longrope',
             ),
             ({"rope_type": "linear"}, "rope_scaling.factor is missing; supported: a positive number"),
             (

@@ -14,6 +14,13 @@ from quire.layer_spec import ExpertsSpec, LayerSpec
 from quire.model_config import ARCHITECTURES, ModelConfig, RopeConfig
 from quire.model_config.decoder_layers import decoder_layers
 
+
+def _longrope(num_pairs: int, share: float) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * num_pairs, "long_factor": [2.0] * num_pairs}
+    values = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share, **factors}
+    return {"rope_parameters": values}
+
+
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": (
         "LlamaForCausalLM",
@@ -28,6 +35,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}),
     "Mistral-7B": ("MistralForCausalLM", {"num_hidden_layers": 32}),
+    "Ministral-8B": (
+        "MinistralForCausalLM",
+        {"vocab_size": 131072, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+        | {"max_position_embeddings": 32768, "sliding_window": 32768, "rope_theta": 1e8},
+    ),
+    "Ministral-3-8B": ("Ministral3ForCausalLM", {}),
+    "Ministral-3-3B": (
+        "Ministral3ForCausalLM",
+        {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26, "tie_word_embeddings": True},
+    ),
     "Qwen2-0.5B": (
         "Qwen2ForCausalLM",
         {
@@ -78,6 +95,56 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "Phi-3-mini-4k": ("Phi3ForCausalLM", {"sliding_window": 2047}),
+    "Phi-3-medium-128k": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40}
+        | {"num_key_value_heads": 10, "max_position_embeddings": 131072, "sliding_window": 131072}
+        | _longrope(64, 1.0),
+    ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40}
+        | {"num_attention_heads": 40, "num_key_value_heads": 10, "max_position_embeddings": 16384}
+        | {"original_max_position_embeddings": 16384, "rope_theta": 250000.0},
+    ),
+    "Phi-4-mini": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
+        | _longrope(48, 0.75),
+    ),
+    "glm-4-9b-chat": ("GlmForCausalLM", {}),
+    "GLM-4-9B-0414": ("Glm4ForCausalLM", {"attention_bias": False, "max_position_embeddings": 32768}),
+    "GLM-4-32B-0414": (
+        "Glm4ForCausalLM",
+        {"hidden_size": 6144, "intermediate_size": 23040, "num_hidden_layers": 61, "num_attention_heads": 48}
+        | {"attention_bias": False, "max_position_embeddings": 32768},
+    ),
+    "starcoder2-3b": (
+        "Starcoder2ForCausalLM",
+        {"num_hidden_layers": 30, "max_position_embeddings": 16384, "sliding_window": 4096},
+    ),
+    "starcoder2-7b": (
+        "Starcoder2ForCausalLM",
+        {"hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32}
+        | {"num_attention_heads": 36, "num_key_value_heads": 4},
+    ),
+    "starcoder2-15b": (
+        "Starcoder2ForCausalLM",
+        {"hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 40}
+        | {"num_attention_heads": 48, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    ),
+    "starcoder": (
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": 49152, "n_embd": 6144, "n_layer": 40, "n_head": 48, "n_inner": 24576}
+        | {"n_positions": 8192, "activation_function": "gelu"},
+    ),
+    "santacoder with a KV head for each query head": (
+        "GPTBigCodeForCausalLM",
+        {"vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048, "multi_query": False},
+    ),
     "granite-3.0-8b": (
         "GraniteForCausalLM",
         {
@@ -148,11 +215,24 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         },
     ),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MinistralForCausalLM": "ministral",
+    "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "GPT2LMHeadModel": "gpt2",
@@ -160,12 +240,19 @@ MODEL_TYPES = {
     "StableLmForCausalLM": "stablelm",
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
+    "GPTJForCausalLM": "gptj",
+    "Phi3ForCausalLM": "phi3",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "GPTBigCodeForCausalLM": "gpt_bigcode",
     "Gemma3ForCausalLM": "gemma3_text",
     "CohereForCausalLM": "cohere",
     "Cohere2ForCausalLM": "cohere2",
     "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 
@@ -272,6 +359,28 @@ def test_gemma_2_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(values | {"use_bidirectional_attention": True}))
     with pytest.raises(CheckpointError, match="use_bidirectional_attention is true"):
         ModelConfig.from_folder(tmp_path)
+
+
+def test_starcoder2_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "starcoder2-3b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.norm_eps) == ("layer_norm", True, 1e-5)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.gated_mlp) == (True, True, True, False)
+    assert config.activation == "gelu_tanh"
+    assert config.layer_windows == (4096,) * 30
+    assert config.spec.num_parameters == 3_030_371_328
+    write(tmp_path, "starcoder2-7b")
+    assert ModelConfig.from_folder(tmp_path).layer_windows == (0,) * 32
+
+
+def test_gpt_bigcode_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "starcoder")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_heads, config.num_kv_heads, config.num_qkv_heads, config.head_dim) == (48, 1, 50, 128)
+    assert (config.activation, config.rope, config.tie_word_embeddings) == ("gelu", None, True)
+    write(tmp_path, "santacoder with a KV head for each query head")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_heads, config.num_kv_heads, config.activation) == (16, 16, "gelu_tanh")
 
 
 def test_gemma_3_is_read(tmp_path: Path) -> None:

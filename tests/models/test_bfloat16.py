@@ -11,7 +11,25 @@ from tests.paged_model import PagedModel
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "stablelm", "stablelm-parallel", "gemma2", "mixtral"]
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "ministral3",
+        "gpt2",
+        "stablelm",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "phi3-longrope",
+        "glm4",
+        "gptj",
+        "starcoder2",
+        "gpt-bigcode",
+        "gpt-neox",
+    ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, family, dtype="bfloat16")

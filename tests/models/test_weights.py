@@ -219,7 +219,23 @@ class TestRandomWeights:
         assert not torch.equal(first.take("a.x.weight", (4, 5)), other.take("a.x.weight", (4, 5)))
         assert not torch.equal(first.take("a.weight", (4, 5)), first.take("b.weight", (4, 5)))
 
-    @pytest.mark.parametrize("family", ["llama-bias", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral"])
+    @pytest.mark.parametrize(
+        "family",
+        [
+            "llama-bias",
+            "qwen3",
+            "gpt2",
+            "stablelm-parallel",
+            "gemma2",
+            "mixtral",
+            "phi3",
+            "glm4",
+            "gptj",
+            "starcoder2",
+            "gpt-bigcode",
+            "gpt-neox",
+        ],
+    )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:
         config = ModelConfig.from_folder(make_checkpoint(tmp_path, family))
         model = load_model(config, RandomWeights(), kernels_for("cpu"), "float32")

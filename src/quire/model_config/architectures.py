@@ -13,9 +13,9 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
-    `pre_norms`, `qk_norm_joint`,
-    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`.
+    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
+    `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`,
+    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`, `head_bias`.
     """
 
     model: str
@@ -34,6 +34,40 @@ class Architecture:
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
+
+_GPT2_NAMES: dict[str, str] = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_GPT2_IMPLIED: dict[str, Any] = {
+    "n_positions": 1024,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "gated_mlp": False,
+    "norm": "layer_norm",
+    "norm_bias": True,
+    "learned_positions": True,
+}
+
+_GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "o_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rotary_layout": "interleaved",
+    "eos_token_id": [151329, 151336, 151338],
+}
 
 _GEMMA3: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -79,6 +113,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "MinistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "scale_queries": True,
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
@@ -215,33 +280,104 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
+    "Phi3ForCausalLM": Architecture(
+        model="quire.models.phi3:Phi3",
+        implied={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
+    "InternLM2ForCausalLM": Architecture(
+        model="quire.models.internlm2:InternLM2",
+        names={"attention_bias": "bias"},
+        implied={"max_position_embeddings": 2048, "bias": True},
+    ),
+    "InternLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"bias": False},
+    ),
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
+    "Starcoder2ForCausalLM": Architecture(
+        model="quire.models.starcoder2:StarCoder2",
+        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        implied={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "gated_mlp": False,
+            "use_bias": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
+        names=_GPT2_NAMES,
+        implied=_GPT2_IMPLIED,
+        fixed={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
         },
+    ),
+    "GPTJForCausalLM": Architecture(
+        model="quire.models.gptj:GPTJ",
+        names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
         implied={
-            "n_positions": 1024,
+            "n_positions": 2048,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "parallel_residual": True,
+            "rotary_dim": 64,
+            "rotary_layout": "interleaved",
+        },
+    ),
+    "GPTBigCodeForCausalLM": Architecture(
+        model="quire.models.gpt_bigcode:GPTBigCode",
+        names=_GPT2_NAMES,
+        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        fixed={"scale_attn_weights": True, "add_cross_attention": False},
+    ),
+    "GPTNeoXForCausalLM": Architecture(
+        model="quire.models.gpt_neox:GPTNeoX",
+        names={
+            "rms_norm_eps": "layer_norm_eps",
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+            "parallel_residual": "use_parallel_residual",
+        },
+        implied={
+            "max_position_embeddings": 2048,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
             "attention_bias": True,
             "mlp_bias": True,
             "gated_mlp": False,
             "norm": "layer_norm",
             "norm_bias": True,
-            "learned_positions": True,
-        },
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
+            "use_parallel_residual": True,
+            "parallel_mlp_norm": True,
+            "rotary_pct": 0.25,
         },
     ),
 }

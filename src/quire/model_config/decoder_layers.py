@@ -54,7 +54,9 @@ def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool) -> MLPSp
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
     names = []
     if config.pre_norms:
-        names += ["attention_norm"] if config.parallel_residual else ["attention_norm", "mlp_norm"]
+        names.append("attention_norm")
+        if config.parallel_mlp_norm or not config.parallel_residual:
+            names.append("mlp_norm")
     if config.post_norms:
         names += ["attention_post_norm", "mlp_post_norm"]
     vectors = tuple(vector for name in names for vector in norm_vectors(config, name))

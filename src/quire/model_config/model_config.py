@@ -15,7 +15,13 @@ from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 """config.json's name → ours."""
 
 
@@ -54,6 +60,8 @@ class ModelConfig:
     parallel_residual: bool = False
     """Attention and MLP both read the one norm of the layer's input, and both are added: x + attention(norm(x)) +
     mlp(norm(x)). Such a layer has one norm (StableLM)."""
+    parallel_mlp_norm: bool = False
+    """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
     """silu, gelu or gelu_tanh."""
@@ -106,6 +114,8 @@ class ModelConfig:
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    """The output head has a bias, its own even where its weight is the embedding's."""
 
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
@@ -141,9 +151,22 @@ class ModelConfig:
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
 
+    @property
+    def default_model_len(self) -> int:
+        """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
+        rope = self.rope
+        if rope is not None and rope.rope_type == "longrope":
+            return min(self.context_length, rope.original_max_position)
+        return self.context_length
+
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer; None: it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    @property
+    def num_qkv_heads(self) -> int:
+        """Heads of queries, keys and values together."""
+        return self.num_heads + 2 * self.num_kv_heads
 
     @property
     def attention_scale(self) -> float:
@@ -167,13 +190,14 @@ def _spec(config: ModelConfig) -> ModelSpec:
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden = config.hidden_size
     positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, hidden),
         head=LinearSpec("head", config.vocab_size, hidden),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=norm_vectors(config, "norm"),
+        vectors=norm_vectors(config, "norm") + head_bias,
     )
 
 
@@ -187,7 +211,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     hidden_size = config.integer("hidden_size")
     num_layers = config.integer("num_hidden_layers")
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = _num_kv_heads(config, num_heads)
     if num_heads % num_kv_heads:
         raise config.refusal("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
     if config.value("head_dim") is None and hidden_size % num_heads:
@@ -218,10 +242,11 @@ def _read(config: ConfigJson) -> ModelConfig:
         pre_norms=config.flag("pre_norms", True),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
+        parallel_mlp_norm=config.flag("parallel_mlp_norm"),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
-        o_bias=attention_bias,
+        o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         num_experts=num_experts,
         num_experts_per_token=_num_experts_per_token(config, num_experts),
@@ -246,10 +271,18 @@ def _read(config: ConfigJson) -> ModelConfig:
         logits_multiplier=config.number("logit_scale", 1.0) / config.number("logits_scaling", 1.0),
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
+        head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=config.value("bos_token_id"),
         eos_token_ids=_end_tokens(config),
     )
+
+
+def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
+    """One or as many as query heads where a family has the flag `multi_query`."""
+    if config.value("multi_query") is None:
+        return config.integer("num_key_value_heads", num_heads)
+    return 1 if config.flag("multi_query") else num_heads
 
 
 def _num_experts_per_token(config: ConfigJson, num_experts: int) -> int:

@@ -1,5 +1,6 @@
 """RopeConfig: rotary position embedding as data, and how config.json spells it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any, Literal
 from quire.model_config.config_json import ConfigJson
 from quire.model_config.windows import read_no_rope_layers
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROTARY_LAYOUTS = ("half", "interleaved")
 
 
@@ -20,7 +21,7 @@ class RopeConfig:
     rope_type: str = "default"
     factor: float = 1.0
     original_max_position: int = 0
-    """Training length in tokens; read for dynamic, llama3 and yarn."""
+    """Training length in tokens; read for dynamic, llama3, yarn and longrope."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -29,6 +30,11 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    """longrope's divisors of the frequencies, one for each pair; see `is_long`."""
+    query_scaling_beta: float = 0.0
+    """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements, the first ones, that are rotated."""
     layout: Literal["half", "interleaved"] = "half"
@@ -38,6 +44,16 @@ class RopeConfig:
     def rotary_dim(self, head_dim: int) -> int:
         """Elements of a head that are rotated."""
         return int(head_dim * self.partial_rotary_factor)
+
+    def is_long(self, max_model_len: int) -> bool:
+        """Whether longrope rotates by its long factors: if sequences may be longer than the training length.
+
+        transformers chooses for each sequence by its length, and computes all keys again when one grows past the
+        training length. Keys in a shared cache cannot depend on the length of a sequence, so an engine makes one choice
+        for all. By default `max_model_len` is the training length: short factors, and transformers' tokens for every
+        sequence. If more is asked for, long factors: transformers' tokens for sequences above the training length.
+        """
+        return self.rope_type == "longrope" and max_model_len > self.original_max_position
 
 
 def read_ropes(
@@ -85,15 +101,17 @@ def _read_rope(
     if not isinstance(values, Mapping):
         raise config.refusal(section, values, "an object")
     rope_type = values.get("rope_type", values.get("type", "default"))
+    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
+        rope_type = "longrope"  # as Phi-3's first files call it
     if rope_type not in ROPE_TYPES:
         raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             raise config.refusal(f"{section}.{key}", value, "a positive number")
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
 
     def optional(key: str) -> float | None:
         return None if values.get(key) is None else number(key)
@@ -103,10 +121,24 @@ def _read_rope(
     )
     # Dynamic scaling begins where max_position_embeddings ends; the others name the training length.
     original = max_position if rope_type == "dynamic" else original
-    share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
+    if rope_type == "longrope" and config.value("original_max_position_embeddings") is not None:
+        original = config.integer("original_max_position_embeddings")  # goes before that of the section
+    if config.value("rotary_elements") is not None:
+        share = _share_of(config, head_dim)
+    else:
+        share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
     if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
         supported = f"a share that rotates an even number of a head's {head_dim} elements"
         raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
+
+    def factors(key: str) -> tuple[float, ...]:
+        if rope_type != "longrope":
+            return ()
+        value, count = values.get(key), int(head_dim * share) // 2
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
+            raise config.refusal(f"{section}.{key}", value, f"a list of {count} positive numbers, one for each pair")
+        return tuple(map(float, value))
+
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
         theta=number("rope_theta", theta),
@@ -121,6 +153,22 @@ def _read_rope(
         attention_factor=optional("attention_factor"),
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
+        query_scaling_beta=(optional("llama_4_scaling_beta") or 0.0) if config.flag("scale_queries") else 0.0,
+        short_factors=factors("short_factor"),
+        long_factors=factors("long_factor"),
         partial_rotary_factor=share,
         layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
     )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _share_of(config: ConfigJson, head_dim: int) -> float:
+    """The partial rotary factor of families that give the number of rotated elements."""
+    rotary_dim = config.integer("rotary_elements")
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise config.refusal("rotary_elements", rotary_dim, f"an even number of at most a head's {head_dim} elements")
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
-from quire.layers.rotary import half_layout
+from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
@@ -91,24 +91,105 @@ def rotary_attention(
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
+    return _attention(build, layer, cos_sin, (q, k, v), names[3], head_norms)
+
+
+def fused_rotary_attention(
+    build: Builder, layer: int, cos_sin: Tensor | None, order: Tensor, *, names: Sequence[str]
+) -> SelfAttention:
+    """The attention of a layer whose queries, keys and values are stored as one layer, `names[0]`, and rotated by
+    position. The stored rows `order` are those of all queries, then of all keys, then of all values; see
+    `rows_of_groups`."""
+    config = build.config
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    stored = build.weights.take_linear(names[0], (q_rows + 2 * kv_rows, config.hidden_size), bias=config.qkv_bias)
+    order = order.to(stored.weight.device)
+    q, k, v = (stored.select_rows(rows) for rows in order.split_with_sizes((q_rows, kv_rows, kv_rows)))
+    return _attention(build, layer, cos_sin, (q, k, v), names[1], None)
+
+
+def rows_of_groups(config: ModelConfig) -> Tensor:
+    """The order for `fused_rotary_attention` where every KV head's group is stored together: the heads of its queries,
+    then its key, then its value."""
+    group = config.num_heads // config.num_kv_heads
+    rows = torch.arange((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split_with_sizes((group, 1, 1), dim=1)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _attention(
+    build: Builder,
+    layer: int,
+    cos_sin: Tensor | None,
+    qkv: tuple[LinearWeight, LinearWeight, LinearWeight],
+    o_name: str,
+    head_norms: HeadNorms | None,
+) -> SelfAttention:
+    config, (q, k, v) = build.config, qkv
     if _is_interleaved(config):
         order = _head_order(config, q.weight.device)
         q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
     return SelfAttention(
         config,
         build.pack(q, k, v),
-        Attention(
-            build.kernels,
-            layer,
-            scale=config.attention_scale,
-            cos_sin=cos_sin,
-            window=config.layer_windows[layer] if config.layer_windows else 0,
-            softcap=config.attention_softcap,
-        ),
-        build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
+        _attend(build, layer, cos_sin),
+        build.linear({o_name: config.hidden_size}, config.num_heads * config.head_dim, bias=config.o_bias),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
+
+
+def fused_attention(
+    build: Builder,
+    layer: int,
+    *,
+    names: Sequence[str] = ("query_key_value", "dense"),
+    cos_sin: Tensor | None = None,
+    by_kv_head: bool = False,
+    transposed: bool = False,
+) -> SelfAttention:
+    """The attention of a layer whose queries, keys and values are stored as one matrix: all queries, then all keys,
+    then all values. `by_kv_head`: the queries, the key and the value of each KV head in turn."""
+    config, (fused, output) = build.config, names
+    q_rows, num_rows = config.num_heads * config.head_dim, config.num_qkv_heads * config.head_dim
+    qkv = build.weights.take_linear(fused, (num_rows, config.hidden_size), bias=config.qkv_bias, transposed=transposed)
+    rows = _order_of_fused_rows(config, by_kv_head, qkv.weight.device)
+    return SelfAttention(
+        config,
+        build.pack(qkv if rows is None else qkv.select_rows(rows)),
+        _attend(build, layer, cos_sin),
+        build.linear({output: config.hidden_size}, q_rows, bias=config.o_bias, transposed=transposed),
+        stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
+    )
+
+
+def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
+    config = build.config
+    return Attention(
+        build.kernels,
+        layer,
+        scale=config.attention_scale,
+        cos_sin=cos_sin,
+        window=config.layer_windows[layer] if config.layer_windows else 0,
+        softcap=config.attention_softcap,
+        query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
+    )
+
+
+def _order_of_fused_rows(config: ModelConfig, by_kv_head: bool, device: torch.device) -> Tensor | None:
+    """The stored rows in the order queries, keys, values, pairs of a rotation in halves; None: as they are stored."""
+    if not (by_kv_head and config.num_kv_heads > 1) and not _is_interleaved(config):
+        return None
+    num_rows = config.num_qkv_heads * config.head_dim
+    rows = torch.arange(num_rows, device=device).view(-1, config.head_dim)
+    if by_kv_head:
+        group = config.num_heads // config.num_kv_heads
+        parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split((group, 1, 1), dim=1)
+        rows = torch.cat([part.flatten(0, 1) for part in parts])
+    if _is_interleaved(config):
+        rotated = config.num_heads + config.num_kv_heads
+        rows[:rotated] = rows[:rotated, _head_order(config, device)]
+    return rows.flatten()
 
 
 def rms_head_norms(build: Builder) -> HeadNorms | None:
@@ -173,6 +254,15 @@ def gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_proj"
     )
 
 
+def fused_gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_up_proj", "down_proj")) -> GatedMLP:
+    """An MLP of `inner` width whose gate and up are stored as one matrix, the gate first."""
+    return GatedMLP(
+        build.linear({names[0]: 2 * inner}, build.config.hidden_size, bias=build.config.mlp_bias),
+        build.linear({names[1]: build.config.hidden_size}, inner, bias=build.config.mlp_bias),
+        build.config.activation,
+    )
+
+
 class PlainMLP:
     """down(activation(up(x)))."""
 
@@ -186,3 +276,14 @@ class PlainMLP:
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """x [T, H] -> [T, H]."""
         return self.down(self.activation(self.up(x)))
+
+
+def plain_mlp(build: Builder, names: Sequence[str], *, transposed: bool = False) -> PlainMLP:
+    """An MLP without a gate; `names` are those of up and down. `transposed`: stored as [inputs, outputs]."""
+    config, (up, down) = build.config, names
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return PlainMLP(
+        build.linear({up: inner}, hidden, bias=config.mlp_bias, transposed=transposed),
+        build.linear({down: hidden}, inner, bias=config.mlp_bias, transposed=transposed),
+        config.activation,
+    )

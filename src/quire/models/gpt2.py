@@ -1,11 +1,9 @@
 """GPT-2: LayerNorm, learned positions, a plain MLP, and matrices stored as [inputs, outputs]."""
 
 from quire.kernels import Kernels
-from quire.layers.attention import Attention
 from quire.layers.embedding import Embedding
-from quire.layers.linear import Linear
 from quire.model_config import ModelConfig
-from quire.models.blocks import PlainMLP, SelfAttention
+from quire.models.blocks import fused_attention, plain_mlp
 from quire.models.builder import Builder
 from quire.models.decoder import Decoder, DecoderLayer
 from quire.models.weights import WeightScope
@@ -16,6 +14,10 @@ class GPT2(Decoder):
 
     # Causal masks that old checkpoints store; the head may be stored although it is tied.
     ignored_tensors = (r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$")
+    stores_transposed = True
+    """Matrices are stored as [inputs, outputs]."""
+    rows_by_kv_head = False
+    """`c_attn` holds the queries, key and value of each KV head in turn."""
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
@@ -28,27 +30,21 @@ class GPT2(Decoder):
         positions = model.weights.take("wpe.weight", (config.max_position_embeddings, hidden))
         super().__init__(
             ends,
-            [make_layer(model.scope(f"h.{index}"), index) for index in range(config.num_layers)],
+            [self.make_layer(model.scope(f"h.{index}"), index) for index in range(config.num_layers)],
             model.norm("ln_f"),
             position_embedding=Embedding(positions, weights.activation_dtype),
         )
 
-
-def make_layer(build: Builder, index: int) -> DecoderLayer:
-    config = build.config
-    hidden, inner = config.hidden_size, config.intermediate_size
-
-    def linear(name: str, num_inputs: int, num_outputs: int) -> Linear:
-        return build.linear({name: num_outputs}, num_inputs, bias=True, transposed=True)
-
-    return DecoderLayer(
-        build.norm("ln_1"),
-        SelfAttention(
-            config,
-            linear("attn.c_attn", hidden, 3 * hidden),
-            Attention(build.kernels, index, scale=config.attention_scale),
-            linear("attn.c_proj", hidden, hidden),
-        ),
-        build.norm("ln_2"),
-        PlainMLP(linear("mlp.c_fc", hidden, inner), linear("mlp.c_proj", inner, hidden), config.activation),
-    )
+    def make_layer(self, build: Builder, index: int) -> DecoderLayer:
+        return DecoderLayer(
+            build.norm("ln_1"),
+            fused_attention(
+                build.scope("attn"),
+                index,
+                names=("c_attn", "c_proj"),
+                by_kv_head=self.rows_by_kv_head,
+                transposed=self.stores_transposed,
+            ),
+            build.norm("ln_2"),
+            plain_mlp(build.scope("mlp"), ("c_fc", "c_proj"), transposed=self.stores_transposed),
+        )

@@ -1,6 +1,8 @@
-"""Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of its norms), Granite (factors), SmolLM3
-(layers that rotate nothing)."""
+"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window, queries
+scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of
+its norms), Granite (factors), SmolLM3 (layers that rotate nothing)."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,17 @@ from quire.models.decoder import Decoder, DecoderLayer
 from quire.models.weights import WeightScope
 
 
+class DecoderNames(NamedTuple):
+    """What a family calls the tensors around its layers, and the list of its layers."""
+
+    model: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    heads: tuple[str, ...] = ("lm_head",)
+    """Names of the output head; the checkpoint has one of them, where the head is not tied."""
+
+
 def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device) -> list[Tensor | None]:
     """The table of every layer, None for a layer that rotates nothing. Layers of one kind share it."""
     ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
@@ -24,23 +37,30 @@ def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device)
 
 
 class Llama(Decoder):
-    """Tensors are named as Llama names them; a family whose layers differ overrides `make_layer`."""
+    """A family whose layers differ overrides `make_layer`, one with other names of tensors `names`."""
+
+    names = DecoderNames()
 
     # Old checkpoints store the rotary frequencies; some store the head although it is tied.
-    ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
+    ignored_tensors: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
     ) -> None:
         build = Builder(config, weights, kernels, dtype)
-        model = build.scope("model")
-        table = model.weights.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        names = self.names
+        model = build.scope(names.model)
+        table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
+        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
-            build.ends(table),
-            [self.make_layer(model.scope(f"layers.{index}"), index, cos_sin) for index, cos_sin in enumerate(tables)],
-            model.norm("norm"),
+            build.ends(table, head),
+            [
+                self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
+                for index, cos_sin in enumerate(tables)
+            ],
+            model.norm(names.norm),
             embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
             logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,
