@@ -229,7 +229,7 @@ class TestRefusals:
             ),
             (
                 {"hidden_act": "relu"},
-                'hidden_act is "relu"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh',
+                'hidden_act is "relu"; supported: silu, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh',
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (

@@ -404,6 +404,12 @@ def test_gemma_3_is_read(tmp_path: Path) -> None:
     for change in (old, {"rope_scaling": {"factor": 8.0, "type": "linear"}}):
         path.write_text(json.dumps(values | change))
         assert ModelConfig.from_folder(tmp_path) == config
+    # A file with both means both.
+    bases = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    path.write_text(json.dumps(values | {"rope_parameters": bases, "rope_scaling": scaling}))
+    assert ModelConfig.from_folder(tmp_path) == config
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["full_attention"] == {**scaling, "rope_theta": 1e6}
     # As published with a vision tower: what the text model's part leaves out has Gemma's values.
     text = {key: values[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
     text |= {"model_type": "gemma3_text", "query_pre_attn_scalar": 168, "eos_token_id": 1} | old
@@ -425,6 +431,8 @@ def test_gemma_3_is_read(tmp_path: Path) -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
             "rope_parameters.full_attention.factor is missing; supported: a positive number",
         ),
+        ({"rope_parameters": 5}, "rope_parameters is 5; supported: an object"),
+        ({"rope_scaling": [8]}, r"rope_scaling is \[8\]; supported: an object"),
         ({"rope_parameters": {"full_attention": 5}}, "rope_parameters.full_attention is 5; supported: an object"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config is missing; supported: an object"),
     ],
