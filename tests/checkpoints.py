@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+<<<<<<< HEAD
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
+=======
+from transformers.models.cohere import CohereConfig, CohereForCausalLM
+from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
+>>>>>>> in-fam3
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
@@ -204,6 +209,17 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, _DECODER),
+    "cohere": (CohereConfig, CohereForCausalLM, {**_STABLELM, "logit_scale": 0.3}),
+    "cohere-qk-norm": (CohereConfig, CohereForCausalLM, {**_STABLELM, "use_qk_norm": True}),
+    "cohere2": (
+        Cohere2Config,
+        Cohere2ForCausalLM,
+        {
+            **_STABLELM,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {**_PHI3, "sliding_window": 24}),
     "phi3-longrope": (
@@ -257,7 +273,7 @@ def make_checkpoint(
         # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or "norm" in name:
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)

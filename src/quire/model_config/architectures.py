@@ -92,6 +92,16 @@ _GEMMA3: dict[str, Any] = {
 }
 # transformers reads the soft-cap of scores, and does not apply it.
 _GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
+_COHERE: dict[str, Any] = {
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "norm": "layer_norm",
+    "qk_norm_per_head": True,
+    "parallel_residual": True,
+    "rotary_layout": "interleaved",
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
@@ -251,6 +261,24 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_norm": True,
             "qk_norm_joint": True,
         },
+    ),
+    "CohereForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "use_qk_norm"},
+        implied={**_COHERE, "rope_theta": 5e5},
+        fixed={"use_parallel_block": True, "use_gated_activation": True},
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps"},
+        implied={
+            **_COHERE,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+        fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
     ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",

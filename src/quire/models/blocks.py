@@ -168,11 +168,15 @@ def rms_head_norms(build: Builder) -> HeadNorms | None:
         weight = build.weights.take(f"{name}.weight", (config.head_dim,)).float()
         if config.norm_unit_offset:
             weight = weight + 1
-        if _is_interleaved(config):
-            weight = weight[_head_order(config, weight.device)]
+        weight = in_head_order(config, weight)
         return RMSHeadNorm(build.kernels, weight, config.norm_eps)
 
     return norm("q_norm"), norm("k_norm")
+
+
+def in_head_order(config: ModelConfig, x: Tensor) -> Tensor:
+    """x [..., D], the elements of heads as they are stored -> as queries and keys are computed."""
+    return x[..., _head_order(config, x.device)] if _is_interleaved(config) else x
 
 
 def _is_interleaved(config: ModelConfig) -> bool:
