@@ -27,6 +27,9 @@ FAMILIES = [
     "granite",
     "smollm3",
     "olmo2",
+    "cohere",
+    "cohere-qk-norm",
+    "cohere2",
     "mixtral",
     "qwen2-moe",
     "qwen3-moe",
@@ -36,12 +39,16 @@ FAMILIES = [
     "glm4-moe",
     "phi3",
     "phi3-longrope",
+    "exaone4",
     "glm",
     "glm4",
     "gptj",
     "starcoder2",
     "gpt-bigcode",
     "gpt-neox",
+    "phi-norms",
+    "opt",
+    "opt-350m",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

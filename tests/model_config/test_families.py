@@ -196,6 +196,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
         | _longrope(48, 0.75),
     ),
+    "EXAONE-4.0-32B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 64, "num_attention_heads": 40}
+        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
+    ),
+    "EXAONE-4.0-1.2B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_key_value_heads": 8}
+        | {"head_dim": 64, "sliding_window": None, "layer_types": ["full_attention"] * 30, "tie_word_embeddings": True},
+    ),
     "glm-4-9b-chat": ("GlmForCausalLM", {}),
     "GLM-4-9B-0414": ("Glm4ForCausalLM", {"attention_bias": False, "max_position_embeddings": 32768}),
     "GLM-4-32B-0414": (
@@ -259,6 +269,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
         | {"num_attention_heads": 40, "num_key_value_heads": 8, "rope_theta": 500000, "max_position_embeddings": 4096},
     ),
+    "c4ai-command-r-v01": ("CohereForCausalLM", {"max_position_embeddings": 131072, "rope_theta": 8000000.0}),
+    "c4ai-command-r-plus": (
+        "CohereForCausalLM",
+        {"hidden_size": 12288, "intermediate_size": 33792, "num_hidden_layers": 64, "num_attention_heads": 96}
+        | {"num_key_value_heads": 8, "use_qk_norm": True, "logit_scale": 0.8333333333333334},
+    ),
+    "c4ai-command-r7b-12-2024": (
+        "Cohere2ForCausalLM",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "logit_scale": 0.25, "rope_theta": 50000, "sliding_window_pattern": 4},
+    ),
     "gemma-3-1b": (
         "Gemma3ForCausalLM",
         {
@@ -285,6 +306,31 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         },
     ),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 512,
+        },
+    ),
+    "OPT without biases": ("OPTForCausalLM", {"num_hidden_layers": 2, "enable_bias": False}),
+    "OPT fine-tuned early": ("OPTForCausalLM", {"num_hidden_layers": 2, "_remove_final_layer_norm": True}),
+    "phi-1_5": ("PhiForCausalLM", {}),
+    "phi-2": (
+        "PhiForCausalLM",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "partial_rotary_factor": 0.4,
+        },
+    ),
+    "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -308,14 +354,19 @@ MODEL_TYPES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "GPTNeoXForCausalLM": "gpt_neox",
     "Phi3ForCausalLM": "phi3",
+    "Exaone4ForCausalLM": "exaone4",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm4",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "Gemma3ForCausalLM": "gemma3_text",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
     "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
+    "PhiForCausalLM": "phi",
+    "OPTForCausalLM": "opt",
 }
 
 
@@ -335,7 +386,7 @@ def test_the_number_of_parameters_is_that_of_transformers(name: str, tmp_path: P
         model = AutoModelForCausalLM.from_config(config)
     spec = ModelConfig.from_folder(tmp_path).spec
     assert spec.num_parameters == model.num_parameters()
-    vectors = sum(each.numel() for each in model.parameters() if each.dim() == 1)
+    vectors = sum(each.numel() for name, each in model.named_parameters() if each.dim() == 1 or "norm" in name)
     assert spec.num_vector_parameters == vectors
 
 
@@ -531,6 +582,12 @@ def test_gemma_3_is_read(tmp_path: Path) -> None:
     for change in (old, {"rope_scaling": {"factor": 8.0, "type": "linear"}}):
         path.write_text(json.dumps(values | change))
         assert ModelConfig.from_folder(tmp_path) == config
+    # A file with both means both.
+    bases = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    path.write_text(json.dumps(values | {"rope_parameters": bases, "rope_scaling": scaling}))
+    assert ModelConfig.from_folder(tmp_path) == config
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["full_attention"] == {**scaling, "rope_theta": 1e6}
     # As published with a vision tower: what the text model's part leaves out has Gemma's values.
     text = {key: values[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
     text |= {"model_type": "gemma3_text", "query_pre_attn_scalar": 168, "eos_token_id": 1} | old
@@ -552,6 +609,8 @@ def test_gemma_3_is_read(tmp_path: Path) -> None:
             {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
             "rope_parameters.full_attention.factor is missing; supported: a positive number",
         ),
+        ({"rope_parameters": 5}, "rope_parameters is 5; supported: an object"),
+        ({"rope_scaling": [8]}, r"rope_scaling is \[8\]; supported: an object"),
         ({"rope_parameters": {"full_attention": 5}}, "rope_parameters.full_attention is 5; supported: an object"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config is missing; supported: an object"),
     ],
@@ -617,6 +676,34 @@ def test_olmo_2_is_read(tmp_path: Path) -> None:
         *(("attention_post_norm.weight", 5120), ("mlp_post_norm.weight", 5120)),
         *(("q_norm.weight", 5120), ("k_norm.weight", 1024)),
     ]
+
+
+def test_cohere_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "c4ai-command-r-plus")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.norm_eps) == ("layer_norm", False, 1e-5)
+    assert (config.qk_norm, config.qk_norm_per_head, config.parallel_residual) == (True, True, True)
+    assert (config.logits_multiplier, config.tie_word_embeddings) == (0.8333333333333334, True)
+    assert config.layer_ropes == ()
+    assert config.rope is not None
+    assert (config.rope.layout, config.rope.theta) == ("interleaved", 5e5)
+    write(tmp_path, "c4ai-command-r7b-12-2024")
+    config = ModelConfig.from_folder(tmp_path)
+    rope = RopeConfig(theta=50000.0, layout="interleaved", original_max_position=8192)
+    assert config.rope == rope
+    assert config.layer_windows == (4096, 4096, 4096, 0) * 8
+    assert config.layer_ropes == (rope, rope, rope, None) * 8
+    # Files of version 4 have the pattern instead of the types of layers.
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["layer_types"]
+    path.write_text(json.dumps(values))
+    assert ModelConfig.from_folder(tmp_path) == config
+    for change in ({"use_qk_norm": True}, {"use_parallel_block": False}, {"use_gated_activation": False}):
+        path.write_text(json.dumps(values | change))
+        ((key, value),) = change.items()
+        with pytest.raises(CheckpointError, match=f"{key} is {json.dumps(value)}; supported: {json.dumps(not value)}"):
+            ModelConfig.from_folder(tmp_path)
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:

@@ -236,10 +236,13 @@ class TestRandomWeights:
             "glm4-moe",
             "gptj",
             "phi3",
+            "exaone4",
             "glm4",
             "starcoder2",
             "gpt-bigcode",
             "gpt-neox",
+            "phi-norms",
+            "opt-350m",
         ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:

@@ -71,10 +71,13 @@ def cache(tmp_path: Path) -> WeightsCache:
         "glm4-moe",
         "gptj",
         "phi3",
+        "exaone4",
         "glm4",
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt-350m",
     ],
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:

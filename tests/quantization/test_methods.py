@@ -127,10 +127,13 @@ def test_the_head_has_its_own_format() -> None:
         "glm4-moe",
         "gptj",
         "phi3",
+        "exaone4",
         "glm4",
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt-350m",
     ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`,
-    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`, `head_bias`,
-    `alternate_windows`, `router`, `shared_expert_gate`, `rope_mscales`.
+    `qk_norm_bias`, `qkv_bias`, `o_bias`, `learned_positions`, `position_offset`, `rotary_elements`, `rotary_layout`,
+    `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
+    `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
+    `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
+    `router`, `shared_expert_gate`, `rope_mscales`.
     """
 
     model: str

@@ -4,31 +4,10 @@ from typing import Any
 
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
+from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
 
 __all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
 
-
-_GPT2_NAMES: dict[str, str] = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
-    "rms_norm_eps": "layer_norm_epsilon",
-}
-_GPT2_IMPLIED: dict[str, Any] = {
-    "n_positions": 1024,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "gated_mlp": False,
-    "norm": "layer_norm",
-    "norm_bias": True,
-    "learned_positions": True,
-}
 
 _GLM: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -64,6 +43,16 @@ _GEMMA3: dict[str, Any] = {
 }
 # transformers reads the soft-cap of scores, and does not apply it.
 _GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
+_COHERE: dict[str, Any] = {
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "norm": "layer_norm",
+    "qk_norm_per_head": True,
+    "parallel_residual": True,
+    "rotary_layout": "interleaved",
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
@@ -110,6 +99,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
+    ),
+    "Mistral3ForConditionalGeneration": Architecture(
+        model="quire.models.mistral3:Mistral3Text",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        section="text_config",
     ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
@@ -211,7 +213,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_norm_joint": True,
         },
     ),
+    "CohereForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "use_qk_norm"},
+        implied={**_COHERE, "rope_theta": 5e5},
+        fixed={"use_parallel_block": True, "use_gated_activation": True},
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps"},
+        implied={
+            **_COHERE,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+        fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
+    ),
     **EXPERT_ARCHITECTURES,
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
+    **PLAIN_ARCHITECTURES,
     "Phi3ForCausalLM": Architecture(
         model="quire.models.phi3:Phi3",
         implied={
@@ -222,6 +245,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
+    "Exaone4ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
     ),
     "InternLM2ForCausalLM": Architecture(
         model="quire.models.internlm2:InternLM2",
@@ -237,79 +275,5 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rms_norm_eps": 1e-5,
         },
         fixed={"bias": False},
-    ),
-    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
-    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
-    "Starcoder2ForCausalLM": Architecture(
-        model="quire.models.starcoder2:StarCoder2",
-        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
-        implied={
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "hidden_act": "gelu_pytorch_tanh",
-            "norm_epsilon": 1e-5,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "gated_mlp": False,
-            "use_bias": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "GPT2LMHeadModel": Architecture(
-        model="quire.models.gpt2:GPT2",
-        names=_GPT2_NAMES,
-        implied=_GPT2_IMPLIED,
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-    ),
-    "GPTJForCausalLM": Architecture(
-        model="quire.models.gptj:GPTJ",
-        names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
-        implied={
-            "n_positions": 2048,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "mlp_bias": True,
-            "head_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "parallel_residual": True,
-            "rotary_dim": 64,
-            "rotary_layout": "interleaved",
-        },
-    ),
-    "GPTBigCodeForCausalLM": Architecture(
-        model="quire.models.gpt_bigcode:GPTBigCode",
-        names=_GPT2_NAMES,
-        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
-        fixed={"scale_attn_weights": True, "add_cross_attention": False},
-    ),
-    "GPTNeoXForCausalLM": Architecture(
-        model="quire.models.gpt_neox:GPTNeoX",
-        names={
-            "rms_norm_eps": "layer_norm_eps",
-            "rope_theta": "rotary_emb_base",
-            "partial_rotary_factor": "rotary_pct",
-            "parallel_residual": "use_parallel_residual",
-        },
-        implied={
-            "max_position_embeddings": 2048,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "use_parallel_residual": True,
-            "parallel_mlp_norm": True,
-            "rotary_pct": 0.25,
-        },
     ),
 }

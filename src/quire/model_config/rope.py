@@ -70,7 +70,7 @@ def read_ropes(
     config's max_position_embeddings.
     """
     section = "rope_parameters" if config.value("rope_parameters") else "rope_scaling"
-    values: dict[str, Any] = dict(config.value(section) or {})
+    values = _section(config, section)
     theta, local_theta = config.value("rope_theta") or 10000.0, config.value("rope_local_base_freq")
     read = partial(_read_rope, config, max_position=max_position, head_dim=head_dim)
     if local_theta is None and not any(isinstance(value, dict) for value in values.values()):
@@ -83,7 +83,11 @@ def read_ropes(
             values = {"full_attention": values}
         elif not values.keys() <= {"full_attention", "sliding_attention"}:
             raise config.refusal(section, values, "an object for each of full_attention, sliding_attention")
-        full = read(f"{section}.full_attention", values.get("full_attention") or {}, theta)
+        full_values = values.get("full_attention") or {}
+        if section == "rope_parameters" and isinstance(full_values, dict):
+            # A file with both means both, as transformers reads it.
+            full_values = {**full_values, **_section(config, "rope_scaling")}
+        full = read(f"{section}.full_attention", full_values, theta)
         window = read(f"{section}.sliding_attention", values.get("sliding_attention") or {}, local_theta or theta)
     rotates = _read_rotating_layers(config, layer_windows)
     kinds = zip(layer_windows, rotates, strict=True)
@@ -91,9 +95,17 @@ def read_ropes(
     return full, layers if set(layers) != {full} else ()
 
 
+def _section(config: ConfigJson, key: str) -> dict[str, Any]:
+    """An object of config.json, empty for null or a missing key."""
+    values = config.value(key) or {}
+    if not isinstance(values, dict):
+        raise config.refusal(key, values, "an object")
+    return values
+
+
 def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) -> tuple[bool, ...]:
-    """Whether each layer rotates its queries and keys."""
-    if config.flag("rope_in_windows_only"):
+    """Whether each layer rotates its queries and keys. Without a window in config.json no layer is left out."""
+    if config.flag("rope_in_windows_only") and config.value("sliding_window") is not None:
         return tuple(window > 0 for window in layer_windows)
     return read_no_rope_layers(config, len(layer_windows)) or (True,) * len(layer_windows)
 

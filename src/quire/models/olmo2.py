@@ -1,5 +1,5 @@
-"""OLMo 2: norms of what each half of a layer computes and none of what it reads; queries and keys are normed over all
-heads together."""
+"""OLMo 2 and EXAONE 4: norms of what each half of a layer computes and none of what it reads. OLMo 2 norms queries and
+keys over all heads together, EXAONE 4 each head."""
 
 from torch import Tensor
 
