@@ -10,12 +10,9 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
-<<<<<<< HEAD
-from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
-=======
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
->>>>>>> in-fam3
+from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
