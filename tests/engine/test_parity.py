@@ -33,12 +33,16 @@ FAMILIES = [
     "mixtral",
     "phi3",
     "phi3-longrope",
+    "exaone4",
     "glm",
     "glm4",
     "gptj",
     "starcoder2",
     "gpt-bigcode",
     "gpt-neox",
+    "phi-norms",
+    "opt",
+    "opt-350m",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

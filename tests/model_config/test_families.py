@@ -115,6 +115,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
         | _longrope(48, 0.75),
     ),
+    "EXAONE-4.0-32B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 64, "num_attention_heads": 40}
+        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
+    ),
+    "EXAONE-4.0-1.2B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_key_value_heads": 8}
+        | {"head_dim": 64, "sliding_window": None, "layer_types": ["full_attention"] * 30, "tie_word_embeddings": True},
+    ),
     "glm-4-9b-chat": ("GlmForCausalLM", {}),
     "GLM-4-9B-0414": ("Glm4ForCausalLM", {"attention_bias": False, "max_position_embeddings": 32768}),
     "GLM-4-32B-0414": (
@@ -235,6 +245,31 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 512,
+        },
+    ),
+    "OPT without biases": ("OPTForCausalLM", {"num_hidden_layers": 2, "enable_bias": False}),
+    "OPT fine-tuned early": ("OPTForCausalLM", {"num_hidden_layers": 2, "_remove_final_layer_norm": True}),
+    "phi-1_5": ("PhiForCausalLM", {}),
+    "phi-2": (
+        "PhiForCausalLM",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "partial_rotary_factor": 0.4,
+        },
+    ),
+    "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
         {
@@ -261,6 +296,7 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
     "Phi3ForCausalLM": "phi3",
+    "Exaone4ForCausalLM": "exaone4",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm4",
     "Starcoder2ForCausalLM": "starcoder2",
@@ -272,6 +308,8 @@ MODEL_TYPES = {
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
     "GPTNeoXForCausalLM": "gpt_neox",
+    "PhiForCausalLM": "phi",
+    "OPTForCausalLM": "opt",
 }
 
 

@@ -24,11 +24,15 @@ from tests.paged_model import PagedModel
         "gemma2",
         "mixtral",
         "phi3-longrope",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt",
+        "opt-350m",
     ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:

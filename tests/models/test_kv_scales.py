@@ -63,6 +63,9 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi",
+        "phi-norms",
+        "opt",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

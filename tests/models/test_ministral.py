@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from quire.errors import CheckpointError
 from quire.kernels import reference
 from quire.layers.rotary import query_scales
 from quire.model_config import ModelConfig
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.models.parity import assert_close, assert_equals_transformers, expected_logits, prompt
 from tests.paged_model import PagedModel
 
@@ -54,6 +56,32 @@ def test_queries_beyond_the_training_length(tmp_path: Path) -> None:
     values["rope_parameters"]["llama_4_scaling_beta"] = None
     path.write_text(json.dumps(values))
     assert (PagedModel(folder).step({0: ids})[0][64:] - expected[64:]).norm() > 1
+
+
+def with_a_vision_tower(folder: Path, model_type: str) -> Path:
+    options = {"ministral3": FAMILIES["ministral3"][2], "mistral": {**FAMILIES["mistral"][2], "sliding_window": None}}
+    text = {**options[model_type], "initializer_range": 0.12, "model_type": model_type}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"head_dim": 16, "image_size": 28, "patch_size": 14, "model_type": "pixtral"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        Mistral3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", ["ministral3", "mistral"])
+def test_the_text_model_beside_a_vision_tower(model_type: str, tmp_path: Path) -> None:
+    """Mistral Small 3 has Mistral's text model, Ministral 3 one of its own."""
+    folder = with_a_vision_tower(tmp_path, model_type)
+    ids = prompt(90)
+    oracle = Mistral3ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([ids])).logits[0]
+    model = PagedModel(folder)
+    assert_close(torch.cat([model.step({0: ids[:70]})[0], model.step({0: ids[70:]})[0]]), expected)
+    text = [tensor for name, tensor in load_file(folder / "model.safetensors").items() if "language_model" in name]
+    assert model.config.spec.num_parameters == sum(tensor.numel() for tensor in text)
 
 
 def test_the_rotation_that_files_leave_unsaid(tmp_path: Path) -> None:

@@ -229,11 +229,14 @@ class TestRandomWeights:
             "gemma2",
             "mixtral",
             "phi3",
+            "exaone4",
             "glm4",
             "gptj",
             "starcoder2",
             "gpt-bigcode",
             "gpt-neox",
+            "phi-norms",
+            "opt-350m",
         ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:

@@ -64,11 +64,14 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gemma2",
         "mixtral",
         "phi3",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt-350m",
     ],
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:

@@ -120,11 +120,14 @@ def test_the_head_has_its_own_format() -> None:
         "gemma2",
         "mixtral",
         "phi3",
+        "exaone4",
         "glm4",
         "gptj",
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
+        "phi-norms",
+        "opt-350m",
     ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:

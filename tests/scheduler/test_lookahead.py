@@ -65,3 +65,12 @@ def test_no_step_is_planned_ahead_of_the_last_vector() -> None:
     engine.add(embed_request("vector", 30))
     engine.run()
     assert (engine.num_steps, engine.num_ahead) == (4, 3)
+
+
+def test_a_prompt_whose_vector_is_on_its_way_is_ending() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    for name, length in (("ends", 3), ("goes on", 30)):
+        engine.add(embed_request(name, length))
+    plan = engine.scheduler.schedule()
+    ending = engine.scheduler._parts.look_ahead.assume_result(plan, None)
+    assert [sequence.group.request.request_id for sequence in ending] == ["ends"]

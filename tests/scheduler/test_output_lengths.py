@@ -86,6 +86,7 @@ def test_vectors_have_no_length_and_teach_none() -> None:
         group = SequenceGroup(request, POOL, b"", 0)
         lengths.enter(group)
         lengths.start(group)
+        assert group.length_classes == ()
         assert group.length_curve is not None
         assert (group.length_curve.quantile(0.9, 0, 0), group.length_curve.mean(0, 0)) == (0, 0.0)
         lengths.end(group.leader, Ending.ABORTED)

@@ -111,17 +111,21 @@ class RMSHeadNorm:
 
 
 class LayerHeadNorm:
-    """LayerNorm without bias of each head, with a weight [heads, D] of its own for each."""
+    """LayerNorm of each head, with a weight [heads, D] of its own for each, or one [1, D] for all; a bias likewise."""
 
-    __slots__ = ("bound", "eps", "weight")
+    __slots__ = ("bias", "bound", "eps", "weight")
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
         self.weight = weight
+        self.bias = bias
         self.eps = eps
         self.bound = _bound(weight)
+        if bias is not None:
+            self.bound += bias.float().abs()
 
     def __call__(self, x: Tensor) -> None:
-        x.copy_(torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight)
+        normed = torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight
+        x.copy_(normed if self.bias is None else normed + self.bias)
 
 
 class JointHeadNorm:

@@ -13,9 +13,10 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `o_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`,
-    `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `qk_norm_joint`, `scale_queries`,
-    `sliding_window_pattern`, `positions_are_stretched`, `rope_in_windows_only`, `head_bias`.
+    `qk_norm_bias`, `qkv_bias`, `o_bias`, `learned_positions`, `position_offset`, `rotary_elements`, `rotary_layout`,
+    `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
+    `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
+    `rope_in_windows_only`, `embedding_width`, `head_bias`.
     """
 
     model: str
@@ -147,6 +148,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
+    ),
+    "Mistral3ForConditionalGeneration": Architecture(
+        model="quire.models.mistral3:Mistral3Text",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        section="text_config",
     ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
@@ -291,6 +305,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
+    "Exaone4ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+    ),
     "InternLM2ForCausalLM": Architecture(
         model="quire.models.internlm2:InternLM2",
         names={"attention_bias": "bias"},
@@ -379,5 +408,49 @@ ARCHITECTURES: dict[str, Architecture] = {
             "parallel_mlp_norm": True,
             "rotary_pct": 0.25,
         },
+    ),
+    "PhiForCausalLM": Architecture(
+        model="quire.models.phi:Phi",
+        names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "qk_layernorm"},
+        implied={
+            "max_position_embeddings": 2048,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "parallel_residual": True,
+            "qk_norm_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "OPTForCausalLM": Architecture(
+        model="quire.models.opt:OPT",
+        names={
+            "intermediate_size": "ffn_dim",
+            "hidden_act": "activation_function",
+            "attention_bias": "enable_bias",
+            "mlp_bias": "enable_bias",
+            "norm_before": "do_layer_norm_before",
+            "no_final_norm": "_remove_final_layer_norm",
+            "embedding_width": "word_embed_proj_dim",
+        },
+        implied={
+            "ffn_dim": 3072,
+            "max_position_embeddings": 2048,
+            "activation_function": "relu",
+            "rms_norm_eps": 1e-5,
+            "enable_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "learned_positions": True,
+            "position_offset": 2,
+            "tie_word_embeddings": True,
+        },
+        fixed={"layer_norm_elementwise_affine": True},
     ),
 }

@@ -64,7 +64,8 @@ def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
         every_head = config.qk_norm_per_head or config.qk_norm_joint
         num_queries, num_keys = (config.num_heads, config.num_kv_heads) if every_head else (1, 1)
         sizes = {"q_norm": num_queries * config.head_dim, "k_norm": num_keys * config.head_dim}
-        vectors += tuple(VectorSpec(f"{name}.weight", size) for name, size in sizes.items())
+        parts = ("weight", "bias") if config.qk_norm_bias else ("weight",)
+        vectors += tuple(VectorSpec(f"{name}.{part}", size) for name, size in sizes.items() for part in parts)
     return vectors
 
 

@@ -19,8 +19,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 """config.json's name → ours."""
 
@@ -54,6 +55,11 @@ class ModelConfig:
     """A norm multiplies by 1 + weight (Gemma)."""
     pre_norms: bool = True
     """What attention and the MLP read is a norm of the residual stream; else the stream itself (OLMo 2)."""
+    norm_before: bool = True
+    """Norms precede attention and the MLP. False: they follow the additions, x = norm(x + attention(x)), and the last
+    layer's norm is the final one (OPT-350M)."""
+    final_norm: bool = True
+    """There is a norm before the output head that belongs to no layer."""
     post_norms: bool = False
     """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
     norms a layer instead of two (Gemma 2)."""
@@ -64,7 +70,7 @@ class ModelConfig:
     """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
-    """silu, gelu or gelu_tanh."""
+    """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -82,9 +88,11 @@ class ModelConfig:
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
 
     qk_norm: bool = False
-    """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
+    """Queries and keys pass a norm of `head_dim` elements before they are rotated."""
     qk_norm_per_head: bool = False
     """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    qk_norm_bias: bool = False
+    """That norm has a bias beside the weight (Phi)."""
     qk_norm_joint: bool = False
     """That norm is of all heads together, as one long vector with a weight for each element (OLMo 2)."""
     query_pre_attn_scalar: float | None = None
@@ -97,12 +105,17 @@ class ModelConfig:
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
     rope: RopeConfig | None = None
     """None: positions are learned, one embedding each."""
+    position_offset: int = 0
+    """Rows of that table before the first position's (OPT)."""
     layer_ropes: tuple[RopeConfig | None, ...] = ()
     """The rotary embedding of each layer, where layers differ in it: None for a layer that rotates nothing. `rope` is
     then that of the layers that attend to all positions. Empty: every layer has `rope`."""
     positions_are_stretched: bool = False
     """`max_position_embeddings` already counts the stretch of a scaled rotary embedding (Gemma 3)."""
 
+    embedding_width: int = 0
+    """Width of the token embeddings and of the head's input, where projections lead to `hidden_size` and back
+    (OPT-350M); 0: it is `hidden_size`, without projections."""
     embedding_multiplier: float = 1.0
     """Factor of the token embeddings."""
     round_embedding_multiplier: bool = False
@@ -188,16 +201,22 @@ def _spec(config: ModelConfig) -> ModelSpec:
     row = ARCHITECTURES.get(config.architecture)
     module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
-    hidden = config.hidden_size
-    positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
+    num_positions = config.max_position_embeddings + config.position_offset
+    positions = None if config.rope else LinearSpec("positions", num_positions, hidden)
+    projections = (
+        LinearSpec("project_in", hidden, width, quantizes=False),
+        LinearSpec("project_out", width, hidden, quantizes=False),
+    )
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
-        embedding=LinearSpec("embedding", config.vocab_size, hidden),
-        head=LinearSpec("head", config.vocab_size, hidden),
+        embedding=LinearSpec("embedding", config.vocab_size, width),
+        head=LinearSpec("head", config.vocab_size, width),
+        projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=norm_vectors(config, "norm") + head_bias,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + head_bias,
     )
 
 
@@ -222,6 +241,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    norm_before = config.flag("norm_before", True)
+    embedding_width = config.integer("embedding_width", hidden_size)
     scaled = config.flag("scale_embeddings")
     windows = read_layer_windows(config, num_layers)
     ropes = (None, ()) if config.flag("learned_positions") else read_ropes(config, max_position, head_dim, windows)
@@ -239,6 +260,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
+        norm_before=norm_before,
+        final_norm=norm_before and not config.flag("no_final_norm"),
         pre_norms=config.flag("pre_norms", True),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
@@ -257,6 +280,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         ),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
+        qk_norm_bias=config.flag("qk_norm_bias"),
         qk_norm_joint=config.flag("qk_norm_joint"),
         query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
         attention_multiplier=config.number("attention_multiplier", 0.0) or None,
@@ -265,6 +289,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         rope=ropes[0],
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),
+        position_offset=config.integer("position_offset", 0, minimum=0),
+        embedding_width=0 if embedding_width == hidden_size else embedding_width,
         embedding_multiplier=hidden_size**0.5 if scaled else config.number("embedding_multiplier", 1.0),
         round_embedding_multiplier=scaled,
         residual_multiplier=config.number("residual_multiplier", 1.0),

@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
-from quire.layers.linear import Linear, LinearWeight
+from quire.layers.linear import Linear
 from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
@@ -83,7 +83,8 @@ def rotary_attention(
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     head_norms: HeadNorms | None = None,
 ) -> SelfAttention:
-    """The attention of a layer whose queries, keys and values are stored apart and rotated by position."""
+    """The attention of a layer whose queries, keys and values are stored apart, and rotated by position if there is a
+    table."""
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {names[0]: q_rows, names[1]: kv_rows, names[2]: kv_rows}
@@ -91,41 +92,6 @@ def rotary_attention(
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
-    return _attention(build, layer, cos_sin, (q, k, v), names[3], head_norms)
-
-
-def fused_rotary_attention(
-    build: Builder, layer: int, cos_sin: Tensor | None, order: Tensor, *, names: Sequence[str]
-) -> SelfAttention:
-    """The attention of a layer whose queries, keys and values are stored as one layer, `names[0]`, and rotated by
-    position. The stored rows `order` are those of all queries, then of all keys, then of all values; see
-    `rows_of_groups`."""
-    config = build.config
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    stored = build.weights.take_linear(names[0], (q_rows + 2 * kv_rows, config.hidden_size), bias=config.qkv_bias)
-    order = order.to(stored.weight.device)
-    q, k, v = (stored.select_rows(rows) for rows in order.split_with_sizes((q_rows, kv_rows, kv_rows)))
-    return _attention(build, layer, cos_sin, (q, k, v), names[1], None)
-
-
-def rows_of_groups(config: ModelConfig) -> Tensor:
-    """The order for `fused_rotary_attention` where every KV head's group is stored together: the heads of its queries,
-    then its key, then its value."""
-    group = config.num_heads // config.num_kv_heads
-    rows = torch.arange((config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
-    parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split_with_sizes((group, 1, 1), dim=1)
-    return torch.cat([part.flatten() for part in parts])
-
-
-def _attention(
-    build: Builder,
-    layer: int,
-    cos_sin: Tensor | None,
-    qkv: tuple[LinearWeight, LinearWeight, LinearWeight],
-    o_name: str,
-    head_norms: HeadNorms | None,
-) -> SelfAttention:
-    config, (q, k, v) = build.config, qkv
     if _is_interleaved(config):
         order = _head_order(config, q.weight.device)
         q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
@@ -133,7 +99,7 @@ def _attention(
         config,
         build.pack(q, k, v),
         _attend(build, layer, cos_sin),
-        build.linear({o_name: config.hidden_size}, config.num_heads * config.head_dim, bias=config.o_bias),
+        build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )

@@ -30,8 +30,7 @@ class DecoderLayer:
     What a half computes is its update. The norm of the next half adds it to the residual stream, so that addition, norm
     and first product can be one kernel. Where the residual is parallel, both halves read norms of the layer's input,
     and both updates are added: two norms with `parallel_residual`, one norm for both without `mlp_norm`. Post-norms,
-    where there are any, norm the updates themselves; `residual_factor`
-    multiplies them.
+    where there are any, norm the updates themselves; `residual_factor` multiplies them.
     """
 
     def __init__(
@@ -85,7 +84,8 @@ class DecoderLayer:
 
 class Decoder:
     """A decoder-only model. `embedding_factor` multiplies token embeddings, and `logits_factor` logits; then a logit l
-    becomes softcap * tanh(l / softcap) where `logits_softcap` is above 0."""
+    becomes softcap * tanh(l / softcap) where `logits_softcap` is above 0. `projections` lead from the width of the
+    token embeddings to that of the layers, and back before the head."""
 
     def __init__(
         self,
@@ -94,6 +94,7 @@ class Decoder:
         norm: Norm,
         *,
         position_embedding: Embedding | None = None,
+        projections: tuple[Linear, Linear] | None = None,
         embedding_factor: float = 1.0,
         logits_factor: float = 1.0,
         logits_softcap: float = 0.0,
@@ -103,6 +104,7 @@ class Decoder:
         self.layers = list(layers)
         self.norm = norm
         self.position_embedding = position_embedding
+        self.projections = projections
         self.embedding_factor = embedding_factor
         self.logits_factor = logits_factor
         self.logits_softcap = logits_softcap
@@ -112,6 +114,8 @@ class Decoder:
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
+        if self.projections is not None:
+            residual = self.projections[0](residual)
         update = None if self.position_embedding is None else self.position_embedding(context.positions)
         inner = context.for_inner_layers
         for layer in self.layers[:-1]:
@@ -120,7 +124,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
-        logits = self.head(hidden)
+        logits = self.head(hidden if self.projections is None else self.projections[1](hidden))
         if self.logits_factor != 1.0:
             logits *= self.logits_factor
         if self.logits_softcap > 0:

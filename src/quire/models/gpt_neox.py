@@ -3,7 +3,7 @@ has two norms."""
 
 from torch import Tensor
 
-from quire.models.blocks import fused_rotary_attention, plain_mlp, rows_of_groups
+from quire.models.blocks import fused_attention, plain_mlp
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import DecoderNames, Llama
@@ -21,11 +21,9 @@ class GPTNeoX(Llama):
     )
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
-        rows = rows_of_groups(build.config)
-        names = ("query_key_value", "dense")
         return DecoderLayer(
             build.norm("input_layernorm"),
-            fused_rotary_attention(build.scope("attention"), index, cos_sin, rows, names=names),
+            fused_attention(build.scope("attention"), index, cos_sin=cos_sin, by_kv_head=True),
             build.norm("post_attention_layernorm"),
             plain_mlp(build.scope("mlp"), ("dense_h_to_4h", "dense_4h_to_h")),
             parallel_residual=build.config.parallel_residual,

@@ -1,10 +1,10 @@
-"""OLMo 2: norms of what each half of a layer computes and none of what it reads; queries and keys are normed over all
-heads together."""
+"""OLMo 2 and EXAONE 4: norms of what each half of a layer computes and none of what it reads. OLMo 2 norms queries and
+keys over all heads together, EXAONE 4 each head."""
 
 from torch import Tensor
 
 from quire.layers.norm import JointHeadNorm, NoNorm
-from quire.models.blocks import HeadNorms, gated_mlp, rotary_attention
+from quire.models.blocks import HeadNorms, gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import Llama
@@ -15,16 +15,17 @@ class OLMo2(Llama):
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
+        head_norms = _joint_head_norms(attention) if build.config.qk_norm_joint else rms_head_norms(attention)
         return DecoderLayer(
             NoNorm(),
-            rotary_attention(attention, index, cos_sin, head_norms=_head_norms(attention)),
+            rotary_attention(attention, index, cos_sin, head_norms=head_norms),
             NoNorm(),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
             post_norms=(build.norm("post_attention_layernorm"), build.norm("post_feedforward_layernorm")),
         )
 
 
-def _head_norms(build: Builder) -> HeadNorms:
+def _joint_head_norms(build: Builder) -> HeadNorms:
     config = build.config
 
     def norm(name: str, num_heads: int) -> JointHeadNorm:
