@@ -275,6 +275,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 12288, "intermediate_size": 33792, "num_hidden_layers": 64, "num_attention_heads": 96}
         | {"num_key_value_heads": 8, "use_qk_norm": True, "logit_scale": 0.8333333333333334},
     ),
+    "aya-expanse-8b": (
+        "CohereForCausalLM",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "logit_scale": 0.125, "rope_theta": 10000},
+    ),
+    "c4ai-command-a-03-2025": (
+        "Cohere2ForCausalLM",
+        {"hidden_size": 12288, "intermediate_size": 36864, "num_hidden_layers": 64, "num_attention_heads": 96}
+        | {"num_key_value_heads": 8, "logit_scale": 0.25, "rope_theta": 50000},
+    ),
     "c4ai-command-r7b-12-2024": (
         "Cohere2ForCausalLM",
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -291,6 +301,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 1,
             "sliding_window": 512,
         },
+    ),
+    "gemma-3-270m": (
+        "Gemma3ForCausalLM",
+        {"vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
+        | {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 32768},
+    ),
+    "gemma-3-4b": (
+        "Gemma3ForCausalLM",
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024},
     ),
     "gemma-3-27b": (
         "Gemma3ForCausalLM",
