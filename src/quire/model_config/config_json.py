@@ -36,6 +36,9 @@ class ConfigJson:
                 raise self.refusal(row.section, text, "an object that describes the text model")
             # What the whole file says, of its end tokens for one, goes before what the section repeats.
             config = {**text, **{key: value for key, value in config.items() if value is not None}}
+        for spelling, name in row.aliases.items():
+            if spelling in config:
+                config = {name: config[spelling], **config}
         self._config = {**row.implied, **config}
         for key, supported in row.fixed.items():
             if bool(self._config.get(key, supported)) != supported:

@@ -1,7 +1,7 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +12,7 @@ from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
+from quire.model_config.experts import RouterConfig, read_experts
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
@@ -77,15 +78,21 @@ class ModelConfig:
     mlp_bias: bool = False
 
     num_experts: int = 0
-    """Experts of every layer, in the place of the MLP; 0: the layers are dense."""
+    """Experts of a layer, in the place of the MLP; 0: all layers are dense."""
+    dense_layers: frozenset[int] = frozenset()
+    """Indices of the layers that have an MLP although others have experts."""
     num_experts_per_token: int = 0
-    """Experts that the router chooses for a token: those with the largest softmax over all."""
+    """Experts that the router chooses for a token."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """How it chooses them."""
     norm_topk: bool = True
-    """The probabilities of the chosen experts are divided by their sum before they weigh the outputs."""
+    """The scores of the chosen experts are divided by their sum before they weigh the outputs."""
     expert_intermediate_size: int = 0
     """Inner width of one expert."""
     shared_expert_intermediate_size: int = 0
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
+    shared_expert_gate: bool = False
+    """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
 
     qk_norm: bool = False
     """Queries and keys pass a norm of `head_dim` elements before they are rotated."""
@@ -164,6 +171,10 @@ class ModelConfig:
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the place of its MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
@@ -238,7 +249,6 @@ def _read(config: ConfigJson) -> ModelConfig:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
-    num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
     norm_before = config.flag("norm_before", True)
@@ -271,13 +281,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
-        num_experts=num_experts,
-        num_experts_per_token=_num_experts_per_token(config, num_experts),
-        norm_topk=config.flag("norm_topk_prob", True),
-        expert_intermediate_size=(config.integer("moe_intermediate_size", intermediate_size) if num_experts else 0),
-        shared_expert_intermediate_size=(
-            config.integer("shared_expert_intermediate_size", 0, minimum=0) if num_experts else 0
-        ),
+        **read_experts(config, num_layers, intermediate_size),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
         qk_norm_bias=config.flag("qk_norm_bias"),
@@ -309,15 +313,6 @@ def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
     if config.value("multi_query") is None:
         return config.integer("num_key_value_heads", num_heads)
     return 1 if config.flag("multi_query") else num_heads
-
-
-def _num_experts_per_token(config: ConfigJson, num_experts: int) -> int:
-    if not num_experts:
-        return 0
-    num_active = config.integer("num_experts_per_tok")
-    if num_active > num_experts:
-        raise config.refusal("num_experts_per_tok", num_active, f"at most the number of experts {num_experts}")
-    return num_active
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
