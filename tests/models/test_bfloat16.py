@@ -27,7 +27,6 @@ from tests.paged_model import PagedModel
         "qwen3-moe",
         "olmoe",
         "granite-moe",
-        "phimoe",
         "glm4-moe",
         "phi3-longrope",
         "exaone4",

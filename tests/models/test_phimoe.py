@@ -14,8 +14,8 @@ from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
-from tests.checkpoints import make_checkpoint
-from tests.models.parity import assert_equals_transformers, prompt
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.models.parity import assert_equals_transformers, expected_logits, prompt
 from tests.models.test_qwen_moe import fuse
 from tests.paged_model import PagedModel
 
@@ -80,6 +80,17 @@ def test_mscales_of_short_and_of_long_contexts(tmp_path: Path) -> None:
     for num_positions, mscale in ((240, 1.25), (241, 1.5)):
         cosines = cos_sin_table(rope, 32, num_positions)[0, :16]
         assert cosines.tolist() == [mscale] * 16
+
+
+def test_errors_in_bfloat16_are_smaller_than_those_of_transformers(tmp_path: Path) -> None:
+    """In the median: the mean is that of the tokens for which rounding moves a logit over the router's threshold."""
+    folder = make_checkpoint(tmp_path, "phimoe", dtype="bfloat16")
+    ids = prompt(90)
+    truth = expected_logits(folder, ids)
+    with torch.inference_mode():
+        rounded = reference_model(folder).bfloat16()(torch.tensor([ids])).logits[0].float()
+    found = PagedModel(folder, "bfloat16", kv_dtype=torch.bfloat16).step({0: ids})[0]
+    assert (found - truth).abs().median() < (rounded - truth).abs().median()
 
 
 def test_a_bias_that_is_missing(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ class GroupedSigmoid:
         groups: Tensor = ranks.unflatten(1, (self.num_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(-1).topk(self.num_active_groups, dim=-1).indices
         outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=ranks.device).scatter_(1, best, False)
-        return groups.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(1)
+        inside: Tensor = groups.masked_fill(outside.unsqueeze(-1), -torch.inf)
+        return inside.flatten(1)
 
 
 class SparseMixer:
