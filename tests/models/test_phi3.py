@@ -16,7 +16,8 @@ from quire.layers.rotary import cos_sin_table
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.engine.test_parity import assert_greedy
 from tests.models.parity import assert_close, assert_equals_transformers, expected_logits, prompt
 from tests.paged_model import PagedModel
 
@@ -67,6 +68,26 @@ class TestLongrope:
         # One rotation for all sequences: this one would have the short factors alone.
         assert (PagedModel(folder, max_model_len=241).step({0: ids[:90]})[0] - found[:90]).abs().max() == 0
         assert (expected_logits(folder, ids[:90]) - found[:90]).norm() > 1
+
+    def test_long_sequences_in_batches_chunks_and_after_preemption(self, tmp_path: Path) -> None:
+        folder = make_checkpoint(tmp_path, "phi3-longrope")
+        params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+        prompts = [prompt(241 + 7 * index, seed=index) for index in range(6)]
+        options = {
+            "threads": 1,
+            "num_blocks": 60,
+            "block_size": 16,
+            "max_model_len": 400,
+            "max_num_batched_tokens": 100,
+            "max_num_seqs": 20,
+        }
+        oracle = reference_model(folder)
+        with LLM(str(folder), **options) as llm:
+            assert_greedy(oracle, llm.generate(prompts, params), 64)
+            assert llm.stats().total_preemptions > 0
+            again = llm.generate(prompts[-1:], params)
+            assert_greedy(oracle, again, 64)
+            assert again[0].num_cached_tokens > 0
 
     def test_stored_keys_are_found_by_the_same_rotation_only(self, tmp_path: Path) -> None:
         folder = make_checkpoint(tmp_path / "model", "phi3-longrope")

@@ -87,7 +87,7 @@ class GroupedSigmoid:
 
     def _in_best_groups(self, ranks: Tensor) -> Tensor:
         """ranks [T, E] -> the same, -inf outside the best groups."""
-        groups = ranks.unflatten(1, (self.num_groups, -1))
+        groups: Tensor = ranks.unflatten(1, (self.num_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(-1).topk(self.num_active_groups, dim=-1).indices
         outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=ranks.device).scatter_(1, best, False)
         inside: Tensor = groups.masked_fill(outside.unsqueeze(-1), -torch.inf)
