@@ -83,14 +83,17 @@ def test_mscales_of_short_and_of_long_contexts(tmp_path: Path) -> None:
 
 
 def test_errors_in_bfloat16_are_smaller_than_those_of_transformers(tmp_path: Path) -> None:
-    """In the median: the mean is that of the tokens for which rounding moves a logit over the router's threshold."""
-    folder = make_checkpoint(tmp_path, "phimoe", dtype="bfloat16")
-    ids = prompt(90)
-    truth = expected_logits(folder, ids)
-    with torch.inference_mode():
-        rounded = reference_model(folder).bfloat16()(torch.tensor([ids])).logits[0].float()
-    found = PagedModel(folder, "bfloat16", kv_dtype=torch.bfloat16).step({0: ids})[0]
-    assert (found - truth).abs().median() < (rounded - truth).abs().median()
+    """Of four models together: rounding sends a token to other experts now and then, which outweighs all else."""
+    ids, ours, theirs = prompt(90), 0.0, 0.0
+    for seed in range(4):
+        folder = make_checkpoint(tmp_path / str(seed), "phimoe", dtype="bfloat16", seed=seed)
+        truth = expected_logits(folder, ids)
+        with torch.inference_mode():
+            rounded = reference_model(folder).bfloat16()(torch.tensor([ids])).logits[0].float()
+        found = PagedModel(folder, "bfloat16", kv_dtype=torch.bfloat16).step({0: ids})[0]
+        ours += (found - truth).abs().mean().item()
+        theirs += (rounded - truth).abs().mean().item()
+    assert ours < theirs
 
 
 def test_a_bias_that_is_missing(tmp_path: Path) -> None:
