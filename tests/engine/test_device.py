@@ -33,7 +33,18 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "mistral", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode"],
+    [
+        "llama",
+        "mistral",
+        "qwen3",
+        "gpt2",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "starcoder2",
+        "gpt-bigcode",
+        "gptj",
+    ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, family)

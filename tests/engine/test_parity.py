@@ -23,6 +23,7 @@ FAMILIES = [
     "mixtral",
     "starcoder2",
     "gpt-bigcode",
+    "gptj",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -89,6 +89,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTBigCodeForCausalLM",
         {"vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048, "multi_query": False},
     ),
+    "gpt-j-6b": ("GPTJForCausalLM", {}),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -102,6 +103,7 @@ MODEL_TYPES = {
     "Gemma2ForCausalLM": "gemma2",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
+    "GPTJForCausalLM": "gptj",
 }
 
 

@@ -24,6 +24,7 @@ from tests.paged_model import PagedModel
         "mixtral",
         "starcoder2",
         "gpt-bigcode",
+        "gptj",
     ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:

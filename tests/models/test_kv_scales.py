@@ -49,11 +49,12 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "mixtral",
         "starcoder2",
         "gpt-bigcode",
+        "gptj",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
     """Inputs of any size, in the worst direction of every row, stay inside float8; the bound is not far above them."""
-    options: dict[str, Any] = {"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}
+    options: dict[str, Any] = {"n_layer": 1} if family in ("gpt2", "gptj") else {"num_hidden_layers": 1}
     folder = make_checkpoint(tmp_path, family, **options)
     model = load(folder)
     model.scale_kv()

@@ -220,7 +220,8 @@ class TestRandomWeights:
         assert not torch.equal(first.take("a.weight", (4, 5)), first.take("b.weight", (4, 5)))
 
     @pytest.mark.parametrize(
-        "family", ["llama-bias", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode"]
+        "family",
+        ["llama-bias", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode", "gptj"],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:
         config = ModelConfig.from_folder(make_checkpoint(tmp_path, family))

@@ -13,8 +13,8 @@ class Architecture:
 
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_layout`, `scale_embeddings`, `parallel_residual`, `post_norms`,
-    `sliding_window_pattern`.
+    `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
+    `post_norms`, `sliding_window_pattern`, `head_bias`.
     """
 
     model: str
@@ -160,5 +160,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         names=_GPT2_NAMES,
         implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
         fixed={"scale_attn_weights": True, "add_cross_attention": False},
+    ),
+    "GPTJForCausalLM": Architecture(
+        model="quire.models.gptj:GPTJ",
+        names={
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "hidden_act": "activation_function",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "rotary_elements": "rotary_dim",
+        },
+        implied={
+            "n_positions": 2048,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "mlp_bias": True,
+            "head_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "parallel_residual": True,
+            "rotary_dim": 64,
+            "rotary_layout": "interleaved",
+        },
     ),
 }

@@ -89,6 +89,8 @@ class ModelConfig:
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
     tie_word_embeddings: bool = False
+    head_bias: bool = False
+    """The output head has a bias, its own even where its weight is the embedding's."""
 
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
@@ -149,13 +151,14 @@ def _spec(config: ModelConfig) -> ModelSpec:
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden = config.hidden_size
     positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, hidden),
         head=LinearSpec("head", config.vocab_size, hidden),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=norm_vectors(config, "norm"),
+        vectors=norm_vectors(config, "norm") + head_bias,
     )
 
 
@@ -218,6 +221,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
+        head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=config.value("bos_token_id"),
         eos_token_ids=_end_tokens(config),

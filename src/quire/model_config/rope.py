@@ -1,5 +1,6 @@
 """RopeConfig: rotary position embedding as data, and how config.json spells it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,7 +64,10 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
     )
     # Dynamic scaling begins where max_position_embeddings ends; the others name the training length.
     original = max_position if rope_type == "dynamic" else original
-    share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
+    if config.value("rotary_elements") is not None:
+        share = _share_of(config, head_dim)
+    else:
+        share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
     if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
         supported = f"a share that rotates an even number of a head's {head_dim} elements"
         raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
@@ -84,3 +88,12 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
         partial_rotary_factor=share,
         layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
     )
+
+
+def _share_of(config: ConfigJson, head_dim: int) -> float:
+    """The partial rotary factor of families that give the number of rotated elements."""
+    rotary_dim = config.integer("rotary_elements")
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise config.refusal("rotary_elements", rotary_dim, f"an even number of at most a head's {head_dim} elements")
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)

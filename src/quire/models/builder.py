@@ -63,12 +63,15 @@ class Builder:
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
     def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[Embedding | TiedEmbedding, Linear]:
-        """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`."""
-        if self.config.tie_word_embeddings:
-            head = output_head(self.kernels, LinearWeight(table), self.dtype, self.weights.packing)
-            return TiedEmbedding(head), head
+        """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
+        tied head may still have a bias of its own."""
         num_outputs, num_inputs = table.shape
-        stored = self.weights.take_linear(head_name, (num_outputs, num_inputs))
+        has_bias = self.config.head_bias
+        if self.config.tie_word_embeddings:
+            bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
+            head = output_head(self.kernels, LinearWeight(table, bias), self.dtype, self.weights.packing)
+            return TiedEmbedding(head), head
+        stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
         head = output_head(self.kernels, stored, self.dtype, self.weights.packing)
         return Embedding(table, self.weights.activation_dtype), head
 

@@ -1,6 +1,8 @@
 """Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
 queries, keys and values), Qwen3 (norms of queries and keys)."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from quire.kernels import Kernels
@@ -12,8 +14,20 @@ from quire.models.decoder import Decoder, DecoderLayer
 from quire.models.weights import WeightScope
 
 
+class DecoderNames(NamedTuple):
+    """What a family calls the tensors around its layers, and the list of its layers."""
+
+    model: str = "model"
+    embedding: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    head: str = "lm_head"
+
+
 class Llama(Decoder):
-    """Tensors are named as Llama names them; a family whose layers differ overrides `make_layer`."""
+    """A family whose layers differ overrides `make_layer`, one with other names of tensors `names`."""
+
+    names = DecoderNames()
 
     # Old checkpoints store the rotary frequencies; some store the head although it is tied.
     ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
@@ -22,13 +36,17 @@ class Llama(Decoder):
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
     ) -> None:
         build = Builder(config, weights, kernels, dtype)
-        model = build.scope("model")
-        table = model.weights.take("embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        names = self.names
+        model = build.scope(names.model)
+        table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
         super().__init__(
-            build.ends(table),
-            [self.make_layer(model.scope(f"layers.{index}"), index, cos_sin) for index in range(config.num_layers)],
-            model.norm("norm"),
+            build.ends(table, names.head),
+            [
+                self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
+                for index in range(config.num_layers)
+            ],
+            model.norm(names.norm),
             embedding_factor=build.rounded(config.embedding_multiplier),
             logits_softcap=config.logits_softcap,
         )
