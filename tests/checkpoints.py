@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
@@ -51,6 +52,15 @@ _GPT2: dict[str, Any] = {
 }
 
 
+_BLOOM: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "seq_length": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 
 
@@ -119,6 +129,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
+    "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 

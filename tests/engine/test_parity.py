@@ -24,6 +24,7 @@ FAMILIES = [
     "starcoder2",
     "gpt-bigcode",
     "gptj",
+    "bloom",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+
 from quire.errors import CheckpointError
 from quire.layer_spec import ExpertsSpec, LayerSpec
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.model_config.alibi import alibi_slopes
 from quire.model_config.decoder_layers import decoder_layers
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,6 +93,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048, "multi_query": False},
     ),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -104,6 +109,7 @@ MODEL_TYPES = {
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "GPTJForCausalLM": "gptj",
+    "BloomForCausalLM": "bloom",
 }
 
 
@@ -232,6 +238,28 @@ def test_gpt_bigcode_is_read(tmp_path: Path) -> None:
     write(tmp_path, "santacoder with a KV head for each query head")
     config = ModelConfig.from_folder(tmp_path)
     assert (config.num_heads, config.num_kv_heads, config.activation) == (16, 16, "gelu_tanh")
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 6, 8, 12, 16, 25, 32, 71, 112, 128])
+def test_slopes_of_alibi(num_heads: int) -> None:
+    bloom = _get_alibi_slopes(num_heads, torch.device("cpu"))
+    torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads)), bloom, rtol=2e-6, atol=0)
+
+
+def test_bloom_is_read_as_published(tmp_path: Path) -> None:
+    write(tmp_path, "bloom-560m")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.context_length, config.rope, config.spec.positions) == (2048, None, None)
+    assert (config.activation, config.embedding_norm, config.tie_word_embeddings) == ("gelu_tanh", True, True)
+    assert config.alibi_slopes[:2] == (2**-0.5, 0.5)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    published = {"n_embed": values.pop("hidden_size"), "num_attention_heads": values.pop("n_head"), "n_inner": None}
+    path.write_text(json.dumps(values | published))
+    assert ModelConfig.from_folder(tmp_path) == config
+    path.write_text(json.dumps({**values, "num_attention_heads": 16}))
+    with pytest.raises(CheckpointError, match="hidden_size is missing; supported: an integer of at least 1"):
+        ModelConfig.from_folder(tmp_path)
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:

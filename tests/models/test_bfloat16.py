@@ -25,6 +25,7 @@ from tests.paged_model import PagedModel
         "starcoder2",
         "gpt-bigcode",
         "gptj",
+        "bloom",
     ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "starcoder2",
         "gpt-bigcode",
         "gptj",
+        "bloom",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

@@ -221,7 +221,18 @@ class TestRandomWeights:
 
     @pytest.mark.parametrize(
         "family",
-        ["llama-bias", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode", "gptj"],
+        [
+            "llama-bias",
+            "qwen3",
+            "gpt2",
+            "stablelm-parallel",
+            "gemma2",
+            "mixtral",
+            "starcoder2",
+            "gpt-bigcode",
+            "gptj",
+            "bloom",
+        ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:
         config = ModelConfig.from_folder(make_checkpoint(tmp_path, family))

@@ -56,7 +56,18 @@ def cache(tmp_path: Path) -> WeightsCache:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(
     "family",
-    ["qwen3", "gpt2", "llama-bias", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode", "gptj"],
+    [
+        "qwen3",
+        "gpt2",
+        "llama-bias",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "starcoder2",
+        "gpt-bigcode",
+        "gptj",
+        "bloom",
+    ],
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:
     folder = make_checkpoint(tmp_path / "model", family)

@@ -112,7 +112,18 @@ def test_the_head_has_its_own_format() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "family",
-    ["llama-bias", "qwen3", "gpt2", "stablelm-parallel", "gemma2", "mixtral", "starcoder2", "gpt-bigcode", "gptj"],
+    [
+        "llama-bias",
+        "qwen3",
+        "gpt2",
+        "stablelm-parallel",
+        "gemma2",
+        "mixtral",
+        "starcoder2",
+        "gpt-bigcode",
+        "gptj",
+        "bloom",
+    ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:
     """The same quantised model through plain PyTorch; a tied embedding reads the quantised head."""

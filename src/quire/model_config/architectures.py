@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `post_norms`, `sliding_window_pattern`, `head_bias`.
+    `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `embedding_norm`.
     """
 
     model: str
@@ -22,15 +22,15 @@ class Architecture:
     layers: str = STANDARD_LAYERS
     """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
     layers do not follow from the fields of `ModelConfig` names its own."""
-    names: Mapping[str, str] = field(default_factory=dict)
-    """A key → how this family spells it in config.json."""
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """A key → how this family spells it in config.json; of several spellings the first one that the file has."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
     fixed: Mapping[str, bool] = field(default_factory=dict)
     """Flags of config.json that are supported with this one value; null is false."""
 
 
-_GPT2_NAMES: dict[str, str] = {
+_GPT2_NAMES: dict[str, str | tuple[str, ...]] = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -186,5 +186,29 @@ ARCHITECTURES: dict[str, Architecture] = {
             "rotary_dim": 64,
             "rotary_layout": "interleaved",
         },
+    ),
+    "BloomForCausalLM": Architecture(
+        model="quire.models.bloom:Bloom",
+        names={
+            "hidden_size": ("hidden_size", "n_embed"),
+            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
+            "num_attention_heads": ("n_head", "num_attention_heads"),
+            "max_position_embeddings": "seq_length",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        implied={
+            "seq_length": 2048,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "embedding_norm": True,
+            "alibi": True,
+        },
+        fixed={"apply_residual_connection_post_layernorm": False},
     ),
 }

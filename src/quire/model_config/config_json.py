@@ -41,11 +41,11 @@ class ConfigJson:
 
     def value(self, key: str) -> Any:
         """The value as it is; None if it is missing."""
-        return self._config.get(self._names.get(key, key))
+        return self._config.get(self._spelling(key))
 
     def flag(self, key: str, default: bool = False) -> bool:
         """False for null, `default` for a missing key."""
-        return bool(self._config.get(self._names.get(key, key), default))
+        return bool(self._config.get(self._spelling(key), default))
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.value(key)
@@ -72,9 +72,16 @@ class ConfigJson:
 
     def refusal(self, key: str, value: Any, supported: str) -> CheckpointError:
         """The error to raise for a value that is not supported."""
-        key = self._names.get(key, key)
+        key = self._spelling(key)
         shown = "missing" if value is None else json.dumps(value)
         return CheckpointError(f"{self._path}: {key} is {shown}; supported: {supported}")
+
+    def _spelling(self, key: str) -> str:
+        """How the file spells a key: of several spellings the first one that it has a value for."""
+        spellings = self._names.get(key, key)
+        if isinstance(spellings, str):
+            return spellings
+        return next((name for name in spellings if self._config.get(name) is not None), spellings[0])
 
     def _find_architecture(self, config: dict[str, Any]) -> str:
         named = config.get("architectures") or []

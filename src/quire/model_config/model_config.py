@@ -10,6 +10,7 @@ from typing import Literal
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.rope import RopeConfig, read_rope
@@ -81,9 +82,14 @@ class ModelConfig:
     """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
     layer_windows: tuple[int, ...] = ()
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
+    alibi_slopes: tuple[float, ...] = ()
+    """Per query head: the slope times (key position - query position) is added to each scaled score. Empty: nothing
+    is."""
     rope: RopeConfig | None = None
-    """None: positions are learned, one embedding each."""
+    """None without `alibi_slopes`: positions are learned, one embedding each."""
 
+    embedding_norm: bool = False
+    """Token embeddings pass a norm of the kind of the others before the first layer (BLOOM)."""
     embedding_multiplier: float = 1.0
     """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
     logits_softcap: float = 0.0
@@ -150,15 +156,16 @@ def _spec(config: ModelConfig) -> ModelSpec:
     module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden = config.hidden_size
-    positions = None if config.rope else LinearSpec("positions", config.max_position_embeddings, hidden)
+    learned = config.rope is None and not config.alibi_slopes
+    embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, hidden),
         head=LinearSpec("head", config.vocab_size, hidden),
         tied=config.tie_word_embeddings,
-        positions=positions,
-        vectors=norm_vectors(config, "norm") + head_bias,
+        positions=LinearSpec("positions", config.max_position_embeddings, hidden) if learned else None,
+        vectors=norm_vectors(config, "norm") + embedding_norm + head_bias,
     )
 
 
@@ -182,6 +189,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
     num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
+    alibi_slopes, learned = read_alibi_slopes(config, num_heads), config.flag("learned_positions")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
     return ModelConfig(
@@ -217,7 +225,9 @@ def _read(config: ConfigJson) -> ModelConfig:
         query_pre_attn_scalar=scalar or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=read_layer_windows(config, num_layers),
-        rope=None if config.flag("learned_positions") else read_rope(config, max_position, head_dim),
+        alibi_slopes=alibi_slopes,
+        rope=None if learned or alibi_slopes else read_rope(config, max_position, head_dim),
+        embedding_norm=config.flag("embedding_norm"),
         embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),

@@ -91,7 +91,7 @@ def rotary_attention(
     return SelfAttention(
         config,
         build.pack(q, k, v),
-        _attend(build, layer, cos_sin),
+        _attend(build, layer, cos_sin, q.weight.device),
         build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
@@ -116,14 +116,15 @@ def fused_attention(
     return SelfAttention(
         config,
         build.pack(qkv if rows is None else qkv.select_rows(rows)),
-        _attend(build, layer, cos_sin),
+        _attend(build, layer, cos_sin, qkv.weight.device),
         build.linear({output: config.hidden_size}, q_rows, bias=config.o_bias, transposed=transposed),
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
 
 
-def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
+def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.device) -> Attention:
     config = build.config
+    slopes = config.alibi_slopes
     return Attention(
         build.kernels,
         layer,
@@ -131,6 +132,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
         cos_sin=cos_sin,
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
+        alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
     )
 
 

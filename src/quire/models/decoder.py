@@ -71,8 +71,8 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A decoder-only model. `embedding_factor` multiplies token embeddings; a logit l becomes softcap * tanh(l /
-    softcap) where `logits_softcap` is above 0."""
+    """A decoder-only model. `embedding_factor` multiplies token embeddings, then `embedding_norm` norms them; a logit l
+    becomes softcap * tanh(l / softcap) where `logits_softcap` is above 0."""
 
     def __init__(
         self,
@@ -81,6 +81,7 @@ class Decoder:
         norm: Norm,
         *,
         position_embedding: Embedding | None = None,
+        embedding_norm: Norm | None = None,
         embedding_factor: float = 1.0,
         logits_softcap: float = 0.0,
     ) -> None:
@@ -89,6 +90,7 @@ class Decoder:
         self.layers = list(layers)
         self.norm = norm
         self.position_embedding = position_embedding
+        self.embedding_norm = embedding_norm
         self.embedding_factor = embedding_factor
         self.logits_softcap = logits_softcap
 
@@ -97,6 +99,8 @@ class Decoder:
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
+        if self.embedding_norm is not None:
+            residual = self.embedding_norm(residual)
         update = None if self.position_embedding is None else self.position_embedding(context.positions)
         inner = context.for_inner_layers
         for layer in self.layers[:-1]:

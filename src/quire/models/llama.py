@@ -22,6 +22,8 @@ class DecoderNames(NamedTuple):
     layers: str = "layers"
     norm: str = "norm"
     head: str = "lm_head"
+    embedding_norm: str = "embedding_norm"
+    """Read where the config has one."""
 
 
 class Llama(Decoder):
@@ -38,6 +40,8 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         names = self.names
         model = build.scope(names.model)
+        if not model.weights.has(f"{names.embedding}.weight") and weights.has(f"{names.embedding}.weight"):
+            model = build  # a checkpoint of the bare model, without head
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
         super().__init__(
@@ -47,6 +51,7 @@ class Llama(Decoder):
                 for index in range(config.num_layers)
             ],
             model.norm(names.norm),
+            embedding_norm=model.norm(names.embedding_norm) if config.embedding_norm else None,
             embedding_factor=build.rounded(config.embedding_multiplier),
             logits_softcap=config.logits_softcap,
         )
