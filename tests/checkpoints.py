@@ -14,6 +14,7 @@ from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
+from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
@@ -62,6 +63,7 @@ _BLOOM: dict[str, Any] = {
     "eos_token_id": EOS_TOKEN_ID,
 }
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -130,6 +132,8 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
+    "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 
@@ -152,15 +156,23 @@ def make_checkpoint(
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                # Gemma's norms multiply by 1 + weight.
-                mean = 0.0 if "bias" in name or family.startswith("gemma") else 1.0
-                torch.nn.init.normal_(parameter, mean, 0.1)
+                torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
     return folder
+
+
+def _mean_of_vector(family: str, name: str) -> float:
+    if "bias" in name:
+        return 0.0
+    if not family.startswith("gemma"):
+        return 1.0
+    # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would
+    # repeat the last token.
+    return 3.0 if "post_" in name else 0.0
 
 
 def reference_model(folder: str | Path) -> PreTrainedModel:

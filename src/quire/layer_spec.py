@@ -219,7 +219,7 @@ class ModelSpec:
 
     @property
     def active_layer_parameters(self) -> int:
-        """Those of them that one token passes."""
+        """Parameters of the layers that one token uses: of each mixture only the active experts."""
         return self.layer_parameters - sum(layer.num_inactive_parameters for layer in self.layers)
 
     @property

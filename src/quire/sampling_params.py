@@ -82,7 +82,7 @@ class SamplingParams:
     n: int = 1
     """Samples per prompt; they share the prompt's KV."""
     best_of: int | None = None
-    """Number of samples, of which the n of highest cumulative log-probability are returned, best first; None: n.
+    """Samples to draw. The n with the highest cumulative log-probability are returned, best first; None: n.
     Newer versions of vLLM have dropped it; it stays because scripts still set it."""
     beam_width: int | None = None
     """Search with this many beams instead of sampling; the best n are returned. None samples."""

@@ -10,10 +10,9 @@ import pytest
 from quire.cli import probe
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder
-from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.model_config import ModelConfig
 from quire.simulation.calibration import TimedStep
 from quire.simulation.devices import Device, find_device
-from tests.model_config.rows import ROWS
 from tests.simulation.traces import SLOW
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
@@ -111,10 +110,8 @@ def test_families_that_differ_from_llama(
     architecture: str,
     values: dict[str, Any],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(ARCHITECTURES, architecture, ROWS[architecture])
     shape = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     config = {"architectures": [architecture], "torch_dtype": "bfloat16", **shape, **heads, **values}

@@ -45,6 +45,7 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "gpt-neox",
     ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:

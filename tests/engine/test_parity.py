@@ -25,6 +25,7 @@ FAMILIES = [
     "gpt-bigcode",
     "gptj",
     "bloom",
+    "gpt-neox",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-
 from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from quire.errors import CheckpointError
@@ -95,6 +94,17 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-j-6b": ("GPTJForCausalLM", {}),
     "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
     "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -110,6 +120,7 @@ MODEL_TYPES = {
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "GPTJForCausalLM": "gptj",
     "BloomForCausalLM": "bloom",
+    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 

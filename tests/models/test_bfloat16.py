@@ -26,6 +26,7 @@ from tests.paged_model import PagedModel
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "gpt-neox",
     ],
 )
 def test_errors_are_smaller_than_those_of_transformers(family: str, tmp_path: Path) -> None:

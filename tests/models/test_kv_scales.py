@@ -51,6 +51,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "gpt-neox",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:

@@ -232,6 +232,7 @@ class TestRandomWeights:
             "gpt-bigcode",
             "gptj",
             "bloom",
+            "gpt-neox",
         ],
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:

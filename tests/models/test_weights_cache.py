@@ -67,6 +67,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "gpt-neox",
     ],
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:

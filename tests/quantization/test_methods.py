@@ -123,6 +123,7 @@ def test_the_head_has_its_own_format() -> None:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "gpt-neox",
     ],
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:

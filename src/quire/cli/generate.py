@@ -12,7 +12,7 @@ from quire.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """Flags of `quire generate` that are fields of SamplingParams. Only those that were given override the model's."""
+    """Flags of `quire generate` that are fields of SamplingParams. A flag that is given overrides the model's value."""
 
     max_tokens: int = 256
     """Maximum number of tokens to generate."""

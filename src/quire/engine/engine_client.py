@@ -47,7 +47,7 @@ class EngineClient:
         on_failure: Callable[[QuireError], None],
     ) -> None:
         """`on_message` gets every message except `Ready` and `Failed`. `on_death`: the process died and another one
-        will be started. `on_spawn`: a process was started and told what to load; messages can be sent to it.
+        will be started. `on_spawn`: a process was started and has its `Load` message; it takes messages.
         `on_failure`: there will be no engine, for this reason."""
         self.state = "loading"
         """loading, ready, draining, restarting, dead"""

@@ -14,7 +14,7 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `embedding_norm`.
+    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `embedding_norm`.
     """
 
     model: str
@@ -185,6 +185,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             "parallel_residual": True,
             "rotary_dim": 64,
             "rotary_layout": "interleaved",
+        },
+    ),
+    "GPTNeoXForCausalLM": Architecture(
+        model="quire.models.gpt_neox:GPTNeoX",
+        names={
+            "rms_norm_eps": "layer_norm_eps",
+            "rope_theta": "rotary_emb_base",
+            "partial_rotary_factor": "rotary_pct",
+            "parallel_residual": "use_parallel_residual",
+        },
+        implied={
+            "max_position_embeddings": 2048,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "use_parallel_residual": True,
+            "parallel_mlp_norm": True,
+            "rotary_pct": 0.25,
         },
     ),
     "BloomForCausalLM": Architecture(

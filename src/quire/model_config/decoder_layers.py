@@ -53,7 +53,7 @@ def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool) -> MLPSp
 
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
     names = ["attention_norm"]
-    if not config.parallel_residual:
+    if config.parallel_mlp_norm or not config.parallel_residual:
         names.append("mlp_norm")
     if config.post_norms:
         names += ["attention_post_norm", "mlp_post_norm"]

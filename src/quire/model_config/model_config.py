@@ -16,7 +16,13 @@ from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.rope import RopeConfig, read_rope
 from quire.model_config.windows import read_layer_windows
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 """config.json's name → ours."""
 
 
@@ -53,6 +59,8 @@ class ModelConfig:
     parallel_residual: bool = False
     """Attention and MLP both read the one norm of the layer's input, and both are added: x + attention(norm(x)) +
     mlp(norm(x)). Such a layer has one norm (StableLM)."""
+    parallel_mlp_norm: bool = False
+    """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
     """silu, gelu or gelu_tanh."""
@@ -208,6 +216,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_unit_offset=config.flag("norm_unit_offset"),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual"),
+        parallel_mlp_norm=config.flag("parallel_mlp_norm"),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),

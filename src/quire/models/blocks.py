@@ -108,7 +108,8 @@ def fused_attention(
     transposed: bool = False,
 ) -> SelfAttention:
     """The attention of a layer whose queries, keys and values are stored as one matrix: all queries, then all keys,
-    then all values. `by_kv_head`: the queries, the key and the value of each KV head in turn."""
+    then all values. `by_kv_head`: the queries, the key and the value of each KV head in turn. `transposed`: stored as
+    [inputs, outputs]."""
     config, (fused, output) = build.config, names
     q_rows, num_rows = config.num_heads * config.head_dim, config.num_qkv_heads * config.head_dim
     qkv = build.weights.take_linear(fused, (num_rows, config.hidden_size), bias=config.qkv_bias, transposed=transposed)
@@ -136,16 +137,21 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
     )
 
 
+def rows_of_groups(config: ModelConfig) -> Tensor:
+    """The order of the rows of `fused_attention` where every KV head's group is stored together: the heads of its
+    queries, then its key, then its value."""
+    group = config.num_heads // config.num_kv_heads
+    rows = torch.arange(config.num_qkv_heads * config.head_dim)
+    parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split_with_sizes((group, 1, 1), dim=1)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def _order_of_fused_rows(config: ModelConfig, by_kv_head: bool, device: torch.device) -> Tensor | None:
     """The stored rows in the order queries, keys, values, pairs of a rotation in halves; None: as they are stored."""
     if not (by_kv_head and config.num_kv_heads > 1) and not _is_interleaved(config):
         return None
-    num_rows = config.num_qkv_heads * config.head_dim
-    rows = torch.arange(num_rows, device=device).view(-1, config.head_dim)
-    if by_kv_head:
-        group = config.num_heads // config.num_kv_heads
-        parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split((group, 1, 1), dim=1)
-        rows = torch.cat([part.flatten(0, 1) for part in parts])
+    rows = rows_of_groups(config) if by_kv_head else torch.arange(config.num_qkv_heads * config.head_dim)
+    rows = rows.to(device).view(-1, config.head_dim)
     if _is_interleaved(config):
         rotated = config.num_heads + config.num_kv_heads
         rows[:rotated] = rows[:rotated, _head_order(config, device)]

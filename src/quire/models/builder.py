@@ -46,7 +46,7 @@ class Builder:
         )
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
-        """One layer from stored ones, outputs side by side; `quantizes`: False keeps it in floats whatever the dtype."""
+        """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
         return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
 
     def norm(self, name: str) -> Norm:

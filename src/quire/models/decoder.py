@@ -28,8 +28,9 @@ class DecoderLayer:
     """Attention and MLP, each added to the residual stream.
 
     What a half computes is its update. The norm of the next half adds it to the residual stream, so that addition, norm
-    and first product can be one kernel. Without `mlp_norm` the residual is parallel: both halves read the one norm, and
-    both are added. Post-norms, where there are any, norm the updates themselves.
+    and first product can be one kernel. Where the residual is parallel, both halves read norms of the layer's input,
+    and both updates are added: two norms with `parallel_residual`, one norm for both without `mlp_norm`. Post-norms,
+    where there are any, norm the updates themselves.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class DecoderLayer:
         mlp_norm: Norm | None,
         mlp: MLP,
         *,
+        parallel_residual: bool = False,
         post_norms: tuple[Norm, Norm] | None = None,
     ) -> None:
         self.attention_norm = attention_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.parallel_residual = parallel_residual
         self.attention_post_norm: Norm | None = None
         self.mlp_post_norm: Norm | None = None
         if post_norms is not None:
@@ -64,6 +67,8 @@ class DecoderLayer:
         if self.attention_post_norm is not None:
             update = self.attention_post_norm(update)
         residual = context.select_output(residual)
+        if self.parallel_residual:
+            return residual, update.add_(self.mlp(Normed(self.mlp_norm, residual, None)))
         update = self.mlp(Normed(self.mlp_norm, residual, update))
         if self.mlp_post_norm is not None:
             update = self.mlp_post_norm(update)

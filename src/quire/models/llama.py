@@ -21,7 +21,8 @@ class DecoderNames(NamedTuple):
     embedding: str = "embed_tokens"
     layers: str = "layers"
     norm: str = "norm"
-    head: str = "lm_head"
+    heads: tuple[str, ...] = ("lm_head",)
+    """Names of the output head; the checkpoint has one of them, where the head is not tied."""
     embedding_norm: str = "embedding_norm"
     """Read where the config has one."""
 
@@ -32,7 +33,7 @@ class Llama(Decoder):
     names = DecoderNames()
 
     # Old checkpoints store the rotary frequencies; some store the head although it is tied.
-    ignored_tensors = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
+    ignored_tensors: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$", r"^lm_head\.weight$")
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
@@ -44,8 +45,9 @@ class Llama(Decoder):
             model = build  # a checkpoint of the bare model, without head
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
+        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
-            build.ends(table, names.head),
+            build.ends(table, head),
             [
                 self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
                 for index in range(config.num_layers)

@@ -29,7 +29,7 @@ class OutputSelection:
     """[len(sequences) + 1]: sequences[s] owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
 
     def indices_of(self, tokens: Int32Array) -> Int32Array:
-        """The index in `self.tokens` of each of these tokens of the step, all of which are selected."""
+        """The index in `self.tokens` of each of these tokens of the step. All of them must be selected."""
         return np.searchsorted(self.tokens, tokens).astype(np.int32)
 
 

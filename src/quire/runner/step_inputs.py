@@ -81,10 +81,10 @@ class StepInputBuilder:
         self._block_size = block_size
         self._device = device
         self._batch_id = 0
-        """That of the last step; 0: it cannot be repeated."""
+        """`batch_id` of the last step; 0: it cannot be repeated."""
         self._batch: InputBatch | None = None
         self._sampling: SamplingMetadata | None = None
-        """Those of the last step."""
+        """Batch and sampling metadata of the last step."""
         self._sent: SentInputs | None = None
         """The last step's inputs on a CPU. Tensors share the arrays' memory there, so a repeated step sends nothing."""
         self._states: list[SamplingState] = []

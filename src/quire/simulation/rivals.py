@@ -30,10 +30,10 @@ class OracleShortestFirst(WaitingQueue):
 class NewTokenRatio:
     """SGLang's rule of admission, after its published behaviour; preemption is Quire's.
 
-    A new request must fit with its whole token limit (at most `CLIP`) beside the running requests, each of which is
-    expected to need a share of its own limit. This share, the ratio, falls from `FIRST` to `LEAST` over `DECAY_STEPS`
-    steps; a preemption sets it to the share of their limits that the running requests will have used `LOOK_AHEAD`
-    tokens from now.
+    A new request must fit with its whole token limit (at most `CLIP`) beside the running requests. Each running request
+    is expected to need a share of its own limit. This share, the ratio, falls from `FIRST` to `LEAST` over
+    `DECAY_STEPS` steps. A preemption sets it to the share of their limits that the running requests will have used
+    `LOOK_AHEAD` tokens from now.
     """
 
     FIRST = 0.7
