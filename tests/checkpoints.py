@@ -19,6 +19,7 @@ from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.mpt import MptConfig, MptForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
@@ -59,6 +60,15 @@ _BLOOM: dict[str, Any] = {
     "n_layer": 3,
     "n_head": 4,
     "seq_length": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_MPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 96,
+    "n_layers": 3,
+    "n_heads": 6,
+    "max_seq_len": 256,
     "bos_token_id": BOS_TOKEN_ID,
     "eos_token_id": EOS_TOKEN_ID,
 }
@@ -132,6 +142,8 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
+    "mpt": (MptConfig, MptForCausalLM, _MPT),
+    "mpt-clipped": (MptConfig, MptForCausalLM, {**_MPT, "attn_config": {"clip_qkv": 0.7}}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
 }

@@ -45,6 +45,7 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "mpt-clipped",
         "gpt-neox",
     ],
 )

@@ -25,6 +25,7 @@ FAMILIES = [
     "gpt-bigcode",
     "gptj",
     "bloom",
+    "mpt-clipped",
     "gpt-neox",
 ]
 NUM_STEPS = 128

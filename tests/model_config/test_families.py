@@ -105,6 +105,19 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 16,
         },
     ),
+    "mpt-7b": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 2048},
+    ),
+    "mpt-7b-storywriter": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 65536}
+        | {"attn_config": {"alibi_bias_max": 16, "clip_qkv": 6.0, "attn_impl": "triton"}},
+    ),
+    "mpt-30b": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 7168, "n_layers": 48, "n_heads": 64, "max_seq_len": 8192},
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -120,6 +133,7 @@ MODEL_TYPES = {
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "GPTJForCausalLM": "gptj",
     "BloomForCausalLM": "bloom",
+    "MptForCausalLM": "mpt",
     "GPTNeoXForCausalLM": "gpt_neox",
 }
 
@@ -270,6 +284,48 @@ def test_bloom_is_read_as_published(tmp_path: Path) -> None:
     assert ModelConfig.from_folder(tmp_path) == config
     path.write_text(json.dumps({**values, "num_attention_heads": 16}))
     with pytest.raises(CheckpointError, match="hidden_size is missing; supported: an integer of at least 1"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_mpt_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "mpt-7b-storywriter")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.qkv_bias, config.mlp_bias) == ("layer_norm", False, False, False)
+    assert (config.context_length, config.clip_qkv, config.activation) == (65536, 6.0, "gelu")
+    assert config.alibi_slopes[:2] == (2**-0.5, 2**-1)
+    # Published files name the class of their own code, and leave most keys out.
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    kept = ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "attn_config", "learned_pos_emb")
+    path.write_text(json.dumps({key: values[key] for key in kept} | {"architectures": ["MPTForCausalLM"]}))
+    assert ModelConfig.from_folder(tmp_path) == replace(
+        config, architecture="MPTForCausalLM", checkpoint_dtype=ModelConfig.from_folder(tmp_path).checkpoint_dtype
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"no_bias": False}, "no_bias is false; supported: true"),
+        ({"expansion_ratio": 3}, "expansion_ratio is 3; supported: 4"),
+        ({"logit_scale": "inv_sqrt_d_model"}, 'logit_scale is "inv_sqrt_d_model"; supported: null'),
+        ({"attn_config": {"alibi": False}}, "attn_config.alibi is false; supported: true"),
+        ({"attn_config": {"qk_ln": True}}, "attn_config.qk_ln is true; supported: false"),
+        ({"attn_config": {"prefix_lm": True}}, "attn_config.prefix_lm is true; supported: false"),
+        ({"attn_config": {"softmax_scale": 0.1}}, "attn_config.softmax_scale is 0.1; supported: null"),
+        (
+            {"attn_config": {"attn_type": "multiquery_attention"}},
+            'attn_config.attn_type is "multiquery_attention"; supported: "multihead_attention"',
+        ),
+        ({"attn_config": {"clip_qkv": -1}}, "attn_config.clip_qkv is -1; supported: a positive number"),
+    ],
+    ids=str,
+)
+def test_options_of_mpt_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, "mpt-7b")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
         ModelConfig.from_folder(tmp_path)
 
 

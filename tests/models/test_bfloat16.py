@@ -26,6 +26,7 @@ from tests.paged_model import PagedModel
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "mpt-clipped",
         "gpt-neox",
     ],
 )

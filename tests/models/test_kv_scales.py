@@ -51,6 +51,7 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "mpt-clipped",
         "gpt-neox",
     ],
 )

@@ -232,6 +232,7 @@ class TestRandomWeights:
             "gpt-bigcode",
             "gptj",
             "bloom",
+            "mpt-clipped",
             "gpt-neox",
         ],
     )

@@ -67,6 +67,7 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "mpt-clipped",
         "gpt-neox",
     ],
 )

@@ -123,6 +123,7 @@ def test_the_head_has_its_own_format() -> None:
         "gpt-bigcode",
         "gptj",
         "bloom",
+        "mpt-clipped",
         "gpt-neox",
     ],
 )

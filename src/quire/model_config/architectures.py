@@ -26,8 +26,8 @@ class Architecture:
     """A key → how this family spells it in config.json; of several spellings the first one that the file has."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
-    fixed: Mapping[str, bool] = field(default_factory=dict)
-    """Flags of config.json that are supported with this one value; null is false."""
+    fixed: Mapping[str, bool | int | str | None] = field(default_factory=dict)
+    """Keys of config.json that are supported with this one value; for a flag null is false."""
 
 
 _GPT2_NAMES: dict[str, str | tuple[str, ...]] = {
@@ -233,4 +233,36 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"apply_residual_connection_post_layernorm": False},
     ),
+    "MptForCausalLM": Architecture(
+        model="quire.models.mpt:MPT",
+        names={
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_hidden_layers": ("n_layers", "num_hidden_layers"),
+            "num_attention_heads": ("n_heads", "num_attention_heads"),
+            "max_position_embeddings": "max_seq_len",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "alibi_bias_max": "attn_config.alibi_bias_max",
+            "clip_qkv": "attn_config.clip_qkv",
+        },
+        implied={
+            "max_seq_len": 2048,
+            "hidden_act": "gelu",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "alibi": True,
+        },
+        fixed={
+            "no_bias": True,
+            "expansion_ratio": 4,
+            "logit_scale": None,
+            "attn_config.alibi": True,
+            "attn_config.attn_type": "multihead_attention",
+            "attn_config.prefix_lm": False,
+            "attn_config.qk_ln": False,
+            "attn_config.softmax_scale": None,
+        },
+    ),
 }
+ARCHITECTURES["MPTForCausalLM"] = ARCHITECTURES["MptForCausalLM"]  # as published

@@ -80,6 +80,8 @@ class ModelConfig:
     shared_expert_intermediate_size: int = 0
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
 
+    clip_qkv: float = 0.0
+    """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
     """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
     qk_norm_per_head: bool = False
@@ -229,6 +231,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         shared_expert_intermediate_size=(
             config.integer("shared_expert_intermediate_size", 0, minimum=0) if num_experts else 0
         ),
+        clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
         query_pre_attn_scalar=scalar or None,

@@ -39,6 +39,7 @@ class SelfAttention:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
+        self.clip_qkv = config.clip_qkv
         self.qkv = qkv
         self.head_norms = head_norms
         self.attend = attend
@@ -48,6 +49,8 @@ class SelfAttention:
     def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
         """x [T, H] -> [T, H], or [R, H] of the output tokens."""
         projected = self.qkv(x)
+        if self.clip_qkv > 0:
+            projected.clamp_(-self.clip_qkv, self.clip_qkv)
         # Views of one [T, heads, D] tensor; what follows works on them in place.
         q, k, v = projected.view(projected.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
         if self.head_norms is not None:
@@ -62,6 +65,8 @@ class SelfAttention:
         scales = self.stored_kv_scales
         if scales is None:
             bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
+            if self.clip_qkv > 0:
+                bounds = bounds.clamp(max=self.clip_qkv)
             _, keys, values = bounds.split_with_sizes(self.heads)
             if self.head_norms is not None:
                 keys = self.head_norms[1].bound.expand_as(keys)
