@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
+from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
@@ -65,10 +66,19 @@ _BLOOM: dict[str, Any] = {
 }
 _MPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "d_model": 96,
+    "d_model": 64,
     "n_layers": 3,
-    "n_heads": 6,
+    "n_heads": 4,
     "max_seq_len": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_FALCON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
     "bos_token_id": BOS_TOKEN_ID,
     "eos_token_id": EOS_TOKEN_ID,
 }
@@ -142,6 +152,17 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
+    "falcon": (FalconConfig, FalconForCausalLM, _FALCON),
+    "falcon-new": (
+        FalconConfig,
+        FalconForCausalLM,
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-rw": (
+        FalconConfig,
+        FalconForCausalLM,
+        {**_FALCON, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
+    ),
     "mpt": (MptConfig, MptForCausalLM, _MPT),
     "mpt-clipped": (MptConfig, MptForCausalLM, {**_MPT, "attn_config": {"clip_qkv": 0.7}}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
@@ -189,8 +210,11 @@ def _mean_of_vector(family: str, name: str) -> float:
 
 def reference_model(folder: str | Path) -> PreTrainedModel:
     """transformers' model of a checkpoint, in float32 whatever the checkpoint's dtype."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    # With eager attention transformers adds Falcon's ALiBi twice.
+    attention = "sdpa" if config.get("model_type") == "falcon" and config["alibi"] else "eager"
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention
     )
     return model.eval()
 

@@ -46,6 +46,9 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "gptj",
         "bloom",
         "mpt-clipped",
+        "falcon-rw",
+        "falcon-new",
+        "falcon",
         "gpt-neox",
     ],
 )

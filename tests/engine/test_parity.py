@@ -26,6 +26,9 @@ FAMILIES = [
     "gptj",
     "bloom",
     "mpt-clipped",
+    "falcon",
+    "falcon-new",
+    "falcon-rw",
     "gpt-neox",
 ]
 NUM_STEPS = 128

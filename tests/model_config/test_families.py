@@ -105,6 +105,23 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 16,
         },
     ),
+    "falcon-7b": ("FalconForCausalLM", {}),
+    "falcon-40b": (
+        "FalconForCausalLM",
+        {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8}
+        | {"new_decoder_architecture": True},
+    ),
+    "falcon-11b": (
+        "FalconForCausalLM",
+        {"hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "num_kv_heads": 8}
+        | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192}
+        | {"rope_theta": 500042.0, "tie_word_embeddings": False},
+    ),
+    "falcon-rw-1b": (
+        "FalconForCausalLM",
+        {"vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "alibi": True}
+        | {"bias": True, "multi_query": False, "parallel_attn": False},
+    ),
     "mpt-7b": (
         "MptForCausalLM",
         {"vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 2048},
@@ -133,6 +150,7 @@ MODEL_TYPES = {
     "GPTBigCodeForCausalLM": "gpt_bigcode",
     "GPTJForCausalLM": "gptj",
     "BloomForCausalLM": "bloom",
+    "FalconForCausalLM": "falcon",
     "MptForCausalLM": "mpt",
     "GPTNeoXForCausalLM": "gpt_neox",
 }
@@ -284,6 +302,35 @@ def test_bloom_is_read_as_published(tmp_path: Path) -> None:
     assert ModelConfig.from_folder(tmp_path) == config
     path.write_text(json.dumps({**values, "num_attention_heads": 16}))
     with pytest.raises(CheckpointError, match="hidden_size is missing; supported: an integer of at least 1"):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "parallel", "two_norms", "biases", "alibi"),
+    [
+        ("falcon-7b", 1, True, False, False, False),
+        ("falcon-40b", 8, True, True, False, False),
+        ("falcon-11b", 8, True, False, False, False),
+        ("falcon-rw-1b", 32, False, False, True, True),
+    ],
+)
+def test_falcon_is_read(
+    name: str, kv_heads: int, parallel: bool, two_norms: bool, biases: bool, alibi: bool, tmp_path: Path
+) -> None:
+    write(tmp_path, name)
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_kv_heads, config.parallel_residual, config.parallel_mlp_norm) == (kv_heads, parallel, two_norms)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (biases,) * 3
+    assert (bool(config.alibi_slopes), config.rope is None) == (alibi, alibi)
+    # 2 ** -0.25 in bfloat16, and its eighth, since a head has 64 elements.
+    assert not alibi or config.alibi_slopes[0] == 0.83984375 / 8
+
+
+def test_falcon_s_number_of_norms(tmp_path: Path) -> None:
+    write(tmp_path, "falcon-40b")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_ln_in_parallel_attn": 3}))
+    with pytest.raises(CheckpointError, match="num_ln_in_parallel_attn is 3; supported: 1 or 2"):
         ModelConfig.from_folder(tmp_path)
 
 

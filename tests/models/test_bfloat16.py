@@ -27,6 +27,9 @@ from tests.paged_model import PagedModel
         "gptj",
         "bloom",
         "mpt-clipped",
+        "falcon-rw",
+        "falcon-new",
+        "falcon",
         "gpt-neox",
     ],
 )

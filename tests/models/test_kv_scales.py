@@ -52,6 +52,9 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "gptj",
         "bloom",
         "mpt-clipped",
+        "falcon-rw",
+        "falcon-new",
+        "falcon",
         "gpt-neox",
     ],
 )

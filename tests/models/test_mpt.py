@@ -25,7 +25,8 @@ from tests.paged_model import PagedModel
         {"attn_config": {"clip_qkv": 0.2}},
         {"n_heads": 1, "d_model": 20},
         {"n_heads": 12, "d_model": 84},
-        {"n_heads": 4, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
+        {"n_heads": 6, "d_model": 60},
+        {"n_heads": 8, "layer_norm_epsilon": 1e-3, "tie_word_embeddings": False},
     ],
     ids=str,
 )
@@ -58,7 +59,7 @@ def test_the_largest_slope_is_the_configs(bias_max: int, tmp_path: Path, monkeyp
 
 
 def test_a_long_prompt_in_pieces(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, "mpt", max_seq_len=1024)
+    folder = make_checkpoint(tmp_path, "mpt", max_seq_len=1024, n_heads=6, d_model=60)
     ids = prompt(1000)
     model = PagedModel(folder)
     steps = [ids[:700], ids[700:701], ids[701:]]
@@ -71,13 +72,13 @@ def test_a_matrix_that_is_missing(tmp_path: Path) -> None:
     tensors = load_file(file)
     del tensors["transformer.blocks.2.attn.Wqkv.weight"]
     save_file(tensors, file)
-    with pytest.raises(CheckpointError, match=r"blocks.2.attn.Wqkv.weight of shape \[288, 96\] is missing"):
+    with pytest.raises(CheckpointError, match=r"blocks.2.attn.Wqkv.weight of shape \[192, 64\] is missing"):
         load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
 
 
 def test_biases_are_no_part_of_the_model(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "mpt")
     file = folder / "model.safetensors"
-    save_file({**load_file(file), "transformer.norm_f.bias": torch.zeros(96)}, file)
+    save_file({**load_file(file), "transformer.norm_f.bias": torch.zeros(64)}, file)
     with pytest.raises(CheckpointError, match=r"1 tensors are not part of the model .*transformer.norm_f.bias"):
         load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")

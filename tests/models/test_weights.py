@@ -233,6 +233,9 @@ class TestRandomWeights:
             "gptj",
             "bloom",
             "mpt-clipped",
+            "falcon-rw",
+            "falcon-new",
+            "falcon",
             "gpt-neox",
         ],
     )

@@ -68,6 +68,9 @@ def cache(tmp_path: Path) -> WeightsCache:
         "gptj",
         "bloom",
         "mpt-clipped",
+        "falcon-rw",
+        "falcon-new",
+        "falcon",
         "gpt-neox",
     ],
 )

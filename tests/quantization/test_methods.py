@@ -124,6 +124,9 @@ def test_the_head_has_its_own_format() -> None:
         "gptj",
         "bloom",
         "mpt-clipped",
+        "falcon-rw",
+        "falcon-new",
+        "falcon",
         "gpt-neox",
     ],
 )

@@ -14,7 +14,8 @@ class Architecture:
     Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
     these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
     `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `embedding_norm`.
+    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `alibi_before_scale`,
+    `embedding_norm`.
     """
 
     model: str
@@ -232,6 +233,32 @@ ARCHITECTURES: dict[str, Architecture] = {
             "alibi": True,
         },
         fixed={"apply_residual_connection_post_layernorm": False},
+    ),
+    "FalconForCausalLM": Architecture(
+        model="quire.models.falcon:Falcon",
+        names={
+            "hidden_size": ("hidden_size", "n_embed"),
+            "num_key_value_heads": "num_kv_heads",
+            "intermediate_size": "ffn_hidden_size",
+            "hidden_act": "activation",
+            "rms_norm_eps": "layer_norm_epsilon",
+            "attention_bias": "bias",
+            "mlp_bias": "bias",
+            "parallel_residual": "parallel_attn",
+        },
+        implied={
+            "max_position_embeddings": 2048,
+            "activation": "gelu",
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            "gated_mlp": False,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "multi_query": True,
+            "parallel_attn": True,
+            "new_decoder_architecture": False,
+            "alibi_before_scale": True,
+        },
     ),
     "MptForCausalLM": Architecture(
         model="quire.models.mpt:MPT",

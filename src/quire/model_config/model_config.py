@@ -199,7 +199,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
     num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
-    alibi_slopes, learned = read_alibi_slopes(config, num_heads), config.flag("learned_positions")
+    alibi_slopes, learned = read_alibi_slopes(config, num_heads, head_dim), config.flag("learned_positions")
     scalar = config.number("query_pre_attn_scalar", 0.0)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
     return ModelConfig(
@@ -217,8 +217,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
         post_norms=config.flag("post_norms"),
-        parallel_residual=config.flag("parallel_residual"),
-        parallel_mlp_norm=config.flag("parallel_mlp_norm"),
+        parallel_residual=config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
+        parallel_mlp_norm=config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
@@ -251,10 +251,20 @@ def _read(config: ConfigJson) -> ModelConfig:
 
 
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
-    """One or as many as query heads where a family has the flag `multi_query`."""
-    if config.value("multi_query") is None:
+    """One or as many as query heads where a family has the flag `multi_query`, which Falcon's newer layers ignore."""
+    if config.value("multi_query") is None or config.flag("new_decoder_architecture"):
         return config.integer("num_key_value_heads", num_heads)
     return 1 if config.flag("multi_query") else num_heads
+
+
+def _has_falcon_norms(config: ConfigJson) -> bool:
+    """Falcon's newer layers have two norms, or one if config.json says so."""
+    if not config.flag("new_decoder_architecture"):
+        return False
+    number = config.integer("num_ln_in_parallel_attn", 2)
+    if number > 2:
+        raise config.refusal("num_ln_in_parallel_attn", number, "1 or 2")
+    return number == 2
 
 
 def _num_experts_per_token(config: ConfigJson, num_experts: int) -> int:
