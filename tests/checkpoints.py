@@ -11,18 +11,34 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
+from transformers.models.cohere import CohereConfig, CohereForCausalLM
+from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
+from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
+from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
+from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers.models.glm import GlmConfig, GlmForCausalLM
+from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
+from transformers.models.granite import GraniteConfig, GraniteForCausalLM
+from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
+from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
+from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.mpt import MptConfig, MptForCausalLM
+from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.opt import OPTConfig, OPTForCausalLM
+from transformers.models.phi import PhiConfig, PhiForCausalLM
+from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -83,7 +99,23 @@ _FALCON: dict[str, Any] = {
     "eos_token_id": EOS_TOKEN_ID,
 }
 _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
+_GLM = {**_DECODER, "pad_token_id": 256}
+_PHI3 = {**_STABLELM, "pad_token_id": 256}
 _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
+
+
+_OPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "init_std": 0.12,
+    "pad_token_id": BOS_TOKEN_ID - 1,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
 
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
@@ -115,6 +147,27 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         {**_DECODER, **_rope("yarn", factor=4.0, original_max_position_embeddings=64)},
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {**_DECODER, "sliding_window": 24}),
+    "ministral": (
+        MinistralConfig,
+        MinistralForCausalLM,
+        {**_DECODER, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "ministral3": (
+        Ministral3Config,
+        Ministral3ForCausalLM,
+        {
+            **_DECODER,
+            "pad_token_id": 256,
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.5,
+            ),
+        },
+    ),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {k: v for k, v in _DECODER.items() if k != "head_dim"}),
     "qwen2-window": (
         Qwen2Config,
@@ -134,6 +187,7 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         StableLmForCausalLM,
         {**_STABLELM, "use_parallel_residual": True, "qk_layernorm": True, "use_qkv_bias": True},
     ),
+    "gemma": (GemmaConfig, GemmaForCausalLM, _DECODER),
     "gemma2": (
         Gemma2Config,
         Gemma2ForCausalLM,
@@ -146,11 +200,85 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            **_DECODER,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+    ),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {
+            **_DECODER,
+            "embedding_multiplier": 7.3,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.15,
+            "logits_scaling": 1.7,
+        },
+    ),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {
+            **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+            "no_rope_layer_interval": 2,
+            "pad_token_id": None,
+        },
+    ),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, _DECODER),
+    "cohere": (CohereConfig, CohereForCausalLM, {**_STABLELM, "logit_scale": 0.3}),
+    "cohere-qk-norm": (CohereConfig, CohereForCausalLM, {**_STABLELM, "use_qk_norm": True}),
+    "cohere2": (
+        Cohere2Config,
+        Cohere2ForCausalLM,
+        {
+            **_STABLELM,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {**_PHI3, "sliding_window": 24}),
+    "phi3-longrope": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {
+            **_PHI3,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 240,
+            **_rope(
+                "longrope",
+                partial_rotary_factor=0.75,
+                short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                long_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0],
+            ),
+        },
+    ),
+    "exaone4": (Exaone4Config, Exaone4ForCausalLM, {**_DECODER, "num_hidden_layers": 4, "sliding_window": 24}),
+    "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
+    "glm": (GlmConfig, GlmForCausalLM, _GLM),
+    "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
-    "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
+    "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
+    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
+    "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
+    "phi": (PhiConfig, PhiForCausalLM, _STABLELM),
+    "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
+    "opt": (OPTConfig, OPTForCausalLM, _OPT),
+    "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
     "falcon": (FalconConfig, FalconForCausalLM, _FALCON),
     "falcon-new": (
@@ -165,8 +293,6 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     ),
     "mpt": (MptConfig, MptForCausalLM, _MPT),
     "mpt-clipped": (MptConfig, MptForCausalLM, {**_MPT, "attn_config": {"clip_qkv": 0.7}}),
-    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
-    "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 
@@ -188,7 +314,7 @@ def make_checkpoint(
         # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or "norm" in name:
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)

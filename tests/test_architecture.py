@@ -30,6 +30,7 @@ LEVELS = (
         "request",
         "step",
         "outputs",
+        "embeddings",
     },
     {"kernels", "grammar"},
     {"attention"},

@@ -13,6 +13,8 @@ _HOME_OF = {
     "AsyncLLM": "quire.engine.async_engine",
     "BeamSearchOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
+    "EmbeddingOutput": "quire.embeddings",
+    "EmbeddingRequestOutput": "quire.embeddings",
     "RegisteredPrefix": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",

@@ -140,7 +140,8 @@ class EngineConfig:
     weights_cache_size: int = 20 * 2**30
     """Most bytes in weights_cache, e.g. 20GiB; the least recently used files are removed."""
     max_model_len: int | None = None
-    """Longest prompt + output in tokens; None takes the model's limit, or less if the memory holds less."""
+    """Longest prompt + output in tokens; None takes the model's limit, or less if the memory holds less. A model with
+    two rotations (longrope) takes its training length; if more is asked for, all sequences have the long factors."""
     max_num_seqs: int = 256
     """Most sequences that run at once."""
     max_num_batched_tokens: int | None = None

@@ -179,9 +179,11 @@ class ModelSpec:
 
     layers: tuple[LayerSpec, ...]
     embedding: LinearSpec
-    """The table of token embeddings [vocab_size, hidden_size]."""
+    """The table of token embeddings [vocab_size, hidden_size], or narrower if there are projections."""
     head: LinearSpec
-    """The matrix that makes logits [vocab_size, hidden_size]."""
+    """The matrix that makes logits, as wide as the embedding."""
+    projections: tuple[LinearSpec, ...] = ()
+    """Matrices from the width of the embedding to that of the layers, and back to that of the head."""
     tied: bool = False
     """The embedding's rows are read from the head: one matrix, held once, as the head holds it."""
     positions: LinearSpec | None = None
@@ -195,7 +197,7 @@ class ModelSpec:
 
     @property
     def hidden_size(self) -> int:
-        return self.head.num_inputs
+        return self.layers[0].attention.linears[-1].num_outputs
 
     @property
     def vocab_size(self) -> int:
@@ -225,8 +227,8 @@ class ModelSpec:
     @property
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrices and tables, a tied one counted once."""
-        tables = sum(table.num_parameters for table in self.tables)
-        return self.layer_parameters + self.head.num_parameters + tables
+        outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections))
+        return self.layer_parameters + self.head.num_parameters + outside
 
     @property
     def num_vector_parameters(self) -> int:
@@ -276,8 +278,10 @@ class ModelSpec:
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of what is packed: the layers' matrices and the head."""
-        return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization)
+        """Memory of what is packed: the layers' matrices, the head, and projections."""
+        weight_format = METHODS[quantization].layers if quantization is not None else None
+        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in self.projections)
+        return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of all matrices and tables; a quantisation leaves tables that only give rows in `dtype`."""

@@ -9,6 +9,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import model_name, read_default_params
 from quire.engine.engine import Engine
@@ -24,6 +25,7 @@ from quire.outputs import (
     RegisteredPrefix,
     RequestOutput,
 )
+from quire.request import Task
 from quire.sampling_params import BeamSearchParams, SamplingParams
 
 Message = Mapping[str, Any]
@@ -86,12 +88,50 @@ class LLM:
         params = self._params_of(sampling_params, len(batch))
         if priority is not None and len(priority) != len(batch):
             raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
+        return self._run(batch, params, Task.SAMPLE, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+        cache_salt: str = "",
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for every prompt, in the order of the prompts: the last token's hidden state after the final norm.
+
+        `normalize` scales it to length 1. `truncate_prompt_tokens` keeps only so many last tokens of a prompt; −1: as
+        many as the context holds. Raises `RequestError` before anything runs if a prompt cannot be served, and
+        afterwards if one failed.
+        """
+        batch = _as_batch(prompts)
+        params = [embedding_params(truncate_prompt_tokens)] * len(batch)
+        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt)
+        return [make_embedding(output, normalize=normalize) for output in outputs]
+
+    def _run(
+        self,
+        batch: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        task: Task,
+        *,
+        use_tqdm: bool,
+        priority: Sequence[int] | None = None,
+        cache_salt: str,
+    ) -> list[RequestOutput]:
+        """Queue all prompts and step until all have ended."""
         outputs: dict[str, RequestOutput] = {}
         try:
             for index, (prompt, one) in enumerate(zip(batch, params, strict=True)):
                 request_id = str(next(self._request_ids))
                 outputs[request_id] = self._engine.add_request(
-                    request_id, prompt, one, priority=priority[index] if priority else 0, cache_salt=cache_salt
+                    request_id,
+                    prompt,
+                    one,
+                    task=task,
+                    priority=priority[index] if priority else 0,
+                    cache_salt=cache_salt,
                 )
             with _progress(len(batch), shown=use_tqdm) as advance:
                 while self._engine.has_work:

@@ -83,6 +83,8 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    vector: bytes | None = None
+    """The vector of the prompt (see `StepResult.vectors`), for the task embed."""
 
     def extend(self, delta: "RequestOutput") -> None:
         """Append a later delta of the same stream: the deltas add up to the whole output."""
@@ -96,7 +98,7 @@ class RequestOutput:
             self.prompt_logprobs = (self.prompt_logprobs or []) + delta.prompt_logprobs
         self.finished = delta.finished
         self.num_cached_tokens = delta.num_cached_tokens
-        self.metrics = delta.metrics
+        self.metrics, self.vector = delta.metrics, delta.vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,8 @@ class SequenceDelta:
     """Log-probability of a finished beam; its tokens come in one delta."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Log-probabilities of the prompt tokens that this step computed, the first prompt token excepted."""
+    vector: bytes | None = None
+    """The vector of the prompt: the only delta of a request of the task embed has one."""
     counts: RequestCounts | None = None
     """None if unchanged since this sample's previous delta."""
 

@@ -20,6 +20,22 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class Task(StrEnum):
+    """What a request asks of its prompt."""
+
+    SAMPLE = "sample"
+    """Tokens that continue it."""
+    EMBED = "embed"
+    """A vector that stands for it; nothing is sampled."""
+
+
+class Pooling(StrEnum):
+    """How a prompt's hidden states become one vector. Other ways need sums over the chunks of a prompt."""
+
+    LAST = "last"
+    """The hidden state of its last token, after the final norm."""
+
+
 class InputSpan(NamedTuple):
     """Tokens of a prompt that stand for an input that is not text, such as an image."""
 
@@ -33,18 +49,21 @@ class InputSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it. All values are final: no default is looked up later."""
+    """One prompt and what to make of it. All values are final: no default is looked up later."""
 
     request_id: str
     """Made by the engine's front, never by a client, so that two clients cannot collide."""
     prompt_token_ids: list[int]
     params: SamplingParams
+    task: Task = Task.SAMPLE
+    pooling: Pooling = Pooling.LAST
+    """Only for the task embed."""
     seed: int = 0
     """The params' seed, or one derived from the engine's."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a sample; empty if `ignore_eos` is set."""
     max_tokens: int = 16
-    """The params' limit, or all that fits into the context."""
+    """The params' limit, or all that fits into the context; 0 for the task embed."""
     arrival_time: float = 0.0
     """Seconds on the engine's monotonic clock."""
     priority: int = 0
@@ -70,7 +89,10 @@ class Request:
     """Samples to resume after an earlier engine process ended: index → its tokens so far. Empty: n new samples."""
 
     def __post_init__(self) -> None:
-        """Raises `RequestError` for inputs that do not lie in the prompt one after the other."""
+        """Raises `RequestError` for inputs that do not lie in the prompt one after the other, and for what only the
+        task sample can have."""
+        if self.task is Task.EMBED:
+            self._check_embed()
         end, num_tokens = 0, len(self.prompt_token_ids)
         for content_hash, offset, length in self.inputs:
             if not content_hash or length < 1 or offset < end or offset + length > num_tokens:
@@ -81,3 +103,17 @@ class Request:
                     param="prompt",
                 )
             end = offset + length
+
+    def _check_embed(self) -> None:
+        """Raise `RequestError` for parameters that sample, or that report on tokens."""
+        if self.params.num_samples != 1:
+            raise RequestError(
+                f"n is {self.params.num_samples}; an embedding is one vector of its prompt, so n must be 1", param="n"
+            )
+        if self.max_tokens:
+            raise RequestError(
+                f"max_tokens is {self.max_tokens}; an embedding samples no tokens, so it must be 0", param="max_tokens"
+            )
+        for name in ("beam_width", "structured_outputs", "logprobs", "prompt_logprobs"):
+            if getattr(self.params, name) is not None:
+                raise RequestError(f"{name} is set; an embedding has no output tokens: leave it out", param=name)

@@ -111,8 +111,8 @@ class StepPlan:
 
     batch_id: int = 0
     """Non-zero: every row computes one token and samples after it (`sample_rows == rows`), and nothing else happens: no
-    new rows, forks, drafts, block copies or prompt log-probabilities. If the plan before had the same id, this one
-    repeats it: the same rows in the same order, each one position further. Only `token_ids` and `new_blocks`, which
+    new rows, forks, drafts, block copies, vectors or prompt log-probabilities. If the plan before had the same id, this
+    one repeats it: the same rows in the same order, each one position further. Only `token_ids` and `new_blocks`, which
     lengthens tables, are new; `offload` may come with it. An id never comes back after another one.
     Zero: this step repeats nothing."""
     rows: list[int] = field(default_factory=list)
@@ -140,6 +140,9 @@ class StepPlan:
     """(row, first index, blocks): changed entries of block tables. Written before anything is computed."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination): copy-on-write. Done before anything is computed."""
+    pool_rows: list[int] = field(default_factory=list)
+    """Indices into `rows`, ascending: return the hidden state of the last token computed, after the final norm. No
+    sample is taken there."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (number of most likely tokens, the token that follows each computed position)."""
     offload: OffloadPlan | None = None
@@ -162,6 +165,11 @@ class StepResult:
     """Index into the lists → the candidates of a beam; its token is meaningless."""
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     """Index into the plan's `rows` → one entry per computed position."""
+    vectors: dict[int, bytes] = field(default_factory=dict)
+    """For each of the plan's `pool_rows`, its vector: float32 values in the machine's byte order. Bytes, because a list
+    of thousands of floats takes longer to send to another process."""
+    vector_errors: dict[int, str] = field(default_factory=dict)
+    """Index into the plan's `rows` → why its vector failed. It is then missing in `vectors`, and its sequence ends."""
     extra_token_ids: dict[int, list[int]] = field(default_factory=dict)
     """Index into `token_ids` → tokens that follow it: the samples after accepted draft tokens, then the tokens that a
     grammar forces without asking the model."""

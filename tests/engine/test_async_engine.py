@@ -102,6 +102,42 @@ def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[
     run(test)
 
 
+def test_embeddings_are_those_of_this_process_and_survive_a_death() -> None:
+    prompts = [*PROMPTS, *([number] * 300 for number in range(5, 25))]
+    expected = [output.outputs.embedding for output in LLM(**OPTIONS).embed(prompts, use_tqdm=False)]
+
+    async def test(engine: AsyncLLM) -> None:
+        beside = asyncio.create_task(collect(engine, PROMPTS[0], GREEDY))
+        tasks = [asyncio.create_task(engine.embed(prompt, request_id="mine")) for prompt in prompts]
+        await until(lambda: engine.stats.total_prompt_tokens > 900)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        outputs = await asyncio.gather(*tasks)
+        assert all(output.request_id == "mine" for output in outputs)
+        for output, embedding in zip(outputs, expected, strict=True):
+            assert output.outputs.embedding == pytest.approx(embedding, abs=1e-5)
+        await beside
+        raw = await engine.embed("O", normalize=False)
+        assert sum(value * value for value in raw.outputs.embedding) > 2
+        with pytest.raises(RequestError, match="but the context holds 1024; shorten it"):
+            await engine.embed([5] * 1025)
+        assert len((await engine.embed([5] * 1030, truncate_prompt_tokens=-1)).prompt_token_ids) == 1024
+
+    run(test)
+
+
+def test_cancelling_an_embedding_frees_its_memory() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        tasks = [asyncio.create_task(engine.embed([number] * 1000)) for number in range(5, 25)]
+        await until(lambda: engine.stats.num_used_blocks > 0)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert any(isinstance(result, asyncio.CancelledError) for result in results)
+        await until(lambda: engine.stats.num_used_blocks == 0)
+
+    run(test)
+
+
 def test_leaving_a_stream_frees_its_memory_within_a_step() -> None:
     async def test(engine: AsyncLLM) -> None:
         stream = engine.generate("ROMEO:", GREEDY.with_changes(max_tokens=900))

@@ -9,7 +9,7 @@ from quire.engine.input_processor import InputProcessor
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
-from quire.request import Request
+from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 
 MODEL = ModelConfig.from_folder(bundled_folder())
@@ -77,3 +77,13 @@ def test_text_needs_a_tokenizer() -> None:
         make_request("text", tokenizer=None)
     with pytest.raises(RequestError, match="bad_words needs a tokenizer"):
         make_request([1], tokenizer=None, bad_words=["x"])
+
+
+def test_a_prompt_to_embed_may_fill_the_context() -> None:
+    inputs = InputProcessor(MODEL, None, max_model_len=100, max_logprobs=5, seed=0)
+    for num_tokens, keep, kept in ((100, None, 100), (130, -1, 100), (130, 7, 7)):
+        params = SamplingParams(truncate_prompt_tokens=keep)
+        request, _ = inputs.make_request("a", [5] * num_tokens, params, task=Task.EMBED)
+        assert (len(request.prompt_token_ids), request.max_tokens) == (kept, 0)
+    with pytest.raises(RequestError, match="has 101 tokens, but the context holds 100; shorten it or set truncate"):
+        inputs.make_request("a", [5] * 101, SamplingParams(), task=Task.EMBED)

@@ -19,7 +19,7 @@ from quire.engine.messages import (
     encode,
 )
 from quire.outputs import EngineStats, SequenceDelta, StepDeltas
-from quire.request import InputSpan, Request
+from quire.request import InputSpan, Request, Task
 from quire.sampling_params import SamplingParams
 from quire.step import TokenLogprobs
 
@@ -34,7 +34,8 @@ WITH_INPUTS = Request(
     adapter="é",
     inputs=(InputSpan(bytes(range(256)), 1, 2), InputSpan(b"\x00", 3, 1)),
 )
-MESSAGES: list[ToEngine] = [Add(REQUEST), Add(WITH_INPUTS), Abort(["a", "b"]), Stop([("a", 1)])]
+VECTOR = Request(request_id="v", prompt_token_ids=[1], params=SamplingParams(), task=Task.EMBED, max_tokens=0)
+MESSAGES: list[ToEngine] = [Add(REQUEST), Add(WITH_INPUTS), Add(VECTOR), Abort(["a", "b"]), Stop([("a", 1)])]
 
 
 @given(st.lists(st.integers(1, 40), max_size=60))
@@ -50,7 +51,10 @@ def test_any_cut_of_the_stream_gives_the_same_messages(sizes: list[int]) -> None
 def test_outputs() -> None:
     entry = TokenLogprobs([1, 2], [-0.5, -1.0], [1, 2])
     delta = SequenceDelta("a", 0, [1], logprobs=[entry], finish_reason="stop", stop_reason=1, prompt_logprobs=[entry])
-    message = Outputs(StepDeltas([("b", 1)], [7], others=[delta]), EngineStats(num_blocks=3))
+    message = Outputs(
+        StepDeltas([("b", 1)], [7], others=[delta, SequenceDelta("v", 0, [], vector=bytes(range(256)))]),
+        EngineStats(num_blocks=3),
+    )
     (body,) = FrameBuffer().feed(encode(message))
     assert decode_from_engine(body) == message
 

@@ -24,11 +24,12 @@ def test_norm_of_the_updated_residual(kind: str) -> None:
     torch.testing.assert_close(alone, expected)
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("kind", ["rms", "layer", "layer with bias"])
 def test_norms_of_heads_and_their_bounds(kind: str) -> None:
     heads, head_dim = 3, 16
     weight = torch.randn(head_dim) if kind == "rms" else torch.randn(heads, head_dim)
-    norm: HeadNorm = RMSHeadNorm(reference, weight, 1e-6) if kind == "rms" else LayerHeadNorm(weight, 1e-6)
+    bias = torch.randn(1, head_dim).sign() if kind == "layer with bias" else None
+    norm: HeadNorm = RMSHeadNorm(reference, weight, 1e-6) if kind == "rms" else LayerHeadNorm(weight, 1e-6, bias)
     x = torch.randn(200, 2 * heads, head_dim) * 100
     x[:head_dim, :heads] = torch.eye(head_dim)[:, None]  # one element has all the length
     before = x.clone()
@@ -36,10 +37,11 @@ def test_norms_of_heads_and_their_bounds(kind: str) -> None:
     assert torch.equal(x[:, heads:], before[:, heads:]), "a view of a larger tensor"
     for head in range(heads):
         values = before[:, head]
-        if kind == "layer":
+        if kind != "rms":
             values = values - values.mean(-1, keepdim=True)
         expected = values / (values.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-        torch.testing.assert_close(x[:, head], expected * (weight if kind == "rms" else weight[head]))
+        expected = expected * (weight if kind == "rms" else weight[head])
+        torch.testing.assert_close(x[:, head], expected if bias is None else expected + bias)
     largest = x[:, :heads].abs().amax(0)
     assert bool((largest <= norm.bound).all())
     assert bool((largest > 0.5 * norm.bound).all())

@@ -138,8 +138,8 @@ class TestRope:
         ("scaling", "message"),
         [
             (
-                {"rope_type": "longrope", "factor": 4.0},
-                'rope_scaling.rope_type is "longrope"; supported: default, linear, dynamic, llama3, yarn',
+                {"rope_type": "proportional", "factor": 4.0},
+                'rope_scaling.rope_type is "proportional"; supported: default, linear, dynamic, llama3, yarn, longrope',
             ),
             ({"rope_type": "linear"}, "rope_scaling.factor is missing; supported: a positive number"),
             (
@@ -228,8 +228,8 @@ class TestRefusals:
                 "num_key_value_heads is 3; supported: a divisor of num_attention_heads 8",
             ),
             (
-                {"hidden_act": "relu"},
-                'hidden_act is "relu"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh',
+                {"hidden_act": "relu6"},
+                'hidden_act is "relu6"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu',
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (

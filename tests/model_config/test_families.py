@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
 from quire.errors import CheckpointError
 from quire.layer_spec import ExpertsSpec, LayerSpec
-from quire.model_config import ARCHITECTURES, ModelConfig
-from quire.model_config.alibi import alibi_slopes
+from quire.model_config import ARCHITECTURES, ModelConfig, RopeConfig
 from quire.model_config.decoder_layers import decoder_layers
+
+
+def _longrope(num_pairs: int, share: float) -> dict[str, Any]:
+    factors = {"short_factor": [1.0] * num_pairs, "long_factor": [2.0] * num_pairs}
+    values = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": share, **factors}
+    return {"rope_parameters": values}
+
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama-3.1-8B": (
@@ -30,6 +35,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama with biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_hidden_layers": 2}),
     "Mistral-7B": ("MistralForCausalLM", {"num_hidden_layers": 32}),
+    "Ministral-8B": (
+        "MinistralForCausalLM",
+        {"vocab_size": 131072, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+        | {"max_position_embeddings": 32768, "sliding_window": 32768, "rope_theta": 1e8},
+    ),
+    "Ministral-3-8B": ("Ministral3ForCausalLM", {}),
+    "Ministral-3-3B": (
+        "Ministral3ForCausalLM",
+        {"hidden_size": 3072, "intermediate_size": 9216, "num_hidden_layers": 26, "tie_word_embeddings": True},
+    ),
     "Qwen2-0.5B": (
         "Qwen2ForCausalLM",
         {
@@ -67,7 +82,56 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_parallel_residual": True,
         },
     ),
+    "gemma-2b": (
+        "GemmaForCausalLM",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "hidden_act": "gelu",
+        },
+    ),
+    "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
+    "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "Phi-3-mini-4k": ("Phi3ForCausalLM", {"sliding_window": 2047}),
+    "Phi-3-medium-128k": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40}
+        | {"num_key_value_heads": 10, "max_position_embeddings": 131072, "sliding_window": 131072}
+        | _longrope(64, 1.0),
+    ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40}
+        | {"num_attention_heads": 40, "num_key_value_heads": 10, "max_position_embeddings": 16384}
+        | {"original_max_position_embeddings": 16384, "rope_theta": 250000.0},
+    ),
+    "Phi-4-mini": (
+        "Phi3ForCausalLM",
+        {"vocab_size": 200064, "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True}
+        | {"max_position_embeddings": 131072, "sliding_window": 262144, "pad_token_id": 199999}
+        | _longrope(48, 0.75),
+    ),
+    "EXAONE-4.0-32B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 27392, "num_hidden_layers": 64, "num_attention_heads": 40}
+        | {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 131072},
+    ),
+    "EXAONE-4.0-1.2B": (
+        "Exaone4ForCausalLM",
+        {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 30, "num_key_value_heads": 8}
+        | {"head_dim": 64, "sliding_window": None, "layer_types": ["full_attention"] * 30, "tie_word_embeddings": True},
+    ),
+    "glm-4-9b-chat": ("GlmForCausalLM", {}),
+    "GLM-4-9B-0414": ("Glm4ForCausalLM", {"attention_bias": False, "max_position_embeddings": 32768}),
+    "GLM-4-32B-0414": (
+        "Glm4ForCausalLM",
+        {"hidden_size": 6144, "intermediate_size": 23040, "num_hidden_layers": 61, "num_attention_heads": 48}
+        | {"attention_bias": False, "max_position_embeddings": 32768},
+    ),
     "starcoder2-3b": (
         "Starcoder2ForCausalLM",
         {"num_hidden_layers": 30, "max_position_embeddings": 16384, "sliding_window": 4096},
@@ -91,10 +155,102 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTBigCodeForCausalLM",
         {"vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048, "multi_query": False},
     ),
-    "gpt-j-6b": ("GPTJForCausalLM", {}),
-    "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
-    "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
+    "granite-3.0-8b": (
+        "GraniteForCausalLM",
+        {
+            "vocab_size": 49155,
+            "hidden_size": 4096,
+            "intermediate_size": 12800,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 4096,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0078125,
+            "logits_scaling": 16.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-3.0-2b": (
+        "GraniteForCausalLM",
+        {"vocab_size": 49155, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 40}
+        | {"num_key_value_heads": 8, "tie_word_embeddings": True},
+    ),
+    "SmolLM3-3B": ("SmolLM3ForCausalLM", {"max_position_embeddings": 65536}),
+    "OLMo-2-1124-7B": ("Olmo2ForCausalLM", {"vocab_size": 100352, "max_position_embeddings": 4096}),
+    "OLMo-2-0425-1B": (
+        "Olmo2ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        | {"num_attention_heads": 16, "num_key_value_heads": 16, "rope_theta": 500000, "max_position_embeddings": 4096},
+    ),
+    "OLMo-2-0325-32B": (
+        "Olmo2ForCausalLM",
+        {"vocab_size": 100352, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+        | {"num_attention_heads": 40, "num_key_value_heads": 8, "rope_theta": 500000, "max_position_embeddings": 4096},
+    ),
+    "c4ai-command-r-v01": ("CohereForCausalLM", {"max_position_embeddings": 131072, "rope_theta": 8000000.0}),
+    "c4ai-command-r-plus": (
+        "CohereForCausalLM",
+        {"hidden_size": 12288, "intermediate_size": 33792, "num_hidden_layers": 64, "num_attention_heads": 96}
+        | {"num_key_value_heads": 8, "use_qk_norm": True, "logit_scale": 0.8333333333333334},
+    ),
+    "c4ai-command-r7b-12-2024": (
+        "Cohere2ForCausalLM",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "logit_scale": 0.25, "rope_theta": 50000, "sliding_window_pattern": 4},
+    ),
+    "gemma-3-1b": (
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+        },
+    ),
+    "gemma-3-27b": (
+        "Gemma3ForCausalLM",
+        {
+            "hidden_size": 5376,
+            "intermediate_size": 21504,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 168,
+            "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        },
+    ),
     "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "opt-125m": ("OPTForCausalLM", {}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        {
+            "hidden_size": 1024,
+            "ffn_dim": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 512,
+        },
+    ),
+    "OPT without biases": ("OPTForCausalLM", {"num_hidden_layers": 2, "enable_bias": False}),
+    "OPT fine-tuned early": ("OPTForCausalLM", {"num_hidden_layers": 2, "_remove_final_layer_norm": True}),
+    "phi-1_5": ("PhiForCausalLM", {}),
+    "phi-2": (
+        "PhiForCausalLM",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "partial_rotary_factor": 0.4,
+        },
+    ),
+    "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
     "pythia-1.4b": (
         "GPTNeoXForCausalLM",
         {
@@ -105,6 +261,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 16,
         },
     ),
+    "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
     "falcon-7b": ("FalconForCausalLM", {}),
     "falcon-40b": (
         "FalconForCausalLM",
@@ -140,19 +298,34 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 MODEL_TYPES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MinistralForCausalLM": "ministral",
+    "Ministral3ForCausalLM": "ministral3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "GPT2LMHeadModel": "gpt2",
     "MixtralForCausalLM": "mixtral",
     "StableLmForCausalLM": "stablelm",
+    "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
+    "GPTJForCausalLM": "gptj",
+    "Phi3ForCausalLM": "phi3",
+    "Exaone4ForCausalLM": "exaone4",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
     "Starcoder2ForCausalLM": "starcoder2",
     "GPTBigCodeForCausalLM": "gpt_bigcode",
-    "GPTJForCausalLM": "gptj",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "Olmo2ForCausalLM": "olmo2",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GraniteForCausalLM": "granite",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "PhiForCausalLM": "phi",
+    "OPTForCausalLM": "opt",
     "BloomForCausalLM": "bloom",
     "FalconForCausalLM": "falcon",
     "MptForCausalLM": "mpt",
-    "GPTNeoXForCausalLM": "gpt_neox",
 }
 
 
@@ -172,7 +345,7 @@ def test_the_number_of_parameters_is_that_of_transformers(name: str, tmp_path: P
         model = AutoModelForCausalLM.from_config(config)
     spec = ModelConfig.from_folder(tmp_path).spec
     assert spec.num_parameters == model.num_parameters()
-    vectors = sum(each.numel() for each in model.parameters() if each.dim() == 1)
+    vectors = sum(each.numel() for name, each in model.named_parameters() if each.dim() == 1 or "norm" in name)
     assert spec.num_vector_parameters == vectors
 
 
@@ -283,97 +456,149 @@ def test_gpt_bigcode_is_read(tmp_path: Path) -> None:
     assert (config.num_heads, config.num_kv_heads, config.activation) == (16, 16, "gelu_tanh")
 
 
-@pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 6, 8, 12, 16, 25, 32, 71, 112, 128])
-def test_slopes_of_alibi(num_heads: int) -> None:
-    bloom = _get_alibi_slopes(num_heads, torch.device("cpu"))
-    torch.testing.assert_close(torch.tensor(alibi_slopes(num_heads)), bloom, rtol=2e-6, atol=0)
-
-
-def test_bloom_is_read_as_published(tmp_path: Path) -> None:
-    write(tmp_path, "bloom-560m")
+def test_gemma_3_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "gemma-3-27b")
     config = ModelConfig.from_folder(tmp_path)
-    assert (config.context_length, config.rope, config.spec.positions) == (2048, None, None)
-    assert (config.activation, config.embedding_norm, config.tie_word_embeddings) == ("gelu_tanh", True, True)
-    assert config.alibi_slopes[:2] == (2**-0.5, 0.5)
+    windows = ((1024,) * 5 + (0,)) * 10 + (1024, 1024)
+    stretched = RopeConfig(theta=1e6, rope_type="linear", factor=8.0, original_max_position=131072)
+    local = RopeConfig(theta=1e4, original_max_position=131072)
+    assert config.layer_windows == windows
+    assert config.rope == stretched
+    assert config.layer_ropes == tuple(local if window else stretched for window in windows)
+    assert config.context_length == 131072
+    assert (config.attention_scale, config.attention_softcap, config.logits_softcap) == (168**-0.5, 0.0, 0.0)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
-    published = {"n_embed": values.pop("hidden_size"), "num_attention_heads": values.pop("n_head"), "n_inner": None}
-    path.write_text(json.dumps(values | published))
+    # Versions before 5 wrote the two bases apart, one scaling that is of the layers without window, and a pattern.
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        values.pop(name, None)
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    old |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    for change in (old, {"rope_scaling": {"factor": 8.0, "type": "linear"}}):
+        path.write_text(json.dumps(values | change))
+        assert ModelConfig.from_folder(tmp_path) == config
+    # A file with both means both.
+    bases = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    path.write_text(json.dumps(values | {"rope_parameters": bases, "rope_scaling": scaling}))
     assert ModelConfig.from_folder(tmp_path) == config
-    path.write_text(json.dumps({**values, "num_attention_heads": 16}))
-    with pytest.raises(CheckpointError, match="hidden_size is missing; supported: an integer of at least 1"):
-        ModelConfig.from_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "kv_heads", "parallel", "two_norms", "biases", "alibi"),
-    [
-        ("falcon-7b", 1, True, False, False, False),
-        ("falcon-40b", 8, True, True, False, False),
-        ("falcon-11b", 8, True, False, False, False),
-        ("falcon-rw-1b", 32, False, False, True, True),
-    ],
-)
-def test_falcon_is_read(
-    name: str, kv_heads: int, parallel: bool, two_norms: bool, biases: bool, alibi: bool, tmp_path: Path
-) -> None:
-    write(tmp_path, name)
-    config = ModelConfig.from_folder(tmp_path)
-    assert (config.num_kv_heads, config.parallel_residual, config.parallel_mlp_norm) == (kv_heads, parallel, two_norms)
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (biases,) * 3
-    assert (bool(config.alibi_slopes), config.rope is None) == (alibi, alibi)
-    # 2 ** -0.25 in bfloat16, and its eighth, since a head has 64 elements.
-    assert not alibi or config.alibi_slopes[0] == 0.83984375 / 8
-
-
-def test_falcon_s_number_of_norms(tmp_path: Path) -> None:
-    write(tmp_path, "falcon-40b")
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_ln_in_parallel_attn": 3}))
-    with pytest.raises(CheckpointError, match="num_ln_in_parallel_attn is 3; supported: 1 or 2"):
-        ModelConfig.from_folder(tmp_path)
-
-
-def test_mpt_is_read(tmp_path: Path) -> None:
-    write(tmp_path, "mpt-7b-storywriter")
-    config = ModelConfig.from_folder(tmp_path)
-    assert (config.norm, config.norm_bias, config.qkv_bias, config.mlp_bias) == ("layer_norm", False, False, False)
-    assert (config.context_length, config.clip_qkv, config.activation) == (65536, 6.0, "gelu")
-    assert config.alibi_slopes[:2] == (2**-0.5, 2**-1)
-    # Published files name the class of their own code, and leave most keys out.
-    path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
-    kept = ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len", "attn_config", "learned_pos_emb")
-    path.write_text(json.dumps({key: values[key] for key in kept} | {"architectures": ["MPTForCausalLM"]}))
-    assert ModelConfig.from_folder(tmp_path) == replace(
-        config, architecture="MPTForCausalLM", checkpoint_dtype=ModelConfig.from_folder(tmp_path).checkpoint_dtype
-    )
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["full_attention"] == {**scaling, "rope_theta": 1e6}
+    # As published with a vision tower: what the text model's part leaves out has Gemma's values.
+    text = {key: values[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window")}
+    text |= {"model_type": "gemma3_text", "query_pre_attn_scalar": 168, "eos_token_id": 1} | old
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106], "text_config": text}
+    path.write_text(json.dumps(whole | {"torch_dtype": "bfloat16", "vision_config": {"hidden_size": 1152}}))
+    changes = {"architecture": whole["architectures"][0], "checkpoint_dtype": "bfloat16", "eos_token_ids": (1, 106)}
+    assert ModelConfig.from_folder(tmp_path) == replace(config, bos_token_id=None, **changes)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"no_bias": False}, "no_bias is false; supported: true"),
-        ({"expansion_ratio": 3}, "expansion_ratio is 3; supported: 4"),
-        ({"logit_scale": "inv_sqrt_d_model"}, 'logit_scale is "inv_sqrt_d_model"; supported: null'),
-        ({"attn_config": {"alibi": False}}, "attn_config.alibi is false; supported: true"),
-        ({"attn_config": {"qk_ln": True}}, "attn_config.qk_ln is true; supported: false"),
-        ({"attn_config": {"prefix_lm": True}}, "attn_config.prefix_lm is true; supported: false"),
-        ({"attn_config": {"softmax_scale": 0.1}}, "attn_config.softmax_scale is 0.1; supported: null"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; supported: false"),
+        ({"sliding_window": None}, "sliding_window is missing; supported: a number of positions, since layers with"),
+        ({"rope_parameters": {"rope_type": "default"}}, "supported: an object for each of full_attention, sliding_att"),
+        ({"rope_parameters": {"chunked": {}}}, "supported: an object for each of full_attention, sliding_attention"),
         (
-            {"attn_config": {"attn_type": "multiquery_attention"}},
-            'attn_config.attn_type is "multiquery_attention"; supported: "multihead_attention"',
+            {"rope_parameters": {"full_attention": {"rope_type": "linear"}}},
+            "rope_parameters.full_attention.factor is missing; supported: a positive number",
         ),
-        ({"attn_config": {"clip_qkv": -1}}, "attn_config.clip_qkv is -1; supported: a positive number"),
+        ({"rope_parameters": 5}, "rope_parameters is 5; supported: an object"),
+        ({"rope_scaling": [8]}, r"rope_scaling is \[8\]; supported: an object"),
+        ({"rope_parameters": {"full_attention": 5}}, "rope_parameters.full_attention is 5; supported: an object"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "text_config is missing; supported: an object"),
     ],
-    ids=str,
 )
-def test_options_of_mpt_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    write(tmp_path, "mpt-7b")
+def test_gemma_3_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, "gemma-3-1b")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(CheckpointError, match=message):
         ModelConfig.from_folder(tmp_path)
+
+
+def test_granite_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "granite-3.0-8b")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier) == (12.0, 0.22, 1 / 16)
+    assert config.attention_scale == 1 / 128
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    names = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
+    path.write_text(json.dumps({key: value for key, value in values.items() if key not in names}))
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.embedding_multiplier, config.residual_multiplier, config.logits_multiplier) == (1.0, 1.0, 1.0)
+    assert config.attention_scale == 1.0
+    for name in names:
+        path.write_text(json.dumps(values | {name: 0}))
+        with pytest.raises(CheckpointError, match=f"{name} is 0; supported: a positive number"):
+            ModelConfig.from_folder(tmp_path)
+
+
+def test_smollm3_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "SmolLM3-3B", rope_theta=5e6)
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.spec.num_parameters == 3_075_098_624  # as its card says
+    assert config.layer_windows == (0,) * 36
+    assert config.rope == RopeConfig(theta=5e6, original_max_position=65536)
+    assert config.layer_ropes == (*[config.rope] * 3, None) * 9
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    for change in ({"no_rope_layers": None}, {"no_rope_layers": [True, 1, 1, 0] * 10}):
+        path.write_text(json.dumps(values | change))
+        assert ModelConfig.from_folder(tmp_path) == config
+    path.write_text(json.dumps(values | {"no_rope_layers": [1] * 36}))
+    assert ModelConfig.from_folder(tmp_path).layer_ropes == ()
+    changes = {"no_rope_layers": None, "layer_types": None, "use_sliding_window": True, "sliding_window": 9}
+    path.write_text(json.dumps(values | changes))
+    assert ModelConfig.from_folder(tmp_path).layer_windows == (0, 0, 0, 9) * 9
+    for wrong in ([1] * 35, [2] * 36, 1):
+        path.write_text(json.dumps(values | {"no_rope_layers": wrong}))
+        with pytest.raises(CheckpointError, match=r"no_rope_layers is .*; supported: 36 times 0 or 1"):
+            ModelConfig.from_folder(tmp_path)
+    path.write_text(json.dumps(values | {"no_rope_layers": None, "no_rope_layer_interval": 0}))
+    with pytest.raises(CheckpointError, match="no_rope_layer_interval is 0; supported: an integer of at least 1"):
+        ModelConfig.from_folder(tmp_path)
+
+
+def test_olmo_2_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "OLMo-2-0325-32B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.pre_norms, config.post_norms, config.qk_norm, config.qk_norm_joint) == (False, True, True, True)
+    assert (config.norm_eps, config.context_length) == (1e-5, 4096)
+    assert [(each.name, each.size) for each in config.spec.layers[0].vectors] == [
+        *(("attention_post_norm.weight", 5120), ("mlp_post_norm.weight", 5120)),
+        *(("q_norm.weight", 5120), ("k_norm.weight", 1024)),
+    ]
+
+
+def test_cohere_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "c4ai-command-r-plus")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.norm, config.norm_bias, config.norm_eps) == ("layer_norm", False, 1e-5)
+    assert (config.qk_norm, config.qk_norm_per_head, config.parallel_residual) == (True, True, True)
+    assert (config.logits_multiplier, config.tie_word_embeddings) == (0.8333333333333334, True)
+    assert config.layer_ropes == ()
+    assert config.rope is not None
+    assert (config.rope.layout, config.rope.theta) == ("interleaved", 5e5)
+    write(tmp_path, "c4ai-command-r7b-12-2024")
+    config = ModelConfig.from_folder(tmp_path)
+    rope = RopeConfig(theta=50000.0, layout="interleaved", original_max_position=8192)
+    assert config.rope == rope
+    assert config.layer_windows == (4096, 4096, 4096, 0) * 8
+    assert config.layer_ropes == (rope, rope, rope, None) * 8
+    # Files of version 4 have the pattern instead of the types of layers.
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["layer_types"]
+    path.write_text(json.dumps(values))
+    assert ModelConfig.from_folder(tmp_path) == config
+    for change in ({"use_qk_norm": True}, {"use_parallel_block": False}, {"use_gated_activation": False}):
+        path.write_text(json.dumps(values | change))
+        ((key, value),) = change.items()
+        with pytest.raises(CheckpointError, match=f"{key} is {json.dumps(value)}; supported: {json.dumps(not value)}"):
+            ModelConfig.from_folder(tmp_path)
 
 
 def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:
@@ -383,6 +608,7 @@ def test_llama_s_fields_are_the_defaults(tmp_path: Path) -> None:
     names = ("norm", "norm_unit_offset", "post_norms", "parallel_residual", "num_experts", "expert_intermediate_size")
     assert [getattr(config, name) for name in names] == ["rms_norm", False, False, False, 0, 0]
     assert (config.attention_softcap, config.logits_softcap, config.embedding_multiplier) == (0.0, 0.0, 1.0)
+    assert (config.residual_multiplier, config.logits_multiplier, config.layer_ropes) == (1.0, 1.0, ())
 
 
 def two_dense_layers_first(config: ModelConfig) -> tuple[LayerSpec, ...]:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
 from quire.model_config import ModelConfig
-from quire.models.blocks import rows_of_groups
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint
@@ -43,12 +42,6 @@ def test_options_match_transformers(overrides: dict[str, Any], parallel: bool, t
 @pytest.mark.parametrize("family", ["gpt-neox", "gpt-neox-sequential"])
 def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None:
     assert_equals_transformers(make_checkpoint(tmp_path, family), kernels=reference, block_size=8)
-
-
-def test_the_rows_of_groups(tmp_path: Path) -> None:
-    config = ModelConfig.from_folder(make_checkpoint(tmp_path, "llama", head_dim=2))
-    # Two groups of two queries, a key and a value, with two elements each.
-    assert rows_of_groups(config).tolist() == [*range(4), *range(8, 12), 4, 5, 12, 13, 6, 7, 14, 15]
 
 
 @pytest.mark.parametrize("head", ["embed_out", "lm_head"])
@@ -103,8 +96,8 @@ def test_a_fused_layer_of_the_wrong_shape(suffix: str, tmp_path: Path) -> None:
             "rope_parameters.partial_rotary_factor is 0.35; supported: .* even number of a head's 16 elements",
         ),
         (
-            {"rope_parameters": {"rope_type": "longrope"}},
-            'rope_parameters.rope_type is "longrope"; supported: default, linear',
+            {"rope_parameters": {"rope_type": "proportional"}},
+            'rope_parameters.rope_type is "proportional"; supported: default, linear',
         ),
     ],
 )

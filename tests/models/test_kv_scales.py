@@ -20,7 +20,7 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
 from quire.models.kv_scales import LARGEST, largest_rotated, scales_of
 from quire.models.registry import load_model
-from tests.checkpoints import make_checkpoint, reference_model
+from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
 
 CPU = torch.device("cpu")
 
@@ -40,27 +40,44 @@ def change(folder: Path, **tensors: Tensor) -> None:
     [
         "llama-bias",
         "llama-rope-yarn",
+        "ministral3",
         "qwen2",
         "qwen3",
         "gpt2",
         "stablelm",
         "stablelm-parallel",
+        "gemma",
         "gemma2",
+        "gemma3",
+        "granite",
+        "smollm3",
+        "cohere",
+        "cohere-qk-norm",
+        "cohere2",
         "mixtral",
+        "phi3",
+        "phi3-longrope",
+        "glm",
+        "glm4",
+        "gptj",
         "starcoder2",
         "gpt-bigcode",
-        "gptj",
-        "bloom",
-        "mpt-clipped",
-        "falcon-rw",
-        "falcon-new",
-        "falcon",
         "gpt-neox",
+        "phi",
+        "phi-norms",
+        "opt",
+        "bloom",
+        "falcon",
+        "falcon-new",
+        "falcon-rw",
+        "mpt-clipped",
     ],
 )
 def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path) -> None:
     """Inputs of any size, in the worst direction of every row, stay inside float8; the bound is not far above them."""
     options: dict[str, Any] = {"n_layer": 1} if family in ("gpt2", "gptj") else {"num_hidden_layers": 1}
+    if "layer_types" in FAMILIES[family][2]:
+        options["layer_types"] = ["sliding_attention"]
     folder = make_checkpoint(tmp_path, family, **options)
     model = load(folder)
     model.scale_kv()

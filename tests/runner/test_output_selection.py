@@ -25,8 +25,10 @@ def test_all_that_is_asked_for_and_each_sequences_last(data: st.DataObject) -> N
     plan = StepPlan(num_scheduled_tokens=counts, sample_indices=sample_indices, token_ids=[0] * int(end[-1]))
     for sequence in data.draw(st.sets(st.integers(0, len(counts) - 1), max_size=2)):
         plan.prompt_logprobs[sequence] = (0, [0] * counts[sequence])
+    others = sorted({*range(len(counts))} - {*sample_indices})
+    plan.pool_rows = sorted(data.draw(st.sets(st.sampled_from(others)))) if others else []
 
-    asked = set(map(int, sampled))
+    asked = set(map(int, sampled)) | {int(end[sequence]) - 1 for sequence in plan.pool_rows}
     for sequence in plan.prompt_logprobs:
         asked |= set(range(int(end[sequence]) - counts[sequence], int(end[sequence])))
     selection = select_outputs(plan, _sampling(sampled), _batch(counts))

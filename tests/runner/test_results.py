@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quire.runner.request_rows import RequestRows
-from quire.runner.results import PendingStep, PromptLogprobs, StepResults
+from quire.runner.results import PendingStep, PromptLogprobs, StepResults, fetch_vectors
 from quire.runner.sampling_metadata import SamplingMetadata, make_sampling_metadata
 from quire.runner.step_inputs import StepInputBuilder
 from quire.sampling.device_sampler import DeviceSampler
@@ -233,3 +233,37 @@ def test_log_probabilities_of_a_prompt(on_device: bool, num_selected: int) -> No
     for place, entry in enumerate(entries):
         np.testing.assert_allclose(entry.logprobs, expected[place, entry.token_ids], atol=1e-5)
         assert entry.ranks == [1 + int((expected[place] > expected[place, targets[place]]).sum()), 1, 2]
+
+
+# -- vectors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_unused", [50, 3], ids=["selected", "all tokens"])
+def test_vectors_are_the_last_hidden_states_of_their_rows(num_unused: int) -> None:
+    """Rows 1 and 3 are asked for; row 3's vector is not finite. Later writes to the hidden states change nothing."""
+    rows = RequestRows(max_num_seqs=4, max_blocks=16, vocab_size=VOCAB_SIZE)
+    rows.apply(StepPlan(new_rows=[NewRow(row, SamplingParams(), [1], [], 0, 0, ()) for row in range(4)]))
+    counts = [num_unused, 2, 1, 1]
+    plan = StepPlan(
+        rows=[0, 1, 2, 3],
+        num_computed_tokens=[0] * 4,
+        num_scheduled_tokens=counts,
+        token_ids=[1] * sum(counts),
+        sample_indices=[2],
+        sample_rows=[2],
+        pool_rows=[1, 3],
+    )
+    builder = StepInputBuilder(rows, 16, CPU)
+    step = builder.lay_out(plan)
+    sent = builder.send(step, {})
+    assert (sent.selection is None) == (num_unused == 3)
+    of_tokens = torch.randn(sum(counts), 5, dtype=torch.bfloat16)
+    of_tokens[-1, 2] = torch.nan
+    hidden = of_tokens if sent.selection is None else of_tokens[torch.from_numpy(sent.selection.tokens)]
+    expected = of_tokens[num_unused + 1].float().numpy().tobytes()
+    result = StepResult()
+    finish = fetch_vectors(step, sent, hidden, result)
+    hidden.zero_()
+    finish()
+    assert result.vectors == {1: expected}
+    assert result.vector_errors == {3: "the model's hidden states are not finite"}

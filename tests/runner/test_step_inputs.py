@@ -121,7 +121,7 @@ def test_hidden_states_of_selected_tokens() -> None:
     assert sent.selection is not None
     assert sent.tensors["output_tokens"].tolist() == [49]
     assert sent.sampled.tolist() == [0]
-    assert sent.hidden_index(49) == 0
+    assert sent.hidden_indices(np.array([49], dtype=np.int32)).tolist() == [0]
     short = builder.send(builder.lay_out(prefill(1, 5)), {})
     assert short.selection is None
-    assert short.hidden_index(3) == 3
+    assert short.hidden_indices(np.array([3], dtype=np.int32)).tolist() == [3]

@@ -9,7 +9,7 @@ from typing import Literal
 from quire.config import SpeculativeConfig
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import SampleId, SequenceDelta
-from quire.request import Request
+from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.draft_planner import Candidate, DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
@@ -179,6 +179,7 @@ class Engine:
         assert len(plan.token_ids) == num_rows > 0
         assert plan.new_rows == plan.row_forks == plan.block_copies == []
         assert plan.drafts == plan.prompt_logprobs == {}
+        assert plan.pool_rows == []
         assert all(first > 0 for _, first, _ in plan.new_blocks)
         last = self.last_plans.get(plan.batch_id)
         if last is not None:
@@ -238,6 +239,8 @@ class Engine:
             assert token_ids == ending.token_ids[: len(token_ids)]
             if delta.finish_reason is not None:
                 assert (token_ids, delta.finish_reason) == (ending.token_ids, ending.finish_reason)
+                assert delta.vector == ending.vector
+                assert (delta.error is None) == (delta.finish_reason != "error")
                 client.finish_reasons[delta.index] = delta.finish_reason
             if client.request.params.prompt_logprobs is None:
                 assert client.prompt_logprobs == []
@@ -372,6 +375,14 @@ def new_request(
         tenant=salt,
         output_token_ids=resumed or {},
     )
+
+
+def embed_request(
+    request_id: str, prompt: int | list[int], *, seed: int = 1, priority: int = 0, salt: str = ""
+) -> Request:
+    """A request for the vector of a prompt, as `new_request` takes it. With a negative seed some prompts fail."""
+    request = new_request(request_id, prompt, seed=seed, priority=priority, salt=salt)
+    return replace(request, task=Task.EMBED, max_tokens=0)
 
 
 def counts_by_request(engine: Engine, plan: StepPlan) -> dict[str, int]:

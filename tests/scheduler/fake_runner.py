@@ -8,7 +8,7 @@ the context alone, so every request must get the tokens that it would get alone,
 import random
 from dataclasses import dataclass
 
-from quire.request import Request
+from quire.request import Request, Task
 from quire.step import BeamCandidates, NewRow, StepPlan, StepResult, TokenLogprobs
 
 EOS = 15
@@ -57,6 +57,7 @@ class Ending:
 
     token_ids: list[int]
     finish_reason: str
+    vector: bytes | None = None
 
 
 def searched(request: Request) -> list[Ending]:
@@ -90,7 +91,15 @@ def searched(request: Request) -> list[Ending]:
     return [Ending(tokens, "stop" if tokens[-1] in enders else "length") for _, tokens in finished[: params.n]]
 
 
+def vector_of(kv: int) -> bytes:
+    """What stands for a context whose last token has this KV."""
+    return kv.to_bytes(8, "little")
+
+
 def alone(request: Request, index: int) -> Ending:
+    if request.task is Task.EMBED:
+        kv = kv_of_all(request.prompt_token_ids)[-1]
+        return Ending([], "error") if is_faulty(kv, request.seed) else Ending([], "stop", vector_of(kv))
     if request.params.beam_width is not None:
         return searched(request)[index]
     token_ids: list[int] = []
@@ -199,6 +208,7 @@ class FakeRunner:
                 self._accept(row, computed, draft, end, result)
             if new_row.params.structured_outputs is not None and not is_faulty(kv, new_row.seed):
                 self._follow_grammar(row, result)
+        self._pool(plan, result)
         for index, (_, targets) in plan.prompt_logprobs.items():
             start, row = plan.num_computed_tokens[index], self.rows[plan.rows[index]]
             assert targets == row.new_row.prompt_token_ids[start + 1 : start + 1 + plan.num_scheduled_tokens[index]]
@@ -206,6 +216,18 @@ class FakeRunner:
                 TokenLogprobs([target], [-float(start + offset)], [1]) for offset, target in enumerate(targets)
             ]
         return result
+
+    def _pool(self, plan: StepPlan, result: StepResult) -> None:
+        assert plan.pool_rows == sorted(set(plan.pool_rows) - set(plan.sample_indices))
+        for index in plan.pool_rows:
+            row = self.rows[plan.rows[index]]
+            end = plan.num_computed_tokens[index] + plan.num_scheduled_tokens[index]
+            assert end == len(row.token_ids), "a vector is read after the prompt's last token"
+            kv = self.kv_at(row, end - 1)
+            if is_faulty(kv, row.new_row.seed):
+                result.vector_errors[index] = "hidden states are not finite"
+            else:
+                result.vectors[index] = vector_of(kv)
 
     def _accept(self, row: Row, computed: Row, draft: list[int], end: int, result: StepResult) -> None:
         """Draw again after each token of a draft that holds, from what stands in the memory there."""

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from quire.errors import RequestError
 from quire.scheduler import length_curve
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
-from tests.scheduler.checked_engine import Engine, Guesses, new_request
+from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_request
 from tests.scheduler.fake_runner import (
     alone,
 )
@@ -129,6 +129,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             # What can never run is refused; that it is refused for good reason has its own test.
             with contextlib.suppress(RequestError):
                 self.engine.add(request)
+            self.engine.check()
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=48),
+        prefix=st.integers(0, 12),
+        seed=st.integers(-2, 6),
+        priority=st.integers(0, 1),
+        salt=st.sampled_from(["", "", "b"]),
+        times=st.sampled_from([1, 1, 3]),
+    )
+    def embed(self, prompt: list[int], prefix: int, seed: int, priority: int, salt: str, times: int) -> None:
+        for _ in range(times):
+            name = f"request {self.num_requests}"
+            self.num_requests += 1
+            with contextlib.suppress(RequestError):
+                self.engine.add(embed_request(name, [0] * prefix + prompt, seed=seed, priority=priority, salt=salt))
             self.engine.check()
 
     @precondition(lambda self: self.engine.clients)

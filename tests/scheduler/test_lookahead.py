@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.scheduler.checked_engine import Engine, new_request
+from tests.scheduler.checked_engine import Engine, embed_request, new_request
 from tests.scheduler.fake_runner import (
     alone,
 )
@@ -50,3 +50,27 @@ def test_beams_are_not_planned_ahead() -> None:
     engine.add(new_request("a", [0, 1], 6, n=2, beam_width=3))
     engine.run()
     assert engine.num_ahead == 0
+
+
+def test_the_step_after_a_vector_is_planned_without_its_prompt() -> None:
+    engine = Engine(overlaps=True, max_num_batched_tokens=8)
+    vector, tokens = engine.add(embed_request("vector", 30)), engine.add(new_request("tokens", 3, 12))
+    engine.run()
+    assert (vector.finish_reasons, len(tokens.token_ids[0])) == ({0: "stop"}, 12)
+    assert engine.num_ahead == engine.num_steps - 1
+
+
+def test_no_step_is_planned_ahead_of_the_last_vector() -> None:
+    engine = Engine(overlaps=True, max_num_batched_tokens=8)
+    engine.add(embed_request("vector", 30))
+    engine.run()
+    assert (engine.num_steps, engine.num_ahead) == (4, 3)
+
+
+def test_a_prompt_whose_vector_is_on_its_way_is_ending() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    for name, length in (("ends", 3), ("goes on", 30)):
+        engine.add(embed_request(name, length))
+    plan = engine.scheduler.schedule()
+    ending = engine.scheduler._parts.look_ahead.assume_result(plan, None)
+    assert [sequence.group.request.request_id for sequence in ending] == ["ends"]

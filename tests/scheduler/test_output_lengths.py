@@ -1,7 +1,7 @@
 import random
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.request import Request
+from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.length_curve import MIN_ANSWERS, Ending
 from quire.scheduler.output_lengths import MAX_CLASSES, OutputLengths
@@ -75,3 +75,19 @@ def test_classes_are_bounded() -> None:
     for number in range(2 * MAX_CLASSES):
         finish(lengths, 5, tenant=f"tenant {number}")
     assert len(lengths._classes) == MAX_CLASSES
+
+
+def test_vectors_have_no_length_and_teach_none() -> None:
+    lengths = OutputLengths()
+    for _ in range(2 * MIN_ANSWERS):
+        request = Request(
+            request_id="", prompt_token_ids=[1], params=SamplingParams(), task=Task.EMBED, max_tokens=0, tenant="a"
+        )
+        group = SequenceGroup(request, POOL, b"", 0)
+        lengths.enter(group)
+        lengths.start(group)
+        assert group.length_classes == ()
+        assert group.length_curve is not None
+        assert (group.length_curve.quantile(0.9, 0, 0), group.length_curve.mean(0, 0)) == (0, 0.0)
+        lengths.end(group.leader, Ending.ABORTED)
+    assert predicted(lengths, tenant="a") is None

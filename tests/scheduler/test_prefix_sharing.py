@@ -247,13 +247,15 @@ def requests(draw: st.DrawFn) -> Request:
 
 
 @given(st.lists(requests(), max_size=7))
-def test_every_request_finds_all_that_is_the_same_and_nothing_else(all_requests: list[Request]) -> None:
+def test_every_request_finds_the_full_blocks_that_are_the_same_and_no_other_token(all_requests: list[Request]) -> None:
+    """A partly filled block may be lost: the sequence that continues it overwrites the tokens after the common ones."""
     cache, seen = Cache(), list[list[object]]()
     for request in all_requests:
         request = replace(request, max_tokens=1, params=SamplingParams())
         mine = chain(request, request.prompt_token_ids)
         common = max((sum(a == b for a, b in zip(mine, other, strict=False)) for other in seen), default=0)
-        assert cache.num_cached(request) == min(common, len(mine) - 1)
+        same, size = min(common, len(mine) - 1), cache.pool.block_size
+        assert same // size * size <= cache.num_cached(request) <= same
         seen.append(mine)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from quire.errors import RequestError
 from quire.request import Request
-from tests.scheduler.checked_engine import Engine, new_request
+from tests.scheduler.checked_engine import Engine, embed_request, new_request
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,14 @@ def test_a_request_as_large_as_the_pool_needs_no_watermark() -> None:
     engine = Engine(200, 1, max_num_batched_tokens=256)
     engine.add(new_request("a", 200, max_tokens=1))
     engine.run(max_steps=1)
+
+
+def test_a_vector_needs_room_for_its_prompt_alone() -> None:
+    engine = Engine(num_blocks=64)
+    engine.add(embed_request("fits", 256))
+    engine.run()
+    for too_long in (257, 300):
+        with pytest.raises(RequestError, match=f"the prompt has {too_long} tokens and max_tokens is 0"):
+            engine.add(embed_request("too long", too_long))
+    with pytest.raises(RequestError, match="40 prompt \\+ 0 output tokens can need 10 KV blocks of 4 tokens"):
+        Engine(num_blocks=9).add(embed_request("too large", 40))

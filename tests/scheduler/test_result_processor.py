@@ -4,7 +4,7 @@ import pytest
 
 from quire.errors import RequestError
 from quire.outputs import SequenceDelta
-from tests.scheduler.checked_engine import Engine, new_request
+from tests.scheduler.checked_engine import Engine, embed_request, new_request
 from tests.scheduler.fake_runner import EOS, STOP_TOKEN, alone, is_faulty, kv_of_all
 
 # -- leaving ----------------------------------------------------------------------------------------------------------
@@ -63,6 +63,42 @@ def test_a_sample_that_fails_ends_alone_and_leaves_nothing_to_find() -> None:
     engine.step()
     assert engine.scheduler._queues.by_id["same prefix"].num_cached_tokens == 0
     engine.run()
+
+
+def test_a_vector_ends_its_request_and_leaves_its_blocks_to_be_found() -> None:
+    engine = Engine()
+    prompt = [7] * 12
+    client = engine.add(embed_request("vector", prompt))
+    engine.step()
+    assert client.finish_reasons == {0: "stop"}
+    assert engine.pool.num_free == engine.pool.num_blocks
+    engine.add(new_request("tokens", [*prompt, 5]))
+    engine.step()
+    assert engine.scheduler._queues.by_id["tokens"].num_cached_tokens == 12
+    engine.run()
+
+
+def test_a_vector_that_fails_leaves_nothing_to_find() -> None:
+    engine = Engine()
+    prompts = ([number] * 9 for number in range(100, 200))
+    prompt = next(prompt for prompt in prompts if is_faulty(kv_of_all(prompt)[-1], seed=-1))
+    client = engine.add(embed_request("faulty", prompt, seed=-1))
+    engine.step()
+    assert client.finish_reasons == {0: "error"}
+    engine.add(new_request("same prefix", [*prompt, 5]))
+    engine.step()
+    assert engine.scheduler._queues.by_id["same prefix"].num_cached_tokens == 0
+    engine.run()
+
+
+def test_a_vector_is_aborted_wherever_its_prompt_is() -> None:
+    engine = Engine(max_num_batched_tokens=8, enable_prefix_caching=False, overlaps=True)
+    for name in ("half computed", "queued"):
+        engine.add(embed_request(name, 30))
+        engine.step()
+    for name in ("half computed", "queued"):
+        engine.abort(name)
+    assert (engine.pool.num_free, engine.scheduler.has_work) == (64, False)
 
 
 # -- samples of one request -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from hypothesis import settings
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.scheduler.sequence import SequenceGroup
-from tests.scheduler.checked_engine import Engine, Guesses, new_request
+from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_request
 from tests.scheduler.fake_runner import (
     alone,
 )
@@ -44,6 +44,11 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
                 token_ids = alone(request, index).token_ids
                 request.output_token_ids[index] = token_ids[: rng.randrange(len(token_ids) + 1)][:-1]
         requests.append(request)
+    others = random.Random(seed)
+    for number in range(5):
+        prompt = [0] * others.randrange(12) + [others.randrange(2) for _ in range(others.randrange(1, 40))]
+        vector = embed_request(f"vector {number}", prompt, seed=others.randrange(-1, 5), priority=others.randrange(2))
+        requests.insert(others.randrange(len(requests)), vector)
     pool = BlockPool(1, block_size)
     largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(block_size) for request in requests)
     engine = Engine(

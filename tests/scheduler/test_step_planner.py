@@ -3,7 +3,7 @@
 import pytest
 
 from quire.scheduler.step_planner import equal_shares
-from tests.scheduler.checked_engine import Engine, Guesses, counts_by_request, new_request
+from tests.scheduler.checked_engine import Engine, Guesses, counts_by_request, embed_request, new_request
 
 # -- the budget -------------------------------------------------------------------------------------------------------
 
@@ -205,3 +205,54 @@ def test_drafts_take_no_memory_that_others_may_need() -> None:
     assert engine.step().drafts == {}, "of two free blocks each may need one"
     engine.run()
     assert engine.scheduler.stats().total_preemptions == 0
+
+
+# -- vectors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_vector_is_read_where_its_prompt_ends_and_nothing_is_sampled_there() -> None:
+    engine = Engine(max_num_batched_tokens=8)
+    engine.add(embed_request("vector", 20))
+    engine.add(new_request("tokens", 3, max_tokens=2))
+    plans = []
+    while engine.scheduler.has_work:
+        plans.append(engine.step())
+    assert [plan.num_scheduled_tokens for plan in plans] == [[5, 3], [1, 7], [8]]
+    assert [plan.pool_rows for plan in plans] == [[], [], [0]]
+    assert [len(plan.sample_rows) for plan in plans] == [1, 1, 0]
+    stats = engine.scheduler.stats()
+    assert (stats.total_prompt_tokens, stats.total_generated_tokens) == (23, 2)
+
+
+def test_a_prompt_found_whole_in_the_cache_computes_its_last_token() -> None:
+    engine = Engine()
+    prompt = list(range(100, 116))
+    engine.add(embed_request("first", prompt))
+    engine.run()
+    engine.add(embed_request("again", prompt))
+    plan = engine.step()
+    assert (plan.num_scheduled_tokens, plan.pool_rows) == ([1], [0])
+    assert not engine.scheduler.has_work
+
+
+def test_many_vectors_in_one_step_take_a_row_each() -> None:
+    engine = Engine(max_num_seqs=4)
+    for number in range(6):
+        engine.add(embed_request(f"{number}", 3))
+    assert engine.step().pool_rows == [0, 1, 2, 3]
+    assert engine.step().pool_rows == [0, 1]
+    assert not engine.scheduler.has_work
+
+
+def test_a_preempted_prompt_gets_its_vector_when_it_resumes() -> None:
+    engine = Engine(num_blocks=8, block_size=4, max_num_seqs=2, max_num_batched_tokens=2)
+    engine.add(new_request("tokens", 2, max_tokens=28))
+    engine.step()
+    client = engine.add(embed_request("vector", 16))
+    num_preemptions = 0
+    while engine.scheduler.has_work:
+        engine.step()
+        if group := engine.scheduler._queues.by_id.get("vector"):
+            num_preemptions = group.num_preemptions
+    assert client.finish_reasons == {0: "stop"}
+    assert num_preemptions == 1

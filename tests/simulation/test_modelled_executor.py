@@ -38,3 +38,10 @@ def test_work_is_counted_token_by_token(rows: list[tuple[int, int]], num_samples
     assert step_time.asked == (len(rows), plan.num_tokens, read, pairs, num_samples)
     assert seconds == 0.5
     assert len(result.token_ids) == len(result.errors) == len(result.logprobs) == num_samples
+
+
+def test_each_vector_that_a_plan_asks_for_has_a_result() -> None:
+    plan = StepPlan(
+        rows=[0, 1], num_computed_tokens=[0, 0], num_scheduled_tokens=[1, 2], token_ids=[0] * 3, pool_rows=[1]
+    )
+    assert ModelledExecutor(Asked()).execute(plan)[0].vectors == {1: b""}

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_client import EngineClient
@@ -39,12 +40,13 @@ from quire.engine.messages import (
 )
 from quire.engine.metrics import Metrics
 from quire.engine.prefix_registrations import PrefixRegistrations
-from quire.engine.request_streams import RequestStreams
+from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
+from quire.request import Task
 from quire.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -174,14 +176,76 @@ class AsyncLLM:
         an engine that takes no requests now (503). `tenant` and `workload` are those of `Request`; `request_id` is the
         caller's name for it and only echoed.
         """
-        if self._inputs is None or self.state in ("loading", "draining", "dead"):
-            raise EngineUnavailableError(f"the engine is {self.state}")
         if params.logits_processors:
             raise RequestError(
                 "logits_processors are Python functions, which cannot go to another process: use LLM, or register a "
                 "batch processor with the engine (--logits-processors)",
                 param="logits_processors",
             )
+        stream = await self._open(
+            prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant, workload=workload
+        )
+        finished = False
+        try:
+            while not finished:
+                await stream.changed.wait()
+                output = stream.take()
+                if output is not None:
+                    finished = output.finished
+                    output.request_id = request_id or output.request_id
+                    yield output
+        finally:
+            self._streams.close(stream)
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+        workload: str = "",
+    ) -> EmbeddingRequestOutput:
+        """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
+
+        Raises `RequestError` as `generate` does.
+        """
+        stream = await self._open(
+            prompt,
+            embedding_params(truncate_prompt_tokens),
+            task=Task.EMBED,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            workload=workload,
+        )
+        try:
+            output = None
+            while output is None:
+                await stream.changed.wait()
+                output = stream.take()
+        finally:
+            self._streams.close(stream)
+        output.request_id = request_id or output.request_id
+        return make_embedding(output, normalize=normalize)
+
+    async def _open(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        task: Task = Task.SAMPLE,
+        priority: int,
+        cache_salt: str,
+        tenant: str,
+        workload: str,
+    ) -> Stream:
+        """Check a request and send it to the engine process. The caller closes the stream."""
+        if self._inputs is None or self.state in ("loading", "draining", "dead"):
+            raise EngineUnavailableError(f"the engine is {self.state}")
         self._check_queue()
         internal_id = f"r{next(self._request_numbers)}"
         make = partial(
@@ -189,6 +253,7 @@ class AsyncLLM:
             internal_id,
             prompt,
             params,
+            task=task,
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
@@ -200,17 +265,7 @@ class AsyncLLM:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        stream, finished = self._streams.open(request, text), False
-        try:
-            while not finished:
-                await stream.changed.wait()
-                output = stream.take()
-                if output is not None:
-                    finished = output.finished
-                    output.request_id = request_id or internal_id
-                    yield output
-        finally:
-            self._streams.close(stream)
+        return self._streams.open(request, text)
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""

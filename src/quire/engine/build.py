@@ -212,7 +212,9 @@ def _open_tiers(target: _Target, kv_cache: KVCache) -> tuple[TierIndex | None, B
     num_host_blocks = plan.swap_space // block_bytes
     files = None
     if config.disk_cache is not None:
-        key = fingerprint(config, plan, target.folder, target.kernels.describe())
+        rope = target.model_config.rope
+        long_rope = rope is not None and rope.is_long(plan.max_model_len)
+        key = fingerprint(config, plan, target.folder, target.kernels.describe(), long_rope=long_rope)
         files = DiskBlocks.open(config.disk_cache, key, block_bytes)
     if not num_host_blocks and files is None:
         return None, None

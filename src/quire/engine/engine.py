@@ -19,6 +19,7 @@ from quire.engine.tokenizer import load_tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
+from quire.request import Task
 from quire.sampling_params import SamplingParams
 
 
@@ -70,13 +71,22 @@ class Engine:
         self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        task: Task = Task.SAMPLE,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> RequestOutput:
         """Queue a request. Returns its output, which grows with every step until it is finished.
 
         Raises `RequestError` for a request that cannot be served.
         """
-        request, text = self._inputs.make_request(request_id, prompt, params, priority=priority, cache_salt=cache_salt)
+        request, text = self._inputs.make_request(
+            request_id, prompt, params, task=task, priority=priority, cache_salt=cache_salt
+        )
         if params.structured_outputs is not None:
             request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)

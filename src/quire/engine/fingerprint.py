@@ -2,9 +2,9 @@
 
 It covers config.json; the name, size, modification time and header of each safetensors file (name, dtype, shape and
 offset of every tensor, not the bytes, since hashing them takes as long as loading); the dtypes of weights and KV, the
-layout and the block size; the seed of random weights; the version of Quire, the device, the backend and the instruction
-set of the CPU kernels, since each may change the last bits of a value. If any of these changes, no stored block is
-found.
+layout and the block size; which of two rotations keys have, where a model has two; the seed of random weights; the
+version of Quire, the device, the backend and the instruction set of the CPU kernels, since each may change the last
+bits of a value. If any of these changes, no stored block is found.
 """
 
 from hashlib import blake2b
@@ -19,10 +19,12 @@ KV_LAYOUT = "as the backend has it, layer after layer"
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def fingerprint(config: EngineConfig, plan: MemoryPlan, folder: Path, instruction_set: str) -> bytes:
-    """BLAKE2b hash of FINGERPRINT_BYTES bytes."""
+def fingerprint(
+    config: EngineConfig, plan: MemoryPlan, folder: Path, instruction_set: str, *, long_rope: bool = False
+) -> bytes:
+    """BLAKE2b hash of FINGERPRINT_BYTES bytes. `long_rope`: keys are rotated for long contexts."""
     computed = f"{instruction_set} {plan.device} {plan.attention_backend}"
-    kv = (KV_LAYOUT, computed, plan.kv_cache_dtype, str(plan.block_size))
+    kv = (KV_LAYOUT, computed, plan.kv_cache_dtype, str(plan.block_size), *(["long rope"] if long_rope else []))
     return _digest(config, plan, folder, kv)
 
 

@@ -9,7 +9,7 @@ from quire.engine.limits import check_request
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
-from quire.request import Request
+from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -45,6 +45,7 @@ class InputProcessor:
         prompt: Prompt,
         params: SamplingParams,
         *,
+        task: Task = Task.SAMPLE,
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
@@ -54,7 +55,8 @@ class InputProcessor:
         text, token_ids = self._tokens_of(prompt)
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
-            room = self._max_model_len - (params.max_tokens or 1)
+            num_output = 0 if task is Task.EMBED else params.max_tokens or 1
+            room = self._max_model_len - num_output
             token_ids = token_ids[-(keep if keep > 0 else max(1, room)) :]
         if params.bad_words and not params.bad_words_token_ids:
             params = params.with_changes(bad_words_token_ids=self._bad_word_tokens(params.bad_words))
@@ -64,13 +66,17 @@ class InputProcessor:
             params = params.with_changes(
                 n=params.num_samples, best_of=None, logprobs=0 if hides_logprobs else params.logprobs
             )
+        max_tokens = 0
+        if task is Task.SAMPLE:
+            max_tokens = params.max_tokens or max(1, self._max_model_len - len(token_ids))
         request = Request(
             request_id=request_id,
             prompt_token_ids=token_ids,
             params=params,
+            task=task,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
-            max_tokens=params.max_tokens or max(1, self._max_model_len - len(token_ids)),
+            max_tokens=max_tokens,
             arrival_time=self._clock(),
             priority=priority,
             cache_salt=cache_salt,

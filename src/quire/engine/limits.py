@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 
 from quire.errors import RequestError
-from quire.request import Request
+from quire.request import Request, Task
 
 
 def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_model_len: int) -> None:
     """Raise `RequestError` for a prompt without room in the context, for tokens outside the vocabulary, and for more
     log-probabilities than allowed."""
     params = request.params
-    check_prompt_length(len(request.prompt_token_ids), max_model_len)
+    num_output = 0 if request.task is Task.EMBED else 1
+    check_prompt_length(len(request.prompt_token_ids), max_model_len, num_output=num_output)
     _check_tokens("prompt", request.prompt_token_ids, vocab_size)
     for output in request.output_token_ids.values():
         _check_tokens("output_token_ids", output, vocab_size)
@@ -25,13 +26,14 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_m
             )
 
 
-def check_prompt_length(num_tokens: int, max_model_len: int, *, name: str = "the prompt") -> None:
-    """Raise `RequestError` for an empty prompt, and for one that leaves no room for an output token."""
+def check_prompt_length(num_tokens: int, max_model_len: int, *, name: str = "the prompt", num_output: int = 1) -> None:
+    """Raise `RequestError` for an empty prompt, and for one that leaves no room for `num_output` output tokens."""
     if not num_tokens:
         raise RequestError(f"{name} is empty: it must hold at least one token", param="prompt")
-    if num_tokens >= max_model_len:
+    if num_tokens + num_output > max_model_len:
         raise RequestError(
-            f"{name} has {num_tokens} tokens, but the context holds {max_model_len}, output included; "
+            f"{name} has {num_tokens} tokens, but the context holds {max_model_len}"
+            f"{', output included' if num_output else ''}; "
             "shorten it or set truncate_prompt_tokens",
             param="prompt",
             code="context_length_exceeded",

@@ -125,7 +125,7 @@ def plan_memory(
     check_parts(config, model, budget, block_size, host)
     check_model_fits(config, model, choice, budget, device)
     check_context(config, model)
-    longest = config.max_model_len or model.context_length
+    longest = config.max_model_len or model.default_model_len
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:

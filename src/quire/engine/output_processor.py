@@ -153,6 +153,7 @@ class OutputProcessor:
             state.prompt_logprobs_begun = True
             if not delta.token_ids and delta.finish_reason is None:
                 return
+        output.vector = delta.vector
         completion = sample.whole
         if completion is None:
             completion = CompletionOutput(delta.index)
@@ -180,7 +181,7 @@ class OutputProcessor:
             metrics.last_token_time = now
         if counts is not None:
             state.num_cached_tokens = max(0, counts.num_cached_tokens)
-            if delta.token_ids:
+            if delta.token_ids or delta.vector is not None:
                 metrics.first_scheduled_time = counts.first_scheduled_time
                 metrics.num_preemptions = counts.num_preemptions
                 metrics.num_draft_tokens = counts.num_draft_tokens

@@ -12,11 +12,11 @@ class Attention:
     """Write the new keys and values to their slots, then let the new queries attend to all keys they may see.
 
     `layer` is the index of its part of the KV cache. With `cos_sin`, the table of a rotary embedding, queries and keys
-    are first rotated by their positions. Keys and values are stored divided by `k_scale` and `v_scale` [num_kv_heads]
-    where these are set.
+    are first rotated by their positions. With `query_scales` [num_positions] a query is multiplied by its position's
+    entry. Keys and values are stored divided by `k_scale` and `v_scale` [num_kv_heads] where these are set.
     """
 
-    __slots__ = ("cos_sin", "k_scale", "kernels", "layer", "params", "v_scale")
+    __slots__ = ("cos_sin", "k_scale", "kernels", "layer", "params", "query_scales", "v_scale")
 
     def __init__(
         self,
@@ -28,11 +28,13 @@ class Attention:
         window: int = 0,
         softcap: float = 0.0,
         alibi_slopes: Tensor | None = None,
+        query_scales: Tensor | None = None,
     ) -> None:
         self.kernels = kernels
         self.layer = layer
         self.cos_sin = cos_sin
         self.params = AttentionParams(scale, window, softcap, alibi_slopes)
+        self.query_scales = query_scales
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
 
@@ -40,7 +42,7 @@ class Attention:
         """q [T, num_heads, D], k, v [T, num_kv_heads, D] -> [T, num_heads, D], or [R, num_heads, D] of the R output
         tokens.
 
-        With a rotary embedding q and k are overwritten.
+        With a rotary embedding q and k are overwritten, with `query_scales` q is.
         """
         kv = context.kv_layers[self.layer]
         if self.k_scale is not None:
@@ -50,6 +52,8 @@ class Attention:
             self.kernels.write_kv(k, v, kv, plan.slots)
         else:
             self.kernels.rotary_write_kv(q, k, v, context.positions, self.cos_sin, kv, plan.slots)
+        if self.query_scales is not None:
+            q.mul_(self.query_scales[context.positions].to(q.dtype)[:, None, None])
         if output_tokens is not None and output_tokens.plan is not None:
             q, plan, output_tokens = q[output_tokens.tokens], output_tokens.plan, None
         out = self.kernels.paged_attention(q, kv, plan, self.params)

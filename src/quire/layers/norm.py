@@ -11,8 +11,13 @@ from quire.kernels import Kernels
 class Norm(Protocol):
     """A norm over the last dimension [H]. Called with an update, it first adds it to the residual stream, in place."""
 
-    weight: Tensor
-    bias: Tensor | None
+    @property
+    def weight(self) -> Tensor | None:
+        """[H]; None where nothing is normed."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
         """residual, update [T, H] -> [T, H]."""
@@ -50,6 +55,19 @@ class LayerNorm:
         if update is not None:
             residual += update
         return torch.layer_norm(residual, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class NoNorm:
+    """The residual stream itself, for families that norm only what is added to it."""
+
+    weight: None = None
+    bias: None = None
+
+    def __call__(self, residual: Tensor, update: Tensor | None = None) -> Tensor:
+        """The result is `residual`, not a copy."""
+        if update is not None:
+            residual += update
+        return residual
 
 
 class Normed(NamedTuple):
@@ -93,17 +111,36 @@ class RMSHeadNorm:
 
 
 class LayerHeadNorm:
-    """LayerNorm without bias of each head, with a weight [heads, D] of its own for each."""
+    """LayerNorm of each head, with a weight [heads, D] of its own for each, or one [1, D] for all; a bias likewise."""
 
-    __slots__ = ("bound", "eps", "weight")
+    __slots__ = ("bias", "bound", "eps", "weight")
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, bias: Tensor | None = None) -> None:
         self.weight = weight
+        self.bias = bias
         self.eps = eps
         self.bound = _bound(weight)
+        if bias is not None:
+            self.bound += bias.float().abs()
 
     def __call__(self, x: Tensor) -> None:
-        x.copy_(torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight)
+        normed = torch.layer_norm(x, x.shape[-1:], None, None, self.eps) * self.weight
+        x.copy_(normed if self.bias is None else normed + self.bias)
+
+
+class JointHeadNorm:
+    """RMSNorm of all heads of a token as one vector, with a weight [heads x D]."""
+
+    __slots__ = ("bound", "eps", "kernels", "weight")
+
+    def __init__(self, kernels: Kernels, weight: Tensor, eps: float, head_dim: int) -> None:
+        self.kernels = kernels
+        self.weight = weight
+        self.eps = eps
+        self.bound = _bound(weight).view(-1, head_dim)
+
+    def __call__(self, x: Tensor) -> None:
+        self.kernels.rms_norm_heads_(x.flatten(1).unsqueeze(1), self.weight, self.eps)
 
 
 def _bound(weight: Tensor) -> Tensor:

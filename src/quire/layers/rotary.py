@@ -4,6 +4,7 @@ The table is computed in float32, as transformers computes it, since models were
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor
     frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
+
+
+@lru_cache(maxsize=1)  # the layers of a model share one table
+def query_scales(rope: RopeConfig | None, num_positions: int, device: torch.device) -> Tensor | None:
+    """[num_positions] float32: the factors of queries, which sharpen attention beyond the training length; None where
+    they are all 1."""
+    if rope is None or not rope.query_scaling_beta or num_positions <= rope.original_max_position:
+        return None
+    lengths = torch.floor(torch.arange(num_positions, device=device) / rope.original_max_position)
+    return 1 + rope.query_scaling_beta * torch.log(1 + lengths)
 
 
 def half_layout(head_dim: int, rotary_dim: int, device: torch.device) -> Tensor:
@@ -79,19 +90,35 @@ def _yarn(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
     return _blend(frequencies / rope.factor, frequencies, 1 - stretched)
 
 
+def _longrope(rope: RopeConfig, dim: int, num_positions: int) -> Tensor:
+    """Every frequency has a divisor of its own, one for short and one for long contexts (arXiv 2402.13753)."""
+    factors = rope.long_factors if rope.is_long(num_positions) else rope.short_factors
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+    return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta**exponents)
+
+
 def _blend(a: Tensor, b: Tensor, share_of_b: Tensor) -> Tensor:
     return a * (1 - share_of_b) + b * share_of_b
 
 
-_FREQUENCIES = {"default": _default, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+_FREQUENCIES = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """Yarn's factor of queries and keys, which keeps the entropy of attention over longer contexts."""
+    """Factor of queries and keys, which keeps the entropy of attention over longer contexts: yarn's or longrope's."""
     if rope.attention_factor is not None:
         return rope.attention_factor
-    if rope.rope_type != "yarn" or rope.factor <= 1:
+    if rope.rope_type not in ("yarn", "longrope") or rope.factor <= 1:
         return 1.0
+    if rope.rope_type == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
     growth = 0.1 * math.log(rope.factor)
     if rope.mscale and rope.mscale_all_dim:
         return (growth * rope.mscale + 1) / (growth * rope.mscale_all_dim + 1)

@@ -1,56 +1,55 @@
 """ARCHITECTURES: the list of what Quire can load, one row for each name in `architectures` of a config.json."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-STANDARD_LAYERS = "quire.model_config.decoder_layers:decoder_layers"
+from quire.model_config.architecture import STANDARD_LAYERS, Architecture
+from quire.model_config.gpt_architectures import GPT_ARCHITECTURES
 
+__all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """A row of ARCHITECTURES: the class of a family, and what its config.json leaves unsaid.
-
-    Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
-    these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
-    `qkv_bias`, `learned_positions`, `rotary_elements`, `rotary_layout`, `scale_embeddings`, `parallel_residual`,
-    `parallel_mlp_norm`, `post_norms`, `sliding_window_pattern`, `head_bias`, `alibi`, `alibi_before_scale`,
-    `embedding_norm`.
-    """
-
-    model: str
-    """The class, as "module:Class"; imported when a checkpoint needs it."""
-    layers: str = STANDARD_LAYERS
-    """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
-    layers do not follow from the fields of `ModelConfig` names its own."""
-    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """A key → how this family spells it in config.json; of several spellings the first one that the file has."""
-    implied: Mapping[str, Any] = field(default_factory=dict)
-    """Values that config.json may omit, by the family's spelling."""
-    fixed: Mapping[str, bool | int | str | None] = field(default_factory=dict)
-    """Keys of config.json that are supported with this one value; for a flag null is false."""
-
-
-_GPT2_NAMES: dict[str, str | tuple[str, ...]] = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
-    "rms_norm_eps": "layer_norm_epsilon",
-}
-_GPT2_IMPLIED: dict[str, Any] = {
-    "n_positions": 1024,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
+_GLM: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
     "attention_bias": True,
-    "mlp_bias": True,
-    "gated_mlp": False,
+    "o_bias": False,
+    "partial_rotary_factor": 0.5,
+    "rotary_layout": "interleaved",
+    "eos_token_id": [151329, 151336, 151338],
+}
+
+_GEMMA3: dict[str, Any] = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "positions_are_stretched": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "use_sliding_window": True,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
+# transformers reads the soft-cap of scores, and does not apply it.
+_GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
+_COHERE: dict[str, Any] = {
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
     "norm": "layer_norm",
-    "norm_bias": True,
-    "learned_positions": True,
+    "qk_norm_per_head": True,
+    "parallel_residual": True,
+    "rotary_layout": "interleaved",
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
 }
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -67,6 +66,50 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_sliding_window": True,
             "max_window_layers": 0,
         },
+    ),
+    "MinistralForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Ministral3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+    ),
+    "Mistral3ForConditionalGeneration": Architecture(
+        model="quire.models.mistral3:Mistral3Text",
+        implied={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "scale_queries": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        section="text_config",
     ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
@@ -94,6 +137,21 @@ ARCHITECTURES: dict[str, Architecture] = {
             "partial_rotary_factor": 0.25,
         },
     ),
+    "GemmaForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        # Its files say gelu, and the models were trained with the approximation by tanh.
+        meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
+        implied={
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_unit_offset": True,
+            "scale_embeddings": True,
+            "tie_word_embeddings": True,
+        },
+        fixed={"use_bidirectional_attention": False},
+    ),
     "Gemma2ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
         names={"hidden_act": "hidden_activation"},
@@ -115,6 +173,62 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"use_bidirectional_attention": False},
     ),
+    "Gemma3ForCausalLM": Architecture(
+        model="quire.models.gemma2:Gemma2",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        fixed=_GEMMA3_FIXED,
+    ),
+    "Gemma3ForConditionalGeneration": Architecture(
+        model="quire.models.gemma3:Gemma3Text",
+        names={"hidden_act": "hidden_activation"},
+        implied=_GEMMA3,
+        section="text_config",
+        fixed=_GEMMA3_FIXED,
+    ),
+    "GraniteForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "qk_norm_joint": True,
+        },
+    ),
+    "CohereForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "use_qk_norm"},
+        implied={**_COHERE, "rope_theta": 5e5},
+        fixed={"use_parallel_block": True, "use_gated_activation": True},
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        model="quire.models.cohere:Cohere",
+        names={"rms_norm_eps": "layer_norm_eps"},
+        implied={
+            **_COHERE,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+        fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
+    ),
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",
         names={"num_experts": "num_local_experts"},
@@ -129,6 +243,49 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 0,
         },
     ),
+    "Phi3ForCausalLM": Architecture(
+        model="quire.models.phi3:Phi3",
+        implied={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+        },
+        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
+    ),
+    "Exaone4ForCausalLM": Architecture(
+        model="quire.models.olmo2:OLMo2",
+        implied={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "pre_norms": False,
+            "post_norms": True,
+            "qk_norm": True,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_in_windows_only": True,
+        },
+    ),
+    "InternLM2ForCausalLM": Architecture(
+        model="quire.models.internlm2:InternLM2",
+        names={"attention_bias": "bias"},
+        implied={"max_position_embeddings": 2048, "bias": True},
+    ),
+    "InternLM3ForCausalLM": Architecture(
+        model="quire.models.llama:Llama",
+        implied={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+        },
+        fixed={"bias": False},
+    ),
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     "Starcoder2ForCausalLM": Architecture(
         model="quire.models.starcoder2:StarCoder2",
         names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
@@ -146,150 +303,5 @@ ARCHITECTURES: dict[str, Architecture] = {
             "tie_word_embeddings": True,
         },
     ),
-    "GPT2LMHeadModel": Architecture(
-        model="quire.models.gpt2:GPT2",
-        names=_GPT2_NAMES,
-        implied=_GPT2_IMPLIED,
-        fixed={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-    ),
-    "GPTBigCodeForCausalLM": Architecture(
-        model="quire.models.gpt_bigcode:GPTBigCode",
-        names=_GPT2_NAMES,
-        implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
-        fixed={"scale_attn_weights": True, "add_cross_attention": False},
-    ),
-    "GPTJForCausalLM": Architecture(
-        model="quire.models.gptj:GPTJ",
-        names={
-            "hidden_size": "n_embd",
-            "num_hidden_layers": "n_layer",
-            "num_attention_heads": "n_head",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "hidden_act": "activation_function",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "rotary_elements": "rotary_dim",
-        },
-        implied={
-            "n_positions": 2048,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "mlp_bias": True,
-            "head_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "parallel_residual": True,
-            "rotary_dim": 64,
-            "rotary_layout": "interleaved",
-        },
-    ),
-    "GPTNeoXForCausalLM": Architecture(
-        model="quire.models.gpt_neox:GPTNeoX",
-        names={
-            "rms_norm_eps": "layer_norm_eps",
-            "rope_theta": "rotary_emb_base",
-            "partial_rotary_factor": "rotary_pct",
-            "parallel_residual": "use_parallel_residual",
-        },
-        implied={
-            "max_position_embeddings": 2048,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "use_parallel_residual": True,
-            "parallel_mlp_norm": True,
-            "rotary_pct": 0.25,
-        },
-    ),
-    "BloomForCausalLM": Architecture(
-        model="quire.models.bloom:Bloom",
-        names={
-            "hidden_size": ("hidden_size", "n_embed"),
-            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
-            "num_attention_heads": ("n_head", "num_attention_heads"),
-            "max_position_embeddings": "seq_length",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
-        implied={
-            "seq_length": 2048,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "embedding_norm": True,
-            "alibi": True,
-        },
-        fixed={"apply_residual_connection_post_layernorm": False},
-    ),
-    "FalconForCausalLM": Architecture(
-        model="quire.models.falcon:Falcon",
-        names={
-            "hidden_size": ("hidden_size", "n_embed"),
-            "num_key_value_heads": "num_kv_heads",
-            "intermediate_size": "ffn_hidden_size",
-            "hidden_act": "activation",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "attention_bias": "bias",
-            "mlp_bias": "bias",
-            "parallel_residual": "parallel_attn",
-        },
-        implied={
-            "max_position_embeddings": 2048,
-            "activation": "gelu",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "multi_query": True,
-            "parallel_attn": True,
-            "new_decoder_architecture": False,
-            "alibi_before_scale": True,
-        },
-    ),
-    "MptForCausalLM": Architecture(
-        model="quire.models.mpt:MPT",
-        names={
-            "hidden_size": ("d_model", "hidden_size"),
-            "num_hidden_layers": ("n_layers", "num_hidden_layers"),
-            "num_attention_heads": ("n_heads", "num_attention_heads"),
-            "max_position_embeddings": "max_seq_len",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "alibi_bias_max": "attn_config.alibi_bias_max",
-            "clip_qkv": "attn_config.clip_qkv",
-        },
-        implied={
-            "max_seq_len": 2048,
-            "hidden_act": "gelu",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "alibi": True,
-        },
-        fixed={
-            "no_bias": True,
-            "expansion_ratio": 4,
-            "logit_scale": None,
-            "attn_config.alibi": True,
-            "attn_config.attn_type": "multihead_attention",
-            "attn_config.prefix_lm": False,
-            "attn_config.qk_ln": False,
-            "attn_config.softmax_scale": None,
-        },
-    ),
+    **GPT_ARCHITECTURES,
 }
-ARCHITECTURES["MPTForCausalLM"] = ARCHITECTURES["MptForCausalLM"]  # as published

@@ -30,7 +30,13 @@ class ConfigJson:
         self._path = path
         self.architecture = self._find_architecture(config)
         row = ARCHITECTURES[self.architecture]
-        self._names = row.names
+        self._names, self._meanings = row.names, row.meanings
+        if row.section:
+            text = config.get(row.section)
+            if not isinstance(text, dict):
+                raise self.refusal(row.section, text, "an object that describes the text model")
+            # What the whole file says, of its end tokens for one, goes before what the section repeats.
+            config = {**text, **{key: value for key, value in config.items() if value is not None}}
         self._config = {**row.implied, **config, **_nested(config)}
         for key, supported in row.fixed.items():
             value = self._config.get(key, supported)
@@ -42,8 +48,10 @@ class ConfigJson:
             raise self.refusal("quantization_config", method, "float32, float16 and bfloat16 weights")
 
     def value(self, key: str) -> Any:
-        """The value as it is; None if it is missing."""
-        return self._config.get(self._spelling(key))
+        """The value, or what the family means by it; None if it is missing."""
+        value = self._config.get(self._spelling(key))
+        meanings = self._meanings.get(key)
+        return meanings.get(value, value) if meanings and isinstance(value, str) else value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """False for null, `default` for a missing key."""

@@ -52,16 +52,20 @@ def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool) -> MLPSp
 
 
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
-    names = ["attention_norm"]
-    if config.parallel_mlp_norm or not config.parallel_residual:
-        names.append("mlp_norm")
+    names = []
+    if config.pre_norms:
+        names.append("attention_norm")
+        if config.parallel_mlp_norm or not config.parallel_residual:
+            names.append("mlp_norm")
     if config.post_norms:
         names += ["attention_post_norm", "mlp_post_norm"]
     vectors = tuple(vector for name in names for vector in norm_vectors(config, name))
     if config.qk_norm:
-        num_queries, num_keys = (config.num_heads, config.num_kv_heads) if config.qk_norm_per_head else (1, 1)
+        every_head = config.qk_norm_per_head or config.qk_norm_joint
+        num_queries, num_keys = (config.num_heads, config.num_kv_heads) if every_head else (1, 1)
         sizes = {"q_norm": num_queries * config.head_dim, "k_norm": num_keys * config.head_dim}
-        vectors += tuple(VectorSpec(f"{name}.weight", size) for name, size in sizes.items())
+        parts = ("weight", "bias") if config.qk_norm_bias else ("weight",)
+        vectors += tuple(VectorSpec(f"{name}.{part}", size) for name, size in sizes.items() for part in parts)
     return vectors
 
 

@@ -13,15 +13,16 @@ from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.rope import RopeConfig, read_rope
+from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
 ACTIVATIONS = {
     "silu": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
 }
 """config.json's name → ours."""
 
@@ -53,6 +54,13 @@ class ModelConfig:
     """Norms have a bias beside the weight."""
     norm_unit_offset: bool = False
     """A norm multiplies by 1 + weight (Gemma)."""
+    pre_norms: bool = True
+    """What attention and the MLP read is a norm of the residual stream; else the stream itself (OLMo 2)."""
+    norm_before: bool = True
+    """Norms precede attention and the MLP. False: they follow the additions, x = norm(x + attention(x)), and the last
+    layer's norm is the final one (OPT-350M)."""
+    final_norm: bool = True
+    """There is a norm before the output head that belongs to no layer."""
     post_norms: bool = False
     """What attention and the MLP compute passes a norm of its own before it is added to the residual stream: four
     norms a layer instead of two (Gemma 2)."""
@@ -63,7 +71,7 @@ class ModelConfig:
     """With a parallel residual the MLP reads a norm of its own of the layer's input (GPT-NeoX)."""
 
     activation: str = "silu"
-    """silu, gelu or gelu_tanh."""
+    """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
     qkv_bias: bool = False
     o_bias: bool = False
@@ -83,11 +91,17 @@ class ModelConfig:
     clip_qkv: float = 0.0
     """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
-    """Queries and keys pass a norm of `head_dim` elements, without bias, before they are rotated."""
+    """Queries and keys pass a norm of `head_dim` elements before they are rotated."""
     qk_norm_per_head: bool = False
     """Every head has a weight of its own in that norm (StableLM); else all heads share one."""
+    qk_norm_bias: bool = False
+    """That norm has a bias beside the weight (Phi)."""
+    qk_norm_joint: bool = False
+    """That norm is of all heads together, as one long vector with a weight for each element (OLMo 2)."""
     query_pre_attn_scalar: float | None = None
     """Scores are multiplied by this ** -0.5; None: by head_dim ** -0.5. `attention_scale` has the factor."""
+    attention_multiplier: float | None = None
+    """The factor of the scores itself, in the place of that (Granite)."""
     attention_softcap: float = 0.0
     """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
     layer_windows: tuple[int, ...] = ()
@@ -97,11 +111,27 @@ class ModelConfig:
     is."""
     rope: RopeConfig | None = None
     """None without `alibi_slopes`: positions are learned, one embedding each."""
+    position_offset: int = 0
+    """Rows of that table before the first position's (OPT)."""
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
+    """The rotary embedding of each layer, where layers differ in it: None for a layer that rotates nothing. `rope` is
+    then that of the layers that attend to all positions. Empty: every layer has `rope`."""
+    positions_are_stretched: bool = False
+    """`max_position_embeddings` already counts the stretch of a scaled rotary embedding (Gemma 3)."""
 
     embedding_norm: bool = False
     """Token embeddings pass a norm of the kind of the others before the first layer (BLOOM)."""
+    embedding_width: int = 0
+    """Width of the token embeddings and of the head's input, where projections lead to `hidden_size` and back
+    (OPT-350M); 0: it is `hidden_size`, without projections."""
     embedding_multiplier: float = 1.0
-    """Factor of the token embeddings. transformers rounds it to the type of the weights it loads."""
+    """Factor of the token embeddings."""
+    round_embedding_multiplier: bool = False
+    """transformers rounds that factor to the type of the weights it loads (Gemma)."""
+    residual_multiplier: float = 1.0
+    """Factor of what attention and the MLP compute before it is added to the residual stream (Granite)."""
+    logits_multiplier: float = 1.0
+    """Factor of the logits."""
     logits_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap); 0: they are left as they are."""
     tie_word_embeddings: bool = False
@@ -134,13 +164,25 @@ class ModelConfig:
     def context_length(self) -> int:
         """Most tokens a sequence can have: positions trained, times the stretch of scaled rotary embeddings."""
         rope = self.rope
-        if rope is None:
+        if rope is None or self.positions_are_stretched:
             return self.max_position_embeddings
         if rope.rope_type in ("linear", "dynamic"):
             return int(self.max_position_embeddings * rope.factor)
         if rope.rope_type == "yarn":
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
+
+    @property
+    def default_model_len(self) -> int:
+        """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
+        rope = self.rope
+        if rope is not None and rope.rope_type == "longrope":
+            return min(self.context_length, rope.original_max_position)
+        return self.context_length
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer; None: it rotates nothing."""
+        return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     @property
     def num_qkv_heads(self) -> int:
@@ -150,6 +192,8 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """Factor of the attention scores."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         scale: float = (self.query_pre_attn_scalar or self.head_dim) ** -0.5
         return scale
 
@@ -165,17 +209,24 @@ def _spec(config: ModelConfig) -> ModelSpec:
     row = ARCHITECTURES.get(config.architecture)
     module, name = (row.layers if row is not None else STANDARD_LAYERS).split(":")
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
-    hidden = config.hidden_size
+    hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
+    num_positions = config.max_position_embeddings + config.position_offset
     learned = config.rope is None and not config.alibi_slopes
+    positions = LinearSpec("positions", num_positions, hidden) if learned else None
+    projections = (
+        LinearSpec("project_in", hidden, width, quantizes=False),
+        LinearSpec("project_out", width, hidden, quantizes=False),
+    )
     embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
-        embedding=LinearSpec("embedding", config.vocab_size, hidden),
-        head=LinearSpec("head", config.vocab_size, hidden),
+        embedding=LinearSpec("embedding", config.vocab_size, width),
+        head=LinearSpec("head", config.vocab_size, width),
+        projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
-        positions=LinearSpec("positions", config.max_position_embeddings, hidden) if learned else None,
-        vectors=norm_vectors(config, "norm") + embedding_norm + head_bias,
+        positions=positions,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
     )
 
 
@@ -199,9 +250,14 @@ def _read(config: ConfigJson) -> ModelConfig:
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
     num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
-    alibi_slopes, learned = read_alibi_slopes(config, num_heads, head_dim), config.flag("learned_positions")
-    scalar = config.number("query_pre_attn_scalar", 0.0)
+    alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
+    norm_before = config.flag("norm_before", True)
+    embedding_width = config.integer("embedding_width", hidden_size)
+    scaled = config.flag("scale_embeddings")
+    windows = read_layer_windows(config, num_layers)
+    unrotated = bool(alibi_slopes) or config.flag("learned_positions")
+    ropes = (None, ()) if unrotated else read_ropes(config, max_position, head_dim, windows)
     return ModelConfig(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
@@ -216,13 +272,16 @@ def _read(config: ConfigJson) -> ModelConfig:
         norm_eps=config.number("rms_norm_eps", 1e-6),
         norm_bias=config.flag("norm_bias"),
         norm_unit_offset=config.flag("norm_unit_offset"),
+        norm_before=norm_before,
+        final_norm=norm_before and not config.flag("no_final_norm"),
+        pre_norms=config.flag("pre_norms", True),
         post_norms=config.flag("post_norms"),
         parallel_residual=config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
         parallel_mlp_norm=config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
-        o_bias=attention_bias,
+        o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         num_experts=num_experts,
         num_experts_per_token=_num_experts_per_token(config, num_experts),
@@ -234,13 +293,23 @@ def _read(config: ConfigJson) -> ModelConfig:
         clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
-        query_pre_attn_scalar=scalar or None,
+        qk_norm_bias=config.flag("qk_norm_bias"),
+        qk_norm_joint=config.flag("qk_norm_joint"),
+        query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
+        attention_multiplier=config.number("attention_multiplier", 0.0) or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
-        layer_windows=read_layer_windows(config, num_layers),
+        layer_windows=windows,
         alibi_slopes=alibi_slopes,
-        rope=None if learned or alibi_slopes else read_rope(config, max_position, head_dim),
+        rope=ropes[0],
+        layer_ropes=ropes[1],
+        positions_are_stretched=config.flag("positions_are_stretched"),
+        position_offset=config.integer("position_offset", 0, minimum=0),
         embedding_norm=config.flag("embedding_norm"),
-        embedding_multiplier=hidden_size**0.5 if config.flag("scale_embeddings") else 1.0,
+        embedding_width=0 if embedding_width == hidden_size else embedding_width,
+        embedding_multiplier=hidden_size**0.5 if scaled else config.number("embedding_multiplier", 1.0),
+        round_embedding_multiplier=scaled,
+        residual_multiplier=config.number("residual_multiplier", 1.0),
+        logits_multiplier=config.number("logit_scale", 1.0) / config.number("logits_scaling", 1.0),
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),

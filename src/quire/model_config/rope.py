@@ -1,12 +1,15 @@
 """RopeConfig: rotary position embedding as data, and how config.json spells it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from quire.model_config.config_json import ConfigJson
+from quire.model_config.windows import read_no_rope_layers
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROTARY_LAYOUTS = ("half", "interleaved")
 
 
@@ -18,7 +21,7 @@ class RopeConfig:
     rope_type: str = "default"
     factor: float = 1.0
     original_max_position: int = 0
-    """Training length in tokens; read for dynamic, llama3 and yarn."""
+    """Training length in tokens; read for dynamic, llama3, yarn and longrope."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -27,6 +30,11 @@ class RopeConfig:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    """longrope's divisors of the frequencies, one for each pair; see `is_long`."""
+    query_scaling_beta: float = 0.0
+    """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements, the first ones, that are rotated."""
     layout: Literal["half", "interleaved"] = "half"
@@ -37,24 +45,85 @@ class RopeConfig:
         """Elements of a head that are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
+    def is_long(self, max_model_len: int) -> bool:
+        """Whether longrope rotates by its long factors: if sequences may be longer than the training length.
 
-def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfig:
-    """The rotary embedding of a config.json. `max_position` is its max_position_embeddings.
+        transformers chooses for each sequence by its length, and computes all keys again when one grows past the
+        training length. Keys in a shared cache cannot depend on the length of a sequence, so an engine makes one choice
+        for all. By default `max_model_len` is the training length: short factors, and transformers' tokens for every
+        sequence. If more is asked for, long factors: transformers' tokens for sequences above the training length.
+        """
+        return self.rope_type == "longrope" and max_model_len > self.original_max_position
 
-    transformers 5 writes `rope_parameters`, earlier versions wrote `rope_theta` beside `rope_scaling`.
+
+def read_ropes(
+    config: ConfigJson, max_position: int, head_dim: int, layer_windows: tuple[int, ...]
+) -> tuple[RopeConfig, tuple[RopeConfig | None, ...]]:
+    """The rotary embedding of the layers that attend to all positions, and that of every layer where they differ.
+
+    transformers 5 writes `rope_parameters`, which may hold one object for each type of layer; earlier versions wrote
+    `rope_theta` beside `rope_scaling`, and Gemma 3's layers with a window `rope_local_base_freq`. `max_position` is the
+    config's max_position_embeddings.
     """
     section = "rope_parameters" if config.value("rope_parameters") else "rope_scaling"
-    values: dict[str, Any] = dict(config.value(section) or {})
+    values = _section(config, section)
+    theta, local_theta = config.value("rope_theta") or 10000.0, config.value("rope_local_base_freq")
+    read = partial(_read_rope, config, max_position=max_position, head_dim=head_dim)
+    if local_theta is None and not any(isinstance(value, dict) for value in values.values()):
+        full = window = read(section, values, theta)
+    else:
+        if config.value("sliding_window") is None:
+            supported = "a number of positions, since layers with a window have a rotary embedding of their own"
+            raise config.refusal("sliding_window", None, supported)
+        if section == "rope_scaling":
+            values = {"full_attention": values}
+        elif not values.keys() <= {"full_attention", "sliding_attention"}:
+            raise config.refusal(section, values, "an object for each of full_attention, sliding_attention")
+        full_values = values.get("full_attention") or {}
+        if section == "rope_parameters" and isinstance(full_values, dict):
+            # A file with both means both, as transformers reads it.
+            full_values = {**full_values, **_section(config, "rope_scaling")}
+        full = read(f"{section}.full_attention", full_values, theta)
+        window = read(f"{section}.sliding_attention", values.get("sliding_attention") or {}, local_theta or theta)
+    rotates = _read_rotating_layers(config, layer_windows)
+    kinds = zip(layer_windows, rotates, strict=True)
+    layers = tuple(None if not turns else window if has_window else full for has_window, turns in kinds)
+    return full, layers if set(layers) != {full} else ()
+
+
+def _section(config: ConfigJson, key: str) -> dict[str, Any]:
+    """An object of config.json, empty for null or a missing key."""
+    values = config.value(key) or {}
+    if not isinstance(values, dict):
+        raise config.refusal(key, values, "an object")
+    return values
+
+
+def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) -> tuple[bool, ...]:
+    """Whether each layer rotates its queries and keys. Without a window in config.json no layer is left out."""
+    if config.flag("rope_in_windows_only") and config.value("sliding_window") is not None:
+        return tuple(window > 0 for window in layer_windows)
+    return read_no_rope_layers(config, len(layer_windows)) or (True,) * len(layer_windows)
+
+
+def _read_rope(
+    config: ConfigJson, section: str, values: Mapping[str, Any], theta: float, *, max_position: int, head_dim: int
+) -> RopeConfig:
+    """The rotary embedding that `values`, an object of config.json, describes; `theta` is its base by default."""
+    if not isinstance(values, Mapping):
+        raise config.refusal(section, values, "an object")
     rope_type = values.get("rope_type", values.get("type", "default"))
+    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
+        rope_type = "longrope"  # as Phi-3's first files call it
     if rope_type not in ROPE_TYPES:
         raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             raise config.refusal(f"{section}.{key}", value, "a positive number")
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
 
     def optional(key: str) -> float | None:
         return None if values.get(key) is None else number(key)
@@ -64,6 +133,8 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
     )
     # Dynamic scaling begins where max_position_embeddings ends; the others name the training length.
     original = max_position if rope_type == "dynamic" else original
+    if rope_type == "longrope" and config.value("original_max_position_embeddings") is not None:
+        original = config.integer("original_max_position_embeddings")  # goes before that of the section
     if config.value("rotary_elements") is not None:
         share = _share_of(config, head_dim)
     else:
@@ -71,9 +142,18 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
     if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
         supported = f"a share that rotates an even number of a head's {head_dim} elements"
         raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
+
+    def factors(key: str) -> tuple[float, ...]:
+        if rope_type != "longrope":
+            return ()
+        value, count = values.get(key), int(head_dim * share) // 2
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
+            raise config.refusal(f"{section}.{key}", value, f"a list of {count} positive numbers, one for each pair")
+        return tuple(map(float, value))
+
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
-        theta=number("rope_theta", config.value("rope_theta") or 10000.0),
+        theta=number("rope_theta", theta),
         rope_type=rope_type,
         factor=number("factor", None if needs_factor else max_position / original),
         original_max_position=original,
@@ -85,9 +165,16 @@ def read_rope(config: ConfigJson, max_position: int, head_dim: int) -> RopeConfi
         attention_factor=optional("attention_factor"),
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
+        query_scaling_beta=(optional("llama_4_scaling_beta") or 0.0) if config.flag("scale_queries") else 0.0,
+        short_factors=factors("short_factor"),
+        long_factors=factors("long_factor"),
         partial_rotary_factor=share,
         layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
     )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _share_of(config: ConfigJson, head_dim: int) -> float:

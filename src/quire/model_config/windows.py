@@ -1,4 +1,4 @@
-"""How config.json says which layers attend to a sliding window only."""
+"""How config.json says which layers attend to a sliding window only, and which rotate queries and keys."""
 
 from quire.model_config.config_json import ConfigJson
 
@@ -6,8 +6,9 @@ from quire.model_config.config_json import ConfigJson
 def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     """The window of every layer in positions; 0 for a layer that attends to all.
 
-    `layer_types` decides if there is one. Else every `sliding_window_pattern`-th layer attends to all (Gemma), or the
-    layers from `max_window_layers` on have the window (Qwen).
+    `layer_types` decides if there is one, then `sliding_window_pattern`: every so many layers one attends to all
+    (Gemma), or letters (EXAONE 4). Else the layers that rotate nothing have the window (SmolLM3), or those from
+    `max_window_layers` on (Qwen).
     """
     if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
         return (0,) * num_layers
@@ -18,8 +19,40 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
         if len(layer_types) != num_layers or not set(layer_types) <= windows.keys():
             raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(windows)}")
         return tuple(windows[layer_type] for layer_type in layer_types)
-    if config.value("sliding_window_pattern") is not None:
+    pattern = config.value("sliding_window_pattern")
+    if isinstance(pattern, str):
+        return _windows_of_letters(config, pattern, window, num_layers)
+    if pattern is not None:
         pattern = config.integer("sliding_window_pattern")
         return tuple(0 if (layer + 1) % pattern == 0 else window for layer in range(num_layers))
+    rotates = read_no_rope_layers(config, num_layers)
+    if rotates:
+        return tuple(0 if turns else window for turns in rotates)
     first = config.integer("max_window_layers", 28, minimum=0)
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def _windows_of_letters(config: ConfigJson, pattern: str, window: int, num_layers: int) -> tuple[int, ...]:
+    """A pattern that repeats, L for a window and G for all positions; the last layer attends to all."""
+    if not pattern or set(pattern) - {"L", "G"}:
+        supported = "a number of layers, or the letters L (a window) and G (all positions)"
+        raise config.refusal("sliding_window_pattern", pattern, supported)
+    letters = (pattern * num_layers)[: num_layers - 1] + "G"
+    return tuple(window if letter == "L" else 0 for letter in letters)
+
+
+def read_no_rope_layers(config: ConfigJson, num_layers: int) -> tuple[bool, ...]:
+    """Whether each layer rotates its queries and keys, where config.json says it layer by layer; else empty.
+
+    `no_rope_layers` has, despite its name, a 1 for each layer that does. Without it every `no_rope_layer_interval`-th
+    layer does not.
+    """
+    flags = config.value("no_rope_layers")
+    if flags is not None:
+        if not isinstance(flags, list) or len(flags) < num_layers or not all(flag in (0, 1) for flag in flags):
+            raise config.refusal("no_rope_layers", flags, f"{num_layers} times 0 or 1")
+        return tuple(map(bool, flags[:num_layers]))
+    if config.value("no_rope_layer_interval") is None:
+        return ()
+    interval = config.integer("no_rope_layer_interval")
+    return tuple((layer + 1) % interval != 0 for layer in range(num_layers))

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear
 from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
-from quire.layers.rotary import half_layout
+from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
@@ -64,6 +65,11 @@ class SelfAttention:
         with which no key or value overflows. `norm` is that of the block's input."""
         scales = self.stored_kv_scales
         if scales is None:
+            if norm.weight is None:
+                raise ConfigError(
+                    "kv_cache_dtype fp8 needs scales: this model's layers read a residual stream that no norm bounds, "
+                    "and its checkpoint has no k_scale and v_scale; use another kv_cache_dtype"
+                )
             bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
             if self.clip_qkv > 0:
                 bounds = bounds.clamp(max=self.clip_qkv)
@@ -77,12 +83,13 @@ class SelfAttention:
 def rotary_attention(
     build: Builder,
     layer: int,
-    cos_sin: Tensor,
+    cos_sin: Tensor | None,
     *,
     names: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     head_norms: HeadNorms | None = None,
 ) -> SelfAttention:
-    """The attention of a layer whose queries, keys and values are stored apart and rotated by position."""
+    """The attention of a layer whose queries, keys and values are stored apart, and rotated by position if there is a
+    table."""
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     sizes = {names[0]: q_rows, names[1]: kv_rows, names[2]: kv_rows}
@@ -139,6 +146,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
         alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
+        query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
 
 
@@ -173,11 +181,15 @@ def rms_head_norms(build: Builder) -> HeadNorms | None:
         weight = build.weights.take(f"{name}.weight", (config.head_dim,)).float()
         if config.norm_unit_offset:
             weight = weight + 1
-        if _is_interleaved(config):
-            weight = weight[_head_order(config, weight.device)]
+        weight = in_head_order(config, weight)
         return RMSHeadNorm(build.kernels, weight, config.norm_eps)
 
     return norm("q_norm"), norm("k_norm")
+
+
+def in_head_order(config: ModelConfig, x: Tensor) -> Tensor:
+    """x [..., D], the elements of heads as they are stored -> as queries and keys are computed."""
+    return x[..., _head_order(config, x.device)] if _is_interleaved(config) else x
 
 
 def _is_interleaved(config: ModelConfig) -> bool:
@@ -218,6 +230,15 @@ def gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_proj"
         build.linear({gate: inner, up: inner}, hidden, bias=config.mlp_bias),
         build.linear({down: hidden}, inner, bias=config.mlp_bias),
         config.activation,
+    )
+
+
+def fused_gated_mlp(build: Builder, inner: int, *, names: Sequence[str] = ("gate_up_proj", "down_proj")) -> GatedMLP:
+    """An MLP of `inner` width whose gate and up are stored as one matrix, the gate first."""
+    return GatedMLP(
+        build.linear({names[0]: 2 * inner}, build.config.hidden_size, bias=build.config.mlp_bias),
+        build.linear({names[1]: build.config.hidden_size}, inner, bias=build.config.mlp_bias),
+        build.config.activation,
     )
 
 

@@ -13,7 +13,7 @@ class Bloom(Llama):
 
     names = DecoderNames("transformer", "word_embeddings", "h", "ln_f", embedding_norm="word_embeddings_layernorm")
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(
             build.norm("input_layernorm"),
             fused_attention(build.scope("self_attention"), index, by_kv_head=True),

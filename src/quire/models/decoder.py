@@ -30,7 +30,7 @@ class DecoderLayer:
     What a half computes is its update. The norm of the next half adds it to the residual stream, so that addition, norm
     and first product can be one kernel. Where the residual is parallel, both halves read norms of the layer's input,
     and both updates are added: two norms with `parallel_residual`, one norm for both without `mlp_norm`. Post-norms,
-    where there are any, norm the updates themselves.
+    where there are any, norm the updates themselves; `residual_factor` multiplies them.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class DecoderLayer:
         *,
         parallel_residual: bool = False,
         post_norms: tuple[Norm, Norm] | None = None,
+        residual_factor: float = 1.0,
     ) -> None:
         self.attention_norm = attention_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.residual_factor = residual_factor
         self.parallel_residual = parallel_residual
         self.attention_post_norm: Norm | None = None
         self.mlp_post_norm: Norm | None = None
@@ -62,22 +64,29 @@ class DecoderLayer:
         if self.mlp_norm is None:
             x = normed.compute()
             update = self.attention(x, context)
-            return context.select_output(residual), update.add_(self.mlp(context.select_output(x)))
+            update.add_(self.mlp(context.select_output(x)))
+            return context.select_output(residual), self._scaled(update)
         update = self.attention(normed, context)
         if self.attention_post_norm is not None:
             update = self.attention_post_norm(update)
         residual = context.select_output(residual)
         if self.parallel_residual:
-            return residual, update.add_(self.mlp(Normed(self.mlp_norm, residual, None)))
-        update = self.mlp(Normed(self.mlp_norm, residual, update))
+            update.add_(self.mlp(Normed(self.mlp_norm, residual, None)))
+            return residual, self._scaled(update)
+        update = self.mlp(Normed(self.mlp_norm, residual, self._scaled(update)))
         if self.mlp_post_norm is not None:
             update = self.mlp_post_norm(update)
-        return residual, update
+        return residual, self._scaled(update)
+
+    def _scaled(self, update: Tensor) -> Tensor:
+        return update if self.residual_factor == 1.0 else update.mul_(self.residual_factor)
 
 
 class Decoder:
-    """A decoder-only model. `embedding_factor` multiplies token embeddings, then `embedding_norm` norms them; a logit l
-    becomes softcap * tanh(l / softcap) where `logits_softcap` is above 0."""
+    """A decoder-only model. `embedding_factor` multiplies token embeddings, then `embedding_norm` norms them;
+    `logits_factor` multiplies logits; then a logit l becomes softcap * tanh(l / softcap) where `logits_softcap` is
+    above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
+    head."""
 
     def __init__(
         self,
@@ -87,7 +96,9 @@ class Decoder:
         *,
         position_embedding: Embedding | None = None,
         embedding_norm: Norm | None = None,
+        projections: tuple[Linear, Linear] | None = None,
         embedding_factor: float = 1.0,
+        logits_factor: float = 1.0,
         logits_softcap: float = 0.0,
     ) -> None:
         """`ends` are the embedding and the output head."""
@@ -96,7 +107,9 @@ class Decoder:
         self.norm = norm
         self.position_embedding = position_embedding
         self.embedding_norm = embedding_norm
+        self.projections = projections
         self.embedding_factor = embedding_factor
+        self.logits_factor = logits_factor
         self.logits_softcap = logits_softcap
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
@@ -106,6 +119,8 @@ class Decoder:
             residual *= self.embedding_factor
         if self.embedding_norm is not None:
             residual = self.embedding_norm(residual)
+        if self.projections is not None:
+            residual = self.projections[0](residual)
         update = None if self.position_embedding is None else self.position_embedding(context.positions)
         inner = context.for_inner_layers
         for layer in self.layers[:-1]:
@@ -114,7 +129,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, H] -> [R, vocab_size]."""
-        logits = self.head(hidden)
+        logits = self.head(hidden if self.projections is None else self.projections[1](hidden))
+        if self.logits_factor != 1.0:
+            logits *= self.logits_factor
         if self.logits_softcap > 0:
             logits = torch.tanh_(logits.div_(self.logits_softcap)).mul_(self.logits_softcap)
         return logits

@@ -14,9 +14,9 @@ class Falcon(Llama):
 
     names = DecoderNames("transformer", "word_embeddings", "h", "ln_f")
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         config, attention = build.config, build.scope("self_attention")
-        attend = fused_attention(attention, index, cos_sin=cos_sin if config.rope else None, by_kv_head=True)
+        attend = fused_attention(attention, index, cos_sin=cos_sin, by_kv_head=True)
         mlp = plain_mlp(build.scope("mlp"), ("dense_h_to_4h", "dense_4h_to_h"))
         if config.parallel_mlp_norm:
             return DecoderLayer(build.norm("ln_attn"), attend, build.norm("ln_mlp"), mlp, parallel_residual=True)

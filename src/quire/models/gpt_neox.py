@@ -20,7 +20,7 @@ class GPTNeoX(Llama):
         r"^(embed_out|lm_head)\.weight$",
     )
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(
             build.norm("input_layernorm"),
             fused_attention(build.scope("attention"), index, cos_sin=cos_sin, by_kv_head=True),

@@ -16,7 +16,7 @@ class GPTJ(Llama):
     # Old checkpoints store causal masks; the head may be stored although it is tied.
     ignored_tensors = (r"\.attn\.(masked_)?bias$", r"^lm_head\.weight$")
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         return DecoderLayer(
             build.norm("ln_1"),

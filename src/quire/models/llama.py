@@ -1,13 +1,15 @@
-"""Llama, and the families that differ from it by configuration alone: Mistral (sliding window), Qwen2 (biases on
-queries, keys and values), Qwen3 (norms of queries and keys)."""
+"""Llama, and the families that differ from it by configuration alone: Mistral and Ministral (sliding window, queries
+scaled by position), Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys), Gemma (an offset of
+its norms), Granite (factors), SmolLM3 (layers that rotate nothing)."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.layers.rotary import cos_sin_table
-from quire.model_config import ModelConfig, RopeConfig
+from quire.model_config import ModelConfig
 from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import Decoder, DecoderLayer
@@ -27,6 +29,15 @@ class DecoderNames(NamedTuple):
     """Read where the config has one."""
 
 
+def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device) -> list[Tensor | None]:
+    """The table of every layer, None for a layer that rotates nothing. Layers of one kind share it."""
+    ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+    tables = {
+        rope: cos_sin_table(rope, config.head_dim, num_positions).to(device) for rope in set(ropes) if rope is not None
+    }
+    return [None if rope is None else tables[rope] for rope in ropes]
+
+
 class Llama(Decoder):
     """A family whose layers differ overrides `make_layer`, one with other names of tensors `names`."""
 
@@ -44,25 +55,28 @@ class Llama(Decoder):
         if not model.weights.has(f"{names.embedding}.weight") and weights.has(f"{names.embedding}.weight"):
             model = build  # a checkpoint of the bare model, without head
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
-        cos_sin = cos_sin_table(config.rope or RopeConfig(), config.head_dim, max_model_len).to(table.device)
+        factor = config.embedding_multiplier
+        tables = rotary_tables(config, max_model_len, table.device)
         head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
             build.ends(table, head),
             [
                 self.make_layer(model.scope(f"{names.layers}.{index}"), index, cos_sin)
-                for index in range(config.num_layers)
+                for index, cos_sin in enumerate(tables)
             ],
             model.norm(names.norm),
             embedding_norm=model.norm(names.embedding_norm) if config.embedding_norm else None,
-            embedding_factor=build.rounded(config.embedding_multiplier),
+            embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
+            logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,
         )
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
         return DecoderLayer(
             build.norm("input_layernorm"),
             rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             build.norm("post_attention_layernorm"),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
+            residual_factor=build.config.residual_multiplier,
         )

@@ -13,7 +13,7 @@ from quire.models.llama import Llama
 class Mixtral(Llama):
     """Llama's names. Experts are stored one by one below `block_sparse_moe`, or all in one tensor below `mlp`."""
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         fused = build.weights.has("mlp.experts.gate_up_proj")
         moe = build.scope("mlp" if fused else "block_sparse_moe")
         config, hidden = build.config, build.config.hidden_size

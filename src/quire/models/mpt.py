@@ -13,7 +13,7 @@ class MPT(Llama):
 
     names = DecoderNames("transformer", "wte", "blocks", "norm_f")
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(
             build.norm("norm_1"),
             fused_attention(build.scope("attn"), index, names=("Wqkv", "out_proj")),

@@ -41,13 +41,15 @@ def load_model(
     packing: Packing | None = None,
     max_model_len: int | None = None,
 ) -> Model:
-    """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation. Positions run
-    up to `max_model_len`, by default the model's context length. `packing` packs the dense layers; by default `kernels`
-    do. Raises `CheckpointError` for weights that are missing, misshapen or left over."""
+    """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
+
+    Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
+    by default `kernels` do. Raises `CheckpointError` for weights that are missing, misshapen or left over.
+    """
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
     model: Model = family(
-        config, WeightScope(source, packing=packing), kernels, dtype, max_model_len or config.context_length
+        config, WeightScope(source, packing=packing), kernels, dtype, max_model_len or config.default_model_len
     )
     source.finish(ignored=family.ignored_tensors)
     return model

@@ -14,7 +14,7 @@ from quire.models.llama import Llama
 class StableLM(Llama):
     """Llama's names. A layer with a parallel residual has no second norm."""
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
         return DecoderLayer(
             build.norm("input_layernorm"),

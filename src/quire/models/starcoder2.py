@@ -11,7 +11,7 @@ from quire.models.llama import Llama
 class StarCoder2(Llama):
     """Llama's names, but the MLP is `c_fc` and `c_proj`."""
 
-    def make_layer(self, build: Builder, index: int, cos_sin: Tensor) -> DecoderLayer:
+    def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         return DecoderLayer(
             build.norm("input_layernorm"),
             rotary_attention(build.scope("self_attn"), index, cos_sin),

@@ -29,7 +29,7 @@ from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
 from quire.runner.request_rows import RequestRows
-from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults
+from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
 from quire.runner.settings import RunnerSettings, attention_shape
 from quire.runner.step_inputs import SentInputs, StepInputBuilder, StepInputs
 from quire.runner.step_samplers import DeviceSampling, HostSampling, StepSampler
@@ -194,6 +194,8 @@ class ModelRunner:
             hidden = self._run_model(step, sent, attention)
             if plan.prompt_logprobs:
                 finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
+            if plan.pool_rows:
+                finishes.append(fetch_vectors(step, sent, hidden, result))
             if not plan.sample_indices:
                 return finishes
             output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, outcome)

@@ -40,6 +40,8 @@ def select_outputs(plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch
         return None
     first = end.copy()
     np.minimum.at(first, np.searchsorted(end, sampling.tokens, side="right"), sampling.tokens)
+    if plan.pool_rows:
+        first[plan.pool_rows] -= 1
     for sequence in plan.prompt_logprobs:
         first[sequence] = begin[sequence]
     if (first == end).all():

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.kernels.transfer import send
+from quire.kernels.transfer import send, to_device
 from quire.runner.sampling_metadata import SamplingMetadata
 from quire.runner.step_inputs import SentInputs, StepInputs
 from quire.sampling.device_sampler import DeviceSampler, has_device_logprobs, read_logprobs, read_samples
@@ -155,7 +155,7 @@ class PromptLogprobs:
         """Fill in `result.prompt_logprobs` from the step's hidden states, or return what fills it in."""
         finishes: list[Finish] = []
         for index, (num_logprobs, targets) in step.plan.prompt_logprobs.items():
-            start = sent.hidden_index(int(step.batch.query_start_loc[index]))
+            start = int(sent.hidden_indices(step.batch.query_start_loc[index : index + 1])[0])
             entries: list[TokenLogprobs] = []
             result.prompt_logprobs[index] = entries
             # The logits of a long prompt can be larger than its KV: there is memory for so many positions at once.
@@ -169,6 +169,23 @@ class PromptLogprobs:
                     read = _fetch_logprobs(self._device_sampler, logits, token_ids, num_logprobs)
                     finishes.append(partial(_add_logprobs, entries, read, token_ids, num_logprobs))
         return finishes
+
+
+def fetch_vectors(step: StepInputs, sent: SentInputs, hidden: Tensor, result: StepResult) -> Finish:
+    """Begin to read the hidden states [R, H] of the plan's `pool_rows`. Returns what fills in `result.vectors`."""
+    pool_rows = step.plan.pool_rows
+    indices = sent.hidden_indices(step.batch.query_start_loc[1:][pool_rows] - np.int32(1))
+    # `fetch` reads int32, and the bits of a float32 are as good.
+    read = fetch(hidden[to_device(indices, hidden.device)].float().view(torch.int32))
+
+    def finish() -> None:
+        for index, vector in zip(pool_rows, read().view(np.float32), strict=True):
+            if np.isfinite(vector).all():
+                result.vectors[index] = vector.tobytes()
+            else:
+                result.vector_errors[index] = "the model's hidden states are not finite"
+
+    return finish
 
 
 def _fetch_logprobs(

@@ -7,7 +7,6 @@ step. If it repeats, the arrays are advanced in place and the sampling metadata 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,11 +65,9 @@ class SentInputs:
     sampled: Int32Array
     """`sampled` on the host."""
 
-    def hidden_index(self, token: int) -> int:
-        """The row of the hidden states that belongs to a token of the step, which is selected."""
-        if self.selection is None:
-            return token
-        return int(self.selection.indices_of(np.array([token], dtype=np.int32))[0])
+    def hidden_indices(self, tokens: Int32Array) -> Int32Array:
+        """The row of the hidden states that belongs to each of these tokens of the step; all must be selected."""
+        return tokens if self.selection is None else self.selection.indices_of(tokens)
 
 
 class StepInputBuilder:

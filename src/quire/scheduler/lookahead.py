@@ -30,21 +30,21 @@ class LookAhead:
                 group, end = sequence.group, start + plan.num_scheduled_tokens[place]
                 if len(group.sequences) > 1 and start < group.num_prompt_tokens <= end:
                     return False  # the others will fork from it
-        sampled: set[Sequence] = set()
+        served = {sequence for index in plan.pool_rows if (sequence := rows[plan.rows[index]]) is not None}
         for row in plan.sample_rows[first:]:
             sequence = rows[row]
             if sequence is not None:
                 params = sequence.group.request.params
                 if params.beam_width is not None or params.structured_outputs is not None:
                     return False
-                sampled.add(sequence)
-        num_blocks = self._num_blocks_needed(sampled)
+                served.add(sequence)
+        num_blocks = self._num_blocks_needed(served)
         return num_blocks is not None and num_blocks <= self._pool.num_free
 
-    def _num_blocks_needed(self, sampled: set[Sequence]) -> int | None:
+    def _num_blocks_needed(self, served: set[Sequence]) -> int | None:
         """Blocks that one more token of each running sequence takes; None if no sequence goes on.
 
-        `sampled` are those outside the decode batch that get a token from the step in flight.
+        `served` are those outside the decode batch that get a token or their vector from the step in flight.
         """
         of_batch = self._queues.decode_batch.num_blocks_needed_ahead
         goes_on, num_blocks, size = of_batch is not None, of_batch or 0, self._pool.block_size
@@ -52,7 +52,7 @@ class LookAhead:
             for sequence in group.sequences:
                 if sequence.in_decode_batch:
                     continue
-                if sequence.num_output_tokens + (sequence in sampled) < group.request.max_tokens:
+                if sequence.num_output_tokens + (sequence in served) < group.max_results:
                     goes_on = True
                     num_blocks += (sequence.table.num_tokens % size == 0) + sequence.table.num_copies_to_come
         return num_blocks if goes_on else None
@@ -77,6 +77,7 @@ class LookAhead:
             other = queues.rows[row]
             if other is not None and not other.in_decode_batch and other not in ending:
                 other.token_ids.append(~row)
-                if other.num_output_tokens == other.group.request.max_tokens:
+                if other.num_output_tokens == other.group.max_results:
                     ending.add(other)
+        ending |= {sequence for index in plan.pool_rows if (sequence := queues.rows[plan.rows[index]]) is not None}
         return ending

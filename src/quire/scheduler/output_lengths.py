@@ -21,8 +21,10 @@ class OutputLengths:
         self._classes: OrderedDict[tuple[str, ...], LengthClass] = OrderedDict()
 
     def enter(self, group: SequenceGroup) -> None:
-        """A request came: give it its classes, the closest first."""
+        """A request came: give it its classes, the closest first. A vector has no length, so it has none."""
         request = group.request
+        if group.wants_vector:
+            return
         bucket = str((request.max_tokens - 1).bit_length())
         group.length_classes = (
             self._class(("class", request.tenant, request.workload, bucket)),

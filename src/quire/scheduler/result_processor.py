@@ -94,6 +94,8 @@ class ResultProcessor:
             self._advance_rows(plan, step.rows, num_kept, first)
             if result.prompt_logprobs:
                 self._report_prompts(deltas, plan, result, step.rows)
+            if plan.pool_rows:
+                self._finish_vectors(deltas, plan, result, step.rows)
             joining = self._append_samples(deltas, plan, result, step.rows, first)
             if fills_decode_batch and joining:
                 self._queues.add_to_decode_batch(joining, num_in_flight)
@@ -229,6 +231,23 @@ class ResultProcessor:
         delta = _delta(group, leader.index)
         delta.prompt_logprobs = entries[-fresh:]
         return delta
+
+    def _finish_vectors(
+        self, deltas: StepDeltas, plan: StepPlan, result: StepResult, rows: SequenceOf[Sequence | None]
+    ) -> None:
+        """Report vectors in `deltas` and end their sequences."""
+        for index in plan.pool_rows:
+            sequence = rows[plan.rows[index]]
+            if sequence is None or sequence.row == NO_ROW:
+                continue
+            delta = _delta(sequence.group, sequence.index)
+            deltas.others.append(delta)
+            delta.vector, delta.error = result.vectors.get(index), result.vector_errors.get(index)
+            delta.finish_reason = FinishReason.STOP
+            if delta.error is not None:
+                delta.finish_reason = FinishReason.ERROR
+                self._poison(sequence)
+            self._queues.drop(sequence)
 
     def _extend(
         self,

@@ -9,7 +9,7 @@ from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.outputs import PrefixMiss
-from quire.request import Request
+from quire.request import Request, Task
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.draft_planner import SequenceDrafts
 from quire.scheduler.length_curve import LengthClass, LengthCurve
@@ -125,6 +125,7 @@ class SequenceGroup:
         "request",
         "sequences",
         "stop_ids",
+        "wants_vector",
     )
 
     def __init__(self, request: Request, pool: BlockPool, root: BlockHash, arrival_number: int) -> None:
@@ -135,6 +136,8 @@ class SequenceGroup:
         self.stop_ids = frozenset((*request.eos_token_ids, *request.params.stop_token_ids))
         """Tokens that end a sequence."""
         params = request.params
+        self.wants_vector = request.task is Task.EMBED
+        """Whether it ends with its prompt, whose vector it gets; no token is sampled."""
         self.only_decodes = params.beam_width is None and params.structured_outputs is None and params.logprobs is None
         """Whether a step of its sequences yields nothing but one token each: no beams, grammar or log-probabilities."""
         self.order = (request.priority, arrival_number)
@@ -192,15 +195,20 @@ class SequenceGroup:
     def length_curve(self) -> LengthCurve | None:
         """The expected distribution of its answers' lengths; None while too little is known.
 
-        Beams are expected to run to their limit.
+        Beams are expected to run to their limit. The limit of a vector is no token.
         """
-        if self.beam_search is not None:
+        if self.beam_search is not None or self.wants_vector:
             return _TO_THE_LIMIT
         for length_class in self.length_classes:
             curve = length_class.curve
             if curve is not None:
                 return curve
         return None
+
+    @property
+    def max_results(self) -> int:
+        """Results of one sample at most: output tokens, or the one vector."""
+        return 1 if self.wants_vector else self.request.max_tokens
 
     @property
     def num_rows(self) -> int:
@@ -232,6 +240,6 @@ class SequenceGroup:
     def max_blocks(self, block_size: int) -> int:
         """The most blocks that the group can ever hold: the prompt's full blocks once, the rest per sample."""
         shared = self.num_prompt_tokens // block_size
-        # The last sampled token is never computed, so it needs no slot.
-        longest = -(-(self.num_prompt_tokens + self.request.max_tokens - 1) // block_size)
+        # The last sampled token is never computed, so it needs no slot; a vector has none.
+        longest = -(-(self.num_prompt_tokens + self.max_results - 1) // block_size)
         return shared + self.num_rows * (longest - shared)

@@ -147,7 +147,7 @@ class StepPlanner:
                 self._plan_chunk(plan, sequence, count)
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
-        """Plan the next `count` tokens of a sequence, and its sample if they are all it has."""
+        """Plan the next `count` tokens of a sequence, and its sample or its vector if they are all it has."""
         table, group, start = sequence.table, sequence.group, sequence.num_computed_tokens
         num_copies = len(plan.block_copies)
         changed = table.append(count, plan.block_copies)
@@ -159,7 +159,9 @@ class StepPlanner:
         plan.num_computed_tokens.append(start)
         plan.num_scheduled_tokens.append(count)
         plan.token_ids += sequence.token_ids[start : start + count]
-        if count == sequence.num_missing_tokens:
+        if count == sequence.num_missing_tokens and group.wants_vector:
+            plan.pool_rows.append(index)
+        elif count == sequence.num_missing_tokens:
             for other in group.sequences:
                 # At the end of the prompt every sequence without output samples its first token.
                 if other is sequence or (other.num_output_tokens == 0 and group.waits_for_leader(other)):

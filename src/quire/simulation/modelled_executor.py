@@ -124,6 +124,7 @@ class ModelledExecutor:
         if self._num_left:
             self._end_samples(plan, result)
         self._follow_beams(plan, result)
+        result.vectors = dict.fromkeys(plan.pool_rows, b"")
         if self._tiers is not None:
             result.offload, seconds = self._tiers.copy(plan.offload, now, seconds)
         return result, seconds

@@ -1,0 +1,36 @@
+"""Architecture: a row of the table of families, `ARCHITECTURES`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+STANDARD_LAYERS = "quire.model_config.decoder_layers:decoder_layers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A row of ARCHITECTURES: the class of a family, and what its config.json leaves unsaid.
+
+    Keys are those that `ModelConfig.from_folder` reads; its source lists them. Besides the usual keys of config.json
+    these are Quire's own: `gated_mlp`, `norm`, `norm_bias`, `norm_unit_offset`, `qk_norm`, `qk_norm_per_head`,
+    `qk_norm_bias`, `qkv_bias`, `o_bias`, `learned_positions`, `position_offset`, `rotary_elements`, `rotary_layout`,
+    `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
+    `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
+    `rope_in_windows_only`, `embedding_width`, `embedding_norm`, `head_bias`, `alibi`, `alibi_before_scale`.
+    """
+
+    model: str
+    """The class, as "module:Class"; imported when a checkpoint needs it."""
+    layers: str = STANDARD_LAYERS
+    """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
+    layers do not follow from the fields of `ModelConfig` names its own."""
+    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    """A key → how this family spells it in config.json; of several spellings the first one that the file has."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Values that config.json may omit, by the family's spelling."""
+    meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    """A key → values of config.json by which the family means another one."""
+    section: str = ""
+    """The object of config.json that describes the text model, where the model reads more than text."""
+    fixed: Mapping[str, bool | int | str | None] = field(default_factory=dict)
+    """Keys of config.json that are supported with this one value; for a flag null is false."""

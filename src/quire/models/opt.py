@@ -1,0 +1,89 @@
+"""OPT: learned positions, LayerNorms before or after the halves of a layer, and projections from the width of the token
+embeddings to that of the layers and back."""
+
+from torch import Tensor
+
+from quire.kernels import Kernels
+from quire.layers.embedding import Embedding
+from quire.layers.norm import NoNorm, Norm
+from quire.layers.step_context import StepContext
+from quire.model_config import ModelConfig
+from quire.models.blocks import PlainMLP, SelfAttention, plain_mlp, rotary_attention
+from quire.models.builder import Builder
+from quire.models.decoder import Decoder, DecoderLayer
+from quire.models.weights import WeightScope
+
+
+class PostNormLayer(DecoderLayer):
+    """A layer whose norms follow the additions: x = norm(x + attention(x)), then x = norm(x + mlp(x)).
+
+    `attention_norm` is the last norm of the layer before, so that a layer ends with its update as other layers do.
+    """
+
+    def __call__(self, residual: Tensor, update: Tensor | None, context: StepContext) -> tuple[Tensor, Tensor]:
+        residual = self.attention_norm(residual, update)
+        update = self.attention(residual, context)
+        assert self.mlp_norm is not None
+        residual = self.mlp_norm(context.select_output(residual), update)
+        return residual, self.mlp(residual)
+
+
+class OPT(Decoder):
+    """The position's embedding is the first update of the residual stream."""
+
+    # fairseq's format number; the head may be stored although it is tied.
+    ignored_tensors = (r"(^|\.)decoder\.version$", r"^lm_head\.weight$")
+
+    def __init__(
+        self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
+    ) -> None:
+        build = Builder(config, weights, kernels, dtype)
+        # The first checkpoints hold the bare model, later ones a "model" beside the head.
+        model = build.scope("decoder" if weights.has("decoder.embed_tokens.weight") else "model.decoder")
+        hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
+        ends = build.ends(model.weights.take("embed_tokens.weight", (config.vocab_size, width)))
+        offset = config.position_offset
+        positions = model.weights.take("embed_positions.weight", (config.max_position_embeddings + offset, hidden))
+        projections = None
+        if config.embedding_width:
+            sizes = {"project_in": (hidden, width), "project_out": (width, hidden)}
+            project_in, project_out = (
+                model.pack(model.weights.take_linear(name, shape), quantizes=False) for name, shape in sizes.items()
+            )
+            projections = project_in, project_out
+        layers, norm = _layers(model) if config.norm_before else _post_norm_layers(model)
+        super().__init__(
+            ends,
+            layers,
+            norm,
+            position_embedding=Embedding(positions[offset:], weights.activation_dtype),
+            projections=projections,
+        )
+
+
+def _halves(build: Builder, index: int) -> tuple[SelfAttention, PlainMLP]:
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return rotary_attention(build.scope("self_attn"), index, None, names=names), plain_mlp(build, ("fc1", "fc2"))
+
+
+def _layers(model: Builder) -> tuple[list[DecoderLayer], Norm]:
+    """The layers and the final norm."""
+    layers = []
+    for index in range(model.config.num_layers):
+        build = model.scope(f"layers.{index}")
+        attention, mlp = _halves(build, index)
+        layers.append(DecoderLayer(build.norm("self_attn_layer_norm"), attention, build.norm("final_layer_norm"), mlp))
+    norm: Norm = model.norm("final_layer_norm") if model.config.final_norm else NoNorm()
+    return layers, norm
+
+
+def _post_norm_layers(model: Builder) -> tuple[list[DecoderLayer], Norm]:
+    """The layers, and the last layer's last norm, which is the final one."""
+    layers: list[DecoderLayer] = []
+    norm: Norm = NoNorm()
+    for index in range(model.config.num_layers):
+        build = model.scope(f"layers.{index}")
+        attention, mlp = _halves(build, index)
+        layers.append(PostNormLayer(norm, attention, build.norm("self_attn_layer_norm"), mlp))
+        norm = build.norm("final_layer_norm")
+    return layers, norm
