@@ -20,11 +20,13 @@ from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.glm import GlmConfig, GlmForCausalLM
 from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
+from transformers.models.glm4_moe import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
+from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
@@ -33,11 +35,15 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.mpt import MptConfig, MptForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.opt import OPTConfig, OPTForCausalLM
 from transformers.models.phi import PhiConfig, PhiForCausalLM
 from transformers.models.phi3 import Phi3Config, Phi3ForCausalLM
+from transformers.models.phimoe import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
@@ -102,6 +108,8 @@ _STABLELM = {key: value for key, value in _DECODER.items() if key != "head_dim"}
 _GLM = {**_DECODER, "pad_token_id": 256}
 _PHI3 = {**_STABLELM, "pad_token_id": 256}
 _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
+
+_MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
 
 _OPT: dict[str, Any] = {
@@ -248,6 +256,17 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         },
     ),
     "mixtral": (MixtralConfig, MixtralForCausalLM, {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    # The first layer is dense.
+    "qwen2-moe": (
+        Qwen2MoeConfig,
+        Qwen2MoeForCausalLM,
+        {**_MOE, "num_experts": 6, "shared_expert_intermediate_size": 80, "mlp_only_layers": [0]},
+    ),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {**_MOE, "num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [2]},
+    ),
     "phi3": (Phi3Config, Phi3ForCausalLM, {**_PHI3, "sliding_window": 24}),
     "phi3-longrope": (
         Phi3Config,
@@ -271,6 +290,51 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "glm4": (Glm4Config, Glm4ForCausalLM, _GLM),
     "starcoder2": (Starcoder2Config, Starcoder2ForCausalLM, {**_STABLELM, "sliding_window": 24}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _GPT2),
+    "olmoe": (
+        OlmoeConfig,
+        OlmoeForCausalLM,
+        {**_STABLELM, "intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 3},
+    ),
+    "granite-moe": (
+        GraniteMoeConfig,
+        GraniteMoeForCausalLM,
+        {
+            **_DECODER,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "phimoe": (
+        PhimoeConfig,
+        PhimoeForCausalLM,
+        {
+            **_DECODER,
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            # So wide that several experts count beside the largest.
+            "router_jitter_noise": 0.2,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "glm4-moe": (
+        Glm4MoeConfig,
+        Glm4MoeForCausalLM,
+        {
+            **_MOE,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
@@ -316,6 +380,10 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name:
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # As large as the differences between scores, so that it moves the choice.
+                torch.nn.init.normal_(buffer, 0.0, 0.1)
     torch_dtype = getattr(torch, dtype)
     model.to(torch_dtype)
     model.config.dtype = torch_dtype

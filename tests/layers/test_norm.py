@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quire.kernels import reference
-from quire.layers.norm import HeadNorm, LayerHeadNorm, LayerNorm, RMSHeadNorm, RMSNorm
+from quire.layers.norm import HeadNorm, JointHeadNorm, LayerHeadNorm, LayerNorm, NoNorm, RMSHeadNorm, RMSNorm
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
@@ -45,3 +45,29 @@ def test_norms_of_heads_and_their_bounds(kind: str) -> None:
     largest = x[:, :heads].abs().amax(0)
     assert bool((largest <= norm.bound).all())
     assert bool((largest > 0.5 * norm.bound).all())
+
+
+def test_a_norm_of_all_heads_together_and_its_bound() -> None:
+    heads, head_dim = 3, 16
+    weight = torch.randn(heads * head_dim)
+    norm = JointHeadNorm(reference, weight, 1e-6, head_dim)
+    x = torch.randn(200, 2 * heads, head_dim) * 100
+    x[: heads * head_dim, :heads] = torch.eye(heads * head_dim).view(-1, heads, head_dim)
+    before = x.clone()
+    norm(x[:, :heads])
+    assert torch.equal(x[:, heads:], before[:, heads:]), "a view of a larger tensor"
+    rows = before[:, :heads].flatten(1)
+    expected = rows / (rows.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    torch.testing.assert_close(x[:, :heads].flatten(1), expected)
+    largest = x[:, :heads].abs().amax(0)
+    assert bool((largest <= norm.bound).all())
+    assert bool((largest > 0.99 * norm.bound).all())
+
+
+def test_no_norm_is_the_updated_residual_itself() -> None:
+    residual, update = torch.randn(5, 32), torch.randn(5, 32)
+    total = residual + update
+    found = NoNorm()(residual, update)
+    assert found is residual
+    assert torch.equal(found, total)
+    assert NoNorm()(residual) is residual

@@ -96,6 +96,87 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-7b": ("GemmaForCausalLM", {}),
     "gemma-2-2b": ("Gemma2ForCausalLM", {}),
     "gpt-j-6b": ("GPTJForCausalLM", {}),
+    "Qwen1.5-MoE-A2.7B": (
+        "Qwen2MoeForCausalLM",
+        {"max_position_embeddings": 8192, "max_window_layers": 21, "sliding_window": 32768},
+    ),
+    "Qwen2-57B-A14B": (
+        "Qwen2MoeForCausalLM",
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "Qwen3-30B-A3B": (
+        "Qwen3MoeForCausalLM",
+        {"num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True, "max_position_embeddings": 40960},
+    ),
+    "Qwen3-235B-A22B": (
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 94,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+            "norm_topk_prob": True,
+        },
+    ),
+    "OLMoE-1B-7B": ("OlmoeForCausalLM", {"intermediate_size": 1024}),
+    "granite-3.1-1b-a400m": (
+        "GraniteMoeForCausalLM",
+        {
+            "vocab_size": 49155,
+            "hidden_size": 1024,
+            "intermediate_size": 512,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 6.0,
+        },
+    ),
+    "Phi-3.5-MoE": ("PhimoeForCausalLM", {"attention_bias": True, "lm_head_bias": True}),
+    "GLM-4.5-Air": ("Glm4MoeForCausalLM", {"head_dim": 128, "attention_bias": True}),
+    "GLM-4.5": (
+        "Glm4MoeForCausalLM",
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 92,
+            "head_dim": 128,
+            "moe_intermediate_size": 1536,
+            "n_routed_experts": 160,
+            "first_k_dense_replace": 3,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
+    "pythia-1.4b": (
+        "GPTNeoXForCausalLM",
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
+    ),
     "Phi-3-mini-4k": ("Phi3ForCausalLM", {"sliding_window": 2047}),
     "Phi-3-medium-128k": (
         "Phi3ForCausalLM",
@@ -194,6 +275,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 12288, "intermediate_size": 33792, "num_hidden_layers": 64, "num_attention_heads": 96}
         | {"num_key_value_heads": 8, "use_qk_norm": True, "logit_scale": 0.8333333333333334},
     ),
+    "aya-expanse-8b": (
+        "CohereForCausalLM",
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+        | {"num_key_value_heads": 8, "logit_scale": 0.125, "rope_theta": 10000},
+    ),
+    "c4ai-command-a-03-2025": (
+        "Cohere2ForCausalLM",
+        {"hidden_size": 12288, "intermediate_size": 36864, "num_hidden_layers": 64, "num_attention_heads": 96}
+        | {"num_key_value_heads": 8, "logit_scale": 0.25, "rope_theta": 50000},
+    ),
     "c4ai-command-r7b-12-2024": (
         "Cohere2ForCausalLM",
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -211,6 +302,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 512,
         },
     ),
+    "gemma-3-270m": (
+        "Gemma3ForCausalLM",
+        {"vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18}
+        | {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512, "max_position_embeddings": 32768},
+    ),
+    "gemma-3-4b": (
+        "Gemma3ForCausalLM",
+        {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024},
+    ),
     "gemma-3-27b": (
         "Gemma3ForCausalLM",
         {
@@ -225,7 +325,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         },
     ),
-    "gpt-neox-20b": ("GPTNeoXForCausalLM", {"hidden_act": "gelu_fast"}),
     "opt-125m": ("OPTForCausalLM", {}),
     "opt-350m": (
         "OPTForCausalLM",
@@ -251,16 +350,6 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
-    "pythia-1.4b": (
-        "GPTNeoXForCausalLM",
-        {
-            "vocab_size": 50304,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-        },
-    ),
     "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
     "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
     "falcon-7b": ("FalconForCausalLM", {}),
@@ -308,6 +397,13 @@ MODEL_TYPES = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma2",
     "GPTJForCausalLM": "gptj",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "PhimoeForCausalLM": "phimoe",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "OlmoeForCausalLM": "olmoe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "Phi3ForCausalLM": "phi3",
     "Exaone4ForCausalLM": "exaone4",
     "GlmForCausalLM": "glm",
@@ -320,7 +416,6 @@ MODEL_TYPES = {
     "Olmo2ForCausalLM": "olmo2",
     "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite",
-    "GPTNeoXForCausalLM": "gpt_neox",
     "PhiForCausalLM": "phi",
     "OPTForCausalLM": "opt",
     "BloomForCausalLM": "bloom",
@@ -366,6 +461,70 @@ def test_mixtral_is_read(tmp_path: Path) -> None:
         *("qkv", "o", "router"),
         *("expert.gate_up", "expert.down"),
     ]
+
+
+def test_qwen2_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Qwen1.5-MoE-A2.7B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (60, 4, 1408)
+    assert (config.shared_expert_intermediate_size, config.shared_expert_gate, config.norm_topk) == (5632, True, False)
+    assert (config.qkv_bias, config.o_bias, config.dense_layers) == (True, False, frozenset())
+    assert config.layer_windows == (0,) * 24
+    # As its model card says: 14.3B parameters, 2.7B of them used for a token.
+    assert (config.spec.num_parameters, config.spec.num_active_parameters) == (14_315_784_192, 2_689_173_504)
+    write(tmp_path, "Qwen1.5-MoE-A2.7B", decoder_sparse_step=3, mlp_only_layers=[2, 3], num_hidden_layers=6)
+    assert ModelConfig.from_folder(tmp_path).dense_layers == {0, 1, 2, 3, 4}
+
+
+def test_olmoe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "OLMoE-1B-7B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (64, 8, 1024)
+    assert (config.qk_norm, config.qk_norm_joint, config.norm_topk) == (True, True, False)
+    assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (6.9, 1.3)
+
+
+def test_granite_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "granite-3.1-1b-a400m")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (32, 8, 512)
+    assert (config.router.kind, config.residual_multiplier, config.attention_scale) == ("topk_softmax", 0.22, 1 / 64)
+    assert (round(config.spec.num_parameters / 1e9, 1), round(config.spec.num_active_parameters / 1e9, 1)) == (1.3, 0.4)
+
+
+def test_phi_3_5_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Phi-3.5-MoE")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (16, 2, 6400)
+    assert (config.norm, config.norm_bias, config.qkv_bias, config.o_bias, config.head_bias) == (
+        "layer_norm",
+        *(True,) * 4,
+    )
+    assert (config.router.kind, config.router.jitter) == ("sparse_mixer", 0.01)
+    # As its model card says: 16x3.8B, 42B parameters, 6.6B of them used for a token.
+    assert (round(config.spec.num_parameters / 1e9), round(config.spec.num_active_parameters / 1e9, 1)) == (42, 6.6)
+
+
+def test_glm_4_5_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "GLM-4.5")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (160, 8, 1536)
+    assert (config.shared_expert_intermediate_size, config.shared_expert_gate, config.norm_topk) == (1536, False, True)
+    assert (config.router.kind, config.router.scale, config.router.num_groups) == ("grouped_sigmoid", 2.5, 1)
+    assert (config.dense_layers, config.qk_norm, config.qkv_bias, config.o_bias) == ({0, 1, 2}, True, True, False)
+    assert config.rope is not None
+    assert (config.rope.rotary_dim(config.head_dim), config.rope.layout) == (64, "half")
+    # As its model card says, without the layer that predicts the token after the next: 355B, 32B used for a token.
+    assert (round(config.spec.num_parameters / 1e9), round(config.spec.num_active_parameters / 1e9)) == (353, 34)
+
+
+def test_qwen3_moe_is_read(tmp_path: Path) -> None:
+    write(tmp_path, "Qwen3-30B-A3B")
+    config = ModelConfig.from_folder(tmp_path)
+    assert (config.num_experts, config.num_experts_per_token, config.expert_intermediate_size) == (128, 8, 768)
+    assert (config.qk_norm, config.norm_topk, config.shared_expert_intermediate_size) == (True, True, 0)
+    # As its model card says: 30.5B parameters, 3.3B of them used for a token.
+    assert (round(config.spec.num_parameters / 1e8), config.spec.num_active_parameters // 10**8) == (305, 33)
 
 
 @pytest.mark.parametrize(

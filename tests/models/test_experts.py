@@ -9,31 +9,43 @@ from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import Normed, RMSNorm
 from quire.models.blocks import GatedMLP
 from quire.models.experts import Experts
+from quire.models.routers import SoftmaxTopK
 
 HIDDEN, INNER = 32, 48
 CPU = kernels_for("cpu")
 
 
-def make(num_experts: int, num_active: int, *, normalise: bool = True, dtype: str = "float32") -> Experts:
+def make(
+    num_experts: int, num_active: int, *, normalise: bool = True, dtype: str = "float32", shared: int = 0, gate: int = 0
+) -> Experts:
+    """`shared` is the width of a shared MLP, `gate` 1 if it has a gate."""
     generator = torch.Generator().manual_seed(1)
 
     def linear(num_outputs: int, num_inputs: int, dtype: str) -> Linear:
         weight = torch.randn(num_outputs, num_inputs, generator=generator) * 0.3
         return Linear(CPU, [LinearWeight(weight)], dtype)
 
-    mlps = [
-        GatedMLP(linear(2 * INNER, HIDDEN, dtype), linear(HIDDEN, INNER, dtype), "silu") for _ in range(num_experts)
-    ]
-    return Experts(linear(num_experts, HIDDEN, "float32"), mlps, num_active, normalise=normalise)
+    def mlp(inner: int) -> GatedMLP:
+        return GatedMLP(linear(2 * inner, HIDDEN, dtype), linear(HIDDEN, inner, dtype), "silu")
+
+    mlps = [mlp(INNER) for _ in range(num_experts)]
+    router = SoftmaxTopK(num_active, normalise=normalise)
+    logits = linear(num_experts + gate, HIDDEN, "float32")
+    return Experts(logits, router, mlps, shared=mlp(shared) if shared else None)
 
 
 def one_by_one(experts: Experts, x: Tensor) -> Tensor:
+    router = experts.router
+    assert isinstance(router, SoftmaxTopK)
     rows = []
     for row in x[:, None]:
-        shares = experts.router(row)[0].double().softmax(0)
-        chosen = shares.argsort(descending=True)[: experts.num_active].tolist()
-        total = shares[chosen].sum() if experts.normalise else 1.0
-        rows.append(sum(experts.experts[index](row)[0] * shares[index] / total for index in chosen).float())
+        logits = experts.logits(row)[0].double()
+        gate = logits[len(experts.experts) :].sigmoid().tolist() or [1.0]
+        shares = logits[: len(experts.experts)].softmax(0)
+        chosen = shares.argsort(descending=True)[: router.num_active].tolist()
+        total = shares[chosen].sum() if router.normalise else 1.0
+        out = sum(experts.experts[index](row)[0] * shares[index] / total for index in chosen).float()
+        rows.append(out if experts.shared is None else out + gate[0] * experts.shared(row)[0])
     return torch.stack(rows)
 
 
@@ -46,9 +58,18 @@ def test_equal_a_loop_over_tokens(num_experts: int, num_active: int, normalise: 
     torch.testing.assert_close(experts(x), one_by_one(experts, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", [0, 1])
+@pytest.mark.parametrize("num_tokens", [1, 33])
+def test_a_shared_mlp_sees_every_token(num_tokens: int, gate: int) -> None:
+    experts = make(5, 2, shared=40, gate=gate)
+    x = torch.randn(num_tokens, HIDDEN)
+    torch.testing.assert_close(experts(x), one_by_one(experts, x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_a_token_is_the_same_bits_in_every_batch(dtype: str) -> None:
-    experts = make(5, 3, dtype=dtype)
+@pytest.mark.parametrize(("shared", "gate"), [(0, 0), (32, 0), (32, 1)])
+def test_a_token_is_the_same_bits_in_every_batch(dtype: str, shared: int, gate: int) -> None:
+    experts = make(5, 3, dtype=dtype, shared=shared, gate=gate)
     x = torch.randn(70, HIDDEN)
     together = experts(x)
     assert torch.equal(torch.cat([experts(row) for row in x.split(1)]), together)

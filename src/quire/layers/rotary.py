@@ -17,7 +17,7 @@ def cos_sin_table(rope: RopeConfig, head_dim: int, num_positions: int) -> Tensor
     dim = rope.rotary_dim(head_dim)
     frequencies = _FREQUENCIES[rope.rope_type](rope, dim, num_positions)  # [dim / 2] or [num_positions, dim / 2]
     angles = torch.arange(num_positions, dtype=torch.float32).unsqueeze(1) * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope)
+    return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_factor(rope, num_positions)
 
 
 @lru_cache(maxsize=1)  # the layers of a model share one table
@@ -111,8 +111,11 @@ _FREQUENCIES = {
 }
 
 
-def _attention_factor(rope: RopeConfig) -> float:
+def _attention_factor(rope: RopeConfig, num_positions: int) -> float:
     """Factor of queries and keys, which keeps the entropy of attention over longer contexts: yarn's or longrope's."""
+    mscale = rope.long_mscale if rope.is_long(num_positions) else rope.short_mscale
+    if mscale is not None:
+        return mscale
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.rope_type not in ("yarn", "longrope") or rope.factor <= 1:

@@ -1,4 +1,4 @@
-"""Architecture: a row of the table of families, `ARCHITECTURES`."""
+"""Architecture: what a row of ARCHITECTURES says about a family."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ class Architecture:
     `qk_norm_bias`, `qkv_bias`, `o_bias`, `learned_positions`, `position_offset`, `rotary_elements`, `rotary_layout`,
     `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
     `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
-    `rope_in_windows_only`, `embedding_width`, `embedding_norm`, `head_bias`, `alibi`, `alibi_before_scale`.
+    `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
+    `router`, `shared_expert_gate`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`.
     """
 
     model: str
@@ -24,8 +25,10 @@ class Architecture:
     layers: str = STANDARD_LAYERS
     """A function ModelConfig → tuple[LayerSpec, ...], as "module:function", in a module without torch. A family whose
     layers do not follow from the fields of `ModelConfig` names its own."""
-    names: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
-    """A key → how this family spells it in config.json; of several spellings the first one that the file has."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """A key → how this family spells it in config.json."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Another spelling of config.json → the one of `names`, which wins where a file has both."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
     meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from quire.model_config.alibi_architectures import ALIBI_ARCHITECTURES
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
-from quire.model_config.gpt_architectures import GPT_ARCHITECTURES
+from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
+from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
 
 __all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
+
 
 _GLM: dict[str, Any] = {
     "num_key_value_heads": 2,
@@ -229,20 +232,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
     ),
-    "MixtralForCausalLM": Architecture(
-        model="quire.models.mixtral:Mixtral",
-        names={"num_experts": "num_local_experts"},
-        implied={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-        },
-    ),
+    **EXPERT_ARCHITECTURES,
+    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
+    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
+    **PLAIN_ARCHITECTURES,
+    **ALIBI_ARCHITECTURES,
     "Phi3ForCausalLM": Architecture(
         model="quire.models.phi3:Phi3",
         implied={
@@ -284,24 +278,4 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"bias": False},
     ),
-    "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
-    "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
-    "Starcoder2ForCausalLM": Architecture(
-        model="quire.models.starcoder2:StarCoder2",
-        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
-        implied={
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "hidden_act": "gelu_pytorch_tanh",
-            "norm_epsilon": 1e-5,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "gated_mlp": False,
-            "use_bias": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-            "tie_word_embeddings": True,
-        },
-    ),
-    **GPT_ARCHITECTURES,
 }

@@ -37,6 +37,9 @@ class ConfigJson:
                 raise self.refusal(row.section, text, "an object that describes the text model")
             # What the whole file says, of its end tokens for one, goes before what the section repeats.
             config = {**text, **{key: value for key, value in config.items() if value is not None}}
+        for spelling, name in row.aliases.items():
+            if spelling in config:
+                config = {name: config[spelling], **config}
         self._config = {**row.implied, **config, **_nested(config)}
         for key, supported in row.fixed.items():
             value = self._config.get(key, supported)
@@ -49,13 +52,13 @@ class ConfigJson:
 
     def value(self, key: str) -> Any:
         """The value, or what the family means by it; None if it is missing."""
-        value = self._config.get(self._spelling(key))
+        value = self._config.get(self._names.get(key, key))
         meanings = self._meanings.get(key)
         return meanings.get(value, value) if meanings and isinstance(value, str) else value
 
     def flag(self, key: str, default: bool = False) -> bool:
         """False for null, `default` for a missing key."""
-        return bool(self._config.get(self._spelling(key), default))
+        return bool(self._config.get(self._names.get(key, key), default))
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.value(key)
@@ -82,16 +85,9 @@ class ConfigJson:
 
     def refusal(self, key: str, value: Any, supported: str) -> CheckpointError:
         """The error to raise for a value that is not supported."""
-        key = self._spelling(key)
+        key = self._names.get(key, key)
         shown = "missing" if value is None else json.dumps(value)
         return CheckpointError(f"{self._path}: {key} is {shown}; supported: {supported}")
-
-    def _spelling(self, key: str) -> str:
-        """How the file spells a key: of several spellings the first one that it has a value for."""
-        spellings = self._names.get(key, key)
-        if isinstance(spellings, str):
-            return spellings
-        return next((name for name in spellings if self._config.get(name) is not None), spellings[0])
 
     def _find_architecture(self, config: dict[str, Any]) -> str:
         named = config.get("architectures") or []

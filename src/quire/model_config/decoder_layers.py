@@ -5,13 +5,14 @@ from quire.model_config.model_config import ModelConfig, norm_vectors
 
 
 def decoder_layers(config: ModelConfig) -> tuple[LayerSpec, ...]:
-    """Attention with grouped KV heads, then an MLP or experts; layers differ by their windows alone."""
+    """Attention with grouped KV heads, then an MLP or experts; layers differ by these and by their windows alone."""
     windows = config.layer_windows or (0,) * config.num_layers
-    of_window = {window: _layer(config, window) for window in set(windows)}
-    return tuple(of_window[window] for window in windows)
+    kinds = [(window, config.has_experts(index)) for index, window in enumerate(windows)]
+    layers = {kind: _layer(config, *kind) for kind in set(kinds)}
+    return tuple(layers[kind] for kind in kinds)
 
 
-def _layer(config: ModelConfig, window: int) -> LayerSpec:
+def _layer(config: ModelConfig, window: int, has_experts: bool) -> LayerSpec:
     hidden = config.hidden_size
     num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kv = KVSpec(
@@ -23,12 +24,12 @@ def _layer(config: ModelConfig, window: int) -> LayerSpec:
     )
     qkv, output = LinearSpec("qkv", num_queries + 2 * num_keys, hidden), LinearSpec("o", hidden, num_queries)
     mlp: MLPSpec | ExpertsSpec
-    if config.num_experts:
+    if has_experts:
         shared = config.shared_expert_intermediate_size
         mlp = ExpertsSpec(
             num_experts=config.num_experts,
             num_active=config.num_experts_per_token,
-            router=LinearSpec("router", config.num_experts, hidden, quantizes=False),
+            router=LinearSpec("router", config.num_experts + config.shared_expert_gate, hidden, quantizes=False),
             expert=mlp_spec("expert.", hidden, config.expert_intermediate_size, gated=config.gated_mlp),
             shared=mlp_spec("shared.", hidden, shared, gated=config.gated_mlp) if shared else None,
         )

@@ -1,11 +1,11 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
@@ -13,6 +13,7 @@ from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
+from quire.model_config.experts import RouterConfig, read_experts
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
@@ -78,15 +79,21 @@ class ModelConfig:
     mlp_bias: bool = False
 
     num_experts: int = 0
-    """Experts of every layer, in the place of the MLP; 0: the layers are dense."""
+    """Experts of a layer, in the place of the MLP; 0: all layers are dense."""
+    dense_layers: frozenset[int] = frozenset()
+    """Indices of the layers that have an MLP although others have experts."""
     num_experts_per_token: int = 0
-    """Experts that the router chooses for a token: those with the largest softmax over all."""
+    """Experts that the router chooses for a token."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """How it chooses them."""
     norm_topk: bool = True
-    """The probabilities of the chosen experts are divided by their sum before they weigh the outputs."""
+    """The scores of the chosen experts are divided by their sum before they weigh the outputs."""
     expert_intermediate_size: int = 0
     """Inner width of one expert."""
     shared_expert_intermediate_size: int = 0
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
+    shared_expert_gate: bool = False
+    """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
 
     clip_qkv: float = 0.0
     """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
@@ -172,6 +179,10 @@ class ModelConfig:
             return max(self.max_position_embeddings, int(rope.original_max_position * rope.factor))
         return self.max_position_embeddings
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in the place of its MLP."""
+        return self.num_experts > 0 and layer not in self.dense_layers
+
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
@@ -248,11 +259,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
-    num_experts = 0 if config.value("num_experts") is None else config.integer("num_experts")
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
-    norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
-    norm_before = config.flag("norm_before", True)
     embedding_width = config.integer("embedding_width", hidden_size)
     scaled = config.flag("scale_embeddings")
     windows = read_layer_windows(config, num_layers)
@@ -268,28 +276,13 @@ def _read(config: ConfigJson) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_position,
-        norm="layer_norm" if norm == "layer_norm" else "rms_norm",
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        norm_bias=config.flag("norm_bias"),
-        norm_unit_offset=config.flag("norm_unit_offset"),
-        norm_before=norm_before,
-        final_norm=norm_before and not config.flag("no_final_norm"),
-        pre_norms=config.flag("pre_norms", True),
-        post_norms=config.flag("post_norms"),
-        parallel_residual=config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
-        parallel_mlp_norm=config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
+        **_read_norms(config),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
-        num_experts=num_experts,
-        num_experts_per_token=_num_experts_per_token(config, num_experts),
-        norm_topk=config.flag("norm_topk_prob", True),
-        expert_intermediate_size=(config.integer("moe_intermediate_size", intermediate_size) if num_experts else 0),
-        shared_expert_intermediate_size=(
-            config.integer("shared_expert_intermediate_size", 0, minimum=0) if num_experts else 0
-        ),
+        **read_experts(config, num_layers, intermediate_size),
         clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
@@ -304,7 +297,6 @@ def _read(config: ConfigJson) -> ModelConfig:
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),
         position_offset=config.integer("position_offset", 0, minimum=0),
-        embedding_norm=config.flag("embedding_norm"),
         embedding_width=0 if embedding_width == hidden_size else embedding_width,
         embedding_multiplier=hidden_size**0.5 if scaled else config.number("embedding_multiplier", 1.0),
         round_embedding_multiplier=scaled,
@@ -317,6 +309,24 @@ def _read(config: ConfigJson) -> ModelConfig:
         bos_token_id=config.value("bos_token_id"),
         eos_token_ids=_end_tokens(config),
     )
+
+
+def _read_norms(config: ConfigJson) -> dict[str, Any]:
+    """The fields that say which norms there are, and where."""
+    norm_before = config.flag("norm_before", True)
+    return {
+        "norm": config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm"),
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_bias": config.flag("norm_bias"),
+        "norm_unit_offset": config.flag("norm_unit_offset"),
+        "norm_before": norm_before,
+        "final_norm": norm_before and not config.flag("no_final_norm"),
+        "pre_norms": config.flag("pre_norms", True),
+        "post_norms": config.flag("post_norms"),
+        "embedding_norm": config.flag("embedding_norm"),
+        "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
+        "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
+    }
 
 
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
@@ -334,15 +344,6 @@ def _has_falcon_norms(config: ConfigJson) -> bool:
     if number > 2:
         raise config.refusal("num_ln_in_parallel_attn", number, "1 or 2")
     return number == 2
-
-
-def _num_experts_per_token(config: ConfigJson, num_experts: int) -> int:
-    if not num_experts:
-        return 0
-    num_active = config.integer("num_experts_per_tok")
-    if num_active > num_experts:
-        raise config.refusal("num_experts_per_tok", num_active, f"at most the number of experts {num_experts}")
-    return num_active
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:

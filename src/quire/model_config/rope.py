@@ -33,6 +33,10 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     """longrope's divisors of the frequencies, one for each pair; see `is_long`."""
+    short_mscale: float | None = None
+    long_mscale: float | None = None
+    """Factors of queries and keys within the training length and beyond it, in the place of the usual one
+    (Phi-3.5-MoE)."""
     query_scaling_beta: float = 0.0
     """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
@@ -151,6 +155,7 @@ def _read_rope(
             raise config.refusal(f"{section}.{key}", value, f"a list of {count} positive numbers, one for each pair")
         return tuple(map(float, value))
 
+    has_mscales = config.flag("rope_mscales") and rope_type != "default"
     needs_factor = rope_type in ("linear", "dynamic", "llama3")
     return RopeConfig(
         theta=number("rope_theta", theta),
@@ -168,6 +173,8 @@ def _read_rope(
         query_scaling_beta=(optional("llama_4_scaling_beta") or 0.0) if config.flag("scale_queries") else 0.0,
         short_factors=factors("short_factor"),
         long_factors=factors("long_factor"),
+        short_mscale=number("short_mscale") if has_mscales else None,
+        long_mscale=number("long_mscale") if has_mscales else None,
         partial_rotary_factor=share,
         layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
     )

@@ -8,7 +8,7 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
 
     `layer_types` decides if there is one, then `sliding_window_pattern`: every so many layers one attends to all
     (Gemma), or letters (EXAONE 4). Else the layers that rotate nothing have the window (SmolLM3), or those from
-    `max_window_layers` on (Qwen).
+    `max_window_layers` on (Qwen), or every other layer before it (Qwen2-MoE).
     """
     if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
         return (0,) * num_layers
@@ -29,6 +29,8 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     if rotates:
         return tuple(0 if turns else window for turns in rotates)
     first = config.integer("max_window_layers", 28, minimum=0)
+    if config.flag("alternate_windows"):
+        return tuple(window if layer % 2 == 0 and layer < first else 0 for layer in range(num_layers))
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
 
 

@@ -13,7 +13,7 @@ from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear
-from quire.layers.norm import HeadNorm, Norm, Normed, RMSHeadNorm
+from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig, RopeConfig
@@ -172,19 +172,23 @@ def _order_of_fused_rows(config: ModelConfig, by_kv_head: bool, device: torch.de
 
 
 def rms_head_norms(build: Builder) -> HeadNorms | None:
-    """RMSNorm of queries and keys with one weight for all heads, where the config has them."""
+    """RMSNorm of queries and keys, where the config has them: of each head, with one weight for all heads, or of all
+    heads together."""
     config = build.config
     if not config.qk_norm:
         return None
 
-    def norm(name: str) -> RMSHeadNorm:
+    def norm(name: str, num_heads: int) -> HeadNorm:
+        if config.qk_norm_joint:
+            weight = build.weights.take(f"{name}.weight", (num_heads * config.head_dim,)).float()
+            return JointHeadNorm(build.kernels, weight, config.norm_eps, config.head_dim)
         weight = build.weights.take(f"{name}.weight", (config.head_dim,)).float()
         if config.norm_unit_offset:
             weight = weight + 1
         weight = in_head_order(config, weight)
         return RMSHeadNorm(build.kernels, weight, config.norm_eps)
 
-    return norm("q_norm"), norm("k_norm")
+    return norm("q_norm", config.num_heads), norm("k_norm", config.num_kv_heads)
 
 
 def in_head_order(config: ModelConfig, x: Tensor) -> Tensor:

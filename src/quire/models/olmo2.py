@@ -3,8 +3,8 @@ keys over all heads together, EXAONE 4 each head."""
 
 from torch import Tensor
 
-from quire.layers.norm import JointHeadNorm, NoNorm
-from quire.models.blocks import HeadNorms, gated_mlp, rms_head_norms, rotary_attention
+from quire.layers.norm import NoNorm
+from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import DecoderLayer
 from quire.models.llama import Llama
@@ -15,21 +15,10 @@ class OLMo2(Llama):
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
         attention = build.scope("self_attn")
-        head_norms = _joint_head_norms(attention) if build.config.qk_norm_joint else rms_head_norms(attention)
         return DecoderLayer(
             NoNorm(),
-            rotary_attention(attention, index, cos_sin, head_norms=head_norms),
+            rotary_attention(attention, index, cos_sin, head_norms=rms_head_norms(attention)),
             NoNorm(),
             gated_mlp(build.scope("mlp"), build.config.intermediate_size),
             post_norms=(build.norm("post_attention_layernorm"), build.norm("post_feedforward_layernorm")),
         )
-
-
-def _joint_head_norms(build: Builder) -> HeadNorms:
-    config = build.config
-
-    def norm(name: str, num_heads: int) -> JointHeadNorm:
-        weight = build.weights.take(f"{name}.weight", (num_heads * config.head_dim,)).float()
-        return JointHeadNorm(build.kernels, weight, config.norm_eps, config.head_dim)
-
-    return norm("q_norm", config.num_heads), norm("k_norm", config.num_kv_heads)

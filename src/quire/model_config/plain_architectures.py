@@ -1,10 +1,10 @@
-"""The rows of ARCHITECTURES whose layers have a plain MLP and LayerNorms: GPT-2 and its relatives."""
+"""PLAIN_ARCHITECTURES: the rows of ARCHITECTURES whose MLPs have no gate."""
 
 from typing import Any
 
 from quire.model_config.architecture import Architecture
 
-_GPT2_NAMES: dict[str, str | tuple[str, ...]] = {
+_GPT2_NAMES: dict[str, str] = {
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
@@ -26,7 +26,24 @@ _GPT2_IMPLIED: dict[str, Any] = {
     "learned_positions": True,
 }
 
-GPT_ARCHITECTURES: dict[str, Architecture] = {
+PLAIN_ARCHITECTURES: dict[str, Architecture] = {
+    "Starcoder2ForCausalLM": Architecture(
+        model="quire.models.starcoder2:StarCoder2",
+        names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
+        implied={
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "hidden_act": "gelu_pytorch_tanh",
+            "norm_epsilon": 1e-5,
+            "norm": "layer_norm",
+            "norm_bias": True,
+            "gated_mlp": False,
+            "use_bias": True,
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+        },
+    ),
     "GPT2LMHeadModel": Architecture(
         model="quire.models.gpt2:GPT2",
         names=_GPT2_NAMES,
@@ -126,86 +143,4 @@ GPT_ARCHITECTURES: dict[str, Architecture] = {
         },
         fixed={"layer_norm_elementwise_affine": True},
     ),
-    "BloomForCausalLM": Architecture(
-        model="quire.models.bloom:Bloom",
-        names={
-            "hidden_size": ("hidden_size", "n_embed"),
-            "num_hidden_layers": ("n_layer", "num_hidden_layers"),
-            "num_attention_heads": ("n_head", "num_attention_heads"),
-            "max_position_embeddings": "seq_length",
-            "rms_norm_eps": "layer_norm_epsilon",
-        },
-        implied={
-            "seq_length": 2048,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "embedding_norm": True,
-            "alibi": True,
-        },
-        fixed={"apply_residual_connection_post_layernorm": False},
-    ),
-    "FalconForCausalLM": Architecture(
-        model="quire.models.falcon:Falcon",
-        names={
-            "hidden_size": ("hidden_size", "n_embed"),
-            "num_key_value_heads": "num_kv_heads",
-            "intermediate_size": "ffn_hidden_size",
-            "hidden_act": "activation",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "attention_bias": "bias",
-            "mlp_bias": "bias",
-            "parallel_residual": "parallel_attn",
-        },
-        implied={
-            "max_position_embeddings": 2048,
-            "activation": "gelu",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "norm_bias": True,
-            "multi_query": True,
-            "parallel_attn": True,
-            "new_decoder_architecture": False,
-            "alibi_before_scale": True,
-        },
-    ),
-    "MptForCausalLM": Architecture(
-        model="quire.models.mpt:MPT",
-        names={
-            "hidden_size": ("d_model", "hidden_size"),
-            "num_hidden_layers": ("n_layers", "num_hidden_layers"),
-            "num_attention_heads": ("n_heads", "num_attention_heads"),
-            "max_position_embeddings": "max_seq_len",
-            "rms_norm_eps": "layer_norm_epsilon",
-            "alibi_bias_max": "attn_config.alibi_bias_max",
-            "clip_qkv": "attn_config.clip_qkv",
-        },
-        implied={
-            "max_seq_len": 2048,
-            "hidden_act": "gelu",
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            "gated_mlp": False,
-            "norm": "layer_norm",
-            "alibi": True,
-        },
-        fixed={
-            "no_bias": True,
-            "expansion_ratio": 4,
-            "logit_scale": None,
-            "attn_config.alibi": True,
-            "attn_config.attn_type": "multihead_attention",
-            "attn_config.prefix_lm": False,
-            "attn_config.qk_ln": False,
-            "attn_config.softmax_scale": None,
-        },
-    ),
 }
-GPT_ARCHITECTURES["MPTForCausalLM"] = GPT_ARCHITECTURES["MptForCausalLM"]  # as published
