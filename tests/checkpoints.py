@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
+from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
 from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
@@ -31,6 +33,7 @@ from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
 from transformers.models.ministral3 import Ministral3Config, Ministral3ForCausalLM
 from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
+from transformers.models.mpt import MptConfig, MptForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.opt import OPTConfig, OPTForCausalLM
@@ -69,6 +72,35 @@ _GPT2: dict[str, Any] = {
     "n_layer": 3,
     "n_head": 2,
     "n_positions": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+
+
+_BLOOM: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "seq_length": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_MPT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "d_model": 64,
+    "n_layers": 3,
+    "n_heads": 4,
+    "max_seq_len": 256,
+    "bos_token_id": BOS_TOKEN_ID,
+    "eos_token_id": EOS_TOKEN_ID,
+}
+_FALCON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
     "bos_token_id": BOS_TOKEN_ID,
     "eos_token_id": EOS_TOKEN_ID,
 }
@@ -311,6 +343,20 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
     "opt": (OPTConfig, OPTForCausalLM, _OPT),
     "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
+    "falcon": (FalconConfig, FalconForCausalLM, _FALCON),
+    "falcon-new": (
+        FalconConfig,
+        FalconForCausalLM,
+        {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-rw": (
+        FalconConfig,
+        FalconForCausalLM,
+        {**_FALCON, "alibi": True, "bias": True, "multi_query": False, "parallel_attn": False},
+    ),
+    "mpt": (MptConfig, MptForCausalLM, _MPT),
+    "mpt-clipped": (MptConfig, MptForCausalLM, {**_MPT, "attn_config": {"clip_qkv": 0.7}}),
 }
 """Name → transformers' config class, its model class, and the options of a small model."""
 
@@ -358,8 +404,11 @@ def _mean_of_vector(family: str, name: str) -> float:
 
 def reference_model(folder: str | Path) -> PreTrainedModel:
     """transformers' model of a checkpoint, in float32 whatever the checkpoint's dtype."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    # With eager attention transformers adds Falcon's ALiBi twice.
+    attention = "sdpa" if config.get("model_type") == "falcon" and config["alibi"] else "eager"
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention
     )
     return model.eval()
 

@@ -51,6 +51,11 @@ OLD_CARD = Device("cuda", "an old card", 32 * 2**30, (7, 0))
         "phi3-longrope",
         "starcoder2",
         "gpt-bigcode",
+        "bloom",
+        "falcon",
+        "falcon-new",
+        "falcon-rw",
+        "mpt-clipped",
     ],
 )
 def test_tokens_equal_transformers(family: str, tmp_path: Path) -> None:

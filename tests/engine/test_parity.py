@@ -49,6 +49,11 @@ FAMILIES = [
     "phi-norms",
     "opt",
     "opt-350m",
+    "bloom",
+    "falcon",
+    "falcon-new",
+    "falcon-rw",
+    "mpt-clipped",
 ]
 NUM_STEPS = 128
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)

@@ -350,6 +350,38 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi with norms of heads": ("PhiForCausalLM", {"num_hidden_layers": 2, "qk_layernorm": True}),
+    "bloom-560m": ("BloomForCausalLM", {"hidden_size": 1024, "n_layer": 24, "n_head": 16}),
+    "bloom": ("BloomForCausalLM", {"hidden_size": 14336, "n_layer": 70, "n_head": 112}),
+    "falcon-7b": ("FalconForCausalLM", {}),
+    "falcon-40b": (
+        "FalconForCausalLM",
+        {"hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128, "num_kv_heads": 8}
+        | {"new_decoder_architecture": True},
+    ),
+    "falcon-11b": (
+        "FalconForCausalLM",
+        {"hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "num_kv_heads": 8}
+        | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "max_position_embeddings": 8192}
+        | {"rope_theta": 500042.0, "tie_word_embeddings": False},
+    ),
+    "falcon-rw-1b": (
+        "FalconForCausalLM",
+        {"vocab_size": 50304, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "alibi": True}
+        | {"bias": True, "multi_query": False, "parallel_attn": False},
+    ),
+    "mpt-7b": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 2048},
+    ),
+    "mpt-7b-storywriter": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32, "max_seq_len": 65536}
+        | {"attn_config": {"alibi_bias_max": 16, "clip_qkv": 6.0, "attn_impl": "triton"}},
+    ),
+    "mpt-30b": (
+        "MptForCausalLM",
+        {"vocab_size": 50432, "d_model": 7168, "n_layers": 48, "n_heads": 64, "max_seq_len": 8192},
+    ),
 }
 """Name → architecture, and what its config changes of transformers' defaults."""
 MODEL_TYPES = {
@@ -386,6 +418,9 @@ MODEL_TYPES = {
     "GraniteForCausalLM": "granite",
     "PhiForCausalLM": "phi",
     "OPTForCausalLM": "opt",
+    "BloomForCausalLM": "bloom",
+    "FalconForCausalLM": "falcon",
+    "MptForCausalLM": "mpt",
 }
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from quire.model_config.alibi_architectures import ALIBI_ARCHITECTURES
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
 from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
@@ -235,6 +236,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     **PLAIN_ARCHITECTURES,
+    **ALIBI_ARCHITECTURES,
     "Phi3ForCausalLM": Architecture(
         model="quire.models.phi3:Phi3",
         implied={

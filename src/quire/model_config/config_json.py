@@ -20,7 +20,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ConfigJson:
-    """config.json over the defaults of its family. A key is looked up by the family's spelling.
+    """config.json over the defaults of its family. A key is looked up by the family's spelling, which may be
+    "object.key", a key of an object in it.
 
     Every refusal is a `CheckpointError` that names the file, the key, the value, and what is supported.
     """
@@ -39,10 +40,11 @@ class ConfigJson:
         for spelling, name in row.aliases.items():
             if spelling in config:
                 config = {name: config[spelling], **config}
-        self._config = {**row.implied, **config}
+        self._config = {**row.implied, **config, **_nested(config)}
         for key, supported in row.fixed.items():
-            if bool(self._config.get(key, supported)) != supported:
-                raise self.refusal(key, self._config[key], json.dumps(supported))
+            value = self._config.get(key, supported)
+            if (bool(value) if isinstance(supported, bool) else value) != supported:
+                raise self.refusal(key, value, json.dumps(supported))
         quantization = self._config.get("quantization_config")
         if quantization and not _holds_only_kv_scales(quantization):
             method = quantization.get("quant_method", "unnamed")
@@ -95,6 +97,12 @@ class ConfigJson:
         found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
         supported = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{self._path}: architectures is {found}; supported are {supported}")
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of the objects in a config as "object.key"."""
+    objects = {name: value for name, value in config.items() if isinstance(value, dict)}
+    return {f"{name}.{key}": value for name, inner in objects.items() for key, value in inner.items()}
 
 
 def _holds_only_kv_scales(quantization: dict[str, Any]) -> bool:

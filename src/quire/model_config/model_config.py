@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
@@ -94,6 +95,8 @@ class ModelConfig:
     shared_expert_gate: bool = False
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
 
+    clip_qkv: float = 0.0
+    """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
     """Queries and keys pass a norm of `head_dim` elements before they are rotated."""
     qk_norm_per_head: bool = False
@@ -110,8 +113,11 @@ class ModelConfig:
     """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
     layer_windows: tuple[int, ...] = ()
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
+    alibi_slopes: tuple[float, ...] = ()
+    """Per query head: the slope times (key position - query position) is added to each scaled score. Empty: nothing
+    is."""
     rope: RopeConfig | None = None
-    """None: positions are learned, one embedding each."""
+    """None without `alibi_slopes`: positions are learned, one embedding each."""
     position_offset: int = 0
     """Rows of that table before the first position's (OPT)."""
     layer_ropes: tuple[RopeConfig | None, ...] = ()
@@ -120,6 +126,8 @@ class ModelConfig:
     positions_are_stretched: bool = False
     """`max_position_embeddings` already counts the stretch of a scaled rotary embedding (Gemma 3)."""
 
+    embedding_norm: bool = False
+    """Token embeddings pass a norm of the kind of the others before the first layer (BLOOM)."""
     embedding_width: int = 0
     """Width of the token embeddings and of the head's input, where projections lead to `hidden_size` and back
     (OPT-350M); 0: it is `hidden_size`, without projections."""
@@ -214,11 +222,13 @@ def _spec(config: ModelConfig) -> ModelSpec:
     layers: Callable[[ModelConfig], tuple[LayerSpec, ...]] = getattr(import_module(module), name)
     hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
     num_positions = config.max_position_embeddings + config.position_offset
-    positions = None if config.rope else LinearSpec("positions", num_positions, hidden)
+    learned = config.rope is None and not config.alibi_slopes
+    positions = LinearSpec("positions", num_positions, hidden) if learned else None
     projections = (
         LinearSpec("project_in", hidden, width, quantizes=False),
         LinearSpec("project_out", width, hidden, quantizes=False),
     )
+    embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
     return ModelSpec(
         layers=layers(config),
@@ -227,7 +237,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + head_bias,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
     )
 
 
@@ -250,12 +260,12 @@ def _read(config: ConfigJson) -> ModelConfig:
     max_position = config.integer("max_position_embeddings")
     intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
-    norm = config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm")
-    norm_before = config.flag("norm_before", True)
+    alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
     scaled = config.flag("scale_embeddings")
     windows = read_layer_windows(config, num_layers)
-    ropes = (None, ()) if config.flag("learned_positions") else read_ropes(config, max_position, head_dim, windows)
+    unrotated = bool(alibi_slopes) or config.flag("learned_positions")
+    ropes = (None, ()) if unrotated else read_ropes(config, max_position, head_dim, windows)
     return ModelConfig(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
@@ -266,22 +276,14 @@ def _read(config: ConfigJson) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_position,
-        norm="layer_norm" if norm == "layer_norm" else "rms_norm",
-        norm_eps=config.number("rms_norm_eps", 1e-6),
-        norm_bias=config.flag("norm_bias"),
-        norm_unit_offset=config.flag("norm_unit_offset"),
-        norm_before=norm_before,
-        final_norm=norm_before and not config.flag("no_final_norm"),
-        pre_norms=config.flag("pre_norms", True),
-        post_norms=config.flag("post_norms"),
-        parallel_residual=config.flag("parallel_residual"),
-        parallel_mlp_norm=config.flag("parallel_mlp_norm"),
+        **_read_norms(config),
         activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         **read_experts(config, num_layers, intermediate_size),
+        clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
         qk_norm_bias=config.flag("qk_norm_bias"),
@@ -290,6 +292,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         attention_multiplier=config.number("attention_multiplier", 0.0) or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=windows,
+        alibi_slopes=alibi_slopes,
         rope=ropes[0],
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),
@@ -308,11 +311,39 @@ def _read(config: ConfigJson) -> ModelConfig:
     )
 
 
+def _read_norms(config: ConfigJson) -> dict[str, Any]:
+    """The fields that say which norms there are, and where."""
+    norm_before = config.flag("norm_before", True)
+    return {
+        "norm": config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm"),
+        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_bias": config.flag("norm_bias"),
+        "norm_unit_offset": config.flag("norm_unit_offset"),
+        "norm_before": norm_before,
+        "final_norm": norm_before and not config.flag("no_final_norm"),
+        "pre_norms": config.flag("pre_norms", True),
+        "post_norms": config.flag("post_norms"),
+        "embedding_norm": config.flag("embedding_norm"),
+        "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
+        "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
+    }
+
+
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
-    """One or as many as query heads where a family has the flag `multi_query`."""
-    if config.value("multi_query") is None:
+    """One or as many as query heads where a family has the flag `multi_query`, which Falcon's newer layers ignore."""
+    if config.value("multi_query") is None or config.flag("new_decoder_architecture"):
         return config.integer("num_key_value_heads", num_heads)
     return 1 if config.flag("multi_query") else num_heads
+
+
+def _has_falcon_norms(config: ConfigJson) -> bool:
+    """Falcon's newer layers have two norms, or one if config.json says so."""
+    if not config.flag("new_decoder_architecture"):
+        return False
+    number = config.integer("num_ln_in_parallel_attn", 2)
+    if number > 2:
+        raise config.refusal("num_ln_in_parallel_attn", number, "1 or 2")
+    return number == 2
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:

@@ -40,6 +40,7 @@ class SelfAttention:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
+        self.clip_qkv = config.clip_qkv
         self.qkv = qkv
         self.head_norms = head_norms
         self.attend = attend
@@ -49,6 +50,8 @@ class SelfAttention:
     def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
         """x [T, H] -> [T, H], or [R, H] of the output tokens."""
         projected = self.qkv(x)
+        if self.clip_qkv > 0:
+            projected.clamp_(-self.clip_qkv, self.clip_qkv)
         # Views of one [T, heads, D] tensor; what follows works on them in place.
         q, k, v = projected.view(projected.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
         if self.head_norms is not None:
@@ -68,6 +71,8 @@ class SelfAttention:
                     "and its checkpoint has no k_scale and v_scale; use another kv_cache_dtype"
                 )
             bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
+            if self.clip_qkv > 0:
+                bounds = bounds.clamp(max=self.clip_qkv)
             _, keys, values = bounds.split_with_sizes(self.heads)
             if self.head_norms is not None:
                 keys = self.head_norms[1].bound.expand_as(keys)
@@ -98,7 +103,7 @@ def rotary_attention(
     return SelfAttention(
         config,
         build.pack(q, k, v),
-        _attend(build, layer, cos_sin),
+        _attend(build, layer, cos_sin, q.weight.device),
         build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
         head_norms=head_norms,
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
@@ -115,7 +120,8 @@ def fused_attention(
     transposed: bool = False,
 ) -> SelfAttention:
     """The attention of a layer whose queries, keys and values are stored as one matrix: all queries, then all keys,
-    then all values. `by_kv_head`: the queries, the key and the value of each KV head in turn."""
+    then all values. `by_kv_head`: the queries, the key and the value of each KV head in turn. `transposed`: stored as
+    [inputs, outputs]."""
     config, (fused, output) = build.config, names
     q_rows, num_rows = config.num_heads * config.head_dim, config.num_qkv_heads * config.head_dim
     qkv = build.weights.take_linear(fused, (num_rows, config.hidden_size), bias=config.qkv_bias, transposed=transposed)
@@ -123,14 +129,15 @@ def fused_attention(
     return SelfAttention(
         config,
         build.pack(qkv if rows is None else qkv.select_rows(rows)),
-        _attend(build, layer, cos_sin),
+        _attend(build, layer, cos_sin, qkv.weight.device),
         build.linear({output: config.hidden_size}, q_rows, bias=config.o_bias, transposed=transposed),
         stored_kv_scales=take_kv_scales(build.weights, config.num_kv_heads),
     )
 
 
-def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
+def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.device) -> Attention:
     config = build.config
+    slopes = config.alibi_slopes
     return Attention(
         build.kernels,
         layer,
@@ -138,20 +145,26 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None) -> Attention:
         cos_sin=cos_sin,
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
+        alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
         query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
+
+
+def rows_of_groups(config: ModelConfig) -> Tensor:
+    """The order of the rows of `fused_attention` where every KV head's group is stored together: the heads of its
+    queries, then its key, then its value."""
+    group = config.num_heads // config.num_kv_heads
+    rows = torch.arange(config.num_qkv_heads * config.head_dim)
+    parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split_with_sizes((group, 1, 1), dim=1)
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _order_of_fused_rows(config: ModelConfig, by_kv_head: bool, device: torch.device) -> Tensor | None:
     """The stored rows in the order queries, keys, values, pairs of a rotation in halves; None: as they are stored."""
     if not (by_kv_head and config.num_kv_heads > 1) and not _is_interleaved(config):
         return None
-    num_rows = config.num_qkv_heads * config.head_dim
-    rows = torch.arange(num_rows, device=device).view(-1, config.head_dim)
-    if by_kv_head:
-        group = config.num_heads // config.num_kv_heads
-        parts = rows.view(config.num_kv_heads, group + 2, config.head_dim).split((group, 1, 1), dim=1)
-        rows = torch.cat([part.flatten(0, 1) for part in parts])
+    rows = rows_of_groups(config) if by_kv_head else torch.arange(config.num_qkv_heads * config.head_dim)
+    rows = rows.to(device).view(-1, config.head_dim)
     if _is_interleaved(config):
         rotated = config.num_heads + config.num_kv_heads
         rows[:rotated] = rows[:rotated, _head_order(config, device)]

@@ -83,9 +83,10 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A decoder-only model. `embedding_factor` multiplies token embeddings, and `logits_factor` logits; then a logit l
-    becomes softcap * tanh(l / softcap) where `logits_softcap` is above 0. `projections` lead from the width of the
-    token embeddings to that of the layers, and back before the head."""
+    """A decoder-only model. `embedding_factor` multiplies token embeddings, then `embedding_norm` norms them;
+    `logits_factor` multiplies logits; then a logit l becomes softcap * tanh(l / softcap) where `logits_softcap` is
+    above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
+    head."""
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class Decoder:
         norm: Norm,
         *,
         position_embedding: Embedding | None = None,
+        embedding_norm: Norm | None = None,
         projections: tuple[Linear, Linear] | None = None,
         embedding_factor: float = 1.0,
         logits_factor: float = 1.0,
@@ -104,6 +106,7 @@ class Decoder:
         self.layers = list(layers)
         self.norm = norm
         self.position_embedding = position_embedding
+        self.embedding_norm = embedding_norm
         self.projections = projections
         self.embedding_factor = embedding_factor
         self.logits_factor = logits_factor
@@ -114,6 +117,8 @@ class Decoder:
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
+        if self.embedding_norm is not None:
+            residual = self.embedding_norm(residual)
         if self.projections is not None:
             residual = self.projections[0](residual)
         update = None if self.position_embedding is None else self.position_embedding(context.positions)

@@ -25,6 +25,8 @@ class DecoderNames(NamedTuple):
     norm: str = "norm"
     heads: tuple[str, ...] = ("lm_head",)
     """Names of the output head; the checkpoint has one of them, where the head is not tied."""
+    embedding_norm: str = "embedding_norm"
+    """Read where the config has one."""
 
 
 def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device) -> list[Tensor | None]:
@@ -50,6 +52,8 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         names = self.names
         model = build.scope(names.model)
+        if not model.weights.has(f"{names.embedding}.weight") and weights.has(f"{names.embedding}.weight"):
+            model = build  # a checkpoint of the bare model, without head
         table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
         factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
@@ -61,6 +65,7 @@ class Llama(Decoder):
                 for index, cos_sin in enumerate(tables)
             ],
             model.norm(names.norm),
+            embedding_norm=model.norm(names.embedding_norm) if config.embedding_norm else None,
             embedding_factor=build.rounded(factor) if config.round_embedding_multiplier else factor,
             logits_factor=config.logits_multiplier,
             logits_softcap=config.logits_softcap,
