@@ -25,6 +25,18 @@ def test_side_by_side(kernels: object, dtype: str) -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("num_inputs", [1, 7, 20, 60, 101, 252])
+def test_few_bits_of_any_width(num_inputs: int, dtype: str) -> None:
+    """One scale for all inputs, though their number is no multiple of a kernel's step."""
+    weight, x = torch.randn(33, num_inputs), torch.randn(3, num_inputs)
+    found, expected = (
+        Linear(kernels, [LinearWeight(weight)], dtype)(x)  # type: ignore[arg-type]
+        for kernels in (kernels_for("cpu"), reference)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_what_comes_before_a_layer(dtype: str, activation: str) -> None:

@@ -227,6 +227,8 @@ def quantize_linear(
     weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
 ) -> QuantizedWeight:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    if group_size % _cpu.pair_of_steps:
+        raise ValueError(f"group_size: expected a multiple of {_cpu.pair_of_steps}, found {group_size}")
     num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
     # The last panel may have lanes without an output: 0.
     packed = allocate((num_panels, num_pairs, bits // 4, _cpu.panel, 4), dtype=torch.uint8)

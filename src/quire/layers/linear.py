@@ -56,7 +56,9 @@ class Linear:
         if isinstance(dtype, str):
             self.packed = packing.pack_linear(matrices, dtype)
         else:
-            self.packed = packing.quantize_linear(matrices, dtype.bits, dtype.group_size or self.num_inputs)
+            # Kernels read inputs in steps of 8, and a group must not end inside a step.
+            group_size = dtype.group_size or -(-self.num_inputs // 8) * 8
+            self.packed = packing.quantize_linear(matrices, dtype.bits, group_size)
         self.bias = _join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
