@@ -125,6 +125,36 @@ _OPT: dict[str, Any] = {
     "eos_token_id": EOS_TOKEN_ID,
 }
 
+LAYER_KINDS = [
+    "llama-bias",
+    "qwen3",
+    "gpt2",
+    "stablelm-parallel",
+    "gemma2",
+    "mixtral",
+    "qwen2-moe",
+    "qwen3-moe",
+    "olmoe",
+    "granite-moe",
+    "phimoe",
+    "glm4-moe",
+    "gptj",
+    "phi3",
+    "exaone4",
+    "glm4",
+    "starcoder2",
+    "gpt-bigcode",
+    "gpt-neox",
+    "bloom",
+    "mpt-clipped",
+    "falcon",
+    "falcon-new",
+    "falcon-rw",
+    "phi-norms",
+    "opt-350m",
+]
+"""Of FAMILIES, a checkpoint for every way of storing and building a layer."""
+
 
 def _rope(rope_type: str, **values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **values}}

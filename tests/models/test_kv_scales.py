@@ -69,8 +69,6 @@ def change(folder: Path, **tensors: Tensor) -> None:
         "starcoder2",
         "gpt-bigcode",
         "gpt-neox",
-        *("llama-bias", "llama-rope-yarn", "qwen2", "qwen3", "gpt2", "stablelm", "stablelm-parallel", "mixtral"),
-        *("gemma", "gemma2", "gemma3", "granite", "smollm3"),
         "phi",
         "phi-norms",
         "opt",

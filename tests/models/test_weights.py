@@ -15,7 +15,7 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
 from quire.models.weights import WeightScope
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import LAYER_KINDS, make_checkpoint
 
 
 def load(folder: Path) -> None:
@@ -221,34 +221,7 @@ class TestRandomWeights:
 
     @pytest.mark.parametrize(
         "family",
-        [
-            "llama-bias",
-            "qwen3",
-            "gpt2",
-            "stablelm-parallel",
-            "gemma2",
-            "mixtral",
-            "qwen2-moe",
-            "qwen3-moe",
-            "olmoe",
-            "granite-moe",
-            "phimoe",
-            "glm4-moe",
-            "gptj",
-            "phi3",
-            "exaone4",
-            "glm4",
-            "starcoder2",
-            "gpt-bigcode",
-            "gpt-neox",
-            "bloom",
-            "mpt-clipped",
-            "falcon",
-            "falcon-new",
-            "falcon-rw",
-            "phi-norms",
-            "opt-350m",
-        ],
+        LAYER_KINDS,
     )
     def test_make_every_family(self, family: str, tmp_path: Path) -> None:
         config = ModelConfig.from_folder(make_checkpoint(tmp_path, family))

@@ -22,7 +22,7 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
 from quire.models.weights_cache import PackedTensor, WeightsCache
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import LAYER_KINDS, make_checkpoint
 
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
 LIMIT = 1 << 24
@@ -56,34 +56,7 @@ def cache(tmp_path: Path) -> WeightsCache:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(
     "family",
-    [
-        "qwen3",
-        "gpt2",
-        "llama-bias",
-        "stablelm-parallel",
-        "gemma2",
-        "mixtral",
-        "qwen2-moe",
-        "qwen3-moe",
-        "olmoe",
-        "granite-moe",
-        "phimoe",
-        "glm4-moe",
-        "gptj",
-        "phi3",
-        "exaone4",
-        "glm4",
-        "starcoder2",
-        "gpt-bigcode",
-        "gpt-neox",
-        "bloom",
-        "mpt-clipped",
-        "falcon",
-        "falcon-new",
-        "falcon-rw",
-        "phi-norms",
-        "opt-350m",
-    ],
+    LAYER_KINDS,
 )
 def test_a_second_load_packs_nothing(family: str, dtype: str, tmp_path: Path, cache: WeightsCache) -> None:
     folder = make_checkpoint(tmp_path / "model", family)

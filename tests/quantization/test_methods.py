@@ -18,7 +18,7 @@ from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.registry import load_model
 from quire.quantization import METHODS, WeightFormat
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import LAYER_KINDS, make_checkpoint
 from tests.paged_model import PagedModel
 
 GIB = 2**30
@@ -112,34 +112,7 @@ def test_the_head_has_its_own_format() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "family",
-    [
-        "llama-bias",
-        "qwen3",
-        "gpt2",
-        "stablelm-parallel",
-        "gemma2",
-        "mixtral",
-        "qwen2-moe",
-        "qwen3-moe",
-        "olmoe",
-        "granite-moe",
-        "phimoe",
-        "glm4-moe",
-        "gptj",
-        "phi3",
-        "exaone4",
-        "glm4",
-        "starcoder2",
-        "gpt-bigcode",
-        "gpt-neox",
-        "bloom",
-        "mpt-clipped",
-        "falcon",
-        "falcon-new",
-        "falcon-rw",
-        "phi-norms",
-        "opt-350m",
-    ],
+    LAYER_KINDS,
 )
 def test_every_family_computes_what_the_reference_does(family: str, method: str, tmp_path: Path) -> None:
     """The same quantised model through plain PyTorch; a tied embedding reads the quantised head."""
