@@ -8,12 +8,13 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.step import StepPlan, StepResult
+from scripts.write_models_page import models_page
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/decisions/*.md")]
 )
-GENERATED = {ROOT / "docs/paper.md"}
+GENERATED = {ROOT / "docs/paper.md", ROOT / "docs/models.md"}
 MAX_WORDS = 15_000
 MAX_DECISION_LINES = 15
 
@@ -70,6 +71,10 @@ def test_pages_stay_short() -> None:
 def test_every_decision_is_listed() -> None:
     index = (ROOT / "docs/decisions/README.md").read_text()
     assert all(page.name in index for page in (ROOT / "docs/decisions").glob("0*.md"))
+
+
+def test_the_page_of_models_is_that_of_the_table() -> None:
+    assert (ROOT / "docs/models.md").read_text() == models_page()
 
 
 def python_blocks(page: Path) -> list[str]:
