@@ -68,5 +68,5 @@ def test_factors_and_soft_caps_of_the_ends(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight"] /= 2.71875
     save_file(tensors, file)
     # The factor is rounded to the checkpoint's dtype.
-    scaled = replace(config, embedding_multiplier=2.72, checkpoint_dtype="bfloat16")
+    scaled = replace(config, embedding_multiplier=2.72, round_embedding_multiplier=True, checkpoint_dtype="bfloat16")
     torch.testing.assert_close(logits(folder, scaled), expected, rtol=0, atol=1e-4)

@@ -60,7 +60,7 @@ def test_other_weights(dtype: str, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is true; supported: false"),
-        ({"hidden_act": "relu"}, 'hidden_act is "relu"; supported: silu'),
+        ({"hidden_act": "relu6"}, 'hidden_act is "relu6"; supported: silu'),
         ({"hidden_act": ["gelu"]}, r'hidden_act is \["gelu"\]; supported: silu'),
     ],
 )
