@@ -16,7 +16,7 @@ from benchmarks.from_sources import ENGINE_NEEDS, missing
 from benchmarks.gpu_kernels import Card
 from quire.attention.triton import PlanBuffers
 from quire.config import EngineConfig
-from quire.engine import core, memory_plan
+from quire.engine import build, memory_plan
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.model_config import ModelConfig
 from tests.kernels.triton.test_steps import fake_capture
@@ -100,7 +100,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "plan_memory", planned)
     if not missing(ENGINE_NEEDS):
         monkeypatch.setattr("quire.engine.engine.plan_memory", planned)
-    monkeypatch.setattr(core, "CudaCapture", lambda: fake_capture)
+    monkeypatch.setattr(build, "CudaCapture", lambda: fake_capture)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=1))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
 
