@@ -111,7 +111,8 @@ def test_stop_strings_need_text() -> None:
 
 
 def test_limits_themselves_are_accepted() -> None:
-    SamplingParams(n=128, temperature=0, top_p=1, top_k=-1, min_p=1, seed=-(2**63), max_tokens=1, min_tokens=1)
+    params = SamplingParams(n=128, temperature=0, top_p=1, top_k=-1, min_p=1, seed=-(2**63), max_tokens=1, min_tokens=1)
+    assert (params.n, params.seed, params.min_tokens) == (128, -(2**63), 1)
     SamplingParams(temperature=1e6, top_p=1e-9, presence_penalty=-2, frequency_penalty=2, seed=2**64 - 1)
     SamplingParams(logprobs=-1, prompt_logprobs=0, truncate_prompt_tokens=-1, max_tokens=None, min_tokens=10**6)
 

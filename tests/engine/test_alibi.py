@@ -1,4 +1,4 @@
-"""ALiBi in the engine: biases follow positions, wherever keys lie and whoever shares them."""
+"""ALiBi in the engine: biases follow positions, wherever keys lie and however many sequences share them."""
 
 import random
 from pathlib import Path

@@ -162,7 +162,7 @@ def test_internlm3_matches_transformers(biases: bool, tmp_path: Path) -> None:
 
 
 def test_internlm3_as_it_is_published(tmp_path: Path) -> None:
-    """Its files name two kinds of biases, of which Quire supports one."""
+    """Its files name two kinds of biases; Quire supports one."""
     folder = make_checkpoint(tmp_path, "internlm3")
     ids = prompt(50)
     expected = expected_logits(folder, ids)

@@ -274,7 +274,7 @@ class Engine:
             if sequence.in_decode_batch
             or (sequence.num_missing_tokens == 1 and sequence.num_output_tokens and sequence.row not in starting)
         }
-        assert set(plan.rows[: len(decoding)]) == decoding, "whoever decodes is in every step, and comes first"
+        assert set(plan.rows[: len(decoding)]) == decoding, "a decoding sequence is in every step, and comes first"
 
     def check(self) -> None:
         scheduler, pool = self.scheduler, self.pool

@@ -65,8 +65,9 @@ def test_what_passes_the_door_runs_in_a_pool_of_exactly_its_size(n: int, block_s
 
 def test_a_request_as_large_as_the_pool_needs_no_watermark() -> None:
     engine = Engine(200, 1, max_num_batched_tokens=256)
-    engine.add(new_request("a", 200, max_tokens=1))
+    client = engine.add(new_request("a", 200, max_tokens=1))
     engine.run(max_steps=1)
+    assert client.finish_reasons == {0: "length"}
 
 
 def test_a_vector_needs_room_for_its_prompt_alone() -> None:

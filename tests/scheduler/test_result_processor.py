@@ -297,7 +297,8 @@ def test_a_group_whose_leader_leaves_before_the_others_forked() -> None:
     engine = Engine(max_num_batched_tokens=8, max_num_seqs=4)
     engine.add(new_request("b", 4))
     engine.step()
-    engine.add(new_request("a", 6, n=3, resumed=resumed))
+    client = engine.add(new_request("a", 6, n=3, resumed=resumed))
     engine.step()
     engine.stop("a", 0)
     engine.run(max_steps=20)
+    assert {index: client.finish_reasons[index] for index in (1, 2)} == {1: "length", 2: "length"}

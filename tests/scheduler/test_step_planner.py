@@ -66,9 +66,9 @@ def test_as_many_prompts_share_a_step_as_are_allowed() -> None:
 
 def test_a_budget_of_one_token_a_step_serves_everybody() -> None:
     engine = Engine(max_num_seqs=1, max_num_batched_tokens=1)
-    for name in "abc":
-        engine.add(new_request(name, 5, max_tokens=3))
+    clients = [engine.add(new_request(name, 5, max_tokens=3)) for name in "abc"]
     engine.run(max_steps=3 * (5 + 3))
+    assert [client.finish_reasons for client in clients] == [{0: "length"}] * 3
 
 
 # -- who comes first --------------------------------------------------------------------------------------------------
@@ -158,11 +158,12 @@ def test_a_group_that_yields_in_the_middle_of_its_turn_is_not_in_the_plan() -> N
 def test_prompts_that_hold_all_blocks_make_room_for_the_first() -> None:
     """A step that could compute nothing would be a standstill."""
     engine = Engine(num_blocks=6, block_size=4, max_num_batched_tokens=8)
-    engine.add(new_request("a", 4, max_tokens=20))
+    first = engine.add(new_request("a", 4, max_tokens=20))
     for _ in range(4):
         engine.step()
-    engine.add(new_request("b", 16, max_tokens=1))
+    second = engine.add(new_request("b", 16, max_tokens=1))
     engine.run()
+    assert (first.finish_reasons, second.finish_reasons) == ({0: "length"}, {0: "length"})
 
 
 # -- drafts -----------------------------------------------------------------------------------------------------------
