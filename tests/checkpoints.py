@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
@@ -24,6 +26,7 @@ from transformers.models.glm4_moe import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gpt_oss import GptOssConfig, GptOssForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
@@ -111,6 +114,17 @@ _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_v
 
 _MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
+_DEEPSEEK: dict[str, Any] = {
+    **{key: value for key, value in _MOE.items() if key not in ("head_dim", "num_key_value_heads")},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 
 _OPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -138,6 +152,9 @@ LAYER_KINDS = [
     "granite-moe",
     "phimoe",
     "glm4-moe",
+    "gpt-oss",
+    "deepseek-v2",
+    "deepseek-v3",
     "gptj",
     "phi3",
     "exaone4",
@@ -365,6 +382,40 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "use_qk_norm": True,
         },
     ),
+    # The shape of V2-Lite: queries without a latent of their own.
+    "deepseek-v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=0.9),
+        },
+    ),
+    "deepseek-v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {**_DEEPSEEK, "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "attention_bias": True},
+    ),
+    "gpt-oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            **_DECODER,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            # So low that it bends what a small model computes.
+            "swiglu_limit": 0.5,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+        },
+    ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
@@ -408,7 +459,7 @@ def make_checkpoint(
         # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or "norm" in name:
+            if parameter.dim() == 1 or "norm" in name or name.endswith("_bias"):
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

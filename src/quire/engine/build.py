@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from quire.engine.memory_budget import max_num_samples
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
-from quire.kernels import Kernels, kernels_for
-from quire.kernels.interface import Packing
+from quire.kernels import Kernels, KVLayer, kernels_for
+from quire.kernels.interface import KVShape, Packing
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
@@ -189,16 +190,19 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
-    plan, model_config = target.plan, target.model_config
+    plan, model_config, kernels = target.plan, target.model_config, target.kernels
+    latent = model_config.latent
+    shapes: Sequence[KVShape] = kernels.kv_cache_shapes(
+        plan.num_blocks,
+        model_config.num_kv_heads,
+        plan.block_size,
+        model_config.head_dim,
+        scaled=plan.kv_cache_dtype == "int8",
+    )
     return KVCache(
         num_layers=model_config.num_layers,
-        shapes=target.kernels.kv_cache_shapes(
-            plan.num_blocks,
-            model_config.num_kv_heads,
-            plan.block_size,
-            model_config.head_dim,
-            scaled=plan.kv_cache_dtype == "int8",
-        ),
+        shapes=shapes if latent is None else shapes[:1],
+        make_layer=KVLayer if latent is None else partial(kernels.latent_layer, value_dim=latent.latent_dim),
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,

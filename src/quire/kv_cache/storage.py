@@ -7,7 +7,7 @@ keys and of values must be the block.
 import itertools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,20 +25,23 @@ class KVCache:
         self,
         *,
         num_layers: int,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        make_layer: Callable[..., KVLayer] = KVLayer,
     ) -> None:
-        """`shapes` are the shapes of one layer's keys and values, each [num_blocks, ...]."""
-        keys, values = shapes
-        num_blocks = keys[0]
+        """`shapes` are the shapes of one layer's keys and values, or of its latent rows, each [num_blocks, ...].
+        `make_layer` makes the layer of these tensors."""
+        num_blocks = shapes[0][0]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
         self.element_size = dtype.itemsize
-        tensors = _zeros(num_layers * [keys, values], dtype, device)
-        self.layers = [KVLayer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        tensors = _zeros(num_layers * [*shapes], dtype, device)
+        self.layers = [
+            make_layer(*tensors[first : first + len(shapes)]) for first in range(0, len(tensors), len(shapes))
+        ]
         self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for tensor in tensors]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)

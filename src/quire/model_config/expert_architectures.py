@@ -1,6 +1,18 @@
 """EXPERT_ARCHITECTURES: the rows of ARCHITECTURES whose layers have experts."""
 
+from typing import Any
+
 from quire.model_config.architecture import Architecture
+
+_DEEPSEEK: dict[str, Any] = {
+    "latent_attention": True,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "rotary_layout": "interleaved",
+}
 
 EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(
@@ -92,6 +104,73 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "num_experts_per_tok": 2,
             "router": "sparse_mixer",
         },
+    ),
+    "DeepseekV2ForCausalLM": Architecture(
+        model="quire.models.deepseek:DeepSeek",
+        names={"num_experts": "n_routed_experts"},
+        aliases={"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"},
+        implied={
+            **_DEEPSEEK,
+            "max_position_embeddings": 2048,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 1407,
+            "router": "grouped_softmax",
+        },
+        # transformers never divides the weights by their sum; no published checkpoint asks for it.
+        fixed={"norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
+    "DeepseekV3ForCausalLM": Architecture(
+        model="quire.models.deepseek:DeepSeek",
+        names={"num_experts": "n_routed_experts", "interleaves": "rope_interleave"},
+        aliases={"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"},
+        implied={
+            **_DEEPSEEK,
+            "max_position_embeddings": 4096,
+            "rope_interleave": True,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 2048,
+            "routed_scaling_factor": 2.5,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "router": "grouped_sigmoid",
+        },
+        fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    ),
+    "GptOssForCausalLM": Architecture(
+        model="quire.models.gpt_oss:GptOss",
+        names={"num_experts": "num_local_experts"},
+        aliases={"num_experts": "num_local_experts"},
+        implied={
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": True,
+            "attention_sinks": True,
+            "use_sliding_window": True,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "router": "topk_softmax",
+            "gate": "clamped_swiglu",
+            "expert_bias": True,
+        },
+        quantizations=("mxfp4",),
     ),
     "Glm4MoeForCausalLM": Architecture(
         model="quire.models.glm4_moe:Glm4MoE",

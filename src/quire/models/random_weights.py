@@ -23,7 +23,7 @@ class RandomWeights:
         self._device = device or torch.device("cpu")
 
     def has(self, name: str) -> bool:
-        return not name.endswith("_scale")
+        return not name.endswith(("_scale", "_blocks", ".eh_proj.weight"))
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         raise KeyError(f"{name}: random weights have whatever shape they are asked for")
@@ -36,6 +36,9 @@ class RandomWeights:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         generator = torch.Generator(self._device).manual_seed(seed)
         return torch.empty(shape, device=self._device).normal_(0.0, 0.02, generator=generator)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        raise KeyError(f"{name}: random weights are floats")
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)
