@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.grammar.compiled import Grammar, Matcher
+from quire.outputs import GRAMMAR_FAILED
 
 INLINE_WORDS = 2**11
 """Masks of up to this many words (64 rows of 1,024 tokens) take less time than handing them to a thread."""
@@ -109,7 +110,7 @@ class GrammarState:
         if self._matcher is not None and self.error is None and self._matcher.is_error():
             if self.grammar is not None:
                 self.grammar.worn = True
-            self.error = f"the grammar of structured_outputs failed: {' '.join(self._matcher.get_error().split())}"
+            self.error = f"{GRAMMAR_FAILED}: {' '.join(self._matcher.get_error().split())}"
 
 
 class _MaskFiller(Protocol):

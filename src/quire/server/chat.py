@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from quire.outputs import CompletionOutput
-from quire.server.answers import Answer, Choice, Renderer, event_usage, sse
+from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
@@ -36,9 +36,9 @@ async def create_chat_completion(context: RequestContext) -> None:
     engine, tokenizer = context.engine, context.tokenizer()
     params = chat_params(request, engine.default_params)
     text = await render(engine.chat_template, request)
-    check_work([text], params.num_samples, context.settings)
+    check_work([text], params.num_samples, context.settings, param="messages")
     prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
-    check_lengths(prompts, params, engine.max_model_len)
+    check_lengths(prompts, params, engine.max_model_len, param="messages")
     renderer = ChatRenderer(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -80,6 +80,7 @@ class ChatRenderer(Renderer):
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason if delta.finished else UNSET,
             token_ids=self._token_ids(delta),
+            error=choice_error(delta),
         )
         return sse(self._chunk([chunk_choice], usage))
 
@@ -110,6 +111,7 @@ class ChatRenderer(Renderer):
             finish_reason=sample.finish_reason,
             stop_reason=sample.stop_reason,
             token_ids=self._token_ids(sample),
+            error=choice_error(sample),
         )
 
     def _add_prompt(self, reply: ChatChunk | ChatCompletion, choice: Choice) -> None:

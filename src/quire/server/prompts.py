@@ -9,12 +9,14 @@ from msgspec.structs import asdict
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
 
 T = TypeVar("T")
 
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
 """Template variables that a request may set. The server sets the others."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
@@ -49,6 +51,18 @@ async def tokenize(
     return [next(remaining) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
+def truncated(
+    prompts: list[list[int]], params: SamplingParams, side: str | None, max_model_len: int
+) -> list[list[int]]:
+    """The prompts without the last tokens beyond `truncate_prompt_tokens`, if `side` is right. The engine removes
+    first tokens, for the side left."""
+    keep = params.truncate_prompt_tokens
+    if side != "right" or keep is None:
+        return prompts
+    keep = keep if keep > 0 else max(1, max_model_len - (params.max_tokens or 1))
+    return [prompt[:keep] for prompt in prompts]
+
+
 async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
     """The prompt text for the messages of `request`. Raises `RequestError` if the template refuses them."""
     messages = request.messages or []
@@ -64,7 +78,7 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
             f"chat_template_kwargs holds {min(unknown)!r}; allowed are {', '.join(sorted(TEMPLATE_OPTIONS))}",
             param="chat_template_kwargs",
         )
-    plain = [_plain(message) for message in messages]
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
     return await _off_loop(
@@ -73,11 +87,17 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
     )
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _plain(message: Message, index: int) -> dict[str, Any]:
     """The message as templates expect it: role "developer" renamed to "system", absent fields left out."""
+    if message.role not in ROLES:
+        raise RequestError(
+            f"messages[{index}].role is {message.role[:50]!r}; there is {', '.join(ROLES)}", param="messages"
+        )
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
+    if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
+        fields.setdefault("content", "")
     return fields
 
 
