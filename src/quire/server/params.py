@@ -49,12 +49,12 @@ _PASSED_ON = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
-    *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
+    *("chat_template", "functions", "audio", "suffix"),
 )
 _GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
     "chat_template": "templates come with the model; one in a request is refused",
-    "tools": "tool calling is not available yet; leave tools out, or set tool_choice to none",
+    "functions": "functions are the old name of tools; send tools",
 }
 
 
@@ -84,7 +84,7 @@ def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> 
 def check_available(request: GenerateRequest | TokenizeRequest) -> None:
     """Raise `Refusal` for a field that asks for something Quire cannot do. The error names the field."""
     for name in _REFUSED:
-        if getattr(request, name, None) and not (name == "tools" and _wants_no_tools(request)):
+        if getattr(request, name, None):
             raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
     if not isinstance(request, GenerateRequest):
         return
@@ -144,10 +144,6 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
     if wanted.json_schema is None or wanted.json_schema.schema is None:
         raise RequestError("response_format of type json_schema needs json_schema.schema", param="response_format")
     return StructuredOutputsParams(json=wanted.json_schema.schema, asked_as=asked_as)
-
-
-def _wants_no_tools(request: object) -> bool:
-    return isinstance(request, ChatCompletionRequest) and request.tool_choice == "none"
 
 
 def _refusal(name: str, message: str) -> Refusal:
