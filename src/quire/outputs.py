@@ -19,12 +19,6 @@ class Logprob:
     decoded_token: str | None = None
 
 
-NO_TOKEN_LEFT = "no token is left to sample"
-GRAMMAR_FAILED = "the grammar of structured_outputs failed"
-BEAMS_MISSING = "the beam search found"
-CLIENT_FAULTS = (NO_TOKEN_LEFT, GRAMMAR_FAILED, BEAMS_MISSING)
-"""Beginnings of `CompletionOutput.error` for a sample that ended because its parameters contradict each other."""
-
 PositionLogprobs = dict[int, Logprob]
 """Token id → Logprob for one position; the token at that position comes first."""
 

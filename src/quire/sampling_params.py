@@ -327,9 +327,7 @@ def _check_number(name: str, value: object, limits: _Range, *, label: str = "") 
     low, high = limits.low, limits.high
     if value > high or value < low or (value == low and limits.above_low):
         least = "more than" if limits.above_low else "at least"
-        raise RequestError(
-            f"{label or name} is {value}; it must be {least} {low:g} and at most {high:g}", param=name
-        )
+        raise RequestError(f"{label or name} is {value}; it must be {least} {low:g} and at most {high:g}", param=name)
 
 
 def _check_integer(name: str, value: object, limits: _Range) -> None:

@@ -118,7 +118,7 @@ def test_embeddings_are_those_of_this_process_and_survive_a_death() -> None:
         await beside
         raw = await engine.embed("O", normalize=False)
         assert sum(value * value for value in raw.outputs.embedding) > 2
-        with pytest.raises(RequestError, match="maximum context length is 1024 tokens: the prompt is too long; shorten it"):
+        with pytest.raises(RequestError, match="maximum context length is 1024 tokens"):
             await engine.embed([5] * 1025)
         assert len((await engine.embed([5] * 1030, truncate_prompt_tokens=-1)).prompt_token_ids) == 1024
 

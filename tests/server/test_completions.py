@@ -104,12 +104,8 @@ def test_echo_returns_the_text_as_sent(client: OpenAI) -> None:
         ("<|end|><|end|>a", [0, 0, 7, 14]),
     ],
 )
-def test_offsets_of_the_prompt(
-    client: OpenAI, prompt: Any, offsets: list[int]
-) -> None:
-    choice = client.completions.create(
-        model="scripted", prompt=prompt, echo=True, logprobs=0, max_tokens=0
-    ).choices[0]
+def test_offsets_of_the_prompt(client: OpenAI, prompt: Any, offsets: list[int]) -> None:
+    choice = client.completions.create(model="scripted", prompt=prompt, echo=True, logprobs=0, max_tokens=0).choices[0]
     assert choice.logprobs is not None
     assert choice.logprobs.text_offset == offsets
 

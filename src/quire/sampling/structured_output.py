@@ -11,8 +11,8 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.errors import GRAMMAR_FAILED
 from quire.grammar.compiled import Grammar, Matcher
-from quire.outputs import GRAMMAR_FAILED
 
 INLINE_WORDS = 2**11
 """Masks of up to this many words (64 rows of 1,024 tokens) take less time than handing them to a thread."""

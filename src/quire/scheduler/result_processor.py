@@ -7,8 +7,9 @@ fork. Sequences that have ended leave. The only decision made here is whether a 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from quire.errors import BEAMS_MISSING
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import BEAMS_MISSING, RequestCounts, SampleId, SequenceDelta, StepDeltas
+from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
 from quire.scheduler.beam_search import BeamSearch, Survivor
 from quire.scheduler.block_offload import BlockOffload

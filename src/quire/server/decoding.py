@@ -1,4 +1,4 @@
-"""From the bytes of a body to a Struct: JSON, numbers and booleans as pydantic's lax mode reads them, unknown fields."""
+"""From the bytes of a body to a Struct: JSON, scalars as pydantic's lax mode reads them, unknown fields."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -109,9 +109,9 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
             return _WORDS.get(value.strip().lower(), value)
         case inspect.BoolType(), float() if value in (0.0, 1.0):
             return bool(value)
-        case (inspect.IntType() | inspect.FloatType()), bool():
+        case ((inspect.IntType() | inspect.FloatType()), bool()):
             return int(value)
-        case (inspect.IntType() | inspect.FloatType()), str():
+        case ((inspect.IntType() | inspect.FloatType()), str()):
             return value.strip()
     return value
 

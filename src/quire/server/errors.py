@@ -8,8 +8,7 @@ from contextlib import contextmanager
 import msgspec
 from starlette.exceptions import HTTPException
 
-from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
-from quire.outputs import CLIENT_FAULTS
+from quire.errors import CLIENT_FAULTS, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
 
 logger = logging.getLogger("quire.server")
 

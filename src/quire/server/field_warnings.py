@@ -29,4 +29,4 @@ class FieldWarnings:
 
 def _describe(name: str, body_type: type) -> str:
     nearest = nearest_field(name, body_type)
-    return f"unknown field {ascii(name)} is ignored" + (f", the nearest known is {nearest}" if nearest else "")
+    return f"unknown field {name!a} is ignored" + (f", the nearest known is {nearest}" if nearest else "")

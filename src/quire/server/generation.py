@@ -12,7 +12,7 @@ from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
-from quire.server.replies import PromptTokensDetails, Usage
+from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
 
 
@@ -111,6 +111,8 @@ class UsageCounter:
     prompt_tokens: dict[int, int] = field(default_factory=dict)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Tokens of the reasoning among them; counted when the answer ends."""
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Count a new output of prompt `prompt_index`."""
@@ -122,12 +124,15 @@ class UsageCounter:
     def usage(self) -> Usage:
         """The tokens counted so far, as OpenAI's object."""
         prompt_tokens = sum(self.prompt_tokens.values())
-        return Usage(
+        usage = Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self.completion_tokens,
             total_tokens=prompt_tokens + self.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens.values())),
         )
+        if self.reasoning_tokens:
+            usage.completion_tokens_details = CompletionTokensDetails(self.reasoning_tokens)
+        return usage
 
 
 def sample_error(sample: CompletionOutput) -> SampleFailedError:

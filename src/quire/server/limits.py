@@ -127,9 +127,8 @@ def check_lengths(
         check_prompt_length(len(prompt), max_model_len, name=name, param=param)
         if params.max_tokens is not None and len(prompt) + params.max_tokens > max_model_len:
             raise RequestError(
-                f"{name} has {len(prompt)} tokens and max_tokens is {params.max_tokens}, together "
-                f"{len(prompt) + params.max_tokens}, but this model's maximum context length is {max_model_len} tokens: "
-                "the prompt is too long, or max_tokens too large",
+                f"{name} has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but this model's "
+                f"maximum context length is {max_model_len} tokens: the prompt is too long, or max_tokens too large",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

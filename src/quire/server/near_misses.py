@@ -13,9 +13,9 @@ def describe_miss(path: str, routes: Sequence[str]) -> str:
     for candidate in _spellings(wanted):
         if candidate in fixed:
             hint = "; clients usually need a base URL that ends in /v1" if candidate == f"/v1{wanted}" else ""
-            return f"there is no route {ascii(wanted)}; use {candidate}{hint}"
+            return f"there is no route {wanted!a}; use {candidate}{hint}"
     close = get_close_matches(wanted, fixed, n=1, cutoff=0.75)
-    return f"there is no route {ascii(wanted)}; " + (f"did you mean {close[0]}? " if close else "") + "/docs lists them"
+    return f"there is no route {wanted!a}; " + (f"did you mean {close[0]}? " if close else "") + "/docs lists them"
 
 
 def _spellings(path: str) -> list[str]:

@@ -49,12 +49,12 @@ _PASSED_ON = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
-    *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
+    *("chat_template", "functions", "audio", "suffix"),
 )
 _GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
     "chat_template": "templates come with the model; one in a request is refused",
-    "tools": "tool calling is not available yet; leave tools out, or set tool_choice to none",
+    "functions": "functions are the old name of tools; send tools",
 }
 
 
@@ -72,23 +72,26 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
 def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams of a chat. Without a limit the answer may fill the context."""
     values = {"max_tokens": None, **_values(request, defaults)}
-    sent_names = {}
     if request.max_completion_tokens is not None:
         values["max_tokens"] = request.max_completion_tokens
-        sent_names["max_tokens"] = "max_completion_tokens"
     if request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-        sent_names["logprobs"] = "top_logprobs"
-    with naming(sent_names):
+    with naming(sent_names(request)):
         return SamplingParams(**values)
+
+
+def sent_names(request: ChatCompletionRequest) -> dict[str, str]:
+    """Names of `SamplingParams` → the fields in which a chat sent them, where these differ."""
+    names = {"logprobs": "top_logprobs"} if request.logprobs else {}
+    return names if request.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
 
 def check_available(request: GenerateRequest | TokenizeRequest) -> None:
     """Raise `Refusal` for a field that asks for something Quire cannot do. The error names the field."""
     for name in _REFUSED:
-        if getattr(request, name, None) and not (name == "tools" and _wants_no_tools(request)):
+        if getattr(request, name, None):
             raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
     if not isinstance(request, GenerateRequest):
         return
@@ -116,8 +119,6 @@ def _check_combination(request: GenerateRequest) -> None:
         raise RequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
-    if isinstance(request, ChatCompletionRequest) and not request.tools and request.tool_choice not in (None, "none"):
-        raise RequestError("tool_choice needs tools; leave it out, or send tools", param="tool_choice")
 
 
 def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,10 +167,6 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
             "response_format of type json_schema needs json_schema.name and json_schema.schema", param="response_format"
         )
     return StructuredOutputsParams(json=wanted.json_schema.schema, asked_as=asked_as)
-
-
-def _wants_no_tools(request: object) -> bool:
-    return isinstance(request, ChatCompletionRequest) and request.tool_choice == "none"
 
 
 def _refusal(name: str, message: str) -> Refusal:

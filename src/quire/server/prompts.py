@@ -11,11 +11,14 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
+from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
 
-TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
-"""Template variables that a request may set. The server sets the others."""
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+"""Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
@@ -70,21 +73,39 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
         raise RequestError(
             "the model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
         )
-    options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        options["reasoning_effort"] = request.reasoning_effort
-    if unknown := options.keys() - TEMPLATE_OPTIONS:
-        raise RequestError(
-            f"chat_template_kwargs holds {min(unknown)!r}; allowed are {', '.join(sorted(TEMPLATE_OPTIONS))}",
-            param="chat_template_kwargs",
-        )
     plain = [_plain(message, index) for index, message in enumerate(messages)]
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
+    choice = getattr(request, "tool_choice", None)
+    tools = request.tools if read_tools(request.tools, choice) is not None else None
+    variables = _variables(request)
     return await _off_loop(
         sum(len(message.content or "") for message in messages),
-        lambda: template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options),
+        lambda: template.render(
+            plain,
+            add_generation_prompt=opens_answer,
+            continue_final_message=continued,
+            tools=tools,
+            documents=request.documents,
+            **variables,
+        ),
     )
+
+
+def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
+    """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that is taken."""
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+        if request.reasoning_effort == "none":
+            variables |= {"enable_thinking": False, "thinking": False}
+    given = request.chat_template_kwargs or {}
+    if taken := given.keys() & RESERVED_VARIABLES:
+        raise RequestError(
+            f"chat_template_kwargs holds {min(taken)!r}, which is a field of the request; set it there",
+            param="chat_template_kwargs",
+        )
+    return variables | given
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:
@@ -98,6 +119,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         fields["role"] = "system"
     if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
         fields.setdefault("content", "")
+    if (reasoning := message.reasoning or message.reasoning_content) is not None:
+        fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
 
 

@@ -1,7 +1,8 @@
 """Bodies of requests, with OpenAI's and vLLM's field names.
 
-Unknown fields are ignored, because proxies forward fields of their own; a header of the response names them. Fields that would change the answer and that
-Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused by the field's name.
+Unknown fields are ignored, because proxies forward fields of their own; a header of the response names them. Fields
+that would change the answer and that Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused
+by the field's name.
 """
 
 from typing import Annotated, Any
@@ -20,7 +21,6 @@ class NotAvailable(Struct, kw_only=True):
     logits_processors: Refused = None
     logprob_token_ids: Refused = None
     repetition_detection: Refused = None
-    thinking_token_budget: Refused = None
     kv_transfer_params: Refused = None
     guided_decoding_backend: Refused = None
 
@@ -162,10 +162,9 @@ class Message(Struct, kw_only=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
-
-
-TemplateOption = str | bool | int | float
+    """Another name for `reasoning`."""
 
 
 class ChatCompletionRequest(GenerateRequest, kw_only=True):
@@ -178,16 +177,25 @@ class ChatCompletionRequest(GenerateRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """Continue the last message instead of starting a new one."""
-    chat_template_kwargs: dict[str, TemplateOption] | None = None
-    """Options of the model's template, such as enable_thinking."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's template, such as enable_thinking."""
+    documents: list[dict[str, Any]] | None = None
+    """Texts for templates that answer from documents, usually objects with title and text."""
     reasoning_effort: str | None = None
-    """Passed to the model's template, like chat_template_kwargs."""
-    tool_choice: Any = None
+    """Passed to the model's template. "none" also sets enable_thinking to false."""
+    include_reasoning: bool | None = None
+    """False leaves the reasoning out of the reply."""
+    thinking_token_budget: int | None = None
+    """Most tokens of reasoning; then the model must answer."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call."""
+    tool_choice: str | dict[str, Any] | None = None
+    """none, auto (the default), required, or an object that names a function."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in a reply."""
     modalities: list[str] | None = None
-    tools: Refused = None
     functions: Refused = None
     chat_template: Refused = None
-    documents: Refused = None
     audio: Refused = None
 
 
@@ -201,10 +209,11 @@ class TokenizeRequest(Struct, kw_only=True):
     """True by default for a prompt, False for messages."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateOption] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
-    tools: Refused = None
     chat_template: Refused = None
 
 

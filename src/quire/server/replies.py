@@ -16,6 +16,12 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    """Tokens of the output that belong to the reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     """Tokens of the prompts and of the output."""
 
@@ -23,6 +29,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """Present if the model reasoned."""
 
 
 class TokenLogprob(Struct):
@@ -65,11 +73,39 @@ class PromptLogprob(Struct):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class CalledFunction(Struct):
+    """The function of a call, or the part of its arguments that an event adds."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    """The part of a tool call that an event adds; the first one has id, type and name."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
+class ToolCallReply(Struct):
+    """One tool call of a message."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class Delta(Struct):
     """The part of a chat choice that an event adds."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same as `reasoning`, for clients that know this name."""
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):
@@ -100,9 +136,14 @@ class ChatChunk(Struct):
 class AssistantMessage(Struct):
     """The message of a chat choice."""
 
-    content: str
+    content: str | None
+    """None for a message that only calls tools."""
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same as `reasoning`, for clients that know this name."""
+    tool_calls: list[ToolCallReply] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
