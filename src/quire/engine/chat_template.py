@@ -67,6 +67,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The prompt for `messages` in OpenAI's format. It contains the special tokens: encode it without adding any.
@@ -90,11 +91,10 @@ class ChatTemplate:
             # The space shows whether the template trims messages; if it does, the text is trimmed as well.
             chat[-1]["content"] = f"{content}{CONTINUE_HERE} "
         budget = _Budget(self._max_chars)
-        context = {**variables, **self._special_tokens, _BUDGET: budget}
+        chosen: dict[str, Any] = {"messages": chat, "tools": tools or None, "documents": documents or None}
+        chosen |= {"add_generation_prompt": add_generation_prompt, _BUDGET: budget}
         try:
-            pieces = template.generate(
-                messages=chat, tools=tools or None, add_generation_prompt=add_generation_prompt, **context
-            )
+            pieces = template.generate({**self._special_tokens, **variables, **chosen})
             text = "".join(budget.output(pieces))
         except Exception as error:  # a template is a program and can raise anything
             raise RequestError(
