@@ -64,6 +64,11 @@ class ConfigJson:
             value = self._config.get(key, supported)
             if (bool(value) if isinstance(supported, bool) else value) != supported:
                 raise self.refusal(key, value, json.dumps(supported))
+        mlx = self.object("quantization")
+        if "bits" in mlx and "group_size" in mlx:
+            raise self.refusal(
+                "quantization", mlx, "none: MLX stored these weights for Apple's chips; give the original"
+            )
         quantization = self.object("quantization_config")
         if quantization and not _holds_only_kv_scales(quantization):
             method = quantization.get("quant_method", "unnamed")

@@ -15,6 +15,7 @@ from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
@@ -162,7 +163,7 @@ class ModelConfig:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; a Hugging Face checkpoint folder holds one")
+            raise CheckpointError(_no_config(Path(folder)))
         config = _read(ConfigJson(path, read_json(path)))
         generation = Path(folder) / "generation_config.json"
         end = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -350,6 +351,16 @@ def _has_falcon_norms(config: ConfigJson) -> bool:
 def _checkpoint_dtype(config: ConfigJson) -> str:
     key = "dtype" if config.value("dtype") else "torch_dtype"
     return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
+
+
+def _no_config(folder: Path) -> str:
+    """Why a folder without config.json is refused."""
+    shown = f"{folder / 'config.json'} is missing; a Hugging Face checkpoint folder holds one"
+    kind = describe_kind(folder)
+    if kind is not None:
+        return f"{shown}. {folder} is {kind}"
+    found = sorted(path.name for path in folder.iterdir())
+    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
 
 
 def _first_token(config: ConfigJson) -> int | None:

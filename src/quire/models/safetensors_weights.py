@@ -16,13 +16,15 @@ from torch import Tensor
 from quire.errors import CheckpointError
 from quire.layers.linear import LinearWeight
 from quire.model_config import read_json
-from quire.models.checkpoint_formats import name_some
+from quire.model_config.folder_kinds import name_some
 from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
 from quire.models.weights import take_float_linear
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
+_QUANTIZED = {"qweight": "GPTQ and AWQ", "weight_packed": "llm-compressor's formats"}
+"""How other formats name a layer's matrix → which they are."""
 
 
 class _MappedFile:
@@ -117,6 +119,13 @@ class SafetensorsWeights:
 
     def _similar(self, name: str) -> str:
         """Tensors that the checkpoint has near a missing one."""
+        layer = name.removesuffix(".weight")
+        for suffix, formats in _QUANTIZED.items():
+            if f"{layer}.{suffix}" in self._entries:
+                return (
+                    f"it has {layer}.{suffix}, as {formats} write it, but config.json has no quantization_config that "
+                    "says how to read it; add the one that the checkpoint was published with"
+                )
         scope = name.rsplit(".", 2)[0] + "."
         found = sorted(other for other in self._entries if other.startswith(scope))
         if found:

@@ -24,9 +24,11 @@ async def create_completion(context: RequestContext) -> None:
     context.check_ready()
     model = context.check_model(request.model)
     check_available(request)
-    tokenizer = context.tokenizer()
     params = completion_params(request, context.engine.default_params)
     prompts = split_prompts(request.prompt)
+    shows_tokens = request.echo or request.logprobs is not None
+    needs_text = shows_tokens or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
     check_work(prompts, params.num_samples, context.settings)
     special = request.add_special_tokens is not False
     token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
@@ -57,7 +59,8 @@ class CompletionRenderer(Renderer):
     options: StreamOptions
     prompts: Sequence[str | list[int]]
     """As the client sent them."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None only where no text of a token is shown."""
     _formats: dict[int, LogprobFormat] = field(default_factory=dict, init=False)
     """By choice: each counts its own `text_offset`."""
 
@@ -115,10 +118,12 @@ class CompletionRenderer(Renderer):
         sent = self.prompts[choice.prompt_index]
         if isinstance(sent, str) and self.request.truncate_prompt_tokens is None:
             return sent
+        assert self.tokenizer is not None
         return self.tokenizer.decode(choice.prompt.prompt_token_ids, skip_special_tokens=False)
 
     def _format(self, choice: Choice) -> LogprobFormat:
         if choice.index not in self._formats:
+            assert self.tokenizer is not None
             as_token_ids = self.request.return_tokens_as_token_ids or False
             self._formats[choice.index] = LogprobFormat(self.tokenizer, as_token_ids, self.request.logprobs or 0)
         return self._formats[choice.index]
