@@ -25,9 +25,11 @@ async def create_completion(context: RequestContext) -> None:
     context.check_ready()
     model = context.check_model(request.model)
     check_available(request)
-    tokenizer = context.tokenizer()
     params = completion_params(request, context.engine.default_params)
     prompts = split_prompts(request.prompt)
+    shows_tokens = request.echo or request.logprobs is not None
+    needs_text = shows_tokens or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
     check_work(prompts, params.num_samples, context.settings)
     special = request.add_special_tokens is not False
     token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
@@ -63,7 +65,8 @@ class CompletionRenderer(Renderer):
     options: StreamOptions
     prompts: Sequence[str | list[int]]
     """As the client sent them."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None only where no text of a token is shown."""
     skip_special_tokens: bool
     _progress: dict[int, "_Progress"] = field(default_factory=dict, init=False)
     """By choice."""
@@ -116,10 +119,12 @@ class CompletionRenderer(Renderer):
         sent = self.prompts[choice.prompt_index]
         if isinstance(sent, str) and self.request.truncate_prompt_tokens is None:
             return sent
+        assert self.tokenizer is not None
         return self.tokenizer.decode(choice.prompt.prompt_token_ids, skip_special_tokens=False)
 
     def _logprobs(self, choice: Choice, delta: CompletionOutput, text: str, *, opens: bool) -> CompletionLogprobs:
         """The `logprobs` of an event with `text`, or of the whole choice."""
+        assert self.tokenizer is not None
         progress = self._progress.setdefault(
             choice.index, _Progress(TextOffsets(self.tokenizer, self.skip_special_tokens))
         )
