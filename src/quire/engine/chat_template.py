@@ -89,7 +89,11 @@ class ChatTemplate:
             )
         chat = [plain_message(message, index) for index, message in enumerate(messages)]
         # What a client passes for the template hides none of these.
-        chosen = {"tools": tools or None, "documents": documents or None, "add_generation_prompt": add_generation_prompt}
+        chosen = {
+            "tools": tools or None,
+            "documents": documents or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         if continue_final_message:
             chat[-1]["content"] = _marked(chat[-1].get("content"))
         text = self._render(template, chat, {**self._special_tokens, **variables, **chosen})
