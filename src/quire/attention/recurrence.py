@@ -14,9 +14,10 @@ from torch import Tensor
 from quire.attention.inputs import Int32Array
 from quire.kernels.interface import ChunkRound, Chunks, ConvRows, RecurrentPlan
 from quire.kernels.transfer import to_device
+from quire.layer_spec import RECURRENT_CHUNK
 
-CHUNK = 64
-"""Most tokens of a chunk: work inside a chunk grows with its square, and there is one round for each chunk."""
+CHUNK = RECURRENT_CHUNK
+"""Most tokens of a chunk."""
 
 Save = tuple[int, int, int]
 """(sequence, number of its new tokens, slot)."""

@@ -191,7 +191,7 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 def _make_kv_cache(target: _Target) -> KVCache:
     plan, model_config = target.plan, target.model_config
     return KVCache(
-        num_layers=model_config.num_layers,
+        num_layers=len(model_config.attention_layers),
         shapes=target.kernels.kv_cache_shapes(
             plan.num_blocks,
             model_config.num_kv_heads,
