@@ -1,9 +1,9 @@
 """ModelSpec: a model as plain values, one LayerSpec for each decoder layer, and the sums over them.
 
 A family tells its layers: dense layers with their shapes, norms and biases, what a token leaves in the KV cache, the
-state of a recurrent layer, and experts. Every size that must be known before a weight is read is a sum over these values: parameters, memory of
-weights, activations and KV, and what a step reads and computes. The memory plan, the planner and the simulator all ask
-here. No torch.
+state of a recurrent layer, and experts. Every size that must be known before a weight is read is a sum over these
+values: parameters, memory of weights, activations, KV and states, and what a step reads and computes. The memory plan,
+the planner and the simulator all ask here. No torch.
 
 Names are Quire's own, not the checkpoint's; a layer that is packed from several tensors is one `LinearSpec`.
 """
@@ -15,7 +15,6 @@ from typing import Literal
 
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
-
 
 RECURRENT_CHUNK = 64
 """Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks

@@ -70,9 +70,7 @@ def _read_layers(config: ConfigJson, num_layers: int) -> frozenset[int]:
     kinds = config.value("layer_types")
     if kinds is None:
         interval = config.integer("full_attention_interval")
-        kinds = [
-            "linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)
-        ]
+        kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= _KINDS_OF_LAYERS.keys():
         raise config.refusal("layer_types", kinds, f"{num_layers} times one of {', '.join(_KINDS_OF_LAYERS)}")
     layers = frozenset(layer for layer, kind in enumerate(kinds) if _KINDS_OF_LAYERS[kind])

@@ -34,9 +34,7 @@ class Qwen3Next(MoELlama):
         assert recurrent is not None
         key_heads, group = recurrent.num_key_heads, recurrent.num_heads // recurrent.num_key_heads
         key_rows, value_rows = recurrent.key_dim, group * recurrent.value_dim
-        fused = build.weights.take_linear(
-            "in_proj_qkvz", (key_heads * 2 * (key_rows + value_rows), config.hidden_size)
-        )
+        fused = build.weights.take_linear("in_proj_qkvz", (key_heads * 2 * (key_rows + value_rows), config.hidden_size))
         per_head = build.weights.take_linear("in_proj_ba", (2 * recurrent.num_heads, config.hidden_size))
         return GatedDeltaNet(
             build,

@@ -108,9 +108,7 @@ class Mamba2(_Recurrent):
         parts = self._convolve(mixed, state, plan).split((recurrent.inner_size, num_keys, num_keys), dim=1)
         inputs = parts[0].view(len(x), -1, recurrent.value_dim)
         k, q = (part.view(len(x), -1, recurrent.key_dim) for part in parts[1:])
-        out = self.kernels.gated_delta_rule(
-            q, k, inputs * steps.unsqueeze(-1), -self.rates * steps, None, state, plan
-        )
+        out = self.kernels.gated_delta_rule(q, k, inputs * steps.unsqueeze(-1), -self.rates * steps, None, state, plan)
         out = context.select_output(out.add_(inputs * self.skip)).flatten(1)
         gated = out * functional.silu(context.select_output(z))
         groups = gated.view(len(gated), recurrent.num_key_heads, -1)
