@@ -17,6 +17,8 @@ _DEEPSEEK: dict[str, Any] = {
 EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",
+        reads=("sliding_window",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"num_experts": "num_local_experts"},
         implied={
             "num_key_value_heads": 8,
@@ -25,12 +27,14 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
     ),
     "Qwen2MoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=(
+            *("use_sliding_window", "max_window_layers", "layer_types"),
+            *("decoder_sparse_step", "mlp_only_layers"),
+        ),
         implied={
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
@@ -47,15 +51,15 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3MoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=("attention_bias", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers"),
         # With a window all layers have it, whatever the file says beside it.
-        names={"max_window_layers": "first_window_layer", "layer_types": "window_layer_types"},
+        constants={"max_window_layers": 0},
         aliases={"num_local_experts": "num_experts"},
         implied={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "qk_norm": True,
             "sliding_window": 4096,
-            "first_window_layer": 0,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "norm_topk_prob": False,
@@ -64,6 +68,8 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "OlmoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=("attention_bias",),
+        aliases={"num_local_experts": "num_experts"},
         implied={
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
@@ -78,6 +84,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GraniteMoeForCausalLM": Architecture(
         model="quire.models.granite_moe:GraniteMoE",
+        reads=("attention_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
         names={"num_experts": "num_local_experts"},
         implied={
             "max_position_embeddings": 2048,
@@ -89,6 +96,8 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "PhimoeForCausalLM": Architecture(
         model="quire.models.phimoe:PhiMoE",
+        reads=("attention_bias", "sliding_window", "router_jitter_noise"),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"num_experts": "num_local_experts", "head_bias": "lm_head_bias"},
         implied={
             "num_key_value_heads": 8,
@@ -98,8 +107,6 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "norm_bias": True,
             "rope_theta": 1e6,
             "rope_mscales": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
             "num_local_experts": 16,
             "num_experts_per_tok": 2,
             "router": "sparse_mixer",
@@ -117,8 +124,12 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "moe_intermediate_size": 1407,
             "router": "grouped_softmax",
         },
+        reads=(
+            *("attention_bias", "num_experts_per_tok", "first_k_dense_replace"),
+            *("n_group", "topk_group", "routed_scaling_factor"),
+        ),
         # transformers never divides the weights by their sum; no published checkpoint asks for it.
-        fixed={"norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1},
+        fixed={"norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1, "mlp_bias": False},
     ),
     "DeepseekV3ForCausalLM": Architecture(
         model="quire.models.deepseek:DeepSeek",
@@ -139,6 +150,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "norm_topk_prob": True,
             "router": "grouped_sigmoid",
         },
+        reads=("attention_bias",),
         fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     ),
     "GptOssForCausalLM": Architecture(
@@ -152,11 +164,9 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "rms_norm_eps": 1e-5,
             "attention_bias": True,
             "attention_sinks": True,
-            "use_sliding_window": True,
             "sliding_window": 128,
-            "sliding_window_pattern": 2,
             "rope_theta": 150000.0,
-            "rope_scaling": {
+            "rope_parameters": {
                 "rope_type": "yarn",
                 "factor": 32.0,
                 "beta_fast": 32.0,
@@ -170,10 +180,13 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "gate": "clamped_swiglu",
             "expert_bias": True,
         },
+        constants={"use_sliding_window": True, "sliding_window_pattern": 2},
+        reads=("layer_types", "swiglu_alpha", "swiglu_limit"),
         quantizations=("mxfp4",),
     ),
     "Glm4MoeForCausalLM": Architecture(
         model="quire.models.glm4_moe:Glm4MoE",
+        reads=("attention_bias", "n_group", "topk_group", "routed_scaling_factor"),
         names={"num_experts": "n_routed_experts", "qk_norm": "use_qk_norm"},
         aliases={"num_local_experts": "n_routed_experts"},
         implied={

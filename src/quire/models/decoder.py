@@ -15,15 +15,15 @@ from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
 
 
-class AttentionBlock(Protocol):
-    """The first half of a layer."""
+class Mixer(Protocol):
+    """The first half of a layer, where tokens meet those before them: attention, or a recurrent layer."""
 
     def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
         """x [T, H] -> [T, H], or [R, H] of the output tokens."""
         ...
 
     def scale_kv(self, norm: Norm) -> None:
-        """Scale what is stored for a cache of float8 from now on. `norm` is that of the block's input."""
+        """Scale keys and values for a cache of float8 from now on. `norm` is that of the input."""
         ...
 
 
@@ -47,7 +47,7 @@ class DecoderLayer:
     def __init__(
         self,
         attention_norm: Norm,
-        attention: AttentionBlock,
+        attention: Mixer,
         mlp_norm: Norm | None,
         mlp: MLP,
         *,

@@ -29,7 +29,7 @@ class DeepSeek(MoELlama):
         if further:
             found = ", ".join(map(str, further))
             logger.warning("layer %s of this checkpoint predicts a token after the next one; it is not used", found)
-        self.ignored_tensors = (*Llama.ignored_tensors, *(rf"^model\.layers\.{layer}\." for layer in further))
+        self.ignored_tensors = (*Llama.ignored_tensors, *(rf"^(model\.)?layers\.{layer}\." for layer in further))
         super().__init__(config, weights, kernels, dtype, max_model_len)
 
     def make_layer(self, build: Builder, index: int, cos_sin: Tensor | None) -> DecoderLayer:
