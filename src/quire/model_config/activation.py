@@ -11,6 +11,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 """config.json's name → ours."""
 GATES = ("clamped_swiglu",)
