@@ -75,7 +75,7 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, [plan], output_tokens)
             hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32

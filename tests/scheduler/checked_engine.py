@@ -87,6 +87,7 @@ class Engine:
         num_failures: int = 0,
         policy: str = "fcfs",
         admission: str = "current",
+        windows: SequenceOf[int] = (0,),
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
         has `num_failures` times no memory for a step of more than one token."""
@@ -95,8 +96,8 @@ class Engine:
         self.random = random.Random(num_failures)
         self.in_flight: tuple[StepPlan, StepResult] | None = None
         self.num_ahead = 0
-        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
-        self.runner = FakeRunner(num_blocks, block_size)
+        self.pool = BlockPool(num_blocks, block_size, windows=windows, enable_prefix_caching=enable_prefix_caching)
+        self.runner = FakeRunner(num_blocks, block_size, windows)
         self.scheduler = Scheduler(
             self.pool,
             SchedulerLimits(
@@ -180,7 +181,7 @@ class Engine:
         assert plan.new_rows == plan.row_forks == plan.block_copies == []
         assert plan.drafts == plan.prompt_logprobs == {}
         assert plan.pool_rows == []
-        assert all(first > 0 for _, first, _ in plan.new_blocks)
+        assert all(first > 0 for _, _, first, _ in plan.new_blocks)
         last = self.last_plans.get(plan.batch_id)
         if last is not None:
             assert plan.rows == last.rows
@@ -285,7 +286,7 @@ class Engine:
             {g.order for g in scheduler._queues.running}
         )
         assert len(scheduler._queues.running) + len(scheduler._queues.waiting) == len(scheduler._queues.by_id)
-        assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
+        assert pool.num_references == sum(len(sequence.table.held_blocks) for sequence in sequences)
         assert pool.num_free == len(list(pool.free_order())) == pool.ref_counts.count(0)
         assert {sequence.row for sequence in running} == {
             row for row, sequence in enumerate(scheduler._queues.rows) if sequence is not None
@@ -300,8 +301,11 @@ class Engine:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
         self.check_decode_batch()
         for group in scheduler._queues.running:
-            held = {block for sequence in group.sequences for block in sequence.table.blocks}
-            assert len(held) <= group.max_blocks(pool.block_size)
+            held = {block for sequence in group.sequences for block in sequence.table.held_blocks}
+            # A window group also holds what a step computes, and the step before it where its result is late.
+            chunk = 2 * scheduler.limits.max_num_batched_tokens // pool.block_size + 2
+            num_windowed = pool.num_groups - pool.windows.count(0)
+            assert len(held) <= group.max_blocks(pool) + num_windowed * chunk
         if not scheduler._queues.by_id:
             assert pool.num_free == pool.num_blocks
         stats = scheduler.stats()

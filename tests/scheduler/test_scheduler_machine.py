@@ -50,7 +50,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
         vector = embed_request(f"vector {number}", prompt, seed=others.randrange(-1, 5), priority=others.randrange(2))
         requests.insert(others.randrange(len(requests)), vector)
     pool = BlockPool(1, block_size)
-    largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(block_size) for request in requests)
+    largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(pool) for request in requests)
     engine = Engine(
         largest + rng.choice([0, 0, 1, 8]),
         block_size,

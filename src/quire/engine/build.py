@@ -26,6 +26,7 @@ from quire.kernels.interface import Packing
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
 from quire.kv_cache.tiers import Tier, TierIndex
+from quire.kv_groups import KVLayout, window_alignment
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
@@ -62,6 +63,7 @@ class _Target:
     folder: Path
     kernels: Kernels
     device: torch.device
+    layout: KVLayout
 
 
 def build_core(
@@ -89,7 +91,8 @@ def build_core(
         grammars.warm()
     started = time.perf_counter()
     num_threads = _set_threads(config)
-    target = _Target(config, model_config, plan, folder, kernels_for(plan.attention_backend), torch.device(plan.device))
+    kernels, device = kernels_for(plan.attention_backend), torch.device(plan.device)
+    target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec))
     name = _kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
@@ -125,7 +128,7 @@ def build_core(
         capture=CudaCapture() if plan.graphs else None,
     )
     return EngineCore(
-        _make_scheduler(config, plan, tiers),
+        _make_scheduler(target, tiers),
         runner,
         grammars,
         preloader.cache,
@@ -189,15 +192,11 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
-    plan, model_config = target.plan, target.model_config
+    plan, row = target.plan, target.layout.row
     return KVCache(
-        num_layers=model_config.num_layers,
+        groups=target.layout.groups,
         shapes=target.kernels.kv_cache_shapes(
-            plan.num_blocks,
-            model_config.num_kv_heads,
-            plan.block_size,
-            model_config.head_dim,
-            scaled=plan.kv_cache_dtype == "int8",
+            plan.num_blocks, row.num_heads, plan.block_size, row.key_dim, scaled=plan.kv_cache_dtype == "int8"
         ),
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
@@ -232,9 +231,17 @@ def _warn_of_surplus(target: _Target) -> None:
             logger.warning("%s", surplus)
 
 
-def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
+def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
+    config, plan = target.config, target.plan
+    pool = BlockPool(
+        plan.num_blocks,
+        plan.block_size,
+        windows=target.layout.windows,
+        window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
     return Scheduler(
-        BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
+        pool,
         SchedulerLimits(
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -18,7 +18,7 @@ A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +44,8 @@ class KVLayer:
     """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
     v_scale: Tensor | None = None
     """The same for values; set if and only if `k_scale` is."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ from quire.step import RowFork, StepPlan, StepResult, TokenLogprobs
 
 _ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
 
-ForkedTable = tuple[int, int, list[int]]
-"""A table that forked, as in `StepPlan.new_blocks`."""
+TableEntries = tuple[int, int, int, list[int]]
+"""Entries of a table that forked, as in `StepPlan.new_blocks`."""
 
 
 @dataclass(slots=True)
@@ -56,10 +56,10 @@ class ResultProcessor:
         self._offload = offload
         self._prefixes = prefixes
         self._totals = totals
-        self._forked: list[ForkedTable] = []
+        self._forked: list[TableEntries] = []
         self._row_forks: list[RowFork] = []
 
-    def take_forks(self) -> tuple[list[ForkedTable], list[RowFork]]:
+    def take_forks(self) -> tuple[list[TableEntries], list[RowFork]]:
         """Tables that forked and beams that went on since the last call, for the next plan."""
         forked, row_forks = self._forked, self._row_forks
         self._forked, self._row_forks = [], []
@@ -157,6 +157,7 @@ class ResultProcessor:
             sequence.advance(end)
             if end % block_size < count:  # a block was filled
                 sequence.table.hash_full_blocks(sequence.token_ids, end)
+                sequence.table.give_back(end)
             group = sequence.group
             if start < group.num_prompt_tokens:
                 self._totals.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
@@ -202,11 +203,11 @@ class ResultProcessor:
         for sequence in group.sequences[1:]:
             if sequence.num_computed_tokens:
                 continue  # it started with another leader
-            if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
+            if sequence.num_output_tokens and self._lookup.finds_output(sequence, forked):
                 continue
             sequence.table = group.leader.table.fork()
             sequence.start_from_table()
-            self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
+            self._forked += sequence.table.entries(sequence.row, 0)
             forked.append(sequence)
 
     def _report_prompts(
@@ -327,7 +328,7 @@ class ResultProcessor:
                 beam.table = parent.table.fork()
                 beam.advance(parent.num_computed_tokens)
                 beam.token_ids = parent.token_ids.copy()
-                self._forked.append((beam.row, 0, beam.table.blocks.copy()))
+                self._forked += beam.table.entries(beam.row, 0)
             beams.append(beam)
             self._row_forks.append(RowFork(beam.row, parent.row, token_id))
         for beam, (_, token_id) in zip(beams, survivors, strict=True):
