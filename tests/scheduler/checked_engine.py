@@ -324,7 +324,7 @@ class Engine:
             assert all(token >= 0 for token in sequence.token_ids)
             num_unseen = len(sequence.token_ids) - 1 + (self.in_flight is not None) - sequence.table.num_tokens
             assert 0 <= num_unseen < pool.block_size
-            num_filled += num_unseen
+            num_filled += num_unseen * pool.num_groups
         assert pool.num_filled_slots == num_filled
         not_in_decode_batch = [group for group in groups.running if not all(s.in_decode_batch for s in group.sequences)]
         assert [group for group in groups.not_in_decode_batch if group in not_in_decode_batch] == not_in_decode_batch

@@ -172,9 +172,10 @@ class FakeRunner:
             assert plan.token_ids[first : first + count] == token_ids[start : start + count]
             for position in range(start, start + count):
                 for group, table in enumerate(row.tables):
-                    previous = self.kv_at(row, position - 1, group) if position else 0
-                    if position and self.windows[group] == 1:
-                        previous = kv_of_all(token_ids[:position])[-1]  # out of sight
+                    if self.windows[group] == 1:  # the position before is out of sight
+                        previous = kv_of_all(token_ids[:position])[-1] if position else 0
+                    else:
+                        previous = self.kv_at(row, position - 1, group) if position else 0
                     slot = table[position // self.size], position % self.size
                     assert slot not in written, "two rows write one slot"
                     written.add(slot)

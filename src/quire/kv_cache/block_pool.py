@@ -46,6 +46,7 @@ class BlockPool:
         self.block_size = block_size
         self.windows = tuple(windows)
         self.num_groups = len(self.windows)
+        self.has_windows = any(self.windows)
         self.window_alignment = window_alignment
         self.enable_prefix_caching = enable_prefix_caching
         self.ref_counts = [0] * num_blocks

@@ -165,9 +165,13 @@ class BlockTable:
     def give_back(self, num_computed_tokens: int) -> None:
         """Give back the blocks of window groups that no token from `num_computed_tokens` on sees.
 
-        They keep their hashes. The table must hold at least so many tokens, all of them computed.
+        They keep their hashes. So many tokens are computed; those that the table has not counted yet are in its last
+        blocks.
         """
         pool = self._pool
+        if not pool.has_windows:
+            return
+        self.catch_up(num_computed_tokens)
         for group, window in enumerate(pool.windows):
             if window:
                 blocks, first = self.groups[group], pool.first_kept(group, num_computed_tokens)
@@ -272,7 +276,7 @@ class BlockTable:
         wanted = token_ids[start : min(start + pool.block_size, len(token_ids)) - 1]
         if not wanted or not pool.enable_prefix_caching:
             return None
-        parent, keys = self._hashes[num_found - 1] if num_found else self._root, self._keys(num_found, wanted)
+        parent, keys = self._parent(num_found, token_ids), self._keys(num_found, wanted)
         blocks, count = [], len(wanted)
         for group in range(pool.num_groups):
             longest = pool.children.longest(group_hash(parent, group), keys)

@@ -47,9 +47,10 @@ def _leading(limit: int, group: int, find: Find[_T], found: dict[int, _T]) -> in
 
 
 def _last(pool: BlockPool, limit: int, group: int, find: Find[_T], found: dict[int, _T]) -> int:
-    """The largest n up to `limit` such that a window group has all blocks that the token after n blocks sees."""
+    """The largest n up to `limit` such that a window group has all blocks that the token after n blocks sees, and the
+    last one in any case, which shows that the prompt was here before."""
     end, index, size = limit, limit - 1, pool.block_size
-    while index >= pool.first_kept(group, end * size):
+    while index >= min(pool.first_kept(group, end * size), end - 1) and end:
         block = found[index] if index in found else find(group, index)
         if block is None:
             end = index
