@@ -30,7 +30,8 @@ class KVGroup:
     """The kind of its layers' `KVSpec`."""
     window: int
     layers: tuple[int, ...]
-    """Indices of its layers, ascending. The i-th keeps its keys and values in the i-th part of a block."""
+    """Its layers, ascending, counted among those that have keys and values. The i-th keeps them in the i-th part of a
+    block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class KVLayout:
     @classmethod
     def of(cls, spec: ModelSpec) -> "KVLayout":
         """The layout for a model. Raises `ConfigError` where layers keep rows of different sizes."""
-        layers = [layer.attention.kv for layer in spec.layers]
+        layers = [kv for layer in spec.layers if (kv := layer.attention.kv) is not None]
         if len({kv.window for kv in layers}) > 1 or layers[0].window:  # until tiers know groups
             return cls((KVGroup("full", 0, tuple(range(len(layers)))),), layers[0])
         return cls.of_layers(layers)

@@ -128,9 +128,13 @@ class Row:
 
 
 class FakeRunner:
-    def __init__(self, num_blocks: int, block_size: int, windows: Sequence[int] = (0,)) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_states: int = 0, windows: Sequence[int] = (0,)) -> None:
+        """With `num_states` slots the KV of a token follows from the recurrent state instead of the KV before it: a
+        wrong slot, copy or order shows as well."""
         self.size = block_size
         self.windows = windows
+        self.states = [NOTHING] * num_states
+        """The KV of the last token that each state has read; 0 before the first."""
         self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, Row] = {}
         self.num_forced = 0
@@ -156,6 +160,9 @@ class FakeRunner:
         assert not copied & set(destinations), "copies would depend on their order"
         for source, destination in plan.block_copies:
             self.memory[destination] = self.memory[source].copy()
+        for source, destination in plan.state_copies:
+            self.states[destination] = 0 if source < 0 else self.states[source]
+        assert len(plan.state_slots) == len(set(plan.state_slots)) == (len(plan.rows) if self.states else 0)
         self._compute(plan)
         return self._sample(plan)
 
@@ -170,9 +177,19 @@ class FakeRunner:
             token_ids = row.token_ids + drafts.get(row_index, [])
             assert count > 0
             assert plan.token_ids[first : first + count] == token_ids[start : start + count]
+            state_slot = plan.state_slots[plan.rows.index(row_index)] if self.states else -1
+            saves = {save[1]: save[2] for save in plan.state_saves if plan.rows[save[0]] == row_index}
+            assert all(1 <= number <= count for number in saves)
             for position in range(start, start + count):
+                if self.states:
+                    of_state = self.states[state_slot]
+                    self.states[state_slot] = kv_of(of_state, token_ids[position])
+                    if position - start + 1 in saves:
+                        self.states[saves[position - start + 1]] = self.states[state_slot]
                 for group, table in enumerate(row.tables):
-                    if self.windows[group] == 1:  # the position before is out of sight
+                    if self.states:
+                        previous = of_state
+                    elif self.windows[group] == 1:  # the position before is out of sight
                         previous = kv_of_all(token_ids[:position])[-1] if position else 0
                     else:
                         previous = self.kv_at(row, position - 1, group) if position else 0

@@ -24,7 +24,8 @@ from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, kernels_for
 from quire.kernels.interface import Packing
 from quire.kv_cache.block_pool import BlockPool
-from quire.kv_cache.storage import KVCache
+from quire.kv_cache.states import StatePool
+from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.kv_groups import KVLayout, window_alignment
 from quire.model_config import ModelConfig
@@ -193,6 +194,7 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 def _make_kv_cache(target: _Target) -> KVCache:
     plan, row = target.plan, target.layout.row
+    recurrent = target.model_config.spec.recurrent_layers
     return KVCache(
         groups=target.layout.groups,
         shapes=target.kernels.kv_cache_shapes(
@@ -201,6 +203,7 @@ def _make_kv_cache(target: _Target) -> KVCache:
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,
+        states=StateCache(recurrent, plan.num_state_slots, target.device) if recurrent else None,
     )
 
 
@@ -240,6 +243,13 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
         window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    states, speculation = None, None
+    if plan.num_state_slots:
+        states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
+        if config.speculative_config is not None:
+            logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
+    elif config.speculative_config is not None:
+        speculation = DraftPlanner(config.speculative_config)
     return Scheduler(
         pool,
         SchedulerLimits(
@@ -250,7 +260,8 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
             max_pinned_share=config.max_pinned_share,
         ),
         tiers=tiers,
-        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
+        speculation=speculation,
+        states=states,
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )

@@ -60,7 +60,7 @@ class Admission:
         except leaders that wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
-        pool, offload, waiting = self._pool, self._offload, self._queues.waiting
+        offload, waiting = self._offload, self._queues.waiting
         # Every sequence needs a token per step, and a step may be small for a while.
         num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
         loading = list(offload.waiting) if offload is not None else []
@@ -77,14 +77,18 @@ class Admission:
             if found is None:
                 postponed.append(group)
                 continue
-            group.num_shared_blocks = sum(
-                1 for blocks in found.blocks for block in blocks if block != HOLE and pool.ref_counts[block]
-            )
+            group.num_shared_blocks = self._num_shared(found)
             if not self._fits(group, promised, num_rows_kept):
                 waiting.push(group)
                 break
             if found.inside is not None and (found.stored or not self._can_copy(group, found, promised)):
-                found = found._replace(inside=None)
+                num_blocks = found.num_blocks
+                found = self._lookup.find_whole_blocks(group, found)
+                if found.num_blocks < num_blocks:
+                    group.num_shared_blocks = self._num_shared(found)
+                    if not self._fits(group, promised, num_rows_kept):
+                        waiting.push(group)
+                        break
             self._start(plan, group, found)
             started = True
             for sequence in group.sequences:
@@ -111,6 +115,9 @@ class Admission:
             found = self._lookup.find_output(sequence, prefilling)
             if found is None:
                 continue
+            states = self._queues.states
+            if states is not None:
+                states.begin(sequence, found.state, found.num_known_tokens)
             sequence.table.adopt(found.blocks)
             sequence.start_from_table()
             if found.stored is not None and self._offload is not None:
@@ -143,6 +150,11 @@ class Admission:
         held = sum(pool.ref_counts[block] == 0 and pool.hashes[block] is not None for block in found.inside[0])
         return self._num_needed(group) + held + promised <= pool.num_free
 
+    def _num_shared(self, found: Found) -> int:
+        """How many of the blocks found are in use."""
+        ref_counts = self._pool.ref_counts
+        return sum(1 for blocks in found.blocks for block in blocks if block != HOLE and ref_counts[block])
+
     def _num_needed(self, group: SequenceGroup) -> int:
         """Blocks that are free now and will be used when all tokens of the group are computed."""
         return self._num_blocks_to_come(group.leader) - group.num_shared_blocks
@@ -166,6 +178,8 @@ class Admission:
         leader = group.leader
         leader.table.adopt(found.blocks, found.inside)
         leader.start_from_table()
+        if self._queues.states is not None:
+            self._queues.states.begin(leader, found.state, found.num_known_tokens)
         hits = Counter({DEVICE: leader.table.num_tokens})
         if found.stored is not None and self._offload is not None:
             hits.update(self._offload.start(leader, found.stored))

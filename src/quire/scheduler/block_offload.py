@@ -18,7 +18,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import HOLE, GroupBlocks
 from quire.kv_cache.prefix_search import longest_prefix
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
-from quire.outputs import TierStats
+from quire.memory_stats import TierStats
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.stored_prefix import DEVICE, Loading, Source, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
