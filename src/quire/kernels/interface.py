@@ -49,6 +49,8 @@ class KVLayer:
     """The same for values; set if and only if `k_scale` is."""
     is_latent: bool = field(default=False, kw_only=True)
     """Only keys are stored and written."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)
