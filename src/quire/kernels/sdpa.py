@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
+from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.reference import (
@@ -34,6 +35,7 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "describe",
+    "experts",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
@@ -41,6 +43,7 @@ __all__ = [
     "kv_cache_shapes",
     "linear",
     "linear_quantized",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "quantize_linear",

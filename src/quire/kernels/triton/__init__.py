@@ -8,6 +8,7 @@ device, and no launch depends on the values in a tensor, so every operation can 
 Importing this package imports Triton. With TRITON_INTERPRET=1 in the environment it works on CPU tensors, slowly.
 """
 
+from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.sdpa import kv_cache_shapes
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
@@ -30,6 +31,7 @@ __all__ = [
     "add_rms_norm",
     "copy_blocks",
     "describe",
+    "experts",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
@@ -37,6 +39,7 @@ __all__ = [
     "kv_cache_shapes",
     "linear",
     "linear_quantized",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "quantize_linear",
