@@ -21,6 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
+from quire.server.batches.endpoints import endpoints as batch_endpoints
+from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
 from quire.server.field_warnings import FieldWarnings
@@ -41,9 +43,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
-    """The application that serves `engine`. It neither starts nor stops the engine."""
-    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
+def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+    """The application that serves `engine`. It neither starts nor stops the engine or `batches`."""
+    described = (*ENDPOINTS, *batch_endpoints(batches))
+    endpoints = (*described, *openapi.endpoints(described))
     authenticator = Authenticator(settings)
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
     middleware = [

@@ -1,5 +1,6 @@
 """/openapi.json and /docs, made from the table of endpoints. The page loads nothing from other servers."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -104,8 +105,10 @@ def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, A
             "required": True,
             "content": {"application/json": {"schema": reference_of[endpoint.body]}},
         }
-    if "{model:path}" in endpoint.path:
-        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := re.findall(r"\{(\w+)(?::path)?\}", endpoint.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if endpoint.public:
         operation["security"] = []
     return operation
