@@ -76,7 +76,7 @@ bool attends(const Kernels& kernels, KVElement element) {
     const WorkItem work{0, 0, kTokens, 0, 1, 0, kContext, -1, 0};
 
     Attention a{};
-    a.cache = {key_blocks.data(), value_blocks.data(), element, 1, kHeadDim, kBlockSize};
+    a.cache = {key_blocks.data(), value_blocks.data(), element, 1, kHeadDim, kHeadDim, kBlockSize};
     kernels.write_kv({keys.data(), kHeadDim}, {values.data(), kHeadDim}, a.cache, slots.data(), kContext);
     a.q = {q.data(), kHeads * kHeadDim};
     a.out = out.data();

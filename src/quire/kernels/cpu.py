@@ -27,7 +27,7 @@ from quire.kernels.interface import (
     QuantizedWeight,
 )
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.reference import kv_cache_shapes, zeros
+from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
 
 __all__ = [
     "add_rms_norm",
@@ -41,6 +41,7 @@ __all__ = [
     "glu_linear",
     "isa",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
     "pack_linear",
@@ -150,7 +151,7 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     _refuse_scales(kv)
-    _cpu.write_kv(k, v, kv.keys, kv.values, slots)
+    _cpu.write_kv(k, v, kv.keys, _stored_values(kv), slots)
 
 
 def rotary_write_kv(
@@ -161,7 +162,7 @@ def rotary_write_kv(
 
 
 def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
-    _cpu.copy_blocks([layer.keys for layer in layers], [layer.values for layer in layers], pairs)
+    _cpu.copy_blocks([layer.keys for layer in layers], list(map(_stored_values, layers)), pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -264,11 +265,11 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
     _refuse_scales(kv)
     if plan.window and not 0 < params.window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
-    out = torch.empty_like(q)
+    out = torch.empty(*q.shape[:2], kv.values.shape[3])
     _cpu.paged_attention(
         q,
         kv.keys,
-        kv.values,
+        _stored_values(kv),
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -280,6 +281,7 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         params.window,
         params.softcap,
         params.alibi_slopes,
+        params.sinks,
         plan.num_threads,
         out,
     )
@@ -301,6 +303,10 @@ def sample_tokens(
     ids: Tensor,
 ) -> None:
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
+
+
+def _stored_values(kv: KVLayer) -> Tensor | None:
+    return None if kv.is_latent else kv.values
 
 
 def _refuse_scales(kv: KVLayer) -> None:

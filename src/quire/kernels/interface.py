@@ -14,11 +14,13 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
+
 A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -40,10 +42,15 @@ class KVLayer:
 
     keys: Tensor
     values: Tensor
+    """In a latent layer a view of the last elements of every key (`Kernels.latent_layer`)."""
     k_scale: Tensor | None = None
     """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
     v_scale: Tensor | None = None
     """The same for values; set if and only if `k_scale` is."""
+    is_latent: bool = field(default=False, kw_only=True)
+    """Only keys are stored and written."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class AttentionParams:
     """If above 0, a score s becomes softcap * tanh(s / softcap)."""
     alibi_slopes: Tensor | None = None
     """[num_heads] float32: slope * (key position - query position) is added to each score."""
+    sinks: Tensor | None = None
+    """[num_heads] float32: one more score in the softmax of every token, whose key has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +104,7 @@ class CpuAttentionPlan(AttentionPlan):
     merges: Tensor
     """[num_merges, 4]: runs of tokens with partial results; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
-    """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
+    """[num_rows, value_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
     """The number of threads that the work was balanced for."""
 
@@ -233,6 +242,10 @@ class Kernels(Packing, Protocol):
     def kv_cache_shapes(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
     ) -> tuple[KVShape, KVShape]: ...
+
+    def latent_layer(self, keys: Tensor, value_dim: int) -> KVLayer:
+        """The layer whose keys are `keys`, of a shape of `kv_cache_shapes`, and whose values are part of them."""
+        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

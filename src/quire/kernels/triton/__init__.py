@@ -10,7 +10,7 @@ Importing this package imports Triton. With TRITON_INTERPRET=1 in the environmen
 
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.sdpa import kv_cache_shapes
+from quire.kernels.sdpa import kv_cache_shapes, latent_layer
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -38,6 +38,7 @@ __all__ = [
     "gelu_and_mul",
     "glu_linear",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
     "pack_linear",
