@@ -17,8 +17,8 @@ from quire.errors import RequestError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.backend import Engine
 from quire.server.endpoint import RequestContext
-from quire.server.errors import error_body
-from quire.server.generation import Generation, UsageCounter
+from quire.server.errors import ErrorDetail, error_body
+from quire.server.generation import Generation, UsageCounter, sample_error
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
 from quire.server.streaming import DONE
@@ -31,6 +31,11 @@ def sse(body: object, event: str = "") -> bytes:
     """One server-sent event with `body` as JSON; `event` is its type, for protocols that name their events."""
     name = b"event: " + event.encode() + b"\n" if event else b""
     return name + b"data: " + _encode(body) + b"\n\n"
+
+
+def choice_error(sample: CompletionOutput) -> ErrorDetail | UnsetType:
+    """The `error` field of a choice: absent unless the sample failed."""
+    return error_body(sample_error(sample)).error if sample.finish_reason == "error" else UNSET
 
 
 def event_usage(options: StreamOptions, usage: UsageCounter) -> Usage | UnsetType | None:
@@ -153,7 +158,10 @@ class Answer:
                     choice.read(delta)
                     choice.keep(delta)
         self._count_reasoning()
-        return self.renderer.whole([self._choices[index] for index in sorted(self._choices)], self.usage)
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        if all(choice.sample.finish_reason == "error" for choice in choices):
+            raise sample_error(choices[0].sample)
+        return self.renderer.whole(choices, self.usage)
 
     def _events(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         events: list[bytes] = []

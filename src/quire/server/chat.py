@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from quire.outputs import CompletionOutput
-from quire.server.answers import Answer, Choice, Renderer, event_usage, sse
+from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.chat_turn import chat_turn
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.generation import UsageCounter
@@ -80,6 +80,7 @@ class ChatRenderer(Renderer):
             finish_reason=choice.finish_reason(delta),
             stop_reason=delta.stop_reason if delta.finished else UNSET,
             token_ids=self._token_ids(delta),
+            error=choice_error(delta),
         )
         chunks = [*(ChatChunkChoice(choice.index, part) for part in earlier), chunk_choice]
         return b"".join(sse(self._chunk([chunk], usage)) for chunk in chunks)
@@ -111,6 +112,7 @@ class ChatRenderer(Renderer):
             finish_reason=choice.finish_reason(sample),
             stop_reason=sample.stop_reason,
             token_ids=self._token_ids(sample),
+            error=choice_error(sample),
         )
 
     def _add_prompt(self, reply: ChatChunk | ChatCompletion, choice: Choice) -> None:

@@ -11,10 +11,11 @@ from functools import partial
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.endpoint import RequestContext
+from quire.server.errors import naming
 from quire.server.generation import Generation
 from quire.server.limits import check_lengths, check_work
-from quire.server.params import chat_params, check_available
-from quire.server.prompts import render, tokenize
+from quire.server.params import chat_params, check_available, sent_names
+from quire.server.prompts import render, tokenize, truncated
 from quire.server.protocol import ChatCompletionRequest
 from quire.server.scheduling_info import scheduling_info
 from quire.server.tools.detect import find_format
@@ -40,9 +41,11 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest) -> 
     params = chat_params(request, engine.default_params)
     use = read_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
     text = await render(engine.chat_template, request)
-    check_work([text], params.num_samples, context.settings)
+    check_work([text], params.num_samples, context.settings, param="messages")
     prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
-    check_lengths(prompts, params, engine.max_model_len)
+    prompts = truncated(prompts, params, request.truncation_side, engine.max_model_len)
+    with naming(sent_names(request)):
+        check_lengths(prompts, params, engine.max_model_len, param="messages")
     params, reader = _read_as(_reply_format(context), request, params, use, text)
     return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), reader)
 

@@ -24,13 +24,18 @@ class Generation:
     params: SamplingParams
     scheduling: SchedulingInfo
 
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.params.n
+
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield (index of the prompt, its new output). Raises the engine's refusals and errors of failed samples."""
+        """Yield (index of the prompt, its new output). Raises the engine's refusals, and the error of a sample that
+        failed if it is the only one: among several it ends alone, with its error."""
         streams = [self._generate(engine, prompt) for prompt in self.prompts]
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
             async for index, output in items:
                 for sample in output.outputs:
-                    _check(sample)
+                    _check(sample, is_only=self.num_choices == 1)
                 yield index, output
 
     async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
@@ -130,9 +135,14 @@ class UsageCounter:
         return usage
 
 
-def _check(sample: CompletionOutput) -> None:
-    if sample.finish_reason == "error":
-        raise SampleFailedError(sample.error or "the sample could not be drawn")
+def sample_error(sample: CompletionOutput) -> SampleFailedError:
+    """The error of a sample that ended with one."""
+    return SampleFailedError(sample.error or "the sample could not be drawn")
+
+
+def _check(sample: CompletionOutput, *, is_only: bool) -> None:
+    if sample.finish_reason == "error" and is_only:
+        raise sample_error(sample)
     if sample.finish_reason == "abort":
         raise EngineUnavailableError("the request was ended before its answer was complete; send it again")
 

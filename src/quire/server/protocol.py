@@ -1,7 +1,8 @@
 """Bodies of requests, with OpenAI's and vLLM's field names.
 
-Unknown fields are ignored, because proxies forward fields of their own. Fields that would change the answer and that
-Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused by the field's name.
+Unknown fields are ignored, because proxies forward fields of their own; a header of the response names them. Fields
+that would change the answer and that Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused
+by the field's name.
 """
 
 from typing import Annotated, Any
@@ -24,11 +25,26 @@ class NotAvailable(Struct, kw_only=True):
     guided_decoding_backend: Refused = None
 
 
+class WithoutEffect(NotAvailable, kw_only=True):
+    """Fields of OpenAI that are accepted and change nothing."""
+
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    verbosity: str | None = None
+    prediction: Any = None
+
+
 class StreamOptions(Struct):
     """What a stream reports besides the text."""
 
     include_usage: bool | None = None
     """A last event without choices holds the usage."""
+    include_obfuscation: bool | None = None
+    """Has no effect."""
     continuous_usage_stats: bool | None = None
     """Every event holds the usage so far."""
 
@@ -66,7 +82,7 @@ class StructuredOutputs(Struct):
     structural_tag: Refused = None
 
 
-class GenerateRequest(NotAvailable, kw_only=True):
+class GenerateRequest(WithoutEffect, kw_only=True):
     """The fields that completions and chat completions share; None means the model's default."""
 
     model: str | None = None
@@ -103,7 +119,7 @@ class GenerateRequest(NotAvailable, kw_only=True):
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
-    """Only "left" is available: `truncate_prompt_tokens` removes the first tokens."""
+    """The side that `truncate_prompt_tokens` removes tokens from: left (default) or right."""
     add_special_tokens: bool | None = None
     """Default: true for completions; false for chats, because the template writes special tokens."""
     stream: bool | None = None
@@ -156,7 +172,7 @@ class Message(Struct, kw_only=True):
 class ChatCompletionRequest(GenerateRequest, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -7,6 +7,8 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from quire.server.errors import ErrorDetail
+
 
 class PromptTokensDetails(Struct):
     """Prompt tokens whose KV came from the prefix cache."""
@@ -115,6 +117,7 @@ class ChatChunkChoice(Struct):
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
 
 
 class ChatChunk(Struct):
@@ -152,6 +155,7 @@ class ChatChoice(Struct):
     finish_reason: str | None
     stop_reason: int | str | None
     token_ids: list[int] | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
 
 
 class ChatCompletion(Struct):
@@ -178,6 +182,8 @@ class CompletionChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
+    """Why the sample failed, if its finish reason is error. Other samples are not affected."""
 
 
 class Completion(Struct):

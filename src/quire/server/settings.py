@@ -27,7 +27,8 @@ class ServerSettings:
     """Prefixes to compute at start and keep in the KV cache, for all API keys. JSON lines, each with a `prompt`,
     `prompt_token_ids` or `messages`."""
     allow_origins: tuple[str, ...] = ()
-    """Origin of web pages that may call the server from a browser (CORS). * allows all. Repeat for several."""
+    """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
+    desktop programs. * allows all. Repeat for several."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
