@@ -23,15 +23,17 @@ from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
-from quire.server.field_warnings import FieldWarnings
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
+from quire.server.responses import endpoints as responses
+from quire.server.services import Services
 from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
+    *responses.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
@@ -42,7 +44,7 @@ _MAX_REQUEST_ID_CHARS = 128
 
 
 def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
-    """The application that serves `engine`. It neither starts nor stops the engine."""
+    """The application that serves `engine`. It neither starts nor stops the engine. Raises `ConfigError`."""
     endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
     authenticator = Authenticator(settings)
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -58,7 +60,7 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
         ),
         Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public),
     ]
-    warnings = FieldWarnings()
+    services = Services.open(settings)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:
@@ -67,7 +69,7 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
         return _error_response(error)
 
     return Starlette(
-        routes=[Route(e.path, _Bound(e, engine, settings, warnings), methods=[e.method]) for e in endpoints],
+        routes=[Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints],
         middleware=middleware,
         exception_handlers={HTTPException: routing_error},
     )
@@ -76,16 +78,16 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
 class _Bound:
     """An endpoint as the ASGI application that Starlette routes to."""
 
-    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings, warnings: FieldWarnings) -> None:
+    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings, services: Services) -> None:
         self.endpoint = endpoint
         self._engine = engine
         self._settings = settings
-        self._warnings = warnings
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope["state"]["client"]
         await self.endpoint.handle(
-            RequestContext(self._engine, self._settings, scope, receive, send, client, self._warnings)
+            RequestContext(self._engine, self._settings, scope, receive, send, client, self._services)
         )
 
 
