@@ -128,11 +128,12 @@ class Answer:
     _choices: dict[int, Choice] = field(default_factory=dict, init=False)
     _prompts: dict[int, RequestOutput] = field(default_factory=dict, init=False)
 
-    async def send(self, context: RequestContext, *, stream: bool) -> None:
-        """Answer the request of `context`. The generation is cancelled if the client leaves."""
+    async def send(self, context: RequestContext, *, stream: bool, ping: bytes = b"") -> None:
+        """Answer the request of `context`. The generation is cancelled if the client leaves. `ping` is an event for
+        times of silence."""
         if stream:
             events, renderer = self.events(context.engine), self.renderer
-            await context.stream(events, failure=renderer.failure, done=renderer.done)
+            await context.stream(events, failure=renderer.failure, done=renderer.done, ping=ping)
         else:
             await context.reply_when_done(self.whole(context.engine))
 

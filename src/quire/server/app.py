@@ -6,6 +6,7 @@ then calls the endpoint. Any error becomes an OpenAI error body. Each response c
 
 import time
 import uuid
+from collections.abc import Mapping
 from email.utils import formatdate
 
 import msgspec
@@ -19,10 +20,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
+from quire.errors import RequestError
+from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
 from quire.server.endpoint import Endpoint, RequestContext
-from quire.server.errors import Refusal, as_request_error, error_body, error_headers
+from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
 from quire.server.responses import endpoints as responses
@@ -34,6 +37,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
@@ -47,6 +51,7 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
     """The application that serves `engine`. It neither starts nor stops the engine. Raises `ConfigError`."""
     endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
     authenticator = Authenticator(settings)
+    error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
     middleware = [
         Middleware(
@@ -58,15 +63,24 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
             allow_private_network=True,
             expose_headers=["x-request-id", "x-quire-warning", "retry-after"],
         ),
-        Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public),
+        Middleware(
+            _RequestMiddleware,
+            engine=engine,
+            settings=settings,
+            authenticator=authenticator,
+            public=public,
+            error_forms=error_forms,
+        ),
     ]
     services = Services.open(settings)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException) and error.status_code == 404:
-            error = Refusal(404, describe_miss(request.scope["path"], paths), code="route_not_found")
-        return _error_response(error)
+        path = request.scope["path"]
+        shown = as_request_error(error)
+        if shown.status == 404:
+            shown = Refusal(404, describe_miss(path, paths), code="route_not_found")
+        return _error_response(shown, error_forms.get(path, OPENAI_ERRORS), "")
 
     return Starlette(
         routes=[Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints],
@@ -101,12 +115,14 @@ class _RequestMiddleware:
         settings: ServerSettings,
         authenticator: Authenticator,
         public: frozenset[str],
+        error_forms: Mapping[str, ErrorForm],
     ) -> None:
         self._app = app
         self._engine = engine
         self._settings = settings
         self._authenticator = authenticator
         self._public = public
+        self._error_forms = error_forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -139,8 +155,9 @@ class _RequestMiddleware:
         except Exception as error:
             shown = as_request_error(error)
             if not status:
-                await _error_response(error)(scope, receive, send_with_id)
-            status = shown.status
+                form = self._error_forms.get(scope["path"], OPENAI_ERRORS)
+                await _error_response(shown, form, request_id[1].decode())(scope, receive, send_with_id)
+            status = status or shown.status
         finally:
             self._engine.metrics.observe_http(
                 handler=_handler_name(scope),
@@ -150,10 +167,10 @@ class _RequestMiddleware:
             )
 
 
-def _error_response(error: Exception) -> Response:
-    shown = as_request_error(error)
-    response = Response(msgspec.json.encode(error_body(shown)), status_code=shown.status, media_type="application/json")
-    response.raw_headers.extend(error_headers(shown))
+def _error_response(error: RequestError, form: ErrorForm, request_id: str) -> Response:
+    body = msgspec.json.encode(form.body(error, request_id))
+    response = Response(body, status_code=form.status(error), media_type="application/json")
+    response.raw_headers.extend(error_headers(error))
     return response
 
 

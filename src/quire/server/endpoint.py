@@ -13,11 +13,11 @@ from quire.errors import EngineUnavailableError, RequestError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
-from quire.server.errors import Refusal
+from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
 from quire.server.limits import read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import DONE, send_events, while_connected
+from quire.server.streaming import DONE, EVENT_STREAM, StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -75,14 +75,21 @@ class RequestContext:
         await self.reply(await while_connected(self.receive, work))
 
     async def stream(
-        self, events: AsyncGenerator[bytes, None], *, failure: Callable[[RequestError], bytes], done: bytes = DONE
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        failure: Callable[[RequestError], bytes],
+        done: bytes = DONE,
+        ping: bytes = b"",
+        content_type: bytes = EVENT_STREAM,
     ) -> None:
         """Answer with server-sent events. `events` is closed if the client leaves or stops reading.
 
-        `failure` makes the event for an error after the first event; `done` ends the stream.
+        `failure` makes the event for an error after the first event; `done` ends the stream; `ping` is sent while
+        nothing else is.
         """
-        timeout = self.settings.stall_timeout
-        await while_connected(self.receive, send_events(self.send, events, timeout, failure=failure, done=done))
+        form = StreamForm(failure, done, ping, content_type)
+        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
 
     @property
     def path_params(self) -> Mapping[str, str]:
@@ -137,3 +144,4 @@ class Endpoint:
     streams: bool = False
     public: bool = False
     """Needs no API key."""
+    errors: ErrorForm = OPENAI_ERRORS
