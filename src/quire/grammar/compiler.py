@@ -12,10 +12,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from quire.errors import RequestError
 from quire.grammar.compiled import Grammar
+from quire.grammar.json_schema import WHITESPACE, closed
 from quire.structured_outputs import StructuredOutputsParams
 
-WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Whitespace between the tokens of JSON by default: enough to indent, too little to fill the output with."""
 MAX_REASON_CHARS = 500
 """Limit for llguidance's reasons; some quote the grammar."""
 _LIMITS = LLParserLimits(
@@ -54,7 +53,10 @@ class GrammarCompiler:
     def compile(self, constraint: StructuredOutputsParams) -> Grammar:
         """The compiled constraint. Raises `RequestError`, with llguidance's reason, if it is invalid or too large."""
         try:
-            template = LLMatcher(self.tokenizer, _source(constraint), log_level=0, limits=_LIMITS)
+            source = _source(constraint)
+            if constraint.around:
+                source = _around(constraint.around, source)
+            template = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
             if not template.is_error():
                 template.compute_bitmask()  # some grammars explode only on first use
         except BaseException as error:
@@ -80,10 +82,18 @@ def _source(constraint: StructuredOutputsParams) -> str:
     if constraint.grammar is not None:
         return LLMatcher.grammar_from_lark(any_to_lark(constraint.grammar))
     schema = constraint.json if isinstance(constraint.json, str) else '{"type":"object"}'
+    if constraint.disable_additional_properties:
+        schema = json.dumps(closed(json.loads(schema)), ensure_ascii=False)
     options: dict[str, object] = {"whitespace_flexible": False}
     if not constraint.disable_any_whitespace:
         options = {"whitespace_flexible": True, "whitespace_pattern": constraint.whitespace_pattern or WHITESPACE}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]  # a TypedDict
+
+
+def _around(rules: str, body: str) -> str:
+    """The grammar of `rules`, in which `@body` is the grammar `body`."""
+    (inner,) = json.loads(body)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": rules}, {**inner, "name": "body"}]}, ensure_ascii=False)
 
 
 def _refusal(constraint: StructuredOutputsParams, reason: str) -> RequestError:

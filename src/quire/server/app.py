@@ -19,8 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
 from quire.errors import RequestError
+from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine

@@ -56,7 +56,7 @@ class JsonSchema(Struct):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    """Has no effect: the text always follows the schema."""
+    """Has no effect: the text always follows the schema, and objects are closed unless the schema opens them."""
 
 
 class ResponseFormat(Struct):
@@ -77,6 +77,8 @@ class StructuredOutputs(Struct):
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
+    disable_additional_properties: bool | None = None
+    """Default true: objects hold the properties that the schema lists, and no others."""
     structural_tag: Refused = None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.server.tools.detect import check_parser_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,14 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
     desktop programs. * allows all. Repeat for several."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
+    the chat template, none reads plain JSON."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning: a name as vLLM has it. auto finds it from the chat template, none leaves the
+    reasoning in the text."""
+    enable_auto_tool_choice: bool = False
+    """Has no effect, because tool calls need no option; for command lines that are written for vLLM."""
     max_body_size: int = 8 * 2**20
     """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10
@@ -65,6 +74,7 @@ class ServerSettings:
         for name in ("stall_timeout", "shutdown_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
+        check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
         if not (self.api_key or self.allow_unauthenticated or is_loopback(self.host)):

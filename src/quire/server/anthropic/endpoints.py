@@ -27,9 +27,7 @@ async def create_message(context: RequestContext) -> None:
     check_absent(request, _REFUSED)
     with naming(SENT_NAMES):
         turn = await chat_turn(context, to_chat(request), clips_output=True)
-    message = AnthropicMessage(
-        id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0)
-    )
+    message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     await answer.send(context, stream=bool(request.stream), ping=PING)
@@ -41,7 +39,7 @@ async def count_tokens(context: RequestContext) -> None:
     check_absent(request, _REFUSED)
     with naming(SENT_NAMES):
         prompt = await chat_prompt(context, to_chat(request))
-    await context.reply(TokenCount(len(prompt)))
+    await context.reply(TokenCount(len(prompt.token_ids)))
 
 
 ENDPOINTS = (

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 
 from quire.errors import RequestError
 from quire.outputs import CompletionOutput
-from quire.server.anthropic.protocol import AnthropicError, AnthropicErrorDetail, AnthropicMessage, MessageUsage
 from quire.server.answers import Choice, Renderer, sse
+from quire.server.anthropic.protocol import AnthropicError, AnthropicErrorDetail, AnthropicMessage, MessageUsage
 from quire.server.errors import ErrorForm
 from quire.server.generation import UsageCounter
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
