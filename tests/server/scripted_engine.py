@@ -60,6 +60,8 @@ class ScriptedEngine:
     fails: tuple[int, ...] | None = None
     """Indices of the samples that fail there; None: all."""
     failure: str = "the logits were not finite"
+    stops_at: str | None = None
+    """The stop string that the last token completes."""
     raises: Exception | None = None
     """Raised by every request in place of token `raises_at`."""
     raises_at: int = 0
@@ -169,6 +171,8 @@ class ScriptedEngine:
                     sample.logprobs = [self._position(token, params.logprobs)]
                 if last:
                     sample.finish_reason = "stop" if length < limit or params.max_tokens is None else "length"
+                if last and self.stops_at is not None:
+                    sample.stop_reason = self.stops_at
                 if at == self.fail_at and index in failing:
                     sample.finish_reason, sample.error = "error", self.failure
                 output.outputs.append(sample)

@@ -135,7 +135,7 @@ def _text(block: object, place: str) -> str:
 def _tool(tool: Tool, index: int) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
         raise RequestError(
-            f"tools[{index}] is of type {brief(tool.type)}, which runs on Anthropic's servers; only custom is supported",
+            f"tools[{index}] is of type {brief(tool.type)}, which runs at Anthropic; only custom is supported",
             param="tools",
         )
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
