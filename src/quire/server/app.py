@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
+from quire.server import chat, completions, embeddings, health, kv, metrics, models, openapi, tokenize
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -38,6 +38,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
+    *embeddings.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,

@@ -9,7 +9,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError, RequestError
+from quire.errors import EngineUnavailableError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
@@ -17,7 +17,7 @@ from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
 from quire.server.limits import read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import DONE, EVENT_STREAM, StreamForm, send_events, while_connected
+from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -74,21 +74,8 @@ class RequestContext:
         """Answer with the JSON of the value that `work` returns. `work` is cancelled if the client leaves."""
         await self.reply(await while_connected(self.receive, work))
 
-    async def stream(
-        self,
-        events: AsyncGenerator[bytes, None],
-        *,
-        failure: Callable[[RequestError], bytes],
-        done: bytes = DONE,
-        ping: bytes = b"",
-        content_type: bytes = EVENT_STREAM,
-    ) -> None:
-        """Answer with server-sent events. `events` is closed if the client leaves or stops reading.
-
-        `failure` makes the event for an error after the first event; `done` ends the stream; `ping` is sent while
-        nothing else is.
-        """
-        form = StreamForm(failure, done, ping, content_type)
+    async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
+        """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
         await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
 
     @property

@@ -12,7 +12,7 @@ from quire.server.anthropic.protocol import (
     MessageUsage,
     TokenCount,
 )
-from quire.server.anthropic.renderer import ERRORS, PING, MessageRenderer
+from quire.server.anthropic.renderer import ERRORS, MessageRenderer
 from quire.server.chat_turn import ChatTurn, chat_prompt, chat_turn
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
@@ -30,7 +30,7 @@ async def create_message(context: RequestContext) -> None:
     message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
     answer = Answer(turn.generation, renderer, reader=turn.reader)
-    await answer.send(context, stream=bool(request.stream), ping=PING)
+    await answer.send(context, stream=bool(request.stream))
 
 
 async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:

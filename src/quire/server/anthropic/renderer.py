@@ -39,6 +39,7 @@ class MessageRenderer(Renderer):
     is_clipped: bool
     """The context holds fewer tokens than `max_tokens`."""
     done: ClassVar[bytes] = b""
+    ping: ClassVar[bytes] = PING
     _parts: PartList = field(default_factory=PartList)
     _last: CompletionOutput = field(default_factory=lambda: CompletionOutput(0))
     _stop_reason: str = "end_turn"

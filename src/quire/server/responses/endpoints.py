@@ -29,6 +29,7 @@ from quire.server.responses.protocol import (
 from quire.server.responses.renderer import ResponseRenderer
 from quire.server.responses.runs import Run
 from quire.server.responses.store import StoredResponse
+from quire.server.streaming import StreamForm
 
 Save = Callable[[ResponseObject], Awaitable[None]]
 
@@ -59,7 +60,7 @@ async def create_response(context: RequestContext) -> None:
         await _start(context, answer, renderer, save, stream=bool(request.stream))
     elif request.stream:
         events = _saved(answer.events(context.engine), renderer, save)
-        await context.stream(events, failure=renderer.failure, done=renderer.done)
+        await context.stream(events, StreamForm(renderer.failure, renderer.done))
     else:
         await context.reply_when_done(_whole(context.engine, answer, save))
 
@@ -76,7 +77,7 @@ async def get_response(context: RequestContext) -> None:
             "stream: only a response that runs in the background, or ended lately, can be streamed", param="stream"
         )
     start = _number(context, "starting_after", -1, -1, 2**31) + 1
-    await context.stream(run.read(start), failure=_failure, done=b"")
+    await context.stream(run.read(start), StreamForm(_failure, b""))
 
 
 async def delete_response(context: RequestContext) -> None:
@@ -175,7 +176,7 @@ async def _start(
     await save(queued)
     context.services.runs.start(run, work)
     if stream:
-        await context.stream(run.read(0), failure=renderer.failure, done=renderer.done)
+        await context.stream(run.read(0), StreamForm(renderer.failure, renderer.done))
     else:
         await context.reply(queued)
 
