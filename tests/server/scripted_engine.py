@@ -160,7 +160,9 @@ class ScriptedEngine:
     ) -> EmbeddingRequestOutput:
         """The vector [number of tokens, 3, 4, 0]."""
         assert isinstance(prompt, list), "the server tokenises"
-        kept = prompt[-(truncate_prompt_tokens or 0) :]
+        kept = (
+            prompt if truncate_prompt_tokens is None else prompt[-(truncate_prompt_tokens % (self.max_model_len + 1)) :]
+        )
         check_prompt_length(len(kept), self.max_model_len, num_output=0)
         self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, ""))
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()

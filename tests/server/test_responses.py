@@ -73,6 +73,42 @@ def test_events_come_in_order(client: OpenAI) -> None:
         assert stream.get_final_response().output_text == ANSWER
 
 
+def test_reasoning_and_calls(engine: ScriptedEngine) -> None:
+    engine.answer = '<think>Hm.</think>Let me look.<tool_call>{"name": "f", "arguments": {"a": [1]}}</tool_call>'
+    tools: Any = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"a": {}}}}]
+    settings = ServerSettings(port=0, tool_call_parser="hermes", reasoning_parser="qwen3")
+    with RunningServer(engine, settings) as server, server.client() as client:
+        whole: Any = client.responses.create(model="scripted", input="x", tools=tools)
+        assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
+        assert whole.output[0].content[0].text == "Hm."
+        assert (whole.output[2].name, whole.output[2].arguments) == ("f", '{"a": [1]}')
+        assert whole.usage.output_tokens_details.reasoning_tokens > 0
+        events: list[Any] = list(client.responses.create(model="scripted", input="x", tools=tools, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        names = [event.type.removeprefix("response.") for event in events if not event.type.endswith("delta")]
+        assert names == [
+            *("created", "in_progress"),
+            *("output_item.added", "content_part.added", "reasoning_text.done", "content_part.done"),
+            *("output_item.done", "output_item.added", "content_part.added", "output_text.done", "content_part.done"),
+            *("output_item.done", "output_item.added", "function_call_arguments.done", "output_item.done"),
+            "completed",
+        ]
+        final = events[-1].response
+        assert [item.type for item in final.output] == [item.type for item in whole.output]
+        done = next(event for event in events if event.type.endswith("arguments.done"))
+        assert (done.name, done.arguments) == ("f", '{"a": [1]}')
+        deltas = [event.delta for event in events if event.type.endswith("arguments.delta")]
+        assert "".join(deltas) == done.arguments
+        result: Any = {"type": "function_call_output", "call_id": whole.output[2].call_id, "output": "A ghost"}
+        for given in ({"previous_response_id": whole.id, "input": [result]}, {"input": [*whole.output, result]}):
+            client.responses.create(model="scripted", tools=tools, **given)
+            assert "Let me look." in prompt_text(engine)
+            assert "A ghost" in prompt_text(engine)
+        forced: Any = {"type": "function", "name": "f"}
+        client.responses.create(model="scripted", input="x", tools=tools, tool_choice=forced)
+        assert engine.calls[-1].params.structured_outputs is not None
+
+
 def test_logprobs(client: OpenAI) -> None:
     asked: Any = {"model": "scripted", "input": "x", "top_logprobs": 2, "max_output_tokens": 4}
     asked["include"] = ["message.output_text.logprobs"]

@@ -28,6 +28,8 @@ from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
+from quire.server.ollama import endpoints as ollama
+from quire.server.ollama import models as ollama_models
 from quire.server.responses import endpoints as responses
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
@@ -38,6 +40,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
     *anthropic.ENDPOINTS,
+    *ollama.ENDPOINTS,
+    *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,

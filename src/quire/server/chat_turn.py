@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from msgspec import structs
+
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.endpoint import RequestContext
@@ -33,6 +35,22 @@ class ChatTurn:
     generation: Generation
     reader: Callable[[], Reader]
     """Makes the reader of each choice; see `Answer.reader`."""
+
+
+async def fitting_turn(
+    context: RequestContext, request: ChatCompletionRequest, *, truncates: bool, clips_output: bool = False
+) -> ChatTurn:
+    """The turn of `request`; with `truncates`, without the older half of its messages as often as they do not fit.
+    System messages stay."""
+    while True:
+        try:
+            return await chat_turn(context, request, clips_output=clips_output)
+        except RequestError as error:
+            kept = [message for message in request.messages if message.role in ("system", "developer")]
+            others = [message for message in request.messages if message not in kept]
+            if not truncates or error.code != "context_length_exceeded" or len(others) < 2:
+                raise
+            request = structs.replace(request, messages=[*kept, *others[(len(others) + 1) // 2 :]])
 
 
 class ChatPrompt(NamedTuple):
@@ -64,11 +82,11 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
         params = params.with_changes(max_tokens=room)
     with naming(sent_names(request)):
         check_lengths(prompts, params, engine.max_model_len, param="messages")
-    params, reader = _read_as(_reply_format(context), request, params, use, text)
+    params, reader = _read_as(reply_format(context), request, params, use, text)
     return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), reader)
 
 
-def _reply_format(context: RequestContext) -> ReplyFormat:
+def reply_format(context: RequestContext) -> ReplyFormat:
     """How the model writes calls and reasoning, unless the settings say it."""
     template, settings = context.engine.chat_template, context.settings
     source = "" if template is None else template.source

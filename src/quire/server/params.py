@@ -50,7 +50,7 @@ _PASSED_ON = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
-    *("chat_template", "functions", "audio", "suffix"),
+    *("chat_template", "functions", "audio"),
 )
 _GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
@@ -123,6 +123,8 @@ def _check_combination(request: GenerateRequest) -> None:
         )
     if request.truncation_side is not None and request.truncate_prompt_tokens is None:
         raise RequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+    if isinstance(request, CompletionRequest) and request.suffix and request.echo:
+        raise RequestError("echo does not go with suffix: the answer lies between the two", param="echo")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
 

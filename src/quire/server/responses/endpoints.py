@@ -10,12 +10,11 @@ from msgspec.structs import replace
 from quire.errors import RequestError
 from quire.server.answers import Answer, sse
 from quire.server.backend import Engine
-from quire.server.chat_turn import ChatTurn, chat_turn
+from quire.server.chat_turn import ChatTurn, fitting_turn
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, naming
 from quire.server.logprobs import LogprobFormat
 from quire.server.params import check_absent
-from quire.server.protocol import ChatCompletionRequest
 from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, to_chat
 from quire.server.responses.protocol import (
     DeletedResponse,
@@ -48,7 +47,8 @@ async def create_response(context: RequestContext) -> None:
     items = input_items(request.input)
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
     with naming(SENT_NAMES):
-        turn = await _turn(context, to_chat(request, [*history, *items]), truncates=request.truncation == "auto")
+        chat = to_chat(request, [*history, *items])
+        turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
     renderer = ResponseRenderer(_blank(request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
 
@@ -117,19 +117,6 @@ async def list_input_items(context: RequestContext) -> None:
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     await context.reply(ItemList(page, first, last, has_more=len(items) > limit))
-
-
-async def _turn(context: RequestContext, chat: ChatCompletionRequest, *, truncates: bool) -> ChatTurn:
-    """The turn of `chat`; with `truncates`, without the older half of its messages as often as they do not fit."""
-    while True:
-        try:
-            return await chat_turn(context, chat)
-        except RequestError as error:
-            kept = [message for message in chat.messages if message.role in ("system", "developer")]
-            others = [message for message in chat.messages if message not in kept]
-            if not truncates or error.code != "context_length_exceeded" or len(others) < 2:
-                raise
-            chat = replace(chat, messages=[*kept, *others[(len(others) + 1) // 2 :]])
 
 
 async def _whole(engine: Engine, answer: Answer, save: Save) -> object:

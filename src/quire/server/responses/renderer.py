@@ -172,8 +172,8 @@ class ResponseRenderer(Renderer):
         entries: list[Json] = msgspec.to_builtins(found)
         return entries
 
-    def _event(self, name: str, **fields: object) -> bytes:
-        event = sse({"type": name, "sequence_number": self._number, **fields}, name)
+    def _event(self, kind: str, /, **fields: object) -> bytes:
+        event = sse({"type": kind, "sequence_number": self._number, **fields}, kind)
         self._number += 1
         return event
 
