@@ -1,7 +1,8 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
@@ -26,6 +29,8 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """config.json's name → ours."""
+MAX_LAYERS = 4096
+"""Layers that are read from a config.json; published models have some hundred at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +100,11 @@ class ModelConfig:
     shared_expert_gate: bool = False
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
 
+    recurrent: RecurrentConfig | None = None
+    """The layers with a recurrent state in the place of attention; None: all layers have attention."""
+    attention_gate: bool = False
+    """What attention computes is multiplied by a sigmoid of the token's own, which is stored with the queries
+    (Qwen3-Next)."""
     clip_qkv: float = 0.0
     """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
@@ -159,13 +169,11 @@ class ModelConfig:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; a Hugging Face checkpoint folder holds one")
-        values = read_json(path)
+            raise CheckpointError(_no_config(Path(folder)))
+        config = _read(ConfigJson(path, read_json(path)))
         generation = Path(folder) / "generation_config.json"
-        if generation.is_file():
-            end = read_json(generation).get("eos_token_id")
-            values = values if end is None else {**values, "eos_token_id": end}
-        return _read(ConfigJson(path, values))
+        end = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        return config if end is None else replace(config, eos_token_ids=_end_tokens(generation, end))
 
     @property
     def context_length(self) -> int:
@@ -183,6 +191,15 @@ class ModelConfig:
         """Whether a layer has experts in the place of its MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a recurrent state in the place of attention."""
+        return self.recurrent is not None and layer in self.recurrent.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a KV cache, in its order."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_recurrent(layer))
+
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
@@ -197,8 +214,8 @@ class ModelConfig:
 
     @property
     def num_qkv_heads(self) -> int:
-        """Heads of queries, keys and values together."""
-        return self.num_heads + 2 * self.num_kv_heads
+        """Heads of queries, keys, values and gates together."""
+        return (2 if self.attention_gate else 1) * self.num_heads + 2 * self.num_kv_heads
 
     @property
     def attention_scale(self) -> float:
@@ -249,7 +266,7 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
 
 def _read(config: ConfigJson) -> ModelConfig:
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = _num_kv_heads(config, num_heads)
     if num_heads % num_kv_heads:
@@ -258,7 +275,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
+    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
@@ -283,6 +300,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         **read_experts(config, num_layers, intermediate_size),
+        **read_recurrent(config, num_layers, hidden_size),
+        attention_gate=config.flag("attention_gate"),
         clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
@@ -306,8 +325,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
-        bos_token_id=config.value("bos_token_id"),
-        eos_token_ids=_end_tokens(config),
+        bos_token_id=_first_token(config),
+        eos_token_ids=_end_tokens(config.path, config.value("eos_token_id")),
     )
 
 
@@ -327,6 +346,12 @@ def _read_norms(config: ConfigJson) -> dict[str, Any]:
         "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
         "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
     }
+
+
+def _mlp_width(config: ConfigJson) -> str:
+    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
+    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
+    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
@@ -351,9 +376,26 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
     return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
 
 
-def _end_tokens(config: ConfigJson) -> tuple[int, ...]:
-    value = config.value("eos_token_id")
+def _no_config(folder: Path) -> str:
+    """Why a folder without config.json is refused."""
+    shown = f"{folder / 'config.json'} is missing; a Hugging Face checkpoint folder holds one"
+    kind = describe_kind(folder)
+    if kind is not None:
+        return f"{shown}. {folder} is {kind}"
+    found = sorted(path.name for path in folder.iterdir())
+    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
+
+
+def _first_token(config: ConfigJson) -> int | None:
+    value = config.value("bos_token_id")
+    if value is not None and type(value) is not int:
+        raise config.refusal("bos_token_id", value, "a token id")
+    return value
+
+
+def _end_tokens(path: Path, value: Any) -> tuple[int, ...]:
+    """The ids of `eos_token_id` in the file `path`."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise config.refusal("eos_token_id", value, "a token id or a list of them")
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {json.dumps(value)}; supported: a token id or a list of them")
     return tuple(ids)

@@ -203,10 +203,12 @@ class ResultProcessor:
         for sequence in group.sequences[1:]:
             if sequence.num_computed_tokens:
                 continue  # it started with another leader
-            if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
+            if sequence.num_output_tokens and self._lookup.has_output(sequence, forked):
                 continue
             sequence.table = group.leader.table.fork()
             sequence.start_from_table()
+            if self._queues.states is not None:
+                self._queues.states.fork(group.leader, sequence)
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
             forked.append(sequence)
 
@@ -314,8 +316,10 @@ class ResultProcessor:
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
-                parent.table.free()
                 parent.discard_computed()
+                if self._queues.states is not None:
+                    self._queues.states.release(parent)
+                parent.table.free()
                 parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
@@ -326,6 +330,8 @@ class ResultProcessor:
             else:
                 beam = group.idle_beams.pop()
                 beam.table = parent.table.fork()
+                if self._queues.states is not None:
+                    self._queues.states.fork(parent, beam)
                 beam.advance(parent.num_computed_tokens)
                 beam.token_ids = parent.token_ids.copy()
                 self._forked.append((beam.row, 0, beam.table.blocks.copy()))
@@ -370,6 +376,8 @@ class ResultProcessor:
         sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
+        if self._queues.states is not None:
+            self._queues.states.forget(sequence)
         sequence.discard_computed()
 
 

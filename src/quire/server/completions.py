@@ -34,7 +34,7 @@ async def create_completion(context: RequestContext) -> None:
         request=request,
         options=request.stream_options or StreamOptions(),
         prompts=prompts,
-        tokenizer=context.tokenizer(),
+        tokenizer=context.tokenizer_if_any(),
         skip_special_tokens=generation.params.skip_special_tokens,
     )
     usage = UsageCounter(counts_output=not renderer.drops_output)
@@ -52,10 +52,13 @@ async def completion_generation(
     """The generation that `request` asks for. Raises `RequestError` if it cannot be served. With `clips_output` there
     is no limit by default, and one beyond the context becomes what the context holds."""
     check_available(request)
-    tokenizer, max_model_len = context.tokenizer(), context.engine.max_model_len
+    max_model_len = context.engine.max_model_len
+    shows_tokens = request.echo or request.logprobs is not None
+    needs_text = shows_tokens or request.suffix or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
     params = completion_params(request, context.engine.default_params)
     check_work(prompts, params.num_samples, context.settings)
-    if request.suffix:
+    if request.suffix and tokenizer is not None:
         check_work([request.suffix], 1, context.settings, param="suffix")
         marks = checked_marks(tokenizer, "suffix")
         params = params.with_changes(stop_token_ids=(*params.stop_token_ids, *marks.stop_token_ids))
@@ -84,7 +87,8 @@ class CompletionRenderer(Renderer):
     options: StreamOptions
     prompts: Sequence[str | list[int]]
     """As the client sent them."""
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None only where no text of a token is shown."""
     skip_special_tokens: bool
     _progress: dict[int, "_Progress"] = field(default_factory=dict, init=False)
     """By choice."""
@@ -137,10 +141,12 @@ class CompletionRenderer(Renderer):
         sent = self.prompts[choice.prompt_index]
         if isinstance(sent, str) and self.request.truncate_prompt_tokens is None:
             return sent
+        assert self.tokenizer is not None
         return self.tokenizer.decode(choice.prompt.prompt_token_ids, skip_special_tokens=False)
 
     def _logprobs(self, choice: Choice, delta: CompletionOutput, text: str, *, opens: bool) -> CompletionLogprobs:
         """The `logprobs` of an event with `text`, or of the whole choice."""
+        assert self.tokenizer is not None
         progress = self._progress.setdefault(
             choice.index, _Progress(TextOffsets(self.tokenizer, self.skip_special_tokens))
         )

@@ -91,7 +91,9 @@ async def input_tokens(
     if len(prompts) > MAX_INPUTS:
         raise RequestError(f"input holds {len(prompts)} inputs; at most {MAX_INPUTS} are allowed", param="input")
     check_work(prompts, 1, context.settings, param="input")
-    return await tokenize(context.tokenizer(), prompts, add_special_tokens=special)
+    needs_text = any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
+    return await tokenize(tokenizer, prompts, add_special_tokens=special)
 
 
 async def embed_all(

@@ -96,12 +96,23 @@ class RequestContext:
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 
     def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded."""
-        if self.engine.tokenizer is not None:
-            return self.engine.tokenizer
-        if self.engine.state == "loading":
+        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded, and `Refusal` if there is
+        none."""
+        tokenizer = self.tokenizer_if_any()
+        if tokenizer is None:
+            raise Refusal(
+                400,
+                "the model has no tokenizer, without which there is no text: /v1/completions takes token ids as "
+                "prompt, and returns them with return_token_ids",
+                code="no_tokenizer",
+            )
+        return tokenizer
+
+    def tokenizer_if_any(self) -> Tokenizer | None:
+        """The engine's tokenizer; None for a model without one. Raises `EngineUnavailableError` before it is loaded."""
+        if self.engine.tokenizer is None and self.engine.state == "loading":
             raise EngineUnavailableError(_UNAVAILABLE["loading"])
-        raise Refusal(400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer")
+        return self.engine.tokenizer
 
     def check_model(self, name: str | None) -> str:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served."""

@@ -43,10 +43,12 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
 
 
 async def tokenize(
-    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    tokenizer: Tokenizer | None, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
 ) -> list[list[int]]:
-    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged."""
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if tokenizer is None or not texts:
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
     encoded = await _off_loop(
         sum(map(len, texts)),
         lambda: [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts],

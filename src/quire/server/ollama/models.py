@@ -29,12 +29,12 @@ def checked_model(context: RequestContext, name: str | None) -> str:
 
 
 async def list_models(context: RequestContext) -> None:
-    context.tokenizer()
+    context.tokenizer_if_any()
     await context.reply(ModelEntries([_entry(context, name) for name in context.engine.model_names]))
 
 
 async def list_loaded(context: RequestContext) -> None:
-    context.tokenizer()
+    context.tokenizer_if_any()
     entries = [_entry(context, name) for name in context.engine.model_names]
     for entry in entries:
         entry.expires_at, entry.size_vram, entry.context_length = _NEVER, 0, context.engine.max_model_len
@@ -43,16 +43,16 @@ async def list_loaded(context: RequestContext) -> None:
 
 async def show_model(context: RequestContext) -> None:
     request = await context.read(ShowRequest)
-    tokenizer = context.tokenizer()
+    tokenizer = context.tokenizer_if_any()
     name = checked_model(context, request.model or request.name)
     engine, config = context.engine, context.engine.model_config
     family = _family(config)
     capabilities = ["completion", "embedding"]
-    if engine.chat_template is not None:
+    if tokenizer is not None and engine.chat_template is not None:
         capabilities.append("tools")
         if reply_format(context).thinking is not None:
             capabilities.append("thinking")
-    if find_marks(tokenizer) is not None:
+    if tokenizer is not None and find_marks(tokenizer) is not None:
         capabilities.append("insert")
     await context.reply(
         ShownModel(
