@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quire.grammar.json_schema import WHITESPACE, closed
+from quire.grammar.json_schema import WHITESPACE, prepared
 from quire.server.tools.arguments import is_text, json_types, property_schema, resolve
 from quire.server.tools.formats import HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
 from quire.server.tools.marks import Marks
@@ -104,7 +104,7 @@ class CallRules:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A value of the schema, with one blank between the tokens of JSON at most."""
     options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return f"%json {json.dumps({**closed(schema), 'x-guidance': options}, ensure_ascii=False)}"
+    return f"%json {json.dumps({**prepared(schema, closes=True), 'x-guidance': options}, ensure_ascii=False)}"
 
 
 class _Properties:
@@ -119,8 +119,8 @@ class _Properties:
         wanted = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
         self.required = [*(name for name in names if name in wanted), *(name for name in wanted if name not in names)]
         self.optional = [name for name in names if name not in wanted]
-        extra = schema.get("additionalProperties")
-        self.extra = extra if isinstance(extra, Mapping) else {} if not names else None
+        extra = schema.get("additionalProperties", not isinstance(listed, Mapping))
+        self.extra = extra if isinstance(extra, Mapping) else {} if extra else None
         """The schema of arguments that are not listed; None if there are none."""
 
     def schema(self, name: str) -> Mapping[str, Any]:
@@ -183,7 +183,7 @@ class _TagRules:
         self._rules.add(name, self._text(schema))
         first, second = self._body.value_close.strip(), self._body.value_close.rpartition(">")[2]
         if self._marks.token_id(first) is not None:
-            return f"{name} {close}"
+            return f"{name} {self._marks.lark(self._body.value_close.lstrip())}"  # the text has the newline before it
         rule = self._rules.add(f"{self._name}_text_{index}", name, f"suffix={CallRules.quoted(first)}")
         return f"{rule} {self._marks.lark(second)}"
 

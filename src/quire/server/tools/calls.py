@@ -58,7 +58,7 @@ def _another(scan: Scanner, form: ToolFormat, call_open: str, *, in_section: boo
         case TagBody(name_open=name_open):
             return (yield from scan.at(name_open))
         case PythonBody(bracketed=False):
-            return in_section and not scan.ended
+            return in_section and bool((yield from scan.peek()))
         case _:
             return False
 
