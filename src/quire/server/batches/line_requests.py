@@ -14,7 +14,8 @@ from quire.server.backend import Engine
 from quire.server.batches.objects import InputLine, LineResponse
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
-from quire.server.field_warnings import FieldWarnings
+from quire.server.responses.store import ResponseStore
+from quire.server.services import Services
 from quire.server.settings import ServerSettings
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -36,7 +37,8 @@ class LineRequests:
     def __init__(self, engine: Engine, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
         self._engine = engine
         self._settings = settings
-        self._warnings = FieldWarnings()
+        # Answers of batches lie in files; the store of /v1/responses does not fill with them.
+        self._services = Services(ResponseStore(None, settings.responses_store_size))
         self._endpoints = {e.path: e for e in endpoints if e.method == "POST" and e.path in URLS}
 
     @property
@@ -71,7 +73,7 @@ class LineRequests:
         try:
             _check_not_streamed(unread[0])
             scope = _scope(line.url, client)
-            context = RequestContext(self._engine, self._settings, scope, receive, send, client, self._warnings)
+            context = RequestContext(self._engine, self._settings, scope, receive, send, client, self._services)
             await self._endpoints[line.url].handle(context)
             return status, b"".join(parts), 0.0
         except Exception as error:
