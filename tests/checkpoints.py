@@ -27,6 +27,7 @@ from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers.models.granitemoehybrid import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
@@ -43,7 +44,10 @@ from transformers.models.phimoe import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
@@ -110,6 +114,37 @@ _PHI3 = {**_STABLELM, "pad_token_id": 256}
 _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_value_heads"}
 
 _MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
+
+
+_DELTA_NET: dict[str, Any] = {
+    **_DECODER,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+}
+_SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+}
+_GRANITE_HYBRID: dict[str, Any] = {
+    **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 12,
+    "mamba_expand": 2,
+    "num_local_experts": 4,
+    "shared_intermediate_size": 40,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.7,
+}
 
 
 _OPT: dict[str, Any] = {
@@ -371,6 +406,15 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
     "phi": (PhiConfig, PhiForCausalLM, _STABLELM),
     "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
+    "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, {**_DELTA_NET, **_SHARED_EXPERT}),
+    "qwen3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, _DELTA_NET),
+    "qwen3.5-moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, {**_DELTA_NET, **_SHARED_EXPERT}),
+    "granite-hybrid": (GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, _GRANITE_HYBRID),
+    "granite-hybrid-dense": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {**_GRANITE_HYBRID, "num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
     "opt": (OPTConfig, OPTForCausalLM, _OPT),
     "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
@@ -425,6 +469,9 @@ def make_checkpoint(
 def _mean_of_vector(family: str, name: str) -> float:
     if "bias" in name:
         return 0.0
+    if family.startswith("qwen3.5") or family == "qwen3-next":
+        # Their norms multiply by 1 + weight, too, but that of a gated delta net does not.
+        return 1.0 if "norm" not in name or "linear_attn" in name else 0.0
     if not family.startswith("gemma"):
         return 1.0
     # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
+from quire.attention.recurrence import plan_recurrence
 from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.kernels.interface import StateLayer
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -45,7 +47,14 @@ class PagedModel:
         # The old contents of a block must never matter.
         self.layers = [
             KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
-            for _ in range(config.num_layers)
+            for _ in config.attention_layers
+        ]
+        self.states = [
+            StateLayer(
+                torch.zeros(max_sequences, layer.conv_width - 1, layer.num_channels),
+                torch.zeros(max_sequences, layer.num_heads, layer.key_dim, layer.value_dim),
+            )
+            for layer in config.spec.recurrent_layers
         ]
         self.lengths = [0] * max_sequences
 
@@ -65,6 +74,10 @@ class PagedModel:
             slots.append(blocks * self.block_size + here % self.block_size)
             self.lengths[sequence] += len(new)
         plan = self._plan(list(tokens), counts, np.concatenate(slots))
+        recurrence = None
+        if self.config.recurrent is not None:
+            bounds = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+            recurrence = plan_recurrence(bounds, list(tokens), conv_width=self.config.recurrent.conv_width)
         output_tokens = None
         if read is not None:
             end = np.cumsum(counts)
@@ -75,7 +88,14 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            context = StepContext(
+                torch.from_numpy(np.concatenate(positions)),
+                self.layers,
+                plan,
+                output_tokens,
+                self.states,
+                recurrence,
+            )
             hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32

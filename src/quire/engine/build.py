@@ -24,7 +24,8 @@ from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, kernels_for
 from quire.kernels.interface import Packing
 from quire.kv_cache.block_pool import BlockPool
-from quire.kv_cache.storage import KVCache
+from quire.kv_cache.states import StatePool
+from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -190,8 +191,9 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 def _make_kv_cache(target: _Target) -> KVCache:
     plan, model_config = target.plan, target.model_config
+    recurrent = model_config.spec.recurrent_layers
     return KVCache(
-        num_layers=model_config.num_layers,
+        num_layers=len(model_config.attention_layers),
         shapes=target.kernels.kv_cache_shapes(
             plan.num_blocks,
             model_config.num_kv_heads,
@@ -202,6 +204,7 @@ def _make_kv_cache(target: _Target) -> KVCache:
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,
+        states=StateCache(recurrent, plan.num_state_slots, target.device) if recurrent else None,
     )
 
 
@@ -233,6 +236,13 @@ def _warn_of_surplus(target: _Target) -> None:
 
 
 def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
+    states, speculation = None, None
+    if plan.num_state_slots:
+        states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
+        if config.speculative_config is not None:
+            logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
+    elif config.speculative_config is not None:
+        speculation = DraftPlanner(config.speculative_config)
     return Scheduler(
         BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
         SchedulerLimits(
@@ -243,7 +253,8 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | N
             max_pinned_share=config.max_pinned_share,
         ),
         tiers=tiers,
-        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
+        speculation=speculation,
+        states=states,
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )

@@ -72,6 +72,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The prompt for `messages` in OpenAI's format. It contains the special tokens: encode it without adding any.
@@ -88,15 +89,15 @@ class ChatTemplate:
                 param="continue_final_message",
             )
         chat = [plain_message(message, index) for index, message in enumerate(messages)]
-        variables = {
-            "documents": None,
-            **variables,
+        # What a client passes for the template hides none of these.
+        chosen = {
             "tools": tools or None,
+            "documents": documents or None,
             "add_generation_prompt": add_generation_prompt,
         }
         if continue_final_message:
             chat[-1]["content"] = _marked(chat[-1].get("content"))
-        text = self._render(template, chat, variables)
+        text = self._render(template, chat, {**self._special_tokens, **variables, **chosen})
         return _cut_after_final_message(text) if continue_final_message else text
 
     def _render(self, template: Any, chat: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -105,7 +106,7 @@ class ChatTemplate:
 
         def run(messages: list[dict[str, Any]]) -> str:
             budget = _Budget(self._max_chars)
-            pieces = template.generate(messages=messages, **variables, **self._special_tokens, **{_BUDGET: budget})
+            pieces = template.generate({**variables, "messages": messages, _BUDGET: budget})
             return "".join(budget.output(pieces))
 
         try:

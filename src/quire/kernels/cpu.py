@@ -26,12 +26,15 @@ from quire.kernels.interface import (
     PackedWeight,
     QuantizedWeight,
 )
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import kv_cache_shapes, zeros
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",

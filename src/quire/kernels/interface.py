@@ -111,6 +111,81 @@ class OutputTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class StateLayer:
+    """Recurrent state of one layer, an entry for each state slot. float32, since rounding would add up."""
+
+    conv: Tensor
+    """[num_slots, width - 1, channels]: the latest inputs of the causal convolution, the oldest first."""
+    recurrent: Tensor
+    """[num_slots, num_heads, key_dim, value_dim]"""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvRows:
+    """Where a step's tokens lie in one array in which width - 1 older inputs stand before each sequence's tokens.
+
+    The array has T + B * (width - 1) rows; every tensor here holds rows of it.
+    """
+
+    tokens: Tensor
+    """[T]: the row of each new token."""
+    before: Tensor
+    """[B * (width - 1)]: the rows of the older inputs."""
+    after: Tensor
+    """[B * (width - 1)]: the latest inputs once the step has ended."""
+    saved: Tensor
+    """[M * (width - 1)]: the latest inputs at each save."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRound:
+    """Chunks first to end of a step: one of each sequence that has as many, so they can be computed together."""
+
+    first: int
+    end: int
+    slots: Tensor
+    """[end - first]: the state slot of each chunk's sequence."""
+    saved: Tensor
+    """Indices, from `first` on, of chunks after which the state is also saved."""
+    save_slots: Tensor
+    """The slots that it is saved to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
+
+    rows: Tensor
+    """[N, C]: the token at each place; 0 for padding, which follows a chunk's tokens."""
+    padding: Tensor
+    """[N, C] bool."""
+    tokens: Tensor
+    """Every token in a chunk, and in `places` its index into the N * C places."""
+    places: Tensor
+    rounds: Sequence[ChunkRound]
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentPlan:
+    """The recurrent layers of one step. All tensors are on the device, int64. `quire.attention.recurrence` makes it."""
+
+    query_start_loc: Tensor
+    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
+    slots: Tensor
+    """[B]: the state slot of each sequence, whose state the step replaces."""
+    saves: Tensor
+    """[M, 3]: (sequence, number of its new tokens, slot): its state after so many of them is also written to the
+    slot."""
+    conv: ConvRows
+    steps: Tensor
+    """Sequences of one token that save nothing."""
+    step_rows: Tensor
+    """Their tokens."""
+    chunks: Chunks | None
+    """The others; None if there are none."""
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """Weight of a dense layer as integers of few bits with float32 scales. Each kernel module has its own layout; in
     `reference` values are [N, K] int8 and scales [N, groups]."""
@@ -174,6 +249,21 @@ class Kernels(Packing, Protocol):
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Tensor) -> None: ...
 
     def paged_attention(self, q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor: ...
+
+    def causal_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan
+    ) -> Tensor: ...
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor | None,
+        state: StateLayer,
+        plan: RecurrentPlan,
+    ) -> Tensor: ...
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 

@@ -18,6 +18,8 @@ from quire.kernels.interface import (
     KVLayer,
     KVShape,
     QuantizedWeight,
+    RecurrentPlan,
+    StateLayer,
 )
 from quire.kernels.unfused import unfused
 
@@ -69,6 +71,52 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     """x [T, 2 I] -> [T, I]: gelu of the first half (exact, or the tanh approximation) times the second."""
     gate, up = x.chunk(2, dim=-1)
     return torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan) -> Tensor:
+    """x [T, C], weight [C, W], bias [C] -> [T, C]: each channel's own filter over the latest W inputs of its sequence.
+
+    Replaces the latest inputs in `state`, and makes the plan's saves of them.
+    """
+    out, bounds = torch.empty_like(x), plan.query_start_loc.tolist()
+    for sequence, slot in enumerate(plan.slots.tolist()):
+        inputs = torch.cat((state.conv[slot].to(x.dtype), x[bounds[sequence] : bounds[sequence + 1]]))
+        width = weight.shape[1]
+        for index in range(len(inputs) - width + 1):
+            row = (inputs[index : index + width] * weight.t()).sum(0)
+            out[bounds[sequence] + index] = row if bias is None else row + bias
+        for saved, count, target in [*plan.saves.tolist(), [sequence, len(inputs) - width + 1, slot]]:
+            if saved == sequence:
+                state.conv[target] = inputs[count : count + width - 1]
+    return out
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: StateLayer, plan: RecurrentPlan
+) -> Tensor:
+    """q, k [T, G, K], v [T, H, V], log_decay, beta [T, H] -> [T, H, V]. Key head g serves the H / G heads from
+    g * H / G on.
+
+    Per head and token: S = exp(log_decay) * S; d = beta * (v - k S); S = S + outer(k, d); the output is q S. Without
+    `beta` d is v: plain linear attention, of which the state space model of Mamba-2 is a case. Replaces S in `state`,
+    and makes the plan's saves of it.
+    """
+    out, bounds, group = torch.empty_like(v), plan.query_start_loc.tolist(), v.shape[1] // k.shape[1]
+    q, k = q.repeat_interleave(group, dim=1), k.repeat_interleave(group, dim=1)
+    for sequence, slot in enumerate(plan.slots.tolist()):
+        s = state.recurrent[slot].to(v.dtype)
+        saves = {count: target for saved, count, target in plan.saves.tolist() if saved == sequence}
+        for count, token in enumerate(range(bounds[sequence], bounds[sequence + 1]), start=1):
+            s = log_decay[token].exp()[:, None, None] * s
+            d = v[token]
+            if beta is not None:
+                d = beta[token][:, None] * (d - torch.einsum("hk,hkv->hv", k[token], s))
+            s = s + k[token][:, :, None] * d[:, None, :]
+            out[token] = torch.einsum("hk,hkv->hv", q[token], s)
+            if count in saves:
+                state.recurrent[saves[count]] = s
+        state.recurrent[slot] = s
+    return out
 
 
 def kv_cache_shapes(

@@ -18,6 +18,7 @@ from torch.nn import functional
 from quire.kernels import reference
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
@@ -32,8 +33,10 @@ __all__ = [
     "SdpaPlan",
     "SequenceRun",
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",

@@ -17,7 +17,8 @@ class Architecture:
     `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
     `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
     `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
-    `router`, `shared_expert_gate`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`.
+    `router`, `shared_expert_gate`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`,
+    `recurrent_kind`, `attention_gate`, `rope_if_asked`, `mlp_width_without_experts`.
     """
 
     model: str

@@ -38,9 +38,9 @@ class ExpertFields(TypedDict, total=False):
 
 
 def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) -> ExpertFields:
-    """What a config.json says about experts; nothing where it has no number of experts. The width of an expert is
+    """What a config.json says about experts; nothing where it has no number of experts, or 0. The width of an expert is
     `intermediate_size` by default."""
-    if config.value("num_experts") is None:
+    if config.value("num_experts") in (None, 0):
         return {}
     num_experts = config.integer("num_experts")
     num_active = config.integer("num_experts_per_tok")

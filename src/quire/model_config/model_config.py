@@ -16,6 +16,7 @@ from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
 from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
@@ -99,6 +100,11 @@ class ModelConfig:
     shared_expert_gate: bool = False
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
 
+    recurrent: RecurrentConfig | None = None
+    """The layers with a recurrent state in the place of attention; None: all layers have attention."""
+    attention_gate: bool = False
+    """What attention computes is multiplied by a sigmoid of the token's own, which is stored with the queries
+    (Qwen3-Next)."""
     clip_qkv: float = 0.0
     """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
@@ -185,6 +191,15 @@ class ModelConfig:
         """Whether a layer has experts in the place of its MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a recurrent state in the place of attention."""
+        return self.recurrent is not None and layer in self.recurrent.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a KV cache, in its order."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_recurrent(layer))
+
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
@@ -199,8 +214,8 @@ class ModelConfig:
 
     @property
     def num_qkv_heads(self) -> int:
-        """Heads of queries, keys and values together."""
-        return self.num_heads + 2 * self.num_kv_heads
+        """Heads of queries, keys, values and gates together."""
+        return (2 if self.attention_gate else 1) * self.num_heads + 2 * self.num_kv_heads
 
     @property
     def attention_scale(self) -> float:
@@ -260,7 +275,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
+    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
@@ -285,6 +300,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         **read_experts(config, num_layers, intermediate_size),
+        **read_recurrent(config, num_layers, hidden_size),
+        attention_gate=config.flag("attention_gate"),
         clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
@@ -329,6 +346,12 @@ def _read_norms(config: ConfigJson) -> dict[str, Any]:
         "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
         "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
     }
+
+
+def _mlp_width(config: ConfigJson) -> str:
+    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
+    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
+    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:

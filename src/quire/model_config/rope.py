@@ -129,6 +129,8 @@ def _section(config: ConfigJson, has_local: bool) -> tuple[str, dict[str, Any]]:
 
 def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) -> tuple[bool, ...]:
     """Whether each layer rotates its queries and keys. Without a window in config.json no layer is left out."""
+    if config.flag("rope_if_asked") and config.value("position_embedding_type") != "rope":
+        return (False,) * len(layer_windows)
     if config.flag("rope_in_windows_only") and config.value("sliding_window") is not None:
         return tuple(window > 0 for window in layer_windows)
     return read_no_rope_layers(config, len(layer_windows)) or (True,) * len(layer_windows)

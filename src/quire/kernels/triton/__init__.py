@@ -9,6 +9,7 @@ Importing this package imports Triton. With TRITON_INTERPRET=1 in the environmen
 """
 
 from quire.kernels.host_sampling import row_argmax, sample_tokens
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.sdpa import kv_cache_shapes
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
@@ -28,8 +29,10 @@ from quire.kernels.triton.rotary_kv import rotary_, rotary_write_kv, write_kv
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
