@@ -32,6 +32,10 @@ class Architecture:
     """Another spelling of config.json → the one of `names`, which wins where a file has both."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Values that the family has whatever config.json says; None stands for a key that is missing."""
+    reads: tuple[str, ...] = ()
+    """Keys of `quire.model_config.family_keys` that the family reads and that have no default of its own."""
     meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """A key → values of config.json by which the family means another one."""
     section: str = ""

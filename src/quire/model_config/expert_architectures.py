@@ -5,6 +5,8 @@ from quire.model_config.architecture import Architecture
 EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": Architecture(
         model="quire.models.mixtral:Mixtral",
+        reads=("sliding_window",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"num_experts": "num_local_experts"},
         implied={
             "num_key_value_heads": 8,
@@ -13,12 +15,14 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
     ),
     "Qwen2MoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=(
+            *("use_sliding_window", "max_window_layers", "layer_types"),
+            *("decoder_sparse_step", "mlp_only_layers"),
+        ),
         implied={
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
@@ -35,15 +39,15 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Qwen3MoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=("attention_bias", "use_sliding_window", "decoder_sparse_step", "mlp_only_layers"),
         # With a window all layers have it, whatever the file says beside it.
-        names={"max_window_layers": "first_window_layer", "layer_types": "window_layer_types"},
+        constants={"max_window_layers": 0},
         aliases={"num_local_experts": "num_experts"},
         implied={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "qk_norm": True,
             "sliding_window": 4096,
-            "first_window_layer": 0,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "norm_topk_prob": False,
@@ -52,6 +56,8 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "OlmoeForCausalLM": Architecture(
         model="quire.models.moe:MoELlama",
+        reads=("attention_bias",),
+        aliases={"num_local_experts": "num_experts"},
         implied={
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
@@ -66,6 +72,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GraniteMoeForCausalLM": Architecture(
         model="quire.models.granite_moe:GraniteMoE",
+        reads=("attention_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
         names={"num_experts": "num_local_experts"},
         implied={
             "max_position_embeddings": 2048,
@@ -77,6 +84,8 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "PhimoeForCausalLM": Architecture(
         model="quire.models.phimoe:PhiMoE",
+        reads=("attention_bias", "sliding_window", "router_jitter_noise"),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"num_experts": "num_local_experts", "head_bias": "lm_head_bias"},
         implied={
             "num_key_value_heads": 8,
@@ -86,8 +95,6 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "norm_bias": True,
             "rope_theta": 1e6,
             "rope_mscales": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
             "num_local_experts": 16,
             "num_experts_per_tok": 2,
             "router": "sparse_mixer",
@@ -95,6 +102,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Glm4MoeForCausalLM": Architecture(
         model="quire.models.glm4_moe:Glm4MoE",
+        reads=("attention_bias", "n_group", "topk_group", "routed_scaling_factor"),
         names={"num_experts": "n_routed_experts", "qk_norm": "use_qk_norm"},
         aliases={"num_local_experts": "n_routed_experts"},
         implied={

@@ -1,7 +1,8 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
@@ -27,6 +29,8 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 """config.json's name → ours."""
+MAX_LAYERS = 4096
+"""Layers that are read from a config.json; published models have some hundred at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,13 +169,11 @@ class ModelConfig:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; a Hugging Face checkpoint folder holds one")
-        values = read_json(path)
+            raise CheckpointError(_no_config(Path(folder)))
+        config = _read(ConfigJson(path, read_json(path)))
         generation = Path(folder) / "generation_config.json"
-        if generation.is_file():
-            end = read_json(generation).get("eos_token_id")
-            values = values if end is None else {**values, "eos_token_id": end}
-        return _read(ConfigJson(path, values))
+        end = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        return config if end is None else replace(config, eos_token_ids=_end_tokens(generation, end))
 
     @property
     def context_length(self) -> int:
@@ -264,7 +266,7 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
 
 def _read(config: ConfigJson) -> ModelConfig:
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = _num_kv_heads(config, num_heads)
     if num_heads % num_kv_heads:
@@ -323,8 +325,8 @@ def _read(config: ConfigJson) -> ModelConfig:
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
-        bos_token_id=config.value("bos_token_id"),
-        eos_token_ids=_end_tokens(config),
+        bos_token_id=_first_token(config),
+        eos_token_ids=_end_tokens(config.path, config.value("eos_token_id")),
     )
 
 
@@ -374,9 +376,26 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
     return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
 
 
-def _end_tokens(config: ConfigJson) -> tuple[int, ...]:
-    value = config.value("eos_token_id")
+def _no_config(folder: Path) -> str:
+    """Why a folder without config.json is refused."""
+    shown = f"{folder / 'config.json'} is missing; a Hugging Face checkpoint folder holds one"
+    kind = describe_kind(folder)
+    if kind is not None:
+        return f"{shown}. {folder} is {kind}"
+    found = sorted(path.name for path in folder.iterdir())
+    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
+
+
+def _first_token(config: ConfigJson) -> int | None:
+    value = config.value("bos_token_id")
+    if value is not None and type(value) is not int:
+        raise config.refusal("bos_token_id", value, "a token id")
+    return value
+
+
+def _end_tokens(path: Path, value: Any) -> tuple[int, ...]:
+    """The ids of `eos_token_id` in the file `path`."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise config.refusal("eos_token_id", value, "a token id or a list of them")
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {json.dumps(value)}; supported: a token id or a list of them")
     return tuple(ids)

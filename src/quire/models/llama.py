@@ -52,12 +52,10 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         names = self.names
         model = build.scope(names.model)
-        if not model.weights.has(f"{names.embedding}.weight") and weights.has(f"{names.embedding}.weight"):
-            model = build  # a checkpoint of the bare model, without head
-        table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
+        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
+        table = build.table(f"{names.model}.{names.embedding}", config.hidden_size, head)
         factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
-        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
             build.ends(table, head),
             [

@@ -12,6 +12,7 @@ from quire.kernels import Kernels
 from quire.kernels.interface import Packing
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
 
@@ -48,8 +49,7 @@ def load_model(
     """
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
-    model: Model = family(
-        config, WeightScope(source, packing=packing), kernels, dtype, max_model_len or config.default_model_len
-    )
+    weights = WeightScope(StoredNames(source), packing=packing)
+    model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
     source.finish(ignored=family.ignored_tensors)
     return model

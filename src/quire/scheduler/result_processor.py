@@ -7,6 +7,7 @@ fork. Sequences that have ended leave. The only decision made here is whether a 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from quire.errors import BEAMS_MISSING
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
@@ -352,7 +353,7 @@ class ResultProcessor:
             delta.stop_reason = hypothesis.stop_reason
             self._totals.total_generated_tokens += len(hypothesis.token_ids)
         for delta in deltas[len(found) :]:
-            delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
+            delta.error = f"{BEAMS_MISSING} {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
         self._queues.drop_all(group)
         return deltas
