@@ -24,6 +24,7 @@ LEVELS = (
         "dtypes",
         "quantization",
         "layer_spec",
+        "memory_stats",
         "model_config",
         "backends",
         "config",

@@ -2,7 +2,6 @@
 preemptions, and prompts are found in the cache as those of other models are."""
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +51,6 @@ def test_forced_preemptions(checkpoint: Path, oracle: torch.nn.Module, enable_pr
     stats = llm.stats()
     assert stats.total_preemptions > 0
     assert stats.num_used_blocks == 0
-    assert stats.states is not None
     assert stats.states.num_running == 0
     assert (stats.states.total_hits > 0) == enable_prefix_caching
 
@@ -116,14 +114,13 @@ def test_registered_prefixes_keep_their_state(checkpoint: Path, oracle: torch.nn
     assert output.num_cached_tokens == len(prefix)
     assert_greedy(oracle, [output], 8)
     states = llm.stats().states
-    assert states is not None
     assert states.num_pinned == 1
     assert states.total_evicted > 0
 
 
 @pytest.fixture
-def qwen(tmp_path: Path) -> Iterator[Path]:
-    yield make_checkpoint(tmp_path, "qwen3.5")
+def qwen(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, "qwen3.5")
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -14,7 +14,7 @@ from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.experts import RouterConfig, mlp_width, read_experts
 from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
@@ -275,7 +275,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
     head_dim = config.integer("head_dim", hidden_size // num_heads)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
+    intermediate_size = config.integer(mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
@@ -346,12 +346,6 @@ def _read_norms(config: ConfigJson) -> dict[str, Any]:
         "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
         "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
     }
-
-
-def _mlp_width(config: ConfigJson) -> str:
-    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
-    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
-    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
