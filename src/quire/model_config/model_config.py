@@ -14,7 +14,7 @@ from quire.model_config.activation import ClampedSwiGLU, read_activation, read_g
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.experts import RouterConfig, mlp_width, read_experts
 from quire.model_config.fallback import is_computed_by_transformers
 from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import MAX_LAYERS, generic_fields
@@ -291,7 +291,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads, num_kv_heads, head_dim, latent = read_heads(config, hidden_size)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
+    intermediate_size = config.integer(mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
@@ -348,12 +348,6 @@ def _read(config: ConfigJson) -> ModelConfig:
         bos_token_id=read_first_token(config),
         eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),
     )
-
-
-def _mlp_width(config: ConfigJson) -> str:
-    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
-    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
-    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
