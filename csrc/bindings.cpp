@@ -312,14 +312,18 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) 
     kernels->pack_linear(source.pointer<void>(), from, source.size(0), source.size(1), target.pointer<void>(), to, first_row);
 }
 
-const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh"};  // in the order of InputOp
+const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"};  // as InputOp
+
+InputOp input_op(const std::string& name) {
+    const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), name);
+    if (known == std::end(kInputOps)) throw std::invalid_argument("op: no input is made by '" + name + "'");
+    return InputOp(known - std::begin(kInputOps));
+}
 
 // The input [m, k] of a dense layer, made of x as `op` says; m and k are what x has.
 LinearInput linear_input(const Tensor& x, const std::string& op, const std::optional<Tensor>& residual,
                          const std::optional<Tensor>& norm_weight, float eps, int64_t& m, int64_t& k) {
-    const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), op);
-    if (known == std::end(kInputOps)) throw std::invalid_argument("op: no input is made by '" + op + "'");
-    LinearInput made{{}, InputOp(known - std::begin(kInputOps)), nullptr, nullptr, eps};
+    LinearInput made{{}, input_op(op), nullptr, nullptr, eps};
     const Argument input("x", x);
     made.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
     m = input.size(0);
@@ -420,6 +424,74 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
     a.scratch = scratch_of(a.m * (row + 1 + groups_of(a.k, a.group)) + omp_get_max_threads() * (row + a.k));
     nb::gil_scoped_release release;
     kernels->linear_quantized(a);
+}
+
+const char* const kExpertFormats[] = {"float32", "float16", "bfloat16", "int8", "int4", "mxfp4", "mxfp4 of int8"};  // as ExpertFormat
+
+// The dense layer [n, k] of every expert, packed as `format` says.
+ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_experts, int64_t n, int64_t k,
+                           const Tensor& packed, const std::optional<Tensor>& scales, int64_t group,
+                           const std::optional<Tensor>& bias) {
+    const Argument weight(name, packed);
+    const int64_t panels = (n + kPanel - 1) / kPanel, pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
+    ExpertLinear layer{weight.pointer<char>(), 0, nullptr, 0, std::min(group, pairs * kPairOfSteps), nullptr, n, k};
+    if (format <= ExpertFormat::bfloat16) {
+        const Element element = element_of(weight);
+        if (int(element) != int(format)) weight.fail(kExpertFormats[int(format)], dtype_text(weight.dtype()));
+        weight.shaped({num_experts, panels, packed_depth(element, k), kPanel}).contiguous();
+        layer.weight_bytes = panels * packed_depth(element, k) * kPanel * weight.dtype().bits / 8;
+    } else {
+        const bool powers = format >= ExpertFormat::mxfp4;
+        const int64_t steps = format == ExpertFormat::bits8 ? 2 : 1;
+        if (k > kMostInputs) weight.fail("at most " + std::to_string(kMostInputs) + " inputs", std::to_string(k));
+        if (group < 1 || (group < k && group % 32) || (powers && (group != 32 || k % 32)))
+            weight.fail(powers ? "inputs in groups of 32" : "groups of a multiple of 32 inputs, or one of all",
+                        std::to_string(k) + " inputs in groups of " + std::to_string(group));
+        weight.of(kUint8).shaped({num_experts, panels, pairs, steps, kPanel, 4}).contiguous();
+        if (!scales) weight.fail("scales", "none");
+        const Argument scale("scales", *scales);
+        scale.of(powers ? kUint8 : kFloat32).shaped({num_experts, panels, groups_of(k, group), kPanel}).contiguous();
+        layer.weight_bytes = panels * pairs * steps * kPanel * 4;
+        layer.scales = scale.pointer<char>();
+        layer.scale_bytes = panels * groups_of(k, group) * kPanel * scale.dtype().bits / 8;
+    }
+    if (bias) layer.bias = Argument("bias", *bias).of(kFloat32).shaped({num_experts, n}).contiguous().pointer<float>();
+    return layer;
+}
+
+void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const std::string& format,
+             const std::string& activation, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
+             int64_t gate_up_group, std::optional<Tensor> gate_up_bias, const Tensor& down,
+             std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias, const Tensor& out) {
+    Experts a{};
+    const Argument input("x", x), ids("chosen", chosen), weight("weights", weights), output("out", out);
+    a.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
+    a.tokens = input.size(0);
+    a.num_active = ids.of(kInt32).shaped({a.tokens, kAny}).contiguous().size(1);
+    a.chosen = ids.pointer<int32_t>();
+    a.weights = weight.of(kFloat32).shaped({a.tokens, a.num_active}).contiguous().pointer<float>();
+    a.out = output.of(kFloat32).shaped({a.tokens, input.size(1)}).contiguous(1).rows();
+    const auto known = std::find(std::begin(kExpertFormats), std::end(kExpertFormats), format);
+    if (known == std::end(kExpertFormats)) throw std::invalid_argument("format: no experts are stored as '" + format + "'");
+    a.format = ExpertFormat(known - std::begin(kExpertFormats));
+    a.activation = input_op(activation);
+    if (a.activation <= InputOp::rms_norm) throw std::invalid_argument("activation: '" + activation + "' is none");
+    if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
+    a.num_experts = Argument("gate_up", gate_up).size(0);
+    a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, input.size(1), gate_up, gate_up_scales,
+                              gate_up_group, gate_up_bias);
+    a.down = expert_linear("down", a.format, a.num_experts, input.size(1), inner, down, down_scales, down_group, down_bias);
+    for (int64_t i = 0; i < a.tokens * a.num_active; ++i)
+        if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
+            ids.fail("experts 0 to " + std::to_string(a.num_experts - 1), std::to_string(a.chosen[i]));
+    nb::gil_scoped_release release;
+    constexpr std::align_val_t cache_line{64};
+    struct Release {
+        void operator()(void* p) const { ::operator delete(p, cache_line); }
+    };
+    const std::unique_ptr<void, Release> scratch(::operator new(kernels->experts_scratch(a), cache_line));
+    a.scratch = static_cast<char*>(scratch.get());
+    kernels->experts(a);
 }
 
 // Indices of rows of a packed weight; checks that all of them exist.
@@ -587,6 +659,10 @@ NB_MODULE(_cpu, m) {
     m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
+    m.def("experts", &experts, nb::arg("x"), nb::arg("chosen"), nb::arg("weights"), nb::arg("format"),
+          nb::arg("activation"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
+          nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"), nb::arg("down_scales").none(),
+          nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
     m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("ids"), nb::arg("out"));

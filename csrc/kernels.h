@@ -92,6 +92,8 @@ enum class InputOp : uint8_t {
     silu,      // x [m, 2 k]: the activation of the first half times the second
     gelu,
     gelu_tanh,
+    relu,
+    clamped_swiglu,
 };
 struct LinearInput {
     Rows x;
@@ -109,6 +111,7 @@ struct Linear {
     float* out;         // [m, n], contiguous
     float* scratch;     // m * k floats, twice as many if the input is made
     int64_t m, n, k;
+    const uint8_t* scales;  // of MXFP4 weights, which only experts have
 };
 
 // Inputs of low-bit weights are taken in pairs of steps of four; rows are padded to whole pairs.
@@ -129,7 +132,7 @@ struct LowBitWeight {
 struct LowBitLinear {
     LinearInput x;
     const uint8_t* weight;
-    const float* scales;
+    const void* scales;  // float32, of MXFP4 bytes
     int bits;
     int64_t group;
     const float* bias;  // [n] or null
@@ -137,6 +140,35 @@ struct LowBitLinear {
     // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words, and for each thread that k / 4 and k
     void* scratch;
     int64_t m, n, k;
+};
+
+// How a dense layer of experts is stored: floats, or few bits in the layout of linear_low_bit.h. `mxfp4_of_bytes` is the
+// same weight as `mxfp4`, multiplied with inputs of 8 bits.
+enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, mxfp4, mxfp4_of_bytes };
+
+// The dense layers of one shape of all experts. Their packed weights follow each other.
+struct ExpertLinear {
+    const char* weight;
+    int64_t weight_bytes;  // of one expert
+    const char* scales;    // of few bits
+    int64_t scale_bytes;   // of one expert
+    int64_t group;         // inputs that share a scale, as in LowBitLinear
+    const float* bias;     // [experts, n] or null
+    int64_t n, k;
+};
+
+// Adds to each token's row of `out` the outputs of the experts that it was sent to, each times its weight.
+struct Experts {
+    Rows x;  // [tokens, hidden]
+    int64_t tokens, num_experts, num_active;
+    const int32_t* chosen;  // [tokens, num_active]
+    const float* weights;   // the same
+    ExpertFormat format;
+    InputOp activation;
+    ExpertLinear gate_up;  // k = hidden, n = 2 * inner
+    ExpertLinear down;     // k = inner, n = hidden
+    Rows out;              // [tokens, hidden]
+    char* scratch;         // what experts_scratch says, on a cache line
 };
 
 // Samples one token per row of logits. Each row has its own filters; top_k 0, top_p 1 and min_p 0 filter nothing.
@@ -172,6 +204,8 @@ struct Kernels {
     void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
                             int64_t first_row);
     void (*linear_quantized)(const LowBitLinear& linear);
+    int64_t (*experts_scratch)(const Experts& experts);  // bytes
+    void (*experts)(const Experts& experts);
     void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);
     void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
     int64_t (*attention_scratch)(const Attention& attention);

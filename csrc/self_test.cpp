@@ -43,7 +43,8 @@ struct Product {
     bool of_floats(const Kernels& kernels, Element element) {
         std::vector<float> packed(kPanels * kPanel * kInputs);  // what the largest type takes
         kernels.pack_linear(weight.data(), Element::float32, kOutputs, kInputs, packed.data(), element, 0);
-        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs});
+        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs,
+                        nullptr});
         return out == expected;
     }
 

@@ -43,6 +43,23 @@ def linear_quantized(
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    format: str,
+    activation: str,
+    inner: int,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_group: int,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_group: int,
+    down_bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, ids: Tensor, out: Tensor

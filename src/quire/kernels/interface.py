@@ -21,12 +21,14 @@ A slot is `block * block_size + offset`; slot -1 means "write nothing".
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
 Variant = tuple[int, ...]
@@ -214,6 +216,57 @@ class QuantizedWeight:
 PackedWeight = Tensor | QuantizedWeight
 """Result of `pack_linear` or `quantize_linear`."""
 
+MXFP4_BLOCK = 32
+"""Inputs that share a scale in MXFP4."""
+
+
+class Mxfp4Matrix(NamedTuple):
+    """A matrix [N, K] in MXFP4, as checkpoints store it: numbers of 4 bits (e2m1), and a power of two for each block of
+    32 inputs."""
+
+    blocks: Tensor
+    """[N, K / 32, 16] uint8: two inputs a byte, the first in the low half."""
+    scales: Tensor
+    """[N, K / 32] uint8: e, for 2^(e - 127)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Weight:
+    """Matrices in MXFP4 with the bits of their checkpoint, in a layout of the kernels' own."""
+
+    values: Tensor
+    scales: Tensor
+    rounds_rows: bool
+    """The rows that it is multiplied with are brought to 8 bits, as for `linear_quantized`."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
+"""One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
+ExpertWeight = PackedWeight | Mxfp4Weight
+"""Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The gated MLPs of all E experts of a layer, each of I inner elements."""
+
+    gate_up: ExpertWeight
+    """[2 I, H] each: the gate, then what it multiplies."""
+    down: ExpertWeight
+    """[H, I] each, stored like `gate_up`."""
+    gate_up_bias: Tensor | None
+    """[E, 2 I] float32"""
+    down_bias: Tensor | None
+    """[E, H] float32"""
+    num_experts: int
+    num_inner: int
+    activation: str
+    """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
+
 
 class Allocate(Protocol):
     """Returns zeroed memory for a packed weight: `torch.zeros`, or memory that the caller has reserved."""
@@ -230,6 +283,10 @@ class Packing(Protocol):
     def quantize_linear(
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
+
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
+    ) -> ExpertWeight: ...
 
 
 class Kernels(Packing, Protocol):
@@ -296,6 +353,8 @@ class Kernels(Packing, Protocol):
     def glu_linear(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
+
+    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

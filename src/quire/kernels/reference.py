@@ -10,11 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
     Allocate,
     AttentionParams,
     AttentionPlan,
+    ExpertMatrices,
+    ExpertWeight,
     KVLayer,
     KVShape,
     QuantizedWeight,
@@ -22,6 +25,7 @@ from quire.kernels.interface import (
     StateLayer,
 )
 from quire.kernels.unfused import unfused
+from quire.quantization import WeightFormat
 
 
 def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
@@ -268,6 +272,12 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return out if bias is None else out + bias.to(x.dtype)
 
 
+def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
+    """See `pack_each`."""
+    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, keep_mxfp4)
+
+
+experts = ExpertLoop(linear, linear_quantized)
 rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
+from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
@@ -36,6 +37,7 @@ __all__ = [
     "causal_conv",
     "copy_blocks",
     "describe",
+    "experts",
     "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
@@ -45,6 +47,7 @@ __all__ = [
     "latent_layer",
     "linear",
     "linear_quantized",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "quantize_linear",

@@ -8,6 +8,7 @@ device, and no launch depends on the values in a tensor, so every operation can 
 Importing this package imports Triton. With TRITON_INTERPRET=1 in the environment it works on CPU tensors, slowly.
 """
 
+from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.sdpa import kv_cache_shapes, latent_layer
@@ -32,6 +33,7 @@ __all__ = [
     "causal_conv",
     "copy_blocks",
     "describe",
+    "experts",
     "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
@@ -41,6 +43,7 @@ __all__ = [
     "latent_layer",
     "linear",
     "linear_quantized",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "quantize_linear",
