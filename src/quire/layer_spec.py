@@ -312,7 +312,7 @@ class ModelSpec:
 
     @property
     def _kvs(self) -> list[KVSpec]:
-        """Of every layer that has a KV cache."""
+        """One for every layer that has a KV cache."""
         return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
 
     @property

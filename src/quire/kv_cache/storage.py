@@ -103,7 +103,7 @@ class StateCache:
         self._tensors = _zeros(shapes, torch.float32, device)
         self.layers = [StateLayer(*pair) for pair in zip(self._tensors[::2], self._tensors[1::2], strict=True)]
         self.conv_width = layers[0].conv_width
-        """Of every layer."""
+        """The same in every layer."""
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy states from slot to slot, one pair after the other; source -1 is the state before the first token."""

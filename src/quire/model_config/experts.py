@@ -41,6 +41,12 @@ class ExpertFields(TypedDict, total=False):
     mxfp4_experts: bool
 
 
+def mlp_width(config: ConfigJson) -> str:
+    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
+    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
+    return "mlp_width_without_experts" if has_other else "intermediate_size"
+
+
 def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) -> ExpertFields:
     """What a config.json says about experts; nothing where it has no number of experts, or 0. The width of an expert is
     `intermediate_size` by default."""

@@ -36,6 +36,7 @@ OWN_KEYS = frozenset(
         *("rotary_elements", "rotary_layout", "rope_in_windows_only", "rope_mscales", "scale_queries"),
         *("alternate_windows", "alibi_before_scale", "router", "shared_expert_gate"),
         *("expert_bias", "attention_sinks", "latent_attention", "interleaves"),
+        *("attention_gate", "recurrent_kind", "rope_if_asked", "mlp_width_without_experts"),
     }
 )
 """Quire's own words for what families differ in. A row sets them; config.json only does under a family's spelling."""

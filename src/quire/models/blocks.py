@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
@@ -39,7 +39,7 @@ class SelfAttention:
     ) -> None:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        """Of queries, keys and values; heads of gates follow them."""
+        """Heads of queries, of keys and of values; those of gates follow them."""
         self.num_gates = config.num_heads if config.attention_gate else 0
         self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
@@ -103,7 +103,7 @@ def rotary_attention(
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
-    gates = ()
+    gates: tuple[LinearWeight, ...] = ()
     if config.attention_gate:
         # Each head's query is followed by its gate.
         rows = torch.arange(2 * q_rows, device=q.weight.device).view(-1, 2, config.head_dim)

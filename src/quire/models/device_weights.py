@@ -22,6 +22,7 @@ class DeviceWeights:
 
     def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.activation_dtype = dtype
+        self.device = device
         self._source = source
         self._upload = Upload(device)
 
