@@ -107,3 +107,17 @@ def test_server_and_cli_import_no_heavy_package() -> None:
     environment: dict[str, Any] = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_chat_is_rendered_and_the_tokenizer_described(server: RunningServer, engine: ScriptedEngine) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    _, rendered = server.send("POST", "/v1/chat/completions/render", body)
+    assert engine.calls == []
+    server.send("POST", "/v1/chat/completions", body)
+    assert rendered["token_ids"] == engine.calls[0].prompt
+    assert rendered["prompt"].startswith("<|begin|>")
+    assert rendered["count"] == len(engine.calls[0].prompt)
+    _, info = server.send("GET", "/tokenizer_info")
+    assert info["special_tokens"]["bos_token"] == "<|begin|>"
+    assert info["added_tokens_decoder"]["0"] == {"content": "<|begin|>", "special": True}
+    assert "messages" in info["chat_template"]

@@ -45,7 +45,7 @@ class LineRenderer(Renderer):
 
     model: str
     is_chat: bool
-    """Of /api/chat; otherwise of /api/generate."""
+    """The endpoint is /api/chat; otherwise it is /api/generate."""
     logprobs: LogprobFormat | None
     done: ClassVar[bytes] = b""
     content_type: ClassVar[bytes] = b"application/x-ndjson"
