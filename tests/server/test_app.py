@@ -62,6 +62,17 @@ def test_openapi_describes_every_route(server: RunningServer) -> None:
     references = set(re.findall(r"#/components/schemas/(\w+)", str(spec)))
     assert references <= set(spec["components"]["schemas"])
     assert spec["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in spec, "this server has no keys"
+    ids = [operation["operationId"] for path in spec["paths"].values() for operation in path.values()]
+    assert len(set(ids)) == len(ids)
+    schemas = spec["components"]["schemas"]
+    assert {"type": "number", "minimum": 0.0, "maximum": 1e6} in (
+        schemas["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"]
+    )
+    assert schemas["ChatCompletionRequest"]["properties"]["messages"]["minItems"] == 1
+    assert list(spec["paths"]["/api/chat"]["post"]["responses"]["200"]["content"])[1] == "application/x-ndjson"
+    failure = spec["paths"]["/v1/messages"]["post"]["responses"]["default"]["content"]["application/json"]
+    assert failure["schema"]["$ref"].endswith("/AnthropicError")
     assert "temperature" in spec["components"]["schemas"]["ChatCompletionRequest"]["properties"]
 
 
@@ -81,6 +92,12 @@ def test_metrics(server: RunningServer, client: OpenAI, engine: ScriptedEngine) 
     response, text = server.send("GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     labels = 'engine="0",model_name="scripted"'
+    engine.metrics.record_stats(
+        EngineStats(
+            num_running=3, num_blocks=64, block_size=16, total_steps=9, total_prompt_tokens=30, total_prefix_hits=12
+        )
+    )
+    assert f"vllm:prompt_tokens_total{{{labels}}} 42.0" in server.send("GET", "/metrics")[1]
     for prefix in ("quire", "vllm"):
         assert f"{prefix}:num_requests_running{{{labels}}} 3.0" in text
         assert (

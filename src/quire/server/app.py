@@ -55,7 +55,7 @@ _MAX_REQUEST_ID_CHARS = 128
 
 def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
     """The application that serves `engine`. It neither starts nor stops the engine. Raises `ConfigError`."""
-    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
+    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS, needs_key=bool(settings.api_key)))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)

@@ -140,6 +140,7 @@ class Endpoint:
     body: type | None = None
     reply: type | None = None
     streams: bool = False
+    stream_type: str = "text/event-stream"
     public: bool = False
     """Needs no API key."""
     errors: ErrorForm = OPENAI_ERRORS

@@ -30,7 +30,8 @@ from quire.server.parts import Added, Change, Closed, Part, PartKind, PartList
 Logprobs = list[dict[str, Any]]
 Line = ChatLine | GenerateLine
 
-ERRORS = ErrorForm(lambda error, _: OllamaError(error.message))
+ERRORS = ErrorForm(OllamaError, lambda error, _: OllamaError(error.message))
+NDJSON = "application/x-ndjson"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -48,7 +49,7 @@ class LineRenderer(Renderer):
     """The endpoint is /api/chat; otherwise it is /api/generate."""
     logprobs: LogprobFormat | None
     done: ClassVar[bytes] = b""
-    content_type: ClassVar[bytes] = b"application/x-ndjson"
+    content_type: ClassVar[bytes] = NDJSON.encode()
     _parts: PartList = field(default_factory=PartList)
     _started: int = field(default_factory=time.monotonic_ns)
     _first_token: int = 0
