@@ -111,9 +111,9 @@ def _source(constraint: StructuredOutputsParams, special_ids: Mapping[str, int])
     if constraint.regex is not None:
         return LLMatcher.grammar_from_regex(constraint.regex)
     if constraint.choice is not None:
-        return LLMatcher.grammar_from_lark(
-            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
-        )
+        # One terminal: as rules, many choices that begin alike would exceed the limit of a parser's row.
+        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
     if constraint.grammar is not None:
         return LLMatcher.grammar_from_lark(name_by_id(_lark(constraint.grammar), special_ids))
     schema = constraint.json if isinstance(constraint.json, str) else '{"type":"object"}'

@@ -67,12 +67,13 @@ def _each(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> An
 
 def _without_neutral(node: dict[str, Any]) -> dict[str, Any]:
     """The node without keywords whose value allows everything."""
+    idle = "if" not in node or (_allows_all(node.get("then", True)) and _allows_all(node.get("else", True)))
     neutral: dict[str, Callable[[Any], bool]] = {
         "uniqueItems": lambda value: value is False,
         "not": lambda value: value is False,
-        "if": lambda value: "then" not in node and "else" not in node,
-        "then": lambda value: (_allows_all(value) and "else" not in node) or "if" not in node,
-        "else": lambda value: (_allows_all(value) and "then" not in node) or "if" not in node,
+        "if": lambda value: idle,
+        "then": lambda value: idle,
+        "else": lambda value: idle,
         "dependentRequired": lambda value: isinstance(value, Mapping) and not any(value.values()),
         "dependentSchemas": lambda value: isinstance(value, Mapping) and all(map(_allows_all, value.values())),
         "propertyNames": lambda value: _allows_all(value) or value == {"type": "string"},
@@ -84,8 +85,6 @@ def _without_neutral(node: dict[str, Any]) -> dict[str, Any]:
         "format": lambda value: value not in _ENFORCED_FORMATS,
     }
     kept = {key: value for key, value in node.items() if key not in neutral or not neutral[key](value)}
-    if "if" in kept and "then" not in kept and "else" not in kept:
-        del kept["if"]
     if _allows_all(kept.get("contains", False)) and "maxContains" not in kept:
         del kept["contains"]  # some item, whatever it is
         kept["minItems"] = max(kept.get("minItems", 0), kept.pop("minContains", 1))

@@ -113,6 +113,20 @@ class RequestQueues:
             self._rows_now = self.rows.copy()
         return self._rows_now
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let a sequence without memory go on from where another one is."""
+        child.table = parent.table.fork()
+        child.advance(parent.num_computed_tokens)
+        if self.states is not None:
+            self.states.fork(parent, child)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take the memory of a sequence whose tokens nobody will ask for; it keeps its row."""
+        sequence.discard_computed()
+        if self.states is not None:
+            self.states.release(sequence)
+        sequence.table.free()
+
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group. It waits, at the place that its arrival gives it."""
         for sequence in (*group.sequences, *group.idle_beams):

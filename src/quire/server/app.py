@@ -24,6 +24,8 @@ from quire.server import chat, completions, embeddings, health, infill, kv, metr
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
+from quire.server.batches.endpoints import endpoints as batch_endpoints
+from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.limits import ClientGoneError, check_headers
@@ -53,9 +55,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
-    """The application that serves `engine`. It neither starts nor stops the engine. Raises `ConfigError`."""
-    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS, needs_key=bool(settings.api_key)))
+def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+    """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
+    `ConfigError`."""
+    described = (*ENDPOINTS, *batch_endpoints(batches))
+    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.api_key)))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)

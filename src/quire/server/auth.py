@@ -25,6 +25,8 @@ class Client(NamedTuple):
     """A name for the holder of the key; "" if the server has no keys."""
     salt: str = ""
     """Goes into the hashes of its prefix blocks, so that other keys do not share them."""
+    background: bool = False
+    """Its requests wait for those of all others."""
 
 
 class Authenticator:

@@ -2,14 +2,24 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, Thinking, ToolFormat
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels
 from quire.server.tools.reader import ReplyFormat
 
-Row = TypeVar("Row", ToolFormat | Channels, Thinking | Channels)
+
+class _Named(Protocol):
+    """A row of a table of formats."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def in_template(self) -> tuple[tuple[str, ...], ...]: ...
+
+
+Row = TypeVar("Row", bound=_Named)
 
 AUTO, NONE = "auto", "none"
 _CHANNELS = tuple(row for row in TOOL_FORMATS if isinstance(row, Channels))
@@ -38,7 +48,7 @@ def find_format(
     return ReplyFormat(tools or PLAIN_JSON, thinking, tokenizer)
 
 
-def _named(name: str, rows: "tuple[Row, ...]", option: str) -> "Row | None":
+def _named(name: str, rows: tuple[Row, ...], option: str) -> Row | None:
     """The row called `name`; None for auto and none."""
     if name in (AUTO, NONE):
         return None
@@ -49,7 +59,7 @@ def _named(name: str, rows: "tuple[Row, ...]", option: str) -> "Row | None":
     raise ConfigError(f"{option} is {name!r}; it is {AUTO}, {NONE} or one of {known}")
 
 
-def _matching(template: str, rows: "Iterable[Row]") -> "Row | None":
+def _matching(template: str, rows: Iterable[Row]) -> Row | None:
     """The first row with a group of texts that are all in the template."""
     for row in rows:
         if any(all(text in template for text in group) for group in row.in_template):

@@ -84,7 +84,7 @@ class _Reply:
         return f"({marks.lark(thinking.open.strip())} {body} {gap})?"
 
     def anything(self) -> str:
-        """Any tokens, of which the first does not open the reasoning."""
+        """Any tokens. The first one does not open the reasoning, which `lead` has covered."""
         thinking = self._form.thinking
         opener = self._form.marks.token_id(thinking.open.strip()) if isinstance(thinking, Thinking) else None
         if opener is None or self._starts_thinking:
