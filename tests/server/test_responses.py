@@ -270,7 +270,8 @@ def test_truncation_leaves_out_the_oldest(client: OpenAI, engine: ScriptedEngine
         ({"background": True, "store": False}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "custom", "name": "x"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"temperature": -1}, "temperature"),
         ({"truncation": "maybe"}, "truncation"),
@@ -350,3 +351,10 @@ def test_the_oldest_make_room() -> None:
         return [await store.load("", f"resp_{number}") is not None for number in (0, 100, 195, 199, 1000)]
 
     assert asyncio.run(scenario()) == [False, False, True, True, False]
+
+
+def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningServer) -> None:
+    body = {"input": "x", "max_output_tokens": 3, "tools": [{"type": "web_search", "external_web_access": False}]}
+    response, _ = server.send("POST", "/v1/responses", body)
+    assert response.status == 200
+    assert "tools of type web_search" in response.headers["x-quire-warning"]

@@ -148,8 +148,8 @@ class _RequestMiddleware:
                 status = message["status"]
                 now = (b"date", formatdate(usegmt=True).encode())
                 message["headers"] = [*message.get("headers", ()), request_id, now]
-                if warning := scope.get("state", {}).get("warning"):
-                    message["headers"].append((b"x-quire-warning", warning))
+                if warnings := scope.get("state", {}).get("warnings"):
+                    message["headers"].append((b"x-quire-warning", "; ".join(warnings).encode("ascii", "replace")))
             await send(message)
 
         try:

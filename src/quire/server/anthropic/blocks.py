@@ -21,6 +21,7 @@ SENT_NAMES = {
 """Names of a chat's fields → where this endpoint's clients send them."""
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system block of Claude Code that differs in each request: no prompt would be found in the prefix cache."""
+_HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_", "mcp_")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _MAX_USER_CHARS = 256
 
@@ -30,7 +31,7 @@ def to_chat(request: PromptFields) -> ChatCompletionRequest:
     chat = ChatCompletionRequest(
         model=request.model,
         messages=[*_system(request.system), *(m for i, given in enumerate(request.messages) for m in _split(given, i))],
-        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ())] or None,
+        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)] or None,
         tool_choice=_tool_choice(request.tool_choice),
         parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
     )
@@ -132,10 +133,15 @@ def _text(block: object, place: str) -> str:
     raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=place.partition("[")[0])
 
 
+def is_hosted(tool: Tool) -> bool:
+    """Whether `tool` runs on Anthropic's servers. Clients offer them unasked: the model goes without."""
+    return (tool.type or "").startswith(_HOSTED)
+
+
 def _tool(tool: Tool, index: int) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
         raise RequestError(
-            f"tools[{index}] is of type {brief(tool.type)}, which runs at Anthropic; only custom is supported",
+            f"tools[{index}] is of type {brief(tool.type)}; only custom is supported",
             param="tools",
         )
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
