@@ -9,6 +9,7 @@ from openai import OpenAI
 
 from quire import __version__
 from quire.outputs import EngineStats
+from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine, bundled_tokenizer
 
@@ -74,6 +75,12 @@ def test_openapi_describes_every_route(server: RunningServer) -> None:
     failure = spec["paths"]["/v1/messages"]["post"]["responses"]["default"]["content"]["application/json"]
     assert failure["schema"]["$ref"].endswith("/AnthropicError")
     assert "temperature" in spec["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+def test_the_root_answers_any_client(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=("secret",))) as server:
+        assert server.send("GET", "/")[1] == "Quire is running\n"
+        assert server.send("HEAD", "/")[0].status == 200
 
 
 def test_docs_page_loads_nothing(server: RunningServer) -> None:

@@ -84,15 +84,14 @@ def _split(message: InputMessage, index: int) -> list[Message]:
         return [Message(role=message.role, content=message.content)]
     results: list[Message] = []
     texts: list[str] = []
+    calls: list[dict[str, Any]] = []
     turn = Message(role=message.role)
     for number, block in enumerate(message.content):
         place = f"messages[{index}].content[{number}]"
         match block:
             case {"type": "tool_use", "id": str(call_id), "name": str(name), "input": dict(given)}:
                 function = {"name": name, "arguments": msgspec.json.encode(given).decode()}
-                turn.tool_calls = [
-                    *(turn.tool_calls or ()), {"id": call_id, "type": "function", "function": function}
-                ]  # fmt: skip
+                calls.append({"id": call_id, "type": "function", "function": function})
             case {"type": "tool_result", "tool_use_id": str(call_id)}:
                 content = _texts(block.get("content") or "", f"{place}.content")
                 results.append(Message(role="tool", content=content, tool_call_id=call_id))
@@ -102,12 +101,11 @@ def _split(message: InputMessage, index: int) -> list[Message]:
                 pass
             case _:
                 texts.append(_text(block, place))
-    if texts:
-        turn.content = "\n".join(texts)
-    says_something = turn.content is not None or turn.tool_calls or not results
-    if turn.role == "user" and turn.content is None and not results:
-        turn.content = ""
-    return [*results, turn] if says_something else results
+    if not texts and not calls and results:
+        return results
+    turn.content = "\n".join(texts) if texts or not calls else None
+    turn.tool_calls = calls or None
+    return [*results, turn]
 
 
 def _texts(content: object, place: str) -> str:

@@ -86,7 +86,7 @@ def _events(change: Change) -> list[bytes]:
     part = change.part
     match change:
         case Opened():
-            block = _block(Part(part.kind, part.index, "", part.call_id, part.name))
+            block = _block(Part(part.kind, part.index, part.call_id, part.name))
             if part.kind is PartKind.REASONING:
                 block["signature"] = ""
             return [_event("content_block_start", part, content_block=block)]
