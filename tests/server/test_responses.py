@@ -11,7 +11,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from quire.errors import ConfigError, EngineUnavailableError
 from quire.server.responses.items import input_items, to_messages
 from quire.server.responses.protocol import Reasoning, ResponseObject, TextConfig
-from quire.server.responses.store import ResponseStore, StoredResponse
+from quire.server.responses.store import ResponseStore, StoredResponse, StoreFailedError
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
@@ -358,3 +358,13 @@ def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningSer
     response, _ = server.send("POST", "/v1/responses", body)
     assert response.status == 200
     assert "tools of type web_search" in response.headers["x-quire-warning"]
+
+
+def test_a_store_that_fails_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    store = ResponseStore(None, 10**6)
+    store._database.execute("DROP TABLE responses")
+    asyncio.run(store.save("", stored(1)))
+    assert "no such table: responses; the response resp_1 is not kept" in caplog.text
+    with pytest.raises(StoreFailedError, match="the store of responses failed") as failed:
+        asyncio.run(store.load("", "resp_1"))
+    assert failed.value.status == 503
