@@ -231,7 +231,8 @@ def test_refuses_by_name(server: RunningServer, engine: ScriptedEngine, fields: 
 
 
 def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningServer) -> None:
-    body = {"max_tokens": 3, "messages": HELLO, "tools": [{"type": "web_search_20250305", "name": "web_search"}]}
+    body = {"max_tokens": 3, "messages": HELLO, "tool_choice": {"type": "auto"}}
+    body["tools"] = [{"type": "web_search_20250305", "name": "web_search"}]
     response, _ = server.send("POST", "/v1/messages", body)
     assert response.status == 200
     assert "tools of type web_search" in response.headers["x-quire-warning"]

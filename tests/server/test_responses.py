@@ -354,7 +354,8 @@ def test_the_oldest_make_room() -> None:
 
 
 def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningServer) -> None:
-    body = {"input": "x", "max_output_tokens": 3, "tools": [{"type": "web_search", "external_web_access": False}]}
+    body = {"input": "x", "max_output_tokens": 3, "tool_choice": "auto"}
+    body["tools"] = [{"type": "web_search", "external_web_access": False}]
     response, _ = server.send("POST", "/v1/responses", body)
     assert response.status == 200
     assert "tools of type web_search" in response.headers["x-quire-warning"]

@@ -28,11 +28,13 @@ _MAX_USER_CHARS = 256
 
 def to_chat(request: PromptFields) -> ChatCompletionRequest:
     """The chat for `request`. Raises `RequestError` for blocks, tools and options that it does not know."""
+    tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
+    choice = _tool_choice(request.tool_choice)
     chat = ChatCompletionRequest(
         model=request.model,
         messages=[*_system(request.system), *(m for i, given in enumerate(request.messages) for m in _split(given, i))],
-        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)] or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tools=tools or None,
+        tool_choice=choice if tools or choice != "auto" else None,  # auto is the default, which clients may spell out
         parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
     )
     _set_options(chat, request)

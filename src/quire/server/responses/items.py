@@ -30,14 +30,16 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
+    tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
+    choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
         model=request.model,
         messages=[*system, *to_messages(history)],
         max_completion_tokens=request.max_output_tokens,
         stream=request.stream,
         logprobs=with_logprobs,
-        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)] or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tools=tools or None,
+        tool_choice=choice if tools or choice != "auto" else None,  # auto is the default, which clients may spell out
         response_format=_response_format(request.text.format if request.text is not None else None),
         reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         **passed_on,
