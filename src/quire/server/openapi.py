@@ -85,7 +85,8 @@ def render_page(spec: dict[str, Any]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Quire {__version__}</title><style>{_STYLE}</style>"
         f"<h1>Quire {__version__}</h1><p>{_ABOUT} The routes and objects are OpenAI's "
-        f"with vLLM's additions, Anthropic's and Ollama's; <a href=openapi.json>openapi.json</a> says the same to programs.</p>"
+        f"with vLLM's additions, Anthropic's and Ollama's; <a href=openapi.json>openapi.json</a> says the same to "
+        f"programs.</p>"
         f"<h2>Routes</h2><table>{routes}</table><h2>Objects</h2>{objects}</html>"
     )
 
