@@ -12,7 +12,7 @@ import quire
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 from quire.outputs import (
     AgeQuantiles,
     CompletionOutput,
@@ -62,8 +62,8 @@ class ScriptedEngine:
     raises_at: int = 0
     full: bool = False
     load_seconds: float = 0.0
-    lives_for: float | None = None
-    """Seconds from being ready until it dies."""
+    outage: EngineUnavailableError | None = None
+    stalls: bool = False
     max_model_len: int = 256
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
@@ -96,11 +96,9 @@ class ScriptedEngine:
         stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
         return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), {"new": 1}, [])
 
-    async def wait_dead(self) -> QuireError:
-        if self.lives_for is None:
-            await asyncio.Event().wait()
-        await asyncio.sleep(self.lives_for or 0.0)
-        return EngineDeadError("the engine process died 5 times in 300 s")
+    @property
+    def advances(self) -> bool:
+        return self.state == "ready" and not self.stalls
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         self.state = "draining"
@@ -121,6 +119,7 @@ class ScriptedEngine:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
@@ -129,9 +128,11 @@ class ScriptedEngine:
             raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
         self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload))
         self.num_running += 1
-        finished = False
+        started, finished = time.monotonic(), False
         try:
             async for output in self._outputs(prompt, params):
+                if timeout is not None and time.monotonic() - started > timeout:
+                    raise DeadlineError(f"the request was not finished within its {timeout:g} seconds")
                 finished = output.finished
                 yield output
         finally:

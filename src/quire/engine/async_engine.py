@@ -23,7 +23,8 @@ from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import find_model, model_name, read_default_params
-from quire.engine.engine_client import EngineClient
+from quire.engine.engine_child import Death
+from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
@@ -69,7 +70,14 @@ class AsyncLLM:
         self._inputs: InputProcessor | None = None
         self._grammar_checker: AsyncGrammarChecker | None = None
         self._client = EngineClient(
-            on_message=self._handle, on_death=self._handle_death, on_spawn=self._resume, on_failure=self._handle_failure
+            Owner(
+                on_message=self._handle,
+                on_death=self._handle_death,
+                on_spawn=self._resume,
+                on_ready=lambda: self._streams.start_timer(),
+                on_failure=self._handle_failure,
+                has_work=lambda: self._streams.any_live,
+            )
         )
         self._streams = RequestStreams(None, self._client.send)
         self._prefixes = PrefixRegistrations(self._client.send)
@@ -110,12 +118,8 @@ class AsyncLLM:
             self._grammar_checker.warm()
 
     async def wait_ready(self) -> None:
-        """Return when the engine can compute. Raises the reason if it never will."""
+        """Return when the engine can compute for the first time. Raises the reason if it never will."""
         await self._client.wait_ready()
-
-    async def wait_dead(self) -> QuireError:
-        """Return the reason when the engine is down for good."""
-        return await self._client.wait_failed()
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `drain_seconds`, then end the rest and the process."""
@@ -130,8 +134,18 @@ class AsyncLLM:
 
     @property
     def state(self) -> str:
-        """loading, ready, draining, restarting, dead"""
+        """loading, ready, draining, restarting, down (waiting to restart), dead"""
         return self._client.state
+
+    @property
+    def outage(self) -> EngineUnavailableError | None:
+        """Why there is no engine for a while, and until when; None if there is one or one is being started."""
+        return self._client.outage
+
+    @property
+    def advances(self) -> bool:
+        """Whether the engine can compute, and does so if it has work."""
+        return self._client.advances
 
     @property
     def stats(self) -> EngineStats:
@@ -169,12 +183,13 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
-        an engine that takes no requests now (503). `tenant` and `workload` are those of `Request`; `request_id` is the
-        caller's name for it and only echoed.
+        an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
+        are those of `Request`; `request_id` is the caller's name for it and only echoed.
         """
         if params.logits_processors:
             raise RequestError(
@@ -183,7 +198,13 @@ class AsyncLLM:
                 param="logits_processors",
             )
         stream = await self._open(
-            prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant, workload=workload
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            workload=workload,
+            timeout=timeout,
         )
         finished = False
         try:
@@ -208,6 +229,7 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
 
@@ -221,6 +243,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            timeout=timeout,
         )
         try:
             output = None
@@ -242,8 +265,11 @@ class AsyncLLM:
         cache_salt: str,
         tenant: str,
         workload: str,
+        timeout: float | None,
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
+        if self.outage is not None:
+            raise self.outage
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         self._check_queue()
@@ -265,7 +291,7 @@ class AsyncLLM:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text)
+        return self._streams.open(request, text, timeout)
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""
@@ -322,10 +348,12 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
-    def _handle_death(self) -> None:
+    def _handle_death(self, death: Death) -> bool:
         self._fail_memory_waiters()
         self._throughput.restart()
-        self._streams.count_death()
+        if not death.while_loading:
+            self._prefixes.count_death(death.in_step)
+        return self._streams.count_death(death)
 
     def _resume(self) -> None:
         """Send a new engine process what the old one had."""

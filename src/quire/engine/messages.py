@@ -17,8 +17,12 @@ from quire.structured_outputs import StructuredOutputsParams
 _LENGTH = struct.Struct(">I")
 
 
+class Prepare(msgspec.Struct, tag=True):
+    """First message to a spare engine process: import what any model needs, and wait for `Load`."""
+
+
 class Load(msgspec.Struct, tag=True):
-    """First message to an engine process: the model to load."""
+    """The model to load; the first message after at most a `Prepare`."""
 
     config: EngineConfig
     plan: MemoryPlan
@@ -122,7 +126,7 @@ class GrammarChecked(msgspec.Struct, tag=True):
     code: str = "invalid_value"
 
 
-ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
+ToEngine = Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
 FromEngine = PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported
 ToChecker = LoadVocabulary | CheckGrammar
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,11 +20,12 @@ from quire.server.streaming import DONE, send_events, while_connected
 
 T = TypeVar("T")
 
+_TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
     "draining": "the server is shutting down and takes no new requests",
     "restarting": "the engine is being restarted",
-    "dead": "the engine has ended and could not be restarted; the server's log says why",
+    "dead": "the server is shutting down",
 }
 
 
@@ -74,9 +76,33 @@ class RequestContext:
         timeout = self.settings.stall_timeout
         await while_connected(self.receive, send_events(self.send, events, timeout, failure=failure, done=done))
 
+    def timeout(self) -> float | None:
+        """Seconds that the request may take: the header x-request-timeout, at most --request-timeout; None: no limit.
+
+        Raises `Refusal` for a header that is no positive number.
+        """
+        limit = self.settings.request_timeout or None
+        given = dict(self.scope["headers"]).get(_TIMEOUT_HEADER)
+        if given is None:
+            return limit
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = 0.0
+        if not 0.0 < seconds < inf:
+            raise Refusal(
+                400,
+                f"the header x-request-timeout is {given[:40].decode('latin-1')!r}; give seconds above 0, such as 30",
+                code="invalid_value",
+                param="x-request-timeout",
+            )
+        return seconds if limit is None else min(limit, seconds)
+
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
         state = self.engine.state
+        if self.engine.outage is not None:
+            raise self.engine.outage
         if state not in ("ready", "restarting"):
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 

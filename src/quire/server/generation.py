@@ -23,6 +23,8 @@ class Generation:
     prompts: list[list[int]]
     params: SamplingParams
     scheduling: SchedulingInfo
+    timeout: float | None = None
+    """Seconds after which each prompt's request is ended with an error."""
 
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the prompt, its new output). Raises the engine's refusals and errors of failed samples."""
@@ -41,6 +43,7 @@ class Generation:
             cache_salt=self.scheduling.cache_salt,
             tenant=self.scheduling.tenant,
             workload=self.scheduling.workload,
+            timeout=self.timeout,
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None

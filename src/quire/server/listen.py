@@ -84,8 +84,8 @@ async def _live(
     listener: socket.socket,
     report: Callable[[str], None],
 ) -> None:
-    """Start the engine once the server answers /health. Raises the error that keeps the engine from starting or ends
-    it; the server then ends too, so that a supervisor can restart it.
+    """Start the engine once the server answers /health, and never return. Raises the error that keeps the engine from
+    starting; the server then ends too. An engine that dies later is replaced, and the server lives on.
 
     The address is reported after the cheap checks: a wrong model folder or prefix file is an error, not a server."""
     await server.listening.wait()
@@ -97,7 +97,7 @@ async def _live(
         report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
-    raise await engine.wait_dead()
+    await asyncio.Event().wait()
 
 
 async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:
