@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,16 @@ ANSWER = "To be, or not to be: that is the question."
 @cache
 def bundled_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(BUNDLED)
+
+
+class LocalTemplate:
+    """The bundled model's chat template, rendered in this process."""
+
+    def __init__(self) -> None:
+        self._template = ChatTemplate.from_folder(BUNDLED)
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return await asyncio.to_thread(lambda: self._template.render(messages, **options))
 
 
 @dataclass
@@ -68,7 +78,7 @@ class ScriptedEngine:
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     default_params: dict[str, Any] = field(default_factory=dict)
-    chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate.from_folder(BUNDLED))
+    chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)

@@ -9,7 +9,6 @@ and the tokens it already has.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
-from quire.engine.chat_template import ChatTemplate
+from quire.engine.chat_template_process import ChatTemplateProcess
 from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
@@ -44,7 +43,7 @@ from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.request import Task
@@ -60,7 +59,7 @@ class AsyncLLM:
         """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds."""
         self.config = config
         self.tokenizer: Tokenizer | None = None
-        self.chat_template: ChatTemplate | None = None
+        self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
         self.default_params: dict[str, Any] = {}
         self.metrics = Metrics(self.model_names[0])
@@ -101,8 +100,10 @@ class AsyncLLM:
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
-        with contextlib.suppress(CheckpointError):
-            self.chat_template = ChatTemplate.from_folder(folder)
+        if self.tokenizer is not None:
+            await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
+        self.chat_template = ChatTemplateProcess(folder)
+        self.chat_template.warm()
         self._streams = RequestStreams(self.tokenizer, self._client.send)
         self._inputs = InputProcessor(
             self._model_config,
@@ -131,6 +132,8 @@ class AsyncLLM:
         await self._client.shutdown()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
+        if self.chat_template is not None:
+            await self.chat_template.close()
 
     @property
     def state(self) -> str:
@@ -285,8 +288,9 @@ class AsyncLLM:
             tenant=tenant,
             workload=workload,
         )
-        # Tokenising a long text takes milliseconds, in which other streams must go on.
-        request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
+        # Tokenising takes milliseconds, in which other streams must go on.
+        slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
+        request, text = await asyncio.to_thread(make) if slow else make()
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago

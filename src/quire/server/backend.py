@@ -3,12 +3,17 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
-from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
+
+
+class ChatRenderer(Protocol):
+    """The model's chat template; `quire.engine.chat_template.ChatTemplate.render` without blocking the event loop."""
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str: ...
 
 
 class Engine(Protocol):
@@ -23,7 +28,7 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     @property
-    def chat_template(self) -> ChatTemplate | None: ...
+    def chat_template(self) -> ChatRenderer | None: ...
     @property
     def model_names(self) -> list[str]: ...
     @property

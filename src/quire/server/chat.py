@@ -14,7 +14,7 @@ from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
 from quire.server.params import chat_params, check_available
-from quire.server.prompts import render, tokenize
+from quire.server.prompts import longest_prompt, render, tokenize
 from quire.server.protocol import ChatCompletionRequest, StreamOptions
 from quire.server.replies import (
     AssistantMessage,
@@ -37,7 +37,12 @@ async def create_chat_completion(context: RequestContext) -> None:
     params = chat_params(request, engine.default_params)
     text = await render(engine.chat_template, request)
     check_work([text], params.num_samples, context.settings)
-    prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
+    prompts = await tokenize(
+        tokenizer,
+        [text],
+        add_special_tokens=request.add_special_tokens or False,
+        max_tokens=longest_prompt(params, engine.max_model_len),
+    )
     check_lengths(prompts, params, engine.max_model_len)
     renderer = ChatRenderer(
         id=f"chatcmpl-{uuid.uuid4().hex}",

@@ -13,7 +13,7 @@ from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
 from quire.server.params import check_available, completion_params
-from quire.server.prompts import split_prompts, tokenize
+from quire.server.prompts import longest_prompt, split_prompts, tokenize
 from quire.server.protocol import CompletionRequest, StreamOptions
 from quire.server.replies import Completion, CompletionChoice
 from quire.server.scheduling_info import scheduling_info
@@ -29,7 +29,9 @@ async def create_completion(context: RequestContext) -> None:
     prompts = split_prompts(request.prompt)
     check_work(prompts, params.num_samples, context.settings)
     special = request.add_special_tokens is not False
-    token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
+    token_ids = await tokenize(
+        tokenizer, prompts, add_special_tokens=special, max_tokens=longest_prompt(params, context.engine.max_model_len)
+    )
     check_lengths(token_ids, params, context.engine.max_model_len)
     renderer = CompletionRenderer(
         id=f"cmpl-{uuid.uuid4().hex}",

@@ -1,5 +1,6 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
+import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from quire.errors import EngineUnavailableError, RequestError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.errors import Refusal
-from quire.server.limits import read_body
+from quire.server.limits import check_shape, read_body
 from quire.server.settings import ServerSettings
 from quire.server.streaming import DONE, send_events, while_connected
 
@@ -42,7 +43,13 @@ class RequestContext:
 
     async def read(self, body_type: type[T]) -> T:
         """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it."""
-        return decode_json(await read_body(self.scope, self.receive, self.settings), body_type)
+        body = await read_body(self.scope, self.receive, self.settings)
+        check_shape(body)
+        gc.disable()  # it would scan every object for each few hundred that are made
+        try:
+            return decode_json(body, body_type)
+        finally:
+            gc.enable()
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from quire.errors import ConfigError
 from quire.server.app import build_app
 from quire.server.backend import Engine
-from quire.server.limits import limited_protocol
+from quire.server.connection import limited_protocol
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
 

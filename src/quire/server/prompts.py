@@ -2,19 +2,22 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from msgspec.structs import asdict
 
-from quire.engine.chat_template import ChatTemplate
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
+from quire.server.backend import ChatRenderer
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
 
 T = TypeVar("T")
 
 TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
 """Template variables that a request may set. The server sets the others."""
+_CHARS_PER_MESSAGE = 16
+"""Converting a message costs as much as tokenising so many characters."""
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
@@ -25,31 +28,51 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
         return [prompt]
     if not prompt:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
-    kinds = {type(item) for item in prompt}
+    kinds = set(map(type, prompt))
     if len(kinds) > 1:
         raise RequestError("prompt mixes texts, tokens and lists of tokens; give one kind", param="prompt")
     if kinds == {int}:
-        return [[item for item in prompt if isinstance(item, int)]]
-    prompts = [item for item in prompt if not isinstance(item, int)]
+        return [cast(list[int], prompt)]
+    prompts = cast(list[str | list[int]], prompt)
     if [] in prompts:
         raise RequestError("prompt holds an empty list of tokens; give at least one token", param="prompt")
     return prompts
 
 
 async def tokenize(
-    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | list[int]],
+    *,
+    add_special_tokens: bool,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged."""
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged.
+
+    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain.
+    """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = await _off_loop(
-        sum(map(len, texts)),
-        lambda: [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts],
+    most_chars = None if max_tokens is None else tokenizer.most_chars(max_tokens)
+    longest = max(map(len, texts), default=0)
+    if most_chars is not None and longest > most_chars:
+        raise RequestError(
+            f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, this model's maximum "
+            "context length: the prompt is too long; shorten it or set truncate_prompt_tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    encoded = await off_loop(
+        sum(map(len, texts)), lambda: tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
     )
     remaining = iter(encoded)
     return [next(remaining) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
+def longest_prompt(params: SamplingParams, max_model_len: int) -> int | None:
+    """Tokens of the longest prompt that can be served with `params`; None if it is truncated."""
+    return max_model_len if params.truncate_prompt_tokens is None else None
+
+
+async def render(template: ChatRenderer | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
     """The prompt text for the messages of `request`. Raises `RequestError` if the template refuses them."""
     messages = request.messages or []
     if template is None:
@@ -64,13 +87,10 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
             f"chat_template_kwargs holds {min(unknown)!r}; allowed are {', '.join(sorted(TEMPLATE_OPTIONS))}",
             param="chat_template_kwargs",
         )
-    plain = [_plain(message) for message in messages]
+    plain = await off_loop(len(messages) * _CHARS_PER_MESSAGE, lambda: [_plain(message) for message in messages])
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
-    return await _off_loop(
-        sum(len(message.content or "") for message in messages),
-        lambda: template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options),
-    )
+    return await template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -81,5 +101,6 @@ def _plain(message: Message) -> dict[str, Any]:
     return fields
 
 
-async def _off_loop(size: int, work: Callable[[], T]) -> T:
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread if its `size` (characters or tokens) is not small."""
     return work() if size <= _INLINE_CHARS else await asyncio.to_thread(work)
