@@ -199,6 +199,9 @@ class EngineConfig:
     """auto takes sampling defaults from the model's generation_config.json; none ignores it, except for end tokens."""
     threads: int | None = None
     """CPU threads for computing; None takes one per core that this process may use, within a container's CPU limit."""
+    spare: bool | None = None
+    """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
+    free. Only while serving."""
     step_timeout: float = 30.0
     """Seconds without any work after which an engine in a step counts as dead; 20 times the longest step of late if
     that is more, and 10 times as much for a step that works. 0: never. Only while serving."""

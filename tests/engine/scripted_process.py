@@ -119,4 +119,4 @@ def no_compiler() -> Compiler:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), scripted_core)
+    main(int(sys.argv[1]), int(sys.argv[2]), scripted_core, lambda: None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from quire import AsyncLLM, EngineConfig, RequestOutput, SamplingParams
 
-OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
+OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32", "spare": False}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 PROMPTS = ["ROMEO:", "First Citizen:\nBefore we proceed", "O", "What say you?"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from quire import AsyncLLM, EngineConfig, SamplingParams
-from quire.engine import engine_child
+from quire.engine import engine_child, spare_child
 from quire.engine.grammar_checker import AsyncGrammarChecker
 from quire.errors import (
     CheckpointError,
@@ -223,6 +223,28 @@ def test_a_registered_prefix_is_kept_through_deaths() -> None:
             await innocent(engine, [5])
 
     run(test)
+
+
+def test_a_spare_replaces_a_dead_engine_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_child, "DELAY_SECONDS", 0.0)
+
+    async def test(engine: AsyncLLM) -> None:
+        spare = engine._client._spare
+        for _ in range(2):
+            await until(lambda: spare._child is not None and spare._child.is_idle)
+            assert spare._child is not None
+            pid = spare._child.pid
+            os.kill(engine.engine_pid, signal.SIGKILL)
+            await all_innocent(engine)
+            assert engine.engine_pid == pid
+        await until(lambda: spare._child is not None and spare._child.is_idle)
+        assert spare._child is not None
+        os.kill(spare._child.pid, signal.SIGKILL)  # a spare that has died is not used
+        await until(lambda: spare._child is not None and spare._child.exit_code is not None)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await all_innocent(engine)
+
+    run(test, spare=True)
 
 
 async def innocent_when_up(engine: AsyncLLM) -> None:

@@ -125,6 +125,11 @@ class EngineChild:
         self.record.close()
         return death
 
+    def release(self) -> None:
+        """Close what this process holds of one that has ended, and that nobody waits for."""
+        self._writer.close()
+        self.record.close()
+
     async def end(self) -> None:
         """Close the connection. The process exits after the step that it is in, and is killed if it does not."""
         self._writer.close()

@@ -16,6 +16,7 @@ from quire import errors
 from quire.engine.breaker import Breaker
 from quire.engine.engine_child import Death, EngineChild
 from quire.engine.messages import Failed, FromEngine, Load, Ready, ToEngine
+from quire.engine.spare_child import SpareChild, wants_spare
 from quire.engine.watchdog import LOOK_SECONDS, Watchdog, step_limit
 from quire.errors import EngineDeadError, EngineUnavailableError, QuireError
 
@@ -57,6 +58,7 @@ class EngineClient:
         """Set when the first load has ended, well or not."""
         self._failure: QuireError | None = None
         self._sent = asyncio.Event()
+        self._spare = SpareChild()
         self._watchdog = Watchdog()
         self._breaker = Breaker()
         self._cause = ""
@@ -124,12 +126,13 @@ class EngineClient:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait((self._supervisor,))
+        await self._spare.end()
         if self._child is not None:
             await self._child.end()
 
     async def _spawn(self) -> EngineChild:
         assert self._load is not None
-        child = self._child = await EngineChild.spawn()
+        child = self._child = self._spare.take() or await EngineChild.spawn()
         child.send(self._load)
         self._owner.on_spawn()
         return child
@@ -200,6 +203,8 @@ class EngineClient:
         self._watchdog.rest()
         self._settled.set()
         self._owner.on_ready()
+        if self._load is not None and wants_spare(self._load.config.spare):
+            self._spare.start_later()
 
     async def _watch(self, child: EngineChild) -> None:
         """Kill the process when it has work and does not advance."""

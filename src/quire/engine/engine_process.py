@@ -77,21 +77,21 @@ class Connection:
         self._socket.sendall(encode(message))
 
 
-def main(fd: int, record_fd: int, make_core: MakeCore | None = None) -> None:
-    """Be an engine process for as long as the other end of the socket lives. Tests replace `make_core`."""
+def main(fd: int, record_fd: int, make_core: MakeCore, prepare: Callable[[], None]) -> None:
+    """Be an engine process for as long as the other end of the socket lives. `prepare` is the work of a spare."""
     # Ctrl-C in a terminal reaches the whole process group; only the API process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection, record = Connection(socket.socket(fileno=fd)), StepRecord(record_fd)
     try:
         first, *messages = connection.receive(wait=None)
         if isinstance(first, Prepare):
-            import_engine()
+            prepare()
             record.begin()
             record.end(num_messages=1)
             first, *messages = messages or connection.receive(wait=None)
         assert isinstance(first, Load), "the first message to an engine is Load"
         try:
-            core = (make_core or load_core)(first, connection)
+            core = make_core(first, connection)
             serve(core, connection, record, messages)
         except QuireError as error:
             connection.send(Failed(type(error).__name__, str(error)))
@@ -200,4 +200,4 @@ def _refusal(request_id: str, error: RequestError) -> Refused:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), load_core, import_engine)

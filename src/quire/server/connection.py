@@ -9,7 +9,7 @@ from typing import Any
 
 import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from quire.server.errors import error_body
 from quire.server.limits import headers_too_large
@@ -51,6 +51,9 @@ class LimitedProtocol(HttpToolsProtocol):
             self._refuse_garbage()
         except httptools.HttpParserUpgrade as upgrade:
             self._ignore_upgrade(data[upgrade.args[0] :])
+        self._check_limits()
+
+    def _check_limits(self) -> None:
         if self._refused or self.transport.is_closing():
             return
         if self._overhead > self.settings.max_header_size + _OVERHEAD_PER_BYTE * self._body:
@@ -101,11 +104,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _refuse_garbage(self) -> None:
         """Answer bytes that are no request; behind a response in progress, let it end and answer nothing."""
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             self.send_400_response("Invalid HTTP request received.")
             return
         self._refused = True
-        self.cycle.keep_alive = False
+        cycle.keep_alive = False
 
     def _await_headers(self) -> None:
         if self._header_timer is None and self.settings.stall_timeout:

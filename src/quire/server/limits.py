@@ -76,7 +76,7 @@ def _latest(started: float, size: int, settings: ServerSettings) -> float | None
 
 
 def check_shape(body: bytes) -> None:
-    """Raise `Refusal` (413) for JSON of so many values that decoding it would delay other requests.
+    """Raise `Refusal` (400) for JSON of so many values that decoding it would delay other requests.
 
     The text in it is counted as if it were values: one with so many commas has more tokens than any context.
     """
@@ -89,7 +89,7 @@ def check_shape(body: bytes) -> None:
     ):
         if number > most:
             raise Refusal(
-                413, f"the body holds {number:,} {what}; at most {most:,} are read. Split it", code="body_too_complex"
+                400, f"the body holds {number:,} {what}; at most {most:,} are read. Split it", code="body_too_complex"
             )
 
 

@@ -6,6 +6,7 @@ finish, then the process ends. A second signal ends it without waiting.
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -96,6 +97,7 @@ async def _live(
         await register_prefixes(engine, settings, prefixes)
         report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
+    gc.freeze()  # what is loaded stays; scanning it would delay requests
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
     await asyncio.Event().wait()
 
