@@ -15,6 +15,9 @@ from tests.scheduler.fake_runner import (
     alone,
 )
 
+WINDOWS = [(0,), (0,), (0,), (3,), (1,), (9,), (0, 4), (0, 30), (0, 1, 8), (0, 0, 5), (6, 6, 2)]
+"""Windows of KV groups: smaller than a block, equal to one, larger than one, larger than a prompt, and mixes."""
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests of every kind come, go and are preempted; each gets the tokens it would get alone."""
@@ -36,6 +39,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures=st.sampled_from([0, 0, 1, 5]),
         policy=st.sampled_from(list(SCHEDULING_POLICIES)),
         admission=st.sampled_from(list(ADMISSIONS)),
+        windows=st.sampled_from(WINDOWS),
+        num_snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
     )
     def start(
         self,
@@ -50,6 +55,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures: int,
         policy: str,
         admission: str,
+        windows: tuple[int, ...],
+        num_snapshots: int | None,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -58,11 +65,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + more_budget,
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
-            guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
+            guesses=Guesses(num_blocks, longest_draft) if longest_draft and num_snapshots is None else None,
             overlaps=overlaps,
             num_failures=num_failures,
             policy=policy,
             admission=admission,
+            windows=windows if num_snapshots is None else (0,),
+            num_snapshots=num_snapshots,
         )
         self.num_requests = 0
 

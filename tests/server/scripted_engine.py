@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import quire
+from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.limits import check_prompt_length
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
+from quire.model_config import ModelConfig
 from quire.outputs import (
     AgeQuantiles,
     CompletionOutput,
@@ -39,6 +43,7 @@ class LocalTemplate:
 
     def __init__(self) -> None:
         self._template = ChatTemplate.from_folder(BUNDLED)
+        self.source = self._template.source
 
     async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return await asyncio.to_thread(lambda: self._template.render(messages, **options))
@@ -66,7 +71,12 @@ class ScriptedEngine:
     endless: bool = False
     """Repeat the answer until the request is closed."""
     fail_at: int | None = None
-    """Index of the token at which the sample fails."""
+    """Index of the token at which samples fail."""
+    fails: tuple[int, ...] | None = None
+    """Indices of the samples that fail there; None: all."""
+    failure: str = "the logits were not finite"
+    stops_at: str | None = None
+    """The stop string that the last token completes."""
     raises: Exception | None = None
     """Raised by every request in place of token `raises_at`."""
     raises_at: int = 0
@@ -75,6 +85,7 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     default_params: dict[str, Any] = field(default_factory=dict)
@@ -149,6 +160,26 @@ class ScriptedEngine:
             self.num_running -= 1
             self.num_closed_early += not finished
 
+    async def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> EmbeddingRequestOutput:
+        """The vector [number of tokens, 3, 4, 0]."""
+        assert isinstance(prompt, list), "the server tokenises"
+        kept = (
+            prompt if truncate_prompt_tokens is None else prompt[-(truncate_prompt_tokens % (self.max_model_len + 1)) :]
+        )
+        check_prompt_length(len(kept), self.max_model_len, num_output=0)
+        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, ""))
+        vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
+        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
+
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
         tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)
         limit = params.max_tokens or len(tokens)
@@ -168,14 +199,19 @@ class ScriptedEngine:
             metrics.last_token_time = time.monotonic()
             token, last = tokens[at % len(tokens)], at == length - 1
             output = RequestOutput("r", None, prompt, [], finished=last, num_cached_tokens=2, metrics=metrics)
+            failing = range(params.n) if self.fails is None else self.fails
             for index in range(params.n):
+                if self.fail_at is not None and at > self.fail_at and index in failing:
+                    continue
                 sample = CompletionOutput(index, bundled_tokenizer().id_to_text(token), [token])
                 if params.logprobs is not None:
                     sample.logprobs = [self._position(token, params.logprobs)]
                 if last:
                     sample.finish_reason = "stop" if length < limit or params.max_tokens is None else "length"
-                if at == self.fail_at:
-                    sample.finish_reason, sample.error = "error", "the logits were not finite"
+                if last and self.stops_at is not None:
+                    sample.stop_reason = self.stops_at
+                if at == self.fail_at and index in failing:
+                    sample.finish_reason, sample.error = "error", self.failure
                 output.outputs.append(sample)
             self.num_tokens += params.n
             yield output

@@ -42,8 +42,8 @@ from quire.engine.metrics import Metrics
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
-from quire.engine.tokenizer import Tokenizer, load_tokenizer
-from quire.errors import EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
+from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.request import Task
@@ -102,8 +102,12 @@ class AsyncLLM:
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
         if self.tokenizer is not None:
             await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
-        self.chat_template = ChatTemplateProcess(folder)
-        self.chat_template.warm()
+        try:
+            self.chat_template = ChatTemplateProcess(folder, report=self._report)
+            self.chat_template.warm()
+        except CheckpointError as error:
+            # The model can still complete texts.
+            self._report(f"no chat: {error}")
         self._streams = RequestStreams(self.tokenizer, self._client.send)
         self._inputs = InputProcessor(
             self._model_config,
@@ -112,7 +116,7 @@ class AsyncLLM:
             max_logprobs=self.config.max_logprobs,
             seed=self.config.seed,
         )
-        self._report(f"tokenizer: {time.perf_counter() - started:.2f} s")
+        self._report(describe_tokenizer(self.tokenizer, time.perf_counter() - started))
         self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.

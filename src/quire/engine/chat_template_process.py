@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from quire.engine.chat_template import read_sources
 from quire.engine.expendable import Expendable
 from quire.engine.messages import LoadTemplate, Rendered, RenderMessages, decode_from_renderer
 from quire.errors import EngineUnavailableError, QueueFullError, RequestError
@@ -25,8 +26,13 @@ ANSWER_SECONDS = 30.0
 class ChatTemplateProcess:
     """The templates of one model folder. Each thread of `NUM_PROCESSES` owns a process, which starts when needed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, report: Callable[[str], None] = logger.error) -> None:
+        """`report` gets what is wrong with a template. Raises `CheckpointError` for a folder that cannot be read."""
+        sources, _ = read_sources(folder)
+        self.source = sources.get("tool_use") or sources.get("default") or ""
+        """The text of the template, the one for tools if there are several."""
         self._folder = folder
+        self._report = report
         self._idle = [self._make() for _ in range(NUM_PROCESSES)]
         self._all = tuple(self._idle)
         self._threads = ThreadPoolExecutor(NUM_PROCESSES, thread_name_prefix="quire-chat-template")
@@ -67,7 +73,7 @@ class ChatTemplateProcess:
             with contextlib.suppress(EngineUnavailableError):
                 answer = process.start()
                 if answer is not None and answer.error is not None:
-                    logger.error("there is no chat: %s", answer.error)
+                    self._report(f"no chat: {answer.error}")
         finally:
             self._idle.append(process)
 

@@ -14,17 +14,21 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
+
 A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
 Variant = tuple[int, ...]
@@ -40,10 +44,15 @@ class KVLayer:
 
     keys: Tensor
     values: Tensor
+    """In a latent layer a view of the last elements of every key (`Kernels.latent_layer`)."""
     k_scale: Tensor | None = None
     """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
     v_scale: Tensor | None = None
     """The same for values; set if and only if `k_scale` is."""
+    is_latent: bool = field(default=False, kw_only=True)
+    """Only keys are stored and written."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class AttentionParams:
     """If above 0, a score s becomes softcap * tanh(s / softcap)."""
     alibi_slopes: Tensor | None = None
     """[num_heads] float32: slope * (key position - query position) is added to each score."""
+    sinks: Tensor | None = None
+    """[num_heads] float32: one more score in the softmax of every token, whose key has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class CpuAttentionPlan(AttentionPlan):
     merges: Tensor
     """[num_merges, 4]: runs of tokens with partial results; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
-    """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
+    """[num_rows, value_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
     """The number of threads that the work was balanced for."""
 
@@ -108,6 +119,81 @@ class OutputTokens:
     """[R], R > 0: rows of the step's T tokens, ascending; the last few or none of each sequence."""
     plan: AttentionPlan | None
     """A plan for these tokens alone; None: the last layer attends with all tokens, then selects these rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """Recurrent state of one layer, an entry for each state slot. float32, since rounding would add up."""
+
+    conv: Tensor
+    """[num_slots, width - 1, channels]: the latest inputs of the causal convolution, the oldest first."""
+    recurrent: Tensor
+    """[num_slots, num_heads, key_dim, value_dim]"""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvRows:
+    """Where a step's tokens lie in one array in which width - 1 older inputs stand before each sequence's tokens.
+
+    The array has T + B * (width - 1) rows; every tensor here holds rows of it.
+    """
+
+    tokens: Tensor
+    """[T]: the row of each new token."""
+    before: Tensor
+    """[B * (width - 1)]: the rows of the older inputs."""
+    after: Tensor
+    """[B * (width - 1)]: the latest inputs once the step has ended."""
+    saved: Tensor
+    """[M * (width - 1)]: the latest inputs at each save."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRound:
+    """Chunks first to end of a step: one of each sequence that has as many, so they can be computed together."""
+
+    first: int
+    end: int
+    slots: Tensor
+    """[end - first]: the state slot of each chunk's sequence."""
+    saved: Tensor
+    """Indices, from `first` on, of chunks after which the state is also saved."""
+    save_slots: Tensor
+    """The slots that it is saved to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
+
+    rows: Tensor
+    """[N, C]: the token at each place; 0 for padding, which follows a chunk's tokens."""
+    padding: Tensor
+    """[N, C] bool."""
+    tokens: Tensor
+    """Every token in a chunk, and in `places` its index into the N * C places."""
+    places: Tensor
+    rounds: Sequence[ChunkRound]
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentPlan:
+    """The recurrent layers of one step. All tensors are on the device, int64. `quire.attention.recurrence` makes it."""
+
+    query_start_loc: Tensor
+    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
+    slots: Tensor
+    """[B]: the state slot of each sequence, whose state the step replaces."""
+    saves: Tensor
+    """[M, 3]: (sequence, number of its new tokens, slot): its state after so many of them is also written to the
+    slot."""
+    conv: ConvRows
+    steps: Tensor
+    """Sequences of one token that save nothing."""
+    step_rows: Tensor
+    """Their tokens."""
+    chunks: Chunks | None
+    """The others; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +216,57 @@ class QuantizedWeight:
 PackedWeight = Tensor | QuantizedWeight
 """Result of `pack_linear` or `quantize_linear`."""
 
+MXFP4_BLOCK = 32
+"""Inputs that share a scale in MXFP4."""
+
+
+class Mxfp4Matrix(NamedTuple):
+    """A matrix [N, K] in MXFP4, as checkpoints store it: numbers of 4 bits (e2m1), and a power of two for each block of
+    32 inputs."""
+
+    blocks: Tensor
+    """[N, K / 32, 16] uint8: two inputs a byte, the first in the low half."""
+    scales: Tensor
+    """[N, K / 32] uint8: e, for 2^(e - 127)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Weight:
+    """Matrices in MXFP4 with the bits of their checkpoint, in a layout of the kernels' own."""
+
+    values: Tensor
+    scales: Tensor
+    rounds_rows: bool
+    """The rows that it is multiplied with are brought to 8 bits, as for `linear_quantized`."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
+"""One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
+ExpertWeight = PackedWeight | Mxfp4Weight
+"""Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The gated MLPs of all E experts of a layer, each of I inner elements."""
+
+    gate_up: ExpertWeight
+    """[2 I, H] each: the gate, then what it multiplies."""
+    down: ExpertWeight
+    """[H, I] each, stored like `gate_up`."""
+    gate_up_bias: Tensor | None
+    """[E, 2 I] float32"""
+    down_bias: Tensor | None
+    """[E, H] float32"""
+    num_experts: int
+    num_inner: int
+    activation: str
+    """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
+
 
 class Allocate(Protocol):
     """Returns zeroed memory for a packed weight: `torch.zeros`, or memory that the caller has reserved."""
@@ -147,6 +284,10 @@ class Packing(Protocol):
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
 
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
+    ) -> ExpertWeight: ...
+
 
 class Kernels(Packing, Protocol):
     """The operations of one device; a module satisfies it. `reference` specifies what each computes."""
@@ -158,6 +299,10 @@ class Kernels(Packing, Protocol):
     def kv_cache_shapes(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
     ) -> tuple[KVShape, KVShape]: ...
+
+    def latent_layer(self, keys: Tensor, value_dim: int) -> KVLayer:
+        """The layer whose keys are `keys`, of a shape of `kv_cache_shapes`, and whose values are part of them."""
+        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
@@ -174,6 +319,21 @@ class Kernels(Packing, Protocol):
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Tensor) -> None: ...
 
     def paged_attention(self, q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor: ...
+
+    def causal_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan
+    ) -> Tensor: ...
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor | None,
+        state: StateLayer,
+        plan: RecurrentPlan,
+    ) -> Tensor: ...
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
@@ -193,6 +353,8 @@ class Kernels(Packing, Protocol):
     def glu_linear(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
+
+    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

@@ -12,6 +12,7 @@ from quire.scheduler.decode_batch import DecodeBatch
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
+from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
@@ -29,6 +30,7 @@ class RequestQueues:
         rules: SequenceOf[AdmissionRule],
         offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
+        states: RecurrentStates | None = None,
     ) -> None:
         """`lengths` and `rules` are notified when groups start, are preempted or end."""
         self.by_id: dict[str, SequenceGroup] = {}
@@ -47,6 +49,8 @@ class RequestQueues:
         self._rules = rules
         self._offload = offload
         self._prefixes = prefixes
+        self.states = states
+        """None without recurrent layers."""
         self.num_preemptions = 0
         """Since the start."""
 
@@ -109,6 +113,20 @@ class RequestQueues:
             self._rows_now = self.rows.copy()
         return self._rows_now
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let a sequence without memory go on from where another one is."""
+        child.table = parent.table.fork()
+        child.advance(parent.num_computed_tokens)
+        if self.states is not None:
+            self.states.fork(parent, child)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take the memory of a sequence whose tokens nobody will ask for; it keeps its row."""
+        sequence.discard_computed()
+        if self.states is not None:
+            self.states.release(sequence)
+        sequence.table.free()
+
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group. It waits, at the place that its arrival gives it."""
         for sequence in (*group.sequences, *group.idle_beams):
@@ -149,6 +167,8 @@ class RequestQueues:
             self.remove_from_decode_batch(sequence)
         if self._offload is not None:
             self._offload.cancel(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:

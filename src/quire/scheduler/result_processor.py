@@ -7,6 +7,7 @@ fork. Sequences that have ended leave. The only decision made here is whether a 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from quire.errors import BEAMS_MISSING
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
@@ -24,8 +25,8 @@ from quire.step import RowFork, StepPlan, StepResult, TokenLogprobs
 
 _ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
 
-ForkedTable = tuple[int, int, list[int]]
-"""A table that forked, as in `StepPlan.new_blocks`."""
+TableEntries = tuple[int, int, int, list[int]]
+"""Entries of a table that forked, as in `StepPlan.new_blocks`."""
 
 
 @dataclass(slots=True)
@@ -57,10 +58,10 @@ class ResultProcessor:
         self._offload = offload
         self._prefixes = prefixes
         self._totals = totals
-        self._forked: list[ForkedTable] = []
+        self._forked: list[TableEntries] = []
         self._row_forks: list[RowFork] = []
 
-    def take_forks(self) -> tuple[list[ForkedTable], list[RowFork]]:
+    def take_forks(self) -> tuple[list[TableEntries], list[RowFork]]:
         """Tables that forked and beams that went on since the last call, for the next plan."""
         forked, row_forks = self._forked, self._row_forks
         self._forked, self._row_forks = [], []
@@ -158,6 +159,7 @@ class ResultProcessor:
             sequence.advance(end)
             if end % block_size < count:  # a block was filled
                 sequence.table.hash_full_blocks(sequence.token_ids, end)
+                sequence.table.give_back(end)
             group = sequence.group
             if start < group.num_prompt_tokens:
                 self._totals.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
@@ -203,11 +205,10 @@ class ResultProcessor:
         for sequence in group.sequences[1:]:
             if sequence.num_computed_tokens:
                 continue  # it started with another leader
-            if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
+            if sequence.num_output_tokens and self._lookup.has_output(sequence, forked):
                 continue
-            sequence.table = group.leader.table.fork()
-            sequence.start_from_table()
-            self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
+            self._queues.fork(group.leader, sequence)
+            self._forked += sequence.table.entries(sequence.row, 0)
             forked.append(sequence)
 
     def _report_prompts(
@@ -314,8 +315,7 @@ class ResultProcessor:
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
-                parent.table.free()
-                parent.discard_computed()
+                self._queues.discard(parent)
                 parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
@@ -325,10 +325,9 @@ class ResultProcessor:
                 chosen.remove(place)  # the best child goes on in its parent's place
             else:
                 beam = group.idle_beams.pop()
-                beam.table = parent.table.fork()
-                beam.advance(parent.num_computed_tokens)
+                self._queues.fork(parent, beam)
                 beam.token_ids = parent.token_ids.copy()
-                self._forked.append((beam.row, 0, beam.table.blocks.copy()))
+                self._forked += beam.table.entries(beam.row, 0)
             beams.append(beam)
             self._row_forks.append(RowFork(beam.row, parent.row, token_id))
         for beam, (_, token_id) in zip(beams, survivors, strict=True):
@@ -347,7 +346,7 @@ class ResultProcessor:
             delta.stop_reason = hypothesis.stop_reason
             self._totals.total_generated_tokens += len(hypothesis.token_ids)
         for delta in deltas[len(found) :]:
-            delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
+            delta.error = f"{BEAMS_MISSING} {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
         self._queues.drop_all(group)
         return deltas
@@ -370,6 +369,8 @@ class ResultProcessor:
         sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
+        if self._queues.states is not None:
+            self._queues.states.forget(sequence)
         sequence.discard_computed()
 
 

@@ -8,6 +8,7 @@ everything after a preemption.
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
+from quire.kv_cache.states import NO_STATE
 from quire.outputs import PrefixMiss
 from quire.request import Request, Task
 from quire.scheduler.beam_search import BeamSearch
@@ -30,6 +31,7 @@ class Sequence:
         "index",
         "row",
         "sample",
+        "state",
         "table",
         "token_ids",
         "was_reported",
@@ -47,6 +49,8 @@ class Sequence:
         """Prompt and output. A last entry of ~row stands for a token that is not known yet (`LookAhead`)."""
         self._num_computed_tokens = 0
         self.row = NO_ROW
+        self.state = NO_STATE
+        """Slot of its recurrent state, in models that have one."""
         self.drafts: SequenceDrafts | None = None
         """Set while it runs and speculation is on."""
         self.in_decode_batch = False
@@ -237,9 +241,12 @@ class SequenceGroup:
             return False
         return sequence is not self.sequences[0] or not self.lacks_prompt_logprobs
 
-    def max_blocks(self, block_size: int) -> int:
-        """The most blocks that the group can ever hold: the prompt's full blocks once, the rest per sample."""
-        shared = self.num_prompt_tokens // block_size
+    def max_blocks(self, pool: BlockPool) -> int:
+        """The most blocks that the group needs at once: the prompt's full blocks once, the rest per sample. In a window
+        group each sample needs the blocks that a token sees."""
+        shared = self.num_prompt_tokens // pool.block_size
         # The last sampled token is never computed, so it needs no slot; a vector has none.
-        longest = -(-(self.num_prompt_tokens + self.max_results - 1) // block_size)
-        return shared + self.num_rows * (longest - shared)
+        num_tokens = self.num_prompt_tokens + self.max_results - 1
+        longest = -(-num_tokens // pool.block_size)
+        all_positions = shared + self.num_rows * (longest - shared)
+        return sum(min(all_positions, self.num_rows * seen) for seen in pool.most_blocks_by_group(num_tokens))

@@ -3,9 +3,11 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
+from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
 
@@ -13,6 +15,8 @@ from quire.sampling_params import SamplingParams
 class ChatRenderer(Protocol):
     """The model's chat template; `quire.engine.chat_template.ChatTemplate.render` without blocking the event loop."""
 
+    @property
+    def source(self) -> str: ...
     async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str: ...
 
 
@@ -32,6 +36,8 @@ class Engine(Protocol):
     @property
     def model_names(self) -> list[str]: ...
     @property
+    def model_config(self) -> ModelConfig: ...
+    @property
     def max_model_len(self) -> int: ...
     @property
     def default_params(self) -> Mapping[str, Any]: ...
@@ -50,6 +56,17 @@ class Engine(Protocol):
         workload: str = "",
         timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    async def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> EmbeddingRequestOutput: ...
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
     async def memory_report(self) -> MemoryReport: ...

@@ -1,23 +1,25 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
 import gc
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import inf
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError, RequestError
+from quire.errors import EngineUnavailableError
 from quire.server.auth import Client
 from quire.server.backend import Engine
-from quire.server.errors import Refusal
+from quire.server.decoding import decode_json, unknown_fields
+from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
 from quire.server.limits import check_shape, read_body
+from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import DONE, send_events, while_connected
+from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -40,16 +42,24 @@ class RequestContext:
     receive: Receive
     send: Send
     client: Client
+    services: Services
 
     async def read(self, body_type: type[T]) -> T:
-        """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it."""
+        """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it.
+
+        Fields that the type does not have are ignored; a header of the response names them.
+        """
         body = await read_body(self.scope, self.receive, self.settings)
         check_shape(body)
         gc.disable()  # it would scan every object for each few hundred that are made
         try:
-            return decode_json(body, body_type)
+            decoded = decode_json(body, body_type)
+            names = unknown_fields(body, body_type)
         finally:
             gc.enable()
+        if names:
+            self.scope["state"]["warning"] = self.services.warnings.note(self.scope["path"], body_type, names)
+        return decoded
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
@@ -73,15 +83,20 @@ class RequestContext:
         """Answer with the JSON of the value that `work` returns. `work` is cancelled if the client leaves."""
         await self.reply(await while_connected(self.receive, work))
 
-    async def stream(
-        self, events: AsyncGenerator[bytes, None], *, failure: Callable[[RequestError], bytes], done: bytes = DONE
-    ) -> None:
-        """Answer with server-sent events. `events` is closed if the client leaves or stops reading.
+    async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
+        """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
+        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
 
-        `failure` makes the event for an error after the first event; `done` ends the stream.
-        """
-        timeout = self.settings.stall_timeout
-        await while_connected(self.receive, send_events(self.send, events, timeout, failure=failure, done=done))
+    @property
+    def path_params(self) -> Mapping[str, str]:
+        """The parts of the path that the route names."""
+        params: Mapping[str, str] = self.scope["path_params"]
+        return params
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The parameters behind the path's question mark."""
+        return dict(parse_qsl(self.scope["query_string"].decode("latin-1")))
 
     def timeout(self) -> float | None:
         """Seconds that the request may take: the header x-request-timeout, at most --request-timeout; None: no limit.
@@ -114,12 +129,23 @@ class RequestContext:
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 
     def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded."""
-        if self.engine.tokenizer is not None:
-            return self.engine.tokenizer
-        if self.engine.state == "loading":
+        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded, and `Refusal` if there is
+        none."""
+        tokenizer = self.tokenizer_if_any()
+        if tokenizer is None:
+            raise Refusal(
+                400,
+                "the model has no tokenizer, without which there is no text: /v1/completions takes token ids as "
+                "prompt, and returns them with return_token_ids",
+                code="no_tokenizer",
+            )
+        return tokenizer
+
+    def tokenizer_if_any(self) -> Tokenizer | None:
+        """The engine's tokenizer; None for a model without one. Raises `EngineUnavailableError` before it is loaded."""
+        if self.engine.tokenizer is None and self.engine.state == "loading":
             raise EngineUnavailableError(_UNAVAILABLE["loading"])
-        raise Refusal(400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer")
+        return self.engine.tokenizer
 
     def check_model(self, name: str | None) -> str:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served."""
@@ -149,25 +175,4 @@ class Endpoint:
     streams: bool = False
     public: bool = False
     """Needs no API key."""
-
-
-def decode_json(body: bytes, body_type: type[T]) -> T:
-    """`body` as `body_type`. Raises `Refusal` (400) that names the field at fault."""
-    try:
-        return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$")
-        raise Refusal(
-            400,
-            f"{place.strip('.`') or 'the body'}: {reason}",
-            code="invalid_type",
-            param=place.strip(".`") or None,
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise Refusal(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
-
-
-@lru_cache
-def _decoder(body_type: type) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(body_type)
+    errors: ErrorForm = OPENAI_ERRORS

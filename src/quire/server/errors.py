@@ -1,11 +1,15 @@
 """Errors of the HTTP layer, and OpenAI's error body, in which every error reaches the client."""
 
 import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 from starlette.exceptions import HTTPException
 
-from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import CLIENT_FAULTS, DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 
 logger = logging.getLogger("quire.server")
 
@@ -51,12 +55,41 @@ class Refusal(RequestError):
 
 
 class SampleFailedError(RequestError):
-    """A sample that failed by a fault of the engine, not of the client."""
-
-    status = 500
+    """A sample that failed while it was decoded: by a fault of the engine (500), or because the client's parameters
+    left it no token (400)."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, code="sample_failed")
+        by_client = message.startswith(CLIENT_FAULTS)
+        super().__init__(message, code="contradictory_parameters" if by_client else "sample_failed")
+        self.status = 400 if by_client else 500
+
+
+@contextmanager
+def naming(sent_names: Mapping[str, str]) -> Iterator[None]:
+    """Let a `RequestError` raised inside name fields as the client sent them: `sent_names` maps our names to those."""
+    try:
+        yield
+    except RequestError as error:
+        for name, sent in sent_names.items():
+            # Where a name is a common word, only the first word of a message is surely the field.
+            place = r"(?<![\w.-])" if "_" in name else "^"
+            error.message = re.sub(rf"{place}{name}(?![\w-])", sent, error.message)
+            error.param = sent if error.param == name else error.param
+        error.args = (error.message,)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorForm:
+    """How an endpoint writes errors."""
+
+    body: Callable[[RequestError, str], object]
+    """From the error and the request's id to the body of the reply."""
+    statuses: Mapping[int, int] = field(default_factory=dict)
+    """Other statuses than those of `RequestError`."""
+
+    def status(self, error: RequestError) -> int:
+        return self.statuses.get(error.status, error.status)
 
 
 def as_request_error(error: Exception) -> RequestError:
@@ -75,6 +108,9 @@ def error_body(error: RequestError) -> ErrorBody:
     return ErrorBody(ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
 
 
+OPENAI_ERRORS = ErrorForm(lambda error, _: error_body(error))
+
+
 def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
     """Response headers for `error`, such as Retry-After."""
     if isinstance(error, QueueFullError | EngineUnavailableError):
@@ -86,8 +122,6 @@ def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
 
 def _from_starlette(error: HTTPException) -> Refusal:
     headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
-    if error.status_code == 404:
-        return Refusal(404, "there is no such route; /docs lists them", code="route_not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return Refusal(405, f"this route takes {allowed}", code="method_not_allowed", headers=headers)

@@ -9,14 +9,14 @@ _STARTED = int(time.time())
 
 
 async def list_models(context: RequestContext) -> None:
-    context.tokenizer()  # max_model_len is known once the tokenizer is loaded
+    context.tokenizer_if_any()  # max_model_len is known once the tokenizer is loaded
     names = context.engine.model_names
     await context.reply(ModelList(data=[_card(context, name) for name in names]))
 
 
 async def get_model(context: RequestContext) -> None:
-    context.tokenizer()
-    await context.reply(_card(context, context.check_model(context.scope["path_params"]["model"])))
+    context.tokenizer_if_any()
+    await context.reply(_card(context, context.check_model(context.path_params["model"])))
 
 
 def _card(context: RequestContext, name: str) -> ModelCard:

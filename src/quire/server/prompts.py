@@ -11,11 +11,16 @@ from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.backend import ChatRenderer
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
+from quire.server.tools.plain_prompt import knows_tools, with_plain_tools
+from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
 
-TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
-"""Template variables that a request may set. The server sets the others."""
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+"""Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _CHARS_PER_MESSAGE = 16
 """Converting a message costs as much as tokenising so many characters."""
 _INLINE_CHARS = 8192
@@ -40,23 +45,25 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
 
 
 async def tokenize(
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[str | list[int]],
     *,
     add_special_tokens: bool,
     max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged.
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer.
 
     Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if tokenizer is None or not texts:
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
     most_chars = None if max_tokens is None else tokenizer.most_chars(max_tokens)
-    longest = max(map(len, texts), default=0)
+    longest = max(map(len, texts))
     if most_chars is not None and longest > most_chars:
         raise RequestError(
-            f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, this model's maximum "
-            "context length: the prompt is too long; shorten it or set truncate_prompt_tokens",
+            f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, but this model's maximum "
+            f"context length is {max_tokens} tokens: the prompt is too long; shorten it or set truncate_prompt_tokens",
             param="prompt",
             code="context_length_exceeded",
         )
@@ -72,6 +79,18 @@ def longest_prompt(params: SamplingParams, max_model_len: int) -> int | None:
     return max_model_len if params.truncate_prompt_tokens is None else None
 
 
+def truncated(
+    prompts: list[list[int]], params: SamplingParams, side: str | None, max_model_len: int
+) -> list[list[int]]:
+    """The prompts without the last tokens beyond `truncate_prompt_tokens`, if `side` is right. The engine removes
+    first tokens, for the side left."""
+    keep = params.truncate_prompt_tokens
+    if side != "right" or keep is None:
+        return prompts
+    keep = keep if keep > 0 else max(1, max_model_len - (params.max_tokens or 1))
+    return [prompt[:keep] for prompt in prompts]
+
+
 async def render(template: ChatRenderer | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
     """The prompt text for the messages of `request`. Raises `RequestError` if the template refuses them."""
     messages = request.messages or []
@@ -79,25 +98,55 @@ async def render(template: ChatRenderer | None, request: ChatCompletionRequest |
         raise RequestError(
             "the model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
         )
-    options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        options["reasoning_effort"] = request.reasoning_effort
-    if unknown := options.keys() - TEMPLATE_OPTIONS:
-        raise RequestError(
-            f"chat_template_kwargs holds {min(unknown)!r}; allowed are {', '.join(sorted(TEMPLATE_OPTIONS))}",
-            param="chat_template_kwargs",
-        )
-    plain = await off_loop(len(messages) * _CHARS_PER_MESSAGE, lambda: [_plain(message) for message in messages])
+    plain = await off_loop(
+        len(messages) * _CHARS_PER_MESSAGE, lambda: [_plain(message, index) for index, message in enumerate(messages)]
+    )
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
-    return await template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options)
+    choice = getattr(request, "tool_choice", None)
+    tools = request.tools if read_tools(request.tools, choice) is not None else None
+    variables = _variables(request)
+    if not knows_tools(template.source):
+        plain, tools = with_plain_tools(plain, tools), None
+    return await template.render(
+        plain,
+        add_generation_prompt=opens_answer,
+        continue_final_message=continued,
+        tools=tools,
+        documents=request.documents,
+        **variables,
+    )
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
+    """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that is taken."""
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+        if request.reasoning_effort == "none":
+            variables |= {"enable_thinking": False, "thinking": False}
+    given = request.chat_template_kwargs or {}
+    if taken := given.keys() & RESERVED_VARIABLES:
+        raise RequestError(
+            f"chat_template_kwargs holds {min(taken)!r}, which is a field of the request; set it there",
+            param="chat_template_kwargs",
+        )
+    return variables | given
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
     """The message as templates expect it: role "developer" renamed to "system", absent fields left out."""
+    if message.role not in ROLES:
+        raise RequestError(
+            f"messages[{index}].role is {message.role[:50]!r}; there is {', '.join(ROLES)}", param="messages"
+        )
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
+    if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
+        fields.setdefault("content", "")
+    if (reasoning := message.reasoning or message.reasoning_content) is not None:
+        fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
 
 

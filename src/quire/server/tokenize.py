@@ -44,6 +44,13 @@ async def detokenize_tokens(context: RequestContext) -> None:
     for token in (min(tokens, default=0), max(tokens, default=0)):
         if not 0 <= token < 2**31:
             raise RequestError(f"tokens holds {token}; token ids are from 0 to 2147483647", param="tokens")
+    last = max(tokens, default=0)
+    if last >= tokenizer.vocab_size:
+        unknown = next((token for token in set(tokens) if not tokenizer.token_bytes(token)), None)
+        if unknown is not None:
+            raise RequestError(
+                f"tokens holds {unknown}; the model's vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens"
+            )
     text = await off_loop(len(tokens), lambda: tokenizer.decode(tokens, skip_special_tokens=False))
     await context.reply(Detokenized(prompt=text))
 
