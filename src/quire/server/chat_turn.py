@@ -61,14 +61,13 @@ def _read_as(
     form: ReplyFormat, request: ChatCompletionRequest, params: SamplingParams, use: ToolUse | None, prompt: str
 ) -> tuple[SamplingParams, Callable[[], Reader]]:
     """The parameters with the constraint on the whole reply, and the maker of its readers."""
-    if request.continue_final_message:
-        form = ReplyFormat(form.tools, None, None) if use is None else form
-    starts_thinking = form.starts_thinking(prompt)
+    last = request.messages[-1].content
+    opening = form.opening(prompt, last if request.continue_final_message and isinstance(last, str) else None)
     constraint = constrain(
         form,
         use,
         params.structured_outputs,
-        starts_thinking=starts_thinking,
+        opening=opening,
         thinking_budget=request.thinking_token_budget,
     )
     if constraint is not params.structured_outputs:
@@ -80,7 +79,7 @@ def _read_as(
     options = ReadingOptions(
         form,
         use,
-        starts_thinking=starts_thinking,
+        opening=opening,
         shows_reasoning=request.include_reasoning is not False,
         hides_special_tokens=params.skip_special_tokens,
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quire.server.tools.events import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallBegin, ToolCallEnd
 from quire.server.tools.formats import TOOL_FORMATS, ToolFormat
+from quire.server.tools.reader import Opening
 from tests.server.tools.reading import content, marked_tokenizer, message, read_pieces, read_tokens, reader, use
 from tests.server.tools.replies import PARIS, REPLIES
 
@@ -88,7 +89,7 @@ def test_tagged_values_become_json(city: str, days: int, data: st.DataObject) ->
 
 
 def test_events_come_while_the_call_is_written() -> None:
-    made = reader("qwen3_coder", "think", starts_thinking=True)
+    made = reader("qwen3_coder", "think", opening=Opening.OPEN)
     steps = [
         "Hm",
         "</think>\n",

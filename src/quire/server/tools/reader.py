@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 from quire.engine.tokenizer import Tokenizer
@@ -30,9 +31,31 @@ class ReplyFormat:
         self.encoded_tools: ToolFormat | Channels | None = None if tools is None else _mapped(tools, self.marks)
         self.encoded_thinking: Thinking | Channels | None = None if thinking is None else _mapped(thinking, self.marks)
 
-    def starts_thinking(self, prompt: str) -> bool:
-        """True if the prompt ends where the reasoning has been opened. Only its end counts, not earlier turns."""
-        return isinstance(self.thinking, Thinking) and prompt.rstrip().endswith(self.thinking.open.strip())
+    def opening(self, prompt: str, continued: str | None = None) -> "Opening":
+        """What `prompt` says about the reasoning of the reply. Only its end counts, not earlier turns.
+
+        `continued` is the text of the message that the reply continues, if it is not a new one.
+        """
+        if not isinstance(self.thinking, Thinking):
+            return Opening.FREE
+        begin, end = self.thinking.open.strip(), self.thinking.close.strip()
+        if continued is not None:
+            if begin not in continued and end not in continued:
+                return Opening.FREE
+            return Opening.OPEN if continued.rfind(begin) > continued.rfind(end) else Opening.CLOSED
+        tail = prompt.rstrip()
+        return Opening.OPEN if tail.endswith(begin) else Opening.CLOSED if tail.endswith(end) else Opening.FREE
+
+
+class Opening(Enum):
+    """Where the reasoning stands when the reply begins."""
+
+    OPEN = "open"
+    """The prompt has opened it: the reply begins inside."""
+    CLOSED = "closed"
+    """The prompt holds all of it, often nothing."""
+    FREE = "free"
+    """The model may open it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +65,7 @@ class ReadingOptions:
     form: ReplyFormat
     use: ToolUse | None
     """The tools; None reads no calls."""
-    starts_thinking: bool = False
+    opening: Opening = Opening.FREE
     shows_reasoning: bool = True
     hides_special_tokens: bool = True
 
@@ -84,7 +107,7 @@ class _Parser:
     """The grammar of a reply: reasoning, text and calls, in any order."""
 
     def __init__(self, scan: Scanner, output: Output, options: ReadingOptions) -> None:
-        self.thinking = options.starts_thinking
+        self.thinking = options.opening is Opening.OPEN
         self.may_return = False
         """The scan may go back to an earlier position, because a call may turn out to be text."""
         self._scan = scan
@@ -99,7 +122,7 @@ class _Parser:
         self._think_open = thinking.open.strip() if isinstance(thinking, Thinking) else ""
         self._think_close = thinking.close.strip() if isinstance(thinking, Thinking) else ""
         self._openers = tuple(mark.strip() for mark in self._tools.openers) if self._tools is not None else ()
-        self._has_thought = options.starts_thinking
+        self._has_thought = options.opening is not Opening.FREE
 
     def run(self) -> Scan[None]:
         """Read the whole reply."""
