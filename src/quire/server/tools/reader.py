@@ -85,6 +85,7 @@ class ReplyReader:
             decode=form.marks.decode,
             id_style=row.id_style if isinstance(row, ToolFormat) else "call",
             shows_reasoning=options.shows_reasoning,
+            on_call=self._scan.unpin,
         )
         self._parser = _Parser(self._scan, self._output, options)
         self._steps = self._parser.run()
@@ -92,8 +93,7 @@ class ReplyReader:
     def read(self, text: str, token_ids: Sequence[int], *, finished: bool) -> list[Event]:
         """The events that the next piece completes."""
         was_thinking = self._parser.thinking
-        if not self._parser.may_return:
-            self._scan.forget()
+        self._scan.forget()
         self._scan.feed(self._finder.read(text, token_ids, finished=finished))
         self._scan.ended = finished
         if next(self._steps, self) is self or finished:
@@ -108,8 +108,6 @@ class _Parser:
 
     def __init__(self, scan: Scanner, output: Output, options: ReadingOptions) -> None:
         self.thinking = options.opening is Opening.OPEN
-        self.may_return = False
-        """The scan may go back to an earlier position, because a call may turn out to be text."""
         self._scan = scan
         self._output = output
         self._channels = next(
@@ -146,12 +144,10 @@ class _Parser:
 
     def _opens_thinking(self) -> Scan[bool]:
         """True if the reply begins with the mark that opens the reasoning. Reads nothing."""
-        start = self._scan.position
-        self.may_return = True
+        start = self._scan.pin()
         yield from self._scan.space()
         found = yield from self._scan.at(self._think_open)
-        self.may_return = False
-        self._scan.position = start
+        self._scan.back_to(start)
         return found
 
     def _text(self) -> Scan[str]:
@@ -194,25 +190,23 @@ class _Parser:
         """Read calls that stand at the beginning without a mark."""
         if self._tools is None or not self._tools.bare:
             return
-        start = self._scan.position
-        self.may_return = True
+        start = self._scan.pin()
         yield from self._scan.space()
-        if (yield from self._scan.peek()) not in ("{", "[") or not (yield from self._calls(known_only=True)):
-            self._scan.position = start
-        self.may_return = False
+        if (yield from self._scan.peek()) not in ("{", "[") or not (yield from self._calls(start, known_only=True)):
+            self._scan.back_to(start)
 
-    def _calls(self, *, known_only: bool = False) -> Scan[bool]:
-        """Read calls from their opener on. Returns False, and reads nothing, if it opens no call."""
+    def _calls(self, start: int | None = None, *, known_only: bool = False) -> Scan[bool]:
+        """Read calls from their opener on. Returns False if it opens no call; the scan is then back at `start`."""
         assert self._tools is not None
-        start = self._scan.position
-        self.may_return, self._output.known_only = True, known_only
+        start = self._scan.pin() if start is None else start
+        self._output.known_only = known_only
         try:
             yield from read_calls(self._scan, self._tools, self._output)
         except NotACallError:
-            self._scan.position = start
+            self._scan.back_to(start)
             return False
         finally:
-            self.may_return = False
+            self._scan.unpin()
         self._output.mark()
         return True
 
