@@ -45,6 +45,8 @@ class ChatTemplate:
         """`sources` maps names ("default", "tool_use", …) to Jinja texts; errors call them `origin`."""
         self.source = sources.get("tool_use") or sources.get("default") or ""
         """The template that requests with tools are rendered with; empty if there is none."""
+        self.response_template = ""
+        """The tokenizer's description of replies, as JSON; empty if it has none."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
@@ -64,7 +66,11 @@ class ChatTemplate:
     def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
         """From chat_template.jinja, else from tokenizer_config.json. Without both, `render` refuses."""
         sources, origin = _read_sources(Path(folder))
-        return cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
+        template = cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
+        response_template = read_json(Path(folder) / "tokenizer_config.json").get("response_template")
+        if isinstance(response_template, dict):
+            template.response_template = json.dumps(response_template, ensure_ascii=False)
+        return template
 
     def render(
         self,

@@ -53,8 +53,13 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest) -> 
 def _reply_format(context: RequestContext) -> ReplyFormat:
     """How the model writes calls and reasoning, unless the settings say it."""
     template, settings = context.engine.chat_template, context.settings
-    source = "" if template is None else template.source
-    return find_format(source, context.tokenizer(), settings.tool_call_parser, settings.reasoning_parser)
+    return find_format(
+        "" if template is None else template.source,
+        context.tokenizer(),
+        settings.tool_call_parser,
+        settings.reasoning_parser,
+        "" if template is None else template.response_template,
+    )
 
 
 def _read_as(
