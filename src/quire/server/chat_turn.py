@@ -7,6 +7,9 @@ Every endpoint that continues a conversation builds a `ChatCompletionRequest`, m
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
+
+from msgspec import structs
 
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
@@ -34,23 +37,56 @@ class ChatTurn:
     """Makes the reader of each choice; see `Answer.reader`."""
 
 
-async def chat_turn(context: RequestContext, request: ChatCompletionRequest) -> ChatTurn:
-    """The turn that `request` asks for. Raises `RequestError` if it cannot be served."""
+async def fitting_turn(
+    context: RequestContext, request: ChatCompletionRequest, *, truncates: bool, clips_output: bool = False
+) -> ChatTurn:
+    """The turn of `request`; with `truncates`, without the older half of its messages as often as they do not fit.
+    System messages stay."""
+    while True:
+        try:
+            return await chat_turn(context, request, clips_output=clips_output)
+        except RequestError as error:
+            kept = [message for message in request.messages if message.role in ("system", "developer")]
+            others = [message for message in request.messages if message not in kept]
+            if not truncates or error.code != "context_length_exceeded" or len(others) < 2:
+                raise
+            request = structs.replace(request, messages=[*kept, *others[(len(others) + 1) // 2 :]])
+
+
+class ChatPrompt(NamedTuple):
+    """The prompt of a turn."""
+
+    text: str
+    token_ids: list[int]
+
+
+async def chat_prompt(context: RequestContext, request: ChatCompletionRequest, num_samples: int = 1) -> ChatPrompt:
+    """The prompt for the messages of `request`. Raises `RequestError` if the template refuses them."""
+    text = await render(context.engine.chat_template, request)
+    check_work([text], num_samples, context.settings, param="messages")
+    (token_ids,) = await tokenize(context.tokenizer(), [text], add_special_tokens=request.add_special_tokens or False)
+    return ChatPrompt(text, token_ids)
+
+
+async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, clips_output: bool = False) -> ChatTurn:
+    """The turn that `request` asks for. Raises `RequestError` if it cannot be served. With `clips_output` a limit
+    beyond the context becomes what the context holds."""
     check_available(request)
-    engine, tokenizer = context.engine, context.tokenizer()
+    engine = context.engine
     params = chat_params(request, engine.default_params)
     use = read_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
-    text = await render(engine.chat_template, request)
-    check_work([text], params.num_samples, context.settings, param="messages")
-    prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
-    prompts = truncated(prompts, params, request.truncation_side, engine.max_model_len)
+    text, token_ids = await chat_prompt(context, request, params.num_samples)
+    prompts = truncated([token_ids], params, request.truncation_side, engine.max_model_len)
+    room = engine.max_model_len - len(prompts[0])
+    if clips_output and params.max_tokens is not None and 0 < room < params.max_tokens:
+        params = params.with_changes(max_tokens=room)
     with naming(sent_names(request)):
         check_lengths(prompts, params, engine.max_model_len, param="messages")
-    params, reader = _read_as(_reply_format(context), request, params, use, text)
+    params, reader = _read_as(reply_format(context), request, params, use, text)
     return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), reader)
 
 
-def _reply_format(context: RequestContext) -> ReplyFormat:
+def reply_format(context: RequestContext) -> ReplyFormat:
     """How the model writes calls and reasoning, unless the settings say it."""
     template, settings = context.engine.chat_template, context.settings
     return find_format(

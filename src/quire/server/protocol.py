@@ -151,7 +151,7 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
     suffix: str | None = None
-    """Not available; refused unless empty."""
+    """Text after the gap that the completion fills, for models with tokens for it."""
     logprobs: int | None = None
 
 

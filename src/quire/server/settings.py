@@ -45,6 +45,19 @@ class ServerSettings:
     """Maximum characters in the prompts of one request."""
     max_samples: int = 1024
     """Maximum samples of one request: prompts × n."""
+    batch_dir: str | None = None
+    """Folder that keeps uploaded files, batches and their answers; /v1/files and /v1/batches need it."""
+    batch_dir_size: int = 10 * 2**30
+    """Maximum bytes of all files there, e.g. 10GiB."""
+    batch_concurrency: int = 64
+    """Requests of batches in the engine at once."""
+    max_file_size: int = 200 * 2**20
+    """Maximum bytes of an uploaded file. A larger one is answered with 413."""
+    responses_store: str | None = None
+    """SQLite file that keeps responses of /v1/responses, which later ones may continue. Default: in memory, until the
+    server ends."""
+    responses_store_size: int = 64 * 2**20
+    """Maximum bytes of kept responses, e.g. 64MiB. The oldest are removed when it is reached."""
     stall_timeout: float = 30.0
     """Disconnect a client that does not read its stream, or does not send its body, for this many seconds. 0: never."""
     shutdown_timeout: float = 30.0
@@ -56,13 +69,14 @@ class ServerSettings:
         for name in ("api_key", "allow_origins"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("max_body_size", "max_header_size"):
+        for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         for name, low, high in (
             ("port", 0, 65535),
             ("max_header_size", 1024, 2**24),
             ("max_prompt_chars", 1, 2**31),
             ("max_samples", 1, 2**20),
+            ("batch_concurrency", 1, 2**16),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
