@@ -68,7 +68,7 @@ class ChatTemplate:
         """From chat_template.jinja, else from tokenizer_config.json. Without both, `render` refuses."""
         sources, origin = _read_sources(Path(folder))
         template = cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
-        response_template = read_json(Path(folder) / "tokenizer_config.json").get("response_template")
+        response_template = read_optional(Path(folder) / "tokenizer_config.json").get("response_template")
         if isinstance(response_template, dict):
             template.response_template = json.dumps(response_template, ensure_ascii=False)
         return template

@@ -30,7 +30,7 @@ def test_replies_of_each_family(tools: str, thinking: str | None, text: str, exp
     assert content(read_tokens(reader(tools, thinking, tokenizer=marked_tokenizer()), text)) == expected
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(REPLIES), st.text("<>[]{}\"' \n\\tool_calé", max_size=20), st.lists(st.integers(0, 999)))
 def test_cutting_changes_nothing(reply: Any, noise: str, cuts: list[int]) -> None:
     tools, thinking, text, _ = reply
@@ -40,7 +40,7 @@ def test_cutting_changes_nothing(reply: Any, noise: str, cuts: list[int]) -> Non
     assert content(read_pieces(reader(tools, thinking), pieces(text, cuts))) == whole
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.lists(st.sampled_from(["<tool_call>", "{", '"name": ', "[", "ab", " ", "\n", "é", "</"])),
@@ -63,7 +63,7 @@ BODIES = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(BODIES)), st.dictionaries(st.text(max_size=5), values, max_size=3), st.booleans(), st.data()
 )
@@ -76,7 +76,7 @@ def test_any_arguments_come_through_unchanged(
     assert content(read_pieces(reader(tools), pieces(text, cuts))) == ("", "", [("weather", written)])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20), st.integers(), st.data())
 def test_tagged_values_become_json(city: str, days: int, data: st.DataObject) -> None:
     text = (
