@@ -98,7 +98,7 @@ class ChatTemplate:
             )
         chat = [plain_message(message, index) for index, message in enumerate(messages)]
         # What a client passes for the template hides none of these.
-        chosen = {
+        chosen: dict[str, Any] = {
             "tools": tools or None,
             "documents": documents or None,
             "add_generation_prompt": add_generation_prompt,
