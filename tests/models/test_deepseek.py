@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
@@ -143,6 +144,7 @@ def test_options_that_are_refused(family: str, change: dict[str, Any], message: 
 
 V2_LITE: dict[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
     "vocab_size": 102400,
     "hidden_size": 2048,
     "intermediate_size": 10944,
@@ -181,7 +183,58 @@ V2_LITE: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "eos_token_id": 100001,
 }
-"""What the published config.json says."""
+V3: dict[str, Any] = {
+    **V2_LITE,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_shared_experts": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "topk_method": "noaux_tc",
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "q_lora_rank": 1536,
+    "rope_scaling": {**V2_LITE["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 1.0},
+    "num_nextn_predict_layers": 1,
+}
+KIMI_K2: dict[str, Any] = {
+    **V3,
+    "vocab_size": 163840,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "rope_theta": 50000.0,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {**V3["rope_scaling"], "factor": 32, "beta_slow": 1.0, "beta_fast": 1.0},
+}
+"""What the published config.json files say, without their kinds of quantisation."""
+
+
+@pytest.mark.parametrize(
+    ("published", "total", "active"), [(V2_LITE, 15.7, 2.7), (V3, 671.0, 37.6), (KIMI_K2, 1026.4, 32.9)], ids=str
+)
+def test_published_models_are_counted(published: dict[str, Any], total: float, active: float, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    spec = ModelConfig.from_folder(tmp_path).spec
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    assert spec.num_parameters == theirs.num_parameters()
+    assert (round(spec.num_parameters / 1e9, 1), round(spec.num_active_parameters / 1e9, 1)) == (total, active)
 
 
 def test_a_token_of_v2_lite_takes_a_ninth_of_its_keys_and_values(tmp_path: Path) -> None:
@@ -189,6 +242,4 @@ def test_a_token_of_v2_lite_takes_a_ninth_of_its_keys_and_values(tmp_path: Path)
     config = ModelConfig.from_folder(tmp_path)
     expanded = 27 * 16 * (128 + 64 + 128) * 2
     assert expanded / config.spec.kv_bytes_per_token("bfloat16") == pytest.approx(8.9, abs=0.02)
-    assert config.spec.num_parameters == 15_706_484_224
-    assert round(config.spec.num_active_parameters / 1e9, 1) == 2.7
     assert config.context_length == 163840
