@@ -190,9 +190,11 @@ def test_packed_experts_keep_their_bits(tmp_path: Path) -> None:
 def test_packed_experts_beside_other_layers(dtype: str, tmp_path: Path) -> None:
     """Other layers are stored as asked; with int8 the experts' inputs are rounded to 8 bits as well."""
     folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
-    expected = expected_logits(pack_experts(folder), ids := prompt(50))
-    found = PagedModel(folder, dtype).step({0: ids})[0]
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    pack_experts(folder)
+    ids = prompt(50)
+    fast = PagedModel(folder, dtype).step({0: ids})[0]
+    slow = PagedModel(folder, dtype, kernels=reference).step({0: ids})[0]
+    assert (fast - slow).norm() < 1e-2 * slow.norm()
 
 
 def test_kernels_without_mxfp4_unpack_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
