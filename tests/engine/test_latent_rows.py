@@ -46,3 +46,17 @@ def test_the_plain_backend_serves_both(family: str, tmp_path: Path) -> None:
     expected = [tokens for tokens, _ in results(make_llm(folder), PROMPTS)]
     llm = make_llm(folder, attention_backend="sdpa", block_size=16)
     assert [tokens for tokens, _ in results(llm, PROMPTS)] == expected
+
+
+def test_rows_in_float8_have_a_scale(tmp_path: Path) -> None:
+    """No element overflows, and log-probabilities stay near those of a float32 cache."""
+    folder = make_checkpoint(tmp_path, "deepseek-v3")
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for dtype in ("float32", "fp8_e4m3"):
+        llm = make_llm(folder, attention_backend="sdpa", kv_cache_dtype=dtype)
+        (output,) = llm.generate([PROMPTS[2]], params)
+        assert output.prompt_logprobs is not None
+        found.append([next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry])
+    differences = [abs(a - b) for a, b in zip(*found, strict=True)]
+    assert 0 < sum(differences) / len(differences) < 0.1
