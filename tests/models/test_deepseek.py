@@ -9,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.attention import expansion
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
 from quire.model_config import ModelConfig
+from quire.models import latent_attention
 from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.expanded_attention import attend_expanded
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.model_config.test_published import PUBLISHED
@@ -52,6 +55,44 @@ def test_one_token_at_a_time(family: str, tmp_path: Path) -> None:
     ids = prompt(20)
     model = PagedModel(folder)
     assert_close(torch.cat([model.step({0: [token]})[0] for token in ids]), expected_logits(folder, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_chunks_make_keys_and_values(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over rows that are there and rows of the step, beside short sequences, whichever tokens are read."""
+    folder = make_checkpoint(tmp_path, family)
+    ids = prompt(240)
+    calls = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[1]))
+        return attend_expanded(*arguments)
+
+    monkeypatch.setattr(latent_attention, "attend_expanded", counted)
+    model = PagedModel(folder, kv_dtype=dtype)
+    found = [model.step({0: ids[:20], 1: ids[:3]})[0], model.step({1: ids[3:9], 0: ids[20:230], 2: ids[:200]})[0]]
+    assert calls == [210, 200] * 3
+    found.append(model.step({0: ids[230:]})[0])
+    tolerance = 2e-4 if dtype == torch.float32 else 0.3
+    assert_close(torch.cat(found), expected_logits(folder, ids), tolerance)
+    for read, replan in (({0: 1, 1: 2}, True), ({0: 1, 1: 2}, False), ({0: 200, 1: 4}, True)):
+        again = PagedModel(folder, kv_dtype=dtype)
+        again.step({0: ids[:20]})
+        part = again.step({0: ids[20:230], 1: ids[:9]}, read, replan=replan)
+        assert_close(part[0], torch.cat(found)[230 - read[0] : 230], 1e-4 if dtype == torch.float32 else 0.3)
+        assert len(part[1]) == read[1]
+
+
+def test_quantised_layers_make_keys_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path, "deepseek-v2")
+    ids = prompt(200)
+    expanded = PagedModel(folder, "int8").step({0: ids})[0]
+    monkeypatch.setattr(expansion, "MIN_NEW_TOKENS", 1000)
+    rows = PagedModel(folder, "int8").step({0: ids})[0]
+    assert 0 < (expanded - rows).norm() < 0.2 * rows.norm()
 
 
 @pytest.mark.parametrize("mscale", [0.0, 0.9])
