@@ -118,6 +118,11 @@ class BlockPool:
         """The same of all window groups together."""
         return self.most_blocks(num_tokens) - self.windows.count(0) * -(-num_tokens // self.block_size)
 
+    def blocks_after(self, num_tokens: int) -> int:
+        """Blocks of all KV groups that the token after `num_tokens` tokens reads."""
+        blocks = -(-num_tokens // self.block_size)
+        return sum(blocks - self.first_kept(group, num_tokens) for group in range(self.num_groups))
+
     def peak_blocks(self, num_tokens: int, chunk: int) -> int:
         """`most_blocks` while up to `chunk` tokens are computed in one step: a window group then holds the blocks of
         all of them beside those that the first of them sees."""
