@@ -63,7 +63,7 @@ class BlockPool:
         """Seconds at the last `set_time`; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
-        self.group_of = [0] * num_blocks
+        self.group_of = bytearray(num_blocks)
         """The KV group that last took the block."""
         self.total_given_back = 0
         """Blocks that sequences gave back while they ran, because no later token sees them."""
