@@ -3,7 +3,7 @@
 import itertools
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import MemoryReport
+from quire.outputs import MemoryReport, PrefixMiss
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.limits import SchedulerLimits
@@ -88,11 +88,11 @@ def test_where_prompts_were_found_and_why_not() -> None:
     steps.step()
     (request,) = steps.report().requests
     assert request.cached_tokens == {"device": 8}
-    assert request.miss == (2, "differs", None)
+    assert request.miss == PrefixMiss(2, "differs", None)
     steps.finish()
     steps.add("other salt", prompt, max_tokens=2, salt="x")
     steps.step()
-    assert steps.report().requests[0].miss == (0, "salt", None)
+    assert steps.report().requests[0].miss == PrefixMiss(0, "salt", None)
     steps.finish()
     steps.add("large", list(range(100, 146)), max_tokens=2)
     steps.finish()
