@@ -25,6 +25,7 @@ LEVELS = (
         "quantization",
         "kv_groups",
         "layer_spec",
+        "memory_stats",
         "model_config",
         "backends",
         "config",

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ from quire.engine.memory_budget import max_num_samples
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
-from quire.kernels import Kernels, kernels_for
-from quire.kernels.interface import Packing
+from quire.kernels import Kernels, KVLayer, kernels_for
+from quire.kernels.interface import KVShape, Packing
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.states import StatePool
 from quire.kv_cache.storage import KVCache, StateCache
@@ -193,13 +194,16 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
-    plan, row = target.plan, target.layout.row
+    plan, row, kernels = target.plan, target.layout.row, target.kernels
     recurrent = target.model_config.spec.recurrent_layers
+    shapes: Sequence[KVShape] = kernels.kv_cache_shapes(
+        plan.num_blocks, row.num_heads, plan.block_size, row.key_dim, scaled=plan.kv_cache_dtype == "int8"
+    )
+    is_latent = row.kind == "latent"
     return KVCache(
         groups=target.layout.groups,
-        shapes=target.kernels.kv_cache_shapes(
-            plan.num_blocks, row.num_heads, plan.block_size, row.key_dim, scaled=plan.kv_cache_dtype == "int8"
-        ),
+        shapes=shapes[:1] if is_latent else shapes,
+        make_layer=partial(kernels.latent_layer, value_dim=row.value_dim) if is_latent else KVLayer,
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,

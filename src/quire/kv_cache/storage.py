@@ -7,7 +7,7 @@ keys and of values must be the block.
 import itertools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,15 +33,16 @@ class KVCache:
         self,
         *,
         groups: Sequence[KVGroup],
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        make_layer: Callable[..., KVLayer] = KVLayer,
         states: "StateCache | None" = None,
     ) -> None:
-        """`shapes` are the shapes of one layer's keys and values, each [num_blocks, ...]."""
-        keys, values = shapes
-        num_blocks = keys[0]
+        """`shapes` are the shapes of one layer's keys and values, or of its latent rows, each [num_blocks, ...].
+        `make_layer` makes the layer of these tensors."""
+        num_blocks = shapes[0][0]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
@@ -49,8 +50,11 @@ class KVCache:
         """The states of recurrent layers; None in a model without."""
         self.element_size = dtype.itemsize
         self.groups = tuple(groups)
-        tensors = _zeros(max(len(group.layers) for group in groups) * [keys, values], dtype, device)
-        self.parts = [KVLayer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        num_parts = max(len(group.layers) for group in groups)
+        tensors = _zeros(num_parts * [*shapes], dtype, device)
+        self.parts = [
+            make_layer(*tensors[first : first + len(shapes)]) for first in range(0, len(tensors), len(shapes))
+        ]
         """The memory, each part once."""
         placed = {
             layer: replace(self.parts[place], group=index)
@@ -99,7 +103,7 @@ class StateCache:
         self._tensors = _zeros(shapes, torch.float32, device)
         self.layers = [StateLayer(*pair) for pair in zip(self._tensors[::2], self._tensors[1::2], strict=True)]
         self.conv_width = layers[0].conv_width
-        """Of every layer."""
+        """The same in every layer."""
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy states from slot to slot, one pair after the other; source -1 is the state before the first token."""

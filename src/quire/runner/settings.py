@@ -35,6 +35,7 @@ def attention_shapes(settings: RunnerSettings, model_config: ModelConfig, kv_cac
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
+        value_dim=0 if model_config.latent is None else model_config.latent.latent_dim,
         block_size=kv_cache.block_size,
         max_num_seqs=settings.max_num_seqs,
         max_num_tokens=settings.max_num_batched_tokens,

@@ -206,10 +206,7 @@ class ResultProcessor:
                 continue  # it started with another leader
             if sequence.num_output_tokens and self._lookup.has_output(sequence, forked):
                 continue
-            sequence.table = group.leader.table.fork()
-            sequence.start_from_table()
-            if self._queues.states is not None:
-                self._queues.states.fork(group.leader, sequence)
+            self._queues.fork(group.leader, sequence)
             self._forked += sequence.table.entries(sequence.row, 0)
             forked.append(sequence)
 
@@ -317,10 +314,7 @@ class ResultProcessor:
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
-                parent.discard_computed()
-                if self._queues.states is not None:
-                    self._queues.states.release(parent)
-                parent.table.free()
+                self._queues.discard(parent)
                 parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
@@ -330,10 +324,7 @@ class ResultProcessor:
                 chosen.remove(place)  # the best child goes on in its parent's place
             else:
                 beam = group.idle_beams.pop()
-                beam.table = parent.table.fork()
-                if self._queues.states is not None:
-                    self._queues.states.fork(parent, beam)
-                beam.advance(parent.num_computed_tokens)
+                self._queues.fork(parent, beam)
                 beam.token_ids = parent.token_ids.copy()
                 self._forked += beam.table.entries(beam.row, 0)
             beams.append(beam)
