@@ -13,7 +13,7 @@ from itertools import chain
 
 from quire.kv_cache.block_hash import BlockHash, TokenKey, find_extras, group_hash, hash_block, token_keys
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
-from quire.kv_cache.prefix_search import longest_prefix
+from quire.kv_cache.prefix_search import Source, Stored, longest_prefix
 from quire.request import InputSpan
 
 BlockCopies = list[tuple[int, int]]
@@ -21,8 +21,6 @@ BlockCopies = list[tuple[int, int]]
 
 GroupBlocks = list[list[int]]
 """For each KV group a physical block, or HOLE, per logical block; all lists have the same length."""
-
-_Stored = tuple[str, BlockHash]
 
 HOLE = -1
 """In place of a block that a window group does not hold. Nothing reads or writes there."""
@@ -262,7 +260,7 @@ class BlockTable:
             return pool.find(group_hash(self.block_hash(index, token_ids), group))
 
         found = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, find)
-        return [[HOLE if block is None else block for block in blocks] for blocks in found]
+        return [[block if isinstance(block, int) else HOLE for block in blocks] for blocks in found]
 
     def match_partial(self, token_ids: Sequence[int], num_found: int) -> tuple[list[int], int] | None:
         """How far the findable prefix goes on inside a block, after `num_found` blocks from `find_prefix`.
@@ -308,9 +306,7 @@ class BlockTable:
                     pool.write(block, count)  # the slots after them count as empty
             self.num_tokens += count
 
-    def adopt_stored(
-        self, sources: Sequence[Sequence[int | _Stored | None]], first: int
-    ) -> list[tuple[_Stored, int, int]]:
+    def adopt_stored(self, sources: Sequence[Sequence[Source | None]], first: int) -> list[tuple[Stored, int, int]]:
         """Append the logical blocks from `first` on, which must be the end of the table: for each KV group a block of
         the pool to share, something stored that is to be loaded, or None for a HOLE.
 

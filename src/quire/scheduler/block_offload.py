@@ -16,11 +16,11 @@ from dataclasses import replace
 from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import HOLE, GroupBlocks
-from quire.kv_cache.prefix_search import longest_prefix
+from quire.kv_cache.prefix_search import Source, longest_prefix
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
 from quire.memory_stats import TierStats
 from quire.scheduler.sequence import Sequence
-from quire.scheduler.stored_prefix import DEVICE, Loading, Source, StoredPrefix
+from quire.scheduler.stored_prefix import DEVICE, Loading, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
 
 WRITE_BEHIND_SHARE = 4
@@ -93,7 +93,7 @@ class BlockOffload:
             tier_name = self._index.find(block_hash)
             return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
 
-        sources: list[list[Source | None]] = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source)
+        sources = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source)
         worth = longest = StoredPrefix(first, sources, [])
         if longest:
             num_blocks = first + self._num_worth_loading(longest, found)
