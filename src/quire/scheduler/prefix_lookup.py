@@ -213,7 +213,7 @@ class PrefixLookup:
             miss = PrefixMiss(first, "state", None)
         else:
             miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
-            if self._pool.has_windows and miss.reason == "differs":
+            if self._pool.has_windows and miss.reason in ("differs", "new"):
                 miss = self._explain_window(leader, prompt, miss)
         group.miss = miss
         self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1
