@@ -199,7 +199,11 @@ def paged_attention(
         return query.transpose(1, 2), None
     assert isinstance(step, _Step)
     q, k, v = (x[0].transpose(0, 1).to(step.dtype).contiguous() for x in (query, key, value))
-    kv, plan = step.context.kv_layers[layer], step.context.attention
+    kv = step.context.kv_layers[layer]
+    plan = step.context.attention[kv.group]
+    if plan.window and not 0 < (window or 0) <= plan.window:
+        seen = f"a window of {window}" if window else "all positions"
+        raise TypeError(f"layer {layer} attends to {seen}, but config.json gives it a window of {plan.window}")
     step.kernels.write_kv(k, v, kv, plan.slots)
     params = AttentionParams(scaling or q.shape[-1] ** -0.5, window or 0, softcap or 0.0)
     return step.kernels.paged_attention(q, kv, plan, params)[None].to(query.dtype), None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import GroupBlocks
 from quire.kv_cache.prefix_history import PrefixHistory
@@ -213,8 +213,24 @@ class PrefixLookup:
             miss = PrefixMiss(first, "state", None)
         else:
             miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
+            if self._pool.has_windows and miss.reason in ("differs", "new"):
+                miss = self._explain_window(leader, prompt, miss)
         group.miss = miss
         self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1
+
+    def _explain_window(self, leader: Sequence, prompt: list[int], miss: PrefixMiss) -> PrefixMiss:
+        """The miss, if a window group has lost a block that the next logical block needs."""
+        pool, first = self._pool, miss.block
+        for group, window in enumerate(pool.windows):
+            for index in range(pool.first_kept(group, (first + 1) * pool.block_size), first + 1):
+                block_hash = group_hash(leader.table.block_hash(index, prompt), group)
+                if pool.find(block_hash) is not None:
+                    continue
+                seconds = self._history.seconds_since_eviction(block_hash)
+                if seconds is None and group == 0:  # no group has it
+                    return miss._replace(window=window)
+                return PrefixMiss(first, "evicted", seconds, window)
+        return miss
 
     def _note_eviction(self, block: int, block_hash: BlockHash) -> None:
         self._history.note_eviction(block_hash)
