@@ -54,9 +54,12 @@ class VectorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What a token leaves in the KV cache of one layer. Latent layers will be a further kind."""
+    """What a token leaves in the KV cache of one layer.
 
-    kind: Literal["full", "window"] = "full"
+    A latent layer keeps one row for all query heads, the key; its last `value_dim` elements are the value.
+    """
+
+    kind: Literal["full", "window", "latent"] = "full"
     num_heads: int
     """KV heads."""
     key_dim: int
@@ -67,8 +70,8 @@ class KVSpec:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the keys and values of one token."""
-        return self.num_heads * (self.key_dim + self.value_dim)
+        """Elements that one token keeps."""
+        return self.num_heads * (self.key_dim if self.kind == "latent" else self.key_dim + self.value_dim)
 
     def bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values; in int8 each has a float32 scale per head."""
@@ -88,7 +91,8 @@ class AttentionSpec:
     @property
     def num_elements(self) -> int:
         """Elements that attention passes on for one token: queries, keys, values, and its output."""
-        return _passed_on(self.linears)
+        latents = self.num_heads * self.kv.value_dim if self.kv.kind == "latent" else 0
+        return _passed_on(self.linears) + latents
 
     @property
     def operations_per_pair(self) -> int:

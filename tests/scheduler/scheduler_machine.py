@@ -15,6 +15,9 @@ from tests.scheduler.fake_runner import (
     alone,
 )
 
+WINDOWS = [(0,), (0,), (0,), (3,), (1,), (9,), (0, 4), (0, 30), (0, 1, 8), (0, 0, 5), (6, 6, 2)]
+"""Windows of KV groups: smaller than a block, equal to one, larger than one, larger than a prompt, and mixes."""
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests of every kind come, go and are preempted; each gets the tokens it would get alone."""
@@ -36,6 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures=st.sampled_from([0, 0, 1, 5]),
         policy=st.sampled_from(list(SCHEDULING_POLICIES)),
         admission=st.sampled_from(list(ADMISSIONS)),
+        windows=st.sampled_from(WINDOWS),
         num_snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
     )
     def start(
@@ -51,6 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures: int,
         policy: str,
         admission: str,
+        windows: tuple[int, ...],
         num_snapshots: int | None,
     ) -> None:
         self.engine = Engine(
@@ -65,6 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_failures=num_failures,
             policy=policy,
             admission=admission,
+            windows=windows if num_snapshots is None else (0,),
             num_snapshots=num_snapshots,
         )
         self.num_requests = 0

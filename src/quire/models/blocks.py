@@ -16,7 +16,7 @@ from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
-from quire.model_config import ModelConfig, RopeConfig
+from quire.model_config import ClampedSwiGLU, ModelConfig, RopeConfig
 from quire.models.builder import Builder
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 
@@ -111,7 +111,7 @@ def rotary_attention(
         q = q.select_rows(rows[:, 0].flatten())
     if _is_interleaved(config):
         order = _head_order(config, q.weight.device)
-        q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
+        q, k = (part.select_rows(rows_of_heads(order, len(part.weight))) for part in (q, k))
     return SelfAttention(
         config,
         build.pack(q, k, v, *gates),
@@ -158,6 +158,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
         alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
+        sinks=build.weights.take("sinks", (config.num_heads,)).float() if config.attention_sinks else None,
         query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
 
@@ -217,18 +218,18 @@ def _head_order(config: ModelConfig, device: torch.device) -> Tensor:
     return half_layout(config.head_dim, rope.rotary_dim(config.head_dim), device)
 
 
-def _rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
+def rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
     """An order of a head's elements -> the same order of the rows of all heads."""
     first = torch.arange(0, num_rows, len(order), device=order.device)
     return (first[:, None] + order).flatten()
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x)); gate and up are one layer."""
+    """down(activation(gate(x)) * up(x)), or down of another gate; gate and up are one layer."""
 
     __slots__ = ("activation", "down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str | ClampedSwiGLU) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activation = activation

@@ -22,6 +22,7 @@ class DeviceWeights:
 
     def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.activation_dtype = dtype
+        self.device = device
         self._source = source
         self._upload = Upload(device)
 
@@ -33,6 +34,9 @@ class DeviceWeights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._send(self._source.take(name, shape))
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._source.take_bytes(name, shape)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)

@@ -10,8 +10,8 @@ from torch import Tensor
 from quire.layers.linear import LinearWeight
 from quire.models.weights import take_float_linear
 
-_ABSENT = re.compile(r"_scale$|(^|\.)(lm_head|embed_out|output)\.weight$")
-"""What a checkpoint may lack: scales of a KV cache, and the head of a tied model."""
+_ABSENT = re.compile(r"_scale$|_blocks$|\.eh_proj\.weight$|(^|\.)(lm_head|embed_out|output)\.weight$")
+"""What a checkpoint may lack: scales of a KV cache, the head of a tied model, packed experts, further layers."""
 
 
 class RandomWeights:
@@ -40,6 +40,9 @@ class RandomWeights:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         generator = torch.Generator(self._device).manual_seed(seed)
         return torch.empty(shape, device=self._device).normal_(0.0, 0.02, generator=generator)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        raise KeyError(f"{name}: random weights are floats")
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)

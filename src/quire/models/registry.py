@@ -15,9 +15,15 @@ from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
+FALLBACK = ("quire.models.transformers_model", "TransformersModel")
+"""The class of models without a row; see `quire.model_config.fallback`."""
+
 
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
+
+    ignored_tensors: tuple[str, ...]
+    """Patterns of tensors that a checkpoint may hold and the model does not use."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
@@ -47,9 +53,13 @@ def load_model(
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
     by default `kernels` do. Raises `CheckpointError` for weights that are missing, misshapen or left over.
     """
-    module, name = ARCHITECTURES[config.architecture].model.split(":")
+    row = ARCHITECTURES.get(config.architecture)
+    if config.computed_by or row is None:
+        module, name = FALLBACK
+    else:
+        module, name = row.model.split(":")
     family = getattr(import_module(module), name)
     weights = WeightScope(StoredNames(source), packing=packing)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
-    source.finish(ignored=family.ignored_tensors)
+    source.finish(ignored=model.ignored_tensors)
     return model

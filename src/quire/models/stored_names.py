@@ -26,6 +26,12 @@ class StoredNames:
     def activation_dtype(self) -> torch.dtype:
         return self._source.activation_dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        device: torch.device = getattr(self._source, "device", torch.device("cpu"))
+        return device
+
     def has(self, name: str) -> bool:
         return self._source.has(self._stored(name))
 
@@ -34,6 +40,9 @@ class StoredNames:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._source.take(self._stored(name), shape)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._source.take_bytes(self._stored(name), shape)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         _, dot, rest = name.partition(".")

@@ -241,9 +241,12 @@ class SequenceGroup:
             return False
         return sequence is not self.sequences[0] or not self.lacks_prompt_logprobs
 
-    def max_blocks(self, block_size: int) -> int:
-        """The most blocks that the group can ever hold: the prompt's full blocks once, the rest per sample."""
-        shared = self.num_prompt_tokens // block_size
+    def max_blocks(self, pool: BlockPool) -> int:
+        """The most blocks that the group needs at once: the prompt's full blocks once, the rest per sample. In a window
+        group each sample needs the blocks that a token sees."""
+        shared = self.num_prompt_tokens // pool.block_size
         # The last sampled token is never computed, so it needs no slot; a vector has none.
-        longest = -(-(self.num_prompt_tokens + self.max_results - 1) // block_size)
-        return shared + self.num_rows * (longest - shared)
+        num_tokens = self.num_prompt_tokens + self.max_results - 1
+        longest = -(-num_tokens // pool.block_size)
+        all_positions = shared + self.num_rows * (longest - shared)
+        return sum(min(all_positions, self.num_rows * seen) for seen in pool.most_blocks_by_group(num_tokens))

@@ -8,6 +8,8 @@ import msgspec
 from quire.server.auth import Client
 from quire.server.protocol import ChatCompletionRequest, GenerateRequest
 
+BACKGROUND = 2**31 - 1
+"""The lowest priority, that of batches."""
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -26,7 +28,7 @@ class SchedulingInfo:
 def scheduling_info(request: GenerateRequest, client: Client) -> SchedulingInfo:
     """SchedulingInfo of `request`, sent by `client`."""
     return SchedulingInfo(
-        request.priority or 0,
+        BACKGROUND if client.background else request.priority or 0,
         client.salt + (request.cache_salt or ""),
         client.account or (request.user or ""),
         _workload(request),
