@@ -492,8 +492,6 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 3,
             "sliding_window": 24,
-            # So low that it bends what a small model computes.
-            "swiglu_limit": 0.5,
             **_rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
         },
     ),
@@ -551,6 +549,8 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name or name.endswith("_bias"):
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
+            if family == "gpt-oss" and name.endswith("gate_up_proj"):
+                parameter.detach().mul_(4)  # so large that the limits of its gate bend it
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 # As large as the differences between scores, so that it moves the choice.

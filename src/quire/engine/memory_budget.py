@@ -1,6 +1,6 @@
 """MemoryBudget: what a model and its steps take of the memory beside the KV cache, part by part, in bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend
 from quire.config import EngineConfig
@@ -82,7 +82,10 @@ def make_budget(
     config: EngineConfig, model: ModelConfig, choice: StorageChoice, device: Device, available: int
 ) -> MemoryBudget:
     """The parts of a plan, whether they fit or not."""
-    spec, backend = model.spec, BACKENDS[choice.backend]
+    backend = BACKENDS[choice.backend]
+    if not backend.keeps_mxfp4:
+        model = replace(model, mxfp4_experts=False)
+    spec = model.spec
     layout = KVLayout.of(spec)
     block = layout.block_bytes(choice.block_size, choice.kv_cache_dtype)
     num_samples = max_num_samples(config)

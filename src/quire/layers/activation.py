@@ -1,12 +1,10 @@
-"""Activations of MLPs, by the names of `ModelConfig.activation`, and gates that are more than an activation."""
+"""Activations of MLPs, by the names of `ModelConfig.activation`."""
 
 from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 from torch.nn import functional
-
-from quire.model_config import ClampedSwiGLU
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -22,12 +20,3 @@ FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """x [T, I] -> [T, I]."""
     return _FUNCTIONS[name]
-
-
-def gated(x: Tensor, gate: str | ClampedSwiGLU) -> Tensor:
-    """x [T, 2 I], gate and up side by side -> [T, I]: activation(gate) * up, or what `gate` says."""
-    first, up = x.chunk(2, dim=1)
-    if isinstance(gate, str):
-        return activation_function(gate)(first) * up
-    first = first.clamp(max=gate.limit)
-    return first * functional.sigmoid(first * gate.alpha) * (up.clamp(-gate.limit, gate.limit) + 1)

@@ -102,7 +102,13 @@ def _mlp(config: ModelConfig, has_experts: bool) -> MLPSpec | ExpertsSpec:
             num_experts=config.num_experts,
             num_active=config.num_experts_per_token,
             router=LinearSpec("router", config.num_experts + config.shared_expert_gate, hidden, quantizes=False),
-            expert=mlp_spec("expert.", hidden, config.expert_intermediate_size, gated=config.gated_mlp),
+            expert=mlp_spec(
+                "expert.",
+                hidden,
+                config.expert_intermediate_size,
+                gated=config.gated_mlp,
+                is_mxfp4=config.mxfp4_experts,
+            ),
             shared=mlp_spec("shared.", hidden, shared, gated=config.gated_mlp) if shared else None,
         )
     return mlp_spec("", hidden, config.intermediate_size, gated=config.gated_mlp)
@@ -127,14 +133,14 @@ def _latent_attention(config: ModelConfig, shape: LatentShape) -> AttentionSpec:
     )
 
 
-def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool) -> MLPSpec:
+def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool, is_mxfp4: bool = False) -> MLPSpec:
     """The feed-forward network hidden_size → inner → hidden_size. Gate and up are packed as one layer."""
-    up = (
-        LinearSpec(f"{prefix}gate_up", 2 * inner, hidden_size)
-        if gated
-        else LinearSpec(f"{prefix}up", inner, hidden_size)
+    up = ("gate_up", 2 * inner, hidden_size) if gated else ("up", inner, hidden_size)
+    linears = tuple(
+        LinearSpec(f"{prefix}{name}", outputs, inputs, is_mxfp4=is_mxfp4)
+        for name, outputs, inputs in (up, ("down", hidden_size, inner))
     )
-    return MLPSpec(kind="gated" if gated else "plain", linears=(up, LinearSpec(f"{prefix}down", hidden_size, inner)))
+    return MLPSpec(kind="gated" if gated else "plain", linears=linears)
 
 
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:

@@ -235,11 +235,11 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 128,
             "num_experts_per_tok": 4,
             "router": "topk_softmax",
-            "gate": "clamped_swiglu",
             "expert_bias": True,
         },
         constants={"use_sliding_window": True, "sliding_window_pattern": 2},
-        reads=("layer_types", "swiglu_alpha", "swiglu_limit"),
+        reads=("layer_types",),
+        fixed={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         quantizations=("mxfp4",),
     ),
     "Glm4MoeForCausalLM": Architecture(

@@ -38,6 +38,7 @@ class ExpertFields(TypedDict, total=False):
     shared_expert_intermediate_size: int
     shared_expert_gate: bool
     expert_bias: bool
+    mxfp4_experts: bool
 
 
 def mlp_width(config: ConfigJson) -> str:
@@ -66,6 +67,7 @@ def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) ->
         "shared_expert_intermediate_size": _read_shared_width(config, expert_width),
         "shared_expert_gate": config.flag("shared_expert_gate"),
         "expert_bias": config.flag("expert_bias"),
+        "mxfp4_experts": config.value("quantization_config.quant_method") == "mxfp4",
     }
 
 

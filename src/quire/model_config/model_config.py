@@ -10,7 +10,7 @@ from typing import Any, Literal
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
-from quire.model_config.activation import ClampedSwiGLU, read_activation, read_gate
+from quire.model_config.activation import read_activation
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
@@ -74,8 +74,6 @@ class ModelConfig:
     activation: str = "silu"
     """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
-    gate: ClampedSwiGLU | None = None
-    """What experts compute of gate and up, in the place of activation(gate) * up (gpt-oss)."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -98,6 +96,8 @@ class ModelConfig:
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
     expert_bias: bool = False
     """The router and every layer of every expert have a bias (gpt-oss)."""
+    mxfp4_experts: bool = False
+    """The checkpoint stores experts as MXFP4, and kernels that can multiply it keep its bits."""
 
     recurrent: RecurrentConfig | None = None
     """The layers with a recurrent state in the place of attention; None: all layers have attention."""
@@ -312,7 +312,6 @@ def _read(config: ConfigJson) -> ModelConfig:
         max_position_embeddings=max_position,
         **read_norms(config),
         activation=read_activation(config),
-        gate=read_gate(config),
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),

@@ -16,7 +16,7 @@ from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
-from quire.model_config import ClampedSwiGLU, ModelConfig, RopeConfig
+from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 
@@ -225,11 +225,11 @@ def rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x)), or down of another gate; gate and up are one layer."""
+    """down(activation(gate(x)) * up(x)); gate and up are one layer."""
 
     __slots__ = ("activation", "down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str | ClampedSwiGLU) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activation = activation

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
+from quire.models.blocks import GatedMLP, gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
 from quire.models.experts import Experts
