@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.errors import RequestError
+from quire.request import BACKGROUND
 from quire.scheduler import length_curve
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_request
@@ -81,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 24),
         n=st.sampled_from([1, 1, 2, 4]),
         seed=st.integers(-2, 6),
-        priority=st.integers(0, 1),
+        priority=st.sampled_from((0, 1, BACKGROUND)),
         salt=st.sampled_from(["", "", "b"]),
         logprobs=st.sampled_from([None, None, 1]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
@@ -144,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=48),
         prefix=st.integers(0, 12),
         seed=st.integers(-2, 6),
-        priority=st.integers(0, 1),
+        priority=st.sampled_from((0, 1, BACKGROUND)),
         salt=st.sampled_from(["", "", "b"]),
         times=st.sampled_from([1, 1, 3]),
     )

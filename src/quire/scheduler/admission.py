@@ -73,6 +73,9 @@ class Admission:
             group = waiting.pop()
             if group is None:
                 break
+            if group.is_background and self._queues.clients_wait:
+                waiting.push(group)
+                break
             found = self._lookup.find(group, prefilling, loading)
             if found is None:
                 postponed.append(group)

@@ -60,6 +60,11 @@ class RequestQueues:
         self._lengths.enter(group)
         self.waiting.enter(group)
 
+    @property
+    def clients_wait(self) -> bool:
+        """Whether a request that is not of the background has no first token."""
+        return any(group.awaits_first_token for group in self.by_id.values())
+
     def start(self, group: SequenceGroup) -> None:
         """Run a group that was taken from `waiting`: it gets its rows."""
         for sequence in (*group.sequences, *group.idle_beams):

@@ -10,7 +10,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.kv_cache.states import NO_STATE
 from quire.outputs import PrefixMiss
-from quire.request import Request, Task
+from quire.request import BACKGROUND, Request, Task
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.draft_planner import SequenceDrafts
 from quire.scheduler.length_curve import LengthClass, LengthCurve
@@ -188,6 +188,15 @@ class SequenceGroup:
     @property
     def leader(self) -> Sequence:
         return self.sequences[0]
+
+    @property
+    def is_background(self) -> bool:
+        return self.request.priority >= BACKGROUND
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether a client waits for the first token, or the vector, of its request."""
+        return not (self.is_background or self.leader.num_output_tokens)
 
     @property
     def lacks_prompt_logprobs(self) -> bool:

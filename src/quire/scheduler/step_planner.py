@@ -8,7 +8,8 @@ The rules, in their order:
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
    one request take their tokens together: a beam that lacks one token waits for beams that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
-4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
+4. Requests of the background run while no client waits for a first token.
+5. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
    preempted for them, and rejected drafts are rolled back when the step ends.
 """
 
@@ -55,6 +56,8 @@ class StepPlanner:
             self._drafting.prepare()
         # Sequences that wait for a tier, or that are ending; never both.
         excluded = offload.waiting if offload is not None else ending
+        if may_preempt:
+            self._stop_background()
         while True:
             preempted = self._make_room(excluded) if may_preempt else False
             decode_step, prefilling = self._plan_decoding(plan, excluded)
@@ -78,6 +81,15 @@ class StepPlanner:
                 queues.preempt(queues.running[-1])
         plan.batch_id = self._batch_ids.of(plan, decode_step, num_decoding)
         return decode_step
+
+    def _stop_background(self) -> None:
+        """Preempt requests of the background while a client waits for a first token. They resume from the cache."""
+        queues = self._queues
+        if not (queues.running and queues.running[-1].is_background and self._pool.enable_prefix_caching):
+            return  # without a cache they would begin again and again, and perhaps never end
+        if queues.clients_wait:
+            while queues.running and queues.running[-1].is_background:
+                queues.preempt(queues.running[-1])
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from quire.request import BACKGROUND
 from quire.server.auth import Client
 from quire.server.protocol import ChatCompletionRequest, GenerateRequest
 
-BACKGROUND = 2**31 - 1
-"""The lowest priority, that of batches."""
 _SYSTEM_ROLES = ("system", "developer")
 
 
