@@ -1,6 +1,7 @@
 """Qwen3-Next and Qwen3.5: gated delta nets beside gated attention, in all ways of storing them."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,9 @@ def test_parameters_are_those_of_transformers(family: str) -> None:
 
 def parsed(config: Any) -> ModelConfig:
     """A config of transformers as Quire reads it."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        config.architectures = [
-            config.__class__.__name__.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
-        ]
+        name = type(config).__name__.replace("Text", "").replace("Config", "ForCausalLM")
+        config.architectures = [name]
         config.save_pretrained(folder)
         return ModelConfig.from_folder(folder)
 
