@@ -37,6 +37,8 @@ SAME_CODE: dict[str, str] = {
     "InternLM3ForCausalLM": "LlamaForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
 """A row without a checkpoint of its own in the tests → the row whose computation it shares, tested in another way."""
 
