@@ -111,15 +111,33 @@ struct Gelu {
     }
 };
 
-// x [2 columns] -> out [columns]: the activation of the first half times the second.
+struct Relu {
+    static QUIRE_INLINE Vec of(Vec x) { return x > 0.0f ? x : x != x ? x : Vec{}; }
+};
+
+// What a gate makes of its input and what it lets through.
 template <class Activation>
-QUIRE_INLINE void activate_and_mul_row(const float* x, float* out, int64_t columns) {
+struct Times {
+    static QUIRE_INLINE Vec of(Vec gate, Vec up) { return Activation::of(gate) * up; }
+};
+
+// gpt-oss: the gate is clamped from above, its counterpart from both sides.
+struct ClampedSwiglu {
+    static QUIRE_INLINE Vec of(Vec gate, Vec up) {
+        const Vec limit = broadcast(7.0f), clamped = gate > limit ? limit : gate, one_up = up > limit ? limit : up;
+        return clamped * sigmoid(1.702f * clamped) * ((one_up < -limit ? -limit : one_up) + 1.0f);
+    }
+};
+
+// x [2 columns] -> out [columns]: what the gate makes of the first half and the second. `out` may be x.
+template <class Gate>
+QUIRE_INLINE void gate_row(const float* x, float* out, int64_t columns) {
     const float* up = x + columns;
     int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) store(out + i, Activation::of(load(x + i)) * load(up + i));
+    for (; i + kLanes <= columns; i += kLanes) store(out + i, Gate::of(load(x + i), load(up + i)));
     if (i < columns) {
         const int64_t rest = columns - i;
-        store_first(out + i, Activation::of(load_first(x + i, rest)) * load_first(up + i, rest), rest);
+        store_first(out + i, Gate::of(load_first(x + i, rest), load_first(up + i, rest)), rest);
     }
 }
 
@@ -127,7 +145,7 @@ template <class Activation>
 static void activate_and_mul(Rows x, float* out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
     for (int64_t row = 0; row < rows; ++row)
-        activate_and_mul_row<Activation>(x.data + row * x.stride, out + row * columns, columns);
+        gate_row<Times<Activation>>(x.data + row * x.stride, out + row * columns, columns);
 }
 
 }  // namespace quire::QUIRE_ISA

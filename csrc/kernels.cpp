@@ -5,6 +5,7 @@
 #include "draw.h"
 #include "elementwise.h"
 #include "embedding.h"
+#include "experts.h"
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
@@ -29,6 +30,8 @@ extern const Kernels kernels = {
     .quantize_rows = quantize_rows,
     .quantize_linear = quantize_linear,
     .linear_quantized = linear_quantized,
+    .experts_scratch = experts_scratch,
+    .experts = experts,
     .gather_rows = gather_rows,
     .gather_rows_quantized = gather_rows_quantized,
     .attention_scratch = attention_scratch,

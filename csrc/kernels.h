@@ -26,20 +26,24 @@ constexpr int64_t kMostHeadDim = 1024;
 
 // The two cache tensors of one layer:
 //   keys    [num_blocks, num_kv_heads, head_dim + scale_rows, block_size]
-//   values  [num_blocks, num_kv_heads, block_size, head_dim]
+//   values  [num_blocks, num_kv_heads, block_size, value_dim]
 // The last kScaleRows rows of a head's keys are 2 x block_size float32: scales of the keys, then of the values.
+// A latent cache stores no values: a value is the last value_dim elements of its key, and `values` is null.
 struct KVCache {
     void* keys;
     void* values;
     KVElement element;
     int64_t num_kv_heads;
-    int64_t head_dim;
+    int64_t head_dim;  // of a key
+    int64_t value_dim;
     int64_t block_size;
+
+    bool latent() const { return !values; }
 
     int64_t scale_rows() const { return element == KVElement::int8 ? kScaleRows : 0; }
     // Elements of one head of a block.
     int64_t key_stride() const { return (head_dim + scale_rows()) * block_size; }
-    int64_t value_stride() const { return block_size * head_dim; }
+    int64_t value_stride() const { return latent() ? 0 : block_size * value_dim; }
 };
 
 // One row of AttentionPlan.work, of AttentionPlan.shared and of AttentionPlan.merges (quire/attention/plan.py).
@@ -55,7 +59,7 @@ struct Merge {
 
 struct Attention {
     Rows q;    // [T, num_heads, head_dim]
-    float* out;  // the same shape, contiguous
+    float* out;  // [T, num_heads, value_dim], contiguous
     KVCache cache;
     int64_t num_heads;
     const int32_t* query_start_loc;
@@ -67,11 +71,12 @@ struct Attention {
     const SharedToken* shared;
     const Merge* merges;
     int64_t num_merges;
-    float* partials;  // rows of head_dim outputs, then the row's maximum and its sum
+    float* partials;  // rows of value_dim outputs, then the row's maximum and its sum
     float scale;
     float softcap;              // 0: none
     int64_t window;             // 0: none
     const float* alibi_slopes;  // [num_heads] or null
+    const float* sinks;         // [num_heads] or null: a score of every token that has no value
     float* scratch;             // num_threads areas of attention_scratch(...) floats
     int num_threads;
 };
@@ -87,6 +92,8 @@ enum class InputOp : uint8_t {
     silu,      // x [m, 2 k]: the activation of the first half times the second
     gelu,
     gelu_tanh,
+    relu,
+    clamped_swiglu,
 };
 struct LinearInput {
     Rows x;
@@ -104,6 +111,7 @@ struct Linear {
     float* out;         // [m, n], contiguous
     float* scratch;     // m * k floats, twice as many if the input is made
     int64_t m, n, k;
+    const uint8_t* scales;  // of MXFP4 weights, which only experts have
 };
 
 // Inputs of low-bit weights are taken in pairs of steps of four; rows are padded to whole pairs.
@@ -124,7 +132,7 @@ struct LowBitWeight {
 struct LowBitLinear {
     LinearInput x;
     const uint8_t* weight;
-    const float* scales;
+    const void* scales;  // float32, of MXFP4 bytes
     int bits;
     int64_t group;
     const float* bias;  // [n] or null
@@ -132,6 +140,35 @@ struct LowBitLinear {
     // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words, and for each thread that k / 4 and k
     void* scratch;
     int64_t m, n, k;
+};
+
+// How a dense layer of experts is stored: floats, or few bits in the layout of linear_low_bit.h. `mxfp4_of_bytes` is the
+// same weight as `mxfp4`, multiplied with inputs of 8 bits.
+enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, mxfp4, mxfp4_of_bytes };
+
+// The dense layers of one shape of all experts. Their packed weights follow each other.
+struct ExpertLinear {
+    const char* weight;
+    int64_t weight_bytes;  // of one expert
+    const char* scales;    // of few bits
+    int64_t scale_bytes;   // of one expert
+    int64_t group;         // inputs that share a scale, as in LowBitLinear
+    const float* bias;     // [experts, n] or null
+    int64_t n, k;
+};
+
+// Adds to each token's row of `out` the outputs of the experts that it was sent to, each times its weight.
+struct Experts {
+    Rows x;  // [tokens, hidden]
+    int64_t tokens, num_experts, num_active;
+    const int32_t* chosen;  // [tokens, num_active]
+    const float* weights;   // the same
+    ExpertFormat format;
+    InputOp activation;
+    ExpertLinear gate_up;  // k = hidden, n = 2 * inner
+    ExpertLinear down;     // k = inner, n = hidden
+    Rows out;              // [tokens, hidden]
+    char* scratch;         // what experts_scratch says, on a cache line
 };
 
 // Samples one token per row of logits. Each row has its own filters; top_k 0, top_p 1 and min_p 0 filter nothing.
@@ -167,6 +204,8 @@ struct Kernels {
     void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
                             int64_t first_row);
     void (*linear_quantized)(const LowBitLinear& linear);
+    int64_t (*experts_scratch)(const Experts& experts);  // bytes
+    void (*experts)(const Experts& experts);
     void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);
     void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
     int64_t (*attention_scratch)(const Attention& attention);

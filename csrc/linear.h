@@ -15,6 +15,7 @@
 
 #include "kernels.h"
 #include "linear_input.h"
+#include "mxfp4.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -30,13 +31,14 @@ constexpr int64_t kTilesPerThread = 4;
 // Inputs are rearranged in runs of this many steps, so that few rows keep all threads busy too.
 constexpr int64_t kInputRun = 256;
 
-// Steps along k whose weights lie side by side.
-template <class T> constexpr int64_t kStepsTogether = std::is_same_v<T, BFloat> ? 2 : 1;
+// Steps along k whose weights lie side by side, and the elements that hold them for one output.
+template <class T> constexpr int64_t kStepsTogether = std::is_same_v<T, BFloat> ? 2 : std::is_same_v<T, Mxfp4> ? 8 : 1;
+template <class T> constexpr int64_t kElementsTogether = std::is_same_v<T, Mxfp4> ? 1 : kStepsTogether<T>;
 
-// Where a panel holds the weight of a step along k for its first output.
+// Where a panel holds the weight of a step along k for its first output; also its size, for k in whole steps together.
 template <class T>
 QUIRE_INLINE int64_t in_panel(int64_t k) {
-    return k / kStepsTogether<T> * kStepsTogether<T> * kPanel + k % kStepsTogether<T>;
+    return k / kStepsTogether<T> * kElementsTogether<T> * kPanel + k % kStepsTogether<T>;
 }
 
 // A vector of weights for one step along k.
@@ -46,6 +48,9 @@ QUIRE_INLINE Vec load_weights(const BFloat* from, int64_t k) {
     const IntVec pairs = load_words(from + k / 2 * 2 * kPanel);
     return (Vec)(k % 2 ? pairs & int32_t(0xffff0000) : pairs << 16);
 }
+
+// A block of MXFP4 keeps its scales in registers too.
+template <class T> constexpr int kMostVectors = std::is_same_v<T, Mxfp4> ? 4 : 8;
 
 // What a micro-kernel needs of its place in the product.
 struct Place {
@@ -75,11 +80,11 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
             }
     }
 
-    const int64_t panel_size = round_up(a.k, kStepsTogether<T>) * kPanel;
+    const int64_t panel_size = in_panel<T>(round_up(a.k, kStepsTogether<T>));
     const T* weights[kWidth];
     for (int j = 0; j < kWidth; ++j) {
         const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
-        weights[j] = static_cast<const T*>(a.weight) + panel * panel_size + place.k_begin * kPanel + lane * kStepsTogether<T>;
+        weights[j] = static_cast<const T*>(a.weight) + panel * panel_size + in_panel<T>(place.k_begin) + lane * kElementsTogether<T>;
     }
     const int64_t depth = place.k_end - place.k_begin, share = kPanel * sizeof(T) / place.num_tiles;
     const char* ahead = reinterpret_cast<const char*>(weights[0] + panel_size) + place.tile * depth * share;
@@ -97,6 +102,26 @@ static void multiply_vectors(const Linear& a, const float* inputs, float* out, i
                 const IntVec x = kRows > 1 ? broadcast_word(pairs + r) : broadcast_pair(k + 1 < depth ? row + k : last);
 #pragma GCC unroll 8
                 for (int j = 0; j < kWidth; ++j) acc[r][j] = add_products(acc[r][j], weight[j], x);
+            }
+        }
+    } else if constexpr (std::is_same_v<T, Mxfp4>) {
+        inputs += place.k_begin * kRows;
+        const int64_t num_blocks = a.k / kMxfp4Block;
+        for (int64_t k = 0; k < depth; k += kMxfp4Block) {
+            Vec scale[kWidth];
+            for (int j = 0; j < kWidth; ++j) {
+                const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
+                scale[j] = powers_of_two(a.scales + (panel * num_blocks + (place.k_begin + k) / kMxfp4Block) * kPanel + lane);
+            }
+            for (int64_t eight = k; eight < k + kMxfp4Block; eight += 8, inputs += 8 * kRows) {
+#pragma GCC unroll 8
+                for (int64_t step = 0; step < 8; ++step)
+#pragma GCC unroll 4
+                    for (int j = 0; j < kWidth; ++j) {
+                        const Vec weight = e2m1(load_words(weights[j] + in_panel<T>(eight)) >> mxfp4_shift(step)) * scale[j];
+#pragma GCC unroll 14
+                        for (int r = 0; r < kRows; ++r) acc[r][j] += weight * inputs[step * kRows + r];
+                    }
             }
         }
     } else {
@@ -133,7 +158,7 @@ static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, fl
     if constexpr (kRows > 1)
         if (rows < kRows) return multiply_tile<T, kRows - 1>(rows, a, inputs, out, vector, vector_end, place);
     const auto run = [&]<int kWidth>() {
-        if constexpr (kRows * kWidth <= kAccumulators || kWidth == 1)
+        if constexpr ((kRows * kWidth <= kAccumulators || kWidth == 1) && kWidth <= kMostVectors<T>)
             for (; vector + kWidth <= vector_end; vector += kWidth)
                 multiply_vectors<T, kRows, kWidth>(a, inputs, out, vector, place);
     };
@@ -145,21 +170,33 @@ static void multiply_tile(int64_t rows, const Linear& a, const float* inputs, fl
 
 // Rows as the micro-kernel reads them: a run of steps along k, of the rows of one tile.
 template <class T>
-static void arrange(const Rows& given, int64_t first_row, int64_t rows, int64_t begin, int64_t end, float* to) {
-    const float* from = given.data + first_row * given.stride;
+static void arrange(const float* const* from, int64_t rows, int64_t begin, int64_t end, float* to) {
     if constexpr (kInPairs<T>) {
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t k = begin; k < end; k += kLanes) {
                 const int64_t lanes = min_of(end - k, kLanes);
-                const float* x = from + r * given.stride + k;
+                const float* x = from[r] + k;
                 BFloat pairs[kLanes];
                 store(pairs, lanes == kLanes ? load(x) : load_first(x, lanes));
                 for (int64_t i = 0; i < lanes; i += 2) memcpy(to + (k + i) / 2 * rows + r, pairs + i, 2 * sizeof(BFloat));
             }
     } else {
         for (int64_t k = begin; k < end; ++k)
-            for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r * given.stride + k];
+            for (int64_t r = 0; r < rows; ++r) to[k * rows + r] = from[r][k];
     }
+}
+
+// The tiles `first` to `last` of a product against a run of vectors. Of num_tiles tiles, tile i begins at row
+// i * m / num_tiles.
+template <class T>
+static void multiply_tiles(const Linear& a, const float* inputs, int64_t num_tiles, int64_t first, int64_t last,
+                           int64_t vector, int64_t vector_end) {
+    for (int64_t k = 0; k < a.k; k += kSliceDepth)
+        for (int64_t tile = first; tile < last; ++tile) {
+            const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
+            const Place place{k, min_of(k + kSliceDepth, a.k), k == 0, tile - first, last - first};
+            multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, vector, vector_end, place);
+        }
 }
 
 template <class T>
@@ -195,7 +232,9 @@ static void multiply(const Linear& a) {
             for (int64_t tile = 0; tile < num_tiles; ++tile)
                 for (int64_t run = 0; run < num_runs; ++run) {
                     const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    arrange<T>(given, begin, rows, run * kInputRun, min_of(a.k, (run + 1) * kInputRun), a.scratch + begin * a.k);
+                    const float* from[kMaxRows];
+                    for (int64_t r = 0; r < rows; ++r) from[r] = given.data + (begin + r) * given.stride;
+                    arrange<T>(from, rows, run * kInputRun, min_of(a.k, (run + 1) * kInputRun), a.scratch + begin * a.k);
                 }
         }
         const float* inputs = arranged ? a.scratch : given.data;
@@ -203,13 +242,7 @@ static void multiply(const Linear& a) {
         for (int64_t block = 0; block < num_blocks; ++block)
             for (int64_t g = 0; g < num_groups; ++g) {
                 const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-                for (int64_t k = 0; k < a.k; k += kSliceDepth)
-                    for (int64_t tile = first; tile < last; ++tile) {
-                        const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                        const Place place{k, min_of(k + kSliceDepth, a.k), k == 0, tile - first, last - first};
-                        multiply_tile<T>(rows, a, inputs + begin * a.k, a.out + begin * a.n, g * group,
-                                         min_of((g + 1) * group, num_vectors), place);
-                    }
+                multiply_tiles<T>(a, inputs, num_tiles, first, last, g * group, min_of((g + 1) * group, num_vectors));
             }
     }
 }

@@ -7,18 +7,26 @@
 
 namespace quire::QUIRE_ISA {
 
+// x [2 k] -> made [k], which may be x.
+QUIRE_INLINE void make_gated_row(InputOp op, const float* x, int64_t k, float* made) {
+    switch (op) {
+        case InputOp::silu: return gate_row<Times<Silu>>(x, made, k);
+        case InputOp::gelu: return gate_row<Times<Gelu>>(x, made, k);
+        case InputOp::gelu_tanh: return gate_row<Times<GeluTanh>>(x, made, k);
+        case InputOp::relu: return gate_row<Times<Relu>>(x, made, k);
+        case InputOp::clamped_swiglu: return gate_row<ClampedSwiglu>(x, made, k);
+        case InputOp::none: case InputOp::rms_norm: return;  // no gates
+    }
+}
+
 // Row `row` of an input of k columns: where it lies, or in `made`, which has room for it.
 QUIRE_INLINE const float* input_row(const LinearInput& input, int64_t row, int64_t k, float* made) {
     const float* x = input.x.data + row * input.x.stride;
-    switch (input.op) {
-        case InputOp::none: return x;
-        case InputOp::rms_norm:
-            rms_norm_row(x, input.residual ? input.residual + row * k : nullptr, input.norm_weight, input.eps, made, k);
-            break;
-        case InputOp::silu: activate_and_mul_row<Silu>(x, made, k); break;
-        case InputOp::gelu: activate_and_mul_row<Gelu>(x, made, k); break;
-        case InputOp::gelu_tanh: activate_and_mul_row<GeluTanh>(x, made, k); break;
-    }
+    if (input.op == InputOp::none) return x;
+    if (input.op == InputOp::rms_norm)
+        rms_norm_row(x, input.residual ? input.residual + row * k : nullptr, input.norm_weight, input.eps, made, k);
+    else
+        make_gated_row(input.op, x, k, made);
     return made;
 }
 

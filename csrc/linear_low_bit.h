@@ -9,17 +9,15 @@
 // inputs, since the processor adds four products of bytes to a lane at once. Bytes hold the weight plus a zero point:
 //   8 bits  [k / 8][2][kPanel][4]   weight + 128
 //   4 bits  [k / 8][kPanel][4]      weight + 8, the first step in the low half of each byte, the second in the high
+//   MXFP4   the same, of codes that a table turns into twice the weight plus 12 (mxfp4.h); groups of 32
 #pragma once
 
 #include <omp.h>
 
 #include "kernels.h"
 #include "linear.h"
+#include "mxfp4.h"
 #include "simd.h"
-
-#ifdef __SSSE3__
-#include <immintrin.h>
-#endif
 
 namespace quire::QUIRE_ISA {
 
@@ -135,8 +133,9 @@ QUIRE_INLINE IntVec load_bytes(const uint8_t* p) {
     return v;
 }
 
-// The two ways weights are stored. `factor<half>` is one vector of step `half` of a pair.
+// The ways weights are stored. `factor<half>` is one vector of step `half` of a pair.
 struct Bits8 {
+    using Scale = float;
     static constexpr int64_t kPairBytes = 2 * kStepBytes;
     static constexpr int32_t kZeroPoint = kSignedWeights ? 0 : 128;
     static constexpr int64_t kPairsInWords = 0;
@@ -151,6 +150,7 @@ struct Bits8 {
     }
 };
 struct Bits4 {
+    using Scale = float;
     static constexpr int64_t kPairBytes = kStepBytes;
     static constexpr int32_t kZeroPoint = 8;
     // So many pairs of steps add up within 16 bits: 16 products of at most 15 * 127.
@@ -160,6 +160,19 @@ struct Bits4 {
         return {(load_bytes(pair) >> (4 * half)) & 0x0f0f0f0f};
     }
 };
+struct BitsMxfp4 {
+    using Scale = uint8_t;
+    static constexpr int64_t kPairBytes = kStepBytes;
+    static constexpr int32_t kZeroPoint = 12;
+    // 8 products of at most 24 * 127.
+    static constexpr int64_t kPairsInWords = kSumsInWords ? 2 : 0;
+    template <int half>
+    static QUIRE_INLINE Unsigned factor(const uint8_t* pair) {
+        return {doubled_e2m1((load_bytes(pair) >> (4 * half)) & 0x0f0f0f0f)};
+    }
+};
+QUIRE_INLINE Vec load_scales(const float* from) { return load(from); }
+QUIRE_INLINE Vec load_scales(const uint8_t* exponents) { return powers_of_two(exponents) * 0.5f; }
 
 // Rows of x in 8 bits: tiles of rows, in each [k / 4][rows of the tile] words of four inputs, zeros past the last.
 struct RowsOfBytes {
@@ -226,11 +239,11 @@ static void multiply_low_bit(const LowBitLinear& a, const RowsOfBytes& x, float*
     const int64_t depth = x.num_words * 4, num_groups = (a.k + a.group - 1) / a.group;
     const int64_t panel_bytes = depth / 8 * Stored::kPairBytes;
     const uint8_t* weights[kWidth];
-    const float* scales[kWidth];
+    const typename Stored::Scale* scales[kWidth];
     for (int j = 0; j < kWidth; ++j) {
         const int64_t panel = (vector + j) / kVectorsPerPanel, lane = (vector + j) % kVectorsPerPanel * kLanes;
         weights[j] = a.weight + panel * panel_bytes + lane * 4;
-        scales[j] = a.scales + panel * num_groups * kPanel + lane;
+        scales[j] = static_cast<const typename Stored::Scale*>(a.scales) + panel * num_groups * kPanel + lane;
     }
     // While a panel is multiplied by many rows, the next one is fetched; each tile of rows fetches its share.
     const int64_t share = Stored::kPairBytes / num_tiles;
@@ -298,7 +311,7 @@ static void multiply_low_bit(const LowBitLinear& a, const RowsOfBytes& x, float*
         }
 #pragma GCC unroll 8
         for (int j = 0; j < kWidth; ++j) {
-            const Vec scale = load(scales[j] + group * kPanel);
+            const Vec scale = load_scales(scales[j] + group * kPanel);
 #pragma GCC unroll 14
             for (int r = 0; r < kRows; ++r) sums[r][j] += __builtin_convertvector(acc[r][j], Vec) * scale;
         }
@@ -334,6 +347,28 @@ static void multiply_low_bit_tile(int64_t rows, const LowBitLinear& a, const Row
     run.template operator()<2>();
 }
 
+// The tiles `first` to `last` of a product against a run of vectors, as `multiply_tiles` does with floats.
+template <class Stored>
+static void multiply_low_bit_tiles(const LowBitLinear& a, const RowsOfBytes& x, int64_t num_tiles, int64_t first,
+                                   int64_t last, int64_t vector, int64_t vector_end) {
+    const int64_t num_groups = (a.k + a.group - 1) / a.group;
+    for (int64_t tile = first; tile < last; ++tile) {
+        const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
+        multiply_low_bit_tile<Stored>(rows, a, x.from(begin, num_groups), a.out + begin * a.n, vector, vector_end,
+                                      tile - first, last - first);
+    }
+}
+
+// Row r of a tile of `rows`, which begins at `tile`. `words` has room for the row.
+template <class Stored>
+static void quantize_row_of_tile(const float* from, int64_t k, int64_t group, const RowsOfBytes& tile, int64_t r,
+                                 int64_t rows, int32_t* words) {
+    const RowsOfBytes row = tile.from(r, (k + group - 1) / group);
+    quantize_row(from, k, tile.num_words * 4, group, Stored::kZeroPoint, reinterpret_cast<int8_t*>(words), row.scales,
+                 row.starts);
+    for (int64_t w = 0; w < tile.num_words; ++w) tile.words[w * rows + r] = words[w];
+}
+
 template <class Stored>
 static void multiply_quantized(const LowBitLinear& a) {
     const int64_t num_tiles = (a.m + kRowsOfBytes - 1) / kRowsOfBytes;
@@ -364,23 +399,16 @@ static void multiply_quantized(const LowBitLinear& a) {
             const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
             int32_t* const words = rows_of_threads + omp_get_thread_num() * (num_words + a.k);
             float* const made = reinterpret_cast<float*>(words + num_words);
-            for (int64_t r = 0; r < rows; ++r) {
-                const RowsOfBytes row = x.from(begin + r, num_groups);
-                quantize_row(input_row(a.x, begin + r, a.k, made), a.k, num_words * 4, a.group, Stored::kZeroPoint,
-                             reinterpret_cast<int8_t*>(words), row.scales, row.starts);
-                int32_t* const to = tiles + begin * num_words + r;
-                for (int64_t w = 0; w < num_words; ++w) to[w * rows] = words[w];
-            }
+            for (int64_t r = 0; r < rows; ++r)
+                quantize_row_of_tile<Stored>(input_row(a.x, begin + r, a.k, made), a.k, a.group, x.from(begin, num_groups),
+                                             r, rows, words);
         }
 #pragma omp for schedule(static) collapse(2)
         for (int64_t item = 0; item < num_items; ++item)
             for (int64_t block = 0; block < num_blocks; ++block) {
                 const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-                for (int64_t tile = first; tile < last; ++tile) {
-                    const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    multiply_low_bit_tile<Stored>(rows, a, x.from(begin, num_groups), a.out + begin * a.n, item * group,
-                                                  min_of((item + 1) * group, num_vectors), tile - first, last - first);
-                }
+                multiply_low_bit_tiles<Stored>(a, x, num_tiles, first, last, item * group,
+                                               min_of((item + 1) * group, num_vectors));
             }
     }
 }

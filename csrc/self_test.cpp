@@ -43,7 +43,8 @@ struct Product {
     bool of_floats(const Kernels& kernels, Element element) {
         std::vector<float> packed(kPanels * kPanel * kInputs);  // what the largest type takes
         kernels.pack_linear(weight.data(), Element::float32, kOutputs, kInputs, packed.data(), element, 0);
-        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs});
+        kernels.linear({input(), packed.data(), element, nullptr, out.data(), scratch.data(), kRows, kOutputs, kInputs,
+                        nullptr});
         return out == expected;
     }
 
@@ -76,7 +77,7 @@ bool attends(const Kernels& kernels, KVElement element) {
     const WorkItem work{0, 0, kTokens, 0, 1, 0, kContext, -1, 0};
 
     Attention a{};
-    a.cache = {key_blocks.data(), value_blocks.data(), element, 1, kHeadDim, kBlockSize};
+    a.cache = {key_blocks.data(), value_blocks.data(), element, 1, kHeadDim, kHeadDim, kBlockSize};
     kernels.write_kv({keys.data(), kHeadDim}, {values.data(), kHeadDim}, a.cache, slots.data(), kContext);
     a.q = {q.data(), kHeads * kHeadDim};
     a.out = out.data();

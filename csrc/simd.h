@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#ifdef __AVX2__
+#ifdef __SSSE3__
 #include <immintrin.h>
 #endif
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
 from quire.attention.recurrence import plan_recurrence
-from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for, reference
 from quire.kernels.interface import StateLayer
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
@@ -42,12 +42,13 @@ class PagedModel:
         num_blocks = max_sequences * blocks_per_sequence
         shuffled = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
         self.block_tables = shuffled.reshape(max_sequences, blocks_per_sequence)
-        keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
-        values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        shapes = reference.kv_cache_shapes(num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # The old contents of a block must never matter.
+        tensors = [[torch.full(shape, 1e4, dtype=kv_dtype) for shape in shapes] for _ in config.attention_layers]
+        latent = config.latent
         self.layers = [
-            KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
-            for _ in config.attention_layers
+            KVLayer(keys, values) if latent is None else reference.latent_layer(keys, latent.latent_dim)
+            for keys, values in tensors
         ]
         self.states = [
             StateLayer(
@@ -91,7 +92,7 @@ class PagedModel:
             context = StepContext(
                 torch.from_numpy(np.concatenate(positions)),
                 self.layers,
-                plan,
+                [plan],
                 output_tokens,
                 self.states,
                 recurrence,
@@ -112,6 +113,7 @@ class PagedModel:
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
+            value_dim=0 if self.config.latent is None else self.config.latent.latent_dim,
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )

@@ -21,6 +21,10 @@ RECURRENT_CHUNK = 64
 of one sequence follow one another."""
 
 
+MXFP4_BLOCK = 32
+"""Numbers of 4 bits that share a scale of a byte."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     """A dense layer, or a table that only gives rows: a matrix [num_outputs, num_inputs]."""
@@ -30,6 +34,8 @@ class LinearSpec:
     num_inputs: int
     quantizes: bool = True
     """False: a quantisation leaves it in float32. Routers of experts are such layers."""
+    is_mxfp4: bool = False
+    """It keeps the bits of a checkpoint in MXFP4, whatever other layers are stored as."""
 
     @property
     def num_parameters(self) -> int:
@@ -37,6 +43,8 @@ class LinearSpec:
 
     def weight_bytes(self, dtype: str, weight_format: WeightFormat | None = None) -> int:
         """Memory of the matrix in `dtype`, or in the format of a quantisation."""
+        if self.is_mxfp4:
+            return self.num_parameters // 2 + self.num_parameters // MXFP4_BLOCK
         if weight_format is None:
             return self.num_parameters * DTYPE_BYTES[dtype]
         if not self.quantizes:
@@ -54,9 +62,12 @@ class VectorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What a token leaves in the KV cache of one layer. Latent layers will be a further kind."""
+    """What a token leaves in the KV cache of one layer.
 
-    kind: Literal["full", "window"] = "full"
+    A latent layer keeps one row for all query heads, the key; its last `value_dim` elements are the value.
+    """
+
+    kind: Literal["full", "window", "latent"] = "full"
     num_heads: int
     """KV heads."""
     key_dim: int
@@ -67,8 +78,8 @@ class KVSpec:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the keys and values of one token."""
-        return self.num_heads * (self.key_dim + self.value_dim)
+        """Elements that one token keeps."""
+        return self.num_heads * (self.key_dim if self.kind == "latent" else self.key_dim + self.value_dim)
 
     def bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values; in int8 each has a float32 scale per head."""
@@ -88,7 +99,8 @@ class AttentionSpec:
     @property
     def num_elements(self) -> int:
         """Elements that attention passes on for one token: queries, keys, values, and its output."""
-        return _passed_on(self.linears)
+        latents = self.num_heads * self.kv.value_dim if self.kv.kind == "latent" else 0
+        return _passed_on(self.linears) + latents
 
     @property
     def operations_per_pair(self) -> int:
@@ -300,7 +312,7 @@ class ModelSpec:
 
     @property
     def _kvs(self) -> list[KVSpec]:
-        """Of every layer that has a KV cache."""
+        """One for every layer that has a KV cache."""
         return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
 
     @property

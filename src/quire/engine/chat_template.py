@@ -44,6 +44,8 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`sources` maps names ("default", "tool_use", …) to Jinja texts; errors call them `origin`."""
+        self.source = sources.get("tool_use") or sources.get("default") or ""
+        """The template that requests with tools are rendered with; empty if there is none."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])

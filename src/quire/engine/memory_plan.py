@@ -189,7 +189,7 @@ def plan_memory(
 
 
 def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device) -> StorageChoice:
-    name = choose_backend(config.attention_backend, device.type, device.capability)
+    name = choose_backend(config.attention_backend, device.type, device.capability, needs=model.attention_needs)
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
     return StorageChoice(

@@ -13,8 +13,8 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None: ..
 def silu_and_mul(x: Tensor, out: Tensor) -> None: ...
 def gelu_and_mul(x: Tensor, out: Tensor) -> None: ...
 def gelu_tanh_and_mul(x: Tensor, out: Tensor) -> None: ...
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
-def copy_blocks(k_caches: list[Tensor], v_caches: list[Tensor], pairs: Tensor) -> None: ...
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor) -> None: ...
+def copy_blocks(k_caches: list[Tensor], v_caches: list[Tensor | None], pairs: Tensor) -> None: ...
 def pack_linear(weight: Tensor, packed: Tensor, first_row: int) -> None: ...
 def linear(
     x: Tensor,
@@ -43,6 +43,23 @@ def linear_quantized(
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
+def experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    format: str,
+    activation: str,
+    inner: int,
+    gate_up: Tensor,
+    gate_up_scales: Tensor | None,
+    gate_up_group: int,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_scales: Tensor | None,
+    down_group: int,
+    down_bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, ids: Tensor, out: Tensor
@@ -50,7 +67,7 @@ def gather_rows_quantized(
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     query_start_loc: Tensor,
     seq_lens: Tensor,
     block_tables: Tensor,
@@ -62,6 +79,7 @@ def paged_attention(
     window: int,
     softcap: float,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     num_threads: int,
     out: Tensor,
 ) -> None: ...

@@ -17,23 +17,32 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
+from quire.kernels.expert_products import pack_each
 from quire.kernels.interface import (
+    MXFP4_BLOCK,
     Allocate,
     AttentionParams,
     AttentionPlan,
     CpuAttentionPlan,
+    ExpertMatrices,
+    ExpertWeight,
     KVLayer,
+    Mxfp4Matrix,
+    Mxfp4Weight,
+    PackedExperts,
     PackedWeight,
     QuantizedWeight,
 )
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.reference import kv_cache_shapes, zeros
+from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
+from quire.quantization import WeightFormat
 
 __all__ = [
     "add_rms_norm",
     "causal_conv",
     "copy_blocks",
     "describe",
+    "experts",
     "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
@@ -41,8 +50,10 @@ __all__ = [
     "glu_linear",
     "isa",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
+    "pack_experts",
     "pack_linear",
     "paged_attention",
     "quantize_linear",
@@ -150,7 +161,7 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     _refuse_scales(kv)
-    _cpu.write_kv(k, v, kv.keys, kv.values, slots)
+    _cpu.write_kv(k, v, kv.keys, _stored_values(kv), slots)
 
 
 def rotary_write_kv(
@@ -161,7 +172,7 @@ def rotary_write_kv(
 
 
 def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
-    _cpu.copy_blocks([layer.keys for layer in layers], [layer.values for layer in layers], pairs)
+    _cpu.copy_blocks([layer.keys for layer in layers], list(map(_stored_values, layers)), pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -247,6 +258,50 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
+def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
+    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, _pack_mxfp4)
+
+
+def _pack_mxfp4(
+    matrices: Sequence[Sequence[Mxfp4Matrix]], stored: str | WeightFormat, allocate: Allocate
+) -> Mxfp4Weight:
+    """values [E, panels, K / 8, 1, panel, 4], scales [E, panels, K / 32, panel]; csrc/mxfp4.h has their order."""
+    panel, num_rows = _cpu.panel, sum(len(part.blocks) for part in matrices[0])
+    num_panels, num_blocks = -(-num_rows // panel), matrices[0][0].blocks.shape[1]
+    values = allocate((len(matrices), num_panels, num_blocks * 4, 1, panel, 4), dtype=torch.uint8)
+    scales = allocate((len(matrices), num_panels, num_blocks, panel), dtype=torch.uint8)
+    for parts, to_values, to_scales in zip(matrices, values, scales, strict=True):
+        blocks = torch.cat([part.blocks for part in parts])
+        # Two inputs a byte become eight inputs a word: the first four in the low halves.
+        inputs = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(num_rows, num_blocks * 4, 2, 4)
+        words, exponents = inputs[:, :, 0] | inputs[:, :, 1] << 4, torch.cat([part.scales for part in parts])
+        for first in range(0, num_rows, panel):
+            rows = slice(first, first + panel)
+            to_values[first // panel, :, 0, : len(words[rows])] = words[rows].transpose(0, 1)
+            to_scales[first // panel, :, : len(words[rows])] = exponents[rows].t()
+    return Mxfp4Weight(values, scales, rounds_rows=not isinstance(stored, str))
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
+    gate_up, gate_up_scales, gate_up_group, form = _parts(experts.gate_up)
+    down, down_scales, down_group, _ = _parts(experts.down)
+    _cpu.experts(
+        *(x, chosen, weights, form, experts.activation, experts.num_inner),
+        *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
+        *(down, down_scales, down_group, experts.down_bias),
+        out,
+    )
+
+
+def _parts(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, int, str]:
+    """Values, scales, inputs that share a scale, and the name of the format in csrc/bindings.cpp."""
+    if isinstance(weight, Tensor):
+        return weight, None, 1, str(weight.dtype).removeprefix("torch.")
+    if isinstance(weight, QuantizedWeight):
+        return weight.values, weight.scales, weight.group_size, f"int{weight.bits}"
+    return weight.values, weight.scales, MXFP4_BLOCK, "mxfp4 of int8" if weight.rounds_rows else "mxfp4"
+
+
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     out = torch.empty(ids.shape[0], num_inputs)
     _cpu.gather_rows(packed, ids, out)
@@ -264,11 +319,11 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
     _refuse_scales(kv)
     if plan.window and not 0 < params.window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
-    out = torch.empty_like(q)
+    out = torch.empty(*q.shape[:2], kv.values.shape[3])
     _cpu.paged_attention(
         q,
         kv.keys,
-        kv.values,
+        _stored_values(kv),
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -280,6 +335,7 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         params.window,
         params.softcap,
         params.alibi_slopes,
+        params.sinks,
         plan.num_threads,
         out,
     )
@@ -301,6 +357,10 @@ def sample_tokens(
     ids: Tensor,
 ) -> None:
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
+
+
+def _stored_values(kv: KVLayer) -> Tensor | None:
+    return None if kv.is_latent else kv.values
 
 
 def _refuse_scales(kv: KVLayer) -> None:

@@ -14,17 +14,21 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
+
 A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
 Variant = tuple[int, ...]
@@ -40,10 +44,15 @@ class KVLayer:
 
     keys: Tensor
     values: Tensor
+    """In a latent layer a view of the last elements of every key (`Kernels.latent_layer`)."""
     k_scale: Tensor | None = None
     """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
     v_scale: Tensor | None = None
     """The same for values; set if and only if `k_scale` is."""
+    is_latent: bool = field(default=False, kw_only=True)
+    """Only keys are stored and written."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class AttentionParams:
     """If above 0, a score s becomes softcap * tanh(s / softcap)."""
     alibi_slopes: Tensor | None = None
     """[num_heads] float32: slope * (key position - query position) is added to each score."""
+    sinks: Tensor | None = None
+    """[num_heads] float32: one more score in the softmax of every token, whose key has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,7 @@ class CpuAttentionPlan(AttentionPlan):
     merges: Tensor
     """[num_merges, 4]: runs of tokens with partial results; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
-    """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
+    """[num_rows, value_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
     """The number of threads that the work was balanced for."""
 
@@ -205,6 +216,57 @@ class QuantizedWeight:
 PackedWeight = Tensor | QuantizedWeight
 """Result of `pack_linear` or `quantize_linear`."""
 
+MXFP4_BLOCK = 32
+"""Inputs that share a scale in MXFP4."""
+
+
+class Mxfp4Matrix(NamedTuple):
+    """A matrix [N, K] in MXFP4, as checkpoints store it: numbers of 4 bits (e2m1), and a power of two for each block of
+    32 inputs."""
+
+    blocks: Tensor
+    """[N, K / 32, 16] uint8: two inputs a byte, the first in the low half."""
+    scales: Tensor
+    """[N, K / 32] uint8: e, for 2^(e - 127)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Weight:
+    """Matrices in MXFP4 with the bits of their checkpoint, in a layout of the kernels' own."""
+
+    values: Tensor
+    scales: Tensor
+    rounds_rows: bool
+    """The rows that it is multiplied with are brought to 8 bits, as for `linear_quantized`."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
+"""One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
+ExpertWeight = PackedWeight | Mxfp4Weight
+"""Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """The gated MLPs of all E experts of a layer, each of I inner elements."""
+
+    gate_up: ExpertWeight
+    """[2 I, H] each: the gate, then what it multiplies."""
+    down: ExpertWeight
+    """[H, I] each, stored like `gate_up`."""
+    gate_up_bias: Tensor | None
+    """[E, 2 I] float32"""
+    down_bias: Tensor | None
+    """[E, H] float32"""
+    num_experts: int
+    num_inner: int
+    activation: str
+    """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
+
 
 class Allocate(Protocol):
     """Returns zeroed memory for a packed weight: `torch.zeros`, or memory that the caller has reserved."""
@@ -222,6 +284,10 @@ class Packing(Protocol):
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
 
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
+    ) -> ExpertWeight: ...
+
 
 class Kernels(Packing, Protocol):
     """The operations of one device; a module satisfies it. `reference` specifies what each computes."""
@@ -233,6 +299,10 @@ class Kernels(Packing, Protocol):
     def kv_cache_shapes(
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
     ) -> tuple[KVShape, KVShape]: ...
+
+    def latent_layer(self, keys: Tensor, value_dim: int) -> KVLayer:
+        """The layer whose keys are `keys`, of a shape of `kv_cache_shapes`, and whose values are part of them."""
+        ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
@@ -283,6 +353,8 @@ class Kernels(Packing, Protocol):
     def glu_linear(
         self, x: Tensor, activation: str, packed: PackedWeight, bias: Tensor | None, num_outputs: int
     ) -> Tensor: ...
+
+    def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

@@ -11,6 +11,7 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square_(),
 }
 FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
 """Activations that `Kernels.glu_linear` computes."""

@@ -50,16 +50,13 @@ class Linear:
         matrices = [part.weight for part in weights]
         self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
         self.num_inputs = matrices[0].shape[1]
-        if isinstance(dtype, str) and dtype in METHODS:
-            dtype = METHODS[dtype].layers
+        stored = stored_as(dtype)
         self.packed: PackedWeight
-        if isinstance(dtype, str):
-            self.packed = packing.pack_linear(matrices, dtype)
+        if isinstance(stored, str):
+            self.packed = packing.pack_linear(matrices, stored)
         else:
-            # Kernels read inputs in steps of 8, and a group must not end inside a step.
-            group_size = dtype.group_size or -(-self.num_inputs // 8) * 8
-            self.packed = packing.quantize_linear(matrices, dtype.bits, group_size)
-        self.bias = _join_biases(weights)
+            self.packed = packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(self.num_inputs))
+        self.bias = join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         if isinstance(x, Normed):
@@ -81,7 +78,12 @@ class Linear:
         return self(activation_function(activation)(gate) * up)
 
 
-def _join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
+def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
+    """How a dense layer is stored: a float type, or the format of a quantisation of METHODS."""
+    return METHODS[dtype].layers if isinstance(dtype, str) and dtype in METHODS else dtype
+
+
+def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     """One float32 bias for all parts; zeros for a part without one."""
     if all(part.bias is None for part in weights):
         return None

@@ -72,7 +72,9 @@ class ConfigJson:
         quantization = self.object("quantization_config")
         if quantization and not _holds_only_kv_scales(quantization):
             method = quantization.get("quant_method", "unnamed")
-            raise self.refusal("quantization_config", method, "float32, float16 and bfloat16 weights")
+            if method not in row.quantizations:
+                known = ", ".join(("float32, float16 and bfloat16 weights", *row.quantizations))
+                raise self.refusal("quantization_config", method, known + _advice(method))
 
     def reads(self, key: str) -> bool:
         """Whether the family reads a key that some families do not."""
@@ -146,6 +148,16 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """The values of the objects in a config as "object.key"."""
     objects = {name: value for name, value in config.items() if isinstance(value, dict)}
     return {f"{name}.{key}": value for name, inner in objects.items() for key, value in inner.items()}
+
+
+def _advice(method: str) -> str:
+    """What to do with a checkpoint of this method."""
+    if method != "fp8":
+        return ""
+    return (
+        ". Convert it to bfloat16 once (DeepSeek publishes fp8_cast_bf16.py) and delete quantization_config; then "
+        "--quantization int8 or int4 stores its weights in few bits"
+    )
 
 
 def _holds_only_kv_scales(quantization: dict[str, Any]) -> bool:

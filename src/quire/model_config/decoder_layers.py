@@ -10,6 +10,7 @@ from quire.layer_spec import (
     RecurrentSpec,
     VectorSpec,
 )
+from quire.model_config.latent import LatentShape
 from quire.model_config.model_config import ModelConfig, norm_vectors
 from quire.model_config.recurrent import RecurrentConfig
 
@@ -30,7 +31,7 @@ def _layer(config: ModelConfig, window: int, has_experts: bool, recurrent: Recur
     mlp = _mlp(config, has_experts)
     if recurrent is None:
         attention: AttentionSpec | RecurrentSpec = _attention(config, window)
-        vectors = (*_norms(config), *_head_norms(config), *_attention_biases(config), *_mlp_biases(config, mlp))
+        vectors = (*_norms(config), *_attention_vectors(config), *_attention_biases(config), *_mlp_biases(config, mlp))
     else:
         attention = _recurrent(config, recurrent)
         vectors = (*_norms(config), *_recurrent_vectors(config, recurrent), *_mlp_biases(config, mlp))
@@ -38,6 +39,8 @@ def _layer(config: ModelConfig, window: int, has_experts: bool, recurrent: Recur
 
 
 def _attention(config: ModelConfig, window: int) -> AttentionSpec:
+    if config.latent is not None:
+        return _latent_attention(config, config.latent)
     hidden = config.hidden_size
     num_queries, num_keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     kv = KVSpec(
@@ -99,20 +102,45 @@ def _mlp(config: ModelConfig, has_experts: bool) -> MLPSpec | ExpertsSpec:
             num_experts=config.num_experts,
             num_active=config.num_experts_per_token,
             router=LinearSpec("router", config.num_experts + config.shared_expert_gate, hidden, quantizes=False),
-            expert=mlp_spec("expert.", hidden, config.expert_intermediate_size, gated=config.gated_mlp),
+            expert=mlp_spec(
+                "expert.",
+                hidden,
+                config.expert_intermediate_size,
+                gated=config.gated_mlp,
+                is_mxfp4=config.mxfp4_experts,
+            ),
             shared=mlp_spec("shared.", hidden, shared, gated=config.gated_mlp) if shared else None,
         )
     return mlp_spec("", hidden, config.intermediate_size, gated=config.gated_mlp)
 
 
-def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool) -> MLPSpec:
-    """The feed-forward network hidden_size → inner → hidden_size. Gate and up are packed as one layer."""
-    up = (
-        LinearSpec(f"{prefix}gate_up", 2 * inner, hidden_size)
-        if gated
-        else LinearSpec(f"{prefix}up", inner, hidden_size)
+def _latent_attention(config: ModelConfig, shape: LatentShape) -> AttentionSpec:
+    """The matrices of `quire.models.latent_attention`; those of each head, side by side, are one LinearSpec."""
+    heads, hidden = config.num_heads, config.hidden_size
+    num_queries = heads * shape.head_dim
+    down = LinearSpec("down", (shape.query_latent_dim or num_queries) + shape.row_dim, hidden)
+    query_up = (LinearSpec("query_up", num_queries, shape.query_latent_dim),) if shape.query_latent_dim else ()
+    return AttentionSpec(
+        linears=(
+            down,
+            *query_up,
+            LinearSpec("key_up", heads * shape.latent_dim, shape.nope_dim),
+            LinearSpec("value_up", heads * shape.value_dim, shape.latent_dim),
+            LinearSpec("o", hidden, heads * shape.value_dim),
+        ),
+        num_heads=heads,
+        kv=KVSpec(kind="latent", num_heads=1, key_dim=shape.row_dim, value_dim=shape.latent_dim),
     )
-    return MLPSpec(kind="gated" if gated else "plain", linears=(up, LinearSpec(f"{prefix}down", hidden_size, inner)))
+
+
+def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool, is_mxfp4: bool = False) -> MLPSpec:
+    """The feed-forward network hidden_size → inner → hidden_size. Gate and up are packed as one layer."""
+    up = ("gate_up", 2 * inner, hidden_size) if gated else ("up", inner, hidden_size)
+    linears = tuple(
+        LinearSpec(f"{prefix}{name}", outputs, inputs, is_mxfp4=is_mxfp4)
+        for name, outputs, inputs in (up, ("down", hidden_size, inner))
+    )
+    return MLPSpec(kind="gated" if gated else "plain", linears=linears)
 
 
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
@@ -126,19 +154,26 @@ def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
     return tuple(vector for name in names for vector in norm_vectors(config, name))
 
 
-def _head_norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
+def _attention_vectors(config: ModelConfig) -> tuple[VectorSpec, ...]:
+    """Norms of queries, keys and latents, and sinks."""
+    vectors = (VectorSpec("sinks", config.num_heads),) if config.attention_sinks else ()
+    if config.latent is not None:
+        sizes = {"latent_norm": config.latent.latent_dim, "query_norm": config.latent.query_latent_dim}
+        vectors += tuple(VectorSpec(name, size) for name, size in sizes.items() if size)
     if not config.qk_norm:
-        return ()
+        return vectors
     every_head = config.qk_norm_per_head or config.qk_norm_joint
     num_queries, num_keys = (config.num_heads, config.num_kv_heads) if every_head else (1, 1)
     sizes = {"q_norm": num_queries * config.head_dim, "k_norm": num_keys * config.head_dim}
     parts = ("weight", "bias") if config.qk_norm_bias else ("weight",)
-    return tuple(VectorSpec(f"{name}.{part}", size) for name, size in sizes.items() for part in parts)
+    return vectors + tuple(VectorSpec(f"{name}.{part}", size) for name, size in sizes.items() for part in parts)
 
 
 def _attention_biases(config: ModelConfig) -> tuple[VectorSpec, ...]:
     biases = []
-    if config.qkv_bias:
+    if config.qkv_bias and config.latent is not None:
+        biases.append(VectorSpec("down.bias", config.latent.query_latent_dim + config.latent.row_dim))
+    elif config.qkv_bias:
         biases.append(VectorSpec("qkv.bias", config.num_qkv_heads * config.head_dim))
     if config.o_bias:
         biases.append(VectorSpec("o.bias", config.hidden_size))
@@ -146,6 +181,11 @@ def _attention_biases(config: ModelConfig) -> tuple[VectorSpec, ...]:
 
 
 def _mlp_biases(config: ModelConfig, mlp: MLPSpec | ExpertsSpec) -> tuple[VectorSpec, ...]:
-    if not config.mlp_bias or isinstance(mlp, ExpertsSpec):
+    if isinstance(mlp, MLPSpec):
+        has_bias, count, linears = config.mlp_bias, 1, mlp.linears
+    else:
+        has_bias, count, linears = config.expert_bias, config.num_experts, mlp.expert.linears
+    if not has_bias:
         return ()
-    return tuple(VectorSpec(f"{linear.name}.bias", linear.num_outputs) for linear in mlp.linears)
+    router = (VectorSpec("router.bias", config.num_experts),) if isinstance(mlp, ExpertsSpec) else ()
+    return (*router, *(VectorSpec(f"{linear.name}.bias", count * linear.num_outputs) for linear in linears))

@@ -164,7 +164,8 @@ def _read_rope(
         return float(value)  # type: ignore[arg-type]
 
     def optional(key: str) -> float | None:
-        return None if values.get(key) is None else number(key)
+        """None also for 0, as transformers reads these numbers."""
+        return None if values.get(key) in (None, 0) else number(key)
 
     if original is not None and rope_type in ("llama3", "yarn", "longrope"):
         original = config.integer("original_max_position_embeddings")
@@ -203,8 +204,15 @@ def _read_rope(
         short_mscale=number("short_mscale") if has_mscales else None,
         long_mscale=number("long_mscale") if has_mscales else None,
         partial_rotary_factor=share,
-        layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
+        layout=_layout(config),
     )
+
+
+def _layout(config: ConfigJson) -> Literal["half", "interleaved"]:
+    """The layout that a family has, or that a flag of its config.json chooses (DeepSeek-V3)."""
+    if config.value("interleaves") is not None:
+        return "interleaved" if config.flag("interleaves") else "half"
+    return "interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half"
 
 
 def _read_share(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> float:

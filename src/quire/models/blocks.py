@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
@@ -39,7 +39,7 @@ class SelfAttention:
     ) -> None:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        """Of queries, keys and values; heads of gates follow them."""
+        """Heads of queries, of keys and of values; those of gates follow them."""
         self.num_gates = config.num_heads if config.attention_gate else 0
         self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
@@ -103,7 +103,7 @@ def rotary_attention(
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
-    gates = ()
+    gates: tuple[LinearWeight, ...] = ()
     if config.attention_gate:
         # Each head's query is followed by its gate.
         rows = torch.arange(2 * q_rows, device=q.weight.device).view(-1, 2, config.head_dim)
@@ -111,7 +111,7 @@ def rotary_attention(
         q = q.select_rows(rows[:, 0].flatten())
     if _is_interleaved(config):
         order = _head_order(config, q.weight.device)
-        q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
+        q, k = (part.select_rows(rows_of_heads(order, len(part.weight))) for part in (q, k))
     return SelfAttention(
         config,
         build.pack(q, k, v, *gates),
@@ -158,6 +158,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
         alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
+        sinks=build.weights.take("sinks", (config.num_heads,)).float() if config.attention_sinks else None,
         query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
 
@@ -217,7 +218,7 @@ def _head_order(config: ModelConfig, device: torch.device) -> Tensor:
     return half_layout(config.head_dim, rope.rotary_dim(config.head_dim), device)
 
 
-def _rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
+def rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
     """An order of a head's elements -> the same order of the rows of all heads."""
     first = torch.arange(0, num_rows, len(order), device=order.device)
     return (first[:, None] + order).flatten()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.layers.experts import ExpertLinear, ExpertMLPs
 from quire.layers.linear import Linear, LinearWeight, output_head
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
@@ -51,6 +52,19 @@ class Builder:
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
         return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
+
+    def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:
+        """The MLPs of a layer's experts, by default with the activation of the config."""
+        config = self.config
+        return ExpertMLPs(
+            self.kernels,
+            gate_up,
+            down,
+            config.expert_intermediate_size,
+            activation or config.activation,
+            self.dtype,
+            self.weights.packing,
+        )
 
     def norm(self, name: str) -> Norm:
         """A norm of the residual stream, of the kind that config says."""

@@ -33,7 +33,9 @@ def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device)
     """The table of every layer, None for a layer that rotates nothing. Layers of one kind share it."""
     ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
     tables = {
-        rope: cos_sin_table(rope, config.head_dim, num_positions).to(device) for rope in set(ropes) if rope is not None
+        rope: cos_sin_table(rope, config.rope_head_dim, num_positions).to(device)
+        for rope in set(ropes)
+        if rope is not None
     }
     return [None if rope is None else tables[rope] for rope in ropes]
 

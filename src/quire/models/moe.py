@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from quire.layers.linear import LinearWeight
+from quire.layers.experts import ExpertLinear, ExpertMLPs
 from quire.models.blocks import GatedMLP, gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
@@ -72,20 +72,22 @@ class MoELlama(Llama):
         return gated_mlp(block.scope(self.shared), build.config.shared_expert_intermediate_size)
 
 
-def _experts(build: Builder, names: ExpertNames) -> list[GatedMLP]:
-    config = build.config
-    return [
-        gated_mlp(build.scope(f"experts.{index}"), config.expert_intermediate_size, names=names.one_by_one)
-        for index in range(config.num_experts)
-    ]
+def _experts(build: Builder, names: ExpertNames) -> ExpertMLPs:
+    config, (gate, up, down) = build.config, names.one_by_one
+    hidden, inner = config.hidden_size, config.expert_intermediate_size
+    scopes = [build.weights.scope(f"experts.{index}") for index in range(config.num_experts)]
+    bias = config.mlp_bias
+    return build.pack_experts(
+        ExpertLinear.of(
+            [[scope.take_linear(name, (inner, hidden), bias=bias) for name in (gate, up)] for scope in scopes]
+        ),
+        ExpertLinear.of([[scope.take_linear(down, (hidden, inner), bias=bias)] for scope in scopes]),
+    )
 
 
-def _fused_experts(build: Builder, names: ExpertNames) -> list[GatedMLP]:
+def _fused_experts(build: Builder, names: ExpertNames) -> ExpertMLPs:
     config = build.config
     hidden, inner, num_experts = config.hidden_size, config.expert_intermediate_size, config.num_experts
     gate_up = build.weights.take(names.fused[0], (num_experts, 2 * inner, hidden))
     down = build.weights.take(names.fused[1], (num_experts, hidden, inner))
-    return [
-        GatedMLP(build.pack(LinearWeight(first)), build.pack(LinearWeight(second)), config.activation)
-        for first, second in zip(gate_up, down, strict=True)
-    ]
+    return build.pack_experts(ExpertLinear([[each] for each in gate_up]), ExpertLinear([[each] for each in down]))

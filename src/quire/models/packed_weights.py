@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from quire.kernels import cpu
-from quire.kernels.interface import Allocate, QuantizedWeight
+from quire.kernels.expert_products import stored_tensors
+from quire.kernels.interface import (
+    Allocate,
+    ExpertMatrices,
+    ExpertWeight,
+    Mxfp4Matrix,
+    Mxfp4Weight,
+    QuantizedWeight,
+)
 from quire.kernels.reference import zeros
 from quire.models.safetensors_file import DTYPES
 from quire.models.weights_cache import PackedTensor
+from quire.quantization import WeightFormat
 
 _ALIGNMENT = 64
 _NAMES = {getattr(torch, ours): theirs for theirs, ours in DTYPES.items()}
@@ -47,9 +56,26 @@ class PackedWeights:
             packed = cpu.quantize_linear(weights, bits, group_size, self._or_else(allocate))
             return packed.values, packed.scales
 
-        form = f"{bits} bits in groups of {group_size} {cpu.isa()} {cpu.PACKING}"
-        values, scales = self._find_or_pack(form, weights, 2, pack)
+        values, scales = self._find_or_pack(_form_of_bits(bits, group_size), weights, 2, pack)
         return QuantizedWeight(values, scales, bits, group_size)
+
+    def pack_experts(
+        self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
+    ) -> ExpertWeight:
+        sources = list(stored_tensors(matrices))
+
+        def pack() -> tuple[Tensor, ...]:
+            packed = cpu.pack_experts(matrices, stored, self._or_else(allocate))
+            return (packed,) if isinstance(packed, Tensor) else (packed.values, packed.scales)
+
+        if isinstance(matrices[0][0], Mxfp4Matrix):
+            values, scales = self._find_or_pack(f"experts mxfp4 {cpu.PACKING}", sources, 2, pack)
+            return Mxfp4Weight(values, scales, rounds_rows=not isinstance(stored, str))
+        if isinstance(stored, str):
+            return self._find_or_pack(f"experts {stored} {cpu.PACKING}", sources, 1, pack)[0]
+        group_size = stored.inputs_per_scale(sources[0].shape[1])
+        values, scales = self._find_or_pack(f"experts {_form_of_bits(stored.bits, group_size)}", sources, 2, pack)
+        return QuantizedWeight(values, scales, stored.bits, group_size)
 
     def _find_or_pack(
         self, form: str, weights: Sequence[Tensor], num_parts: int, pack: Callable[[], tuple[Tensor, ...]]
@@ -76,6 +102,10 @@ class PackedWeights:
             return tensor
 
         return from_memory
+
+
+def _form_of_bits(bits: int, group_size: int) -> str:
+    return f"{bits} bits in groups of {group_size} {cpu.isa()} {cpu.PACKING}"
 
 
 def _source(form: str, weights: Sequence[Tensor]) -> str:

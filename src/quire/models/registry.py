@@ -22,6 +22,9 @@ FALLBACK = ("quire.models.transformers_model", "TransformersModel")
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
 
+    ignored_tensors: tuple[str, ...]
+    """Patterns of tensors that a checkpoint may hold and the model does not use."""
+
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
         of the T tokens."""
@@ -58,5 +61,5 @@ def load_model(
     family = getattr(import_module(module), name)
     weights = WeightScope(StoredNames(source), packing=packing)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
-    source.finish(ignored=family.ignored_tensors)
+    source.finish(ignored=model.ignored_tensors)
     return model

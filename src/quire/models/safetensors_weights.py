@@ -80,6 +80,12 @@ class SafetensorsWeights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored, a view of its file; its shape must be `shape`."""
+        return self._take(name, shape, _FLOATS)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._take(name, shape, ("U8",))
+
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(
@@ -89,9 +95,9 @@ class SafetensorsWeights:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
             )
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in dtypes:
             raise CheckpointError(
-                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(_FLOATS)}"
+                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(dtypes)}"
             )
         self._taken.add(name)
         if entry.file not in self._files:

@@ -41,6 +41,9 @@ class StoredNames:
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._source.take(self._stored(name), shape)
 
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._source.take_bytes(self._stored(name), shape)
+
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         _, dot, rest = name.partition(".")
         if dot and not self._has_layer(name) and self._has_layer(rest):

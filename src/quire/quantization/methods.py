@@ -13,6 +13,10 @@ class WeightFormat:
     group_size: int | None
     """None: one scale for all inputs of an output."""
 
+    def inputs_per_scale(self, num_inputs: int) -> int:
+        """The group size that kernels take. They read inputs in steps of 8, and a group must not end inside a step."""
+        return self.group_size or -(-num_inputs // 8) * 8
+
     def weight_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Memory of a weight [num_outputs, num_inputs] and its scales."""
         num_groups = -(-num_inputs // (self.group_size or num_inputs))
