@@ -75,7 +75,7 @@ def render_contents(render: Render, messages: Sequence[dict[str, Any]], forms: C
         return render([{"content": "", **message} for message in shaped])
 
 
-def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+def plain_message(message: object, index: int) -> dict[str, Any]:
     """A message as `render_contents` takes it: its content is a text, a list of text parts, or left out of an
     assistant's message; arguments of tool calls are objects. Raises `RequestError` for what is none of these."""
     role = message.get("role") if isinstance(message, Mapping) else None

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = "quire_paged"
 """The name of our attention function in transformers' table."""
-_UNSUPPORTED_ROPES = {"dynamic", "longrope"}
+_UNSUPPORTED_ROPES = ("dynamic", "longrope")
 """Rotary embeddings that transformers recomputes by the longest sequence of a step, which must not change others."""
 _IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
 
@@ -163,8 +163,9 @@ def _why_not(family: Any, settings: Any) -> str:
         return "its layers compute attention themselves instead of through the library's interface"
     ropes = getattr(settings, "rope_parameters", None) or {}
     kinds = {ropes.get("rope_type"), *(each.get("rope_type") for each in ropes.values() if isinstance(each, dict))}
-    if kinds & _UNSUPPORTED_ROPES:
-        return f"its rotary embedding ({', '.join(sorted(kinds & _UNSUPPORTED_ROPES))}) depends on other sequences"
+    unsupported = [kind for kind in _UNSUPPORTED_ROPES if kind in kinds]
+    if unsupported:
+        return f"its rotary embedding ({unsupported[0]}) depends on other sequences"
     return ""
 
 
