@@ -162,9 +162,9 @@ def read_sources(folder: Path) -> tuple[dict[str, str], str]:
         case str(source):
             return {"default": source}, str(path)
         case [*entries] if all(isinstance(entry, dict) for entry in entries):
-            sources = {entry.get("name"): entry.get("template") for entry in entries}
-            if all(isinstance(text, str) for pair in sources.items() for text in pair):
-                return sources, str(path)
+            pairs = [(entry.get("name"), entry.get("template")) for entry in entries]
+            if all(isinstance(text, str) for pair in pairs for text in pair):
+                return dict(pairs), str(path)
     raise CheckpointError(f"{path}: chat_template is neither a text nor a list of objects with name and template")
 
 
@@ -174,8 +174,8 @@ def _marked(content: object) -> Any:
     match content:
         case str(text):
             return f"{text}{CONTINUE_HERE} "
-        case [*parts, {"type": "text", "text": str(text)} as last]:
-            return [*parts, {**last, "text": f"{text}{CONTINUE_HERE} "}]
+        case [*parts, {"type": "text", "text": str(text)}]:
+            return [*parts, {"type": "text", "text": f"{text}{CONTINUE_HERE} "}]
     raise RequestError("the final message has no text to continue", param="messages")
 
 
@@ -301,7 +301,7 @@ class _Metering(NodeTransformer):
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
         self.generic_visit(node)
         if isinstance(node.call, nodes.Filter):  # `{% call %}` needs the call itself; the budget counts what it writes
-            node.call = node.call.node  # type: ignore[assignment]
+            node.call = node.call.node
         return node
 
     def visit_Expr(self, node: nodes.Expr) -> nodes.Expr:
