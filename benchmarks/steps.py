@@ -87,7 +87,7 @@ def run_steps(
     llm.reset_prefix_cache()
     params = SamplingParams(**sampling, max_tokens=steps + 2, ignore_eos=True, detokenize=False)
     for index in range(num_sequences):
-        ids = [3 + (7919 * index + 31 * place) % 30000 for place in range(prompt)]
+        ids = [3 + (7919 * index + 31 * place) % 1000 for place in range(prompt)]
         engine.add_request(str(index), {"prompt_token_ids": ids}, params)
     found = []
     while engine.has_work:

@@ -16,7 +16,10 @@
 // processor multiplies pairs of bfloat16, keys and values stored so are multiplied as they are, two dimensions of a key
 // or the values of two keys at a time, with queries and weights that are rounded to it.
 //
-// Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded tile.
+// Blocks whose size is no multiple of kLanes, and head sizes that are none, are first copied to a padded tile. So are
+// the values of a latent cache, which are part of the keys and transposed with them.
+//
+// A sink is one more score of a row, without a value. It joins the sum of weights when a row's parts are complete.
 #pragma once
 
 #include <omp.h>
@@ -315,14 +318,14 @@ static bool in_pairs(const Attention& a) { return kMultipliesPairs && a.cache.el
 static bool keys_are_vectors(const Attention& a) {
     return a.cache.block_size % kLanes == 0 && !(in_pairs(a) && a.cache.head_dim % 2);
 }
-static bool values_are_vectors(const Attention& a) { return a.cache.head_dim % kLanes == 0; }
+static bool values_are_vectors(const Attention& a) { return !a.cache.latent() && a.cache.value_dim % kLanes == 0; }
 
 static ScratchSizes scratch_sizes(const Attention& a) {
     const int64_t group = a.num_heads / a.cache.num_kv_heads;
     ScratchSizes sizes{};
     for (int64_t i = 0; i < a.num_work; ++i)
         sizes.rows = max_of(sizes.rows, a.work[i].num_tokens * a.work[i].num_heads * group);
-    sizes.padded_dim = round_up(a.cache.head_dim, kLanes);
+    sizes.padded_dim = round_up(a.cache.value_dim, kLanes);
     sizes.queries = round_up(sizes.rows * round_up(a.cache.head_dim, 2), kLanes);
     sizes.out = sizes.rows * sizes.padded_dim;
     sizes.row_sum = sizes.rows * kLanes;
@@ -349,6 +352,14 @@ static Scratch divide(float* area, const ScratchSizes& sizes) {
     return s;
 }
 
+// The largest of a row's maximum and its head's sink, in base 2; the weight of the sink beside that largest score.
+static float top_with_sink(const Attention& a, int64_t head, float row_max) {
+    return a.sinks ? fmaxf(row_max, a.sinks[head] * kLog2E) : row_max;
+}
+static float sink_weight(const Attention& a, int64_t head, float top) {
+    return a.sinks ? exp2(broadcast(a.sinks[head] * kLog2E - top))[0] : 0.0f;
+}
+
 // One item of the plan, for one storage type.
 template <class KV>
 class ItemRun {
@@ -358,7 +369,7 @@ class ItemRun {
 public:
     ItemRun(const Attention& attention, const WorkItem& work_item, const Scratch& s)
         : a(attention), item(work_item), scratch(s), group(a.num_heads / a.cache.num_kv_heads),
-          head_dim(a.cache.head_dim), padded_dim(round_up(head_dim, kLanes)),
+          head_dim(a.cache.head_dim), value_dim(a.cache.value_dim), padded_dim(round_up(value_dim, kLanes)),
           depth(kInPairs<KV> ? round_up(head_dim, 2) : head_dim), block_size(a.cache.block_size),
           key_stride(a.cache.key_stride()), value_stride(a.cache.value_stride()), head_rows(item.num_tokens * group),
           num_panels((head_rows + kMaxRows - 1) / kMaxRows),
@@ -419,7 +430,7 @@ private:
             for (int64_t c = 0, key = begin; key < tile.end; ++c, key += kLanes) {
                 const int64_t block = table[key / block_size] * heads;
                 tile.columns[c] = block * key_stride + key % block_size;
-                tile.ahead[c] = block * value_stride + key % block_size;
+                tile.ahead[c] = a.cache.latent() ? tile.columns[c] : block * value_stride + key % block_size;
             }
         tile.num_segments = 0;
         // Pairs begin at even keys; one before key_begin is hidden, and in the same block.
@@ -429,7 +440,7 @@ private:
             const int64_t count = min_of(block_size - in_block, tile.end - key);
             const int32_t block = table[key / block_size];
             const int32_t next_block = key + kTileKeys < item.key_end ? table[(key + kTileKeys) / block_size] : block;
-            tile.segments[tile.num_segments++] = {block * heads * value_stride + in_block * head_dim, block, next_block,
+            tile.segments[tile.num_segments++] = {block * heads * value_stride + in_block * value_dim, block, next_block,
                                                   int32_t(in_block), int32_t(key - begin), int32_t(count)};
             key += count;
         }
@@ -447,16 +458,30 @@ private:
                         narrow(copied_keys() + d * kTileKeys + segment.first + i, widen(block[d * block_size + i]));
             }
         }
-        if (!values_are_vectors(a))
-            for (int s = 0; s < tile.num_segments; ++s) {
-                const Segment& segment = tile.segments[s];
-                const KV* value = values() + segment.offset + head * value_stride;
-                for (int64_t i = 0; i < segment.count; ++i) {
-                    Factor* copy = copied_values() + (segment.first + i) * padded_dim;
-                    for (int64_t d = 0; d < head_dim; ++d) narrow(copy + d, widen(value[i * head_dim + d]));
-                    for (int64_t d = head_dim; d < padded_dim; ++d) narrow(copy + d, 0.0f);
-                }
-            }
+        if (values_are_vectors(a)) return;
+        for (int s = 0; s < tile.num_segments; ++s) {
+            const Segment& segment = tile.segments[s];
+            Factor* copies = copied_values() + segment.first * padded_dim;
+            if (a.cache.latent())
+                transpose_values(keys_of(segment.block, head) + segment.in_block, copies, segment.count);
+            else
+                for (int64_t i = 0; i < segment.count; ++i)
+                    for (int64_t d = 0; d < value_dim; ++d)
+                        narrow(copies + i * padded_dim + d,
+                               widen(values()[segment.offset + head * value_stride + i * value_dim + d]));
+            for (int64_t i = 0; i < segment.count; ++i)
+                for (int64_t d = value_dim; d < padded_dim; ++d) narrow(copies + i * padded_dim + d, 0.0f);
+        }
+    }
+
+    // The last value_dim of the keys' dimensions, as rows. Both sides of a square of kSide fit the first-level cache.
+    void transpose_values(const KV* keys, Factor* copies, int64_t count) const {
+        constexpr int64_t kSide = 16;
+        const KV* first = keys + (head_dim - value_dim) * block_size;
+        for (int64_t begin = 0; begin < value_dim; begin += kSide)
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t d = begin; d < min_of(begin + kSide, value_dim); ++d)
+                    narrow(copies + i * padded_dim + d, widen(first[d * block_size + i]));
     }
 
     // Lanes without a key get zeros: what is stored there may be NaN, which nothing would hide.
@@ -492,13 +517,14 @@ private:
         for (int s = 0; s < tile.num_segments && end - begin <= kMaxRowsAhead; ++s) {
             const Segment& segment = tile.segments[s];
             ahead[s] = keys_of(last_head ? segment.next_block : segment.block, last_head ? item.head_begin : kv_head + 1) +
-                       segment.in_block * head_dim;
+                       segment.in_block * value_dim;
         }
 
         with_rows(int(end - begin), [&]<int kRows>() {
             if (keys_are_vectors(a)) {
-                const Columns<KV> stored{keys() + kv_head * key_stride, values() + kv_head * value_stride,
-                                         tile.columns, tile.ahead};
+                const KV* const head_keys = keys() + kv_head * key_stride;
+                const KV* const next = a.cache.latent() ? head_keys : values() + kv_head * value_stride;
+                const Columns<KV> stored{head_keys, next, tile.columns, tile.ahead};
                 score_panel<KV, kRows>(packed, stored, columns, block_size, head_dim, scratch.scores);
             } else {
                 int64_t copied[kTileColumns];
@@ -509,7 +535,7 @@ private:
             for (int r = 0; r < kRows; ++r) decay[r] = weigh_row(begin + r, row + r, head, columns, r);
             if (values_are_vectors(a)) {
                 weigh_panel<KV, kRows>(weights(), decay, values() + kv_head * value_stride, tile.segments,
-                                       tile.num_segments, ahead, high, head_dim, out, padded_dim);
+                                       tile.num_segments, ahead, high, value_dim, out, padded_dim);
             } else {
                 const int64_t first = tile.segments[0].first;
                 const Segment copied{first * padded_dim, 0, 0, 0, int32_t(first), kTileKeys};
@@ -564,17 +590,18 @@ private:
             for (int64_t r = 0; r < head_rows; ++r) {
                 const int64_t row = head * head_rows + r;
                 const float* source = scratch.out + row * padded_dim;
-                const float total = sum(load(scratch.row_sum + row * kLanes));
+                const float total = sum(load(scratch.row_sum + row * kLanes)), row_max = scratch.row_max[row];
                 const int64_t query_head = (item.head_begin + head) * group + r % group;
                 if (item.shared || item.partial_row >= 0) {
-                    float* partial = a.partials + (partial_row(r / group) + query_head) * (head_dim + 2);
-                    memcpy(partial, source, head_dim * sizeof(float));
-                    partial[head_dim] = scratch.row_max[row];
-                    partial[head_dim + 1] = total;
+                    float* partial = a.partials + (partial_row(r / group) + query_head) * (value_dim + 2);
+                    memcpy(partial, source, value_dim * sizeof(float));
+                    partial[value_dim] = row_max;
+                    partial[value_dim + 1] = total;
                 } else {
-                    float* target = a.out + ((item.token_begin + r / group) * a.num_heads + query_head) * head_dim;
-                    const float inverse = 1.0f / total;
-                    for (int64_t d = 0; d < head_dim; ++d) target[d] = source[d] * inverse;
+                    float* target = a.out + ((item.token_begin + r / group) * a.num_heads + query_head) * value_dim;
+                    const float top = top_with_sink(a, query_head, row_max), decay = exp2(broadcast(row_max - top))[0];
+                    const float inverse = 1.0f / (total * decay + sink_weight(a, query_head, top));
+                    for (int64_t d = 0; d < value_dim; ++d) target[d] = source[d] * decay * inverse;
                 }
             }
     }
@@ -592,7 +619,8 @@ private:
     const Attention& a;
     const WorkItem& item;
     const Scratch& scratch;
-    const int64_t group, head_dim, padded_dim;
+    const int64_t group, head_dim, value_dim;
+    const int64_t padded_dim;  // of a value
     const int64_t depth;  // of a packed query
     const int64_t block_size;
     const int64_t key_stride, value_stride;  // elements of one head of a block
@@ -606,25 +634,27 @@ private:
 // Joins the parts of a run of tokens, for the query heads of one KV head: each part decays by what its maximum lacks to
 // the largest. A row with one part that saw keys gets the bits that an item without partial results would have written.
 static void merge_parts(const Attention& a, const Merge& merge, int64_t kv_head) {
-    const int64_t group = a.num_heads / a.cache.num_kv_heads, head_dim = a.cache.head_dim;
-    const int64_t part_stride = merge.num_tokens * a.num_heads * (head_dim + 2);
+    const int64_t group = a.num_heads / a.cache.num_kv_heads, value_dim = a.cache.value_dim;
+    const int64_t part_stride = merge.num_tokens * a.num_heads * (value_dim + 2);
     for (int64_t row = 0; row < merge.num_tokens * group; ++row) {
         const int64_t token = row / group, head = kv_head * group + row % group;
-        const float* parts = a.partials + (merge.partial_row + token * a.num_heads + head) * (head_dim + 2);
-        float* out = a.out + ((merge.token_begin + token) * a.num_heads + head) * head_dim;
+        const float* parts = a.partials + (merge.partial_row + token * a.num_heads + head) * (value_dim + 2);
+        float* out = a.out + ((merge.token_begin + token) * a.num_heads + head) * value_dim;
 
         float top = kNoMaximum, total = 0;
-        for (int64_t s = 0; s < merge.num_parts; ++s) top = fmaxf(top, parts[s * part_stride + head_dim]);
-        for (int64_t d = 0; d < head_dim; ++d) out[d] = 0;
+        for (int64_t s = 0; s < merge.num_parts; ++s) top = fmaxf(top, parts[s * part_stride + value_dim]);
+        top = top_with_sink(a, head, top);
+        for (int64_t d = 0; d < value_dim; ++d) out[d] = 0;
         for (int64_t s = 0; s < merge.num_parts; ++s) {
             const float* part = parts + s * part_stride;
-            const float decay = exp2(broadcast(part[head_dim] - top))[0];
-            total += part[head_dim + 1] * decay;
-            for (int64_t d = 0; d < head_dim; ++d) out[d] += part[d] * decay;
+            const float decay = exp2(broadcast(part[value_dim] - top))[0];
+            total += part[value_dim + 1] * decay;
+            for (int64_t d = 0; d < value_dim; ++d) out[d] += part[d] * decay;
         }
+        total += sink_weight(a, head, top);
         // As in write_out, so that a row all of whose keys lie in one part has the same bits with and without a split.
         const float inverse = 1.0f / total;
-        for (int64_t d = 0; d < head_dim; ++d) out[d] *= inverse;
+        for (int64_t d = 0; d < value_dim; ++d) out[d] *= inverse;
     }
 }
 

@@ -183,18 +183,22 @@ KVElement kv_element_of(const Argument& argument) {
     }
 }
 
-KVCache kv_cache(const Tensor& k_cache, const Tensor& v_cache) {
-    const Argument values("v_cache", v_cache);
-    values.shaped({kAny, kAny, kAny, kAny}).contiguous();
+// Without `v_cache` the cache is latent, and the caller sets the width of its values.
+KVCache kv_cache(const Tensor& k_cache, const std::optional<Tensor>& v_cache) {
     const Argument keys("k_cache", k_cache);
-    KVCache cache{keys.pointer<void>(), values.pointer<void>(), kv_element_of(values),
-                  values.size(1), values.size(3), values.size(2)};
-    if (cache.element == KVElement::int8 && (cache.head_dim % 4 || cache.head_dim > kMostHeadDim))
-        values.fail("a head size that is a multiple of 4, at most " + std::to_string(kMostHeadDim) + ", for int8",
-                    std::to_string(cache.head_dim));
-    keys.of(values.dtype())
-        .shaped({values.size(0), cache.num_kv_heads, cache.head_dim + cache.scale_rows(), cache.block_size})
-        .contiguous();
+    keys.shaped({kAny, kAny, kAny, kAny}).contiguous();
+    KVCache cache{keys.pointer<void>(), nullptr, kv_element_of(keys), keys.size(1), keys.size(2), 0, keys.size(3)};
+    cache.head_dim -= cache.scale_rows();
+    if (v_cache) {
+        const Argument values("v_cache", *v_cache);
+        values.of(keys.dtype()).shaped({keys.size(0), cache.num_kv_heads, cache.block_size, kAny}).contiguous();
+        cache.values = values.pointer<void>();
+        cache.value_dim = values.size(3);
+    }
+    for (const int64_t dim : {cache.head_dim, cache.value_dim})
+        if (cache.element == KVElement::int8 && (dim % 4 || dim > kMostHeadDim))
+            keys.fail("a head size that is a multiple of 4, at most " + std::to_string(kMostHeadDim) + ", for int8",
+                      std::to_string(dim));
     return cache;
 }
 
@@ -248,18 +252,20 @@ void activate_and_mul(const Tensor& x, const Tensor& out) {
     (kernels->*activation)(input.rows(), output.pointer<float>(), output.size(0), output.size(1));
 }
 
-void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots) {
+void write_kv(const Tensor& k, const Tensor& v, const Tensor& k_cache, std::optional<Tensor> v_cache,
+              const Tensor& slots) {
     const KVCache cache = kv_cache(k_cache, v_cache);
     const Argument key("k", k), value("v", v);
     key.of(kFloat32).shaped({kAny, cache.num_kv_heads, cache.head_dim}).contiguous(1);
     const int64_t tokens = key.size(0);
-    value.of(kFloat32).shaped({tokens, cache.num_kv_heads, cache.head_dim}).contiguous(1);
+    if (!cache.latent()) value.of(kFloat32).shaped({tokens, cache.num_kv_heads, cache.value_dim}).contiguous(1);
     const int32_t* slot = vector_of_indices("slots", slots, tokens);
     nb::gil_scoped_release release;
     kernels->write_kv(key.rows(), value.rows(), cache, slot, tokens);
 }
 
-void copy_blocks(const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches, const Tensor& pairs) {
+void copy_blocks(const std::vector<Tensor>& k_caches, const std::vector<std::optional<Tensor>>& v_caches,
+                 const Tensor& pairs) {
     if (k_caches.size() != v_caches.size()) throw std::invalid_argument("k_caches and v_caches: one of each per layer");
     std::vector<KVCache> caches;
     for (size_t layer = 0; layer < k_caches.size(); ++layer)
@@ -306,7 +312,7 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) 
     kernels->pack_linear(source.pointer<void>(), from, source.size(0), source.size(1), target.pointer<void>(), to, first_row);
 }
 
-const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"};  // as InputOp
+const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"};  // as InputOp
 
 InputOp input_op(const std::string& name) {
     const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), name);
@@ -318,6 +324,7 @@ InputOp input_op(const std::string& name) {
 LinearInput linear_input(const Tensor& x, const std::string& op, const std::optional<Tensor>& residual,
                          const std::optional<Tensor>& norm_weight, float eps, int64_t& m, int64_t& k) {
     LinearInput made{{}, input_op(op), nullptr, nullptr, eps};
+    if (made.op == InputOp::clamped_swiglu) throw std::invalid_argument("op: clamped_swiglu gates experts only");
     const Argument input("x", x);
     made.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
     m = input.size(0);
@@ -454,7 +461,7 @@ ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_ex
 }
 
 void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const std::string& format,
-             const std::string& activation, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
+             const std::string& gate, float alpha, float limit, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
              int64_t gate_up_group, std::optional<Tensor> gate_up_bias, const Tensor& down,
              std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias, const Tensor& out) {
     Experts a{};
@@ -468,8 +475,10 @@ void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const
     const auto known = std::find(std::begin(kExpertFormats), std::end(kExpertFormats), format);
     if (known == std::end(kExpertFormats)) throw std::invalid_argument("format: no experts are stored as '" + format + "'");
     a.format = ExpertFormat(known - std::begin(kExpertFormats));
-    a.activation = input_op(activation);
-    if (a.activation <= InputOp::rms_norm) throw std::invalid_argument("activation: '" + activation + "' is none");
+    a.gate = input_op(gate);
+    if (a.gate <= InputOp::rms_norm) throw std::invalid_argument("gate: '" + gate + "' is none");
+    a.alpha = alpha;
+    a.limit = limit;
     if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
     a.num_experts = Argument("gate_up", gate_up).size(0);
     a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, input.size(1), gate_up, gate_up_scales,
@@ -518,10 +527,10 @@ void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits,
     kernels->gather_rows_quantized(from, output.size(1), id, output.size(0), output.pointer<float>());
 }
 
-void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& query_start_loc,
+void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tensor> v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& shared,
                      const Tensor& merges, const Tensor& partials, float scale, int64_t window, float softcap,
-                     std::optional<Tensor> alibi_slopes, int num_threads, const Tensor& out) {
+                     std::optional<Tensor> alibi_slopes, std::optional<Tensor> sinks, int num_threads, const Tensor& out) {
     Attention a{};
     a.cache = kv_cache(k_cache, v_cache);
     const Argument query("q", q), output("out", out), items("plan.work", work), joins("plan.merges", merges);
@@ -532,7 +541,10 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
     if (a.num_heads % a.cache.num_kv_heads)
         query.fail("a multiple of " + std::to_string(a.cache.num_kv_heads) + " heads", std::to_string(a.num_heads));
     a.q = query.rows();
-    output.of(kFloat32).shaped({query.size(0), a.num_heads, a.cache.head_dim}).contiguous();
+    if (a.cache.latent()) a.cache.value_dim = output.of(kFloat32).shaped({kAny, kAny, kAny}).size(2);
+    if (a.cache.value_dim < 1 || (a.cache.latent() && a.cache.value_dim > a.cache.head_dim))
+        output.fail("values of 1 to " + std::to_string(a.cache.head_dim) + " elements", std::to_string(a.cache.value_dim));
+    output.of(kFloat32).shaped({query.size(0), a.num_heads, a.cache.value_dim}).contiguous();
     a.out = output.pointer<float>();
 
     tables.of(kInt32).shaped({kAny, kAny}).contiguous();
@@ -547,12 +559,13 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cac
     a.shared = sharers.of(kInt32).shaped({kAny, 3}).contiguous().pointer<SharedToken>();
     a.merges = joins.of(kInt32).shaped({kAny, 4}).contiguous().pointer<Merge>();
     a.num_merges = joins.size(0);
-    a.partials = scratch.of(kFloat32).shaped({kAny, a.cache.head_dim + 2}).contiguous().pointer<float>();
+    a.partials = scratch.of(kFloat32).shaped({kAny, a.cache.value_dim + 2}).contiguous().pointer<float>();
 
     a.scale = scale;
     a.softcap = softcap;
     a.window = window;
     a.alibi_slopes = alibi_slopes ? vector_of_floats("alibi_slopes", *alibi_slopes, a.num_heads) : nullptr;
+    a.sinks = sinks ? vector_of_floats("sinks", *sinks, a.num_heads) : nullptr;
     a.num_threads = std::min(num_threads, omp_get_max_threads());
     a.scratch = scratch_of(a.num_threads * kernels->attention_scratch(a));
 
@@ -615,6 +628,7 @@ std::optional<std::string> fault(const std::string& isa, const std::string& stan
     Kernels tried = kernels_of(isa);
     if (stand_in == "linear") tried.linear = [](const Linear&) {};
     if (stand_in == "linear_quantized") tried.linear_quantized = [](const LowBitLinear&) {};
+    if (stand_in == "experts") tried.experts = [](const Experts&) {};
     if (stand_in == "attention") tried.attention = [](const Attention&) {};
     if (stand_in == "illegal instruction") tried.linear = [](const Linear&) { __builtin_trap(); };
     nb::gil_scoped_release release;
@@ -637,7 +651,8 @@ NB_MODULE(_cpu, m) {
     m.def("silu_and_mul", &activate_and_mul<&Kernels::silu_and_mul>, nb::arg("x"), nb::arg("out"));
     m.def("gelu_and_mul", &activate_and_mul<&Kernels::gelu_and_mul>, nb::arg("x"), nb::arg("out"));
     m.def("gelu_tanh_and_mul", &activate_and_mul<&Kernels::gelu_tanh_and_mul>, nb::arg("x"), nb::arg("out"));
-    m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache"), nb::arg("slots"));
+    m.def("write_kv", &write_kv, nb::arg("k"), nb::arg("v"), nb::arg("k_cache"), nb::arg("v_cache").none(),
+          nb::arg("slots"));
     m.def("copy_blocks", &copy_blocks, nb::arg("k_caches"), nb::arg("v_caches"), nb::arg("pairs"));
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(), nb::arg("norm_weight").none(),
@@ -649,7 +664,7 @@ NB_MODULE(_cpu, m) {
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
     m.def("experts", &experts, nb::arg("x"), nb::arg("chosen"), nb::arg("weights"), nb::arg("format"),
-          nb::arg("activation"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
+          nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
           nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"), nb::arg("down_scales").none(),
           nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
@@ -657,10 +672,10 @@ NB_MODULE(_cpu, m) {
           nb::arg("group_size"), nb::arg("ids"), nb::arg("out"));
     m.attr("panel") = kPanel;
     m.attr("pair_of_steps") = kPairOfSteps;
-    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache"),
+    m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache").none(),
           nb::arg("query_start_loc"), nb::arg("seq_lens"), nb::arg("block_tables"), nb::arg("work"),
           nb::arg("shared"), nb::arg("merges"), nb::arg("partials"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
-          nb::arg("alibi_slopes").none(), nb::arg("num_threads"), nb::arg("out"));
+          nb::arg("alibi_slopes").none(), nb::arg("sinks").none(), nb::arg("num_threads"), nb::arg("out"));
     m.def("row_peaks", &row_peaks, nb::arg("x"), nb::arg("peaks"), nb::arg("ids"));
     m.def("draw_tokens", &draw_tokens, nb::arg("x"), nb::arg("temperatures"), nb::arg("min_p"), nb::arg("top_k"),
           nb::arg("top_p"), nb::arg("uniforms"), nb::arg("peaks"), nb::arg("ids"));

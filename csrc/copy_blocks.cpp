@@ -26,6 +26,7 @@ void copy_cache_blocks(const KVCache* caches, int64_t num_caches, const int32_t*
         const KVCache& cache = caches[i / (2 * num_pairs)];
         char* blocks = static_cast<char*>(i % 2 ? cache.values : cache.keys);
         const int64_t block_bytes = i % 2 ? value_bytes : key_bytes;
+        if (block_bytes == 0) continue;  // a latent cache has no values
         const int32_t* pair = pairs + i / 2 % num_pairs * 2;
         memcpy(blocks + pair[1] * block_bytes, blocks + pair[0] * block_bytes, block_bytes);
     }

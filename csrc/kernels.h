@@ -26,20 +26,24 @@ constexpr int64_t kMostHeadDim = 1024;
 
 // The two cache tensors of one layer:
 //   keys    [num_blocks, num_kv_heads, head_dim + scale_rows, block_size]
-//   values  [num_blocks, num_kv_heads, block_size, head_dim]
+//   values  [num_blocks, num_kv_heads, block_size, value_dim]
 // The last kScaleRows rows of a head's keys are 2 x block_size float32: scales of the keys, then of the values.
+// A latent cache stores no values: a value is the last value_dim elements of its key, and `values` is null.
 struct KVCache {
     void* keys;
     void* values;
     KVElement element;
     int64_t num_kv_heads;
-    int64_t head_dim;
+    int64_t head_dim;  // of a key
+    int64_t value_dim;
     int64_t block_size;
+
+    bool latent() const { return !values; }
 
     int64_t scale_rows() const { return element == KVElement::int8 ? kScaleRows : 0; }
     // Elements of one head of a block.
     int64_t key_stride() const { return (head_dim + scale_rows()) * block_size; }
-    int64_t value_stride() const { return block_size * head_dim; }
+    int64_t value_stride() const { return latent() ? 0 : block_size * value_dim; }
 };
 
 // One row of AttentionPlan.work, of AttentionPlan.shared and of AttentionPlan.merges (quire/attention/plan.py).
@@ -55,7 +59,7 @@ struct Merge {
 
 struct Attention {
     Rows q;    // [T, num_heads, head_dim]
-    float* out;  // the same shape, contiguous
+    float* out;  // [T, num_heads, value_dim], contiguous
     KVCache cache;
     int64_t num_heads;
     const int32_t* query_start_loc;
@@ -67,11 +71,12 @@ struct Attention {
     const SharedToken* shared;
     const Merge* merges;
     int64_t num_merges;
-    float* partials;  // rows of head_dim outputs, then the row's maximum and its sum
+    float* partials;  // rows of value_dim outputs, then the row's maximum and its sum
     float scale;
     float softcap;              // 0: none
     int64_t window;             // 0: none
     const float* alibi_slopes;  // [num_heads] or null
+    const float* sinks;         // [num_heads] or null: a score of every token that has no value
     float* scratch;             // num_threads areas of attention_scratch(...) floats
     int num_threads;
 };
@@ -88,7 +93,8 @@ enum class InputOp : uint8_t {
     gelu,
     gelu_tanh,
     relu,
-    clamped_swiglu,
+    relu2,
+    clamped_swiglu,  // of experts only
 };
 struct LinearInput {
     Rows x;
@@ -159,7 +165,8 @@ struct Experts {
     const int32_t* chosen;  // [tokens, num_active]
     const float* weights;   // the same
     ExpertFormat format;
-    InputOp activation;
+    InputOp gate;
+    float alpha, limit;    // of a clamped gate
     ExpertLinear gate_up;  // k = hidden, n = 2 * inner
     ExpertLinear down;     // k = inner, n = hidden
     Rows out;              // [tokens, hidden]

@@ -18,26 +18,27 @@ QUIRE_INLINE void put(Half* p, float x) {
 
 template <class KV>
 static void write_kv_as(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {
-    const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
+    const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim, block_size = cache.block_size;
 #pragma omp parallel for schedule(static) if (tokens * cache.num_kv_heads * head_dim >= (1 << 14))
     for (int64_t token = 0; token < tokens; ++token) {
         if (slots[token] < 0) continue;
         const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
         for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
             const float* key = k.data + token * k.stride + head * head_dim;
-            const float* value = v.data + token * v.stride + head * head_dim;
             const int64_t block_head = block * cache.num_kv_heads + head;
             KV* keys = static_cast<KV*>(cache.keys) + block_head * cache.key_stride() + offset;
-            KV* values = static_cast<KV*>(cache.values) + block_head * cache.value_stride() + offset * head_dim;
             for (int64_t d = 0; d < head_dim; ++d) put(keys + d * block_size, key[d]);
-            for (int64_t d = 0; d < head_dim; ++d) put(values + d, value[d]);
+            if (cache.latent()) continue;
+            const float* value = v.data + token * v.stride + head * value_dim;
+            KV* values = static_cast<KV*>(cache.values) + block_head * cache.value_stride() + offset * value_dim;
+            for (int64_t d = 0; d < value_dim; ++d) put(values + d, value[d]);
         }
     }
 }
 
 // Each key and each value becomes whole numbers from -127 to 127 and one scale.
 static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {
-    const int64_t head_dim = cache.head_dim, block_size = cache.block_size;
+    const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim, block_size = cache.block_size;
 #pragma omp parallel for schedule(static) if (tokens * cache.num_kv_heads * head_dim >= (1 << 14))
     for (int64_t token = 0; token < tokens; ++token) {
         if (slots[token] < 0) continue;
@@ -45,12 +46,17 @@ static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_
         for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
             const int64_t block_head = block * cache.num_kv_heads + head;
             int8_t* keys = static_cast<int8_t*>(cache.keys) + block_head * cache.key_stride();
-            int8_t* values = static_cast<int8_t*>(cache.values) + block_head * cache.value_stride() + offset * head_dim;
             int8_t key[kMostHeadDim];
             float scales[2];
             quantize_row(k.data + token * k.stride + head * head_dim, head_dim, head_dim, head_dim, 0, key, scales, nullptr);
-            quantize_row(v.data + token * v.stride + head * head_dim, head_dim, head_dim, head_dim, 0, values, scales + 1,
-                         nullptr);
+            if (cache.latent()) {
+                scales[1] = scales[0];
+            } else {
+                int8_t* values =
+                    static_cast<int8_t*>(cache.values) + block_head * cache.value_stride() + offset * value_dim;
+                quantize_row(v.data + token * v.stride + head * value_dim, value_dim, value_dim, value_dim, 0, values,
+                             scales + 1, nullptr);
+            }
             for (int64_t d = 0; d < head_dim; ++d) keys[d * block_size + offset] = key[d];
             int8_t* key_scales = keys + head_dim * block_size;
             memcpy(key_scales + offset * sizeof(float), scales, sizeof(float));

@@ -1,26 +1,44 @@
 """`python scripts/write_models_page.py`: writes docs/models.md from the table of architectures.
 
-A test holds the page to the table; run this after adding a row.
+A test holds the page to the table; run this after adding a row. With `--measure` it first measures parity: for every
+small random checkpoint of `tests/checkpoints.py` how far a logit is from transformers' at most.
 """
 
+import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from quire.model_config.architectures import ARCHITECTURES, Architecture
+from quire.model_config.model_config import ModelConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "models.md"
+PARITY = ROOT / "tests" / "data" / "parity.json"
 
 HEADING = """# Models
 
 Written by `python scripts/write_models_page.py`; do not edit.
 
-Quire opens Hugging Face folders whose config.json names one of these architectures. Logits equal transformers' within
-2e-4 in float32, and greedy tokens are the same, for small random checkpoints of every family (`tests/models`,
-`tests/engine/test_parity.py`). Weights are safetensors of 16 or 32 bits; `--quantization int8|int4` packs any of them.
+Quire opens Hugging Face folders whose config.json names one of these architectures. Greedy tokens equal transformers',
+for small random checkpoints of every family (`tests/engine/test_parity.py`). "Parity" is the largest difference of a
+logit from transformers' in float32, of a prompt in pieces, measured for these checkpoints; a test measures it again
+(`tests/models/test_parity_errors.py`). Weights are safetensors of 16 or 32 bits, and MXFP4 where it is said;
+`--quantization int8|int4` packs any of them.
 
-| `architectures` | code | traits that the architecture implies |
-| --- | --- | --- |
+| `architectures` | code | parity | traits that the architecture implies |
+| --- | --- | --- | --- |
 """
+
+SAME_CODE: dict[str, str] = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "InternLM2ForCausalLM": "LlamaForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    "MPTForCausalLM": "MptForCausalLM",
+}
+"""A row without a checkpoint of its own in the tests → the row whose computation it shares, tested in another way."""
 
 TRAITS: dict[str, str] = {
     "num_experts": "experts",
@@ -32,6 +50,8 @@ TRAITS: dict[str, str] = {
     "qk_norm": "norms of queries and keys",
     "qkv_bias": "biases of queries, keys and values",
     "sliding_window": "sliding window",
+    "attention_sinks": "attention sinks",
+    "latent_attention": "one latent row a token in the cache (MLA)",
     "attn_logit_softcapping": "soft caps",
     "embedding_multiplier": "factors of embeddings, residuals and logits",
 }
@@ -46,6 +66,7 @@ def traits(row: Architecture) -> list[str]:
         found.append("LayerNorm")
     if implied.get("gated_mlp") is False:
         found.append("an MLP without gate")
+    found += [f"{quantization} weights" for quantization in row.quantizations]
     if implied.get("rotary_layout") == "interleaved":
         found.append("rotation of adjacent pairs")
     if implied.get("partial_rotary_factor"):
@@ -55,12 +76,34 @@ def traits(row: Architecture) -> list[str]:
 
 def models_page() -> str:
     """The page as it should be."""
+    parity: dict[str, float] = json.loads(PARITY.read_text())
     lines = []
     for name, row in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower()):
         module = row.model.partition(":")[0].removeprefix("quire.").replace(".", "/")
-        lines.append(f"| {name} | `{module}.py` | {', '.join(traits(row)) or 'none; config.json says the rest'} |\n")
+        error = f"{parity[name]:.0e}" if name in parity else f"as {SAME_CODE[name]}"
+        told = ", ".join(traits(row)) or "none; config.json says the rest"
+        lines.append(f"| {name} | `{module}.py` | {error} | {told} |\n")
     return HEADING + "".join(lines)
 
 
+def measure_parity() -> dict[str, float]:
+    """Architecture → the largest difference of a logit of its checkpoints, to two digits."""
+    from tests.checkpoints import FAMILIES, make_checkpoint
+    from tests.models.parity import largest_difference
+
+    found: dict[str, float] = {}
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as name:
+            folder = make_checkpoint(name, family)
+            architecture = ModelConfig.from_folder(folder).architecture
+            error = largest_difference(folder)
+        found[architecture] = max(found.get(architecture, 0.0), float(f"{error:.1e}"))
+        print(f"{family}: {error:.1e}", flush=True)
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
 if __name__ == "__main__":
+    if "--measure" in sys.argv[1:]:
+        sys.path.insert(0, str(ROOT))
+        PARITY.write_text(json.dumps(measure_parity(), indent=1) + "\n")
     PAGE.write_text(models_page())

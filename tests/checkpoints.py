@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
+from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
@@ -24,9 +26,11 @@ from transformers.models.glm4_moe import Glm4MoeConfig, Glm4MoeForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers.models.gpt_oss import GptOssConfig, GptOssForCausalLM
 from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
+from transformers.models.granitemoehybrid import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
@@ -43,7 +47,10 @@ from transformers.models.phimoe import PhimoeConfig, PhimoeForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
@@ -111,6 +118,48 @@ _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_v
 
 _MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
+_DEEPSEEK: dict[str, Any] = {
+    **{key: value for key, value in _MOE.items() if key not in ("head_dim", "num_key_value_heads")},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+
+_DELTA_NET: dict[str, Any] = {
+    **_DECODER,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 16,
+}
+_SHARED_EXPERT: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+}
+_GRANITE_HYBRID: dict[str, Any] = {
+    **{key: value for key, value in _DECODER.items() if key != "head_dim"},
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_state": 12,
+    "mamba_expand": 2,
+    "num_local_experts": 4,
+    "shared_intermediate_size": 40,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.7,
+}
+
 
 _OPT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -138,6 +187,9 @@ LAYER_KINDS = [
     "granite-moe",
     "phimoe",
     "glm4-moe",
+    "gpt-oss",
+    "deepseek-v2",
+    "deepseek-v3",
     "gptj",
     "phi3",
     "exaone4",
@@ -365,12 +417,55 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "use_qk_norm": True,
         },
     ),
+    # The shape of V2-Lite: queries without a latent of their own.
+    "deepseek-v2": (
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        {
+            **_DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=0.9),
+        },
+    ),
+    "deepseek-v3": (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        {**_DEEPSEEK, "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "attention_bias": True},
+    ),
+    "gpt-oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            **_DECODER,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 24,
+            # So low that it bends what a small model computes.
+            "swiglu_limit": 0.5,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+        },
+    ),
     "gptj": (GPTJConfig, GPTJForCausalLM, {**_GPT2, "rotary_dim": 8}),
     "gpt-bigcode": (GPTBigCodeConfig, GPTBigCodeForCausalLM, {**_GPT2, "n_head": 4}),
     "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, _GPT_NEOX),
     "gpt-neox-sequential": (GPTNeoXConfig, GPTNeoXForCausalLM, {**_GPT_NEOX, "use_parallel_residual": False}),
     "phi": (PhiConfig, PhiForCausalLM, _STABLELM),
     "phi-norms": (PhiConfig, PhiForCausalLM, {**_STABLELM, "qk_layernorm": True}),
+    "qwen3-next": (Qwen3NextConfig, Qwen3NextForCausalLM, {**_DELTA_NET, **_SHARED_EXPERT}),
+    "qwen3.5": (Qwen3_5TextConfig, Qwen3_5ForCausalLM, _DELTA_NET),
+    "qwen3.5-moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM, {**_DELTA_NET, **_SHARED_EXPERT}),
+    "granite-hybrid": (GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, _GRANITE_HYBRID),
+    "granite-hybrid-dense": (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        {**_GRANITE_HYBRID, "num_local_experts": 0, "position_embedding_type": "rope"},
+    ),
     "opt": (OPTConfig, OPTForCausalLM, _OPT),
     "opt-350m": (OPTConfig, OPTForCausalLM, {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "bloom": (BloomConfig, BloomForCausalLM, _BLOOM),
@@ -408,7 +503,7 @@ def make_checkpoint(
         # transformers' own scale would make all logits alike; with this one tokens, positions and layers differ.
         model = model_class(config_class(**{"initializer_range": 0.12, **options, **overrides})).eval()
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or "norm" in name:
+            if parameter.dim() == 1 or "norm" in name or name.endswith("_bias"):
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -425,6 +520,9 @@ def make_checkpoint(
 def _mean_of_vector(family: str, name: str) -> float:
     if "bias" in name:
         return 0.0
+    if family.startswith("qwen3.5") or family == "qwen3-next":
+        # Their norms multiply by 1 + weight, too, but that of a gated delta net does not.
+        return 1.0 if "norm" not in name or "linear_attn" in name else 0.0
     if not family.startswith("gemma"):
         return 1.0
     # Gemma's norms multiply by 1 + weight. Layers speak louder than its scaled, tied embeddings: those alone would

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from quire.attention import AttentionShape, StepArrays
 from quire.attention.plan import plan_attention
-from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for
+from quire.attention.recurrence import plan_recurrence
+from quire.kernels import AttentionPlan, Kernels, KVLayer, OutputTokens, kernels_for, reference
+from quire.kernels.interface import StateLayer
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -40,12 +42,20 @@ class PagedModel:
         num_blocks = max_sequences * blocks_per_sequence
         shuffled = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
         self.block_tables = shuffled.reshape(max_sequences, blocks_per_sequence)
-        keys = (num_blocks, config.num_kv_heads, config.head_dim, block_size)
-        values = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        shapes = reference.kv_cache_shapes(num_blocks, config.num_kv_heads, block_size, config.head_dim)
         # The old contents of a block must never matter.
+        tensors = [[torch.full(shape, 1e4, dtype=kv_dtype) for shape in shapes] for _ in config.attention_layers]
+        latent = config.latent
         self.layers = [
-            KVLayer(torch.full(keys, 1e4, dtype=kv_dtype), torch.full(values, 1e4, dtype=kv_dtype))
-            for _ in range(config.num_layers)
+            KVLayer(keys, values) if latent is None else reference.latent_layer(keys, latent.latent_dim)
+            for keys, values in tensors
+        ]
+        self.states = [
+            StateLayer(
+                torch.zeros(max_sequences, layer.conv_width - 1, layer.num_channels),
+                torch.zeros(max_sequences, layer.num_heads, layer.key_dim, layer.value_dim),
+            )
+            for layer in config.spec.recurrent_layers
         ]
         self.lengths = [0] * max_sequences
 
@@ -65,6 +75,10 @@ class PagedModel:
             slots.append(blocks * self.block_size + here % self.block_size)
             self.lengths[sequence] += len(new)
         plan = self._plan(list(tokens), counts, np.concatenate(slots))
+        recurrence = None
+        if self.config.recurrent is not None:
+            bounds = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+            recurrence = plan_recurrence(bounds, list(tokens), conv_width=self.config.recurrent.conv_width)
         output_tokens = None
         if read is not None:
             end = np.cumsum(counts)
@@ -75,7 +89,14 @@ class PagedModel:
             output_tokens = OutputTokens(rows, own)
         ids = torch.tensor([token for new in tokens.values() for token in new], dtype=torch.int32)
         with torch.inference_mode():
-            context = StepContext(torch.from_numpy(np.concatenate(positions)), self.layers, plan, output_tokens)
+            context = StepContext(
+                torch.from_numpy(np.concatenate(positions)),
+                self.layers,
+                plan,
+                output_tokens,
+                self.states,
+                recurrence,
+            )
             hidden = self.model(ids, context)
             logits = self.model.logits(hidden)
         assert logits.dtype == torch.float32
@@ -92,6 +113,7 @@ class PagedModel:
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
+            value_dim=0 if self.config.latent is None else self.config.latent.latent_dim,
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )

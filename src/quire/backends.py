@@ -60,6 +60,8 @@ class Backend:
     """Whether it can compute a sequence so that no bit of the result depends on the batch."""
     replans: bool = False
     """Whether a step may have a second plan, for its output tokens: plans are not in fixed buffers."""
+    lacks: tuple[str, ...] = ()
+    """Kinds of attention that it does not compute; see `ModelConfig.attention_needs`."""
     captures: bool = False
     """Whether its steps can be captured as CUDA graphs: its plans are in fixed buffers."""
 
@@ -88,6 +90,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             sampling="quire.kernels.triton.sampling",
             block_sizes=tuple(range(16, 257, 16)),
             workspace=PARTS_WORKSPACE,
+            lacks=("attention sinks", "latent attention"),
             captures=True,
         ),
         "sdpa": Backend(
@@ -108,10 +111,11 @@ def choose_backend(
     device: str,
     capability: tuple[int, int] = (0, 0),
     has_package: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+    needs: tuple[str, ...] = (),
 ) -> str:
     """The backend that the option `attention_backend` means on a device. Raises `ConfigError` if it cannot run there.
 
-    `capability` is that of a CUDA device, such as (8, 0).
+    `capability` is that of a CUDA device, such as (8, 0); `needs` are the model's `attention_needs`.
     """
 
     def obstacle(row: Backend) -> str:
@@ -120,6 +124,9 @@ def choose_backend(
         if device == "cuda" and capability < row.min_capability:
             needed, found = (".".join(map(str, version)) for version in (row.min_capability, capability))
             return f"needs a CUDA device of capability {needed}, but this one has {found}"
+        for kind in needs:
+            if kind in row.lacks:
+                return f"does not compute {kind}, which this model has"
         for package in row.packages:
             if not has_package(package):
                 return f"needs the package {package}, which is not installed"

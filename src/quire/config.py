@@ -59,7 +59,10 @@ _INTEGERS = {
     "threads": (1, 1024),
 }
 """Option → its smallest and largest value; None is allowed if it is the default."""
-_SIZES = ("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size", "weights_cache_size")
+_SIZES = (
+    *("kv_cache_memory", "state_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
+    "weights_cache_size",
+)
 """Options in bytes, which may be given as text, e.g. 4GiB."""
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -159,6 +162,8 @@ class EngineConfig:
     """KV blocks in the pool; None derives it from the memory. vLLM's num_gpu_blocks_override is an alias."""
     kv_cache_memory: int | None = None
     """Bytes for the KV pool, e.g. 4GiB; None derives it from the memory."""
+    state_memory: int | None = None
+    """Bytes for the recurrent states of models that have them, e.g. 1GiB; None derives it from the memory."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory, above 0 to 1, for weights, activations and KV together."""
     enforce_eager: bool = False

@@ -13,6 +13,12 @@
 A message names the value seen, the limit or the expectation, and the way out.
 """
 
+NO_TOKEN_LEFT = "no token is left to sample"
+GRAMMAR_FAILED = "the grammar of structured_outputs failed"
+BEAMS_MISSING = "the beam search found"
+CLIENT_FAULTS = (NO_TOKEN_LEFT, GRAMMAR_FAILED, BEAMS_MISSING)
+"""Beginnings of `CompletionOutput.error` for a sample that ended because its parameters contradict each other."""
+
 
 class QuireError(Exception):
     """Root of the tree; catching it catches everything Quire raises on purpose."""

@@ -1,9 +1,9 @@
 """ModelSpec: a model as plain values, one LayerSpec for each decoder layer, and the sums over them.
 
-A family tells its layers: dense layers with their shapes, norms and biases, what a token leaves in the KV cache, and
-experts. Every size that must be known before a weight is read is a sum over these values: parameters, memory of
-weights, activations and KV, and what a step reads and computes. The memory plan, the planner and the simulator all ask
-here. No torch.
+A family tells its layers: dense layers with their shapes, norms and biases, what a token leaves in the KV cache, the
+state of a recurrent layer, and experts. Every size that must be known before a weight is read is a sum over these
+values: parameters, memory of weights, activations, KV and states, and what a step reads and computes. The memory plan,
+the planner and the simulator all ask here. No torch.
 
 Names are Quire's own, not the checkpoint's; a layer that is packed from several tensors is one `LinearSpec`.
 """
@@ -16,6 +16,10 @@ from typing import Literal
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
 
+RECURRENT_CHUNK = 64
+"""Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
+of one sequence follow one another."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
@@ -26,6 +30,8 @@ class LinearSpec:
     num_inputs: int
     quantizes: bool = True
     """False: a quantisation leaves it in float32. Routers of experts are such layers."""
+    stored: WeightFormat | None = None
+    """The checkpoint's own format, which the layer keeps whatever the dtype and the quantisation."""
 
     @property
     def num_parameters(self) -> int:
@@ -33,6 +39,8 @@ class LinearSpec:
 
     def weight_bytes(self, dtype: str, weight_format: WeightFormat | None = None) -> int:
         """Memory of the matrix in `dtype`, or in the format of a quantisation."""
+        if self.stored is not None:
+            return self.stored.weight_bytes(self.num_outputs, self.num_inputs)
         if weight_format is None:
             return self.num_parameters * DTYPE_BYTES[dtype]
         if not self.quantizes:
@@ -50,9 +58,12 @@ class VectorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What a token leaves in the KV cache of one layer. Latent and recurrent layers will be further kinds."""
+    """What a token leaves in the KV cache of one layer.
 
-    kind: Literal["full", "window"] = "full"
+    A latent layer keeps one row for all query heads, the key; its last `value_dim` elements are the value.
+    """
+
+    kind: Literal["full", "window", "latent"] = "full"
     num_heads: int
     """KV heads."""
     key_dim: int
@@ -63,8 +74,8 @@ class KVSpec:
 
     @property
     def num_elements(self) -> int:
-        """Elements of the keys and values of one token."""
-        return self.num_heads * (self.key_dim + self.value_dim)
+        """Elements that one token keeps."""
+        return self.num_heads * (self.key_dim if self.kind == "latent" else self.key_dim + self.value_dim)
 
     def bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values; in int8 each has a float32 scale per head."""
@@ -84,12 +95,50 @@ class AttentionSpec:
     @property
     def num_elements(self) -> int:
         """Elements that attention passes on for one token: queries, keys, values, and its output."""
-        return _passed_on(self.linears)
+        latents = self.num_heads * self.kv.value_dim if self.kv.kind == "latent" else 0
+        return _passed_on(self.linears) + latents
 
     @property
     def operations_per_pair(self) -> int:
         """Multiplications and additions for one (query, key) pair: the score and the share of the value."""
         return 2 * self.num_heads * (self.kv.key_dim + self.kv.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecurrentSpec:
+    """A recurrent layer in the place of attention. It leaves nothing in the KV cache; a sequence has one state of
+    constant size instead: the latest inputs of a causal convolution, and a matrix for each head."""
+
+    linears: tuple[LinearSpec, ...]
+    """In the order of computation, the output projection last."""
+    num_channels: int
+    """Channels of the convolution."""
+    conv_width: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    """A head's state is a matrix [key_dim, value_dim]."""
+
+    @property
+    def kv(self) -> None:
+        return None
+
+    @property
+    def num_state_elements(self) -> int:
+        """Elements of one sequence's state; they are float32."""
+        return (self.conv_width - 1) * self.num_channels + self.num_heads * self.key_dim * self.value_dim
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that the layer holds for one token at its peak: its products, the convolution before and after, and
+        the chunks: queries, keys and values twice each, the system's sides and solution, and three square matrices."""
+        vectors = 6 * self.key_dim + 5 * self.value_dim + 4 * RECURRENT_CHUNK
+        return _passed_on(self.linears) + 3 * self.num_channels + self.num_heads * vectors
+
+    @property
+    def operations_per_pair(self) -> int:
+        """A token attends to no other token."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +189,10 @@ class ExpertsSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One decoder layer: attention, then an MLP or experts; `vectors` are all its norms and biases."""
+    """One decoder layer: attention or what stands in its place, then an MLP or experts; `vectors` are all its norms,
+    biases and convolutions."""
 
-    attention: AttentionSpec
+    attention: AttentionSpec | RecurrentSpec
     mlp: MLPSpec | ExpertsSpec
     vectors: tuple[VectorSpec, ...] = ()
 
@@ -254,7 +304,22 @@ class ModelSpec:
     @property
     def largest_kv(self) -> int:
         """Elements that a token leaves in the cache of the layer that keeps most."""
-        return max(layer.attention.kv.num_elements for layer in self.layers)
+        return max((kv.num_elements for kv in self._kvs), default=0)
+
+    @property
+    def _kvs(self) -> list[KVSpec]:
+        """Of every layer that has a KV cache."""
+        return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
+
+    @property
+    def recurrent_layers(self) -> tuple[RecurrentSpec, ...]:
+        """The layers that have a state in the place of a KV cache."""
+        return tuple(layer.attention for layer in self.layers if isinstance(layer.attention, RecurrentSpec))
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of one sequence's recurrent state in all layers; 0 for a model without recurrent layers."""
+        return sum(layer.num_state_elements for layer in self.recurrent_layers) * FLOAT32_BYTES
 
     @property
     def elements_per_token(self) -> int:
@@ -293,7 +358,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values in all layers."""
-        return sum(layer.attention.kv.bytes_per_token(dtype) for layer in self.layers)
+        return sum(kv.bytes_per_token(dtype) for kv in self._kvs)
 
     def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Peak memory, in float32, of a step that computes `num_tokens` and samples from `num_logits` rows of logits.

@@ -57,7 +57,7 @@ class LLM:
         )
         # Also called when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._engine.close)
-        self._chat_template: ChatTemplate | None = None
+        self._chat_template: ChatTemplate | None = None  # read when first asked for
         self._request_ids = itertools.count()
 
     def __repr__(self) -> str:
@@ -221,7 +221,7 @@ class LLM:
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use. Raises `RequestError` if the model has none."""
         if self._engine.tokenizer is None:
-            raise RequestError("the model has no tokenizer.json", param="tokenizer")
+            raise RequestError("the model has no tokenizer", param="tokenizer")
         return self._engine.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:

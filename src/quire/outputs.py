@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from quire.memory_stats import StateStats, TierStats
 from quire.step import TokenLogprobs
 
 
@@ -198,31 +199,6 @@ class StepDeltas:
             yield SequenceDelta(request_id, index, [token_id])
 
 
-@dataclass(slots=True)
-class TierStats:
-    """One tier below the pool. Counts are blocks unless said otherwise."""
-
-    num_blocks: int = 0
-    num_bytes: int = 0
-    capacity_bytes: int = 0
-    stopped: bool = False
-    """Takes no more blocks, because writing failed; stored blocks are still found."""
-    total_hits: int = 0
-    """Tokens loaded from here instead of computed, of prompts and of resumed sequences."""
-    total_saved: int = 0
-    total_loaded: int = 0
-    total_saved_bytes: int = 0
-    total_loaded_bytes: int = 0
-    total_dropped: int = 0
-    """Not saved, because too many saves were in progress or writing failed."""
-    total_evicted: int = 0
-    """Evicted to make room."""
-    total_corrupt: int = 0
-    """Found truncated, altered or unreadable."""
-    total_recomputed: int = 0
-    """Computed although stored here, because that is faster by the measured rates."""
-
-
 class PrefixMiss(NamedTuple):
     """Where a prompt stops matching the prefix cache, and why."""
 
@@ -230,7 +206,8 @@ class PrefixMiss(NamedTuple):
     """The first logical block that had to be computed."""
     reason: str
     """new: no cached prompt begins like this; differs: cached prompts continue differently; evicted: the block was
-    cached before; salt: it may be cached, but for another tenant."""
+    cached before; salt: it may be cached, but for another tenant; state: the block is cached, but no snapshot of the
+    model's recurrent state was kept there."""
     evicted_seconds_ago: float | None
 
 
@@ -386,6 +363,8 @@ class EngineStats:
     """Seconds until all requests that wait now have started."""
     tiers: dict[str, TierStats] = field(default_factory=dict)
     """Tiers below the pool by name: host, disk."""
+    states: StateStats | None = None
+    """The slots of recurrent states; None for a model without."""
 
     @property
     def kv_cache_usage(self) -> float:

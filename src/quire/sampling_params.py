@@ -58,7 +58,7 @@ _NUMBERS = {
     "min_p": _Range(0.0, 1.0),
     "presence_penalty": _Range(-2.0, 2.0),
     "frequency_penalty": _Range(-2.0, 2.0),
-    "repetition_penalty": _Range(0.0, 1e4, above_low=True),
+    "repetition_penalty": _Range(1e-4, 1e4),
 }
 _TOKEN_ID = _Range(0, _MAX_INT)
 _LOGIT_BIAS = _Range(-100.0, 100.0)
@@ -233,8 +233,8 @@ class SamplingParams:
                 )
         if self.logit_bias is not None:
             _check_token_list("logit_bias", tuple(self.logit_bias))
-            for value in self.logit_bias.values():
-                _check_number("logit_bias", value, _LOGIT_BIAS)
+            for token_id, value in self.logit_bias.items():
+                _check_number("logit_bias", value, _LOGIT_BIAS, label=f"logit_bias of token {token_id}")
 
     def _check_logits_processors(self) -> None:
         if len(self.logits_processors) > MAX_LOGITS_PROCESSORS:
@@ -316,18 +316,18 @@ class BeamSearchParams:
         )
 
 
-def _check_number(name: str, value: object, limits: _Range) -> None:
+def _check_number(name: str, value: object, limits: _Range, *, label: str = "") -> None:
     # An int may be too large for math.isfinite; it is out of range below.
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
         or (isinstance(value, float) and not math.isfinite(value))
     ):
-        raise RequestError(f"{name} is {brief(value)}; it must be a finite number", param=name)
+        raise RequestError(f"{label or name} is {brief(value)}; it must be a finite number", param=name)
     low, high = limits.low, limits.high
     if value > high or value < low or (value == low and limits.above_low):
         least = "more than" if limits.above_low else "at least"
-        raise RequestError(f"{name} is {value}; it must be {least} {low:g} and at most {high:g}", param=name)
+        raise RequestError(f"{label or name} is {value}; it must be {least} {low:g} and at most {high:g}", param=name)
 
 
 def _check_integer(name: str, value: object, limits: _Range) -> None:

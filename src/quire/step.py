@@ -111,9 +111,9 @@ class StepPlan:
 
     batch_id: int = 0
     """Non-zero: every row computes one token and samples after it (`sample_rows == rows`), and nothing else happens: no
-    new rows, forks, drafts, block copies, vectors or prompt log-probabilities. If the plan before had the same id, this
-    one repeats it: the same rows in the same order, each one position further. Only `token_ids` and `new_blocks`, which
-    lengthens tables, are new; `offload` may come with it. An id never comes back after another one.
+    new rows, forks, drafts, copies of blocks or states, vectors or prompt log-probabilities. If the plan before had the
+    same id, this one repeats it: the same rows in the same order, each one position further. Only `token_ids` and
+    `new_blocks`, which lengthens tables, are new; `offload` may come with it. An id never comes back after another one.
     Zero: this step repeats nothing."""
     rows: list[int] = field(default_factory=list)
     num_computed_tokens: list[int] = field(default_factory=list)
@@ -140,6 +140,14 @@ class StepPlan:
     """(row, first index, blocks): changed entries of block tables. Written before anything is computed."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination): copy-on-write. Done before anything is computed."""
+    state_slots: list[int] = field(default_factory=list)
+    """Slot of each row's recurrent state, parallel to `rows`; empty for a model without recurrent layers."""
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, destination) slots of recurrent states; source -1 is the state before the first token. They are copied
+    in this order, before anything is computed."""
+    state_saves: list[tuple[int, int, int]] = field(default_factory=list)
+    """(index into `rows`, number of its tokens, slot): after so many of the row's tokens its recurrent state is also
+    written to the slot."""
     pool_rows: list[int] = field(default_factory=list)
     """Indices into `rows`, ascending: return the hidden state of the last token computed, after the final norm. No
     sample is taken there."""

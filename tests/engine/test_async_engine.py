@@ -80,7 +80,7 @@ def test_streams_requests_side_by_side_and_refuses_bad_ones(expected: list[list[
     async def test(engine: AsyncLLM) -> None:
         outputs = await asyncio.gather(*(collect(engine, prompt, GREEDY) for prompt in PROMPTS))
         assert [output.outputs[0].token_ids for output in outputs] == expected
-        for bad, match in (({"logprobs": 21}, "at most 20"), ({"max_tokens": 5000}, "exceed the context")):
+        for bad, match in (({"logprobs": 21}, "at most 20"), ({"max_tokens": 5000}, "exceed this model.s context")):
             with pytest.raises(RequestError, match=match):
                 await collect(engine, "O", GREEDY.with_changes(**bad))
         with pytest.raises(RequestError, match=r"can need .* KV blocks"):
@@ -118,7 +118,7 @@ def test_embeddings_are_those_of_this_process_and_survive_a_death() -> None:
         await beside
         raw = await engine.embed("O", normalize=False)
         assert sum(value * value for value in raw.outputs.embedding) > 2
-        with pytest.raises(RequestError, match="but the context holds 1024; shorten it"):
+        with pytest.raises(RequestError, match="maximum context length is 1024 tokens"):
             await engine.embed([5] * 1025)
         assert len((await engine.embed([5] * 1030, truncate_prompt_tokens=-1)).prompt_token_ids) == 1024
 

@@ -159,6 +159,10 @@ def test_backends_of_devices() -> None:
     assert choose_backend("auto", "cuda", (6, 1)) == "sdpa"
     assert choose_backend("auto", "cuda", (9, 0), lambda package: True) == "triton"
     assert choose_backend("auto", "cuda", (9, 0), lambda package: False) == "sdpa"
+    for kind in ("attention sinks", "latent attention"):
+        assert choose_backend("auto", "cuda", (9, 0), lambda package: True, needs=(kind,)) == "sdpa"
+        with pytest.raises(ConfigError, match=f"triton, which does not compute {kind}, which this model has; choose s"):
+            choose_backend("triton", "cuda", (9, 0), lambda package: True, needs=(kind,))
     with pytest.raises(ConfigError, match="attention_backend is cpu, which runs on cpu, but device is cuda; choose"):
         choose_backend("cpu", "cuda", (9, 0))
     with pytest.raises(ConfigError, match=r"triton, which needs .* capability 8.0, but .* 7.5; choose sdpa"):

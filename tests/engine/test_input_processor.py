@@ -52,8 +52,16 @@ def test_bad_words_are_tokenised_with_and_without_a_space() -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([1] * 100, {}, r"the prompt has 100 tokens, but the context holds 100, output included"),
-        ([1] * 300, {"truncate_prompt_tokens": 200}, r"the prompt has 200 tokens, but the context holds 100"),
+        (
+            [1] * 100,
+            {},
+            r"the prompt has 100 tokens, but .*maximum context length is 100 tokens, output included",
+        ),
+        (
+            [1] * 300,
+            {"truncate_prompt_tokens": 200},
+            r"the prompt has 200 tokens, but .*maximum context length is 100 tokens",
+        ),
         ([], {}, r"the prompt is empty: it must hold at least one token"),
         ([1, 10**6], {}, r"prompt holds token 1000000; the model's vocabulary ends at \d+"),
         ([-1], {}, r"prompt holds token -1"),
@@ -85,5 +93,8 @@ def test_a_prompt_to_embed_may_fill_the_context() -> None:
         params = SamplingParams(truncate_prompt_tokens=keep)
         request, _ = inputs.make_request("a", [5] * num_tokens, params, task=Task.EMBED)
         assert (len(request.prompt_token_ids), request.max_tokens) == (kept, 0)
-    with pytest.raises(RequestError, match="has 101 tokens, but the context holds 100; shorten it or set truncate"):
+    with pytest.raises(
+        RequestError,
+        match=r"has 101 tokens, but .*maximum context length is 100 tokens",
+    ):
         inputs.make_request("a", [5] * 101, SamplingParams(), task=Task.EMBED)

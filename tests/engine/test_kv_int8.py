@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.quantization import perplexity
 from quire import LLM, SamplingParams
 from tests.checkpoints import make_checkpoint
@@ -20,9 +22,10 @@ def make_llm(checkpoint: Path, **options: object) -> LLM:
     return LLM(str(checkpoint), dtype="float32", kv_cache_dtype="int8", threads=1, block_size=8, **options)
 
 
-def test_scales_are_copied_evicted_and_restored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_scales_are_copied_evicted_and_restored(family: str, tmp_path: Path) -> None:
     """Samples that diverge inside a block, blocks that go to host memory and back, and a restart from disk."""
-    checkpoint = make_checkpoint(tmp_path / "model", "llama")
+    checkpoint = make_checkpoint(tmp_path / "model", family)
     sampled = SamplingParams(n=3, seed=1, max_tokens=24, ignore_eos=True)
 
     def run(llm: LLM) -> list[list[list[int]]]:

@@ -20,6 +20,8 @@ class Shape:
     num_kv_heads: int = 2
     head_dim: int = 64
     block_size: int = 16
+    value_dim: int = 0
+    """Above 0: the layer is latent, with values of so many elements."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class RaggedBatch:
     def in_float64(self, **params: Any) -> tuple[Tensor, KVLayer, CpuAttentionPlan, AttentionParams]:
         kv = self.kv
         if kv.values.dtype != torch.int8:
-            kv = KVLayer(kv.keys.double(), kv.values.double())
+            keys = kv.keys.double()
+            latent = kv.is_latent
+            kv = reference.latent_layer(keys, kv.values.shape[3]) if latent else KVLayer(keys, kv.values.double())
         return self.q.double(), kv, self.plan, AttentionParams(self.scale, **params)
 
 
@@ -79,6 +83,8 @@ def ragged_batch(
     shapes = reference.kv_cache_shapes(num_blocks, shape.num_kv_heads, block_size, shape.head_dim, scaled=scaled)
     nan = -1 if dtype == torch.int8 else float("nan")  # four bytes of -1 are one
     kv = KVLayer(*(torch.full(each, nan, dtype=dtype) for each in shapes))
+    if shape.value_dim:
+        kv = reference.latent_layer(kv.keys, shape.value_dim)
     keys = torch.randn(sum(lengths), shape.num_kv_heads, shape.head_dim, generator=random)
     values = torch.randn(keys.shape, generator=random)
     if lengths:

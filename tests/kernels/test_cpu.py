@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def check_attention(batch: RaggedBatch, **options: Any) -> None:
     factor = scale / softcap if softcap else scale * np.float32(1.44269504)
     q = (batch.q * torch.tensor(factor)).bfloat16().double() / float(factor)
     expected = reference.paged_attention(q, kv, plan, params)
-    magnitude = reference.paged_attention(q, KVLayer(kv.keys, kv.values.abs()), plan, params)
+    magnitude = reference.paged_attention(q, replace(kv, values=kv.values.abs()), plan, params)
     assert ((found - expected).abs() <= 2**-8 * magnitude + 2 * TOLERANCE).all()
 
 
@@ -238,6 +238,68 @@ def test_paged_attention_variants(
     batch = ragged_batch(MIXED, shape, dtype=dtype, window=window)
     slopes = torch.rand(shape.num_heads) if alibi else None
     check_attention(batch, window=window, softcap=softcap, alibi_slopes=slopes)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+def test_sinks(isa: str, dtype: torch.dtype, window: int, options: dict[str, float]) -> None:
+    """Above all scores, below them, and between."""
+    batch = ragged_batch(MIXED, Shape(), dtype=dtype, window=window)
+    sinks = torch.tensor([-200.0, -1.0, 0.5, 2.0, 20.0, 300.0])
+    check_attention(batch, window=window, sinks=sinks, **options)
+
+
+def test_a_sink_joins_a_row_once(isa: str) -> None:
+    """Whether its keys are read as a whole, in parts, or with those of other sequences."""
+    sinks = torch.linspace(-2, 3, 6)
+    split = ragged_batch([(3000, 1), (50, 50), (2000, 3)], Shape(), num_threads=8)
+    shared = ragged_batch([(600, 1)] * 16, Shape(), shared=dict.fromkeys(range(1, 16), (0, 32)))
+    assert len(split.plan.merges) > 0
+    assert len(shared.plan.shared) > 0
+    for batch in (split, shared):
+        check_attention(batch, sinks=sinks)
+    whole = ragged_batch([(600, 1)] * 16, Shape(), num_threads=1, share_prefixes=False)
+    check_attention(whole, sinks=sinks)
+
+
+LATENT = [
+    Shape(num_heads=6, num_kv_heads=1, head_dim=80, value_dim=64),
+    Shape(num_heads=3, num_kv_heads=1, head_dim=36, value_dim=20, block_size=8),
+    Shape(num_heads=16, num_kv_heads=1, head_dim=72, value_dim=56, block_size=24),
+    Shape(num_heads=20, num_kv_heads=1, head_dim=576, value_dim=512),
+]
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("shape", LATENT, ids=str)
+def test_latent_layers(isa: str, shape: Shape, dtype: torch.dtype) -> None:
+    check_attention(ragged_batch(MIXED, shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_masks_and_parts_of_latent_layers(isa: str, dtype: torch.dtype) -> None:
+    sequences, shape = [(700, 1), (900, 1), (600, 2), (16, 1)], LATENT[0]
+    for window, options in ((0, {}), (300, {}), (0, {"sinks": torch.rand(6)}), (30, {"softcap": 2.0})):
+        batch = ragged_batch(sequences, shape, dtype=dtype, window=window, num_threads=8, shared={1: (0, 40)})
+        check_attention(batch, window=window, **options)
+    assert len(batch.plan.merges) == 0 < len(ragged_batch(sequences, shape, num_threads=8).plan.merges)
+
+
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+def test_latent_layers_are_written_and_copied(isa: str, dtype: torch.dtype) -> None:
+    keys, _ = cpu.kv_cache_shapes(20, 1, 16, 40, scaled=dtype == torch.int8)
+    found = cpu.latent_layer(torch.randn(keys).to(dtype), 24)
+    expected = reference.latent_layer(found.keys.clone(), 24)
+    k = torch.randn(20, 1, 40)
+    slots = torch.randperm(20 * 16)[:20].to(torch.int32)
+    slots[3] = -1
+    pairs = torch.tensor([[0, 5], [0, 6], [3, 1]], dtype=torch.int32)
+    for kernels, kv in ((cpu, found), (reference, expected)):
+        kernels.write_kv(k, k[..., 16:], kv, slots)
+        kernels.copy_blocks([kv], pairs)
+    assert torch.equal(found.keys, expected.keys)
+    assert found.values.data_ptr() == found.keys[:, :, 16:].data_ptr()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -469,6 +531,7 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
         ("", None),
         ("linear", "a product with float32 weights"),
         ("linear_quantized", "a product with int8 weights"),
+        ("experts", "experts with MXFP4 weights"),
         ("attention", "attention over float32"),
         ("illegal instruction", "an instruction that this CPU does not have"),
     ],

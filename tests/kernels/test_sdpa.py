@@ -47,6 +47,33 @@ def test_attention(num_heads: int, options: dict[str, float], monkeypatch: pytes
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 24}, {"softcap": 5.0}], ids=str)
+def test_sinks(options: dict[str, float]) -> None:
+    shape = Shape(block_size=64)
+    batch, sinks = ragged_batch(SEQUENCES, shape), torch.linspace(-3, 5, 6)
+    expected = reference.paged_attention(*batch.in_float64(**options, sinks=sinks))
+    params = AttentionParams(batch.scale, **options, sinks=sinks)  # type: ignore[arg-type]
+    found = sdpa.paged_attention(batch.q, head_major(batch, torch.float32), replanned(batch, shape), params)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_layers(dtype: torch.dtype) -> None:
+    shape = Shape(num_heads=6, num_kv_heads=1, head_dim=40, value_dim=24)
+    batch = ragged_batch(SEQUENCES, shape)
+    kv = sdpa.latent_layer(batch.kv.keys.transpose(2, 3).contiguous().to(dtype), 24)
+    wide = reference.latent_layer(kv.keys.transpose(2, 3).contiguous().double(), 24)
+    expected = reference.paged_attention(batch.q.double(), wide, batch.plan, AttentionParams(batch.scale))
+    found = sdpa.paged_attention(batch.q, kv, replanned(batch, shape), AttentionParams(batch.scale))
+    assert found.shape == (len(batch.q), 6, 24)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    k, slots = torch.randn(3, 1, 40), torch.tensor([5, -1, 16], dtype=torch.int32)
+    sdpa.write_kv(k, k[..., 16:], kv, slots)
+    sdpa.copy_blocks([kv], torch.tensor([[0, 2]], dtype=torch.int32))
+    assert torch.equal(kv.keys[0, 0, 5], k[0, 0].to(dtype))
+    assert torch.equal(kv.values[2, 0, 5], k[0, 0, 16:].to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_attention_over_narrow_caches(dtype: torch.dtype) -> None:
     shape = Shape(block_size=16)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from quire.config import SpeculativeConfig
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import BlockTable
+from quire.kv_cache.states import StatePool
 from quire.outputs import SampleId, SequenceDelta
 from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
@@ -15,10 +17,10 @@ from quire.scheduler.draft_planner import Candidate, DraftPlanner
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.sequence import SequenceGroup
+from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.step import StepPlan, StepResult, TokenLogprobs
 from quire.structured_outputs import StructuredOutputsParams
-from tests.scheduler.fake_runner import EOS, STOP_TOKEN, FakeRunner, alone, kv_of_all, next_token
+from tests.scheduler.fake_runner import EOS, NOTHING, STOP_TOKEN, FakeRunner, alone, kv_of_all, next_token
 
 
 class Guesses(DraftPlanner):
@@ -70,6 +72,18 @@ class Client:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+class CheckedStates(StatePool):
+    """Remembers what every snapshot was named for."""
+
+    def __init__(self, num_slots: int, num_owners: int) -> None:
+        super().__init__(num_slots, num_owners)
+        self.expected: dict[bytes, int] = {}
+
+    def _add(self, slot: int, table: BlockTable, token_ids: SequenceOf[int], num_tokens: int) -> None:
+        super()._add(slot, table, token_ids, num_tokens)
+        self.expected[table.prefix_hash(token_ids, num_tokens)] = kv_of_all(list(token_ids[:num_tokens]))[-1]
+
+
 class Engine:
     """Scheduler, pool and fake runner in a loop, with every promise checked in every step."""
 
@@ -87,16 +101,21 @@ class Engine:
         num_failures: int = 0,
         policy: str = "fcfs",
         admission: str = "current",
+        num_snapshots: int | None = None,
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
-        has `num_failures` times no memory for a step of more than one token."""
+        has `num_failures` times no memory for a step of more than one token. With `num_snapshots` the model is
+        recurrent, and has so many slots for states besides those of running sequences."""
         self.overlaps = overlaps
         self.num_failures = num_failures
         self.random = random.Random(num_failures)
         self.in_flight: tuple[StepPlan, StepResult] | None = None
         self.num_ahead = 0
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
-        self.runner = FakeRunner(num_blocks, block_size)
+        self.states: CheckedStates | None = None
+        if num_snapshots is not None:
+            self.states = CheckedStates(max_num_seqs + num_snapshots, max_num_seqs)
+        self.runner = FakeRunner(num_blocks, block_size, 0 if self.states is None else self.states.stats.num_slots)
         self.scheduler = Scheduler(
             self.pool,
             SchedulerLimits(
@@ -106,6 +125,7 @@ class Engine:
                 max_num_partial_prefills=max_num_partial_prefills,
             ),
             speculation=guesses,
+            states=self.states,
             make_queue=SCHEDULING_POLICIES[policy],
             make_rule=ADMISSIONS[admission],
             clock=lambda: 1.0,
@@ -201,8 +221,11 @@ class Engine:
                     row_forks=plan.row_forks,
                     new_blocks=plan.new_blocks,
                     block_copies=self.random.choice([plan.block_copies, []]),
+                    state_copies=plan.state_copies,
                 )
             )
+            for slot in (*plan.state_slots, *(save[2] for save in plan.state_saves)):
+                self.runner.states[slot] = NOTHING  # some layers may have computed
             return None
         known = [self.runner.rows[~token].token_ids[-1] if token < 0 else token for token in plan.token_ids]
         return self.runner.execute(replace(plan, token_ids=known))
@@ -310,6 +333,26 @@ class Engine:
             len(scheduler._queues.waiting),
         )
         assert stats.num_used_blocks == pool.num_blocks - pool.num_free
+        if self.states is not None and self.in_flight is None:
+            self.check_states(self.states, [sequence for sequence in sequences if sequence.state >= 0])
+
+    def check_states(self, states: CheckedStates, owners: list[Sequence]) -> None:
+        """Every slot is free, a sequence's own, or a snapshot; and what they hold is what they should hold."""
+        contents = self.runner.states.copy()
+        for source, destination in states.copies:
+            contents[destination] = 0 if source < 0 else contents[source]
+        snapshots = dict(states.snapshots())
+        slots = [*(owner.state for owner in owners), *(each.slot for each in snapshots.values()), *states._free]
+        assert sorted(slots) == list(range(states.stats.num_slots))
+        assert (states.stats.num_running, states._num_held) == (len(owners), 0)
+        for name, snapshot in snapshots.items():
+            assert contents[snapshot.slot] == states.expected[name]
+        for owner in owners:
+            assert owner.row >= 0
+            computed = kv_of_all(owner.token_ids[: owner.num_computed_tokens])
+            assert contents[owner.state] == (computed[-1] if computed else 0)
+        for group in self.scheduler._queues.running:
+            assert all(each.state >= 0 for each in group.sequences if each.num_computed_tokens)
 
     def check_decode_batch(self) -> None:
         """The block tables of members lag within a block, their counts and the pool's sum do not; nobody else's do."""

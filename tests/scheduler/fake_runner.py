@@ -126,8 +126,12 @@ class Row:
 
 
 class FakeRunner:
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_states: int = 0) -> None:
+        """With `num_states` slots the KV of a token follows from the recurrent state instead of the KV before it: a
+        wrong slot, copy or order shows as well."""
         self.size = block_size
+        self.states = [NOTHING] * num_states
+        """The KV of the last token that each state has read; 0 before the first."""
         self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
         self.rows: dict[int, Row] = {}
         self.num_forced = 0
@@ -153,6 +157,9 @@ class FakeRunner:
         assert not copied & set(destinations), "copies would depend on their order"
         for source, destination in plan.block_copies:
             self.memory[destination] = self.memory[source].copy()
+        for source, destination in plan.state_copies:
+            self.states[destination] = 0 if source < 0 else self.states[source]
+        assert len(plan.state_slots) == len(set(plan.state_slots)) == (len(plan.rows) if self.states else 0)
         self._compute(plan)
         return self._sample(plan)
 
@@ -167,8 +174,17 @@ class FakeRunner:
             token_ids = row.token_ids + drafts.get(row_index, [])
             assert count > 0
             assert plan.token_ids[first : first + count] == token_ids[start : start + count]
+            state_slot = plan.state_slots[plan.rows.index(row_index)] if self.states else -1
+            saves = {save[1]: save[2] for save in plan.state_saves if plan.rows[save[0]] == row_index}
+            assert all(1 <= number <= count for number in saves)
             for position in range(start, start + count):
-                previous = self.kv_at(row, position - 1) if position else 0
+                if self.states:
+                    previous = self.states[state_slot]
+                    self.states[state_slot] = kv_of(previous, token_ids[position])
+                    if position - start + 1 in saves:
+                        self.states[saves[position - start + 1]] = self.states[state_slot]
+                else:
+                    previous = self.kv_at(row, position - 1) if position else 0
                 slot = row.blocks[position // self.size], position % self.size
                 assert slot not in written, "two rows write one slot"
                 written.add(slot)

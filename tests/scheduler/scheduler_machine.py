@@ -36,6 +36,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures=st.sampled_from([0, 0, 1, 5]),
         policy=st.sampled_from(list(SCHEDULING_POLICIES)),
         admission=st.sampled_from(list(ADMISSIONS)),
+        num_snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
     )
     def start(
         self,
@@ -50,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures: int,
         policy: str,
         admission: str,
+        num_snapshots: int | None,
     ) -> None:
         self.engine = Engine(
             num_blocks,
@@ -58,11 +60,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + more_budget,
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
-            guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
+            guesses=Guesses(num_blocks, longest_draft) if longest_draft and num_snapshots is None else None,
             overlaps=overlaps,
             num_failures=num_failures,
             policy=policy,
             admission=admission,
+            num_snapshots=num_snapshots,
         )
         self.num_requests = 0
 

@@ -14,7 +14,8 @@ from tests.scheduler.checked_engine import Engine, embed_request, new_request
         (
             new_request("a", 250, 7),
             "max_tokens",
-            "the prompt has 250 tokens and max_tokens is 7; together they exceed the context of 256 tokens",
+            "the prompt has 250 tokens and max_tokens is 7; together they exceed this model's context: its maximum "
+            "context length is 256 tokens",
         ),
         (new_request("a", 1, n=9), "n", "n is 9, but at most 8 sequences run at once (max_num_seqs)"),
         (

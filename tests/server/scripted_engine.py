@@ -56,7 +56,10 @@ class ScriptedEngine:
     endless: bool = False
     """Repeat the answer until the request is closed."""
     fail_at: int | None = None
-    """Index of the token at which the sample fails."""
+    """Index of the token at which samples fail."""
+    fails: tuple[int, ...] | None = None
+    """Indices of the samples that fail there; None: all."""
+    failure: str = "the logits were not finite"
     raises: Exception | None = None
     """Raised by every request in place of token `raises_at`."""
     raises_at: int = 0
@@ -157,14 +160,17 @@ class ScriptedEngine:
             metrics.last_token_time = time.monotonic()
             token, last = tokens[at % len(tokens)], at == length - 1
             output = RequestOutput("r", None, prompt, [], finished=last, num_cached_tokens=2, metrics=metrics)
+            failing = range(params.n) if self.fails is None else self.fails
             for index in range(params.n):
+                if self.fail_at is not None and at > self.fail_at and index in failing:
+                    continue
                 sample = CompletionOutput(index, bundled_tokenizer().id_to_text(token), [token])
                 if params.logprobs is not None:
                     sample.logprobs = [self._position(token, params.logprobs)]
                 if last:
                     sample.finish_reason = "stop" if length < limit or params.max_tokens is None else "length"
-                if at == self.fail_at:
-                    sample.finish_reason, sample.error = "error", "the logits were not finite"
+                if at == self.fail_at and index in failing:
+                    sample.finish_reason, sample.error = "error", self.failure
                 output.outputs.append(sample)
             self.num_tokens += params.n
             yield output

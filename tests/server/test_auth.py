@@ -88,13 +88,36 @@ def test_pages_of_other_sites_are_refused(engine: ScriptedEngine) -> None:
     with RunningServer(engine, ServerSettings(port=0, allow_origins=("https://good.example",))) as server:
         for origin, status in (
             ("http://localhost:3000", 200),
+            ("https://127.0.0.1", 200),
+            ("http://[::1]:5173", 200),
+            ("http://tauri.localhost", 200),
+            ("app://obsidian.md", 200),
+            ("vscode-webview://1a2b-3c", 200),
+            ("vscode-file://vscode-app", 200),
+            ("tauri://localhost", 200),
             ("https://good.example", 200),
             ("https://evil.example", 403),
-            ("null", 403),
             ("http://localhost.evil.example", 403),
+            ("http://127.0.0.1.evil.example", 403),
+            ("http://localhost:1@evil.example", 403),
+            ("vscode-x://a/b", 403),
         ):
-            assert server.send("GET", "/v1/models", headers={"origin": origin})[0].status == status, origin
+            response, _ = server.send("GET", "/v1/models", headers={"origin": origin})
+            assert response.status == status, origin
+            assert response.headers["access-control-allow-origin"] == (origin if status == 200 else None), origin
         asked = {"origin": "https://good.example", "access-control-request-method": "POST"}
         response, _ = server.send("OPTIONS", "/v1/chat/completions", headers=asked)
         assert response.status == 200
         assert response.headers["access-control-allow-origin"] == "https://good.example"
+
+
+def test_a_hidden_origin_may_send_only_what_a_browser_asks_about(server: RunningServer) -> None:
+    """Any page can hide its origin. For JSON its browser sends a preflight first, and that is not granted."""
+    body = {"prompt": "x", "max_tokens": 1}
+    for kind, status in (("application/json", 200), ("text/plain", 403)):
+        headers = {"origin": "null", "content-type": kind}
+        assert server.send("POST", "/v1/completions", body, headers=headers)[0].status == status
+    asked = {"origin": "null", "access-control-request-method": "POST"}
+    response, _ = server.send("OPTIONS", "/v1/completions", headers=asked)
+    assert response.status == 400
+    assert response.headers["access-control-allow-origin"] is None

@@ -187,7 +187,12 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"messages": [{"role": "user", "content": "word " * 400}]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 300}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": -5}, "top_logprobs"),
     ],
 )
 def test_refuses_by_name(client: OpenAI, engine: ScriptedEngine, fields: dict[str, Any], param: str) -> None:

@@ -1,5 +1,6 @@
 """/v1/completions through the openai client: every shape of prompt, and echo with logprobs as evaluations use it."""
 
+import json
 from typing import Any
 
 import pytest
@@ -94,12 +95,37 @@ def test_echo_returns_the_text_as_sent(client: OpenAI) -> None:
     assert client.completions.create(**asked).choices[0].text == PROMPT
 
 
-def test_offsets_point_into_the_text(client: OpenAI) -> None:
-    choice = client.completions.create(model="scripted", prompt=PROMPT, echo=True, logprobs=0, max_tokens=4).choices[0]
+@pytest.mark.parametrize(
+    ("prompt", "offsets"),
+    [
+        ("é: ", [0, 0, 0, 1, 2]),
+        ([0, 818], [0, 9]),
+        ("<|begin|>ROMEO", [0, 0, 9]),
+        ("<|end|><|end|>a", [0, 0, 7, 14]),
+    ],
+)
+def test_offsets_of_the_prompt(client: OpenAI, prompt: Any, offsets: list[int]) -> None:
+    choice = client.completions.create(model="scripted", prompt=prompt, echo=True, logprobs=0, max_tokens=0).choices[0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.text_offset == offsets
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("answer", [ANSWER, "é🎭 – naïve", "<|end|>x, y"])
+def test_offsets_point_into_the_text(client: OpenAI, engine: ScriptedEngine, answer: str, echo: bool) -> None:
+    engine.answer = answer
+    asked: dict[str, Any] = {"model": "scripted", "prompt": PROMPT, "echo": echo, "logprobs": 0, "max_tokens": 30}
+    asked["extra_body"] = {"skip_special_tokens": False}
+    choice = client.completions.create(**asked).choices[0]
     assert choice.logprobs is not None
     tokens, offsets = choice.logprobs.tokens or [], choice.logprobs.text_offset or []
-    for token, offset in list(zip(tokens, offsets, strict=True))[1:]:
-        assert choice.text[offset:].startswith(token)
+    assert len(tokens) == len(offsets) > 3
+    assert offsets == sorted(offsets)
+    if answer == ANSWER:
+        for token, offset in list(zip(tokens, offsets, strict=True))[1:]:
+            assert choice.text[offset:].startswith(token)
+    streamed = [c.choices[0].logprobs for c in client.completions.create(**asked, stream=True)]
+    assert [offset for part in streamed if part for offset in part.text_offset or []] == offsets
 
 
 def test_streamed_logprobs_are_the_same(client: OpenAI) -> None:
@@ -154,6 +180,9 @@ def test_token_ids_and_their_names(client: OpenAI) -> None:
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"truncation_side": "right"}, "truncation_side"),
+        ({"truncation_side": "middle", "truncate_prompt_tokens": 3}, "truncation_side"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 300}, "max_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"max_tokens": "many"}, "max_tokens"),
     ],
@@ -171,9 +200,33 @@ def test_one_refused_prompt_refuses_all(client: OpenAI, engine: ScriptedEngine) 
     assert engine.calls == []
 
 
-def test_a_prompt_that_fails_ends_the_others(server: RunningServer, engine: ScriptedEngine) -> None:
+def test_a_request_fails_if_all_its_samples_fail(server: RunningServer, engine: ScriptedEngine) -> None:
     engine.fail_at = 1
     response, reply = server.send("POST", "/v1/completions", {"prompt": ["a", "b", "c"]})
     assert response.status == 500
     assert reply["error"]["code"] == "sample_failed"
     assert engine.num_running == 0
+
+
+@pytest.mark.parametrize("failure", ["the logits were not finite", "no token is left to sample: every logit is −inf"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_sample_fails_alone(server: RunningServer, engine: ScriptedEngine, path: str, failure: str) -> None:
+    engine.fail_at, engine.fails, engine.failure = 1, (1,), failure
+    prompt = {"prompt": "x"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "x"}]}
+    _, reply = server.send("POST", path, {**prompt, "n": 3})
+    assert [choice["finish_reason"] for choice in reply["choices"]] == ["stop", "error", "stop"]
+    error = reply["choices"][1]["error"]
+    assert error["message"] == failure
+    assert error["code"] == ("sample_failed" if "finite" in failure else "contradictory_parameters")
+    assert "error" not in reply["choices"][0]
+    _, text = server.send("POST", path, {**prompt, "n": 3, "stream": True})
+    events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    failed = [choice for event in events for choice in event["choices"] if "error" in choice]
+    assert [(choice["index"], choice["error"]) for choice in failed] == [(1, error)]
+
+
+def test_parameters_that_leave_no_token_are_the_clients_mistake(client: OpenAI, engine: ScriptedEngine) -> None:
+    engine.fail_at, engine.failure = 0, "no token is left to sample: every logit is −inf"
+    with pytest.raises(BadRequestError) as refused:
+        client.completions.create(model="scripted", prompt=PROMPT)
+    assert refused.value.code == "contradictory_parameters"

@@ -1,8 +1,10 @@
 """Limits on sizes, formats and times of requests: each has its own status and is checked before any work."""
 
+import gzip
 import json
 import socket
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -69,15 +71,55 @@ def test_malformed_bodies(server: RunningServer, body: bytes, said: str) -> None
     assert reply["error"]["type"] == "invalid_request_error"
 
 
-def test_only_json_is_accepted(server: RunningServer) -> None:
-    response, reply = server.send("POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": "text/plain"})
-    assert response.status == 415
-    assert "application/json" in reply["error"]["message"]
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/json; charset=utf-8", 200),
+        ("text/plain;charset=UTF-8", 200),
+        ("application/vnd.api+json", 200),
+        ("", 200),
+        ("application/x-www-form-urlencoded", 415),
+        ("multipart/form-data; boundary=x", 415),
+    ],
+)
+def test_only_json_is_accepted(server: RunningServer, kind: str, status: int) -> None:
+    response, reply = server.send("POST", "/v1/completions", b'{"prompt": "x"}', {"content-type": kind})
+    assert response.status == status
+    assert status == 200 or "application/json" in reply["error"]["message"]
+
+
+def test_compressed_bodies(engine: ScriptedEngine) -> None:
+    plain = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+    with RunningServer(engine, ServerSettings(port=0, max_body_size=10_000)) as server:
+        for body, encoding, status in (
+            (gzip.compress(plain), "gzip", 200),
+            (zlib.compress(plain), "deflate", 200),
+            (plain, "identity", 200),
+            (plain, "br", 415),
+            (plain, "gzip", 400),
+            (gzip.compress(plain)[:-4], "gzip", 400),
+            (gzip.compress(b" " * 2_000_000), "gzip", 413),
+        ):
+            response, _ = server.send("POST", "/v1/completions", body, {**JSON, "content-encoding": encoding})
+            assert response.status == status, encoding
+    assert len(engine.calls) == 3
 
 
 def test_routes_and_methods(server: RunningServer) -> None:
     response, reply = server.send("GET", "/v1/nothing")
     assert (response.status, reply["error"]["code"]) == (404, "route_not_found")
+    for path, named in (
+        ("/models", "use /v1/models; clients usually need a base URL that ends in /v1"),
+        ("/chat/completions", "use /v1/chat/completions"),
+        ("/v1/v1/chat/completions", "use /v1/chat/completions"),
+        ("/openai/v1/completions", "use /v1/completions"),
+        ("/V1/Completions", "use /v1/completions"),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/" + "x" * 5000, "/docs lists them"),
+    ):
+        response, reply = server.send("POST", path, {})
+        assert response.status == 404
+        assert named in reply["error"]["message"]
     response, reply = server.send("GET", "/v1/completions")
     assert (response.status, reply["error"]["code"]) == (405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

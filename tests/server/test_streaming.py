@@ -47,7 +47,7 @@ def test_a_client_that_leaves_stops_the_work(
     server: RunningServer, engine: ScriptedEngine, path: str, body: dict[str, object], delay: float
 ) -> None:
     """In the middle of a stream and before the first byte."""
-    engine.endless, engine.delay = True, delay
+    engine.endless, engine.delay, engine.max_model_len = True, delay, 2**21
     connection = connect(server, path, **body)
     num_prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1  # type: ignore[arg-type]  # of any
     until(lambda: engine.num_running == num_prompts)
@@ -59,7 +59,7 @@ def test_a_client_that_leaves_stops_the_work(
 
 
 def test_many_clients_that_leave_at_random(server: RunningServer, engine: ScriptedEngine) -> None:
-    engine.endless, engine.delay = True, 0.001
+    engine.endless, engine.delay, engine.max_model_len = True, 0.001, 2**21
     for turn in range(50):
         connection = connect(server, "/v1/chat/completions", **CHAT, stream=turn % 2 == 0)
         time.sleep(turn % 7 / 1000)
@@ -69,7 +69,7 @@ def test_many_clients_that_leave_at_random(server: RunningServer, engine: Script
 
 
 def test_a_client_that_does_not_read_is_waited_for_and_then_dropped(engine: ScriptedEngine) -> None:
-    engine.endless = True
+    engine.endless, engine.max_model_len = True, 2**21
     with RunningServer(engine, ServerSettings(port=0, stall_timeout=0.5)) as server:
         connection = connect(server, "/v1/chat/completions", **CHAT, stream=True)
         until(lambda: len(engine.calls) == 1 and engine.num_running == 0, seconds=10)

@@ -19,7 +19,10 @@ class AttentionShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Elements of a query and of a key."""
     block_size: int
+    value_dim: int = 0
+    """Elements of a value; 0: as many as a key has."""
     window: int = 0
     """Most positions that any layer sees; 0: all. A plan serves layers with this window or a smaller one."""
     max_num_seqs: int = 0

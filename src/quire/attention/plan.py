@@ -126,7 +126,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         growth=growth,
         shared=_tensor(shared),
         merges=_tensor(merges),
-        partials=torch.empty(num_partial_rows, shape.head_dim + 2),
+        partials=torch.empty(num_partial_rows, (shape.value_dim or shape.head_dim) + 2),
         window=shape.window,
         num_threads=shape.num_threads,
     )

@@ -9,7 +9,6 @@ and the tokens it already has.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -42,7 +41,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
-from quire.engine.tokenizer import Tokenizer, load_tokenizer
+from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
@@ -93,8 +92,11 @@ class AsyncLLM:
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
-        with contextlib.suppress(CheckpointError):
+        try:
             self.chat_template = ChatTemplate.from_folder(folder)
+        except CheckpointError as error:
+            # The model can still complete texts.
+            self._report(f"no chat: {error}")
         self._streams = RequestStreams(self.tokenizer, self._client.send)
         self._inputs = InputProcessor(
             self._model_config,
@@ -103,7 +105,7 @@ class AsyncLLM:
             max_logprobs=self.config.max_logprobs,
             seed=self.config.seed,
         )
-        self._report(f"tokenizer: {time.perf_counter() - started:.2f} s")
+        self._report(describe_tokenizer(self.tokenizer, time.perf_counter() - started))
         self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,11 @@ from quire.engine.memory_budget import max_num_samples
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
 from quire.grammar.cache import GrammarCache
-from quire.kernels import Kernels, kernels_for
-from quire.kernels.interface import Packing
+from quire.kernels import Kernels, KVLayer, kernels_for
+from quire.kernels.interface import KVShape, Packing
 from quire.kv_cache.block_pool import BlockPool
-from quire.kv_cache.storage import KVCache
+from quire.kv_cache.states import StatePool
+from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
@@ -189,19 +191,23 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
-    plan, model_config = target.plan, target.model_config
+    plan, model_config, kernels = target.plan, target.model_config, target.kernels
+    latent, recurrent = model_config.latent, model_config.spec.recurrent_layers
+    shapes: Sequence[KVShape] = kernels.kv_cache_shapes(
+        plan.num_blocks,
+        model_config.num_kv_heads,
+        plan.block_size,
+        model_config.head_dim,
+        scaled=plan.kv_cache_dtype == "int8",
+    )
     return KVCache(
-        num_layers=model_config.num_layers,
-        shapes=target.kernels.kv_cache_shapes(
-            plan.num_blocks,
-            model_config.num_kv_heads,
-            plan.block_size,
-            model_config.head_dim,
-            scaled=plan.kv_cache_dtype == "int8",
-        ),
+        num_layers=len(model_config.attention_layers),
+        shapes=shapes if latent is None else shapes[:1],
+        make_layer=KVLayer if latent is None else partial(kernels.latent_layer, value_dim=latent.latent_dim),
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,
+        states=StateCache(recurrent, plan.num_state_slots, target.device) if recurrent else None,
     )
 
 
@@ -233,6 +239,13 @@ def _warn_of_surplus(target: _Target) -> None:
 
 
 def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
+    states, speculation = None, None
+    if plan.num_state_slots:
+        states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
+        if config.speculative_config is not None:
+            logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
+    elif config.speculative_config is not None:
+        speculation = DraftPlanner(config.speculative_config)
     return Scheduler(
         BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
         SchedulerLimits(
@@ -243,7 +256,8 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | N
             max_pinned_share=config.max_pinned_share,
         ),
         tiers=tiers,
-        speculation=None if config.speculative_config is None else DraftPlanner(config.speculative_config),
+        speculation=speculation,
+        states=states,
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes, pass_context
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -19,6 +19,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from quire.engine.message_contents import ContentForms, plain_message, render_contents
 from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_json, read_special_tokens
 from quire.errors import CheckpointError, RequestError
 
@@ -50,9 +51,12 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda pattern: now().strftime(pattern)
         try:
-            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+            self._templates = {name: _compile(environment, name, source) for name, source in sources.items()}
         except TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # what Jinja computes while it compiles can raise anything
+            raise CheckpointError(f"{origin} cannot be compiled: {_reason(error)}") from error
+        self._forms = {name: ContentForms() for name in sources}
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
@@ -67,6 +71,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """The prompt for `messages` in OpenAI's format. It contains the special tokens: encode it without adding any.
@@ -82,25 +87,33 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message exclude each other: a turn is new or continued",
                 param="continue_final_message",
             )
-        chat = [_plain_message(message, index) for index, message in enumerate(messages)]
+        chat = [plain_message(message, index) for index, message in enumerate(messages)]
+        # What a client passes for the template hides none of these.
+        chosen = {
+            "tools": tools or None,
+            "documents": documents or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         if continue_final_message:
-            content = chat[-1].get("content")
-            if not isinstance(content, str):
-                raise RequestError("the final message has no text to continue", param="messages")
-            # The space shows whether the template trims messages; if it does, the text is trimmed as well.
-            chat[-1]["content"] = f"{content}{CONTINUE_HERE} "
-        budget = _Budget(self._max_chars)
-        context = {**variables, **self._special_tokens, _BUDGET: budget}
+            chat[-1]["content"] = _marked(chat[-1].get("content"))
+        text = self._render(template, chat, {**self._special_tokens, **variables, **chosen})
+        return _cut_after_final_message(text) if continue_final_message else text
+
+    def _render(self, template: Any, chat: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """The text for messages whose contents are in the form that the template takes. Raises `RequestError`."""
+        forms = self._forms[template.name]
+
+        def run(messages: list[dict[str, Any]]) -> str:
+            budget = _Budget(self._max_chars)
+            pieces = template.generate({**variables, "messages": messages, _BUDGET: budget})
+            return "".join(budget.output(pieces))
+
         try:
-            pieces = template.generate(
-                messages=chat, tools=tools or None, add_generation_prompt=add_generation_prompt, **context
-            )
-            text = "".join(budget.output(pieces))
+            return render_contents(run, chat, forms)
         except Exception as error:  # a template is a program and can raise anything
             raise RequestError(
                 f"the model's chat template refuses the messages: {_reason(error)}", param="messages"
             ) from error
-        return _cut_after_final_message(text) if continue_final_message else text
 
     def _choose(self, *, with_tools: bool) -> Any:
         if with_tools and "tool_use" in self._templates:
@@ -115,11 +128,20 @@ class ChatTemplate:
             ) from None
 
 
+def _compile(environment: "_Environment", name: str, source: str) -> Template:
+    template = environment.from_string(source)
+    template.name = name
+    return template
+
+
 def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Name → template, and the file that they come from."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return {"default": path.read_text(encoding="utf-8")}, str(path)
+        try:
+            return {"default": path.read_text(encoding="utf-8")}, str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     path = folder / "tokenizer_config.json"
     match read_json(path).get("chat_template"):
         case None:
@@ -133,47 +155,15 @@ def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
     raise CheckpointError(f"{path}: chat_template is neither a text nor a list of objects with name and template")
 
 
-def _plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message in the form that templates expect: content is one text, arguments of tool calls are objects."""
-    if not isinstance(message.get("role"), str):
-        raise RequestError(f"messages[{index}] is no object with a role", param="messages")
-    plain = dict(message)
-    content = plain.get("content")
-    if isinstance(content, list):
-        plain["content"] = "\n".join(_text_of_part(part, index) for part in content)
-    elif content is not None and not isinstance(content, str):
-        raise RequestError(
-            f"messages[{index}].content is a {type(content).__name__}; give a text or a list of text parts",
-            param="messages",
-        )
-    elif content is None and not plain.get("tool_calls"):
-        raise RequestError(f"messages[{index}] has no content", param="messages")
-    if plain.get("tool_calls"):
-        plain["tool_calls"] = [_plain_tool_call(call) for call in plain["tool_calls"]]
-    return plain
-
-
-def _text_of_part(part: object, index: int) -> str:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-        case {"type": kind}:
-            raise RequestError(
-                f"messages[{index}].content has a part of type {kind!r}; only text parts are supported",
-                param="messages",
-            )
-    raise RequestError(f"messages[{index}].content has a part without a type", param="messages")
-
-
-def _plain_tool_call(call: Any) -> Any:
-    """Parse arguments, which OpenAI sends as JSON in a string: a template's `tojson` would quote the string again."""
-    match call:
-        case {"function": {"arguments": str(arguments)}}:
-            try:
-                return {**call, "function": {**call["function"], "arguments": json.loads(arguments)}}
-            except ValueError:
-                return call
-    return call
+def _marked(content: object) -> Any:
+    """The content of the last message with a mark at its end. The space shows whether the template trims messages; if
+    it does, the text is trimmed as well."""
+    match content:
+        case str(text):
+            return f"{text}{CONTINUE_HERE} "
+        case [*parts, {"type": "text", "text": str(text)} as last]:
+            return [*parts, {**last, "text": f"{text}{CONTINUE_HERE} "}]
+    raise RequestError("the final message has no text to continue", param="messages")
 
 
 def _cut_after_final_message(text: str) -> str:
@@ -293,6 +283,12 @@ class _Metering(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.iter = _filtered(node.iter, "quire_turns")
+        return node
+
+    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
+        self.generic_visit(node)
+        if isinstance(node.call, nodes.Filter):  # `{% call %}` needs the call itself; the budget counts what it writes
+            node.call = node.call.node  # type: ignore[assignment]
         return node
 
     def visit_Expr(self, node: nodes.Expr) -> nodes.Expr:

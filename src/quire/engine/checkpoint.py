@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
-from quire.errors import CheckpointError
+from quire.errors import CheckpointError, RequestError
 from quire.model_config import read_json
+from quire.sampling_params import SamplingParams
 
 BUNDLED_NAME = "quire-bundled"
 _DEFAULT_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -41,7 +42,10 @@ def model_name(model: str) -> str:
 
 
 def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
-    """Sampling defaults of the model's generation_config.json, under the names of `SamplingParams`."""
+    """Sampling defaults of the model's generation_config.json, under the names of `SamplingParams`.
+
+    Raises `CheckpointError` for values that no request could be sampled with.
+    """
     path = folder / "generation_config.json"
     if config.generation_config == "none" or not path.is_file():
         return {}
@@ -51,6 +55,12 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
         params["max_tokens"] = found["max_new_tokens"]
     if found.get("do_sample") is False:
         params["temperature"] = 0.0
+    try:
+        SamplingParams(**params)
+    except (RequestError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: {error}; correct the file, or ignore its sampling values with generation_config=none"
+        ) from error
     return params
 
 

@@ -15,7 +15,7 @@ from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
-from quire.engine.tokenizer import load_tokenizer
+from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
@@ -46,7 +46,7 @@ class Engine:
         preloader = preload(config, self.model_config, self.memory_plan, self.folder)
         started = perf_counter()
         self.tokenizer = load_tokenizer(config, self.folder)
-        report(f"tokenizer: {perf_counter() - started:.2f} s")
+        report(describe_tokenizer(self.tokenizer, perf_counter() - started))
         started = perf_counter()
         with without_garbage_collection():
             from quire.engine.build import build_core  # imports torch while the preloader reads the checkpoint

@@ -106,7 +106,7 @@ class InputProcessor:
             return self._tokens_of(prompt["prompt"])
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise RequestError("the model has no tokenizer.json: send token ids instead of text", param="prompt")
+                raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
             return prompt, self._tokenizer.encode(prompt)
         token_ids = list(prompt)
         if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's

@@ -18,6 +18,7 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_m
     _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check_tokens("logit_bias", params.logit_bias or (), vocab_size)
+    _check_allowed(request)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
         if value is not None and (value if value >= 0 else vocab_size) > max_logprobs:
@@ -26,17 +27,39 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_m
             )
 
 
-def check_prompt_length(num_tokens: int, max_model_len: int, *, name: str = "the prompt", num_output: int = 1) -> None:
+def check_prompt_length(
+    num_tokens: int, max_model_len: int, *, name: str = "the prompt", param: str = "prompt", num_output: int = 1
+) -> None:
     """Raise `RequestError` for an empty prompt, and for one that leaves no room for `num_output` output tokens."""
     if not num_tokens:
-        raise RequestError(f"{name} is empty: it must hold at least one token", param="prompt")
+        raise RequestError(f"{name} is empty: it must hold at least one token", param=param)
     if num_tokens + num_output > max_model_len:
         raise RequestError(
-            f"{name} has {num_tokens} tokens, but the context holds {max_model_len}"
-            f"{', output included' if num_output else ''}; "
+            # Clients look for "maximum context length is N tokens" and "prompt is too long", to shorten and retry.
+            f"{name} has {num_tokens} tokens, but this model's maximum context length is {max_model_len} tokens"
+            f"{', output included' if num_output else ''}: the prompt is too long; "
             "shorten it or set truncate_prompt_tokens",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
+        )
+
+
+def _check_allowed(request: Request) -> None:
+    """Raise `RequestError` if other parameters forbid every token of `allowed_token_ids` from the start."""
+    params = request.params
+    if params.allowed_token_ids is None:
+        return
+    allowed = set(params.allowed_token_ids)
+    forbidden = {"bad_words": {word[0] for word in params.bad_words_token_ids if len(word) == 1}}
+    if params.min_tokens:
+        forbidden["min_tokens"] = {*request.eos_token_ids, *params.stop_token_ids}
+    names = [name for name, tokens in forbidden.items() if tokens & allowed]
+    if allowed <= set().union(*forbidden.values()):
+        raise RequestError(
+            f"allowed_token_ids leaves no token to sample: {' and '.join(names)} forbid all of them; allow more tokens "
+            f"or leave out {' or '.join(names)}",
+            param="allowed_token_ids",
+            code="contradictory_parameters",
         )
 
 

@@ -60,6 +60,8 @@ class MemoryBudget:
     """The host tier: whole blocks."""
     staging: int = 0
     """Blocks on their way to and from the disk tier."""
+    states: int = 0
+    """Recurrent states."""
 
     @property
     def tiers(self) -> int:
@@ -70,6 +72,7 @@ class MemoryBudget:
     def left(self) -> int:
         """Memory left for KV blocks; negative if the other parts do not fit."""
         left = self.available - self.weights - self.activations - self.logprobs - self.context - self.graphs
+        left -= self.states
         return left if self.own_memory else left - self.tiers
 
 
@@ -85,7 +88,8 @@ def make_budget(
     else:
         activations = _device_activations(backend, model, choice, num_samples)
     on_cuda = device.type == "cuda"
-    captures = on_cuda and backend.captures and not config.enforce_eager
+    # A captured step would need the slots of states as fixed inputs.
+    captures = on_cuda and backend.captures and not config.enforce_eager and not spec.state_bytes
     return MemoryBudget(
         available=available,
         own_memory=device.total_memory is not None,

@@ -4,7 +4,7 @@ The plan is arithmetic over the model's spec and the options; nothing is allocat
 the parts beside the KV cache; `memory_refusals.py` refuses what does not fit, with the numbers and with what would fit.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quire.backends import BACKENDS, Backend, choose_backend
@@ -13,6 +13,7 @@ from quire.engine.device import Device, find_device
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
 from quire.engine.memory_sizes import available_memory, show_bytes
+from quire.engine.state_memory import plan_states
 from quire.model_config import ModelConfig
 
 MIN_BATCHED_TOKENS = 512
@@ -55,14 +56,24 @@ class MemoryPlan:
     """Memory that a device takes before any allocation."""
     graphs: int = 0
     """Allowance for captured steps."""
+    num_state_slots: int = 0
+    """Slots for recurrent states: those of `max_num_seqs` sequences, and snapshots."""
+    state_bytes: int = 0
+    """One sequence's recurrent state."""
     async_scheduling: bool = False
 
     @property
     def total(self) -> int:
         """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
-        device = self.weights + self.activations + self.logprobs + self.kv_cache + self.context + self.graphs
+        device = self.weights + self.activations + self.logprobs + self.kv_cache + self.states
+        device += self.context + self.graphs
         return device if self.device == "cuda" else device + self.swap_space + self.staging
+
+    @property
+    def states(self) -> int:
+        """All slots for recurrent states."""
+        return self.num_state_slots * self.state_bytes
 
     @property
     def num_longest_sequences(self) -> int:
@@ -72,7 +83,7 @@ class MemoryPlan:
     def surplus(self, allocated: int) -> str:
         """A warning if this process has allocated more bytes for weights and KV cache than planned; else "". What other
         processes take of a card is never asked."""
-        planned = self.weights + self.kv_cache
+        planned = self.weights + self.kv_cache + self.states
         if allocated <= planned * (1 + PLAN_TOLERANCE):
             return ""
         return (
@@ -83,6 +94,10 @@ class MemoryPlan:
     def describe(self) -> list[str]:
         """The plan in a few lines, as printed at start."""
         longest = self.num_longest_sequences
+        states = (
+            f"recurrent states: {self.num_state_slots} slots of {show_bytes(self.state_bytes)}, "
+            f"{self.num_state_slots - self.max_num_seqs} of them for snapshots that prompts are found to begin with"
+        )
         computed = [f"device: {self.device_name or self.device}, attention {self.attention_backend}"]
         return [
             *(computed if self.attention_backend != "cpu" else []),
@@ -91,6 +106,7 @@ class MemoryPlan:
             f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
             f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
+            + (f" + recurrent states {show_bytes(self.states)}" if self.states else "")
             + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
             + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
@@ -100,10 +116,16 @@ class MemoryPlan:
             f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}; "
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
             f"at most {self.max_num_seqs} run at once",
+            *([states] if self.states else []),
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "total": self.total, "num_longest_sequences": self.num_longest_sequences}
+        return {
+            **asdict(self),
+            "total": self.total,
+            "states": self.states,
+            "num_longest_sequences": self.num_longest_sequences,
+        }
 
 
 def plan_memory(
@@ -125,6 +147,9 @@ def plan_memory(
     check_parts(config, model, budget, block_size, host)
     check_model_fits(config, model, choice, budget, device)
     check_context(config, model)
+    share = 1.0 if on_card else KV_SHARE
+    states = plan_states(config, model, budget, share)
+    budget = replace(budget, states=states.num_bytes)
     longest = config.max_model_len or model.default_model_len
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -132,8 +157,8 @@ def plan_memory(
         num_blocks = config.kv_cache_memory // budget.block
     else:
         # More blocks than all sequences at full length need could never be used.
-        useful = config.max_num_seqs * -(-longest // block_size)
-        num_blocks = min(int(budget.left * (1.0 if on_card else KV_SHARE)) // budget.block, useful)
+        useful = states.max_num_seqs * -(-longest // block_size)
+        num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
     check_pool(config, budget, num_blocks, block_size)
     return MemoryPlan(
         device=device.type,
@@ -151,18 +176,20 @@ def plan_memory(
         block_size=block_size,
         num_blocks=num_blocks,
         max_model_len=min(longest, num_blocks * block_size),
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=states.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
         swap_space=budget.swap_space,
         staging=budget.staging,
         context=budget.context,
         graphs=budget.graphs,
+        num_state_slots=states.num_slots,
+        state_bytes=states.slot_bytes,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 
 
 def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device) -> StorageChoice:
-    name = choose_backend(config.attention_backend, device.type, device.capability)
+    name = choose_backend(config.attention_backend, device.type, device.capability, needs=model.attention_needs)
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
     return StorageChoice(

@@ -227,3 +227,10 @@ def _letters_of_bytes() -> dict[str, int]:
 
 
 _BYTE_OF_LETTER = _letters_of_bytes()
+
+
+def describe_tokenizer(tokenizer: Tokenizer | None, seconds: float) -> str:
+    """The line about the tokenizer that is printed at start."""
+    if tokenizer is None:
+        return "tokenizer: none in the model's folder; prompts must be token ids, and answers have no text"
+    return f"tokenizer: {seconds:.2f} s"

@@ -13,8 +13,8 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None: ..
 def silu_and_mul(x: Tensor, out: Tensor) -> None: ...
 def gelu_and_mul(x: Tensor, out: Tensor) -> None: ...
 def gelu_tanh_and_mul(x: Tensor, out: Tensor) -> None: ...
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None: ...
-def copy_blocks(k_caches: list[Tensor], v_caches: list[Tensor], pairs: Tensor) -> None: ...
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor) -> None: ...
+def copy_blocks(k_caches: list[Tensor], v_caches: list[Tensor | None], pairs: Tensor) -> None: ...
 def pack_linear(weight: Tensor, packed: Tensor, first_row: int) -> None: ...
 def linear(
     x: Tensor,
@@ -48,7 +48,9 @@ def experts(
     chosen: Tensor,
     weights: Tensor,
     format: str,
-    activation: str,
+    gate: str,
+    alpha: float,
+    limit: float,
     inner: int,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
@@ -67,7 +69,7 @@ def gather_rows_quantized(
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
-    v_cache: Tensor,
+    v_cache: Tensor | None,
     query_start_loc: Tensor,
     seq_lens: Tensor,
     block_tables: Tensor,
@@ -79,6 +81,7 @@ def paged_attention(
     window: int,
     softcap: float,
     alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     num_threads: int,
     out: Tensor,
 ) -> None: ...

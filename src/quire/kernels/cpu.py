@@ -33,20 +33,25 @@ from quire.kernels.interface import (
     PackedWeight,
     QuantizedWeight,
 )
-from quire.kernels.reference import kv_cache_shapes, zeros
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
+from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
+from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
     "experts",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
     "glu_linear",
     "isa",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
     "pack_experts",
@@ -157,7 +162,7 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
 
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     _refuse_scales(kv)
-    _cpu.write_kv(k, v, kv.keys, kv.values, slots)
+    _cpu.write_kv(k, v, kv.keys, _stored_values(kv), slots)
 
 
 def rotary_write_kv(
@@ -168,7 +173,7 @@ def rotary_write_kv(
 
 
 def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
-    _cpu.copy_blocks([layer.keys for layer in layers], [layer.values for layer in layers], pairs)
+    _cpu.copy_blocks([layer.keys for layer in layers], list(map(_stored_values, layers)), pairs)
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -281,8 +286,11 @@ def _pack_mxfp4(
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
     gate_up, gate_up_scales, gate_up_group, form = _parts(experts.gate_up)
     down, down_scales, down_group, _ = _parts(experts.down)
+    gate, alpha, limit = experts.gate, 0.0, 0.0
+    if isinstance(gate, ClampedSwiGLU):
+        gate, alpha, limit = "clamped_swiglu", gate.alpha, gate.limit
     _cpu.experts(
-        *(x, chosen, weights, form, experts.activation, experts.num_inner),
+        *(x, chosen, weights, form, gate, alpha, limit, experts.num_inner),
         *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
         *(down, down_scales, down_group, experts.down_bias),
         out,
@@ -315,11 +323,11 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
     _refuse_scales(kv)
     if plan.window and not 0 < params.window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
-    out = torch.empty_like(q)
+    out = torch.empty(*q.shape[:2], kv.values.shape[3])
     _cpu.paged_attention(
         q,
         kv.keys,
-        kv.values,
+        _stored_values(kv),
         plan.query_start_loc,
         plan.seq_lens,
         plan.block_tables,
@@ -331,6 +339,7 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         params.window,
         params.softcap,
         params.alibi_slopes,
+        params.sinks,
         plan.num_threads,
         out,
     )
@@ -352,6 +361,10 @@ def sample_tokens(
     ids: Tensor,
 ) -> None:
     _cpu.draw_tokens(x, temperatures, min_p, top_k, top_p, uniforms, peaks, ids)
+
+
+def _stored_values(kv: KVLayer) -> Tensor | None:
+    return None if kv.is_latent else kv.values
 
 
 def _refuse_scales(kv: KVLayer) -> None:

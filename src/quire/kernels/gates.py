@@ -1,29 +1,26 @@
-"""Gated activations of MLPs, by name, for kernels in plain PyTorch."""
+"""Gates of MLPs in plain PyTorch, by name."""
 
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
-"""gpt-oss: factor inside the sigmoid, and the largest magnitude of what is multiplied."""
+from quire.model_config import ClampedSwiGLU
 
-
-def gated(x: Tensor, activation: str) -> Tensor:
-    """x [T, 2 I] -> [T, I]: the activation of the first half times the second. clamped_swiglu clamps both halves and
-    adds 1 to the second."""
-    gate, up = x.chunk(2, dim=-1)
-    if activation == "clamped_swiglu":
-        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
-    return _FUNCTIONS[activation](gate) * up
-
-
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }
+
+
+def gated(x: Tensor, gate: str | ClampedSwiGLU) -> Tensor:
+    """x [T, 2 I], gate and up side by side -> [T, I]: activation(gate) * up, or what `gate` says."""
+    first, up = x.chunk(2, dim=1)
+    if isinstance(gate, str):
+        return ACTIVATIONS[gate](first) * up
+    first = first.clamp(max=gate.limit)
+    return first * functional.sigmoid(first * gate.alpha) * (up.clamp(-gate.limit, gate.limit) + 1)

@@ -14,11 +14,13 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
+
 A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -42,10 +45,13 @@ class KVLayer:
 
     keys: Tensor
     values: Tensor
+    """In a latent layer a view of the last elements of every key (`Kernels.latent_layer`)."""
     k_scale: Tensor | None = None
     """[num_kv_heads] float32, float8 caches only: keys are divided by it when written, multiplied by it when read."""
     v_scale: Tensor | None = None
     """The same for values; set if and only if `k_scale` is."""
+    is_latent: bool = field(default=False, kw_only=True)
+    """Only keys are stored and written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,8 @@ class AttentionParams:
     """If above 0, a score s becomes softcap * tanh(s / softcap)."""
     alibi_slopes: Tensor | None = None
     """[num_heads] float32: slope * (key position - query position) is added to each score."""
+    sinks: Tensor | None = None
+    """[num_heads] float32: one more score in the softmax of every token, whose key has no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,7 @@ class CpuAttentionPlan(AttentionPlan):
     merges: Tensor
     """[num_merges, 4]: runs of tokens with partial results; columns in `quire.attention.plan.MergeColumn`."""
     partials: Tensor
-    """[num_rows, head_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
+    """[num_rows, value_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
     """The number of threads that the work was balanced for."""
 
@@ -110,6 +118,81 @@ class OutputTokens:
     """[R], R > 0: rows of the step's T tokens, ascending; the last few or none of each sequence."""
     plan: AttentionPlan | None
     """A plan for these tokens alone; None: the last layer attends with all tokens, then selects these rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """Recurrent state of one layer, an entry for each state slot. float32, since rounding would add up."""
+
+    conv: Tensor
+    """[num_slots, width - 1, channels]: the latest inputs of the causal convolution, the oldest first."""
+    recurrent: Tensor
+    """[num_slots, num_heads, key_dim, value_dim]"""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvRows:
+    """Where a step's tokens lie in one array in which width - 1 older inputs stand before each sequence's tokens.
+
+    The array has T + B * (width - 1) rows; every tensor here holds rows of it.
+    """
+
+    tokens: Tensor
+    """[T]: the row of each new token."""
+    before: Tensor
+    """[B * (width - 1)]: the rows of the older inputs."""
+    after: Tensor
+    """[B * (width - 1)]: the latest inputs once the step has ended."""
+    saved: Tensor
+    """[M * (width - 1)]: the latest inputs at each save."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRound:
+    """Chunks first to end of a step: one of each sequence that has as many, so they can be computed together."""
+
+    first: int
+    end: int
+    slots: Tensor
+    """[end - first]: the state slot of each chunk's sequence."""
+    saved: Tensor
+    """Indices, from `first` on, of chunks after which the state is also saved."""
+    save_slots: Tensor
+    """The slots that it is saved to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
+
+    rows: Tensor
+    """[N, C]: the token at each place; 0 for padding, which follows a chunk's tokens."""
+    padding: Tensor
+    """[N, C] bool."""
+    tokens: Tensor
+    """Every token in a chunk, and in `places` its index into the N * C places."""
+    places: Tensor
+    rounds: Sequence[ChunkRound]
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentPlan:
+    """The recurrent layers of one step. All tensors are on the device, int64. `quire.attention.recurrence` makes it."""
+
+    query_start_loc: Tensor
+    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
+    slots: Tensor
+    """[B]: the state slot of each sequence, whose state the step replaces."""
+    saves: Tensor
+    """[M, 3]: (sequence, number of its new tokens, slot): its state after so many of them is also written to the
+    slot."""
+    conv: ConvRows
+    steps: Tensor
+    """Sequences of one token that save nothing."""
+    step_rows: Tensor
+    """Their tokens."""
+    chunks: Chunks | None
+    """The others; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +263,8 @@ class PackedExperts:
     """[E, H] float32"""
     num_experts: int
     num_inner: int
-    activation: str
-    """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
+    gate: str | ClampedSwiGLU
+    """An activation (silu, gelu, gelu_tanh, relu, relu2), or a gate that is more than one."""
 
 
 class Allocate(Protocol):
@@ -216,6 +299,10 @@ class Kernels(Packing, Protocol):
         self, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
     ) -> tuple[KVShape, KVShape]: ...
 
+    def latent_layer(self, keys: Tensor, value_dim: int) -> KVLayer:
+        """The layer whose keys are `keys`, of a shape of `kv_cache_shapes`, and whose values are part of them."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -231,6 +318,21 @@ class Kernels(Packing, Protocol):
     def copy_blocks(self, layers: Sequence[KVLayer], pairs: Tensor) -> None: ...
 
     def paged_attention(self, q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor: ...
+
+    def causal_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan
+    ) -> Tensor: ...
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor | None,
+        state: StateLayer,
+        plan: RecurrentPlan,
+    ) -> Tensor: ...
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 

@@ -21,6 +21,8 @@ from quire.kernels.interface import (
     KVLayer,
     KVShape,
     QuantizedWeight,
+    RecurrentPlan,
+    StateLayer,
 )
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
@@ -75,6 +77,52 @@ def gelu_and_mul(x: Tensor, tanh: bool) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="tanh" if tanh else "none") * up
 
 
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan) -> Tensor:
+    """x [T, C], weight [C, W], bias [C] -> [T, C]: each channel's own filter over the latest W inputs of its sequence.
+
+    Replaces the latest inputs in `state`, and makes the plan's saves of them.
+    """
+    out, bounds = torch.empty_like(x), plan.query_start_loc.tolist()
+    for sequence, slot in enumerate(plan.slots.tolist()):
+        inputs = torch.cat((state.conv[slot].to(x.dtype), x[bounds[sequence] : bounds[sequence + 1]]))
+        width = weight.shape[1]
+        for index in range(len(inputs) - width + 1):
+            row = (inputs[index : index + width] * weight.t()).sum(0)
+            out[bounds[sequence] + index] = row if bias is None else row + bias
+        for saved, count, target in [*plan.saves.tolist(), [sequence, len(inputs) - width + 1, slot]]:
+            if saved == sequence:
+                state.conv[target] = inputs[count : count + width - 1]
+    return out
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: StateLayer, plan: RecurrentPlan
+) -> Tensor:
+    """q, k [T, G, K], v [T, H, V], log_decay, beta [T, H] -> [T, H, V]. Key head g serves the H / G heads from
+    g * H / G on.
+
+    Per head and token: S = exp(log_decay) * S; d = beta * (v - k S); S = S + outer(k, d); the output is q S. Without
+    `beta` d is v: plain linear attention, of which the state space model of Mamba-2 is a case. Replaces S in `state`,
+    and makes the plan's saves of it.
+    """
+    out, bounds, group = torch.empty_like(v), plan.query_start_loc.tolist(), v.shape[1] // k.shape[1]
+    q, k = q.repeat_interleave(group, dim=1), k.repeat_interleave(group, dim=1)
+    for sequence, slot in enumerate(plan.slots.tolist()):
+        s = state.recurrent[slot].to(v.dtype)
+        saves = {count: target for saved, count, target in plan.saves.tolist() if saved == sequence}
+        for count, token in enumerate(range(bounds[sequence], bounds[sequence + 1]), start=1):
+            s = log_decay[token].exp()[:, None, None] * s
+            d = v[token]
+            if beta is not None:
+                d = beta[token][:, None] * (d - torch.einsum("hk,hkv->hv", k[token], s))
+            s = s + k[token][:, :, None] * d[:, None, :]
+            out[token] = torch.einsum("hk,hkv->hv", q[token], s)
+            if count in saves:
+                state.recurrent[saves[count]] = s
+        state.recurrent[slot] = s
+    return out
+
+
 def kv_cache_shapes(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, *, scaled: bool = False
 ) -> tuple[KVShape, KVShape]:
@@ -83,8 +131,16 @@ def kv_cache_shapes(
     return (num_blocks, num_kv_heads, key_rows, block_size), (num_blocks, num_kv_heads, block_size, head_dim)
 
 
+def latent_layer(keys: Tensor, value_dim: int) -> KVLayer:
+    """The layer of these keys whose values are the last `value_dim` elements of each key, and are not stored."""
+    end = keys.shape[2] - (KV_SCALE_ROWS if keys.dtype == torch.int8 else 0)
+    return KVLayer(keys, keys[:, :, end - value_dim : end].transpose(2, 3), is_latent=True)
+
+
 def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     """k, v [T, num_kv_heads, D], slots [T]: stores each token's keys and values at its slot; -1 stores nothing.
+
+    A latent layer stores the keys alone.
 
     They are divided by the scales of their heads, then rounded to the cache's type. Values beyond the range of float16
     or float8 become its largest number: one infinite key or value would turn all later tokens of its sequence into NaN.
@@ -104,18 +160,19 @@ def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
         limit = torch.finfo(values.dtype).max
         k, v = k.clamp(-limit, limit), v.clamp(-limit, limit)
     keys[block, :, :, offset] = k.to(keys.dtype)
-    values[block, :, offset] = v.to(values.dtype)
+    if not kv.is_latent:
+        values[block, :, offset] = v.to(values.dtype)
 
 
 def _write_quantized(k: Tensor, v: Tensor, kv: KVLayer, block: Tensor, offset: Tensor) -> None:
     """Write the integers to their slots and the scales to the last rows of the keys."""
-    head_dim, block_size = v.shape[2], kv.values.shape[2]
+    head_dim, block_size = k.shape[2], kv.values.shape[2]
     key_bytes = kv.keys.view(*kv.keys.shape[:2], -1)
-    for index, x in enumerate((k, v)):
+    for index, x in enumerate((k, k if kv.is_latent else v)):
         numbers, scales = quantize_rows(x.flatten(0, 1))
         if index == 0:
             kv.keys[block, :, :head_dim, offset] = numbers.view(x.shape)
-        else:
+        elif not kv.is_latent:
             kv.values[block, :, offset] = numbers.view(x.shape)
         place = head_dim * block_size + 4 * (index * block_size + offset)
         for byte in range(4):
@@ -151,7 +208,8 @@ def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
     source, destination = pairs.long().unbind(1)
     for layer in layers:
         layer.keys[destination] = layer.keys[source]
-        layer.values[destination] = layer.values[source]
+        if not layer.is_latent:
+            layer.values[destination] = layer.values[source]
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -236,14 +294,14 @@ def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int)
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
-    """q [T, num_heads, D] -> [T, num_heads, D]: causal attention of the new tokens over their sequences' blocks.
+    """q [T, num_heads, D] -> [T, num_heads, value_dim]: causal attention of new tokens over their sequences' blocks.
 
     The i-th of a sequence's n new tokens is at position seq_lens - n + i and sees the keys up to that position;
     with window > 0 only the last `window` of them. Query head h reads KV head h // (num_heads / num_kv_heads). The soft
-    cap applies before the slopes are added.
+    cap applies before the slopes are added. A sink is a score like the others, of a key that has no value.
     """
     num_heads, group = q.shape[1], q.shape[1] // kv.values.shape[1]
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], kv.values.shape[3])
     start = plan.query_start_loc.tolist()
     for s, seq_len in enumerate(plan.seq_lens.tolist()):
         query = q[start[s] : start[s + 1]]
@@ -265,7 +323,11 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         hidden = distance > 0
         if params.window > 0:
             hidden |= distance <= -params.window
-        probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if params.sinks is not None:
+            sinks = params.sinks.to(q.dtype).view(num_heads, 1, 1).expand(-1, len(query), 1)
+            scores = torch.cat((scores, sinks), dim=-1)
+        probabilities = scores.softmax(-1)[..., :seq_len]
         out[start[s] : start[s + 1]] = torch.einsum("hqk,hkd->qhd", probabilities, value)
     return out
 

@@ -9,7 +9,7 @@ float type or float8_e4m3fn; values beyond the range of float16 and float8 are c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from quire.kernels import reference
 from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
@@ -33,14 +34,17 @@ __all__ = [
     "SdpaPlan",
     "SequenceRun",
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
     "experts",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
     "glu_linear",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
     "pack_experts",
@@ -92,6 +96,10 @@ def kv_cache_shapes(
     return shape, shape
 
 
+def latent_layer(keys: Tensor, value_dim: int) -> KVLayer:
+    return KVLayer(keys, keys[..., keys.shape[3] - value_dim :], is_latent=True)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
@@ -125,7 +133,8 @@ def write_kv(k: Tensor, v: Tensor, kv: KVLayer, slots: Tensor) -> None:
     block_size = kv.values.shape[2]
     place = (slot // block_size, slice(None), slot % block_size)
     any_stored = stored.any()
-    for new, cache, scale in ((k, kv.keys, kv.k_scale), (v, kv.values, kv.v_scale)):
+    stores = ((k, kv.keys, kv.k_scale), (v, kv.values, kv.v_scale))
+    for new, cache, scale in stores[:1] if kv.is_latent else stores:
         values = new.index_select(0, row)
         if scale is not None:
             values = values.float() / scale[:, None]
@@ -142,7 +151,9 @@ def rotary_write_kv(
 
 
 def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
-    reference.copy_blocks([KVLayer(_bits(layer.keys), _bits(layer.values)) for layer in layers], pairs)
+    reference.copy_blocks(
+        [replace(layer, keys=_bits(layer.keys), values=_bits(layer.values)) for layer in layers], pairs
+    )
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -163,7 +174,7 @@ rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:
     assert isinstance(plan, SdpaPlan), "made by quire.attention.sdpa"
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out = q.new_zeros(*q.shape[:2], kv.values.shape[3])
     for run in plan.runs:
         keys, values = _gather(kv.keys, run.blocks, q.dtype), _gather(kv.values, run.blocks, q.dtype)
         for x, head_scale in ((keys, kv.k_scale), (values, kv.v_scale)):
@@ -177,8 +188,8 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
         if params.window > 0:
             hidden |= run.distance <= -params.window
         hidden = hidden.unsqueeze(1)
-        if params.softcap > 0:
-            attended = _soft_capped(queries, keys, values, hidden, run.distance, params)
+        if params.softcap > 0 or params.sinks is not None:
+            attended = _by_definition(queries, keys, values, hidden, run.distance, params)
         else:
             mask = ~hidden
             if params.alibi_slopes is not None:
@@ -190,17 +201,23 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
     return out
 
 
-def _soft_capped(
+def _by_definition(
     queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, distance: Tensor, params: AttentionParams
 ) -> Tensor:
-    """Attention with a soft cap, by its definition: torch's own has none."""
+    """Attention with a soft cap or sinks, which torch's own lacks."""
     group = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = (queries.float() @ keys.float().transpose(2, 3)) * params.scale
-    scores = params.softcap * torch.tanh(scores / params.softcap)
+    if params.softcap > 0:
+        scores = params.softcap * torch.tanh(scores / params.softcap)
     if params.alibi_slopes is not None:
         scores = scores + _alibi(params.alibi_slopes, distance)
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values.float()).to(queries.dtype)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if params.sinks is not None:
+        sinks = params.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
+    return (weights @ values.float()).to(queries.dtype)
 
 
 def _alibi(slopes: Tensor, distance: Tensor) -> Tensor:

@@ -215,6 +215,21 @@ class BlockTable:
             hashes.append(hash_block(parent, token_ids[start : start + size], extras))
         return hashes[index]
 
+    def prefix_hash(self, token_ids: Sequence[int], num_tokens: int) -> BlockHash:
+        """A name of the first `num_tokens` of `token_ids`: the hash of their last full block, or a hash of that and the
+        tokens after it."""
+        full, used = divmod(num_tokens, self._pool.block_size)
+        parent = self.block_hash(full - 1, token_ids) if full else self._root
+        if not used:
+            return parent
+        start = num_tokens - used
+        extras = find_extras(self._inputs, start, used) if self._inputs else ()
+        return hash_block(parent, token_ids[start:num_tokens], extras)
+
+    @property
+    def block_size(self) -> int:
+        return self._pool.block_size
+
     def _set_hash(self, index: int, token_ids: Sequence[int]) -> None:
         block_hash, start = self.block_hash(index, token_ids), index * self._pool.block_size
         parent = self._hashes[index - 1] if index else self._root

@@ -7,11 +7,13 @@ keys and of values must be the block.
 import itertools
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from quire.kernels import KVLayer
+from quire.kernels.interface import StateLayer
+from quire.layer_spec import RecurrentSpec
 
 CPU = torch.device("cpu")
 _PAGE = 4096
@@ -25,20 +27,26 @@ class KVCache:
         self,
         *,
         num_layers: int,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        shapes: Sequence[tuple[int, ...]],
         block_size: int,
         dtype: torch.dtype,
         device: torch.device = CPU,
+        make_layer: Callable[..., KVLayer] = KVLayer,
+        states: "StateCache | None" = None,
     ) -> None:
-        """`shapes` are the shapes of one layer's keys and values, each [num_blocks, ...]."""
-        keys, values = shapes
-        num_blocks = keys[0]
+        """`shapes` are the shapes of one layer's keys and values, or of its latent rows, each [num_blocks, ...].
+        `make_layer` makes the layer of these tensors."""
+        num_blocks = shapes[0][0]
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
+        self.states = states
+        """The states of recurrent layers; None in a model without."""
         self.element_size = dtype.itemsize
-        tensors = _zeros(num_layers * [keys, values], dtype, device)
-        self.layers = [KVLayer(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        tensors = _zeros(num_layers * [*shapes], dtype, device)
+        self.layers = [
+            make_layer(*tensors[first : first + len(shapes)]) for first in range(0, len(tensors), len(shapes))
+        ]
         self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for tensor in tensors]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
@@ -65,6 +73,30 @@ class KVCache:
         for tensor in self._bytes:
             tensor[block].copy_(content[first : first + tensor.shape[1]], non_blocking=content.is_pinned())
             first += tensor.shape[1]
+
+
+class StateCache:
+    """The recurrent states of all layers that have one, in slots. On a CPU a slot takes no memory until it is
+    written."""
+
+    def __init__(self, layers: Sequence[RecurrentSpec], num_slots: int, device: torch.device = CPU) -> None:
+        shapes: list[tuple[int, ...]] = []
+        for layer in layers:
+            shapes.append((num_slots, layer.conv_width - 1, layer.num_channels))
+            shapes.append((num_slots, layer.num_heads, layer.key_dim, layer.value_dim))
+        self._tensors = _zeros(shapes, torch.float32, device)
+        self.layers = [StateLayer(*pair) for pair in zip(self._tensors[::2], self._tensors[1::2], strict=True)]
+        self.conv_width = layers[0].conv_width
+        """Of every layer."""
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy states from slot to slot, one pair after the other; source -1 is the state before the first token."""
+        for source, destination in pairs:
+            for tensor in self._tensors:
+                if source < 0:
+                    tensor[destination].zero_()
+                else:
+                    tensor[destination].copy_(tensor[source])
 
 
 def lazy_zeros(num_bytes: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from quire.kv_cache.block_hash import BlockHash
-from quire.outputs import TierStats
+from quire.memory_stats import TierStats
 
 HOST, DISK = "host", "disk"
 STAGING_BYTES = 64 * 2**20

@@ -1,21 +1,17 @@
-"""Activations of MLPs, by the names of `ModelConfig.activation`."""
+"""Activations of MLPs, by the names of `ModelConfig.activation`, and gates that are more than an activation."""
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor
-from torch.nn import functional
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-}
+from quire.kernels.gates import ACTIVATIONS, gated
+
+__all__ = ["FUSED_GATES", "activation_function", "gated"]
+
 FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
 """Activations that `Kernels.glu_linear` computes."""
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """x [T, I] -> [T, I]."""
-    return _FUNCTIONS[name]
+    return ACTIVATIONS[name]

@@ -28,12 +28,13 @@ class Attention:
         window: int = 0,
         softcap: float = 0.0,
         alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
         query_scales: Tensor | None = None,
     ) -> None:
         self.kernels = kernels
         self.layer = layer
         self.cos_sin = cos_sin
-        self.params = AttentionParams(scale, window, softcap, alibi_slopes)
+        self.params = AttentionParams(scale, window, softcap, alibi_slopes, sinks)
         self.query_scales = query_scales
         self.k_scale: Tensor | None = None
         self.v_scale: Tensor | None = None

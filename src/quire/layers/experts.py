@@ -9,6 +9,7 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.interface import ExpertMatrices, PackedExperts, Packing
 from quire.layers.linear import LinearWeight, join_biases, stored_as
+from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 
@@ -45,7 +46,7 @@ class ExpertMLPs:
         gate_up: ExpertLinear,
         down: ExpertLinear,
         num_inner: int,
-        activation: str,
+        gate: str | ClampedSwiGLU,
         dtype: str | WeightFormat,
         packing: Packing | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class ExpertMLPs:
             None if down.bias is None else down.bias.float(),
             num_experts=len(gate_up.matrices),
             num_inner=num_inner,
-            activation=activation,
+            gate=gate,
         )
 
     def add_to(self, out: Tensor, x: Tensor, weights: Tensor, chosen: Tensor) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, KVLayer, OutputTokens
+from quire.kernels.interface import RecurrentPlan, StateLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +16,14 @@ class StepContext:
     positions: Tensor
     """[T] int32: position of each new token in its sequence."""
     kv_layers: Sequence[KVLayer]
-    """The KV cache, one entry a layer."""
+    """The KV cache, one entry for each layer that has keys and values."""
     attention: AttentionPlan
     output_tokens: OutputTokens | None = None
     """The tokens whose hidden states are read; None: all of them."""
+    state_layers: Sequence[StateLayer] = ()
+    """The states of recurrent layers, one entry each."""
+    recurrence: RecurrentPlan | None = None
+    """The plan of these layers; None in a model without."""
 
     @property
     def for_inner_layers(self) -> "StepContext":

@@ -17,7 +17,9 @@ class Architecture:
     `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
     `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
     `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
-    `router`, `shared_expert_gate`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`.
+    `router`, `shared_expert_gate`, `expert_bias`, `gate`, `attention_sinks`, `latent_attention`,
+    `interleaves`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`, `recurrent_kind`, `attention_gate`,
+    `rope_if_asked`, `mlp_width_without_experts`.
     """
 
     model: str
@@ -31,9 +33,15 @@ class Architecture:
     """Another spelling of config.json → the one of `names`, which wins where a file has both."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Values that config.json may omit, by the family's spelling."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Values that the family has whatever config.json says; None stands for a key that is missing."""
+    reads: tuple[str, ...] = ()
+    """Keys of `quire.model_config.family_keys` that the family reads and that have no default of its own."""
     meanings: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     """A key → values of config.json by which the family means another one."""
     section: str = ""
     """The object of config.json that describes the text model, where the model reads more than text."""
     fixed: Mapping[str, bool | int | str | None] = field(default_factory=dict)
     """Keys of config.json that are supported with this one value; for a flag null is false."""
+    quantizations: tuple[str, ...] = ()
+    """Values of quantization_config.quant_method whose tensors the class reads."""

@@ -6,6 +6,7 @@ from quire.model_config.alibi_architectures import ALIBI_ARCHITECTURES
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
 from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
+from quire.model_config.recurrent_architectures import RECURRENT_ARCHITECTURES
 
 __all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
 
@@ -37,12 +38,12 @@ _GEMMA3: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-    "use_sliding_window": True,
     "sliding_window": 4096,
     "sliding_window_pattern": 6,
     "tie_word_embeddings": True,
 }
 # transformers reads the soft-cap of scores, and does not apply it.
+_GEMMA3_READS = ("attention_bias", "layer_types", "final_logit_softcapping")
 _GEMMA3_FIXED = {"use_bidirectional_attention": False, "attn_logit_softcapping": False}
 _COHERE: dict[str, Any] = {
     "max_position_embeddings": 8192,
@@ -58,30 +59,32 @@ _COHERE: dict[str, Any] = {
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         model="quire.models.llama:Llama",
-        implied={"max_position_embeddings": 2048, "use_sliding_window": False},
+        reads=("attention_bias", "mlp_bias"),
+        implied={"max_position_embeddings": 2048},
     ),
     "MistralForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         implied={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
     ),
     "MinistralForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("layer_types",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         implied={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "sliding_window": 4096,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
     ),
     "Ministral3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("sliding_window",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         implied={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -97,29 +100,29 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "llama_4_scaling_beta": 0.1,
             },
             "scale_queries": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
     ),
     "Mistral3ForConditionalGeneration": Architecture(
         model="quire.models.mistral3:Mistral3Text",
+        reads=("sliding_window",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         implied={
             "num_key_value_heads": 8,
             "head_dim": 128,
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
             "scale_queries": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
         section="text_config",
     ),
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("use_sliding_window", "max_window_layers", "layer_types"),
         implied={"max_position_embeddings": 32768, "qkv_bias": True, "sliding_window": 4096},
     ),
     "Qwen3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("attention_bias", "use_sliding_window", "max_window_layers", "layer_types"),
         implied={"max_position_embeddings": 32768, "head_dim": 128, "qk_norm": True, "sliding_window": 4096},
     ),
     "StableLmForCausalLM": Architecture(
@@ -142,6 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GemmaForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("attention_bias",),
         # Its files say gelu, and the models were trained with the approximation by tanh.
         meanings={"hidden_act": {"gelu": "gelu_pytorch_tanh"}},
         implied={
@@ -157,6 +161,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Gemma2ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
+        reads=("attention_bias", "layer_types"),
+        constants={"use_sliding_window": True},
         names={"hidden_act": "hidden_activation"},
         implied={
             "num_key_value_heads": 4,
@@ -169,7 +175,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
-            "use_sliding_window": True,
             "sliding_window": 4096,
             "sliding_window_pattern": 2,
             "tie_word_embeddings": True,
@@ -178,12 +183,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Gemma3ForCausalLM": Architecture(
         model="quire.models.gemma2:Gemma2",
+        reads=_GEMMA3_READS,
+        constants={"use_sliding_window": True},
         names={"hidden_act": "hidden_activation"},
         implied=_GEMMA3,
         fixed=_GEMMA3_FIXED,
     ),
     "Gemma3ForConditionalGeneration": Architecture(
         model="quire.models.gemma3:Gemma3Text",
+        reads=_GEMMA3_READS,
+        constants={"use_sliding_window": True},
         names={"hidden_act": "hidden_activation"},
         implied=_GEMMA3,
         section="text_config",
@@ -191,10 +200,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "GraniteForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("attention_bias", "mlp_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
         implied={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
     ),
     "SmolLM3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=(
+            *("attention_bias", "mlp_bias", "no_rope_layers"),
+            *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        ),
         implied={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
@@ -205,6 +219,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Olmo2ForCausalLM": Architecture(
         model="quire.models.olmo2:OLMo2",
+        reads=("attention_bias",),
         implied={
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
@@ -216,16 +231,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "CohereForCausalLM": Architecture(
         model="quire.models.cohere:Cohere",
+        reads=("attention_bias",),
         names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "use_qk_norm"},
         implied={**_COHERE, "rope_theta": 5e5},
         fixed={"use_parallel_block": True, "use_gated_activation": True},
     ),
     "Cohere2ForCausalLM": Architecture(
         model="quire.models.cohere:Cohere",
+        reads=("attention_bias", "layer_types"),
+        constants={"use_sliding_window": True},
         names={"rms_norm_eps": "layer_norm_eps"},
         implied={
             **_COHERE,
-            "use_sliding_window": True,
             "sliding_window": 4096,
             "sliding_window_pattern": 4,
             "rope_in_windows_only": True,
@@ -233,23 +250,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
     ),
     **EXPERT_ARCHITECTURES,
+    **RECURRENT_ARCHITECTURES,
     "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     **PLAIN_ARCHITECTURES,
     **ALIBI_ARCHITECTURES,
     "Phi3ForCausalLM": Architecture(
         model="quire.models.phi3:Phi3",
+        reads=("sliding_window", "partial_rotary_factor"),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         implied={
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
         },
-        fixed={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False},
     ),
     "Exaone4ForCausalLM": Architecture(
         model="quire.models.olmo2:OLMo2",
+        reads=("layer_types",),
+        constants={"use_sliding_window": True},
         implied={
             "num_key_value_heads": 32,
             "max_position_embeddings": 2048,
@@ -257,7 +276,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "pre_norms": False,
             "post_norms": True,
             "qk_norm": True,
-            "use_sliding_window": True,
             "sliding_window": 4096,
             "sliding_window_pattern": 4,
             "rope_in_windows_only": True,
@@ -270,6 +288,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "InternLM3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
+        reads=("qkv_bias",),
         implied={
             "num_key_value_heads": 2,
             "head_dim": 128,

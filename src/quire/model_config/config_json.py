@@ -5,13 +5,31 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.model_config.architecture_names import find_architecture
 from quire.model_config.architectures import ARCHITECTURES
+from quire.model_config.family_keys import keys_of_family, reads
+
+_MAX_JSON_BYTES = 256 << 20
+_LARGEST_INTEGER = 2**40
+_LARGEST_FLOAT = 1e38
+_NUM_SHOWN = 200
+"""Characters of a value that a message shows."""
+GIT_LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that git-lfs left in the place of the real one."""
+POINTER_REFUSAL = "is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it again"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint. Raises `CheckpointError` where it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {_MAX_JSON_BYTES:,} are read")
+        content = path.read_bytes()
+        if content.startswith(GIT_LFS_POINTER):
+            raise CheckpointError(f"{path} {POINTER_REFUSAL}")
+        value = json.loads(content.decode())
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read as JSON: its lists and objects are nested too deep") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -27,28 +45,40 @@ class ConfigJson:
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self._path = path
-        self.architecture = self._find_architecture(config)
+        self.path = path
+        self.architecture = find_architecture(path, config)
         row = ARCHITECTURES[self.architecture]
-        self._names, self._meanings = row.names, row.meanings
+        self._row, self._names, self._meanings = row, row.names, row.meanings
         if row.section:
             text = config.get(row.section)
             if not isinstance(text, dict):
                 raise self.refusal(row.section, text, "an object that describes the text model")
             # What the whole file says, of its end tokens for one, goes before what the section repeats.
             config = {**text, **{key: value for key, value in config.items() if value is not None}}
+        config = keys_of_family(row, config)
         for spelling, name in row.aliases.items():
             if spelling in config:
                 config = {name: config[spelling], **config}
-        self._config = {**row.implied, **config, **_nested(config)}
+        self._config = {**row.implied, **config, **_nested(config), **row.constants}
         for key, supported in row.fixed.items():
             value = self._config.get(key, supported)
             if (bool(value) if isinstance(supported, bool) else value) != supported:
                 raise self.refusal(key, value, json.dumps(supported))
-        quantization = self._config.get("quantization_config")
+        mlx = self.object("quantization")
+        if "bits" in mlx and "group_size" in mlx:
+            raise self.refusal(
+                "quantization", mlx, "none: MLX stored these weights for Apple's chips; give the original"
+            )
+        quantization = self.object("quantization_config")
         if quantization and not _holds_only_kv_scales(quantization):
             method = quantization.get("quant_method", "unnamed")
-            raise self.refusal("quantization_config", method, "float32, float16 and bfloat16 weights")
+            if method not in row.quantizations:
+                known = ", ".join(("float32, float16 and bfloat16 weights", *row.quantizations))
+                raise self.refusal("quantization_config", method, known + _advice(method))
+
+    def reads(self, key: str) -> bool:
+        """Whether the family reads a key that some families do not."""
+        return reads(self._row, self._names.get(key, key))
 
     def value(self, key: str) -> Any:
         """The value, or what the family means by it; None if it is missing."""
@@ -58,13 +88,28 @@ class ConfigJson:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """False for null, `default` for a missing key."""
-        return bool(self._config.get(self._names.get(key, key), default))
+        value = self._config.get(self._names.get(key, key), default)
+        if value not in (None, False, True) or isinstance(value, float):
+            raise self.refusal(key, value, "true or false")
+        return bool(value)
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def object(self, key: str) -> dict[str, Any]:
+        """An object of config.json; empty for null or a missing key."""
+        value = self.value(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.refusal(key, value, "an object")
+        return value or {}
+
+    def integer(
+        self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = _LARGEST_INTEGER
+    ) -> int:
+        """An integer; `default` for null or a missing key."""
         value = self.value(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.refusal(key, value, f"an integer of at least {minimum}")
+        if value > maximum:
+            raise self.refusal(key, value, f"an integer of at most {maximum}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -72,7 +117,7 @@ class ConfigJson:
         value = self.value(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not is_positive(value):
             raise self.refusal(key, value, "a positive number")
         return float(value)
 
@@ -86,23 +131,33 @@ class ConfigJson:
     def refusal(self, key: str, value: Any, supported: str) -> CheckpointError:
         """The error to raise for a value that is not supported."""
         key = self._names.get(key, key)
-        shown = "missing" if value is None else json.dumps(value)
-        return CheckpointError(f"{self._path}: {key} is {shown}; supported: {supported}")
+        shown = "missing" if value is None else _shorten(json.dumps(value))
+        return CheckpointError(f"{self.path}: {key} is {shown}; supported: {supported}")
 
-    def _find_architecture(self, config: dict[str, Any]) -> str:
-        named = config.get("architectures") or []
-        for name in named:
-            if name in ARCHITECTURES:
-                return str(name)
-        found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
-        supported = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{self._path}: architectures is {found}; supported are {supported}")
+
+def is_positive(value: object) -> bool:
+    """Whether a value of a JSON file is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST_FLOAT
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _NUM_SHOWN else f"{text[:_NUM_SHOWN]} …"
 
 
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """The values of the objects in a config as "object.key"."""
     objects = {name: value for name, value in config.items() if isinstance(value, dict)}
     return {f"{name}.{key}": value for name, inner in objects.items() for key, value in inner.items()}
+
+
+def _advice(method: str) -> str:
+    """What to do with a checkpoint of this method."""
+    if method != "fp8":
+        return ""
+    return (
+        ". Convert it to bfloat16 once (DeepSeek publishes fp8_cast_bf16.py) and delete quantization_config; then "
+        "--quantization int8 or int4 stores its weights in few bits"
+    )
 
 
 def _holds_only_kv_scales(quantization: dict[str, Any]) -> bool:

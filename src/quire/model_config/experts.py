@@ -5,8 +5,9 @@ from typing import Literal, TypedDict, get_args
 
 from quire.model_config.config_json import ConfigJson
 
-RouterKind = Literal["softmax_topk", "topk_softmax", "grouped_sigmoid", "sparse_mixer"]
+RouterKind = Literal["softmax_topk", "topk_softmax", "grouped_sigmoid", "grouped_softmax", "sparse_mixer"]
 ROUTER_KINDS: tuple[RouterKind, ...] = get_args(RouterKind)
+TOPK_METHODS = ("greedy", "group_limited_greedy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +16,11 @@ class RouterConfig:
 
     kind: RouterKind = "softmax_topk"
     num_groups: int = 1
-    """Groups of equal size that the experts lie in; read for grouped_sigmoid."""
+    """Groups of equal size that the experts lie in; read for the grouped kinds."""
     num_active_groups: int = 1
     """Groups that a token's experts are chosen from."""
     scale: float = 1.0
-    """Factor of the experts' weights; read for grouped_sigmoid."""
+    """Factor of the experts' weights; read for the grouped kinds."""
     jitter: float = 0.01
     """Half the relative distance below the largest logit within which a logit counts; read for sparse_mixer."""
 
@@ -35,12 +36,14 @@ class ExpertFields(TypedDict, total=False):
     expert_intermediate_size: int
     shared_expert_intermediate_size: int
     shared_expert_gate: bool
+    mxfp4_experts: bool
+    expert_bias: bool
 
 
 def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) -> ExpertFields:
-    """What a config.json says about experts; nothing where it has no number of experts. The width of an expert is
+    """What a config.json says about experts; nothing where it has no number of experts, or 0. The width of an expert is
     `intermediate_size` by default."""
-    if config.value("num_experts") is None:
+    if config.value("num_experts") in (None, 0):
         return {}
     num_experts = config.integer("num_experts")
     num_active = config.integer("num_experts_per_tok")
@@ -56,6 +59,8 @@ def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) ->
         "expert_intermediate_size": expert_width,
         "shared_expert_intermediate_size": _read_shared_width(config, expert_width),
         "shared_expert_gate": config.flag("shared_expert_gate"),
+        "expert_bias": config.flag("expert_bias"),
+        "mxfp4_experts": config.object("quantization_config").get("quant_method") == "mxfp4",
     }
 
 
@@ -65,19 +70,22 @@ def _read_router(config: ConfigJson, num_experts: int, num_active: int) -> Route
         if num_active != 2:
             raise config.refusal("num_experts_per_tok", num_active, "2")
         return RouterConfig(kind=kind, jitter=config.number("router_jitter_noise", 0.01))
-    if kind != "grouped_sigmoid":
+    if kind not in ("grouped_sigmoid", "grouped_softmax"):
         return RouterConfig(kind=kind)
+    scale = config.number("routed_scaling_factor", 1.0)
+    if kind == "grouped_softmax" and config.choice("topk_method", TOPK_METHODS, "greedy") == "greedy":
+        return RouterConfig(kind=kind, scale=scale)
     num_groups, num_active_groups = config.integer("n_group", 1), config.integer("topk_group", 1)
-    if num_experts % num_groups or num_experts < 2 * num_groups:
-        supported = f"a divisor of the number of experts {num_experts} that leaves a group two experts or more"
-        raise config.refusal("n_group", num_groups, supported)
+    fewest = 2 if kind == "grouped_sigmoid" else 1
+    if num_experts % num_groups or num_experts < fewest * num_groups:
+        two = " that leaves a group two experts or more" if fewest == 2 else ""
+        raise config.refusal("n_group", num_groups, f"a divisor of the number of experts {num_experts}{two}")
     if num_active_groups > num_groups:
         raise config.refusal("topk_group", num_active_groups, f"at most the number of groups {num_groups}")
     choice = num_active_groups * (num_experts // num_groups)
     if num_active > choice:
         supported = f"at most the {choice} experts of {num_active_groups} groups"
         raise config.refusal("num_experts_per_tok", num_active, supported)
-    scale = config.number("routed_scaling_factor", 1.0)
     return RouterConfig(kind=kind, num_groups=num_groups, num_active_groups=num_active_groups, scale=scale)
 
 

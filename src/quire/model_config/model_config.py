@@ -1,7 +1,8 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -10,22 +11,21 @@ from typing import Any, Literal
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.model_config.activation import ClampedSwiGLU, read_activation, read_gate
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
 from quire.model_config.experts import RouterConfig, read_experts
+from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.model_config.heads import read_heads
+from quire.model_config.latent import LatentShape
+from quire.model_config.norms import read_norms
+from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.windows import read_layer_windows
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
-"""config.json's name → ours."""
+MAX_LAYERS = 4096
+"""Layers that are read from a config.json; published models have some hundred at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,7 @@ class ModelConfig:
     """Query heads."""
     num_kv_heads: int
     head_dim: int
+    """Elements of what a query is multiplied with: a key, or the row of `latent`."""
     max_position_embeddings: int
 
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
@@ -74,6 +75,8 @@ class ModelConfig:
     activation: str = "silu"
     """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
+    gate: ClampedSwiGLU | None = None
+    """What experts compute of gate and up, in the place of activation(gate) * up (gpt-oss)."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -94,7 +97,18 @@ class ModelConfig:
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
     shared_expert_gate: bool = False
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
+    mxfp4_experts: bool = False
+    """The checkpoint stores the experts as MXFP4."""
+    expert_bias: bool = False
+    """The router and every layer of every expert have a bias (gpt-oss)."""
 
+    recurrent: RecurrentConfig | None = None
+    """The layers with a recurrent state in the place of attention; None: all layers have attention."""
+    attention_gate: bool = False
+    """What attention computes is multiplied by a sigmoid of the token's own, which is stored with the queries
+    (Qwen3-Next)."""
+    latent: LatentShape | None = None
+    """All heads read one row a token, and `num_kv_heads` is 1 (DeepSeek); None: keys and values."""
     clip_qkv: float = 0.0
     """Queries, keys and values are limited to magnitudes up to this; 0: they are left as they are (MPT)."""
     qk_norm: bool = False
@@ -113,6 +127,8 @@ class ModelConfig:
     """Scores become softcap * tanh(score / softcap) after scaling; 0: they are left as they are."""
     layer_windows: tuple[int, ...] = ()
     """Per layer, how many positions a token attends to, itself included; 0 for all."""
+    attention_sinks: bool = False
+    """Every head has one more score in its softmax, learned and without a value (gpt-oss)."""
     alibi_slopes: tuple[float, ...] = ()
     """Per query head: the slope times (key position - query position) is added to each scaled score. Empty: nothing
     is."""
@@ -159,13 +175,11 @@ class ModelConfig:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; a Hugging Face checkpoint folder holds one")
-        values = read_json(path)
+            raise CheckpointError(_no_config(Path(folder)))
+        config = _read(ConfigJson(path, read_json(path)))
         generation = Path(folder) / "generation_config.json"
-        if generation.is_file():
-            end = read_json(generation).get("eos_token_id")
-            values = values if end is None else {**values, "eos_token_id": end}
-        return _read(ConfigJson(path, values))
+        end = read_json(generation).get("eos_token_id") if generation.is_file() else None
+        return config if end is None else replace(config, eos_token_ids=_end_tokens(generation, end))
 
     @property
     def context_length(self) -> int:
@@ -183,6 +197,15 @@ class ModelConfig:
         """Whether a layer has experts in the place of its MLP."""
         return self.num_experts > 0 and layer not in self.dense_layers
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a recurrent state in the place of attention."""
+        return self.recurrent is not None and layer in self.recurrent.layers
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have a KV cache, in its order."""
+        return tuple(layer for layer in range(self.num_layers) if not self.is_recurrent(layer))
+
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
@@ -196,9 +219,20 @@ class ModelConfig:
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
 
     @property
+    def attention_needs(self) -> tuple[str, ...]:
+        """Kinds of attention that not every backend computes."""
+        sinks = ("attention sinks",) if self.attention_sinks else ()
+        return (*sinks, "latent attention") if self.latent is not None else sinks
+
+    @property
+    def rope_head_dim(self) -> int:
+        """Elements of a head that may be rotated; `RopeConfig.partial_rotary_factor` is a share of them."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
     def num_qkv_heads(self) -> int:
-        """Heads of queries, keys and values together."""
-        return self.num_heads + 2 * self.num_kv_heads
+        """Heads of queries, keys, values and gates together."""
+        return (2 if self.attention_gate else 1) * self.num_heads + 2 * self.num_kv_heads
 
     @property
     def attention_scale(self) -> float:
@@ -249,23 +283,18 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
 
 def _read(config: ConfigJson) -> ModelConfig:
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
-    num_heads = config.integer("num_attention_heads")
-    num_kv_heads = _num_kv_heads(config, num_heads)
-    if num_heads % num_kv_heads:
-        raise config.refusal("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads {num_heads}")
-    if config.value("head_dim") is None and hidden_size % num_heads:
-        raise config.refusal("hidden_size", hidden_size, f"a multiple of num_attention_heads {num_heads}")
-    head_dim = config.integer("head_dim", hidden_size // num_heads)
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
+    num_heads, num_kv_heads, head_dim, latent = read_heads(config, hidden_size)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer("intermediate_size", 4 * hidden_size)
+    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
     scaled = config.flag("scale_embeddings")
     windows = read_layer_windows(config, num_layers)
     unrotated = bool(alibi_slopes) or config.flag("learned_positions")
-    ropes = (None, ()) if unrotated else read_ropes(config, max_position, head_dim, windows)
+    rope_head_dim = head_dim if latent is None else latent.rope_dim
+    ropes = (None, ()) if unrotated else read_ropes(config, max_position, rope_head_dim, windows)
     return ModelConfig(
         architecture=config.architecture,
         vocab_size=config.integer("vocab_size"),
@@ -276,22 +305,27 @@ def _read(config: ConfigJson) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=max_position,
-        **_read_norms(config),
-        activation=ACTIVATIONS[config.choice("hidden_act", tuple(ACTIVATIONS), "silu")],
+        **read_norms(config),
+        activation=read_activation(config),
+        gate=read_gate(config),
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
         **read_experts(config, num_layers, intermediate_size),
+        latent=latent,
+        **read_recurrent(config, num_layers, hidden_size),
+        attention_gate=config.flag("attention_gate"),
         clip_qkv=config.number("clip_qkv", 0.0),
         qk_norm=config.flag("qk_norm"),
         qk_norm_per_head=config.flag("qk_norm_per_head"),
         qk_norm_bias=config.flag("qk_norm_bias"),
         qk_norm_joint=config.flag("qk_norm_joint"),
         query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
-        attention_multiplier=config.number("attention_multiplier", 0.0) or None,
+        attention_multiplier=(latent.scale(ropes[0]) if latent else config.number("attention_multiplier", 0.0)) or None,
         attention_softcap=config.number("attn_logit_softcapping", 0.0),
         layer_windows=windows,
+        attention_sinks=config.flag("attention_sinks"),
         alibi_slopes=alibi_slopes,
         rope=ropes[0],
         layer_ropes=ropes[1],
@@ -306,44 +340,15 @@ def _read(config: ConfigJson) -> ModelConfig:
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
-        bos_token_id=config.value("bos_token_id"),
-        eos_token_ids=_end_tokens(config),
+        bos_token_id=_first_token(config),
+        eos_token_ids=_end_tokens(config.path, config.value("eos_token_id")),
     )
 
 
-def _read_norms(config: ConfigJson) -> dict[str, Any]:
-    """The fields that say which norms there are, and where."""
-    norm_before = config.flag("norm_before", True)
-    return {
-        "norm": config.choice("norm", ("rms_norm", "layer_norm"), "rms_norm"),
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
-        "norm_bias": config.flag("norm_bias"),
-        "norm_unit_offset": config.flag("norm_unit_offset"),
-        "norm_before": norm_before,
-        "final_norm": norm_before and not config.flag("no_final_norm"),
-        "pre_norms": config.flag("pre_norms", True),
-        "post_norms": config.flag("post_norms"),
-        "embedding_norm": config.flag("embedding_norm"),
-        "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),
-        "parallel_mlp_norm": config.flag("parallel_mlp_norm") or _has_falcon_norms(config),
-    }
-
-
-def _num_kv_heads(config: ConfigJson, num_heads: int) -> int:
-    """One or as many as query heads where a family has the flag `multi_query`, which Falcon's newer layers ignore."""
-    if config.value("multi_query") is None or config.flag("new_decoder_architecture"):
-        return config.integer("num_key_value_heads", num_heads)
-    return 1 if config.flag("multi_query") else num_heads
-
-
-def _has_falcon_norms(config: ConfigJson) -> bool:
-    """Falcon's newer layers have two norms, or one if config.json says so."""
-    if not config.flag("new_decoder_architecture"):
-        return False
-    number = config.integer("num_ln_in_parallel_attn", 2)
-    if number > 2:
-        raise config.refusal("num_ln_in_parallel_attn", number, "1 or 2")
-    return number == 2
+def _mlp_width(config: ConfigJson) -> str:
+    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
+    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
+    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
@@ -351,9 +356,26 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
     return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
 
 
-def _end_tokens(config: ConfigJson) -> tuple[int, ...]:
-    value = config.value("eos_token_id")
+def _no_config(folder: Path) -> str:
+    """Why a folder without config.json is refused."""
+    shown = f"{folder / 'config.json'} is missing; a Hugging Face checkpoint folder holds one"
+    kind = describe_kind(folder)
+    if kind is not None:
+        return f"{shown}. {folder} is {kind}"
+    found = sorted(path.name for path in folder.iterdir())
+    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
+
+
+def _first_token(config: ConfigJson) -> int | None:
+    value = config.value("bos_token_id")
+    if value is not None and type(value) is not int:
+        raise config.refusal("bos_token_id", value, "a token id")
+    return value
+
+
+def _end_tokens(path: Path, value: Any) -> tuple[int, ...]:
+    """The ids of `eos_token_id` in the file `path`."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise config.refusal("eos_token_id", value, "a token id or a list of them")
+    if not all(type(token) is int for token in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {json.dumps(value)}; supported: a token id or a list of them")
     return tuple(ids)

@@ -13,13 +13,14 @@ _GPT2_NAMES: dict[str, str] = {
     "hidden_act": "activation_function",
     "rms_norm_eps": "layer_norm_epsilon",
 }
+# Biases everywhere, heads that divide the width, and a key for every query.
+_PLAIN_HEADS: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
+_GPT2_CONSTANTS: dict[str, Any] = {**_PLAIN_HEADS, "attention_bias": True, "mlp_bias": True}
 _GPT2_IMPLIED: dict[str, Any] = {
     "n_positions": 1024,
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
-    "attention_bias": True,
-    "mlp_bias": True,
     "gated_mlp": False,
     "norm": "layer_norm",
     "norm_bias": True,
@@ -29,6 +30,8 @@ _GPT2_IMPLIED: dict[str, Any] = {
 PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "Starcoder2ForCausalLM": Architecture(
         model="quire.models.starcoder2:StarCoder2",
+        reads=("sliding_window",),
+        constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
         implied={
             "num_key_value_heads": 2,
@@ -39,8 +42,6 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
             "norm_bias": True,
             "gated_mlp": False,
             "use_bias": True,
-            "use_sliding_window": True,
-            "max_window_layers": 0,
             "tie_word_embeddings": True,
         },
     ),
@@ -48,6 +49,7 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
         model="quire.models.gpt2:GPT2",
         names=_GPT2_NAMES,
         implied=_GPT2_IMPLIED,
+        constants=_GPT2_CONSTANTS,
         fixed={
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -57,11 +59,17 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "GPTJForCausalLM": Architecture(
         model="quire.models.gptj:GPTJ",
         names={**_GPT2_NAMES, "rotary_elements": "rotary_dim"},
+        constants={
+            **_PLAIN_HEADS,
+            "mlp_bias": True,
+            "rope_theta": None,
+            "rope_parameters": None,
+            "rope_scaling": None,
+        },
         implied={
             "n_positions": 2048,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5,
-            "mlp_bias": True,
             "head_bias": True,
             "gated_mlp": False,
             "norm": "layer_norm",
@@ -75,6 +83,7 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
         model="quire.models.gpt_bigcode:GPTBigCode",
         names=_GPT2_NAMES,
         implied={**_GPT2_IMPLIED, "activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        constants=_GPT2_CONSTANTS,
         fixed={"scale_attn_weights": True, "add_cross_attention": False},
     ),
     "GPTNeoXForCausalLM": Architecture(
@@ -85,12 +94,12 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
             "partial_rotary_factor": "rotary_pct",
             "parallel_residual": "use_parallel_residual",
         },
+        constants={"num_key_value_heads": None, "mlp_bias": True},
         implied={
             "max_position_embeddings": 2048,
             "hidden_act": "gelu",
             "layer_norm_eps": 1e-5,
             "attention_bias": True,
-            "mlp_bias": True,
             "gated_mlp": False,
             "norm": "layer_norm",
             "norm_bias": True,
@@ -102,12 +111,11 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
     "PhiForCausalLM": Architecture(
         model="quire.models.phi:Phi",
         names={"rms_norm_eps": "layer_norm_eps", "qk_norm": "qk_layernorm"},
+        constants={"attention_bias": True, "mlp_bias": True},
         implied={
             "max_position_embeddings": 2048,
             "hidden_act": "gelu_new",
             "layer_norm_eps": 1e-5,
-            "attention_bias": True,
-            "mlp_bias": True,
             "head_bias": True,
             "gated_mlp": False,
             "norm": "layer_norm",
@@ -128,11 +136,11 @@ PLAIN_ARCHITECTURES: dict[str, Architecture] = {
             "no_final_norm": "_remove_final_layer_norm",
             "embedding_width": "word_embed_proj_dim",
         },
+        constants={**_PLAIN_HEADS, "rms_norm_eps": 1e-5},
         implied={
             "ffn_dim": 3072,
             "max_position_embeddings": 2048,
             "activation_function": "relu",
-            "rms_norm_eps": 1e-5,
             "enable_bias": True,
             "gated_mlp": False,
             "norm": "layer_norm",

@@ -1,15 +1,19 @@
 """RopeConfig: rotary position embedding as data, and how config.json spells it."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from quire.model_config.config_json import ConfigJson
+from quire.model_config.config_json import ConfigJson, is_positive
 from quire.model_config.windows import read_no_rope_layers
 
+logger = logging.getLogger(__name__)
+
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 ROTARY_LAYOUTS = ("half", "interleaved")
 
 
@@ -65,55 +69,85 @@ def read_ropes(
 ) -> tuple[RopeConfig, tuple[RopeConfig | None, ...]]:
     """The rotary embedding of the layers that attend to all positions, and that of every layer where they differ.
 
-    transformers 5 writes `rope_parameters`, which may hold one object for each type of layer; earlier versions wrote
-    `rope_theta` beside `rope_scaling`, and Gemma 3's layers with a window `rope_local_base_freq`. `max_position` is the
-    config's max_position_embeddings.
+    transformers 5 writes `rope_parameters`; earlier versions wrote `rope_theta` beside `rope_scaling`, and Gemma 3's
+    layers with a window `rope_local_base_freq`. `max_position` is the config's max_position_embeddings. The rules are
+    those of transformers 5:
+
+    - A `rope_scaling` that is not empty replaces the whole of `rope_parameters`, its base too. For Gemma 3 it is laid
+      over the object of the full layers.
+    - The base is `rope_theta` of the object, else that of the file, else the family's.
+    - `original_max_position_embeddings` of the file goes before that of an object without layer types.
+    - Keys of another kind of stretch have no effect: `attention_factor` is read for yarn and longrope, mscale for yarn.
+
+    One difference: an object for each type of layer is read in every family. transformers reads it in families whose
+    layers have embeddings of their own, and in others ignores it or fails.
     """
-    section = "rope_parameters" if config.value("rope_parameters") else "rope_scaling"
-    values = _section(config, section)
-    theta, local_theta = config.value("rope_theta") or 10000.0, config.value("rope_local_base_freq")
+    has_local = config.value("rope_local_base_freq") is not None
+    if has_local and config.value("sliding_window") is None:
+        supported = "a number of positions, since layers with a window have a rotary embedding of their own"
+        raise config.refusal("sliding_window", None, supported)
+    section, values = _section(config, has_local)
+    theta = config.value("rope_theta") or 10000.0
     read = partial(_read_rope, config, max_position=max_position, head_dim=head_dim)
-    if local_theta is None and not any(isinstance(value, dict) for value in values.values()):
-        full = window = read(section, values, theta)
+    if not has_local and not values.keys() & LAYER_TYPES:
+        full = window = read(section, values, theta, original=config.value("original_max_position_embeddings"))
     else:
-        if config.value("sliding_window") is None:
-            supported = "a number of positions, since layers with a window have a rotary embedding of their own"
-            raise config.refusal("sliding_window", None, supported)
-        if section == "rope_scaling":
-            values = {"full_attention": values}
-        elif not values.keys() <= {"full_attention", "sliding_attention"}:
-            raise config.refusal(section, values, "an object for each of full_attention, sliding_attention")
-        full_values = values.get("full_attention") or {}
-        if section == "rope_parameters" and isinstance(full_values, dict):
-            # A file with both means both, as transformers reads it.
-            full_values = {**full_values, **_section(config, "rope_scaling")}
-        full = read(f"{section}.full_attention", full_values, theta)
-        window = read(f"{section}.sliding_attention", values.get("sliding_attention") or {}, local_theta or theta)
+        if not values.keys() <= LAYER_TYPES:
+            raise config.refusal(section, values, f"an object for each of {', '.join(sorted(LAYER_TYPES))}")
+        local_theta = config.value("rope_local_base_freq") or theta
+        full = read(f"{section}.full_attention", values.get("full_attention") or {}, theta)
+        has_windows = any(layer_windows)
+        local = values.get("sliding_attention") or {}
+        window = read(f"{section}.sliding_attention", local, local_theta) if has_windows else full
     rotates = _read_rotating_layers(config, layer_windows)
     kinds = zip(layer_windows, rotates, strict=True)
     layers = tuple(None if not turns else window if has_window else full for has_window, turns in kinds)
     return full, layers if set(layers) != {full} else ()
 
 
-def _section(config: ConfigJson, key: str) -> dict[str, Any]:
-    """An object of config.json, empty for null or a missing key."""
-    values = config.value(key) or {}
-    if not isinstance(values, dict):
-        raise config.refusal(key, values, "an object")
-    return values
+def _section(config: ConfigJson, has_local: bool) -> tuple[str, dict[str, Any]]:
+    """The object that describes the rotary embedding, and the name of its key. With `has_local` an object without
+    layer types describes the layers that attend to all positions."""
+    parameters, scaling = config.object("rope_parameters"), config.object("rope_scaling")
+    if not scaling:
+        return "rope_parameters", parameters
+    if not has_local:
+        lost = parameters.get("rope_theta")
+        if lost is not None and "rope_theta" not in scaling and config.value("rope_theta") != lost:
+            logger.warning(
+                "%s: rope_scaling replaces rope_parameters, as in transformers, and with it the base %s; to keep that "
+                "base, write rope_theta into rope_scaling",
+                config.path,
+                lost,
+            )
+        return "rope_scaling", scaling
+    full = parameters.get("full_attention") or {}
+    if not isinstance(full, dict):
+        raise config.refusal("rope_parameters", parameters, "an object for each of full_attention, sliding_attention")
+    return "rope_scaling", {**parameters, "full_attention": {**full, **scaling}}
 
 
 def _read_rotating_layers(config: ConfigJson, layer_windows: tuple[int, ...]) -> tuple[bool, ...]:
     """Whether each layer rotates its queries and keys. Without a window in config.json no layer is left out."""
+    if config.flag("rope_if_asked") and config.value("position_embedding_type") != "rope":
+        return (False,) * len(layer_windows)
     if config.flag("rope_in_windows_only") and config.value("sliding_window") is not None:
         return tuple(window > 0 for window in layer_windows)
     return read_no_rope_layers(config, len(layer_windows)) or (True,) * len(layer_windows)
 
 
 def _read_rope(
-    config: ConfigJson, section: str, values: Mapping[str, Any], theta: float, *, max_position: int, head_dim: int
+    config: ConfigJson,
+    section: str,
+    values: Mapping[str, Any],
+    theta: float,
+    *,
+    max_position: int,
+    head_dim: int,
+    original: Any = None,
 ) -> RopeConfig:
-    """The rotary embedding that `values`, an object of config.json, describes; `theta` is its base by default."""
+    """The rotary embedding that `values`, an object of config.json, describes; `theta` is its base by default, and
+    `original` the training length that goes before its own."""
     if not isinstance(values, Mapping):
         raise config.refusal(section, values, "an object")
     rope_type = values.get("rope_type", values.get("type", "default"))
@@ -125,33 +159,27 @@ def _read_rope(
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
         value = default if value is None else value
-        if not _is_positive(value):
+        if not is_positive(value):
             raise config.refusal(f"{section}.{key}", value, "a positive number")
         return float(value)  # type: ignore[arg-type]
 
     def optional(key: str) -> float | None:
-        return None if values.get(key) is None else number(key)
+        """None also for 0, as transformers reads these numbers."""
+        return None if values.get(key) in (None, 0) else number(key)
 
-    original = int(
-        number("original_max_position_embeddings", config.value("original_max_position_embeddings") or max_position)
-    )
+    if original is not None and rope_type in ("llama3", "yarn", "longrope"):
+        original = config.integer("original_max_position_embeddings")
+    else:
+        original = int(number("original_max_position_embeddings", max_position))
     # Dynamic scaling begins where max_position_embeddings ends; the others name the training length.
     original = max_position if rope_type == "dynamic" else original
-    if rope_type == "longrope" and config.value("original_max_position_embeddings") is not None:
-        original = config.integer("original_max_position_embeddings")  # goes before that of the section
-    if config.value("rotary_elements") is not None:
-        share = _share_of(config, head_dim)
-    else:
-        share = number("partial_rotary_factor", config.value("partial_rotary_factor") or 1.0)
-    if not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
-        supported = f"a share that rotates an even number of a head's {head_dim} elements"
-        raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
+    share = _read_share(config, section, values, head_dim)
 
     def factors(key: str) -> tuple[float, ...]:
         if rope_type != "longrope":
             return ()
         value, count = values.get(key), int(head_dim * share) // 2
-        if not isinstance(value, list) or len(value) != count or not all(map(_is_positive, value)):
+        if not isinstance(value, list) or len(value) != count or not all(map(is_positive, value)):
             raise config.refusal(f"{section}.{key}", value, f"a list of {count} positive numbers, one for each pair")
         return tuple(map(float, value))
 
@@ -167,21 +195,37 @@ def _read_rope(
         beta_fast=number("beta_fast", 32.0),
         beta_slow=number("beta_slow", 1.0),
         truncate=bool(values.get("truncate", True)),
-        attention_factor=optional("attention_factor"),
-        mscale=optional("mscale"),
-        mscale_all_dim=optional("mscale_all_dim"),
+        attention_factor=optional("attention_factor") if rope_type in ("yarn", "longrope") else None,
+        mscale=optional("mscale") if rope_type == "yarn" else None,
+        mscale_all_dim=optional("mscale_all_dim") if rope_type == "yarn" else None,
         query_scaling_beta=(optional("llama_4_scaling_beta") or 0.0) if config.flag("scale_queries") else 0.0,
         short_factors=factors("short_factor"),
         long_factors=factors("long_factor"),
         short_mscale=number("short_mscale") if has_mscales else None,
         long_mscale=number("long_mscale") if has_mscales else None,
         partial_rotary_factor=share,
-        layout="interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half",
+        layout=_layout(config),
     )
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _layout(config: ConfigJson) -> Literal["half", "interleaved"]:
+    """The layout that a family has, or that a flag of its config.json chooses (DeepSeek-V3)."""
+    if config.value("interleaves") is not None:
+        return "interleaved" if config.flag("interleaves") else "half"
+    return "interleaved" if config.choice("rotary_layout", ROTARY_LAYOUTS, "half") == "interleaved" else "half"
+
+
+def _read_share(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> float:
+    """The share of a head's elements that is rotated: all, in families whose models rotate whole heads."""
+    if config.value("rotary_elements") is not None:
+        return _share_of(config, head_dim)
+    share = values.get("partial_rotary_factor") if config.reads("partial_rotary_factor") else None
+    share = config.value("partial_rotary_factor") if share is None else share
+    share = 1.0 if share is None else share
+    if not is_positive(share) or not 0 < int(head_dim * share) <= head_dim or int(head_dim * share) % 2:
+        supported = f"a share that rotates an even number of a head's {head_dim} elements"
+        raise config.refusal(f"{section}.partial_rotary_factor", share, supported)
+    return float(share)
 
 
 def _share_of(config: ConfigJson, head_dim: int) -> float:

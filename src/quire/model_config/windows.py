@@ -16,7 +16,8 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     layer_types = config.value("layer_types")
     if layer_types is not None:
         windows = {"full_attention": 0, "sliding_attention": window}
-        if len(layer_types) != num_layers or not set(layer_types) <= windows.keys():
+        known = isinstance(layer_types, list) and all(isinstance(kind, str) and kind in windows for kind in layer_types)
+        if not known or len(layer_types) != num_layers:
             raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(windows)}")
         return tuple(windows[layer_type] for layer_type in layer_types)
     pattern = config.value("sliding_window_pattern")

@@ -16,7 +16,7 @@ from quire.layers.linear import Linear
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
-from quire.model_config import ModelConfig, RopeConfig
+from quire.model_config import ClampedSwiGLU, ModelConfig, RopeConfig
 from quire.models.builder import Builder
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 
@@ -39,6 +39,8 @@ class SelfAttention:
     ) -> None:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        """Of queries, keys and values; heads of gates follow them."""
+        self.num_gates = config.num_heads if config.attention_gate else 0
         self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
         self.qkv = qkv
@@ -53,12 +55,16 @@ class SelfAttention:
         if self.clip_qkv > 0:
             projected.clamp_(-self.clip_qkv, self.clip_qkv)
         # Views of one [T, heads, D] tensor; what follows works on them in place.
-        q, k, v = projected.view(projected.shape[0], -1, self.head_dim).split_with_sizes(self.heads, dim=1)
+        heads = projected.view(projected.shape[0], -1, self.head_dim)
+        q, k, v, gates = heads.split_with_sizes((*self.heads, self.num_gates), dim=1)
         if self.head_norms is not None:
             norm_queries, norm_keys = self.head_norms
             norm_queries(q)
             norm_keys(k)
-        return self.o(self.attend(q, k, v, context).flatten(1))
+        out = self.attend(q, k, v, context)
+        if self.num_gates:
+            out *= context.select_output(gates).sigmoid()
+        return self.o(out.flatten(1))
 
     def scale_kv(self, norm: Norm) -> None:
         """Scale keys and values for a cache of float8 from now on, by the checkpoint's own scales or else by the least
@@ -73,7 +79,7 @@ class SelfAttention:
             bounds = largest_projected(self.qkv, norm.weight, norm.bias).view(-1, self.head_dim)
             if self.clip_qkv > 0:
                 bounds = bounds.clamp(max=self.clip_qkv)
-            _, keys, values = bounds.split_with_sizes(self.heads)
+            _, keys, values, _ = bounds.split_with_sizes((*self.heads, self.num_gates))
             if self.head_norms is not None:
                 keys = self.head_norms[1].bound.expand_as(keys)
             scales = KVScales(scales_of(largest_rotated(keys, self.attend.cos_sin)), scales_of(values))
@@ -92,17 +98,23 @@ def rotary_attention(
     table."""
     config = build.config
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sizes = {names[0]: q_rows, names[1]: kv_rows, names[2]: kv_rows}
+    sizes = {names[0]: 2 * q_rows if config.attention_gate else q_rows, names[1]: kv_rows, names[2]: kv_rows}
     q, k, v = (
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
+    gates = ()
+    if config.attention_gate:
+        # Each head's query is followed by its gate.
+        rows = torch.arange(2 * q_rows, device=q.weight.device).view(-1, 2, config.head_dim)
+        gates = (q.select_rows(rows[:, 1].flatten()),)
+        q = q.select_rows(rows[:, 0].flatten())
     if _is_interleaved(config):
         order = _head_order(config, q.weight.device)
-        q, k = (part.select_rows(_rows_of_heads(order, len(part.weight))) for part in (q, k))
+        q, k = (part.select_rows(rows_of_heads(order, len(part.weight))) for part in (q, k))
     return SelfAttention(
         config,
-        build.pack(q, k, v),
+        build.pack(q, k, v, *gates),
         _attend(build, layer, cos_sin, q.weight.device),
         build.linear({names[3]: config.hidden_size}, q_rows, bias=config.o_bias),
         head_norms=head_norms,
@@ -140,12 +152,13 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
     slopes = config.alibi_slopes
     return Attention(
         build.kernels,
-        layer,
+        config.attention_layers.index(layer),
         scale=config.attention_scale,
         cos_sin=cos_sin,
         window=config.layer_windows[layer] if config.layer_windows else 0,
         softcap=config.attention_softcap,
         alibi_slopes=torch.tensor(slopes, dtype=torch.float32, device=device) if slopes else None,
+        sinks=build.weights.take("sinks", (config.num_heads,)).float() if config.attention_sinks else None,
         query_scales=None if cos_sin is None else query_scales(config.rope_of(layer), len(cos_sin), cos_sin.device),
     )
 
@@ -205,18 +218,18 @@ def _head_order(config: ModelConfig, device: torch.device) -> Tensor:
     return half_layout(config.head_dim, rope.rotary_dim(config.head_dim), device)
 
 
-def _rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
+def rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
     """An order of a head's elements -> the same order of the rows of all heads."""
     first = torch.arange(0, num_rows, len(order), device=order.device)
     return (first[:, None] + order).flatten()
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x)); gate and up are one layer."""
+    """down(activation(gate(x)) * up(x)), or down of another gate; gate and up are one layer."""
 
     __slots__ = ("activation", "down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str | ClampedSwiGLU) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activation = activation

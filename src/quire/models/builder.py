@@ -1,5 +1,6 @@
 """Builder: makes a model's layers from its config and its weights."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
 from quire.quantization import METHODS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,15 @@ class Builder:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
         return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
 
-    def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:
-        """The MLPs of a layer's experts, by default with the activation of the config."""
+    def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear) -> ExpertMLPs:
+        """The MLPs of a layer's experts."""
         config = self.config
         return ExpertMLPs(
             self.kernels,
             gate_up,
             down,
             config.expert_intermediate_size,
-            activation or config.activation,
+            config.gate or config.activation,
             self.dtype,
             self.weights.packing,
         )
@@ -76,18 +79,45 @@ class Builder:
         dtype = self.weights.activation_dtype
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
+    def table(self, name: str, width: int, head: str = "lm_head") -> Tensor:
+        """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
+        shape = (self.config.vocab_size, width)
+        stored = f"{name}.weight"
+        if self.config.tie_word_embeddings and not self.weights.has(stored) and self.weights.has(f"{head}.weight"):
+            stored = f"{head}.weight"
+        return self.weights.take(stored, shape)
+
     def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[Embedding | TiedEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
-        tied head may still have a bias of its own."""
+        tied head may still have a bias of its own.
+
+        A checkpoint that ties them and yet holds a head with other values has an untied head, as in transformers.
+        """
         num_outputs, num_inputs = table.shape
         has_bias = self.config.head_bias
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and not self._holds_other_head(table, head_name):
             bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
             head = output_head(self.kernels, LinearWeight(table, bias), self.dtype, self.weights.packing)
             return TiedEmbedding(head), head
         stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
         head = output_head(self.kernels, stored, self.dtype, self.weights.packing)
         return Embedding(table, self.weights.activation_dtype), head
+
+    def _holds_other_head(self, table: Tensor, head_name: str) -> bool:
+        """Whether a head is stored whose values are not the table's."""
+        name = f"{head_name}.weight"
+        if not self.weights.has(name):
+            return False
+        shape = (table.shape[0], table.shape[1])
+        differs = not torch.equal(self.weights.take(name, shape), table)
+        if differs:
+            logger.warning(
+                "the checkpoint holds %s with other values than the embeddings, although tie_word_embeddings is true; "
+                "it is used as the output head, which takes %d MB more than planned",
+                self.weights.prefix + name,
+                table.nbytes / 1e6,
+            )
+        return differs
 
     def rounded(self, factor: float) -> float:
         """A factor as the checkpoint's dtype holds it, which is how transformers multiplies by it."""

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.models.weights import TensorSource
-
-_NUM_NAMED = 5
-"""File names a message gives before it says how many more there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +46,15 @@ def open_checkpoint(folder: str | Path) -> TensorSource:
 
 def _nothing_to_load(folder: Path) -> str:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled:
+    if pickled and (folder / "config.json").is_file():
         return (
             f"{folder} holds its weights in {name_some(pickled)}; loading pickled files can run code, so only "
-            f"{', '.join(CHECKPOINT_FORMATS)} are supported. Convert them once, with transformers installed:\n"
-            f"  from transformers import AutoModelForCausalLM\n"
-            f"  AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"{', '.join(CHECKPOINT_FORMATS)} are supported. Convert them once, with transformers installed: "
+            'python -c "from transformers import AutoModelForCausalLM; '
+            f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
         )
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     expected = " nor ".join(name for row in CHECKPOINT_FORMATS.values() for name in reversed(row.files))
-    return f"{folder} has neither {expected}; found {name_some(found) if found else 'nothing'}"
-
-
-def name_some(names: list[str]) -> str:
-    """The first few names, and the number of the others."""
-    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-    return ", ".join(names[:_NUM_NAMED]) + more
+    shown = f"{folder} has neither {expected}; found {name_some(found) if found else 'nothing'}"
+    kind = describe_kind(folder)
+    return shown if kind is None else f"{shown}. It is {kind}"

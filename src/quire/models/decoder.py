@@ -13,7 +13,18 @@ from quire.layers.embedding import Embedding, TiedEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
-from quire.models.blocks import SelfAttention
+
+
+class Mixer(Protocol):
+    """The first half of a layer, where tokens meet those before them: attention, or a recurrent layer."""
+
+    def __call__(self, x: Tensor | Normed, context: StepContext) -> Tensor:
+        """x [T, H] -> [T, H], or [R, H] of the output tokens."""
+        ...
+
+    def scale_kv(self, norm: Norm) -> None:
+        """Scale keys and values for a cache of float8 from now on. `norm` is that of the input."""
+        ...
 
 
 class MLP(Protocol):
@@ -36,7 +47,7 @@ class DecoderLayer:
     def __init__(
         self,
         attention_norm: Norm,
-        attention: SelfAttention,
+        attention: Mixer,
         mlp_norm: Norm | None,
         mlp: MLP,
         *,

@@ -34,6 +34,9 @@ class DeviceWeights:
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._send(self._source.take(name, shape))
 
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._upload(self._source.take_bytes(name, shape))
+
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
         return replace(

@@ -23,11 +23,9 @@ class GPT2(Decoder):
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
     ) -> None:
         build = Builder(config, weights, kernels, dtype)
-        # OpenAI's own checkpoints hold the bare model, later ones a "transformer" beside the head.
-        model = build if weights.has("wte.weight") else build.scope("transformer")
-        hidden = config.hidden_size
-        ends = build.ends(model.weights.take("wte.weight", (config.vocab_size, hidden)))
-        positions = model.weights.take("wpe.weight", (config.max_position_embeddings, hidden))
+        model = build.scope("transformer")
+        ends = build.ends(build.table("transformer.wte", config.hidden_size))
+        positions = model.weights.take("wpe.weight", (config.max_position_embeddings, config.hidden_size))
         super().__init__(
             ends,
             [self.make_layer(model.scope(f"h.{index}"), index) for index in range(config.num_layers)],

@@ -33,7 +33,9 @@ def rotary_tables(config: ModelConfig, num_positions: int, device: torch.device)
     """The table of every layer, None for a layer that rotates nothing. Layers of one kind share it."""
     ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
     tables = {
-        rope: cos_sin_table(rope, config.head_dim, num_positions).to(device) for rope in set(ropes) if rope is not None
+        rope: cos_sin_table(rope, config.rope_head_dim, num_positions).to(device)
+        for rope in set(ropes)
+        if rope is not None
     }
     return [None if rope is None else tables[rope] for rope in ropes]
 
@@ -52,12 +54,10 @@ class Llama(Decoder):
         build = Builder(config, weights, kernels, dtype)
         names = self.names
         model = build.scope(names.model)
-        if not model.weights.has(f"{names.embedding}.weight") and weights.has(f"{names.embedding}.weight"):
-            model = build  # a checkpoint of the bare model, without head
-        table = model.weights.take(f"{names.embedding}.weight", (config.vocab_size, config.hidden_size))
+        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
+        table = build.table(f"{names.model}.{names.embedding}", config.hidden_size, head)
         factor = config.embedding_multiplier
         tables = rotary_tables(config, max_model_len, table.device)
-        head = next((name for name in names.heads if weights.has(f"{name}.weight")), names.heads[0])
         super().__init__(
             build.ends(table, head),
             [

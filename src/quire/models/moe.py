@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.models.blocks import gated_mlp, rms_head_norms, rotary_attention
+from quire.models.blocks import GatedMLP, gated_mlp, rms_head_norms, rotary_attention
 from quire.models.builder import Builder
 from quire.models.decoder import MLP, DecoderLayer
 from quire.models.experts import Experts
@@ -60,13 +60,16 @@ class MoELlama(Llama):
         logits = [block.weights.take_linear(names.router, (config.num_experts, config.hidden_size))]
         if config.shared_expert_gate:
             logits.append(block.weights.take_linear(f"{self.shared}_gate", (1, config.hidden_size)))
-        width = config.shared_expert_intermediate_size
         return Experts(
             block.pack(*logits, quantizes=False),
             make_router(config, block.weights.scope(names.router)),
             _fused_experts(block, names) if names.fused else _experts(block, names),
-            shared=gated_mlp(block.scope(self.shared), width) if width else None,
+            shared=self.make_shared(build, block) if config.shared_expert_intermediate_size else None,
         )
+
+    def make_shared(self, build: Builder, block: Builder) -> GatedMLP:
+        """The network that every token passes beside its experts. `block` is the scope of the experts in `build`."""
+        return gated_mlp(block.scope(self.shared), build.config.shared_expert_intermediate_size)
 
 
 def _experts(build: Builder, names: ExpertNames) -> ExpertMLPs:

@@ -38,10 +38,9 @@ class OPT(Decoder):
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
     ) -> None:
         build = Builder(config, weights, kernels, dtype)
-        # The first checkpoints hold the bare model, later ones a "model" beside the head.
-        model = build.scope("decoder" if weights.has("decoder.embed_tokens.weight") else "model.decoder")
+        model = build.scope("model.decoder")
         hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
-        ends = build.ends(model.weights.take("embed_tokens.weight", (config.vocab_size, width)))
+        ends = build.ends(build.table("model.decoder.embed_tokens", width))
         offset = config.position_offset
         positions = model.weights.take("embed_positions.weight", (config.max_position_embeddings + offset, hidden))
         projections = None

@@ -1,5 +1,6 @@
 """RandomWeights: a source for measuring without a checkpoint (load_format="dummy")."""
 
+import re
 import zlib
 from collections.abc import Iterable
 
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from quire.layers.linear import LinearWeight
 from quire.models.weights import take_float_linear
+
+_ABSENT = re.compile(r"_scale$|_blocks$|\.eh_proj\.weight$|(^|\.)(lm_head|embed_out|output)\.weight$")
+"""What a checkpoint may lack: scales of a KV cache, the head of a tied model, packed experts, further layers."""
 
 
 class RandomWeights:
@@ -23,7 +27,7 @@ class RandomWeights:
         self._device = device or torch.device("cpu")
 
     def has(self, name: str) -> bool:
-        return not name.endswith("_scale")
+        return _ABSENT.search(name) is None
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         raise KeyError(f"{name}: random weights have whatever shape they are asked for")
@@ -36,6 +40,9 @@ class RandomWeights:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         generator = torch.Generator(self._device).manual_seed(seed)
         return torch.empty(shape, device=self._device).normal_(0.0, 0.02, generator=generator)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        raise KeyError(f"{name}: random weights are floats")
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)

@@ -12,11 +12,15 @@ from quire.kernels import Kernels
 from quire.kernels.interface import Packing
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
 
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
+
+    ignored_tensors: tuple[str, ...]
+    """Patterns of tensors that a checkpoint may hold and the model does not use."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
@@ -48,8 +52,7 @@ def load_model(
     """
     module, name = ARCHITECTURES[config.architecture].model.split(":")
     family = getattr(import_module(module), name)
-    model: Model = family(
-        config, WeightScope(source, packing=packing), kernels, dtype, max_model_len or config.default_model_len
-    )
-    source.finish(ignored=family.ignored_tensors)
+    weights = WeightScope(StoredNames(source), packing=packing)
+    model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
+    source.finish(ignored=model.ignored_tensors)
     return model

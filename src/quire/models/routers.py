@@ -88,10 +88,35 @@ class GroupedSigmoid:
     def _in_best_groups(self, ranks: Tensor) -> Tensor:
         """ranks [T, E] -> the same, -inf outside the best groups."""
         groups: Tensor = ranks.unflatten(1, (self.num_groups, -1))
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.num_active_groups, dim=-1).indices
-        outside = torch.ones(groups.shape[:2], dtype=torch.bool, device=ranks.device).scatter_(1, best, False)
-        inside: Tensor = groups.masked_fill(outside.unsqueeze(-1), -torch.inf)
-        return inside.flatten(1)
+        best_two = groups.topk(2, dim=-1).values.sum(-1)
+        return keep_groups(groups, best_two, self.num_active_groups, outside=-torch.inf)
+
+
+class GroupedSoftmax:
+    """The experts of the largest softmax over all, of the groups with the largest one (DeepSeek-V2)."""
+
+    def __init__(self, num_active: int, *, scale: float = 1.0, num_groups: int = 1, num_active_groups: int = 1) -> None:
+        """Experts lie in groups of one size. `scale` multiplies the weights."""
+        self.num_active = num_active
+        self.scale = scale
+        self.num_groups = num_groups
+        self.num_active_groups = num_active_groups
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        shares = torch.softmax(logits, dim=-1)
+        if self.num_active_groups < self.num_groups:
+            groups = shares.unflatten(1, (self.num_groups, -1))
+            shares = keep_groups(groups, groups.amax(-1), self.num_active_groups, outside=0.0)
+        weights, chosen = shares.topk(self.num_active, dim=-1)
+        return weights * self.scale, chosen
+
+
+def keep_groups(groups: Tensor, ranks: Tensor, num_kept: int, *, outside: float) -> Tensor:
+    """groups [T, G, E / G], ranks [T, G] -> [T, E]: `outside` in the place of all but the groups of largest rank."""
+    best = ranks.topk(num_kept, dim=-1).indices
+    dropped = torch.ones(groups.shape[:2], dtype=torch.bool, device=groups.device).scatter_(1, best, False)
+    kept: Tensor = groups.masked_fill(dropped.unsqueeze(-1), outside)
+    return kept.flatten(1)
 
 
 class SparseMixer:
@@ -137,5 +162,11 @@ _MAKERS: dict[str, Callable[[ModelConfig, WeightScope], Router]] = {
     "softmax_topk": lambda config, _: SoftmaxTopK(config.num_experts_per_token, normalise=config.norm_topk),
     "topk_softmax": lambda config, _: TopKSoftmax(config.num_experts_per_token),
     "grouped_sigmoid": _grouped_sigmoid,
+    "grouped_softmax": lambda config, _: GroupedSoftmax(
+        config.num_experts_per_token,
+        scale=config.router.scale,
+        num_groups=config.router.num_groups,
+        num_active_groups=config.router.num_active_groups,
+    ),
     "sparse_mixer": lambda config, _: SparseMixer(config.router.jitter),
 }

@@ -8,8 +8,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quire.errors import CheckpointError
+from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
 """Dtypes that Quire reads: safetensors' name → torch's."""
@@ -31,11 +33,14 @@ class Entry:
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a file by name, and its metadata. Raises `CheckpointError` for a truncated file or a corrupt
-    header."""
+    """The tensors of a file by name, and its metadata. Raises `CheckpointError` for a truncated file, a corrupt header,
+    and tensors that overlap or leave gaps."""
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        if GIT_LFS_POINTER.startswith(start) and file_bytes >= 8:
+            raise CheckpointError(f"{file} {POINTER_REFUSAL}")
         if file_bytes < 8 or header_bytes > _MAX_HEADER_BYTES:
             raise CheckpointError(
                 f"{file} ({file_bytes} bytes) is not a safetensors file: its header has no valid length"
@@ -48,19 +53,37 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
             header = json.loads(stream.read(header_bytes))
             metadata = dict(header.pop("__metadata__", None) or {})
-            entries = {}
-            for name, value in header.items():
-                first, last = value["data_offsets"]
-                entries[name] = Entry(file, str(value["dtype"]), tuple(value["shape"]), begin + first, begin + last)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = {name: _entry(file, begin, value) for name, value in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{file} has a corrupt header: {type(error).__name__}: {error}; fetch it again"
             ) from error
+    _check_layout(file, entries, begin, file_bytes)
+    return entries, metadata
+
+
+def _entry(file: Path, begin: int, value: dict[str, Any]) -> Entry:
+    """A tensor of a header; `begin` is the first byte after the header. Raises `TypeError` or `ValueError`."""
+    (first, last), shape = value["data_offsets"], value["shape"]
+    for number in (first, last, *shape):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{number!r} is not a size")
+    return Entry(file, str(value["dtype"]), tuple(shape), begin + first, begin + last)
+
+
+def _check_layout(file: Path, entries: dict[str, Entry], begin: int, file_bytes: int) -> None:
+    """Raise `CheckpointError` unless the tensors fill the file from `begin` to its end, one after the other."""
     expected = max((entry.end for entry in entries.values()), default=begin)
     if file_bytes != expected:
         state = "is truncated" if file_bytes < expected else "is longer than its header says"
         raise CheckpointError(f"{file} {state}: expected {expected} bytes, found {file_bytes}; fetch it again")
-    for name, entry in entries.items():
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != begin:
+            raise CheckpointError(
+                f"{file} has a corrupt header: tensor {name} begins at byte {entry.begin}, the one before it ends at "
+                f"{begin}; fetch it again"
+            )
+        begin = entry.end
         if entry.dtype in DTYPES:
             size = math.prod(entry.shape) * _ITEM_BYTES[entry.dtype]
             if entry.end - entry.begin != size:
@@ -68,4 +91,3 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                     f"{file}: tensor {name} of shape {list(entry.shape)} and dtype {entry.dtype} should have "
                     f"{size} bytes, its header gives it {entry.end - entry.begin}"
                 )
-    return entries, metadata

@@ -16,13 +16,15 @@ from torch import Tensor
 from quire.errors import CheckpointError
 from quire.layers.linear import LinearWeight
 from quire.model_config import read_json
-from quire.models.checkpoint_formats import name_some
+from quire.model_config.folder_kinds import name_some
 from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
 from quire.models.weights import take_float_linear
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
+_QUANTIZED = {"qweight": "GPTQ and AWQ", "weight_packed": "llm-compressor's formats"}
+"""How other formats name a layer's matrix → which they are."""
 
 
 class _MappedFile:
@@ -63,11 +65,12 @@ class SafetensorsWeights:
 
     @classmethod
     def open(cls, folder: Path) -> "SafetensorsWeights":
-        """Map the safetensors files of a folder."""
-        index = folder / INDEX_FILE
-        if index.is_file():
-            return cls(folder, _indexed_entries(folder, index))
-        return cls(folder, read_header(folder / SINGLE_FILE)[0])
+        """Map the safetensors files of a folder: the whole file where there is one, since an index beside it is left
+        from before the shards were merged; else the files that the index names."""
+        whole = folder / SINGLE_FILE
+        if whole.is_file():
+            return cls(folder, read_header(whole)[0])
+        return cls(folder, _indexed_entries(folder, folder / INDEX_FILE))
 
     def has(self, name: str) -> bool:
         return name in self._entries
@@ -77,6 +80,12 @@ class SafetensorsWeights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored, a view of its file; its shape must be `shape`."""
+        return self._take(name, shape, _FLOATS)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._take(name, shape, ("U8",))
+
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(
@@ -86,9 +95,9 @@ class SafetensorsWeights:
             raise CheckpointError(
                 f"{entry.file}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)} by config.json"
             )
-        if entry.dtype not in _FLOATS:
+        if entry.dtype not in dtypes:
             raise CheckpointError(
-                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(_FLOATS)}"
+                f"{entry.file}: tensor {name} is of dtype {entry.dtype}; supported: {', '.join(dtypes)}"
             )
         self._taken.add(name)
         if entry.file not in self._files:
@@ -116,6 +125,13 @@ class SafetensorsWeights:
 
     def _similar(self, name: str) -> str:
         """Tensors that the checkpoint has near a missing one."""
+        layer = name.removesuffix(".weight")
+        for suffix, formats in _QUANTIZED.items():
+            if f"{layer}.{suffix}" in self._entries:
+                return (
+                    f"it has {layer}.{suffix}, as {formats} write it, but config.json has no quantization_config that "
+                    "says how to read it; add the one that the checkpoint was published with"
+                )
         scope = name.rsplit(".", 2)[0] + "."
         found = sorted(other for other in self._entries if other.startswith(scope))
         if found:
@@ -124,18 +140,24 @@ class SafetensorsWeights:
 
 
 def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
-    """The tensors of a sharded checkpoint; its index maps tensors to files."""
+    """The tensors of a sharded checkpoint. Its index says in which file a tensor is; a copy in another file, which a
+    merge of shards leaves behind, is not read."""
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not isinstance(weight_map, dict) or not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files")
-    entries: dict[str, Entry] = {}
-    for name in sorted(set(map(str, weight_map.values()))):
+    shards: dict[str, dict[str, Entry]] = {}
+    for name in sorted(names):
         file = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: {name} is not the name of a file beside it")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing; {INDEX_FILE} says that it holds tensors of this checkpoint")
-        entries.update(read_header(file)[0])
+        shards[name] = read_header(file)[0]
+    entries = {tensor: entry for name in shards for tensor, entry in shards[name].items()}
     for tensor, name in weight_map.items():
-        if tensor not in entries or entries[tensor].file.name != name:
+        if tensor not in shards[name]:
             found = f"found in {entries[tensor].file.name}" if tensor in entries else "found in none of the files"
             raise CheckpointError(f"{index}: tensor {tensor} should be in {name}, {found}")
+        entries[tensor] = shards[name][tensor]
     return entries

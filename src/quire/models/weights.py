@@ -18,7 +18,7 @@ from quire.layers.linear import LinearWeight
 class TensorSource(Protocol):
     """A checkpoint, or what stands in for one. Names are whole; shapes are what config.json makes them.
 
-    `take` and `take_linear` raise `CheckpointError` for a tensor that is missing, misshapen or of an unsupported dtype.
+    What takes a tensor raises `CheckpointError` if it is missing, misshapen or of an unsupported dtype.
     """
 
     @property
@@ -33,6 +33,10 @@ class TensorSource(Protocol):
         ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A uint8 tensor, which stands for packed numbers, in host memory."""
+        ...
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         """The layer `name` of `shape` [outputs, inputs]; see `WeightScope.take_linear`."""
@@ -68,6 +72,9 @@ class WeightScope:
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.source.take(self.prefix + name, shape)
+
+    def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.source.take_bytes(self.prefix + name, shape)
 
     def take_linear(
         self, name: str, shape: tuple[int, int], *, bias: bool = False, transposed: bool = False

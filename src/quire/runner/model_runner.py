@@ -28,6 +28,7 @@ from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
+from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
 from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
 from quire.runner.settings import RunnerSettings, attention_shape
@@ -81,6 +82,7 @@ class ModelRunner:
         self._plan_attention = make_planner(
             settings.backend, attention_shape(settings, model_config, kv_cache, max_blocks)
         )
+        self._recurrence = Recurrence(kv_cache)
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
@@ -159,6 +161,8 @@ class ModelRunner:
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
+        if plan.state_copies and self._kv_cache.states is not None:
+            self._kv_cache.states.copy(plan.state_copies)
         load_seconds = 0.0
         if self._block_store is not None and plan.offload is not None:
             load_seconds = self._block_store.move(plan.offload)
@@ -228,7 +232,14 @@ class ModelRunner:
             arrays = step.selected_arrays(sent.selection)
             selected = self._plan_attention(arrays) if self._plans_selection else None
             output_tokens = OutputTokens(sent.tensors["output_tokens"], selected)
-        context = StepContext(sent.tensors["token_positions"], self._kv_cache.layers, attention, output_tokens)
+        context = StepContext(
+            sent.tensors["token_positions"],
+            self._kv_cache.layers,
+            attention,
+            output_tokens,
+            state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
+            recurrence=self._recurrence.plan(step),
+        )
         return self._model(input_ids, context)
 
     def _sample_logits(self, step: StepInputs, sent: SentInputs, hidden: Tensor) -> Tensor:

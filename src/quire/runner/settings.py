@@ -38,6 +38,7 @@ def attention_shape(
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
+        value_dim=0 if model_config.latent is None else model_config.latent.latent_dim,
         block_size=kv_cache.block_size,
         # If every layer has a window, the plan leaves out the keys that no layer sees.
         window=0 if 0 in windows else max(windows),

@@ -7,6 +7,7 @@ from math import inf, isfinite, isnan
 
 from torch import Tensor
 
+from quire.errors import NO_TOKEN_LEFT
 from quire.kernels.interface import Kernels
 from quire.sampling.batch import SamplingBatch, split_by_logprobs
 from quire.sampling.logits_processors import BatchLogitsProcessor
@@ -185,7 +186,7 @@ def explain_max_logit(max_logit: float) -> str:
     """Why nothing can be sampled from a row with this highest logit, which is not finite."""
     if max_logit == -inf:
         return (
-            "no token is left to sample: every logit is −inf after structured_outputs, allowed_token_ids, bad_words "
-            "and min_tokens"
+            f"{NO_TOKEN_LEFT}: every logit is −inf after structured_outputs, allowed_token_ids, bad_words and "
+            "min_tokens"
         )
     return f"the model's logits hold {'NaN' if isnan(max_logit) else '+inf'}; the sequence cannot go on"

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.errors import GRAMMAR_FAILED
 from quire.grammar.compiled import Grammar, Matcher
 
 INLINE_WORDS = 2**11
@@ -109,7 +110,7 @@ class GrammarState:
         if self._matcher is not None and self.error is None and self._matcher.is_error():
             if self.grammar is not None:
                 self.grammar.worn = True
-            self.error = f"the grammar of structured_outputs failed: {' '.join(self._matcher.get_error().split())}"
+            self.error = f"{GRAMMAR_FAILED}: {' '.join(self._matcher.get_error().split())}"
 
 
 class _MaskFiller(Protocol):

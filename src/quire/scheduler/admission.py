@@ -77,7 +77,13 @@ class Admission:
                 waiting.push(group)
                 break
             if found.inside is not None and (found.stored or not self._can_copy(group, found, promised)):
-                found = found._replace(inside=None)
+                num_blocks = len(found.blocks)
+                found = self._lookup.find_whole_blocks(group, found)
+                if len(found.blocks) < num_blocks:
+                    group.num_shared_blocks = sum(1 for block in found.blocks if self._pool.ref_counts[block])
+                    if not self._fits(group, promised, num_rows_kept):
+                        waiting.push(group)
+                        break
             self._start(plan, group, found)
             started = True
             for sequence in group.sequences:
@@ -101,18 +107,19 @@ class Admission:
         """
         started = False
         for sequence in resuming:
-            looked_up = self._lookup.find_output(sequence, prefilling)
-            if looked_up is None:
+            found = self._lookup.find_output(sequence, prefilling)
+            if found is None:
                 continue
-            found, stored = looked_up
-            leader = sequence.group.leader
-            if sequence is not leader:
+            leader, states = sequence.group.leader, self._queues.states
+            if states is not None:
+                states.begin(sequence, found.state, found.num_known_tokens)
+            elif sequence is not leader:
                 num_shared = sequence.group.num_prompt_tokens // self._pool.block_size * self._pool.block_size
                 sequence.table = leader.table.fork(num_shared)
-            sequence.table.adopt(found)
+            sequence.table.adopt(found.blocks)
             sequence.start_from_table()
             if self._offload is not None:
-                self._offload.start(sequence, stored[: self._pool.num_free])
+                self._offload.start(sequence, found.stored[: self._pool.num_free])
             if sequence.table.blocks:
                 plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
                 started = True
@@ -151,6 +158,8 @@ class Admission:
         leader = group.leader
         leader.table.adopt(found.blocks, found.inside)
         leader.start_from_table()
+        if self._queues.states is not None:
+            self._queues.states.begin(leader, found.state, found.num_known_tokens)
         hits = {"device": leader.table.num_tokens}
         if found.stored and self._offload is not None:
             hits |= self._offload.start(leader, found.stored)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
-from quire.outputs import TierStats
+from quire.memory_stats import TierStats
 from quire.scheduler.sequence import Sequence
 from quire.step import OffloadPlan, OffloadResult
 

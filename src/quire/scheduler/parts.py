@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.states import StatePool
 from quire.kv_cache.tiers import TierIndex
 from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
@@ -16,6 +17,7 @@ from quire.scheduler.lookahead import LookAhead
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule, MakeQueue, MakeRule
 from quire.scheduler.prefix_lookup import PrefixLookup
+from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.request_check import RequestCheck
 from quire.scheduler.request_queues import RequestQueues
@@ -45,6 +47,8 @@ class SchedulerParts:
     """None without tiers."""
     drafting: Drafting | None
     """None without speculation."""
+    states: RecurrentStates | None
+    """None without recurrent layers."""
 
 
 def make_parts(
@@ -54,18 +58,22 @@ def make_parts(
     *,
     tiers: TierIndex | None,
     speculation: DraftPlanner | None,
+    state_pool: StatePool | None,
     make_queue: MakeQueue,
     make_rule: MakeRule,
 ) -> SchedulerParts:
     """The parts of a new scheduler."""
     watermark = int(pool.num_blocks * WATERMARK)
     totals, forecast = StepTotals(), Forecast(pool)
-    prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * limits.max_pinned_share))
+    states = None if state_pool is None else RecurrentStates(state_pool, pool)
+    prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * limits.max_pinned_share), state_pool)
     offload = None if tiers is None else BlockOffload(tiers, pool)
     rule = make_rule(forecast, pool, totals)
     rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
-    queues = RequestQueues(pool, limits.max_num_seqs, make_queue(totals), OutputLengths(), rules, offload, prefixes)
-    lookup = PrefixLookup(pool, offload, clock)
+    queues = RequestQueues(
+        pool, limits.max_num_seqs, make_queue(totals), OutputLengths(), rules, offload, prefixes, states
+    )
+    lookup = PrefixLookup(pool, offload, clock, states)
     admission = Admission(
         pool,
         queues,
@@ -99,4 +107,5 @@ def make_parts(
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,
+        states=states,
     )

@@ -10,7 +10,10 @@ from typing import NamedTuple
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.prefix_history import PrefixHistory
+from quire.kv_cache.states import FoundState
+from quire.outputs import PrefixMiss
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.sequence import Sequence, SequenceGroup
 
 
@@ -23,6 +26,10 @@ class Found(NamedTuple):
     """(tier, hash) of the blocks after those."""
     inside: tuple[int, int] | None
     """The next block after those, if only its beginning can be shared; see `BlockTable.match_partial`."""
+    state: FoundState | None = None
+    """In a model with recurrent layers, the snapshot at the end of all these."""
+    num_known_tokens: int = 0
+    """Tokens whose KV the pool holds, perhaps past that snapshot."""
 
 
 @dataclass(slots=True)
@@ -40,10 +47,17 @@ class PrefixCounts:
 class PrefixLookup:
     """Owned by the scheduler. It reads the pool, which reports evictions to it."""
 
-    def __init__(self, pool: BlockPool, offload: BlockOffload | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        offload: BlockOffload | None,
+        clock: Callable[[], float],
+        states: RecurrentStates | None = None,
+    ) -> None:
         self.counts = PrefixCounts()
         self._pool = pool
         self._offload = offload
+        self._states = states
         self._history = PrefixHistory(pool.block_size, clock)
         pool.eviction_listeners.append(self._note_eviction)
 
@@ -55,6 +69,8 @@ class PrefixLookup:
             return Found([], [], None)
         if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
+        if self._states is not None:
+            return self._find_with_state(group, self._states, prefilling)
         leader, stored = group.leader, list[tuple[str, BlockHash]]()
         # Where others get their first token with the leader, it computes the last token of the prompt.
         alone = len(group.sequences) == 1 or leader.num_output_tokens > 0
@@ -68,16 +84,68 @@ class PrefixLookup:
             return None
         return Found(blocks, stored, inside)
 
-    def find_output(
-        self, sequence: Sequence, prefilling: list[Sequence]
-    ) -> tuple[list[int], list[tuple[str, BlockHash]]] | None:
-        """What a resumed sequence can start from, after the full blocks of the prompt that it shares with its leader.
+    def _find_with_state(
+        self, group: SequenceGroup, states: RecurrentStates, prefilling: list[Sequence]
+    ) -> Found | None:
+        """What a group can start from: the longest beginning with both its KV and a snapshot of its state."""
+        leader = group.leader
+        # Several sequences fork where the prompt ends, so their leader always passes there.
+        token_ids = leader.token_ids if len(group.sequences) == 1 else group.request.prompt_token_ids
+        found = self._cut_to_state(leader, token_ids, states)
+        num_found = 0 if found.state is None else found.state.num_tokens
+        group.awaited = states.await_common_prefix(leader, token_ids, num_found, prefilling)
+        return None if group.awaited is not None else found
 
-        Returns blocks of the pool, then (tier, hash) of stored blocks. None while another sequence computes or loads
-        the next block.
+    def _cut_to_state(
+        self, sequence: Sequence, token_ids: list[int], states: RecurrentStates, *, whole_blocks: bool = False
+    ) -> Found:
+        table, size = sequence.table, self._pool.block_size
+        blocks = table.find_prefix(token_ids)
+        inside = None if whole_blocks else table.match_partial(token_ids, len(blocks))
+        num_known = len(blocks) * size + (0 if inside is None else inside[1])
+        state = states.find(table, token_ids, num_known // size * size if whole_blocks else num_known)
+        full, used = divmod(0 if state is None else state.num_tokens, size)
+        while whole_blocks and state is not None and used:
+            state = states.find(table, token_ids, full * size)
+            full, used = divmod(0 if state is None else state.num_tokens, size)
+        if used and full < len(blocks):
+            inside = (blocks[full], used)
+        elif used and inside is not None:
+            inside = (inside[0], used)
+        else:
+            inside = None
+        return Found(blocks[:full], [], inside, state, num_known)
+
+    def find_whole_blocks(self, group: SequenceGroup, found: Found) -> Found:
+        """What a group can start from instead of `found` if it cannot begin inside a block."""
+        if self._states is None:
+            return found._replace(inside=None)
+        leader = group.leader
+        token_ids = leader.token_ids if len(group.sequences) == 1 else group.request.prompt_token_ids
+        return self._cut_to_state(leader, token_ids, self._states, whole_blocks=True)
+
+    def has_output(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
+        """Whether a resumed sequence can start from more than the prompt that it shares with its leader.
+
+        With a recurrent state it always goes on from where the prompt ends.
+        """
+        if self._states is not None:
+            return False
+        found = self.find_output(sequence, prefilling)
+        return found is None or bool(found.blocks or found.stored)
+
+    def find_output(self, sequence: Sequence, prefilling: list[Sequence]) -> Found | None:
+        """What a resumed sequence can start from, after the full blocks of the prompt that it shares with its leader.
+        With a recurrent state the blocks of the prompt are among them.
+
+        None while another sequence computes or loads the next block.
         """
         if not self._pool.enable_prefix_caching:
-            return [], []
+            return Found([], [], None)
+        if self._states is not None:
+            alone = len(sequence.group.sequences) == 1
+            token_ids = sequence.token_ids if alone else sequence.group.request.prompt_token_ids
+            return self._cut_to_state(sequence, token_ids, self._states, whole_blocks=True)
         group, loading = sequence.group, list(self._offload.waiting) if self._offload is not None else []
         if group.leader in loading and sequence is not group.leader:
             return None
@@ -87,7 +155,8 @@ class PrefixLookup:
         awaited = self._next_full_block(sequence, sequence.token_ids, first)
         if awaited is not None and self._is_in_flight(awaited, prefilling, loading):
             return None
-        return found, [] if self._offload is None else self._offload.find(sequence, sequence.token_ids, first)
+        stored = [] if self._offload is None else self._offload.find(sequence, sequence.token_ids, first)
+        return Found(found, stored, None)
 
     def _next_full_block(self, sequence: Sequence, token_ids: list[int], index: int) -> tuple[int, BlockHash] | None:
         """Logical block `index` of a sequence and its hash, if `token_ids` could have it from the cache."""
@@ -130,7 +199,10 @@ class PrefixLookup:
         if first >= (len(prompt) - 1) // block_size or not self._pool.enable_prefix_caching:
             return
         block_hash = leader.table.block_hash(first, prompt)
-        miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
+        if self._states is not None and self._pool.find(block_hash) is not None:
+            miss = PrefixMiss(first, "state", None)
+        else:
+            miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
         group.miss = miss
         self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1
 

@@ -12,6 +12,7 @@ from quire.errors import RequestError
 from quire.kv_cache.block_hash import BlockHash, root_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
+from quire.kv_cache.states import StatePool
 from quire.request import Request
 
 
@@ -29,12 +30,18 @@ class _Prefix:
     def token_ids(self) -> list[int]:
         return self.request.prompt_token_ids
 
+    @property
+    def name(self) -> BlockHash:
+        """The hash of its last block."""
+        return self.table.prefix_hash(self.token_ids, len(self.token_ids))
+
 
 class RegisteredPrefixes:
     """All registered prefixes by id, computed or pending, within `max_blocks` blocks."""
 
-    def __init__(self, pool: BlockPool, max_blocks: int) -> None:
+    def __init__(self, pool: BlockPool, max_blocks: int, states: StatePool | None = None) -> None:
         self.max_blocks = max_blocks
+        self._states = states
         self._pool = pool
         self._held: dict[str, _Prefix] = {}
         self._pending: dict[str, _Prefix] = {}
@@ -79,6 +86,13 @@ class RegisteredPrefixes:
                 "(max_pinned_share)",
                 param="prefix",
             )
+        states, held = self._states, len(self._held) + len(self._pending)
+        if states is not None and held >= states.max_snapshots // 2:
+            raise RequestError(
+                f"a registered prefix takes a slot of recurrent state; {held} prefixes are registered, and half of "
+                f"the {states.max_snapshots} slots for snapshots may be taken by them",
+                param="prefix",
+            )
         return prefix
 
     def reserve(self, prefix: _Prefix) -> None:
@@ -96,6 +110,8 @@ class RegisteredPrefixes:
             pool.set_hash(computed.blocks[index], table.block_hash(index, prefix.token_ids))
         table.adopt(table.find_prefix([*prefix.token_ids, 0]))
         pool.pin(table.blocks)
+        if self._states is not None:
+            self._states.pin(prefix.name)  # of the slot that its sequence is about to hand over
         self._held[prefix_id] = prefix
         self._renew_aliases()
 
@@ -108,22 +124,30 @@ class RegisteredPrefixes:
         prefix = self._held.pop(prefix_id, None)
         if prefix is not None:
             self._pool.unpin(prefix.table.blocks)
+            if self._states is not None:
+                self._states.unpin(prefix.name)
             self._renew_aliases()
             prefix.table.free()
 
     def num_found(self, table: BlockTable, token_ids: Sequence[int]) -> int:
         """How many pinned blocks a sequence can start from instead of taking free ones."""
+        if self._states is not None:
+            return 0  # a sequence that begins where no snapshot is computes blocks of its own
         return sum(block in self._pool.pinned for block in table.find_prefix(token_ids))
 
     def _renew_aliases(self) -> None:
         aliases: dict[BlockHash, int] = {}
+        state_aliases: dict[BlockHash, BlockHash] = {}
         for prefix in self._held.values():
             for salt in prefix.salts:
                 table = self._table(prefix.request, salt)
                 hashes = (table.block_hash(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
                 pairs = zip(hashes, prefix.table.blocks, strict=True)
                 aliases |= {found: block for found, block in pairs if self._pool.hashes[block] != found}
+                state_aliases[table.prefix_hash(prefix.token_ids, len(prefix.token_ids))] = prefix.name
         self._pool.set_aliases(aliases)
+        if self._states is not None:
+            self._states.set_aliases(state_aliases)
 
     def _table(self, request: Request, salt: str) -> BlockTable:
         """An empty table for the prompt of a request, under another salt."""

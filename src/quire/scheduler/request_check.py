@@ -23,8 +23,8 @@ class RequestCheck:
             raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
         if num_prompt + request.max_tokens > self._limits.max_model_len:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}; together they exceed the "
-                f"context of {self._limits.max_model_len} tokens",
+                f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}; together they exceed "
+                f"this model's context: its maximum context length is {self._limits.max_model_len} tokens",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -12,6 +12,7 @@ from quire.scheduler.decode_batch import DecodeBatch
 from quire.scheduler.length_curve import Ending
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule
+from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.registered_prefixes import RegisteredPrefixes
 from quire.scheduler.sequence import NO_ROW, Sequence, SequenceGroup
 from quire.scheduler.waiting_queue import WaitingQueue
@@ -29,6 +30,7 @@ class RequestQueues:
         rules: SequenceOf[AdmissionRule],
         offload: BlockOffload | None,
         prefixes: RegisteredPrefixes,
+        states: RecurrentStates | None = None,
     ) -> None:
         """`lengths` and `rules` are notified when groups start, are preempted or end."""
         self.by_id: dict[str, SequenceGroup] = {}
@@ -47,6 +49,8 @@ class RequestQueues:
         self._rules = rules
         self._offload = offload
         self._prefixes = prefixes
+        self.states = states
+        """None without recurrent layers."""
         self.num_preemptions = 0
         """Since the start."""
 
@@ -149,6 +153,8 @@ class RequestQueues:
             self.remove_from_decode_batch(sequence)
         if self._offload is not None:
             self._offload.cancel(sequence)
+        if self.states is not None:
+            self.states.release(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:

@@ -7,6 +7,7 @@ fork. Sequences that have ended leave. The only decision made here is whether a 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from quire.errors import BEAMS_MISSING
 from quire.kv_cache.block_pool import BlockPool
 from quire.outputs import RequestCounts, SampleId, SequenceDelta, StepDeltas
 from quire.request import FinishReason, Request
@@ -202,10 +203,12 @@ class ResultProcessor:
         for sequence in group.sequences[1:]:
             if sequence.num_computed_tokens:
                 continue  # it started with another leader
-            if sequence.num_output_tokens and self._lookup.find_output(sequence, forked) != ([], []):
+            if sequence.num_output_tokens and self._lookup.has_output(sequence, forked):
                 continue
             sequence.table = group.leader.table.fork()
             sequence.start_from_table()
+            if self._queues.states is not None:
+                self._queues.states.fork(group.leader, sequence)
             self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
             forked.append(sequence)
 
@@ -313,8 +316,10 @@ class ResultProcessor:
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
-                parent.table.free()
                 parent.discard_computed()
+                if self._queues.states is not None:
+                    self._queues.states.release(parent)
+                parent.table.free()
                 parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
@@ -325,6 +330,8 @@ class ResultProcessor:
             else:
                 beam = group.idle_beams.pop()
                 beam.table = parent.table.fork()
+                if self._queues.states is not None:
+                    self._queues.states.fork(parent, beam)
                 beam.advance(parent.num_computed_tokens)
                 beam.token_ids = parent.token_ids.copy()
                 self._forked.append((beam.row, 0, beam.table.blocks.copy()))
@@ -346,7 +353,7 @@ class ResultProcessor:
             delta.stop_reason = hypothesis.stop_reason
             self._totals.total_generated_tokens += len(hypothesis.token_ids)
         for delta in deltas[len(found) :]:
-            delta.error = f"the beam search found {len(found)} sequences: the tokens allowed leave no more"
+            delta.error = f"{BEAMS_MISSING} {len(found)} sequences: the tokens allowed leave no more"
             delta.finish_reason = FinishReason.ERROR
         self._queues.drop_all(group)
         return deltas
@@ -369,6 +376,8 @@ class ResultProcessor:
         sequence.table.remove_hashes()
         if self._offload is not None:
             self._offload.evict(sequence)
+        if self._queues.states is not None:
+            self._queues.states.forget(sequence)
         sequence.discard_computed()
 
 

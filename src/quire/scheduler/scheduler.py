@@ -14,6 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from quire.errors import RequestError
 from quire.kv_cache.block_hash import root_hash
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.states import StatePool
 from quire.kv_cache.tiers import TierIndex
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
 from quire.request import Request
@@ -38,14 +39,26 @@ class Scheduler:
         *,
         tiers: TierIndex | None = None,
         speculation: DraftPlanner | None = None,
+        states: StatePool | None = None,
         make_queue: MakeQueue = SCHEDULING_POLICIES["fcfs"],
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`states`: the slots of recurrent states, for a model that has them. Such a model takes neither tiers nor
+        speculation: tiers hold no states, and a state that has read a wrong draft cannot go back."""
+        if states is not None and (tiers is not None or speculation is not None):
+            raise ValueError("a model with recurrent layers takes neither tiers nor speculation")
         self.pool = pool
         self.limits = limits
         parts = make_parts(
-            pool, limits, clock, tiers=tiers, speculation=speculation, make_queue=make_queue, make_rule=make_rule
+            pool,
+            limits,
+            clock,
+            tiers=tiers,
+            speculation=speculation,
+            state_pool=states,
+            make_queue=make_queue,
+            make_rule=make_rule,
         )
         self.prefixes = parts.prefixes
         self._parts = parts
@@ -54,6 +67,7 @@ class Scheduler:
         self._results = parts.results
         self._offload = parts.offload
         self._drafting = parts.drafting
+        self._states = parts.states
         self._tiers = tiers
         self._clock = clock
         self._num_arrivals = 0
@@ -122,6 +136,8 @@ class Scheduler:
         self.pool.clear_hashes()
         if self._offload is not None:
             self._offload.evict_all()
+        if self._states is not None:
+            self._states.pool.clear()
 
     def stats(self) -> EngineStats:
         """The present counts; predictions are at most half a second old."""
@@ -158,6 +174,8 @@ class Scheduler:
             stats.total_accepted_tokens = self._drafting.num_accepted_tokens
         if self._offload is not None:
             stats.tiers = self._offload.stats()
+        if self._states is not None:
+            stats.states = self._states.pool.report()
         return stats
 
     def update_fill(self) -> None:
@@ -182,6 +200,8 @@ class Scheduler:
         if self._offload is not None:
             plan.offload = self._offload.finish(computes=bool(plan.rows))
             self._planned_at = self._clock()
+        if self._states is not None:
+            self._states.finish(plan, self._queues.rows)
         self._in_flight.append(StepInFlight(self._queues.rows_now(), decode_step))
         return plan
 
@@ -190,10 +210,10 @@ class Scheduler:
 
         A sequence that `plan` samples for goes on with ~row in place of its token. If it turns out to have ended, its
         part of the step is wasted. Whatever needs the tokens of `plan` is left to a normal step: preemption, forks,
-        drafts, beams, grammars and tiers.
+        drafts, beams, grammars, tiers and recurrent states.
         """
         decode_step = self._in_flight[-1].decode_step
-        if self._offload is not None or self._drafting is not None:
+        if self._offload is not None or self._drafting is not None or self._states is not None:
             return None
         if not self._parts.look_ahead.is_possible(plan, decode_step):
             return None
@@ -221,6 +241,8 @@ class Scheduler:
         for group in groups.values():
             if any(sequence.row != NO_ROW for sequence in group.sequences):
                 self._queues.preempt(group)
+        if self._states is not None:
+            self._states.roll_back()
         self._max_step_tokens = max(1, plan.num_tokens // 2)
 
     # -- applying results ---------------------------------------------------------------------------------------------
@@ -232,6 +254,8 @@ class Scheduler:
         """
         self.pool.copies_are_done()
         step = self._in_flight.popleft()
+        if self._states is not None:
+            self._states.commit()
         self._max_step_tokens = min(
             self.limits.max_num_batched_tokens, self._max_step_tokens + 1 + self._max_step_tokens // 64
         )

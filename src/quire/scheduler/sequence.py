@@ -8,6 +8,7 @@ everything after a preemption.
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
+from quire.kv_cache.states import NO_STATE
 from quire.outputs import PrefixMiss
 from quire.request import Request, Task
 from quire.scheduler.beam_search import BeamSearch
@@ -30,6 +31,7 @@ class Sequence:
         "index",
         "row",
         "sample",
+        "state",
         "table",
         "token_ids",
         "was_reported",
@@ -47,6 +49,8 @@ class Sequence:
         """Prompt and output. A last entry of ~row stands for a token that is not known yet (`LookAhead`)."""
         self._num_computed_tokens = 0
         self.row = NO_ROW
+        self.state = NO_STATE
+        """Slot of its recurrent state, in models that have one."""
         self.drafts: SequenceDrafts | None = None
         """Set while it runs and speculation is on."""
         self.in_decode_batch = False

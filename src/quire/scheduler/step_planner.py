@@ -155,6 +155,8 @@ class StepPlanner:
         if changed < len(table.blocks):
             plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
         index = len(plan.rows)
+        if self._queues.states is not None:
+            self._queues.states.plan_saves(plan, index, sequence, start, count)
         plan.rows.append(sequence.row)
         plan.num_computed_tokens.append(start)
         plan.num_scheduled_tokens.append(count)

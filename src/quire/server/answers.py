@@ -5,7 +5,7 @@ in an endpoint's words: `chat.py` and `completions.py` hold one each. A further 
 file: renderer and handler.
 """
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
@@ -17,11 +17,12 @@ from quire.errors import RequestError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.backend import Engine
 from quire.server.endpoint import RequestContext
-from quire.server.errors import error_body
-from quire.server.generation import Generation, UsageCounter
+from quire.server.errors import ErrorDetail, error_body
+from quire.server.generation import Generation, UsageCounter, sample_error
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
 from quire.server.streaming import DONE
+from quire.server.tools.events import Event, Message, PlainReader, Reader, ToolCallBegin
 
 _encode = msgspec.json.Encoder().encode
 
@@ -30,6 +31,11 @@ def sse(body: object, event: str = "") -> bytes:
     """One server-sent event with `body` as JSON; `event` is its type, for protocols that name their events."""
     name = b"event: " + event.encode() + b"\n" if event else b""
     return name + b"data: " + _encode(body) + b"\n\n"
+
+
+def choice_error(sample: CompletionOutput) -> ErrorDetail | UnsetType:
+    """The `error` field of a choice: absent unless the sample failed."""
+    return error_body(sample_error(sample)).error if sample.finish_reason == "error" else UNSET
 
 
 def event_usage(options: StreamOptions, usage: UsageCounter) -> Usage | UnsetType | None:
@@ -52,15 +58,38 @@ class Choice:
     """No other choice of the answer was opened before this one."""
     sample: CompletionOutput
     """The sum of the deltas. Kept for whole replies, and for streams whose renderer sets `keeps_samples`."""
+    reader: Reader
+    """Finds reasoning and tool calls in the deltas."""
     num_events: int = 0
     """Events sent for its deltas so far."""
+    events: Sequence[Event] = ()
+    """Text, reasoning and tool calls of the present delta."""
+    message: Message = field(default_factory=Message)
+    """The sum of `events`; kept where `sample` is."""
+    calls_tools: bool = False
+    """A tool call has begun."""
+
+    def read(self, delta: CompletionOutput) -> None:
+        """Set `events` to those of `delta`."""
+        self.events = self.reader.read(delta.text, delta.token_ids, finished=delta.finished)
+        self.calls_tools = self.calls_tools or any(isinstance(event, ToolCallBegin) for event in self.events)
+
+    def keep(self, delta: CompletionOutput) -> None:
+        """Add `delta` and its events to `sample` and `message`."""
+        self.sample.extend(delta)
+        for event in self.events:
+            self.message.add(event)
+
+    def finish_reason(self, delta: CompletionOutput) -> str | None:
+        """The reason that `delta` gives; "tool_calls" for a reply that ended by itself and calls a tool."""
+        return "tool_calls" if self.calls_tools and delta.finish_reason == "stop" else delta.finish_reason
 
 
 class Renderer(Protocol):
     """Writes an answer as one endpoint does. Subclass it: the attributes below have OpenAI's defaults."""
 
     keeps_samples: ClassVar[bool] = False
-    """`ending` reads `Choice.sample`."""
+    """`ending` reads `Choice.sample` or `Choice.message`."""
     done: ClassVar[bytes] = DONE
     """Ends every stream, after errors too."""
 
@@ -69,7 +98,7 @@ class Renderer(Protocol):
         ...
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
-        """The event for text, tokens or a finish reason that the engine added to `choice`."""
+        """The events for text, tokens or a finish reason that the engine added to `choice`; see `choice.events`."""
         ...
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
@@ -94,6 +123,8 @@ class Answer:
     every_token: bool = False
     """Send an event also for a token without text, such as the first part of a character."""
     usage: UsageCounter = field(default_factory=UsageCounter)
+    reader: Callable[[], Reader] = PlainReader
+    """Makes the reader of each choice."""
     _choices: dict[int, Choice] = field(default_factory=dict, init=False)
     _prompts: dict[int, RequestOutput] = field(default_factory=dict, init=False)
 
@@ -112,6 +143,7 @@ class Answer:
                 self.usage.add(prompt_index, output)
                 if events := self._events(prompt_index, output):
                     yield b"".join(events)
+        self._count_reasoning()
         if last := self.renderer.ending(self._choices.values(), self.usage):
             yield b"".join(last)
 
@@ -123,8 +155,13 @@ class Answer:
                 for delta in output.outputs:
                     index = self._index(prompt_index, delta)
                     choice = self._choices.get(index) or self._open(index, prompt_index, output)
-                    choice.sample.extend(delta)
-        return self.renderer.whole([self._choices[index] for index in sorted(self._choices)], self.usage)
+                    choice.read(delta)
+                    choice.keep(delta)
+        self._count_reasoning()
+        choices = [self._choices[index] for index in sorted(self._choices)]
+        if all(choice.sample.finish_reason == "error" for choice in choices):
+            raise sample_error(choices[0].sample)
+        return self.renderer.whole(choices, self.usage)
 
     def _events(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         events: list[bytes] = []
@@ -134,18 +171,22 @@ class Answer:
             if choice is None:
                 choice = self._open(index, prompt_index, output)
                 events += self.renderer.opening(choice, self.usage)
-            if delta.text or delta.finished or delta.logprobs or self.every_token:
+            choice.read(delta)
+            if choice.events or delta.finished or delta.logprobs or self.every_token:
                 events.append(self.renderer.delta(choice, delta, self.usage))
                 choice.num_events += 1
             if self.renderer.keeps_samples:
-                choice.sample.extend(delta)
+                choice.keep(delta)
         return events
+
+    def _count_reasoning(self) -> None:
+        self.usage.reasoning_tokens = sum(choice.reader.num_reasoning_tokens for choice in self._choices.values())
 
     def _index(self, prompt_index: int, delta: CompletionOutput) -> int:
         return prompt_index * self.generation.params.n + delta.index
 
     def _open(self, index: int, prompt_index: int, output: RequestOutput) -> Choice:
         prompt = self._prompts.setdefault(prompt_index, output)
-        choice = Choice(index, prompt_index, prompt, not self._choices, CompletionOutput(index))
+        choice = Choice(index, prompt_index, prompt, not self._choices, CompletionOutput(index), self.reader())
         self._choices[index] = choice
         return choice

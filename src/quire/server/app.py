@@ -19,11 +19,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
-from quire.server.auth import Authenticator, Client
+from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
 from quire.server.endpoint import Endpoint, RequestContext
-from quire.server.errors import as_request_error, error_body, error_headers
+from quire.server.errors import Refusal, as_request_error, error_body, error_headers
+from quire.server.field_warnings import FieldWarnings
 from quire.server.limits import ClientGoneError, check_headers
+from quire.server.near_misses import describe_miss
 from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
@@ -45,35 +47,46 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
     authenticator = Authenticator(settings)
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
     middleware = [
-        Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public)
-    ]
-    if settings.allow_origins:
-        cors = Middleware(
+        Middleware(
             CORSMiddleware,
             allow_origins=settings.allow_origins,
-            allow_methods=["GET", "POST"],
+            allow_origin_regex=DEFAULT_ORIGINS.pattern,
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
-        middleware.insert(0, cors)
+            allow_private_network=True,
+            expose_headers=["x-request-id", "x-quire-warning", "retry-after"],
+        ),
+        Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public),
+    ]
+    warnings = FieldWarnings()
+    paths = [endpoint.path for endpoint in endpoints]
+
+    def routing_error(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = Refusal(404, describe_miss(request.scope["path"], paths), code="route_not_found")
+        return _error_response(error)
+
     return Starlette(
-        routes=[Route(e.path, _Bound(e, engine, settings), methods=[e.method]) for e in endpoints],
+        routes=[Route(e.path, _Bound(e, engine, settings, warnings), methods=[e.method]) for e in endpoints],
         middleware=middleware,
-        exception_handlers={HTTPException: _routing_error},
+        exception_handlers={HTTPException: routing_error},
     )
 
 
 class _Bound:
     """An endpoint as the ASGI application that Starlette routes to."""
 
-    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings) -> None:
+    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings, warnings: FieldWarnings) -> None:
         self.endpoint = endpoint
         self._engine = engine
         self._settings = settings
+        self._warnings = warnings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope["state"]["client"]
-        await self.endpoint.handle(RequestContext(self._engine, self._settings, scope, receive, send, client))
+        await self.endpoint.handle(
+            RequestContext(self._engine, self._settings, scope, receive, send, client, self._warnings)
+        )
 
 
 class _RequestMiddleware:
@@ -107,6 +120,8 @@ class _RequestMiddleware:
                 status = message["status"]
                 now = (b"date", formatdate(usegmt=True).encode())
                 message["headers"] = [*message.get("headers", ()), request_id, now]
+                if warning := scope.get("state", {}).get("warning"):
+                    message["headers"].append((b"x-quire-warning", warning))
             await send(message)
 
         try:
@@ -131,10 +146,6 @@ class _RequestMiddleware:
                 status=status,
                 seconds=time.monotonic() - started,
             )
-
-
-def _routing_error(_: Request, error: Exception) -> Response:
-    return _error_response(error)
 
 
 def _error_response(error: Exception) -> Response:

@@ -2,12 +2,20 @@
 
 import hashlib
 import hmac
+import re
 from typing import NamedTuple
 
 from quire.server.errors import Refusal
-from quire.server.settings import ServerSettings, is_loopback
+from quire.server.settings import ServerSettings
 
 Headers = list[tuple[bytes, bytes]]
+
+DEFAULT_ORIGINS = re.compile(
+    r"https?://(?:localhost|[\w-]+\.localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?"
+    r"|(?:app|file|tauri|vscode-[a-z]+)://[\w.:-]*"
+)
+"""Origins that may always call: pages of this machine, and programs, whose origins no web site can have."""
+_JSON = b"application/json"
 
 
 class Client(NamedTuple):
@@ -57,11 +65,17 @@ class Authenticator:
 
         CORS hides only the response from such a page: the server would still do the work. And a page whose name
         resolves to this machine (DNS rebinding) is not bound by CORS at all.
+
+        The origin null belongs to desktop programs and to any page that hides its own origin. It may send JSON: for
+        that a browser asks first, and gets no permission unless `allow_origins` names null.
         """
         if self._digests or b"*" in self._origins:
             return
-        origin = next((value for name, value in headers if name == b"origin"), None)
-        if origin is None or origin in self._origins or _is_local(origin):
+        found = dict(headers)
+        origin = found.get(b"origin")
+        if origin is None or origin in self._origins or DEFAULT_ORIGINS.fullmatch(origin.decode("latin-1")):
+            return
+        if origin == b"null" and found.get(b"content-type", b"").split(b";")[0].strip().lower() == _JSON:
             return
         raise Refusal(
             403,
@@ -72,9 +86,3 @@ class Authenticator:
 
 def _salt(digest: bytes) -> str:
     return hashlib.sha256(b"quire cache salt" + digest).hexdigest()[:32]
-
-
-def _is_local(origin: bytes) -> bool:
-    _, _, authority = origin.decode("latin-1").partition("://")
-    host, colon, port = authority.rpartition(":")
-    return is_loopback(host if colon and port.isdigit() else authority)

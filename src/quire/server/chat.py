@@ -8,48 +8,44 @@ from dataclasses import dataclass
 from msgspec import UNSET, UnsetType
 
 from quire.outputs import CompletionOutput
-from quire.server.answers import Answer, Choice, Renderer, event_usage, sse
+from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
+from quire.server.chat_turn import chat_turn
 from quire.server.endpoint import Endpoint, RequestContext
-from quire.server.generation import Generation, UsageCounter
-from quire.server.limits import check_lengths, check_work
+from quire.server.generation import UsageCounter
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
-from quire.server.params import chat_params, check_available
-from quire.server.prompts import render, tokenize
 from quire.server.protocol import ChatCompletionRequest, StreamOptions
 from quire.server.replies import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
     Delta,
+    ToolCallDelta,
+    ToolCallReply,
 )
-from quire.server.scheduling_info import scheduling_info
+from quire.server.tools.events import ArgumentsDelta, Event, Message, ReasoningDelta, TextDelta, ToolCallBegin
 
 
 async def create_chat_completion(context: RequestContext) -> None:
     request = await context.read(ChatCompletionRequest)
     context.check_ready()
     model = context.check_model(request.model)
-    check_available(request)
-    engine, tokenizer = context.engine, context.tokenizer()
-    params = chat_params(request, engine.default_params)
-    text = await render(engine.chat_template, request)
-    check_work([text], params.num_samples, context.settings)
-    prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
-    check_lengths(prompts, params, engine.max_model_len)
+    turn = await chat_turn(context, request)
     renderer = ChatRenderer(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=model,
         request=request,
         options=request.stream_options or StreamOptions(),
-        logprobs=LogprobFormat(tokenizer, request.return_tokens_as_token_ids or False, request.top_logprobs or 0),
+        logprobs=LogprobFormat(
+            context.tokenizer(), request.return_tokens_as_token_ids or False, request.top_logprobs or 0
+        ),
         echo=_echo(request),
     )
-    generation = Generation(prompts, params, scheduling_info(request, context.client))
-    answer = Answer(generation, renderer, every_token=bool(request.return_token_ids))
+    answer = Answer(turn.generation, renderer, every_token=bool(request.return_token_ids), reader=turn.reader)
     await answer.send(context, stream=bool(request.stream))
 
 
@@ -73,15 +69,21 @@ class ChatRenderer(Renderer):
         return (sse(chunk),)
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        parts = _deltas(choice.events)
+        if not parts:
+            parts = [Delta() if delta.finished else Delta(content="")]
+        *earlier, last = parts
         chunk_choice = ChatChunkChoice(
             index=choice.index,
-            delta=Delta(content=delta.text) if delta.text or not delta.finished else Delta(),
+            delta=last,
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish_reason,
+            finish_reason=choice.finish_reason(delta),
             stop_reason=delta.stop_reason if delta.finished else UNSET,
             token_ids=self._token_ids(delta),
+            error=choice_error(delta),
         )
-        return sse(self._chunk([chunk_choice], usage))
+        chunks = [*(ChatChunkChoice(choice.index, part) for part in earlier), chunk_choice]
+        return b"".join(sse(self._chunk([chunk], usage)) for chunk in chunks)
 
     def ending(self, choices: Collection[Choice], usage: UsageCounter) -> Sequence[bytes]:
         if not self.options.include_usage:
@@ -105,11 +107,12 @@ class ChatRenderer(Renderer):
         sample = choice.sample
         return ChatChoice(
             index=choice.index,
-            message=AssistantMessage(content=self.echo + sample.text),
+            message=_message(choice.message, self.echo),
             logprobs=self._logprobs(sample),
-            finish_reason=sample.finish_reason,
+            finish_reason=choice.finish_reason(sample),
             stop_reason=sample.stop_reason,
             token_ids=self._token_ids(sample),
+            error=choice_error(sample),
         )
 
     def _add_prompt(self, reply: ChatChunk | ChatCompletion, choice: Choice) -> None:
@@ -130,6 +133,35 @@ class ChatRenderer(Renderer):
         if not self.request.logprobs or delta.logprobs is None:
             return None
         return self.logprobs.for_chat(delta.token_ids, delta.logprobs)
+
+
+def _deltas(events: Sequence[Event]) -> list[Delta]:
+    """The events of one step as OpenAI's deltas."""
+    deltas: list[Delta] = []
+    for event in events:
+        match event:
+            case TextDelta(text):
+                deltas.append(Delta(content=text))
+            case ReasoningDelta(text):
+                deltas.append(Delta(reasoning=text, reasoning_content=text))
+            case ToolCallBegin(index, call_id, name):
+                function = CalledFunction("", name)
+                deltas.append(Delta(tool_calls=[ToolCallDelta(index, function, call_id, "function")]))
+            case ArgumentsDelta(index, text):
+                deltas.append(Delta(tool_calls=[ToolCallDelta(index, CalledFunction(text))]))
+    return deltas
+
+
+def _message(message: Message, echo: str) -> AssistantMessage:
+    text = echo + message.text
+    reply = AssistantMessage(content=None if message.tool_calls and not text else text)
+    if message.reasoning:
+        reply.reasoning = reply.reasoning_content = message.reasoning
+    if message.tool_calls:
+        reply.tool_calls = [
+            ToolCallReply(call.id, CalledFunction(call.arguments, call.name)) for call in message.tool_calls
+        ]
+    return reply
 
 
 def _echo(request: ChatCompletionRequest) -> str:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 
 from quire.engine.tokenizer import Tokenizer
 from quire.outputs import CompletionOutput, PositionLogprobs
-from quire.server.answers import Answer, Choice, Renderer, event_usage, sse
+from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
 from quire.server.params import check_available, completion_params
-from quire.server.prompts import split_prompts, tokenize
+from quire.server.prompts import split_prompts, tokenize, truncated
 from quire.server.protocol import CompletionRequest, StreamOptions
-from quire.server.replies import Completion, CompletionChoice
+from quire.server.replies import Completion, CompletionChoice, CompletionLogprobs
 from quire.server.scheduling_info import scheduling_info
+from quire.server.text_offsets import TextOffsets
 
 
 async def create_completion(context: RequestContext) -> None:
@@ -24,12 +25,18 @@ async def create_completion(context: RequestContext) -> None:
     context.check_ready()
     model = context.check_model(request.model)
     check_available(request)
-    tokenizer = context.tokenizer()
     params = completion_params(request, context.engine.default_params)
     prompts = split_prompts(request.prompt)
+    shows_tokens = request.echo or request.logprobs is not None
+    needs_text = shows_tokens or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
     check_work(prompts, params.num_samples, context.settings)
     special = request.add_special_tokens is not False
     token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
+    token_ids = truncated(token_ids, params, request.truncation_side, context.engine.max_model_len)
+    if request.max_tokens is None:  # the default must not refuse a prompt near the end of the context
+        room = context.engine.max_model_len - max(map(len, token_ids))
+        params = params.with_changes(max_tokens=max(1, params.min_tokens, min(params.max_tokens or room, room)))
     check_lengths(token_ids, params, context.engine.max_model_len)
     renderer = CompletionRenderer(
         id=f"cmpl-{uuid.uuid4().hex}",
@@ -39,6 +46,7 @@ async def create_completion(context: RequestContext) -> None:
         options=request.stream_options or StreamOptions(),
         prompts=prompts,
         tokenizer=tokenizer,
+        skip_special_tokens=params.skip_special_tokens,
     )
     generation = Generation(token_ids, params, scheduling_info(request, context.client))
     usage = UsageCounter(counts_output=not renderer.drops_output)
@@ -57,9 +65,11 @@ class CompletionRenderer(Renderer):
     options: StreamOptions
     prompts: Sequence[str | list[int]]
     """As the client sent them."""
-    tokenizer: Tokenizer
-    _formats: dict[int, LogprobFormat] = field(default_factory=dict, init=False)
-    """By choice: each counts its own `text_offset`."""
+    tokenizer: Tokenizer | None
+    """None only where no text of a token is shown."""
+    skip_special_tokens: bool
+    _progress: dict[int, "_Progress"] = field(default_factory=dict, init=False)
+    """By choice."""
 
     @property
     def drops_output(self) -> bool:
@@ -90,16 +100,10 @@ class CompletionRenderer(Renderer):
         request, prompt = self.request, choice.prompt
         if self.drops_output:
             delta = CompletionOutput(index=delta.index, finish_reason="length" if delta.finished else None)
-        text, token_ids = delta.text, delta.token_ids
-        positions = list[PositionLogprobs | None](delta.logprobs or ())
-        if opens and request.echo:
-            text = self._prompt_text(choice) + text
-            if request.logprobs is not None and prompt.prompt_logprobs is not None:
-                token_ids = prompt.prompt_token_ids + token_ids
-                positions = prompt.prompt_logprobs + positions
-        reply = CompletionChoice(choice.index, text, finish_reason=delta.finish_reason)
+        text = self._prompt_text(choice) + delta.text if opens and request.echo else delta.text
+        reply = CompletionChoice(choice.index, text, finish_reason=delta.finish_reason, error=choice_error(delta))
         if request.logprobs is not None:
-            reply.logprobs = self._format(choice).for_completion(token_ids, positions)
+            reply.logprobs = self._logprobs(choice, delta, text, opens=opens)
         if delta.finished:
             reply.stop_reason = delta.stop_reason
         if request.return_token_ids:
@@ -115,16 +119,41 @@ class CompletionRenderer(Renderer):
         sent = self.prompts[choice.prompt_index]
         if isinstance(sent, str) and self.request.truncate_prompt_tokens is None:
             return sent
+        assert self.tokenizer is not None
         return self.tokenizer.decode(choice.prompt.prompt_token_ids, skip_special_tokens=False)
 
-    def _format(self, choice: Choice) -> LogprobFormat:
-        if choice.index not in self._formats:
-            as_token_ids = self.request.return_tokens_as_token_ids or False
-            self._formats[choice.index] = LogprobFormat(self.tokenizer, as_token_ids, self.request.logprobs or 0)
-        return self._formats[choice.index]
+    def _logprobs(self, choice: Choice, delta: CompletionOutput, text: str, *, opens: bool) -> CompletionLogprobs:
+        """The `logprobs` of an event with `text`, or of the whole choice."""
+        assert self.tokenizer is not None
+        progress = self._progress.setdefault(
+            choice.index, _Progress(TextOffsets(self.tokenizer, self.skip_special_tokens))
+        )
+        progress.num_chars += len(text)
+        token_ids, offsets = delta.token_ids, list[int]()
+        positions = list[PositionLogprobs | None](delta.logprobs or ())
+        prompt = choice.prompt
+        if opens and self.request.echo:
+            offsets = progress.offsets.of_prompt(prompt.prompt_token_ids, text.removesuffix(delta.text))
+            if prompt.prompt_logprobs is not None:
+                token_ids = prompt.prompt_token_ids + token_ids
+                positions = prompt.prompt_logprobs + positions
+            else:
+                offsets = []
+        offsets += progress.offsets.of_output(delta.token_ids, progress.num_chars if delta.finished else None)
+        as_token_ids = self.request.return_tokens_as_token_ids or False
+        form = LogprobFormat(self.tokenizer, as_token_ids, self.request.logprobs or 0)
+        return form.for_completion(token_ids, positions, offsets)
 
     def _reply(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(id=self.id, created=self.created, model=self.model, choices=choices)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far one choice is written."""
+
+    offsets: TextOffsets
+    num_chars: int = 0
 
 
 ENDPOINTS = (

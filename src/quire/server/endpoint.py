@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,7 +11,9 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError, RequestError
 from quire.server.auth import Client
 from quire.server.backend import Engine
+from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import Refusal
+from quire.server.field_warnings import FieldWarnings
 from quire.server.limits import read_body
 from quire.server.settings import ServerSettings
 from quire.server.streaming import DONE, send_events, while_connected
@@ -37,10 +38,18 @@ class RequestContext:
     receive: Receive
     send: Send
     client: Client
+    warnings: FieldWarnings
 
     async def read(self, body_type: type[T]) -> T:
-        """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it."""
-        return decode_json(await read_body(self.scope, self.receive, self.settings), body_type)
+        """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it.
+
+        Fields that the type does not have are ignored; a header of the response names them.
+        """
+        body = await read_body(self.scope, self.receive, self.settings)
+        decoded = decode_json(body, body_type)
+        if names := unknown_fields(body, body_type):
+            self.scope["state"]["warning"] = self.warnings.note(self.scope["path"], body_type, names)
+        return decoded
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
@@ -81,12 +90,23 @@ class RequestContext:
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 
     def tokenizer(self) -> Tokenizer:
-        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded."""
-        if self.engine.tokenizer is not None:
-            return self.engine.tokenizer
-        if self.engine.state == "loading":
+        """The engine's tokenizer. Raises `EngineUnavailableError` before it is loaded, and `Refusal` if there is
+        none."""
+        tokenizer = self.tokenizer_if_any()
+        if tokenizer is None:
+            raise Refusal(
+                400,
+                "the model has no tokenizer, without which there is no text: /v1/completions takes token ids as "
+                "prompt, and returns them with return_token_ids",
+                code="no_tokenizer",
+            )
+        return tokenizer
+
+    def tokenizer_if_any(self) -> Tokenizer | None:
+        """The engine's tokenizer; None for a model without one. Raises `EngineUnavailableError` before it is loaded."""
+        if self.engine.tokenizer is None and self.engine.state == "loading":
             raise EngineUnavailableError(_UNAVAILABLE["loading"])
-        raise Refusal(400, "the model has no tokenizer.json, without which there is no text", code="no_tokenizer")
+        return self.engine.tokenizer
 
     def check_model(self, name: str | None) -> str:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served."""
@@ -116,25 +136,3 @@ class Endpoint:
     streams: bool = False
     public: bool = False
     """Needs no API key."""
-
-
-def decode_json(body: bytes, body_type: type[T]) -> T:
-    """`body` as `body_type`. Raises `Refusal` (400) that names the field at fault."""
-    try:
-        return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$")
-        raise Refusal(
-            400,
-            f"{place.strip('.`') or 'the body'}: {reason}",
-            code="invalid_type",
-            param=place.strip(".`") or None,
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise Refusal(400, f"the body is not valid JSON: {reason}", code="invalid_json") from None
-
-
-@lru_cache
-def _decoder(body_type: type) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(body_type)

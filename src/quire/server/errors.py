@@ -1,11 +1,14 @@
 """Errors of the HTTP layer, and OpenAI's error body, in which every error reaches the client."""
 
 import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 from starlette.exceptions import HTTPException
 
-from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import CLIENT_FAULTS, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
 
 logger = logging.getLogger("quire.server")
 
@@ -51,12 +54,28 @@ class Refusal(RequestError):
 
 
 class SampleFailedError(RequestError):
-    """A sample that failed by a fault of the engine, not of the client."""
-
-    status = 500
+    """A sample that failed while it was decoded: by a fault of the engine (500), or because the client's parameters
+    left it no token (400)."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, code="sample_failed")
+        by_client = message.startswith(CLIENT_FAULTS)
+        super().__init__(message, code="contradictory_parameters" if by_client else "sample_failed")
+        self.status = 400 if by_client else 500
+
+
+@contextmanager
+def naming(sent_names: Mapping[str, str]) -> Iterator[None]:
+    """Let a `RequestError` raised inside name fields as the client sent them: `sent_names` maps our names to those."""
+    try:
+        yield
+    except RequestError as error:
+        for name, sent in sent_names.items():
+            # Where a name is a common word, only the first word of a message is surely the field.
+            place = r"(?<![\w.-])" if "_" in name else "^"
+            error.message = re.sub(rf"{place}{name}(?![\w-])", sent, error.message)
+            error.param = sent if error.param == name else error.param
+        error.args = (error.message,)
+        raise
 
 
 def as_request_error(error: Exception) -> RequestError:
@@ -86,8 +105,6 @@ def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
 
 def _from_starlette(error: HTTPException) -> Refusal:
     headers = tuple((k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items())
-    if error.status_code == 404:
-        return Refusal(404, "there is no such route; /docs lists them", code="route_not_found")
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return Refusal(405, f"this route takes {allowed}", code="method_not_allowed", headers=headers)

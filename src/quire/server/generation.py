@@ -12,7 +12,7 @@ from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
-from quire.server.replies import PromptTokensDetails, Usage
+from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
 
 
@@ -24,13 +24,18 @@ class Generation:
     params: SamplingParams
     scheduling: SchedulingInfo
 
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.params.n
+
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield (index of the prompt, its new output). Raises the engine's refusals and errors of failed samples."""
+        """Yield (index of the prompt, its new output). Raises the engine's refusals, and the error of a sample that
+        failed if it is the only one: among several it ends alone, with its error."""
         streams = [self._generate(engine, prompt) for prompt in self.prompts]
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
             async for index, output in items:
                 for sample in output.outputs:
-                    _check(sample)
+                    _check(sample, is_only=self.num_choices == 1)
                 yield index, output
 
     async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
@@ -106,6 +111,8 @@ class UsageCounter:
     prompt_tokens: dict[int, int] = field(default_factory=dict)
     cached_tokens: dict[int, int] = field(default_factory=dict)
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    """Tokens of the reasoning among them; counted when the answer ends."""
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
         """Count a new output of prompt `prompt_index`."""
@@ -117,17 +124,25 @@ class UsageCounter:
     def usage(self) -> Usage:
         """The tokens counted so far, as OpenAI's object."""
         prompt_tokens = sum(self.prompt_tokens.values())
-        return Usage(
+        usage = Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=self.completion_tokens,
             total_tokens=prompt_tokens + self.completion_tokens,
             prompt_tokens_details=PromptTokensDetails(sum(self.cached_tokens.values())),
         )
+        if self.reasoning_tokens:
+            usage.completion_tokens_details = CompletionTokensDetails(self.reasoning_tokens)
+        return usage
 
 
-def _check(sample: CompletionOutput) -> None:
-    if sample.finish_reason == "error":
-        raise SampleFailedError(sample.error or "the sample could not be drawn")
+def sample_error(sample: CompletionOutput) -> SampleFailedError:
+    """The error of a sample that ended with one."""
+    return SampleFailedError(sample.error or "the sample could not be drawn")
+
+
+def _check(sample: CompletionOutput, *, is_only: bool) -> None:
+    if sample.finish_reason == "error" and is_only:
+        raise sample_error(sample)
     if sample.finish_reason == "abort":
         raise EngineUnavailableError("the request was ended before its answer was complete; send it again")
 

@@ -4,6 +4,7 @@ Every limit is checked before the data is buffered, tokenised or queued.
 """
 
 import asyncio
+import zlib
 from asyncio import TimerHandle, Transport
 from collections.abc import Sequence
 from typing import Any
@@ -36,13 +37,8 @@ def check_headers(scope: Scope, settings: ServerSettings) -> None:
 async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
     """The whole body. Raises `Refusal` (413, 415, 408) before more than the limit is buffered."""
     headers = dict(scope["headers"])
-    content_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if content_type != b"application/json":
-        raise Refusal(
-            415,
-            f"content-type is {content_type.decode('latin-1') or 'missing'}; send JSON as application/json",
-            code="unsupported_media_type",
-        )
+    _check_content_type(headers.get(b"content-type", b""))
+    inflate = _inflater(headers.get(b"content-encoding", b""))
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > settings.max_body_size:
         raise _body_too_large(settings)
@@ -56,38 +52,86 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
             raise Refusal(408, "the body did not arrive in time", code="request_timeout") from None
         if message["type"] == "http.disconnect":
             raise ClientGoneError
-        parts.append(message.get("body", b""))
+        part = message.get("body", b"")
+        parts.append(part if inflate is None else _inflate(inflate, part, settings.max_body_size - size + 1))
         size += len(parts[-1])
         if size > settings.max_body_size:
             raise _body_too_large(settings)
         if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+            break
+    if inflate is not None and not inflate.eof:
+        raise Refusal(400, "the compressed body ends early", code="invalid_encoding")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def check_work(prompts: Sequence[object], n: int, settings: ServerSettings) -> None:
-    """Refuse a request with too many samples or characters, before any of it is tokenised."""
+def _check_content_type(value: bytes) -> None:
+    """Browsers and shells send JSON as text/plain, and some clients leave the type out."""
+    kind = value.split(b";")[0].strip().lower()
+    if kind and kind not in (b"application/json", b"text/plain") and not kind.endswith(b"+json"):
+        raise Refusal(
+            415,
+            f"content-type is {kind.decode('latin-1')[:100]}; send JSON as application/json",
+            code="unsupported_media_type",
+        )
+
+
+def _inflater(value: bytes) -> "zlib._Decompress | None":
+    encoding = value.strip().lower()
+    if encoding in (b"", b"identity"):
+        return None
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise Refusal(
+            415,
+            f"content-encoding is {encoding.decode('latin-1')[:100]}; gzip and deflate are supported",
+            code="unsupported_encoding",
+        )
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: read the header of gzip or zlib
+
+
+def _inflate(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
+    """At most `most` bytes of the decompressed `part`: the caller refuses so many."""
+    try:
+        return inflate.decompress(part, most)
+    except zlib.error as error:
+        raise Refusal(400, f"the compressed body is damaged: {error}", code="invalid_encoding") from None
+
+
+def check_work(prompts: Sequence[object], n: int, settings: ServerSettings, *, param: str = "prompt") -> None:
+    """Refuse a request with too many samples or characters, before any of it is tokenised. `param` is the field that
+    the client sent the prompts in."""
     if len(prompts) * n > settings.max_samples:
         raise RequestError(
             f"{len(prompts)} prompts × n {n} are {len(prompts) * n} samples; at most {settings.max_samples} are "
             "allowed in one request (--max-samples)",
             code="too_many_samples",
-            param="prompt" if len(prompts) > 1 else "n",
+            param=param if len(prompts) > 1 else "n",
         )
     chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
     if chars > settings.max_prompt_chars:
         raise RequestError(
             f"the prompt has {chars} characters; at most {settings.max_prompt_chars} are allowed (--max-prompt-chars)",
             code="prompt_too_long",
-            param="prompt",
+            param=param,
         )
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int) -> None:
-    """Refuse prompts that do not fit the context, all before the first is queued. The engine checks each again."""
+def check_lengths(
+    prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int, *, param: str = "prompt"
+) -> None:
+    """Refuse prompts that do not fit the context with `max_tokens`, all before the first is queued. The engine checks
+    each again. `param` is the field that the client sent them in."""
     for index, prompt in enumerate(prompts):
         name = "the prompt" if len(prompts) == 1 else f"prompt {index}"
-        if not prompt or params.truncate_prompt_tokens is None:
-            check_prompt_length(len(prompt), max_model_len, name=name)
+        if prompt and params.truncate_prompt_tokens is not None:
+            continue
+        check_prompt_length(len(prompt), max_model_len, name=name, param=param)
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > max_model_len:
+            raise RequestError(
+                f"{name} has {len(prompt)} tokens and max_tokens is {params.max_tokens}, but this model's "
+                f"maximum context length is {max_model_len} tokens: the prompt is too long, or max_tokens too large",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
 
 
 class LimitedProtocol(HttpToolsProtocol):

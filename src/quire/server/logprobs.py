@@ -1,7 +1,7 @@
 """Log-probabilities as OpenAI writes them (lists for completions, objects for chats) and as vLLM does for prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from quire.engine.tokenizer import Tokenizer
 from quire.outputs import Logprob, PositionLogprobs
@@ -18,14 +18,13 @@ _LOWEST = -9999.0
 """Written for minus infinity, the log-probability of a token that a filter removed: JSON has no infinity."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LogprobFormat:
-    """Writes the log-probabilities of one choice. Keeps the length of its text, for `text_offset`."""
+    """Writes log-probabilities."""
 
     tokenizer: Tokenizer
     as_token_ids: bool
     num_top: int
-    _offset: int = field(default=0, init=False)
 
     def for_chat(self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs]) -> ChatLogprobs:
         """The log-probabilities of a chat choice."""
@@ -39,16 +38,14 @@ class LogprobFormat:
         return ChatLogprobs(content)
 
     def for_completion(
-        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None]
+        self, token_ids: Sequence[int], positions: Sequence[PositionLogprobs | None], offsets: list[int]
     ) -> CompletionLogprobs:
-        """The log-probabilities of a completion choice. A prompt's first token has none."""
-        reply = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+        """The log-probabilities of a completion choice, whose tokens begin at `offsets` of its text. A prompt's first
+        token has none."""
+        reply = CompletionLogprobs(text_offset=offsets, token_logprobs=[], tokens=[], top_logprobs=[])
         for token_id, position in zip(token_ids, positions, strict=True):
             text = self._text(token_id, position[token_id] if position else None)
             reply.tokens.append(text)
-            reply.text_offset.append(self._offset)
-            # The text leaves special tokens out.
-            self._offset += len(text) if token_id not in self.tokenizer.special_ids else 0
             reply.token_logprobs.append(_finite(position[token_id].logprob) if position else None)
             if reply.top_logprobs is not None:
                 reply.top_logprobs.append(self._by_text(position) if position else None)

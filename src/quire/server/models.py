@@ -9,13 +9,13 @@ _STARTED = int(time.time())
 
 
 async def list_models(context: RequestContext) -> None:
-    context.tokenizer()  # max_model_len is known once the tokenizer is loaded
+    context.tokenizer_if_any()  # max_model_len is known once the tokenizer is loaded
     names = context.engine.model_names
     await context.reply(ModelList(data=[_card(context, name) for name in names]))
 
 
 async def get_model(context: RequestContext) -> None:
-    context.tokenizer()
+    context.tokenizer_if_any()
     await context.reply(_card(context, context.check_model(context.scope["path_params"]["model"])))
 
 

@@ -7,7 +7,7 @@ from msgspec.structs import fields
 
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
-from quire.server.errors import Refusal
+from quire.server.errors import Refusal, naming
 from quire.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -49,12 +49,12 @@ _PASSED_ON = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
-    *("chat_template", "documents", "tools", "functions", "audio", "suffix"),
+    *("chat_template", "functions", "audio", "suffix"),
 )
 _GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
     "chat_template": "templates come with the model; one in a request is refused",
-    "tools": "tool calling is not available yet; leave tools out, or set tool_choice to none",
+    "functions": "functions are the old name of tools; send tools",
 }
 
 
@@ -78,13 +78,20 @@ def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> 
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-    return SamplingParams(**values)
+    with naming(sent_names(request)):
+        return SamplingParams(**values)
+
+
+def sent_names(request: ChatCompletionRequest) -> dict[str, str]:
+    """Names of `SamplingParams` → the fields in which a chat sent them, where these differ."""
+    names = {"logprobs": "top_logprobs"} if request.logprobs else {}
+    return names if request.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
 
 
 def check_available(request: GenerateRequest | TokenizeRequest) -> None:
     """Raise `Refusal` for a field that asks for something Quire cannot do. The error names the field."""
     for name in _REFUSED:
-        if getattr(request, name, None) and not (name == "tools" and _wants_no_tools(request)):
+        if getattr(request, name, None):
             raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
     if not isinstance(request, GenerateRequest):
         return
@@ -97,10 +104,21 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
         )
     if request.structured_outputs is not None and request.structured_outputs.structural_tag:
         raise _refusal("structured_outputs", "structural_tag is not available; leave it out")
-    if request.truncation_side not in (None, "left"):
-        raise _refusal("truncation_side", f"truncation_side is {request.truncation_side!r}; only left is available")
+    _check_combination(request)
     if isinstance(request, ChatCompletionRequest) and set(request.modalities or ()) - {"text"}:
         raise _refusal("modalities", f"modalities are {', '.join(request.modalities or ())}; only text is available")
+
+
+def _check_combination(request: GenerateRequest) -> None:
+    """Raise `RequestError` for fields that have no meaning without another field."""
+    if request.truncation_side not in (None, "left", "right"):
+        raise RequestError(
+            f"truncation_side is {request.truncation_side[:50]!r}; there is left and right", param="truncation_side"
+        )
+    if request.truncation_side is not None and request.truncate_prompt_tokens is None:
+        raise RequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options needs stream to be true", param="stream_options")
 
 
 def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +128,8 @@ def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, 
     if "beam_width" in given:
         # Beam search does not sample: drop the model's sampling defaults. Values that the client set are refused.
         defaults = {name: value for name, value in defaults.items() if name not in _SAMPLING_ONLY}
+    if given.get("stop") == "":
+        del given["stop"]
     return {**defaults, **given, "structured_outputs": structured_outputs(request)}
 
 
@@ -131,6 +151,7 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
         given = {
             name: getattr(request.structured_outputs, name) for name in request.structured_outputs.__struct_fields__
         }
+        given.pop("structural_tag")  # empty: others were refused
         return StructuredOutputsParams(**{name: value for name, value in given.items() if value is not None})
     if wanted is None or wanted.type == "text":
         return StructuredOutputsParams(**guided, asked_as=asked_as)
@@ -141,13 +162,11 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
             f"response_format is of type {wanted.type!r}; there is text, json_object and json_schema",
             param="response_format",
         )
-    if wanted.json_schema is None or wanted.json_schema.schema is None:
-        raise RequestError("response_format of type json_schema needs json_schema.schema", param="response_format")
+    if wanted.json_schema is None or wanted.json_schema.schema is None or not wanted.json_schema.name:
+        raise RequestError(
+            "response_format of type json_schema needs json_schema.name and json_schema.schema", param="response_format"
+        )
     return StructuredOutputsParams(json=wanted.json_schema.schema, asked_as=asked_as)
-
-
-def _wants_no_tools(request: object) -> bool:
-    return isinstance(request, ChatCompletionRequest) and request.tool_choice == "none"
 
 
 def _refusal(name: str, message: str) -> Refusal:

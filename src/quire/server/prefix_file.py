@@ -85,7 +85,7 @@ def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:
     if prefix.prompt_token_ids is not None:
         return prefix.prompt_token_ids
     if engine.tokenizer is None:
-        raise RequestError("the model has no tokenizer.json: give prompt_token_ids")
+        raise RequestError("the model has no tokenizer: give prompt_token_ids")
     if prefix.prompt is not None:
         return engine.tokenizer.encode(prefix.prompt)
     if engine.chat_template is None:

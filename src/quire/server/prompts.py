@@ -9,12 +9,17 @@ from msgspec.structs import asdict
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
+from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
 
-TEMPLATE_OPTIONS = frozenset({"enable_thinking", "thinking", "preserve_thinking", "reasoning_effort", "date_string"})
-"""Template variables that a request may set. The server sets the others."""
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+"""Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
@@ -37,16 +42,30 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
 
 
 async def tokenize(
-    tokenizer: Tokenizer, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    tokenizer: Tokenizer | None, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
 ) -> list[list[int]]:
-    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged."""
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if tokenizer is None or not texts:
+        return [prompt for prompt in prompts if not isinstance(prompt, str)]
     encoded = await _off_loop(
         sum(map(len, texts)),
         lambda: [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts],
     )
     remaining = iter(encoded)
     return [next(remaining) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def truncated(
+    prompts: list[list[int]], params: SamplingParams, side: str | None, max_model_len: int
+) -> list[list[int]]:
+    """The prompts without the last tokens beyond `truncate_prompt_tokens`, if `side` is right. The engine removes
+    first tokens, for the side left."""
+    keep = params.truncate_prompt_tokens
+    if side != "right" or keep is None:
+        return prompts
+    keep = keep if keep > 0 else max(1, max_model_len - (params.max_tokens or 1))
+    return [prompt[:keep] for prompt in prompts]
 
 
 async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
@@ -56,28 +75,54 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
         raise RequestError(
             "the model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
         )
-    options: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        options["reasoning_effort"] = request.reasoning_effort
-    if unknown := options.keys() - TEMPLATE_OPTIONS:
-        raise RequestError(
-            f"chat_template_kwargs holds {min(unknown)!r}; allowed are {', '.join(sorted(TEMPLATE_OPTIONS))}",
-            param="chat_template_kwargs",
-        )
-    plain = [_plain(message) for message in messages]
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
+    choice = getattr(request, "tool_choice", None)
+    tools = request.tools if read_tools(request.tools, choice) is not None else None
+    variables = _variables(request)
     return await _off_loop(
         sum(len(message.content or "") for message in messages),
-        lambda: template.render(plain, add_generation_prompt=opens_answer, continue_final_message=continued, **options),
+        lambda: template.render(
+            plain,
+            add_generation_prompt=opens_answer,
+            continue_final_message=continued,
+            tools=tools,
+            documents=request.documents,
+            **variables,
+        ),
     )
 
 
-def _plain(message: Message) -> dict[str, Any]:
+def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
+    """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that is taken."""
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+        if request.reasoning_effort == "none":
+            variables |= {"enable_thinking": False, "thinking": False}
+    given = request.chat_template_kwargs or {}
+    if taken := given.keys() & RESERVED_VARIABLES:
+        raise RequestError(
+            f"chat_template_kwargs holds {min(taken)!r}, which is a field of the request; set it there",
+            param="chat_template_kwargs",
+        )
+    return variables | given
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
     """The message as templates expect it: role "developer" renamed to "system", absent fields left out."""
+    if message.role not in ROLES:
+        raise RequestError(
+            f"messages[{index}].role is {message.role[:50]!r}; there is {', '.join(ROLES)}", param="messages"
+        )
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
+    if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
+        fields.setdefault("content", "")
+    if (reasoning := message.reasoning or message.reasoning_content) is not None:
+        fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
 
 

@@ -1,7 +1,8 @@
 """Bodies of requests, with OpenAI's and vLLM's field names.
 
-Unknown fields are ignored, because proxies forward fields of their own. Fields that would change the answer and that
-Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused by the field's name.
+Unknown fields are ignored, because proxies forward fields of their own; a header of the response names them. Fields
+that would change the answer and that Quire cannot honour yet are in `NotAvailable`; a request that sets one is refused
+by the field's name.
 """
 
 from typing import Annotated, Any
@@ -20,9 +21,21 @@ class NotAvailable(Struct, kw_only=True):
     logits_processors: Refused = None
     logprob_token_ids: Refused = None
     repetition_detection: Refused = None
-    thinking_token_budget: Refused = None
     kv_transfer_params: Refused = None
     guided_decoding_backend: Refused = None
+
+
+class WithoutEffect(NotAvailable, kw_only=True):
+    """Fields of OpenAI that are accepted and change nothing."""
+
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    verbosity: str | None = None
+    prediction: Any = None
 
 
 class StreamOptions(Struct):
@@ -30,6 +43,8 @@ class StreamOptions(Struct):
 
     include_usage: bool | None = None
     """A last event without choices holds the usage."""
+    include_obfuscation: bool | None = None
+    """Has no effect."""
     continuous_usage_stats: bool | None = None
     """Every event holds the usage so far."""
 
@@ -65,7 +80,7 @@ class StructuredOutputs(Struct):
     structural_tag: Refused = None
 
 
-class GenerateRequest(NotAvailable, kw_only=True):
+class GenerateRequest(WithoutEffect, kw_only=True):
     """The fields that completions and chat completions share; None means the model's default."""
 
     model: str | None = None
@@ -102,7 +117,7 @@ class GenerateRequest(NotAvailable, kw_only=True):
     include_stop_str_in_output: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
-    """Only "left" is available: `truncate_prompt_tokens` removes the first tokens."""
+    """The side that `truncate_prompt_tokens` removes tokens from: left (default) or right."""
     add_special_tokens: bool | None = None
     """Default: true for completions; false for chats, because the template writes special tokens."""
     stream: bool | None = None
@@ -147,32 +162,40 @@ class Message(Struct, kw_only=True):
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
-
-
-TemplateOption = str | bool | int | float
+    """Another name for `reasoning`."""
 
 
 class ChatCompletionRequest(GenerateRequest, kw_only=True):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message]
+    messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     """Continue the last message instead of starting a new one."""
-    chat_template_kwargs: dict[str, TemplateOption] | None = None
-    """Options of the model's template, such as enable_thinking."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's template, such as enable_thinking."""
+    documents: list[dict[str, Any]] | None = None
+    """Texts for templates that answer from documents, usually objects with title and text."""
     reasoning_effort: str | None = None
-    """Passed to the model's template, like chat_template_kwargs."""
-    tool_choice: Any = None
+    """Passed to the model's template. "none" also sets enable_thinking to false."""
+    include_reasoning: bool | None = None
+    """False leaves the reasoning out of the reply."""
+    thinking_token_budget: int | None = None
+    """Most tokens of reasoning; then the model must answer."""
+    tools: list[dict[str, Any]] | None = None
+    """Functions that the model may call."""
+    tool_choice: str | dict[str, Any] | None = None
+    """none, auto (the default), required, or an object that names a function."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in a reply."""
     modalities: list[str] | None = None
-    tools: Refused = None
     functions: Refused = None
     chat_template: Refused = None
-    documents: Refused = None
     audio: Refused = None
 
 
@@ -186,10 +209,11 @@ class TokenizeRequest(Struct, kw_only=True):
     """True by default for a prompt, False for messages."""
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, TemplateOption] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
-    tools: Refused = None
     chat_template: Refused = None
 
 

@@ -7,11 +7,19 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from quire.server.errors import ErrorDetail
+
 
 class PromptTokensDetails(Struct):
     """Prompt tokens whose KV came from the prefix cache."""
 
     cached_tokens: int
+
+
+class CompletionTokensDetails(Struct):
+    """Tokens of the output that belong to the reasoning."""
+
+    reasoning_tokens: int
 
 
 class Usage(Struct):
@@ -21,6 +29,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """Present if the model reasoned."""
 
 
 class TokenLogprob(Struct):
@@ -63,11 +73,39 @@ class PromptLogprob(Struct):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
+class CalledFunction(Struct):
+    """The function of a call, or the part of its arguments that an event adds."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct):
+    """The part of a tool call that an event adds; the first one has id, type and name."""
+
+    index: int
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
+class ToolCallReply(Struct):
+    """One tool call of a message."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class Delta(Struct):
     """The part of a chat choice that an event adds."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same as `reasoning`, for clients that know this name."""
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):
@@ -79,6 +117,7 @@ class ChatChunkChoice(Struct):
     finish_reason: str | None = None
     stop_reason: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
 
 
 class ChatChunk(Struct):
@@ -97,9 +136,14 @@ class ChatChunk(Struct):
 class AssistantMessage(Struct):
     """The message of a chat choice."""
 
-    content: str
+    content: str | None
+    """None for a message that only calls tools."""
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """The same as `reasoning`, for clients that know this name."""
+    tool_calls: list[ToolCallReply] | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
@@ -111,6 +155,7 @@ class ChatChoice(Struct):
     finish_reason: str | None
     stop_reason: int | str | None
     token_ids: list[int] | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
 
 
 class ChatCompletion(Struct):
@@ -137,6 +182,8 @@ class CompletionChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    error: ErrorDetail | UnsetType = UNSET
+    """Why the sample failed, if its finish reason is error. Other samples are not affected."""
 
 
 class Completion(Struct):

@@ -26,7 +26,8 @@ class ServerSettings:
     """Prefixes to compute at start and keep in the KV cache, for all API keys. JSON lines, each with a `prompt`,
     `prompt_token_ids` or `messages`."""
     allow_origins: tuple[str, ...] = ()
-    """Origin of web pages that may call the server from a browser (CORS). * allows all. Repeat for several."""
+    """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
+    desktop programs. * allows all. Repeat for several."""
     max_body_size: int = 8 * 2**20
     """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10

@@ -40,6 +40,10 @@ async def detokenize_tokens(context: RequestContext) -> None:
     for token in request.tokens:
         if not 0 <= token < 2**31:
             raise RequestError(f"tokens holds {token}; token ids are from 0 to 2147483647", param="tokens")
+        if token >= tokenizer.vocab_size and not tokenizer.token_bytes(token):
+            raise RequestError(
+                f"tokens holds {token}; the model's vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens"
+            )
     await context.reply(Detokenized(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False)))
 
 

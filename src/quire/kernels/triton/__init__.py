@@ -10,7 +10,8 @@ Importing this package imports Triton. With TRITON_INTERPRET=1 in the environmen
 
 from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
-from quire.kernels.sdpa import kv_cache_shapes
+from quire.kernels.recurrence import causal_conv, gated_delta_rule
+from quire.kernels.sdpa import kv_cache_shapes, latent_layer
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -29,14 +30,17 @@ from quire.kernels.triton.rotary_kv import rotary_, rotary_write_kv, write_kv
 
 __all__ = [
     "add_rms_norm",
+    "causal_conv",
     "copy_blocks",
     "describe",
     "experts",
+    "gated_delta_rule",
     "gather_rows",
     "gather_rows_quantized",
     "gelu_and_mul",
     "glu_linear",
     "kv_cache_shapes",
+    "latent_layer",
     "linear",
     "linear_quantized",
     "pack_experts",

@@ -266,6 +266,8 @@ def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: Attenti
     assert isinstance(plan, GpuAttentionPlan)
     if plan.window and not 0 < params.window <= plan.window:
         raise ValueError(f"window: expected 1 to {plan.window}, what the plan was made for, found {params.window}")
+    if kv.is_latent or params.sinks is not None:
+        raise ValueError("kv, sinks: these kernels have neither latent layers nor sinks; quire.kernels.sdpa has both")
     _, num_kv_heads, block_size, head_dim = kv.keys.shape
     num_heads = q.shape[1]
     if q.shape[2] != head_dim or num_heads % num_kv_heads or q.stride(1) != head_dim or q.stride(2) != 1:

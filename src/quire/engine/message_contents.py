@@ -1,0 +1,141 @@
+"""The contents of messages in the form that a chat template takes: a text, a list of parts, or none.
+
+transformers hands contents to the template as they came. A template that knows one form only then writes a list as
+Python prints it, or fails. Quire asks the template first, with a short conversation for each role:
+
+- A list of text parts is passed as a list if the template writes the texts of a list, as in transformers; else the
+  texts are joined by line feeds, as in vLLM.
+- A text is passed as a list of one part if the template writes only those.
+- No content beside tool calls is None, as in transformers, unless the template then fails or writes the word None: then
+  it is an empty text.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.errors import RequestError
+
+Render = Callable[[list[dict[str, Any]]], str]
+"""Renders messages; raises what a template raises."""
+
+_PROBE = "quireprobe"
+_QUESTION = {"role": "user", "content": "a"}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+_AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "system": ([], [_QUESTION]),
+    "user": ([], []),
+    "assistant": ([_QUESTION], []),
+    "tool": ([_QUESTION, {"role": "assistant", "content": "", "tool_calls": [_CALL]}], []),
+}
+"""Role → what comes before and after its message in the conversation that asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    texts: bool
+    parts: bool
+
+
+class ContentForms:
+    """What one template takes, by role; asked when a role first appears."""
+
+    def __init__(self) -> None:
+        self._of_role: dict[str, _Form] = {}
+
+    def shape(self, render: Render, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its content in a form that the template takes."""
+        content = message.get("content")
+        if content is None:
+            return message
+        form = self._form(render, message["role"])
+        if isinstance(content, list):
+            return message if form.parts else {**message, "content": "\n".join(part["text"] for part in content)}
+        wraps = form.parts and not form.texts
+        return {**message, "content": [{"type": "text", "text": content}]} if wraps else message
+
+    def _form(self, render: Render, role: str) -> _Form:
+        role = role if role in _AROUND else "user"
+        if role not in self._of_role:
+            self._of_role[role] = _Form(_writes(render, role, _PROBE), _writes(render, role, [_part(_PROBE)]))
+        return self._of_role[role]
+
+
+def render_contents(render: Render, messages: Sequence[dict[str, Any]], forms: ContentForms) -> str:
+    """Render plain messages in the forms that the template takes. Raises what the template raises."""
+    shaped = [forms.shape(render, message) for message in messages]
+    if all(message.get("content", "") is not None for message in shaped):
+        return render(shaped)
+    emptied = [{**message, "content": ""} if message.get("content", "") is None else message for message in shaped]
+    try:
+        text = render(shaped)
+    except Exception:
+        return render(emptied)
+    if "None" not in text:
+        return text
+    try:
+        without = render(emptied)
+    except Exception:
+        return text
+    return text if text.count("None") == without.count("None") else without
+
+
+def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message as `render_contents` takes it: its content is a text, a list of text parts, or None beside tool calls;
+    arguments of tool calls are objects. Raises `RequestError` for what is none of these."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RequestError(f"messages[{index}] is no object with a role", param="messages")
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        plain["content"] = [_part(_text_of_part(part, index)) for part in content]
+    elif content is None:
+        if message["role"] != "assistant":
+            raise RequestError(f"messages[{index}] has no content", param="messages")
+        plain["content"] = None if plain.get("tool_calls") else ""
+    elif not isinstance(content, str):
+        raise RequestError(
+            f"messages[{index}].content is a {type(content).__name__}; give a text or a list of text parts",
+            param="messages",
+        )
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_tool_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _writes(render: Render, role: str, content: Any) -> bool:
+    """Whether the template writes a text or a list of one part as its text, without quotes around it."""
+    before, after = _AROUND[role]
+    try:
+        text = render([*before, {"role": role, "content": content}, *after])
+    except Exception:
+        return False
+    return _PROBE in text and f"'{_PROBE}'" not in text and (isinstance(content, str) or f'"{_PROBE}"' not in text)
+
+
+def _text_of_part(part: object, index: int) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": kind}:
+            raise RequestError(
+                f"messages[{index}].content has a part of type {kind!r}; only text parts are supported",
+                param="messages",
+            )
+    raise RequestError(f"messages[{index}].content has a part without a type", param="messages")
+
+
+def _plain_tool_call(call: Any) -> Any:
+    """Parse arguments, which OpenAI sends as JSON in a string: a template's `tojson` would quote the string again."""
+    match call:
+        case {"function": {"arguments": str(arguments)}}:
+            try:
+                return {**call, "function": {**call["function"], "arguments": json.loads(arguments)}}
+            except (ValueError, RecursionError):
+                return call
+    return call

@@ -1,0 +1,64 @@
+"""find_architecture: which row of ARCHITECTURES a config.json means.
+
+transformers' AutoModelForCausalLM goes by `model_type` and reads `architectures` as a note. Quire goes by the first
+name of `architectures` that has a row; a file without such a name (null, a bare model such as LlamaModel, an old
+spelling) means the causal model of its `model_type`. The name of another task, such as LlamaForSequenceClassification,
+is refused, since its head makes no tokens; transformers would make a random head.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quire.errors import CheckpointError
+from quire.model_config.architectures import ARCHITECTURES
+
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
+"""Types whose name does not follow from that of the architecture."""
+
+
+def find_architecture(path: Path, config: dict[str, Any]) -> str:
+    """The row's name. Raises `CheckpointError` for a config.json, read from `path`, that means none."""
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise CheckpointError(f"{path}: architectures is {json.dumps(named)}; supported: a list of names")
+    for name in named:
+        if name in ARCHITECTURES:
+            return str(name)
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and not any(_is_other_task(name) for name in named):
+        found = _causal_architecture(model_type, config)
+        if found is not None:
+            return found
+    shown = ", ".join(named) or f"none (model_type {model_type!r})"
+    raise CheckpointError(f"{path}: architectures is {shown}; supported are {', '.join(ARCHITECTURES)}")
+
+
+def _causal_architecture(model_type: str, config: dict[str, Any]) -> str | None:
+    if model_type in _MODEL_TYPES:
+        return _MODEL_TYPES[model_type]
+    wanted = _letters(model_type)
+    rows = [name for name in ARCHITECTURES if _letters(_stem(name)) == wanted]
+    # A type may mean a model that reads more than text, whose text model is a section of the file.
+    fitting = [name for name in rows if not ARCHITECTURES[name].section or ARCHITECTURES[name].section in config]
+    return max(fitting, key=lambda name: bool(ARCHITECTURES[name].section), default=None)
+
+
+def _stem(name: str) -> str:
+    return next((name.removesuffix(ending) for ending in _CAUSAL_ENDINGS if name.endswith(ending)), name)
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
+
+
+def _is_other_task(name: str) -> bool:
+    return "For" in name and not name.endswith(_CAUSAL_ENDINGS)
+
+
+def architectures_of(model_types: Iterable[str]) -> dict[str, str]:
+    """Each of `model_types` that means a row with the row's name."""
+    found = {model_type: _causal_architecture(model_type, {}) for model_type in model_types}
+    return {model_type: name for model_type, name in found.items() if name is not None}

@@ -1,0 +1,194 @@
+"""DeepSeek-V2 and V3: latent attention, group-limited routers, shared experts, dense layers first."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quire.errors import CheckpointError
+from quire.kernels import kernels_for, reference
+from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.registry import load_model
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.models.parity import assert_close, assert_equals_transformers, expected_logits, prompt
+from tests.models.test_qwen_moe import fuse
+from tests.paged_model import PagedModel
+
+FAMILIES = ["deepseek-v2", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("deepseek-v2", {"topk_method": "greedy", "n_group": None, "topk_group": None, "rope_parameters": None}),
+        ("deepseek-v2", {"q_lora_rank": 24, "attention_bias": True, "mlp_bias": False, "first_k_dense_replace": 0}),
+        ("deepseek-v2", {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 36}),
+        ("deepseek-v2", {"num_attention_heads": 2, "num_key_value_heads": 2, "n_shared_experts": 1}),
+        ("deepseek-v2", {"attention_bias": True, "first_k_dense_replace": 2, "tie_word_embeddings": True}),
+        ("deepseek-v3", {"q_lora_rank": None, "attention_bias": False, "norm_topk_prob": False}),
+        ("deepseek-v3", {"rope_interleave": False, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 5}),
+        ("deepseek-v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+    ],
+    ids=str,
+)
+def test_options_match_transformers(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    assert_equals_transformers(make_checkpoint(tmp_path, family, **overrides))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reference_kernels_compute_the_same(family: str, tmp_path: Path) -> None:
+    assert_equals_transformers(make_checkpoint(tmp_path, family), kernels=reference, block_size=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_token_at_a_time(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family)
+    ids = prompt(20)
+    model = PagedModel(folder)
+    assert_close(torch.cat([model.step({0: [token]})[0] for token in ids]), expected_logits(folder, ids))
+
+
+@pytest.mark.parametrize("mscale", [0.0, 0.9])
+def test_a_stretched_rotary_embedding_raises_the_scale_of_scores(mscale: float, tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+    folder = make_checkpoint(tmp_path, "deepseek-v3", rope_parameters=rope)
+    theirs = reference_model(folder).model.layers[0].self_attn.scaling
+    assert ModelConfig.from_folder(folder).attention_scale == pytest.approx(theirs)
+    assert_equals_transformers(folder)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "deepseek-v3")
+    ids = prompt(20)
+    expected = PagedModel(folder).step({0: ids})[0]
+    fuse(folder)
+    assert torch.equal(PagedModel(folder).step({0: ids})[0], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_and_rows_are_counted(family: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family)
+    spec = ModelConfig.from_folder(folder).spec
+    assert spec.num_parameters == reference_model(folder).num_parameters()
+    assert spec.kv_bytes_per_token("float32") == 3 * 4 * (32 + 16)
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
+    return str(caught.value)
+
+
+def test_layers_that_predict_later_tokens_are_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_checkpoint(tmp_path, "deepseek-v3")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    extra = {"model.layers.3.eh_proj.weight": torch.ones(2), "model.layers.3.mlp.gate.weight": torch.ones(2)}
+    save_file({**tensors, **extra}, file)
+    with caplog.at_level(logging.WARNING):
+        PagedModel(folder)
+    assert caplog.messages == ["layer 3 of this checkpoint predicts a token after the next one; it is not used"]
+    save_file({**tensors, "model.layers.3.mlp.gate.weight": torch.ones(2)}, file)
+    assert "1 tensors are not part of the model config.json describes" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.kv_a_layernorm", "self_attn.kv_b_proj", "self_attn.q_a_proj", "mlp.shared_experts.up_proj"]
+)
+def test_tensors_that_are_missing(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "deepseek-v3")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{name}.weight"]
+    save_file(tensors, file)
+    assert f"tensor model.layers.1.{name}.weight of shape" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("deepseek-v2", {"topk_method": "noaux_tc"}, 'topk_method is "noaux_tc"; supported: greedy, group_limited_'),
+        ("deepseek-v2", {"scoring_func": "sigmoid"}, 'scoring_func is "sigmoid"; supported: "softmax"'),
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob is true; supported: false"),
+        ("deepseek-v2", {"n_group": 3}, "n_group is 3; supported: a divisor of the number of experts 8"),
+        ("deepseek-v2", {"moe_layer_freq": 2}, "moe_layer_freq is 2; supported: 1"),
+        ("deepseek-v2", {"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; supported: an even number"),
+        ("deepseek-v2", {"kv_lora_rank": 0}, "kv_lora_rank is 0; supported: an integer of at least 1"),
+        ("deepseek-v2", {"kv_lora_rank": 31}, "has shape [48, 64], expected [47, 64] by config.json"),
+        ("deepseek-v3", {"topk_method": "greedy"}, 'topk_method is "greedy"; supported: "noaux_tc"'),
+        ("deepseek-v3", {"v_head_dim": 21}, "has shape [176, 32], expected [180, 32] by config.json"),
+        (
+            "deepseek-v3",
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            'quantization_config is "fp8"; supported: float32, float16 and bfloat16 weights. Convert it to bfloat16',
+        ),
+    ],
+)
+def test_options_that_are_refused(family: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family)
+    change_config(folder, **change)
+    assert message in refusal(folder)
+
+
+V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_shared_experts": 2,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+    },
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 100001,
+}
+"""What the published config.json says."""
+
+
+def test_a_token_of_v2_lite_takes_a_ninth_of_its_keys_and_values(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V2_LITE))
+    config = ModelConfig.from_folder(tmp_path)
+    expanded = 27 * 16 * (128 + 64 + 128) * 2
+    assert expanded / config.spec.kv_bytes_per_token("bfloat16") == pytest.approx(8.9, abs=0.02)
+    assert config.spec.num_parameters == 15_706_484_224
+    assert round(config.spec.num_active_parameters / 1e9, 1) == 2.7
+    assert config.context_length == 163840

@@ -1,0 +1,234 @@
+"""gpt-oss: sinks, windows in turns, yarn, biases of everything, a clamped gate, and MXFP4 experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from quire.errors import CheckpointError
+from quire.kernels import kernels_for, reference
+from quire.kernels.interface import Mxfp4Matrix
+from quire.kernels.mxfp4 import dequantize
+from quire.model_config import ClampedSwiGLU, ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.registry import load_model
+from tests.checkpoints import make_checkpoint, reference_model
+from tests.models.parity import assert_equals_transformers, expected_logits, prompt
+from tests.paged_model import PagedModel
+
+EXPERTS = ("gate_up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"attention_bias": False, "num_key_value_heads": 1, "head_dim": 20, "tie_word_embeddings": True},
+        {"sliding_window": 7, "swiglu_alpha": 0.5, "swiglu_limit": 7.0, "num_experts_per_tok": 1},
+        {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "num_local_experts": 3},
+        {"hidden_size": 60, "intermediate_size": 36, "num_key_value_heads": 4, "num_attention_heads": 8},
+    ],
+    ids=str,
+)
+def test_options_match_transformers(overrides: dict[str, Any], tmp_path: Path) -> None:
+    assert_equals_transformers(make_checkpoint(tmp_path, "gpt-oss", **overrides))
+
+
+def test_reference_kernels_compute_the_same(tmp_path: Path) -> None:
+    assert_equals_transformers(make_checkpoint(tmp_path, "gpt-oss"), kernels=reference, block_size=8)
+
+
+@pytest.mark.parametrize("option", ["sinks", "swiglu_limit", "swiglu_alpha", "gate_up_proj_bias", "down_proj_bias"])
+def test_the_test_checkpoints_show_what_an_option_does(option: str, tmp_path: Path) -> None:
+    """Else the tests above could not fail for it."""
+    folder = make_checkpoint(tmp_path, "gpt-oss")
+    before = expected_logits(folder, ids := prompt(40))
+    if option.startswith("swiglu"):
+        change_config(folder, **{option: 30.0})
+    else:
+        change_tensors(folder, option, torch.zeros_like)
+    assert (before - expected_logits(folder, ids)).abs().max() > 1e-2
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, ending: str, change: Any) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: change(x) if name.endswith(ending) else x for name, x in tensors.items()}, file)
+
+
+def test_what_published_files_leave_unsaid(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "gpt-oss", sliding_window=128, head_dim=64, num_key_value_heads=2)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("layer_types", "swiglu_alpha", "swiglu_limit", "rope_parameters", "attention_bias", "sliding_window"):
+        del config[key]
+    path.write_text(json.dumps(config))
+    read = ModelConfig.from_folder(folder)
+    theirs = reference_model(folder).config
+    assert read.layer_windows == (128, 0, 128, 0)
+    assert theirs.layer_types == ["sliding_attention", "full_attention"] * 2
+    assert read.gate == ClampedSwiGLU(alpha=1.702, limit=7.0)
+    assert read.rope is not None
+    for key in ("factor", "beta_fast", "beta_slow", "truncate", "rope_theta", "rope_type"):
+        assert getattr(read.rope, key.replace("rope_theta", "theta")) == theirs.rope_parameters[key]
+    assert read.rope.original_max_position == 4096
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "gpt-oss")
+    assert ModelConfig.from_folder(folder).spec.num_parameters == reference_model(folder).num_parameters()
+
+
+# -- MXFP4 ------------------------------------------------------------------------------------------------------------
+
+
+def random_mxfp4(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of numbers of the size that weights have; shape [..., outputs, inputs]."""
+    generator = torch.Generator().manual_seed(seed)
+    *rows, inputs = shape
+    blocks = torch.randint(0, 256, (*rows, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+    return blocks, torch.randint(121, 125, (*rows, inputs // 32), generator=generator, dtype=torch.uint8)
+
+
+def test_unpacking_equals_transformers() -> None:
+    blocks, scales = random_mxfp4(2, 6, 96)
+    blocks.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
+    scales.view(-1)[:6] = torch.tensor([0, 1, 127, 128, 200, 254], dtype=torch.uint8)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+    found = dequantize(Mxfp4Matrix(blocks, scales))
+    assert torch.equal(found, expected)
+
+
+def pack_experts(folder: Path) -> Path:
+    """Store the experts as MXFP4, and beside the folder the same numbers as floats; returns that folder."""
+    file = folder / "model.safetensors"
+    floats = load_file(file)
+    packed = dict(floats)
+    for seed, name in enumerate(sorted(name for name in floats if name.endswith(EXPERTS))):
+        num_experts, num_inputs, num_outputs = floats[name].shape
+        blocks, scales = random_mxfp4(num_experts, num_outputs, num_inputs, seed=seed)
+        del packed[name]
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        floats[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    twin = folder.with_name(f"{folder.name}-floats")
+    twin.mkdir()
+    for path in folder.iterdir():
+        (twin / path.name).write_bytes(path.read_bytes())
+    save_file(floats, twin / "model.safetensors", metadata={"format": "pt"})
+    save_file(packed, file)
+    change_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    return twin
+
+
+def test_packed_experts(tmp_path: Path) -> None:
+    """They keep their bits: the results are those of the numbers that they stand for."""
+    folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
+    floats = pack_experts(folder)
+    ids = prompt(50)
+    assert torch.equal(PagedModel(folder).step({0: ids})[0], PagedModel(floats).step({0: ids})[0])
+    assert_equals_transformers(floats)
+    expected = PagedModel(folder, kernels=reference, block_size=8).step({0: ids})[0]
+    torch.testing.assert_close(PagedModel(folder).step({0: ids})[0], expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_packed_experts_beside_layers_of_another_dtype(dtype: str, tmp_path: Path) -> None:
+    """A float type leaves the rows that experts multiply as they are; a quantisation brings them to 8 bits."""
+    folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
+    pack_experts(folder)
+    ids = prompt(50)
+    found, expected = (
+        PagedModel(folder, dtype, kernels=kernels, block_size=8).step({0: ids})[0]
+        for kernels in (kernels_for("cpu"), reference)
+    )
+    assert (found - expected).norm() < 3e-2 * expected.norm()
+
+
+def test_packed_experts_take_four_bits_and_a_quarter(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
+    floats = pack_experts(folder)
+    spec, twin = (ModelConfig.from_folder(each).spec for each in (folder, floats))
+    ((experts, num_layers),) = spec.expert_layers
+    num_parameters = num_layers * experts.num_experts * experts.expert.num_parameters
+    for quantization, bits in ((None, 32), ("int8", None)):
+        saved = twin.layer_bytes("float32", quantization) - spec.layer_bytes("float32", quantization)
+        assert bits is None or saved == num_parameters * (bits - 4.25) / 8
+        assert saved > 0
+    assert spec.num_parameters == twin.num_parameters
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), "float32")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.sinks",
+        "self_attn.o_proj.bias",
+        "mlp.router.bias",
+        "mlp.experts.down_proj",
+        "mlp.experts.down_proj_bias",
+    ],
+)
+def test_tensors_that_are_missing(name: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "gpt-oss")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[f"model.layers.1.{name}"]
+    save_file(tensors, file)
+    assert f"tensor model.layers.1.{name} of shape" in refusal(folder)
+
+
+def test_packed_experts_that_are_damaged(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
+    pack_experts(folder)
+    good = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    for stored, message in (
+        (good[name].float(), f"tensor {name} is of dtype F32; supported: U8"),
+        (good[name][:, :-1].clone(), f"tensor {name} has shape [6, 63, 2], expected [6, 64, 2] by config.json"),
+        (None, f"tensor {name} of shape [6, 64, 2] is missing"),
+    ):
+        tensors = {**good, name: stored}
+        save_file({key: value for key, value in tensors.items() if value is not None}, folder / "model.safetensors")
+        assert message in refusal(folder)
+
+
+def test_packed_experts_whose_width_is_no_multiple_of_a_block(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
+    pack_experts(folder)
+    change_config(folder, hidden_size=80)
+    change_config(folder, intermediate_size=72, hidden_size=64)
+    message = refusal(folder)
+    assert "model.layers.0.mlp.experts" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7; supported: at most the number of experts 6"),
+        ({"swiglu_limit": -1}, "swiglu_limit is -1; supported: a positive number"),
+        ({"layer_types": ["x"] * 4}, 'layer_types is ["x", "x", "x", "x"]; supported: 4 times one of full_attention'),
+        ({"quantization_config": {"quant_method": "awq"}}, 'quantization_config is "awq"; supported: float32'),
+    ],
+)
+def test_options_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, "gpt-oss")
+    change_config(folder, **change)
+    assert message in refusal(folder)
