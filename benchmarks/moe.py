@@ -54,7 +54,7 @@ def make_experts(shape: Shape, form: str) -> PackedExperts:
     def pack(rows: int, columns: int) -> ExpertWeight:
         stored = stored_as({"mxfp4": "float32", "mxfp4 of int8": "int8"}.get(form, form))
         matrices = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
-        return cpu.pack_experts(matrices, stored)  # type: ignore[arg-type]  # of one kind
+        return cpu.pack_experts(matrices, stored)
 
     gate_up, down = pack(2 * shape.inner, shape.hidden), pack(shape.hidden, shape.inner)
     return PackedExperts(gate_up, down, None, None, shape.num_experts, shape.inner, "silu")

@@ -44,6 +44,8 @@ TRAITS: dict[str, str] = {
     "num_experts": "experts",
     "num_local_experts": "experts",
     "alibi": "ALiBi",
+    "recurrent_kind": "recurrent layers beside attention",
+    "attention_gate": "gated attention",
     "learned_positions": "learned positions",
     "parallel_residual": "parallel residual",
     "post_norms": "norms after the halves of a layer",

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.arcee import ArceeConfig, ArceeForCausalLM
 from transformers.models.bloom import BloomConfig, BloomForCausalLM
 from transformers.models.cohere import CohereConfig, CohereForCausalLM
 from transformers.models.cohere2 import Cohere2Config, Cohere2ForCausalLM
+from transformers.models.cwm import CwmConfig, CwmForCausalLM
 from transformers.models.deepseek_v2 import DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.models.dots1 import Dots1Config, Dots1ForCausalLM
+from transformers.models.ernie4_5 import Ernie4_5Config, Ernie4_5ForCausalLM
 from transformers.models.exaone4 import Exaone4Config, Exaone4ForCausalLM
 from transformers.models.falcon import FalconConfig, FalconForCausalLM
 from transformers.models.gemma import GemmaConfig, GemmaForCausalLM
@@ -23,6 +27,7 @@ from transformers.models.gemma3 import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.glm import GlmConfig, GlmForCausalLM
 from transformers.models.glm4 import Glm4Config, Glm4ForCausalLM
 from transformers.models.glm4_moe import Glm4MoeConfig, Glm4MoeForCausalLM
+from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt_bigcode import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from transformers.models.gpt_neox import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -31,6 +36,7 @@ from transformers.models.gptj import GPTJConfig, GPTJForCausalLM
 from transformers.models.granite import GraniteConfig, GraniteForCausalLM
 from transformers.models.granitemoe import GraniteMoeConfig, GraniteMoeForCausalLM
 from transformers.models.granitemoehybrid import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+from transformers.models.helium import HeliumConfig, HeliumForCausalLM
 from transformers.models.internlm3 import InternLM3Config
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.ministral import MinistralConfig, MinistralForCausalLM
@@ -39,6 +45,7 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.mixtral import MixtralConfig, MixtralForCausalLM
 from transformers.models.mpt import MptConfig, MptForCausalLM
 from transformers.models.olmo2 import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.olmo3 import Olmo3Config, Olmo3ForCausalLM
 from transformers.models.olmoe import OlmoeConfig, OlmoeForCausalLM
 from transformers.models.opt import OPTConfig, OPTForCausalLM
 from transformers.models.phi import PhiConfig, PhiForCausalLM
@@ -51,9 +58,11 @@ from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers.models.seed_oss import SeedOssConfig, SeedOssForCausalLM
 from transformers.models.smollm3 import SmolLM3Config, SmolLM3ForCausalLM
 from transformers.models.stablelm import StableLmConfig, StableLmForCausalLM
 from transformers.models.starcoder2 import Starcoder2Config, Starcoder2ForCausalLM
+from transformers.models.youtu import YoutuConfig, YoutuForCausalLM
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -118,13 +127,18 @@ _GPT_NEOX = {key: value for key, value in _STABLELM.items() if key != "num_key_v
 
 _MOE: dict[str, Any] = {**_DECODER, "moe_intermediate_size": 48, "num_experts_per_tok": 2}
 
-_DEEPSEEK: dict[str, Any] = {
-    **{key: value for key, value in _MOE.items() if key not in ("head_dim", "num_key_value_heads")},
+_LATENT: dict[str, Any] = {
+    **{key: value for key, value in _DECODER.items() if key != "head_dim"},
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 24,
     "qk_rope_head_dim": 16,
     "v_head_dim": 20,
+}
+_DEEPSEEK: dict[str, Any] = {
+    **_LATENT,
+    "moe_intermediate_size": 48,
+    "num_experts_per_tok": 2,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
@@ -366,6 +380,31 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             ),
         },
     ),
+    "seed-oss": (SeedOssConfig, SeedOssForCausalLM, _DECODER),
+    "ernie4.5": (Ernie4_5Config, Ernie4_5ForCausalLM, {**_DECODER, "use_bias": True}),
+    "helium": (HeliumConfig, HeliumForCausalLM, {**_DECODER, "head_dim": 16}),
+    "cwm": (
+        CwmConfig,
+        CwmForCausalLM,
+        {
+            **_DECODER,
+            "sliding_window": 24,
+            **_rope(
+                "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+            ),
+        },
+    ),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            **_STABLELM,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ),
+    "arcee": (ArceeConfig, ArceeForCausalLM, {**_DECODER, "mlp_bias": True}),
     "exaone4": (Exaone4Config, Exaone4ForCausalLM, {**_DECODER, "num_hidden_layers": 4, "sliding_window": 24}),
     "internlm3": (InternLM3Config, LlamaForCausalLM, _DECODER),
     "glm": (GlmConfig, GlmForCausalLM, _GLM),
@@ -436,6 +475,13 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         DeepseekV3ForCausalLM,
         {**_DEEPSEEK, "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "attention_bias": True},
     ),
+    "glm4-moe-lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, {**_DEEPSEEK, "q_lora_rank": 40}),
+    "youtu": (YoutuConfig, YoutuForCausalLM, {**_LATENT, "q_lora_rank": 40}),
+    "dots1": (
+        Dots1Config,
+        Dots1ForCausalLM,
+        {**_MOE, "n_routed_experts": 8, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": True},
+    ),
     "gpt-oss": (
         GptOssConfig,
         GptOssForCausalLM,
@@ -446,8 +492,6 @@ FAMILIES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 3,
             "sliding_window": 24,
-            # So low that it bends what a small model computes.
-            "swiglu_limit": 0.5,
             **_rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
         },
     ),
@@ -505,6 +549,8 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 or "norm" in name or name.endswith("_bias"):
                 torch.nn.init.normal_(parameter, _mean_of_vector(family, name), 0.1)
+            if family == "gpt-oss" and name.endswith("gate_up_proj"):
+                parameter.detach().mul_(4)  # so large that the limits of its gate bend it
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 # As large as the differences between scores, so that it moves the choice.

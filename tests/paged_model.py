@@ -92,7 +92,7 @@ class PagedModel:
             context = StepContext(
                 torch.from_numpy(np.concatenate(positions)),
                 self.layers,
-                plan,
+                [plan],
                 output_tokens,
                 self.states,
                 recurrence,

@@ -60,6 +60,8 @@ class Backend:
     """Whether it can compute a sequence so that no bit of the result depends on the batch."""
     replans: bool = False
     """Whether a step may have a second plan, for its output tokens: plans are not in fixed buffers."""
+    keeps_mxfp4: bool = False
+    """Whether its kernels multiply MXFP4; else such weights become floats."""
     lacks: tuple[str, ...] = ()
     """Kinds of attention that it does not compute; see `ModelConfig.attention_needs`."""
     captures: bool = False
@@ -76,6 +78,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             block_size=16,
             float32_activations=True,
             quantizes=True,
+            keeps_mxfp4=True,
             deterministic=True,
             replans=True,
         ),

@@ -21,6 +21,10 @@ RECURRENT_CHUNK = 64
 of one sequence follow one another."""
 
 
+MXFP4_BLOCK = 32
+"""Numbers of 4 bits that share a scale of a byte."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     """A dense layer, or a table that only gives rows: a matrix [num_outputs, num_inputs]."""
@@ -30,8 +34,8 @@ class LinearSpec:
     num_inputs: int
     quantizes: bool = True
     """False: a quantisation leaves it in float32. Routers of experts are such layers."""
-    stored: WeightFormat | None = None
-    """The checkpoint's own format, which the layer keeps whatever the dtype and the quantisation."""
+    is_mxfp4: bool = False
+    """It keeps the bits of a checkpoint in MXFP4, whatever other layers are stored as."""
 
     @property
     def num_parameters(self) -> int:
@@ -39,8 +43,8 @@ class LinearSpec:
 
     def weight_bytes(self, dtype: str, weight_format: WeightFormat | None = None) -> int:
         """Memory of the matrix in `dtype`, or in the format of a quantisation."""
-        if self.stored is not None:
-            return self.stored.weight_bytes(self.num_outputs, self.num_inputs)
+        if self.is_mxfp4:
+            return self.num_parameters // 2 + self.num_parameters // MXFP4_BLOCK
         if weight_format is None:
             return self.num_parameters * DTYPE_BYTES[dtype]
         if not self.quantizes:
@@ -308,7 +312,7 @@ class ModelSpec:
 
     @property
     def _kvs(self) -> list[KVSpec]:
-        """Of every layer that has a KV cache."""
+        """One for every layer that has a KV cache."""
         return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
 
     @property

@@ -288,6 +288,11 @@ class MemoryReport:
         ]
         for name, tier in stats.tiers.items():
             lines.append(f"{name} tier: {tier.num_blocks} blocks, {tier.num_bytes / 2**20:.1f} MiB")
+        if stats.states.num_slots:
+            lines.append(
+                f"recurrent states: {stats.states.num_running} of {stats.states.num_slots} slots of running sequences, "
+                f"{stats.states.num_snapshots} snapshots, {stats.states.num_pinned} of them pinned"
+            )
         return lines
 
     def _rows(self) -> list[list[str]]:
@@ -363,8 +368,8 @@ class EngineStats:
     """Seconds until all requests that wait now have started."""
     tiers: dict[str, TierStats] = field(default_factory=dict)
     """Tiers below the pool by name: host, disk."""
-    states: StateStats | None = None
-    """The slots of recurrent states; None for a model without."""
+    states: StateStats = field(default_factory=StateStats)
+    """The slots of recurrent states; a model without recurrent layers has none."""
 
     @property
     def kv_cache_usage(self) -> float:

@@ -20,6 +20,11 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+BACKGROUND = 2**31 - 1
+"""The priority of requests that only use what all others leave: they give back their memory while a request of another
+priority waits for its first token."""
+
+
 class Task(StrEnum):
     """What a request asks of its prompt."""
 

@@ -136,8 +136,9 @@ class StepPlan:
     """Beams that go on since the last step. All forks read the rows as they were before any of them."""
     new_rows: list[NewRow] = field(default_factory=list)
     """Applied after `row_forks`, whose rows may belong to another sequence by now."""
-    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(row, first index, blocks): changed entries of block tables. Written before anything is computed."""
+    new_blocks: list[tuple[int, int, int, list[int]]] = field(default_factory=list)
+    """(row, KV group, first index, blocks): changed entries of block tables. Written before anything is computed. −1
+    stands for a block that the group does not hold, because no token of this step or a later one sees it."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
     """(source, destination): copy-on-write. Done before anything is computed."""
     state_slots: list[int] = field(default_factory=list)

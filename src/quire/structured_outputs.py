@@ -5,7 +5,7 @@ Field names are vLLM's. Values are checked here as far as possible without compi
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from reprlib import repr as brief
 from typing import Any
 
@@ -36,9 +36,14 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     """Any JSON object."""
     disable_any_whitespace: bool = False
-    """No whitespace between the tokens of JSON. By default the model may write up to 32 characters there."""
+    """No whitespace between the tokens of JSON. By default the model may write one blank there."""
     whitespace_pattern: str | None = None
     """A regular expression for the whitespace between the tokens of JSON."""
+    disable_additional_properties: bool = True
+    """A JSON schema's objects hold the properties that it lists and no others, unless the schema says
+    `additionalProperties` itself. Without this, a model invents properties until it has no tokens left."""
+    around: str = ""
+    """Lark rules around the constraint, which they call `@body`: the server writes them for reasoning and calls."""
     asked_as: str = field(default="structured_outputs", compare=False)
     """The field in which the client sent it, named in errors."""
 
@@ -60,13 +65,20 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", _choices(self.choice))
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
             _check_text(name, getattr(self, name))
-        if self.json_object not in (None, True) or not isinstance(self.disable_any_whitespace, bool):
-            raise RequestError("json_object and disable_any_whitespace must be true or false")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {brief(getattr(self, name))}; it must be true or false")
+        if self.json_object not in (None, True):
+            raise RequestError(f"json_object is {brief(self.json_object)}; it must be true or false")
         spaced = self.disable_any_whitespace or self.whitespace_pattern is not None
         if spaced and self.kind not in ("json", "json_object"):
             raise RequestError(f"disable_any_whitespace and whitespace_pattern are for JSON; {self.kind} is set")
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise RequestError("disable_any_whitespace and whitespace_pattern are both set; set one")
+
+    def wrapped(self, around: str) -> "StructuredOutputsParams":
+        """The constraint within Lark rules that call it `@body`."""
+        return replace(self, around=around)
 
     @property
     def kind(self) -> str:

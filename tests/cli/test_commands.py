@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from quire import __version__
-from quire.cli.commands import BENCHMARKS, COMMANDS, run
+from quire.cli.commands import BATCHES, BENCHMARKS, COMMANDS, run
 
 
 def quire(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -39,7 +39,14 @@ def test_help_is_quick_and_lists_everything() -> None:
     assert all(name in listed for name in [*COMMANDS, "bench"])
 
 
-@pytest.mark.parametrize("command", [[name] for name in COMMANDS] + [["bench", name] for name in BENCHMARKS])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([name] for name in COMMANDS),
+        *(["bench", name] for name in BENCHMARKS),
+        *(["batch", name] for name in BATCHES),
+    ],
+)
 def test_every_subcommand_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     shown = capsys.readouterr().out

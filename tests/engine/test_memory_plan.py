@@ -13,6 +13,7 @@ from quire.engine.memory_plan import plan_memory
 from quire.errors import ConfigError, MemoryPlanError
 from quire.kernels import reference
 from quire.kv_cache.storage import KVCache
+from quire.kv_groups import KVLayout
 from quire.model_config import ModelConfig
 
 GIB = 2**30
@@ -71,7 +72,7 @@ def test_the_type_of_kv(model: ModelConfig, options: dict[str, str], without_pai
 def test_the_plan_counts_what_the_pool_takes(model: ModelConfig, dtype: str) -> None:
     plan = plan_memory(EngineConfig(num_blocks=7, kv_cache_dtype=dtype), model, available=GIB)
     shapes = reference.kv_cache_shapes(7, 2, 16, 16, scaled=dtype == "int8")
-    cache = KVCache(num_layers=2, shapes=shapes, block_size=16, dtype=getattr(torch, dtype))
+    cache = KVCache(groups=KVLayout.of(model.spec).groups, shapes=shapes, block_size=16, dtype=getattr(torch, dtype))
     assert plan.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

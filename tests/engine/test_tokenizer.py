@@ -172,7 +172,7 @@ def test_special_tokens_come_from_either_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read as JSON"):
         read_special_tokens(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="holds a list"):
+    with pytest.raises(CheckpointError, match="holds a JSON list"):
         read_special_tokens(tmp_path)
 
 

@@ -1,6 +1,8 @@
 """GrammarCompiler: the token table is the tokenizer's, masks match their definition, explosions are errors."""
 
+import json
 import lzma
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,7 @@ def test_a_mask_keeps_the_text_a_prefix_of_an_answer(choices: list[str], data: s
         ({"json_object": True}, ['{"a": [1, {"b": null}]}', "{}"], ["[]", '{"a"', "{} x"]),
         ({"json_object": True, "disable_any_whitespace": True}, ['{"a":[1,2]}'], ['{"a": 1}', "{ }"]),
         ({"json_object": True, "whitespace_pattern": " "}, ['{"a": 1}'], ['{"a":  1}', '{"a":\n1}']),
-        ({"json_object": True}, ['{"a":' + " " * 32 + "1}"], ['{"a":' + " " * 33 + "1}"]),
+        ({"json_object": True}, ['{"a": 1}', '{ "a":1 }'], ['{"a":  1}', '{"a":\n1}']),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 12}}, ["3", "12"], ["2", "13", "03"]),
     ],
 )
@@ -113,6 +115,54 @@ def test_whole_texts_are_accepted_and_others_are_not(
         assert accepted == (text in whole), text
 
 
+@pytest.mark.parametrize("special", ["<|end|>", "<|assistant|>", "a <|system|> b", "<|begin|><|begin|>"])
+def test_literals_that_spell_a_special_token_are_spelled(special: str) -> None:
+    """In every kind of grammar: with ordinary tokens, whether the text is forced or chosen."""
+    quoted = json.dumps(special)
+    obj = {"type": "object", "properties": {special: {"const": 1}}, "required": [special]}
+    for fields, text in (
+        ({"choice": [special]}, special),
+        ({"choice": [special, "other"]}, special),
+        ({"regex": re.escape(special)}, special),
+        ({"grammar": f"start: {quoted}"}, special),
+        ({"grammar": f"root ::= {quoted}"}, special),
+        ({"json": {"const": special}}, quoted),
+        ({"json": {"enum": [special, 1]}}, quoted),
+        ({"json": obj}, f"{{{quoted}:1}}"),
+    ):
+        matcher: Any = compiler().compile(StructuredOutputsParams(**fields)).matcher()  # type: ignore[arg-type]
+        written = b""
+        while not matcher.is_accepting():
+            token = (matcher.compute_ff_tokens() or [None])[0]
+            if token is None:
+                rest = text.encode()[len(written) :]
+                mask = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+                allowed = [int(i) for i in np.flatnonzero(mask) if i > 4]
+                token = next(i for i in allowed if rest.startswith(bundled().token_bytes(i)))
+            assert token not in bundled().special_ids
+            assert matcher.consume_token(token)
+            written += bundled().token_bytes(token)
+        assert written.decode() in (text, text.replace(":1", ": 1"))
+
+
+def test_a_lark_grammar_may_name_special_tokens() -> None:
+    for name in ("<|end|>", "<[1]>"):
+        grammar = f'?start: "<|end|>" x // <|user|>\n!x: {name} /b/'
+        matcher: Any = compiler().compile(StructuredOutputsParams(grammar=grammar)).matcher()
+        spelled = matcher.compute_ff_tokens()
+        assert spelled[-2] == 1
+        assert b"".join(map(bundled().token_bytes, spelled[:-2])) == b"<|end|>"
+
+
+def test_many_choices_that_begin_alike() -> None:
+    choices = tuple(f"choice {i}" for i in range(4000))
+    for fields in ({"choice": choices}, {"json": {"enum": list(choices)}}):
+        matcher: Any = compiler().compile(StructuredOutputsParams(**fields)).matcher()  # type: ignore[arg-type]
+        text = "choice 3999" if "choice" in fields else '"choice 3999"'
+        assert matcher.consume_tokens(bundled().encode(text, add_special_tokens=False)), matcher.get_error()
+        assert matcher.is_accepting()
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -122,9 +172,16 @@ def test_whole_texts_are_accepted_and_others_are_not(
         ({"grammar": "start: missing"}, "unknown name"),
         ({"grammar": 'root ::= "a" [0-9'}, "end of input"),
         ({"grammar": "start: A\nA: /(.*[abc]){30}/ & ~/(.*[bcd]){30}/ & /(.*x.*y){20}/"}, "fuel exhausted"),
-        ({"json": {"type": "string", "format": "no-such"}}, "Unknown format"),
+        ({"json": {"type": "array", "uniqueItems": True}}, 'keywords "uniqueItems" cannot be enforced'),
         ({"json": {"$ref": "https://example.com/s.json"}}, "does not fetch"),
-        ({"json": {"$ref": "#"}}, "compiled"),
+        ({"json": {"$ref": "#"}}, "contains itself without an end"),
+        ({"json": {"$ref": "#/$defs/x"}}, "not in the schema"),
+        ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, "no value can satisfy it: minimum"),
+        ({"grammar": 'start: "a"{2000000000,2147483647}'}, "Too many items"),
+        ({"grammar": 'root ::= "a"{2000000000,2147483647}'}, "Too many items"),
+        ({"grammar": "start: /[xy]a{2000000000}/"}, "repeats something at least 2,000,000,000 times"),
+        ({"regex": "[xy](a{1000}){1000}"}, "repeats something at least 1,000,000 times"),
+        ({"json": {"type": "string", "pattern": "^((ab){200}c{3}){200}$"}}, "repeats something at least 40,000 times"),
         (
             {
                 "json": {

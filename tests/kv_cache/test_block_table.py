@@ -60,9 +60,9 @@ def test_one_block_of_one_token() -> None:
     table = new_table(pool, 1)
     table.hash_full_blocks([7], 1)
     table.free()
-    assert table.find_prefix([7]) == [], "the last token is always computed"
-    assert table.find_prefix([7, 8]) == [0]
-    table.adopt([0])
+    assert table.find_prefix([7])[0] == [], "the last token is always computed"
+    assert table.find_prefix([7, 8])[0] == [0]
+    table.adopt([[0]])
     assert (table.num_tokens, table.num_appendable(), pool.num_free) == (1, 0, 0)
 
 
@@ -134,7 +134,7 @@ def test_a_named_block_is_copied_even_by_its_only_holder() -> None:
     assert (copies, child.blocks) == ([(0, 1)], [1])
     assert pool.num_free == 2, "the source is held until the copy is made"
     pool.copies_are_done()
-    assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == [0], "the content that has the name is still there"
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5])[0] == [0], "the content that has the name is still there"
     assert (pool.num_cached_free, pool.num_used) == (1, 1)
 
 
@@ -153,10 +153,10 @@ def test_freed_blocks_are_found_again_beginnings_longest() -> None:
     token_ids = [1, 2, 3, 4, 5, 6]
     named_table(pool, token_ids).free()
     other = new_table(pool)
-    assert other.find_prefix([*token_ids, 7]) == [0, 1, 2]
-    assert other.find_prefix(token_ids) == [0, 1], "the last token is always computed"
+    assert other.find_prefix([*token_ids, 7])[0] == [0, 1, 2]
+    assert other.find_prefix(token_ids)[0] == [0, 1], "the last token is always computed"
     new_table(pool, 1)
-    assert new_table(pool).find_prefix([*token_ids, 7]) == [0, 1], "the end of the prompt is evicted first"
+    assert new_table(pool).find_prefix([*token_ids, 7])[0] == [0, 1], "the end of the prompt is evicted first"
 
 
 def test_a_table_goes_on_from_what_it_adopts() -> None:
@@ -164,15 +164,15 @@ def test_a_table_goes_on_from_what_it_adopts() -> None:
     token_ids = [1, 2, 3, 4, 5, 6]
     named_table(pool, token_ids[:2]).free()
     table = new_table(pool)
-    table.adopt(table.find_prefix(token_ids))
+    table.adopt([table.find_prefix(token_ids)[0]])
     table.append(4, [])
     table.hash_full_blocks(token_ids, 6)
     table.free()
     assert table.num_tokens == 0
-    found = table.find_prefix([*token_ids, 7])
+    found = table.find_prefix([*token_ids, 7])[0]
     child = new_table(pool)
-    child.adopt(found[:1])
-    child.adopt(found[1:])
+    child.adopt([found[:1]])
+    child.adopt([found[1:]])
     assert (child.num_tokens, len(child.blocks), pool.num_filled_slots) == (6, 3, 6)
 
 
@@ -180,14 +180,14 @@ def test_other_salts_find_nothing() -> None:
     pool = BlockPool(2, 2)
     table = new_table(pool, 2, salt="one")
     table.hash_full_blocks([1, 2], 2)
-    assert new_table(pool, salt="two").find_prefix([1, 2, 3]) == []
-    assert new_table(pool, salt="one").find_prefix([1, 2, 3]) == table.blocks
+    assert new_table(pool, salt="two").find_prefix([1, 2, 3])[0] == []
+    assert new_table(pool, salt="one").find_prefix([1, 2, 3])[0] == table.blocks
 
 
 def test_twins_keep_their_own_blocks() -> None:
     pool = BlockPool(4, 2)
     first, second = named_table(pool, [1, 2, 3, 4]), named_table(pool, [1, 2, 3, 4])
-    assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == first.blocks
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5])[0] == first.blocks
     first.free()
     assert (pool.num_cached_free, second.blocks) == (2, [2, 3])
     second.free()
@@ -200,8 +200,8 @@ def test_a_fork_names_the_blocks_it_fills_itself() -> None:
     child = table.fork(2)
     child.append(2, [])
     child.hash_full_blocks([1, 2, 7, 8], 4)
-    assert new_table(pool).find_prefix([1, 2, 7, 8, 9]) == child.blocks
-    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7]) == table.blocks
+    assert new_table(pool).find_prefix([1, 2, 7, 8, 9])[0] == child.blocks
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7])[0] == table.blocks
 
 
 def test_forgotten_names_of_a_table() -> None:
@@ -210,7 +210,7 @@ def test_forgotten_names_of_a_table() -> None:
     child = table.fork(2)
     child.append(1, [])
     child.remove_hashes()
-    assert new_table(pool).find_prefix([1, 2, 3, 4, 5]) == []
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5])[0] == []
     table.hash_full_blocks([1, 2, 3, 4, 5, 6], 4)
     assert pool.hashes[table.blocks[0]] is None, "a block is named once"
 
@@ -218,7 +218,7 @@ def test_forgotten_names_of_a_table() -> None:
 def test_without_prefix_caching_nothing_is_found_or_hashed() -> None:
     pool = BlockPool(2, 2, enable_prefix_caching=False)
     table = named_table(pool, [1, 2])
-    assert (table.find_prefix([1, 2, 3]), pool.hashes) == ([], [None, None])
+    assert (table.find_prefix([1, 2, 3])[0], pool.hashes) == ([], [None, None])
 
 
 def test_a_million_operations_leave_no_trace() -> None:
@@ -241,7 +241,7 @@ def test_a_million_operations_leave_no_trace() -> None:
         if len(tables) < 12:
             token_ids = [rng.randrange(2) for _ in range(rng.randrange(1, 16))]
             table = new_table(pool)
-            table.adopt(table.find_prefix(token_ids))
+            table.adopt([table.find_prefix(token_ids)[0]])
             num_new = len(token_ids) - table.num_tokens
             if num_new <= table.num_appendable():
                 table.append(num_new, [])
@@ -285,17 +285,17 @@ def test_a_prefix_that_ends_inside_a_block_goes_on_from_there() -> None:
     table = named_table(pool, [1, 2, 3, 4, 5, 6, 7, 8])
     other = new_table(pool)
     wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
-    found = other.find_prefix(wanted)
+    found = other.find_prefix(wanted)[0]
     inside = other.match_partial(wanted, len(found))
-    assert (found, inside) == ([0], (1, 2))
-    other.adopt(found, inside)
+    assert (found, inside) == ([0], ([1], 2))
+    other.adopt([found], inside)
     assert (other.blocks, other.num_tokens, other.num_copies_to_come) == ([0, 1], 6, 1)
     copies: BlockCopies = []
     assert other.append(3, copies) == 1
     assert (copies, other.blocks) == ([(1, 2)], [0, 2, 3])
     other.hash_full_blocks(wanted, 9)
-    assert new_table(pool).find_prefix([*wanted, 9]) == [0, 2], "the copy has its own name"
-    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9]) == table.blocks, "and the source keeps its own"
+    assert new_table(pool).find_prefix([*wanted, 9])[0] == [0, 2], "the copy has its own name"
+    assert new_table(pool).find_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9])[0] == table.blocks, "and the source keeps its own"
 
 
 def test_no_block_is_copied_from_and_to_in_one_step() -> None:
@@ -304,7 +304,7 @@ def test_no_block_is_copied_from_and_to_in_one_step() -> None:
     sources = [named_table(pool, [token, 1, 2, 3]) for token in (7, 8)]
     tables = [new_table(pool) for _ in sources]
     for table, source, token in zip(tables, sources, (7, 8), strict=True):
-        table.adopt([], table.match_partial([token, 1, 9], 0))
+        table.adopt([[]], table.match_partial([token, 1, 9], 0))
         source.free()
     copies: BlockCopies = []
     tables[0].append(1, copies)
@@ -318,7 +318,7 @@ def test_no_block_is_copied_from_and_to_in_one_step() -> None:
 def test_the_last_token_and_other_salts_are_never_found_inside_a_block() -> None:
     pool = BlockPool(4, 4)
     named_table(pool, [1, 2, 3, 4])
-    for wanted, inside in (([1], None), ([1, 2], (0, 1)), ([1, 2, 3, 4], (0, 3)), ([2, 1, 1], None)):
+    for wanted, inside in (([1], None), ([1, 2], ([0], 1)), ([1, 2, 3, 4], ([0], 3)), ([2, 1, 1], None)):
         assert new_table(pool).match_partial(wanted, 0) == inside
     assert new_table(pool, salt="other").match_partial([1, 2, 3], 0) is None
 
@@ -327,9 +327,9 @@ def test_of_many_that_part_the_latest_are_remembered() -> None:
     pool = BlockPool(MAX_CHILDREN + 2, 2)
     for token in range(MAX_CHILDREN + 2):
         named_table(pool, [7 + (token == 0), token]).free()
-    assert new_table(pool).match_partial([7, 99], 0) == (MAX_CHILDREN + 1, 1), "the latest of equals"
+    assert new_table(pool).match_partial([7, 99], 0) == ([MAX_CHILDREN + 1], 1), "the latest of equals"
     assert new_table(pool).match_partial([8, 99], 0) is None, "the oldest is forgotten"
-    assert new_table(pool).find_prefix([8, 0, 1]) == [0], "but still found by its name"
+    assert new_table(pool).find_prefix([8, 0, 1])[0] == [0], "but still found by its name"
     assert len(pool.children) == MAX_CHILDREN
     pool.clear_hashes()
     assert len(pool.children) == 0
@@ -342,13 +342,13 @@ def test_a_block_left_partly_filled_is_gone_on_in() -> None:
     assert list(pool.free_order()) == [2, 3, 4, 5, 6, 7, 1, 0], "what can be found is taken last"
     table = new_table(pool)
     wanted = [1, 2, 3, 4, 5, 6, 9, 9, 9]
-    found = table.find_prefix(wanted)
+    found = table.find_prefix(wanted)[0]
     inside = table.match_partial(wanted, len(found))
-    assert (found, inside) == ([0], (1, 2))
-    table.adopt(found, inside)
+    assert (found, inside) == ([0], ([1], 2))
+    table.adopt([found], inside)
     assert (table.num_tokens, table.num_copies_to_come, pool.fill[1], pool.num_filled_slots) == (6, 0, 2, 6)
     other = new_table(pool)
-    assert (other.find_prefix(wanted), other.match_partial(wanted, 1)) == ([0], None), "it is its finder's alone"
+    assert (other.find_prefix(wanted)[0], other.match_partial(wanted, 1)) == ([0], None), "it is its finder's alone"
     copies: BlockCopies = []
     assert table.append(3, copies) == 2
     assert (copies, table.blocks, pool.num_free) == ([], [0, 1, 2], 5)
@@ -361,8 +361,8 @@ def test_what_is_left_is_what_is_stored() -> None:
     table.append(5, [])  # planned, and not computed
     table.free(token_ids)
     child = new_table(pool)
-    assert (child.find_prefix([*token_ids, 8]), child.match_partial([*token_ids, 8], 1)) == ([0], (1, 3))
-    child.adopt([0], (1, 3))
+    assert (child.find_prefix([*token_ids, 8])[0], child.match_partial([*token_ids, 8], 1)) == ([0], ([1], 3))
+    child.adopt([[0]], ([1], 3))
     fork = child.fork()
     child.append(1, [])  # a copy is ordered
     child.free(token_ids)
@@ -370,7 +370,7 @@ def test_what_is_left_is_what_is_stored() -> None:
     fork.free(token_ids)
     assert len(pool.children) == 2
     twin = new_table(pool)
-    twin.adopt([0])
+    twin.adopt([[0]])
     twin.append(2, [])
     twin.free(token_ids[:6])
     assert len(pool.children) == 2, "nor what can be found elsewhere"
@@ -546,15 +546,15 @@ class PoolMachine(RuleBasedStateMachine):
     def begin(self, salt: str, token_ids: list[int]) -> None:
         """What the scheduler does with a new or resumed sequence: adopt what is cached, compute the rest, name it."""
         each = ModelTable(BlockTable(self.pool, root_hash(salt, self.size)), salt)
-        found = each.table.find_prefix(token_ids)
+        found = each.table.find_prefix(token_ids)[0]
         assert found == self.cached_prefix(salt, token_ids)
         inside = each.table.match_partial(token_ids, len(found))
         lengths = self.shared_inside(salt, token_ids, len(found)) if self.caching else {}
         assert (inside is None) == (not lengths)
         if inside is not None:
-            assert inside[1] == lengths[inside[0]] == max(lengths.values())
-        each.table.adopt(found, inside)
-        each.blocks = [*found, *([inside[0]] if inside else [])]
+            assert inside[1] == lengths[inside[0][0]] == max(lengths.values())
+        each.table.adopt([found], inside)
+        each.blocks = [*found, *(inside[0] if inside else [])]
         for block in each.blocks:
             taken_over = block in self.left
             self.share(block)
@@ -674,8 +674,8 @@ class PoolMachine(RuleBasedStateMachine):
         """What registering does: a table of no sequence takes up what is named, and pins it."""
         each = data.draw(st.sampled_from(self.tables))
         prefix = ModelTable(new_table(self.pool, salt=each.salt), each.salt)
-        prefix.blocks = prefix.table.find_prefix([*each.token_ids, 0])
-        prefix.table.adopt(prefix.blocks)
+        prefix.blocks = prefix.table.find_prefix([*each.token_ids, 0])[0]
+        prefix.table.adopt([prefix.blocks])
         self.pool.pin(prefix.blocks)
         for block in prefix.blocks:
             self.share(block)

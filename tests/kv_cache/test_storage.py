@@ -5,12 +5,13 @@ import torch
 
 from quire.kernels import reference
 from quire.kv_cache.storage import KVCache
+from quire.kv_groups import KVGroup
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
     shapes = reference.kv_cache_shapes(4, 2, 8, 16, scaled=dtype == torch.int8)
-    cache = KVCache(num_layers=2, shapes=shapes, block_size=8, dtype=dtype)
+    cache = KVCache(groups=[KVGroup("full", 0, (0, 1))], shapes=shapes, block_size=8, dtype=dtype)
     slots = torch.arange(32, dtype=torch.int32)
     for layer in cache.layers:
         reference.write_kv(torch.randn(32, 2, 16), torch.randn(32, 2, 16), layer, slots)
@@ -25,7 +26,12 @@ def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
 
 def test_few_tensors_enter_a_new_huge_page_at_once() -> None:
     huge_page = 2 << 20
-    cache = KVCache(num_layers=12, shapes=((256, 8192), (256, 8192)), block_size=8, dtype=torch.float32)
+    cache = KVCache(
+        groups=[KVGroup("full", 0, tuple(range(12)))],
+        shapes=((256, 8192), (256, 8192)),
+        block_size=8,
+        dtype=torch.float32,
+    )
     starts = [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values)]
     assert all(start % 64 == 0 for start in starts)
     entered = [

@@ -105,9 +105,9 @@ def index_with_rates(*, token: float, host: float = 0.0, disk: float = 0.0) -> T
 
 def test_what_was_never_measured_is_loaded() -> None:
     index = TierIndex(Clock(), disk=Tier(1, 1))
-    assert index.num_worth_loading([DISK] * 5, 16, 0) == 5
+    assert index.num_worth_loading([[DISK]] * 5, 16, 0) == 5
     index.measure_load(DISK, 1, 1000.0)
-    assert index.num_worth_loading([DISK] * 5, 16, 0) == 5
+    assert index.num_worth_loading([[DISK]] * 5, 16, 0) == 5
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_what_was_never_measured_is_loaded() -> None:
 )
 def test_the_faster_way_is_taken_by_measured_rates(stored_in: list[str], queued: int, worth: int) -> None:
     index = index_with_rates(token=0.001, host=0.0001, disk=0.008)
-    assert index.num_worth_loading(stored_in, 16, queued) == worth
+    assert index.num_worth_loading([[tier] for tier in stored_in], 16, queued) == worth
 
 
 @pytest.mark.parametrize(("disk", "worth"), [(0.0159, 3), (0.0161, 0)])
 def test_the_crossover_is_where_both_take_the_same_time(disk: float, worth: int) -> None:
-    assert index_with_rates(token=0.001, disk=disk).num_worth_loading([DISK] * 3, 16, 0) == worth
+    assert index_with_rates(token=0.001, disk=disk).num_worth_loading([[DISK]] * 3, 16, 0) == worth
 
 
 def test_a_slow_spell_is_not_for_ever() -> None:
@@ -137,10 +137,10 @@ def test_a_slow_spell_is_not_for_ever() -> None:
     index.measure_load(DISK, 1, 1000.0)
     clock.now += 50
     index.measure_step(StepPlan(rows=[0], token_ids=[1] * 100), 0.1)
-    assert index.num_worth_loading([DISK], 16, 0) == 0
+    assert index.num_worth_loading([[DISK]], 16, 0) == 0
     clock.now += 20
     index.measure_step(StepPlan(rows=[0], token_ids=[1] * 100), 0.1)
-    assert index.num_worth_loading([DISK], 16, 0) == 1
+    assert index.num_worth_loading([[DISK]], 16, 0) == 1
 
 
 @pytest.mark.parametrize(("num_rows", "num_tokens"), [(1, 31), (16, 63), (256, 256)])
@@ -148,7 +148,7 @@ def test_steps_of_decoding_say_nothing_of_prompts(num_rows: int, num_tokens: int
     index = TierIndex(Clock(), disk=Tier(1, 1))
     index.measure_step(StepPlan(rows=[0] * num_rows, token_ids=[1] * num_tokens), 1.0)
     index.measure_load(DISK, 1, 1000.0)
-    assert index.num_worth_loading([DISK], 16, 0) == 1
+    assert index.num_worth_loading([[DISK]], 16, 0) == 1
 
 
 def test_staging_is_bounded_in_bytes() -> None:

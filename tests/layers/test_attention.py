@@ -23,7 +23,7 @@ def attend(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     shape = AttentionShape(num_heads=q.shape[1], num_kv_heads=kv_heads, head_dim=head_dim, block_size=8)
     plan = plan_attention(step, shape)
     kv = KVLayer(torch.zeros(2, kv_heads, head_dim, 8), torch.zeros(2, kv_heads, 8, head_dim))
-    return layer(q, k, v, StepContext(torch.arange(n, dtype=torch.int32), [kv], plan))
+    return layer(q, k, v, StepContext(torch.arange(n, dtype=torch.int32), [kv], [plan]))
 
 
 def test_equals_dense_attention() -> None:

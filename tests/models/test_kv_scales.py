@@ -115,7 +115,7 @@ def test_nothing_that_a_model_computes_is_too_large(family: str, tmp_path: Path)
     plan: Any = type("Plan", (), {"slots": None})
     for size in (1e-2, 1.0, 1e4):
         rows, positions = size * worst, torch.arange(len(worst), dtype=torch.int32) % 200
-        context = StepContext(positions, [KVLayer(torch.empty(0), torch.empty(0))], plan)
+        context = StepContext(positions, [KVLayer(torch.empty(0), torch.empty(0))], [plan])
         attention(Normed(norm, rows, None), context)
     assert seen["k"] <= LARGEST
     assert seen["v"] <= LARGEST

@@ -15,6 +15,7 @@ from torch import Tensor
 from quire.errors import DeviceMemoryError
 from quire.kernels import AttentionPlan, cpu, kernels_for
 from quire.kv_cache.storage import KVCache
+from quire.kv_groups import KVGroup
 from quire.layers.step_context import StepContext
 from quire.runner.cuda_graphs import EAGER_STEPS, Outcome
 from quire.runner.model_runner import ModelRunner, PendingStep, RunnerSettings
@@ -93,7 +94,7 @@ def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     runner = ModelRunner(
         TableModel(),
         KVCache(
-            num_layers=1,
+            groups=[KVGroup("full", 0, (0,))],
             shapes=kernels.kv_cache_shapes(64, 1, BLOCK_SIZE, 32),
             block_size=BLOCK_SIZE,
             dtype=torch.float32,
@@ -113,7 +114,9 @@ def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     )
     if captures:  # a CPU has no backend that plans captured steps
         runner._device_sampling._sampler._kernels = HostKernels()  # type: ignore[union-attr]
-        runner._plan_attention = lambda step, **options: AttentionPlan(*map(torch.from_numpy, step), window=0)  # type: ignore[assignment]
+        runner._plan_attention = lambda steps, **options: (  # type: ignore[assignment]
+            AttentionPlan(*map(torch.from_numpy, steps[0]), window=0),
+        )
     return runner
 
 
@@ -145,7 +148,7 @@ class Run:
         )
         if self.position % BLOCK_SIZE == 0:
             index = self.position // BLOCK_SIZE
-            plan.new_blocks = [(row, index, [8 * row + index]) for row in self.rows]
+            plan.new_blocks = [(row, 0, index, [8 * row + index]) for row in self.rows]
         self.position, self.new_rows = self.position + 1, []
         return plan
 

@@ -19,7 +19,7 @@ def new_row(row: int, params: SamplingParams | None = None) -> NewRow:
 def make_builder(num_rows: int = 3) -> tuple[StepInputBuilder, RequestRows]:
     rows = RequestRows(max_num_seqs=num_rows, max_blocks=16, vocab_size=10)
     rows.apply(StepPlan(new_rows=[new_row(row) for row in range(num_rows)]))
-    rows.block_tables[:] = np.arange(16 * num_rows).reshape(num_rows, 16)
+    rows.block_tables[0] = np.arange(16 * num_rows).reshape(num_rows, 16)
     return StepInputBuilder(rows, BLOCK_SIZE, CPU), rows
 
 
@@ -54,7 +54,7 @@ def test_a_step_repeats_the_last_one_of_its_id() -> None:
     assert all(step.batch is steps[0].batch for step in steps)
     assert steps[-1].batch.positions.tolist() == [11, 11]
     assert steps[-1].batch.seq_lens.tolist() == [12, 12]
-    assert steps[-1].batch.slots.tolist() == [4 * 2 + 3, 4 * 34 + 3]
+    assert steps[-1].batch.slots[0].tolist() == [4 * 2 + 3, 4 * 34 + 3]
 
 
 def test_what_makes_a_step_new() -> None:

@@ -101,6 +101,7 @@ class Engine:
         num_failures: int = 0,
         policy: str = "fcfs",
         admission: str = "current",
+        windows: SequenceOf[int] = (0,),
         num_snapshots: int | None = None,
     ) -> None:
         """With `overlaps` a step's result is late: it comes when the next step is planned, where that can be. A device
@@ -111,11 +112,12 @@ class Engine:
         self.random = random.Random(num_failures)
         self.in_flight: tuple[StepPlan, StepResult] | None = None
         self.num_ahead = 0
-        self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching=enable_prefix_caching)
+        self.pool = BlockPool(num_blocks, block_size, windows=windows, enable_prefix_caching=enable_prefix_caching)
         self.states: CheckedStates | None = None
         if num_snapshots is not None:
             self.states = CheckedStates(max_num_seqs + num_snapshots, max_num_seqs)
-        self.runner = FakeRunner(num_blocks, block_size, 0 if self.states is None else self.states.stats.num_slots)
+        num_states = 0 if self.states is None else self.states.stats.num_slots
+        self.runner = FakeRunner(num_blocks, block_size, num_states, windows)
         self.scheduler = Scheduler(
             self.pool,
             SchedulerLimits(
@@ -200,7 +202,7 @@ class Engine:
         assert plan.new_rows == plan.row_forks == plan.block_copies == []
         assert plan.drafts == plan.prompt_logprobs == {}
         assert plan.pool_rows == []
-        assert all(first > 0 for _, first, _ in plan.new_blocks)
+        assert all(first > 0 for _, _, first, _ in plan.new_blocks)
         last = self.last_plans.get(plan.batch_id)
         if last is not None:
             assert plan.rows == last.rows
@@ -308,7 +310,7 @@ class Engine:
             {g.order for g in scheduler._queues.running}
         )
         assert len(scheduler._queues.running) + len(scheduler._queues.waiting) == len(scheduler._queues.by_id)
-        assert pool.num_references == sum(len(sequence.table.blocks) for sequence in sequences)
+        assert pool.num_references == sum(len(sequence.table.held_blocks) for sequence in sequences)
         assert pool.num_free == len(list(pool.free_order())) == pool.ref_counts.count(0)
         assert {sequence.row for sequence in running} == {
             row for row, sequence in enumerate(scheduler._queues.rows) if sequence is not None
@@ -323,8 +325,11 @@ class Engine:
                 assert (sequence.table.blocks, sequence.row) == ([], -1)
         self.check_decode_batch()
         for group in scheduler._queues.running:
-            held = {block for sequence in group.sequences for block in sequence.table.blocks}
-            assert len(held) <= group.max_blocks(pool.block_size)
+            held = {block for sequence in group.sequences for block in sequence.table.held_blocks}
+            # A window group also holds what a step computes, and the step before it where its result is late.
+            chunk = 2 * scheduler.limits.max_num_batched_tokens // pool.block_size + 2
+            num_windowed = pool.num_groups - pool.windows.count(0)
+            assert len(held) <= group.max_blocks(pool) + num_windowed * chunk
         if not scheduler._queues.by_id:
             assert pool.num_free == pool.num_blocks
         stats = scheduler.stats()
@@ -363,7 +368,7 @@ class Engine:
             assert all(token >= 0 for token in sequence.token_ids)
             num_unseen = len(sequence.token_ids) - 1 + (self.in_flight is not None) - sequence.table.num_tokens
             assert 0 <= num_unseen < pool.block_size
-            num_filled += num_unseen
+            num_filled += num_unseen * pool.num_groups
         assert pool.num_filled_slots == num_filled
         not_in_decode_batch = [group for group in groups.running if not all(s.in_decode_batch for s in group.sequences)]
         assert [group for group in groups.not_in_decode_batch if group in not_in_decode_batch] == not_in_decode_batch

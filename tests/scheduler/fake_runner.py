@@ -6,6 +6,7 @@ the context alone, so every request must get the tokens that it would get alone,
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.request import Request, Task
@@ -122,14 +123,16 @@ class Row:
 
     new_row: NewRow
     token_ids: list[int]
-    blocks: list[int]
+    tables: list[list[int]]
+    """One for each KV group."""
 
 
 class FakeRunner:
-    def __init__(self, num_blocks: int, block_size: int, num_states: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_states: int = 0, windows: Sequence[int] = (0,)) -> None:
         """With `num_states` slots the KV of a token follows from the recurrent state instead of the KV before it: a
         wrong slot, copy or order shows as well."""
         self.size = block_size
+        self.windows = windows
         self.states = [NOTHING] * num_states
         """The KV of the last token that each state has read; 0 before the first."""
         self.memory = [[NOTHING] * block_size for _ in range(num_blocks)]
@@ -141,14 +144,14 @@ class FakeRunner:
         for fork in plan.row_forks:
             source, old = sources[fork.source], self.rows.get(fork.row)
             token_ids = [*source.token_ids, fork.token_id]
-            self.rows[fork.row] = Row(source.new_row, token_ids, old.blocks if old else [])
+            self.rows[fork.row] = Row(source.new_row, token_ids, old.tables if old else [[] for _ in self.windows])
         for new_row in plan.new_rows:
             old = self.rows.get(new_row.row)
             token_ids = [*new_row.prompt_token_ids, *new_row.output_token_ids]
-            self.rows[new_row.row] = Row(new_row, token_ids, old.blocks if old else [])
-        for row, first, blocks in plan.new_blocks:
+            self.rows[new_row.row] = Row(new_row, token_ids, old.tables if old else [[] for _ in self.windows])
+        for row, group, first, blocks in plan.new_blocks:
             if row in self.rows:
-                table = self.rows[row].blocks
+                table = self.rows[row].tables[group]
                 table += [NOTHING] * (first + len(blocks) - len(table))
                 table[first : first + len(blocks)] = blocks
         copied = {pair[0] for pair in plan.block_copies}
@@ -179,22 +182,29 @@ class FakeRunner:
             assert all(1 <= number <= count for number in saves)
             for position in range(start, start + count):
                 if self.states:
-                    previous = self.states[state_slot]
-                    self.states[state_slot] = kv_of(previous, token_ids[position])
+                    of_state = self.states[state_slot]
+                    self.states[state_slot] = kv_of(of_state, token_ids[position])
                     if position - start + 1 in saves:
                         self.states[saves[position - start + 1]] = self.states[state_slot]
-                else:
-                    previous = self.kv_at(row, position - 1) if position else 0
-                slot = row.blocks[position // self.size], position % self.size
-                assert slot not in written, "two rows write one slot"
-                written.add(slot)
-                self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position])
+                for group, table in enumerate(row.tables):
+                    if self.states:
+                        previous = of_state
+                    elif self.windows[group] == 1:  # the position before is out of sight
+                        previous = kv_of_all(token_ids[:position])[-1] if position else 0
+                    else:
+                        previous = self.kv_at(row, position - 1, group) if position else 0
+                    slot = table[position // self.size], position % self.size
+                    assert slot not in written, "two rows write one slot"
+                    written.add(slot)
+                    self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position])
             first += count
         for row_index, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             row = self.rows[row_index]
-            read = [self.kv_at(row, position) for position in range(start + count)]
             token_ids = row.token_ids + drafts.get(row_index, [])
-            assert read == kv_of_all(token_ids[: start + count]), "the context does not read back"
+            for group, window in enumerate(self.windows):
+                first = max(0, start - window + 1) if window else 0
+                read = [self.kv_at(row, position, group) for position in range(first, start + count)]
+                assert read == kv_of_all(token_ids[: start + count])[first:], "the context does not read back"
 
     def _sample(self, plan: StepPlan) -> StepResult:
         result = StepResult()
@@ -274,5 +284,7 @@ class FakeRunner:
         if is_whole(kv):
             result.terminated.append(place)
 
-    def kv_at(self, row: Row, position: int) -> int:
-        return self.memory[row.blocks[position // self.size]][position % self.size]
+    def kv_at(self, row: Row, position: int, group: int = 0) -> int:
+        block = row.tables[group][position // self.size]
+        assert block >= 0, "a block that was given back is read"
+        return self.memory[block][position % self.size]

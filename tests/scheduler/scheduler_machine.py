@@ -8,12 +8,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.errors import RequestError
+from quire.request import BACKGROUND
 from quire.scheduler import length_curve
 from quire.scheduler.policies import ADMISSIONS, SCHEDULING_POLICIES
 from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_request
 from tests.scheduler.fake_runner import (
     alone,
 )
+
+WINDOWS = [(0,), (0,), (0,), (3,), (1,), (9,), (0, 4), (0, 30), (0, 1, 8), (0, 0, 5), (6, 6, 2)]
+"""Windows of KV groups: smaller than a block, equal to one, larger than one, larger than a prompt, and mixes."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -36,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures=st.sampled_from([0, 0, 1, 5]),
         policy=st.sampled_from(list(SCHEDULING_POLICIES)),
         admission=st.sampled_from(list(ADMISSIONS)),
+        windows=st.sampled_from(WINDOWS),
         num_snapshots=st.sampled_from([None, None, 0, 1, 3, 20]),
     )
     def start(
@@ -51,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_failures: int,
         policy: str,
         admission: str,
+        windows: tuple[int, ...],
         num_snapshots: int | None,
     ) -> None:
         self.engine = Engine(
@@ -65,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_failures=num_failures,
             policy=policy,
             admission=admission,
+            windows=windows if num_snapshots is None else (0,),
             num_snapshots=num_snapshots,
         )
         self.num_requests = 0
@@ -75,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 24),
         n=st.sampled_from([1, 1, 2, 4]),
         seed=st.integers(-2, 6),
-        priority=st.integers(0, 1),
+        priority=st.sampled_from((0, 1, BACKGROUND)),
         salt=st.sampled_from(["", "", "b"]),
         logprobs=st.sampled_from([None, None, 1]),
         prompt_logprobs=st.sampled_from([None, None, 0]),
@@ -138,7 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=48),
         prefix=st.integers(0, 12),
         seed=st.integers(-2, 6),
-        priority=st.integers(0, 1),
+        priority=st.sampled_from((0, 1, BACKGROUND)),
         salt=st.sampled_from(["", "", "b"]),
         times=st.sampled_from([1, 1, 3]),
     )

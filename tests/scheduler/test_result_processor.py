@@ -229,7 +229,7 @@ def test_samples_whose_own_blocks_are_gone_resume_behind_their_leader() -> None:
     group = engine.scheduler._queues.by_id["a"]
     leader = group.leader
     engine.scheduler._queues.preempt(group)
-    kept = leader.table.find_prefix(leader.token_ids)
+    kept = leader.table.find_prefix(leader.token_ids)[0]
     assert len(kept) == 5
     for block in kept:
         engine.pool.share(block)

@@ -11,12 +11,16 @@ from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_r
 from tests.scheduler.fake_runner import (
     alone,
 )
-from tests.scheduler.scheduler_machine import SchedulerMachine
+from tests.scheduler.scheduler_machine import WINDOWS, SchedulerMachine
+
+MIXES = [(windows, 100 + place) for place, windows in enumerate(2 * WINDOWS) if windows != (0,)]
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["one by one", "overlapped"])
-@pytest.mark.parametrize("seed", range(24))
-def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overlaps: bool) -> None:
+@pytest.mark.parametrize(("windows", "seed"), [((0,), seed) for seed in range(24)] + MIXES)
+def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(
+    seed: int, windows: tuple[int, ...], overlaps: bool
+) -> None:
     """Little memory and much to do: groups preempt each other all the time, and everybody still gets through."""
     rng = random.Random(seed)
     beams = 0.1 if overlaps else 0.4
@@ -49,8 +53,8 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
         prompt = [0] * others.randrange(12) + [others.randrange(2) for _ in range(others.randrange(1, 40))]
         vector = embed_request(f"vector {number}", prompt, seed=others.randrange(-1, 5), priority=others.randrange(2))
         requests.insert(others.randrange(len(requests)), vector)
-    pool = BlockPool(1, block_size)
-    largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(block_size) for request in requests)
+    pool = BlockPool(1, block_size, windows=windows)
+    largest = max(SequenceGroup(request, pool, b"", 0).max_blocks(pool) for request in requests)
     engine = Engine(
         largest + rng.choice([0, 0, 1, 8]),
         block_size,
@@ -61,6 +65,7 @@ def test_crowds_in_a_pool_that_hardly_holds_the_largest_of_them(seed: int, overl
         guesses=Guesses(seed, rng.randrange(1, 9)) if seed % 2 and not overlaps else None,
         overlaps=overlaps,
         num_failures=seed % 3 if overlaps else 0,
+        windows=windows,
     )
     while requests or engine.scheduler.has_work:
         while requests and rng.random() < 0.4:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import quire
+from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.limits import check_prompt_length
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.model_config import ModelConfig
 from quire.outputs import (
     AgeQuantiles,
     CompletionOutput,
@@ -60,6 +64,8 @@ class ScriptedEngine:
     fails: tuple[int, ...] | None = None
     """Indices of the samples that fail there; None: all."""
     failure: str = "the logits were not finite"
+    stops_at: str | None = None
+    """The stop string that the last token completes."""
     raises: Exception | None = None
     """Raised by every request in place of token `raises_at`."""
     raises_at: int = 0
@@ -68,6 +74,7 @@ class ScriptedEngine:
     lives_for: float | None = None
     """Seconds from being ready until it dies."""
     max_model_len: int = 256
+    model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     default_params: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +148,26 @@ class ScriptedEngine:
             self.num_running -= 1
             self.num_closed_early += not finished
 
+    async def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> EmbeddingRequestOutput:
+        """The vector [number of tokens, 3, 4, 0]."""
+        assert isinstance(prompt, list), "the server tokenises"
+        kept = (
+            prompt if truncate_prompt_tokens is None else prompt[-(truncate_prompt_tokens % (self.max_model_len + 1)) :]
+        )
+        check_prompt_length(len(kept), self.max_model_len, num_output=0)
+        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, ""))
+        vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
+        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
+
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
         tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)
         limit = params.max_tokens or len(tokens)
@@ -169,6 +196,8 @@ class ScriptedEngine:
                     sample.logprobs = [self._position(token, params.logprobs)]
                 if last:
                     sample.finish_reason = "stop" if length < limit or params.max_tokens is None else "length"
+                if last and self.stops_at is not None:
+                    sample.stop_reason = self.stops_at
                 if at == self.fail_at and index in failing:
                     sample.finish_reason, sample.error = "error", self.failure
                 output.outputs.append(sample)

@@ -169,7 +169,7 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
         ({"best_of": 4, "stream": True}, "best_of"),
         ({"use_beam_search": True, "temperature": 0.7}, "beam_width"),

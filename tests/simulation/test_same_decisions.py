@@ -56,7 +56,7 @@ class Recording:
                 [*plan.num_scheduled_tokens],
                 [*plan.sample_indices],
                 [*plan.sample_rows],
-                [(row, first, [*blocks]) for row, first, blocks in plan.new_blocks],
+                [(row, group, first, [*blocks]) for row, group, first, blocks in plan.new_blocks],
                 [*plan.block_copies],
                 [(new.row, len(new.prompt_token_ids), len(new.output_token_ids)) for new in plan.new_rows],
             )

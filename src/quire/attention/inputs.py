@@ -24,7 +24,8 @@ class AttentionShape:
     value_dim: int = 0
     """Elements of a value; 0: as many as a key has."""
     window: int = 0
-    """Most positions that any layer sees; 0: all. A plan serves layers with this window or a smaller one."""
+    """Positions that a token of the group's layers sees; 0: all. A plan serves layers with this window or a smaller
+    one."""
     max_num_seqs: int = 0
     """Sequences in a step. This and the next two limits are for backends whose plans are in fixed buffers."""
     max_num_tokens: int = 0

@@ -20,6 +20,7 @@ import torch
 from quire.attention.inputs import AttentionShape, Int32Array, Int64Array, StepArrays
 from quire.attention.shared_prefixes import find_shared_prefixes
 from quire.kernels.interface import CpuAttentionPlan
+from quire.kv_groups import INVARIANT_ALIGNMENT
 
 __all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
 
@@ -38,9 +39,6 @@ _MIN_ITEM_KEYS = 256
 _SPLIT_ALIGNMENT = 64
 # A batch-invariant plan splits keys at every multiple of this, whatever the load.
 _INVARIANT_PART_KEYS = 1024
-# Its keys begin at a multiple of this, the number of keys that csrc/attention.h takes at a time, so that the keys of a
-# window are summed in the same groups wherever the step begins.
-_INVARIANT_ALIGNMENT = 256
 
 
 class WorkColumn(IntEnum):
@@ -88,7 +86,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
     sharers = _NO_SHARERS
     if shape.batch_invariant:
-        tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % _INVARIANT_ALIGNMENT
+        tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
     elif share_prefixes and len(tiles) > 1:
         read_rows = _CACHED_ROWS[shape.kv_element_size]
         sharers = _share_prefixes(tiles, step, group, block_size, read_rows)

@@ -3,8 +3,12 @@
 A planner is made once, for one model and the limits of a batch, by the function that BACKENDS names.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Protocol
+
+import torch
 
 from quire.attention.inputs import AttentionShape, Int32Array, StepArrays
 from quire.backends import BACKENDS
@@ -36,6 +40,46 @@ def make_planner(backend: str, shape: AttentionShape) -> Planner:
     module, name = BACKENDS[backend].planner.split(":")
     made: Planner = getattr(import_module(module), name)(shape)
     return made
+
+
+class GroupPlanner:
+    """Plans a step for every KV group: the same tokens with other block tables, slots and windows."""
+
+    def __init__(self, backend: str, shapes: Sequence[AttentionShape]) -> None:
+        """`shapes` has one entry for each group."""
+        self._planners = [make_planner(backend, shape) for shape in shapes]
+        self._shapes = shapes
+
+    def __call__(
+        self,
+        steps: Sequence[StepArrays],
+        *,
+        repeats: bool = False,
+        captured_tokens: int = 0,
+        variant: Variant = (),
+    ) -> tuple[AttentionPlan, ...]:
+        """The plan of each group; the arguments are those of `Planner`, `variant` that of `variant_of`."""
+        plans: list[AttentionPlan] = []
+        size = len(variant) // len(steps)
+        for group, (step, plan_step) in enumerate(zip(steps, self._planners, strict=True)):
+            alike = self._shapes.index(self._shapes[group])
+            plan = plans[alike] if alike < group else None
+            if isinstance(plan, CpuAttentionPlan):
+                # On a CPU the work depends on lengths and windows alone. Groups of equal windows share it.
+                plans.append(_with_tables(plan, step))
+            else:
+                own = variant[group * size : (group + 1) * size]
+                plans.append(plan_step(step, repeats=repeats, captured_tokens=captured_tokens, variant=own))
+        return tuple(plans)
+
+    def plan_group(self, step: StepArrays, group: int) -> AttentionPlan:
+        """The plan of one group alone, for a step that is not the one planned last."""
+        return self._planners[group](step)
+
+
+def variant_of(plans: Sequence[AttentionPlan]) -> Variant:
+    """The variants of all groups, one after the other."""
+    return tuple(part for plan in plans for part in plan.variant)
 
 
 class CpuPlanner:
@@ -93,3 +137,8 @@ def gpu_planner(shape: AttentionShape) -> Planner:
         return plan_attention(step, buffers, window=shape.window, captured_tokens=captured_tokens, variant=variant)
 
     return plan
+
+
+def _with_tables(plan: CpuAttentionPlan, step: StepArrays) -> CpuAttentionPlan:
+    """The same work over the blocks of another KV group."""
+    return replace(plan, block_tables=torch.from_numpy(step.block_tables), slots=torch.from_numpy(step.slots))

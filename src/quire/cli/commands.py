@@ -13,6 +13,7 @@ from quire import __version__
 from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireError, RequestError
 
 _ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
+_BATCH_ABOUT = "Answer files of requests, in the form of OpenAI's Batch API."
 _BENCH_ABOUT = "Measure throughput, latency, start-up, memory, or a running server."
 
 COMMANDS = {
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "startup": "Seconds from the start of the process to the first token.",
     "memory": "Share of the allocated KV cache that holds tokens.",
 }
+BATCHES = {"run": "Answer the requests of a file without a server; go on after an interruption."}
 """Subcommand → its summary. The file and the function of a subcommand have its name."""
 
 
@@ -46,6 +48,10 @@ def make_app() -> App:
     for name, about in BENCHMARKS.items():
         bench.command(f"quire.cli.bench_{name}:{name}", name=name, help=about)
     app.command(bench)
+    batch = App(name="batch", help=_BATCH_ABOUT, **style)
+    for name, about in BATCHES.items():
+        batch.command(f"quire.cli.batch_{name}:{name}", name=name, help=about)
+    app.command(batch)
     return app
 
 

@@ -21,7 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _SIZES = (
     *("kv_cache_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size", "weights_cache_size"),
-    *("state_memory", "max_body_size", "max_header_size"),
+    *("state_memory", "max_body_size", "max_header_size", "batch_dir_size", "max_file_size"),
+    "responses_store_size",
 )
 """Sizes, given in bytes or as a text such as 4GiB."""
 _TEXTS: dict[str, Any] = {**dict.fromkeys(_SIZES, int | str | None), "speculative_config": str | None}

@@ -28,6 +28,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.states import StatePool
 from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_cache.tiers import Tier, TierIndex
+from quire.kv_groups import KVLayout, window_alignment
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
@@ -64,6 +65,7 @@ class _Target:
     folder: Path
     kernels: Kernels
     device: torch.device
+    layout: KVLayout
 
 
 def build_core(
@@ -91,7 +93,8 @@ def build_core(
         grammars.warm()
     started = time.perf_counter()
     num_threads = _set_threads(config)
-    target = _Target(config, model_config, plan, folder, kernels_for(plan.attention_backend), torch.device(plan.device))
+    kernels, device = kernels_for(plan.attention_backend), torch.device(plan.device)
+    target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec))
     name = _kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
@@ -127,7 +130,7 @@ def build_core(
         capture=CudaCapture() if plan.graphs else None,
     )
     return EngineCore(
-        _make_scheduler(config, plan, tiers),
+        _make_scheduler(target, tiers),
         runner,
         grammars,
         preloader.cache,
@@ -191,19 +194,16 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
-    plan, model_config, kernels = target.plan, target.model_config, target.kernels
-    latent, recurrent = model_config.latent, model_config.spec.recurrent_layers
+    plan, row, kernels = target.plan, target.layout.row, target.kernels
+    recurrent = target.model_config.spec.recurrent_layers
     shapes: Sequence[KVShape] = kernels.kv_cache_shapes(
-        plan.num_blocks,
-        model_config.num_kv_heads,
-        plan.block_size,
-        model_config.head_dim,
-        scaled=plan.kv_cache_dtype == "int8",
+        plan.num_blocks, row.num_heads, plan.block_size, row.key_dim, scaled=plan.kv_cache_dtype == "int8"
     )
+    is_latent = row.kind == "latent"
     return KVCache(
-        num_layers=len(model_config.attention_layers),
-        shapes=shapes if latent is None else shapes[:1],
-        make_layer=KVLayer if latent is None else partial(kernels.latent_layer, value_dim=latent.latent_dim),
+        groups=target.layout.groups,
+        shapes=shapes[:1] if is_latent else shapes,
+        make_layer=partial(kernels.latent_layer, value_dim=row.value_dim) if is_latent else KVLayer,
         block_size=plan.block_size,
         dtype=_KV_TYPES.get(plan.kv_cache_dtype) or getattr(torch, plan.kv_cache_dtype),
         device=target.device,
@@ -238,7 +238,15 @@ def _warn_of_surplus(target: _Target) -> None:
             logger.warning("%s", surplus)
 
 
-def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | None) -> Scheduler:
+def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
+    config, plan = target.config, target.plan
+    pool = BlockPool(
+        plan.num_blocks,
+        plan.block_size,
+        windows=target.layout.windows,
+        window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
     states, speculation = None, None
     if plan.num_state_slots:
         states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
@@ -247,7 +255,7 @@ def _make_scheduler(config: EngineConfig, plan: MemoryPlan, tiers: TierIndex | N
     elif config.speculative_config is not None:
         speculation = DraftPlanner(config.speculative_config)
     return Scheduler(
-        BlockPool(plan.num_blocks, plan.block_size, enable_prefix_caching=config.enable_prefix_caching),
+        pool,
         SchedulerLimits(
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,

@@ -20,7 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from quire.engine.message_contents import ContentForms, plain_message, render_contents
-from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_json, read_special_tokens
+from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_special_tokens
+from quire.engine.tokenizer_files.added_tokens import read_optional
 from quire.errors import CheckpointError, RequestError
 
 MAX_LOOP_TURNS = 1_000_000
@@ -43,6 +44,8 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`sources` maps names ("default", "tool_use", …) to Jinja texts; errors call them `origin`."""
+        self.source = sources.get("tool_use") or sources.get("default") or ""
+        """The template that requests with tools are rendered with; empty if there is none."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
@@ -143,7 +146,7 @@ def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
     path = folder / "tokenizer_config.json"
-    match read_json(path).get("chat_template"):
+    match read_optional(path).get("chat_template"):
         case None:
             return {}, str(path)
         case str(source):

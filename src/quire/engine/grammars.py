@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import tokenizer_folder
-from quire.errors import RequestError
+from quire.errors import CheckpointError, RequestError
 from quire.grammar.cache import Compiler, GrammarCache
 from quire.grammar.compiled import Grammar
 from quire.model_config import ModelConfig
@@ -24,21 +24,20 @@ def load_compiler(config: EngineConfig, model_config: ModelConfig, folder: Path)
 
 def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler:
     """The compiler for the tokenizer in `folder`. Raises `RequestError` if there is none."""
+    from quire.engine.tokenizer import Tokenizer  # most models have a tokenizer.json and name their end tokens
     from quire.grammar.compiler import GrammarCompiler  # imports llguidance, which only structured output needs
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    try:
+        tokenizer = Tokenizer.from_folder(folder) if not path.is_file() or not eos_token_ids else None
+    except CheckpointError as error:
         raise RequestError(
-            "structured output needs the model's tokenizer.json, which is missing",
-            param="structured_outputs",
-            code="not_available",
-        )
-    if not eos_token_ids:
-        from quire.engine.tokenizer import Tokenizer  # most models name their end tokens in their config
-
-        eos = Tokenizer.from_folder(folder).eos_token_id
-        eos_token_ids = () if eos is None else (eos,)
-    return GrammarCompiler(path.read_text(encoding="utf-8"), vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+            f"structured output needs the model's tokenizer: {error}", param="structured_outputs", code="not_available"
+        ) from error
+    if tokenizer is not None and not eos_token_ids and tokenizer.eos_token_id is not None:
+        eos_token_ids = (tokenizer.eos_token_id,)
+    content = path.read_text(encoding="utf-8") if path.is_file() or tokenizer is None else tokenizer.to_json()
+    return GrammarCompiler(content, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
 class WaitingForGrammar:

@@ -1,12 +1,13 @@
 """MemoryBudget: what a model and its steps take of the memory beside the KV cache, part by part, in bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend
 from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.engine.device import Device
 from quire.kv_cache.tiers import num_staged_blocks
+from quire.kv_groups import KVLayout
 from quire.model_config import ModelConfig
 from quire.step import logprob_bytes
 
@@ -46,8 +47,9 @@ class MemoryBudget:
     """Bytes that the plan may use: the host's, or a share of a card's own memory."""
     own_memory: bool
     """The device has memory of its own; swap space and staging are then the host's."""
+    layout: KVLayout
     block: int
-    """One KV block of all layers."""
+    """One KV block."""
     weights: int
     activations: int
     logprobs: int
@@ -80,8 +82,12 @@ def make_budget(
     config: EngineConfig, model: ModelConfig, choice: StorageChoice, device: Device, available: int
 ) -> MemoryBudget:
     """The parts of a plan, whether they fit or not."""
-    spec, backend = model.spec, BACKENDS[choice.backend]
-    block = spec.kv_bytes_per_token(choice.kv_cache_dtype) * choice.block_size
+    backend = BACKENDS[choice.backend]
+    if not backend.keeps_mxfp4:
+        model = replace(model, mxfp4_experts=False)
+    spec = model.spec
+    layout = KVLayout.of(spec)
+    block = layout.block_bytes(choice.block_size, choice.kv_cache_dtype)
     num_samples = max_num_samples(config)
     if backend.float32_activations:
         activations = spec.activation_bytes(choice.max_num_batched_tokens, num_samples)
@@ -93,6 +99,7 @@ def make_budget(
     return MemoryBudget(
         available=available,
         own_memory=device.total_memory is not None,
+        layout=layout,
         block=block,
         weights=spec.weight_bytes(choice.dtype, choice.quantization),
         activations=activations,

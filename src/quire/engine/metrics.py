@@ -16,7 +16,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from quire.outputs import EngineStats, RequestMetrics, TierStats
+from quire.memory_stats import TierStats
+from quire.outputs import EngineStats, RequestMetrics
 
 _OWN, _ALIAS = "quire:", "vllm:"
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
@@ -144,6 +145,16 @@ _COUNTERS: tuple[_Row[EngineStats], ...] = (
     _Row("spec_decode_num_draft_tokens", "Drafted tokens computed", attrgetter("total_draft_tokens"), True),
     _Row("spec_decode_num_accepted_tokens", "Drafted tokens that held", attrgetter("total_accepted_tokens"), True),
 )
+_STATE_GAUGES: tuple[_Row[EngineStats], ...] = (
+    _Row("state_slots", "Slots for recurrent states", attrgetter("states.num_slots")),
+    _Row("state_slots_running", "Slots of running sequences", attrgetter("states.num_running")),
+    _Row("state_snapshots", "Recurrent states that prompts can begin with", attrgetter("states.num_snapshots")),
+)
+_STATE_COUNTERS: tuple[_Row[EngineStats], ...] = (
+    _Row("state_snapshots_saved", "Snapshots of recurrent states kept", attrgetter("states.total_saved")),
+    _Row("state_snapshots_evicted", "Snapshots whose slot was needed", attrgetter("states.total_evicted")),
+    _Row("state_snapshot_hits", "Sequences that started from a snapshot", attrgetter("states.total_hits")),
+)
 _TIER_GAUGES: tuple[_Row[TierStats], ...] = (
     _Row("kv_tier_blocks", "KV blocks in a tier below the pool", attrgetter("num_blocks")),
     _Row("kv_tier_bytes", "Bytes they take", attrgetter("num_bytes")),
@@ -221,8 +232,11 @@ class Metrics:
         self._published = EngineStats()
         self._described_pool = False
         ProcessCollector(registry=self.registry)
-        self._gauges = [(self._add_row(Gauge, row).labels(**self._labels), row.read) for row in _GAUGES]
-        self._counters = [(self._add_row(Counter, row).labels(**self._labels), row.read) for row in _COUNTERS]
+        self._gauges = [
+            (self._add_row(Gauge, row).labels(**self._labels), row.read) for row in (*_GAUGES, *_STATE_GAUGES)
+        ]
+        counters = (*_COUNTERS, *_STATE_COUNTERS)
+        self._counters = [(self._add_row(Counter, row).labels(**self._labels), row.read) for row in counters]
         self._tier_gauges = [(self._add_row(Gauge, row, "tier"), row.read) for row in _TIER_GAUGES]
         self._tier_counters = [(self._add_row(Counter, row, "tier"), row.read) for row in _TIER_COUNTERS]
         self._hits_by_origin = self._add_counter(

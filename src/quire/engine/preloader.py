@@ -23,7 +23,8 @@ from quire.model_config import ModelConfig
 from quire.models.weights_cache import PackedTensor, WeightsCache
 
 PACKING_BACKEND = "cpu"
-"""The only backend that packs weights; the others keep them on a device in the checkpoint's layout."""
+"""The only backend that packs weights, except those of models that transformers computes; the others keep them on a
+device in the checkpoint's layout."""
 _PIECE_BYTES = 64 << 20
 _MAX_PREALLOCATED_TOKENS = 512
 """Preallocate activations for steps of up to this many tokens; larger steps allocate the rest when they run."""
@@ -102,7 +103,7 @@ def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, f
     if plan.device == "cpu":
         num_tokens = min(plan.max_num_batched_tokens, _MAX_PREALLOCATED_TOKENS)
         arena = MallocArena(plan.activations + plan.logprobs, model_config.spec.activation_bytes(num_tokens, 1))
-    if plan.attention_backend != PACKING_BACKEND:
+    if plan.attention_backend != PACKING_BACKEND or model_config.computed_by:
         return Preloader(source, 0, arena=arena)
     cache = None
     if config.weights_cache is not None and source is not None:

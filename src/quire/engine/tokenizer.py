@@ -1,8 +1,7 @@
 """Tokenizer: text to token ids and back, with the `tokenizers` library and the files of a model folder.
 
-Reads tokenizer.json, tokenizer_config.json and special_tokens_map.json, limits the text that one request may have
-tokenised, and knows the bytes of every token. The detokenizer joins tokens as they arrive. Safe to share between
-threads.
+Limits the text that one request may have tokenised, and knows the bytes of every token. The detokenizer joins tokens as
+they arrive. Safe to share between threads.
 """
 
 import json
@@ -21,6 +20,12 @@ from quire.errors import CheckpointError, RequestError
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers  # after the variable is set
+
+from quire.engine.tokenizer_files import find_tokenizer_file
+from quire.engine.tokenizer_files.added_tokens import add_tokens, named_tokens, read_settings, set_ends
+from quire.engine.tokenizer_files.byte_alphabet import BYTE_OF_LETTER
+from quire.engine.tokenizer_files.sentencepiece import special_pieces
+from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
 
 MAX_PROMPT_CHARS = 4_000_000
 """Takes a few seconds to tokenise, and is more than the longest contexts hold."""
@@ -99,24 +104,36 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_prompt_chars: int = MAX_PROMPT_CHARS) -> "Tokenizer":
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        """Read the tokenizer of a folder, from whichever of TOKENIZER_FILES it holds. Raises `CheckpointError`."""
+        folder = Path(folder)
+        found = find_tokenizer_file(folder)
+        if found is None:
             raise CheckpointError(
-                f"{path} is missing. Quire reads the tokenizer.json of the `tokenizers` library; a folder with only "
-                "tokenizer.model or vocab.json gets one from transformers: "
+                f"{folder / 'tokenizer.json'} is missing, and the folder holds no other tokenizer that Quire reads "
+                "(tokenizer.model, tekken.json, *.tiktoken, vocab.json with merges.txt); copy it from the model's "
+                "repository, or convert another kind with transformers: "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
+        path, read = found
         if path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_FILE_BYTES:,} are read"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(
-                f"{path} is not a tokenizer that the `tokenizers` library {tokenizers.__version__} can read: {error}"
-            ) from error
-        return cls(backend, read_special_tokens(folder), max_prompt_chars=max_prompt_chars)
+        with path.open("rb") as file:
+            if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+                raise CheckpointError(f"{path} {POINTER_REFUSAL}")
+        settings = read_settings(folder)
+        backend = read(path, settings)
+        named = {**_own_special_tokens(path, backend), **named_tokens(settings)}
+        add_tokens(backend, folder, settings, named)
+        if path.name != "tokenizer.json":  # which says it itself
+            set_ends(backend, settings, named, add_first=path.suffix == ".model")
+        return cls(backend, named, max_prompt_chars=max_prompt_chars)
+
+    def to_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
 
     @property
     def vocab_size(self) -> int:
@@ -167,7 +184,7 @@ class Tokenizer:
             return self.decode([token_id], skip_special_tokens=False).encode()
         if self.pieces.byte_level:
             # A token with a character outside the alphabet, such as an added token with a space, is plain text.
-            values = [_BYTE_OF_LETTER.get(letter) for letter in token]
+            values = [BYTE_OF_LETTER.get(letter) for letter in token]
             return token.encode() if None in values else bytes(value for value in values if value is not None)
         if self.pieces.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(match[1])
@@ -187,46 +204,34 @@ def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_folder(folder)
     except CheckpointError:
-        if config.tokenizer is not None or (folder / "tokenizer.json").exists():
+        if config.tokenizer is not None or find_tokenizer_file(folder) is not None:
             raise
         return None
 
 
 def read_special_tokens(folder: str | Path) -> dict[str, str]:
-    """Name → text of the special tokens in tokenizer_config.json, else special_tokens_map.json."""
-    found: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in read_json(Path(folder) / name).items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                found[key] = content
-    return found
+    """Name → text of the special tokens that the files of a folder name."""
+    folder = Path(folder)
+    found = find_tokenizer_file(folder)
+    own = special_pieces(found[0]) if found is not None and found[0].suffix == ".model" else {}
+    return {**own, **named_tokens(read_settings(folder))}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file of the model folder; empty if there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _own_special_tokens(path: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
+    """The special tokens that a tokenizer's file implies; tokenizer.json implies none."""
+    if path.suffix == ".model" and (own := special_pieces(path)):
+        return own
+    if path.name == "tokenizer.json":
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    return content
+    usual = {
+        "bos_token": ("<|begin_of_text|>", "<s>", "[BOS]"),
+        "eos_token": ("<|end_of_text|>", "</s>", "[EOS]", "<|endoftext|>"),
+    }
+    vocab = {name: [text for text in texts if backend.token_to_id(text) is not None] for name, texts in usual.items()}
+    return {name: texts[0] for name, texts in vocab.items() if texts}
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-def _letters_of_bytes() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes are their own letters; the others get U+0100 and up, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_LETTER = _letters_of_bytes()
 
 
 def describe_tokenizer(tokenizer: Tokenizer | None, seconds: float) -> str:

@@ -5,19 +5,24 @@ it, limits its work and turns its refusals into errors for the client.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from quire.errors import RequestError
 from quire.grammar.compiled import Grammar
+from quire.grammar.json_schema import WHITESPACE, prepared
+from quire.grammar.repetition import check_repetitions, expressions_in_lark, expressions_in_schema
+from quire.grammar.special_tokens import name_by_id, rename_special_tokens
 from quire.structured_outputs import StructuredOutputsParams
 
-WHITESPACE = r"[ \n\r\t]{1,32}"
-"""Whitespace between the tokens of JSON by default: enough to indent, too little to fill the output with."""
 MAX_REASON_CHARS = 500
 """Limit for llguidance's reasons; some quote the grammar."""
+_GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+_MODIFIER = re.compile(r"^(\s*)[?!]+(?=[a-zA-Z_]\w*\s*[.:\[{])", re.MULTILINE)
+"""Marks in front of a rule's name; in Lark they say how the tree is built."""
 _LIMITS = LLParserLimits(
     max_items_in_row=1_000,
     initial_lexer_fuel=1_000_000,
@@ -37,6 +42,7 @@ class GrammarCompiler:
         """`tokenizer_json` is the file's content. Raises `RequestError` for a tokenizer that llguidance cannot use."""
         eos = list(eos_token_ids) or None
         try:
+            tokenizer_json, self._special_ids = rename_special_tokens(tokenizer_json)
             try:
                 own = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=eos)
             except ValueError:
@@ -54,14 +60,20 @@ class GrammarCompiler:
     def compile(self, constraint: StructuredOutputsParams) -> Grammar:
         """The compiled constraint. Raises `RequestError`, with llguidance's reason, if it is invalid or too large."""
         try:
-            template = LLMatcher(self.tokenizer, _source(constraint), log_level=0, limits=_LIMITS)
+            for expression in _expressions(constraint):
+                check_repetitions(expression)
+            source = _source(constraint, self._special_ids)
+            if constraint.around:
+                source = _around(constraint.around, source)
+            template = LLMatcher(self.tokenizer, source, log_level=0, limits=_LIMITS)
             if not template.is_error():
-                template.compute_bitmask()  # some grammars explode only on first use
+                _try_out(template)
         except BaseException as error:
             # A panic inside llguidance is not an Exception in Python. It must end only its own request.
             if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
                 raise
-            raise _refusal(constraint, str(error) or type(error).__name__) from None
+            reason = error.message if isinstance(error, RequestError) else str(error)
+            raise _refusal(constraint, reason or type(error).__name__) from None
         if template.is_error():
             raise _refusal(constraint, template.get_error())
         return Grammar(
@@ -69,25 +81,76 @@ class GrammarCompiler:
         )
 
 
-def _source(constraint: StructuredOutputsParams) -> str:
-    """The constraint as a grammar that llguidance reads."""
+def _expressions(constraint: StructuredOutputsParams) -> Iterator[str]:
+    """All regular expressions of a constraint."""
+    if constraint.regex is not None:
+        yield constraint.regex
+    if constraint.whitespace_pattern is not None:
+        yield constraint.whitespace_pattern
+    if constraint.grammar is not None:
+        yield from expressions_in_lark(constraint.grammar)
+    if isinstance(constraint.json, str):
+        yield from expressions_in_schema(json.loads(constraint.json))
+
+
+def _try_out(template: LLMatcher) -> None:
+    """Compute the first mask and the tokens that the grammar forces: some grammars explode only on use."""
+    template.compute_bitmask()
+    forced = template.compute_ff_tokens()
+    if forced and not template.is_error():
+        probe = template.deep_copy()
+        probe.consume_tokens(forced)
+        if not probe.is_error() and not probe.is_stopped():
+            probe.compute_bitmask()
+        if probe.is_error():
+            raise ValueError(probe.get_error())
+
+
+def _source(constraint: StructuredOutputsParams, special_ids: Mapping[str, int]) -> str:
+    """The constraint as a grammar that llguidance reads. `special_ids` are those of the special tokens by name."""
     if constraint.regex is not None:
         return LLMatcher.grammar_from_regex(constraint.regex)
     if constraint.choice is not None:
-        return LLMatcher.grammar_from_lark(
-            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
-        )
+        # One terminal: as rules, many choices that begin alike would exceed the limit of a parser's row.
+        choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in constraint.choice)
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
     if constraint.grammar is not None:
-        return LLMatcher.grammar_from_lark(any_to_lark(constraint.grammar))
+        return LLMatcher.grammar_from_lark(name_by_id(_lark(constraint.grammar), special_ids))
     schema = constraint.json if isinstance(constraint.json, str) else '{"type":"object"}'
+    closes = constraint.disable_additional_properties
+    schema = json.dumps(prepared(json.loads(schema), closes=closes), ensure_ascii=False)
     options: dict[str, object] = {"whitespace_flexible": False}
     if not constraint.disable_any_whitespace:
         options = {"whitespace_flexible": True, "whitespace_pattern": constraint.whitespace_pattern or WHITESPACE}
     return LLMatcher.grammar_from_json_schema(schema, overrides=options)  # type: ignore[arg-type]  # a TypedDict
 
 
+def _lark(grammar: str) -> str:
+    """A client's grammar in llguidance's Lark: from GBNF, or from Lark with modifiers that change only its trees."""
+    if _GBNF_RULE.search(grammar):
+        return str(gbnf_to_lark(grammar))
+    return _MODIFIER.sub(r"\1", grammar)
+
+
+def _around(rules: str, body: str) -> str:
+    """The grammar of `rules`, in which `@body` is the grammar `body`."""
+    (inner,) = json.loads(body)["grammars"] if body.startswith("{") else [{"lark_grammar": body}]
+    return json.dumps({"grammars": [{"lark_grammar": rules}, {**inner, "name": "body"}]}, ensure_ascii=False)
+
+
+_REASONS = (
+    (r"Unimplemented keys: \[(.*?)\]", r"the schema's keywords \1 cannot be enforced; leave them out"),
+    (r"NoExtensionBias", "no text can satisfy it, because it contains itself without an end"),
+    (r"Unsatisfiable schema: (.*)", r"no value can satisfy it: \1"),
+    (r"Pointer '(.*?)' does not exist", r"$ref leads to \1, which is not in the schema"),
+)
+"""llguidance's reasons that say little to a client, and ours."""
+
+
 def _refusal(constraint: StructuredOutputsParams, reason: str) -> RequestError:
-    reason = " ".join(reason.split())
+    reason = " ".join(reason.replace("<non-verbose/>", "").split())
+    for pattern, text in _REASONS:
+        reason = re.sub(pattern, text, reason)
     if len(reason) > MAX_REASON_CHARS:
         reason = reason[:MAX_REASON_CHARS] + "…"
     return RequestError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.kernels import _cpu
 from quire.kernels.expert_products import pack_each
+from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
     MXFP4_BLOCK,
     Allocate,
@@ -35,7 +36,6 @@ from quire.kernels.interface import (
 )
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
-from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 __all__ = [
@@ -286,11 +286,8 @@ def _pack_mxfp4(
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
     gate_up, gate_up_scales, gate_up_group, form = _parts(experts.gate_up)
     down, down_scales, down_group, _ = _parts(experts.down)
-    gate, alpha, limit = experts.gate, 0.0, 0.0
-    if isinstance(gate, ClampedSwiGLU):
-        gate, alpha, limit = "clamped_swiglu", gate.alpha, gate.limit
     _cpu.experts(
-        *(x, chosen, weights, form, gate, alpha, limit, experts.num_inner),
+        *(x, chosen, weights, form, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner),
         *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
         *(down, down_scales, down_group, experts.down_bias),
         out,

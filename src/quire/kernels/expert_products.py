@@ -135,7 +135,7 @@ class ExpertLoop:
 
     x, out [T, H], chosen [T, A] int32, weights [T, A] float32: adds to each row of `out` the outputs of the A experts
     that its token was sent to, each times its weight, in the order of the experts. An expert's output is
-    down(activation(gate(x)) * up(x)), or what its gate says.
+    down(activation(gate(x)) * up(x)).
     """
 
     linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
@@ -147,7 +147,7 @@ class ExpertLoop:
             if not len(token):
                 continue
             gate_up = self._product(x[token], experts.gate_up, experts.gate_up_bias, index, 2 * experts.num_inner)
-            inner = gated(gate_up, experts.gate)
+            inner = gated(gate_up, experts.activation)
             rows = self._product(inner, experts.down, experts.down_bias, index, x.shape[1])
             out.index_add_(0, token, rows * weights[token, slot].to(x.dtype).unsqueeze(1))
 

@@ -1,12 +1,25 @@
-"""Gates of MLPs in plain PyTorch, by name."""
+"""Gated activations of MLPs, by name, for kernels in plain PyTorch."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.model_config import ClampedSwiGLU
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+"""gpt-oss: factor inside the sigmoid, and the largest magnitude of what is multiplied."""
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """x [T, 2 I] -> [T, I]: the activation of the first half times the second. clamped_swiglu clamps both halves and
+    adds 1 to the second."""
+    gate, up = x.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
+    return ACTIVATIONS[activation](gate) * up
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -15,12 +28,3 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
-
-
-def gated(x: Tensor, gate: str | ClampedSwiGLU) -> Tensor:
-    """x [T, 2 I], gate and up side by side -> [T, I]: activation(gate) * up, or what `gate` says."""
-    first, up = x.chunk(2, dim=1)
-    if isinstance(gate, str):
-        return ACTIVATIONS[gate](first) * up
-    first = first.clamp(max=gate.limit)
-    return first * functional.sigmoid(first * gate.alpha) * (up.clamp(-gate.limit, gate.limit) + 1)

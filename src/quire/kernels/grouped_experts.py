@@ -1,6 +1,6 @@
 """Experts for devices without a kernel of their own: torch's grouped product over pairs sorted by expert.
 
-A pair is a token and one of its experts. With floats the host waits for nothing, so that a step can be captured.
+A pair is a token and one of its experts. The host waits for nothing, so a step with experts can be captured.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
+from quire.errors import ConfigError
+from quire.kernels.expert_products import ExpertLoop, pack_each, pack_floats
 from quire.kernels.gates import gated
 from quire.kernels.interface import (
     Allocate,
     ExpertMatrices,
     ExpertWeight,
+    Mxfp4Matrix,
     PackedExperts,
 )
+from quire.kernels.mxfp4 import dequantize
 from quire.kernels.reference import linear, linear_quantized, quantize_linear, zeros
 from quire.quantization import WeightFormat
 
@@ -25,14 +28,21 @@ _ALIGNED_BYTES = 16
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
-    """Floats [E, N, K] on the device of the matrices; or the stored bits of MXFP4, which `experts` unpacks one expert
-    after the other."""
-    return pack_each(matrices, stored, allocate, _pack_linear, quantize_linear, keep_mxfp4)
+    """Floats [E, N, K] on the device of the matrices. MXFP4 becomes floats, since torch multiplies nothing smaller."""
+    return pack_each(matrices, stored, allocate, _pack_linear, quantize_linear, _widen_mxfp4)
 
 
 def _pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
     stored = [weight.to(getattr(torch, dtype)) for weight in weights]
     return stored[0] if len(stored) == 1 else torch.cat(stored)
+
+
+def _widen_mxfp4(
+    matrices: Sequence[Sequence[Mxfp4Matrix]], stored: str | WeightFormat, allocate: Allocate
+) -> ExpertWeight:
+    if not isinstance(stored, str):
+        raise ConfigError("quantization: experts in MXFP4 are not quantised again; leave it out, or run on the CPU")
+    return pack_floats([[dequantize(part) for part in parts] for parts in matrices], stored, _pack_linear, allocate)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:
@@ -44,7 +54,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, 
         expert_of_pair, torch.arange(experts.num_experts, device=x.device, dtype=chosen.dtype), right=True
     ).int()
     rows = _product(x[order // chosen.shape[1]], gate_up, experts.gate_up_bias, expert_of_pair, ends)
-    rows = _product(gated(rows, experts.gate), down, experts.down_bias, expert_of_pair, ends)
+    rows = _product(gated(rows, experts.activation), down, experts.down_bias, expert_of_pair, ends)
     # Back in the order of tokens; a token's sum is in the order of its experts' weights.
     of_tokens = torch.empty_like(rows).index_copy_(0, order, rows).view(*chosen.shape, x.shape[1])
     out += (of_tokens * weights.unsqueeze(-1).to(x.dtype)).sum(1)

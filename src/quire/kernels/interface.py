@@ -28,7 +28,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -52,6 +51,8 @@ class KVLayer:
     """The same for values; set if and only if `k_scale` is."""
     is_latent: bool = field(default=False, kw_only=True)
     """Only keys are stored and written."""
+    group: int = field(default=0, kw_only=True)
+    """The layer's KV group: it reads that group's attention plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +264,8 @@ class PackedExperts:
     """[E, H] float32"""
     num_experts: int
     num_inner: int
-    gate: str | ClampedSwiGLU
-    """An activation (silu, gelu, gelu_tanh, relu, relu2), or a gate that is more than one."""
+    activation: str
+    """silu, gelu, gelu_tanh, relu or clamped_swiglu."""
 
 
 class Allocate(Protocol):

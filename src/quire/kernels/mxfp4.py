@@ -19,8 +19,9 @@ def doubled(blocks: Tensor) -> Tensor:
 def powers_of_two(scales: Tensor) -> Tensor:
     """scales [...] uint8 -> 2^(e - 127) [...] float32; 255 is NaN."""
     exponents = scales.int() - 127
-    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
-    return powers.masked_fill_(scales == 255, torch.nan)
+    powers: Tensor = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    powers[scales == 255] = torch.nan
+    return powers
 
 
 def dequantize(matrix: Mxfp4Matrix) -> Tensor:

@@ -102,7 +102,7 @@ def gated_delta_rule(
     g * H / G on.
 
     Per head and token: S = exp(log_decay) * S; d = beta * (v - k S); S = S + outer(k, d); the output is q S. Without
-    `beta` d is v: plain linear attention, of which the state space model of Mamba-2 is a case. Replaces S in `state`,
+    `beta` d is v: plain linear attention, and so the state space model of Mamba-2. Replaces S in `state`,
     and makes the plan's saves of it.
     """
     out, bounds, group = torch.empty_like(v), plan.query_start_loc.tolist(), v.shape[1] // k.shape[1]

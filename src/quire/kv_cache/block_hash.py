@@ -54,6 +54,14 @@ def hash_block(parent: BlockHash, token_ids: Sequence[int], extras: Sequence[Blo
     return blake2b(encoded, digest_size=32).digest()
 
 
+def group_hash(block_hash: BlockHash, group: int) -> BlockHash:
+    """The hash of a KV group's block, for the hash of its tokens. The chain of hashes is the same for all groups.
+
+    The group's number goes into the last byte. So group 0 keeps the hash itself, and a hash still has 32 bytes.
+    """
+    return block_hash[:-1] + bytes((block_hash[-1] ^ group,)) if group else block_hash
+
+
 def find_extras(inputs: Sequence[InputSpan], start: int, block_size: int) -> list[BlockExtra]:
     """The inputs that cover tokens of the block that starts at token `start`, in the order of the prompt."""
     extras: list[BlockExtra] = []

@@ -4,6 +4,8 @@ A block is an index. It is *used* while its reference count is positive, and on 
 may have a hash (see `block_hash`). When its last reference goes it keeps the hash, so a later request with the same
 prefix finds it until its space is needed. A partly filled block has no hash; it can be retained and found by its
 tokens, and the sequence that finds it fills it up. The pool knows nothing of sequences or tensors, and has no clock.
+All KV groups take their blocks here: blocks of one size, one free list, one order of eviction. A block's hash covers
+its group.
 
 The free list is in eviction order: blocks without content first, then blocks that can be found, least recently freed
 first. It is doubly linked, because a prefix hit takes a block out of the middle. The links are two flat lists of
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from quire.errors import QuireError
 from quire.kv_cache.block_hash import BlockHash, TokenKey
 from quire.kv_cache.partial_block_index import PartialBlockIndex
+from quire.kv_groups import first_kept_block, most_blocks
 
 BlockListener = Callable[[int, BlockHash], None]
 """Called with a block and its hash."""
@@ -28,9 +31,23 @@ class OutOfBlocksError(QuireError):
 class BlockPool:
     """`num_blocks` blocks of `block_size` token slots each. All operations are O(1) per block."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        windows: Sequence[int] = (0,),
+        window_alignment: int = 1,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        """`windows` has the window of each KV group, 0 for full attention. Sequences keep a window's blocks from a
+        multiple of `window_alignment` tokens on (see `first_kept_block`)."""
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.windows = tuple(windows)
+        self.num_groups = len(self.windows)
+        self.has_windows = any(self.windows)
+        self.window_alignment = window_alignment
         self.enable_prefix_caching = enable_prefix_caching
         self.ref_counts = [0] * num_blocks
         self.fill = [0] * num_blocks
@@ -46,6 +63,10 @@ class BlockPool:
         """Seconds at the last `set_time`; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
+        self.group_of = [0] * num_blocks
+        """The KV group that last took the block."""
+        self.total_given_back = 0
+        """Blocks that sequences gave back while they ran, because no later token sees them."""
         self.total_evictions = 0
         self.total_block_copies = 0
         self.eviction_listeners: list[BlockListener] = []
@@ -81,12 +102,37 @@ class BlockPool:
         """Allocated slots that hold no token."""
         return self.num_allocated_slots - self.num_filled_slots
 
+    def first_kept(self, group: int, position: int) -> int:
+        """The first logical block that a KV group must still hold for a token at `position`."""
+        return first_kept_block(position, self.windows[group], self.block_size, self.window_alignment)
+
+    def most_blocks_by_group(self, num_tokens: int) -> list[int]:
+        """The most blocks that a sequence of at most `num_tokens` tokens must hold at once, for each KV group."""
+        return [most_blocks(num_tokens, window, self.block_size, self.window_alignment) for window in self.windows]
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """The same of all KV groups together."""
+        return sum(self.most_blocks_by_group(num_tokens))
+
+    def window_blocks(self, num_tokens: int) -> int:
+        """The same of all window groups together."""
+        return self.most_blocks(num_tokens) - self.windows.count(0) * -(-num_tokens // self.block_size)
+
+    def peak_blocks(self, num_tokens: int, chunk: int) -> int:
+        """`most_blocks` while up to `chunk` tokens are computed in one step: a window group then holds the blocks of
+        all of them beside those that the first of them sees."""
+        size, blocks = self.block_size, -(-num_tokens // self.block_size)
+        return sum(
+            min(blocks, most_blocks(num_tokens, window, size, self.window_alignment) + -(-chunk // size))
+            for window in self.windows
+        )
+
     def set_time(self, now: float) -> None:
         """Blocks taken from here on are taken at `now`."""
         self.now = now
 
-    def allocate(self) -> int:
-        """Take the first block of the free list. Its old content can no longer be found."""
+    def allocate(self, group: int = 0) -> int:
+        """Take the first block of the free list for a KV group. Its old content can no longer be found."""
         anchor = self.num_blocks
         block = self._next[anchor]
         if block == anchor:
@@ -103,6 +149,7 @@ class BlockPool:
             for listener in self.eviction_listeners:
                 listener(block, block_hash)
         self.taken_at[block] = self.now
+        self.group_of[block] = group
         self.ref_counts[block] = 1
         self.num_references += 1
         self.fill[block] = 0
@@ -185,7 +232,7 @@ class BlockPool:
 
     def copy_on_write(self, block: int) -> int:
         """Replace one holder's reference to a block by a new block, which gets a copy of its content in this step."""
-        copy = self.allocate()
+        copy = self.allocate(self.group_of[block])
         self.total_block_copies += 1
         self.release_after_copy(block)
         return copy

@@ -138,8 +138,8 @@ class StatePool:
         size = table.block_size
         for num_full in range(limit // size, -1, -1):
             parent = table.prefix_hash(token_ids, num_full * size)
-            tails = self._tails.get(parent)
-            for length in sorted(set(tails.values()), reverse=True) if tails else ():
+            tails = self._tails.get(parent, {})
+            for length in sorted(set(tails.values()), reverse=True):
                 end = num_full * size + length
                 if end <= limit and (name := table.prefix_hash(token_ids, end)) in tails:
                     return self._touch(name, end)
@@ -204,8 +204,8 @@ class StatePool:
 
     def _remove(self, name: BlockHash) -> Snapshot:
         snapshot = self._snapshots.pop(name)
-        tails = self._tails.get(snapshot.parent)
-        if snapshot.length and tails is not None:
+        if snapshot.length:
+            tails = self._tails[snapshot.parent]
             del tails[name]
             if not tails:
                 del self._tails[snapshot.parent]

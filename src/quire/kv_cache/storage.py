@@ -8,11 +8,13 @@ import itertools
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from quire.kernels import KVLayer
 from quire.kernels.interface import StateLayer
+from quire.kv_groups import KVGroup
 from quire.layer_spec import RecurrentSpec
 
 CPU = torch.device("cpu")
@@ -21,12 +23,16 @@ _HUGE_PAGE = 2 << 20
 
 
 class KVCache:
-    """The blocks of all layers, zero at first. On a CPU a block takes no memory until it is first written."""
+    """The blocks of all KV groups, zero at first. On a CPU a block takes no memory until it is first written.
+
+    A block has a part for each layer of the largest group. The i-th layer of any group has the i-th part of the blocks
+    that its group holds, so layers of several groups share one pair of tensors.
+    """
 
     def __init__(
         self,
         *,
-        num_layers: int,
+        groups: Sequence[KVGroup],
         shapes: Sequence[tuple[int, ...]],
         block_size: int,
         dtype: torch.dtype,
@@ -43,17 +49,27 @@ class KVCache:
         self.states = states
         """The states of recurrent layers; None in a model without."""
         self.element_size = dtype.itemsize
-        tensors = _zeros(num_layers * [*shapes], dtype, device)
-        self.layers = [
+        self.groups = tuple(groups)
+        num_parts = max(len(group.layers) for group in groups)
+        tensors = _zeros(num_parts * [*shapes], dtype, device)
+        self.parts = [
             make_layer(*tensors[first : first + len(shapes)]) for first in range(0, len(tensors), len(shapes))
         ]
+        """The memory, each part once."""
+        placed = {
+            layer: replace(self.parts[place], group=index)
+            for index, group in enumerate(groups)
+            for place, layer in enumerate(group.layers)
+        }
+        self.layers = [placed[layer] for layer in range(len(placed))]
+        """The part of each layer of the model."""
         self._bytes = [tensor.view(num_blocks, -1).view(torch.uint8) for tensor in tensors]
         """All tensors as [num_blocks, bytes per block]."""
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
-        """Size of a block's keys and values in all layers."""
+        """Size of a block's keys and values in the layers of a group."""
 
     def copy_out(self, block: int, out: torch.Tensor) -> None:
-        """Copy a block to `out`, uint8 [block_bytes]: keys, then values, layer after layer.
+        """Copy a block to `out`, uint8 [block_bytes]: keys, then values, part after part.
 
         A copy to pinned memory is asynchronous. It is done before the device's next step; then `copy_in` may read it.
         """
@@ -87,7 +103,7 @@ class StateCache:
         self._tensors = _zeros(shapes, torch.float32, device)
         self.layers = [StateLayer(*pair) for pair in zip(self._tensors[::2], self._tensors[1::2], strict=True)]
         self.conv_width = layers[0].conv_width
-        """Of every layer."""
+        """The same in every layer."""
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy states from slot to slot, one pair after the other; source -1 is the state before the first token."""

@@ -153,23 +153,26 @@ class TierIndex:
         if plan.num_tokens >= max(_MIN_STEP_TOKENS, _MIN_ROW_TOKENS * len(plan.rows)):
             self._compute_rate.measure(plan.num_tokens, seconds)
 
-    def num_worth_loading(self, stored_in: Sequence[str], block_size: int, num_queued_reads: int) -> int:
-        """How many of consecutive stored blocks to load so that most time is saved; the rest is computed.
+    def num_worth_loading(self, stored_in: Sequence[Sequence[str]], block_size: int, num_queued_reads: int) -> int:
+        """How many of consecutive logical blocks to load so that most time is saved; the rest is computed.
 
-        `stored_in` holds the tier of each block. Reads from disk wait for `num_queued_reads` others. A rate of loading
-        that was not measured lately counts as zero seconds: loading measures it.
+        `stored_in` holds the tiers of each one's blocks, one for every KV group. Reads from disk wait
+        for `num_queued_reads` others. A rate of loading that was not measured lately counts as zero seconds: loading
+        measures it.
         """
         token_seconds = self._compute_rate.seconds_per_unit
         if token_seconds is None:
             return len(stored_in)
         best, num_best = 0.0, 0
         saved, waits = 0.0, False
-        for index, tier_name in enumerate(stored_in):
-            block_seconds = self._load_rates[tier_name].seconds_per_unit or 0.0
-            if tier_name == DISK and not waits:
-                waits = True
-                saved -= num_queued_reads * block_seconds
-            saved += block_size * token_seconds - block_seconds
+        for index, tier_names in enumerate(stored_in):
+            saved += block_size * token_seconds
+            for tier_name in tier_names:
+                block_seconds = self._load_rates[tier_name].seconds_per_unit or 0.0
+                if tier_name == DISK and not waits:
+                    waits = True
+                    saved -= num_queued_reads * block_seconds
+                saved -= block_seconds
             if saved >= best:
                 best, num_best = saved, index + 1
         return num_best

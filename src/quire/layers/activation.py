@@ -1,12 +1,10 @@
-"""Activations of MLPs, by the names of `ModelConfig.activation`, and gates that are more than an activation."""
+"""Activations of MLPs, by the names of `ModelConfig.activation`."""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
-from quire.kernels.gates import ACTIVATIONS, gated
-
-__all__ = ["FUSED_GATES", "activation_function", "gated"]
+from quire.kernels.gates import ACTIVATIONS
 
 FUSED_GATES = frozenset({"silu", "gelu", "gelu_tanh"})
 """Activations that `Kernels.glu_linear` computes."""

@@ -48,7 +48,7 @@ class Attention:
         kv = context.kv_layers[self.layer]
         if self.k_scale is not None:
             kv = replace(kv, k_scale=self.k_scale, v_scale=self.v_scale)
-        plan, output_tokens = context.attention, context.output_tokens
+        plan, output_tokens = context.attention[kv.group], context.output_tokens
         if self.cos_sin is None:
             self.kernels.write_kv(k, v, kv, plan.slots)
         else:

@@ -9,7 +9,6 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.interface import ExpertMatrices, PackedExperts, Packing
 from quire.layers.linear import LinearWeight, join_biases, stored_as
-from quire.model_config import ClampedSwiGLU
 from quire.quantization import WeightFormat
 
 
@@ -46,7 +45,7 @@ class ExpertMLPs:
         gate_up: ExpertLinear,
         down: ExpertLinear,
         num_inner: int,
-        gate: str | ClampedSwiGLU,
+        activation: str,
         dtype: str | WeightFormat,
         packing: Packing | None = None,
     ) -> None:
@@ -60,7 +59,7 @@ class ExpertMLPs:
             None if down.bias is None else down.bias.float(),
             num_experts=len(gate_up.matrices),
             num_inner=num_inner,
-            gate=gate,
+            activation=activation,
         )
 
     def add_to(self, out: Tensor, x: Tensor, weights: Tensor, chosen: Tensor) -> None:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
-from quire.layers.activation import FUSED_GATES, gated
+from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
-from quire.model_config import ClampedSwiGLU
 from quire.quantization import METHODS, WeightFormat
 
 
@@ -71,11 +70,12 @@ class Linear:
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
-    def after_gate(self, x: Tensor, gate: str | ClampedSwiGLU) -> Tensor:
-        """x [M, 2 K] -> [M, N]: the layer of `gated`."""
-        if isinstance(gate, str) and gate in FUSED_GATES:
-            return self.kernels.glu_linear(x, gate, self.packed, self.bias, self.num_outputs)
-        return self(gated(x, gate))
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
+        if activation in FUSED_GATES:
+            return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
+        gate, up = x.chunk(2, dim=1)
+        return self(activation_function(activation)(gate) * up)
 
 
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:

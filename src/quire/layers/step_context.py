@@ -17,7 +17,8 @@ class StepContext:
     """[T] int32: position of each new token in its sequence."""
     kv_layers: Sequence[KVLayer]
     """The KV cache, one entry for each layer that has keys and values."""
-    attention: AttentionPlan
+    attention: Sequence[AttentionPlan]
+    """One plan for each KV group; a layer reads that of its `KVLayer.group`."""
     output_tokens: OutputTokens | None = None
     """The tokens whose hidden states are read; None: all of them."""
     state_layers: Sequence[StateLayer] = ()

@@ -5,10 +5,9 @@ computes the model and says what config.json leaves unsaid about it; `ModelConfi
 plain values (`quire.layer_spec`), from which every size follows.
 """
 
-from quire.model_config.activation import ClampedSwiGLU
 from quire.model_config.architectures import ARCHITECTURES, Architecture
 from quire.model_config.config_json import read_json
 from quire.model_config.model_config import ModelConfig
 from quire.model_config.rope import RopeConfig
 
-__all__ = ["ARCHITECTURES", "Architecture", "ClampedSwiGLU", "ModelConfig", "RopeConfig", "read_json"]
+__all__ = ["ARCHITECTURES", "Architecture", "ModelConfig", "RopeConfig", "read_json"]

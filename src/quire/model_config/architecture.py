@@ -17,7 +17,7 @@ class Architecture:
     `scale_embeddings`, `parallel_residual`, `parallel_mlp_norm`, `pre_norms`, `post_norms`, `norm_before`,
     `no_final_norm`, `qk_norm_joint`, `scale_queries`, `sliding_window_pattern`, `positions_are_stretched`,
     `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
-    `router`, `shared_expert_gate`, `expert_bias`, `gate`, `attention_sinks`, `latent_attention`,
+    `router`, `shared_expert_gate`, `expert_bias`, `attention_sinks`, `latent_attention`,
     `interleaves`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`, `recurrent_kind`, `attention_gate`,
     `rope_if_asked`, `mlp_width_without_experts`.
     """
@@ -41,7 +41,7 @@ class Architecture:
     """A key → values of config.json by which the family means another one."""
     section: str = ""
     """The object of config.json that describes the text model, where the model reads more than text."""
-    fixed: Mapping[str, bool | int | str | None] = field(default_factory=dict)
+    fixed: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     """Keys of config.json that are supported with this one value; for a flag null is false."""
     quantizations: tuple[str, ...] = ()
     """Values of quantization_config.quant_method whose tensors the class reads."""

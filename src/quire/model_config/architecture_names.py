@@ -21,6 +21,15 @@ _MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
 
 def find_architecture(path: Path, config: dict[str, Any]) -> str:
     """The row's name. Raises `CheckpointError` for a config.json, read from `path`, that means none."""
+    found = known_architecture(path, config)
+    if found is not None:
+        return found
+    shown = ", ".join(config.get("architectures") or ()) or f"none (model_type {config.get('model_type')!r})"
+    raise CheckpointError(f"{path}: architectures is {shown}; supported are {', '.join(ARCHITECTURES)}")
+
+
+def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
+    """The row's name; None where Quire has no row. Raises `CheckpointError` if `architectures` is no list of names."""
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise CheckpointError(f"{path}: architectures is {json.dumps(named)}; supported: a list of names")
@@ -28,12 +37,14 @@ def find_architecture(path: Path, config: dict[str, Any]) -> str:
         if name in ARCHITECTURES:
             return str(name)
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and not any(_is_other_task(name) for name in named):
-        found = _causal_architecture(model_type, config)
-        if found is not None:
-            return found
-    shown = ", ".join(named) or f"none (model_type {model_type!r})"
-    raise CheckpointError(f"{path}: architectures is {shown}; supported are {', '.join(ARCHITECTURES)}")
+    if isinstance(model_type, str) and not any(map(_is_other_task, named)):
+        return _causal_architecture(model_type, config)
+    return None
+
+
+def is_causal(name: str) -> bool:
+    """Whether an architecture's name is that of a model that continues texts."""
+    return name.endswith(_CAUSAL_ENDINGS[:2])
 
 
 def _causal_architecture(model_type: str, config: dict[str, Any]) -> str | None:

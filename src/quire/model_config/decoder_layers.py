@@ -13,7 +13,6 @@ from quire.layer_spec import (
 from quire.model_config.latent import LatentShape
 from quire.model_config.model_config import ModelConfig, norm_vectors
 from quire.model_config.recurrent import RecurrentConfig
-from quire.quantization import MXFP4, WeightFormat
 
 
 def decoder_layers(config: ModelConfig) -> tuple[LayerSpec, ...]:
@@ -108,7 +107,7 @@ def _mlp(config: ModelConfig, has_experts: bool) -> MLPSpec | ExpertsSpec:
                 hidden,
                 config.expert_intermediate_size,
                 gated=config.gated_mlp,
-                stored=MXFP4 if config.mxfp4_experts else None,
+                is_mxfp4=config.mxfp4_experts,
             ),
             shared=mlp_spec("shared.", hidden, shared, gated=config.gated_mlp) if shared else None,
         )
@@ -134,16 +133,14 @@ def _latent_attention(config: ModelConfig, shape: LatentShape) -> AttentionSpec:
     )
 
 
-def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool, stored: WeightFormat | None = None) -> MLPSpec:
-    """The feed-forward network hidden_size → inner → hidden_size. Gate and up are packed as one layer. `stored` is the
-    checkpoint's own format, if the layers keep it."""
-    up = (
-        LinearSpec(f"{prefix}gate_up", 2 * inner, hidden_size, stored=stored)
-        if gated
-        else LinearSpec(f"{prefix}up", inner, hidden_size, stored=stored)
+def mlp_spec(prefix: str, hidden_size: int, inner: int, *, gated: bool, is_mxfp4: bool = False) -> MLPSpec:
+    """The feed-forward network hidden_size → inner → hidden_size. Gate and up are packed as one layer."""
+    up = ("gate_up", 2 * inner, hidden_size) if gated else ("up", inner, hidden_size)
+    linears = tuple(
+        LinearSpec(f"{prefix}{name}", outputs, inputs, is_mxfp4=is_mxfp4)
+        for name, outputs, inputs in (up, ("down", hidden_size, inner))
     )
-    down = LinearSpec(f"{prefix}down", hidden_size, inner, stored=stored)
-    return MLPSpec(kind="gated" if gated else "plain", linears=(up, down))
+    return MLPSpec(kind="gated" if gated else "plain", linears=linears)
 
 
 def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:

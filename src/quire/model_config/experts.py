@@ -7,6 +7,7 @@ from quire.model_config.config_json import ConfigJson
 
 RouterKind = Literal["softmax_topk", "topk_softmax", "grouped_sigmoid", "grouped_softmax", "sparse_mixer"]
 ROUTER_KINDS: tuple[RouterKind, ...] = get_args(RouterKind)
+MLP_TYPES = ("dense", "sparse")
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 
 
@@ -36,8 +37,14 @@ class ExpertFields(TypedDict, total=False):
     expert_intermediate_size: int
     shared_expert_intermediate_size: int
     shared_expert_gate: bool
-    mxfp4_experts: bool
     expert_bias: bool
+    mxfp4_experts: bool
+
+
+def mlp_width(config: ConfigJson) -> str:
+    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
+    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
+    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) -> ExpertFields:
@@ -60,7 +67,7 @@ def read_experts(config: ConfigJson, num_layers: int, intermediate_size: int) ->
         "shared_expert_intermediate_size": _read_shared_width(config, expert_width),
         "shared_expert_gate": config.flag("shared_expert_gate"),
         "expert_bias": config.flag("expert_bias"),
-        "mxfp4_experts": config.object("quantization_config").get("quant_method") == "mxfp4",
+        "mxfp4_experts": config.value("quantization_config.quant_method") == "mxfp4",
     }
 
 
@@ -90,8 +97,13 @@ def _read_router(config: ConfigJson, num_experts: int, num_active: int) -> Route
 
 
 def _read_dense_layers(config: ConfigJson, num_layers: int) -> frozenset[int]:
-    """Layers that have an MLP in a model with experts: the first `first_k_dense_replace`, those of `mlp_only_layers`,
-    and all but every `decoder_sparse_step`-th."""
+    """Layers that have an MLP in a model with experts: those that `mlp_layer_types` calls dense; else the first
+    `first_k_dense_replace`, those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+    kinds = config.value("mlp_layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != num_layers or not all(kind in MLP_TYPES for kind in kinds):
+            raise config.refusal("mlp_layer_types", kinds, f"{num_layers} times one of {', '.join(MLP_TYPES)}")
+        return frozenset(layer for layer, kind in enumerate(kinds) if kind == "dense")
     first = config.integer("first_k_dense_replace", 0, minimum=0)
     step = config.integer("decoder_sparse_step", 1)
     named = config.value("mlp_only_layers") or []

@@ -19,9 +19,10 @@ OPTIONAL_KEYS = frozenset(
         *("embedding_multiplier", "residual_multiplier", "logit_scale", "logits_scaling"),
         *("multi_query", "new_decoder_architecture", "num_ln_in_parallel_attn"),
         *("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size", "decoder_sparse_step"),
+        *("mlp_layer_types",),
         *("n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "mlp_only_layers"),
         *("n_group", "topk_group", "routed_scaling_factor", "router_jitter_noise"),
-        *("swiglu_alpha", "swiglu_limit", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
+        *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"),
     }
 )
 """Keys of config.json that take effect only in a family that names them."""
@@ -34,7 +35,8 @@ OWN_KEYS = frozenset(
         *("learned_positions", "position_offset", "positions_are_stretched", "embedding_width", "scale_embeddings"),
         *("rotary_elements", "rotary_layout", "rope_in_windows_only", "rope_mscales", "scale_queries"),
         *("alternate_windows", "alibi_before_scale", "router", "shared_expert_gate"),
-        *("expert_bias", "gate", "attention_sinks", "latent_attention", "interleaves"),
+        *("expert_bias", "attention_sinks", "latent_attention", "interleaves"),
+        *("attention_gate", "recurrent_kind", "rope_if_asked", "mlp_width_without_experts"),
     }
 )
 """Quire's own words for what families differ in. A row sets them; config.json only does under a family's spelling."""

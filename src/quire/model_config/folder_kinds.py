@@ -103,6 +103,17 @@ def describe_kind(folder: Path) -> str | None:
     return None
 
 
+def describe_missing(path: Path) -> str:
+    """Why a folder without its config.json `path` is refused."""
+    folder = path.parent
+    shown = f"{path} is missing; a Hugging Face checkpoint folder holds one"
+    kind = describe_kind(folder)
+    if kind is not None:
+        return f"{shown}. {folder} is {kind}"
+    found = sorted(entry.name for entry in folder.iterdir())
+    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
+
+
 def name_some(names: list[str]) -> str:
     """The first few names, and the number of the others."""
     more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""

@@ -1,6 +1,5 @@
 """ModelConfig: the shape and the rules of one model, as data."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -11,21 +10,21 @@ from typing import Any, Literal
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
-from quire.model_config.activation import ClampedSwiGLU, read_activation, read_gate
+from quire.model_config.activation import read_activation
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.experts import RouterConfig, read_experts
-from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.model_config.experts import RouterConfig, mlp_width, read_experts
+from quire.model_config.fallback import is_computed_by_transformers
+from quire.model_config.folder_kinds import describe_missing
+from quire.model_config.generic import MAX_LAYERS, generic_fields
 from quire.model_config.heads import read_heads
 from quire.model_config.latent import LatentShape
 from quire.model_config.norms import read_norms
 from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
+from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
 from quire.model_config.windows import read_layer_windows
-
-MAX_LAYERS = 4096
-"""Layers that are read from a config.json; published models have some hundred at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +74,6 @@ class ModelConfig:
     activation: str = "silu"
     """silu, gelu, gelu_tanh or relu."""
     gated_mlp: bool = True
-    gate: ClampedSwiGLU | None = None
-    """What experts compute of gate and up, in the place of activation(gate) * up (gpt-oss)."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -97,10 +94,10 @@ class ModelConfig:
     """Inner width of a network that every token passes beside its experts; 0: there is none."""
     shared_expert_gate: bool = False
     """The shared network's output is multiplied by a sigmoid of the token's own (Qwen2-MoE)."""
-    mxfp4_experts: bool = False
-    """The checkpoint stores the experts as MXFP4."""
     expert_bias: bool = False
     """The router and every layer of every expert have a bias (gpt-oss)."""
+    mxfp4_experts: bool = False
+    """The checkpoint stores experts as MXFP4, and kernels that can multiply it keep its bits."""
 
     recurrent: RecurrentConfig | None = None
     """The layers with a recurrent state in the place of attention; None: all layers have attention."""
@@ -161,6 +158,8 @@ class ModelConfig:
     head_bias: bool = False
     """The output head has a bias, its own even where its weight is the embedding's."""
 
+    computed_by: str = ""
+    """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -171,15 +170,21 @@ class ModelConfig:
 
         Raises `CheckpointError` for what is missing or not supported.
         """
-        path = Path(folder) / "config.json"
-        if not Path(folder).is_dir():
-            raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
-        if not path.is_file():
-            raise CheckpointError(_no_config(Path(folder)))
-        config = _read(ConfigJson(path, read_json(path)))
-        generation = Path(folder) / "generation_config.json"
-        end = read_json(generation).get("eos_token_id") if generation.is_file() else None
-        return config if end is None else replace(config, eos_token_ids=_end_tokens(generation, end))
+        path, values = _read_file(folder)
+        if is_computed_by_transformers(path, values):
+            return cls._estimated(path, values, computed_by=str(path.parent))
+        config = _read(ConfigJson(path, values))
+        return replace(config, eos_token_ids=read_end_tokens(path, config.eos_token_ids))
+
+    @classmethod
+    def estimated(cls, folder: str | Path) -> "ModelConfig":
+        """The shape of a model that cannot be served yet, by the usual spellings of its sizes."""
+        return cls._estimated(*_read_file(folder))
+
+    @classmethod
+    def _estimated(cls, path: Path, values: dict[str, Any], *, computed_by: str = "") -> "ModelConfig":
+        ends = read_end_tokens(path, values.get("eos_token_id"))
+        return cls(**generic_fields(path, values), eos_token_ids=ends, computed_by=computed_by)
 
     @property
     def context_length(self) -> int:
@@ -286,7 +291,7 @@ def _read(config: ConfigJson) -> ModelConfig:
     num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads, num_kv_heads, head_dim, latent = read_heads(config, hidden_size)
     max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer(_mlp_width(config), 4 * hidden_size)
+    intermediate_size = config.integer(mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
     embedding_width = config.integer("embedding_width", hidden_size)
@@ -307,7 +312,6 @@ def _read(config: ConfigJson) -> ModelConfig:
         max_position_embeddings=max_position,
         **read_norms(config),
         activation=read_activation(config),
-        gate=read_gate(config),
         gated_mlp=config.flag("gated_mlp", True),
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
@@ -340,15 +344,9 @@ def _read(config: ConfigJson) -> ModelConfig:
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
         checkpoint_dtype=_checkpoint_dtype(config),
-        bos_token_id=_first_token(config),
-        eos_token_ids=_end_tokens(config.path, config.value("eos_token_id")),
+        bos_token_id=read_first_token(config),
+        eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),
     )
-
-
-def _mlp_width(config: ConfigJson) -> str:
-    """The key with the width of an MLP. Without experts Granite 4 has the one that would stand beside them."""
-    has_other = not config.value("num_experts") and config.value("mlp_width_without_experts") is not None
-    return "mlp_width_without_experts" if has_other else "intermediate_size"
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
@@ -356,26 +354,11 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
     return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
 
 
-def _no_config(folder: Path) -> str:
-    """Why a folder without config.json is refused."""
-    shown = f"{folder / 'config.json'} is missing; a Hugging Face checkpoint folder holds one"
-    kind = describe_kind(folder)
-    if kind is not None:
-        return f"{shown}. {folder} is {kind}"
-    found = sorted(path.name for path in folder.iterdir())
-    return f"{shown}. {folder} " + (f"holds {name_some(found)}" if found else "is empty")
-
-
-def _first_token(config: ConfigJson) -> int | None:
-    value = config.value("bos_token_id")
-    if value is not None and type(value) is not int:
-        raise config.refusal("bos_token_id", value, "a token id")
-    return value
-
-
-def _end_tokens(path: Path, value: Any) -> tuple[int, ...]:
-    """The ids of `eos_token_id` in the file `path`."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(token) is int for token in ids):
-        raise CheckpointError(f"{path}: eos_token_id is {json.dumps(value)}; supported: a token id or a list of them")
-    return tuple(ids)
+def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The config.json of a folder and its content."""
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+    if not path.is_file():
+        raise CheckpointError(describe_missing(path))
+    return path, read_json(path)

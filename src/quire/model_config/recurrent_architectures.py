@@ -25,22 +25,26 @@ _QWEN_EXPERTS: dict[str, Any] = {
 _QWEN3_5: dict[str, Any] = {**_QWEN, "num_key_value_heads": 4}
 _QWEN3_5_MOE: dict[str, Any] = {**_QWEN, **_QWEN_EXPERTS, "num_experts": 256, "num_experts_per_tok": 8}
 
+_QWEN_READS = ("attention_bias", "layer_types")
+
 RECURRENT_ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3NextForCausalLM": Architecture(
         model="quire.models.qwen3_next:Qwen3Next",
+        reads=(*_QWEN_READS, "decoder_sparse_step", "mlp_only_layers"),
         aliases={"num_local_experts": "num_experts"},
         implied={**_QWEN, **_QWEN_EXPERTS, "num_experts": 512, "num_experts_per_tok": 10},
     ),
-    "Qwen3_5ForCausalLM": Architecture(model="quire.models.qwen3_5:Qwen35", implied=_QWEN3_5),
-    "Qwen3_5MoeForCausalLM": Architecture(model="quire.models.qwen3_5:Qwen35", implied=_QWEN3_5_MOE),
+    "Qwen3_5ForCausalLM": Architecture(model="quire.models.qwen3_5:Qwen35", reads=_QWEN_READS, implied=_QWEN3_5),
+    "Qwen3_5MoeForCausalLM": Architecture(model="quire.models.qwen3_5:Qwen35", reads=_QWEN_READS, implied=_QWEN3_5_MOE),
     "Qwen3_5ForConditionalGeneration": Architecture(
-        model="quire.models.qwen3_5:Qwen35Text", implied=_QWEN3_5, section="text_config"
+        model="quire.models.qwen3_5:Qwen35Text", reads=_QWEN_READS, implied=_QWEN3_5, section="text_config"
     ),
     "Qwen3_5MoeForConditionalGeneration": Architecture(
-        model="quire.models.qwen3_5:Qwen35Text", implied=_QWEN3_5_MOE, section="text_config"
+        model="quire.models.qwen3_5:Qwen35Text", reads=_QWEN_READS, implied=_QWEN3_5_MOE, section="text_config"
     ),
     "GraniteMoeHybridForCausalLM": Architecture(
         model="quire.models.granite_hybrid:GraniteHybrid",
+        reads=("attention_bias", "embedding_multiplier", "residual_multiplier", "logits_scaling"),
         names={
             "num_experts": "num_local_experts",
             "shared_expert_intermediate_size": "shared_intermediate_size",

@@ -12,11 +12,11 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.layers.activation import activation_function
 from quire.layers.attention import Attention
-from quire.layers.linear import Linear
+from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import HeadNorm, JointHeadNorm, Norm, Normed, RMSHeadNorm
 from quire.layers.rotary import half_layout, query_scales
 from quire.layers.step_context import StepContext
-from quire.model_config import ClampedSwiGLU, ModelConfig, RopeConfig
+from quire.model_config import ModelConfig, RopeConfig
 from quire.models.builder import Builder
 from quire.models.kv_scales import KVScales, largest_projected, largest_rotated, scales_of, take_kv_scales
 
@@ -39,7 +39,7 @@ class SelfAttention:
     ) -> None:
         """`stored_kv_scales`: the scales that the checkpoint holds, if any."""
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        """Of queries, keys and values; heads of gates follow them."""
+        """Heads of queries, of keys and of values; those of gates follow them."""
         self.num_gates = config.num_heads if config.attention_gate else 0
         self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
@@ -103,7 +103,7 @@ def rotary_attention(
         build.weights.take_linear(name, (rows, config.hidden_size), bias=config.qkv_bias)
         for name, rows in sizes.items()
     )
-    gates = ()
+    gates: tuple[LinearWeight, ...] = ()
     if config.attention_gate:
         # Each head's query is followed by its gate.
         rows = torch.arange(2 * q_rows, device=q.weight.device).view(-1, 2, config.head_dim)
@@ -225,11 +225,11 @@ def rows_of_heads(order: Tensor, num_rows: int) -> Tensor:
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x)), or down of another gate; gate and up are one layer."""
+    """down(activation(gate(x)) * up(x)); gate and up are one layer."""
 
     __slots__ = ("activation", "down", "gate_up")
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str | ClampedSwiGLU) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up = gate_up
         self.down = down
         self.activation = activation

@@ -53,15 +53,15 @@ class Builder:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
         return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
 
-    def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear) -> ExpertMLPs:
-        """The MLPs of a layer's experts."""
+    def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:
+        """The MLPs of a layer's experts, by default with the activation of the config."""
         config = self.config
         return ExpertMLPs(
             self.kernels,
             gate_up,
             down,
             config.expert_intermediate_size,
-            config.gate or config.activation,
+            activation or config.activation,
             self.dtype,
             self.weights.packing,
         )

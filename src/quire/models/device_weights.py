@@ -22,6 +22,7 @@ class DeviceWeights:
 
     def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
         self.activation_dtype = dtype
+        self.device = device
         self._source = source
         self._upload = Upload(device)
 
@@ -35,7 +36,7 @@ class DeviceWeights:
         return self._send(self._source.take(name, shape))
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._upload(self._source.take_bytes(name, shape))
+        return self._source.take_bytes(name, shape)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)

@@ -1,12 +1,13 @@
 """gpt-oss: attention sinks, windows in every other layer, and experts with biases and a clamped gate."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from quire.errors import CheckpointError
-from quire.kernels.interface import MXFP4_BLOCK, Mxfp4Matrix
+from quire.kernels.interface import MXFP4_BLOCK, Mxfp4Matrix, Mxfp4Weight
 from quire.layers.experts import ExpertLinear
 from quire.models.builder import Builder
 from quire.models.decoder import MLP
@@ -15,50 +16,43 @@ from quire.models.moe import MoELlama
 from quire.models.routers import make_router
 from quire.models.weights import WeightScope
 
+logger = logging.getLogger(__name__)
+
 
 class GptOss(MoELlama):
-    """Llama's names around experts that are stored all in one tensor, in 16 bits or as MXFP4, which keep their bits."""
+    """Llama's names around experts that are stored all in one tensor, in 16 bits or as MXFP4."""
 
     def make_mlp(self, build: Builder, index: int) -> MLP:
         config, block = build.config, build.scope("mlp")
-        experts = block.weights.scope("experts")
         hidden, inner = config.hidden_size, config.expert_intermediate_size
         logits = block.weights.take_linear("router", (config.num_experts, hidden), bias=True)
         # Rows of gate and up lie in turns.
-        turns = (slice(0, None, 2), slice(1, None, 2))
-        return Experts(
-            block.pack(logits, quantizes=False),
-            make_router(config, block.weights.scope("router")),
-            build.pack_experts(
-                _expert_linear(experts, "gate_up_proj", (config.num_experts, 2 * inner, hidden), turns),
-                _expert_linear(experts, "down_proj", (config.num_experts, hidden, inner), (slice(None),)),
-            ),
+        order = torch.arange(2 * inner).view(-1, 2).t().flatten()
+        experts = build.pack_experts(
+            _take(block, "gate_up_proj", 2 * inner, hidden, order),
+            _take(block, "down_proj", hidden, inner),
+            "clamped_swiglu",
         )
+        if config.mxfp4_experts and index == 0 and not isinstance(experts.packed.gate_up, Mxfp4Weight):
+            logger.warning("these kernels do not multiply MXFP4: experts are unpacked and stored as %s", build.dtype)
+        return Experts(block.pack(logits, quantizes=False), make_router(config, block.weights.scope("router")), experts)
 
 
-def _expert_linear(
-    weights: WeightScope, name: str, shape: tuple[int, int, int], parts: Sequence[slice]
+def _take(
+    build: Builder, name: str, num_outputs: int, num_inputs: int, order: Tensor | slice = slice(None)
 ) -> ExpertLinear:
-    """The layer `name` of every expert, as views of the checkpoint; `shape` is [experts, outputs, inputs]. `parts` are
-    the stored outputs in the order of computation."""
-    stored = weights.take(f"{name}_bias", shape[:2])
-    bias = torch.cat([stored[:, part] for part in parts], dim=1)
-    if not weights.has(f"{name}_blocks"):
-        num_experts, num_outputs, num_inputs = shape
-        floats = weights.take(name, (num_experts, num_inputs, num_outputs))
-        return ExpertLinear([[each.t()[part] for part in parts] for each in floats], bias)
-    blocks, scales = _mxfp4(weights, name, shape)
-    return ExpertLinear(
-        [
-            [Mxfp4Matrix(block[part], scale[part]) for part in parts]
-            for block, scale in zip(blocks, scales, strict=True)
-        ],
-        bias,
-    )
+    """The layer `name` of all experts, its outputs in the order `order`."""
+    weights, num_experts = build.weights.scope("experts"), build.config.num_experts
+    bias = weights.take(f"{name}_bias", (num_experts, num_outputs))[:, order]
+    if build.config.mxfp4_experts:
+        return ExpertLinear(_take_mxfp4(weights, name, (num_experts, num_outputs, num_inputs), order), bias)
+    stored = weights.take(name, (num_experts, num_inputs, num_outputs))
+    return ExpertLinear([[matrix.t()[order]] for matrix in stored], bias)
 
 
-def _mxfp4(weights: WeightScope, name: str, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Blocks [experts, outputs, inputs / 32, 16] and scales [experts, outputs, inputs / 32]."""
+def _take_mxfp4(
+    weights: WeightScope, name: str, shape: tuple[int, int, int], order: Tensor | slice
+) -> Sequence[Sequence[Mxfp4Matrix]]:
     num_experts, num_outputs, num_inputs = shape
     if num_inputs % MXFP4_BLOCK:
         raise CheckpointError(
@@ -67,4 +61,5 @@ def _mxfp4(weights: WeightScope, name: str, shape: tuple[int, int, int]) -> tupl
         )
     num_blocks = num_inputs // MXFP4_BLOCK
     blocks = weights.take_bytes(f"{name}_blocks", (num_experts, num_outputs, num_blocks, MXFP4_BLOCK // 2))
-    return blocks, weights.take_bytes(f"{name}_scales", (num_experts, num_outputs, num_blocks))
+    scales = weights.take_bytes(f"{name}_scales", (num_experts, num_outputs, num_blocks))
+    return [[Mxfp4Matrix(each[order], scale[order])] for each, scale in zip(blocks, scales, strict=True)]

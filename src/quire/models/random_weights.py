@@ -10,8 +10,8 @@ from torch import Tensor
 from quire.layers.linear import LinearWeight
 from quire.models.weights import take_float_linear
 
-_ABSENT = re.compile(r"_scale$|_blocks$|\.eh_proj\.weight$|(^|\.)(lm_head|embed_out|output)\.weight$")
-"""What a checkpoint may lack: scales of a KV cache, the head of a tied model, packed experts, further layers."""
+_ABSENT = re.compile(r"_scale$|\.eh_proj\.weight$|(^|\.)(lm_head|embed_out|output)\.weight$")
+"""What a checkpoint may lack: scales of a KV cache, the head of a tied model, further layers."""
 
 
 class RandomWeights:
@@ -37,15 +37,21 @@ class RandomWeights:
             return torch.zeros(shape, device=self._device)
         if len(shape) == 1:
             return torch.ones(shape, device=self._device)  # the weight of a norm
-        seed = zlib.crc32(f"{self._seed}/{name}".encode())
-        generator = torch.Generator(self._device).manual_seed(seed)
+        generator = torch.Generator(self._device).manual_seed(self._seed_of(name))
         return torch.empty(shape, device=self._device).normal_(0.0, 0.02, generator=generator)
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        raise KeyError(f"{name}: random weights are floats")
+        """Bytes of MXFP4: any numbers of 4 bits, with scales that make them as large as weights are."""
+        generator = torch.Generator().manual_seed(self._seed_of(name))
+        if name.endswith("_scales"):
+            return torch.randint(118, 122, shape, dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)
+
+    def _seed_of(self, name: str) -> int:
+        return zlib.crc32(f"{self._seed}/{name}".encode())
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         """Nothing is ever left over."""

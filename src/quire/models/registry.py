@@ -15,6 +15,9 @@ from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
+FALLBACK = ("quire.models.transformers_model", "TransformersModel")
+"""The class of models without a row; see `quire.model_config.fallback`."""
+
 
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
@@ -50,7 +53,11 @@ def load_model(
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
     by default `kernels` do. Raises `CheckpointError` for weights that are missing, misshapen or left over.
     """
-    module, name = ARCHITECTURES[config.architecture].model.split(":")
+    row = ARCHITECTURES.get(config.architecture)
+    if config.computed_by or row is None:
+        module, name = FALLBACK
+    else:
+        module, name = row.model.split(":")
     family = getattr(import_module(module), name)
     weights = WeightScope(StoredNames(source), packing=packing)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)

@@ -26,6 +26,12 @@ class StoredNames:
     def activation_dtype(self) -> torch.dtype:
         return self._source.activation_dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors lie."""
+        device: torch.device = getattr(self._source, "device", torch.device("cpu"))
+        return device
+
     def has(self, name: str) -> bool:
         return self._source.has(self._stored(name))
 

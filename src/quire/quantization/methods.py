@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 
+_SCALE_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How one dense layer is stored: numbers of `bits` bits, and a scale for each group of inputs."""
+    """How one dense layer is stored: integers of `bits` bits, and a float32 scale for each group of inputs."""
 
     bits: int
     group_size: int | None
     """None: one scale for all inputs of an output."""
-    scale_bytes: int = 4
 
     def inputs_per_scale(self, num_inputs: int) -> int:
         """The group size that kernels take. They read inputs in steps of 8, and a group must not end inside a step."""
@@ -19,7 +20,7 @@ class WeightFormat:
     def weight_bytes(self, num_outputs: int, num_inputs: int) -> int:
         """Memory of a weight [num_outputs, num_inputs] and its scales."""
         num_groups = -(-num_inputs // (self.group_size or num_inputs))
-        return num_outputs * (num_inputs * self.bits // 8 + num_groups * self.scale_bytes)
+        return num_outputs * (num_inputs * self.bits // 8 + num_groups * _SCALE_BYTES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +33,6 @@ class Method:
     head: WeightFormat
     """Format of the layer that makes logits."""
 
-
-MXFP4 = WeightFormat(4, 32, scale_bytes=1)
-"""Experts that are stored so keep their bits, whatever the quantisation."""
 
 _INT8 = WeightFormat(8, None)
 

@@ -26,27 +26,28 @@ class InputBatch:
     """[B + 1]: sequence s owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
     seq_lens: Int32Array
     """[B]: tokens whose KV is stored once this step has written its own."""
-    block_tables: Int32Array
-    """[B, most blocks of any sequence]"""
-    slots: Int32Array
-    """[T]: where each token's KV goes, block * block_size + offset."""
+    block_tables: list[Int32Array]
+    """[B, most blocks of any sequence] for each KV group"""
+    slots: list[Int32Array]
+    """[T] for each KV group: where each token's KV goes, block * block_size + offset."""
     repeatable: "_Repeatable | None" = None
     """What `advance` needs; None if the plan has no `batch_id`."""
 
     def advance(self, plan: StepPlan, rows: RequestRows, block_size: int) -> None:
         """Update all arrays in place for `plan`, which repeats this batch with one more token per sequence (see
-        `StepPlan.batch_id`). Only `block_tables` becomes a new array, when a sequence needs one more column."""
+        `StepPlan.batch_id`). Only `block_tables` become new arrays, when a sequence needs one more column."""
         repeatable = self.repeatable
         assert repeatable is not None, "a plan without batch_id cannot be repeated"
         positions = plan.num_computed_tokens
         repeatable.slots = slots = [slot + 1 for slot in repeatable.slots]
         for sequence in [index for index, position in enumerate(positions) if not position % block_size]:
             index = positions[sequence] // block_size  # a new block
-            block = int(rows.block_tables[plan.rows[sequence], index])
-            slots[sequence] = block * block_size
-            if index == self.block_tables.shape[1]:
-                self.block_tables = np.ascontiguousarray(rows.block_tables[np.array(plan.rows), : index + 1])
-            self.block_tables[sequence, index] = block
+            for group, table in enumerate(self.block_tables):
+                block = int(rows.block_tables[group, plan.rows[sequence], index])
+                slots[group * len(positions) + sequence] = block * block_size
+                if index == table.shape[1]:
+                    table = self.block_tables[group] = rows.tables_of(group, plan.rows, index + 1)
+                table[sequence, index] = block
         repeatable.write(*plan.token_ids, *positions, *[position + 1 for position in positions], *slots)
 
 
@@ -61,6 +62,7 @@ class _Repeatable:
     write: Callable[..., None]
     """Overwrites input_ids, positions, seq_lens and slots, which lie one after the other."""
     slots: list[int]
+    """The slots of the first KV group, then of the next."""
 
 
 def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> InputBatch:
@@ -73,20 +75,20 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
     seq_lens = starts + counts
     positions = np.arange(query_start_loc[-1], dtype=np.int32) - np.repeat(query_start_loc[:-1] - starts, counts)
     max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
-    blocks = rows.block_tables[np.repeat(row_index, counts), positions // block_size]
-    slots = blocks * np.int32(block_size) + positions % block_size
+    token_rows, index_of_block, offsets = np.repeat(row_index, counts), positions // block_size, positions % block_size
+    slots = [table[token_rows, index_of_block] * np.int32(block_size) + offsets for table in rows.block_tables]
     input_ids, repeatable = np.array(plan.token_ids, dtype=np.int32), None
     if plan.batch_id:
-        memory = np.stack((input_ids, positions, seq_lens, slots))
-        input_ids, positions, seq_lens, slots = memory
+        memory = np.stack((input_ids, positions, seq_lens, *slots))
+        input_ids, positions, seq_lens, *slots = memory
         write = partial(Struct(f"{memory.size}i").pack_into, memory.data, 0)
-        repeatable = _Repeatable(write, slots.tolist())
+        repeatable = _Repeatable(write, memory[3:].ravel().tolist())
     return InputBatch(
         input_ids=input_ids,
         positions=positions,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
-        block_tables=np.ascontiguousarray(rows.block_tables[row_index, :max_blocks]),
+        block_tables=[rows.tables_of(group, row_index, max_blocks) for group in range(rows.num_groups)],
         slots=slots,
         repeatable=repeatable,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.attention import StepArrays, make_planner
+from quire.attention import GroupPlanner, StepArrays, variant_of
 from quire.backends import BACKENDS, MAX_NARROW_TOKENS
 from quire.errors import DeviceMemoryError
 from quire.grammar.cache import GrammarCache
@@ -31,7 +31,7 @@ from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, i
 from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
 from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
-from quire.runner.settings import RunnerSettings, attention_shape
+from quire.runner.settings import RunnerSettings, attention_shapes
 from quire.runner.step_inputs import SentInputs, StepInputBuilder, StepInputs
 from quire.runner.step_samplers import DeviceSampling, HostSampling, StepSampler
 from quire.sampling.device_sampler import DeviceSampler
@@ -70,18 +70,16 @@ class ModelRunner:
         self._device = device
         self._block_store = block_store
         self._num_threads = settings.num_threads
-        max_blocks = -(-settings.max_model_len // kv_cache.block_size)
         self._rows = RequestRows(
             max_num_seqs=settings.max_num_seqs,
-            max_blocks=max_blocks,
+            max_blocks=-(-settings.max_model_len // kv_cache.block_size),
+            num_groups=len(kv_cache.groups),
             vocab_size=vocab_size,
             grammars=grammars,
             fast_forward=settings.fast_forward and not logits_processors,  # they must see the logits of every token
         )
         self._inputs = StepInputBuilder(self._rows, kv_cache.block_size, device)
-        self._plan_attention = make_planner(
-            settings.backend, attention_shape(settings, model_config, kv_cache, max_blocks)
-        )
+        self._plan_attention = GroupPlanner(settings.backend, attention_shapes(settings, model_config, kv_cache))
         self._recurrence = Recurrence(kv_cache)
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
@@ -190,7 +188,7 @@ class ModelRunner:
         if (
             self._graphs is not None
             and size
-            and self._graphs.count_step(key := GraphKey(size, attention.variant, outcome))
+            and self._graphs.count_step(key := GraphKey(size, variant_of(attention), outcome))
         ):
             output = self._graphs.replay(key, {**step.arrays, **columns})
         else:
@@ -220,17 +218,19 @@ class ModelRunner:
     def _copy_blocks(self, plan: StepPlan) -> None:
         if plan.block_copies:
             pairs = to_device(np.array(plan.block_copies, dtype=np.int32), self._device)
-            self._kernels.copy_blocks(self._kv_cache.layers, pairs)
+            self._kernels.copy_blocks(self._kv_cache.parts, pairs)
 
-    def _run_model(self, step: StepInputs, sent: SentInputs, attention: AttentionPlan) -> Tensor:
+    def _run_model(self, step: StepInputs, sent: SentInputs, attention: Sequence[AttentionPlan]) -> Tensor:
         """Hidden states of the step's tokens, or of those selected."""
         input_ids = sent.tensors["input_ids"]
         if self._device_sampling is not None and (step.batch.input_ids < 0).any():
             input_ids = self._device_sampling.fill_in(input_ids)
         output_tokens = None
         if sent.selection is not None:
-            arrays = step.selected_arrays(sent.selection)
-            selected = self._plan_attention(arrays) if self._plans_selection else None
+            selected: AttentionPlan | None = None
+            if self._plans_selection:
+                last = self._kv_cache.layers[-1].group
+                selected = self._plan_attention.plan_group(step.selected_arrays(sent.selection, last), last)
             output_tokens = OutputTokens(sent.tensors["output_tokens"], selected)
         context = StepContext(
             sent.tensors["token_positions"],
@@ -283,7 +283,8 @@ class ModelRunner:
         """A step of decoding over fixed inputs, down to samples or logits, planned without any sequence."""
         no_tables, nothing = np.zeros((0, 1), dtype=np.int32), np.zeros(0, dtype=np.int32)
         no_sequences = StepArrays(np.zeros(1, dtype=np.int32), nothing, no_tables, nothing)
-        attention = self._plan_attention(no_sequences, captured_tokens=key.size, variant=key.variant)
+        groups = [no_sequences] * self._rows.num_groups
+        attention = self._plan_attention(groups, captured_tokens=key.size, variant=key.variant)
         device = self._device_sampling
         sampler = self._host_sampling if device is None or key.outcome is Outcome.LOGITS else device
 

@@ -14,7 +14,7 @@ from quire.step import NewRow, RowFork, StepPlan
 
 
 class RequestRows:
-    """Block tables as one int32 array [max_num_seqs, max_blocks], and a sampling state per row."""
+    """Block tables as one int32 array [KV groups, max_num_seqs, max_blocks], and a sampling state per row."""
 
     def __init__(
         self,
@@ -22,15 +22,25 @@ class RequestRows:
         max_num_seqs: int,
         max_blocks: int,
         vocab_size: int,
+        num_groups: int = 1,
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
     ) -> None:
         """`fast_forward`: tokens that a grammar forces are added without running the model."""
-        self.block_tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         self.states: list[SamplingState | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._fast_forward = fast_forward
+
+    @property
+    def num_groups(self) -> int:
+        """KV groups."""
+        return len(self.block_tables)
+
+    def tables_of(self, group: int, rows: NDArray[np.int32] | list[int], num_blocks: int) -> NDArray[np.int32]:
+        """The first `num_blocks` entries of the tables of some rows in a KV group, as an array of its own."""
+        return np.ascontiguousarray(self.block_tables[group, rows, :num_blocks])
 
     def apply(self, plan: StepPlan) -> None:
         """Apply a plan's forks, new rows and changed block tables. Plans carry everything else that they need."""
@@ -50,11 +60,12 @@ class RequestRows:
                 vocab_size=self._vocab_size,
                 grammar=self._grammar_state(new),
             )
-        for row, first, blocks in plan.new_blocks:
+        for row, group, first, blocks in plan.new_blocks:
             if len(blocks) == 1:  # the usual case, in half the time of a slice
-                self.block_tables[row, first] = blocks[0]
+                self.block_tables[group, row, first] = blocks[0]
             else:
-                self.block_tables[row, first : first + len(blocks)] = blocks
+                # Kernels may look up a block that the group does not hold beside one that they read, so it must exist.
+                self.block_tables[group, row, first : first + len(blocks)] = np.maximum(blocks, 0)
 
     def _source_state(self, fork: RowFork) -> SamplingState:
         state = self.states[fork.source]

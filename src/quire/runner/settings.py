@@ -1,6 +1,6 @@
 """RunnerSettings: the plain values that a ModelRunner is made with, and what its attention planner needs of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.attention import AttentionShape
 from quire.kv_cache.storage import KVCache
@@ -29,24 +29,20 @@ class RunnerSettings:
     """The most samples of a captured step, drafts included, if that is more than `max_num_seqs`."""
 
 
-def attention_shape(
-    settings: RunnerSettings, model_config: ModelConfig, kv_cache: KVCache, max_blocks: int
-) -> AttentionShape:
-    """What the attention planner has to know."""
-    windows = set(model_config.layer_windows) or {0}
-    return AttentionShape(
+def attention_shapes(settings: RunnerSettings, model_config: ModelConfig, kv_cache: KVCache) -> list[AttentionShape]:
+    """What the attention planner has to know, for each KV group."""
+    shape = AttentionShape(
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
         value_dim=0 if model_config.latent is None else model_config.latent.latent_dim,
         block_size=kv_cache.block_size,
-        # If every layer has a window, the plan leaves out the keys that no layer sees.
-        window=0 if 0 in windows else max(windows),
         max_num_seqs=settings.max_num_seqs,
         max_num_tokens=settings.max_num_batched_tokens,
-        max_blocks=max_blocks,
+        max_blocks=-(-settings.max_model_len // kv_cache.block_size),
         num_threads=settings.num_threads,
         kv_element_size=kv_cache.element_size,
         batch_invariant=settings.batch_invariant,
         device=kv_cache.device,
     )
+    return [replace(shape, window=group.window) for group in kv_cache.groups]

@@ -37,19 +37,22 @@ class StepInputs:
         return {"input_ids": self.batch.input_ids, "token_positions": self.batch.positions}
 
     @property
-    def attention_arrays(self) -> StepArrays:
-        """What the attention planner reads."""
+    def attention_arrays(self) -> list[StepArrays]:
+        """What the attention planner reads, for each KV group."""
         batch = self.batch
-        return StepArrays(batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slots)
+        return [
+            StepArrays(batch.query_start_loc, batch.seq_lens, table, slots)
+            for table, slots in zip(batch.block_tables, batch.slots, strict=True)
+        ]
 
-    def selected_arrays(self, selection: OutputSelection) -> StepArrays:
-        """The same of the selected tokens alone, for the attention of the last layer."""
+    def selected_arrays(self, selection: OutputSelection, group: int) -> StepArrays:
+        """The same of the selected tokens alone, for the attention of the last layer, which is in KV group `group`."""
         batch, sequences = self.batch, selection.sequences
         return StepArrays(
             selection.query_start_loc,
             batch.seq_lens[sequences],
-            batch.block_tables[sequences],
-            batch.slots[selection.tokens],
+            batch.block_tables[group][sequences],
+            batch.slots[group][selection.tokens],
         )
 
 

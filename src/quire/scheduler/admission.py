@@ -5,15 +5,19 @@ of free blocks besides, and while the rule of admission, if there is one, allows
 computed by another group waits for that block instead of computing it twice.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import HOLE
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import AdmissionRule
 from quire.scheduler.prefix_lookup import Found, PrefixLookup
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.scheduler.service import PROMPT_TOKEN
+from quire.scheduler.stored_prefix import DEVICE
 from quire.step import NewRow, StepPlan
 
 MAX_POSTPONED = 64
@@ -31,9 +35,9 @@ class Admission:
         rule: AdmissionRule | None,
         offload: BlockOffload | None,
         clock: Callable[[], float],
+        limits: SchedulerLimits,
         *,
         watermark: int,
-        max_num_partial_prefills: int,
     ) -> None:
         """`watermark` blocks stay free, so that running sequences can grow before any is preempted. `rule` may ask for
         more room than that."""
@@ -46,7 +50,8 @@ class Admission:
         """Prompt tokens that were looked up in the prefix cache, since the start."""
         self._clock = clock
         self._watermark = watermark
-        self._max_num_partial_prefills = max_num_partial_prefills
+        self._max_num_partial_prefills = limits.max_num_partial_prefills
+        self._max_step_tokens = limits.max_num_batched_tokens
 
     def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int) -> bool:
         """Start waiting groups while their share of the budget is worth having. They get rows and prefix hits.
@@ -55,11 +60,11 @@ class Admission:
         except leaders that wait for a tier. Returns whether any group started.
         """
         started, budget = False, max_step_tokens - plan.num_tokens
-        block_size, offload, waiting = self._pool.block_size, self._offload, self._queues.waiting
+        offload, waiting = self._offload, self._queues.waiting
         # Every sequence needs a token per step, and a step may be small for a while.
         num_rows_kept = max(0, len(self._queues.rows) - max_step_tokens)
         loading = list(offload.waiting) if offload is not None else []
-        promised = sum(_num_blocks_to_come(sequence, block_size) for sequence in (*prefilling, *loading))
+        promised = sum(self._num_blocks_to_come(sequence) for sequence in (*prefilling, *loading))
         wanted = sum(sequence.num_missing_tokens for sequence in prefilling)
         postponed: list[SequenceGroup] = []
         while len(prefilling) < budget and len(postponed) < MAX_POSTPONED:
@@ -68,19 +73,22 @@ class Admission:
             group = waiting.pop()
             if group is None:
                 break
+            if group.is_background and self._queues.clients_wait:
+                waiting.push(group)
+                break
             found = self._lookup.find(group, prefilling, loading)
             if found is None:
                 postponed.append(group)
                 continue
-            group.num_shared_blocks = sum(1 for block in found.blocks if self._pool.ref_counts[block])
+            group.num_shared_blocks = self._num_shared(found)
             if not self._fits(group, promised, num_rows_kept):
                 waiting.push(group)
                 break
             if found.inside is not None and (found.stored or not self._can_copy(group, found, promised)):
-                num_blocks = len(found.blocks)
+                num_blocks = found.num_blocks
                 found = self._lookup.find_whole_blocks(group, found)
-                if len(found.blocks) < num_blocks:
-                    group.num_shared_blocks = sum(1 for block in found.blocks if self._pool.ref_counts[block])
+                if found.num_blocks < num_blocks:
+                    group.num_shared_blocks = self._num_shared(found)
                     if not self._fits(group, promised, num_rows_kept):
                         waiting.push(group)
                         break
@@ -88,7 +96,7 @@ class Admission:
             started = True
             for sequence in group.sequences:
                 if not group.waits_for_leader(sequence):
-                    promised += _num_blocks_to_come(sequence, block_size)
+                    promised += self._num_blocks_to_come(sequence)
             leader = group.leader
             if offload is not None and leader in offload.waiting:
                 loading.append(leader)
@@ -110,18 +118,15 @@ class Admission:
             found = self._lookup.find_output(sequence, prefilling)
             if found is None:
                 continue
-            leader, states = sequence.group.leader, self._queues.states
+            states = self._queues.states
             if states is not None:
                 states.begin(sequence, found.state, found.num_known_tokens)
-            elif sequence is not leader:
-                num_shared = sequence.group.num_prompt_tokens // self._pool.block_size * self._pool.block_size
-                sequence.table = leader.table.fork(num_shared)
             sequence.table.adopt(found.blocks)
             sequence.start_from_table()
-            if self._offload is not None:
-                self._offload.start(sequence, found.stored[: self._pool.num_free])
+            if found.stored is not None and self._offload is not None:
+                self._offload.start(sequence, found.stored)
             if sequence.table.blocks:
-                plan.new_blocks.append((sequence.row, 0, sequence.table.blocks.copy()))
+                plan.new_blocks += sequence.table.entries(sequence.row, 0)
                 started = True
             if self._offload is None or sequence not in self._offload.waiting:
                 prefilling.append(sequence)
@@ -143,14 +148,32 @@ class Admission:
     def _can_copy(self, group: SequenceGroup, found: Found, promised: int) -> bool:
         """Whether there are blocks for all tokens of the group while it also holds a block that it will copy."""
         assert found.inside is not None
-        block = found.inside[0]
+        pool = self._pool
         # A block without a hash was retained partly filled: it is not copied, and is one of the needed blocks.
-        held = self._pool.ref_counts[block] == 0 and self._pool.hashes[block] is not None
-        return self._num_needed(group) + held + promised <= self._pool.num_free
+        held = sum(pool.ref_counts[block] == 0 and pool.hashes[block] is not None for block in found.inside[0])
+        return self._num_needed(group) + held + promised <= pool.num_free
+
+    def _num_shared(self, found: Found) -> int:
+        """How many of the blocks found are in use."""
+        ref_counts = self._pool.ref_counts
+        return sum(1 for blocks in found.blocks for block in blocks if block != HOLE and ref_counts[block])
 
     def _num_needed(self, group: SequenceGroup) -> int:
         """Blocks that are free now and will be used when all tokens of the group are computed."""
-        return _num_blocks_to_come(group.leader, self._pool.block_size) - group.num_shared_blocks
+        return self._num_blocks_to_come(group.leader) - group.num_shared_blocks
+
+    def _num_blocks_to_come(self, sequence: Sequence) -> int:
+        """Blocks that a sequence and its future forks will take until all their tokens are computed."""
+        group, pool, table = sequence.group, self._pool, sequence.table
+        chunk = min(self._max_step_tokens, sequence.num_missing_tokens)
+        blocks = pool.peak_blocks(len(sequence.token_ids), chunk) - len(table.held_blocks) + table.num_copies_to_come
+        shared = pool.most_blocks(group.num_prompt_tokens // pool.block_size * pool.block_size)
+        if sequence is not group.leader and not table.blocks:
+            blocks -= shared
+        for other in group.sequences:
+            if other is not sequence and group.waits_for_leader(other):
+                blocks += pool.most_blocks(len(other.token_ids)) - shared
+        return max(0, blocks)
 
     def _start(self, plan: StepPlan, group: SequenceGroup, found: Found) -> None:
         self._queues.start(group)
@@ -160,11 +183,10 @@ class Admission:
         leader.start_from_table()
         if self._queues.states is not None:
             self._queues.states.begin(leader, found.state, found.num_known_tokens)
-        hits = {"device": leader.table.num_tokens}
-        if found.stored and self._offload is not None:
-            hits |= self._offload.start(leader, found.stored)
-        if leader.table.blocks:
-            plan.new_blocks.append((leader.row, 0, leader.table.blocks.copy()))
+        hits = Counter({DEVICE: leader.table.num_tokens})
+        if found.stored is not None and self._offload is not None:
+            hits.update(self._offload.start(leader, found.stored))
+        plan.new_blocks += leader.table.entries(leader.row, 0)
         if group.num_cached_tokens < 0:
             group.first_scheduled_time = self._clock()
             group.num_cached_tokens = 0
@@ -174,19 +196,6 @@ class Admission:
             if self._queues.waiting.counts_service:
                 num_computed = group.num_prompt_tokens - group.num_cached_tokens
                 self._queues.waiting.serve(group.request.tenant, PROMPT_TOKEN * num_computed)
-
-
-def _num_blocks_to_come(sequence: Sequence, block_size: int) -> int:
-    """Blocks that a sequence and its future forks will take until all their tokens are computed."""
-    group = sequence.group
-    blocks = -(-len(sequence.token_ids) // block_size) - len(sequence.table.blocks) + sequence.table.num_copies_to_come
-    shared = group.num_prompt_tokens // block_size
-    if sequence is not group.leader and not sequence.table.blocks:
-        blocks -= shared
-    for other in group.sequences:
-        if other is not sequence and group.waits_for_leader(other):
-            blocks += -(-len(other.token_ids) // block_size) - shared
-    return blocks
 
 
 def _new_row(sequence: Sequence) -> NewRow:

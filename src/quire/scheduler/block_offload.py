@@ -11,43 +11,27 @@ sequence holds memory and a row but is in no plan. If a read fails, the sequence
 computed.
 """
 
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import HOLE, GroupBlocks
+from quire.kv_cache.prefix_search import longest_prefix
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
 from quire.memory_stats import TierStats
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.stored_prefix import DEVICE, Loading, Source, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
 
 WRITE_BEHIND_SHARE = 4
 """Write-behind takes one n-th of the blocks that may be on their way per step; evictions may take all."""
 
 
-@dataclass(slots=True)
-class _Loading:
-    """A sequence whose blocks from logical block `first` on come from the tiers."""
-
-    first: int
-    hashes: list[BlockHash]
-    origins: list[str]
-    """The tier of each block."""
-    unplanned: set[BlockHash] = field(default_factory=set)
-    """Blocks that no plan has loaded yet."""
-    unread: list[BlockHash] = field(default_factory=list)
-    """Blocks on disk that no plan has read yet, the first at the end."""
-
-    def tokens_by_tier(self, block_size: int) -> dict[str, int]:
-        """Tokens loaded from each tier once all loads are planned."""
-        return {tier_name: count * block_size for tier_name, count in Counter(self.origins).items()}
-
-
 class BlockOffload:
     """Owned by the scheduler. The pool reports evicted and idle blocks to it."""
 
     def __init__(self, index: TierIndex, pool: BlockPool) -> None:
-        self.waiting: dict[Sequence, _Loading] = {}
+        self.waiting: dict[Sequence, Loading] = {}
         """Sequences that hold memory and wait for reads."""
         self._index = index
         self._pool = pool
@@ -57,12 +41,12 @@ class BlockOffload:
         """Blocks that this plan loads from host memory or stores there; it must not evict them."""
         self._loads: dict[BlockHash, tuple[str, int, Sequence]] = {}
         """Loads of this plan: tier, block, and the sequence that takes it."""
-        self._loaded: dict[Sequence, _Loading] = {}
+        self._loaded: dict[Sequence, Loading] = {}
         """Sequences whose last load is in this plan."""
         self._in_flight: set[BlockHash] = set()
         """Blocks of all these sequences. They get their hash in the pool when all blocks of the sequence are loaded."""
         self._ready: list[tuple[Sequence, dict[str, int]]] = []
-        """(sequence, tokens loaded by tier): sequences that stopped waiting since the last `begin`."""
+        """(sequence, tokens by origin): sequences that stopped waiting since the last `begin`."""
         self._idle: dict[BlockHash, int] = {}
         """Blocks to write behind; the last one is written first."""
         self._storing: set[BlockHash] = set()
@@ -84,54 +68,72 @@ class BlockOffload:
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def is_in_flight(self, block_hash: BlockHash) -> bool:
-        """Whether a block is on its way up to a sequence."""
-        return block_hash in self._in_flight
+        """Whether a KV group's block of these tokens is on its way up to a sequence."""
+        return any(group_hash(block_hash, group) in self._in_flight for group in range(self._pool.num_groups))
 
     @property
     def has_loads(self) -> bool:
         """Whether a sequence waits for a block, or the next plan loads one."""
         return bool(self._in_flight)
 
-    def find(self, sequence: Sequence, token_ids: list[int], first: int) -> list[tuple[str, BlockHash]]:
-        """(tier, hash) of the blocks from logical block `first` on that tiers hold without a gap.
+    def find(self, sequence: Sequence, token_ids: list[int], found: GroupBlocks) -> StoredPrefix:
+        """The longest hit with blocks of tiers that is worth loading, after what the pool alone has: `found`.
 
-        The last token is never covered, as in `BlockTable.find_prefix`.
+        The last token is never covered, as in `BlockTable.find_prefix`. The pool has a free block for each to load.
         """
-        found: list[tuple[str, BlockHash]] = []
-        for index in range(first, (len(token_ids) - 1) // self._pool.block_size):
-            block_hash = sequence.table.block_hash(index, token_ids)
+        pool, table, first = self._pool, sequence.table, len(found[0])
+
+        def source(group: int, index: int) -> Source | None:
+            if index < first and found[group][index] != HOLE:
+                return found[group][index]
+            block_hash = group_hash(table.block_hash(index, token_ids), group)
+            block = pool.find(block_hash)
+            if block is not None:
+                return block
             tier_name = self._index.find(block_hash)
-            if tier_name is None or self.is_in_flight(block_hash):
-                break
-            found.append((tier_name, block_hash))
-        return found
+            return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
 
-    def start(self, sequence: Sequence, found: list[tuple[str, BlockHash]]) -> dict[str, int]:
-        """Load what is worth it of `found`, into new blocks at the end of a table whose last block is full.
+        longest = StoredPrefix(first, longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source), [])
+        worth = longest
+        if longest:
+            num_blocks = first + self._num_worth_loading(longest, found)
+            if num_blocks < longest.num_blocks:
+                worth = StoredPrefix(first, longest_prefix(pool, num_blocks, source), [])
+        return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
 
-        The pool must have a free block for each. Returns the tokens by tier if the next plan loads all of them. If not,
-        `begin` returns the sequence when it stops waiting.
-        """
-        block_size, table = self._pool.block_size, sequence.table
+    def _num_worth_loading(self, longest: StoredPrefix, found: GroupBlocks) -> int:
+        """How many logical blocks beside those in `found` to take, by the measured rates and by the free blocks."""
+        pool = self._pool
+        num_taken = sum(pool.ref_counts[block] == 0 for blocks in found for block in blocks if block != HOLE)
+        limit = longest.first + (pool.num_free - num_taken) // pool.num_groups
+        rows = zip(*(sources[longest.first : limit] for sources in longest.sources), strict=True)
+        stored_in = [[source[0] for source in row if isinstance(source, tuple)] for row in rows]
         num_queued = len(self._reads) + sum(len(loading.unread) for loading in self.waiting.values())
-        num_worth = self._index.num_worth_loading([tier_name for tier_name, _ in found], block_size, num_queued)
-        for tier_name, _ in found[num_worth:]:
+        return self._index.num_worth_loading(stored_in, pool.block_size, num_queued)
+
+    def start(self, sequence: Sequence, stored: StoredPrefix) -> dict[str, int]:
+        """Load what `find` found, into new blocks at the end of a table whose last block is full.
+
+        Returns the tokens by origin if the next plan loads all of them. If not, `begin` returns the sequence when it
+        stops waiting.
+        """
+        for tier_name in stored.not_worth:
             self._index.tiers[tier_name].stats.total_recomputed += 1
-        sources = found[:num_worth]
-        if not sources:
+        if not stored:
             return {}
-        loading = _Loading(len(table.blocks), [each for _, each in sources], [tier_name for tier_name, _ in sources])
-        loading.unplanned.update(loading.hashes)
-        self._in_flight.update(loading.hashes)
-        self._pinned.update(loading.hashes)
-        for tier_name, block_hash in reversed(sources):
-            # Here too, the beginnings of prompts should survive longest.
+        for tier_name, block_hash in reversed(stored.stored):
+            # Here too, the beginnings of prompts should survive longest. Blocks that are taken must not evict these.
             self._index.tiers[tier_name].touch(block_hash)
-        table.append(num_worth * block_size, [])
+            self._in_flight.add(block_hash)
+            self._pinned.add(block_hash)
+        loaded = sequence.table.adopt_stored(stored.sources, stored.first)
         sequence.start_from_table()
+        blocks = {block_hash: (tier, index, block) for (tier, block_hash), index, block in loaded}
+        loading = Loading(stored.first, stored.num_blocks, blocks, unplanned=set(blocks))
+        if not blocks:  # what the pool alone had was missing in one group, and this hit does not need it
+            return loading.tokens_by_origin(self._pool.block_size)
         self.waiting[sequence] = loading
-        for offset, (tier_name, block_hash) in enumerate(sources):
-            block = table.blocks[loading.first + offset]
+        for block_hash, (tier_name, _, block) in blocks.items():
             if tier_name == HOST:
                 self._load(sequence, loading, HOST, block_hash, block)
             elif block_hash in self._finished_reads:
@@ -144,19 +146,18 @@ class BlockOffload:
                 loading.unread.append(block_hash)
         loading.unread.reverse()
         self._plan_reads()
-        return {} if sequence in self.waiting else loading.tokens_by_tier(block_size)
+        return {} if sequence in self.waiting else loading.tokens_by_origin(self._pool.block_size)
 
     def begin(self) -> list[tuple[Sequence, dict[str, int]]]:
-        """Begin a plan with the finished reads. Returns (sequence, tokens by tier) of sequences that stop waiting."""
+        """Begin a plan with the finished reads. Returns (sequence, tokens by origin) of sequences that stop waiting."""
         for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
                 self._plan.cancelled.append(block_hash)
             else:
                 loading = self.waiting[sequence]
-                block = sequence.table.blocks[loading.first + loading.hashes.index(block_hash)]
-                self._load(sequence, loading, DISK, block_hash, block)
+                self._load(sequence, loading, DISK, block_hash, loading.blocks[block_hash][2])
                 if sequence not in self.waiting:
-                    self._ready.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
+                    self._ready.append((sequence, loading.tokens_by_origin(self._pool.block_size)))
         self._finished_reads.clear()
         self._plan_reads()
         ready, self._ready = self._ready, []
@@ -166,7 +167,7 @@ class BlockOffload:
         """A sequence gives its blocks back: nothing may be written into them any more."""
         loading = self.waiting.pop(sequence, None) or self._loaded.pop(sequence, None)
         if loading is not None:
-            self._in_flight.difference_update(loading.hashes)
+            self._in_flight.difference_update(loading.blocks)
         self._ready = [(other, tokens) for other, tokens in self._ready if other is not sequence]
         for reads in (self._reads, self._finished_reads):
             for block_hash in [block_hash for block_hash, owner in reads.items() if owner is sequence]:
@@ -175,17 +176,23 @@ class BlockOffload:
             if self._loads.pop(block_hash)[0] == DISK:
                 self._finished_reads[block_hash] = None
 
-    def _load(self, sequence: Sequence, loading: _Loading, tier_name: str, block_hash: BlockHash, block: int) -> None:
+    def _load(self, sequence: Sequence, loading: Loading, tier_name: str, block_hash: BlockHash, block: int) -> None:
         """Add a load to the plan; with its last load a sequence stops waiting."""
         self._loads[block_hash] = (tier_name, block, sequence)
         loading.unplanned.remove(block_hash)
-        stats, size = self._index.tiers[tier_name].stats, self._pool.block_size
+        stats = self._index.tiers[tier_name].stats
         stats.total_loaded += 1
         stats.total_loaded_bytes += self._index.tiers[tier_name].block_bytes
-        stats.total_hits += size
         if not loading.unplanned:
             del self.waiting[sequence]
             self._loaded[sequence] = loading
+            self._count_hits(loading)
+
+    def _count_hits(self, loading: Loading) -> None:
+        """All loads of a sequence are planned."""
+        for origin, num_tokens in loading.tokens_by_origin(self._pool.block_size).items():
+            if origin != DEVICE:
+                self._index.tiers[origin].stats.total_hits += num_tokens
 
     def _plan_reads(self) -> None:
         """Start as many reads as may be on their way, in the order in which the sequences came."""
@@ -198,25 +205,23 @@ class BlockOffload:
                 num_free -= 1
 
     def _cut(self, sequence: Sequence, failed: BlockHash) -> None:
-        """A read failed: the sequence keeps the blocks before that one, and the rest is computed."""
-        loading = self.waiting[sequence]
-        end = loading.hashes.index(failed)
-        lost = set(loading.hashes[end:])
-        del loading.hashes[end:], loading.origins[end:]
-        loading.unplanned -= lost
+        """A read failed: the sequence keeps what it can go on from before that block, and the rest is computed."""
+        loading, table, size = self.waiting[sequence], sequence.table, self._pool.block_size
+        ends = range(loading.blocks[failed][1], loading.first, -1)
+        end = next((end for end in ends if table.serves(end * size)), loading.first)
+        lost = loading.cut(end)
         self._in_flight -= lost
-        loading.unread = [block_hash for block_hash in loading.unread if block_hash not in lost]
         for reads in (self._reads, self._finished_reads):
             for block_hash in lost & reads.keys():
                 reads[block_hash] = None
-        table = sequence.table
-        table.truncate((loading.first + end) * self._pool.block_size)
+        table.truncate(end * size)
         sequence.start_from_table()
         if not loading.unplanned:
             del self.waiting[sequence]
             table.hash_full_blocks(sequence.token_ids, table.num_tokens)
-            self._in_flight.difference_update(loading.hashes)
-            self._ready.append((sequence, loading.tokens_by_tier(self._pool.block_size)))
+            self._in_flight.difference_update(loading.blocks)
+            self._count_hits(loading)
+            self._ready.append((sequence, loading.tokens_by_origin(size)))
 
     # -- storing ------------------------------------------------------------------------------------------------------
 
@@ -289,9 +294,8 @@ class BlockOffload:
     def update(self, plan: OffloadPlan | None, result: OffloadResult) -> None:
         """The plan was executed; note what finished meanwhile."""
         for sequence, loading in self._loaded.items():
-            end = (loading.first + len(loading.hashes)) * self._pool.block_size
-            sequence.table.hash_full_blocks(sequence.token_ids, end)
-            self._in_flight.difference_update(loading.hashes)
+            sequence.table.hash_full_blocks(sequence.token_ids, loading.end * self._pool.block_size)
+            self._in_flight.difference_update(loading.blocks)
         self._loaded.clear()
         self._loads.clear()
         if self._host is not None and plan is not None:
@@ -330,7 +334,8 @@ class BlockOffload:
     def evict(self, sequence: Sequence) -> None:
         """Remove a sequence's blocks from all tiers, because their content may be wrong."""
         for index in range(sequence.table.num_tokens // self._pool.block_size):
-            self._evict(sequence.table.block_hash(index, sequence.token_ids))
+            for group in range(self._pool.num_groups):
+                self._evict(group_hash(sequence.table.block_hash(index, sequence.token_ids), group))
 
     def evict_all(self) -> None:
         """Empty the tiers."""

@@ -73,14 +73,16 @@ class DecodeBatch:
     def num_blocks_needed(self) -> int:
         """Blocks that the next step takes."""
         size = self._pool.block_size
-        return sum(1 for position in self._positions if not position % size)
+        return sum(1 for position in self._positions if not position % size) * self._pool.num_groups
 
     @property
     def num_blocks_needed_ahead(self) -> int | None:
         """Blocks that the step after those in flight takes; None if every member gets its last token from them."""
         size, step = self._pool.block_size, self._num_steps
         going_on = [position for position, end in zip(self._positions, self._ends, strict=True) if step < end]
-        return sum(1 for position in going_on if not position % size) if going_on else None
+        if not going_on:
+            return None
+        return sum(1 for position in going_on if not position % size) * self._pool.num_groups
 
     # -- membership ---------------------------------------------------------------------------------------------------
 
@@ -141,8 +143,8 @@ class DecodeBatch:
             table = self.sequences[place].table
             table.catch_up(positions[place])
             changed = table.append(1, plan.block_copies)
-            plan.new_blocks.append((self._rows[place], changed, table.blocks[changed:]))
-        pool.count_filled(len(positions) - len(needy))
+            plan.new_blocks += table.entries(self._rows[place], changed)
+        pool.count_filled((len(positions) - len(needy)) * pool.num_groups)
         plan.rows += self._rows
         plan.num_computed_tokens += positions
         plan.token_ids += [token_ids[-1] for token_ids in self._token_ids]
@@ -178,6 +180,7 @@ class DecodeBatch:
             sequence = step.sequences[place]
             if sequence.row != NO_ROW:
                 sequence.table.hash_full_blocks(sequence.token_ids, step.positions[place] + 1)
+                sequence.table.give_back(step.positions[place] + 1)
         apart = {*failed, *step.last}
         if step.version != self.version:
             apart.update(place for place, sequence in enumerate(step.sequences) if not sequence.in_decode_batch)

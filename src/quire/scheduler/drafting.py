@@ -55,7 +55,8 @@ class Drafting:
         decoding = [sequence for row in plan.rows if (sequence := rows[row]) is not None]
         sequences = [sequence for sequence in decoding if sequence.group.takes_drafts]
         # Drafts leave the blocks that running sequences may need next, and need no more logits than are planned for.
-        num_slots = (pool.num_free - max(self._watermark, len(plan.rows))) * pool.block_size
+        num_kept = max(self._watermark, len(plan.rows) * pool.num_groups)
+        num_slots = (pool.num_free - num_kept) // pool.num_groups * pool.block_size
         num_rows = len(rows) + speculation.max_tokens - len(plan.rows)
         candidates = []
         for sequence in sequences:
@@ -77,8 +78,7 @@ class Drafting:
                 plan.drafts[index] = draft
                 plan.num_scheduled_tokens[index] += len(draft)
                 changed = sequence.table.append(len(draft), plan.block_copies)
-                if changed < len(sequence.table.blocks):
-                    plan.new_blocks.append((sequence.row, changed, sequence.table.blocks[changed:]))
+                plan.new_blocks += sequence.table.entries(sequence.row, changed)
 
     def roll_back_rejected(self, plan: StepPlan, result: StepResult) -> list[int]:
         """Remove rejected draft tokens from the block tables. Returns how many computed tokens of each row stay."""

@@ -6,6 +6,9 @@ at one of the ends. Sorted by tokens to come r(1) <= r(2) <= ..., just before th
 
     used(i) = used now + (n - i + 1) r(i) / block size - blocks of those that ended before.
 
+A token takes a slot in each KV group of full attention. A window group grows up to its window only; what it will still
+take counts as used now.
+
 A group is admitted if the peak with it stays within the pool. Compared with admission by the memory that is free now,
 it waits if all running sequences are young, so fewer are preempted; if many end soon it need not wait.
 
@@ -40,12 +43,15 @@ class Outlook(NamedTuple):
     """Blocks that it will give back, besides those for the tokens to come."""
 
 
-def peak_blocks(num_used: float, outlooks: Iterable[Outlook], block_size: int) -> float:
-    """The most blocks in use at any time, if `num_used` are used now and no other sequence starts."""
+def peak_blocks(num_used: float, outlooks: Iterable[Outlook], block_size: int, num_groups: int = 1) -> float:
+    """The most blocks in use at any time, if `num_used` are used now and no other sequence starts.
+
+    A token takes a slot in each of `num_groups` KV groups.
+    """
     ordered = sorted(outlooks)
     peak, num_running = num_used, len(ordered)
     for num_tokens, num_blocks in ordered:
-        used = num_used + num_running * num_tokens / block_size
+        used = num_used + num_running * num_tokens * num_groups / block_size
         if used > peak:
             peak = used
         num_used -= num_blocks
@@ -83,7 +89,8 @@ class Forecast:
         None while too little is known of the lengths of answers.
         """
         outlooks: list[Outlook] = []
-        block_size, quantile = self._pool.block_size, self.quantile
+        pool, quantile = self._pool, self.quantile
+        num_full = pool.windows.count(0)
         for group in groups:
             curve, limit, num_prompt = group.length_curve, group.request.max_tokens, group.num_prompt_tokens
             if curve is None:
@@ -93,9 +100,13 @@ class Forecast:
                 num_tokens = len(sequence.token_ids)
                 num_output = num_tokens - num_prompt
                 num_to_come = curve.quantile(quantile, num_output, limit) - num_output
-                outlooks.append(Outlook(num_to_come, -(-num_tokens // block_size) - num_shared))
-                num_shared = num_prompt // block_size  # the others share the leader's
-        return peak_blocks(num_used, outlooks, block_size)
+                num_blocks = pool.most_blocks(num_tokens) - num_shared
+                if num_full < pool.num_groups:
+                    growth = pool.window_blocks(num_tokens + num_to_come) - pool.window_blocks(num_tokens)
+                    num_used, num_blocks = num_used + growth, num_blocks + growth
+                outlooks.append(Outlook(num_to_come, num_blocks))
+                num_shared = pool.most_blocks(num_prompt // pool.block_size * pool.block_size)  # the leader's
+        return peak_blocks(num_used, outlooks, pool.block_size, num_full)
 
     def note_preemption(self) -> None:
         """Too much was admitted."""

@@ -54,7 +54,8 @@ class LookAhead:
                     continue
                 if sequence.num_output_tokens + (sequence in served) < group.max_results:
                     goes_on = True
-                    num_blocks += (sequence.table.num_tokens % size == 0) + sequence.table.num_copies_to_come
+                    table = sequence.table
+                    num_blocks += (table.num_tokens % size == 0) * self._pool.num_groups + table.num_copies_to_come
         return num_blocks if goes_on else None
 
     def assume_result(self, plan: StepPlan, decode_step: DecodeStep | None) -> set[Sequence]:

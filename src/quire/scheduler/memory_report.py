@@ -25,7 +25,7 @@ def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: Engin
 
 
 def _request_memory(pool: BlockPool, group: SequenceGroup) -> RequestMemory:
-    blocks = Counter(block for sequence in group.sequences for block in sequence.table.blocks)
+    blocks = Counter(block for sequence in group.sequences for block in sequence.table.held_blocks)
     num_shared_outside = sum(1 for block, mine in blocks.items() if pool.ref_counts[block] > mine)
     num_shared_inside = blocks.total() - len(blocks)
     num_filled_slots = sum(pool.fill[block] for block in blocks)

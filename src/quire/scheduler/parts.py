@@ -81,8 +81,8 @@ def make_parts(
         rule,
         offload,
         clock,
+        limits,
         watermark=watermark,
-        max_num_partial_prefills=limits.max_num_partial_prefills,
     )
     drafting: Drafting | None = None
     if speculation is not None:

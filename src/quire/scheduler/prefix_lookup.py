@@ -9,27 +9,34 @@ from typing import NamedTuple
 
 from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
+from quire.kv_cache.block_table import GroupBlocks
 from quire.kv_cache.prefix_history import PrefixHistory
 from quire.kv_cache.states import FoundState
 from quire.outputs import PrefixMiss
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.sequence import Sequence, SequenceGroup
+from quire.scheduler.stored_prefix import StoredPrefix
 
 
 class Found(NamedTuple):
     """What a waiting group can start from."""
 
-    blocks: list[int]
-    """Full blocks of the pool."""
-    stored: list[tuple[str, BlockHash]]
-    """(tier, hash) of the blocks after those."""
-    inside: tuple[int, int] | None
+    blocks: GroupBlocks
+    """Full blocks of the pool, for each KV group."""
+    stored: StoredPrefix | None = None
+    """The longer hit with blocks of tiers, if there is one."""
+    inside: tuple[list[int], int] | None = None
     """The next block after those, if only its beginning can be shared; see `BlockTable.match_partial`."""
     state: FoundState | None = None
     """In a model with recurrent layers, the snapshot at the end of all these."""
     num_known_tokens: int = 0
     """Tokens whose KV the pool holds, perhaps past that snapshot."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Logical blocks found in the pool."""
+        return len(self.blocks[0])
 
 
 @dataclass(slots=True)
@@ -66,20 +73,21 @@ class PrefixLookup:
     def find(self, group: SequenceGroup, prefilling: list[Sequence], loading: list[Sequence]) -> Found | None:
         """What a waiting group can start from; None while another sequence computes or loads its next block."""
         if not self._pool.enable_prefix_caching or group.lacks_prompt_logprobs:
-            return Found([], [], None)
+            return Found([[] for _ in self._pool.windows])
         if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
         if self._states is not None:
             return self._find_with_state(group, self._states, prefilling)
-        leader, stored = group.leader, list[tuple[str, BlockHash]]()
+        leader, stored = group.leader, None
         # Where others get their first token with the leader, it computes the last token of the prompt.
         alone = len(group.sequences) == 1 or leader.num_output_tokens > 0
         token_ids = leader.token_ids if alone else group.request.prompt_token_ids
         blocks = leader.table.find_prefix(token_ids)
-        inside = leader.table.match_partial(token_ids, len(blocks))
-        group.awaited = self._next_full_block(leader, token_ids, len(blocks))
+        num_found = len(blocks[0])
+        inside = leader.table.match_partial(token_ids, num_found)
+        group.awaited = self._next_full_block(leader, token_ids, num_found)
         if self._offload is not None:
-            stored = self._offload.find(leader, token_ids, len(blocks))
+            stored = self._offload.find(leader, token_ids, blocks)
         if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
         return Found(blocks, stored, inside)
@@ -101,20 +109,21 @@ class PrefixLookup:
     ) -> Found:
         table, size = sequence.table, self._pool.block_size
         blocks = table.find_prefix(token_ids)
-        inside = None if whole_blocks else table.match_partial(token_ids, len(blocks))
-        num_known = len(blocks) * size + (0 if inside is None else inside[1])
+        num_found = len(blocks[0])
+        inside = None if whole_blocks else table.match_partial(token_ids, num_found)
+        num_known = num_found * size + (0 if inside is None else inside[1])
         state = states.find(table, token_ids, num_known // size * size if whole_blocks else num_known)
         full, used = divmod(0 if state is None else state.num_tokens, size)
         while whole_blocks and state is not None and used:
             state = states.find(table, token_ids, full * size)
             full, used = divmod(0 if state is None else state.num_tokens, size)
-        if used and full < len(blocks):
-            inside = (blocks[full], used)
+        if used and full < num_found:
+            inside = ([group[full] for group in blocks], used)
         elif used and inside is not None:
             inside = (inside[0], used)
         else:
             inside = None
-        return Found(blocks[:full], [], inside, state, num_known)
+        return Found([group[:full] for group in blocks], None, inside, state, num_known)
 
     def find_whole_blocks(self, group: SequenceGroup, found: Found) -> Found:
         """What a group can start from instead of `found` if it cannot begin inside a block."""
@@ -132,31 +141,32 @@ class PrefixLookup:
         if self._states is not None:
             return False
         found = self.find_output(sequence, prefilling)
-        return found is None or bool(found.blocks or found.stored)
+        num_shared = sequence.group.num_prompt_tokens // self._pool.block_size
+        return found is None or found.num_blocks > num_shared or bool(found.stored)
 
     def find_output(self, sequence: Sequence, prefilling: list[Sequence]) -> Found | None:
-        """What a resumed sequence can start from, after the full blocks of the prompt that it shares with its leader.
-        With a recurrent state the blocks of the prompt are among them.
-
-        None while another sequence computes or loads the next block.
-        """
-        if not self._pool.enable_prefix_caching:
-            return Found([], [], None)
+        """What a resumed sequence can start from: the full blocks of the prompt that it shares with its leader, and
+        cached ones of its output. None while another sequence computes or loads the next block."""
         if self._states is not None:
+            if not self._pool.enable_prefix_caching:
+                return Found([[] for _ in self._pool.windows])
             alone = len(sequence.group.sequences) == 1
             token_ids = sequence.token_ids if alone else sequence.group.request.prompt_token_ids
             return self._cut_to_state(sequence, token_ids, self._states, whole_blocks=True)
         group, loading = sequence.group, list(self._offload.waiting) if self._offload is not None else []
         if group.leader in loading and sequence is not group.leader:
             return None
-        num_shared = 0 if sequence is group.leader else group.num_prompt_tokens // self._pool.block_size
-        found = sequence.table.find_prefix(sequence.token_ids)[num_shared:]
-        first = num_shared + len(found)
+        blocks = sequence.table.find_prefix(sequence.token_ids)
+        if sequence is not group.leader:
+            blocks = group.leader.table.share_prefix(blocks, group.num_prompt_tokens // self._pool.block_size)
+        if not self._pool.enable_prefix_caching:
+            return Found(blocks)
+        first = len(blocks[0])
         awaited = self._next_full_block(sequence, sequence.token_ids, first)
         if awaited is not None and self._is_in_flight(awaited, prefilling, loading):
             return None
-        stored = [] if self._offload is None else self._offload.find(sequence, sequence.token_ids, first)
-        return Found(found, stored, None)
+        offload = self._offload
+        return Found(blocks, None if offload is None else offload.find(sequence, sequence.token_ids, blocks))
 
     def _next_full_block(self, sequence: Sequence, token_ids: list[int], index: int) -> tuple[int, BlockHash] | None:
         """Logical block `index` of a sequence and its hash, if `token_ids` could have it from the cache."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from quire.errors import RequestError
-from quire.kv_cache.block_hash import BlockHash, root_hash
+from quire.kv_cache.block_hash import BlockHash, group_hash, root_hash
 from quire.kv_cache.block_pool import BlockPool
-from quire.kv_cache.block_table import BlockTable
+from quire.kv_cache.block_table import HOLE, BlockTable
 from quire.kv_cache.states import StatePool
 from quire.request import Request
 
@@ -77,8 +77,7 @@ class RegisteredPrefixes:
             inputs=tuple(span for span in request.inputs if span.offset < num_full * size),
         )
         prefix = _Prefix(request, tuple(salts), self._table(request, salts[0]), 0)
-        found = prefix.table.find_prefix([*prefix.token_ids, 0])
-        prefix.num_new_blocks = num_full - sum(block in pool.pinned for block in found)
+        prefix.num_new_blocks = pool.most_blocks(num_full * size) - self.num_found(prefix.table, [*prefix.token_ids, 0])
         if self.num_blocks + prefix.num_new_blocks > self.max_blocks:
             raise RequestError(
                 f"the prefix takes {prefix.num_new_blocks} more KV blocks of {size} tokens; registered "
@@ -107,9 +106,11 @@ class RegisteredPrefixes:
         pool, table = self._pool, prefix.table
         for index in range(len(prefix.token_ids) // pool.block_size):
             # A block usually has its hash. It has none if a twin had the hash first, and the twin may be evicted now.
-            pool.set_hash(computed.blocks[index], table.block_hash(index, prefix.token_ids))
+            for group, blocks in enumerate(computed.groups):
+                if blocks[index] != HOLE:
+                    pool.set_hash(blocks[index], group_hash(table.block_hash(index, prefix.token_ids), group))
         table.adopt(table.find_prefix([*prefix.token_ids, 0]))
-        pool.pin(table.blocks)
+        pool.pin(table.held_blocks)
         if self._states is not None:
             self._states.pin(prefix.name)  # of the slot that its sequence is about to hand over
         self._held[prefix_id] = prefix
@@ -123,7 +124,7 @@ class RegisteredPrefixes:
         """Unpin a prefix; its blocks can be found until they are evicted. Unknown ids are ignored."""
         prefix = self._held.pop(prefix_id, None)
         if prefix is not None:
-            self._pool.unpin(prefix.table.blocks)
+            self._pool.unpin(prefix.table.held_blocks)
             if self._states is not None:
                 self._states.unpin(prefix.name)
             self._renew_aliases()
@@ -133,7 +134,7 @@ class RegisteredPrefixes:
         """How many pinned blocks a sequence can start from instead of taking free ones."""
         if self._states is not None:
             return 0  # a sequence that begins where no snapshot is computes blocks of its own
-        return sum(block in self._pool.pinned for block in table.find_prefix(token_ids))
+        return sum(block in self._pool.pinned for blocks in table.find_prefix(token_ids) for block in blocks)
 
     def _renew_aliases(self) -> None:
         aliases: dict[BlockHash, int] = {}
@@ -141,9 +142,10 @@ class RegisteredPrefixes:
         for prefix in self._held.values():
             for salt in prefix.salts:
                 table = self._table(prefix.request, salt)
-                hashes = (table.block_hash(index, prefix.token_ids) for index in range(len(prefix.table.blocks)))
-                pairs = zip(hashes, prefix.table.blocks, strict=True)
-                aliases |= {found: block for found, block in pairs if self._pool.hashes[block] != found}
+                for group, blocks in enumerate(prefix.table.groups):
+                    hashes = (group_hash(table.block_hash(i, prefix.token_ids), group) for i in range(len(blocks)))
+                    pairs = [pair for pair in zip(hashes, blocks, strict=True) if pair[1] != HOLE]
+                    aliases |= {found: block for found, block in pairs if self._pool.hashes[block] != found}
                 state_aliases[table.prefix_hash(prefix.token_ids, len(prefix.token_ids))] = prefix.name
         self._pool.set_aliases(aliases)
         if self._states is not None:

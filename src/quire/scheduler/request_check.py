@@ -38,15 +38,15 @@ class RequestCheck:
 
     def check_memory(self, group: SequenceGroup) -> None:
         """Raise `RequestError` for a group that may need more blocks than registered prefixes leave."""
-        pool, request, block_size = self._pool, group.request, self._pool.block_size
-        needed, pinned = group.max_blocks(block_size), self._prefixes.num_blocks
+        pool, request = self._pool, group.request
+        needed, pinned = group.max_blocks(pool), self._prefixes.num_blocks
         if pinned and needed > pool.num_blocks - pinned and not group.lacks_prompt_logprobs:
             needed -= self._prefixes.num_found(group.leader.table, request.prompt_token_ids)
         if needed > pool.num_blocks - pinned:
             held = f", of which {pinned} are registered prefixes'" if pinned else ""
             raise RequestError(
                 f"{_num_sequences(request)[1]} sequences of {group.num_prompt_tokens} prompt + {request.max_tokens} "
-                f"output tokens can need {needed} KV blocks of {block_size} tokens, but the pool has "
+                f"output tokens can need {needed} KV blocks of {pool.block_size} tokens, but the pool has "
                 f"{pool.num_blocks}{held}; ask for less or raise kv_cache_memory",
                 param="max_tokens",
                 code="context_length_exceeded",
@@ -55,7 +55,7 @@ class RequestCheck:
     def check_room_beside(self, groups: list[SequenceGroup], num_new_blocks: int) -> None:
         """Raise `RequestError` if one of the groups might not fit beside a prefix that takes so many more blocks."""
         left = self._pool.num_blocks - self._prefixes.num_blocks - num_new_blocks
-        most = max((group.max_blocks(self._pool.block_size) for group in groups), default=0)
+        most = max((group.max_blocks(self._pool) for group in groups), default=0)
         if most > left:
             raise RequestError(
                 f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",

@@ -60,6 +60,11 @@ class RequestQueues:
         self._lengths.enter(group)
         self.waiting.enter(group)
 
+    @property
+    def clients_wait(self) -> bool:
+        """Whether a request that is not of the background has no first token."""
+        return any(group.awaits_first_token for group in self.by_id.values())
+
     def start(self, group: SequenceGroup) -> None:
         """Run a group that was taken from `waiting`: it gets its rows."""
         for sequence in (*group.sequences, *group.idle_beams):
@@ -112,6 +117,20 @@ class RequestQueues:
         if self._rows_now is None:
             self._rows_now = self.rows.copy()
         return self._rows_now
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let a sequence without memory go on from where another one is."""
+        child.table = parent.table.fork()
+        child.advance(parent.num_computed_tokens)
+        if self.states is not None:
+            self.states.fork(parent, child)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take the memory of a sequence whose tokens nobody will ask for; it keeps its row."""
+        sequence.discard_computed()
+        if self.states is not None:
+            self.states.release(sequence)
+        sequence.table.free()
 
     def preempt(self, group: SequenceGroup) -> None:
         """Take all blocks and rows of a running group. It waits, at the place that its arrival gives it."""

@@ -25,8 +25,8 @@ from quire.step import RowFork, StepPlan, StepResult, TokenLogprobs
 
 _ENDINGS: dict[str, Ending] = {FinishReason.STOP: Ending.NATURAL, FinishReason.LENGTH: Ending.LIMIT}
 
-ForkedTable = tuple[int, int, list[int]]
-"""A table that forked, as in `StepPlan.new_blocks`."""
+TableEntries = tuple[int, int, int, list[int]]
+"""Entries of a table that forked, as in `StepPlan.new_blocks`."""
 
 
 @dataclass(slots=True)
@@ -57,10 +57,10 @@ class ResultProcessor:
         self._offload = offload
         self._prefixes = prefixes
         self._totals = totals
-        self._forked: list[ForkedTable] = []
+        self._forked: list[TableEntries] = []
         self._row_forks: list[RowFork] = []
 
-    def take_forks(self) -> tuple[list[ForkedTable], list[RowFork]]:
+    def take_forks(self) -> tuple[list[TableEntries], list[RowFork]]:
         """Tables that forked and beams that went on since the last call, for the next plan."""
         forked, row_forks = self._forked, self._row_forks
         self._forked, self._row_forks = [], []
@@ -158,6 +158,7 @@ class ResultProcessor:
             sequence.advance(end)
             if end % block_size < count:  # a block was filled
                 sequence.table.hash_full_blocks(sequence.token_ids, end)
+                sequence.table.give_back(end)
             group = sequence.group
             if start < group.num_prompt_tokens:
                 self._totals.total_prompt_tokens += min(end, group.num_prompt_tokens) - start
@@ -205,11 +206,8 @@ class ResultProcessor:
                 continue  # it started with another leader
             if sequence.num_output_tokens and self._lookup.has_output(sequence, forked):
                 continue
-            sequence.table = group.leader.table.fork()
-            sequence.start_from_table()
-            if self._queues.states is not None:
-                self._queues.states.fork(group.leader, sequence)
-            self._forked.append((sequence.row, 0, sequence.table.blocks.copy()))
+            self._queues.fork(group.leader, sequence)
+            self._forked += sequence.table.entries(sequence.row, 0)
             forked.append(sequence)
 
     def _report_prompts(
@@ -316,10 +314,7 @@ class ResultProcessor:
         parents, chosen = group.sequences, {survivor.parent for survivor in survivors}
         for place, parent in enumerate(parents):
             if place not in chosen:
-                parent.discard_computed()
-                if self._queues.states is not None:
-                    self._queues.states.release(parent)
-                parent.table.free()
+                self._queues.discard(parent)
                 parent.token_ids = []
                 group.idle_beams.append(parent)
         beams: list[Sequence] = []
@@ -329,12 +324,9 @@ class ResultProcessor:
                 chosen.remove(place)  # the best child goes on in its parent's place
             else:
                 beam = group.idle_beams.pop()
-                beam.table = parent.table.fork()
-                if self._queues.states is not None:
-                    self._queues.states.fork(parent, beam)
-                beam.advance(parent.num_computed_tokens)
+                self._queues.fork(parent, beam)
                 beam.token_ids = parent.token_ids.copy()
-                self._forked.append((beam.row, 0, beam.table.blocks.copy()))
+                self._forked += beam.table.entries(beam.row, 0)
             beams.append(beam)
             self._row_forks.append(RowFork(beam.row, parent.row, token_id))
         for beam, (_, token_id) in zip(beams, survivors, strict=True):

@@ -10,7 +10,7 @@ from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import BlockTable
 from quire.kv_cache.states import NO_STATE
 from quire.outputs import PrefixMiss
-from quire.request import Request, Task
+from quire.request import BACKGROUND, Request, Task
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.draft_planner import SequenceDrafts
 from quire.scheduler.length_curve import LengthClass, LengthCurve
@@ -190,6 +190,15 @@ class SequenceGroup:
         return self.sequences[0]
 
     @property
+    def is_background(self) -> bool:
+        return self.request.priority >= BACKGROUND
+
+    @property
+    def awaits_first_token(self) -> bool:
+        """Whether a client waits for the first token, or the vector, of its request."""
+        return not (self.is_background or self.leader.num_output_tokens)
+
+    @property
     def lacks_prompt_logprobs(self) -> bool:
         """Whether log-probabilities of prompt tokens are wanted and not all delivered."""
         wanted = self.request.params.prompt_logprobs is not None
@@ -241,9 +250,12 @@ class SequenceGroup:
             return False
         return sequence is not self.sequences[0] or not self.lacks_prompt_logprobs
 
-    def max_blocks(self, block_size: int) -> int:
-        """The most blocks that the group can ever hold: the prompt's full blocks once, the rest per sample."""
-        shared = self.num_prompt_tokens // block_size
+    def max_blocks(self, pool: BlockPool) -> int:
+        """The most blocks that the group needs at once: the prompt's full blocks once, the rest per sample. In a window
+        group each sample needs the blocks that a token sees."""
+        shared = self.num_prompt_tokens // pool.block_size
         # The last sampled token is never computed, so it needs no slot; a vector has none.
-        longest = -(-(self.num_prompt_tokens + self.max_results - 1) // block_size)
-        return shared + self.num_rows * (longest - shared)
+        num_tokens = self.num_prompt_tokens + self.max_results - 1
+        longest = -(-num_tokens // pool.block_size)
+        all_positions = shared + self.num_rows * (longest - shared)
+        return sum(min(all_positions, self.num_rows * seen) for seen in pool.most_blocks_by_group(num_tokens))

@@ -8,7 +8,8 @@ The rules, in their order:
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
    one request take their tokens together: a beam that lacks one token waits for beams that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
-4. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
+4. Requests of the background run while no client waits for a first token.
+5. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
    preempted for them, and rejected drafts are rolled back when the step ends.
 """
 
@@ -55,6 +56,8 @@ class StepPlanner:
             self._drafting.prepare()
         # Sequences that wait for a tier, or that are ending; never both.
         excluded = offload.waiting if offload is not None else ending
+        if may_preempt:
+            self._stop_background()
         while True:
             preempted = self._make_room(excluded) if may_preempt else False
             decode_step, prefilling = self._plan_decoding(plan, excluded)
@@ -79,6 +82,15 @@ class StepPlanner:
         plan.batch_id = self._batch_ids.of(plan, decode_step, num_decoding)
         return decode_step
 
+    def _stop_background(self) -> None:
+        """Preempt requests of the background while a client waits for a first token. They resume from the cache."""
+        queues = self._queues
+        if not (queues.running and queues.running[-1].is_background and self._pool.enable_prefix_caching):
+            return  # without a cache they would begin again and again, and perhaps never end
+        if queues.clients_wait:
+            while queues.running and queues.running[-1].is_background:
+                queues.preempt(queues.running[-1])
+
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     def _make_room(self, excluded: Collection[Sequence]) -> bool:
@@ -87,8 +99,9 @@ class StepPlanner:
         Returns whether any group was preempted.
         """
         queues, pool, preempted = self._queues, self._pool, False
-        # No sequence takes more than one block. Nearly always there are as many, and nothing more is to be counted.
-        if len(queues.decode_batch) + sum(len(g.sequences) for g in queues.not_in_decode_batch) <= pool.num_free:
+        # No sequence takes more than one block of a KV group. Nearly always there are as many: nothing more is counted.
+        num_sequences = len(queues.decode_batch) + sum(len(group.sequences) for group in queues.not_in_decode_batch)
+        if num_sequences * pool.num_groups <= pool.num_free:
             return False
         while queues.running and self._num_blocks_needed(excluded) > pool.num_free:
             queues.preempt(queues.running[-1])
@@ -103,9 +116,10 @@ class StepPlanner:
         for sequence in _decoding(queues.not_in_decode_batch, excluded, []):
             table = sequence.table
             if table.num_tokens % size == 0:
-                needed += 1
+                needed += pool.num_groups
             elif table.num_copies_to_come:
-                writers[table.blocks[-1]] = writers.get(table.blocks[-1], 0) + 1
+                for block in table.blocks_to_copy:
+                    writers[block] = writers.get(block, 0) + 1
         for block, count in writers.items():
             # The last holder of a block without a hash writes in place.
             needed += count if pool.hashes[block] is not None else min(count, pool.ref_counts[block] - 1)
@@ -125,9 +139,8 @@ class StepPlanner:
             table, token_ids = sequence.table, sequence.token_ids
             num_copies = len(copies)
             changed = table.append(1, copies)
-            if changed < len(table.blocks):
-                plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
-                sequence.group.num_copied_blocks += len(copies) - num_copies
+            plan.new_blocks += table.entries(sequence.row, changed)
+            sequence.group.num_copied_blocks += len(copies) - num_copies
             plan.rows.append(sequence.row)
             plan.num_computed_tokens.append(len(token_ids) - 1)
             plan.token_ids.append(token_ids[-1])
@@ -152,8 +165,7 @@ class StepPlanner:
         num_copies = len(plan.block_copies)
         changed = table.append(count, plan.block_copies)
         group.num_copied_blocks += len(plan.block_copies) - num_copies
-        if changed < len(table.blocks):
-            plan.new_blocks.append((sequence.row, changed, table.blocks[changed:]))
+        plan.new_blocks += table.entries(sequence.row, changed)
         index = len(plan.rows)
         if self._queues.states is not None:
             self._queues.states.plan_saves(plan, index, sequence, start, count)
@@ -192,7 +204,7 @@ class _BatchIds:
         num_rows = len(plan.rows)
         only_decodes = 0 < num_rows == num_decoding == len(plan.token_ids)
         changes_rows = plan.new_rows or plan.row_forks or plan.block_copies
-        if not only_decodes or changes_rows or any(not first for _, first, _ in plan.new_blocks):
+        if not only_decodes or changes_rows or any(not first for _, _, first, _ in plan.new_blocks):
             self._repeats = False
             return 0
         if decode_step is not None and len(decode_step.sequences) == num_rows:

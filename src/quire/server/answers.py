@@ -21,7 +21,7 @@ from quire.server.errors import ErrorDetail, error_body
 from quire.server.generation import Generation, UsageCounter, sample_error
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
-from quire.server.streaming import DONE
+from quire.server.streaming import DONE, EVENT_STREAM, StreamForm
 from quire.server.tools.events import Event, Message, PlainReader, Reader, ToolCallBegin
 
 _encode = msgspec.json.Encoder().encode
@@ -92,6 +92,9 @@ class Renderer(Protocol):
     """`ending` reads `Choice.sample` or `Choice.message`."""
     done: ClassVar[bytes] = DONE
     """Ends every stream, after errors too."""
+    ping: ClassVar[bytes] = b""
+    """An event that says nothing, for times of silence; empty: none."""
+    content_type: ClassVar[bytes] = EVENT_STREAM
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
         """Events sent once per choice, before its first delta."""
@@ -131,8 +134,9 @@ class Answer:
     async def send(self, context: RequestContext, *, stream: bool) -> None:
         """Answer the request of `context`. The generation is cancelled if the client leaves."""
         if stream:
-            events, renderer = self.events(context.engine), self.renderer
-            await context.stream(events, failure=renderer.failure, done=renderer.done)
+            renderer = self.renderer
+            form = StreamForm(renderer.failure, renderer.done, renderer.ping, renderer.content_type)
+            await context.stream(self.events(context.engine), form)
         else:
             await context.reply_when_done(self.whole(context.engine))
 

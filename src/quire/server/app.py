@@ -6,6 +6,7 @@ then calls the endpoint. Any error becomes an OpenAI error body. Each response c
 
 import time
 import uuid
+from collections.abc import Mapping
 from email.utils import formatdate
 
 import msgspec
@@ -18,20 +19,32 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.server import chat, completions, health, kv, metrics, models, openapi, tokenize
+from quire.errors import RequestError
+from quire.server import chat, completions, embeddings, health, kv, metrics, models, openapi, tokenize
+from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
+from quire.server.batches.endpoints import endpoints as batch_endpoints
+from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
-from quire.server.errors import Refusal, as_request_error, error_body, error_headers
-from quire.server.field_warnings import FieldWarnings
+from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
+from quire.server.ollama import endpoints as ollama
+from quire.server.ollama import models as ollama_models
+from quire.server.responses import endpoints as responses
+from quire.server.services import Services
 from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *anthropic.ENDPOINTS,
+    *ollama.ENDPOINTS,
+    *ollama_models.ENDPOINTS,
+    *embeddings.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
@@ -41,10 +54,13 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
-    """The application that serves `engine`. It neither starts nor stops the engine."""
-    endpoints = (*ENDPOINTS, *openapi.endpoints(ENDPOINTS))
+def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+    """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
+    `ConfigError`."""
+    described = (*ENDPOINTS, *batch_endpoints(batches))
+    endpoints = (*described, *openapi.endpoints(described))
     authenticator = Authenticator(settings)
+    error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
     middleware = [
         Middleware(
@@ -56,18 +72,27 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
             allow_private_network=True,
             expose_headers=["x-request-id", "x-quire-warning", "retry-after"],
         ),
-        Middleware(_RequestMiddleware, engine=engine, settings=settings, authenticator=authenticator, public=public),
+        Middleware(
+            _RequestMiddleware,
+            engine=engine,
+            settings=settings,
+            authenticator=authenticator,
+            public=public,
+            error_forms=error_forms,
+        ),
     ]
-    warnings = FieldWarnings()
+    services = Services.open(settings)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException) and error.status_code == 404:
-            error = Refusal(404, describe_miss(request.scope["path"], paths), code="route_not_found")
-        return _error_response(error)
+        path = request.scope["path"]
+        shown = as_request_error(error)
+        if shown.status == 404:
+            shown = Refusal(404, describe_miss(path, paths), code="route_not_found")
+        return _error_response(shown, error_forms.get(path, OPENAI_ERRORS), "")
 
     return Starlette(
-        routes=[Route(e.path, _Bound(e, engine, settings, warnings), methods=[e.method]) for e in endpoints],
+        routes=[Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints],
         middleware=middleware,
         exception_handlers={HTTPException: routing_error},
     )
@@ -76,16 +101,16 @@ def build_app(engine: Engine, settings: ServerSettings) -> ASGIApp:
 class _Bound:
     """An endpoint as the ASGI application that Starlette routes to."""
 
-    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings, warnings: FieldWarnings) -> None:
+    def __init__(self, endpoint: Endpoint, engine: Engine, settings: ServerSettings, services: Services) -> None:
         self.endpoint = endpoint
         self._engine = engine
         self._settings = settings
-        self._warnings = warnings
+        self._services = services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope["state"]["client"]
         await self.endpoint.handle(
-            RequestContext(self._engine, self._settings, scope, receive, send, client, self._warnings)
+            RequestContext(self._engine, self._settings, scope, receive, send, client, self._services)
         )
 
 
@@ -99,12 +124,14 @@ class _RequestMiddleware:
         settings: ServerSettings,
         authenticator: Authenticator,
         public: frozenset[str],
+        error_forms: Mapping[str, ErrorForm],
     ) -> None:
         self._app = app
         self._engine = engine
         self._settings = settings
         self._authenticator = authenticator
         self._public = public
+        self._error_forms = error_forms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -137,8 +164,9 @@ class _RequestMiddleware:
         except Exception as error:
             shown = as_request_error(error)
             if not status:
-                await _error_response(error)(scope, receive, send_with_id)
-            status = shown.status
+                form = self._error_forms.get(scope["path"], OPENAI_ERRORS)
+                await _error_response(shown, form, request_id[1].decode())(scope, receive, send_with_id)
+            status = status or shown.status
         finally:
             self._engine.metrics.observe_http(
                 handler=_handler_name(scope),
@@ -148,10 +176,10 @@ class _RequestMiddleware:
             )
 
 
-def _error_response(error: Exception) -> Response:
-    shown = as_request_error(error)
-    response = Response(msgspec.json.encode(error_body(shown)), status_code=shown.status, media_type="application/json")
-    response.raw_headers.extend(error_headers(shown))
+def _error_response(error: RequestError, form: ErrorForm, request_id: str) -> Response:
+    body = msgspec.json.encode(form.body(error, request_id))
+    response = Response(body, status_code=form.status(error), media_type="application/json")
+    response.raw_headers.extend(error_headers(error))
     return response
 
 

@@ -25,6 +25,8 @@ class Client(NamedTuple):
     """A name for the holder of the key; "" if the server has no keys."""
     salt: str = ""
     """Goes into the hashes of its prefix blocks, so that other keys do not share them."""
+    background: bool = False
+    """Its requests wait for those of all others."""
 
 
 class Authenticator:
@@ -46,8 +48,10 @@ class Authenticator:
         """The client that holds the key. Raises `Refusal` (401) without a valid key. A server without keys has one."""
         if not self._digests:
             return Client()
-        value = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, key = value.partition(b" ")
+        found = dict(headers)
+        scheme, _, key = found.get(b"authorization", b"").partition(b" ")
+        if b"x-api-key" in found and not key:  # Anthropic's clients
+            scheme, key = b"bearer", found[b"x-api-key"]
         digest = hashlib.sha256(key.strip()).digest()
         # Compare with every key, each in constant time, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]

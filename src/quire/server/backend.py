@@ -3,10 +3,12 @@
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
+from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import QuireError
+from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
 
@@ -22,6 +24,8 @@ class Engine(Protocol):
     def chat_template(self) -> ChatTemplate | None: ...
     @property
     def model_names(self) -> list[str]: ...
+    @property
+    def model_config(self) -> ModelConfig: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -40,6 +44,17 @@ class Engine(Protocol):
         tenant: str = "",
         workload: str = "",
     ) -> AsyncGenerator[RequestOutput, None]: ...
+
+    async def embed(
+        self,
+        prompt: str | list[int],
+        *,
+        normalize: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        tenant: str = "",
+    ) -> EmbeddingRequestOutput: ...
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
     async def memory_report(self) -> MemoryReport: ...

@@ -6,8 +6,13 @@ Every endpoint that continues a conversation builds a `ChatCompletionRequest`, m
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from msgspec import structs
 
 from quire.errors import RequestError
+from quire.sampling_params import SamplingParams
 from quire.server.endpoint import RequestContext
 from quire.server.errors import naming
 from quire.server.generation import Generation
@@ -16,8 +21,11 @@ from quire.server.params import chat_params, check_available, sent_names
 from quire.server.prompts import render, tokenize, truncated
 from quire.server.protocol import ChatCompletionRequest
 from quire.server.scheduling_info import scheduling_info
+from quire.server.tools.detect import find_format
 from quire.server.tools.events import PlainReader, Reader
-from quire.server.tools.request import read_tools
+from quire.server.tools.grammar import constrain
+from quire.server.tools.reader import ReadingOptions, ReplyFormat, ReplyReader
+from quire.server.tools.request import ToolUse, read_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +37,87 @@ class ChatTurn:
     """Makes the reader of each choice; see `Answer.reader`."""
 
 
-async def chat_turn(context: RequestContext, request: ChatCompletionRequest) -> ChatTurn:
-    """The turn that `request` asks for. Raises `RequestError` if it cannot be served."""
+async def fitting_turn(
+    context: RequestContext, request: ChatCompletionRequest, *, truncates: bool, clips_output: bool = False
+) -> ChatTurn:
+    """The turn of `request`; with `truncates`, without the older half of its messages as often as they do not fit.
+    System messages stay."""
+    while True:
+        try:
+            return await chat_turn(context, request, clips_output=clips_output)
+        except RequestError as error:
+            kept = [message for message in request.messages if message.role in ("system", "developer")]
+            others = [message for message in request.messages if message not in kept]
+            if not truncates or error.code != "context_length_exceeded" or len(others) < 2:
+                raise
+            request = structs.replace(request, messages=[*kept, *others[(len(others) + 1) // 2 :]])
+
+
+class ChatPrompt(NamedTuple):
+    """The prompt of a turn."""
+
+    text: str
+    token_ids: list[int]
+
+
+async def chat_prompt(context: RequestContext, request: ChatCompletionRequest, num_samples: int = 1) -> ChatPrompt:
+    """The prompt for the messages of `request`. Raises `RequestError` if the template refuses them."""
+    text = await render(context.engine.chat_template, request)
+    check_work([text], num_samples, context.settings, param="messages")
+    (token_ids,) = await tokenize(context.tokenizer(), [text], add_special_tokens=request.add_special_tokens or False)
+    return ChatPrompt(text, token_ids)
+
+
+async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, clips_output: bool = False) -> ChatTurn:
+    """The turn that `request` asks for. Raises `RequestError` if it cannot be served. With `clips_output` a limit
+    beyond the context becomes what the context holds."""
     check_available(request)
-    engine, tokenizer = context.engine, context.tokenizer()
+    engine = context.engine
     params = chat_params(request, engine.default_params)
-    if read_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls) is not None:
-        raise RequestError("tool calling is not available yet; set tool_choice to none", param="tools")
-    text = await render(engine.chat_template, request)
-    check_work([text], params.num_samples, context.settings, param="messages")
-    prompts = await tokenize(tokenizer, [text], add_special_tokens=request.add_special_tokens or False)
-    prompts = truncated(prompts, params, request.truncation_side, engine.max_model_len)
+    use = read_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
+    text, token_ids = await chat_prompt(context, request, params.num_samples)
+    prompts = truncated([token_ids], params, request.truncation_side, engine.max_model_len)
+    room = engine.max_model_len - len(prompts[0])
+    if clips_output and params.max_tokens is not None and 0 < room < params.max_tokens:
+        params = params.with_changes(max_tokens=room)
     with naming(sent_names(request)):
         check_lengths(prompts, params, engine.max_model_len, param="messages")
-    return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), PlainReader)
+    params, reader = _read_as(reply_format(context), request, params, use, text)
+    return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), reader)
+
+
+def reply_format(context: RequestContext) -> ReplyFormat:
+    """How the model writes calls and reasoning, unless the settings say it."""
+    template, settings = context.engine.chat_template, context.settings
+    source = "" if template is None else template.source
+    return find_format(source, context.tokenizer(), settings.tool_call_parser, settings.reasoning_parser)
+
+
+def _read_as(
+    form: ReplyFormat, request: ChatCompletionRequest, params: SamplingParams, use: ToolUse | None, prompt: str
+) -> tuple[SamplingParams, Callable[[], Reader]]:
+    """The parameters with the constraint on the whole reply, and the maker of its readers."""
+    if request.continue_final_message:
+        form = ReplyFormat(form.tools, None, None) if use is None else form
+    starts_thinking = form.starts_thinking(prompt)
+    constraint = constrain(
+        form,
+        use,
+        params.structured_outputs,
+        starts_thinking=starts_thinking,
+        thinking_budget=request.thinking_token_budget,
+    )
+    if constraint is not params.structured_outputs:
+        if params.beam_width is not None:
+            raise RequestError("tools and reasoning do not go with a beam search", param="beam_width")
+        params = params.with_changes(structured_outputs=constraint)
+    if use is None and form.thinking is None:
+        return params, PlainReader
+    options = ReadingOptions(
+        form,
+        use,
+        starts_thinking=starts_thinking,
+        shows_reasoning=request.include_reasoning is not False,
+        hides_special_tokens=params.skip_special_tokens,
+    )
+    return params.with_changes(skip_special_tokens=False), partial(ReplyReader, options)

@@ -9,6 +9,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.outputs import CompletionOutput, PositionLogprobs
 from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.fill_in import checked_marks, fill_in_prompt
 from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
@@ -24,20 +25,8 @@ async def create_completion(context: RequestContext) -> None:
     request = await context.read(CompletionRequest)
     context.check_ready()
     model = context.check_model(request.model)
-    check_available(request)
-    params = completion_params(request, context.engine.default_params)
     prompts = split_prompts(request.prompt)
-    shows_tokens = request.echo or request.logprobs is not None
-    needs_text = shows_tokens or any(isinstance(prompt, str) for prompt in prompts)
-    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
-    check_work(prompts, params.num_samples, context.settings)
-    special = request.add_special_tokens is not False
-    token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
-    token_ids = truncated(token_ids, params, request.truncation_side, context.engine.max_model_len)
-    if request.max_tokens is None:  # the default must not refuse a prompt near the end of the context
-        room = context.engine.max_model_len - max(map(len, token_ids))
-        params = params.with_changes(max_tokens=max(1, params.min_tokens, min(params.max_tokens or room, room)))
-    check_lengths(token_ids, params, context.engine.max_model_len)
+    generation = await completion_generation(context, request, prompts)
     renderer = CompletionRenderer(
         id=f"cmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -45,13 +34,46 @@ async def create_completion(context: RequestContext) -> None:
         request=request,
         options=request.stream_options or StreamOptions(),
         prompts=prompts,
-        tokenizer=tokenizer,
-        skip_special_tokens=params.skip_special_tokens,
+        tokenizer=context.tokenizer_if_any(),
+        skip_special_tokens=generation.params.skip_special_tokens,
     )
-    generation = Generation(token_ids, params, scheduling_info(request, context.client))
     usage = UsageCounter(counts_output=not renderer.drops_output)
     answer = Answer(generation, renderer, bool(request.return_token_ids), usage)
     await answer.send(context, stream=bool(request.stream))
+
+
+async def completion_generation(
+    context: RequestContext,
+    request: CompletionRequest,
+    prompts: Sequence[str | list[int]],
+    *,
+    clips_output: bool = False,
+) -> Generation:
+    """The generation that `request` asks for. Raises `RequestError` if it cannot be served. With `clips_output` there
+    is no limit by default, and one beyond the context becomes what the context holds."""
+    check_available(request)
+    max_model_len = context.engine.max_model_len
+    shows_tokens = request.echo or request.logprobs is not None
+    needs_text = shows_tokens or request.suffix or any(isinstance(prompt, str) for prompt in prompts)
+    tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
+    params = completion_params(request, context.engine.default_params)
+    check_work(prompts, params.num_samples, context.settings)
+    if request.suffix and tokenizer is not None:
+        check_work([request.suffix], 1, context.settings, param="suffix")
+        marks = checked_marks(tokenizer, "suffix")
+        params = params.with_changes(stop_token_ids=(*params.stop_token_ids, *marks.stop_token_ids))
+        *prefixes, suffix = await tokenize(tokenizer, [*prompts, request.suffix], add_special_tokens=False)
+        token_ids = [fill_in_prompt(tokenizer, marks, prefix, suffix, []) for prefix in prefixes]
+    else:
+        special = request.add_special_tokens is not False
+        token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
+    token_ids = truncated(token_ids, params, request.truncation_side, max_model_len)
+    if request.max_tokens is None or clips_output:  # a default must not refuse a prompt near the end of the context
+        room = max_model_len - max(map(len, token_ids))
+        wanted = request.max_tokens if clips_output else params.max_tokens
+        params = params.with_changes(max_tokens=max(1, params.min_tokens, min(wanted or room, room)))
+    check_lengths(token_ids, params, max_model_len)
+    return Generation(token_ids, params, scheduling_info(request, context.client))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,23 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError, RequestError
+from quire.errors import EngineUnavailableError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
-from quire.server.errors import Refusal
-from quire.server.field_warnings import FieldWarnings
+from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
 from quire.server.limits import read_body
+from quire.server.services import Services
 from quire.server.settings import ServerSettings
-from quire.server.streaming import DONE, send_events, while_connected
+from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class RequestContext:
     receive: Receive
     send: Send
     client: Client
-    warnings: FieldWarnings
+    services: Services
 
     async def read(self, body_type: type[T]) -> T:
         """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it.
@@ -48,7 +49,7 @@ class RequestContext:
         body = await read_body(self.scope, self.receive, self.settings)
         decoded = decode_json(body, body_type)
         if names := unknown_fields(body, body_type):
-            self.scope["state"]["warning"] = self.warnings.note(self.scope["path"], body_type, names)
+            self.scope["state"]["warning"] = self.services.warnings.note(self.scope["path"], body_type, names)
         return decoded
 
     async def reply(self, body: object, *, status: int = 200) -> None:
@@ -73,15 +74,20 @@ class RequestContext:
         """Answer with the JSON of the value that `work` returns. `work` is cancelled if the client leaves."""
         await self.reply(await while_connected(self.receive, work))
 
-    async def stream(
-        self, events: AsyncGenerator[bytes, None], *, failure: Callable[[RequestError], bytes], done: bytes = DONE
-    ) -> None:
-        """Answer with server-sent events. `events` is closed if the client leaves or stops reading.
+    async def stream(self, events: AsyncGenerator[bytes, None], form: StreamForm) -> None:
+        """Answer with events, as `form` says. `events` is closed if the client leaves or stops reading."""
+        await while_connected(self.receive, send_events(self.send, events, self.settings.stall_timeout, form))
 
-        `failure` makes the event for an error after the first event; `done` ends the stream.
-        """
-        timeout = self.settings.stall_timeout
-        await while_connected(self.receive, send_events(self.send, events, timeout, failure=failure, done=done))
+    @property
+    def path_params(self) -> Mapping[str, str]:
+        """The parts of the path that the route names."""
+        params: Mapping[str, str] = self.scope["path_params"]
+        return params
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The parameters behind the path's question mark."""
+        return dict(parse_qsl(self.scope["query_string"].decode("latin-1")))
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
@@ -136,3 +142,4 @@ class Endpoint:
     streams: bool = False
     public: bool = False
     """Needs no API key."""
+    errors: ErrorForm = OPENAI_ERRORS

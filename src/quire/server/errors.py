@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -78,6 +79,19 @@ def naming(sent_names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorForm:
+    """How an endpoint writes errors."""
+
+    body: Callable[[RequestError, str], object]
+    """From the error and the request's id to the body of the reply."""
+    statuses: Mapping[int, int] = field(default_factory=dict)
+    """Other statuses than those of `RequestError`."""
+
+    def status(self, error: RequestError) -> int:
+        return self.statuses.get(error.status, error.status)
+
+
 def as_request_error(error: Exception) -> RequestError:
     """The error to show to the client. An unexpected error is logged, and shown without its details."""
     if isinstance(error, RequestError):
@@ -94,6 +108,9 @@ def error_body(error: RequestError) -> ErrorBody:
     """`error` as OpenAI's error body."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return ErrorBody(ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
+
+
+OPENAI_ERRORS = ErrorForm(lambda error, _: error_body(error))
 
 
 def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:

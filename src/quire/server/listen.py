@@ -17,8 +17,10 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from quire.errors import ConfigError
-from quire.server.app import build_app
+from quire.server.app import ENDPOINTS, build_app
 from quire.server.backend import Engine
+from quire.server.batches.service import BatchService
+from quire.server.batches.store import BatchStore
 from quire.server.limits import limited_protocol
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
@@ -50,24 +52,36 @@ async def serve(
     engine: Engine, settings: ServerSettings, listener: socket.socket, *, report: Callable[[str], None]
 ) -> bool:
     """Start the engine, serve until a signal, shut the engine down. Returns whether all requests could finish."""
-    server = _Server(build_app(engine, settings), settings)
+    batches = open_batches(engine, settings)
+    server = _Server(build_app(engine, settings, batches), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
-    living = asyncio.create_task(_live(engine, server, settings, listener, report))
+    living = asyncio.create_task(_live(engine, server, settings, listener, report, batches))
     try:
         await asyncio.wait((listening, living, stopping), return_when=asyncio.FIRST_COMPLETED)
         for ended in (listening, living):
             if ended.done():
                 ended.result()
         living.cancel()
+        if batches is not None:
+            await batches.stop()
         return await _drain(engine, server, settings.shutdown_timeout, report)
     finally:
         stopping.cancel()
         living.cancel()
+        if batches is not None:
+            await batches.stop()
         server.should_exit = True
         server.stop()
         await engine.shutdown(0)
         await listening
+
+
+def open_batches(engine: Engine, settings: ServerSettings) -> BatchService | None:
+    """The service for `batch_dir`; None without one. Raises `ConfigError` if the folder cannot be used."""
+    if settings.batch_dir is None:
+        return None
+    return BatchService(BatchStore(settings.batch_dir), engine, settings, ENDPOINTS)
 
 
 def url_of(listener: socket.socket) -> str:
@@ -83,6 +97,7 @@ async def _live(
     settings: ServerSettings,
     listener: socket.socket,
     report: Callable[[str], None],
+    batches: BatchService | None,
 ) -> None:
     """Start the engine once the server answers /health. Raises the error that keeps the engine from starting or ends
     it; the server then ends too, so that a supervisor can restart it.
@@ -97,6 +112,8 @@ async def _live(
         report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
+    if batches is not None:
+        await batches.start()
     raise await engine.wait_dead()
 
 

@@ -16,7 +16,7 @@ async def list_models(context: RequestContext) -> None:
 
 async def get_model(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    await context.reply(_card(context, context.check_model(context.scope["path_params"]["model"])))
+    await context.reply(_card(context, context.check_model(context.path_params["model"])))
 
 
 def _card(context: RequestContext, name: str) -> ModelCard:

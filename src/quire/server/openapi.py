@@ -1,5 +1,6 @@
 """/openapi.json and /docs, made from the table of endpoints. The page loads nothing from other servers."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -11,6 +12,7 @@ from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import ErrorBody
 
 _ABOUT = "An engine that serves large language models."
+_PARAMETER = re.compile(r"{(\w+)(?::path)?}")
 _REF = "#/components/schemas/{name}"
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -49,7 +51,7 @@ def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
     reference_of = dict(zip(bodies, references, strict=True))
     paths: dict[str, Any] = {}
     for endpoint in described:
-        path = endpoint.path.replace(":path}", "}")
+        path = _PARAMETER.sub(r"{\1}", endpoint.path)
         paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, reference_of)
     return {
         "openapi": "3.1.0",
@@ -104,8 +106,10 @@ def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, A
             "required": True,
             "content": {"application/json": {"schema": reference_of[endpoint.body]}},
         }
-    if "{model:path}" in endpoint.path:
-        operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := _PARAMETER.findall(endpoint.path):
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     if endpoint.public:
         operation["security"] = []
     return operation

@@ -1,8 +1,9 @@
 """From a request's fields to SamplingParams: defaults, fields with two names, and fields that are not available."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from msgspec import Struct
 from msgspec.structs import fields
 
 from quire.errors import RequestError
@@ -49,7 +50,7 @@ _PASSED_ON = (
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 _REFUSED = (
     *(field.name for field in fields(NotAvailable)),
-    *("chat_template", "functions", "audio", "suffix"),
+    *("chat_template", "functions", "audio"),
 )
 _GUIDED = ("json", "regex", "choice", "grammar", "whitespace_pattern")
 _WHY_REFUSED = {
@@ -90,9 +91,7 @@ def sent_names(request: ChatCompletionRequest) -> dict[str, str]:
 
 def check_available(request: GenerateRequest | TokenizeRequest) -> None:
     """Raise `Refusal` for a field that asks for something Quire cannot do. The error names the field."""
-    for name in _REFUSED:
-        if getattr(request, name, None):
-            raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
+    check_absent(request, _REFUSED)
     if not isinstance(request, GenerateRequest):
         return
     samples_more = request.best_of is not None and request.best_of > (request.n or 1) and not request.use_beam_search
@@ -109,6 +108,13 @@ def check_available(request: GenerateRequest | TokenizeRequest) -> None:
         raise _refusal("modalities", f"modalities are {', '.join(request.modalities or ())}; only text is available")
 
 
+def check_absent(request: Struct, names: Iterable[str]) -> None:
+    """Raise `Refusal` for the first of the fields `names` that is set to more than null, false or an empty value."""
+    for name in names:
+        if getattr(request, name, None):
+            raise _refusal(name, _WHY_REFUSED.get(name, f"{name} is not available; leave it out"))
+
+
 def _check_combination(request: GenerateRequest) -> None:
     """Raise `RequestError` for fields that have no meaning without another field."""
     if request.truncation_side not in (None, "left", "right"):
@@ -117,6 +123,8 @@ def _check_combination(request: GenerateRequest) -> None:
         )
     if request.truncation_side is not None and request.truncate_prompt_tokens is None:
         raise RequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+    if isinstance(request, CompletionRequest) and request.suffix and request.echo:
+        raise RequestError("echo does not go with suffix: the answer lies between the two", param="echo")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
 

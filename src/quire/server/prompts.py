@@ -11,6 +11,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
+from quire.server.tools.plain_prompt import knows_tools, with_plain_tools
 from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
@@ -81,6 +82,8 @@ async def render(template: ChatTemplate | None, request: ChatCompletionRequest |
     choice = getattr(request, "tool_choice", None)
     tools = request.tools if read_tools(request.tools, choice) is not None else None
     variables = _variables(request)
+    if not knows_tools(template.source):
+        plain, tools = with_plain_tools(plain, tools), None
     return await _off_loop(
         sum(len(message.content or "") for message in messages),
         lambda: template.render(

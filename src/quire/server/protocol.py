@@ -56,7 +56,7 @@ class JsonSchema(Struct):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
-    """Has no effect: the text always follows the schema."""
+    """Has no effect: the text always follows the schema, and objects are closed unless the schema opens them."""
 
 
 class ResponseFormat(Struct):
@@ -77,6 +77,8 @@ class StructuredOutputs(Struct):
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
+    disable_additional_properties: bool | None = None
+    """Default true: objects hold the properties that the schema lists, and no others."""
     structural_tag: Refused = None
 
 
@@ -149,7 +151,7 @@ class CompletionRequest(GenerateRequest, kw_only=True):
     prompt: str | list[str | int | list[int]]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
     suffix: str | None = None
-    """Not available; refused unless empty."""
+    """Text after the gap that the completion fills, for models with tokens for it."""
     logprobs: int | None = None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from quire.request import BACKGROUND
 from quire.server.auth import Client
 from quire.server.protocol import ChatCompletionRequest, GenerateRequest
 
@@ -26,7 +27,7 @@ class SchedulingInfo:
 def scheduling_info(request: GenerateRequest, client: Client) -> SchedulingInfo:
     """SchedulingInfo of `request`, sent by `client`."""
     return SchedulingInfo(
-        request.priority or 0,
+        BACKGROUND if client.background else request.priority or 0,
         client.salt + (request.cache_salt or ""),
         client.account or (request.user or ""),
         _workload(request),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.server.tools.detect import check_parser_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,14 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
     desktop programs. * allows all. Repeat for several."""
+    tool_call_parser: str = "auto"
+    """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
+    the chat template, none reads plain JSON."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning: a name as vLLM has it. auto finds it from the chat template, none leaves the
+    reasoning in the text."""
+    enable_auto_tool_choice: bool = False
+    """Has no effect, because tool calls need no option; for command lines that are written for vLLM."""
     max_body_size: int = 8 * 2**20
     """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10
@@ -36,6 +45,19 @@ class ServerSettings:
     """Maximum characters in the prompts of one request."""
     max_samples: int = 1024
     """Maximum samples of one request: prompts × n."""
+    batch_dir: str | None = None
+    """Folder that keeps uploaded files, batches and their answers; /v1/files and /v1/batches need it."""
+    batch_dir_size: int = 10 * 2**30
+    """Maximum bytes of all files there, e.g. 10GiB."""
+    batch_concurrency: int = 64
+    """Requests of batches in the engine at once."""
+    max_file_size: int = 200 * 2**20
+    """Maximum bytes of an uploaded file. A larger one is answered with 413."""
+    responses_store: str | None = None
+    """SQLite file that keeps responses of /v1/responses, which later ones may continue. Default: in memory, until the
+    server ends."""
+    responses_store_size: int = 64 * 2**20
+    """Maximum bytes of kept responses, e.g. 64MiB. The oldest are removed when it is reached."""
     stall_timeout: float = 30.0
     """Disconnect a client that does not read its stream, or does not send its body, for this many seconds. 0: never."""
     shutdown_timeout: float = 30.0
@@ -47,19 +69,21 @@ class ServerSettings:
         for name in ("api_key", "allow_origins"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("max_body_size", "max_header_size"):
+        for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         for name, low, high in (
             ("port", 0, 65535),
             ("max_header_size", 1024, 2**24),
             ("max_prompt_chars", 1, 2**31),
             ("max_samples", 1, 2**20),
+            ("batch_concurrency", 1, 2**16),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
         for name in ("stall_timeout", "shutdown_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
+        check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
         if not (self.api_key or self.allow_unauthenticated or is_loopback(self.host)):

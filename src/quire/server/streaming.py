@@ -9,6 +9,7 @@ import asyncio
 from asyncio import AbstractEventLoop, Task, TimerHandle
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Send
@@ -20,12 +21,27 @@ from quire.server.limits import ClientGoneError
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
+PING_SECONDS = 15.0
+"""Silence after which a stream that has pings sends one. Proxies close connections that are silent for a minute."""
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     # Without it nginx holds events back.
     (b"x-accel-buffering", b"no"),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamForm:
+    """How a stream is written, besides its events."""
+
+    failure: Callable[[RequestError], bytes]
+    """The event for an error after the first event."""
+    done: bytes = DONE
+    """Ends the stream."""
+    ping: bytes = b""
+    """An event that says nothing, sent after some silence; empty: none."""
+    content_type: bytes = EVENT_STREAM
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -46,14 +62,14 @@ async def send_events(
     send: Send,
     events: AsyncGenerator[bytes, None],
     stall_timeout: float,
-    *,
-    failure: Callable[[RequestError], bytes],
-    done: bytes = DONE,
+    form: StreamForm,
 ) -> None:
-    """Send `events` (encoded, one or more per item), then `done`. An error before the first event is raised."""
+    """Send `events` (encoded, one or more per item) as `form` says. An error before the first event is raised."""
     async with aclosing(events), _StallWatch(stall_timeout) as watch:
         first = await anext(events, b"")
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        headers = [(b"content-type", form.content_type), *_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        pings = asyncio.create_task(watch.keep_alive(send, form.ping)) if form.ping else None
         try:
             await watch.write(send, first)
             async for event in events:
@@ -61,8 +77,11 @@ async def send_events(
         except ClientGoneError:
             raise
         except Exception as error:
-            await watch.write(send, failure(as_request_error(error)))
-        await watch.write(send, done)
+            await watch.write(send, form.failure(as_request_error(error)))
+        finally:
+            if pings is not None:
+                await _cancelled(pings)
+        await watch.write(send, form.done)
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -75,6 +94,7 @@ class _StallWatch:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._writing_since: float | None = None
+        self._wrote_at = 0.0
         self._stalled = False
         self._timer: TimerHandle | None = None
 
@@ -82,6 +102,15 @@ class _StallWatch:
         self._writing_since = self._loop.time()
         await send({"type": "http.response.body", "body": data, "more_body": True})
         self._writing_since = None
+        self._wrote_at = self._loop.time()
+
+    async def keep_alive(self, send: Send, ping: bytes) -> None:
+        """Write `ping` whenever nothing was written for `PING_SECONDS`."""
+        while True:
+            silent = self._loop.time() - self._wrote_at
+            await asyncio.sleep(PING_SECONDS - silent if silent < PING_SECONDS else PING_SECONDS)
+            if self._writing_since is None and self._loop.time() - self._wrote_at >= PING_SECONDS:
+                await self.write(send, ping)
 
     async def __aenter__(self) -> "_StallWatch":
         self._loop: AbstractEventLoop = asyncio.get_running_loop()

@@ -21,6 +21,7 @@ from quire.attention import AttentionShape, StepArrays, make_planner
 from quire.kernels import kernels_for, transfer
 from quire.kernels.triton import sampling
 from quire.kv_cache.storage import KVCache
+from quire.kv_groups import KVGroup
 from quire.layers.step_context import StepContext
 from quire.models.device_weights import DeviceWeights
 from quire.models.random_weights import RandomWeights
@@ -51,7 +52,7 @@ def main() -> None:
     weights = DeviceWeights(RandomWeights(0), CPU, torch.bfloat16)
     model = load_model(CONFIG, weights, kernels, "bfloat16")
     cache = KVCache(
-        num_layers=1,
+        groups=[KVGroup("full", 0, (0,))],
         shapes=kernels.kv_cache_shapes(64, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim),
         block_size=BLOCK_SIZE,
         dtype=torch.bfloat16,
@@ -82,7 +83,7 @@ def main() -> None:
             # As `transfer.send` lays them out on a device.
             sent = transfer.FixedArrays(KERNEL_COLUMNS, count, CPU).first(len(columns["keys"]))
             sent |= transfer.FixedArrays({"ids": ids[0], "places": ids[0]}, tokens, CPU).first(tokens)
-        hidden = model(sent["ids"], StepContext(sent["places"], cache.layers, attention))
+        hidden = model(sent["ids"], StepContext(sent["places"], cache.layers, [attention]))
         read = hidden if captured or tokens == count else hidden[torch.zeros(count, dtype=torch.int32)]
         sampler.sample(model.logits(read), sent, with_logprobs=True)
 

@@ -17,6 +17,7 @@ from quire.grammar.cache import GrammarCache
 from quire.kernels import kernels_for
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.storage import KVCache
+from quire.kv_groups import KVGroup
 from quire.model_config import ModelConfig, RopeConfig
 from quire.models.device_weights import DeviceWeights
 from quire.models.random_weights import RandomWeights
@@ -39,6 +40,7 @@ pytestmark = [
     ),
 ]
 
+ONE_GROUP = [KVGroup("full", 0, (0,))]
 CONFIG = ModelConfig(
     architecture="Qwen3ForCausalLM",
     vocab_size=300,
@@ -117,7 +119,7 @@ def make_core(
     capture: Any = CudaCapture if device.type == "cuda" else lambda: fake_capture
     runner = ModelRunner(
         load_model(CONFIG, weights, kernels, "float32"),
-        KVCache(num_layers=1, shapes=shapes, block_size=BLOCK_SIZE, dtype=torch.float32, device=device),
+        KVCache(groups=ONE_GROUP, shapes=shapes, block_size=BLOCK_SIZE, dtype=torch.float32, device=device),
         CONFIG,
         kernels,
         RunnerSettings(

@@ -5,22 +5,24 @@ Joined deltas of one kind are the same however the model's text was cut into pie
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 
-class TextDelta(NamedTuple):
+class TextDelta(Struct, frozen=True):
     """Text for the user."""
 
     text: str
 
 
-class ReasoningDelta(NamedTuple):
+class ReasoningDelta(Struct, frozen=True):
     """Text of the model's reasoning."""
 
     text: str
 
 
-class ToolCallBegin(NamedTuple):
+class ToolCallBegin(Struct, frozen=True):
     """A tool call begins. Calls of one reply are numbered from 0 and never interleave."""
 
     index: int
@@ -28,14 +30,14 @@ class ToolCallBegin(NamedTuple):
     name: str
 
 
-class ArgumentsDelta(NamedTuple):
+class ArgumentsDelta(Struct, frozen=True):
     """Part of a call's arguments: the parts join to one JSON text."""
 
     index: int
     text: str
 
 
-class ToolCallEnd(NamedTuple):
+class ToolCallEnd(Struct, frozen=True):
     """A tool call is complete, or was cut off by the end of the reply."""
 
     index: int

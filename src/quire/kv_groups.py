@@ -1,0 +1,128 @@
+"""KVGroup: layers that keep the same positions of a sequence, and so share one block table; and KVLayout, all groups.
+
+The KV cache is one pool of blocks of one size. A block holds the keys and values of `block_size` tokens for the layers
+of one group. So a model whose layers all see the same positions has one group, and a model with full attention and
+sliding windows has several: as a window group needs few blocks, what it does not need serves every other sequence.
+Groups have the same number of layers, or the last one of a kind fewer; what it leaves of its blocks is lost and
+counted. No torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quire.errors import ConfigError
+from quire.layer_spec import KVSpec, ModelSpec
+
+INVARIANT_ALIGNMENT = 256
+"""A batch-invariant plan begins at multiples of so many keys: csrc/attention.h takes that many at a time, so the keys
+of a window are summed in the same groups wherever the step begins."""
+
+_FULL_PADDING = 8
+"""A layer's place that is lost in a group of full attention counts as so many: at long contexts it is lost in nearly
+every block, in a window group in a few."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """One group. `window` is the number of positions that a token attends to, itself included; 0: all."""
+
+    kind: str
+    """The kind of its layers' `KVSpec`."""
+    window: int
+    layers: tuple[int, ...]
+    """Its layers, ascending, counted among those that have keys and values. The i-th keeps them in the i-th part of a
+    block."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The groups of a model, those of full attention first, and the rows that each layer keeps."""
+
+    groups: tuple[KVGroup, ...]
+    row: KVSpec
+    """What a token leaves in one layer."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> "KVLayout":
+        """The layout for a model. Raises `ConfigError` where layers keep rows of different sizes."""
+        layers = [kv for layer in spec.layers if (kv := layer.attention.kv) is not None]
+        if len({kv.window for kv in layers}) > 1 or layers[0].window:  # until tiers know groups
+            return cls((KVGroup("full", 0, tuple(range(len(layers)))),), layers[0])
+        return cls.of_layers(layers)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[KVSpec]) -> "KVLayout":
+        """The layout for layers that keep these rows."""
+        sizes = {(kv.num_heads, kv.key_dim, kv.value_dim) for kv in layers}
+        if len(sizes) > 1:
+            found = " and ".join(f"{heads} heads of {key} + {value}" for heads, key, value in sorted(sizes))
+            raise ConfigError(f"layers keep keys and values of {found} elements; supported is one size for all layers")
+        kinds: dict[int, list[int]] = {}
+        for index, kv in enumerate(layers):
+            kinds.setdefault(kv.window, []).append(index)
+        # Full attention first, then the widest window.
+        windows = sorted(kinds, key=lambda window: -window if window else float("-inf"))
+        size = _layers_per_group({window: len(indices) for window, indices in kinds.items()})
+        groups = [
+            KVGroup(layers[kinds[window][0]].kind, window, tuple(kinds[window][first : first + size]))
+            for window in windows
+            for first in range(0, len(kinds[window]), size)
+        ]
+        return cls(tuple(groups), layers[0])
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each group."""
+        return tuple(group.window for group in self.groups)
+
+    @property
+    def layers_per_block(self) -> int:
+        """Layers whose keys and values a block has room for."""
+        return max(len(group.layers) for group in self.groups)
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Memory of one block."""
+        return block_size * self.layers_per_block * self.row.bytes_per_token(dtype)
+
+    def describe(self) -> str:
+        """The groups in words: 2 groups of 13 layers (1 full, 1 window 4096)."""
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            name = f"window {group.window}" if group.window else "full"
+            counts[name] = counts.get(name, 0) + 1
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+        plural = "s" * (len(self.groups) > 1)
+        return f"{len(self.groups)} group{plural} of {self.layers_per_block} layers ({kinds})"
+
+
+def first_kept_block(position: int, window: int, block_size: int, alignment: int = 1) -> int:
+    """The first logical block that the token at `position` reads, and so the first that its sequence must still hold.
+
+    Kernels that take keys by `alignment` at a time also read the keys of their first step that no token sees.
+    """
+    if not window:
+        return 0
+    return max(0, position - window + 1) // alignment * alignment // block_size
+
+
+def most_blocks(num_tokens: int, window: int, block_size: int, alignment: int = 1) -> int:
+    """The most blocks that a sequence of at most `num_tokens` tokens must hold at once in one group."""
+    blocks = -(-num_tokens // block_size)
+    return min(blocks, -(-(window + alignment - 2) // block_size) + 1) if window else blocks
+
+
+def window_alignment(block_size: int, *, batch_invariant: bool) -> int:
+    """The `alignment` of this engine: batch-invariant plans begin at multiples of 256 keys, and pairs of bfloat16 at
+    even ones, which matters where blocks begin at odd ones."""
+    return INVARIANT_ALIGNMENT if batch_invariant else 1 + block_size % 2
+
+
+def _layers_per_group(num_layers: dict[int, int]) -> int:
+    """How many layers a group takes, for so many layers of each window: few groups, and little of a block lost."""
+
+    def cost(size: int) -> int:
+        groups = {window: -(-count // size) for window, count in num_layers.items()}
+        lost = groups.get(0, 0) * size - num_layers.get(0, 0)
+        return sum(groups.values()) * (size + 1) + _FULL_PADDING * lost
+
+    return min(range(1, max(num_layers.values()) + 1), key=lambda size: (cost(size), -size))

@@ -1,0 +1,73 @@
+"""StoredPrefix: a hit that the pool and the tiers have together. Loading: what of it is on its way up to a sequence."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.tiers import DISK
+
+DEVICE = "device"
+"""Where KV was that is found in the pool."""
+
+Stored = tuple[str, BlockHash]
+"""A block in a tier: the tier's name and the block's hash."""
+Source = int | Stored
+"""Where a KV group's block is: a block of the pool, or one in a tier."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrefix:
+    """The hit after what the pool alone has."""
+
+    first: int
+    """Logical blocks that the pool alone has."""
+    sources: list[list[Source | None]]
+    """For each KV group, where each logical block of the hit is; None: the hit does not need it."""
+    not_worth: list[str]
+    """The tiers of blocks that would make the hit longer, but are computed faster than loaded."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Logical blocks of the hit."""
+        return len(self.sources[0])
+
+    def __bool__(self) -> bool:
+        return self.num_blocks > self.first
+
+    @property
+    def stored(self) -> list[Stored]:
+        """The blocks to load, in the order of logical blocks."""
+        rows = zip(*(sources[self.first :] for sources in self.sources), strict=True)
+        return [source for row in rows for source in row if isinstance(source, tuple)]
+
+
+@dataclass(slots=True)
+class Loading:
+    """A sequence's logical blocks from `first` up to `end`: some blocks of them come from the tiers."""
+
+    first: int
+    end: int
+    blocks: dict[BlockHash, tuple[str, int, int]]
+    """(tier, logical block, block of the pool) of each block that is loaded, in the order of logical blocks."""
+    unplanned: set[BlockHash] = field(default_factory=set)
+    """Blocks that no plan has loaded yet."""
+    unread: list[BlockHash] = field(default_factory=list)
+    """Blocks on disk that no plan has read yet, the first at the end."""
+
+    def cut(self, end: int) -> set[BlockHash]:
+        """End at an earlier logical block. Returns the blocks that are not loaded after all."""
+        lost = {block_hash for block_hash, (_, index, _) in self.blocks.items() if index >= end}
+        for block_hash in lost:
+            del self.blocks[block_hash]
+        self.end = end
+        self.unplanned -= lost
+        self.unread = [block_hash for block_hash in self.unread if block_hash not in lost]
+        return lost
+
+    def tokens_by_origin(self, block_size: int) -> dict[str, int]:
+        """Tokens by where their KV was. What several KV groups have in several places was in the slowest."""
+        origins = dict.fromkeys(range(self.first, self.end), DEVICE)
+        for tier_name, index, _ in self.blocks.values():
+            if tier_name == DISK or origins[index] == DEVICE:
+                origins[index] = tier_name
+        return {origin: count * block_size for origin, count in Counter(origins.values()).items()}

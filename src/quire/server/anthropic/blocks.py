@@ -1,0 +1,159 @@
+"""From Anthropic's content blocks, tools and options to the request of a chat."""
+
+from reprlib import repr as brief
+from typing import Any
+
+import msgspec
+
+from quire.errors import RequestError
+from quire.server.anthropic.protocol import InputMessage, MessagesRequest, PromptFields, Tool, ToolChoice
+from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
+
+Block = dict[str, Any]
+
+SENT_NAMES = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "user": "metadata.user_id",
+}
+"""Names of a chat's fields → where this endpoint's clients send them."""
+_BILLING = "x-anthropic-billing-header:"
+"""Begins a system block of Claude Code that differs in each request: no prompt would be found in the prefix cache."""
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_MAX_USER_CHARS = 256
+
+
+def to_chat(request: PromptFields) -> ChatCompletionRequest:
+    """The chat for `request`. Raises `RequestError` for blocks, tools and options that it does not know."""
+    chat = ChatCompletionRequest(
+        model=request.model,
+        messages=[*_system(request.system), *(m for i, given in enumerate(request.messages) for m in _split(given, i))],
+        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ())] or None,
+        tool_choice=_tool_choice(request.tool_choice),
+        parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
+    )
+    _set_options(chat, request)
+    if isinstance(request, MessagesRequest):
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "stream"):
+            setattr(chat, name, getattr(request, name))
+        chat.stop = request.stop_sequences
+        if request.metadata is not None and request.metadata.user_id:
+            chat.user = request.metadata.user_id[:_MAX_USER_CHARS]
+    return chat
+
+
+def _set_options(chat: ChatCompletionRequest, request: PromptFields) -> None:
+    match request.thinking:
+        case None:
+            pass
+        case thinking if thinking.type in ("enabled", "adaptive", "disabled"):
+            if thinking.type != "adaptive":
+                is_on = thinking.type == "enabled"
+                chat.chat_template_kwargs = {"enable_thinking": is_on, "thinking": is_on}
+            chat.thinking_token_budget = thinking.budget_tokens
+        case thinking:
+            raise RequestError(
+                f"thinking.type is {brief(thinking.type)}; there is enabled, adaptive and disabled", param="thinking"
+            )
+    config = request.output_config
+    if config is not None:
+        chat.reasoning_effort = config.effort
+        if config.format is not None:
+            schema = JsonSchema(config.format.schema, "output") if config.format.type == "json_schema" else None
+            chat.response_format = ResponseFormat(config.format.type, schema)
+
+
+def _system(system: str | list[Block] | None) -> list[Message]:
+    if not system:
+        return []
+    blocks = [system] if isinstance(system, str) else [_text(block, f"system[{i}]") for i, block in enumerate(system)]
+    text = "\n".join(block for block in blocks if not block.startswith(_BILLING))
+    return [Message(role="system", content=text)] if text else []
+
+
+def _split(message: InputMessage, index: int) -> list[Message]:
+    """One message as those of a chat: results of tools have messages of their own, in front of the user's text."""
+    if message.role not in ("user", "assistant", "system"):
+        raise RequestError(
+            f"messages[{index}].role is {brief(message.role)}; there is user, assistant and system", param="messages"
+        )
+    if isinstance(message.content, str):
+        return [Message(role=message.role, content=message.content)]
+    results: list[Message] = []
+    texts: list[str] = []
+    turn = Message(role=message.role)
+    for number, block in enumerate(message.content):
+        place = f"messages[{index}].content[{number}]"
+        match block:
+            case {"type": "tool_use", "id": str(call_id), "name": str(name), "input": dict(given)}:
+                function = {"name": name, "arguments": msgspec.json.encode(given).decode()}
+                turn.tool_calls = [
+                    *(turn.tool_calls or ()), {"id": call_id, "type": "function", "function": function}
+                ]  # fmt: skip
+            case {"type": "tool_result", "tool_use_id": str(call_id)}:
+                content = _texts(block.get("content") or "", f"{place}.content")
+                results.append(Message(role="tool", content=content, tool_call_id=call_id))
+            case {"type": "thinking", "thinking": str(text)}:
+                turn.reasoning = (turn.reasoning or "") + text
+            case {"type": "redacted_thinking"}:
+                pass
+            case _:
+                texts.append(_text(block, place))
+    if texts:
+        turn.content = "\n".join(texts)
+    says_something = turn.content is not None or turn.tool_calls or not results
+    if turn.role == "user" and turn.content is None and not results:
+        turn.content = ""
+    return [*results, turn] if says_something else results
+
+
+def _texts(content: object, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{place} is {brief(content)}; give a text or a list of blocks", param="messages")
+    return "\n".join(_text(block, f"{place}[{index}]") for index, block in enumerate(content))
+
+
+def _text(block: object, place: str) -> str:
+    match block:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "document", "source": {"type": "text", "data": str(text)}}:
+            return text
+        case {"type": str(kind)}:
+            raise RequestError(
+                f"{place} is a block of type {kind!r}, or lacks a field of it; supported are text, thinking, tool_use "
+                "and tool_result",
+                param=place.partition("[")[0],
+            )
+    raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=place.partition("[")[0])
+
+
+def _tool(tool: Tool, index: int) -> dict[str, Any]:
+    if tool.type not in (None, "custom"):
+        raise RequestError(
+            f"tools[{index}] is of type {brief(tool.type)}, which runs at Anthropic; only custom is supported",
+            param="tools",
+        )
+    function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.strict is not None:
+        function["strict"] = tool.strict
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
+    match choice:
+        case None:
+            return None
+        case ToolChoice("tool", str(name)):
+            return {"type": "function", "function": {"name": name}}
+        case ToolChoice(kind) if kind in _CHOICES:
+            return _CHOICES[kind]
+    raise RequestError(
+        f"tool_choice.type is {brief(choice.type)}; there is auto, any, none, and tool with a name", param="tool_choice"
+    )

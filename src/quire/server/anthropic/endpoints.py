@@ -1,0 +1,78 @@
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's chat."""
+
+import uuid
+
+from quire.errors import RequestError
+from quire.server.answers import Answer
+from quire.server.anthropic.blocks import SENT_NAMES, to_chat
+from quire.server.anthropic.protocol import (
+    AnthropicMessage,
+    CountRequest,
+    MessagesRequest,
+    MessageUsage,
+    TokenCount,
+)
+from quire.server.anthropic.renderer import ERRORS, MessageRenderer
+from quire.server.chat_turn import ChatTurn, chat_prompt, chat_turn
+from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.errors import naming
+from quire.server.params import check_absent
+
+_REFUSED = ("mcp_servers", "container")
+
+
+async def create_message(context: RequestContext) -> None:
+    request = await context.read(MessagesRequest)
+    context.check_ready()
+    model = context.check_model(request.model)
+    check_absent(request, _REFUSED)
+    turn = await _turn(context, request)
+    message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
+    renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
+    answer = Answer(turn.generation, renderer, reader=turn.reader)
+    await answer.send(context, stream=bool(request.stream))
+
+
+async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:
+    """The turn of `request`. Clients must send a budget with thinking: models that cannot keep one go without."""
+    with naming(SENT_NAMES):
+        chat = to_chat(request)
+        try:
+            return await chat_turn(context, chat, clips_output=True)
+        except RequestError as error:
+            if error.param != "thinking_token_budget":
+                raise
+        chat.thinking_token_budget = None
+        return await chat_turn(context, chat, clips_output=True)
+
+
+async def count_tokens(context: RequestContext) -> None:
+    request = await context.read(CountRequest)
+    context.check_model(request.model)
+    check_absent(request, _REFUSED)
+    with naming(SENT_NAMES):
+        prompt = await chat_prompt(context, to_chat(request))
+    await context.reply(TokenCount(len(prompt.token_ids)))
+
+
+ENDPOINTS = (
+    Endpoint(
+        "POST",
+        "/v1/messages",
+        create_message,
+        "Anthropic's chat",
+        MessagesRequest,
+        AnthropicMessage,
+        streams=True,
+        errors=ERRORS,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages/count_tokens",
+        count_tokens,
+        "Tokens of a prompt",
+        CountRequest,
+        TokenCount,
+        errors=ERRORS,
+    ),
+)

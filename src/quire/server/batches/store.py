@@ -1,0 +1,222 @@
+"""BatchStore: files, batches and answers in one folder. What `add_answers` has saved survives any kill.
+
+An answer belongs to a line of a batch, and a line has at most one. A file lies in `files/` under its id; it is written
+beside its place and renamed, so it is whole or absent.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from quire.errors import ConfigError
+from quire.server.auth import Client
+from quire.server.batches.objects import ENDED, Batch, FileObject
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE, account TEXT, purpose TEXT, bytes INTEGER, data BLOB);
+CREATE TABLE IF NOT EXISTS batches (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE, account TEXT, salt TEXT, ended INTEGER, data BLOB);
+CREATE TABLE IF NOT EXISTS answers (
+    batch_id TEXT, line INTEGER, succeeded INTEGER, data BLOB, PRIMARY KEY (batch_id, line)) WITHOUT ROWID;
+"""
+_VERSION = 1
+
+
+class Answered(NamedTuple):
+    """The answer to one line."""
+
+    line: int
+    succeeded: bool
+    data: bytes
+    """An encoded `OutputLine`."""
+
+
+class BatchStore:
+    """Use it from one thread at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens or makes the store. Raises `ConfigError` if it cannot be used, or another process uses it."""
+        self._folder = Path(folder).expanduser()
+        try:
+            self._files = self._folder / "files"
+            self._files.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._db = sqlite3.connect(
+                self._folder / "batches.sqlite3", isolation_level=None, check_same_thread=False, timeout=0.5
+            )
+            # One process owns a store: two would answer the same lines.
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            with self._transaction():
+                self._check_version()
+            for partial in self._files.glob("*.partial"):  # uploads that a kill cut
+                partial.unlink()
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"batch_dir {self._folder} cannot be used: {error}; give a folder that can be written and that no "
+                "other server uses"
+            ) from None
+
+    def close(self) -> None:
+        self._db.close()
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def path_of(self, file_id: str) -> Path:
+        """Where the content of a file lies."""
+        return self._files / file_id
+
+    def add_file(self, file: FileObject, account: str, partial: Path) -> None:
+        """Keep a file whose content is in `partial`, which lies in the folder of the files and is moved."""
+        with partial.open("rb") as content:
+            os.fsync(content.fileno())
+        partial.replace(self.path_of(file.id))
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO files (id, account, purpose, bytes, data) VALUES (?, ?, ?, ?, ?)",
+                (file.id, account, file.purpose, file.bytes, msgspec.json.encode(file)),
+            )
+
+    def file(self, file_id: str, account: str) -> FileObject | None:
+        row = self._db.execute("SELECT data FROM files WHERE id = ? AND account = ?", (file_id, account)).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=FileObject)
+
+    def files(
+        self, account: str, *, purpose: str | None, after: str | None, limit: int, ascending: bool
+    ) -> list[FileObject]:
+        """At most `limit` files of an account, newest first unless `ascending`, from the one that follows `after`."""
+        rows = self._page("files", account, after=after, limit=limit, ascending=ascending, purpose=purpose)
+        return [msgspec.json.decode(data, type=FileObject) for data in rows]
+
+    def total_bytes(self) -> int:
+        """Bytes of all files of all accounts."""
+        return int(self._db.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()[0])
+
+    def delete_file(self, file_id: str, account: str) -> bool:
+        """Returns whether there was one."""
+        with self._transaction():
+            gone = self._db.execute("DELETE FROM files WHERE id = ? AND account = ?", (file_id, account)).rowcount
+        if gone:
+            self.path_of(file_id).unlink(missing_ok=True)
+        return bool(gone)
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def add_batch(self, batch: Batch, client: Client) -> None:
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO batches (id, account, salt, ended, data) VALUES (?, ?, ?, 0, ?)",
+                (batch.id, client.account, client.salt, msgspec.json.encode(batch)),
+            )
+
+    def save(self, batch: Batch) -> None:
+        with self._transaction():
+            self._save(batch)
+
+    def batch(self, batch_id: str, account: str) -> Batch | None:
+        query = "SELECT data FROM batches WHERE id = ? AND account = ?"
+        row = self._db.execute(query, (batch_id, account)).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=Batch)
+
+    def batches(self, account: str, *, after: str | None, limit: int) -> list[Batch]:
+        """At most `limit` batches of an account, newest first, from the one that follows `after`."""
+        rows = self._page("batches", account, after=after, limit=limit)
+        return [msgspec.json.decode(data, type=Batch) for data in rows]
+
+    def unended(self) -> list[tuple[Batch, Client]]:
+        """Batches that are not over and their senders, oldest first."""
+        rows = self._db.execute("SELECT data, account, salt FROM batches WHERE NOT ended ORDER BY number")
+        return [
+            (msgspec.json.decode(data, type=Batch), Client(account, salt, background=True))
+            for data, account, salt in rows
+        ]
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def add_answers(self, batch: Batch, answers: Iterable[Answered]) -> None:
+        """Keep answers, and the counts of `batch`. A line that has an answer keeps it."""
+        with self._transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO answers (batch_id, line, succeeded, data) VALUES (?, ?, ?, ?)",
+                ((batch.id, *answer) for answer in answers),
+            )
+            self._save(batch)
+
+    def answered_lines(self, batch_id: str) -> dict[int, bool]:
+        """Line → whether it succeeded, for every line with an answer."""
+        rows = self._db.execute("SELECT line, succeeded FROM answers WHERE batch_id = ?", (batch_id,))
+        return {line: bool(succeeded) for line, succeeded in rows}
+
+    def write_answers(self, batch_id: str, file_id: str, *, succeeded: bool) -> Path | None:
+        """Write the answers that succeeded, or failed, in the order of the lines. Returns where; None if there are
+        none. The file is not kept before `add_file`."""
+        rows = self._db.execute(
+            "SELECT data FROM answers WHERE batch_id = ? AND succeeded = ? ORDER BY line", (batch_id, succeeded)
+        )
+        partial, empty = self.path_of(f"{file_id}.partial"), True
+        with partial.open("wb") as out:
+            for (data,) in rows:
+                out.write(data + b"\n")
+                empty = False
+        if empty:
+            partial.unlink()
+        return None if empty else partial
+
+    def end(self, batch: Batch) -> None:
+        """Save a batch that is over. Its answers are in its files, so they are dropped here."""
+        assert batch.status in ENDED
+        with self._transaction():
+            self._save(batch)
+            self._db.execute("DELETE FROM answers WHERE batch_id = ?", (batch.id,))
+
+    # -- below --------------------------------------------------------------------------------------------------------
+
+    def _save(self, batch: Batch) -> None:
+        self._db.execute(
+            "UPDATE batches SET data = ?, ended = ? WHERE id = ?",
+            (msgspec.json.encode(batch), batch.status in ENDED, batch.id),
+        )
+
+    def _page(
+        self,
+        table: str,
+        account: str,
+        *,
+        after: str | None,
+        limit: int,
+        ascending: bool = False,
+        purpose: str | None = None,
+    ) -> list[bytes]:
+        order, compare = ("ASC", ">") if ascending else ("DESC", "<")
+        query, values = f"SELECT data FROM {table} WHERE account = ?", [account]
+        if purpose is not None:
+            query, values = query + " AND purpose = ?", [*values, purpose]
+        if after is not None:
+            query += f" AND number {compare} (SELECT number FROM {table} WHERE id = ? AND account = ?)"
+            values += [after, account]
+        rows = self._db.execute(f"{query} ORDER BY number {order} LIMIT ?", (*values, limit))
+        return [data for (data,) in rows]
+
+    def _check_version(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, _VERSION):
+            raise ConfigError(f"batch_dir {self._folder} was written by another version of Quire; give a new folder")
+        for statement in _SCHEMA.split(";"):
+            self._db.execute(statement)
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")

@@ -1,0 +1,249 @@
+"""/v1/responses: create, retrieve, delete and cancel responses, and list their input."""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+
+from msgspec.structs import replace
+
+from quire.errors import RequestError
+from quire.server.answers import Answer, sse
+from quire.server.backend import Engine
+from quire.server.chat_turn import ChatTurn, fitting_turn
+from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.errors import Refusal, as_request_error, naming
+from quire.server.logprobs import LogprobFormat
+from quire.server.params import check_absent
+from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, to_chat
+from quire.server.responses.protocol import (
+    DeletedResponse,
+    ItemList,
+    Reasoning,
+    ResponseObject,
+    ResponsesRequest,
+    TextConfig,
+    TextFormat,
+)
+from quire.server.responses.renderer import ResponseRenderer
+from quire.server.responses.runs import Run
+from quire.server.responses.store import StoredResponse
+from quire.server.streaming import StreamForm
+
+Save = Callable[[ResponseObject], Awaitable[None]]
+
+_RUNNING = ("queued", "in_progress")
+_MAX_PAGE = 100
+
+
+async def create_response(context: RequestContext) -> None:
+    request = await context.read(ResponsesRequest)
+    context.check_ready()
+    model = context.check_model(request.model)
+    check_absent(request, ("conversation", "prompt", "context_management", "moderation"))
+    if request.background and request.store is False:
+        raise RequestError("background needs store to be true: the reply is the stored response", param="background")
+    store, account = context.services.responses, context.client.account
+    items = input_items(request.input)
+    history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
+    with naming(SENT_NAMES):
+        chat = to_chat(request, [*history, *items])
+        turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
+    renderer = ResponseRenderer(_blank(request, model, turn), _logprobs(context, request))
+    answer = Answer(turn.generation, renderer, reader=turn.reader)
+
+    async def save(response: ResponseObject) -> None:
+        if request.store is not False:
+            await store.save(account, StoredResponse(response, items))
+
+    if request.background:
+        await _start(context, answer, renderer, save, stream=bool(request.stream))
+    elif request.stream:
+        events = _saved(answer.events(context.engine), renderer, save)
+        await context.stream(events, StreamForm(renderer.failure, renderer.done))
+    else:
+        await context.reply_when_done(_whole(context.engine, answer, save))
+
+
+async def get_response(context: RequestContext) -> None:
+    """The response, or with `stream=true` its events, if it runs in the background or ran lately."""
+    stored = await _find(context)
+    if context.query.get("stream") not in ("true", "1"):
+        await context.reply(stored.response)
+        return
+    run = context.services.runs.find(context.client.account, stored.response.id)
+    if run is None:
+        raise RequestError(
+            "stream: only a response that runs in the background, or ended lately, can be streamed", param="stream"
+        )
+    start = _number(context, "starting_after", -1, -1, 2**31) + 1
+    await context.stream(run.read(start), StreamForm(_failure, b""))
+
+
+async def delete_response(context: RequestContext) -> None:
+    response_id = context.path_params["response_id"]
+    run = context.services.runs.find(context.client.account, response_id)
+    if run is not None:
+        await context.services.runs.cancel(run)
+    if not await context.services.responses.delete(context.client.account, response_id):
+        raise _not_found(response_id)
+    await context.reply(DeletedResponse(response_id))
+
+
+async def cancel_response(context: RequestContext) -> None:
+    stored = await _find(context)
+    if not stored.response.background:
+        raise RequestError("only a response that was created with background can be cancelled", param="response_id")
+    run = context.services.runs.find(context.client.account, stored.response.id)
+    if run is not None and not run.finished:
+        await context.services.runs.cancel(run)
+        stored = await _find(context)
+    await context.reply(stored.response)
+
+
+async def list_input_items(context: RequestContext) -> None:
+    stored = await _find(context)
+    items, query = stored.items, context.query
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise RequestError(f"order is {order[:50]!r}; there is asc and desc", param="order")
+    items = items if order == "asc" else items[::-1]
+    if (after := query.get("after")) is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise RequestError(f"after is {after[:100]!r}, which is no item of this response", param="after")
+        items = items[ids.index(after) + 1 :]
+    limit = _number(context, "limit", 20, 1, _MAX_PAGE)
+    page = items[:limit]
+    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    await context.reply(ItemList(page, first, last, has_more=len(items) > limit))
+
+
+async def _whole(engine: Engine, answer: Answer, save: Save) -> object:
+    response = await answer.whole(engine)
+    assert isinstance(response, ResponseObject)
+    await save(response)
+    return response
+
+
+async def _saved(
+    events: AsyncGenerator[bytes, None], renderer: ResponseRenderer, save: Save
+) -> AsyncGenerator[bytes, None]:
+    """`events`, with the response saved before the client learns that it is complete."""
+    async with aclosing(events):
+        async for event in events:
+            if renderer.response.status not in _RUNNING:
+                await save(renderer.response)
+            yield event
+
+
+async def _start(
+    context: RequestContext, answer: Answer, renderer: ResponseRenderer, save: Save, *, stream: bool
+) -> None:
+    """Generate in the background, and answer with the queued response or with the events as they come."""
+    run = Run(renderer.response.id, context.client.account)
+    engine = context.engine
+
+    async def work() -> None:
+        try:
+            async with aclosing(answer.events(engine)) as events:
+                async for event in events:
+                    if renderer.response.status not in _RUNNING:
+                        await save(renderer.response)
+                    run.add(event)
+        except Exception as error:
+            run.add(renderer.failure(as_request_error(error)))
+            await save(renderer.response)
+        except BaseException:  # cancelled
+            renderer.response = replace(renderer.response, status="cancelled")
+            await save(renderer.response)
+            raise
+
+    queued = renderer.response
+    await save(queued)
+    context.services.runs.start(run, work)
+    if stream:
+        await context.stream(run.read(0), StreamForm(renderer.failure, renderer.done))
+    else:
+        await context.reply(queued)
+
+
+def _blank(request: ResponsesRequest, model: str, turn: ChatTurn) -> ResponseObject:
+    """The response before anything is generated."""
+    params = turn.generation.params
+    return ResponseObject(
+        id=f"resp_{uuid.uuid4().hex}",
+        created_at=int(time.time()),
+        model=model,
+        status="queued" if request.background else "in_progress",
+        output=[],
+        background=bool(request.background),
+        instructions=request.instructions,
+        max_output_tokens=request.max_output_tokens,
+        max_tool_calls=request.max_tool_calls,
+        metadata=request.metadata or {},
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        previous_response_id=request.previous_response_id,
+        reasoning=request.reasoning or Reasoning(),
+        store=request.store is not False,
+        temperature=params.temperature,
+        text=TextConfig((request.text and request.text.format) or TextFormat()),
+        tool_choice=request.tool_choice or "auto",
+        tools=request.tools or [],
+        top_logprobs=request.top_logprobs or 0,
+        top_p=params.top_p,
+        truncation=request.truncation or "disabled",
+        user=request.user,
+    )
+
+
+def _logprobs(context: RequestContext, request: ResponsesRequest) -> LogprobFormat | None:
+    if not request.top_logprobs and WITH_LOGPROBS not in (request.include or ()):
+        return None
+    return LogprobFormat(context.tokenizer(), as_token_ids=False, num_top=request.top_logprobs or 0)
+
+
+async def _find(context: RequestContext) -> StoredResponse:
+    response_id = context.path_params["response_id"]
+    stored = await context.services.responses.load(context.client.account, response_id)
+    if stored is None:
+        raise _not_found(response_id)
+    return stored
+
+
+def _not_found(response_id: str) -> Refusal:
+    return Refusal(
+        404,
+        f"the response {response_id[:100]!r} is not kept here; it was not stored, was deleted, or is too old",
+        code="response_not_found",
+        param="response_id",
+    )
+
+
+def _number(context: RequestContext, name: str, default: int, low: int, high: int) -> int:
+    """A whole number among the query's parameters."""
+    text = context.query.get(name)
+    if text is None:
+        return default
+    if not text.isascii() or not text.isdigit() or not low <= int(text[:12]) <= high:
+        raise RequestError(f"{name} is {text[:50]!r}; it must be from {max(0, low)} to {high}", param=name)
+    return int(text)
+
+
+def _failure(error: RequestError) -> bytes:
+    return sse({"type": "error", "code": error.code, "message": error.message, "param": error.param}, "error")
+
+
+ENDPOINTS = (
+    Endpoint(
+        "POST", "/v1/responses", create_response, "A response to items", ResponsesRequest, ResponseObject, streams=True
+    ),
+    Endpoint(
+        "GET", "/v1/responses/{response_id}", get_response, "A stored response", reply=ResponseObject, streams=True
+    ),
+    Endpoint("DELETE", "/v1/responses/{response_id}", delete_response, "Delete it", reply=DeletedResponse),
+    Endpoint(
+        "POST", "/v1/responses/{response_id}/cancel", cancel_response, "End it in the background", reply=ResponseObject
+    ),
+    Endpoint("GET", "/v1/responses/{response_id}/input_items", list_input_items, "Items it answers", reply=ItemList),
+)

@@ -1,0 +1,157 @@
+"""From the items of a response to the messages, tools and format of a chat."""
+
+import uuid
+from collections.abc import Iterable, Mapping
+from reprlib import repr as brief
+from typing import Any
+
+from quire.errors import RequestError
+from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
+from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
+
+Item = dict[str, Any]
+
+SENT_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "max_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+"""Names of a chat's fields → where this endpoint's clients send them."""
+WITH_LOGPROBS = "message.output_text.logprobs"
+_TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+_ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+
+
+def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletionRequest:
+    """The chat that continues `history` with `request`. Raises `RequestError` for items and tools it does not know."""
+    system = [Message(role="system", content=request.instructions)] if request.instructions else []
+    passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
+    with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
+    return ChatCompletionRequest(
+        model=request.model,
+        messages=[*system, *to_messages(history)],
+        max_completion_tokens=request.max_output_tokens,
+        stream=request.stream,
+        logprobs=with_logprobs,
+        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ())] or None,
+        tool_choice=_tool_choice(request.tool_choice),
+        response_format=_response_format(request.text.format if request.text is not None else None),
+        reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
+        **passed_on,
+    )
+
+
+def input_items(given: str | list[Item] | None) -> list[Item]:
+    """The items of a request's `input`, each with its type and an id. Raises `RequestError` if there are none."""
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not items:
+        raise RequestError("input is empty; give a text or items", param="input")
+    named = [{"type": "message", **item} for item in items]
+    for index, item in enumerate(named):
+        if not isinstance(item["type"], str):
+            raise RequestError(f"input[{index}].type is {brief(item['type'])}; it is a text", param="input")
+        if not item.get("id"):
+            item["id"] = f"{_ID_PREFIXES.get(item['type'], 'item')}_{uuid.uuid4().hex}"
+        if item["type"] == "message":  # listed again, every content is a list of parts
+            kind = "output_text" if item.get("role") == "assistant" else "input_text"
+            content = item.get("content")
+            item["content"] = [{"type": kind, "text": content}] if isinstance(content, str) else content
+            item.setdefault("status", "completed")
+    return named
+
+
+def to_messages(items: Iterable[Item]) -> list[Message]:
+    """The messages of `items`. Reasoning, text and calls in a row are one message of the assistant."""
+    messages: list[Message] = []
+    for index, item in enumerate(items):
+        match item:
+            case {"type": "message", "role": str(role)}:
+                text = _text(item.get("content"), f"input[{index}].content")
+                if role == "assistant" and (last := _open_turn(messages)) is not None and last.content is None:
+                    last.content = text
+                else:
+                    messages.append(Message(role=role, content=text))
+            case {"type": "function_call", "call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
+                call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                turn = _open_turn(messages) or _new_turn(messages)
+                turn.tool_calls = [*(turn.tool_calls or ()), call]
+            case {"type": "function_call_output", "call_id": str(call_id)}:
+                text = _text(item.get("output"), f"input[{index}].output")
+                messages.append(Message(role="tool", content=text, tool_call_id=call_id))
+            case {"type": "reasoning"}:
+                parts = item.get("content") or item.get("summary") or ""
+                turn = _new_turn(messages)
+                turn.reasoning = _text(parts, f"input[{index}].content") or None
+            case {"type": "message" | "function_call" | "function_call_output" as kind}:
+                raise RequestError(
+                    f"input[{index}] lacks a field of a {kind}: a message has role and content, a call has call_id, "
+                    "name and arguments, an output has call_id and output",
+                    param="input",
+                )
+            case _:
+                raise RequestError(
+                    f"input[{index}] is an item of type {brief(item.get('type'))}; supported are message, "
+                    "function_call, function_call_output and reasoning",
+                    param="input",
+                )
+    return [message for message in messages if _says_something(message)]
+
+
+def _says_something(message: Message) -> bool:
+    """A turn of reasoning alone, cut off before its text, has nothing that a template could show."""
+    return message.role != "assistant" or message.content is not None or bool(message.tool_calls)
+
+
+def _open_turn(messages: list[Message]) -> Message | None:
+    return messages[-1] if messages and messages[-1].role == "assistant" else None
+
+
+def _new_turn(messages: list[Message]) -> Message:
+    messages.append(Message(role="assistant"))
+    return messages[-1]
+
+
+def _text(content: object, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"{place} is {brief(content)}; give a text or a list of parts", param="input")
+    texts = []
+    for part in content:
+        match part:
+            case {"type": kind} if kind in _TEXT_PARTS and isinstance(text := part.get("text", part.get(kind)), str):
+                texts.append(text)
+            case {"type": kind}:
+                raise RequestError(
+                    f"{place} has a part of type {brief(kind)}; only text parts are supported", param="input"
+                )
+            case _:
+                raise RequestError(f"{place} has a part without a type", param="input")
+    return "\n".join(texts)
+
+
+def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A function, which Responses write flat, as chats write it."""
+    if (kind := tool.get("type", "function")) != "function":
+        raise RequestError(f"tools[{index}] is of type {brief(kind)}; only function is supported", param="tools")
+    if "function" in tool:
+        return dict(tool)
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
+    match choice:
+        case {"type": "function", "name": name}:
+            return {"type": "function", "function": {"name": name}}
+        case {"type": "allowed_tools", "mode": mode, "tools": tools}:
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+    return choice
+
+
+def _response_format(wanted: TextFormat | None) -> ResponseFormat | None:
+    if wanted is None or wanted.type != "json_schema":
+        return ResponseFormat(type=wanted.type) if wanted is not None else None
+    schema = JsonSchema(wanted.schema, wanted.name, wanted.description, wanted.strict)
+    return ResponseFormat(type="json_schema", json_schema=schema)

@@ -1,0 +1,150 @@
+"""ResponseStore: responses that clients may retrieve and continue, in a bounded SQLite database.
+
+Each row holds one response and the items of its own request; a conversation is the chain of `previous_response_id`.
+An account sees its own responses only. The oldest are removed when there is no room for a new one.
+"""
+
+import asyncio
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from quire.errors import ConfigError, RequestError
+from quire.server.responses.protocol import ResponseError, ResponseObject
+
+T = TypeVar("T")
+Item = dict[str, Any]
+
+MAX_CHAIN = 1000
+"""Most responses that one continues."""
+_TABLE = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, account TEXT NOT NULL, created REAL NOT NULL, previous TEXT, status TEXT NOT NULL,
+    body BLOB NOT NULL, items BLOB NOT NULL, size INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created);
+"""
+_encode = msgspec.json.encode
+_decode_response = msgspec.json.Decoder(ResponseObject).decode
+_decode_items = msgspec.json.Decoder(list[dict[str, Any]]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One response, and the items of the request that it answers."""
+
+    response: ResponseObject
+    items: list[Item]
+
+
+class ResponseStore:
+    """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most."""
+
+    def __init__(self, path: str | None, capacity: int) -> None:
+        """Raises `ConfigError` for a file that is no database, or cannot be written."""
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        try:
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
+            weakref.finalize(self, self._database.close)
+            self._database.executescript(f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {_TABLE}")
+            self._fail_interrupted()
+            (size,) = self._database.execute("SELECT coalesce(sum(size), 0) FROM responses").fetchone()
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"responses_store {path}: {error}; give a file that can be written") from None
+        self._size = int(size)
+
+    async def save(self, account: str, stored: StoredResponse) -> None:
+        """Add `stored`, or replace the response of the same id."""
+        await self._run(lambda: self._save(account, stored))
+
+    async def load(self, account: str, response_id: str) -> StoredResponse | None:
+        """The response of this id; None if `account` has none."""
+        return await self._run(lambda: self._load(account, response_id))
+
+    async def delete(self, account: str, response_id: str) -> bool:
+        """Remove the response of this id. Returns whether `account` had one."""
+        return await self._run(lambda: self._delete("id = ? AND account = ?", (response_id, account)) > 0)
+
+    async def history(self, account: str, response_id: str) -> list[Item]:
+        """The items of the conversation up to and with this response, oldest first.
+
+        Raises `RequestError` if a response of the chain is not kept.
+        """
+        return await self._run(lambda: self._history(account, response_id))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        def locked() -> T:
+            with self._lock:
+                return work()
+
+        return await asyncio.to_thread(locked)
+
+    def _save(self, account: str, stored: StoredResponse) -> None:
+        response = stored.response
+        body, items = _encode(response), _encode(stored.items)
+        size = len(body) + len(items)
+        self._delete("id = ?", (response.id,))
+        if size > self._capacity:
+            return
+        while self._size + size > self._capacity:
+            oldest = "id IN (SELECT id FROM responses ORDER BY created LIMIT 16)"
+            if not self._delete(oldest, ()):
+                break
+        row = (response.id, account, time.time(), response.previous_response_id, response.status, body, items, size)
+        self._database.execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._size += size
+
+    def _load(self, account: str, response_id: str) -> StoredResponse | None:
+        query = "SELECT body, items FROM responses WHERE id = ? AND account = ?"
+        row = self._database.execute(query, (response_id, account)).fetchone()
+        return StoredResponse(_decode_response(row[0]), _decode_items(row[1])) if row is not None else None
+
+    def _history(self, account: str, response_id: str) -> list[Item]:
+        turns: list[StoredResponse] = []
+        wanted: str | None = response_id
+        while wanted is not None:
+            stored = self._load(account, wanted)
+            if stored is None or len(turns) == MAX_CHAIN:
+                raise RequestError(
+                    f"previous_response_id: the response {wanted[:100]!r} is not kept here"
+                    if stored is None
+                    else f"previous_response_id: the conversation has more than {MAX_CHAIN} responses; start another",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            if stored.response.status in ("queued", "in_progress"):
+                raise RequestError(
+                    f"previous_response_id: the response {wanted!r} is {stored.response.status}; wait until it ends",
+                    param="previous_response_id",
+                    code="previous_response_not_ready",
+                )
+            turns.append(stored)
+            wanted = stored.response.previous_response_id
+        return [item for turn in reversed(turns) for item in (*turn.items, *turn.response.output)]
+
+    def _delete(self, condition: str, values: Sequence[str]) -> int:
+        rows = self._database.execute(f"DELETE FROM responses WHERE {condition} RETURNING size", values).fetchall()
+        self._size -= sum(size for (size,) in rows)
+        return len(rows)
+
+    def _fail_interrupted(self) -> None:
+        """Responses that ran when an earlier server ended will not finish."""
+        query = "SELECT id, body FROM responses WHERE status IN ('queued', 'in_progress')"
+        for response_id, body in self._database.execute(query).fetchall():
+            response = _decode_response(body)
+            response.status = "failed"
+            response.error = ResponseError("server_error", "the server ended while this response was generated")
+            self._database.execute(
+                "UPDATE responses SET status = ?, body = ? WHERE id = ?",
+                (response.status, _encode(response), response_id),
+            )

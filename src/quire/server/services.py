@@ -1,0 +1,22 @@
+"""Services: what endpoints share besides the engine. One per server; each holds its own state."""
+
+from dataclasses import dataclass, field
+
+from quire.server.field_warnings import FieldWarnings
+from quire.server.responses.runs import BackgroundRuns
+from quire.server.responses.store import ResponseStore
+from quire.server.settings import ServerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Shared by all requests of one server."""
+
+    responses: ResponseStore
+    runs: BackgroundRuns = field(default_factory=BackgroundRuns)
+    warnings: FieldWarnings = field(default_factory=FieldWarnings)
+
+    @classmethod
+    def open(cls, settings: ServerSettings) -> "Services":
+        """Raises `ConfigError` for a file that cannot be used."""
+        return cls(ResponseStore(settings.responses_store, settings.responses_store_size))

@@ -1,0 +1,67 @@
+"""Finds the formats of a model: by name, by its chat template, or by the response template of its tokenizer."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Protocol, TypeVar
+
+from quire.engine.tokenizer import Tokenizer
+from quire.errors import ConfigError
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels
+from quire.server.tools.reader import ReplyFormat
+
+
+class _Named(Protocol):
+    """A row of a table of formats."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def in_template(self) -> tuple[tuple[str, ...], ...]: ...
+
+
+Row = TypeVar("Row", bound=_Named)
+
+AUTO, NONE = "auto", "none"
+_CHANNELS = tuple(row for row in TOOL_FORMATS if isinstance(row, Channels))
+
+
+def check_parser_names(tool_call_parser: str, reasoning_parser: str) -> None:
+    """Raise `ConfigError` for a name that no row has."""
+    _named(tool_call_parser, TOOL_FORMATS, "tool_call_parser")
+    _named(reasoning_parser, (*_CHANNELS, *THINKINGS), "reasoning_parser")
+
+
+@lru_cache(maxsize=32)
+def find_format(
+    template: str, tokenizer: Tokenizer | None, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO
+) -> ReplyFormat:
+    """The formats of the model with this chat template and tokenizer. Calls are plain JSON if nothing else is known.
+
+    Raises `ConfigError` for a parser's name that no row has.
+    """
+    tools = _named(tool_call_parser, TOOL_FORMATS, "tool_call_parser")
+    thinking = _named(reasoning_parser, (*_CHANNELS, *THINKINGS), "reasoning_parser")
+    if tool_call_parser == AUTO:
+        tools = _matching(template, TOOL_FORMATS)
+    if reasoning_parser == AUTO:
+        thinking = _matching(template, (*_CHANNELS, *THINKINGS))
+    return ReplyFormat(tools or PLAIN_JSON, thinking, tokenizer)
+
+
+def _named(name: str, rows: tuple[Row, ...], option: str) -> Row | None:
+    """The row called `name`; None for auto and none."""
+    if name in (AUTO, NONE):
+        return None
+    for row in rows:
+        if name in row.names:
+            return row
+    known = ", ".join(sorted(name for row in rows for name in row.names))
+    raise ConfigError(f"{option} is {name!r}; it is {AUTO}, {NONE} or one of {known}")
+
+
+def _matching(template: str, rows: Iterable[Row]) -> Row | None:
+    """The first row with a group of texts that are all in the template."""
+    for row in rows:
+        if any(all(text in template for text in group) for group in row.in_template):
+            return row
+    return None

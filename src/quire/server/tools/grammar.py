@@ -1,0 +1,158 @@
+"""Grammars of replies: what a model may write when calls are forced, strict, or stand beside a constraint on the text.
+
+They are made from the same rows as the readers, so both agree on where a call starts. Grammars are Lark as llguidance
+reads it. `@body` stands for the client's own constraint.
+"""
+
+from collections.abc import Iterable
+
+from quire.errors import RequestError
+from quire.server.tools.call_rules import CallRules, Rules
+from quire.server.tools.formats import Channels, Thinking, ToolFormat
+from quire.server.tools.reader import ReplyFormat
+from quire.server.tools.request import ToolUse
+from quire.structured_outputs import StructuredOutputsParams
+
+MAX_FORCED_CALLS = 16
+"""Most calls of a reply that is forced to call: a weak model would go on to the end of its tokens."""
+
+
+def constrain(
+    form: ReplyFormat,
+    use: ToolUse | None,
+    text: StructuredOutputsParams | None,
+    *,
+    starts_thinking: bool,
+    thinking_budget: int | None = None,
+) -> StructuredOutputsParams | None:
+    """The constraint on a reply as a whole; None leaves it free.
+
+    `text` constrains what is neither reasoning nor a call. Raises `RequestError` for a budget that cannot be held.
+    """
+    calls = use is not None and (use.forced or text is not None or any(tool.strict for tool in use.tools))
+    thinks = form.thinking is not None
+    if not calls and thinking_budget is None and (text is None or not thinks):
+        return text
+    rules = Rules()
+    reply = _Reply(form, rules, starts_thinking=starts_thinking, budget=thinking_budget)
+    if isinstance(form.thinking or form.tools, Channels):
+        start = reply.channels(use if calls else None, text)
+    elif use is not None and calls:
+        start = reply.with_calls(use, text)
+    else:
+        start = f"{reply.lead()} {'@body' if text is not None else reply.anything()}"
+    grammar = rules.lark(start)
+    if text is None or (use is not None and use.forced):
+        return StructuredOutputsParams(grammar=grammar, asked_as="tools" if calls else "thinking_token_budget")
+    return text.wrapped(grammar)
+
+
+class _Reply:
+    """Rules for the parts of one reply."""
+
+    def __init__(self, form: ReplyFormat, rules: Rules, *, starts_thinking: bool, budget: int | None) -> None:
+        self._form = form
+        self._rules = rules
+        self._starts_thinking = starts_thinking
+        self._budget = budget
+        if budget is not None and budget < 0:
+            raise RequestError(
+                f"thinking_token_budget is {budget}; it must be 0 or more", param="thinking_token_budget"
+            )
+
+    def lead(self) -> str:
+        """The reasoning in front of the reply: required where the prompt has opened it, else optional."""
+        thinking = self._form.thinking
+        if not isinstance(thinking, Thinking):
+            if self._budget is not None:
+                raise _no_budget()
+            return ""
+        marks = self._form.marks
+        close = marks.token_id(thinking.close.strip())
+        if close is not None:
+            budget = "*" if self._budget is None else f"{{0,{self._budget}}}"
+            inside = f"{_tokens_but([close, *self._form.special_ids])}{budget}" if self._budget != 0 else ""
+            body = f"{inside} <[{close}]>"
+        elif self._budget is not None:
+            raise _no_budget()
+        else:
+            self._rules.add("think", "/(.|\\n)*/", f"suffix={CallRules.quoted(thinking.close.strip())}")
+            body = "think"
+        gap = "/[ \\n]{0,2}/"
+        if self._starts_thinking:
+            return f"{body} {gap}"
+        return f"({marks.lark(thinking.open.strip())} {body} {gap})?"
+
+    def anything(self) -> str:
+        """Any tokens. The first one does not open the reasoning, which `lead` has covered."""
+        thinking = self._form.thinking
+        opener = self._form.marks.token_id(thinking.open.strip()) if isinstance(thinking, Thinking) else None
+        if opener is None or self._starts_thinking:
+            return "<[*]>*"
+        return f"({_tokens_but([opener])} <[*]>*)?"
+
+    def with_calls(self, use: ToolUse, text: StructuredOutputsParams | None) -> str:
+        """Calls alone, calls or a constrained text, or calls within any text."""
+        tools = self._form.tools
+        assert isinstance(tools, ToolFormat)
+        calls = CallRules(self._rules, tools, self._form.marks, use)
+        if use.forced:
+            return f"{self.lead()} {calls.calls(MAX_FORCED_CALLS)}"
+        if text is not None:
+            return f"{self.lead()} ({calls.calls(MAX_FORCED_CALLS)} | @body)"
+        opener = next((mark.strip() for mark in tools.openers), "")
+        if not opener or tools.bare:
+            return self.anything()  # nothing tells a call from text before it is complete
+        token_id = self._form.marks.token_id(opener)
+        rest = calls.calls(MAX_FORCED_CALLS, without_opener=True)
+        if token_id is not None:
+            return f"({_tokens_but([token_id])} | <[{token_id}]> {rest})*"
+        self._rules.add("TEXT", "/(.|\\n)*/")
+        self._rules.add("opened", f"TEXT {CallRules.quoted(opener)}", "lazy")
+        return f"(opened {rest})* TEXT"
+
+    def channels(self, use: ToolUse | None, text: StructuredOutputsParams | None) -> str:
+        """gpt-oss: reasoning in its channel, then a call, or the text in the final channel."""
+        row = self._form.tools or self._form.thinking
+        assert isinstance(row, Channels)
+        mark = self._form.marks.lark
+        ids = [self._form.marks.token_id(name) for name in (row.end, row.start, row.channel, row.message)]
+        known = [token_id for token_id in ids if token_id is not None]
+        if len(known) < len(ids):
+            raise RequestError("the model's channels are not tokens of its vocabulary", param="tools")
+        limit = "*" if self._budget is None else f"{{0,{self._budget}}}"
+        inside = f"{_tokens_but([*known, *self._form.special_ids])}{limit}" if self._budget != 0 else ""
+        again = f'{mark(row.end)} {mark(row.start)} "assistant"'
+        lead = f'({mark(row.channel)} "analysis" {mark(row.message)} {inside} {again})?'
+        final = f'{mark(row.channel)} "final" {mark(row.message)} {"@body" if text is not None else "<[*]>*"}'
+        if use is None:
+            return f"{lead} {final}"
+        calls = CallRules(self._rules, None, self._form.marks, use)
+        heads = [
+            (
+                f'{mark(row.channel)} "commentary to=functions.{tool.name} " {mark(row.constrain)} "json" '
+                f"{mark(row.message)} {calls.arguments(tool)} {mark(row.call_end)}"
+            )
+            for tool in use.tools
+        ]
+        return f"{lead} ({' | '.join(heads if use.forced else [*heads, final])})"
+
+
+def _no_budget() -> RequestError:
+    return RequestError(
+        "thinking_token_budget needs a model whose end of reasoning is a token, and --reasoning-parser for it",
+        param="thinking_token_budget",
+        code="not_available",
+    )
+
+
+def _tokens_but(ids: Iterable[int]) -> str:
+    """Any one token except `ids`."""
+    ranges: list[list[int]] = []
+    for token_id in sorted(set(ids)):
+        if ranges and ranges[-1][1] == token_id - 1:
+            ranges[-1][1] = token_id
+        else:
+            ranges.append([token_id, token_id])
+    listed = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+    return f"<[^{listed}]>"

@@ -1,0 +1,152 @@
+"""Families that Quire has no class for, computed by transformers on the paged cache, against transformers alone."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quire import LLM, SamplingParams
+from quire.errors import CheckpointError, ConfigError
+from quire.kernels import kernels_for
+from quire.model_config import ModelConfig
+from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.registry import load_model
+from tests.checkpoints import write_tokenizer
+from tests.models.parity import assert_close, prompt
+from tests.paged_model import PagedModel
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": 256,
+    "initializer_range": 0.12,
+}
+_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "seed_oss": {"attention_bias": True},
+    "olmo3": {"sliding_window": 24, "layer_types": _WINDOWS},
+    "arcee": {},
+    "vaultgemma": {
+        "sliding_window": 24,
+        "layer_types": _WINDOWS,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "ernie4_5": {},
+}
+
+
+def write(folder: Path, model_type: str, **changes: Any) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **{**_SIZES, **FAMILIES.get(model_type, {}), **changes})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def reference(folder: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
+
+
+def load(folder: Path, dtype: str = "float32") -> None:
+    load_model(ModelConfig.from_folder(folder), open_checkpoint(folder), kernels_for("cpu"), dtype)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_equal_transformers(model_type: str, tmp_path: Path) -> None:
+    """A prompt in pieces beside another sequence, and one token after it."""
+    folder, ids, other = write(tmp_path, model_type), prompt(50), prompt(30, seed=2)
+    model = PagedModel(folder)
+    steps = [{0: ids[:37], 1: other[:5]}, {1: other[5:], 0: ids[37:49]}, {0: ids[49:]}]
+    outputs = [model.step(step) for step in steps]
+    expected = reference(folder)
+    with torch.inference_mode():
+        for sequence, tokens in enumerate((ids, other)):
+            found = torch.cat([output[sequence] for output in outputs if sequence in output])
+            assert_close(found, expected(torch.tensor([tokens])).logits[0])
+
+
+def test_the_engine_serves_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Greedy tokens in a batch, in chunks and from the prefix cache."""
+    folder, params = write(tmp_path, "seed_oss"), SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    prompts = [prompt(40, seed) for seed in range(3)]
+    with caplog.at_level(logging.WARNING):
+        llm = LLM(
+            str(folder), dtype="float32", kv_cache_dtype="float32", max_num_batched_tokens=32, max_num_seqs=4, threads=1
+        )
+    assert "SeedOssForCausalLM has no class in Quire: transformers computes it" in caplog.text
+    first, again = llm.generate(prompts, params), llm.generate(prompts, params)
+    model = reference(folder)
+    for ids, output, repeated in zip(prompts, first, again, strict=True):
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
+        assert output.outputs[0].token_ids == expected[0, 40:].tolist() == repeated.outputs[0].token_ids
+    assert again[0].num_cached_tokens
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        (
+            "seed_oss",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "depends on oth",
+        ),
+        ("xglm", {"d_model": 64, "attention_heads": 4, "ffn_dim": 64, "num_layers": 2}, "compute attention themselves"),
+        ("nemotron", {}, "do not pass on what attention needs"),
+        ("minicpm3", {}, "latent vectors in the place of keys and values"),
+        ("recurrent_gemma", {"lru_width": 64, "attention_window_size": 32}, "keep a recurrent state"),
+    ],
+)
+def test_what_the_cache_cannot_hold_is_refused_by_name(
+    model_type: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"ForCausalLM is not supported: .*{message}"):
+        load(write(tmp_path, model_type, **changes))
+
+
+def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "arcee") / "config.json"
+    config = json.loads(path.read_text())
+    del config["num_key_value_heads"]  # the library's default is another than the usual one
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json|is not supported|cannot load"):
+        load(tmp_path)
+
+
+def test_quantisation_and_float8_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, "arcee")
+    with pytest.raises(ConfigError, match="quantization is int8, but ArceeForCausalLM is computed by transformers"):
+        load(folder, "int8")
+
+
+def test_names_that_transformers_does_not_have(tmp_path: Path) -> None:
+    path = write(tmp_path, "arcee") / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["FutureForCausalLM"], "model_type": "future"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="FutureForCausalLM is not supported: neither Quire nor transformers"):
+        load(tmp_path)
+
+
+def test_it_is_imported_for_such_models_only() -> None:
+    program = "import sys, quire.models.llama, quire.models.registry; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

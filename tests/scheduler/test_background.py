@@ -1,0 +1,58 @@
+"""Requests of the background: they run while no client waits for a first token."""
+
+from quire.request import BACKGROUND
+from tests.scheduler.checked_engine import Engine, new_request
+
+
+def rows_of(engine: Engine) -> set[str]:
+    return {group.request.request_id for group in engine.scheduler._queues.running}
+
+
+def test_the_background_runs_while_nobody_waits() -> None:
+    engine = Engine(num_blocks=64)
+    for name in ("b1", "b2"):
+        engine.add(new_request(name, 8, max_tokens=20, priority=BACKGROUND))
+    engine.step()
+    engine.step()
+    assert rows_of(engine) == {"b1", "b2"}
+    engine.add(new_request("client", 8, max_tokens=4))
+    plan = engine.step()
+    # The client's prompt has the step for itself; the background goes on once it has its first token.
+    assert (plan.num_scheduled_tokens, rows_of(engine)) == ([8], {"client"})
+    engine.step()
+    assert rows_of(engine) == {"client", "b1", "b2"}
+    assert engine.scheduler._queues.by_id["b1"].num_preemptions == 1
+
+
+def test_it_resumes_from_the_cache_and_loses_less_than_a_block() -> None:
+    engine = Engine(num_blocks=64)
+    engine.add(new_request("b", 18, max_tokens=20, priority=BACKGROUND))
+    for _ in range(5):
+        engine.step()
+    engine.add(new_request("client", 8, max_tokens=1))
+    engine.step()
+    plan = engine.step()
+    (computed,) = plan.num_computed_tokens
+    assert 22 - computed <= engine.pool.block_size
+
+
+def test_without_a_cache_it_keeps_its_memory() -> None:
+    engine = Engine(num_blocks=64, enable_prefix_caching=False)
+    engine.add(new_request("b", 8, max_tokens=20, priority=BACKGROUND))
+    engine.step()
+    engine.add(new_request("client", 8, max_tokens=4))
+    assert len(engine.step().rows) == 2
+    engine.add(new_request("later", 8, max_tokens=20, priority=BACKGROUND))
+    engine.add(new_request("client 2", 8, max_tokens=4))
+    engine.step()
+    assert "later" not in rows_of(engine)
+
+
+def test_it_ends_under_steady_traffic() -> None:
+    engine = Engine(num_blocks=64)
+    client = engine.add(new_request("b", 8, max_tokens=30, priority=BACKGROUND))
+    for index in range(60):
+        if index % 3 == 0:
+            engine.add(new_request(f"client {index}", 8, max_tokens=2))
+        engine.step()
+    assert client.finish_reasons == {0: "length"}

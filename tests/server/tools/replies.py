@@ -1,0 +1,231 @@
+"""Replies as models of each family write them, and what they mean: (format, reasoning, text, message)."""
+
+PARIS = '{"city": "Paris", "days": 3}'
+ODD = '{"city": "a } \\" <tool_call> é😀", "tags": ["]", "\\\\"]}'
+TWO = [("weather", PARIS), ("now", "{}")]
+THINK = "think"
+
+REPLIES: list[tuple[str, str | None, str, tuple[str, str, list[tuple[str, str]]]]] = [
+    (
+        "hermes",
+        None,
+        f'Let me see.\n<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>\n'
+        '<tool_call>{"name":"now"}</tool_call>',
+        ("Let me see.", "", TWO),
+    ),
+    (
+        "hermes",
+        None,
+        f'<tool_call>\n{{"arguments": {ODD}, "name": "weather"}}\n</tool_call> Done.',
+        ("Done.", "", [("weather", ODD)]),
+    ),
+    (
+        "hermes",
+        None,
+        '<tool_call>{"name": "weather", "arguments": "{\\"days\\": 3}"}</tool_call>',
+        ("", "", [("weather", '{"days": 3}')]),
+    ),
+    (
+        "hermes",
+        None,
+        f'<tool_call>{{"name": "weather", "arguments": {PARIS}</tool_call> ok',
+        ("ok", "", [("weather", PARIS)]),
+    ),
+    (
+        "hermes",
+        THINK,
+        "<think>\nHm, é.\n\n</think>\n\nYes.\n",
+        ("Yes.\n", "Hm, é.", []),
+    ),
+    (
+        "hermes",
+        THINK,
+        f'<think>I call\n<tool_call>{{"name": "weather", "arguments": {PARIS}}}</tool_call>\n</think>\n\nYes.',
+        ("Yes.", "I call", [("weather", PARIS)]),
+    ),
+    (
+        "hermes",
+        THINK,
+        "<think>A <tool_call> is a mark.</think></think>Yes </think>.",
+        ("Yes .", "A <tool_call> is a mark.", []),
+    ),
+    (
+        "qwen3_coder",
+        THINK,
+        '<think>x</think>Hi\n\n<tool_call>\n<function=weather>\n<parameter=city>\n\nNew "York"\n\n</parameter>\n'
+        '<parameter=days>\n3\n</parameter>\n<parameter=tags>\n["a"]\n</parameter>\n<parameter=share>\nNone\n</parameter>\n'
+        "<parameter=unit>\nf\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        (
+            "Hi",
+            "x",
+            [
+                (
+                    "weather",
+                    '{"city": "\\nNew \\"York\\"\\n", "days": 3, "tags": ["a"], "share": null, "unit": "f"}',
+                ),
+                ("now", "{}"),
+            ],
+        ),
+    ),
+    (
+        "qwen3_coder",
+        None,
+        "<function=weather>\n<parameter=city>\nParis\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+        ("", "", [("weather", PARIS)]),
+    ),
+    (
+        "seed_oss",
+        "seed_oss",
+        "<seed:think>x</seed:think><seed:tool_call>\n<function=weather>\n<parameter=city>Paris</parameter>\n"
+        "<parameter=days>3</parameter>\n</function>\n</seed:tool_call>",
+        ("", "x", [("weather", PARIS)]),
+    ),
+    (
+        "glm45",
+        THINK,
+        "<think>x</think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "<arg_key>days</arg_key><arg_value>3</arg_value>\n</tool_call>\n<tool_call>now</tool_call>",
+        ("", "x", TWO),
+    ),
+    (
+        "minimax_m2",
+        THINK,
+        'So:\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
+        '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+        ("So:", "", TWO),
+    ),
+    (
+        "deepseek_v32",
+        THINK,
+        '<think>x</think>ok<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+        ("ok", "x", TWO),
+    ),
+    (
+        "deepseek_v4",
+        None,
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
+        '<｜DSML｜parameter name="city">Paris</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+        ("", "", [("weather", PARIS)]),
+    ),
+    (
+        "deepseek_v3",
+        THINK,
+        "ok<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        f"{PARIS}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{{}}\n```"
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ("ok", "", TWO),
+    ),
+    (
+        "deepseek_v31",
+        THINK,
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{PARIS}<｜tool▁call▁end｜>"
+        "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ("", "", TWO),
+    ),
+    (
+        "kimi_k2",
+        THINK,
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        f"{PARIS}<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        ("", "", TWO),
+    ),
+    (
+        "mistral",
+        "mistral",
+        "[THINK]x[/THINK]"
+        f'[TOOL_CALLS][{{"name": "weather", "arguments": {PARIS}}}, {{"name": "now", "arguments": {{}}}}]',
+        ("", "x", TWO),
+    ),
+    (
+        "mistral_v11",
+        "mistral",
+        f"ok[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{PARIS}[TOOL_CALLS]now[ARGS]{{}}",
+        ("ok", "", TWO),
+    ),
+    ("mistral_v11", None, f"[TOOL_CALLS]weather{PARIS}", ("", "", [("weather", PARIS)])),
+    (
+        "granite",
+        "granite",
+        f'<|tool_call|>[{{"name": "weather", "arguments": {PARIS}}}]',
+        ("", "", [("weather", PARIS)]),
+    ),
+    ("granite", None, f'<tool_call>[{{"name": "weather", "arguments": {PARIS}}}]', ("", "", [("weather", PARIS)])),
+    (
+        "granite",
+        "granite",
+        "Here is my thought process: Hm.\n\nHere is my response: Yes.",
+        ("Yes.", "Hm.", []),
+    ),
+    ("phi4", None, f'functools[{{"name": "weather", "arguments": {PARIS}}}]', ("", "", [("weather", PARIS)])),
+    (
+        "command_r",
+        "command_r",
+        "<|START_THINKING|>x<|END_THINKING|><|START_ACTION|>[\n"
+        f'  {{"tool_call_id": "0", "tool_name": "weather", "parameters": {PARIS}}},\n'
+        '  {"tool_call_id": "1", "tool_name": "now", "parameters": {}}\n]<|END_ACTION|>',
+        ("", "x", TWO),
+    ),
+    (
+        "llama3_json",
+        None,
+        f'{{"name": "weather", "parameters": {PARIS}}}; {{"type": "function", "name": "now", "parameters": {{}}}}',
+        ("", "", TWO),
+    ),
+    (
+        "llama3_json",
+        None,
+        f'<|python_tag|>{{"type": "function", "function": {{"name": "weather", "arguments": {PARIS}}}}}',
+        ("", "", [("weather", PARIS)]),
+    ),
+    (
+        "llama3_json",
+        None,
+        '{"name": "other", "parameters": {}} is JSON',
+        ('{"name": "other", "parameters": {}} is JSON', "", []),
+    ),
+    ("llama3_json", None, '{"answer": [1, 2]}\n', ('{"answer": [1, 2]}\n', "", [])),
+    ("pythonic", None, "[weather(city='Paris', days=3), now()]", ("", "", TWO)),
+    (
+        "pythonic",
+        None,
+        '[weather(city="a, (b) \\"c\\"", tags=["x", \'y\'], share=None, days=-1)]',
+        ("", "", [("weather", '{"city": "a, (b) \\"c\\"", "tags": ["x", "y"], "share": null, "days": -1}')]),
+    ),
+    ("pythonic", None, "[1, 2] are [weather]", ("[1, 2] are [weather]", "", [])),
+    ("llama4_pythonic", None, '<|python_start|>[weather(city="Paris", days=3), now()]<|python_end|>', ("", "", TWO)),
+    ("olmo3", THINK, '<function_calls>\nweather(city="Paris", days=3)\nnow()\n</function_calls>', ("", "", TWO)),
+    (
+        "harmony",
+        "harmony",
+        "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        f"<|constrain|>json<|message|>{PARIS}<|call|>",
+        ("", "x", [("weather", PARIS)]),
+    ),
+    (
+        "harmony",
+        "harmony",
+        "<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant to=functions.weather<|channel|>commentary json"
+        f"<|message|>{PARIS}<|call|>",
+        ("I look.", "", [("weather", PARIS)]),
+    ),
+    (
+        "harmony",
+        "harmony",
+        "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>commentary<|message|>One.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Two.<|return|>",
+        ("One.\n\nTwo.", "x", []),
+    ),
+    (
+        "json",
+        None,
+        f'[{{"name": "weather", "arguments": {PARIS}}}, {{"name": "now", "arguments": {{}}}}]',
+        ("", "", TWO),
+    ),
+]
