@@ -1,19 +1,20 @@
 """A layer of experts against a dense MLP of as many active parameters: `python -m benchmarks.moe`.
 
 Weights are random. The grouped kernel, a loop over the experts and the dense MLP take turns, and each figure is the
-best of several, since other programs only make a turn slower. For one token the table also says which share of the
-read bandwidth the active weights take; the bandwidth is measured in the same run.
+best of several, since other programs only make a turn slower; with one thread it is processor time, which leaves out
+what other programs take. For one token the table also says which share of the read bandwidth the active weights take;
+the bandwidth is measured in the same run.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import READ_BYTES, median_rate
+from benchmarks.ceilings import READ_BYTES
 from quire.kernels import cpu
 from quire.kernels.expert_products import ExpertLoop
 from quire.kernels.interface import ExpertWeight, Mxfp4Matrix, PackedExperts
@@ -31,9 +32,9 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "qwen1.5-moe": Shape(2048, 1408, 24, 4),
+    "qwen1.5-moe": Shape(2048, 1408, 16, 4),
     "mixtral": Shape(1024, 3584, 8, 2),
-    "gpt-oss": Shape(2880, 2880, 16, 4),
+    "gpt-oss": Shape(2880, 2880, 12, 4),
 }
 FORMATS = ("float32", "bfloat16", "int8", "int4", "mxfp4", "mxfp4 of int8")
 NUM_TOKENS = (1, 16, 64, 2048)
@@ -53,7 +54,7 @@ def make_experts(shape: Shape, form: str) -> PackedExperts:
 
     def pack(rows: int, columns: int) -> ExpertWeight:
         stored = stored_as({"mxfp4": "float32", "mxfp4 of int8": "int8"}.get(form, form))
-        matrices = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
+        matrices: Any = [[matrix(rows, columns)] for _ in range(shape.num_experts)]
         return cpu.pack_experts(matrices, stored)
 
     gate_up, down = pack(2 * shape.inner, shape.hidden), pack(shape.hidden, shape.inner)
@@ -64,7 +65,7 @@ def make_dense(shape: Shape, form: str) -> Callable[[Tensor], Tensor]:
     """An MLP of as many parameters as a token's experts have. There is no dense MXFP4: int4 stands beside it."""
     inner, dtype = shape.num_active * shape.inner, "int4" if form.startswith("mxfp4") else form
     gate_up, down = (
-        Linear(cpu, [LinearWeight(torch.randn(rows, columns).mul_(0.02))], dtype)  # type: ignore[arg-type]  # a module
+        Linear(cpu, [LinearWeight(torch.randn(rows, columns).mul_(0.02))], dtype)
         for rows, columns in ((2 * inner, shape.hidden), (shape.hidden, inner))
     )
     return lambda x: down.after_gate(gate_up(x), "silu")
@@ -81,14 +82,15 @@ def make_steps(shape: Shape, num_tokens: int) -> list[Step]:
 
 def best_of_turns(runs: Sequence[Callable[[Step], object]], steps: Sequence[Step], seconds: float) -> list[float]:
     """For each of `runs`, the least seconds a step of a turn took."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = [float("inf")] * len(runs)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or best[-1] == float("inf"):
         for index, run in enumerate(runs):
-            started = time.perf_counter()
+            started = clock()
             for step in steps:
                 run(step)
-            best[index] = min(best[index], (time.perf_counter() - started) / len(steps))
+            best[index] = min(best[index], (clock() - started) / len(steps))
     return best
 
 
@@ -133,8 +135,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of every comparison")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    memory = torch.zeros(READ_BYTES // 8, dtype=torch.int64)
-    bandwidth = median_rate(memory.sum, READ_BYTES, 1.0)
+    memory, nothing = torch.ones(READ_BYTES // 8, dtype=torch.int64), make_steps(SHAPES["mixtral"], 1)[:1]
+    bandwidth = READ_BYTES / best_of_turns([lambda step: memory.sum()], nothing, 2.0)[0] / 1e9
+    del memory
     print(f"{cpu.isa()}, {arguments.threads} threads, read {bandwidth:.1f} GB/s; milliseconds (times loop, dense)")
     print(f"{'shape':12}{'format':15}{'of read':>8}" + "".join(f"{f'{count} tokens':>26}" for count in NUM_TOKENS))
     for name in arguments.shapes:

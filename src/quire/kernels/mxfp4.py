@@ -27,4 +27,5 @@ def powers_of_two(scales: Tensor) -> Tensor:
 def dequantize(matrix: Mxfp4Matrix) -> Tensor:
     """[N, K] float32; every number is exact."""
     numbers = doubled(matrix.blocks).float().unflatten(-1, (-1, 32))
-    return (numbers * (powers_of_two(matrix.scales) * 0.5).unsqueeze(-1)).flatten(-2)
+    scaled: Tensor = numbers * (powers_of_two(matrix.scales) * 0.5).unsqueeze(-1)
+    return scaled.flatten(-2)
