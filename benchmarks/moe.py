@@ -127,6 +127,13 @@ def active_bytes(shape: Shape, form: str) -> float:
     return float(parameters * getattr(torch, form).itemsize)
 
 
+def read_bandwidth() -> float:
+    """GB/s, as the best of turns too."""
+    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    any_step = make_steps(SHAPES["mixtral"], 1)[:1]
+    return READ_BYTES / best_of_turns([lambda step: memory.sum()], any_step, 2.0)[0] / 1e9
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.moe", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -135,9 +142,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of every comparison")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    memory, nothing = torch.ones(READ_BYTES // 8, dtype=torch.int64), make_steps(SHAPES["mixtral"], 1)[:1]
-    bandwidth = READ_BYTES / best_of_turns([lambda step: memory.sum()], nothing, 2.0)[0] / 1e9
-    del memory
+    bandwidth = read_bandwidth()
     print(f"{cpu.isa()}, {arguments.threads} threads, read {bandwidth:.1f} GB/s; milliseconds (times loop, dense)")
     print(f"{'shape':12}{'format':15}{'of read':>8}" + "".join(f"{f'{count} tokens':>26}" for count in NUM_TOKENS))
     for name in arguments.shapes:
