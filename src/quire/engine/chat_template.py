@@ -64,7 +64,7 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
         """From chat_template.jinja, else from tokenizer_config.json. Without both, `render` refuses."""
-        sources, origin = _read_sources(Path(folder))
+        sources, origin = read_sources(Path(folder))
         return cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
 
     def render(
@@ -137,7 +137,7 @@ def _compile(environment: "_Environment", name: str, source: str) -> Template:
     return template
 
 
-def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
+def read_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Name → template, and the file that they come from."""
     path = folder / "chat_template.jinja"
     if path.is_file():
