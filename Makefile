@@ -53,7 +53,7 @@ serve: .venv/.runtime  ## Serve the bundled model; PORT=8000 HOST=127.0.0.1 ARGS
 	@exec $(BIN)/quire serve --host $(HOST) --port $(PORT) $(ARGS)
 
 test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile)
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)

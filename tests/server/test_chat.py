@@ -116,6 +116,7 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: ScriptedEngine) -> 
         "truncate_prompt_tokens": 4,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
+        "vllm_xargs": {"ban": 7, "name": "x", "flag": True},
         "an_unknown_field": {"of": ["any", "kind"]},
     }
     client.chat.completions.create(
@@ -140,6 +141,7 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: ScriptedEngine) -> 
     assert (params.ignore_eos, params.min_tokens, params.truncate_prompt_tokens) == (True, 2, 4)
     assert (params.skip_special_tokens, params.include_stop_str_in_output) == (False, True)
     assert (call.priority, call.cache_salt) == (-2, "pepper")
+    assert params.extra == {"ban": "7", "name": "x", "flag": "true"}
 
 
 def test_the_workload_is_the_route_and_the_system_prompt(client: OpenAI, engine: ScriptedEngine) -> None:
@@ -191,6 +193,10 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"vllm_xargs": {str(number): 1 for number in range(99)}}, "vllm_xargs"),
+        ({"mm_processor_kwargs": {"x": 1}}, "mm_processor_kwargs"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
         ({"max_completion_tokens": 300}, "max_completion_tokens"),
         ({"logprobs": True, "top_logprobs": -5}, "top_logprobs"),
     ],

@@ -7,6 +7,7 @@ Every endpoint that continues a conversation builds a `ChatCompletionRequest`, m
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import dropwhile
 from typing import NamedTuple
 
 from msgspec import structs
@@ -27,6 +28,8 @@ from quire.server.tools.grammar import constrain
 from quire.server.tools.reader import ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools
 
+_SYSTEM_ROLES = ("system", "developer")
+
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
@@ -41,16 +44,17 @@ async def fitting_turn(
     context: RequestContext, request: ChatCompletionRequest, *, truncates: bool, clips_output: bool = False
 ) -> ChatTurn:
     """The turn of `request`; with `truncates`, without the older half of its messages as often as they do not fit.
-    System messages stay."""
+    System messages stay, and no result of a tool stays without its call."""
     while True:
         try:
             return await chat_turn(context, request, clips_output=clips_output)
         except RequestError as error:
-            kept = [message for message in request.messages if message.role in ("system", "developer")]
-            others = [message for message in request.messages if message not in kept]
-            if not truncates or error.code != "context_length_exceeded" or len(others) < 2:
+            kept = [message for message in request.messages if message.role in _SYSTEM_ROLES]
+            others = [message for message in request.messages if message.role not in _SYSTEM_ROLES]
+            later = list(dropwhile(lambda message: message.role == "tool", others[(len(others) + 1) // 2 :]))
+            if not truncates or error.code != "context_length_exceeded" or not later:
                 raise
-            request = structs.replace(request, messages=[*kept, *others[(len(others) + 1) // 2 :]])
+            request = structs.replace(request, messages=[*kept, *later])
 
 
 class ChatPrompt(NamedTuple):

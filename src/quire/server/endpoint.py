@@ -49,8 +49,13 @@ class RequestContext:
         body = await read_body(self.scope, self.receive, self.settings)
         decoded = decode_json(body, body_type)
         if names := unknown_fields(body, body_type):
-            self.scope["state"]["warning"] = self.services.warnings.note(self.scope["path"], body_type, names)
+            self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
+
+    def warn(self, *texts: str) -> None:
+        """Say in a header of the response, and once in the log, what of the request has no effect."""
+        self.scope["state"].setdefault("warnings", []).extend(texts)
+        self.services.warnings.log(self.scope["path"], texts)
 
     async def reply(self, body: object, *, status: int = 200) -> None:
         """Answer with JSON."""
@@ -140,6 +145,7 @@ class Endpoint:
     body: type | None = None
     reply: type | None = None
     streams: bool = False
+    stream_type: str = "text/event-stream"
     public: bool = False
     """Needs no API key."""
     errors: ErrorForm = OPENAI_ERRORS

@@ -83,6 +83,8 @@ def naming(sent_names: Mapping[str, str]) -> Iterator[None]:
 class ErrorForm:
     """How an endpoint writes errors."""
 
+    schema: type
+    """Type of the body."""
     body: Callable[[RequestError, str], object]
     """From the error and the request's id to the body of the reply."""
     statuses: Mapping[int, int] = field(default_factory=dict)
@@ -110,7 +112,7 @@ def error_body(error: RequestError) -> ErrorBody:
     return ErrorBody(ErrorDetail(message=error.message, type=kind, param=error.param, code=error.code))
 
 
-OPENAI_ERRORS = ErrorForm(lambda error, _: error_body(error))
+OPENAI_ERRORS = ErrorForm(ErrorBody, lambda error, _: error_body(error))
 
 
 def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:

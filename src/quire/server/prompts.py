@@ -1,7 +1,8 @@
 """From prompts and messages to token ids: the four shapes of a prompt, and the chat template."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from reprlib import repr as brief
 from typing import Any, TypeVar
 
 from msgspec.structs import asdict
@@ -118,6 +119,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         raise RequestError(
             f"messages[{index}].role is {message.role[:50]!r}; there is {', '.join(ROLES)}", param="messages"
         )
+    for number, call in enumerate(message.tool_calls or ()):
+        _check_call(call, f"messages[{index}].tool_calls[{number}]")
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
@@ -126,6 +129,17 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     if (reasoning := message.reasoning or message.reasoning_content) is not None:
         fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
+
+
+def _check_call(call: Mapping[str, Any], place: str) -> None:
+    """Raise `RequestError` unless `call`, at `place`, names a function and gives arguments as text or object."""
+    match call.get("function"):
+        case {"name": str(), **rest} if isinstance(rest.get("arguments", ""), str | Mapping):
+            return
+    raise RequestError(
+        f"{place}.function is {brief(call.get('function'))}; it is an object with a name, and arguments as JSON text",
+        param="messages",
+    )
 
 
 async def _off_loop(size: int, work: Callable[[], T]) -> T:

@@ -1,12 +1,13 @@
-"""/tokenize and /detokenize: from text to token ids of the served model, and back."""
+"""/tokenize, /detokenize, /v1/chat/completions/render and /tokenizer_info: prompts as the served model gets them."""
 
 from quire.errors import RequestError
+from quire.server.chat_turn import chat_prompt
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.limits import check_work
 from quire.server.params import check_available
 from quire.server.prompts import render, tokenize
-from quire.server.protocol import DetokenizeRequest, TokenizeRequest
-from quire.server.replies import Detokenized, Tokenized
+from quire.server.protocol import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
+from quire.server.replies import AddedToken, Detokenized, RenderedChat, Tokenized, TokenizerInfo
 
 
 async def tokenize_text(context: RequestContext) -> None:
@@ -47,7 +48,43 @@ async def detokenize_tokens(context: RequestContext) -> None:
     await context.reply(Detokenized(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False)))
 
 
+async def render_chat(context: RequestContext) -> None:
+    """The prompt of a chat, which is not answered."""
+    request = await context.read(ChatCompletionRequest)
+    context.check_model(request.model)
+    check_available(request)
+    prompt = await chat_prompt(context, request)
+    await context.reply(
+        RenderedChat(
+            prompt=prompt.text,
+            token_ids=prompt.token_ids,
+            count=len(prompt.token_ids),
+            max_model_len=context.engine.max_model_len,
+        )
+    )
+
+
+async def describe_tokenizer(context: RequestContext) -> None:
+    tokenizer, template = context.tokenizer(), context.engine.chat_template
+    await context.reply(
+        TokenizerInfo(
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=context.engine.max_model_len,
+            special_tokens=tokenizer.special_tokens,
+            added_tokens_decoder={
+                str(token_id): AddedToken(content, token_id in tokenizer.special_ids)
+                for token_id, content in tokenizer.added_tokens.items()
+            },
+            chat_template=template.source if template is not None else None,
+        )
+    )
+
+
 ENDPOINTS = (
     Endpoint("POST", "/tokenize", tokenize_text, "Text or messages to tokens", TokenizeRequest, Tokenized),
     Endpoint("POST", "/detokenize", detokenize_tokens, "Tokens to text", DetokenizeRequest, Detokenized),
+    Endpoint(
+        "POST", "/v1/chat/completions/render", render_chat, "The prompt of a chat", ChatCompletionRequest, RenderedChat
+    ),
+    Endpoint("GET", "/tokenizer_info", describe_tokenizer, "The model's tokenizer", reply=TokenizerInfo),
 )
