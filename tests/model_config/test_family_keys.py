@@ -31,8 +31,12 @@ EXTRA = {
         "Qwen3_5Moe",
     },
     # Written before there was layer_types; the classes still read it.
-    "sliding_window_pattern": {"Gemma2", "Gemma3", "Cohere2"},
-    "rope_local_base_freq": {"Gemma3"},
+    "sliding_window_pattern": {"Gemma2", "Gemma3", "Cohere2", "Cwm", "Olmo3"},
+    # Set by rows of families with a second rotary embedding.
+    "rope_local_base_freq": {"Gemma3", "Olmo3"},
+    # Other names of what the class declares.
+    "num_experts": {"DeepseekV3"},
+    "first_k_dense_replace": {"Glm4MoeLite"},
     "max_window_layers": {"SmolLM3"},
     "norm_topk_prob": {"Qwen3_5Moe"},
 }

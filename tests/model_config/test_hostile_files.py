@@ -27,7 +27,10 @@ VALUES = st.recursive(
     | st.sampled_from(
         [10**9, 10**400, -(10**12), 0.5, -1.0, float("nan"), float("inf"), "", "linear", "yarn", "x", "8"]
     ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rope_type", "factor", "a"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["rope_type", "factor", "name", "template"]), inner)
+    ),
     max_leaves=4,
 )
 SETTINGS = settings(

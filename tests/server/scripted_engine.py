@@ -44,6 +44,7 @@ class LocalTemplate:
     def __init__(self) -> None:
         self._template = ChatTemplate.from_folder(BUNDLED)
         self.source = self._template.source
+        self.response_template = self._template.response_template
 
     async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         return await asyncio.to_thread(lambda: self._template.render(messages, **options))

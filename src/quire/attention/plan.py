@@ -38,6 +38,7 @@ _ITEMS_PER_THREAD = 8
 _MIN_ITEM_KEYS = 256
 # Parts begin at multiples of this, so that none begins inside a vector of keys.
 _SPLIT_ALIGNMENT = 64
+NO_LIMIT = 2**31 - 1
 # A batch-invariant plan splits keys at every multiple of this, whatever the load.
 _INVARIANT_PART_KEYS = 1024
 
@@ -116,7 +117,11 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
     work = work[np.argsort(-cost, kind="stable")]
     ends = work[:, WorkColumn.KEY_END]
-    growth = [(ends, (ends == seq_lens[work[:, WorkColumn.SEQUENCE]]).astype(np.int32))]
+    lengths = seq_lens[work[:, WorkColumn.SEQUENCE]]
+    growth = [(ends, (ends == lengths).astype(np.int32))]
+    if shape.window > 0:  # the first key of a window that is full moves on as well
+        begins = work[:, WorkColumn.KEY_BEGIN]
+        growth.append((begins, (begins == lengths - shape.window).astype(np.int32)))
     if len(shared):
         growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
     return CpuAttentionPlan(
@@ -163,7 +168,8 @@ def _plan_expanded(step: StepArrays, shape: AttentionShape, sequence: int) -> Ex
 
 def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:
     """Turns the plan of a decode step into that of the next one: each sequence has one more token, whose key goes to
-    the item with the sequence's last keys. `plan` has no window and is not batch-invariant; it is changed in place.
+    the item with the sequence's last keys. `plan` is not batch-invariant; it is changed in place. If it has a window,
+    `num_advances` says how often this may be done.
 
     The arrays that it was made from already hold the next step; `block_tables` differs only if it became wider.
     """
@@ -172,6 +178,17 @@ def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttenti
     if plan.block_tables.shape != block_tables.shape:
         return replace(plan, block_tables=_tensor(block_tables))
     return plan
+
+
+def num_advances(plan: CpuAttentionPlan, seq_lens: Int32Array) -> int:
+    """How many times the new plan of a decode step may be advanced before the window of another sequence is full, from
+    where on its first key moves."""
+    if plan.window == 0:
+        return NO_LIMIT
+    if len(plan.shared):
+        return 0
+    to_come = plan.window - seq_lens
+    return int(to_come[to_come > 0].min(initial=NO_LIMIT))
 
 
 class _Sharers(NamedTuple):

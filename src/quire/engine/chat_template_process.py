@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from quire.engine.chat_template import read_sources
+from quire.engine.chat_template import read_response_template, read_sources
 from quire.engine.expendable import Expendable
 from quire.engine.messages import LoadTemplate, Rendered, RenderMessages, decode_from_renderer
 from quire.errors import EngineUnavailableError, QueueFullError, RequestError
@@ -31,6 +31,8 @@ class ChatTemplateProcess:
         sources, _ = read_sources(folder)
         self.source = sources.get("tool_use") or sources.get("default") or ""
         """The text of the template, the one for tools if there are several."""
+        self.response_template = read_response_template(folder)
+        """How the tokenizer describes replies, as JSON; "" if it does not."""
         self._folder = folder
         self._report = report
         self._idle = [self._make() for _ in range(NUM_PROCESSES)]

@@ -127,7 +127,7 @@ def _device_activations(backend: Backend, model: ModelConfig, choice: StorageCho
     rope = model.context_length * model.head_dim * FLOAT32_BYTES
     # Keys and values, each as it is stored and as it is read.
     gathered = 2 * backend.gathered_slots * model.spec.largest_kv * size
-    return tokens + logits + rope + gathered + backend.workspace
+    return tokens + logits + rope + gathered + backend.workspace * len(KVLayout.of(model.spec).groups)
 
 
 def _graph_bytes(model: ModelConfig, dtype: str, num_tokens: int) -> int:

@@ -161,6 +161,7 @@ class Scheduler:
             total_prefix_queries=parts.admission.num_queried_tokens,
             total_prefix_hits=prefixes.num_hits,
             total_evictions=pool.total_evictions,
+            total_given_back=pool.total_given_back,
             total_block_copies=pool.total_block_copies,
             prefix_hits=prefixes.hits.copy(),
             prefix_misses=prefixes.misses.copy(),

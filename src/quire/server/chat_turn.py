@@ -103,22 +103,26 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
 def reply_format(context: RequestContext) -> ReplyFormat:
     """How the model writes calls and reasoning, unless the settings say it."""
     template, settings = context.engine.chat_template, context.settings
-    source = "" if template is None else template.source
-    return find_format(source, context.tokenizer(), settings.tool_call_parser, settings.reasoning_parser)
+    return find_format(
+        "" if template is None else template.source,
+        context.tokenizer(),
+        settings.tool_call_parser,
+        settings.reasoning_parser,
+        "" if template is None else template.response_template,
+    )
 
 
 def _read_as(
     form: ReplyFormat, request: ChatCompletionRequest, params: SamplingParams, use: ToolUse | None, prompt: str
 ) -> tuple[SamplingParams, Callable[[], Reader]]:
     """The parameters with the constraint on the whole reply, and the maker of its readers."""
-    if request.continue_final_message:
-        form = ReplyFormat(form.tools, None, None) if use is None else form
-    starts_thinking = form.starts_thinking(prompt)
+    last = request.messages[-1].content
+    opening = form.opening(prompt, last if request.continue_final_message and isinstance(last, str) else None)
     constraint = constrain(
         form,
         use,
         params.structured_outputs,
-        starts_thinking=starts_thinking,
+        opening=opening,
         thinking_budget=request.thinking_token_budget,
     )
     if constraint is not params.structured_outputs:
@@ -130,7 +134,7 @@ def _read_as(
     options = ReadingOptions(
         form,
         use,
-        starts_thinking=starts_thinking,
+        opening=opening,
         shows_reasoning=request.include_reasoning is not False,
         hides_special_tokens=params.skip_special_tokens,
     )

@@ -12,7 +12,7 @@ from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
 from quire.server.backend import ChatRenderer
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
-from quire.server.tools.plain_prompt import knows_tools, with_plain_tools
+from quire.server.tools.plain_prompt import with_plain_tools
 from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
@@ -107,13 +107,12 @@ async def render(template: ChatRenderer | None, request: ChatCompletionRequest |
     choice = getattr(request, "tool_choice", None)
     tools = request.tools if read_tools(request.tools, choice) is not None else None
     variables = _variables(request)
-    if not knows_tools(template.source):
-        plain, tools = with_plain_tools(plain, tools), None
+    plain, shown_tools = with_plain_tools(plain, tools, template.source)
     return await template.render(
         plain,
         add_generation_prompt=opens_answer,
         continue_final_message=continued,
-        tools=tools,
+        tools=shown_tools,
         documents=request.documents,
         **variables,
     )
@@ -146,8 +145,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
-    if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
-        fields.setdefault("content", "")
+    if message.role == "assistant":  # an answer may have been empty; templates ask whether a call has content
+        fields.setdefault("content", None if message.tool_calls else "")
     if (reasoning := message.reasoning or message.reasoning_content) is not None:
         fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
