@@ -38,7 +38,7 @@ async def collect(engine: AsyncLLM, prompt: Any, params: SamplingParams, **optio
     return total
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"

@@ -24,7 +24,7 @@ from tests.server.scripted_engine import ScriptedEngine
 from quire.server.listen import bind, serve
 from quire.server.settings import ServerSettings
 settings = ServerSettings(port=0, shutdown_timeout={shutdown_timeout})
-engine = ScriptedEngine(delay=0.02, endless=True, max_model_len=200_000)
+engine = ScriptedEngine(delay=0.02, endless=True, max_model_len=2**20)
 finished = asyncio.run(serve(engine, settings, bind(settings), report=lambda line: print(line, flush=True)))
 sys.exit(0 if finished else 1)
 """

@@ -1,4 +1,4 @@
-"""/, /health, /health/live, /health/ready and /version: whether the server takes requests, and its version."""
+"""/, /health, /health/live, /health/ready and /version: whether the server is there and takes requests."""
 
 from msgspec import UNSET
 
