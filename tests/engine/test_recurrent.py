@@ -16,7 +16,7 @@ from quire.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint, reference_model
 from tests.engine.test_parity import BLOCK_SIZE, assert_greedy, make_llm, make_prompts
 
-NUM_STEPS = 64
+NUM_STEPS = 32
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_STEPS, ignore_eos=True)
 SHORT = replace(GREEDY, max_tokens=8)
 
