@@ -6,6 +6,9 @@ from importlib.util import find_spec
 # Read by libraries when they are first imported, hence before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Every core has a worker: threads that spin while they wait would take turns with the threads they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "QUIRE_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # `make test-gpu` is what tests a GPU; all else is the same everywhere
 

@@ -1,4 +1,4 @@
-"""Memory by kind: TierStats for the tiers below the pool, StateStats for recurrent states, KVGroupMemory for KV groups."""
+"""Memory by kind: tiers below the pool (TierStats), recurrent states (StateStats), KV groups (KVGroupMemory)."""
 
 from dataclasses import dataclass
 

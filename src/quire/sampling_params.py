@@ -60,6 +60,8 @@ _NUMBERS = {
     "frequency_penalty": _Range(-2.0, 2.0),
     "repetition_penalty": _Range(1e-4, 1e4),
 }
+NUMBER_RANGES: Mapping[str, _Range] = {**_INTEGERS, **_NUMBERS}
+"""Allowed values of the fields that are numbers."""
 _TOKEN_ID = _Range(0, _MAX_INT)
 _LOGIT_BIAS = _Range(-100.0, 100.0)
 _FLAGS = (

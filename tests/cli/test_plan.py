@@ -175,3 +175,24 @@ def test_measuring_times_real_steps_and_writes_a_device(
     long = next(step for step in timed if step.model.spec.num_layers == 3 and step.tokens_per_sequence == 1)
     assert long.num_sequences == 4
     assert 256 + probe.NUM_DECODING // 2 <= long.context < 256 + 16
+
+
+def test_a_family_that_cannot_be_served_is_planned_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {
+        "architectures": ["FutureForConditionalGeneration"],
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(["plan", str(tmp_path), "--no-compare"]) == 0
+    said = capsys.readouterr().out
+    assert "FutureForConditionalGeneration cannot be served yet; an estimate from the sizes in config.json" in said
+    assert "KV of 1,000 tokens takes" in said
+    assert planned(capsys, str(tmp_path), "--no-compare")["served"] is False
+    assert planned(capsys, "--no-compare")["served"] is True

@@ -1,5 +1,7 @@
 """One check of a prompt's length for the server, the front and the core, with one sentence."""
 
+from typing import Any
+
 import pytest
 
 from quire.engine.checkpoint import bundled_folder
@@ -52,3 +54,29 @@ def test_the_server_names_the_prompt_and_leaves_truncation_to_the_front() -> Non
     check_lengths([[1], long], SamplingParams(truncate_prompt_tokens=-1), MAX_MODEL_LEN)
     with pytest.raises(RequestError, match="prompt 0 is empty"):
         check_lengths([[], long], SamplingParams(truncate_prompt_tokens=-1), MAX_MODEL_LEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"bad_words_token_ids": [[4], [5], [6, 7]]}, "bad_words"),
+        ({"min_tokens": 2, "stop_token_ids": [4, 5]}, "min_tokens"),
+        ({"min_tokens": 2, "stop_token_ids": [4], "bad_words_token_ids": [[5]]}, "bad_words and min_tokens"),
+        ({"bad_words_token_ids": [[4]]}, None),
+        ({"bad_words_token_ids": [[4], [5, 4]]}, None),
+        ({"stop_token_ids": [4, 5]}, None),
+    ],
+)
+def test_parameters_that_leave_no_token(options: dict[str, Any], named: str | None) -> None:
+    params = SamplingParams(allowed_token_ids=[4, 5], max_tokens=5, **options)
+    request = Request(request_id="a", prompt_token_ids=[1], params=params, eos_token_ids=(2,))
+
+    def check() -> None:
+        check_request(request, vocab_size=10, max_logprobs=5, max_model_len=MAX_MODEL_LEN)
+
+    if named is None:
+        check()
+        return
+    with pytest.raises(RequestError, match=f"all are forbidden by {named};") as refusal:
+        check()
+    assert refusal.value.param == "allowed_token_ids"

@@ -38,9 +38,9 @@ _SIZES: dict[str, Any] = {
 _WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "seed_oss": {"attention_bias": True},
-    "olmo3": {"sliding_window": 24, "layer_types": _WINDOWS},
-    "arcee": {},
+    "hunyuan_v1_dense": {},
+    "jais2": {},
+    "hyperclovax": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 1.5},
     "vaultgemma": {
         "sliding_window": 24,
         "layer_types": _WINDOWS,
@@ -48,7 +48,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 4.0,
         "final_logit_softcapping": 5.0,
     },
-    "ernie4_5": {},
 }
 
 
@@ -87,13 +86,16 @@ def test_logits_equal_transformers(model_type: str, tmp_path: Path) -> None:
 
 def test_the_engine_serves_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Greedy tokens in a batch, in chunks and from the prefix cache."""
-    folder, params = write(tmp_path, "seed_oss"), SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    folder, params = (
+        write(tmp_path, "hunyuan_v1_dense"),
+        SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True),
+    )
     prompts = [prompt(40, seed) for seed in range(3)]
     with caplog.at_level(logging.WARNING):
         llm = LLM(
             str(folder), dtype="float32", kv_cache_dtype="float32", max_num_batched_tokens=32, max_num_seqs=4, threads=1
         )
-    assert "SeedOssForCausalLM has no class in Quire: transformers computes it" in caplog.text
+    assert "HunYuanDenseV1ForCausalLM has no class in Quire: transformers computes it" in caplog.text
     first, again = llm.generate(prompts, params), llm.generate(prompts, params)
     model = reference(folder)
     for ids, output, repeated in zip(prompts, first, again, strict=True):
@@ -107,7 +109,7 @@ def test_the_engine_serves_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     ("model_type", "changes", "message"),
     [
         (
-            "seed_oss",
+            "hunyuan_v1_dense",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "depends on oth",
         ),
@@ -125,7 +127,7 @@ def test_what_the_cache_cannot_hold_is_refused_by_name(
 
 
 def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, "arcee") / "config.json"
+    path = write(tmp_path, "jais2") / "config.json"
     config = json.loads(path.read_text())
     del config["num_key_value_heads"]  # the library's default is another than the usual one
     path.write_text(json.dumps(config))
@@ -134,13 +136,13 @@ def test_sizes_that_the_model_does_not_have_are_refused(tmp_path: Path) -> None:
 
 
 def test_quantisation_and_float8_are_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path, "arcee")
-    with pytest.raises(ConfigError, match="quantization is int8, but ArceeForCausalLM is computed by transformers"):
+    folder = write(tmp_path, "jais2")
+    with pytest.raises(ConfigError, match="quantization is int8, but Jais2ForCausalLM is computed by transformers"):
         load(folder, "int8")
 
 
 def test_names_that_transformers_does_not_have(tmp_path: Path) -> None:
-    path = write(tmp_path, "arcee") / "config.json"
+    path = write(tmp_path, "jais2") / "config.json"
     config = json.loads(path.read_text()) | {"architectures": ["FutureForCausalLM"], "model_type": "future"}
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="FutureForCausalLM is not supported: neither Quire nor transformers"):

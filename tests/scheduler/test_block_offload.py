@@ -167,7 +167,7 @@ class TieredEngine(Engine):
             if self.pool.num_free and len(offload._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=offload.finish(computes=False))
-            scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
+            scheduler._in_flight.append(StepInFlight(plan, scheduler._queues.rows.copy()))
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)

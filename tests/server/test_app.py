@@ -9,6 +9,7 @@ from openai import OpenAI
 
 from quire import __version__
 from quire.outputs import EngineStats
+from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine, bundled_tokenizer
 
@@ -62,7 +63,24 @@ def test_openapi_describes_every_route(server: RunningServer) -> None:
     references = set(re.findall(r"#/components/schemas/(\w+)", str(spec)))
     assert references <= set(spec["components"]["schemas"])
     assert spec["paths"]["/health"]["get"]["security"] == []
+    assert "security" not in spec, "this server has no keys"
+    ids = [operation["operationId"] for path in spec["paths"].values() for operation in path.values()]
+    assert len(set(ids)) == len(ids)
+    schemas = spec["components"]["schemas"]
+    assert {"type": "number", "minimum": 0.0, "maximum": 1e6} in (
+        schemas["ChatCompletionRequest"]["properties"]["temperature"]["anyOf"]
+    )
+    assert schemas["ChatCompletionRequest"]["properties"]["messages"]["minItems"] == 1
+    assert list(spec["paths"]["/api/chat"]["post"]["responses"]["200"]["content"])[1] == "application/x-ndjson"
+    failure = spec["paths"]["/v1/messages"]["post"]["responses"]["default"]["content"]["application/json"]
+    assert failure["schema"]["$ref"].endswith("/AnthropicError")
     assert "temperature" in spec["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+
+
+def test_the_root_answers_any_client(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, api_key=("secret",))) as server:
+        assert server.send("GET", "/")[1] == "Quire is running\n"
+        assert server.send("HEAD", "/")[0].status == 200
 
 
 def test_docs_page_loads_nothing(server: RunningServer) -> None:
@@ -81,6 +99,12 @@ def test_metrics(server: RunningServer, client: OpenAI, engine: ScriptedEngine) 
     response, text = server.send("GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     labels = 'engine="0",model_name="scripted"'
+    engine.metrics.record_stats(
+        EngineStats(
+            num_running=3, num_blocks=64, block_size=16, total_steps=9, total_prompt_tokens=30, total_prefix_hits=12
+        )
+    )
+    assert f"vllm:prompt_tokens_total{{{labels}}} 42.0" in server.send("GET", "/metrics")[1]
     for prefix in ("quire", "vllm"):
         assert f"{prefix}:num_requests_running{{{labels}}} 3.0" in text
         assert (
@@ -107,3 +131,17 @@ def test_server_and_cli_import_no_heavy_package() -> None:
     environment: dict[str, Any] = {"PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_chat_is_rendered_and_the_tokenizer_described(server: RunningServer, engine: ScriptedEngine) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    _, rendered = server.send("POST", "/v1/chat/completions/render", body)
+    assert engine.calls == []
+    server.send("POST", "/v1/chat/completions", body)
+    assert rendered["token_ids"] == engine.calls[0].prompt
+    assert rendered["prompt"].startswith("<|begin|>")
+    assert rendered["count"] == len(engine.calls[0].prompt)
+    _, info = server.send("GET", "/tokenizer_info")
+    assert info["special_tokens"]["bos_token"] == "<|begin|>"
+    assert info["added_tokens_decoder"]["0"] == {"content": "<|begin|>", "special": True}
+    assert "messages" in info["chat_template"]

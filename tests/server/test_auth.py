@@ -21,7 +21,7 @@ def test_every_route_but_health_needs_a_key(engine: ScriptedEngine) -> None:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic first-key"}):
                 response, body = server.send(method, path, {} if method == "POST" else None, headers)
                 assert response.status == 401, path
-                assert body["error"]["code"] == "invalid_api_key"
+                assert "a valid API key is needed" in str(body["error"])
         for key in KEYS:
             assert server.send("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})[0].status == 200
         with pytest.raises(AuthenticationError):

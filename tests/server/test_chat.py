@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI, RateLimitError
 
-from quire.errors import EngineDeadError
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
 
@@ -116,6 +115,7 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: ScriptedEngine) -> 
         "truncate_prompt_tokens": 4,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
+        "vllm_xargs": {"ban": 7, "name": "x", "flag": True},
         "an_unknown_field": {"of": ["any", "kind"]},
     }
     client.chat.completions.create(
@@ -140,6 +140,7 @@ def test_parameters_reach_the_engine(client: OpenAI, engine: ScriptedEngine) -> 
     assert (params.ignore_eos, params.min_tokens, params.truncate_prompt_tokens) == (True, 2, 4)
     assert (params.skip_special_tokens, params.include_stop_str_in_output) == (False, True)
     assert (call.priority, call.cache_salt) == (-2, "pepper")
+    assert params.extra == {"ban": "7", "name": "x", "flag": "true"}
 
 
 def test_the_workload_is_the_route_and_the_system_prompt(client: OpenAI, engine: ScriptedEngine) -> None:
@@ -191,6 +192,10 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"vllm_xargs": {str(number): 1 for number in range(99)}}, "vllm_xargs"),
+        ({"mm_processor_kwargs": {"x": 1}}, "mm_processor_kwargs"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
         ({"max_completion_tokens": 300}, "max_completion_tokens"),
         ({"logprobs": True, "top_logprobs": -5}, "top_logprobs"),
     ],
@@ -247,13 +252,7 @@ def test_failed_sample(server: RunningServer, client: OpenAI, engine: ScriptedEn
     assert len(events) > 3
 
 
-def test_engine_death_and_bugs_are_errors_without_details(
-    server: RunningServer, client: OpenAI, engine: ScriptedEngine
-) -> None:
-    engine.raises = EngineDeadError("the engine process died 2 times on this request")
-    with pytest.raises(InternalServerError) as dead:
-        client.chat.completions.create(model="scripted", messages=HELLO)
-    assert dead.value.code == "engine_dead"
+def test_bugs_are_errors_without_details(server: RunningServer, client: OpenAI, engine: ScriptedEngine) -> None:
     engine.raises = KeyError("/secret/path")
     with pytest.raises(InternalServerError) as bug:
         client.chat.completions.create(model="scripted", messages=HELLO)

@@ -122,7 +122,7 @@ def test_the_log_of_unknown_fields_is_bounded(caplog: pytest.LogCaptureFixture) 
     warnings = FieldWarnings()
     with caplog.at_level(logging.WARNING, "quire.server"):
         for number in range(MAX_LOGGED + 10):
-            warnings.note("/v1/completions", CompletionRequest, [f"name{number}"])
+            warnings.log("/v1/completions", FieldWarnings.describe(CompletionRequest, [f"name{number}"]))
     assert len(caplog.records) == MAX_LOGGED
 
 

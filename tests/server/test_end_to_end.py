@@ -160,3 +160,38 @@ def test_refusals_of_the_engine_reach_the_client(client: OpenAI) -> None:
     ):
         with pytest.raises(BadRequestError, match=said):
             greedy(client, **options)
+
+
+def test_every_protocol_gives_the_same_answer(server: RunningServer, client: OpenAI) -> None:
+    chat = client.chat.completions.create(model="quire-bundled", messages=CHAT, temperature=0, max_tokens=24)
+    text = chat.choices[0].message.content
+    assert text
+    question = CHAT[0]["content"]
+    response = client.responses.create(model="quire-bundled", input=question, temperature=0, max_output_tokens=24)
+    assert response.output_text == text
+    asked: dict[str, Any] = {"model": "quire-bundled", "messages": CHAT}
+    _, message = server.send("POST", "/v1/messages", {**asked, "max_tokens": 24, "temperature": 0})
+    assert message["content"] == [{"type": "text", "text": text}]
+    options = {"temperature": 0, "num_predict": 24}
+    _, lines = server.send("POST", "/api/chat", {**asked, "options": options})
+    assert "".join(json.loads(line)["message"]["content"] for line in lines.splitlines()) == text
+
+
+def test_embeddings_are_those_of_the_engine(client: OpenAI) -> None:
+    alike, other = "Speak, what trade art thou?", "Sir, a carpenter."
+    first, again, different = (
+        item.embedding for item in client.embeddings.create(model="quire-bundled", input=[alike, alike, other]).data
+    )
+    assert first == pytest.approx(again, abs=1e-5)
+    assert sum(a * b for a, b in zip(first, different, strict=True)) < 0.999
+
+
+def test_contradictions_are_found_at_the_door_or_end_the_sample(client: OpenAI) -> None:
+    for fields, said in (
+        ({"allowed_token_ids": [45], "bad_words": ["I"]}, "bad_words"),
+        ({"allowed_token_ids": [1], "min_tokens": 3}, "min_tokens"),
+        ({"allowed_token_ids": [45], "structured_outputs": {"choice": ["hello"]}}, "structured_outputs"),
+    ):
+        with pytest.raises(BadRequestError, match=said) as refused:
+            greedy(client, max_tokens=5, extra_body=fields)
+        assert refused.value.code == "contradictory_parameters"

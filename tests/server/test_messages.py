@@ -211,7 +211,7 @@ def test_pings_fill_silence(server: RunningServer, engine: ScriptedEngine, monke
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
         ({"system": [{"type": "image"}]}, "system[0]"),
-        ({"tools": [{"name": "x", "type": "web_search_20250305"}]}, "tools[0] is of type 'web_search_20250305'"),
+        ({"tools": [{"name": "x", "type": "bash_20250124"}]}, "tools[0] is of type 'bash_20250124'"),
         ({"tools": TOOLS, "tool_choice": {"type": "maybe"}}, "tool_choice.type is 'maybe'"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "tool_choice"),
         ({"thinking": {"type": "loud"}}, "thinking.type is 'loud'"),
@@ -228,3 +228,11 @@ def test_refuses_by_name(server: RunningServer, engine: ScriptedEngine, fields: 
         assert reply["error"]["type"] == "invalid_request_error"
         assert said in reply["error"]["message"]
     assert engine.calls == []
+
+
+def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningServer) -> None:
+    body = {"max_tokens": 3, "messages": HELLO, "tool_choice": {"type": "auto"}}
+    body["tools"] = [{"type": "web_search_20250305", "name": "web_search"}]
+    response, _ = server.send("POST", "/v1/messages", body)
+    assert response.status == 200
+    assert "tools of type web_search" in response.headers["x-quire-warning"]

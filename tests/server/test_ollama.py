@@ -53,7 +53,9 @@ def test_chat(llama: ollama.Client, engine: ScriptedEngine) -> None:
     assert reply.total_duration is not None
     assert reply.prompt_eval_duration is not None
     assert reply.eval_duration is not None
-    assert reply.total_duration >= reply.prompt_eval_duration + reply.eval_duration >= 0
+    assert reply.total_duration == reply.prompt_eval_duration + reply.eval_duration
+    assert reply.prompt_eval_duration > 0
+    assert reply.eval_duration > 0
     lines = list(llama.chat("scripted", HELLO, stream=True))
     assert "".join(line.message.content or "" for line in lines) == ANSWER
     assert [line.done for line in lines] == [False] * NUM_TOKENS + [True]

@@ -11,7 +11,7 @@ from openai import BadRequestError, NotFoundError, OpenAI
 from quire.errors import ConfigError, EngineUnavailableError
 from quire.server.responses.items import input_items, to_messages
 from quire.server.responses.protocol import Reasoning, ResponseObject, TextConfig
-from quire.server.responses.store import ResponseStore, StoredResponse
+from quire.server.responses.store import ResponseStore, StoredResponse, StoreFailedError
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
@@ -270,7 +270,8 @@ def test_truncation_leaves_out_the_oldest(client: OpenAI, engine: ScriptedEngine
         ({"background": True, "store": False}, "background"),
         ({"text": {"format": {"type": "xml"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "custom", "name": "x"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"temperature": -1}, "temperature"),
         ({"truncation": "maybe"}, "truncation"),
@@ -350,3 +351,21 @@ def test_the_oldest_make_room() -> None:
         return [await store.load("", f"resp_{number}") is not None for number in (0, 100, 195, 199, 1000)]
 
     assert asyncio.run(scenario()) == [False, False, True, True, False]
+
+
+def test_tools_that_run_elsewhere_are_left_out_with_a_warning(server: RunningServer) -> None:
+    body = {"input": "x", "max_output_tokens": 3, "tool_choice": "auto"}
+    body["tools"] = [{"type": "web_search", "external_web_access": False}]
+    response, _ = server.send("POST", "/v1/responses", body)
+    assert response.status == 200
+    assert "tools of type web_search" in response.headers["x-quire-warning"]
+
+
+def test_a_store_that_fails_costs_no_answer(caplog: pytest.LogCaptureFixture) -> None:
+    store = ResponseStore(None, 10**6)
+    store._database.execute("DROP TABLE responses")
+    asyncio.run(store.save("", stored(1)))
+    assert "no such table: responses; the response resp_1 is not kept" in caplog.text
+    with pytest.raises(StoreFailedError, match="the store of responses failed") as failed:
+        asyncio.run(store.load("", "resp_1"))
+    assert failed.value.status == 503

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from quire.attention.expansion import sequences_to_expand
 from quire.attention.inputs import AttentionShape, Int32Array, Int64Array, StepArrays
 from quire.attention.shared_prefixes import find_shared_prefixes
-from quire.kernels.interface import CpuAttentionPlan
+from quire.kernels.interface import CpuAttentionPlan, ExpandedRun
 from quire.kv_groups import INVARIANT_ALIGNMENT
 
 __all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
@@ -85,6 +86,9 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         )
     min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
     tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
+    expanded = sequences_to_expand(step, shape)
+    if len(expanded):
+        tiles = tiles[~np.isin(tiles[:, WorkColumn.SEQUENCE], expanded)]
     sharers = _NO_SHARERS
     if shape.batch_invariant:
         tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
@@ -132,7 +136,34 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         partials=torch.empty(num_partial_rows, (shape.value_dim or shape.head_dim) + 2),
         window=shape.window,
         num_threads=shape.num_threads,
+        expanded=[_plan_expanded(step, shape, int(sequence)) for sequence in expanded],
     )
+
+
+def _plan_expanded(step: StepArrays, shape: AttentionShape, sequence: int) -> ExpandedRun:
+    """One head of a sequence whose keys and values lie one after the other."""
+    begin, end = map(int, step.query_start_loc[sequence : sequence + 2])
+    length = int(step.seq_lens[sequence])
+    num_blocks = -(-length // shape.block_size)
+    key_dim, value_dim = shape.expanded_dims
+    own_step = StepArrays(
+        np.array([0, end - begin], dtype=np.int32),
+        np.array([length], dtype=np.int32),
+        np.arange(num_blocks, dtype=np.int32)[None],
+        np.arange(length, dtype=np.int32),
+    )
+    own_shape = replace(
+        shape,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=key_dim,
+        value_dim=value_dim,
+        expanded_dims=(0, 0),
+        window=0,
+        kv_element_size=4,
+    )
+    blocks = torch.from_numpy(step.block_tables[sequence, :num_blocks].astype(np.int64))
+    return ExpandedRun(slice(begin, end), blocks, plan_attention(own_step, own_shape))
 
 
 def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:

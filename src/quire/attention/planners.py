@@ -64,7 +64,7 @@ class GroupPlanner:
         size = len(variant) // len(steps)
         for group, (step, plan_step) in enumerate(zip(steps, self._planners, strict=True)):
             plan = plans[self._alike[group]] if self._alike[group] < group else None
-            if isinstance(plan, CpuAttentionPlan):
+            if isinstance(plan, CpuAttentionPlan) and not plan.expanded:
                 # On a CPU the work depends on lengths and windows alone. Groups of equal windows share it.
                 plans.append(_with_tables(plan, step))
             else:

@@ -10,6 +10,7 @@ from typing import Any
 from cyclopts import App, CycloptsError
 
 from quire import __version__
+from quire.cli.configuration import read_configuration
 from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireError, RequestError
 
 _ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
@@ -58,7 +59,9 @@ def make_app() -> App:
 def run(arguments: Sequence[str]) -> int:
     """Run one subcommand and return its status."""
     try:
-        status = make_app()(list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False)
+        app = make_app()
+        read_configuration(app, arguments)
+        status = app(list(arguments) or ["--help"], print_error=False, exit_on_error=False, help_on_error=False)
         return status if isinstance(status, int) else 0
     except SystemExit:
         return 0  # rich exits when the reader of a help text closes the pipe

@@ -17,8 +17,9 @@ from quire.engine.checkpoint import find_model
 from quire.engine.device import Device as EngineDevice
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_sizes import available_memory
-from quire.errors import ConfigError, MemoryPlanError
-from quire.model_config import ModelConfig
+from quire.errors import CheckpointError, ConfigError, MemoryPlanError
+from quire.model_config import ModelConfig, read_json
+from quire.model_config.architecture_names import known_architecture
 from quire.quantization import METHODS
 from quire.simulation.devices import DEVICES, Device, fewest_devices, find_device
 from quire.simulation.model_shapes import ModelShape
@@ -88,20 +89,34 @@ def plan(model: ModelArgument = "", *, asked: PlanOptions = _DEFAULTS, **options
         return
     asked.check()
     folder = find_model(config.model, config.revision)
+    model_config, refusal = _read_config(folder)
     question = _Question(
         config=config,
-        model=ModelConfig.from_folder(folder),
+        model=model_config,
         folder=folder.resolve(),
         available=available_memory(),
         device=None if here else find_device(asked.device),
         num_devices=asked.num_devices,
         asked=asked,
     )
-    figures = _figures(question)
+    figures = {**_figures(question), "served": refusal is None}
+    if refusal is not None and not asked.as_json:
+        print(f"{model_config.architecture} cannot be served yet; an estimate from the sizes in config.json. {refusal}")
     if asked.as_json:
         print(json.dumps(figures, indent=2))
     else:
         print_plan(figures, question.memory_plan().describe())
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
+    """The model's config; for a family that cannot be served an estimate, and why it cannot."""
+    try:
+        return ModelConfig.from_folder(folder), None
+    except CheckpointError as error:
+        path = folder / "config.json"
+        if not path.is_file() or known_architecture(path, read_json(path)) is not None:
+            raise
+        return ModelConfig.estimated(folder), str(error).partition("; supported are")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from quire.cli.options import ModelArgument, flags, split
@@ -11,17 +12,22 @@ from quire.server.settings import ServerSettings
 
 
 @flags(EngineConfig, ServerSettings)
-def serve(model: ModelArgument = "", **options: Any) -> int:
+def serve(model: ModelArgument = "", *, config: Path | None = None, show_config: bool = False, **options: Any) -> int:
     """Serve a model through OpenAI's API.
 
     Parameters
     ----------
     model
         Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+    config
+        Read options from this YAML or TOML file. Variables such as QUIRE_MAX_NUM_SEQS override it, flags override both.
+    show_config
+        Print every option with its value and source, and stop.
     """
+    assert not show_config, "it is answered before the command runs"
     started = time.perf_counter()
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
-    config = EngineConfig.from_options({"model": model, **engine_options})
+    engine_config = EngineConfig.from_options({"model": model, **engine_options})
     settings = ServerSettings(**server_options)
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
@@ -39,6 +45,6 @@ def serve(model: ModelArgument = "", **options: Any) -> int:
     listener = bind(settings)
 
     async def until_stopped() -> bool:
-        return await serve_until_stopped(AsyncLLM(config, report), settings, listener, report=report)
+        return await serve_until_stopped(AsyncLLM(engine_config, report), settings, listener, report=report)
 
     return 0 if uvloop.run(until_stopped()) else 1

@@ -56,8 +56,8 @@ def _check_allowed(request: Request) -> None:
     names = [name for name, tokens in forbidden.items() if tokens & allowed]
     if allowed <= set().union(*forbidden.values()):
         raise RequestError(
-            f"allowed_token_ids leaves no token to sample: {' and '.join(names)} forbid all of them; allow more tokens "
-            f"or leave out {' or '.join(names)}",
+            f"allowed_token_ids leaves no token to sample: all are forbidden by {' and '.join(names)}; allow more "
+            f"tokens, or leave out {' or '.join(names)}",
             param="allowed_token_ids",
             code="contradictory_parameters",
         )

@@ -1,4 +1,4 @@
-"""The contents of messages in the form that a chat template takes: a text, a list of parts, or none.
+"""The contents of messages in the form that a chat template takes: a text or a list of parts.
 
 transformers hands contents to the template as they came. A template that knows one form only then writes a list as
 Python prints it, or fails. Quire asks the template first, with a short conversation for each role:
@@ -6,8 +6,8 @@ Python prints it, or fails. Quire asks the template first, with a short conversa
 - A list of text parts is passed as a list if the template writes the texts of a list, as in transformers; else the
   texts are joined by line feeds, as in vLLM.
 - A text is passed as a list of one part if the template writes only those.
-- No content beside tool calls is None, as in transformers, unless the template then fails or writes the word None: then
-  it is an empty text.
+- Fields that are None are left out, as in transformers; a template that fails without the content of an assistant's
+  message gets an empty text. The names of a message's reasoning are filled from each other, as in transformers.
 """
 
 import json
@@ -21,6 +21,8 @@ Render = Callable[[list[dict[str, Any]]], str]
 """Renders messages; raises what a template raises."""
 
 _PROBE = "quireprobe"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; templates read the first, gpt-oss's the second."""
 _QUESTION = {"role": "user", "content": "a"}
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
 _AROUND: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
@@ -65,35 +67,30 @@ class ContentForms:
 def render_contents(render: Render, messages: Sequence[dict[str, Any]], forms: ContentForms) -> str:
     """Render plain messages in the forms that the template takes. Raises what the template raises."""
     shaped = [forms.shape(render, message) for message in messages]
-    if all(message.get("content", "") is not None for message in shaped):
+    if all("content" in message for message in shaped):
         return render(shaped)
-    emptied = [{**message, "content": ""} if message.get("content", "") is None else message for message in shaped]
     try:
-        text = render(shaped)
+        return render(shaped)
     except Exception:
-        return render(emptied)
-    if "None" not in text:
-        return text
-    try:
-        without = render(emptied)
-    except Exception:
-        return text
-    return text if text.count("None") == without.count("None") else without
+        return render([{"content": "", **message} for message in shaped])
 
 
-def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as `render_contents` takes it: its content is a text, a list of text parts, or None beside tool calls;
-    arguments of tool calls are objects. Raises `RequestError` for what is none of these."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+def plain_message(message: object, index: int) -> dict[str, Any]:
+    """A message as `render_contents` takes it: its content is a text, a list of text parts, or left out of an
+    assistant's message; arguments of tool calls are objects. Raises `RequestError` for what is none of these."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
         raise RequestError(f"messages[{index}] is no object with a role", param="messages")
-    plain = dict(message)
+    plain = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     content = plain.get("content")
     if isinstance(content, list):
         plain["content"] = [_part(_text_of_part(part, index)) for part in content]
     elif content is None:
-        if message["role"] != "assistant":
+        if role != "assistant":
             raise RequestError(f"messages[{index}] has no content", param="messages")
-        plain["content"] = None if plain.get("tool_calls") else ""
     elif not isinstance(content, str):
         raise RequestError(
             f"messages[{index}].content is a {type(content).__name__}; give a text or a list of text parts",
@@ -135,7 +132,7 @@ def _plain_tool_call(call: Any) -> Any:
     match call:
         case {"function": {"arguments": str(arguments)}}:
             try:
-                return {**call, "function": {**call["function"], "arguments": json.loads(arguments)}}
+                return {**call, "function": {**call["function"], "arguments": json.loads(arguments or "{}")}}
             except (ValueError, RecursionError):
                 return call
     return call

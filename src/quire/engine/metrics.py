@@ -136,7 +136,12 @@ _COUNTERS: tuple[_Row[EngineStats], ...] = (
     ),
     _Row("prefix_cache_hits", "Prompt tokens found in the prefix cache", attrgetter("total_prefix_hits"), True),
     _Row("num_preemptions", "Preempted requests", attrgetter("total_preemptions"), True),
-    _Row("prompt_tokens", "Prompt tokens processed", attrgetter("total_prompt_tokens"), True),
+    _Row(
+        "prompt_tokens",
+        "Prompt tokens, computed or found in the prefix cache",
+        lambda stats: stats.total_prompt_tokens + stats.total_prefix_hits,
+        True,
+    ),
     _Row("generation_tokens", "Tokens generated", attrgetter("total_generated_tokens"), True),
     _Row("steps", "Steps of the engine", attrgetter("total_steps")),
     _Row("kv_block_evictions", "Blocks of the prefix cache whose space was taken", attrgetter("total_evictions")),

@@ -118,7 +118,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(
         model="quire.models.llama:Llama",
         reads=("use_sliding_window", "max_window_layers", "layer_types"),
-        implied={"max_position_embeddings": 32768, "qkv_bias": True, "sliding_window": 4096},
+        constants={"qkv_bias": True},
+        implied={"max_position_embeddings": 32768, "sliding_window": 4096},
     ),
     "Qwen3ForCausalLM": Architecture(
         model="quire.models.llama:Llama",

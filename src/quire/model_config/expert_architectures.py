@@ -20,6 +20,7 @@ EXPERT_ARCHITECTURES: dict[str, Architecture] = {
         reads=("sliding_window",),
         constants={"use_sliding_window": True, "max_window_layers": 0},
         names={"num_experts": "num_local_experts"},
+        aliases={"num_experts": "num_local_experts"},
         implied={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,

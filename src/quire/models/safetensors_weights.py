@@ -143,11 +143,13 @@ def _indexed_entries(folder: Path, index: Path) -> dict[str, Entry]:
     """The tensors of a sharded checkpoint. Its index says in which file a tensor is; a copy in another file, which a
     merge of shards leaves behind, is not read."""
     weight_map = read_json(index).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not isinstance(weight_map, dict) or not names or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{index}: weight_map is {json.dumps(weight_map)}; expected tensor names and their files")
+        raise CheckpointError(
+            f"{index}: weight_map is {json.dumps(weight_map)[:200]}; expected tensor names and their files"
+        )
     shards: dict[str, dict[str, Entry]] = {}
-    for name in sorted(names):
+    for name in sorted(set(names)):
         file = folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{index}: {name} is not the name of a file beside it")

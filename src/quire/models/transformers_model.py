@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError, ConfigError
-from quire.kernels import AttentionParams, Kernels
+from quire.kernels import Kernels
+from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = "quire_paged"
 """The name of our attention function in transformers' table."""
-_UNSUPPORTED_ROPES = {"dynamic", "longrope"}
+_UNSUPPORTED_ROPES = ("dynamic", "longrope")
 """Rotary embeddings that transformers recomputes by the longest sequence of a step, which must not change others."""
 _IGNORED = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
 
@@ -162,8 +163,9 @@ def _why_not(family: Any, settings: Any) -> str:
         return "its layers compute attention themselves instead of through the library's interface"
     ropes = getattr(settings, "rope_parameters", None) or {}
     kinds = {ropes.get("rope_type"), *(each.get("rope_type") for each in ropes.values() if isinstance(each, dict))}
-    if kinds & _UNSUPPORTED_ROPES:
-        return f"its rotary embedding ({', '.join(sorted(kinds & _UNSUPPORTED_ROPES))}) depends on other sequences"
+    unsupported = [kind for kind in _UNSUPPORTED_ROPES if kind in kinds]
+    if unsupported:
+        return f"its rotary embedding ({unsupported[0]}) depends on other sequences"
     return ""
 
 
@@ -183,7 +185,7 @@ def paged_attention(
     """transformers' attention function. query [1, num_heads, T, D], key and value [1, num_kv_heads, T, D] ->
     [1, T, num_heads, D]. Raises `TypeError` for options that the kernels do not have."""
     step = options.pop("quire_step", None)
-    window, softcap = options.pop("sliding_window", None), options.pop("softcap", None)
+    window, softcap, sinks = (options.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     unknown = sorted(name for name, option in options.items() if option is not None and name not in _IGNORED)
     if unknown and options.get("is_causal") is not True:
         raise TypeError(f"its attention takes {', '.join(unknown)}, which the paged kernels do not have")
@@ -199,11 +201,17 @@ def paged_attention(
         return query.transpose(1, 2), None
     assert isinstance(step, _Step)
     q, k, v = (x[0].transpose(0, 1).to(step.dtype).contiguous() for x in (query, key, value))
-    kv = step.context.kv_layers[layer]
-    plan = step.context.attention[kv.group]
+    context = step.context.for_inner_layers
+    plan = context.attention[context.kv_layers[layer].group]
     if plan.window and not 0 < (window or 0) <= plan.window:
         seen = f"a window of {window}" if window else "all positions"
         raise TypeError(f"layer {layer} attends to {seen}, but config.json gives it a window of {plan.window}")
-    step.kernels.write_kv(k, v, kv, plan.slots)
-    params = AttentionParams(scaling or q.shape[-1] ** -0.5, window or 0, softcap or 0.0)
-    return step.kernels.paged_attention(q, kv, plan, params)[None].to(query.dtype), None
+    attend = Attention(
+        step.kernels,
+        layer,
+        scale=scaling or q.shape[-1] ** -0.5,
+        window=window or 0,
+        softcap=softcap or 0.0,
+        sinks=None if sinks is None else sinks.float(),
+    )
+    return attend(q, k, v, context)[None].to(query.dtype), None

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, embeddings, health, kv, metrics, models, openapi, tokenize
+from quire.server import chat, completions, embeddings, health, infill, kv, metrics, models, openapi, tokenize
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -45,6 +45,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
+    *infill.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
@@ -58,7 +59,7 @@ def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | 
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
-    endpoints = (*described, *openapi.endpoints(described))
+    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.api_key)))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -147,8 +148,8 @@ class _RequestMiddleware:
                 status = message["status"]
                 now = (b"date", formatdate(usegmt=True).encode())
                 message["headers"] = [*message.get("headers", ()), request_id, now]
-                if warning := scope.get("state", {}).get("warning"):
-                    message["headers"].append((b"x-quire-warning", warning))
+                if warnings := scope.get("state", {}).get("warnings"):
+                    message["headers"].append((b"x-quire-warning", "; ".join(warnings).encode("ascii", "replace")))
             await send(message)
 
         try:

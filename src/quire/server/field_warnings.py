@@ -1,6 +1,7 @@
-"""FieldWarnings: tells of request fields that Quire does not know: once in the log, and in a header each time."""
+"""FieldWarnings: logs once what of requests has no effect, above all fields that Quire does not know."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from quire.server.decoding import nearest_field
@@ -8,23 +9,26 @@ from quire.server.decoding import nearest_field
 logger = logging.getLogger("quire.server")
 
 MAX_LOGGED = 256
-"""Most (route, field) pairs that are remembered and logged. Clients could otherwise fill the log."""
+"""Most (route, warning) pairs that are remembered and logged. Clients could otherwise fill the log."""
 
 
 @dataclass(slots=True)
 class FieldWarnings:
-    """Remembers which unknown fields were logged."""
+    """Remembers what was logged."""
 
     _logged: set[tuple[str, str]] = field(default_factory=set)
 
-    def note(self, route: str, body_type: type, names: list[str]) -> bytes:
-        """Log each of `names` the first time that `route` gets it. Returns the value of the header x-quire-warning."""
-        texts = [_describe(name, body_type) for name in names]
-        for name, text in zip(names, texts, strict=True):
-            if (route, name) not in self._logged and len(self._logged) < MAX_LOGGED:
-                self._logged.add((route, name))
+    def log(self, route: str, texts: Iterable[str]) -> None:
+        """Log each text the first time that `route` gives cause for it."""
+        for text in texts:
+            if (route, text) not in self._logged and len(self._logged) < MAX_LOGGED:
+                self._logged.add((route, text))
                 logger.warning("%s: %s", route, text)
-        return "; ".join(texts).encode("ascii")
+
+    @staticmethod
+    def describe(body_type: type, names: Iterable[str]) -> list[str]:
+        """A warning for each unknown field of `names`, with the nearest field of `body_type`."""
+        return [_describe(name, body_type) for name in names]
 
 
 def _describe(name: str, body_type: type) -> str:

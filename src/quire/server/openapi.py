@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from quire import __version__
+from quire.sampling_params import NUMBER_RANGES
 from quire.server.endpoint import Endpoint, RequestContext
-from quire.server.errors import ErrorBody
 
 _ABOUT = "An engine that serves large language models."
 _PARAMETER = re.compile(r"{(\w+)(?::path)?}")
@@ -26,9 +26,9 @@ _POLICY = (
 )
 
 
-def endpoints(described: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
-    """The endpoints /openapi.json and /docs, for the endpoints `described`."""
-    spec = describe(described)
+def endpoints(described: Sequence[Endpoint], *, needs_key: bool) -> tuple[Endpoint, ...]:
+    """The endpoints /openapi.json and /docs, for the endpoints `described`. `needs_key`: the server has API keys."""
+    spec = describe(described, needs_key=needs_key)
     spec_json = msgspec.json.encode(spec)
     page = render_page(spec).encode()
 
@@ -44,16 +44,20 @@ def endpoints(described: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
     )
 
 
-def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
+def describe(described: Sequence[Endpoint], *, needs_key: bool) -> dict[str, Any]:
     """The OpenAPI document."""
-    bodies = [body for e in described for body in (e.body, e.reply) if body is not None] + [ErrorBody]
+    bodies = list(
+        dict.fromkeys(body for e in described for body in (e.body, e.reply, e.errors.schema) if body is not None)
+    )
     references, schemas = msgspec.json.schema_components(bodies, ref_template=_REF)
     reference_of = dict(zip(bodies, references, strict=True))
+    for body in {e.body for e in described if e.body is not None}:
+        _add_ranges(schemas[str(reference_of[body]["$ref"]).rpartition("/")[2]])
     paths: dict[str, Any] = {}
     for endpoint in described:
         path = _PARAMETER.sub(r"{\1}", endpoint.path)
         paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint, reference_of)
-    return {
+    spec: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "Quire",
@@ -61,12 +65,12 @@ def describe(described: Sequence[Endpoint]) -> dict[str, Any]:
             "description": _ABOUT,
         },
         "paths": paths,
-        "components": {
-            "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
-        "security": [{"key": []}],
+        "components": {"schemas": schemas},
     }
+    if needs_key:
+        spec["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        spec["security"] = [{"key": []}]
+    return spec
 
 
 def render_page(spec: dict[str, Any]) -> str:
@@ -80,10 +84,24 @@ def render_page(spec: dict[str, Any]) -> str:
     objects = "".join(_object(name, schema) for name, schema in spec["components"]["schemas"].items())
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Quire {__version__}</title><style>{_STYLE}</style>"
-        f"<h1>Quire {__version__}</h1><p>{_ABOUT} The routes and objects are OpenAI's, "
-        f"with vLLM's additions; <a href=openapi.json>openapi.json</a> says the same to programs.</p>"
+        f"<h1>Quire {__version__}</h1><p>{_ABOUT} The routes and objects are OpenAI's "
+        f"with vLLM's additions, Anthropic's and Ollama's; <a href=openapi.json>openapi.json</a> says the same to "
+        f"programs.</p>"
         f"<h2>Routes</h2><table>{routes}</table><h2>Objects</h2>{objects}</html>"
     )
+
+
+def _add_ranges(schema: dict[str, Any]) -> None:
+    """Give the numbers among a body's properties the ranges of `SamplingParams`."""
+    for name, about in schema.get("properties", {}).items():
+        limits = NUMBER_RANGES.get(name)
+        if limits is None:
+            continue
+        for option in about.get("anyOf", [about]):
+            if option.get("type") in ("integer", "number"):
+                low = "exclusiveMinimum" if limits.above_low else "minimum"
+                # A completion may ask for no tokens.
+                option |= {low: 0 if name == "max_tokens" else limits.low, "maximum": limits.high}
 
 
 def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, Any]:
@@ -91,10 +109,10 @@ def _operation(endpoint: Endpoint, reference_of: dict[type, Any]) -> dict[str, A
     if endpoint.reply is not None:
         content["application/json"] = {"schema": reference_of[endpoint.reply]}
     if endpoint.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    failure = {"application/json": {"schema": reference_of[ErrorBody]}}
+        content[endpoint.stream_type] = {"schema": {"type": "string"}}
+    failure = {"application/json": {"schema": reference_of[endpoint.errors.schema]}}
     operation: dict[str, Any] = {
-        "operationId": endpoint.handle.__name__ if hasattr(endpoint.handle, "__name__") else endpoint.path,
+        "operationId": "_".join(re.findall(r"\w+", f"{endpoint.method.lower()} {endpoint.path}")),
         "summary": endpoint.summary,
         "responses": {
             "200": {"description": "Done", **({"content": content} if content else {})},

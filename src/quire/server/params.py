@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import fields
 
@@ -67,7 +68,8 @@ def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -
         values.update(max_tokens=1, min_tokens=0)
     if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
         values["prompt_logprobs"] = request.logprobs
-    return SamplingParams(**values)
+    with naming({"extra": "vllm_xargs"}):
+        return SamplingParams(**values)
 
 
 def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -79,7 +81,7 @@ def chat_params(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> 
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if request.logprobs:
         values["logprobs"] = request.top_logprobs or 0
-    with naming(sent_names(request)):
+    with naming({"extra": "vllm_xargs", **sent_names(request)}):
         return SamplingParams(**values)
 
 
@@ -136,6 +138,8 @@ def _values(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, 
     if "beam_width" in given:
         # Beam search does not sample: drop the model's sampling defaults. Values that the client set are refused.
         defaults = {name: value for name, value in defaults.items() if name not in _SAMPLING_ONLY}
+    if request.vllm_xargs:
+        given["extra"] = {name: _as_text(value) for name, value in request.vllm_xargs.items()}
     if given.get("stop") == "":
         del given["stop"]
     return {**defaults, **given, "structured_outputs": structured_outputs(request)}
@@ -175,6 +179,10 @@ def structured_outputs(request: GenerateRequest) -> StructuredOutputsParams | No
             "response_format of type json_schema needs json_schema.name and json_schema.schema", param="response_format"
         )
     return StructuredOutputsParams(json=wanted.json_schema.schema, asked_as=asked_as)
+
+
+def _as_text(value: str | bool | int | float) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _refusal(name: str, message: str) -> Refusal:

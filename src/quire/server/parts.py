@@ -34,11 +34,16 @@ class Part:
     kind: PartKind
     index: int
     """Its place among the parts."""
-    text: str = ""
-    """For a tool call the arguments, as JSON text."""
     call_id: str = ""
     name: str = ""
     """The called tool."""
+    pieces: list[str] = field(default_factory=list)
+    """The pieces of `text`: adding to a long text would copy it each time."""
+
+    @property
+    def text(self) -> str:
+        """For a tool call the arguments, as JSON text."""
+        return "".join(self.pieces)
 
 
 class Opened(NamedTuple):
@@ -93,7 +98,7 @@ class PartList:
                 case ReasoningDelta(text):
                     changes += self._add(PartKind.REASONING, text)
                 case ToolCallBegin(_, call_id, name):
-                    changes += self._open(Part(PartKind.TOOL_CALL, len(self.parts), "", call_id, name))
+                    changes += self._open(Part(PartKind.TOOL_CALL, len(self.parts), call_id, name))
                 case ArgumentsDelta(_, text):
                     changes += self._add(PartKind.TOOL_CALL, text)
                 case ToolCallEnd():
@@ -114,9 +119,7 @@ class PartList:
         return changes
 
     def _add(self, kind: PartKind, text: str) -> list[Change]:
-        changes: list[Change] = []
-        if not self._is_open or self.parts[-1].kind is not kind:
-            changes += self._open(Part(kind, len(self.parts)))
+        opened = self._open(Part(kind, len(self.parts))) if not self._is_open or self.parts[-1].kind is not kind else []
         part = self.parts[-1]
-        part.text += text
-        return [*changes, Added(part, text)]
+        part.pieces.append(text)
+        return [*opened, Added(part, text)]

@@ -22,6 +22,8 @@ class NotAvailable(Struct, kw_only=True):
     logprob_token_ids: Refused = None
     repetition_detection: Refused = None
     kv_transfer_params: Refused = None
+    mm_processor_kwargs: Refused = None
+    media_io_kwargs: Refused = None
     guided_decoding_backend: Refused = None
 
 
@@ -36,6 +38,8 @@ class WithoutEffect(NotAvailable, kw_only=True):
     safety_identifier: str | None = None
     verbosity: str | None = None
     prediction: Any = None
+    request_id: str | None = None
+    """Send the header x-request-id instead: it comes back."""
 
 
 class StreamOptions(Struct):
@@ -137,6 +141,8 @@ class GenerateRequest(WithoutEffect, kw_only=True):
     user: Salt | None = None
     """The tenant, if the server has no API keys."""
     cache_salt: Salt | None = None
+    vllm_xargs: dict[str, str | bool | int | float] | None = None
+    """Free-form values for logits processors, which get them as texts in `params.extra`."""
     """Only requests with the same salt and API key share prefix blocks."""
     echo: bool | None = None
     """Completions: put the prompt before the text. Chats: put the last message before it, if it is continued."""

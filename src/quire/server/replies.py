@@ -231,10 +231,39 @@ class Detokenized(Struct):
     prompt: str
 
 
+class RenderedChat(Struct):
+    """Reply of /v1/chat/completions/render."""
+
+    prompt: str
+    token_ids: list[int]
+    count: int
+    max_model_len: int
+
+
+class AddedToken(Struct):
+    """A token that is not made of others."""
+
+    content: str
+    special: bool
+
+
+class TokenizerInfo(Struct):
+    """Reply of /tokenizer_info."""
+
+    vocab_size: int
+    model_max_length: int
+    special_tokens: dict[str, str]
+    """Name, such as bos_token → text."""
+    added_tokens_decoder: dict[str, AddedToken]
+    chat_template: str | None
+
+
 class Health(Struct):
-    """Reply of /health: ready, loading, draining, restarting or dead."""
+    """Reply of /health: ready, stalled, loading, draining, restarting, down or dead; of /health/live: live."""
 
     status: str
+    cause: str | UnsetType = UNSET
+    """Why the engine is down, and until when."""
 
 
 class Version(Struct):

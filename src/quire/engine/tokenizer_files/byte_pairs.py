@@ -92,7 +92,8 @@ def read_vocab_and_merges(path: Path, settings: dict[str, Any]) -> Tokenizer:
     if not all(type(token_id) is int for token_id in vocab.values()):
         raise CheckpointError(f"{path} is no vocabulary: supported are texts of tokens with their ids")
     lines = merges_file.read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    halves = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
+    pairs = [(left, right) for left, _, right in halves]
     try:
         model = models.BPE(vocab, pairs)
     except Exception as error:  # the library raises plain Exception

@@ -21,17 +21,20 @@ SENT_NAMES = {
 """Names of a chat's fields → where this endpoint's clients send them."""
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system block of Claude Code that differs in each request: no prompt would be found in the prefix cache."""
+_HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_", "mcp_")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _MAX_USER_CHARS = 256
 
 
 def to_chat(request: PromptFields) -> ChatCompletionRequest:
     """The chat for `request`. Raises `RequestError` for blocks, tools and options that it does not know."""
+    tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
+    choice = _tool_choice(request.tool_choice)
     chat = ChatCompletionRequest(
         model=request.model,
         messages=[*_system(request.system), *(m for i, given in enumerate(request.messages) for m in _split(given, i))],
-        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ())] or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tools=tools or None,
+        tool_choice=choice if tools or choice != "auto" else None,  # auto is the default, which clients may spell out
         parallel_tool_calls=not (request.tool_choice and request.tool_choice.disable_parallel_tool_use),
     )
     _set_options(chat, request)
@@ -83,15 +86,14 @@ def _split(message: InputMessage, index: int) -> list[Message]:
         return [Message(role=message.role, content=message.content)]
     results: list[Message] = []
     texts: list[str] = []
+    calls: list[dict[str, Any]] = []
     turn = Message(role=message.role)
     for number, block in enumerate(message.content):
         place = f"messages[{index}].content[{number}]"
         match block:
             case {"type": "tool_use", "id": str(call_id), "name": str(name), "input": dict(given)}:
                 function = {"name": name, "arguments": msgspec.json.encode(given).decode()}
-                turn.tool_calls = [
-                    *(turn.tool_calls or ()), {"id": call_id, "type": "function", "function": function}
-                ]  # fmt: skip
+                calls.append({"id": call_id, "type": "function", "function": function})
             case {"type": "tool_result", "tool_use_id": str(call_id)}:
                 content = _texts(block.get("content") or "", f"{place}.content")
                 results.append(Message(role="tool", content=content, tool_call_id=call_id))
@@ -101,12 +103,11 @@ def _split(message: InputMessage, index: int) -> list[Message]:
                 pass
             case _:
                 texts.append(_text(block, place))
-    if texts:
-        turn.content = "\n".join(texts)
-    says_something = turn.content is not None or turn.tool_calls or not results
-    if turn.role == "user" and turn.content is None and not results:
-        turn.content = ""
-    return [*results, turn] if says_something else results
+    if not texts and not calls and results:
+        return results
+    turn.content = "\n".join(texts) if texts or not calls else None
+    turn.tool_calls = calls or None
+    return [*results, turn]
 
 
 def _texts(content: object, place: str) -> str:
@@ -132,10 +133,15 @@ def _text(block: object, place: str) -> str:
     raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=place.partition("[")[0])
 
 
+def is_hosted(tool: Tool) -> bool:
+    """Whether `tool` runs on Anthropic's servers. Clients offer them unasked: the model goes without."""
+    return (tool.type or "").startswith(_HOSTED)
+
+
 def _tool(tool: Tool, index: int) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
         raise RequestError(
-            f"tools[{index}] is of type {brief(tool.type)}, which runs at Anthropic; only custom is supported",
+            f"tools[{index}] is of type {brief(tool.type)}; only custom is supported",
             param="tools",
         )
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}

@@ -4,7 +4,7 @@ import uuid
 
 from quire.errors import RequestError
 from quire.server.answers import Answer
-from quire.server.anthropic.blocks import SENT_NAMES, to_chat
+from quire.server.anthropic.blocks import SENT_NAMES, is_hosted, to_chat
 from quire.server.anthropic.protocol import (
     AnthropicMessage,
     CountRequest,
@@ -26,6 +26,8 @@ async def create_message(context: RequestContext) -> None:
     context.check_ready()
     model = context.check_model(request.model)
     check_absent(request, _REFUSED)
+    if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
+        context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; the model goes without them")
     turn = await _turn(context, request)
     message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)

@@ -86,7 +86,7 @@ def _events(change: Change) -> list[bytes]:
     part = change.part
     match change:
         case Opened():
-            block = _block(Part(part.kind, part.index, "", part.call_id, part.name))
+            block = _block(Part(part.kind, part.index, part.call_id, part.name))
             if part.kind is PartKind.REASONING:
                 block["signature"] = ""
             return [_event("content_block_start", part, content_block=block)]
@@ -150,5 +150,5 @@ def _error_body(error: RequestError, request_id: str) -> AnthropicError:
     return AnthropicError(AnthropicErrorDetail(kind, error.message), request_id=request_id or UNSET)
 
 
-ERRORS = ErrorForm(_error_body, {503: 529})
+ERRORS = ErrorForm(AnthropicError, _error_body, {503: 529})
 """How /v1/messages answers errors. Anthropic's clients know 529 as an overloaded server."""

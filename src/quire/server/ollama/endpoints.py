@@ -23,7 +23,7 @@ from quire.server.ollama.protocol import (
     GenerationFields,
     OldEmbedReply,
 )
-from quire.server.ollama.renderer import ERRORS, LineRenderer
+from quire.server.ollama.renderer import ERRORS, NDJSON, LineRenderer
 from quire.server.params import check_absent
 from quire.server.tools.events import PlainReader
 
@@ -95,7 +95,17 @@ async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str
 
 
 ENDPOINTS = (
-    Endpoint("POST", "/api/chat", chat, "Ollama's chat", ChatRequest, ChatLine, streams=True, errors=ERRORS),
+    Endpoint(
+        "POST",
+        "/api/chat",
+        chat,
+        "Ollama's chat",
+        ChatRequest,
+        ChatLine,
+        streams=True,
+        stream_type=NDJSON,
+        errors=ERRORS,
+    ),
     Endpoint(
         "POST",
         "/api/generate",
@@ -104,6 +114,7 @@ ENDPOINTS = (
         GenerateRequest,
         GenerateLine,
         streams=True,
+        stream_type=NDJSON,
         errors=ERRORS,
     ),
     Endpoint("POST", "/api/embed", embed, "Ollama's embeddings", EmbedRequest, EmbedReply, errors=ERRORS),

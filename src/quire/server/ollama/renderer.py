@@ -30,7 +30,8 @@ from quire.server.parts import Added, Change, Closed, Part, PartKind, PartList
 Logprobs = list[dict[str, Any]]
 Line = ChatLine | GenerateLine
 
-ERRORS = ErrorForm(lambda error, _: OllamaError(error.message))
+ERRORS = ErrorForm(OllamaError, lambda error, _: OllamaError(error.message))
+NDJSON = "application/x-ndjson"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -45,17 +46,18 @@ class LineRenderer(Renderer):
 
     model: str
     is_chat: bool
-    """Of /api/chat; otherwise of /api/generate."""
+    """The endpoint is /api/chat; otherwise it is /api/generate."""
     logprobs: LogprobFormat | None
     done: ClassVar[bytes] = b""
-    content_type: ClassVar[bytes] = b"application/x-ndjson"
+    content_type: ClassVar[bytes] = NDJSON.encode()
     _parts: PartList = field(default_factory=PartList)
     _started: int = field(default_factory=time.monotonic_ns)
     _first_token: int = 0
+    """When it came, in nanoseconds after the request."""
     _last: CompletionOutput = field(default_factory=lambda: CompletionOutput(0))
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
-        self._first_token = time.monotonic_ns()
+        self._first_token = _nanoseconds_to_token(choice)
         return ()
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
@@ -75,6 +77,7 @@ class LineRenderer(Renderer):
 
     def whole(self, choices: Sequence[Choice], usage: UsageCounter) -> Line:
         choice = choices[0]
+        self._first_token = _nanoseconds_to_token(choice)
         message = choice.message
         calls = [_call(part) for part in PartList.of(message).parts if part.kind is PartKind.TOOL_CALL]
         line = self._line(message.text, message.reasoning or UNSET, calls)
@@ -109,20 +112,27 @@ class LineRenderer(Renderer):
 
     def _finish(self, line: Line, sample: CompletionOutput, counter: UsageCounter) -> None:
         """Make `line` the last one."""
-        usage, ended = counter.usage(), time.monotonic_ns()
-        first = self._first_token or ended
+        usage, total = counter.usage(), time.monotonic_ns() - self._started
+        first = min(self._first_token, total)
         line.done = True
         timing: Timing = line
         timing.done_reason = "length" if sample.finish_reason == "length" else "stop"
-        timing.total_duration, timing.load_duration = ended - self._started, 0
-        timing.prompt_eval_count, timing.prompt_eval_duration = usage.prompt_tokens, first - self._started
-        timing.eval_count, timing.eval_duration = usage.completion_tokens, ended - first
+        timing.total_duration, timing.load_duration = total, 0
+        timing.prompt_eval_count, timing.prompt_eval_duration = usage.prompt_tokens, first
+        timing.eval_count, timing.eval_duration = usage.completion_tokens, total - first
 
     def _logprobs(self, delta: CompletionOutput) -> Logprobs:
         if self.logprobs is None or delta.logprobs is None:
             return []
         found: Logprobs = msgspec.to_builtins(self.logprobs.for_chat(delta.token_ids, delta.logprobs).content or [])
         return found
+
+
+def _nanoseconds_to_token(choice: Choice) -> int:
+    times = choice.prompt.metrics
+    if times is None or times.first_token_time is None:
+        return 0
+    return int((times.first_token_time - times.arrival_time) * 1e9)
 
 
 def _call(part: Part) -> ToolCall:

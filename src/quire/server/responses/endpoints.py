@@ -15,7 +15,7 @@ from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, naming
 from quire.server.logprobs import LogprobFormat
 from quire.server.params import check_absent
-from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, to_chat
+from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, is_hosted, to_chat
 from quire.server.responses.protocol import (
     DeletedResponse,
     ItemList,
@@ -43,6 +43,8 @@ async def create_response(context: RequestContext) -> None:
     check_absent(request, ("conversation", "prompt", "context_management", "moderation"))
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
+    if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
+        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; the model goes without them")
     store, account = context.services.responses, context.client.account
     items = input_items(request.input)
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []

@@ -20,6 +20,7 @@ SENT_NAMES = {
 }
 """Names of a chat's fields → where this endpoint's clients send them."""
 WITH_LOGPROBS = "message.output_text.logprobs"
+_HOSTED = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp", "tool_search")
 _TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 _ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
@@ -29,14 +30,16 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
+    tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
+    choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
         model=request.model,
         messages=[*system, *to_messages(history)],
         max_completion_tokens=request.max_output_tokens,
         stream=request.stream,
         logprobs=with_logprobs,
-        tools=[_tool(tool, index) for index, tool in enumerate(request.tools or ())] or None,
-        tool_choice=_tool_choice(request.tool_choice),
+        tools=tools or None,
+        tool_choice=choice if tools or choice != "auto" else None,  # auto is the default, which clients may spell out
         response_format=_response_format(request.text.format if request.text is not None else None),
         reasoning_effort=request.reasoning.effort if request.reasoning is not None else None,
         **passed_on,
@@ -130,6 +133,12 @@ def _text(content: object, place: str) -> str:
             case _:
                 raise RequestError(f"{place} has a part without a type", param="input")
     return "\n".join(texts)
+
+
+def is_hosted(tool: Mapping[str, Any]) -> bool:
+    """Whether `tool` is one that runs on OpenAI's servers. Clients offer them unasked: the model goes without."""
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind.startswith(_HOSTED)
 
 
 def _tool(tool: Mapping[str, Any], index: int) -> dict[str, Any]:

@@ -37,9 +37,9 @@ class ResponseRenderer(Renderer):
     done: ClassVar[bytes] = b""
     _parts: PartList = field(default_factory=PartList)
     _ids: list[str] = field(default_factory=list)
-    """Of the items, which are the parts."""
+    """Ids of the items, which are the parts."""
     _logprobs: list[Json] = field(default_factory=list)
-    """Of the present text."""
+    """Log-probabilities of the present text."""
     _pending: list[Json] = field(default_factory=list)
     """Log-probabilities of tokens whose text has not been sent."""
     _finish_reason: str | None = None

@@ -5,6 +5,7 @@ An account sees its own responses only. The oldest are removed when there is no 
 """
 
 import asyncio
+import logging
 import sqlite3
 import threading
 import time
@@ -18,6 +19,8 @@ import msgspec
 
 from quire.errors import ConfigError, RequestError
 from quire.server.responses.protocol import ResponseError, ResponseObject
+
+logger = logging.getLogger("quire.server")
 
 T = TypeVar("T")
 Item = dict[str, Any]
@@ -44,6 +47,15 @@ class StoredResponse:
     items: list[Item]
 
 
+class StoreFailedError(RequestError):
+    """The database could not be read or written, because the disk is full or the file is damaged."""
+
+    status = 503
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="store_failed")
+
+
 class ResponseStore:
     """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most."""
 
@@ -64,8 +76,12 @@ class ResponseStore:
         self._size = int(size)
 
     async def save(self, account: str, stored: StoredResponse) -> None:
-        """Add `stored`, or replace the response of the same id."""
-        await self._run(lambda: self._save(account, stored))
+        """Add `stored`, or replace the response of the same id. A fault of the file is logged: the client gets its
+        answer all the same."""
+        try:
+            await self._run(lambda: self._save(account, stored))
+        except StoreFailedError as error:
+            logger.error("%s; the response %s is not kept", error.message, stored.response.id)
 
     async def load(self, account: str, response_id: str) -> StoredResponse | None:
         """The response of this id; None if `account` has none."""
@@ -85,7 +101,10 @@ class ResponseStore:
     async def _run(self, work: Callable[[], T]) -> T:
         def locked() -> T:
             with self._lock:
-                return work()
+                try:
+                    return work()
+                except sqlite3.Error as error:
+                    raise StoreFailedError(f"the store of responses failed: {error}") from None
 
         return await asyncio.to_thread(locked)
 
