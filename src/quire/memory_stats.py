@@ -1,4 +1,4 @@
-"""What is stored beside the blocks of the pool: TierStats for the tiers below it, StateStats for recurrent states."""
+"""Memory by kind: tiers below the pool (TierStats), recurrent states (StateStats), KV groups (KVGroupMemory)."""
 
 from dataclasses import dataclass
 
@@ -48,3 +48,14 @@ class StateStats:
     """Sequences that started from a snapshot."""
     total_skipped: int = 0
     """Snapshots not taken, because no slot was free."""
+
+
+@dataclass(slots=True)
+class KVGroupMemory:
+    """Blocks of the layers of one KV group."""
+
+    window: int
+    """0: full attention."""
+    num_used_blocks: int
+    num_cached_free_blocks: int
+    """Free blocks that the prefix cache can still find, given-back ones included."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from quire.memory_stats import StateStats, TierStats
+from quire.memory_stats import KVGroupMemory, StateStats, TierStats
 from quire.step import TokenLogprobs
 
 
@@ -213,17 +213,6 @@ class PrefixMiss(NamedTuple):
     window: int = 0
     """The window of the KV group that lacks the block, or one before it that the window still covers; 0: full
     attention."""
-
-
-@dataclass(slots=True)
-class KVGroupMemory:
-    """Blocks of the layers of one KV group."""
-
-    window: int
-    """0: full attention."""
-    num_used_blocks: int
-    num_cached_free_blocks: int
-    """Free blocks that the prefix cache can still find, those that were given back among them."""
 
 
 @dataclass(slots=True)

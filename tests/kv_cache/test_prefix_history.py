@@ -2,6 +2,7 @@
 
 from quire.kv_cache.block_hash import hash_block, root_hash
 from quire.kv_cache.prefix_history import PrefixHistory
+from quire.outputs import PrefixMiss
 
 PROMPT = list(range(12))
 
@@ -17,14 +18,16 @@ def hashes(salt: str, count: int = 3) -> list[bytes]:
 def test_every_reason() -> None:
     now = [10.0]
     history = PrefixHistory(4, lambda: now[0])
-    assert history.explain(PROMPT, 0, hashes("")[0]) == (0, "new", None)
-    assert history.explain(PROMPT, 0, hashes("")[0]) == (0, "new", None), "under the same salt it is just not there"
-    assert history.explain(PROMPT, 0, hashes("other")[0]) == (0, "salt", None)
-    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "differs", None)
+    assert history.explain(PROMPT, 0, hashes("")[0]) == PrefixMiss(0, "new", None)
+    assert history.explain(PROMPT, 0, hashes("")[0]) == PrefixMiss(0, "new", None), (
+        "under the same salt it is just not there"
+    )
+    assert history.explain(PROMPT, 0, hashes("other")[0]) == PrefixMiss(0, "salt", None)
+    assert history.explain(PROMPT, 2, hashes("")[2]) == PrefixMiss(2, "differs", None)
     history.note_eviction(hashes("")[2])
     now[0] = 12.5
-    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "evicted", 2.5)
-    assert history.explain(PROMPT, 2, hashes("")[2]) == (2, "differs", None), "it was computed again since"
+    assert history.explain(PROMPT, 2, hashes("")[2]) == PrefixMiss(2, "evicted", 2.5)
+    assert history.explain(PROMPT, 2, hashes("")[2]) == PrefixMiss(2, "differs", None), "it was computed again since"
 
 
 def test_the_oldest_entries_are_removed() -> None:

@@ -89,7 +89,7 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
-    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, num_heads=1, num_kv_heads=1, head_dim=32, layer_windows=(0,))
+    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, num_heads=1, num_kv_heads=1, head_dim=32, latent=None)
     kernels = kernels_for(backend)
     runner = ModelRunner(
         TableModel(),

@@ -3,7 +3,8 @@
 import itertools
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import KVGroupMemory, MemoryReport, PrefixMiss
+from quire.memory_stats import KVGroupMemory
+from quire.outputs import MemoryReport, PrefixMiss
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.limits import SchedulerLimits

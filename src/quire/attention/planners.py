@@ -48,7 +48,8 @@ class GroupPlanner:
     def __init__(self, backend: str, shapes: Sequence[AttentionShape]) -> None:
         """`shapes` has one entry for each group."""
         self._planners = [make_planner(backend, shape) for shape in shapes]
-        self._shapes = shapes
+        self._alike = [list(shapes).index(shape) for shape in shapes]
+        """For each group the first one of its shape."""
 
     def __call__(
         self,
@@ -62,8 +63,7 @@ class GroupPlanner:
         plans: list[AttentionPlan] = []
         size = len(variant) // len(steps)
         for group, (step, plan_step) in enumerate(zip(steps, self._planners, strict=True)):
-            alike = self._shapes.index(self._shapes[group])
-            plan = plans[alike] if alike < group else None
+            plan = plans[self._alike[group]] if self._alike[group] < group else None
             if isinstance(plan, CpuAttentionPlan) and not plan.expanded:
                 # On a CPU the work depends on lengths and windows alone. Groups of equal windows share it.
                 plans.append(_with_tables(plan, step))

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import AgeQuantiles, EngineStats, KVGroupMemory, MemoryReport, RequestMemory
+from quire.memory_stats import KVGroupMemory
+from quire.outputs import AgeQuantiles, EngineStats, MemoryReport, RequestMemory
 from quire.scheduler.sequence import NO_ROW, SequenceGroup
 
 MAX_REPORTED_REQUESTS = 1000
