@@ -16,7 +16,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers paper clean FORCE
+.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -75,6 +75,12 @@ bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundle
 	@$(BIN)/quire bench throughput $(ARGS)
 	@$(BIN)/quire bench latency $(ARGS)
 	@$(BIN)/quire bench startup $(ARGS)
+
+chaos: .venv/.runtime  ## Kill the engine under streams of every kind and check each answer; ARGS='--minutes 15'
+	@$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+soak: .venv/.runtime  ## Serve 100,000 requests, 10,000 disconnects, 500 silent sockets; compare memory and descriptors
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 bench-peers: .venv/.test  ## Measure Quire beside vLLM, OpenVINO, llama.cpp, transformers: PEERS=DIR (hours the first time)
 	@test -n "$(PEERS)" || { echo "quire: name a folder for the peers' environments, some gigabytes: make bench-peers PEERS=DIR"; exit 2; }

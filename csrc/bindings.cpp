@@ -312,7 +312,7 @@ void pack_linear(const Tensor& weight, const Tensor& packed, int64_t first_row) 
     kernels->pack_linear(source.pointer<void>(), from, source.size(0), source.size(1), target.pointer<void>(), to, first_row);
 }
 
-const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"};  // as InputOp
+const char* const kInputOps[] = {"none", "rms_norm", "silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"};  // as InputOp
 
 InputOp input_op(const std::string& name) {
     const auto known = std::find(std::begin(kInputOps), std::end(kInputOps), name);
@@ -324,6 +324,7 @@ InputOp input_op(const std::string& name) {
 LinearInput linear_input(const Tensor& x, const std::string& op, const std::optional<Tensor>& residual,
                          const std::optional<Tensor>& norm_weight, float eps, int64_t& m, int64_t& k) {
     LinearInput made{{}, input_op(op), nullptr, nullptr, eps};
+    if (made.op == InputOp::clamped_swiglu) throw std::invalid_argument("op: clamped_swiglu gates experts only");
     const Argument input("x", x);
     made.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
     m = input.size(0);
@@ -460,7 +461,7 @@ ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_ex
 }
 
 void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const std::string& format,
-             const std::string& activation, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
+             const std::string& gate, float alpha, float limit, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
              int64_t gate_up_group, std::optional<Tensor> gate_up_bias, const Tensor& down,
              std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias, const Tensor& out) {
     Experts a{};
@@ -474,8 +475,10 @@ void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const
     const auto known = std::find(std::begin(kExpertFormats), std::end(kExpertFormats), format);
     if (known == std::end(kExpertFormats)) throw std::invalid_argument("format: no experts are stored as '" + format + "'");
     a.format = ExpertFormat(known - std::begin(kExpertFormats));
-    a.activation = input_op(activation);
-    if (a.activation <= InputOp::rms_norm) throw std::invalid_argument("activation: '" + activation + "' is none");
+    a.gate = input_op(gate);
+    if (a.gate <= InputOp::rms_norm) throw std::invalid_argument("gate: '" + gate + "' is none");
+    a.alpha = alpha;
+    a.limit = limit;
     if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
     a.num_experts = Argument("gate_up", gate_up).size(0);
     a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, input.size(1), gate_up, gate_up_scales,
@@ -625,6 +628,7 @@ std::optional<std::string> fault(const std::string& isa, const std::string& stan
     Kernels tried = kernels_of(isa);
     if (stand_in == "linear") tried.linear = [](const Linear&) {};
     if (stand_in == "linear_quantized") tried.linear_quantized = [](const LowBitLinear&) {};
+    if (stand_in == "experts") tried.experts = [](const Experts&) {};
     if (stand_in == "attention") tried.attention = [](const Attention&) {};
     if (stand_in == "illegal instruction") tried.linear = [](const Linear&) { __builtin_trap(); };
     nb::gil_scoped_release release;
@@ -660,7 +664,7 @@ NB_MODULE(_cpu, m) {
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
     m.def("experts", &experts, nb::arg("x"), nb::arg("chosen"), nb::arg("weights"), nb::arg("format"),
-          nb::arg("activation"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
+          nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
           nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"), nb::arg("down_scales").none(),
           nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));

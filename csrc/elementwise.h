@@ -115,29 +115,34 @@ struct Relu {
     static QUIRE_INLINE Vec of(Vec x) { return x > 0.0f ? x : x != x ? x : Vec{}; }
 };
 
+struct SquaredRelu {
+    static QUIRE_INLINE Vec of(Vec x) { return Relu::of(x) * Relu::of(x); }
+};
+
 // What a gate makes of its input and what it lets through.
 template <class Activation>
 struct Times {
     static QUIRE_INLINE Vec of(Vec gate, Vec up) { return Activation::of(gate) * up; }
 };
 
-// gpt-oss: the gate is clamped from above, its counterpart from both sides.
+// A gate of its own: clamped from above, what it multiplies from both sides.
 struct ClampedSwiglu {
-    static QUIRE_INLINE Vec of(Vec gate, Vec up) {
-        const Vec limit = broadcast(7.0f), clamped = gate > limit ? limit : gate, one_up = up > limit ? limit : up;
-        return clamped * sigmoid(1.702f * clamped) * ((one_up < -limit ? -limit : one_up) + 1.0f);
+    float alpha, limit;
+    QUIRE_INLINE Vec of(Vec gate, Vec up) const {
+        const Vec most = broadcast(limit), clamped = gate > most ? most : gate, below = up > most ? most : up;
+        return clamped * sigmoid(alpha * clamped) * ((below < -most ? -most : below) + 1.0f);
     }
 };
 
 // x [2 columns] -> out [columns]: what the gate makes of the first half and the second. `out` may be x.
 template <class Gate>
-QUIRE_INLINE void gate_row(const float* x, float* out, int64_t columns) {
+QUIRE_INLINE void gate_row(const float* x, float* out, int64_t columns, Gate gate = {}) {
     const float* up = x + columns;
     int64_t i = 0;
-    for (; i + kLanes <= columns; i += kLanes) store(out + i, Gate::of(load(x + i), load(up + i)));
+    for (; i + kLanes <= columns; i += kLanes) store(out + i, gate.of(load(x + i), load(up + i)));
     if (i < columns) {
         const int64_t rest = columns - i;
-        store_first(out + i, Gate::of(load_first(x + i, rest), load_first(up + i, rest)), rest);
+        store_first(out + i, gate.of(load_first(x + i, rest), load_first(up + i, rest)), rest);
     }
 }
 

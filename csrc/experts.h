@@ -215,7 +215,7 @@ static void compute_experts(const Experts& a) {
         const float* rows[Pairs::kTileRows];
         for (int64_t r = 0; r < tile.count; ++r) {
             float* const row = made + (tile.first + r) * 2 * inner;
-            make_gated_row(a.activation, row, inner, row);
+            make_gated_row(a.gate, a.alpha, a.limit, row, inner, row);
             rows[r] = row;
         }
         pairs.prepare(a.down, tile, rows, thread);

@@ -93,7 +93,8 @@ enum class InputOp : uint8_t {
     gelu,
     gelu_tanh,
     relu,
-    clamped_swiglu,
+    relu2,
+    clamped_swiglu,  // of experts only
 };
 struct LinearInput {
     Rows x;
@@ -164,7 +165,8 @@ struct Experts {
     const int32_t* chosen;  // [tokens, num_active]
     const float* weights;   // the same
     ExpertFormat format;
-    InputOp activation;
+    InputOp gate;
+    float alpha, limit;    // of a clamped gate
     ExpertLinear gate_up;  // k = hidden, n = 2 * inner
     ExpertLinear down;     // k = inner, n = hidden
     Rows out;              // [tokens, hidden]

@@ -7,14 +7,15 @@
 
 namespace quire::QUIRE_ISA {
 
-// x [2 k] -> made [k], which may be x.
-QUIRE_INLINE void make_gated_row(InputOp op, const float* x, int64_t k, float* made) {
+// x [2 k] -> made [k], which may be x. Only a clamped gate has an alpha and a limit.
+QUIRE_INLINE void make_gated_row(InputOp op, float alpha, float limit, const float* x, int64_t k, float* made) {
     switch (op) {
         case InputOp::silu: return gate_row<Times<Silu>>(x, made, k);
         case InputOp::gelu: return gate_row<Times<Gelu>>(x, made, k);
         case InputOp::gelu_tanh: return gate_row<Times<GeluTanh>>(x, made, k);
         case InputOp::relu: return gate_row<Times<Relu>>(x, made, k);
-        case InputOp::clamped_swiglu: return gate_row<ClampedSwiglu>(x, made, k);
+        case InputOp::relu2: return gate_row<Times<SquaredRelu>>(x, made, k);
+        case InputOp::clamped_swiglu: return gate_row(x, made, k, ClampedSwiglu{alpha, limit});
         case InputOp::none: case InputOp::rms_norm: return;  // no gates
     }
 }
@@ -26,7 +27,7 @@ QUIRE_INLINE const float* input_row(const LinearInput& input, int64_t row, int64
     if (input.op == InputOp::rms_norm)
         rms_norm_row(x, input.residual ? input.residual + row * k : nullptr, input.norm_weight, input.eps, made, k);
     else
-        make_gated_row(input.op, x, k, made);
+        make_gated_row(input.op, 0, 0, x, k, made);
     return made;
 }
 

@@ -37,13 +37,13 @@ QUIRE_INLINE Vec e2m1(IntVec codes) {
 #endif
 }
 
-// 2^(e - 127) of each lane's byte.
+// 2^(e - 127) of each lane's byte; 255 is NaN.
 QUIRE_INLINE Vec powers_of_two(const uint8_t* exponents) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
     Bytes bytes;
     memcpy(&bytes, exponents, sizeof bytes);
     const IntVec bits = __builtin_convertvector(bytes, IntVec) << 23;
-    return (Vec)(bits == 0 ? IntVec{} + 0x00400000 : bits);
+    return (Vec)(bits == 0 || bits == 0x7f800000 ? bits + 0x00400000 : bits);
 }
 
 // Twice the numbers, plus 12, of codes in the low halves of bytes.

@@ -59,6 +59,50 @@ struct Product {
     }
 };
 
+// Experts in MXFP4. The gate lets every input pass as it is, so that what down multiplies are whole numbers again.
+bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
+    constexpr int64_t kWidth = 64, kPairBytes = kPanel * 4, kPanelBytes = kWidth / 8 * kPairBytes;
+    const float numbers[] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    std::vector<uint8_t> gate_up(2 * kWidth / kPanel * kPanelBytes), down(kWidth / kPanel * kPanelBytes);
+    const std::vector<uint8_t> scales(2 * kWidth * kWidth / 32, 127);  // 2^0
+    const auto put = [&](std::vector<uint8_t>& packed, int64_t row, int64_t k, int code) {
+        packed[row / kPanel * kPanelBytes + k / 8 * kPairBytes + row % kPanel * 4 + k % 4] |= code << (k / 4 % 2 * 4);
+    };
+    std::vector<float> x, expected(kRows * kWidth), out(kRows * kWidth);
+    for (int64_t i = 0; i < kRows * kWidth; ++i) x.push_back(i % kWidth ? number(i / kWidth, i % kWidth, 127, 127) : 1);
+    for (int64_t row = 0; row < kWidth; ++row) {
+        put(gate_up, row, 0, 2);
+        put(gate_up, kWidth + row, row, 2);
+        for (int64_t k = 0; k < kWidth; ++k) {
+            const int code = int((row * 31 + k * 17) % 16);
+            put(down, row, k, code);
+            for (int64_t r = 0; r < kRows; ++r)
+                expected[r * kWidth + row] += x[r * kWidth + k] * (code < 8 ? numbers[code] : -numbers[code - 8]);
+        }
+    }
+    const std::vector<int32_t> chosen(kRows);
+    const std::vector<float> weights(kRows, 1.0f);
+    const auto linear = [&](std::vector<uint8_t>& packed, int64_t n) {
+        return ExpertLinear{reinterpret_cast<char*>(packed.data()), 0, reinterpret_cast<const char*>(scales.data()), 0,
+                            32, nullptr, n, kWidth};
+    };
+    Experts a{};
+    a.x = {x.data(), kWidth};
+    a.tokens = kRows;
+    a.num_experts = a.num_active = 1;
+    a.chosen = chosen.data();
+    a.weights = weights.data();
+    a.format = format;
+    a.gate = InputOp::relu;
+    a.gate_up = linear(gate_up, 2 * kWidth);
+    a.down = linear(down, kWidth);
+    a.out = {out.data(), kWidth};
+    std::vector<char> scratch(kernels.experts_scratch(a));
+    a.scratch = scratch.data();
+    kernels.experts(a);
+    return out == expected;
+}
+
 // The last tokens of a sequence. Each head sees one key that outweighs all others by more than floats can hold.
 bool attends(const Kernels& kernels, KVElement element) {
     constexpr int64_t kTokens = 3, kContext = 20, kHeads = 2, kHeadDim = 32, kBlockSize = 16, kBlocks = 2;
@@ -102,6 +146,8 @@ const char* wrong_result(const Kernels& kernels) {
     if (!product.of_floats(kernels, Element::bfloat16)) return "a product with bfloat16 weights";
     if (!product.of_bits(kernels, 8, kInputs)) return "a product with int8 weights";
     if (!Product(7, -8).of_bits(kernels, 4, 64)) return "a product with int4 weights";
+    if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4)) return "experts with MXFP4 weights";
+    if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4_of_bytes)) return "experts with MXFP4 weights and int8 rows";
     if (!attends(kernels, KVElement::float32)) return "attention over float32";
     if (!attends(kernels, KVElement::float16)) return "attention over float16";
     if (!attends(kernels, KVElement::bfloat16)) return "attention over bfloat16";

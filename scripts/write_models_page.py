@@ -16,6 +16,7 @@ from quire.model_config.model_config import ModelConfig
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
 PARITY = ROOT / "tests" / "data" / "parity.json"
+PUBLISHED = ROOT / "tests" / "data" / "configs" / "published.json"
 
 HEADING = """# Models
 
@@ -25,10 +26,11 @@ Quire opens Hugging Face folders whose config.json names one of these architectu
 for small random checkpoints of every family (`tests/engine/test_parity.py`). "Parity" is the largest difference of a
 logit from transformers' in float32, of a prompt in pieces, measured for these checkpoints; a test measures it again
 (`tests/models/test_parity_errors.py`). Weights are safetensors of 16 or 32 bits, and MXFP4 where it is said;
-`--quantization int8|int4` packs any of them.
+`--quantization int8|int4` packs any of them. "Published" gives examples with their parameters, as `quire plan` counts
+them.
 
-| `architectures` | code | parity | traits that the architecture implies |
-| --- | --- | --- | --- |
+| `architectures` | code | parity | traits that the architecture implies | published |
+| --- | --- | --- | --- | --- |
 """
 
 SAME_CODE: dict[str, str] = {
@@ -37,6 +39,8 @@ SAME_CODE: dict[str, str] = {
     "InternLM3ForCausalLM": "LlamaForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
 """A row without a checkpoint of its own in the tests → the row whose computation it shares, tested in another way."""
 
@@ -62,13 +66,17 @@ TRAITS: dict[str, str] = {
 
 def traits(row: Architecture) -> list[str]:
     """What the row's implied values say, in the order of TRAITS."""
-    implied: dict[str, Any] = {**row.implied, **{key: True for key in row.names if key in ("num_experts", "qk_norm")}}
+    implied: dict[str, Any] = {
+        **row.implied,
+        **row.constants,
+        **{key: True for key in row.names if key in ("num_experts", "qk_norm")},
+    }
     found = [text for key, text in TRAITS.items() if implied.get(key)]
     if implied.get("norm") == "layer_norm":
         found.append("LayerNorm")
     if implied.get("gated_mlp") is False:
         found.append("an MLP without gate")
-    found += [f"{quantization} weights" for quantization in row.quantizations]
+    found += [f"{quantization.upper()} weights" for quantization in row.quantizations]
     if implied.get("rotary_layout") == "interleaved":
         found.append("rotation of adjacent pairs")
     if implied.get("partial_rotary_factor"):
@@ -79,13 +87,29 @@ def traits(row: Architecture) -> list[str]:
 def models_page() -> str:
     """The page as it should be."""
     parity: dict[str, float] = json.loads(PARITY.read_text())
+    examples = published_sizes()
     lines = []
     for name, row in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower()):
         module = row.model.partition(":")[0].removeprefix("quire.").replace(".", "/")
         error = f"{parity[name]:.0e}" if name in parity else f"as {SAME_CODE[name]}"
         told = ", ".join(traits(row)) or "none; config.json says the rest"
-        lines.append(f"| {name} | `{module}.py` | {error} | {told} |\n")
+        lines.append(f"| {name} | `{module}.py` | {error} | {told} | {', '.join(examples.get(name, ()))} |\n")
     return HEADING + "".join(lines)
+
+
+def published_sizes() -> dict[str, list[str]]:
+    """Architecture → published models and their parameters."""
+    found: dict[str, list[str]] = {}
+    for name, config in json.loads(PUBLISHED.read_text()).items():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            model = ModelConfig.from_folder(folder)
+        found.setdefault(model.architecture, []).append(f"{name} {_billions(model.spec.num_parameters)}")
+    return found
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.1f} B" if count >= 1e9 else f"{count / 1e9:.2f} B"
 
 
 def measure_parity() -> dict[str, float]:

@@ -109,11 +109,13 @@ class PagedModel:
             self.block_tables[sequences],
             slots,
         )
+        latent = self.config.latent
         shape = AttentionShape(
             num_heads=self.config.num_heads,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
-            value_dim=0 if self.config.latent is None else self.config.latent.latent_dim,
+            value_dim=0 if latent is None else latent.latent_dim,
+            expanded_dims=(0, 0) if latent is None else (latent.head_dim, latent.value_dim),
             block_size=self.block_size,
             num_threads=torch.get_num_threads(),
         )

@@ -204,6 +204,14 @@ class EngineConfig:
     """auto takes sampling defaults from the model's generation_config.json; none ignores it, except for end tokens."""
     threads: int | None = None
     """CPU threads for computing; None takes one per core that this process may use, within a container's CPU limit."""
+    spare: bool | None = None
+    """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
+    free. Only while serving."""
+    step_timeout: float = 30.0
+    """Seconds without any work after which an engine in a step counts as dead; 20 times the longest step of late if
+    that is more, and 10 times as much for a step that works. 0: never. Only while serving."""
+    load_timeout: float = 120.0
+    """Seconds without any work after which an engine that loads counts as dead. 0: never. Only while serving."""
     disable_log_stats: bool = False
     """Do not print a line of throughput every ten seconds while serving."""
 
@@ -221,6 +229,9 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization!r}; it must be above 0 and at most 1"
             )
+        for name in ("step_timeout", "load_timeout"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be 0 or more seconds")
         if not 0.0 <= self.max_pinned_share <= 1.0:
             raise ConfigError(f"max_pinned_share is {self.max_pinned_share!r}; it must be from 0 to 1")
         if self.quantization is not None and self.quantization not in METHODS:

@@ -3,7 +3,9 @@
     QuireError
     ├── RequestError            a request at fault; carries the HTTP status and the name of the parameter
     │   ├── QueueFullError          429, with the seconds after which a retry makes sense
-    │   └── EngineUnavailableError  503, the engine is loading, draining or being restarted
+    │   ├── EngineUnavailableError  503, the engine is loading, draining or being restarted
+    │   ├── DeadlineError           408, the request took longer than it may
+    │   └── QuarantinedError        400, the engine died whenever it computed the request
     ├── ConfigError             an option of the engine or the command line
     ├── CheckpointError         a file of the model: missing, truncated, misshapen, unsupported
     ├── MemoryPlanError         the options do not fit the memory
@@ -54,6 +56,22 @@ class EngineUnavailableError(RequestError):
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message, code="engine_unavailable")
         self.retry_after = retry_after
+
+
+class DeadlineError(RequestError):
+    """A request that took longer than its client or the server allows."""
+
+    status = 408
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="deadline_exceeded")
+
+
+class QuarantinedError(RequestError):
+    """A request at which the engine process died again and again, at last with nothing else in the step."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="request_quarantined")
 
 
 class ConfigError(QuireError, ValueError):

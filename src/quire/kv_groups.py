@@ -7,6 +7,8 @@ Groups have the same number of layers, or the last one of a kind fewer; what it 
 counted. No torch.
 """
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,8 +48,6 @@ class KVLayout:
     def of(cls, spec: ModelSpec) -> "KVLayout":
         """The layout for a model. Raises `ConfigError` where layers keep rows of different sizes."""
         layers = [kv for layer in spec.layers if (kv := layer.attention.kv) is not None]
-        if len({kv.window for kv in layers}) > 1 or layers[0].window:  # until tiers know groups
-            return cls((KVGroup("full", 0, tuple(range(len(layers)))),), layers[0])
         return cls.of_layers(layers)
 
     @classmethod
@@ -84,15 +84,26 @@ class KVLayout:
         """Memory of one block."""
         return block_size * self.layers_per_block * self.row.bytes_per_token(dtype)
 
-    def describe(self) -> str:
-        """The groups in words: 2 groups of 13 layers (1 full, 1 window 4096)."""
-        counts: dict[str, int] = {}
-        for group in self.groups:
-            name = f"window {group.window}" if group.window else "full"
-            counts[name] = counts.get(name, 0) + 1
-        kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
-        plural = "s" * (len(self.groups) > 1)
-        return f"{len(self.groups)} group{plural} of {self.layers_per_block} layers ({kinds})"
+    def most_blocks(self, num_tokens: int, block_size: int, alignment: int = 1) -> int:
+        """The most blocks that a sequence of at most `num_tokens` tokens must hold at once, in all groups."""
+        return sum(most_blocks(num_tokens, window, block_size, alignment) for window in self.windows)
+
+    def longest(self, num_blocks: int, most: int, block_size: int, alignment: int = 1) -> int:
+        """The most tokens of a sequence, up to `most`, for which `num_blocks` blocks suffice."""
+
+        def needed(blocks: int) -> int:
+            return self.most_blocks(blocks * block_size, block_size, alignment)
+
+        fitting = bisect_right(range(1, -(-most // block_size) + 1), num_blocks, key=needed)
+        return min(most, fitting * block_size)
+
+
+def describe_groups(groups: Sequence[KVGroup]) -> str:
+    """The groups in words: 7 groups of up to 4 layers (1 full, 6 window 512)."""
+    counts = Counter(f"window {group.window}" if group.window else group.kind for group in groups)
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.items())
+    plural, most = "s" * (len(groups) > 1), max(len(group.layers) for group in groups)
+    return f"{len(groups)} group{plural} of up to {most} layers ({kinds})"
 
 
 def first_kept_block(position: int, window: int, block_size: int, alignment: int = 1) -> int:

@@ -209,6 +209,21 @@ class PrefixMiss(NamedTuple):
     cached before; salt: it may be cached, but for another tenant; state: the block is cached, but no snapshot of the
     model's recurrent state was kept there."""
     evicted_seconds_ago: float | None
+    """None also where an eviction is too long ago to be remembered."""
+    window: int = 0
+    """The window of the KV group that lacks the block, or one before it that the window still covers; 0: full
+    attention."""
+
+
+@dataclass(slots=True)
+class KVGroupMemory:
+    """Blocks of the layers of one KV group."""
+
+    window: int
+    """0: full attention."""
+    num_used_blocks: int
+    num_cached_free_blocks: int
+    """Free blocks that the prefix cache can still find, those that were given back among them."""
 
 
 @dataclass(slots=True)
@@ -259,6 +274,8 @@ class MemoryReport:
     """Time since free blocks that the prefix cache can still find were taken."""
     requests: list[RequestMemory]
     """At most `MAX_REPORTED_REQUESTS`, running ones first."""
+    groups: list[KVGroupMemory] = field(default_factory=list)
+    """The KV groups; see `MemoryPlan.kv_groups` for their layers."""
 
     def __str__(self) -> str:
         rows = self._rows()
@@ -286,6 +303,10 @@ class MemoryReport:
             f"({self.waste:.1%} wasted), {stats.num_shared_slots} saved by sharing",
             f"requests: {stats.num_running} running, {stats.num_waiting} waiting",
         ]
+        for number, group in enumerate(self.groups if len(self.groups) > 1 else ()):
+            name = f"window of {group.window} tokens" if group.window else "full attention"
+            cached = f"{group.num_cached_free_blocks} free and cached"
+            lines.append(f"KV group {number}, {name}: {group.num_used_blocks} blocks used, {cached}")
         for name, tier in stats.tiers.items():
             lines.append(f"{name} tier: {tier.num_blocks} blocks, {tier.num_bytes / 2**20:.1f} MiB")
         if stats.states.num_slots:
@@ -345,6 +366,8 @@ class EngineStats:
     total_prefix_hits: int = 0
     """Prompt tokens found there."""
     total_evictions: int = 0
+    total_given_back: int = 0
+    """Blocks that running sequences gave back because their window had passed."""
     total_block_copies: int = 0
     prefix_hits: dict[str, int] = field(default_factory=dict)
     """`total_prefix_hits` by where the KV was: device, host, disk."""

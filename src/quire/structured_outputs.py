@@ -11,7 +11,7 @@ from typing import Any
 
 from quire.errors import RequestError
 
-MAX_GRAMMAR_CHARS = 2**17
+MAX_GRAMMAR_CHARS = 2**19
 """Maximum characters of a schema, a regular expression, a grammar, or all choices together."""
 MAX_CHOICES = 2**12
 KINDS = ("json", "regex", "choice", "grammar", "json_object")

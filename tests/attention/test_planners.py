@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from quire.attention import AttentionShape, StepArrays
-from quire.attention.planners import MAX_REPEATS, CpuPlanner
+from quire.attention.planners import MAX_REPEATS, CpuPlanner, GroupPlanner
 from quire.kernels.interface import CpuAttentionPlan
 
 SHAPE = AttentionShape(num_heads=4, num_kv_heads=2, head_dim=32, block_size=16)
@@ -49,9 +49,35 @@ def test_a_step_that_does_not_repeat_gets_a_plan_of_its_own() -> None:
     assert decode.step(repeats=False) is not decode.step(repeats=False)
 
 
-@pytest.mark.parametrize("change", [{"window": 64}, {"batch_invariant": True}], ids=str)
-def test_plans_that_split_by_position_are_not_updated(change: dict[str, int]) -> None:
-    decode = Decode(replace(SHAPE, **change))
+@pytest.mark.parametrize("window", [1, 8, 9, 30, 41, 42, 43, 60])
+def test_a_plan_with_a_window_moves_its_first_keys(window: int) -> None:
+    decode = Decode(replace(SHAPE, window=window))
+    plan = decode.step(repeats=False)
+    for _ in range(40):
+        lengths = decode.arrays.seq_lens
+        ranges = {(row[0], row[5], row[6]) for row in plan.work.tolist()}
+        assert ranges == {(0, max(0, lengths[0] - window), lengths[0]), (1, max(0, lengths[1] - window), lengths[1])}
+        plan = decode.step()
+
+
+def test_groups_of_one_window_share_their_work() -> None:
+    plan_groups = GroupPlanner("cpu", [SHAPE, replace(SHAPE, window=8), SHAPE])
+    starts, lengths, tables, slots = Decode().arrays
+    steps = [StepArrays(starts, lengths, tables + 100 * group, slots + group) for group in range(3)]
+    for repeats in (False, True, True):
+        first, windowed, third = plan_groups(steps, repeats=repeats)
+        assert isinstance(first, CpuAttentionPlan)
+        assert isinstance(third, CpuAttentionPlan)
+        assert third.work is first.work
+        assert windowed.window == 8
+        for group, plan in enumerate((first, windowed, third)):
+            np.testing.assert_array_equal(plan.block_tables.numpy(), steps[group].block_tables)
+            np.testing.assert_array_equal(plan.slots.numpy(), steps[group].slots)
+        lengths += 1
+
+
+def test_plans_that_split_by_position_are_not_updated() -> None:
+    decode = Decode(replace(SHAPE, batch_invariant=True))
     first = decode.step(repeats=False)
     plan = decode.step()
     assert plan is not first

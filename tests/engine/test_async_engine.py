@@ -1,72 +1,25 @@
 """AsyncLLM with its real child process: streams, aborts, deaths, idleness, and what each process imports."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from quire import LLM, AsyncLLM, EngineConfig, RequestOutput, SamplingParams
+from quire import LLM, AsyncLLM, EngineConfig, SamplingParams
 from quire.engine import throughput
 from quire.errors import (
     CheckpointError,
     ConfigError,
-    EngineDeadError,
     EngineUnavailableError,
     QueueFullError,
     RequestError,
 )
-
-OPTIONS: dict[str, Any] = {"num_blocks": 400, "max_num_seqs": 16, "threads": 1, "dtype": "float32"}
-GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-PROMPTS = ["ROMEO:", "First Citizen:\nBefore we proceed", "O", "What say you?"]
-
-Test = Callable[[AsyncLLM], Awaitable[None]]
-
-
-@contextlib.asynccontextmanager
-async def running(report: Callable[[str], None] = lambda line: None, **options: Any) -> AsyncIterator[AsyncLLM]:
-    engine = AsyncLLM(EngineConfig.from_options({**OPTIONS, **options}), report)
-    await engine.start()
-    try:
-        await engine.wait_ready()
-        yield engine
-    finally:
-        await engine.shutdown()
-
-
-async def collect(engine: AsyncLLM, prompt: Any, params: SamplingParams, **options: Any) -> RequestOutput:
-    total: RequestOutput | None = None
-    async for delta in engine.generate(prompt, params, **options):
-        if total is None:
-            total = delta
-        else:
-            total.extend(delta)
-    assert total is not None
-    assert total.finished
-    return total
-
-
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        await asyncio.sleep(0.01)
-
-
-def run(test: Callable[..., Awaitable[None]], **options: Any) -> None:
-    async def main() -> None:
-        async with running(**options) as engine:
-            await test(engine)
-
-    asyncio.run(main())
+from tests.engine.serving import GREEDY, OPTIONS, PROMPTS, collect, run, until
 
 
 @pytest.fixture(scope="module")
@@ -258,21 +211,6 @@ def test_a_prefix_can_be_registered_while_the_engine_loads() -> None:
             await engine.register_prefix([7] * 48)
 
     asyncio.run(main())
-
-
-def test_a_request_present_at_two_deaths_is_ended() -> None:
-    async def test(engine: AsyncLLM) -> None:
-        task = asyncio.create_task(collect(engine, "ROMEO:", GREEDY.with_changes(max_tokens=1000)))
-        for _ in range(2):
-            await until(lambda: engine.state == "ready" and engine.stats.num_running == 1)
-            os.kill(engine.engine_pid, signal.SIGKILL)
-            await until(lambda: engine.state == "restarting")
-        with pytest.raises(EngineDeadError, match="died 2 times on this request"):
-            await task
-        await until(lambda: engine.state == "ready")
-        assert (await collect(engine, "O", GREEDY)).finished
-
-    run(test)
 
 
 def test_a_full_queue_answers_429() -> None:

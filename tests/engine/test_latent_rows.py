@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quire import LLM, SamplingParams
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_checkpoint, reference_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2)
 RANDOM = random.Random(0)
@@ -46,3 +47,32 @@ def test_the_plain_backend_serves_both(family: str, tmp_path: Path) -> None:
     expected = [tokens for tokens, _ in results(make_llm(folder), PROMPTS)]
     llm = make_llm(folder, attention_backend="sdpa", block_size=16)
     assert [tokens for tokens, _ in results(llm, PROMPTS)] == expected
+
+
+def test_rows_in_float8_have_a_scale(tmp_path: Path) -> None:
+    """No element overflows, and log-probabilities stay near those of a float32 cache."""
+    folder = make_checkpoint(tmp_path, "deepseek-v3")
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for dtype in ("float32", "fp8_e4m3"):
+        llm = make_llm(folder, attention_backend="sdpa", kv_cache_dtype=dtype)
+        (output,) = llm.generate([PROMPTS[2]], params)
+        assert output.prompt_logprobs is not None
+        found.append([next(iter(entry.values())).logprob for entry in output.prompt_logprobs if entry])
+    differences = [abs(a - b) for a, b in zip(*found, strict=True)]
+    assert 0 < sum(differences) / len(differences) < 0.1
+
+
+def test_long_prompts_whose_keys_and_values_are_made(tmp_path: Path) -> None:
+    """The tokens of transformers, also where a part of the prompt is in the cache."""
+    folder = make_checkpoint(tmp_path, "deepseek-v2")
+    oracle, llm = reference_model(folder), make_llm(folder)
+    first = [RANDOM.randrange(256) for _ in range(240)]
+    second = [*first[:40], *(RANDOM.randrange(256) for _ in range(200))]
+    for prompt, cached in ((first, 0), (second, 40)):
+        (output,) = llm.generate([prompt], PARAMS)
+        assert output.num_cached_tokens == cached
+        tokens = output.outputs[0].token_ids
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+        assert tokens == logits.argmax(dim=-1).tolist()

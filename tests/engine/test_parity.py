@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from quire import LLM, RequestOutput, SamplingParams
+from quire.kv_groups import KVLayout
+from quire.model_config import ModelConfig
 from tests.checkpoints import make_checkpoint, reference_model
 
 FAMILIES = [
@@ -145,9 +147,10 @@ def test_seventeen_requests(checkpoint: Path, oracle: torch.nn.Module, batched_t
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])
 def test_forced_preemptions(checkpoint: Path, oracle: torch.nn.Module, enable_prefix_caching: bool) -> None:
     # The pool holds about three of the seventeen sequences at full length.
+    layout = KVLayout.of(ModelConfig.from_folder(checkpoint).spec)
     llm = make_llm(
         checkpoint,
-        num_blocks=80,
+        num_blocks=layout.most_blocks(240, BLOCK_SIZE) * 8 // 3,
         max_num_batched_tokens=64,
         enable_prefix_caching=enable_prefix_caching,
         max_model_len=240,

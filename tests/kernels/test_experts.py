@@ -17,7 +17,7 @@ REFERENCE: Kernels = reference
 CPU, SDPA = kernels_for("cpu"), kernels_for("sdpa")
 FLOATS = ["float32", "float16", "bfloat16"]
 FORMATS = [*FLOATS, "int8", "int4", "mxfp4", "mxfp4 of int8"]
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu"]
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu"]
 NUMBERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 """What e2m1 stands for, without its sign."""
 ROUTES = {
@@ -67,13 +67,13 @@ class Case:
 
         return Mxfp4Matrix(random(0, 256, rows, columns // 32, 16), random(120, 127, rows, columns // 32))
 
-    def packed(self, kernels: Kernels, activation: str = "silu") -> PackedExperts:
+    def packed(self, kernels: Kernels, gate: str = "silu") -> PackedExperts:
         gate_up, down = (
             kernels.pack_experts(matrices, self.stored)  # type: ignore[arg-type]  # floats or MXFP4 throughout
             for matrices in (self.gate_up, self.down)
         )
         num_experts, _, inner = self.shape
-        return PackedExperts(gate_up, down, *self.biases, num_experts, inner, activation)
+        return PackedExperts(gate_up, down, *self.biases, num_experts, inner, gate)
 
     def tokens(self, count: int, num_active: int, only: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x, chosen experts and their weights."""
@@ -95,14 +95,14 @@ def activate(name: str, gate: Tensor, up: Tensor) -> Tensor:
         return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
     if name == "silu":
         return gate / (1 + torch.exp(-gate)) * up
-    if name == "relu":
-        return torch.where(gate > 0, gate, 0.0) * up
+    if name in ("relu", "relu2"):
+        return torch.where(gate > 0, gate, 0.0) ** (2 if name == "relu2" else 1) * up
     if name == "gelu":
         return gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up
     return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
 
 
-def written_out(case: Case, activation: str, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def written_out(case: Case, name: str, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """In float64, token by token."""
 
     def matrices(stored: object) -> list[Tensor]:
@@ -117,7 +117,7 @@ def written_out(case: Case, activation: str, x: Tensor, chosen: Tensor, weights:
         out = torch.ones_like(row)
         for index, share in zip(ids, shares, strict=True):
             gate, up = (gate_up[index] @ row + (0 if case.biases[0] is None else case.biases[0][index])).chunk(2)
-            inner = activate(activation, gate, up)
+            inner = activate(name, gate, up)
             out = out + share * (down[index] @ inner + (0 if case.biases[1] is None else case.biases[1][index]))
         rows.append(out)
     return torch.stack(rows) if rows else x.double()
@@ -129,15 +129,15 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("kernels", [REFERENCE, SDPA], ids=["reference", "sdpa"])
 @pytest.mark.parametrize("stored", ["float32", "mxfp4"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_plain_pytorch_equals_float64(kernels: Kernels, stored: str, activation: str) -> None:
+@pytest.mark.parametrize("gate", ACTIVATIONS)
+def test_plain_pytorch_equals_float64(kernels: Kernels, stored: str, gate: str) -> None:
     case = Case(5, 64, 96, stored)
     tokens = case.tokens(11, 3)
     x = tokens[0].mul_(20)  # some gates reach their clamps
     if kernels is REFERENCE:
         x = x.double()
-    found = run(kernels, case.packed(kernels, activation), x, *tokens[1:])
-    assert error(found, written_out(case, activation, *tokens)) < (1e-12 if kernels is REFERENCE else 1e-6)
+    found = run(kernels, case.packed(kernels, gate), x, *tokens[1:])
+    assert error(found, written_out(case, gate, *tokens)) < (1e-12 if kernels is REFERENCE else 1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -174,9 +174,9 @@ def test_widths_that_fill_no_tile(stored: str, hidden: int, inner: int, bias: bo
     ours, theirs = case.packed(CPU), case.packed(REFERENCE)
     rounded = stored == "bfloat16" and cpu.isa() == "avx512bf16"
     tolerance = 1e-2 if rounded else 3e-3 if stored in METHODS else 2e-6
-    for activation in ACTIVATIONS:
-        found = run(CPU, replace(ours, activation=activation), *tokens)
-        assert error(found, run(REFERENCE, replace(theirs, activation=activation), *tokens)) < tolerance
+    for gate in ACTIVATIONS:
+        found = run(CPU, replace(ours, activation=gate), *tokens)
+        assert error(found, run(REFERENCE, replace(theirs, activation=gate), *tokens)) < tolerance
 
 
 @pytest.mark.parametrize("stored", FORMATS)
@@ -285,7 +285,7 @@ def test_experts_are_packed_into_memory_of_the_caller() -> None:
         ({"chosen": torch.zeros(3, 2, dtype=torch.int64)}, "chosen: expected int32, found int64"),
         ({"weights": torch.zeros(3, 1)}, r"weights: expected shape \[3, 2\], found \[3, 1\]"),
         ({"activation": "tanh"}, "op: no input is made by 'tanh'"),
-        ({"activation": "rms_norm"}, "activation: 'rms_norm' is none"),
+        ({"activation": "rms_norm"}, "gate: 'rms_norm' is none"),
         ({"down_bias": torch.zeros(4, 63)}, r"bias: expected shape \[4, 64\], found \[4, 63\]"),
     ],
     ids=["width", "inner", "float64", "high", "low", "int64", "weights", "tanh", "norm", "bias"],

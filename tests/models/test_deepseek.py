@@ -9,12 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.attention import expansion
 from quire.errors import CheckpointError
 from quire.kernels import kernels_for, reference
 from quire.model_config import ModelConfig
+from quire.models import latent_attention
 from quire.models.checkpoint_formats import open_checkpoint
+from quire.models.expanded_attention import attend_expanded
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint, reference_model
+from tests.model_config.test_published import PUBLISHED
 from tests.models.parity import assert_close, assert_equals_transformers, expected_logits, prompt
 from tests.models.test_qwen_moe import fuse
 from tests.paged_model import PagedModel
@@ -51,6 +55,44 @@ def test_one_token_at_a_time(family: str, tmp_path: Path) -> None:
     ids = prompt(20)
     model = PagedModel(folder)
     assert_close(torch.cat([model.step({0: [token]})[0] for token in ids]), expected_logits(folder, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_chunks_make_keys_and_values(
+    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over rows that are there and rows of the step, beside short sequences, whichever tokens are read."""
+    folder = make_checkpoint(tmp_path, family)
+    ids = prompt(240)
+    calls = []
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        calls.append(len(arguments[1]))
+        return attend_expanded(*arguments)
+
+    monkeypatch.setattr(latent_attention, "attend_expanded", counted)
+    model = PagedModel(folder, kv_dtype=dtype)
+    found = [model.step({0: ids[:20], 1: ids[:3]})[0], model.step({1: ids[3:9], 0: ids[20:230], 2: ids[:200]})[0]]
+    assert calls == [210, 200] * 3
+    found.append(model.step({0: ids[230:]})[0])
+    tolerance = 2e-4 if dtype == torch.float32 else 0.3
+    assert_close(torch.cat(found), expected_logits(folder, ids), tolerance)
+    for read, replan in (({0: 1, 1: 2}, True), ({0: 1, 1: 2}, False), ({0: 200, 1: 4}, True)):
+        again = PagedModel(folder, kv_dtype=dtype)
+        again.step({0: ids[:20]})
+        part = again.step({0: ids[20:230], 1: ids[:9]}, read, replan=replan)
+        assert_close(part[0], torch.cat(found)[230 - read[0] : 230], 1e-4 if dtype == torch.float32 else 0.3)
+        assert len(part[1]) == read[1]
+
+
+def test_quantised_layers_make_keys_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path, "deepseek-v2")
+    ids = prompt(200)
+    expanded = PagedModel(folder, "int8").step({0: ids})[0]
+    monkeypatch.setattr(expansion, "MIN_NEW_TOKENS", 1000)
+    rows = PagedModel(folder, "int8").step({0: ids})[0]
+    assert 0 < (expanded - rows).norm() < 0.2 * rows.norm()
 
 
 @pytest.mark.parametrize("mscale", [0.0, 0.9])
@@ -141,54 +183,20 @@ def test_options_that_are_refused(family: str, change: dict[str, Any], message: 
     assert message in refusal(folder)
 
 
-V2_LITE: dict[str, Any] = {
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "moe_layer_freq": 1,
-    "topk_method": "greedy",
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    "scoring_func": "softmax",
-    "norm_topk_prob": False,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-    },
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 100001,
-}
-"""What the published config.json says."""
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("DeepSeek-V2-Lite", 15.7, 2.7), ("DeepSeek-V3", 671.0, 37.6), ("Kimi-K2-Instruct", 1026.4, 32.9)],
+)
+def test_published_models_are_planned(name: str, total: float, active: float, tmp_path: Path) -> None:
+    """Billions of parameters, and of those that a token passes."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    spec = ModelConfig.from_folder(tmp_path).spec
+    assert (round(spec.num_parameters / 1e9, 1), round(spec.num_active_parameters / 1e9, 1)) == (total, active)
 
 
 def test_a_token_of_v2_lite_takes_a_ninth_of_its_keys_and_values(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(V2_LITE))
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["DeepSeek-V2-Lite"]))
     config = ModelConfig.from_folder(tmp_path)
     expanded = 27 * 16 * (128 + 64 + 128) * 2
     assert expanded / config.spec.kv_bytes_per_token("bfloat16") == pytest.approx(8.9, abs=0.02)
-    assert config.spec.num_parameters == 15_706_484_224
-    assert round(config.spec.num_active_parameters / 1e9, 1) == 2.7
     assert config.context_length == 163840

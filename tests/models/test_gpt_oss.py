@@ -21,6 +21,7 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.random_weights import RandomWeights
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint, reference_model
+from tests.model_config.test_published import PUBLISHED
 from tests.models.parity import assert_close, assert_equals_transformers, expected_logits, prompt
 from tests.paged_model import PagedModel
 
@@ -86,9 +87,15 @@ def test_what_published_files_leave_unsaid(tmp_path: Path) -> None:
     assert read.rope.original_max_position == 4096
 
 
-def test_parameters_are_counted(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, "gpt-oss")
-    assert ModelConfig.from_folder(folder).spec.num_parameters == reference_model(folder).num_parameters()
+def test_the_published_model_is_planned(tmp_path: Path) -> None:
+    """gpt-oss-20b: 12.8 GiB as it is published, a token passes 4.2 billion parameters, the embedding included."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gpt-oss-20b"]))
+    config = ModelConfig.from_folder(tmp_path)
+    spec = config.spec
+    assert (round(spec.num_parameters / 1e9, 1), round(spec.num_active_parameters / 1e9, 1)) == (20.9, 4.2)
+    assert round(spec.weight_bytes("bfloat16") / 2**30, 1) == 12.8
+    assert config.layer_windows == (128, 0) * 12
+    assert config.context_length == 131072
 
 
 # -- MXFP4 ------------------------------------------------------------------------------------------------------------
@@ -147,13 +154,16 @@ def test_packed_experts_keep_their_bits(tmp_path: Path) -> None:
     assert of_floats.weight_bytes("float32") - packed.weight_bytes("float32") == numbers * 4 - numbers * 17 // 32
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_packed_experts_beside_other_layers(dtype: str, tmp_path: Path) -> None:
-    """Other layers are stored as asked; with int8 the experts' inputs are rounded to 8 bits as well."""
+    """Other layers are stored as asked; with few bits the experts' inputs are rounded to 8 bits as well. The reference
+    says what that gives: against transformers a rounded router may choose another expert."""
     folder = make_checkpoint(tmp_path / "packed", "gpt-oss", intermediate_size=64)
-    expected = expected_logits(pack_experts(folder), ids := prompt(50))
-    found = PagedModel(folder, dtype).step({0: ids})[0]
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    pack_experts(folder)
+    ids = prompt(50)
+    fast = PagedModel(folder, dtype).step({0: ids})[0]
+    slow = PagedModel(folder, dtype, kernels=reference).step({0: ids})[0]
+    assert (fast - slow).norm() < 1e-2 * slow.norm()
 
 
 def test_kernels_without_mxfp4_unpack_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from quire.kernels import cpu
-from quire.kernels.interface import QuantizedWeight
+from quire.kernels.interface import ExpertMatrices, ExpertWeight, Mxfp4Matrix
+from quire.layers.linear import stored_as
 from quire.models.packed_weights import PackedWeights
 
 
-def bytes_of(packed: torch.Tensor | QuantizedWeight) -> list[torch.Tensor]:
-    parts = [packed.values, packed.scales] if isinstance(packed, QuantizedWeight) else [packed]
+def bytes_of(packed: ExpertWeight) -> list[torch.Tensor]:
+    parts = [packed] if isinstance(packed, torch.Tensor) else [packed.values, packed.scales]
     return [part.view(torch.uint8) for part in parts]
 
 
@@ -36,6 +37,31 @@ def test_in_memory_while_there_is_room(num_bytes: int) -> None:
                     assert part.data_ptr() == area.data_ptr() + used
                     used += -(-part.numel() // 64) * 64
     assert used <= num_bytes
+
+
+EXPERTS = [[torch.randn(20, 32), torch.randn(20, 32)] for _ in range(3)]
+MXFP4_EXPERTS = [
+    [Mxfp4Matrix(torch.randint(0, 256, (40, 1, 16)).byte(), torch.randint(0, 255, (40, 1)).byte())] for _ in range(3)
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("matrices", [EXPERTS, MXFP4_EXPERTS], ids=["floats", "mxfp4"])
+def test_experts(matrices: ExpertMatrices, dtype: str) -> None:
+    """In memory of the packing as anywhere, and found again by a later load."""
+    expected = cpu.pack_experts(matrices, stored_as(dtype))
+    first = PackedWeights(mmap.mmap(-1, 1 << 16))
+    found = first.pack_experts(matrices, stored_as(dtype))
+    assert type(found) is type(expected)
+    assert all(map(torch.equal, bytes_of(found), bytes_of(expected)))
+    second = PackedWeights(None, first.parts)
+    again = second.pack_experts(matrices, stored_as(dtype))
+    assert second.num_packed == 0
+    assert [part.data_ptr() for part in bytes_of(again)] == [part.data_ptr() for part in bytes_of(found)]
+    changed = [*matrices[:2], matrices[0]]
+    other = PackedWeights(None, first.parts)
+    other.pack_experts(changed, stored_as(dtype))  # type: ignore[arg-type]  # of one kind
+    assert other.num_packed == 1
 
 
 def test_what_has_no_room_is_allocated_by_the_caller() -> None:

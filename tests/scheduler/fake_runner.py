@@ -196,7 +196,7 @@ class FakeRunner:
                     slot = table[position // self.size], position % self.size
                     assert slot not in written, "two rows write one slot"
                     written.add(slot)
-                    self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position])
+                    self.memory[slot[0]][slot[1]] = kv_of(previous, token_ids[position]) ^ group << 62
             first += count
         for row_index, start, count in zip(plan.rows, plan.num_computed_tokens, plan.num_scheduled_tokens, strict=True):
             row = self.rows[row_index]
@@ -287,4 +287,4 @@ class FakeRunner:
     def kv_at(self, row: Row, position: int, group: int = 0) -> int:
         block = row.tables[group][position // self.size]
         assert block >= 0, "a block that was given back is read"
-        return self.memory[block][position % self.size]
+        return self.memory[block][position % self.size] ^ group << 62

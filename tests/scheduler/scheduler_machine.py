@@ -71,7 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_failures=num_failures,
             policy=policy,
             admission=admission,
-            windows=windows if num_snapshots is None else (0,),
+            windows=windows,
             num_snapshots=num_snapshots,
         )
         self.num_requests = 0

@@ -5,6 +5,7 @@ too early, or loaded into a block that another sequence holds by now shows in th
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,7 +21,9 @@ from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
 from tests.scheduler.checked_engine import Engine, counts_by_request, new_request
 from tests.scheduler.fake_runner import NOTHING, FakeRunner, is_faulty, kv_of_all
-from tests.scheduler.scheduler_machine import SchedulerMachine
+from tests.scheduler.scheduler_machine import WINDOWS, SchedulerMachine
+
+MIXES = [(windows, 200 + place) for place, windows in enumerate(2 * WINDOWS) if windows != (0,)]
 
 BLOCK_BYTES = 2**30
 """So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
@@ -38,8 +41,10 @@ class FakeDisk:
 class TieredRunner(FakeRunner):
     """Reads and writes end some steps later, in their order; `patience` is the chance that one ends in a step."""
 
-    def __init__(self, num_blocks: int, block_size: int, disk: FakeDisk, patience: float, seed: int) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(
+        self, num_blocks: int, block_size: int, disk: FakeDisk, patience: float, seed: int, windows: Sequence[int]
+    ) -> None:
+        super().__init__(num_blocks, block_size, windows=windows)
         self.host: dict[bytes, list[int]] = {}
         self.disk = disk
         self.writing: list[tuple[bytes, list[int] | None]] = []
@@ -116,8 +121,9 @@ class TieredEngine(Engine):
         max_num_batched_tokens: int = 64,
         max_num_partial_prefills: int = 4,
         seed: int = 0,
+        windows: Sequence[int] = (0,),
     ) -> None:
-        super().__init__(num_blocks, block_size)
+        super().__init__(num_blocks, block_size, windows=windows)
         self.disk = FakeDisk() if disk is None else disk
         stored = [(name, BLOCK_BYTES) for name in self.disk.blocks]
         self.index = TierIndex(
@@ -127,8 +133,8 @@ class TieredEngine(Engine):
         )
         self.num_host_blocks = num_host_blocks
         self.num_disk_blocks = num_disk_blocks
-        self.pool = BlockPool(num_blocks, block_size)
-        self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed)
+        self.pool = BlockPool(num_blocks, block_size, windows=windows)
+        self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed, windows)
         self.scheduler = Scheduler(
             self.pool,
             SchedulerLimits(
@@ -161,7 +167,7 @@ class TieredEngine(Engine):
             if self.pool.num_free and len(offload._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=offload.finish(computes=False))
-            scheduler._in_flight.append(StepInFlight(scheduler._queues.rows.copy()))
+            scheduler._in_flight.append(StepInFlight(plan, scheduler._queues.rows.copy()))
             scheduler.update(plan, self.runner.execute(plan))
         for block in taken:
             self.pool.release(block)
@@ -433,13 +439,13 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     engine.run()
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_crowds_with_little_memory_at_every_level(seed: int) -> None:
+@pytest.mark.parametrize(("windows", "seed"), [((0,), seed) for seed in range(20)] + MIXES)
+def test_crowds_with_little_memory_at_every_level(windows: tuple[int, ...], seed: int) -> None:
     rng = random.Random(seed)
     disk = FakeDisk()
     for _ in range(2):
         engine = TieredEngine(
-            rng.choice([12, 16, 30]),
+            rng.choice([12, 16, 30]) * len(windows),
             4,
             num_host_blocks=rng.choice([0, 1, 5, 40]),
             num_disk_blocks=rng.choice([0, 3, 10, 60]),
@@ -447,6 +453,7 @@ def test_crowds_with_little_memory_at_every_level(seed: int) -> None:
             patience=rng.choice([0.1, 0.5, 1.0]),
             max_num_batched_tokens=rng.choice([8, 20, 64]),
             seed=seed,
+            windows=windows,
         )
         for number in range(20):
             prompt = [0] * rng.randrange(12) + [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
@@ -468,6 +475,7 @@ class TieredMachine(SchedulerMachine):
         num_host_blocks=st.sampled_from([0, 1, 4, 30]),
         num_disk_blocks=st.sampled_from([0, 2, 10, 80]),
         patience=st.sampled_from([0.2, 0.6, 1.0]),
+        windows=st.sampled_from(WINDOWS),
     )
     def start(  # type: ignore[override]
         self,
@@ -478,8 +486,10 @@ class TieredMachine(SchedulerMachine):
         num_host_blocks: int,
         num_disk_blocks: int,
         patience: float,
+        windows: tuple[int, ...],
     ) -> None:
         self.options = {
+            "windows": windows,
             "num_blocks": num_blocks,
             "block_size": block_size,
             "max_num_seqs": max_num_seqs,

@@ -3,7 +3,7 @@
 import itertools
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import MemoryReport
+from quire.outputs import KVGroupMemory, MemoryReport, PrefixMiss
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.limits import SchedulerLimits
@@ -16,10 +16,10 @@ BLOCK_SIZE = 4
 class Steps:
     """A scheduler whose samples are counted upwards, on a clock of one second a step."""
 
-    def __init__(self, num_blocks: int = 32) -> None:
+    def __init__(self, num_blocks: int = 32, windows: tuple[int, ...] = (0,)) -> None:
         self.seconds = 0.0
         self.scheduler = Scheduler(
-            BlockPool(num_blocks, BLOCK_SIZE),
+            BlockPool(num_blocks, BLOCK_SIZE, windows=windows),
             SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128),
             clock=lambda: self.seconds,
         )
@@ -88,11 +88,11 @@ def test_where_prompts_were_found_and_why_not() -> None:
     steps.step()
     (request,) = steps.report().requests
     assert request.cached_tokens == {"device": 8}
-    assert request.miss == (2, "differs", None)
+    assert request.miss == PrefixMiss(2, "differs", None)
     steps.finish()
     steps.add("other salt", prompt, max_tokens=2, salt="x")
     steps.step()
-    assert steps.report().requests[0].miss == (0, "salt", None)
+    assert steps.report().requests[0].miss == PrefixMiss(0, "salt", None)
     steps.finish()
     steps.add("large", list(range(100, 146)), max_tokens=2)
     steps.finish()
@@ -121,3 +121,31 @@ def test_blocks_shared_with_other_requests_are_counted_for_each() -> None:
     first, second = steps.report().requests
     assert first.num_shared_slots == second.num_shared_slots == 12
     assert steps.report().stats.num_shared_slots == 12
+
+
+def test_each_kv_group_is_reported() -> None:
+    steps = Steps(num_blocks=24, windows=(0, 6))
+    steps.add("a", list(range(32)), max_tokens=2)
+    steps.step()
+    assert steps.report().groups == [KVGroupMemory(0, 8, 0), KVGroupMemory(6, 2, 6)]
+    assert "KV group 1, window of 6 tokens: 2 blocks used, 6 free and cached" in str(steps.report())
+    assert steps.report().stats.total_given_back == 6
+    steps.finish()
+    assert steps.report().groups == [KVGroupMemory(0, 0, 8), KVGroupMemory(6, 0, 8)]
+
+
+def test_a_miss_names_the_group_that_lost_its_block() -> None:
+    steps = Steps(num_blocks=24, windows=(0, 6))
+    prompt = list(range(32))
+    steps.add("a", prompt, max_tokens=1)
+    steps.finish()
+    steps.add("b", list(range(100, 124)), max_tokens=1)  # takes what the window group gave back first
+    steps.finish()
+    steps.add("c", [*prompt[:16], *range(50, 60)], max_tokens=2)
+    steps.step()
+    (request,) = steps.report().requests
+    assert (request.cached_tokens, request.miss) == ({}, PrefixMiss(0, "evicted", 1.0, 6))
+    steps.finish()
+    steps.add("d", [*range(200, 220)], max_tokens=2)
+    steps.step()
+    assert steps.report().requests[0].miss == PrefixMiss(0, "new", None)

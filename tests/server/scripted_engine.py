@@ -3,7 +3,7 @@
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from quire.engine.chat_template import ChatTemplate
 from quire.engine.limits import check_prompt_length
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineDeadError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import (
     AgeQuantiles,
@@ -36,6 +36,18 @@ ANSWER = "To be, or not to be: that is the question."
 @cache
 def bundled_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(BUNDLED)
+
+
+class LocalTemplate:
+    """The bundled model's chat template, rendered in this process."""
+
+    def __init__(self) -> None:
+        self._template = ChatTemplate.from_folder(BUNDLED)
+        self.source = self._template.source
+        self.response_template = self._template.response_template
+
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        return await asyncio.to_thread(lambda: self._template.render(messages, **options))
 
 
 @dataclass
@@ -71,14 +83,14 @@ class ScriptedEngine:
     raises_at: int = 0
     full: bool = False
     load_seconds: float = 0.0
-    lives_for: float | None = None
-    """Seconds from being ready until it dies."""
+    outage: EngineUnavailableError | None = None
+    stalls: bool = False
     max_model_len: int = 256
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     default_params: dict[str, Any] = field(default_factory=dict)
-    chat_template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate.from_folder(BUNDLED))
+    chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
@@ -106,11 +118,9 @@ class ScriptedEngine:
         stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
         return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), {"new": 1}, [])
 
-    async def wait_dead(self) -> QuireError:
-        if self.lives_for is None:
-            await asyncio.Event().wait()
-        await asyncio.sleep(self.lives_for or 0.0)
-        return EngineDeadError("the engine process died 5 times in 300 s")
+    @property
+    def advances(self) -> bool:
+        return self.state == "ready" and not self.stalls
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         self.state = "draining"
@@ -131,6 +141,7 @@ class ScriptedEngine:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
@@ -139,9 +150,11 @@ class ScriptedEngine:
             raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
         self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload))
         self.num_running += 1
-        finished = False
+        started, finished = time.monotonic(), False
         try:
             async for output in self._outputs(prompt, params):
+                if timeout is not None and time.monotonic() - started > timeout:
+                    raise DeadlineError(f"the request was not finished within its {timeout:g} seconds")
                 finished = output.finished
                 yield output
         finally:

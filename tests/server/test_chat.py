@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI, RateLimitError
 
-from quire.errors import EngineDeadError
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ANSWER, ScriptedEngine, bundled_tokenizer
 
@@ -253,13 +252,7 @@ def test_failed_sample(server: RunningServer, client: OpenAI, engine: ScriptedEn
     assert len(events) > 3
 
 
-def test_engine_death_and_bugs_are_errors_without_details(
-    server: RunningServer, client: OpenAI, engine: ScriptedEngine
-) -> None:
-    engine.raises = EngineDeadError("the engine process died 2 times on this request")
-    with pytest.raises(InternalServerError) as dead:
-        client.chat.completions.create(model="scripted", messages=HELLO)
-    assert dead.value.code == "engine_dead"
+def test_bugs_are_errors_without_details(server: RunningServer, client: OpenAI, engine: ScriptedEngine) -> None:
     engine.raises = KeyError("/secret/path")
     with pytest.raises(InternalServerError) as bug:
         client.chat.completions.create(model="scripted", messages=HELLO)

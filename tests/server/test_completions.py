@@ -169,7 +169,7 @@ def test_token_ids_and_their_names(client: OpenAI) -> None:
         ({"prompt": ["a", 1]}, "prompt"),
         ({"prompt": [1] * 300}, "prompt"),
         ({"prompt": ["x"] * 600, "n": 2}, "prompt"),
-        ({"prompt": ["x"] * 100_000}, "prompt"),
+        ({"prompt": ["x"] * 20_000}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice"),

@@ -1,6 +1,5 @@
 """Loading, draining and signals in a real process with a scripted engine."""
 
-import asyncio
 import json
 import os
 import signal
@@ -13,8 +12,8 @@ from http.client import HTTPConnection, HTTPResponse
 
 import pytest
 
-from quire.errors import ConfigError, EngineDeadError
-from quire.server.listen import bind, serve
+from quire.errors import ConfigError, EngineUnavailableError
+from quire.server.listen import bind
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -25,7 +24,7 @@ from tests.server.scripted_engine import ScriptedEngine
 from quire.server.listen import bind, serve
 from quire.server.settings import ServerSettings
 settings = ServerSettings(port=0, shutdown_timeout={shutdown_timeout})
-engine = ScriptedEngine(delay=0.02, endless=True)
+engine = ScriptedEngine(delay=0.02, endless=True, max_model_len=2**20)
 finished = asyncio.run(serve(engine, settings, bind(settings), report=lambda line: print(line, flush=True)))
 sys.exit(0 if finished else 1)
 """
@@ -123,8 +122,21 @@ def test_an_unknown_host_is_one_line() -> None:
         bind(ServerSettings(host="999.1.1.1", api_key=("k",)))
 
 
-def test_a_dead_engine_ends_the_server() -> None:
-    engine = ScriptedEngine(lives_for=0.05)
-    settings = ServerSettings(port=0)
-    with pytest.raises(EngineDeadError, match="died 5 times"):
-        asyncio.run(serve(engine, settings, bind(settings), report=lambda line: None))
+def test_health_says_why_there_is_no_engine() -> None:
+    engine = ScriptedEngine()
+    with RunningServer(engine) as server:
+        for path in ("/health", "/health/ready"):
+            response, reply = server.send("GET", path)
+            assert (response.status, reply) == (200, {"status": "ready"})
+        engine.stalls = True
+        response, reply = server.send("GET", "/health/ready")
+        assert (response.status, reply) == (503, {"status": "stalled"})
+        engine.state = "down"
+        engine.outage = EngineUnavailableError("the engine died 3 times. It starts again in 7 s", retry_after=7)
+        response, reply = server.send("GET", "/health/ready")
+        assert (response.status, reply) == (503, {"status": "down", "cause": str(engine.outage)})
+        response, reply = server.send("POST", "/v1/completions", {"prompt": "x"})
+        assert (response.status, response.headers["retry-after"]) == (503, "7")
+        assert reply["error"]["message"] == str(engine.outage)
+        response, reply = server.send("GET", "/health/live")
+        assert (response.status, reply) == (200, {"status": "live"})

@@ -124,7 +124,7 @@ def test_an_invalid_grammar_is_a_400_within_a_second(
         {"guided_choice": []},
         {"guided_json": "{"},
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": "x" * 2**17}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"description": "x" * 2**19}}}},
     ],
 )
 def test_an_invalid_constraint_is_refused_by_the_name_of_its_field(client: OpenAI, fields: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from quire.attention.expansion import sequences_to_expand
 from quire.attention.inputs import AttentionShape, Int32Array, Int64Array, StepArrays
 from quire.attention.shared_prefixes import find_shared_prefixes
-from quire.kernels.interface import CpuAttentionPlan
+from quire.kernels.interface import CpuAttentionPlan, ExpandedRun
 from quire.kv_groups import INVARIANT_ALIGNMENT
 
 __all__ = ["CpuAttentionPlan", "MergeColumn", "SharedColumn", "WorkColumn", "advance_plan", "plan_attention"]
@@ -37,6 +38,7 @@ _ITEMS_PER_THREAD = 8
 _MIN_ITEM_KEYS = 256
 # Parts begin at multiples of this, so that none begins inside a vector of keys.
 _SPLIT_ALIGNMENT = 64
+NO_LIMIT = 2**31 - 1
 # A batch-invariant plan splits keys at every multiple of this, whatever the load.
 _INVARIANT_PART_KEYS = 1024
 
@@ -84,6 +86,9 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         )
     min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
     tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
+    expanded = sequences_to_expand(step, shape)
+    if len(expanded):
+        tiles = tiles[~np.isin(tiles[:, WorkColumn.SEQUENCE], expanded)]
     sharers = _NO_SHARERS
     if shape.batch_invariant:
         tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
@@ -112,7 +117,11 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
     cost *= np.maximum(work[:, WorkColumn.NUM_TOKENS] * group, min_cost_rows) * work[:, WorkColumn.NUM_HEADS]
     work = work[np.argsort(-cost, kind="stable")]
     ends = work[:, WorkColumn.KEY_END]
-    growth = [(ends, (ends == seq_lens[work[:, WorkColumn.SEQUENCE]]).astype(np.int32))]
+    lengths = seq_lens[work[:, WorkColumn.SEQUENCE]]
+    growth = [(ends, (ends == lengths).astype(np.int32))]
+    if shape.window > 0:  # the first key of a window that is full moves on as well
+        begins = work[:, WorkColumn.KEY_BEGIN]
+        growth.append((begins, (begins == lengths - shape.window).astype(np.int32)))
     if len(shared):
         growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
     return CpuAttentionPlan(
@@ -127,12 +136,40 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         partials=torch.empty(num_partial_rows, (shape.value_dim or shape.head_dim) + 2),
         window=shape.window,
         num_threads=shape.num_threads,
+        expanded=[_plan_expanded(step, shape, int(sequence)) for sequence in expanded],
     )
+
+
+def _plan_expanded(step: StepArrays, shape: AttentionShape, sequence: int) -> ExpandedRun:
+    """One head of a sequence whose keys and values lie one after the other."""
+    begin, end = map(int, step.query_start_loc[sequence : sequence + 2])
+    length = int(step.seq_lens[sequence])
+    num_blocks = -(-length // shape.block_size)
+    key_dim, value_dim = shape.expanded_dims
+    own_step = StepArrays(
+        np.array([0, end - begin], dtype=np.int32),
+        np.array([length], dtype=np.int32),
+        np.arange(num_blocks, dtype=np.int32)[None],
+        np.arange(length, dtype=np.int32),
+    )
+    own_shape = replace(
+        shape,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=key_dim,
+        value_dim=value_dim,
+        expanded_dims=(0, 0),
+        window=0,
+        kv_element_size=4,
+    )
+    blocks = torch.from_numpy(step.block_tables[sequence, :num_blocks].astype(np.int64))
+    return ExpandedRun(slice(begin, end), blocks, plan_attention(own_step, own_shape))
 
 
 def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttentionPlan:
     """Turns the plan of a decode step into that of the next one: each sequence has one more token, whose key goes to
-    the item with the sequence's last keys. `plan` has no window and is not batch-invariant; it is changed in place.
+    the item with the sequence's last keys. `plan` is not batch-invariant; it is changed in place. If it has a window,
+    `num_advances` says how often this may be done.
 
     The arrays that it was made from already hold the next step; `block_tables` differs only if it became wider.
     """
@@ -141,6 +178,17 @@ def advance_plan(plan: CpuAttentionPlan, block_tables: Int32Array) -> CpuAttenti
     if plan.block_tables.shape != block_tables.shape:
         return replace(plan, block_tables=_tensor(block_tables))
     return plan
+
+
+def num_advances(plan: CpuAttentionPlan, seq_lens: Int32Array) -> int:
+    """How many times the new plan of a decode step may be advanced before the window of another sequence is full, from
+    where on its first key moves."""
+    if plan.window == 0:
+        return NO_LIMIT
+    if len(plan.shared):
+        return 0
+    to_come = plan.window - seq_lens
+    return int(to_come[to_come > 0].min(initial=NO_LIMIT))
 
 
 class _Sharers(NamedTuple):

@@ -64,7 +64,7 @@ class GroupPlanner:
         for group, (step, plan_step) in enumerate(zip(steps, self._planners, strict=True)):
             alike = self._shapes.index(self._shapes[group])
             plan = plans[alike] if alike < group else None
-            if isinstance(plan, CpuAttentionPlan):
+            if isinstance(plan, CpuAttentionPlan) and not plan.expanded:
                 # On a CPU the work depends on lengths and windows alone. Groups of equal windows share it.
                 plans.append(_with_tables(plan, step))
             else:
@@ -86,16 +86,17 @@ class CpuPlanner:
     """Plans for the CPU kernels. Updates its last plan for a step that repeats."""
 
     def __init__(self, shape: AttentionShape) -> None:
-        from quire.attention.plan import advance_plan, plan_attention
+        from quire.attention.plan import advance_plan, num_advances, plan_attention
 
-        self._plan, self._advance = plan_attention, advance_plan
+        self._plan, self._advance, self._num_advances = plan_attention, advance_plan, num_advances
         self._shape = shape
         # Such plans split keys by position, so one more token may need another split.
-        self._may_advance = not shape.window and not shape.batch_invariant
+        self._may_advance = not shape.batch_invariant
         self._last: CpuAttentionPlan | None = None
         self._seq_lens: Int32Array | None = None
         """The array that `_last` was made from."""
         self._num_repeats = 0
+        """How many more times `_last` may be advanced."""
 
     def __call__(
         self, step: StepArrays, *, repeats: bool = False, captured_tokens: int = 0, variant: Variant = ()
@@ -103,12 +104,12 @@ class CpuPlanner:
         assert not captured_tokens, "a CPU has no graphs"
         # If the last step had a second plan, for its output tokens, `_last` is that plan and cannot be updated.
         last = self._last if repeats and step.seq_lens is self._seq_lens else None
-        if last is not None and self._may_advance and self._num_repeats < MAX_REPEATS:
-            self._num_repeats += 1
+        if last is not None and self._may_advance and self._num_repeats > 0:
+            self._num_repeats -= 1
             plan = self._advance(last, step.block_tables)
         else:
-            self._num_repeats = 0
             plan = self._plan(step, self._shape)
+            self._num_repeats = min(MAX_REPEATS, self._num_advances(plan, step.seq_lens))
         self._last, self._seq_lens = plan, step.seq_lens
         return plan
 

@@ -15,16 +15,20 @@ def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
     query_start_loc, seq_lens, block_tables, slots = step
     block_size, device = shape.block_size, shape.device
     counts = np.diff(query_start_loc)
-    num_blocks = -(-seq_lens // block_size)
+    # With a window, only the blocks that a new token sees: the others may be somebody else's by now.
+    seen_from = np.maximum(0, seq_lens - counts - shape.window + 1) // block_size * (shape.window > 0)
+    num_blocks = -(-seq_lens // block_size) - seen_from
 
     def on_device(array: NDArray[np.int32]) -> torch.Tensor:
         return to_device(array.astype(np.int32, copy=False), device)
 
     def make_run(members: NDArray[np.int64]) -> SequenceRun:
         count, most = int(counts[members[0]]), int(num_blocks[members].max())
-        lengths = seq_lens[members, None]
+        first = seen_from[members, None]
+        lengths = seq_lens[members, None] - first * block_size
         queries = lengths - count + np.arange(count)
-        blocks = np.where(np.arange(most) < num_blocks[members, None], block_tables[members, :most], 0)
+        places = np.minimum(first + np.arange(most), block_tables.shape[1] - 1)
+        blocks = np.where(np.arange(most) < num_blocks[members, None], block_tables[members[:, None], places], 0)
         positions = torch.arange(most * block_size, dtype=torch.int32, device=device)
         return SequenceRun(
             tokens=on_device(query_start_loc[members, None] + np.arange(count)).long(),

@@ -197,7 +197,7 @@ class _LocalModel:
         template, tokenizer = self._engine.chat_template, self._engine.tokenizer
         if template is None or tokenizer is None:
             raise QuireError("the model has no chat template; `quire generate` continues a text")
-        prompt = tokenizer.encode(template.render(messages), add_special_tokens=False)
+        prompt = tokenizer.encode(await template.render(messages), add_special_tokens=False)
         params = SamplingParams(**{"max_tokens": None, **self._engine.default_params, **self._given})
         async with aclosing(self._engine.generate(prompt, params)) as outputs:
             async for output in outputs:

@@ -170,6 +170,7 @@ class _Question:
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
+            windows=tuple(group.window for group in plan.kv_groups),
         )
 
 

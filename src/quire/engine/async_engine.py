@@ -20,9 +20,10 @@ from typing import Any
 
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
-from quire.engine.chat_template import ChatTemplate
+from quire.engine.chat_template_process import ChatTemplateProcess
 from quire.engine.checkpoint import find_model, model_name, read_default_params
-from quire.engine.engine_client import EngineClient
+from quire.engine.engine_child import Death
+from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
@@ -58,7 +59,7 @@ class AsyncLLM:
         """`report` gets the memory plan, the phases of start-up and a line of throughput every ten seconds."""
         self.config = config
         self.tokenizer: Tokenizer | None = None
-        self.chat_template: ChatTemplate | None = None
+        self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
         self.default_params: dict[str, Any] = {}
         self.metrics = Metrics(self.model_names[0])
@@ -68,7 +69,14 @@ class AsyncLLM:
         self._inputs: InputProcessor | None = None
         self._grammar_checker: AsyncGrammarChecker | None = None
         self._client = EngineClient(
-            on_message=self._handle, on_death=self._handle_death, on_spawn=self._resume, on_failure=self._handle_failure
+            Owner(
+                on_message=self._handle,
+                on_death=self._handle_death,
+                on_spawn=self._resume,
+                on_ready=lambda: self._streams.start_timer(),
+                on_failure=self._handle_failure,
+                has_work=lambda: self._streams.any_live,
+            )
         )
         self._streams = RequestStreams(None, self._client.send)
         self._prefixes = PrefixRegistrations(self._client.send)
@@ -92,8 +100,11 @@ class AsyncLLM:
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
+        if self.tokenizer is not None:
+            await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
         try:
-            self.chat_template = ChatTemplate.from_folder(folder)
+            self.chat_template = ChatTemplateProcess(folder, report=self._report)
+            self.chat_template.warm()
         except CheckpointError as error:
             # The model can still complete texts.
             self._report(f"no chat: {error}")
@@ -112,12 +123,8 @@ class AsyncLLM:
             self._grammar_checker.warm()
 
     async def wait_ready(self) -> None:
-        """Return when the engine can compute. Raises the reason if it never will."""
+        """Return when the engine can compute for the first time. Raises the reason if it never will."""
         await self._client.wait_ready()
-
-    async def wait_dead(self) -> QuireError:
-        """Return the reason when the engine is down for good."""
-        return await self._client.wait_failed()
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:
         """Refuse new requests, let running ones finish for `drain_seconds`, then end the rest and the process."""
@@ -129,11 +136,23 @@ class AsyncLLM:
         await self._client.shutdown()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
+        if self.chat_template is not None:
+            await self.chat_template.close()
 
     @property
     def state(self) -> str:
-        """loading, ready, draining, restarting, dead"""
+        """loading, ready, draining, restarting, down (waiting to restart), dead"""
         return self._client.state
+
+    @property
+    def outage(self) -> EngineUnavailableError | None:
+        """Why there is no engine for a while, and until when; None if there is one or one is being started."""
+        return self._client.outage
+
+    @property
+    def advances(self) -> bool:
+        """Whether the engine can compute, and does so if it has work."""
+        return self._client.advances
 
     @property
     def stats(self) -> EngineStats:
@@ -171,12 +190,13 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
-        an engine that takes no requests now (503). `tenant` and `workload` are those of `Request`; `request_id` is the
-        caller's name for it and only echoed.
+        an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
+        are those of `Request`; `request_id` is the caller's name for it and only echoed.
         """
         if params.logits_processors:
             raise RequestError(
@@ -185,7 +205,13 @@ class AsyncLLM:
                 param="logits_processors",
             )
         stream = await self._open(
-            prompt, params, priority=priority, cache_salt=cache_salt, tenant=tenant, workload=workload
+            prompt,
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            workload=workload,
+            timeout=timeout,
         )
         finished = False
         try:
@@ -210,6 +236,7 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
 
@@ -223,6 +250,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            timeout=timeout,
         )
         try:
             output = None
@@ -244,8 +272,11 @@ class AsyncLLM:
         cache_salt: str,
         tenant: str,
         workload: str,
+        timeout: float | None,
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
+        if self.outage is not None:
+            raise self.outage
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         self._check_queue()
@@ -261,13 +292,14 @@ class AsyncLLM:
             tenant=tenant,
             workload=workload,
         )
-        # Tokenising a long text takes milliseconds, in which other streams must go on.
-        request, text = await asyncio.to_thread(make) if isinstance(prompt, str) else make()
+        # Tokenising takes milliseconds, in which other streams must go on.
+        slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
+        request, text = await asyncio.to_thread(make) if slow else make()
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text)
+        return self._streams.open(request, text, timeout)
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""
@@ -324,10 +356,12 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
-    def _handle_death(self) -> None:
+    def _handle_death(self, death: Death) -> bool:
         self._fail_memory_waiters()
         self._throughput.restart()
-        self._streams.count_death()
+        if not death.while_loading:
+            self._prefixes.count_death(death.in_step)
+        return self._streams.count_death(death)
 
     def _resume(self) -> None:
         """Send a new engine process what the old one had."""

@@ -46,6 +46,8 @@ class ChatTemplate:
         """`sources` maps names ("default", "tool_use", …) to Jinja texts; errors call them `origin`."""
         self.source = sources.get("tool_use") or sources.get("default") or ""
         """The template that requests with tools are rendered with; empty if there is none."""
+        self.response_template = ""
+        """The tokenizer's description of replies, as JSON; empty if it has none."""
         self._special_tokens = dict(special_tokens)
         self._max_chars = max_chars
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
@@ -64,8 +66,10 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: str | Path, *, max_chars: int = MAX_PROMPT_CHARS) -> "ChatTemplate":
         """From chat_template.jinja, else from tokenizer_config.json. Without both, `render` refuses."""
-        sources, origin = _read_sources(Path(folder))
-        return cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
+        sources, origin = read_sources(Path(folder))
+        template = cls(sources, read_special_tokens(folder), origin=origin, max_chars=max_chars)
+        template.response_template = read_response_template(Path(folder))
+        return template
 
     def render(
         self,
@@ -92,7 +96,7 @@ class ChatTemplate:
             )
         chat = [plain_message(message, index) for index, message in enumerate(messages)]
         # What a client passes for the template hides none of these.
-        chosen = {
+        chosen: dict[str, Any] = {
             "tools": tools or None,
             "documents": documents or None,
             "add_generation_prompt": add_generation_prompt,
@@ -131,13 +135,19 @@ class ChatTemplate:
             ) from None
 
 
+def read_response_template(folder: Path) -> str:
+    """How the tokenizer describes replies, as JSON; "" if it does not."""
+    described = read_optional(folder / "tokenizer_config.json").get("response_template")
+    return json.dumps(described, ensure_ascii=False) if isinstance(described, dict) else ""
+
+
 def _compile(environment: "_Environment", name: str, source: str) -> Template:
     template = environment.from_string(source)
     template.name = name
     return template
 
 
-def _read_sources(folder: Path) -> tuple[dict[str, str], str]:
+def read_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Name → template, and the file that they come from."""
     path = folder / "chat_template.jinja"
     if path.is_file():

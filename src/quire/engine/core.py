@@ -11,6 +11,7 @@ from quire.engine import malloc_arena
 from quire.engine.executor import Executor, PendingStep
 from quire.engine.grammars import WaitingForGrammar
 from quire.engine.limits import check_request
+from quire.engine.step_record import StepRecord
 from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
 from quire.models.weights_cache import WeightsCache
@@ -56,6 +57,11 @@ class EngineCore:
         self._overlaps = overlaps
         self._in_progress: tuple[StepPlan, PendingStep] | None = None
         """The step that was launched ahead."""
+        self._record: StepRecord | None = None
+
+    def record_steps(self, record: StepRecord) -> None:
+        """Write into `record`, before each step is launched, which requests it computes."""
+        self._record = record
 
     def add(self, request: Request, *, wait: bool = False) -> None:
         """Queue a request. Raises `RequestError` if it can never run.
@@ -156,6 +162,8 @@ class EngineCore:
 
     def _try_launch(self, plan: StepPlan) -> PendingStep | None:
         """Launch a step; None if the device lacks memory for it. Raises if it lacks memory for a single token."""
+        if self._record is not None:
+            self._record.compute(self._scheduler.ids_in_flight(), self._scheduler.batch_in_flight)
         try:
             return self._executor.launch(plan)
         except DeviceMemoryError as error:

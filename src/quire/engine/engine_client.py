@@ -1,195 +1,238 @@
-"""EngineClient: the engine process as seen from the process that answers clients. It starts, restarts and stops it.
+"""EngineClient: the engine processes as seen from the process that answers clients: one at a time, for ever.
 
-The child inherits one end of a socketpair and nothing else. torch is not imported here, so this process answers while
-weights load. A child that dies is replaced, up to `MAX_DEATHS` deaths within `DEATH_WINDOW`.
+torch is not imported here, so this process answers while weights load. A process that dies is replaced. So is one that
+does not advance (`watchdog`). Deaths without progress make the replacements come later and later (`breaker`), but they
+come. Only a first load that fails is final.
 """
 
 import asyncio
-import contextlib
 import logging
-import socket
-import sys
+import math
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from quire import errors
-from quire.engine.messages import (
-    Failed,
-    FrameBuffer,
-    FromEngine,
-    Load,
-    Ready,
-    ToEngine,
-    decode_from_engine,
-    encode,
-)
-from quire.errors import EngineDeadError, QuireError
+from quire.engine.breaker import Breaker
+from quire.engine.engine_child import Death, EngineChild
+from quire.engine.messages import Failed, FromEngine, Load, Ready, ToEngine
+from quire.engine.spare_child import SpareChild, wants_spare
+from quire.engine.watchdog import LOOK_SECONDS, Watchdog, step_limit
+from quire.errors import EngineDeadError, EngineUnavailableError, QuireError
 
 logger = logging.getLogger(__name__)
 
-MAX_DEATHS = 5
-"""After this many deaths within `DEATH_WINDOW` seconds the engine is not restarted."""
-DEATH_WINDOW = 300.0
-_EXIT_SECONDS = 10.0
-"""Time for the child to exit by itself after its connection was closed."""
+READY_SECONDS = 10.0
+"""An engine with work that has not advanced for longer is not ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What the owner of an `EngineClient` does at the events in the life of its processes."""
+
+    on_message: Callable[[FromEngine], None]
+    """Gets every message except `Ready` and `Failed`."""
+    on_death: Callable[[Death], bool]
+    """A process died and another one will be started; returns whether something was computed since the last death."""
+    on_spawn: Callable[[], None]
+    """A process was started and has its `Load` message; it takes messages."""
+    on_ready: Callable[[], None]
+    """A process can compute."""
+    on_failure: Callable[[QuireError], None]
+    """There will be no engine, for this reason."""
+    has_work: Callable[[], bool]
+    """Whether somebody waits for the engine to compute."""
 
 
 class EngineClient:
-    """One engine process at a time. All methods run on the event loop that called `start`."""
+    """All methods run on the event loop that called `start`."""
 
-    def __init__(
-        self,
-        *,
-        on_message: Callable[[FromEngine], None],
-        on_death: Callable[[], None],
-        on_spawn: Callable[[], None],
-        on_failure: Callable[[QuireError], None],
-    ) -> None:
-        """`on_message` gets every message except `Ready` and `Failed`. `on_death`: the process died and another one
-        will be started. `on_spawn`: a process was started and has its `Load` message; it takes messages.
-        `on_failure`: there will be no engine, for this reason."""
-        self.state = "loading"
-        """loading, ready, draining, restarting, dead"""
-        self._on_message = on_message
-        self._on_death = on_death
-        self._on_spawn = on_spawn
-        self._on_failure = on_failure
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._phase = "loading"
+        self._draining = False
         self._load: Load | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader_task: asyncio.Task[None] | None = None
-        self._ready = asyncio.Event()
-        self._failed = asyncio.Event()
+        self._child: EngineChild | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        """Set when the first load has ended, well or not."""
         self._failure: QuireError | None = None
-        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._sent = asyncio.Event()
+        self._spare = SpareChild()
+        self._watchdog = Watchdog()
+        self._breaker = Breaker()
+        self._cause = ""
+        self._starts_again_at = 0.0
+
+    @property
+    def state(self) -> str:
+        """loading, ready, draining, restarting, down (waiting to restart), dead"""
+        return "draining" if self._draining and self._phase != "dead" else self._phase
+
+    @property
+    def advances(self) -> bool:
+        """Whether the engine can compute, and does so if it has work."""
+        return self.state == "ready" and self._watchdog.stalled < READY_SECONDS
+
+    @property
+    def outage(self) -> EngineUnavailableError | None:
+        """Why there is no engine for a while, and until when; None if there is one or one is being started."""
+        if self._phase != "down":
+            return None
+        seconds = max(1, math.ceil(self._starts_again_at - time.monotonic()))
+        return EngineUnavailableError(
+            f"the engine died {self._breaker.num_deaths} times without computing anything: {self._cause}. "
+            f"It starts again in {seconds} s",
+            retry_after=seconds,
+        )
 
     @property
     def pid(self) -> int:
         """Process id of the engine process."""
-        assert self._process is not None, "start() comes first"
-        return self._process.pid
+        assert self._child is not None, "start() comes first"
+        return self._child.pid
 
     @property
     def exit_code(self) -> int | None:
         """Exit code of the engine process, None while it runs."""
-        assert self._process is not None, "start() comes first"
-        return self._process.returncode
+        assert self._child is not None, "start() comes first"
+        return self._child.exit_code
 
     async def start(self, load: Load) -> None:
-        """Start the process. It goes on loading when this returns."""
+        """Start a process. It goes on loading when this returns."""
         self._load = load
-        await self._spawn()
+        child = await self._spawn()
+        self._supervisor = asyncio.create_task(self._supervise(child))
 
     def send(self, message: ToEngine) -> None:
         """Send a message; dropped while there is no process, because `on_spawn` will send what the next one needs."""
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(encode(message))
+        if self._child is not None and self._phase not in ("down", "dead"):
+            self._child.send(message)
+            self._sent.set()
 
     async def wait_ready(self) -> None:
-        """Return when the engine can compute. Raises the reason if it never will."""
-        await self._ready.wait()
+        """Return when the engine can compute for the first time. Raises the reason if it never will."""
+        await self._settled.wait()
         if self._failure is not None:
             raise self._failure
 
-    async def wait_failed(self) -> QuireError:
-        """Return the reason when there will be no engine any more."""
-        await self._failed.wait()
-        assert self._failure is not None
-        return self._failure
-
     def drain(self) -> None:
         """Mark the engine as shutting down: it is still restarted if it dies."""
-        if self.state != "dead":
-            self.state = "draining"
+        self._draining = True
 
     async def shutdown(self) -> None:
         """End the process."""
-        self.state = "dead"
-        if self._reader_task is not None:
-            self._reader_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader_task
-        if self._writer is not None:
-            self._writer.close()
-        if self._process is not None:
-            # The child exits when its connection closes, after the step it is in.
-            try:
-                await asyncio.wait_for(self._process.wait(), timeout=_EXIT_SECONDS)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        self._phase = "dead"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait((self._supervisor,))
+        await self._spare.end()
+        if self._child is not None:
+            await self._child.end()
 
-    async def _spawn(self) -> None:
-        mine, theirs = socket.socketpair()
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "quire.engine.engine_process",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        finally:
-            theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=mine)
+    async def _spawn(self) -> EngineChild:
         assert self._load is not None
-        self.send(self._load)
-        self._on_spawn()
-        self._reader_task = asyncio.create_task(self._read(reader))
+        child = self._child = self._spare.take() or await EngineChild.spawn()
+        child.send(self._load)
+        self._owner.on_spawn()
+        return child
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Handle messages until the connection ends, then the death of the process."""
-        buffer = FrameBuffer()
-        with contextlib.suppress(ConnectionError):
-            while data := await reader.read(1 << 20):
-                for body in buffer.feed(data):
-                    self._handle(decode_from_engine(body))
-        if self.state != "dead":
-            await self._handle_death()
+    async def _supervise(self, child: EngineChild) -> None:
+        """Replace one process by the next, until the first load fails."""
+        while True:
+            death = await self._run(child)
+            if self._failure is not None:
+                return
+            if self._phase == "loading":
+                self._fail(EngineDeadError(f"the engine process died while loading: {death.cause}"))
+                return
+            logger.error("the engine process died: %s", death.cause)
+            await self._back_off(death)
+            while (next_child := await self._try_spawn()) is None:
+                pass
+            child = next_child
 
-    def _handle(self, message: FromEngine) -> None:
-        match message:
-            case Ready():
-                self.state = "ready" if self.state in ("loading", "restarting") else self.state
-                self._ready.set()
-            case Failed(kind, text):
-                error_type = getattr(errors, kind, QuireError)
-                self._fail(error_type(text))
-            case _:
-                self._on_message(message)
+    async def _try_spawn(self) -> EngineChild | None:
+        """Start a process; None, after a while, if the system cannot."""
+        self._phase = "restarting"
+        try:
+            return await self._spawn()
+        except OSError as error:
+            logger.error("no engine process can be started: %s", error)
+            await self._back_off(Death("the system cannot start a process", True, frozenset()))
+            return None
 
-    async def _handle_death(self) -> None:
-        """Start another process, or give up."""
-        assert self._process is not None
-        assert self._writer is not None
-        self._writer.close()
-        code = await self._process.wait()
-        if self._failure is not None:
-            return
-        if self.state == "loading":
-            self._fail(
-                EngineDeadError(f"the engine process ended while loading (exit code {code}); its output says why")
-            )
-            return
-        now = time.monotonic()
-        self._deaths.append(now)
-        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATH_WINDOW:
-            self._fail(
-                EngineDeadError(
-                    f"the engine process died {MAX_DEATHS} times in {DEATH_WINDOW:.0f} s (exit code {code})"
-                )
-            )
-            return
-        logger.error("the engine process ended (exit code %s); starting another one", code)
-        self.state = "restarting" if self.state == "ready" else self.state
-        self._on_death()
-        await self._spawn()
+    async def _back_off(self, death: Death) -> None:
+        """Count the death, and wait as long as the breaker says."""
+        self._cause = death.cause
+        self._phase = "restarting"
+        delay = self._breaker.count_death(progress=self._owner.on_death(death))
+        if delay:
+            self._phase, self._starts_again_at = "down", time.monotonic() + delay
+            logger.error("%s", self.outage)
+            await asyncio.sleep(delay)
+
+    async def _run(self, child: EngineChild) -> Death:
+        """Handle the messages of a process until it is dead."""
+        watch = asyncio.create_task(self._watch(child))
+        failed = ""
+        try:
+            async for message in child.messages():
+                match message:
+                    case Ready():
+                        self._become_ready(child)
+                    case Failed(kind, text) if self._phase == "loading":
+                        self._fail(getattr(errors, kind, QuireError)(text))
+                    case Failed(kind, text):
+                        failed = f"{kind} while loading"
+                        logger.error("%s: %s", failed, text)
+                    case _:
+                        self._owner.on_message(message)
+        except Exception:
+            # The process is at fault, or what it sent is: a new one starts from what this process knows.
+            logger.exception("a message of the engine process cannot be handled")
+            child.kill("a message of it cannot be handled")
+        finally:
+            watch.cancel()
+        death = await child.wait_dead()
+        return Death(failed or death.cause, death.while_loading, death.in_step)
+
+    def _become_ready(self, child: EngineChild) -> None:
+        child.is_ready = True
+        self._phase = "ready"
+        self._watchdog.rest()
+        self._settled.set()
+        self._owner.on_ready()
+        if self._load is not None and wants_spare(self._load.config.spare):
+            self._spare.start_later()
+
+    async def _watch(self, child: EngineChild) -> None:
+        """Kill the process when it has work and does not advance."""
+        assert self._load is not None
+        config = self._load.config
+        self._watchdog.rest()
+        while True:
+            if child.is_ready and child.is_idle and not self._owner.has_work():
+                self._watchdog.rest()
+                self._sent.clear()
+                await self._sent.wait()  # an idle engine is not looked at: this process sleeps as well
+            await asyncio.sleep(LOOK_SECONDS)
+            work = child.work_done()
+            limit = step_limit(config.step_timeout, child.record.longest_step)
+            if child.is_ready:
+                self._watchdog.look(time.monotonic(), child.record.beat, work)
+                what = "a step did not end"
+            else:
+                # A load advances as long as it works: nobody knows how long one takes.
+                limit = config.load_timeout
+                self._watchdog.look(time.monotonic(), (child.record.beat, work), work)
+                what = "loading made no progress"
+            if self._watchdog.overdue(limit):
+                child.kill(f"{what} in {self._watchdog.stalled:.0f} s")
+                return
 
     def _fail(self, error: QuireError) -> None:
-        self.state = "dead"
+        self._phase = "dead"
         self._failure = error
-        self._ready.set()
-        self._failed.set()
-        self._on_failure(error)
+        self._settled.set()
+        self._owner.on_failure(error)

@@ -1,7 +1,8 @@
-"""The engine in its own process: `python -m quire.engine.engine_process FD`, started by `EngineClient`.
+"""The engine in its own process: `python -m quire.engine.engine_process SOCKET RECORD`, started by `EngineChild`.
 
 It communicates over one inherited end of a socketpair. While there is work it reads messages between steps. Without
-work it blocks until a message comes, so an idle engine uses no CPU. It exits when the other end closes.
+work it blocks until a message comes, so an idle engine uses no CPU. It exits when the other end closes. A `StepRecord`,
+which outlives it, says what it is doing.
 """
 
 import gc
@@ -11,6 +12,9 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
 
 from quire.engine.core import EngineCore
 from quire.engine.messages import (
@@ -24,6 +28,7 @@ from quire.engine.messages import (
     Outputs,
     PhaseDone,
     PrefixAccepted,
+    Prepare,
     Ready,
     Refused,
     RegisterPrefix,
@@ -35,6 +40,7 @@ from quire.engine.messages import (
     encode,
 )
 from quire.engine.preloader import preload, without_garbage_collection
+from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
@@ -42,6 +48,9 @@ from quire.outputs import StepDeltas
 _CHUNK_BYTES = 1 << 20
 _IDLE_STEP_SECONDS = 0.01
 """Pause between steps that only save blocks to disk."""
+
+
+MakeCore = Callable[[Load, "Connection"], EngineCore]
 
 
 class Connection:
@@ -68,15 +77,22 @@ class Connection:
         self._socket.sendall(encode(message))
 
 
-def main(fd: int) -> None:
+def main(fd: int, record_fd: int, make_core: MakeCore, prepare: Callable[[], None]) -> None:
+    """Be an engine process for as long as the other end of the socket lives. `prepare` is the work of a spare."""
     # Ctrl-C in a terminal reaches the whole process group; only the API process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = Connection(socket.socket(fileno=fd))
+    connection, record = Connection(socket.socket(fileno=fd)), StepRecord(record_fd)
     try:
-        load, *messages = connection.receive(wait=None)
-        assert isinstance(load, Load), "the first message to an engine is Load"
+        first, *messages = connection.receive(wait=None)
+        if isinstance(first, Prepare):
+            prepare()
+            record.begin()
+            record.end(num_messages=1)
+            first, *messages = messages or connection.receive(wait=None)
+        assert isinstance(first, Load), "the first message to an engine is Load"
         try:
-            serve(connection, load, messages)
+            core = make_core(first, connection)
+            serve(core, connection, record, messages)
         except QuireError as error:
             connection.send(Failed(type(error).__name__, str(error)))
             sys.exit(1)
@@ -88,19 +104,23 @@ def main(fd: int) -> None:
         os._exit(1)
 
 
-def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
-    """Load the model, then step for as long as the connection lives."""
-    from pathlib import Path
-    from time import perf_counter
+def import_engine() -> None:
+    """Import torch, which takes a second, and all that an engine needs."""
+    with without_garbage_collection():
+        import quire.engine.build  # noqa: F401  # for its imports
 
+
+def load_core(load: Load, connection: Connection) -> EngineCore:
+    """Load the model, and report each phase."""
     folder = Path(load.folder)
     model_config = ModelConfig.from_folder(folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
-    with without_garbage_collection():
-        from quire.engine.build import build_core  # imports torch: one second; the API process answers already
+    import_engine()
+    from quire.engine.build import build_core
+
     connection.send(PhaseDone("import torch", perf_counter() - started))
-    core = build_core(
+    return build_core(
         load.config,
         model_config,
         load.plan,
@@ -109,13 +129,24 @@ def serve(connection: Connection, load: Load, messages: list[ToEngine]) -> None:
         preloader=preloader,
         warm_grammars=True,
     )
+
+
+def serve(core: EngineCore, connection: Connection, record: StepRecord, messages: list[ToEngine]) -> None:
+    """Step for as long as the connection lives. `messages` came with `Load`."""
+    core.record_steps(record)
+    record.begin()
+    record.end(num_messages=1)
     gc.freeze()  # the objects of the model stay; scanning them would delay a step
     connection.send(Ready())
     try:
         while True:
             for message in messages:
+                if isinstance(message, Add):
+                    record.compute((message.request.request_id,))
                 _handle(core, message, connection)
+            record.begin()
             _step(core, connection, had_messages=bool(messages))
+            record.end(num_messages=len(messages))
             if core.has_work:
                 messages = connection.receive(wait=0)
             else:
@@ -149,7 +180,7 @@ def _handle(core: EngineCore, message: ToEngine, connection: Connection) -> None
                 connection.send(PrefixAccepted(prefix_id))
         case ReportMemory():
             connection.send(MemoryReported(core.memory_report()))
-        case Load():
+        case Load() | Prepare():
             raise ValueError("an engine loads once")
 
 
@@ -169,4 +200,4 @@ def _refusal(request_id: str, error: RequestError) -> Refused:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]), load_core, import_engine)

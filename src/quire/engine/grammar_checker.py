@@ -6,19 +6,15 @@ same for a server, whose event loop must not block.
 """
 
 import asyncio
-import contextlib
-import socket
-import subprocess
-import sys
-import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import tokenizer_folder
-from quire.engine.messages import CheckGrammar, FrameBuffer, GrammarChecked, LoadVocabulary, decode_from_checker, encode
-from quire.errors import EngineUnavailableError, QueueFullError, RequestError
+from quire.engine.expendable import Expendable
+from quire.engine.messages import CheckGrammar, LoadVocabulary, decode_from_checker
+from quire.errors import QueueFullError, RequestError
 from quire.model_config import ModelConfig
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -35,11 +31,14 @@ class GrammarChecker:
 
     def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         """`folder` holds the tokenizer.json of the model."""
-        self._load = LoadVocabulary(str(folder), vocab_size, eos_token_ids)
         self._known: OrderedDict[StructuredOutputsParams, int] = OrderedDict()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._frames = FrameBuffer()
+        self._process = Expendable(
+            "quire.engine.grammar_process",
+            "checks grammars",
+            LoadVocabulary(str(folder), vocab_size, eos_token_ids),
+            decode_from_checker,
+            seconds=ANSWER_SECONDS,
+        )
 
     @classmethod
     def for_model(cls, config: EngineConfig, model: ModelConfig, folder: Path) -> "GrammarChecker":
@@ -55,8 +54,7 @@ class GrammarChecker:
         """The size of the compiled grammar in bytes. Raises `RequestError` if it cannot be compiled."""
         num_bytes = self._known.pop(spec, None)
         if num_bytes is None:
-            self.start()
-            answer = self._ask(CheckGrammar(spec))
+            answer = self._process.ask(CheckGrammar(spec))
             if answer.error is not None:
                 raise RequestError(answer.error, param=spec.asked_as, code=answer.code)
             num_bytes = answer.num_bytes
@@ -67,52 +65,15 @@ class GrammarChecker:
 
     def start(self) -> None:
         """Start the process and let it read the vocabulary, unless it runs already."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
-        self._socket, theirs = socket.socketpair()
-        self._frames = FrameBuffer()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "quire.engine.grammar_process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self._ask(self._load)
+        self._process.start()
 
     def kill(self) -> None:
         """End the process; a pending `check` raises `EngineUnavailableError`."""
-        if (process := self._process) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+        self._process.kill()
 
     def close(self) -> None:
         """End the process. A later `check` starts a new one."""
-        self.kill()
-        if self._process is not None:
-            self._process.wait()
-        if self._socket is not None:
-            self._socket.close()
-        self._process = self._socket = None
-
-    def _ask(self, question: CheckGrammar | LoadVocabulary) -> GrammarChecked:
-        """Raises `EngineUnavailableError` if the process ends or exceeds `ANSWER_SECONDS` instead of answering."""
-        assert self._socket is not None
-        try:
-            deadline = time.monotonic() + ANSWER_SECONDS
-            self._socket.settimeout(ANSWER_SECONDS)
-            self._socket.sendall(encode(question))
-            while data := self._socket.recv(1 << 16):
-                for body in self._frames.feed(data):
-                    return decode_from_checker(body)
-                self._socket.settimeout(max(1e-3, deadline - time.monotonic()))
-            raise ConnectionResetError
-        except BaseException as error:
-            # The answer to an interrupted question would be read as the answer to the next one: end the process.
-            self.close()
-            if isinstance(error, OSError):
-                raise EngineUnavailableError("the process that checks grammars has ended") from error
-            raise
+        self._process.close()
 
 
 class AsyncGrammarChecker:

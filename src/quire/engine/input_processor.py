@@ -59,7 +59,7 @@ class InputProcessor:
             room = self._max_model_len - num_output
             token_ids = token_ids[-(keep if keep > 0 else max(1, room)) :]
         if params.bad_words and not params.bad_words_token_ids:
-            params = params.with_changes(bad_words_token_ids=self._bad_word_tokens(params.bad_words))
+            params = params.with_changes(bad_words_token_ids=self.bad_word_ids(params.bad_words))
         num_returned, hides_logprobs = 0, False
         if params.num_samples > params.n:
             num_returned, hides_logprobs = params.n, params.logprobs is None
@@ -113,12 +113,8 @@ class InputProcessor:
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
         return None, token_ids
 
-    def _bad_word_tokens(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each text at the start of an output and, with a space before it, in the middle."""
+    def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """`Tokenizer.bad_word_ids`. Raises `RequestError` if there is no tokenizer."""
         if self._tokenizer is None:
             raise RequestError("bad_words needs a tokenizer, which this model does not have", param="bad_words")
-        found: dict[tuple[int, ...], None] = {}
-        for word in words:
-            for text in (word, " " + word.lstrip()):
-                found[tuple(self._tokenizer.encode(text, add_special_tokens=False))] = None
-        return tuple(tokens for tokens in found if tokens)
+        return self._tokenizer.bad_word_ids(words)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from quire.backends import BACKENDS, MAX_CAPTURED_TOKENS, Backend
+from quire.backends import BACKENDS, EXPANSION_WORKSPACE, MAX_CAPTURED_TOKENS, Backend
 from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.engine.device import Device
@@ -91,6 +91,8 @@ def make_budget(
     num_samples = max_num_samples(config)
     if backend.float32_activations:
         activations = spec.activation_bytes(choice.max_num_batched_tokens, num_samples)
+        if model.latent is not None:
+            activations += EXPANSION_WORKSPACE
     else:
         activations = _device_activations(backend, model, choice, num_samples)
     on_cuda = device.type == "cuda"
@@ -125,7 +127,7 @@ def _device_activations(backend: Backend, model: ModelConfig, choice: StorageCho
     rope = model.context_length * model.head_dim * FLOAT32_BYTES
     # Keys and values, each as it is stored and as it is read.
     gathered = 2 * backend.gathered_slots * model.spec.largest_kv * size
-    return tokens + logits + rope + gathered + backend.workspace
+    return tokens + logits + rope + gathered + backend.workspace * len(KVLayout.of(model.spec).groups)
 
 
 def _graph_bytes(model: ModelConfig, dtype: str, num_tokens: int) -> int:

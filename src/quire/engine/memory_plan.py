@@ -14,6 +14,7 @@ from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
+from quire.kv_groups import KVGroup, describe_groups, window_alignment
 from quire.model_config import ModelConfig
 
 MIN_BATCHED_TOKENS = 512
@@ -43,8 +44,12 @@ class MemoryPlan:
     """For log-probabilities of prompts and samples, which are computed piece by piece in it."""
     kv_cache: int
     kv_bytes_per_token: int
+    """In all KV groups, while the token is inside every window."""
+    kv_groups: tuple[KVGroup, ...] = ()
     block_size: int
     num_blocks: int
+    longest_blocks: int
+    """Blocks that a sequence of `max_model_len` tokens needs at once."""
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -78,7 +83,7 @@ class MemoryPlan:
     @property
     def num_longest_sequences(self) -> int:
         """How many sequences of the longest context fit at once."""
-        return self.num_blocks // -(-self.max_model_len // self.block_size)
+        return self.num_blocks // self.longest_blocks
 
     def surplus(self, allocated: int) -> str:
         """A warning if this process has allocated more bytes for weights and KV cache than planned; else "". What other
@@ -112,12 +117,18 @@ class MemoryPlan:
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
             + (f" + swap space {show_bytes(self.swap_space)}" if self.swap_space else "")
             + (f" + staging {show_bytes(self.staging)} for the disk tier" if self.staging else ""),
-            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens "
-            f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}; "
+            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens {self._describe_blocks()}; "
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
             f"at most {self.max_num_seqs} run at once",
             *([states] if self.states else []),
         ]
+
+    def _describe_blocks(self) -> str:
+        """What the blocks are worth: tokens, or where there are windows, how many blocks a sequence needs."""
+        if all(not group.window for group in self.kv_groups):
+            return f"= {self.num_blocks * self.block_size} tokens of {show_bytes(self.kv_bytes_per_token)}"
+        groups = describe_groups(self.kv_groups)
+        return f"for {groups}; the longest sequence needs {self.longest_blocks} of them"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -156,10 +167,12 @@ def plan_memory(
     elif config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // budget.block
     else:
-        # More blocks than all sequences at full length need could never be used.
-        useful = states.max_num_seqs * -(-longest // block_size)
+        # All sequences at full length could never fill more, with the blocks that they give back.
+        useful = states.max_num_seqs * -(-longest // block_size) * len(budget.layout.groups)
         num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
-    check_pool(config, budget, num_blocks, block_size)
+    alignment = window_alignment(block_size, batch_invariant=config.deterministic)
+    check_pool(config, budget, num_blocks, block_size, alignment)
+    max_model_len = budget.layout.longest(num_blocks, longest, block_size, alignment)
     return MemoryPlan(
         device=device.type,
         device_name=device.name,
@@ -172,10 +185,12 @@ def plan_memory(
         activations=budget.activations,
         logprobs=budget.logprobs,
         kv_cache=num_blocks * budget.block,
-        kv_bytes_per_token=budget.block // block_size,
+        kv_bytes_per_token=budget.block * len(budget.layout.groups) // block_size,
+        kv_groups=budget.layout.groups,
         block_size=block_size,
         num_blocks=num_blocks,
-        max_model_len=min(longest, num_blocks * block_size),
+        longest_blocks=budget.layout.most_blocks(max_model_len, block_size, alignment),
+        max_model_len=max_model_len,
         max_num_seqs=states.max_num_seqs,
         max_num_batched_tokens=choice.max_num_batched_tokens,
         swap_space=budget.swap_space,

@@ -100,7 +100,9 @@ def check_context(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def check_pool(config: EngineConfig, budget: MemoryBudget, num_blocks: int, block_size: int) -> None:
+def check_pool(
+    config: EngineConfig, budget: MemoryBudget, num_blocks: int, block_size: int, window_alignment: int = 1
+) -> None:
     """Refuse a KV pool without a block, larger than the memory left, or smaller than max_model_len."""
     block = budget.block
     if num_blocks < 1:
@@ -117,12 +119,14 @@ def check_pool(config: EngineConfig, budget: MemoryBudget, num_blocks: int, bloc
         )
     if config.max_model_len is None:
         return
-    longest = -(-config.max_model_len // block_size)
+    layout = budget.layout
+    longest = layout.most_blocks(config.max_model_len, block_size, window_alignment)
     if longest > num_blocks:
+        fitting = layout.longest(num_blocks, config.max_model_len, block_size, window_alignment)
         raise MemoryPlanError(
             f"a sequence of max_model_len {config.max_model_len} tokens takes {show_bytes(longest * block)} of "
             f"KV cache, but the pool has {num_blocks} blocks of {block_size} tokens; "
-            f"max_model_len {num_blocks * block_size} would fit, or "
+            f"max_model_len {fitting} would fit, or "
             f"kv_cache_memory {show_bytes(longest * block)}"
         )
 

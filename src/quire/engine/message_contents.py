@@ -131,7 +131,7 @@ def _plain_tool_call(call: Any) -> Any:
     match call:
         case {"function": {"arguments": str(arguments)}}:
             try:
-                return {**call, "function": {**call["function"], "arguments": json.loads(arguments)}}
+                return {**call, "function": {**call["function"], "arguments": json.loads(arguments or "{}")}}
             except (ValueError, RecursionError):
                 return call
     return call

@@ -5,6 +5,7 @@ Messages cannot carry code. Nothing listens: a child inherits one end of a socke
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -17,8 +18,12 @@ from quire.structured_outputs import StructuredOutputsParams
 _LENGTH = struct.Struct(">I")
 
 
+class Prepare(msgspec.Struct, tag=True):
+    """First message to a spare engine process: import what any model needs, and wait for `Load`."""
+
+
 class Load(msgspec.Struct, tag=True):
-    """First message to an engine process: the model to load."""
+    """The model to load; the first message after at most a `Prepare`."""
 
     config: EngineConfig
     plan: MemoryPlan
@@ -122,18 +127,43 @@ class GrammarChecked(msgspec.Struct, tag=True):
     code: str = "invalid_value"
 
 
-ToEngine = Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
+class LoadTemplate(msgspec.Struct, tag=True):
+    """First message to a template process: the folder of the model."""
+
+    folder: str
+
+
+class RenderMessages(msgspec.Struct, tag=True):
+    """Render messages of OpenAI's format; `options` are those of `ChatTemplate.render`."""
+
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+class Rendered(msgspec.Struct, tag=True):
+    """Answer to both messages; `error` is the message for the client, or for the operator if the template is broken."""
+
+    text: str = ""
+    error: str | None = None
+    param: str | None = None
+    code: str = "invalid_value"
+
+
+ToEngine = Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
 FromEngine = PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported
 ToChecker = LoadVocabulary | CheckGrammar
+ToRenderer = LoadTemplate | RenderMessages
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _to_checker: msgspec.msgpack.Decoder[ToChecker] = msgspec.msgpack.Decoder(ToChecker)
 _from_checker = msgspec.msgpack.Decoder(GrammarChecked)
+_to_renderer: msgspec.msgpack.Decoder[ToRenderer] = msgspec.msgpack.Decoder(ToRenderer)
+_from_renderer = msgspec.msgpack.Decoder(Rendered)
 
 
-def encode(message: ToEngine | FromEngine | ToChecker | GrammarChecked) -> bytes:
+def encode(message: ToEngine | FromEngine | ToChecker | GrammarChecked | ToRenderer | Rendered) -> bytes:
     """One frame: a length of four bytes, then the message."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -153,6 +183,14 @@ def decode_to_checker(body: bytes) -> ToChecker:
 
 def decode_from_checker(body: bytes) -> GrammarChecked:
     return _from_checker.decode(body)
+
+
+def decode_to_renderer(body: bytes) -> ToRenderer:
+    return _to_renderer.decode(body)
+
+
+def decode_from_renderer(body: bytes) -> Rendered:
+    return _from_renderer.decode(body)
 
 
 class FrameBuffer:

@@ -6,12 +6,15 @@ The engine alone decides which prefixes fit (`quire.scheduler.registered_prefixe
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from quire.engine.messages import RegisterPrefix, ToEngine
-from quire.errors import QuireError
+from quire.errors import QuarantinedError, QuireError
 
 logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""A prefix that was being computed at so many deaths of the engine in a row is not sent again."""
 
 
 class PrefixRegistrations:
@@ -23,6 +26,7 @@ class PrefixRegistrations:
         self._numbers = itertools.count()
         self._messages: dict[str, RegisterPrefix] = {}
         self._answers: dict[str, asyncio.Future[None]] = {}
+        self._num_deaths: dict[str, int] = {}
 
     def __contains__(self, prefix_id: str) -> bool:
         return prefix_id in self._messages
@@ -55,6 +59,19 @@ class PrefixRegistrations:
             logger.error("the prefix %s is not kept: %s", prefix_id, error)
         elif not answer.done():
             answer.set_exception(error)
+
+    def count_death(self, in_step: Collection[str] | None) -> None:
+        """The engine died in a step with these prefixes and requests, or with any (None): drop a prefix that kills."""
+        for prefix_id in tuple(self._messages):
+            if in_step is None or prefix_id in in_step:
+                self._num_deaths[prefix_id] = self._num_deaths.get(prefix_id, 0) + 1
+            else:
+                self._num_deaths.pop(prefix_id, None)
+            if self._num_deaths.get(prefix_id, 0) >= MAX_DEATHS:
+                error = QuarantinedError(f"the engine died {MAX_DEATHS} times in a row while it computed the prefix")
+                self.refuse(prefix_id, error)
+                if prefix_id not in self._answers:
+                    del self._messages[prefix_id]
 
     def resend(self) -> None:
         """Register all prefixes with a new engine process."""

@@ -1,22 +1,30 @@
 """RequestStreams: requests in flight in the process that answers clients, each a stream of output deltas.
 
-Each keeps what a new engine process needs to continue it: the request and its tokens so far. A request that was in
-flight at two deaths of the engine is taken for the cause and ended.
+Each keeps what a new engine process needs to continue it: the request and its tokens so far. `Blame` decides which
+requests run after a death, and which one is at fault and ended.
 """
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from quire.engine.blame import Blame, Quarantine
+from quire.engine.engine_child import Death
 from quire.engine.messages import Abort, Add, Stop, ToEngine
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineDeadError, QuireError
+from quire.errors import DeadlineError, QuarantinedError, QuireError
 from quire.outputs import RequestOutput, SequenceDelta, StepDeltas
 from quire.request import Request
 
-DEATHS_PER_REQUEST = 2
-"""A request that was in flight at this many deaths of the engine is not tried again."""
+logger = logging.getLogger(__name__)
+
+APART_SECONDS = 5.0
+"""Suspects of a death run so long apart; if nothing dies until then, others run beside them again."""
+QUARANTINE_SECONDS = 600.0
+"""The content of a request that killed the engine is refused for so long."""
 
 
 @dataclass(slots=True)
@@ -26,21 +34,24 @@ class Stream:
     request: Request
     live: dict[int, list[int]]
     """Samples that have not ended → their tokens so far."""
+    is_sent: bool = False
+    """Whether the present engine process has the request."""
     output: RequestOutput | None = None
     """Merged deltas that the consumer has not read yet; they take at most the memory of the whole output."""
     error: QuireError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `take` has something to return or to raise."""
+    deadline: asyncio.TimerHandle | None = None
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities were delivered."""
     num_repeated_prompt_logprobs: int = 0
     """How many of them the present engine process will compute again."""
-    num_deaths: int = 0
 
     def take(self) -> RequestOutput | None:
-        """The deltas since the last call, None if there are none. Raises the error that ended the stream."""
-        self.changed.clear()
-        if self.error is not None:
+        """What has arrived since the last call. Raises the error that ended the request, once its output is read."""
+        if self.error is None:
+            self.changed.clear()
+        elif self.output is None:
             raise self.error
         output, self.output = self.output, None
         return output
@@ -54,6 +65,12 @@ class RequestStreams:
         self._outputs = OutputProcessor(tokenizer)
         self._send = send
         self._streams: dict[str, Stream] = {}
+        self._blame = Blame()
+        self._quarantine = Quarantine(QUARANTINE_SECONDS, time.monotonic)
+        self._progress = False
+        """Whether the engine computed something since the last death."""
+        self._apart: asyncio.TimerHandle | None = None
+        """Runs while suspects run apart."""
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -63,20 +80,38 @@ class RequestStreams:
         """Requests that the engine has not finished."""
         return sum(1 for stream in self._streams.values() if stream.live)
 
-    def open(self, request: Request, prompt: str | None) -> Stream:
-        """Send a request to the engine. `close` must follow."""
+    @property
+    def any_live(self) -> bool:
+        """Whether the engine has not finished a request."""
+        return any(stream.live for stream in self._streams.values())
+
+    def open(self, request: Request, prompt: str | None, timeout: float | None = None) -> Stream:
+        """Send a request to the engine; after `timeout` seconds it is ended. `close` must follow.
+
+        Raises `QuarantinedError`.
+        """
+        if seconds := self._quarantine.remaining(request):
+            raise QuarantinedError(
+                f"the engine died whenever it computed a request like this one; it is refused for {seconds:.0f} s more"
+            )
         request_id = request.request_id
         stream = self._streams[request_id] = Stream(request, {index: [] for index in range(request.params.n)})
         self._outputs.add(request, prompt)
-        self._send(Add(request))
+        if timeout is not None:
+            stream.deadline = asyncio.get_running_loop().call_later(timeout, self._expire, request_id, timeout)
+        if self._blame.may_run(request_id):
+            stream.is_sent = True
+            self._send(Add(request))
         return stream
 
     def close(self, stream: Stream) -> None:
         """The consumer has gone: abort the request if it still runs."""
         request_id = stream.request.request_id
+        if stream.deadline is not None:
+            stream.deadline.cancel()
         if self._streams.pop(request_id, None) is not None and stream.live:
             self._outputs.discard(request_id)
-            self._send(Abort([request_id]))
+            self._abort(stream)
 
     def deliver(self, deltas: StepDeltas) -> int:
         """Add the results of a step to the streams; returns how many requests it finished."""
@@ -88,6 +123,10 @@ class RequestStreams:
             stream = self._streams.get(delta.request_id)
             if stream is not None:
                 _record(stream, delta)
+        if len(deltas):
+            self._progress = True
+            if self._blame.suspects_any:
+                self._clear(*{delta.request_id for delta in deltas})
         outputs, stopped = self._outputs.process(deltas)
         for request_id, index in stopped:
             self._streams[request_id].live.pop(index, None)
@@ -110,28 +149,93 @@ class RequestStreams:
             stream.error = error
             stream.changed.set()
             self._outputs.discard(request_id)
+            self._clear(request_id)
 
     def end_all(self, error: QuireError) -> None:
         """End all streams with an error."""
         for request_id in list(self._streams):
             self.end(request_id, error)
 
-    def count_death(self) -> None:
-        """The engine process died: end the streams that have seen too many deaths."""
+    def count_death(self, death: Death) -> bool:
+        """The engine process died: find the request at fault. Returns whether the time since the last death was of use:
+        something was computed, or fewer requests are suspects now."""
         self._outputs.restart()
-        for request_id, stream in list(self._streams.items()):
-            stream.num_deaths += 1
-            if stream.num_deaths >= DEATHS_PER_REQUEST:
-                self.end(
-                    request_id, EngineDeadError(f"the engine process died {stream.num_deaths} times on this request")
-                )
+        self._stop_timer()
+        useful, self._progress = self._progress, False
+        if not death.while_loading:
+            in_step = [
+                request_id
+                for request_id, stream in self._streams.items()
+                if stream.is_sent and stream.live and (death.in_step is None or request_id in death.in_step)
+            ]
+            group = self._blame.group
+            guilty = self._blame.count_death(in_step)
+            if guilty is not None:
+                self._condemn(guilty, death)
+            useful = useful or guilty is not None or self._blame.group not in ((), group)
+        return useful
 
     def resume(self) -> None:
-        """Send all live requests, with their tokens so far, to a new engine process."""
+        """Send the live requests that may run, with their tokens so far, to a new engine process."""
         for stream in self._streams.values():
-            if stream.live:
+            stream.is_sent = False
+        self._release()
+
+    def _release(self) -> None:
+        """Send the requests that may run and that the engine process does not have."""
+        for request_id, stream in self._streams.items():
+            if stream.live and not stream.is_sent and self._blame.may_run(request_id):
+                stream.is_sent = True
                 stream.num_repeated_prompt_logprobs = stream.num_prompt_logprobs
-                self._send(Add(replace(stream.request, output_token_ids=stream.live)))
+                has_tokens = any(stream.live.values()) or len(stream.live) < stream.request.params.n
+                self._send(Add(replace(stream.request, output_token_ids=stream.live) if has_tokens else stream.request))
+
+    def start_timer(self) -> None:
+        """The engine process can compute: from now on suspects run apart for `APART_SECONDS`."""
+        self._stop_timer()
+        if self._blame.group:
+            self._apart = asyncio.get_running_loop().call_later(APART_SECONDS, self._move_on)
+
+    def _stop_timer(self) -> None:
+        if self._apart is not None:
+            self._apart.cancel()
+            self._apart = None
+
+    def _move_on(self) -> None:
+        self._blame.move_on()
+        self._release()
+        self.start_timer()
+
+    def _clear(self, *request_ids: str) -> None:
+        """These requests are under suspicion no more; others may run if nobody else is."""
+        group = self._blame.group
+        for request_id in request_ids:
+            self._blame.clear(request_id)
+        if group and not set(self._blame.group) <= set(group):
+            self.start_timer()
+        if self._blame.group != group:
+            self._release()
+
+    def _abort(self, stream: Stream) -> None:
+        if stream.is_sent:
+            self._send(Abort([stream.request.request_id]))
+        self._clear(stream.request.request_id)
+
+    def _expire(self, request_id: str, seconds: float) -> None:
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.live:
+            self._abort(stream)
+            self.end(request_id, DeadlineError(f"the request was not finished within its {seconds:g} seconds"))
+
+    def _condemn(self, request_id: str, death: Death) -> None:
+        request = self._streams[request_id].request
+        self._quarantine.add(request)
+        message = (
+            f"the engine died again and again while it computed this request ({request_id}), at last with no other "
+            f"suspect: {death.cause}. Requests like it are refused for {self._quarantine.seconds:.0f} s"
+        )
+        logger.error("quarantined: %s", message)
+        self.end(request_id, QuarantinedError(message))
 
 
 def _record(stream: Stream, delta: SequenceDelta) -> None:

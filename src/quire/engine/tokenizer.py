@@ -9,11 +9,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import tokenizer_folder
+from quire.engine.token_lengths import longest_token
 from quire.errors import CheckpointError, RequestError
 
 # The library warns if a process forks after it used its own threads. Requests are parallel enough without them.
@@ -147,23 +149,51 @@ class Tokenizer:
         `add_special_tokens` adds the tokens that the model expects around a text, often a BOS token. Text from a chat
         template contains them already.
         """
-        if len(text) > self.max_prompt_chars:
-            raise RequestError(
-                f"the prompt has {len(text):,} characters; at most {self.max_prompt_chars:,} are tokenised. "
-                "Shorten it, or send token ids",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        return self.encode_all([text], add_special_tokens)[0]
+
+    def encode_all(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of each text. Other threads run meanwhile: only the library's calls for batches release the GIL."""
+        for text in texts:
+            if len(text) > self.max_prompt_chars:
+                raise RequestError(
+                    f"the prompt has {len(text):,} characters; at most {self.max_prompt_chars:,} are tokenised. "
+                    "Shorten it, or send token ids",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except (UnicodeError, TypeError):  # which of the two depends on the library's version
             raise RequestError("the prompt holds half of a surrogate pair and is no text", param="prompt") from None
-        return ids
+        except BaseException as error:
+            # A panic inside the library is not an Exception in Python. It must end only its own request.
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise RequestError("the tokenizer cannot read the prompt", param="prompt") from None
+        return [encoding.ids for encoding in encodings]
+
+    def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each text at the start of an output and, with a space before it, in the middle."""
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+        found = dict.fromkeys(map(tuple, self.encode_all(texts, add_special_tokens=False)))
+        return tuple(tokens for tokens in found if tokens)
+
+    def most_chars(self, num_tokens: int) -> int | None:
+        """Characters that `num_tokens` tokens can stand for at most; None if a token can stand for any number.
+
+        A longer text has more tokens for certain, so it need not be tokenised to be refused.
+        """
+        return None if self.longest_token is None else num_tokens * self.longest_token
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of the longest token; None if there is no limit, as where spaces or unknown characters vanish."""
+        return longest_token(self._backend) if self.pieces is not None else None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence. `Detokenizer` decodes tokens one by one."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        """The text of a whole sequence. Other threads run meanwhile. `Detokenizer` decodes tokens one by one."""
+        (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text, perhaps part of a character; empty for an unused id."""

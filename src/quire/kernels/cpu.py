@@ -18,6 +18,7 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.kernels import _cpu
 from quire.kernels.expert_products import pack_each
+from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
     MXFP4_BLOCK,
     Allocate,
@@ -286,7 +287,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, 
     gate_up, gate_up_scales, gate_up_group, form = _parts(experts.gate_up)
     down, down_scales, down_group, _ = _parts(experts.down)
     _cpu.experts(
-        *(x, chosen, weights, form, experts.activation, experts.num_inner),
+        *(x, chosen, weights, form, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner),
         *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
         *(down, down_scales, down_group, experts.down_bias),
         out,

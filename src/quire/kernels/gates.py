@@ -18,12 +18,13 @@ def gated(x: Tensor, activation: str) -> Tensor:
     if activation == "clamped_swiglu":
         gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
         return gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)
-    return _FUNCTIONS[activation](gate) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }

@@ -94,6 +94,18 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpandedRun:
+    """Many new tokens of one sequence with latent rows, for which keys and values of heads are made after all."""
+
+    tokens: slice
+    """Rows of q."""
+    blocks: Tensor
+    """[n] int64: the blocks of the sequence."""
+    plan: "CpuAttentionPlan"
+    """For one head, over keys and values that lie in blocks 0 to n - 1. Its `slots` are those of all tokens."""
+
+
+@dataclass(frozen=True, slots=True)
 class CpuAttentionPlan(AttentionPlan):
     """The plan of `quire.attention.plan`, balanced over threads."""
 
@@ -109,6 +121,8 @@ class CpuAttentionPlan(AttentionPlan):
     """[num_rows, value_dim + 2] float32: scratch for split results, with the maximum and sum of each row's softmax."""
     num_threads: int
     """The number of threads that the work was balanced for."""
+    expanded: Sequence[ExpandedRun] = ()
+    """Tokens that `work` leaves out; their rows of the output are not written."""
 
 
 @dataclass(frozen=True, slots=True)

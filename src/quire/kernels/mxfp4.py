@@ -17,12 +17,15 @@ def doubled(blocks: Tensor) -> Tensor:
 
 
 def powers_of_two(scales: Tensor) -> Tensor:
-    """scales [...] uint8 -> 2^(e - 127) [...] float32."""
+    """scales [...] uint8 -> 2^(e - 127) [...] float32; 255 is NaN."""
     exponents = scales.int() - 127
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    powers: Tensor = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
+    powers[scales == 255] = torch.nan
+    return powers
 
 
 def dequantize(matrix: Mxfp4Matrix) -> Tensor:
     """[N, K] float32; every number is exact."""
     numbers = doubled(matrix.blocks).float().unflatten(-1, (-1, 32))
-    return (numbers * (powers_of_two(matrix.scales) * 0.5).unsqueeze(-1)).flatten(-2)
+    scaled: Tensor = numbers * (powers_of_two(matrix.scales) * 0.5).unsqueeze(-1)
+    return scaled.flatten(-2)

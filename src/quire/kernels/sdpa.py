@@ -70,11 +70,12 @@ class SequenceRun:
     tokens: Tensor
     """[n, q] int64: rows of q and of the output."""
     blocks: Tensor
-    """[n, b] int64: their block tables; an entry past a sequence's end is any block."""
+    """[n, b] int64: their block tables, with a window from the first block on that a new token sees; an entry past a
+    sequence's end is any block."""
     distance: Tensor
     """[n, q, b * block_size] int32: position of the key minus position of the query. Above zero the key is hidden."""
     seq_lens: Tensor
-    """[n, 1] int64"""
+    """[n, 1] int64: tokens in these blocks."""
 
 
 @dataclass(frozen=True, slots=True)

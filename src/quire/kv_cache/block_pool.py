@@ -63,7 +63,7 @@ class BlockPool:
         """Seconds at the last `set_time`; the pool keeps no clock."""
         self.taken_at = [0.0] * num_blocks
         """`now` when the block was last taken from the free list."""
-        self.group_of = [0] * num_blocks
+        self.group_of = bytearray(num_blocks)
         """The KV group that last took the block."""
         self.total_given_back = 0
         """Blocks that sequences gave back while they ran, because no later token sees them."""
@@ -117,6 +117,11 @@ class BlockPool:
     def window_blocks(self, num_tokens: int) -> int:
         """The same of all window groups together."""
         return self.most_blocks(num_tokens) - self.windows.count(0) * -(-num_tokens // self.block_size)
+
+    def blocks_after(self, num_tokens: int) -> int:
+        """Blocks of all KV groups that the token after `num_tokens` tokens reads."""
+        blocks = -(-num_tokens // self.block_size)
+        return sum(blocks - self.first_kept(group, num_tokens) for group in range(self.num_groups))
 
     def peak_blocks(self, num_tokens: int, chunk: int) -> int:
         """`most_blocks` while up to `chunk` tokens are computed in one step: a window group then holds the blocks of

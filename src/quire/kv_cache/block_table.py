@@ -9,10 +9,11 @@ its block back, since no later token sees it, the entry is HOLE.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 from quire.kv_cache.block_hash import BlockHash, TokenKey, find_extras, group_hash, hash_block, token_keys
 from quire.kv_cache.block_pool import BlockPool, OutOfBlocksError
-from quire.kv_cache.prefix_search import longest_prefix
+from quire.kv_cache.prefix_search import Source, Stored, longest_prefix
 from quire.request import InputSpan
 
 BlockCopies = list[tuple[int, int]]
@@ -20,8 +21,6 @@ BlockCopies = list[tuple[int, int]]
 
 GroupBlocks = list[list[int]]
 """For each KV group a physical block, or HOLE, per logical block; all lists have the same length."""
-
-_Stored = tuple[str, BlockHash]
 
 HOLE = -1
 """In place of a block that a window group does not hold. Nothing reads or writes there."""
@@ -70,7 +69,7 @@ class BlockTable:
     @property
     def held_blocks(self) -> list[int]:
         """All blocks that the table holds, of all KV groups."""
-        if self._pool.windows == (0,):
+        if self._pool.num_groups == 1 and not self._pool.has_windows:
             return self.groups[0]
         return [block for blocks in self.groups for block in blocks if block != HOLE]
 
@@ -78,6 +77,8 @@ class BlockTable:
         """The entries from logical block `first` on, as `StepPlan.new_blocks` has them."""
         if first == len(self.groups[0]):
             return []
+        if self._pool.num_groups == 1:
+            return [(row, 0, first, self.groups[0][first:])]
         return [(row, group, first, blocks[first:]) for group, blocks in enumerate(self.groups)]
 
     def num_appendable(self) -> int:
@@ -115,36 +116,31 @@ class BlockTable:
             for blocks in self.groups:
                 pool.write(blocks[-1], size - self._room)
             return len(self.groups[0])
-        used = self.num_tokens % size
+        used, end = self.num_tokens % size, self.num_tokens + num_tokens
         changed = len(self.groups[0])
-        missing = (self.num_tokens + num_tokens + size - 1) // size - changed
-        copied = [blocks for blocks in self.groups if self._write_needs_copy(blocks[-1])] if used else []
-        needed = missing * pool.num_groups + len(copied)
-        if needed > pool.num_free:
+        missing = -(-end // size) - changed
+        copied = [blocks for blocks in self.groups if self._write_needs_copy(blocks[-1])] if used else ()
+        if missing * pool.num_groups + len(copied) > pool.num_free:
+            needed = missing * pool.num_groups + len(copied)
             raise OutOfBlocksError(f"{needed} blocks are needed and {pool.num_free} are free")
         if copied:
             changed -= 1
             self._copied_at = self.num_tokens
-        for blocks in copied:
-            shared, blocks[-1] = blocks[-1], pool.copy_on_write(blocks[-1])
-            copies.append((shared, blocks[-1]))
-        self._extend(num_tokens, missing)
-        return changed
-
-    def _extend(self, num_tokens: int, missing: int) -> None:
-        """Write `num_tokens` more tokens into the last blocks and `missing` new ones."""
-        pool, size = self._pool, self._pool.block_size
-        used, end = self.num_tokens % size, self.num_tokens + num_tokens
+            for blocks in copied:
+                shared, blocks[-1] = blocks[-1], pool.copy_on_write(blocks[-1])
+                copies.append((shared, blocks[-1]))
         for group, blocks in enumerate(self.groups):
             if used:
                 pool.write(blocks[-1], min(size, used + num_tokens))
-            for _ in range(missing):
-                blocks.append(pool.allocate(group))
-                pool.write(blocks[-1], size)
-            if missing > 0:
-                pool.write(blocks[-1], (end - 1) % size + 1)
+            left = missing
+            while left > 0:
+                block = pool.allocate(group)
+                blocks.append(block)
+                pool.write(block, size if left > 1 else (end - 1) % size + 1)
+                left -= 1
         self.num_tokens = end
         self._room = -end % size
+        return changed
 
     @property
     def has_room(self) -> bool:
@@ -228,11 +224,12 @@ class BlockTable:
             for group, blocks in enumerate(self.groups):
                 pool.retain_partial(blocks[full], group_hash(parent, group), keys)
         release = pool.release
-        for logical in zip(*map(reversed, self.groups), strict=True):
-            for block in logical:
-                if block != HOLE:
-                    release(block)
-        self.groups = [[] for _ in self.groups]
+        # The last logical block comes first, with all its groups.
+        blocks = self.groups[0] if pool.num_groups == 1 else list(chain.from_iterable(zip(*self.groups, strict=True)))
+        for block in reversed(blocks):
+            if block != HOLE:
+                release(block)
+        self.groups = [[]] if pool.num_groups == 1 else [[] for _ in self.groups]
         self.num_tokens = self._room = self._num_hashed = self._first_kept = 0
         self._copied_at = -1
 
@@ -263,7 +260,7 @@ class BlockTable:
             return pool.find(group_hash(self.block_hash(index, token_ids), group))
 
         found = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, find)
-        return [[HOLE if block is None else block for block in blocks] for blocks in found]
+        return [[block if isinstance(block, int) else HOLE for block in blocks] for blocks in found]
 
     def match_partial(self, token_ids: Sequence[int], num_found: int) -> tuple[list[int], int] | None:
         """How far the findable prefix goes on inside a block, after `num_found` blocks from `find_prefix`.
@@ -309,9 +306,7 @@ class BlockTable:
                     pool.write(block, count)  # the slots after them count as empty
             self.num_tokens += count
 
-    def adopt_stored(
-        self, sources: Sequence[Sequence[int | _Stored | None]], first: int
-    ) -> list[tuple[_Stored, int, int]]:
+    def adopt_stored(self, sources: Sequence[Sequence[Source | None]], first: int) -> list[tuple[Stored, int, int]]:
         """Append the logical blocks from `first` on, which must be the end of the table: for each KV group a block of
         the pool to share, something stored that is to be loaded, or None for a HOLE.
 
@@ -386,8 +381,12 @@ class BlockTable:
         parent = self._parent(index, token_ids)
         keys = self._keys(index, token_ids[start : start + self._pool.block_size])
         for group, blocks in enumerate(self.groups):
-            if blocks[index] != HOLE:
-                self._pool.set_hash(blocks[index], group_hash(block_hash, group), group_hash(parent, group), keys)
+            block = blocks[index]
+            if block != HOLE:
+                own, before = (
+                    (group_hash(block_hash, group), group_hash(parent, group)) if group else (block_hash, parent)
+                )
+                self._pool.set_hash(block, own, before, keys)
 
     def _keys(self, index: int, token_ids: Sequence[int]) -> Sequence[TokenKey]:
         """The first tokens of logical block `index`, as the pool compares them."""

@@ -29,6 +29,11 @@ class PrefixHistory:
         """A block with a hash was evicted."""
         _remember(self._evicted, block_hash, self._clock(), self._capacity)
 
+    def seconds_since_eviction(self, block_hash: BlockHash) -> float | None:
+        """How long ago a block was evicted, if that is remembered."""
+        evicted_at = self._evicted.get(block_hash)
+        return None if evicted_at is None else self._clock() - evicted_at
+
     def explain(
         self,
         token_ids: Sequence[int],

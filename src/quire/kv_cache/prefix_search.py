@@ -6,22 +6,25 @@ the hit; it is found when no group does.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
 
+from quire.kv_cache.block_hash import BlockHash
 from quire.kv_cache.block_pool import BlockPool
 
-_T = TypeVar("_T")
+Stored = tuple[str, BlockHash]
+"""A block in a tier: the tier's name and the block's hash."""
+Source = int | Stored
+"""Where a KV group's block is: a block of the pool, or one in a tier."""
 
-Find = Callable[[int, int], _T | None]
+Find = Callable[[int, int], Source | None]
 """Where a KV group's logical block can be had from; None: nowhere. Called as find(group, index)."""
 
 
-def longest_prefix(pool: BlockPool, limit: int, find: Find[_T]) -> list[list[_T | None]]:
+def longest_prefix(pool: BlockPool, limit: int, find: Find) -> list[list[Source | None]]:
     """What `find` returned for each logical block of the longest hit, up to `limit` blocks, for each KV group.
 
     None stands for a block of a window group that the hit does not need. All lists have the same length.
     """
-    found: list[dict[int, _T]] = [{} for _ in pool.windows]
+    found: list[dict[int, Source]] = [{} for _ in pool.windows]
     windowed = [group for group, window in enumerate(pool.windows) if window]
     end = limit
     for group, window in enumerate(pool.windows):
@@ -36,7 +39,7 @@ def longest_prefix(pool: BlockPool, limit: int, find: Find[_T]) -> list[list[_T 
     return [[blocks.get(index) for index in range(end)] for blocks in _without_unneeded(pool, found, end)]
 
 
-def _leading(limit: int, group: int, find: Find[_T], found: dict[int, _T]) -> int:
+def _leading(limit: int, group: int, find: Find, found: dict[int, Source]) -> int:
     """The number of leading blocks that a group of full attention has, up to `limit`."""
     for index in range(limit):
         block = find(group, index)
@@ -46,7 +49,7 @@ def _leading(limit: int, group: int, find: Find[_T], found: dict[int, _T]) -> in
     return limit
 
 
-def _last(pool: BlockPool, limit: int, group: int, find: Find[_T], found: dict[int, _T]) -> int:
+def _last(pool: BlockPool, limit: int, group: int, find: Find, found: dict[int, Source]) -> int:
     """The largest n up to `limit` such that a window group has all blocks that the token after n blocks sees, and the
     last one in any case, which shows that the prompt was here before."""
     end, index, size = limit, limit - 1, pool.block_size
@@ -60,7 +63,7 @@ def _last(pool: BlockPool, limit: int, group: int, find: Find[_T], found: dict[i
     return end
 
 
-def _without_unneeded(pool: BlockPool, found: list[dict[int, _T]], end: int) -> list[dict[int, _T]]:
+def _without_unneeded(pool: BlockPool, found: list[dict[int, Source]], end: int) -> list[dict[int, Source]]:
     """The blocks that a hit of `end` blocks needs."""
     needed = []
     for group, blocks in enumerate(found):

@@ -70,6 +70,14 @@ class Linear:
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
+    def unpacked(self) -> Tensor:
+        """The weight [N, K] in float32."""
+        if isinstance(self.packed, QuantizedWeight):
+            rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
+            return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
+        rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
+        return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
+
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
         if activation in FUSED_GATES:

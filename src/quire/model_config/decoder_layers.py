@@ -156,7 +156,7 @@ def _norms(config: ModelConfig) -> tuple[VectorSpec, ...]:
 
 def _attention_vectors(config: ModelConfig) -> tuple[VectorSpec, ...]:
     """Norms of queries, keys and latents, and sinks."""
-    vectors = (VectorSpec("sinks", config.num_heads),) if config.attention_sinks else ()
+    vectors: tuple[VectorSpec, ...] = (VectorSpec("sinks", config.num_heads),) if config.attention_sinks else ()
     if config.latent is not None:
         sizes = {"latent_norm": config.latent.latent_dim, "query_norm": config.latent.query_latent_dim}
         vectors += tuple(VectorSpec(name, size) for name, size in sizes.items() if size)

@@ -50,7 +50,7 @@ def read_recurrent(config: ConfigJson, num_layers: int, hidden_size: int) -> Rec
     kind = config.value("recurrent_kind")
     if kind is None:
         return {}
-    layers = _read_layers(config, num_layers)
+    layers = _read_layers(config, kind, num_layers)
     if not layers:
         return {}
     recurrent = _read_mamba2(config, layers, hidden_size) if kind == "mamba2" else _read_gated_delta(config, layers)
@@ -65,11 +65,12 @@ _KINDS_OF_LAYERS = {"linear_attention": True, "mamba": True, "full_attention": F
 """config.json's name of a layer's kind → whether it is recurrent."""
 
 
-def _read_layers(config: ConfigJson, num_layers: int) -> frozenset[int]:
-    """`layer_types` names each layer's kind; by default every `full_attention_interval`-th has attention."""
+def _read_layers(config: ConfigJson, kind: RecurrentKind, num_layers: int) -> frozenset[int]:
+    """`layer_types` names each layer's kind. Without it every fourth has attention, or every
+    `full_attention_interval`-th; but in Granite none has."""
     kinds = config.value("layer_types")
     if kinds is None:
-        interval = config.integer("full_attention_interval")
+        interval = num_layers + 1 if kind == "mamba2" else config.integer("full_attention_interval", 4)
         kinds = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(num_layers)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= _KINDS_OF_LAYERS.keys():
         raise config.refusal("layer_types", kinds, f"{num_layers} times one of {', '.join(_KINDS_OF_LAYERS)}")

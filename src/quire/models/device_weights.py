@@ -36,7 +36,7 @@ class DeviceWeights:
         return self._send(self._source.take(name, shape))
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._source.take_bytes(name, shape)
+        return self._upload(self._source.take_bytes(name, shape))
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)

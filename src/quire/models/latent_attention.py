@@ -3,14 +3,16 @@
 T new tokens of all sequences, R output tokens, H hidden size, L latent width.
 
 A head's key is a rotated part that all heads share, and a matrix of the head times the latent; its value is another
-matrix times the latent. Here neither is ever made: the first matrix is applied to the query instead, and the second to
+matrix times the latent. Usually neither is made: the first matrix is applied to the query instead, and the second to
 the output of attention (the "absorbed" form). So attention reads the rows that the cache holds, whose last L elements
-are also their values, and the cache needs no keys and values of heads.
+are also their values, and the cache needs no keys and values of heads. Many new tokens of one sequence are the
+exception (`quire.attention.expansion`).
 """
 
 import torch
 from torch import Tensor
 
+from quire.kernels.interface import CpuAttentionPlan
 from quire.layers.attention import Attention
 from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import Norm, Normed
@@ -19,6 +21,7 @@ from quire.layers.step_context import StepContext
 from quire.model_config.latent import LatentShape
 from quire.models.blocks import rows_of_heads
 from quire.models.builder import Builder
+from quire.models.expanded_attention import attend_expanded
 from quire.models.kv_scales import largest_projected, largest_rotated, scales_of
 
 CPU = torch.device("cpu")
@@ -61,10 +64,36 @@ class LatentAttention:
         if self.queries is not None:
             norm, up = self.queries
             queries = up(kernels.rms_norm(queries, norm, LATENT_NORM_EPS))
-        absorbed = self._absorb(queries.unflatten(1, (-1, shape.head_dim)))
+        queries = queries.unflatten(1, (-1, shape.head_dim))
+        absorbed = self._absorb(queries)
         attended = self.attend(absorbed, rows, latents, context)
-        outputs = [up(attended[:, head]) for head, up in enumerate(self.value_up)]
-        return self.o(torch.cat(outputs, dim=1))
+        outputs = torch.cat([up(attended[:, head]) for head, up in enumerate(self.value_up)], dim=1)
+        self._expand(queries, absorbed, outputs, context)
+        return self.o(outputs)
+
+    def _expand(self, queries: Tensor, absorbed: Tensor, outputs: Tensor, context: StepContext) -> None:
+        """Overwrite the outputs [R, heads x value elements] of the tokens that the plan leaves out. `absorbed` holds
+        the rotated elements of the queries."""
+        kv, output_tokens = context.kv_layers[self.attend.layer], context.output_tokens
+        plan = context.attention[kv.group]
+        own = None if output_tokens is None else output_tokens.plan
+        used = plan if own is None else own
+        if not isinstance(used, CpuAttentionPlan) or not used.expanded:
+            return
+        rope_dim = self.shape.rope_dim
+        rotated = torch.cat((absorbed[..., :rope_dim], queries[..., rope_dim:]), dim=2)
+        if output_tokens is None:
+            chosen = torch.arange(len(queries))
+        elif own is None:
+            chosen = output_tokens.tokens.long()
+        else:
+            rotated, chosen = rotated[output_tokens.tokens], torch.arange(len(outputs))
+        for run in used.expanded:
+            inside = (chosen >= run.tokens.start) & (chosen < run.tokens.stop)
+            found = attend_expanded(
+                self.attend.kernels, rotated[run.tokens], kv, run, self.attend.params, self.key_up, self.value_up
+            )
+            outputs[inside] = found[chosen[inside] - run.tokens.start]
 
     def _absorb(self, queries: Tensor) -> Tensor:
         """queries [T, heads, rotated and other elements] -> [T, heads, elements of a row]."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from quire.kernels import Kernels
 from quire.kernels.interface import RecurrentPlan, StateLayer
+from quire.layers.activation import activation_function
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
@@ -32,6 +33,8 @@ class _Recurrent:
         self.place = sorted(recurrent.layers).index(layer)
         self.kernels: Kernels = build.kernels
         self.eps = build.config.norm_eps
+        self.activation = activation_function(build.config.activation)
+        """What follows the convolution; gates always have silu."""
         self.in_proj = in_proj
         self.per_head = per_head
         self.out_proj = out_proj
@@ -52,7 +55,7 @@ class _Recurrent:
 
     def _convolve(self, x: Tensor, state: StateLayer, plan: RecurrentPlan) -> Tensor:
         """x [T, channels] -> the same of its convolution, activated."""
-        return functional.silu(self.kernels.causal_conv(x, self.conv_weight, self.conv_bias, state, plan), inplace=True)
+        return self.activation(self.kernels.causal_conv(x, self.conv_weight, self.conv_bias, state, plan))
 
 
 class GatedDeltaNet(_Recurrent):

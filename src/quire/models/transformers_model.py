@@ -201,6 +201,11 @@ def paged_attention(
         return query.transpose(1, 2), None
     assert isinstance(step, _Step)
     q, k, v = (x[0].transpose(0, 1).to(step.dtype).contiguous() for x in (query, key, value))
+    context = step.context.for_inner_layers
+    plan = context.attention[context.kv_layers[layer].group]
+    if plan.window and not 0 < (window or 0) <= plan.window:
+        seen = f"a window of {window}" if window else "all positions"
+        raise TypeError(f"layer {layer} attends to {seen}, but config.json gives it a window of {plan.window}")
     attend = Attention(
         step.kernels,
         layer,
@@ -209,4 +214,4 @@ def paged_attention(
         softcap=softcap or 0.0,
         sinks=None if sinks is None else sinks.float(),
     )
-    return attend(q, k, v, step.context.for_inner_layers)[None].to(query.dtype), None
+    return attend(q, k, v, context)[None].to(query.dtype), None

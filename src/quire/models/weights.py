@@ -35,7 +35,7 @@ class TensorSource(Protocol):
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor: ...
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A uint8 tensor, which stands for packed numbers, in host memory."""
+        """A uint8 tensor, which stands for packed numbers."""
         ...
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:

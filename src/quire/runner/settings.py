@@ -31,11 +31,13 @@ class RunnerSettings:
 
 def attention_shapes(settings: RunnerSettings, model_config: ModelConfig, kv_cache: KVCache) -> list[AttentionShape]:
     """What the attention planner has to know, for each KV group."""
+    latent = model_config.latent
     shape = AttentionShape(
         num_heads=model_config.num_heads,
         num_kv_heads=model_config.num_kv_heads,
         head_dim=model_config.head_dim,
-        value_dim=0 if model_config.latent is None else model_config.latent.latent_dim,
+        value_dim=0 if latent is None else latent.latent_dim,
+        expanded_dims=(0, 0) if latent is None else (latent.head_dim, latent.value_dim),
         block_size=kv_cache.block_size,
         max_num_seqs=settings.max_num_seqs,
         max_num_tokens=settings.max_num_batched_tokens,

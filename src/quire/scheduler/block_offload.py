@@ -16,11 +16,11 @@ from dataclasses import replace
 from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import HOLE, GroupBlocks
-from quire.kv_cache.prefix_search import longest_prefix
+from quire.kv_cache.prefix_search import Source, longest_prefix
 from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
 from quire.memory_stats import TierStats
 from quire.scheduler.sequence import Sequence
-from quire.scheduler.stored_prefix import DEVICE, Loading, Source, StoredPrefix
+from quire.scheduler.stored_prefix import DEVICE, Loading, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
 
 WRITE_BEHIND_SHARE = 4
@@ -93,12 +93,13 @@ class BlockOffload:
             tier_name = self._index.find(block_hash)
             return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
 
-        longest = StoredPrefix(first, longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source), [])
-        worth = longest
+        sources = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source)
+        worth = longest = StoredPrefix(first, sources, [])
         if longest:
             num_blocks = first + self._num_worth_loading(longest, found)
             if num_blocks < longest.num_blocks:
-                worth = StoredPrefix(first, longest_prefix(pool, num_blocks, source), [])
+                sources = longest_prefix(pool, num_blocks, source)
+                worth = StoredPrefix(first, sources, [])
         return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
 
     def _num_worth_loading(self, longest: StoredPrefix, found: GroupBlocks) -> int:

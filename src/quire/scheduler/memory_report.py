@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from quire.kv_cache.block_pool import BlockPool
-from quire.outputs import AgeQuantiles, EngineStats, MemoryReport, RequestMemory
+from quire.outputs import AgeQuantiles, EngineStats, KVGroupMemory, MemoryReport, RequestMemory
 from quire.scheduler.sequence import NO_ROW, SequenceGroup
 
 MAX_REPORTED_REQUESTS = 1000
@@ -21,7 +21,14 @@ def report_memory(pool: BlockPool, groups: Iterable[SequenceGroup], stats: Engin
         used_block_ages=_quantiles(used),
         cached_free_block_ages=_quantiles(cached),
         requests=requests[:MAX_REPORTED_REQUESTS],
+        groups=_group_memory(pool),
     )
+
+
+def _group_memory(pool: BlockPool) -> list[KVGroupMemory]:
+    used = Counter(pool.group_of[block] for block, count in enumerate(pool.ref_counts) if count)
+    cached = Counter(pool.group_of[block] for block in pool.free_order() if pool.hashes[block] is not None)
+    return [KVGroupMemory(window, used[group], cached[group]) for group, window in enumerate(pool.windows)]
 
 
 def _request_memory(pool: BlockPool, group: SequenceGroup) -> RequestMemory:

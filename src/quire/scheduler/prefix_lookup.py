@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import GroupBlocks
 from quire.kv_cache.prefix_history import PrefixHistory
@@ -107,23 +107,22 @@ class PrefixLookup:
     def _cut_to_state(
         self, sequence: Sequence, token_ids: list[int], states: RecurrentStates, *, whole_blocks: bool = False
     ) -> Found:
-        table, size = sequence.table, self._pool.block_size
-        blocks = table.find_prefix(token_ids)
-        num_found = len(blocks[0])
-        inside = None if whole_blocks else table.match_partial(token_ids, num_found)
-        num_known = num_found * size + (0 if inside is None else inside[1])
-        state = states.find(table, token_ids, num_known // size * size if whole_blocks else num_known)
-        full, used = divmod(0 if state is None else state.num_tokens, size)
-        while whole_blocks and state is not None and used:
-            state = states.find(table, token_ids, full * size)
-            full, used = divmod(0 if state is None else state.num_tokens, size)
-        if used and full < num_found:
-            inside = ([group[full] for group in blocks], used)
-        elif used and inside is not None:
-            inside = (inside[0], used)
-        else:
-            inside = None
-        return Found([group[:full] for group in blocks], None, inside, state, num_known)
+        """The longest beginning of `token_ids`, without the last one, whose KV and state can be had."""
+        table, size, end = sequence.table, self._pool.block_size, len(token_ids) - 1
+        num_known = -1
+        while True:
+            # A window group needs other blocks for a shorter beginning, so each end is looked up anew.
+            tokens = token_ids[: end + 1]
+            blocks = table.find_prefix(tokens)
+            inside = None if whole_blocks else table.match_partial(tokens, len(blocks[0]))
+            num_found = len(blocks[0]) * size + (0 if inside is None else inside[1])
+            num_known = max(num_known, num_found)
+            state = states.find(table, token_ids, num_found)
+            if state is None:
+                return Found([[] for _ in self._pool.windows], num_known_tokens=num_known)
+            if state.num_tokens == num_found:
+                return Found(blocks, None, inside, state, num_known)
+            end = state.num_tokens // size * size if whole_blocks else state.num_tokens
 
     def find_whole_blocks(self, group: SequenceGroup, found: Found) -> Found:
         """What a group can start from instead of `found` if it cannot begin inside a block."""
@@ -213,8 +212,24 @@ class PrefixLookup:
             miss = PrefixMiss(first, "state", None)
         else:
             miss = self._history.explain(prompt, first, block_hash, adapter=request.adapter, inputs=request.inputs)
+            if self._pool.has_windows and miss.reason in ("differs", "new"):
+                miss = self._explain_window(leader, prompt, miss)
         group.miss = miss
         self.counts.misses[miss.reason] = self.counts.misses.get(miss.reason, 0) + 1
+
+    def _explain_window(self, leader: Sequence, prompt: list[int], miss: PrefixMiss) -> PrefixMiss:
+        """The miss, if a window group has lost a block that the next logical block needs."""
+        pool, first = self._pool, miss.block
+        for group, window in enumerate(pool.windows):
+            for index in range(pool.first_kept(group, (first + 1) * pool.block_size), first + 1):
+                block_hash = group_hash(leader.table.block_hash(index, prompt), group)
+                if pool.find(block_hash) is not None:
+                    continue
+                seconds = self._history.seconds_since_eviction(block_hash)
+                if seconds is None and group == 0:  # no group has it
+                    return miss._replace(window=window)
+                return PrefixMiss(first, "evicted", seconds, window)
+        return miss
 
     def _note_eviction(self, block: int, block_hash: BlockHash) -> None:
         self._history.note_eviction(block_hash)

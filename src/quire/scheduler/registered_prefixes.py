@@ -77,7 +77,9 @@ class RegisteredPrefixes:
             inputs=tuple(span for span in request.inputs if span.offset < num_full * size),
         )
         prefix = _Prefix(request, tuple(salts), self._table(request, salts[0]), 0)
-        prefix.num_new_blocks = pool.most_blocks(num_full * size) - self.num_found(prefix.table, [*prefix.token_ids, 0])
+        prefix.num_new_blocks = pool.blocks_after(num_full * size) - self.num_found(
+            prefix.table, [*prefix.token_ids, 0]
+        )
         if self.num_blocks + prefix.num_new_blocks > self.max_blocks:
             raise RequestError(
                 f"the prefix takes {prefix.num_new_blocks} more KV blocks of {size} tokens; registered "

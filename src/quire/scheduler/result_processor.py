@@ -33,6 +33,7 @@ TableEntries = tuple[int, int, int, list[int]]
 class StepInFlight:
     """A step that is planned and whose result is not processed yet."""
 
+    plan: StepPlan
     rows: list[Sequence | None]
     """The sequence in each row when it was planned."""
     decode_step: DecodeStep | None = None

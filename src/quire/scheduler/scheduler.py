@@ -8,7 +8,7 @@ in `step_planner`.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 
 from quire.errors import RequestError
@@ -161,6 +161,7 @@ class Scheduler:
             total_prefix_queries=parts.admission.num_queried_tokens,
             total_prefix_hits=prefixes.num_hits,
             total_evictions=pool.total_evictions,
+            total_given_back=pool.total_given_back,
             total_block_copies=pool.total_block_copies,
             prefix_hits=prefixes.hits.copy(),
             prefix_misses=prefixes.misses.copy(),
@@ -202,8 +203,22 @@ class Scheduler:
             self._planned_at = self._clock()
         if self._states is not None:
             self._states.finish(plan, self._queues.rows)
-        self._in_flight.append(StepInFlight(self._queues.rows_now(), decode_step))
+        self._in_flight.append(StepInFlight(plan, self._queues.rows_now(), decode_step))
         return plan
+
+    @property
+    def batch_in_flight(self) -> int:
+        """The `batch_id` of the steps that are planned and not processed; 0 if they have several."""
+        batch_ids = {step.plan.batch_id for step in self._in_flight}
+        return batch_ids.pop() if len(batch_ids) == 1 else 0
+
+    def ids_in_flight(self) -> Iterator[str]:
+        """Ids of the requests that these steps compute, once per sequence and step."""
+        for step in self._in_flight:
+            for row in step.plan.rows:
+                sequence = step.rows[row]
+                if sequence is not None:
+                    yield sequence.sample[0]
 
     def schedule_ahead(self, plan: StepPlan) -> StepPlan | None:
         """The step after `plan`, whose result is not known yet; None where the result is needed.
@@ -220,7 +235,7 @@ class Scheduler:
         ending = self._parts.look_ahead.assume_result(plan, decode_step)
         ahead = self._begin_plan()
         decode_step = self._planner.decide(ahead, self._max_step_tokens, ending, may_preempt=False)
-        self._in_flight.append(StepInFlight(self._queues.rows_now(), decode_step))
+        self._in_flight.append(StepInFlight(ahead, self._queues.rows_now(), decode_step))
         return ahead
 
     def _begin_plan(self) -> StepPlan:

@@ -4,15 +4,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from quire.kv_cache.block_hash import BlockHash
+from quire.kv_cache.prefix_search import Source, Stored
 from quire.kv_cache.tiers import DISK
 
 DEVICE = "device"
 """Where KV was that is found in the pool."""
-
-Stored = tuple[str, BlockHash]
-"""A block in a tier: the tier's name and the block's hash."""
-Source = int | Stored
-"""Where a KV group's block is: a block of the pool, or one in a tier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ file: renderer and handler.
 
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import msgspec
@@ -132,7 +132,8 @@ class Answer:
     _prompts: dict[int, RequestOutput] = field(default_factory=dict, init=False)
 
     async def send(self, context: RequestContext, *, stream: bool) -> None:
-        """Answer the request of `context`. The generation is cancelled if the client leaves."""
+        """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
+        self.generation = replace(self.generation, timeout=context.timeout())
         if stream:
             renderer = self.renderer
             form = StreamForm(renderer.failure, renderer.done, renderer.ping, renderer.content_type)

@@ -4,13 +4,22 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
-from quire.engine.chat_template import ChatTemplate
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import QuireError
+from quire.errors import EngineUnavailableError
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
+
+
+class ChatRenderer(Protocol):
+    """The model's chat template; `quire.engine.chat_template.ChatTemplate.render` without blocking the event loop."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def response_template(self) -> str: ...
+    async def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str: ...
 
 
 class Engine(Protocol):
@@ -19,9 +28,13 @@ class Engine(Protocol):
     @property
     def state(self) -> str: ...
     @property
+    def advances(self) -> bool: ...
+    @property
+    def outage(self) -> EngineUnavailableError | None: ...
+    @property
     def tokenizer(self) -> Tokenizer | None: ...
     @property
-    def chat_template(self) -> ChatTemplate | None: ...
+    def chat_template(self) -> ChatRenderer | None: ...
     @property
     def model_names(self) -> list[str]: ...
     @property
@@ -43,6 +56,7 @@ class Engine(Protocol):
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        timeout: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(
@@ -60,5 +74,4 @@ class Engine(Protocol):
     async def memory_report(self) -> MemoryReport: ...
     async def start(self) -> None: ...
     async def wait_ready(self) -> None: ...
-    async def wait_dead(self) -> QuireError: ...
     async def shutdown(self, drain_seconds: float = 0.0) -> None: ...

@@ -19,7 +19,7 @@ from quire.server.errors import naming
 from quire.server.generation import Generation
 from quire.server.limits import check_lengths, check_work
 from quire.server.params import chat_params, check_available, sent_names
-from quire.server.prompts import render, tokenize, truncated
+from quire.server.prompts import longest_prompt, render, tokenize, truncated
 from quire.server.protocol import ChatCompletionRequest
 from quire.server.scheduling_info import scheduling_info
 from quire.server.tools.detect import find_format
@@ -64,11 +64,19 @@ class ChatPrompt(NamedTuple):
     token_ids: list[int]
 
 
-async def chat_prompt(context: RequestContext, request: ChatCompletionRequest, num_samples: int = 1) -> ChatPrompt:
-    """The prompt for the messages of `request`. Raises `RequestError` if the template refuses them."""
+async def chat_prompt(
+    context: RequestContext, request: ChatCompletionRequest, num_samples: int = 1, max_tokens: int | None = None
+) -> ChatPrompt:
+    """The prompt for the messages of `request`. Raises `RequestError` if the template refuses them, or if they have
+    more than `max_tokens` tokens for certain."""
     text = await render(context.engine.chat_template, request)
     check_work([text], num_samples, context.settings, param="messages")
-    (token_ids,) = await tokenize(context.tokenizer(), [text], add_special_tokens=request.add_special_tokens or False)
+    (token_ids,) = await tokenize(
+        context.tokenizer(),
+        [text],
+        add_special_tokens=request.add_special_tokens or False,
+        max_tokens=max_tokens,
+    )
     return ChatPrompt(text, token_ids)
 
 
@@ -79,7 +87,9 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
     engine = context.engine
     params = chat_params(request, engine.default_params)
     use = read_tools(request.tools, request.tool_choice, parallel=request.parallel_tool_calls)
-    text, token_ids = await chat_prompt(context, request, params.num_samples)
+    text, token_ids = await chat_prompt(
+        context, request, params.num_samples, longest_prompt(params, engine.max_model_len)
+    )
     prompts = truncated([token_ids], params, request.truncation_side, engine.max_model_len)
     room = engine.max_model_len - len(prompts[0])
     if clips_output and params.max_tokens is not None and 0 < room < params.max_tokens:
@@ -93,22 +103,26 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
 def reply_format(context: RequestContext) -> ReplyFormat:
     """How the model writes calls and reasoning, unless the settings say it."""
     template, settings = context.engine.chat_template, context.settings
-    source = "" if template is None else template.source
-    return find_format(source, context.tokenizer(), settings.tool_call_parser, settings.reasoning_parser)
+    return find_format(
+        "" if template is None else template.source,
+        context.tokenizer(),
+        settings.tool_call_parser,
+        settings.reasoning_parser,
+        "" if template is None else template.response_template,
+    )
 
 
 def _read_as(
     form: ReplyFormat, request: ChatCompletionRequest, params: SamplingParams, use: ToolUse | None, prompt: str
 ) -> tuple[SamplingParams, Callable[[], Reader]]:
     """The parameters with the constraint on the whole reply, and the maker of its readers."""
-    if request.continue_final_message:
-        form = ReplyFormat(form.tools, None, None) if use is None else form
-    starts_thinking = form.starts_thinking(prompt)
+    last = request.messages[-1].content
+    opening = form.opening(prompt, last if request.continue_final_message and isinstance(last, str) else None)
     constraint = constrain(
         form,
         use,
         params.structured_outputs,
-        starts_thinking=starts_thinking,
+        opening=opening,
         thinking_budget=request.thinking_token_budget,
     )
     if constraint is not params.structured_outputs:
@@ -120,7 +134,7 @@ def _read_as(
     options = ReadingOptions(
         form,
         use,
-        starts_thinking=starts_thinking,
+        opening=opening,
         shows_reasoning=request.include_reasoning is not False,
         hides_special_tokens=params.skip_special_tokens,
     )

@@ -14,7 +14,7 @@ from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
 from quire.server.logprobs import LogprobFormat, prompt_logprobs
 from quire.server.params import check_available, completion_params
-from quire.server.prompts import split_prompts, tokenize, truncated
+from quire.server.prompts import longest_prompt, split_prompts, tokenize, truncated
 from quire.server.protocol import CompletionRequest, StreamOptions
 from quire.server.replies import Completion, CompletionChoice, CompletionLogprobs
 from quire.server.scheduling_info import scheduling_info
@@ -66,7 +66,8 @@ async def completion_generation(
         token_ids = [fill_in_prompt(tokenizer, marks, prefix, suffix, []) for prefix in prefixes]
     else:
         special = request.add_special_tokens is not False
-        token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special)
+        longest = longest_prompt(params, max_model_len)
+        token_ids = await tokenize(tokenizer, prompts, add_special_tokens=special, max_tokens=longest)
     token_ids = truncated(token_ids, params, request.truncation_side, max_model_len)
     if request.max_tokens is None or clips_output:  # a default must not refuse a prompt near the end of the context
         room = max_model_len - max(map(len, token_ids))

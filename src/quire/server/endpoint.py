@@ -1,7 +1,9 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
+import gc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -14,18 +16,19 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
-from quire.server.limits import read_body
+from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
 from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
+_TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
     "draining": "the server is shutting down and takes no new requests",
     "restarting": "the engine is being restarted",
-    "dead": "the engine has ended and could not be restarted; the server's log says why",
+    "dead": "the server is shutting down",
 }
 
 
@@ -47,8 +50,14 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
-        decoded = decode_json(body, body_type)
-        if names := unknown_fields(body, body_type):
+        check_shape(body)
+        gc.disable()  # it would scan every object for each few hundred that are made
+        try:
+            decoded = decode_json(body, body_type)
+            names = unknown_fields(body, body_type)
+        finally:
+            gc.enable()
+        if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
 
@@ -94,9 +103,33 @@ class RequestContext:
         """The parameters behind the path's question mark."""
         return dict(parse_qsl(self.scope["query_string"].decode("latin-1")))
 
+    def timeout(self) -> float | None:
+        """Seconds that the request may take: the header x-request-timeout, at most --request-timeout; None: no limit.
+
+        Raises `Refusal` for a header that is no positive number.
+        """
+        limit = self.settings.request_timeout or None
+        given = dict(self.scope["headers"]).get(_TIMEOUT_HEADER)
+        if given is None:
+            return limit
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = 0.0
+        if not 0.0 < seconds < inf:
+            raise Refusal(
+                400,
+                f"the header x-request-timeout is {given[:40].decode('latin-1')!r}; give seconds above 0, such as 30",
+                code="invalid_value",
+                param="x-request-timeout",
+            )
+        return seconds if limit is None else min(limit, seconds)
+
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
         state = self.engine.state
+        if self.engine.outage is not None:
+            raise self.engine.outage
         if state not in ("ready", "restarting"):
             raise EngineUnavailableError(_UNAVAILABLE.get(state, f"the engine is {state}"))
 

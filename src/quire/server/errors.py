@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 from starlette.exceptions import HTTPException
 
-from quire.errors import CLIENT_FAULTS, EngineDeadError, EngineUnavailableError, QueueFullError, RequestError
+from quire.errors import CLIENT_FAULTS, DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 
 logger = logging.getLogger("quire.server")
 
@@ -100,8 +100,6 @@ def as_request_error(error: Exception) -> RequestError:
         return error
     if isinstance(error, HTTPException):
         return _from_starlette(error)
-    if isinstance(error, EngineDeadError):
-        return Refusal(500, str(error), code="engine_dead")
     logger.error("a request failed unexpectedly", exc_info=error)
     return Refusal(500, "internal error; the server's log has the details", code="internal_error")
 
@@ -119,6 +117,8 @@ def error_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
     """Response headers for `error`, such as Retry-After."""
     if isinstance(error, QueueFullError | EngineUnavailableError):
         return ((b"retry-after", str(error.retry_after).encode()),)
+    if isinstance(error, DeadlineError):
+        return ((b"x-should-retry", b"false"),)  # OpenAI's clients try again after a 408 without it
     return error.headers if isinstance(error, Refusal) else ()
 
 

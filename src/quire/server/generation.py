@@ -15,6 +15,9 @@ from quire.server.errors import SampleFailedError
 from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
 
+_STARTED_TOGETHER = 16
+"""Prompts of a request that are started without a pause for other requests."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -23,6 +26,8 @@ class Generation:
     prompts: list[list[int]]
     params: SamplingParams
     scheduling: SchedulingInfo
+    timeout: float | None = None
+    """Seconds after which each prompt's request is ended with an error."""
 
     @property
     def num_choices(self) -> int:
@@ -31,21 +36,33 @@ class Generation:
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield (index of the prompt, its new output). Raises the engine's refusals, and the error of a sample that
         failed if it is the only one: among several it ends alone, with its error."""
-        streams = [self._generate(engine, prompt) for prompt in self.prompts]
+        params = await self._with_bad_words(engine)
+        streams = [self._generate(engine, prompt, params) for prompt in self.prompts]
         async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
             async for index, output in items:
                 for sample in output.outputs:
                     _check(sample, is_only=self.num_choices == 1)
                 yield index, output
 
-    async def _generate(self, engine: Engine, prompt: list[int]) -> AsyncGenerator[RequestOutput, None]:
+    async def _with_bad_words(self, engine: Engine) -> SamplingParams:
+        """The parameters with the tokens of their bad words, found once for all prompts."""
+        words, tokenizer = self.params.bad_words, engine.tokenizer
+        if not words or tokenizer is None:
+            return self.params
+        token_ids = await asyncio.to_thread(tokenizer.bad_word_ids, words)
+        return self.params.with_changes(bad_words_token_ids=token_ids)
+
+    async def _generate(
+        self, engine: Engine, prompt: list[int], params: SamplingParams
+    ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
             prompt,
-            self.params,
+            params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
             tenant=self.scheduling.tenant,
             workload=self.scheduling.workload,
+            timeout=self.timeout,
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None
@@ -160,8 +177,12 @@ async def _merged(
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Items of all streams in the order they arrive. The first error ends all. At most one item per stream is held."""
     arrived: Queue[tuple[int, RequestOutput] | Exception | None] = Queue(maxsize=1)
-    tasks = [asyncio.create_task(_pump(index, stream, arrived)) for index, stream in enumerate(streams)]
+    tasks: list[Task[None]] = []
     try:
+        for index, stream in enumerate(streams):
+            tasks.append(asyncio.create_task(_pump(index, stream, arrived)))
+            if index % _STARTED_TOGETHER == 0:
+                await asyncio.sleep(0)  # starting hundreds at once would delay other requests
         running = len(tasks)
         while running:
             item = await arrived.get()

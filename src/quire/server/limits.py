@@ -5,21 +5,23 @@ Every limit is checked before the data is buffered, tokenised or queued.
 
 import asyncio
 import zlib
-from asyncio import TimerHandle, Transport
 from collections.abc import Sequence
-from typing import Any
 
-import msgspec
 from starlette.types import Receive, Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quire.engine.limits import check_prompt_length
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
-from quire.server.errors import Refusal, error_body
+from quire.server.errors import Refusal
 from quire.server.settings import ServerSettings
 
-_LINGER_SECONDS = 1.0
+MAX_VALUES = 250_000
+"""Most commas in a body, and most backslashes."""
+MAX_LISTS = 50_000
+MAX_STRINGS = 30_000
+"""Most texts in a body, names of fields included."""
+MIN_BODY_RATE = 8192
+"""Bytes per second at which a body must arrive, after `stall_timeout` seconds."""
 
 
 class ClientGoneError(Exception):
@@ -31,7 +33,7 @@ def check_headers(scope: Scope, settings: ServerSettings) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
     if size > settings.max_header_size:
-        raise _headers_too_large(settings.max_header_size)
+        raise headers_too_large(settings.max_header_size)
 
 
 async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) -> bytes:
@@ -44,9 +46,10 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
         raise _body_too_large(settings)
     parts: list[bytes] = []
     size = 0
+    started = asyncio.get_running_loop().time()
     while True:
         try:
-            async with asyncio.timeout(settings.stall_timeout or None):
+            async with asyncio.timeout_at(_latest(started, size, settings)):
                 message = await receive()
         except TimeoutError:
             raise Refusal(408, "the body did not arrive in time", code="request_timeout") from None
@@ -96,6 +99,32 @@ def _inflate(inflate: "zlib._Decompress", part: bytes, most: int) -> bytes:
         raise Refusal(400, f"the compressed body is damaged: {error}", code="invalid_encoding") from None
 
 
+def _latest(started: float, size: int, settings: ServerSettings) -> float | None:
+    """When the next bytes of a body must arrive if it has `size` bytes since `started`; None: no limit."""
+    if not settings.stall_timeout:
+        return None
+    now = asyncio.get_running_loop().time()
+    return settings.stall_timeout + min(now, started + size / MIN_BODY_RATE)
+
+
+def check_shape(body: bytes) -> None:
+    """Raise `Refusal` (400) for JSON of so many values that decoding it would delay other requests.
+
+    The text in it is counted as if it were values: one with so many commas has more tokens than any context.
+    """
+    num_quotes = body.count(b'"') - body.count(b'\\"')
+    for what, number, most in (
+        ("commas", body.count(b","), MAX_VALUES),
+        ("escapes", body.count(b"\\"), MAX_VALUES),
+        ("lists", body.count(b"["), MAX_LISTS),
+        ("texts", num_quotes // 2, MAX_STRINGS),
+    ):
+        if number > most:
+            raise Refusal(
+                400, f"the body holds {number:,} {what}; at most {most:,} are read. Split it", code="body_too_complex"
+            )
+
+
 def check_work(prompts: Sequence[object], n: int, settings: ServerSettings, *, param: str = "prompt") -> None:
     """Refuse a request with too many samples or characters, before any of it is tokenised. `param` is the field that
     the client sent the prompts in."""
@@ -134,70 +163,7 @@ def check_lengths(
             )
 
 
-class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with limits on the bytes and the time of headers; uvicorn itself has none."""
-
-    settings = ServerSettings()
-
-    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as in uvicorn's own class
-        super().connection_made(transport)
-        self._header_bytes = 0
-        self._header_timer: TimerHandle | None = None
-        self._refused = False
-        self._await_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_done()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        super().data_received(data)
-        if self._header_timer is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > self.settings.max_header_size and not self.transport.is_closing():
-                self._refuse_headers()
-
-    def on_message_begin(self) -> None:
-        self._await_headers()
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._headers_done()
-        super().on_headers_complete()
-
-    def _await_headers(self) -> None:
-        if self._header_timer is None and self.settings.stall_timeout:
-            self._header_timer = self.loop.call_later(self.settings.stall_timeout, self._give_up)
-
-    def _headers_done(self) -> None:
-        self._header_bytes = 0
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
-
-    def _refuse_headers(self) -> None:
-        body = msgspec.json.encode(error_body(_headers_too_large(self.settings.max_header_size)))
-        self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            b"content-length: %d\r\n\r\n%b" % (len(body), body)
-        )
-        # Closing while the client still sends would reset the connection and lose the response. Drop what it sends.
-        self._refused = True
-        self.loop.call_later(_LINGER_SECONDS, self._give_up)
-
-
-def limited_protocol(settings: ServerSettings) -> type[Any]:
-    """`LimitedProtocol` with the limits of `settings`, as a class: uvicorn makes the instances."""
-    return type("LimitedProtocol", (LimitedProtocol,), {"settings": settings})
-
-
-def _headers_too_large(limit: int) -> Refusal:
+def headers_too_large(limit: int) -> Refusal:
     return Refusal(431, f"request line and headers have more than {limit} bytes", code="headers_too_large")
 
 

@@ -6,6 +6,7 @@ finish, then the process ends. A second signal ends it without waiting.
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from quire.server.app import ENDPOINTS, build_app
 from quire.server.backend import Engine
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import BatchStore
-from quire.server.limits import limited_protocol
+from quire.server.connection import limited_protocol
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
 
@@ -99,8 +100,8 @@ async def _live(
     report: Callable[[str], None],
     batches: BatchService | None,
 ) -> None:
-    """Start the engine once the server answers /health. Raises the error that keeps the engine from starting or ends
-    it; the server then ends too, so that a supervisor can restart it.
+    """Start the engine once the server answers /health, and never return. Raises the error that keeps the engine from
+    starting; the server then ends too. An engine that dies later is replaced, and the server lives on.
 
     The address is reported after the cheap checks: a wrong model folder or prefix file is an error, not a server."""
     await server.listening.wait()
@@ -111,10 +112,11 @@ async def _live(
         await register_prefixes(engine, settings, prefixes)
         report(f"prefixes: {len(prefixes)} to be computed and kept")
     await engine.wait_ready()
+    gc.freeze()  # what is loaded stays; scanning it would delay requests
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
     if batches is not None:
         await batches.start()
-    raise await engine.wait_dead()
+    await asyncio.Event().wait()
 
 
 async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:

@@ -66,7 +66,7 @@ async def register_prefixes(engine: Engine, settings: ServerSettings, prefixes: 
     token_ids = []
     for index, prefix in enumerate(prefixes, 1):
         with _naming(settings, index):
-            token_ids.append(_token_ids(engine, prefix))
+            token_ids.append(await _token_ids(engine, prefix))
     for index, prefix_ids in enumerate(token_ids, 1):
         with _naming(settings, index):
             await engine.register_prefix(prefix_ids, salts)
@@ -81,7 +81,7 @@ def _naming(settings: ServerSettings, index: int) -> Iterator[None]:
         raise ConfigError(f"prefix_file {settings.prefix_file}, prefix {index}: {error.message}") from error
 
 
-def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:
+async def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:
     if prefix.prompt_token_ids is not None:
         return prefix.prompt_token_ids
     if engine.tokenizer is None:
@@ -90,5 +90,5 @@ def _token_ids(engine: Engine, prefix: PrefixLine) -> list[int]:
         return engine.tokenizer.encode(prefix.prompt)
     if engine.chat_template is None:
         raise RequestError("the model has no chat template: give prompt or prompt_token_ids")
-    text = engine.chat_template.render(prefix.messages or [], add_generation_prompt=False)
+    text = await engine.chat_template.render(prefix.messages or [], add_generation_prompt=False)
     return engine.tokenizer.encode(text, add_special_tokens=False)

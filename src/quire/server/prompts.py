@@ -3,16 +3,16 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from reprlib import repr as brief
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from msgspec.structs import asdict
 
-from quire.engine.chat_template import ChatTemplate
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
+from quire.server.backend import ChatRenderer
 from quire.server.protocol import ChatCompletionRequest, Message, TokenizeRequest
-from quire.server.tools.plain_prompt import knows_tools, with_plain_tools
+from quire.server.tools.plain_prompt import with_plain_tools
 from quire.server.tools.request import read_tools
 
 T = TypeVar("T")
@@ -22,6 +22,8 @@ RESERVED_VARIABLES = frozenset(
 )
 """Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_CHARS_PER_MESSAGE = 16
+"""Converting a message costs as much as tokenising so many characters."""
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
@@ -32,30 +34,50 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
         return [prompt]
     if not prompt:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
-    kinds = {type(item) for item in prompt}
+    kinds = set(map(type, prompt))
     if len(kinds) > 1:
         raise RequestError("prompt mixes texts, tokens and lists of tokens; give one kind", param="prompt")
     if kinds == {int}:
-        return [[item for item in prompt if isinstance(item, int)]]
-    prompts = [item for item in prompt if not isinstance(item, int)]
+        return [cast(list[int], prompt)]
+    prompts = cast(list[str | list[int]], prompt)
     if [] in prompts:
         raise RequestError("prompt holds an empty list of tokens; give at least one token", param="prompt")
     return prompts
 
 
 async def tokenize(
-    tokenizer: Tokenizer | None, prompts: Sequence[str | list[int]], *, add_special_tokens: bool
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str | list[int]],
+    *,
+    add_special_tokens: bool,
+    max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer."""
+    """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer.
+
+    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain.
+    """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if tokenizer is None or not texts:
         return [prompt for prompt in prompts if not isinstance(prompt, str)]
-    encoded = await _off_loop(
-        sum(map(len, texts)),
-        lambda: [tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts],
+    most_chars = None if max_tokens is None else tokenizer.most_chars(max_tokens)
+    longest = max(map(len, texts))
+    if most_chars is not None and longest > most_chars:
+        raise RequestError(
+            f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, but this model's maximum "
+            f"context length is {max_tokens} tokens: the prompt is too long; shorten it or set truncate_prompt_tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    encoded = await off_loop(
+        sum(map(len, texts)), lambda: tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
     )
     remaining = iter(encoded)
     return [next(remaining) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def longest_prompt(params: SamplingParams, max_model_len: int) -> int | None:
+    """Tokens of the longest prompt that can be served with `params`; None if it is truncated."""
+    return max_model_len if params.truncate_prompt_tokens is None else None
 
 
 def truncated(
@@ -70,31 +92,29 @@ def truncated(
     return [prompt[:keep] for prompt in prompts]
 
 
-async def render(template: ChatTemplate | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
+async def render(template: ChatRenderer | None, request: ChatCompletionRequest | TokenizeRequest) -> str:
     """The prompt text for the messages of `request`. Raises `RequestError` if the template refuses them."""
     messages = request.messages or []
     if template is None:
         raise RequestError(
             "the model has no chat template; use /v1/completions", param="messages", code="no_chat_template"
         )
-    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    plain = await off_loop(
+        len(messages) * _CHARS_PER_MESSAGE, lambda: [_plain(message, index) for index, message in enumerate(messages)]
+    )
     continued = request.continue_final_message or False
     opens_answer = not continued if request.add_generation_prompt is None else request.add_generation_prompt
     choice = getattr(request, "tool_choice", None)
     tools = request.tools if read_tools(request.tools, choice) is not None else None
     variables = _variables(request)
-    if not knows_tools(template.source):
-        plain, tools = with_plain_tools(plain, tools), None
-    return await _off_loop(
-        sum(len(message.content or "") for message in messages),
-        lambda: template.render(
-            plain,
-            add_generation_prompt=opens_answer,
-            continue_final_message=continued,
-            tools=tools,
-            documents=request.documents,
-            **variables,
-        ),
+    plain, shown_tools = with_plain_tools(plain, tools, template.source)
+    return await template.render(
+        plain,
+        add_generation_prompt=opens_answer,
+        continue_final_message=continued,
+        tools=shown_tools,
+        documents=request.documents,
+        **variables,
     )
 
 
@@ -125,8 +145,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(message).items() if value is not None}
     if message.role == "developer":
         fields["role"] = "system"
-    if message.role == "assistant" and not message.tool_calls:  # an answer may have been empty
-        fields.setdefault("content", "")
+    if message.role == "assistant":  # an answer may have been empty; templates ask whether a call has content
+        fields.setdefault("content", None if message.tool_calls else "")
     if (reasoning := message.reasoning or message.reasoning_content) is not None:
         fields |= {"reasoning": reasoning, "reasoning_content": reasoning}  # templates know one or the other
     return fields
@@ -143,5 +163,6 @@ def _check_call(call: Mapping[str, Any], place: str) -> None:
     )
 
 
-async def _off_loop(size: int, work: Callable[[], T]) -> T:
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread if its `size` (characters or tokens) is not small."""
     return work() if size <= _INLINE_CHARS else await asyncio.to_thread(work)

@@ -259,9 +259,11 @@ class TokenizerInfo(Struct):
 
 
 class Health(Struct):
-    """Reply of /health: ready, loading, draining, restarting or dead."""
+    """Reply of /health: ready, stalled, loading, draining, restarting, down or dead; of /health/live: live."""
 
     status: str
+    cause: str | UnsetType = UNSET
+    """Why the engine is down, and until when."""
 
 
 class Version(Struct):

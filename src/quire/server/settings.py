@@ -60,6 +60,9 @@ class ServerSettings:
     """Maximum bytes of kept responses, e.g. 64MiB. The oldest are removed when it is reached."""
     stall_timeout: float = 30.0
     """Disconnect a client that does not read its stream, or does not send its body, for this many seconds. 0: never."""
+    request_timeout: float = 0.0
+    """Seconds after which a request ends with an error (408). A client may set less with the header
+    x-request-timeout. 0: never."""
     shutdown_timeout: float = 30.0
     """Seconds for running requests to finish after SIGTERM. A second signal stops at once."""
     access_log: bool = False
@@ -80,7 +83,7 @@ class ServerSettings:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be from {low} to {high}")
-        for name in ("stall_timeout", "shutdown_timeout"):
+        for name in ("stall_timeout", "request_timeout", "shutdown_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
         check_parser_names(self.tool_call_parser, self.reasoning_parser)

@@ -5,9 +5,12 @@ from quire.server.chat_turn import chat_prompt
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.limits import check_work
 from quire.server.params import check_available
-from quire.server.prompts import render, tokenize
+from quire.server.prompts import off_loop, render, tokenize
 from quire.server.protocol import ChatCompletionRequest, DetokenizeRequest, TokenizeRequest
 from quire.server.replies import AddedToken, Detokenized, RenderedChat, Tokenized, TokenizerInfo
+
+MAX_CHARS = 1_000_000
+"""Most characters of /tokenize: the reply lists every token."""
 
 
 async def tokenize_text(context: RequestContext) -> None:
@@ -21,31 +24,36 @@ async def tokenize_text(context: RequestContext) -> None:
         text, special = await render(context.engine.chat_template, request), False
     else:
         text, special = request.prompt or "", True
+    if len(text) > MAX_CHARS:
+        raise RequestError(
+            f"the prompt has {len(text):,} characters; at most {MAX_CHARS:,} are tokenised here", param="prompt"
+        )
     check_work([text], 1, context.settings)
     special = special if request.add_special_tokens is None else request.add_special_tokens
     (tokens,) = await tokenize(tokenizer, [text], add_special_tokens=special)
-    await context.reply(
-        Tokenized(
-            count=len(tokens),
-            max_model_len=context.engine.max_model_len,
-            tokens=tokens,
-            token_strs=[tokenizer.id_to_text(token) for token in tokens] if request.return_token_strs else None,
-        )
-    )
+    strings = None
+    if request.return_token_strs:
+        strings = await off_loop(len(tokens), lambda: [tokenizer.id_to_text(token) for token in tokens])
+    await context.reply(Tokenized(len(tokens), context.engine.max_model_len, tokens, strings))
 
 
 async def detokenize_tokens(context: RequestContext) -> None:
     request = await context.read(DetokenizeRequest)
     tokenizer = context.tokenizer()
     context.check_model(request.model)
-    for token in request.tokens:
+    tokens = request.tokens
+    for token in (min(tokens, default=0), max(tokens, default=0)):
         if not 0 <= token < 2**31:
             raise RequestError(f"tokens holds {token}; token ids are from 0 to 2147483647", param="tokens")
-        if token >= tokenizer.vocab_size and not tokenizer.token_bytes(token):
+    last = max(tokens, default=0)
+    if last >= tokenizer.vocab_size:
+        unknown = next((token for token in set(tokens) if not tokenizer.token_bytes(token)), None)
+        if unknown is not None:
             raise RequestError(
-                f"tokens holds {token}; the model's vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens"
+                f"tokens holds {unknown}; the model's vocabulary ends at {tokenizer.vocab_size - 1}", param="tokens"
             )
-    await context.reply(Detokenized(prompt=tokenizer.decode(request.tokens, skip_special_tokens=False)))
+    text = await off_loop(len(tokens), lambda: tokenizer.decode(tokens, skip_special_tokens=False))
+    await context.reply(Detokenized(prompt=text))
 
 
 async def render_chat(context: RequestContext) -> None:

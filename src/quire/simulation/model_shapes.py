@@ -5,6 +5,7 @@ from pathlib import Path
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import ConfigError
+from quire.kv_groups import KVLayout
 from quire.layer_spec import ModelSpec
 from quire.model_config import ModelConfig, RopeConfig
 from quire.quantization import METHODS
@@ -80,6 +81,15 @@ class ModelShape:
     def kv_bytes_per_token(self) -> int:
         """Memory of one token's keys and values in all layers."""
         return self.spec.kv_bytes_per_token(self.kv_dtype or self.dtype)
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """Its KV groups."""
+        return KVLayout.of(self.spec)
+
+    def block_bytes(self, block_size: int) -> int:
+        """Memory of one KV block: of the layers of one group."""
+        return self.kv_layout.block_bytes(block_size, self.kv_dtype or self.dtype)
 
 
 def _opt(name: str, num_layers: int, hidden_size: int, num_heads: int) -> tuple[str, ModelConfig]:

@@ -68,9 +68,10 @@ class PagedSimulation:
         *,
         num_slots: int,
         max_model_len: int,
-        kv_bytes_per_token: int = 0,
+        block_bytes: int = 0,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
-        """`kv_bytes_per_token` sizes the blocks of tiers, if there are any."""
+        """`block_bytes` is the size of a block in tiers, if there are any; `windows` has that of each KV group."""
         self.now = 0.0
         self.measures = measures
         self.num_deaths = 0
@@ -81,7 +82,8 @@ class PagedSimulation:
         self._faults = Faults(settings)
         self._num_blocks = num_slots // settings.block_size
         self._max_model_len = max_model_len
-        self._block_bytes = kv_bytes_per_token * settings.block_size
+        self._block_bytes = block_bytes
+        self._windows = windows
         self._tier_hits = {HOST: 0, DISK: 0}
         self._on_disk: list[tuple[bytes, int]] = []
         """Blocks that the previous engine left on disk: (block hash, bytes)."""
@@ -275,7 +277,12 @@ class PagedSimulation:
 
     def _start_engine(self) -> Scheduler:
         settings = self._settings
-        pool = BlockPool(self._num_blocks, settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
+        pool = BlockPool(
+            self._num_blocks,
+            settings.block_size,
+            windows=self._windows,
+            enable_prefix_caching=settings.enable_prefix_caching,
+        )
         self._tiers = self._open_tiers()
         scheduler = Scheduler(
             pool,

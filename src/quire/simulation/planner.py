@@ -8,6 +8,7 @@ begins when each user has one answer, since all prompts come at once at the begi
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quire.kv_groups import most_blocks
 from quire.simulation.devices import Device
 from quire.simulation.model_shapes import ModelShape
 from quire.simulation.settings import SimulationSettings
@@ -29,10 +30,13 @@ class EngineSizes:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    windows: tuple[int, ...] = (0,)
+    """The window of each KV group."""
 
     def num_users(self, context: int) -> int:
         """How many sequences of `context` tokens run at once."""
-        return min(self.max_num_seqs, self.num_blocks // -(-context // self.block_size))
+        blocks = sum(most_blocks(context, window, self.block_size) for window in self.windows)
+        return min(self.max_num_seqs, self.num_blocks // blocks)
 
 
 _FIGURES = (

@@ -54,7 +54,8 @@ def run_simulation(
             settings,
             num_slots=num_slots,
             max_model_len=max_model_len,
-            kv_bytes_per_token=model.kv_bytes_per_token,
+            block_bytes=model.block_bytes(settings.block_size),
+            windows=model.kv_layout.windows,
         )
     else:
         if settings.shared_prefix:
@@ -92,6 +93,8 @@ def _num_slots(model: ModelShape, device: Device, num_devices: int, settings: Si
     if num_slots is None:
         memory = settings.kv_cache_memory or kv_bytes_left(model, device, num_devices)
         num_slots = memory // model.kv_bytes_per_token
+        if settings.policy == "paged":  # slots of its blocks, which hold the layers of one KV group
+            num_slots = memory // model.block_bytes(1)
     smallest = settings.block_size if settings.policy == "paged" else 1
     if num_slots < smallest:
         raise ConfigError(f"the KV memory holds {num_slots} tokens, less than a block of {smallest}; give it more")
@@ -102,7 +105,7 @@ def _tiers(model: ModelShape, device: Device, num_devices: int, settings: Simula
     if not settings.has_tiers:
         return None
     host_rate = num_devices * (device.host_bandwidth or device.bandwidth)
-    block_bytes = settings.block_size * model.kv_bytes_per_token
+    block_bytes = model.block_bytes(settings.block_size)
     return ModelledTiers(block_bytes, host_rate=host_rate, disk_rate=settings.disk_bandwidth)
 
 

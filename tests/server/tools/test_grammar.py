@@ -14,9 +14,9 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.grammar.compiler import GrammarCompiler
 from quire.server.tools.events import Message
-from quire.server.tools.formats import THINKINGS, TOOL_FORMATS, Channels, Thinking, ToolFormat
+from quire.server.tools.formats import THINKINGS, TOOL_FORMATS, Channels, ToolFormat
 from quire.server.tools.grammar import constrain
-from quire.server.tools.reader import ReadingOptions, ReplyFormat, ReplyReader
+from quire.server.tools.reader import Opening, ReadingOptions, ReplyFormat, ReplyReader
 from quire.server.tools.request import ToolUse, read_tools
 from quire.structured_outputs import StructuredOutputsParams
 from tests.server.tools.reading import marked_tokenizer, read_tokens
@@ -109,7 +109,7 @@ def test_forced_calls_are_read_and_follow_the_schema(row: ToolFormat, marked: bo
     tokenizer = marked_tokenizer() if marked else None
     form = ReplyFormat(row, None, tokenizer)
     tools = use(parallel="hermes" in row.names or "olmo3" in row.names)
-    constraint = constrain(form, tools, None, starts_thinking=False)
+    constraint = constrain(form, tools, None)
     assert constraint is not None
     names = set()
     for seed in range(4):
@@ -124,8 +124,8 @@ def test_forced_calls_are_read_and_follow_the_schema(row: ToolFormat, marked: bo
     assert names
 
 
-def read(form: ReplyFormat, tools: ToolUse, text: str, *, marked: bool, starts_thinking: bool = False) -> Message:
-    made = ReplyReader(ReadingOptions(form, tools, starts_thinking=starts_thinking))
+def read(form: ReplyFormat, tools: ToolUse, text: str, *, marked: bool, opening: Opening = Opening.FREE) -> Message:
+    made = ReplyReader(ReadingOptions(form, tools, opening=opening))
     if marked:
         return read_tokens(made, text)
     found = Message()
@@ -137,7 +137,7 @@ def read(form: ReplyFormat, tools: ToolUse, text: str, *, marked: bool, starts_t
 def test_a_named_choice_is_one_call_of_that_tool() -> None:
     row = next(row for row in FORMATS if "hermes" in row.names)
     tools = use({"type": "function", "function": {"name": "weather"}})
-    constraint = constrain(ReplyFormat(row, None, None), tools, None, starts_thinking=False)
+    constraint = constrain(ReplyFormat(row, None, None), tools, None)
     assert constraint is not None
     text = walk(constraint, 1, marked=False)
     assert text is not None
@@ -161,8 +161,8 @@ CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 def test_reasoning_comes_before_a_forced_call(marked: bool) -> None:
     row = next(row for row in FORMATS if "hermes" in row.names)
     form = ReplyFormat(row, THINK, marked_tokenizer() if marked else None)
-    opened = constrain(form, use(), None, starts_thinking=True)
-    free = constrain(form, use(), None, starts_thinking=False)
+    opened = constrain(form, use(), None, opening=Opening.OPEN)
+    free = constrain(form, use(), None)
     assert opened is not None
     assert free is not None
     assert accepts(opened, f"so é\n</think>\n\n{CALL}", marked=marked)
@@ -176,8 +176,8 @@ def test_reasoning_comes_before_a_forced_call(marked: bool) -> None:
 def test_strict_tools_bind_the_calls_of_a_free_reply(marked: bool) -> None:
     row = next(row for row in FORMATS if "hermes" in row.names)
     form = ReplyFormat(row, None, marked_tokenizer() if marked else None)
-    assert constrain(form, use("auto"), None, starts_thinking=False) is None
-    constraint = constrain(form, use("auto", strict=True), None, starts_thinking=False)
+    assert constrain(form, use("auto"), None) is None
+    constraint = constrain(form, use("auto", strict=True), None)
     assert constraint is not None
     for text in ("Hello.", CALL, f"a {CALL} b", "", "1 < 2"):
         assert accepts(constraint, text, marked=marked), text
@@ -190,8 +190,8 @@ def test_a_constraint_on_the_text_leaves_room_for_calls_and_reasoning() -> None:
     row = next(row for row in FORMATS if "hermes" in row.names)
     form = ReplyFormat(row, THINK, marked_tokenizer())
     wanted = StructuredOutputsParams(json={"type": "object", "properties": {"a": {"type": "integer"}}})
-    both = constrain(form, use("auto"), wanted, starts_thinking=False)
-    alone = constrain(form, None, wanted, starts_thinking=True)
+    both = constrain(form, use("auto"), wanted)
+    alone = constrain(form, None, wanted, opening=Opening.OPEN)
     assert both is not None
     assert alone is not None
     for text in ('{"a": 1}', CALL, f"<think>x</think>\n{CALL}", '<think>x</think>{"a": 1}'):
@@ -200,7 +200,7 @@ def test_a_constraint_on_the_text_leaves_room_for_calls_and_reasoning() -> None:
         assert not accepts(both, text), text
     assert accepts(alone, 'x</think>\n\n{"a": 1}')
     assert not accepts(alone, '{"a": 1}')
-    assert constrain(ReplyFormat(row, None, None), None, wanted, starts_thinking=False) is wanted
+    assert constrain(ReplyFormat(row, None, None), None, wanted) is wanted
 
 
 @pytest.mark.parametrize("budget", [0, 1, 5])
@@ -208,7 +208,7 @@ def test_a_thinking_budget_counts_tokens(budget: int) -> None:
     tokenizer = marked_tokenizer()
     form = ReplyFormat(None, THINK, tokenizer)
     close = next(i for i, text in tokenizer.added_tokens.items() if text == "</think>")
-    constraint = constrain(form, None, None, starts_thinking=True, thinking_budget=budget)
+    constraint = constrain(form, None, None, opening=Opening.OPEN, thinking_budget=budget)
     assert constraint is not None
     matcher: Any = compiler(marked=True).compile(constraint).matcher()
     words = tokenizer.encode("To be, or not to be, that is the question", add_special_tokens=False)
@@ -221,9 +221,9 @@ def test_a_thinking_budget_counts_tokens(budget: int) -> None:
 def test_a_budget_needs_reasoning_that_ends_with_a_token() -> None:
     for thinking, tokenizer in ((None, marked_tokenizer()), (THINK, None)):
         with pytest.raises(RequestError, match="thinking_token_budget needs"):
-            constrain(ReplyFormat(None, thinking, tokenizer), None, None, starts_thinking=True, thinking_budget=3)
+            constrain(ReplyFormat(None, thinking, tokenizer), None, None, opening=Opening.OPEN, thinking_budget=3)
     with pytest.raises(RequestError, match="thinking_token_budget is -1"):
-        constrain(ReplyFormat(None, THINK, marked_tokenizer()), None, None, starts_thinking=True, thinking_budget=-1)
+        constrain(ReplyFormat(None, THINK, marked_tokenizer()), None, None, opening=Opening.OPEN, thinking_budget=-1)
 
 
 def test_channels() -> None:
@@ -231,12 +231,12 @@ def test_channels() -> None:
     form = ReplyFormat(row, row, marked_tokenizer())
     call = "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
     thought = "<|channel|>analysis<|message|>x<|end|><|start|>assistant"
-    forced = constrain(form, use(), None, starts_thinking=False)
+    forced = constrain(form, use(), None)
     assert forced is not None
     assert accepts(forced, call)
     assert accepts(forced, thought + call)
     assert not accepts(forced, "<|channel|>final<|message|>Hello")
-    wanted = constrain(form, None, StructuredOutputsParams(choice=("yes",)), starts_thinking=False)
+    wanted = constrain(form, None, StructuredOutputsParams(choice=("yes",)))
     assert wanted is not None
     assert accepts(wanted, f"{thought}<|channel|>final<|message|>yes")
     assert not accepts(wanted, f"{thought}<|channel|>final<|message|>no")
@@ -247,7 +247,7 @@ def test_a_schema_without_properties_lets_any_argument_through() -> None:
     for name in ("hermes", "qwen3_coder", "glm45"):
         row = next(row for row in FORMATS if name in row.names)
         form = ReplyFormat(row, None, None)
-        constraint = constrain(form, tools, None, starts_thinking=False)
+        constraint = constrain(form, tools, None)
         assert constraint is not None
         assert tools is not None
         for seed in range(3):
@@ -257,10 +257,24 @@ def test_a_schema_without_properties_lets_any_argument_through() -> None:
                     assert isinstance(json.loads(call.arguments), Mapping)
 
 
-def test_every_thinking_row_opens_in_the_prompt() -> None:
+def test_the_end_of_the_prompt_opens_or_closes_the_reasoning() -> None:
+    """Earlier turns count for nothing."""
     for row in THINKINGS:
         form = ReplyFormat(None, row, None)
-        assert isinstance(row, Thinking)
-        assert form.starts_thinking(f"<user>Hi {row.open}x{row.close}<assistant>{row.open}\n")
-        assert not form.starts_thinking(f"<user>Hi<assistant>{row.open}\n\n{row.close}\n\n")
-        assert not form.starts_thinking(f"<user>{row.open}<assistant>")
+        thought = f"{row.open}x{row.close}"
+        assert form.opening(f"<user>Hi {thought}<assistant>{row.open}\n") is Opening.OPEN
+        assert form.opening(f"<user>Hi<assistant>{row.open}\n\n{row.close}\n\n") is Opening.CLOSED
+        assert form.opening(f"<user>{row.open}<assistant>") is Opening.FREE
+        assert form.opening(f"<user>{row.open}<assistant>So", "So") is Opening.FREE
+        assert form.opening(f"<assistant>{row.open}So", f"{row.open}So") is Opening.OPEN
+        assert form.opening(f"<assistant>{thought} So", f"{thought} So") is Opening.CLOSED
+
+
+def test_reasoning_that_the_prompt_has_closed_does_not_come_again() -> None:
+    form = ReplyFormat(None, THINK, marked_tokenizer())
+    constraint = constrain(form, None, StructuredOutputsParams(choice=("yes",)), opening=Opening.CLOSED)
+    assert constraint is not None
+    assert accepts(constraint, "yes")
+    assert not accepts(constraint, "<think>x</think>yes")
+    made = ReplyReader(ReadingOptions(ReplyFormat(None, THINK, None), None, opening=Opening.CLOSED))
+    assert "".join(event.text for event in made.read("</think>yes", [], finished=True)) == "yes"  # type: ignore[union-attr]

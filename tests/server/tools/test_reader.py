@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quire.server.tools.events import ArgumentsDelta, ReasoningDelta, TextDelta, ToolCallBegin, ToolCallEnd
 from quire.server.tools.formats import TOOL_FORMATS, ToolFormat
+from quire.server.tools.reader import Opening
 from tests.server.tools.reading import content, marked_tokenizer, message, read_pieces, read_tokens, reader, use
 from tests.server.tools.replies import PARIS, REPLIES
 
@@ -29,7 +30,7 @@ def test_replies_of_each_family(tools: str, thinking: str | None, text: str, exp
     assert content(read_tokens(reader(tools, thinking, tokenizer=marked_tokenizer()), text)) == expected
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(REPLIES), st.text("<>[]{}\"' \n\\tool_calé", max_size=20), st.lists(st.integers(0, 999)))
 def test_cutting_changes_nothing(reply: Any, noise: str, cuts: list[int]) -> None:
     tools, thinking, text, _ = reply
@@ -39,7 +40,7 @@ def test_cutting_changes_nothing(reply: Any, noise: str, cuts: list[int]) -> Non
     assert content(read_pieces(reader(tools, thinking), pieces(text, cuts))) == whole
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(FORMATS),
     st.lists(st.sampled_from(["<tool_call>", "{", '"name": ', "[", "ab", " ", "\n", "é", "</"])),
@@ -62,7 +63,7 @@ BODIES = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(sorted(BODIES)), st.dictionaries(st.text(max_size=5), values, max_size=3), st.booleans(), st.data()
 )
@@ -75,7 +76,7 @@ def test_any_arguments_come_through_unchanged(
     assert content(read_pieces(reader(tools), pieces(text, cuts))) == ("", "", [("weather", written)])
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20), st.integers(), st.data())
 def test_tagged_values_become_json(city: str, days: int, data: st.DataObject) -> None:
     text = (
@@ -88,7 +89,7 @@ def test_tagged_values_become_json(city: str, days: int, data: st.DataObject) ->
 
 
 def test_events_come_while_the_call_is_written() -> None:
-    made = reader("qwen3_coder", "think", starts_thinking=True)
+    made = reader("qwen3_coder", "think", opening=Opening.OPEN)
     steps = [
         "Hm",
         "</think>\n",

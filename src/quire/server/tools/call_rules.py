@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from quire.grammar.json_schema import WHITESPACE, prepared
@@ -11,7 +12,7 @@ from quire.server.tools.formats import HeaderBody, JsonBody, PythonBody, TagBody
 from quire.server.tools.marks import Marks
 from quire.server.tools.request import Tool, ToolUse
 
-_ANY_TEXT = "/(.|\\n)*/"
+MAX_CACHED_CHARS = 2**14
 
 
 class Rules:
@@ -103,8 +104,18 @@ class CallRules:
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A value of the schema, with one blank between the tokens of JSON at most."""
+    text = json.dumps(schema, ensure_ascii=False)
+    return _cached_rule(text) if len(text) <= MAX_CACHED_CHARS else _rule(text)
+
+
+def _rule(schema: str) -> str:
     options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return f"%json {json.dumps({**prepared(schema, closes=True), 'x-guidance': options}, ensure_ascii=False)}"
+    prepared_schema = {**prepared(json.loads(schema), closes=True), "x-guidance": options}
+    return f"%json {json.dumps(prepared_schema, ensure_ascii=False)}"
+
+
+_cached_rule = lru_cache(maxsize=1024)(_rule)
+"""Agents send the same tools with every request, and preparing a large schema takes a millisecond."""
 
 
 class _Properties:

@@ -23,7 +23,7 @@ def read_calls(scan: Scanner, form: ToolFormat, sink: Sink) -> Scan[None]:
     yield from scan.space()
     begun = False
     while True:
-        start = scan.position
+        start = scan.pin()
         try:
             if call_open and (yield from scan.accept(call_open)):
                 yield from scan.space()
@@ -31,7 +31,7 @@ def read_calls(scan: Scanner, form: ToolFormat, sink: Sink) -> Scan[None]:
         except NotACallError:
             if not begun:
                 raise
-            scan.position = start
+            scan.back_to(start)
             return
         begun = True
         yield from scan.space()

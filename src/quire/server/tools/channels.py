@@ -16,7 +16,6 @@ class State(Protocol):
     """What the reader learns while a reply is read."""
 
     thinking: bool
-    may_return: bool
 
 
 def read_channels(scan: Scanner, form: Channels, output: Output, state: State, *, calls_tools: bool) -> Scan[None]:
@@ -27,12 +26,12 @@ def read_channels(scan: Scanner, form: Channels, output: Output, state: State, *
         if mark in ends:
             scan.position += len(mark)
             continue
-        start, parts = scan.position, list[str]()
-        state.may_return = True
+        start, parts = scan.pin(), list[str]()
         stop = yield from scan.until((form.message, *ends), parts.append, MAX_HEADER_CHARS)
-        state.may_return = False
+        scan.unpin()
         if stop != form.message:
-            scan.position = start + len(mark)
+            scan.back_to(start)
+            scan.position += len(mark)
             output.text(mark)
             continue
         scan.position += len(stop)

@@ -6,8 +6,9 @@ from typing import Protocol, TypeVar
 
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, Thinking
 from quire.server.tools.reader import ReplyFormat
+from quire.server.tools.response_template import texts_in, thinking_of, tools_of
 
 
 class _Named(Protocol):
@@ -22,29 +23,34 @@ class _Named(Protocol):
 Row = TypeVar("Row", bound=_Named)
 
 AUTO, NONE = "auto", "none"
-_CHANNELS = tuple(row for row in TOOL_FORMATS if isinstance(row, Channels))
+_REASONING: tuple[Channels | Thinking, ...] = (*(row for row in TOOL_FORMATS if isinstance(row, Channels)), *THINKINGS)
 
 
 def check_parser_names(tool_call_parser: str, reasoning_parser: str) -> None:
     """Raise `ConfigError` for a name that no row has."""
     _named(tool_call_parser, TOOL_FORMATS, "tool_call_parser")
-    _named(reasoning_parser, (*_CHANNELS, *THINKINGS), "reasoning_parser")
+    _named(reasoning_parser, _REASONING, "reasoning_parser")
 
 
 @lru_cache(maxsize=32)
 def find_format(
-    template: str, tokenizer: Tokenizer | None, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO
+    template: str,
+    tokenizer: Tokenizer | None,
+    tool_call_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
+    response_template: str = "",
 ) -> ReplyFormat:
     """The formats of the model with this chat template and tokenizer. Calls are plain JSON if nothing else is known.
 
-    Raises `ConfigError` for a parser's name that no row has.
+    `response_template` is the tokenizer's, as JSON. Raises `ConfigError` for a parser's name that no row has.
     """
     tools = _named(tool_call_parser, TOOL_FORMATS, "tool_call_parser")
-    thinking = _named(reasoning_parser, (*_CHANNELS, *THINKINGS), "reasoning_parser")
+    thinking = _named(reasoning_parser, _REASONING, "reasoning_parser")
+    shown = f"{template}\n{texts_in(response_template)}"
     if tool_call_parser == AUTO:
-        tools = _matching(template, TOOL_FORMATS)
+        tools = _matching(shown, TOOL_FORMATS) or tools_of(response_template)
     if reasoning_parser == AUTO:
-        thinking = _matching(template, (*_CHANNELS, *THINKINGS))
+        thinking = _matching(shown, _REASONING) or thinking_of(response_template)
     return ReplyFormat(tools or PLAIN_JSON, thinking, tokenizer)
 
 

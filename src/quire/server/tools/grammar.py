@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from quire.errors import RequestError
 from quire.server.tools.call_rules import CallRules, Rules
 from quire.server.tools.formats import Channels, Thinking, ToolFormat
-from quire.server.tools.reader import ReplyFormat
+from quire.server.tools.reader import Opening, ReplyFormat
 from quire.server.tools.request import ToolUse
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -22,7 +22,7 @@ def constrain(
     use: ToolUse | None,
     text: StructuredOutputsParams | None,
     *,
-    starts_thinking: bool,
+    opening: Opening = Opening.FREE,
     thinking_budget: int | None = None,
 ) -> StructuredOutputsParams | None:
     """The constraint on a reply as a whole; None leaves it free.
@@ -34,7 +34,7 @@ def constrain(
     if not calls and thinking_budget is None and (text is None or not thinks):
         return text
     rules = Rules()
-    reply = _Reply(form, rules, starts_thinking=starts_thinking, budget=thinking_budget)
+    reply = _Reply(form, rules, opening=opening, budget=thinking_budget)
     if isinstance(form.thinking or form.tools, Channels):
         start = reply.channels(use if calls else None, text)
     elif use is not None and calls:
@@ -50,10 +50,10 @@ def constrain(
 class _Reply:
     """Rules for the parts of one reply."""
 
-    def __init__(self, form: ReplyFormat, rules: Rules, *, starts_thinking: bool, budget: int | None) -> None:
+    def __init__(self, form: ReplyFormat, rules: Rules, *, opening: Opening, budget: int | None) -> None:
         self._form = form
         self._rules = rules
-        self._starts_thinking = starts_thinking
+        self._opening = opening
         self._budget = budget
         if budget is not None and budget < 0:
             raise RequestError(
@@ -67,6 +67,8 @@ class _Reply:
             if self._budget is not None:
                 raise _no_budget()
             return ""
+        if self._opening is Opening.CLOSED:
+            return ""
         marks = self._form.marks
         close = marks.token_id(thinking.close.strip())
         if close is not None:
@@ -79,7 +81,7 @@ class _Reply:
             self._rules.add("think", "/(.|\\n)*/", f"suffix={CallRules.quoted(thinking.close.strip())}")
             body = "think"
         gap = "/[ \\n]{0,2}/"
-        if self._starts_thinking:
+        if self._opening is Opening.OPEN:
             return f"{body} {gap}"
         return f"({marks.lark(thinking.open.strip())} {body} {gap})?"
 
@@ -87,7 +89,7 @@ class _Reply:
         """Any tokens. The first one does not open the reasoning, which `lead` has covered."""
         thinking = self._form.thinking
         opener = self._form.marks.token_id(thinking.open.strip()) if isinstance(thinking, Thinking) else None
-        if opener is None or self._starts_thinking:
+        if opener is None or self._opening is not Opening.FREE:
             return "<[*]>*"
         return f"({_tokens_but([opener])} <[*]>*)?"
 

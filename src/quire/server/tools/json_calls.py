@@ -19,13 +19,13 @@ def read_json_calls(scan: Scanner, body: JsonBody, sink: Sink) -> Scan[None]:
     begun = False
     while True:
         yield from scan.space()
-        start = scan.position
+        start = scan.pin()
         try:
             yield from _json_call(scan, body, sink)
         except NotACallError:
             if not begun:
                 raise
-            scan.position = start
+            scan.back_to(start)
             return
         begun = True
         yield from scan.space()

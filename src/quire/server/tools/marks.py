@@ -92,9 +92,11 @@ class TokenFinder:
 
 def overlap(text: str, mark: str) -> int:
     """Length of the longest end of `text` that begins `mark` and is not all of it."""
-    for length in range(min(len(text), len(mark) - 1), 0, -1):
-        if text.endswith(mark[:length]):
-            return length
+    at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while at >= 0:
+        if mark.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(mark[0], at + 1)
     return 0
 
 

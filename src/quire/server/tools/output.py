@@ -34,13 +34,16 @@ class Output:
         decode: Callable[[str], str],
         id_style: str = "call",
         shows_reasoning: bool = True,
+        on_call: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_call` is called when a call begins."""
         self.known_only = False
         """Only names of the tools make a call."""
         self._use = use
         self._decode = decode
         self._id_style = id_style
         self._shows_reasoning = shows_reasoning
+        self._on_call = on_call
         self._events: list[Event] = []
         self._kind: type[TextDelta] | type[ReasoningDelta] = TextDelta
         self._space = ""
@@ -56,9 +59,8 @@ class Output:
 
     def take(self) -> list[Event]:
         """The events since the last call; neighbours of one kind joined."""
-        events = list(_joined(self._events))
-        self._events.clear()
-        return events
+        events, self._events = self._events, []
+        return events if len(events) < 2 else list(_joined(events))
 
     def text(self, text: str) -> None:
         """Text for the user."""
@@ -106,13 +108,14 @@ class Output:
 
     # -- the sink of the calls ----------------------------------------------------------------------------------------
 
-    def begin(self, name: str, call_id: str = "") -> Tool | None:
+    def begin(self, name: str, call_id: str = "", *, known_only: bool = False) -> Tool | None:
         """A call begins; returns the tool. Raises `NotACallError` for a name that cannot be a tool's."""
         tool = self._use.find(name) if self._use is not None else None
-        if not _NAME.fullmatch(name) or (self.known_only and tool is None):
+        if not _NAME.fullmatch(name) or (tool is None and (known_only or self.known_only)):
             raise NotACallError
         self._muted = self._num_calls > 0 and self._use is not None and not self._use.parallel
         self._num_calls += 1
+        self._on_call()
         if not self._muted:
             self.mark()
             self._events.append(ToolCallBegin(self._num_calls - 1, self._unique(call_id), name))

@@ -4,30 +4,30 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_INTRODUCTION = """You can call functions. Their descriptions:
-{tools}
-To call functions, answer with a JSON list and nothing else:
-[{{"name": "function name", "arguments": {{"argument name": "value"}}}}]"""
-
-
-def knows_tools(template: str) -> bool:
-    """True if the chat template shows tools itself."""
-    return "tools" in template
+_INTRODUCTION = "You can call functions. Their descriptions:"
+_INSTRUCTION = """To call functions, answer with a JSON list and nothing else:
+[{"name": "function name", "arguments": {"argument name": "value"}}]"""
 
 
 def with_plain_tools(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-) -> list[dict[str, Any]]:
-    """The messages with tools described in the system message, and with calls and results as text."""
-    plain = [_plain(message) for message in messages]
-    if tools:
-        listed = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
-        text = _INTRODUCTION.format(tools=listed)
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, template: str
+) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    """Messages and tools for a chat template.
+
+    If the template shows no calls, calls and results become text. If it shows no tools, the system message describes
+    them.
+    """
+    shows_calls = "tool_calls" in template
+    plain = [dict(message) if shows_calls else _plain(message) for message in messages]
+    if tools and "tools" not in template:
+        listed = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
+        text = "\n".join([_INTRODUCTION, *listed, *(() if shows_calls else (_INSTRUCTION,))])
+        tools = None
         if plain and plain[0].get("role") == "system" and isinstance(plain[0].get("content"), str):
             plain[0]["content"] = f"{plain[0]['content']}\n\n{text}"
         else:
             plain.insert(0, {"role": "system", "content": text})
-    return plain
+    return plain, tools
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,13 @@ def read_python_calls(scan: Scanner, body: PythonBody, sink: Sink) -> Scan[None]
     begun = False
     while True:
         yield from scan.space()
-        start = scan.position
+        start = scan.pin()
         try:
             yield from _python_call(scan, sink)
         except NotACallError:
             if not begun:
                 raise
-            scan.position = start
+            scan.back_to(start)
             return
         begun = True
         if not body.bracketed:
@@ -64,26 +64,25 @@ def _python_call(scan: Scanner, sink: Sink) -> Scan[None]:
 
 
 def _identifier(scan: Scanner) -> Scan[str]:
-    start = scan.position
+    parts: list[str] = []
     while True:
         match = _IDENTIFIER.match(scan.text, scan.position)
         assert match is not None
+        parts.append(match[0])
         scan.position = match.end()
         if scan.position < len(scan.text) or scan.ended:
-            return scan.text[start : scan.position]
+            return "".join(parts)
         yield
 
 
 def _python_text(scan: Scanner) -> Scan[str | None]:
     """The source of one value, up to the comma or bracket behind it; None if the text ends first."""
-    start, depth, quote = scan.position, 0, ""
+    parts, depth, quote = list[str](), 0, ""
     while char := (yield from scan.peek()):
-        if quote:
-            if char == "\\":
-                yield from scan.peek(2)
-                scan.position += 1
-            elif char == quote:
-                quote = ""
+        if quote and char == "\\":
+            char = yield from scan.peek(2)
+        elif quote:
+            quote = "" if char == quote else quote
         elif char in "\"'":
             quote = char
         elif char in "([{":
@@ -91,6 +90,7 @@ def _python_text(scan: Scanner) -> Scan[str | None]:
         elif char in ")]}" and depth:
             depth -= 1
         elif char in ",)" and not depth:
-            return scan.text[start : scan.position]
-        scan.position += 1
+            return "".join(parts)
+        parts.append(char)
+        scan.position += len(char)
     return None

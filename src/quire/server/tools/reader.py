@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from typing import Any
 
 from quire.engine.tokenizer import Tokenizer
@@ -30,9 +31,31 @@ class ReplyFormat:
         self.encoded_tools: ToolFormat | Channels | None = None if tools is None else _mapped(tools, self.marks)
         self.encoded_thinking: Thinking | Channels | None = None if thinking is None else _mapped(thinking, self.marks)
 
-    def starts_thinking(self, prompt: str) -> bool:
-        """True if the prompt ends where the reasoning has been opened. Only its end counts, not earlier turns."""
-        return isinstance(self.thinking, Thinking) and prompt.rstrip().endswith(self.thinking.open.strip())
+    def opening(self, prompt: str, continued: str | None = None) -> "Opening":
+        """What `prompt` says about the reasoning of the reply. Only its end counts, not earlier turns.
+
+        `continued` is the text of the message that the reply continues, if it is not a new one.
+        """
+        if not isinstance(self.thinking, Thinking):
+            return Opening.FREE
+        begin, end = self.thinking.open.strip(), self.thinking.close.strip()
+        if continued is not None:
+            if begin not in continued and end not in continued:
+                return Opening.FREE
+            return Opening.OPEN if continued.rfind(begin) > continued.rfind(end) else Opening.CLOSED
+        tail = prompt.rstrip()
+        return Opening.OPEN if tail.endswith(begin) else Opening.CLOSED if tail.endswith(end) else Opening.FREE
+
+
+class Opening(Enum):
+    """Where the reasoning stands when the reply begins."""
+
+    OPEN = "open"
+    """The prompt has opened it: the reply begins inside."""
+    CLOSED = "closed"
+    """The prompt holds all of it, often nothing."""
+    FREE = "free"
+    """The model may open it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +65,7 @@ class ReadingOptions:
     form: ReplyFormat
     use: ToolUse | None
     """The tools; None reads no calls."""
-    starts_thinking: bool = False
+    opening: Opening = Opening.FREE
     shows_reasoning: bool = True
     hides_special_tokens: bool = True
 
@@ -62,6 +85,7 @@ class ReplyReader:
             decode=form.marks.decode,
             id_style=row.id_style if isinstance(row, ToolFormat) else "call",
             shows_reasoning=options.shows_reasoning,
+            on_call=self._scan.unpin,
         )
         self._parser = _Parser(self._scan, self._output, options)
         self._steps = self._parser.run()
@@ -69,8 +93,7 @@ class ReplyReader:
     def read(self, text: str, token_ids: Sequence[int], *, finished: bool) -> list[Event]:
         """The events that the next piece completes."""
         was_thinking = self._parser.thinking
-        if not self._parser.may_return:
-            self._scan.forget()
+        self._scan.forget()
         self._scan.feed(self._finder.read(text, token_ids, finished=finished))
         self._scan.ended = finished
         if next(self._steps, self) is self or finished:
@@ -84,9 +107,7 @@ class _Parser:
     """The grammar of a reply: reasoning, text and calls, in any order."""
 
     def __init__(self, scan: Scanner, output: Output, options: ReadingOptions) -> None:
-        self.thinking = options.starts_thinking
-        self.may_return = False
-        """The scan may go back to an earlier position, because a call may turn out to be text."""
+        self.thinking = options.opening is Opening.OPEN
         self._scan = scan
         self._output = output
         self._channels = next(
@@ -99,7 +120,7 @@ class _Parser:
         self._think_open = thinking.open.strip() if isinstance(thinking, Thinking) else ""
         self._think_close = thinking.close.strip() if isinstance(thinking, Thinking) else ""
         self._openers = tuple(mark.strip() for mark in self._tools.openers) if self._tools is not None else ()
-        self._has_thought = options.starts_thinking
+        self._has_thought = options.opening is not Opening.FREE
 
     def run(self) -> Scan[None]:
         """Read the whole reply."""
@@ -123,12 +144,10 @@ class _Parser:
 
     def _opens_thinking(self) -> Scan[bool]:
         """True if the reply begins with the mark that opens the reasoning. Reads nothing."""
-        start = self._scan.position
-        self.may_return = True
+        start = self._scan.pin()
         yield from self._scan.space()
         found = yield from self._scan.at(self._think_open)
-        self.may_return = False
-        self._scan.position = start
+        self._scan.back_to(start)
         return found
 
     def _text(self) -> Scan[str]:
@@ -171,25 +190,23 @@ class _Parser:
         """Read calls that stand at the beginning without a mark."""
         if self._tools is None or not self._tools.bare:
             return
-        start = self._scan.position
-        self.may_return = True
+        start = self._scan.pin()
         yield from self._scan.space()
-        if (yield from self._scan.peek()) not in ("{", "[") or not (yield from self._calls(known_only=True)):
-            self._scan.position = start
-        self.may_return = False
+        if (yield from self._scan.peek()) not in ("{", "[") or not (yield from self._calls(start, known_only=True)):
+            self._scan.back_to(start)
 
-    def _calls(self, *, known_only: bool = False) -> Scan[bool]:
-        """Read calls from their opener on. Returns False, and reads nothing, if it opens no call."""
+    def _calls(self, start: int | None = None, *, known_only: bool = False) -> Scan[bool]:
+        """Read calls from their opener on. Returns False if it opens no call; the scan is then back at `start`."""
         assert self._tools is not None
-        start = self._scan.position
-        self.may_return, self._output.known_only = True, known_only
+        start = self._scan.pin() if start is None else start
+        self._output.known_only = known_only
         try:
             yield from read_calls(self._scan, self._tools, self._output)
         except NotACallError:
-            self._scan.position = start
+            self._scan.back_to(start)
             return False
         finally:
-            self.may_return = False
+            self._scan.unpin()
         self._output.mark()
         return True
 

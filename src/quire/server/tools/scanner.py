@@ -30,15 +30,36 @@ class Scanner:
         self.position = 0
         self.ended = False
         """No more text will come."""
+        self._num_dropped = 0
+        self._pin: int | None = None
 
     def feed(self, text: str) -> None:
         """Append a piece."""
         self.text += text
 
     def forget(self) -> None:
-        """Drop the text before the position, to which the scan will not return."""
-        if self.position:
-            self.text, self.position = self.text[self.position :], 0
+        """Drop the text that the scan will not return to."""
+        read = self.position if self._pin is None else self._pin - self._num_dropped
+        if read:
+            self.text = self.text[read:]
+            self.position -= read
+            self._num_dropped += read
+
+    def pin(self) -> int:
+        """Keep the text from here on until `unpin`. Returns the place, for `back_to`."""
+        place = self._num_dropped + self.position
+        if self._pin is None:  # an earlier pin keeps more
+            self._pin = place
+        return place
+
+    def unpin(self) -> None:
+        """The scan will not go back."""
+        self._pin = None
+
+    def back_to(self, place: int) -> None:
+        """Go back to a pinned place."""
+        self.position = place - self._num_dropped
+        self._pin = None
 
     @property
     def rest(self) -> str:

@@ -12,8 +12,11 @@ class NotACallError(Exception):
 class Sink(Protocol):
     """Takes the calls. It knows the tools and decodes marks."""
 
-    def begin(self, name: str, call_id: str = "") -> Tool | None:
-        """A call begins; returns the tool. Raises `NotACallError` for a name that cannot be a tool's."""
+    def begin(self, name: str, call_id: str = "", *, known_only: bool = False) -> Tool | None:
+        """A call begins; returns the tool. Raises `NotACallError` for a name that cannot be a tool's.
+
+        `known_only` takes only the names of the client's tools.
+        """
         ...
 
     def arguments(self, text: str) -> None: ...

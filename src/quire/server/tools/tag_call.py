@@ -20,7 +20,8 @@ def read_tag_call(scan: Scanner, form: ToolFormat, body: TagBody, sink: Sink) ->
     stop = yield from scan.until((name_close or "\n", *closers), parts.append, MAX_HEADER_CHARS)
     if not stop:
         raise NotACallError
-    tool = sink.begin("".join(parts).strip())
+    # Where nothing but a name follows the first mark, only a tool's name tells a call from text.
+    tool = sink.begin("".join(parts).strip(), known_only=not body.name_open)
     if stop == name_close:
         scan.position += len(stop)
     sink.arguments("{")

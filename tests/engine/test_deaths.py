@@ -1,0 +1,252 @@
+"""Deaths of the engine process: who pays, who is blamed, and what the process that answers clients says meanwhile.
+
+The engine process is scripted, so that it starts in a moment; `test_async_engine` kills real ones.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import AsyncLLM, EngineConfig, SamplingParams
+from quire.engine import engine_child, spare_child
+from quire.engine.grammar_checker import AsyncGrammarChecker
+from quire.errors import (
+    CheckpointError,
+    DeadlineError,
+    EngineDeadError,
+    EngineUnavailableError,
+    QuarantinedError,
+    QuireError,
+)
+from tests.engine import scripted_process, serving
+from tests.engine.serving import OPTIONS, collect, until
+
+PLAIN = SamplingParams(max_tokens=40, ignore_eos=True)
+PROMPTS = [[number] * (3 + 40 * number) for number in range(5, 11)]
+
+
+@pytest.fixture(autouse=True)
+def load_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file whose text is what happens to processes that load."""
+    monkeypatch.setattr(engine_child, "PROGRAM", scripted_process.PROGRAM)
+    monkeypatch.setattr(AsyncGrammarChecker, "warm", lambda self: None)  # takes longer than a test
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("QUIRE_TEST_LOAD_FAULT", str(tmp_path / "fault"))
+    return tmp_path / "fault"
+
+
+def run(test: Callable[[AsyncLLM], Awaitable[None]], **options: Any) -> None:
+    serving.run(test, **options)
+
+
+def fault(kind: str, at: int = 0, **changes: Any) -> SamplingParams:
+    return PLAIN.with_changes(extra={"fault": kind, "at": str(at)}, **changes)
+
+
+async def innocent(engine: AsyncLLM, prompt: list[int], params: SamplingParams = PLAIN) -> None:
+    """Ask, and check every token."""
+    output = await collect(engine, prompt, params)
+    for sample in output.outputs:
+        assert sample.token_ids == scripted_process.expected(prompt, sample.index, params.max_tokens or 0)
+
+
+async def all_innocent(engine: AsyncLLM) -> None:
+    await asyncio.gather(
+        *(innocent(engine, prompt) for prompt in PROMPTS),
+        innocent(engine, [7] * 30, PLAIN.with_changes(n=3)),
+    )
+
+
+@pytest.mark.parametrize(("kind", "at"), [("die", 0), ("raise", 7)])
+def test_only_the_requests_that_kill_are_ended_and_then_refused(kind: str, at: int) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        killers = [asyncio.create_task(collect(engine, [99 + each], fault(kind, at))) for each in range(2)]
+        await all_innocent(engine)
+        for killer in killers:
+            with pytest.raises(QuarantinedError, match=r"this request \(r\d+\), at last .*: it .*ended.* for 600 s"):
+                await killer
+        with pytest.raises(QuarantinedError, match=r"died whenever .* it is refused for \d+ s more"):
+            await collect(engine, [99], fault(kind, at, seed=3))
+        await innocent(engine, [99])
+        await until(lambda: engine.stats.num_used_blocks == 0)
+
+    run(test)
+
+
+def test_kills_from_outside_and_during_loads_blame_nobody() -> None:
+    """Every kill comes after some tokens, or while the next process loads."""
+
+    async def test(engine: AsyncLLM) -> None:
+        streams = asyncio.create_task(all_innocent(engine))
+        for _ in range(4):
+            steps = engine.stats.total_steps
+            await until(lambda steps=steps: engine.stats.total_steps not in (0, steps))  # type: ignore[misc]
+            for _ in range(2):
+                pid = engine.engine_pid
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda pid=pid: engine.engine_pid != pid)  # type: ignore[misc]
+            await until(lambda: engine.state == "ready")
+        await streams
+
+    run(test)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("hang", 0.5), ("stop", 0.5), ("spin", 0.1)])
+def test_an_engine_that_does_not_advance_is_replaced(kind: str, limit: float) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        beside = asyncio.create_task(all_innocent(engine))
+        with pytest.raises(QuarantinedError, match=r"suspect: a step did not end in \d+ s"):
+            await collect(engine, [99], fault(kind, 2))
+        await beside
+
+    run(test, step_timeout=limit)
+
+
+def test_an_idle_engine_that_was_stopped_is_replaced_when_a_request_comes() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        await innocent(engine, [5])
+        pid = engine.engine_pid
+        os.kill(pid, signal.SIGSTOP)
+        await all_innocent(engine)
+        assert engine.engine_pid != pid
+
+    run(test, step_timeout=0.5)
+
+
+def test_a_late_request_ends_and_frees_its_memory() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        beside = asyncio.create_task(all_innocent(engine))
+        with pytest.raises(DeadlineError, match=r"not finished within its 0\.05 seconds"):
+            await collect(engine, [5], PLAIN.with_changes(max_tokens=1000), timeout=0.05)
+        await beside
+        await until(lambda: engine.stats.num_used_blocks == 0)
+
+    run(test)
+
+
+def test_a_deadline_holds_while_no_engine_lives(load_fault: Path) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        task = asyncio.create_task(collect(engine, [5], PLAIN.with_changes(max_tokens=1000), timeout=0.7))
+        await until(lambda: engine.stats.num_running == 1)
+        load_fault.write_text("die")
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        with pytest.raises(DeadlineError):
+            await task
+        load_fault.unlink()
+        await innocent_when_up(engine)
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["die", "fail"])
+def test_replacements_that_die_come_later_and_later_while_requests_wait(load_fault: Path, kind: str) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        streams = asyncio.create_task(all_innocent(engine))
+        await until(lambda: engine.stats.total_generated_tokens > 20)
+        load_fault.write_text(kind)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await until(lambda: engine.state == "down")
+        with pytest.raises(EngineUnavailableError, match=r"died 2 times without computing anything: .* in 1 s") as no:
+            await collect(engine, [5], PLAIN)
+        assert no.value.retry_after == 1
+        assert not engine.advances
+        load_fault.unlink()
+        await streams
+        assert engine.advances
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "said"),
+    [
+        ("die", EngineDeadError, "died while loading: it was ended by SIGKILL"),
+        ("stop", EngineDeadError, "died while loading: loading made no progress in 1 s"),
+        ("fail", CheckpointError, "the model folder is gone"),
+    ],
+)
+def test_a_first_load_that_fails_is_reported_with_its_cause(
+    load_fault: Path, kind: str, error: type[QuireError], said: str
+) -> None:
+    load_fault.write_text(kind)
+
+    async def main() -> None:
+        engine = AsyncLLM(EngineConfig.from_options({**OPTIONS, "load_timeout": 1.0}))
+        try:
+            await engine.start()
+            await engine.wait_ready()
+        finally:
+            await engine.shutdown()
+
+    with pytest.raises(error, match=said):
+        asyncio.run(main())
+
+
+def test_a_shutdown_at_the_moment_of_a_death_finishes_what_runs(load_fault: Path) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        streams = asyncio.create_task(all_innocent(engine))
+        await until(lambda: engine.stats.total_generated_tokens > 20)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await engine.shutdown(drain_seconds=30)
+        await streams
+
+    run(test)
+
+
+def test_a_shutdown_ends_while_no_engine_can_be_started(load_fault: Path) -> None:
+    async def test(engine: AsyncLLM) -> None:
+        task = asyncio.create_task(collect(engine, [5], PLAIN.with_changes(max_tokens=1000)))
+        await until(lambda: engine.stats.num_running == 1)
+        load_fault.write_text("die")
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await until(lambda: engine.state == "down")
+        await engine.shutdown(drain_seconds=0.1)
+        with pytest.raises(EngineUnavailableError, match="shutting down"):
+            await task
+
+    run(test)
+
+
+def test_a_registered_prefix_is_kept_through_deaths() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        await engine.register_prefix([9] * 64)
+        for _ in range(2):
+            await until(lambda: engine.stats.num_pinned_blocks == 4)
+            os.kill(engine.engine_pid, signal.SIGKILL)
+            await until(lambda: engine.state == "restarting")
+            await until(lambda: engine.state == "ready")
+            await innocent(engine, [5])
+
+    run(test)
+
+
+def test_a_spare_replaces_a_dead_engine_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_child, "DELAY_SECONDS", 0.0)
+
+    async def test(engine: AsyncLLM) -> None:
+        spare = engine._client._spare
+        for _ in range(2):
+            await until(lambda: spare._child is not None and spare._child.is_idle)
+            assert spare._child is not None
+            pid = spare._child.pid
+            os.kill(engine.engine_pid, signal.SIGKILL)
+            await all_innocent(engine)
+            assert engine.engine_pid == pid
+        await until(lambda: spare._child is not None and spare._child.is_idle)
+        assert spare._child is not None
+        os.kill(spare._child.pid, signal.SIGKILL)  # a spare that has died is not used
+        await until(lambda: spare._child is not None and spare._child.exit_code is not None)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        await all_innocent(engine)
+
+    run(test, spare=True)
+
+
+async def innocent_when_up(engine: AsyncLLM) -> None:
+    await until(lambda: engine.state == "ready")
+    await innocent(engine, [5])

@@ -1,0 +1,71 @@
+"""Rows found by name, and by the texts of a chat template."""
+
+import pytest
+
+from quire.errors import ConfigError
+from quire.server.settings import ServerSettings
+from quire.server.tools.detect import find_format
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
+
+TEMPLATES = {
+    "hermes": '<tool_call>\\n{"name": <function-name>}</tool_call>',
+    "qwen3": "<think>\\n\\n</think> <tool_call></tool_call>",
+    "qwen3_coder": "<tool_call>\\n<function=example>\\n<parameter=p>",
+    "llama3_json": 'Respond in the format {"name": function name, "parameters": dictionary of argument name and value}',
+    "pythonic": "[func_name1(params_name1=params_value1)]",
+    "llama4_pythonic": "<|python_start|>",
+    "mistral_v3": "[AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS]",
+    "mistral_v11": "[TOOL_CALLS]name[CALL_ID]id[ARGS]",
+    "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + '```json'",
+    "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>'",
+    "deepseek_v32": "<｜DSML｜function_calls>",
+    "deepseek_v4": "<｜DSML｜tool_calls>",
+    "granite": "<|tool_call|>",
+    "phi4_mini_json": "<|tool|>' + tools + '<|/tool|>",
+    "openai": "<|start|>assistant<|channel|>final<|message|>",
+    "glm45": "<tool_call>{name}<arg_key>{k}</arg_key><think>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_argument_begin|>",
+    "minimax_m2": "<minimax:tool_call>",
+    "command_r": "<|START_THINKING|><|START_ACTION|>",
+    "olmo3": "<function_calls>",
+    "seed_oss": "<seed:tool_call><seed:think></seed:think><function=f><parameter=p>",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_tells_the_row(name: str) -> None:
+    row = find_format(TEMPLATES[name], None).tools
+    assert row is not None
+    assert name in row.names
+
+
+def test_reasoning_is_found_too() -> None:
+    found = {name: find_format(template, None).thinking for name, template in TEMPLATES.items()}
+    names = {name: row.names[0] for name, row in found.items() if row is not None}
+    assert names == {
+        "qwen3": "deepseek_r1",
+        "openai": "openai",
+        "glm45": "deepseek_r1",
+        "command_r": "cohere_command3",
+        "seed_oss": "seed_oss",
+    }
+
+
+def test_unknown_templates_get_plain_json() -> None:
+    form = find_format("{{ messages }}", None)
+    assert (form.tools, form.thinking) == (PLAIN_JSON, None)
+
+
+@pytest.mark.parametrize("row", TOOL_FORMATS, ids=lambda row: row.names[0])
+def test_every_name_finds_its_row(row: object) -> None:
+    for name in row.names:  # type: ignore[attr-defined]
+        assert find_format("<tool_call>", None, name).tools is row
+    for thinking in THINKINGS:
+        assert all(find_format("", None, "none", name).thinking is thinking for name in thinking.names)
+
+
+def test_names_are_checked_at_start() -> None:
+    ServerSettings(tool_call_parser="hermes", reasoning_parser="qwen3", enable_auto_tool_choice=True)
+    for options in ({"tool_call_parser": "herms"}, {"reasoning_parser": "hermes"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))} is .*one of"):
+            ServerSettings(**options)  # type: ignore[arg-type]
