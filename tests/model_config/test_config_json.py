@@ -229,7 +229,7 @@ class TestRefusals:
             ),
             (
                 {"hidden_act": "relu6"},
-                'hidden_act is "relu6"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu',
+                'hidden_act is "relu6"; supported: silu, gelu, gelu_new, gelu_pytorch_tanh, gelu_fast, relu, relu2',
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (

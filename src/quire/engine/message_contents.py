@@ -88,7 +88,7 @@ def plain_message(message: object, index: int) -> dict[str, Any]:
     if isinstance(content, list):
         plain["content"] = [_part(_text_of_part(part, index)) for part in content]
     elif content is None:
-        if role != "assistant":
+        if message["role"] != "assistant":
             raise RequestError(f"messages[{index}] has no content", param="messages")
     elif not isinstance(content, str):
         raise RequestError(
