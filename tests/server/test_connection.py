@@ -28,7 +28,7 @@ ENDLESS = {
 @pytest.mark.parametrize("name", ENDLESS)
 def test_a_connection_that_sends_without_end_is_closed(server: RunningServer, name: str) -> None:
     closed = False
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         try:
             connection.sendall(ENDLESS[name])
             while connection.recv(65536):
