@@ -78,7 +78,7 @@ def render_contents(render: Render, messages: Sequence[dict[str, Any]], forms: C
 def plain_message(message: object, index: int) -> dict[str, Any]:
     """A message as `render_contents` takes it: its content is a text, a list of text parts, or left out of an
     assistant's message; arguments of tool calls are objects. Raises `RequestError` for what is none of these."""
-    if not isinstance(message, Mapping) or not isinstance(role := message.get("role"), str):
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RequestError(f"messages[{index}] is no object with a role", param="messages")
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[name] for name in _REASONING if name in plain), None)
