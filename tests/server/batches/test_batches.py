@@ -80,14 +80,16 @@ def test_a_line_that_fails_leaves_the_others(client: OpenAI) -> None:
         request_line("wrong model", model="other"),
         request_line("wrong value", temperature=-1),
         request_line("streams", stream=True),
+        request_line("background", background=True),
     ]
     batch = wait_for(client, submit(client, lines).id)
-    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 3)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 1, 4)
     assert [line["custom_id"] for line in answers(client, batch.output_file_id)] == ["good"]
     failed = {line["custom_id"]: line["response"] for line in answers(client, batch.error_file_id)}
     assert failed["wrong model"]["status_code"] == 404
     assert failed["wrong value"]["body"]["error"]["param"] == "temperature"
     assert failed["streams"]["body"]["error"]["param"] == "stream"
+    assert failed["background"]["body"]["error"]["param"] == "background"
 
 
 @pytest.mark.parametrize(

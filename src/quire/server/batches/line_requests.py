@@ -27,8 +27,9 @@ _MAX_WAIT = 30.0
 """Seconds before a line is sent again, at most."""
 
 
-class _Streams(msgspec.Struct):
+class _Delivery(msgspec.Struct):
     stream: bool | None = None
+    background: bool | None = None
 
 
 class LineRequests:
@@ -71,7 +72,7 @@ class LineRequests:
             parts.append(message.get("body", b""))
 
         try:
-            _check_not_streamed(unread[0])
+            _check_delivery(unread[0])
             scope = _scope(line.url, client)
             context = RequestContext(self._engine, self._settings, scope, receive, send, client, self._services)
             await self._endpoints[line.url].handle(context)
@@ -94,13 +95,15 @@ def _scope(url: str, client: Client) -> Scope:
     }
 
 
-def _check_not_streamed(body: bytes) -> None:
+def _check_delivery(body: bytes) -> None:
+    """Refuse a line whose answer would not be whole, or come elsewhere."""
     try:
-        streams = msgspec.json.decode(body, type=_Streams, strict=False).stream
+        asked = msgspec.json.decode(body, type=_Delivery, strict=False)
     except msgspec.MsgspecError:
         return  # the endpoint says what is wrong
-    if streams:
-        raise Refusal(400, "stream is true; a batch has no streams", code="invalid_value", param="stream")
+    for name in ("stream", "background"):
+        if getattr(asked, name):
+            raise Refusal(400, f"{name} is true; a batch gets whole answers", code="invalid_value", param=name)
 
 
 def _seconds_to_wait(error: RequestError) -> float:
