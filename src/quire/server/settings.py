@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from quire.config import parse_size
 from quire.errors import ConfigError
@@ -16,9 +17,13 @@ class ServerSettings:
     """Address to listen on. An address other than loopback needs an API key."""
     port: int = 8000
     """Port to listen on. 0 takes a free port."""
+    uds: str | None = None
+    """Listen on a Unix socket at this path instead of host and port. Its owner and group may connect."""
     api_key: tuple[str, ...] = ()
     """Accept only requests with this key (`Authorization: Bearer KEY`); only /health needs none. Also read
     from QUIRE_API_KEY. Repeat for several."""
+    api_key_file: str | None = None
+    """File with further API keys, one per line. Empty lines and lines that begin with # are skipped."""
     allow_unauthenticated: bool = False
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
@@ -89,11 +94,27 @@ class ServerSettings:
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
-        if not (self.api_key or self.allow_unauthenticated or is_loopback(self.host)):
+        if self.api_key_file is not None:
+            keys = dict.fromkeys((*self.api_key, *read_keys(self.api_key_file)))
+            object.__setattr__(self, "api_key", tuple(keys))
+        if not (self.api_key or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
             raise ConfigError(
-                f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
-                "QUIRE_API_KEY, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
+                f"host is {self.host}, which others can reach, and there is no API key; set --api-key, "
+                "QUIRE_API_KEY or --api-key-file, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
             )
+
+
+def read_keys(file: str) -> list[str]:
+    """The API keys in `file`. Raises `ConfigError` for a file that cannot be read, or that holds no key."""
+    try:
+        lines = Path(file).expanduser().read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"api_key_file is {file}, which cannot be read: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not keys:
+        raise ConfigError(f"api_key_file is {file}, which holds no key; write one key per line")
+    return keys
 
 
 def is_loopback(host: str) -> bool:
