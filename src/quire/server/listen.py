@@ -186,7 +186,7 @@ class _Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                access_log=settings.access_log,
+                access_log=False,
                 server_header=False,
                 date_header=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,

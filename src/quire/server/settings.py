@@ -1,12 +1,16 @@
 """ServerSettings: the options of the HTTP server. Its fields are flags of `quire serve`, besides EngineConfig's."""
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from quire.config import parse_size
 from quire.errors import ConfigError
 from quire.server.tools.detect import check_parser_names
+
+LOG_FORMATS = ("text", "json")
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +75,11 @@ class ServerSettings:
     shutdown_timeout: float = 30.0
     """Seconds for running requests to finish after SIGTERM. A second signal stops at once."""
     access_log: bool = False
-    """Print one line per request. Prompts and answers are never printed."""
+    """Log one line per request, apart from those of /health. Prompts and answers are never logged."""
+    log_format: str = "text"
+    """Form of the lines on standard error: text, or json."""
+    root_path: str = ""
+    """Path under which a proxy offers the server, e.g. /llm. It is optional in requests: a proxy may strip it."""
 
     def __post_init__(self) -> None:
         for name in ("api_key", "allow_origins"):
@@ -91,6 +99,11 @@ class ServerSettings:
         for name in ("stall_timeout", "request_timeout", "shutdown_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}; it must be {' or '.join(LOG_FORMATS)}")
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
+        if not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path is {self.root_path!r}; give a path such as /llm")
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
@@ -99,8 +112,9 @@ class ServerSettings:
             object.__setattr__(self, "api_key", tuple(keys))
         if not (self.api_key or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
             raise ConfigError(
-                f"host is {self.host}, which others can reach, and there is no API key; set --api-key, "
-                "QUIRE_API_KEY or --api-key-file, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
+                f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
+                "QUIRE_API_KEY, name a file with --api-key-file, listen on 127.0.0.1, or accept it with "
+                "--allow-unauthenticated"
             )
 
 
