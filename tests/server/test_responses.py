@@ -235,6 +235,14 @@ def test_a_refused_background_response_is_not_kept(
     assert not saved
 
 
+def test_a_stream_that_lacks_events_says_so(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_EVENT_BYTES", 4000)
+    created: Any = client.responses.create(model="scripted", input="x", background=True, stream=True)
+    *_, last = created
+    assert last.type == "error"
+    assert "retrieve it without stream" in last.message
+
+
 def test_failures(client: OpenAI, engine: ScriptedEngine) -> None:
     engine.raises, engine.raises_at = EngineUnavailableError("the engine is being restarted"), 3
     events: list[Any] = list(client.responses.create(model="scripted", input="x", stream=True))

@@ -167,7 +167,7 @@ async def _start(
     context.services.runs.start(run, work)  # may refuse: a response that never runs must not be kept as queued
     await kept.wait()
     if stream:
-        await context.stream(run.read(0), StreamForm(renderer.failure, renderer.done))
+        await context.stream(run.read(0), StreamForm(_failure, renderer.done))
     else:
         await context.reply(queued)
 
