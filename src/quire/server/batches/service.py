@@ -27,7 +27,7 @@ from quire.server.settings import ServerSettings
 T = TypeVar("T")
 
 MAX_UNENDED = 100
-"""Batches of one account that are not over."""
+"""Most batches of one account that are not over."""
 
 
 class BatchService:

@@ -36,7 +36,7 @@ class Run:
         self.wake()
 
     def wake(self) -> None:
-        """Let readers look again."""
+        """Wake the readers that wait for events."""
         self._grown.set()
         self._grown = asyncio.Event()
 
