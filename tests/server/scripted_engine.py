@@ -39,10 +39,10 @@ def bundled_tokenizer() -> Tokenizer:
 
 
 class LocalTemplate:
-    """The bundled model's chat template, rendered in this process."""
+    """A chat template rendered in this process, by default the bundled model's."""
 
-    def __init__(self) -> None:
-        self._template = ChatTemplate.from_folder(BUNDLED)
+    def __init__(self, template: ChatTemplate | None = None) -> None:
+        self._template = template or ChatTemplate.from_folder(BUNDLED)
         self.source = self._template.source
         self.response_template = self._template.response_template
 
