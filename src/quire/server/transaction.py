@@ -1,4 +1,4 @@
-"""transaction: several statements of an SQLite database, all of which are kept or none."""
+"""transaction: keeps all changes of several SQLite statements, or none."""
 
 import sqlite3
 from collections.abc import Iterator
