@@ -395,3 +395,16 @@ def test_a_store_that_fails_costs_no_answer(caplog: pytest.LogCaptureFixture) ->
     with pytest.raises(StoreFailedError, match="the store of responses failed") as failed:
         asyncio.run(store.load("", "resp_1"))
     assert failed.value.status == 503
+
+
+def test_a_full_disk_keeps_what_is_stored(caplog: pytest.LogCaptureFixture) -> None:
+    store = ResponseStore(None, 10**7)
+    asyncio.run(store.save("", stored(1)))
+    (num_pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {num_pages}")
+    for number in (1, 2):
+        asyncio.run(store.save("", stored(number, size=10**6)))
+        assert f"full; the response resp_{number} is not kept" in caplog.text
+    assert asyncio.run(store.load("", "resp_1")) == stored(1)
+    asyncio.run(store.save("", stored(1, "failed")))
+    assert asyncio.run(store.load("", "resp_1")) == stored(1, "failed")

@@ -46,7 +46,7 @@ async def create_response(context: RequestContext) -> None:
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
     if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; the model goes without them")
+        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; they are left out")
     store, account = context.services.responses, context.client.account
     items = input_items(request.input)
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
