@@ -29,6 +29,9 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
     desktop programs. * allows all. Repeat for several."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further name by which clients call the server (the Host header), besides localhost, `host` and addresses. Without
+    API keys other names get 403. * allows all. Repeat for several."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
@@ -69,7 +72,7 @@ class ServerSettings:
     """Print one line per request. Prompts and answers are never printed."""
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "allow_origins"):
+        for name in ("api_key", "allow_origins", "allowed_hosts"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
@@ -94,6 +97,11 @@ class ServerSettings:
                 f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
                 "QUIRE_API_KEY, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
             )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need an API key."""
+        return bool(self.api_key)
 
 
 def is_loopback(host: str) -> bool:
