@@ -86,6 +86,7 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    max_queue_size: int = 1024
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])

@@ -29,6 +29,7 @@ from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.hosts import HostList
+from quire.server.key_use import KeyRing
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
 from quire.server.ollama import endpoints as ollama
@@ -56,11 +57,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: BatchService | None = None) -> ASGIApp:
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
-    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.api_key)))
+    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.keys)))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -84,7 +85,7 @@ def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | 
             error_forms=error_forms,
         ),
     ]
-    services = Services.open(settings)
+    services = Services.open(settings, keys)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ class HostList:
         """Raises `ConfigError` for an allowed host that is no host."""
         given = [_checked(host) for host in settings.allowed_hosts]
         self._allowed = frozenset([*given, _name(settings.host)])
-        self._checks = "*" not in given and bool(given or not settings.has_keys)
+        self._checks = "*" not in given and bool(given or not settings.keys)
 
     def check(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Raise `Refusal` (403) for a Host that is not allowed. Browsers never leave it out or empty."""
