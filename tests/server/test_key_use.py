@@ -1,5 +1,6 @@
 """Limits of API keys: at every endpoint that generates or embeds, named with their values, and given back."""
 
+import hashlib
 import json
 import socket
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from quire.errors import ConfigError, QueueFullError
+from quire.outputs import RequestMemory
 from quire.server.api_keys import ApiKey
 from quire.server.errors import Refusal, error_headers
 from quire.server.key_use import KeyUse, check_keys
@@ -137,6 +139,43 @@ def test_models_that_a_key_may_not_use_are_unknown(tmp_path: Path, engine: Scrip
             assert send(server, path, {**body, "model": "alias"})[0] == 200, path
         assert send(server, "/v1/models/scripted")[0] == 404
         assert send(server, "/v1/completions", {"prompt": "x"})[1]["model"] == "alias"
+
+
+def test_kv_and_metrics_show_a_key_only_its_own(tmp_path: Path, engine: ScriptedEngine) -> None:
+    accounts = {name: ApiKey(digest=hashlib.sha256(name.encode()).digest()).account for name in ("one", "two")}
+    engine.memory = [
+        RequestMemory(f"r-{name}", True, 1, 9, 1, 9, 16, 0, 0, 0.5, 0, {}, None, account)
+        for name, account in accounts.items()
+    ]
+    with serving(tmp_path, engine, "max_concurrency = 1\ntokens_per_minute = 9") as server:
+        assert send(server, "/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2})[0] == 200
+        assert send(server, "/v1/completions", {"prompt": [5] * 9})[0] == 429
+        for name, other in (("one", "two"), ("two", "one")):
+            report, text = (send(server, path, key=name)[1] for path in ("/kv", "/metrics"))
+            assert report.keys() == {"requests"}
+            assert [request["request_id"] for request in report["requests"]] == [f"r-{name}"]
+            assert f'quire:key_requests_running{{key="{name}"}} 0.0' in text
+            assert f'"{other}"' not in text
+            assert "num_requests" not in text
+        counted = ["requests_total", "prompt_tokens_total", "generated_tokens_total"]
+        text = send(server, "/metrics")[1]
+        for name, value in zip(counted, (1, 3, 2), strict=True):
+            assert f'quire:key_{name}{{key="one"}} {value}.0' in text
+        assert 'quire:key_requests_refused_total{key="one",limit="tokens_per_minute"} 1.0' in text
+        report, text = (send(server, path, key="boss")[1] for path in ("/kv", "/metrics"))
+        assert [request["tenant"] for request in report["requests"]] == list(accounts.values())
+        assert report["stats"]["num_blocks"] == 64
+        assert "vllm:num_requests_running" in text
+        assert all(f'quire:key_requests_total{{key="{name}"}}' in text for name in ("one", "two", "boss"))
+
+
+def test_the_only_key_sees_everything(tmp_path: Path, engine: ScriptedEngine) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("[[keys]]\nname = 'one'\nkey = 'one'\n")
+    for settings in (ServerSettings(port=0, api_keys=str(file)), ServerSettings(port=0, api_key=("one", "two"))):
+        with RunningServer(engine, settings) as server:
+            assert "stats" in send(server, "/kv")[1]
+            assert "vllm:num_requests_running" in send(server, "/metrics")[1]
 
 
 @pytest.mark.parametrize(

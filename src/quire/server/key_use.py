@@ -156,6 +156,11 @@ class KeyRing:
             self._uses[account] = use = KeyUse(ApiKey(), self._without_keys)
         return use
 
+    @property
+    def named(self) -> list[KeyUse]:
+        """The use of each key from the file."""
+        return [use for use in self._uses.values() if use.key.name]
+
 
 def check_keys(settings: ServerSettings, engine: Engine) -> None:
     """Raise `ConfigError` for limits that this engine cannot keep: models it does not serve, shares of no queue."""
