@@ -153,7 +153,8 @@ class EngineConfig:
     """Most prompts that are computed in chunks at the same time."""
     scheduling_policy: str = "fcfs"
     """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
-    need first, within a bound; fair, first the tenant (API key, else user) that was served least."""
+    need first, within a bound; fair, first the tenant (API key, else user) that was served least. With several API keys
+    the server's default is fair."""
     admission: str = "current"
     """When to admit a request: current, if it fits now; predicted, if it also fits at the predicted peak."""
     block_size: int | None = None

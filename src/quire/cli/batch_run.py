@@ -16,6 +16,7 @@ from quire.server.batches.lines import check_lines, parse_line, read_lines
 from quire.server.batches.objects import Batch, CreateBatch, FileObject
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import BatchStore
+from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
 
 _INPUT = "file-input"
@@ -72,7 +73,7 @@ async def _answer(config: EngineConfig, input_file: Path, partial: Path, endpoin
     settings = ServerSettings(batch_concurrency=2 * config.max_num_seqs)
     store = BatchStore(partial)
     engine = AsyncLLM(config, report=lambda line: None)
-    service = BatchService(store, engine, settings, ENDPOINTS)
+    service = BatchService(store, engine, settings, ENDPOINTS, KeyRing(settings))
     try:
         await engine.start()
         await engine.wait_ready()

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -78,7 +79,7 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
     """(class, field) for every flag; each name once."""
     by_name: dict[str, tuple[type, Field[Any]]] = {}
     for config in configs:
-        for field in fields(config):
+        for field in filter(attrgetter("init"), fields(config)):
             by_name.setdefault(field.name, (config, field))
     return list(by_name.values())
 

@@ -174,6 +174,11 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def max_queue_size(self) -> int:
+        """Most requests that may wait; 0: no limit."""
+        return self.config.max_queue_size
+
+    @property
     def engine_pid(self) -> int:
         """Process id of the engine process."""
         return self._client.pid

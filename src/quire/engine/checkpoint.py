@@ -1,5 +1,6 @@
 """Finds a model's files: the bundled model, a folder, or a repository of the Hugging Face hub, downloaded on demand."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,11 @@ def find_model(model: str, revision: str | None = None) -> Path:
 
 
 def model_name(model: str) -> str:
-    """The default name of the model in the server."""
-    return model or BUNDLED_NAME
+    """The default name of the model in the server: a folder's own name, since clients need not know where it lies."""
+    if not model:
+        return BUNDLED_NAME
+    folder = Path(model).expanduser()
+    return os.path.basename(os.path.abspath(folder)) if folder.is_dir() else model
 
 
 def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ASGI application: the table of endpoints, and the middleware that every request passes.
 
-The middleware checks the size of the headers, the origin and the API key (every route that is not public needs one),
-then calls the endpoint. Any error becomes an OpenAI error body. Each response carries the request's id.
+The middleware checks the size of the headers, the origin, the host and the API key (every route that is not public
+needs one), then calls the endpoint. Any error becomes an OpenAI error body. Each response carries the request's id.
 """
 
 import time
@@ -28,6 +28,8 @@ from quire.server.batches.endpoints import endpoints as batch_endpoints
 from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
+from quire.server.hosts import HostList
+from quire.server.key_use import KeyRing
 from quire.server.limits import ClientGoneError, check_headers
 from quire.server.near_misses import describe_miss
 from quire.server.ollama import endpoints as ollama
@@ -55,11 +57,11 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: BatchService | None = None) -> ASGIApp:
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
-    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.api_key)))
+    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.keys)))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -78,11 +80,12 @@ def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | 
             engine=engine,
             settings=settings,
             authenticator=authenticator,
+            hosts=HostList(settings),
             public=public,
             error_forms=error_forms,
         ),
     ]
-    services = Services.open(settings)
+    services = Services.open(settings, keys)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:
@@ -124,6 +127,7 @@ class _RequestMiddleware:
         engine: Engine,
         settings: ServerSettings,
         authenticator: Authenticator,
+        hosts: HostList,
         public: frozenset[str],
         error_forms: Mapping[str, ErrorForm],
     ) -> None:
@@ -131,6 +135,7 @@ class _RequestMiddleware:
         self._engine = engine
         self._settings = settings
         self._authenticator = authenticator
+        self._hosts = hosts
         self._public = public
         self._error_forms = error_forms
 
@@ -157,6 +162,8 @@ class _RequestMiddleware:
             self._authenticator.check_origin(scope["headers"])
             # Compare the raw path: a URL rebuilt from the Host header could be forged to name a public route.
             is_public = scope["path"] in self._public
+            if not is_public:
+                self._hosts.check(scope["headers"])
             client = Client() if is_public else self._authenticator.check_key(scope["headers"])
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, send_with_id)

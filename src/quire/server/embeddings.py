@@ -16,6 +16,7 @@ from quire.server.errors import naming
 from quire.server.limits import check_work
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import Priority, Salt
+from quire.server.scheduling_info import checked_priority
 
 MAX_INPUTS = 2048
 _AT_ONCE = 64
@@ -76,7 +77,7 @@ async def create_embeddings(context: RequestContext) -> None:
         options: dict[str, Any] = {
             "normalize": request.normalize is not False,
             "truncate_prompt_tokens": request.truncate_prompt_tokens,
-            "priority": request.priority or 0,
+            "priority": checked_priority(context, request.priority),
             "cache_salt": context.client.salt + (request.cache_salt or ""),
             "tenant": context.client.account or request.user or "",
         }
@@ -99,7 +100,27 @@ async def input_tokens(
 async def embed_all(
     context: RequestContext, prompts: Sequence[list[int]], dimensions: int | None, options: dict[str, Any]
 ) -> list[EmbeddingRequestOutput]:
-    """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`."""
+    """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`. Raises the
+    refusals of API key and engine."""
+    num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
+    with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
+        outputs = await _embed_admitted(context, prompts, options)
+    if dimensions is not None:
+        for output in outputs:
+            output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
+    return outputs
+
+
+def _num_kept(context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]) -> int:
+    """Tokens of the prompts after truncation."""
+    given, longest = options["truncate_prompt_tokens"], context.engine.max_model_len
+    most = longest if given is None or given < 0 else min(given, longest)
+    return sum(min(len(prompt), most) for prompt in prompts)
+
+
+async def _embed_admitted(
+    context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]
+) -> list[EmbeddingRequestOutput]:
     free = asyncio.Semaphore(_AT_ONCE)
 
     async def embed(prompt: list[int]) -> EmbeddingRequestOutput:
@@ -108,15 +129,11 @@ async def embed_all(
 
     tasks = [asyncio.create_task(embed(prompt)) for prompt in prompts]
     try:
-        outputs = await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    if dimensions is not None:
-        for output in outputs:
-            output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
-    return outputs
 
 
 def _shortened(vector: list[float], dimensions: int) -> list[float]:

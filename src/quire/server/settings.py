@@ -1,10 +1,11 @@
 """ServerSettings: the options of the HTTP server. Its fields are flags of `quire serve`, besides EngineConfig's."""
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.server.api_keys import ApiKey, plain_keys, read_keys
 from quire.server.tools.detect import check_parser_names
 
 
@@ -19,6 +20,8 @@ class ServerSettings:
     api_key: tuple[str, ...] = ()
     """Accept only requests with this key (`Authorization: Bearer KEY`); only /health needs none. Also read
     from QUIRE_API_KEY. Repeat for several."""
+    api_keys: str | None = None
+    """TOML file with further keys: their names, limits, priorities and models."""
     allow_unauthenticated: bool = False
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
@@ -29,6 +32,9 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
     desktop programs. * allows all. Repeat for several."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further name by which clients call the server (the Host header), besides localhost, `host` and addresses. Without
+    API keys other names get 403. * allows all. Repeat for several."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
@@ -67,9 +73,11 @@ class ServerSettings:
     """Seconds for running requests to finish after SIGTERM. A second signal stops at once."""
     access_log: bool = False
     """Print one line per request. Prompts and answers are never printed."""
+    keys: tuple[ApiKey, ...] = field(init=False, default=(), repr=False)
+    """All keys: those of `api_key` and of the file `api_keys`."""
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "allow_origins"):
+        for name in ("api_key", "allow_origins", "allowed_hosts"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
@@ -89,11 +97,20 @@ class ServerSettings:
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
-        if not (self.api_key or self.allow_unauthenticated or is_loopback(self.host)):
+        object.__setattr__(self, "keys", self._read_keys())
+        if not (self.keys or self.allow_unauthenticated or is_loopback(self.host)):
             raise ConfigError(
                 f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
-                "QUIRE_API_KEY, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
+                "QUIRE_API_KEY or --api-keys, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
             )
+
+    def _read_keys(self) -> tuple[ApiKey, ...]:
+        plain = plain_keys(self.api_key)
+        read = read_keys(self.api_keys) if self.api_keys is not None else ()
+        for key in read:
+            if any(key.digest == other.digest for other in plain):
+                raise ConfigError(f"api_keys {self.api_keys}: the key of {key.name!r} is also one of api_key")
+        return plain + read
 
 
 def is_loopback(host: str) -> bool:

@@ -22,6 +22,7 @@ from quire.server.batches.store import BatchStore
 from quire.server.batches.windows import parse_window
 from quire.server.endpoint import Endpoint
 from quire.server.errors import Refusal
+from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
 
 T = TypeVar("T")
@@ -39,11 +40,12 @@ class BatchService:
         engine: Engine,
         settings: ServerSettings,
         endpoints: Sequence[Endpoint],
+        keys: KeyRing,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._requests = LineRequests(engine, settings, endpoints)
+        self._requests = LineRequests(engine, settings, endpoints, keys)
         self._now = now
         self._slots = Semaphore(settings.batch_concurrency)
         self._jobs: dict[str, Job] = {}
