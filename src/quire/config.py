@@ -209,10 +209,12 @@ class EngineConfig:
     """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
     free. Only while serving."""
     step_timeout: float = 30.0
-    """Seconds without any work after which an engine in a step counts as dead; 20 times the longest step of late if
-    that is more, and 10 times as much for a step that works. 0: never. Only while serving."""
+    """Seconds after which a step that does not end counts as the engine's death: of doing nothing, or of its own CPU
+    time and what the largest step takes on a slow machine. 20 times the longest step of late if that is more. 0: never.
+    Only while serving."""
     load_timeout: float = 120.0
-    """Seconds without any work after which an engine that loads counts as dead. 0: never. Only while serving."""
+    """Seconds after which an engine that loads counts as dead if it reads nothing, fills no memory and ends no phase,
+    idle or busy. 0: never. Only while serving."""
     disable_log_stats: bool = False
     """Do not print a line of throughput every ten seconds while serving."""
 

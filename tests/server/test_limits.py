@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from quire.server.errors import Refusal
+from quire.server.limits import check_shape
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -151,6 +153,38 @@ def test_prompt_characters(engine: ScriptedEngine) -> None:
         response, reply = server.send("POST", "/v1/completions", {"prompt": ["x" * 60, "y" * 60]})
         assert response.status == 400
         assert "120 characters" in reply["error"]["message"]
+
+
+LONG_TEXTS = [
+    "," * 300_000,
+    "[" * 300_000,
+    "a, " * 300_000,
+    "\n" * 300_000,
+    '"' * 300_000,
+    '",[' * 300_000,
+    "\\" * 200_000 + "," * 300_000,
+]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=range(len(LONG_TEXTS)))
+@pytest.mark.parametrize("rest", [{}, {"suffix": "\\"}, {"user": '\\"'}])
+def test_what_stands_inside_a_text_is_no_value(text: str, rest: dict[str, str]) -> None:
+    check_shape(json.dumps({"prompt": [text, "x"], **rest}).encode())
+
+
+@pytest.mark.parametrize("text", ["", "\\", '"', "\\\\", '\\"'])
+@pytest.mark.parametrize(
+    ("what", "values"), [("commas", [1] * 260_000), ("lists", [[1]] * 60_000), ("texts", ["\\"] * 40_000)]
+)
+def test_too_many_values_beside_a_text_are_refused(text: str, what: str, values: list[Any]) -> None:
+    with pytest.raises(Refusal, match=rf"the body holds \d+,\d+ {what}; at most"):
+        check_shape(json.dumps({"prompt": text, "x": values, "y": text}).encode())
+
+
+def test_a_text_of_commas_that_fits_the_context_is_answered(engine: ScriptedEngine) -> None:
+    engine.max_model_len = 400_000
+    with RunningServer(engine) as server:
+        assert server.send("POST", "/v1/completions", {"prompt": "," * 300_000, "max_tokens": 1})[0].status == 200
 
 
 def test_many_prompts_are_refused_quickly(server: RunningServer) -> None:

@@ -31,6 +31,7 @@ from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_er
 from quire.server.hosts import HostList
 from quire.server.key_use import KeyRing
 from quire.server.limits import ClientGoneError, check_headers
+from quire.server.memory_return import MemoryReturn
 from quire.server.near_misses import describe_miss
 from quire.server.ollama import endpoints as ollama
 from quire.server.ollama import models as ollama_models
@@ -138,12 +139,14 @@ class _RequestMiddleware:
         self._hosts = hosts
         self._public = public
         self._error_forms = error_forms
+        self._memory = MemoryReturn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
+        self._memory.request_began()
         status = 0
         request_id = (b"x-request-id", _request_id(scope))
 
@@ -176,6 +179,7 @@ class _RequestMiddleware:
                 await _error_response(shown, form, request_id[1].decode())(scope, receive, send_with_id)
             status = status or shown.status
         finally:
+            self._memory.request_ended()
             self._engine.metrics.observe_http(
                 handler=_handler_name(scope),
                 method=scope["method"],
