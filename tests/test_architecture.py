@@ -29,6 +29,8 @@ LEVELS = (
         "model_config",
         "backends",
         "config",
+        "vllm_options",
+        "inputs",
         "request",
         "step",
         "outputs",
