@@ -35,6 +35,7 @@ LEVELS = (
         "step",
         "outputs",
         "embeddings",
+        "generation_progress",
     },
     {"kernels", "grammar"},
     {"attention"},

@@ -5,9 +5,12 @@ are never written back here: they belong to the memory plan.
 """
 
 import difflib
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
@@ -268,6 +271,28 @@ class EngineConfig:
                 f"{option} is {getattr(self, option)!r}, but stored blocks are found by the prefix cache, "
                 "which is off; enable it or leave the tier out"
             )
+
+    def make_folders(self) -> None:
+        """Make the folders of the disk tier and of packed weights, before anything slow begins.
+
+        Packed weights may be read from a folder that cannot be written. A full disk is the tiers' own matter. Raises
+        `ConfigError` for a folder that cannot be used.
+        """
+        for name, written in (("disk_cache", True), ("weights_cache", False)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            folder = Path(value).expanduser()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if written and not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    continue
+                raise ConfigError(
+                    f"{name} is {str(value)!r}, which cannot be used: {error.strerror}; give a folder to write in"
+                ) from None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "EngineConfig":

@@ -29,6 +29,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
     engine_config = EngineConfig.from_options({"model": model, **engine_options})
     settings = ServerSettings(**server_options)
+    engine_config.make_folders()
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
