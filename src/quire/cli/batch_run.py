@@ -40,6 +40,7 @@ def run(input_file: Path, output_file: Path, *, model: ModelArgument = "", **opt
         Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
     """
     config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **options})
+    config.make_folders()
     endpoint = _endpoint(input_file)
     _, errors = check_lines(input_file, endpoint)
     if errors:

@@ -29,6 +29,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
     settings = ServerSettings(**server_options)
     engine_config = engine_config_for(settings, {"model": model, **engine_options})
+    engine_config.make_folders()
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
