@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 
 from quire.errors import ConfigError, EngineUnavailableError
+from quire.server.responses import runs
 from quire.server.responses.items import input_items, to_messages
 from quire.server.responses.protocol import Reasoning, ResponseObject, TextConfig
 from quire.server.responses.store import ResponseStore, StoredResponse, StoreFailedError
@@ -215,6 +216,31 @@ def test_cancel(client: OpenAI, engine: ScriptedEngine) -> None:
     done = client.responses.create(model="scripted", input="x", max_output_tokens=2)
     with pytest.raises(BadRequestError, match="background"):
         client.responses.cancel(done.id)
+
+
+def test_a_refused_background_response_is_not_kept(
+    client: OpenAI, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MAX_RUNS", 0)
+    saved: list[str] = []
+    save = ResponseStore.save
+
+    async def record(store: ResponseStore, account: str, stored: StoredResponse) -> None:
+        saved.append(stored.response.id)
+        await save(store, account, stored)
+
+    monkeypatch.setattr(ResponseStore, "save", record)
+    with pytest.raises(RateLimitError, match="0 responses run in the background"):
+        client.with_options(max_retries=0).responses.create(model="scripted", input="x", background=True)
+    assert not saved
+
+
+def test_a_stream_that_lacks_events_says_so(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_EVENT_BYTES", 4000)
+    created: Any = client.responses.create(model="scripted", input="x", background=True, stream=True)
+    *_, last = created
+    assert last.type == "error"
+    assert "retrieve it without stream" in last.message
 
 
 def test_failures(client: OpenAI, engine: ScriptedEngine) -> None:

@@ -25,7 +25,7 @@ class Death:
     """How an engine process ended."""
 
     cause: str
-    """In words that a client may read: no paths, no addresses."""
+    """The reason, safe to show to a client: without paths and addresses."""
     while_loading: bool
     in_step: frozenset[str] | None
     """Requests that were in the step that died; None for all that the process held."""
@@ -126,7 +126,7 @@ class EngineChild:
         return death
 
     def release(self) -> None:
-        """Close what this process holds of one that has ended, and that nobody waits for."""
+        """Release the socket and handles of a process that has ended."""
         self._writer.close()
         self.record.close()
 

@@ -1,4 +1,4 @@
-"""EngineClient: the engine processes as seen from the process that answers clients: one at a time, for ever.
+"""EngineClient: the engine processes as seen from the process that answers clients: one at a time.
 
 torch is not imported here, so this process answers while weights load. A process that dies is replaced. So is one that
 does not advance (`watchdog`). Deaths without progress make the replacements come later and later (`breaker`), but they
@@ -138,7 +138,7 @@ class EngineClient:
         return child
 
     async def _supervise(self, child: EngineChild) -> None:
-        """Replace one process by the next, until the first load fails."""
+        """Run one process after the other. Ends if the first load fails."""
         while True:
             death = await self._run(child)
             if self._failure is not None:
@@ -153,7 +153,7 @@ class EngineClient:
             child = next_child
 
     async def _try_spawn(self) -> EngineChild | None:
-        """Start a process; None, after a while, if the system cannot."""
+        """Start a process. If the system cannot, wait and return None."""
         self._phase = "restarting"
         try:
             return await self._spawn()

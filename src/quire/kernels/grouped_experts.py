@@ -24,7 +24,7 @@ from quire.kernels.reference import linear, linear_quantized, quantize_linear, z
 from quire.quantization import WeightFormat
 
 _ALIGNED_BYTES = 16
-"""torch's grouped product reads rows that begin on a multiple of this."""
+"""Bytes. torch's grouped product needs rows that begin at a multiple of this."""
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:

@@ -19,7 +19,7 @@ from quire.server.protocol import Priority, Salt
 
 MAX_INPUTS = 2048
 _AT_ONCE = 64
-"""Requests of one client in the engine's queue, which has a limit."""
+"""Most inputs of one request in the engine's queue at a time; the queue has a limit."""
 
 
 class EmbeddingsRequest(Struct, kw_only=True):

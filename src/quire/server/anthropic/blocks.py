@@ -77,7 +77,7 @@ def _system(system: str | list[Block] | None) -> list[Message]:
 
 
 def _split(message: InputMessage, index: int) -> list[Message]:
-    """One message as those of a chat: results of tools have messages of their own, in front of the user's text."""
+    """One message as messages of a chat. Each tool result becomes its own message, before the user's text."""
     if message.role not in ("user", "assistant", "system"):
         raise RequestError(
             f"messages[{index}].role is {brief(message.role)}; there is user, assistant and system", param="messages"

@@ -36,7 +36,8 @@ async def create_message(context: RequestContext) -> None:
 
 
 async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:
-    """The turn of `request`. Clients must send a budget with thinking: models that cannot keep one go without."""
+    """The turn of `request`. With thinking, Anthropic's clients must send a budget. A model that cannot keep one runs
+    without it."""
     with naming(SENT_NAMES):
         chat = to_chat(request)
         try:

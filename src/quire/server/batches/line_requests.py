@@ -1,4 +1,4 @@
-"""LineRequests: sends one line of a batch to its endpoint, as a request that no socket carries."""
+"""LineRequests: calls the endpoint that a line of a batch names, inside the process and without a socket."""
 
 import asyncio
 import secrets
@@ -19,10 +19,10 @@ from quire.server.services import Services
 from quire.server.settings import ServerSettings
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-"""Endpoints of batches, as far as the server has them."""
+"""Paths that lines may name, if the server has them."""
 
 _BUSY = (429, 503)
-"""Statuses that say: later. A line waits and is sent again."""
+"""Statuses after which a line waits and is sent again."""
 _MAX_WAIT = 30.0
 """Seconds before a line is sent again, at most."""
 
@@ -96,7 +96,7 @@ def _scope(url: str, client: Client) -> Scope:
 
 
 def _check_delivery(body: bytes) -> None:
-    """Refuse a line whose answer would not be whole, or come elsewhere."""
+    """Refuse a line with `stream` or `background`: its answer would not be in the reply."""
     try:
         asked = msgspec.json.decode(body, type=_Delivery, strict=False)
     except msgspec.MsgspecError:

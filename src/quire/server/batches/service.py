@@ -27,7 +27,7 @@ from quire.server.settings import ServerSettings
 T = TypeVar("T")
 
 MAX_UNENDED = 100
-"""Batches of one account that are not over."""
+"""Most batches of one account that are not over."""
 
 
 class BatchService:
@@ -91,12 +91,10 @@ class BatchService:
         return file
 
     async def files(
-        self, client: Client, *, purpose: str | None, after: str | None, limit: int, order: str
+        self, client: Client, *, purpose: str | None, after: str | None, limit: int, ascending: bool
     ) -> FileList:
         def page() -> list[FileObject]:
-            return self._store.files(
-                client.account, purpose=purpose, after=after, limit=limit + 1, ascending=order == "asc"
-            )
+            return self._store.files(client.account, purpose=purpose, after=after, limit=limit + 1, ascending=ascending)
 
         data, has_more = _cut(await self._stored(page), limit)
         first, last = (data[0].id, data[-1].id) if data else (None, None)

@@ -81,7 +81,7 @@ async def _turn(context: RequestContext, request: GenerationFields) -> ChatTurn:
 
 
 async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str]) -> tuple[list[list[float]], int]:
-    """The vectors, and the number of tokens."""
+    """The vectors of the inputs, and the number of input tokens."""
     context.check_ready()
     checked_model(context, request.model)
     prompts = await input_tokens(context, texts, special=True)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 Item = dict[str, Any]
 
 MAX_CHAIN = 1000
-"""Most responses that one continues."""
+"""Most responses in one conversation."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, account TEXT NOT NULL, created REAL NOT NULL, previous TEXT, status TEXT NOT NULL,
