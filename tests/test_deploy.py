@@ -17,8 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.cli.commands import run
 from quire.engine.metrics import Metrics
 from quire.memory_stats import TierStats
-from quire.outputs import EngineStats, RequestMetrics
+from quire.outputs import EngineStats
 from quire.server.app import ENDPOINTS
+from tests.server.running_server import RunningServer
+from tests.server.scripted_engine import ScriptedEngine
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -230,13 +232,13 @@ def exported() -> dict[str, set[str]]:
     """Name of each sample of /metrics → its labels, of a server with tiers that has answered requests."""
     metrics = Metrics("m")
     tiers = {"host": TierStats(), "disk": TierStats()}
-    metrics.record_stats(EngineStats(num_blocks=4, total_steps=1, tiers=tiers, prefix_misses={"new": 1}))
-    metrics.observe_request(
-        RequestMetrics(0.0), finish_reasons=["stop"], num_prompt_tokens=1, num_generated_tokens=1, n=1, max_tokens=1
-    )
-    metrics.observe_http(handler="/health/ready", method="GET", status=503, seconds=0.1)
+    with RunningServer(ScriptedEngine(metrics=metrics)) as server:
+        metrics.record_stats(EngineStats(num_blocks=4, total_steps=1, tiers=tiers, prefix_misses={"new": 1}))
+        server.send("POST", "/v1/completions", {"prompt": "x", "max_tokens": 2})
+        server.send("GET", "/health/ready")
+        text = server.send("GET", "/metrics")[1]
     names: dict[str, set[str]] = {"up": set()}
-    for family in text_string_to_metric_families(metrics.render().decode()):
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
             names.setdefault(sample.name, set()).update(sample.labels)
     return names

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +112,11 @@ def test_chat(llm: LLM) -> None:
     assert texts(llm.chat("Speak, my lord.", GREEDY)) == [one.outputs[0].text]
     assert texts(llm.chat(messages[0], GREEDY)) == [one.outputs[0].text]
     assert llm.chat([], GREEDY) == []
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{{ tools | length }}"
+    (other,) = llm.chat(messages, GREEDY, chat_template=template, tools=[{"type": "function"}, {"type": "function"}])
+    assert other.prompt == "Speak, my lord.2"
+    with pytest.raises(RequestError, match="chat_template, line 1"):
+        llm.chat(messages, GREEDY, chat_template="{% for")
     for wrong in (["Speak, my lord."], [[messages[0], "and"]], [messages, "and"]):
         with pytest.raises(
             RequestError, match=r"messages holds .*; a conversation is a list of messages such as"
@@ -174,6 +180,15 @@ def test_bad_options_are_refused_by_name(options: dict[str, object], message: st
 def test_options_of_vllm_that_ask_for_nothing_are_accepted() -> None:
     given = {"tensor_parallel_size": 1, "trust_remote_code": False, "enable_chunked_prefill": True, "enable_lora": None}
     assert EngineConfig.from_options({"seed": 3, **given}) == EngineConfig(seed=3)
+
+
+@pytest.mark.parametrize("option", ["disk_cache", "weights_cache"])
+@pytest.mark.parametrize("place", ["/proc/quire", "file/folder", "file"])
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_loads(option: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / place)  # an absolute place stays
+    with pytest.raises(ConfigError, match=f"{option} is '{folder}', which cannot be used: .*; give a folder"):
+        LLM(model="/no/such/model", **{option: folder})
 
 
 def test_a_bad_request_leaves_an_empty_engine(llm: LLM) -> None:

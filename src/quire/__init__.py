@@ -18,6 +18,8 @@ _HOME_OF = {
     "RegisteredPrefix": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",
+    "TextPrompt": "quire.inputs",
+    "TokensPrompt": "quire.inputs",
     "BeamSearchParams": "quire.sampling_params",
     "BatchLogitsProcessor": "quire.sampling.logits_processors",
     "SamplingParams": "quire.sampling_params",
@@ -35,7 +37,22 @@ _HOME_OF = {
 __all__ = ["__version__", *_HOME_OF]
 
 
+_ELSEWHERE = {
+    "AsyncEngineArgs": "AsyncLLM takes an EngineConfig",
+    "AsyncLLMEngine": "use AsyncLLM",
+    "EngineArgs": "LLM takes the options as keywords; EngineConfig holds them",
+    "LLMEngine": "use LLM or AsyncLLM",
+    "PoolingOutput": "use EmbeddingOutput",
+    "PoolingParams": "LLM.embed takes its options as keywords",
+    "PoolingRequestOutput": "use EmbeddingRequestOutput",
+}
+"""Names of vLLM that Quire lacks → what to use."""
+
+
 def __getattr__(name: str) -> object:
+    if name in _ELSEWHERE:
+        # `from quire import X` replaces the text of an AttributeError by its own.
+        raise ImportError(f"quire has no {name}: {_ELSEWHERE[name]}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'quire' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}")
     value = getattr(import_module(_HOME_OF[name]), name)

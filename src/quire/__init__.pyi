@@ -12,6 +12,8 @@ from quire.errors import MemoryPlanError as MemoryPlanError
 from quire.errors import QueueFullError as QueueFullError
 from quire.errors import QuireError as QuireError
 from quire.errors import RequestError as RequestError
+from quire.inputs import TextPrompt as TextPrompt
+from quire.inputs import TokensPrompt as TokensPrompt
 from quire.llm import LLM as LLM
 from quire.outputs import BeamSearchOutput as BeamSearchOutput
 from quire.outputs import CompletionOutput as CompletionOutput

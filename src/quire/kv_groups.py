@@ -16,11 +16,11 @@ from quire.errors import ConfigError
 from quire.layer_spec import KVSpec, ModelSpec
 
 INVARIANT_ALIGNMENT = 256
-"""A batch-invariant plan begins at multiples of so many keys: csrc/attention.h takes that many at a time, so the keys
+"""A batch-invariant plan begins at multiples of this many keys. csrc/attention.h takes as many at a time, so the keys
 of a window are summed in the same groups wherever the step begins."""
 
 _FULL_PADDING = 8
-"""A layer's place that is lost in a group of full attention counts as so many: at long contexts it is lost in nearly
+"""Weight of an unused layer's place in a group of full attention: at long contexts it is unused in nearly
 every block, in a window group in a few."""
 
 
@@ -129,7 +129,7 @@ def window_alignment(block_size: int, *, batch_invariant: bool) -> int:
 
 
 def _layers_per_group(num_layers: dict[int, int]) -> int:
-    """How many layers a group takes, for so many layers of each window: few groups, and little of a block lost."""
+    """How many layers a group takes, given the number of layers of each window: few groups, little unused memory."""
 
     def cost(size: int) -> int:
         groups = {window: -(-count // size) for window, count in num_layers.items()}

@@ -1,10 +1,9 @@
 """LLM: the offline interface. One process; a list of prompts in, a list of RequestOutputs out. Names are vLLM's."""
 
-import contextlib
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from reprlib import repr as brief
 from typing import Any
 
@@ -15,8 +14,9 @@ from quire.engine.checkpoint import model_name, read_default_params
 from quire.engine.engine import Engine
 from quire.engine.input_processor import Prompt
 from quire.engine.memory_plan import MemoryPlan
-from quire.engine.tokenizer import Tokenizer
-from quire.errors import RequestError
+from quire.engine.tokenizer import Tokenizer, read_special_tokens
+from quire.errors import CheckpointError, RequestError
+from quire.generation_progress import show_progress
 from quire.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -50,8 +50,10 @@ class LLM:
         logits_processors: Sequence[object] = (),
         **options: Any,
     ) -> None:
+        config = EngineConfig.from_options({"model": str(model), **options})
+        config.make_folders()
         self._engine = Engine(
-            EngineConfig.from_options({"model": str(model), **options}),
+            config,
             report=(lambda line: print(line, file=sys.stderr)) if verbose else (lambda line: None),
             logits_processors=logits_processors,
         )
@@ -133,7 +135,10 @@ class LLM:
                     priority=priority[index] if priority else 0,
                     cache_salt=cache_salt,
                 )
-            with _progress(len(batch), shown=use_tqdm) as advance:
+            most = [one.num_samples * (one.max_tokens or self.memory_plan.max_model_len) for one in params]
+            if task is Task.EMBED:
+                most = [1] * len(batch)
+            with show_progress(dict(zip(outputs, most, strict=True)), shown=use_tqdm) as advance:
                 while self._engine.has_work:
                     advance(self._engine.step())
         except BaseException:
@@ -184,27 +189,42 @@ class LLM:
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}; a text is one such message.
+        `tools` are those the model may call, in OpenAI's form. `chat_template` is the text of another template.
         """
         conversations = _as_conversations(messages)
-        if self._chat_template is None:
-            self._chat_template = ChatTemplate.from_folder(self._engine.folder)
+        template = self._template_of(chat_template)
+        variables = {**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
         prompts = []
         for conversation in conversations:
-            text = self._chat_template.render(
+            text = template.render(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             prompts.append(
                 {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
             )
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _template_of(self, given: str | None) -> ChatTemplate:
+        """The template given as a text, else the model's own. Raises `RequestError` for a text that is no template."""
+        folder = self._engine.folder
+        if given is not None:
+            try:
+                return ChatTemplate({"default": given}, read_special_tokens(folder), origin="chat_template")
+            except CheckpointError as error:
+                raise RequestError(str(error), param="chat_template") from None
+        if self._chat_template is None:
+            self._chat_template = ChatTemplate.from_folder(folder)
+        return self._chat_template
 
     def register_prefix(self, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
         """Compute the KV of a prefix now and keep its full blocks until `unregister_prefix`.
@@ -293,33 +313,3 @@ def _as_conversations(messages: Any) -> list[list[Message]]:
                 param="messages",
             )
     return [list(conversation) for conversation in messages]
-
-
-@contextlib.contextmanager
-def _progress(total: int, *, shown: bool) -> Iterator[Any]:
-    """A bar of finished requests with the rate of output tokens, if standard error is a terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda outputs: None
-        return
-    from rich.console import Console  # only if a bar is shown
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total, rate="")
-        num_tokens: dict[str, int] = {}
-
-        def advance(outputs: Sequence[RequestOutput]) -> None:
-            for output in outputs:
-                num_tokens[output.request_id] = sum(len(completion.token_ids) for completion in output.outputs)
-            elapsed = progress.tasks[task].elapsed or 0.0
-            rate = f"{sum(num_tokens.values()) / elapsed:.0f} tok/s" if elapsed else ""
-            progress.update(task, advance=sum(output.finished for output in outputs), rate=rate)
-
-        yield advance

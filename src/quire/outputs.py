@@ -239,6 +239,7 @@ class RequestMemory:
     """Prompt tokens that were not computed, by the origin of their KV: device, host, disk."""
     miss: PrefixMiss | None
     """None if as much of the prompt was found as possible, or the cache was not asked."""
+    tenant: str = ""
 
 
 @dataclass(slots=True)

@@ -147,7 +147,7 @@ class StepPlan:
     """(source, destination) slots of recurrent states; source -1 is the state before the first token. They are copied
     in this order, before anything is computed."""
     state_saves: list[tuple[int, int, int]] = field(default_factory=list)
-    """(index into `rows`, number of its tokens, slot): after so many of the row's tokens its recurrent state is also
+    """(index into `rows`, n, slot): after the row's first n tokens its recurrent state is also
     written to the slot."""
     pool_rows: list[int] = field(default_factory=list)
     """Indices into `rows`, ascending: return the hidden state of the last token computed, after the final norm. No

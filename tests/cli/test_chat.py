@@ -1,6 +1,10 @@
 """`quire chat`: prompts to the model, commands, failures, and Ctrl-C, which stops only the answer."""
 
 import builtins
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,3 +108,30 @@ def test_a_script_gets_a_status(say: Any, capsys: pytest.CaptureFixture[str], mo
     with RunningServer(ScriptedEngine(full=True)) as server:
         assert run(["chat", "--url", f"{server.url}/v1"]) == 1
     assert "9 requests are waiting" in capsys.readouterr().err
+
+
+def test_a_pasted_paragraph_is_one_message(tmp_path: Any) -> None:
+    """On a real terminal, which marks what is pasted."""
+    engine = ScriptedEngine(max_model_len=4096)
+    terminal, line = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path), "TERM": "xterm"}
+    shown = b""
+    with RunningServer(engine) as server:
+        command = [sys.executable, "-m", "quire", "chat", "--url", f"{server.url}/v1"]
+        with subprocess.Popen(command, env=environment, stdin=line, stdout=line, stderr=line) as chat:
+            os.close(line)
+            while b"> " not in shown.rpartition(b"\n")[2]:
+                shown += os.read(terminal, 4096)
+            os.write(terminal, b"\x1b[200~First line\n/second line\nthird\x1b[201~\n")
+            while ANSWER.encode() not in shown:
+                shown += os.read(terminal, 4096)
+            os.write(terminal, b"/exit\n")
+            while chat.poll() is None:
+                try:
+                    os.read(terminal, 4096)
+                except OSError:  # the other side is closed
+                    break
+            assert chat.wait(30) == 0
+    os.close(terminal)
+    (prompt,) = prompts(engine)
+    assert "<|user|>First line\n/second line\nthird<|end|>" in prompt

@@ -116,6 +116,11 @@ def test_engine_and_server_flags_have_vllms_names(capsys: pytest.CaptureFixture[
         (["chat", "--top-p", "3"], "top_p is 3.0"),
         (["bench", "serve", "--dataset", "c4"], "dataset is 'c4'; it must be one of random"),
         (["bench", "serve", "--request-rate", "0"], "request_rate is 0.0; it must be more than 0"),
+        *(
+            ([*command, "--disk-cache", "/proc/quire"], "disk_cache is '/proc/quire', which cannot be used")
+            for command in (["serve"], ["generate", "x"], ["chat"], ["bench", "latency"])
+        ),
+        (["serve", "--weights-cache", "/proc/quire"], "weights_cache is '/proc/quire', which cannot be used"),
         (["bench", "nothing"], 'Unknown command "nothing"'),
     ],
 )

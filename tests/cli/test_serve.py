@@ -7,6 +7,10 @@ import subprocess
 import sys
 from contextlib import closing
 from http.client import HTTPConnection
+from pathlib import Path
+
+from quire.cli.serve import engine_config_for
+from quire.server.settings import ServerSettings
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 QUIRE = [sys.executable, "-m", "quire"]
@@ -40,6 +44,16 @@ def test_serve_until_sigterm() -> None:
             assert server.wait(20) == 0
         finally:
             server.kill()
+
+
+def test_several_keys_are_scheduled_fairly_unless_a_policy_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("[[keys]]\nname = 'a'\nkey = 'a'\n")
+    one, several = ServerSettings(api_keys=str(file)), ServerSettings(api_keys=str(file), api_key=("b",))
+    assert engine_config_for(ServerSettings(), {}).scheduling_policy == "fcfs"
+    assert engine_config_for(one, {}).scheduling_policy == "fcfs"
+    assert engine_config_for(several, {}).scheduling_policy == "fair"
+    assert engine_config_for(several, {"scheduling_policy": "fcfs"}).scheduling_policy == "fcfs"
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line_and_a_status() -> None:

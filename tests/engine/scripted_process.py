@@ -93,13 +93,16 @@ def break_down(row: NewRow, num_output_tokens: int) -> None:
 
 
 def scripted_core(load: Load, connection: Connection) -> EngineCore:
-    """Dies, stops or fails while loading if the file QUIRE_TEST_LOAD_FAULT says so."""
+    """Dies, stops, spins or fails while loading if the file QUIRE_TEST_LOAD_FAULT says so."""
     fault = Path(os.environ.get("QUIRE_TEST_LOAD_FAULT", "/nowhere"))
     match fault.read_text() if fault.exists() else "":
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "spin":
+            while True:
+                pass
         case "fail":
             raise CheckpointError("the model folder is gone")
     plan = load.plan

@@ -223,11 +223,26 @@ def test_a_full_queue_answers_429() -> None:
         ) as caught:
             await collect(engine, "O", long)
         assert caught.value.retry_after >= 1
+        for never, match in (({"max_tokens": 5000}, "context"), ({"n": 2}, "n is 2"), ({"logprobs": 99}, "at most")):
+            with pytest.raises(RequestError, match=match) as caught_too:
+                await collect(engine, "O", long.with_changes(**never))
+            assert not isinstance(caught_too.value, QueueFullError)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     run(test, max_num_seqs=1, max_queue_size=2)
+
+
+def test_the_queue_counts_what_waits_and_not_what_runs() -> None:
+    """All come before the engine reports any of them."""
+
+    async def test(engine: AsyncLLM) -> None:
+        short = GREEDY.with_changes(max_tokens=8)
+        ends = await asyncio.gather(*(collect(engine, "O", short) for _ in range(12)), return_exceptions=True)
+        assert [isinstance(end, QueueFullError) for end in ends] == [False] * 10 + [True] * 2
+
+    run(test, max_num_seqs=8, max_queue_size=2)
 
 
 def test_an_idle_engine_uses_no_cpu() -> None:

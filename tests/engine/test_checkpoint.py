@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quire.config import EngineConfig
-from quire.engine.checkpoint import bundled_folder, find_model, read_default_params
+from quire.engine.checkpoint import bundled_folder, find_model, model_name, read_default_params
 from quire.errors import CheckpointError
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -124,9 +124,8 @@ def test_without_a_connection_an_earlier_download_serves(hub: str, tmp_path: Pat
 
 
 def test_an_unknown_name_says_so(hub: str, tmp_path: Path) -> None:
-    assert (
-        find_in_a_new_process(tmp_path, hub, "org/none") == "org/none is neither a folder here nor a model on the hub"
-    )
+    said = find_in_a_new_process(tmp_path, hub, "org/none")
+    assert said.startswith("org/none is neither a folder here nor a model on the hub")
 
 
 def test_folders(tmp_path: Path) -> None:
@@ -149,3 +148,16 @@ def test_defaults_of_generation_config(tmp_path: Path) -> None:
     assert read_default_params(EngineConfig(generation_config="none"), tmp_path) == {}
     (tmp_path / "generation_config.json").write_text('{"do_sample": false}')
     assert read_default_params(EngineConfig(), tmp_path) == {"temperature": 0.0}
+
+
+def test_the_name_of_a_folder_hides_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "org" / "small"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (str(folder), f"{folder}/", "org/small", "./org/small", "org/../org/small", "~/org/small"):
+        assert model_name(given) == "small", given
+    monkeypatch.chdir(folder)
+    assert (model_name("."), model_name("..")) == ("small", "org")
+    assert model_name("org/on-the-hub") == "org/on-the-hub"
+    assert model_name("") == "quire-bundled"

@@ -245,16 +245,16 @@ def test_what_a_card_cannot_do_is_refused(llama_8b: ModelConfig) -> None:
 def test_float8_needs_a_card_that_has_it(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     ampere = replace(CARD, capability=(8, 0))
     config = EngineConfig(kv_cache_dtype="fp8")
-    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "sdpa")
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_, **__: "sdpa")
     assert plan_memory(config, llama_8b, device=ampere).kv_cache_dtype == "fp8_e4m3"
-    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_, **__: "triton")
     assert plan_memory(config, llama_8b, device=CARD).kv_cache_dtype == "fp8_e4m3"
     with pytest.raises(ConfigError, match=r"fp8_e4m3, for which the triton backend needs .* 8.9, but this one has 8.0"):
         plan_memory(config, llama_8b, device=ampere)
 
 
 def test_a_backends_workspace_is_in_the_plan(llama_8b: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_: "triton")
+    monkeypatch.setattr("quire.engine.memory_plan.choose_backend", lambda *_, **__: "triton")
     plan = plan_memory(EngineConfig(), llama_8b, device=CARD)
     rows = {**BACKENDS, "triton": replace(BACKENDS["triton"], workspace=BACKENDS["triton"].workspace + 2**25)}
     monkeypatch.setattr("quire.engine.memory_budget.BACKENDS", rows)

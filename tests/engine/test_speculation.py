@@ -82,7 +82,7 @@ def test_the_same_bits_in_fewer_steps(plain: LLM, options: dict[str, Any]) -> No
             assert what_came_of(one) == what_came_of(other), name
         stats = llm.stats()
         assert stats.num_used_blocks == 0
-        assert stats.total_draft_tokens > stats.total_accepted_tokens > 50
+        assert stats.total_draft_tokens > stats.total_accepted_tokens > 30
         metrics = [output.metrics for output in found if output.metrics is not None]
         assert sum(each.num_draft_tokens for each in metrics) == stats.total_draft_tokens
         assert sum(each.num_accepted_tokens for each in metrics) == stats.total_accepted_tokens

@@ -181,7 +181,7 @@ def test_a_model_without_tokenizer_has_no_structured_outputs(random_model: Path,
     for file in random_model.iterdir():
         if "tokenizer" not in file.name:
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(RequestError, match=r"needs the model's tokenizer\.json"):
+    with pytest.raises(RequestError, match=r"needs the model's tokenizer: .* is missing"):
         run(LLM(str(tmp_path), **OPTIONS), SamplingParams(structured_outputs=JSON, detokenize=False), [[5]])
 
 

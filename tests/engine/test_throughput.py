@@ -31,3 +31,12 @@ def test_a_line_only_when_tokens_were_computed(monkeypatch: pytest.MonkeyPatch) 
     assert (rates.stats.num_running, rates.stats.total_prompt_tokens) == (0, 10)
     rates.update(EngineStats(total_prompt_tokens=1, total_generated_tokens=1))
     assert "-" not in lines[1]
+
+
+def test_what_the_engine_has_not_reported_waits_only_if_it_has_a_queue_or_no_place() -> None:
+    rates = Throughput(None)
+    assert [rates.num_waiting(live, 8) for live in (0, 8, 11)] == [0, 0, 3]
+    rates.update(EngineStats(num_running=5))
+    assert [rates.num_waiting(live, 8) for live in (5, 8, 11)] == [0, 0, 3]
+    rates.update(EngineStats(num_running=5, num_waiting=2))  # no memory for a sixth
+    assert [rates.num_waiting(live, 8) for live in (7, 9)] == [2, 4]

@@ -477,9 +477,9 @@ def test_arguments_are_checked() -> None:
     slots = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="slots: expected int32, found int64"):
         cpu.write_kv(k, k, KVLayer(keys, values), slots.long())
-    with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 32, 16\], found \[4, 1, 16, 32\]"):
+    with pytest.raises(ValueError, match=r"v_cache: expected shape \[4, 1, 32, any\], found \[4, 1, 16, 32\]"):
         cpu.write_kv(k, k, KVLayer(values, values), slots)
-    with pytest.raises(ValueError, match="v_cache: expected float32, float16 or bfloat16, found int16"):
+    with pytest.raises(ValueError, match="k_cache: expected float32, float16 or bfloat16, found int16"):
         cpu.write_kv(k, k, KVLayer(keys.short(), values.short()), slots)
     with pytest.raises(ValueError, match=r"k_cache: expected shape \[4, 1, 40, 16\], found \[4, 1, 32, 16\]"):
         cpu.write_kv(k, k, KVLayer(keys.char(), values.char()), slots)
@@ -519,6 +519,8 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
     """Two copies would mean two thread pools on the same cores."""
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if "gomp" in line or "libomp" in line or "iomp" in line}
+    # The oracle of the tokenizer tests brings its own, and is no part of Quire.
+    runtimes = {path for path in runtimes if "sentencepiece" not in path}
     assert len(runtimes) == 1, runtimes
 
 

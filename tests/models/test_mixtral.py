@@ -129,7 +129,6 @@ def test_an_expert_that_is_left_over(tmp_path: Path) -> None:
         ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5; supported: at most the number of experts 4"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0; supported: an integer of at least 1"),
         ({"num_local_experts": 2.5}, "num_local_experts is 2.5; supported: an integer of at least 1"),
-        ({"num_local_experts": 0}, "num_local_experts is 0; supported: an integer of at least 1"),
         ({"hidden_act": "relu6"}, 'hidden_act is "relu6"; supported: silu'),
     ],
 )

@@ -24,6 +24,7 @@ from quire.outputs import (
     Logprob,
     MemoryReport,
     PositionLogprobs,
+    RequestMemory,
     RequestMetrics,
     RequestOutput,
 )
@@ -39,10 +40,10 @@ def bundled_tokenizer() -> Tokenizer:
 
 
 class LocalTemplate:
-    """The bundled model's chat template, rendered in this process."""
+    """A chat template rendered in this process, by default the bundled model's."""
 
-    def __init__(self) -> None:
-        self._template = ChatTemplate.from_folder(BUNDLED)
+    def __init__(self, template: ChatTemplate | None = None) -> None:
+        self._template = template or ChatTemplate.from_folder(BUNDLED)
         self.source = self._template.source
         self.response_template = self._template.response_template
 
@@ -86,6 +87,7 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    max_queue_size: int = 1024
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
@@ -94,6 +96,8 @@ class ScriptedEngine:
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
+    memory: list[RequestMemory] = field(default_factory=list)
+    """The requests of the memory report."""
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
@@ -116,7 +120,7 @@ class ScriptedEngine:
 
     async def memory_report(self) -> MemoryReport:
         stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
-        return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), {"new": 1}, [])
+        return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), self.memory)
 
     @property
     def advances(self) -> bool:

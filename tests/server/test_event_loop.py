@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quire.server.limits import MAX_LISTS, MAX_STRINGS, MAX_VALUES
+from quire.server.limits import MAX_ESCAPES, MAX_LISTS, MAX_STRINGS, MAX_VALUES
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine, bundled_tokenizer
 
@@ -27,7 +27,8 @@ LARGEST: dict[str, tuple[str, dict[str, Any] | bytes]] = {
         "/v1/completions",
         {**COMPLETION, "prompt": "a" * 1_000_000, "truncate_prompt_tokens": 9},
     ),
-    "a prompt of escapes": ("/v1/completions", b'{"prompt":"' + rb"\u0041" * (MAX_VALUES - 9) + b'"}'),
+    "a prompt of escapes": ("/v1/completions", b'{"prompt":"' + rb"\u0041" * (MAX_ESCAPES - 9) + b'"}'),
+    "a prompt of commas and brackets": ("/v1/completions", {**COMPLETION, "prompt": ",[" * 1_900_000}),
     "a number of a million digits": ("/v1/completions", b'{"prompt":"x","seed":' + b"1" * 10**6 + b"}"),
     "token ids": ("/v1/completions", {**COMPLETION, "prompt": [1] * (MAX_VALUES - 9)}),
     "lists of token ids": ("/v1/completions", {**COMPLETION, "prompt": [[1]] * (MAX_LISTS - 9)}),

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from quire.server.errors import Refusal
+from quire.server.limits import check_shape
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -22,7 +24,7 @@ def test_body_too_large(engine: ScriptedEngine) -> None:
         assert response.status == 413
         assert "10000 bytes (--max-body-size)" in body["error"]["message"]
         chunks = b"1000\r\n" + b"x" * 0x1000 + b"\r\n"
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost:\r\nconnection: close\r\ncontent-type: application/json\r\n"
         answer = server.raw(head + b"transfer-encoding: chunked\r\n\r\n" + chunks * 3)
         assert answer.startswith(b"HTTP/1.1 413")
         declared = server.raw(head + b"content-length: 99999999999\r\n\r\n")
@@ -32,7 +34,7 @@ def test_body_too_large(engine: ScriptedEngine) -> None:
 
 def test_headers_too_large(server: RunningServer) -> None:
     assert server.send("GET", "/health", headers={"x-filler": "x" * 40_000})[0].status == 431
-    endless = server.raw(b"GET /health HTTP/1.1\r\nhost: x\r\nx-filler: " + b"x" * 200_000)
+    endless = server.raw(b"GET /health HTTP/1.1\r\nhost:\r\nx-filler: " + b"x" * 200_000)
     assert endless.startswith(b"HTTP/1.1 431")
     assert server.send("GET", "/" + "x" * 40_000)[0].status == 431
     assert server.send("GET", "/health")[0].status == 200
@@ -41,7 +43,7 @@ def test_headers_too_large(server: RunningServer) -> None:
 def test_slow_headers_and_bodies(engine: ScriptedEngine) -> None:
     with RunningServer(engine, ServerSettings(port=0, stall_timeout=0.2)) as server:
         assert server.raw(b"GET /health HTTP/1.1\r\nhost:") == b""
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost:\r\nconnection: close\r\ncontent-type: application/json\r\n"
         assert server.raw(head + b"content-length: 50\r\n\r\n{").startswith(b"HTTP/1.1 408")
 
 
@@ -153,6 +155,38 @@ def test_prompt_characters(engine: ScriptedEngine) -> None:
         assert "120 characters" in reply["error"]["message"]
 
 
+LONG_TEXTS = [
+    "," * 300_000,
+    "[" * 300_000,
+    "a, " * 300_000,
+    "\n" * 300_000,
+    '"' * 300_000,
+    '",[' * 300_000,
+    "\\" * 200_000 + "," * 300_000,
+]
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS, ids=range(len(LONG_TEXTS)))
+@pytest.mark.parametrize("rest", [{}, {"suffix": "\\"}, {"user": '\\"'}])
+def test_what_stands_inside_a_text_is_no_value(text: str, rest: dict[str, str]) -> None:
+    check_shape(json.dumps({"prompt": [text, "x"], **rest}).encode())
+
+
+@pytest.mark.parametrize("text", ["", "\\", '"', "\\\\", '\\"'])
+@pytest.mark.parametrize(
+    ("what", "values"), [("commas", [1] * 260_000), ("lists", [[1]] * 60_000), ("texts", ["\\"] * 40_000)]
+)
+def test_too_many_values_beside_a_text_are_refused(text: str, what: str, values: list[Any]) -> None:
+    with pytest.raises(Refusal, match=rf"the body holds \d+,\d+ {what}; at most"):
+        check_shape(json.dumps({"prompt": text, "x": values, "y": text}).encode())
+
+
+def test_a_text_of_commas_that_fits_the_context_is_answered(engine: ScriptedEngine) -> None:
+    engine.max_model_len = 400_000
+    with RunningServer(engine) as server:
+        assert server.send("POST", "/v1/completions", {"prompt": "," * 300_000, "max_tokens": 1})[0].status == 200
+
+
 def test_many_prompts_are_refused_quickly(server: RunningServer) -> None:
     body = json.dumps({"prompt": ["x"] * 100_000}).encode()
     server.send("GET", "/health")
@@ -162,8 +196,8 @@ def test_many_prompts_are_refused_quickly(server: RunningServer) -> None:
 
 
 def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
-    one = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n"
-    last = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    one = b"GET /version HTTP/1.1\r\nhost:\r\n\r\n"
+    last = b"GET /health HTTP/1.1\r\nhost:\r\nconnection: close\r\n\r\n"
     answer = server.raw(one + last)
     assert answer.index(b'"version"') < answer.index(b'"status"')
 

@@ -175,7 +175,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         assert any(line == f"listening on unix:{path}" for line in server.reports)
         with pytest.raises(ConfigError, match="address already in use; choose another --uds"):
             bind(ServerSettings(uds=str(path)))
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://quire") as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
             answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
         assert answer.json()["usage"]["completion_tokens"] == 3
     assert not path.exists()

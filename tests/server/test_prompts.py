@@ -11,6 +11,7 @@ import pytest
 from quire.engine.chat_template import ChatTemplate
 from quire.server.prompts import render
 from quire.server.protocol import ChatCompletionRequest
+from tests.server.scripted_engine import LocalTemplate
 
 DATA = Path(__file__).parents[1] / "data" / "chat_templates"
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -44,10 +45,6 @@ TEMPLATES = {
 <function={{ c.function.name }}>{% for k, v in c.function.arguments | items %}
 <parameter={{ k }}>{{ v if v is string else v | tojson }}</parameter>{% endfor %}{% endfor %}
 {% else %}{{ m.content }}{% endif %}{% endfor %}{{ tools | tojson(indent=2) }}""",
-    "content is none": """{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}calls
-{%- for c in m['tool_calls'] %} {{ c['id'] }}{{ c['function']['arguments'] | tojson }}{% endfor %}
-{%- elif m.role == 'assistant' and m.tool_calls is defined %}both{% else %}{{ m['content'] }}{% endif %}{% endfor %}
-{{ tools }}""",
     "reasoning": """{% for m in messages %}{% if m.reasoning_content is defined %}
 <think>{{ m.reasoning_content }}</think>{%- endif %}{{ m.content or '' }}{{ m.tool_call_id or '' }}{{ m.name or '' }}
 {{ m.tool_calls | length }}{% endfor %}
@@ -65,7 +62,7 @@ OPTIONS: dict[str, Any] = {
 
 def rendered(source: str, **body: Any) -> str:
     request = msgspec.convert(body, ChatCompletionRequest)
-    return asyncio.run(render(ChatTemplate({"default": source}, TOKENS), request))
+    return asyncio.run(render(LocalTemplate(ChatTemplate({"default": source}, TOKENS)), request))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

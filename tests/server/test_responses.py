@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import BadRequestError, NotFoundError, OpenAI
+from openai import BadRequestError, NotFoundError, OpenAI, RateLimitError
 
 from quire.errors import ConfigError, EngineUnavailableError
+from quire.server.responses import runs
 from quire.server.responses.items import input_items, to_messages
 from quire.server.responses.protocol import Reasoning, ResponseObject, TextConfig
 from quire.server.responses.store import ResponseStore, StoredResponse, StoreFailedError
@@ -217,6 +218,31 @@ def test_cancel(client: OpenAI, engine: ScriptedEngine) -> None:
         client.responses.cancel(done.id)
 
 
+def test_a_refused_background_response_is_not_kept(
+    client: OpenAI, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MAX_RUNS", 0)
+    saved: list[str] = []
+    save = ResponseStore.save
+
+    async def record(store: ResponseStore, account: str, stored: StoredResponse) -> None:
+        saved.append(stored.response.id)
+        await save(store, account, stored)
+
+    monkeypatch.setattr(ResponseStore, "save", record)
+    with pytest.raises(RateLimitError, match="0 responses run in the background"):
+        client.with_options(max_retries=0).responses.create(model="scripted", input="x", background=True)
+    assert not saved
+
+
+def test_a_stream_that_lacks_events_says_so(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_EVENT_BYTES", 4000)
+    created: Any = client.responses.create(model="scripted", input="x", background=True, stream=True)
+    *_, last = created
+    assert last.type == "error"
+    assert "retrieve it without stream" in last.message
+
+
 def test_failures(client: OpenAI, engine: ScriptedEngine) -> None:
     engine.raises, engine.raises_at = EngineUnavailableError("the engine is being restarted"), 3
     events: list[Any] = list(client.responses.create(model="scripted", input="x", stream=True))
@@ -369,3 +395,16 @@ def test_a_store_that_fails_costs_no_answer(caplog: pytest.LogCaptureFixture) ->
     with pytest.raises(StoreFailedError, match="the store of responses failed") as failed:
         asyncio.run(store.load("", "resp_1"))
     assert failed.value.status == 503
+
+
+def test_a_full_disk_keeps_what_is_stored(caplog: pytest.LogCaptureFixture) -> None:
+    store = ResponseStore(None, 10**7)
+    asyncio.run(store.save("", stored(1)))
+    (num_pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {num_pages}")
+    for number in (1, 2):
+        asyncio.run(store.save("", stored(number, size=10**6)))
+        assert f"full; the response resp_{number} is not kept" in caplog.text
+    assert asyncio.run(store.load("", "resp_1")) == stored(1)
+    asyncio.run(store.save("", stored(1, "failed")))
+    assert asyncio.run(store.load("", "resp_1")) == stored(1, "failed")

@@ -24,7 +24,7 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 def connect(server: RunningServer, path: str, **body: object) -> socket.socket:
     data = json.dumps({"max_tokens": 10**6, **body}).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost:\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 

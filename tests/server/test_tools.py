@@ -14,7 +14,7 @@ from quire.engine.async_engine import AsyncLLM
 from quire.engine.chat_template import ChatTemplate
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
-from tests.server.scripted_engine import ScriptedEngine, bundled_tokenizer
+from tests.server.scripted_engine import LocalTemplate, ScriptedEngine, bundled_tokenizer
 
 ASK: list[Any] = [{"role": "user", "content": "What is the weather?"}]
 PARAMETERS = {
@@ -42,7 +42,9 @@ QWEN = (
 def scripted(
     answer: str, template: str = "{{ tools }}<tool_call>", **settings: Any
 ) -> Iterator[tuple[OpenAI, ScriptedEngine]]:
-    engine = ScriptedEngine(answer=answer, chat_template=ChatTemplate({"default": template}, {}), max_model_len=2048)
+    engine = ScriptedEngine(
+        answer=answer, chat_template=LocalTemplate(ChatTemplate({"default": template}, {})), max_model_len=2048
+    )
     with RunningServer(engine, ServerSettings(port=0, **settings)) as server, server.client() as client:
         yield client, engine
 

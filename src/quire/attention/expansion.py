@@ -1,4 +1,4 @@
-"""When keys and values of heads are made of latent rows, instead of multiplying the rows as they are.
+"""Latent attention: for which sequences keys and values of heads are computed from the latent rows.
 
 Attention over rows multiplies some four times as many numbers for a pair of a query and a key, but needs no keys and
 values. With many new tokens of a sequence, making them once for all of these costs less (decision 0038).
@@ -11,7 +11,7 @@ from quire.backends import EXPANSION_WORKSPACE
 from quire.dtypes import FLOAT32_BYTES
 
 MIN_NEW_TOKENS = 192
-"""New tokens of a sequence from which it pays, with the widths of DeepSeek."""
+"""With fewer new tokens in a sequence it is slower than multiplying the rows directly (DeepSeek's widths)."""
 
 
 def workspace_bytes(row_dim: int, expanded_dims: tuple[int, int]) -> int:
@@ -21,7 +21,7 @@ def workspace_bytes(row_dim: int, expanded_dims: tuple[int, int]) -> int:
 
 
 def sequences_to_expand(step: StepArrays, shape: AttentionShape) -> Int64Array:
-    """The sequences of a step for which it pays, if they are short enough for the workspace. A batch-invariant plan
+    """The sequences of a step for which it is faster and whose keys fit the workspace. A batch-invariant plan
     has none: how a token is computed must not depend on the chunk it comes in."""
     if not any(shape.expanded_dims) or shape.batch_invariant:
         return np.empty(0, dtype=np.int64)

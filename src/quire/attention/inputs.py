@@ -24,7 +24,7 @@ class AttentionShape:
     value_dim: int = 0
     """Elements of a value; 0: as many as a key has."""
     expanded_dims: tuple[int, int] = (0, 0)
-    """Elements of a head's key and value that are made of a latent row; 0: the layers are not latent."""
+    """Elements of a head's key and value together, computed from a latent row; 0: the layers are not latent."""
     window: int = 0
     """Positions that a token of the group's layers sees; 0: all. A plan serves layers with this window or a smaller
     one."""

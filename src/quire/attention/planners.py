@@ -49,7 +49,7 @@ class GroupPlanner:
         """`shapes` has one entry for each group."""
         self._planners = [make_planner(backend, shape) for shape in shapes]
         self._alike = [list(shapes).index(shape) for shape in shapes]
-        """For each group the first one of its shape."""
+        """For each group, the index of the first group with the same shape."""
 
     def __call__(
         self,

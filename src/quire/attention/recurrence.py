@@ -31,7 +31,7 @@ def plan_recurrence(
     conv_width: int,
     device: torch.device | None = None,
 ) -> RecurrentPlan:
-    """The plan of B sequences, whose states are in `slots`. A save's slot is no sequence's own."""
+    """The plan of B sequences, whose states are in `slots`. A save never goes to the slot of a running sequence."""
     device = device or torch.device("cpu")
 
     def send(values: object) -> Tensor:
@@ -56,7 +56,7 @@ def plan_recurrence(
 def _conv_rows(query_start_loc: Int32Array, saves: Sequence[Save], width: int, device: torch.device) -> ConvRows:
     older, num_sequences = width - 1, len(query_start_loc) - 1
     bounds = query_start_loc.astype(np.int64) + np.arange(num_sequences + 1) * older
-    """Where the older inputs of each sequence begin, and behind the last one the end."""
+    """The row at which the older inputs of each sequence begin; a last entry is the end."""
     tokens = np.repeat(np.arange(1, num_sequences + 1) * older, np.diff(query_start_loc))
     saved = np.array([bounds[sequence] + count for sequence, count, _ in saves], dtype=np.int64)
 

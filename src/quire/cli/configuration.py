@@ -60,7 +60,7 @@ def _show(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) ->
     """Print every option with its value and where it is from, and end."""
     for argument in arguments:
         name = argument.name.removeprefix("--")
-        if name in ("config", "show-config"):
+        if name in ("config", "show-config") or (not argument.show and not argument.tokens):
             continue
         values = [token.value if token.value else token.implicit_value for token in argument.tokens]
         if values and argument.field_info.name in _SECRETS:

@@ -49,6 +49,7 @@ def generate(prompt: str | None = None, *, verbose: bool = False, **options: Any
     config = EngineConfig.from_options({"disable_log_stats": True, **engine_options})
     values = {"max_tokens": SamplingOptions().max_tokens, **sampling}
     SamplingParams(**values)  # refuse wrong values before anything is loaded
+    config.make_folders()
     text = sys.stdin.read() if prompt is None else prompt
     asyncio.run(_stream(config, text, values, verbose=verbose))
 

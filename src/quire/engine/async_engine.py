@@ -48,6 +48,7 @@ from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.request import Task
 from quire.sampling_params import SamplingParams
+from quire.scheduler.request_check import check_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,11 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def max_queue_size(self) -> int:
+        """Most requests that may wait; 0: no limit."""
+        return self.config.max_queue_size
+
+    @property
     def engine_pid(self) -> int:
         """Process id of the engine process."""
         return self._client.pid
@@ -279,7 +285,6 @@ class AsyncLLM:
             raise self.outage
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
-        self._check_queue()
         internal_id = f"r{next(self._request_numbers)}"
         make = partial(
             self._inputs.make_request,
@@ -295,6 +300,9 @@ class AsyncLLM:
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
+        # Before the queue: a request that never fits is not asked to come again.
+        check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
+        self._check_queue()
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
@@ -303,7 +311,8 @@ class AsyncLLM:
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""
-        num_waiting, limit = self._streams.num_live - self.stats.num_running, self.config.max_queue_size
+        limit = self.config.max_queue_size
+        num_waiting = self._throughput.num_waiting(self._streams.num_live, self.memory_plan.max_num_seqs)
         if num_waiting >= limit > 0:
             raise QueueFullError(
                 f"{num_waiting} requests are waiting, the limit is {limit} (max_queue_size)",

@@ -25,17 +25,17 @@ class Blame:
         self._num_deaths: dict[str, int] = {}
         """Deaths in a row that count against a request."""
         self._group: list[str] = []
-        """The suspects that run now."""
+        """The suspects that run apart now."""
         self._groups: deque[list[str]] = deque()
-        """The suspects that run after them."""
+        """The groups of suspects that run apart next."""
 
     @property
     def group(self) -> tuple[str, ...]:
-        """The suspects that run apart now, so that all others wait; empty if nobody does."""
+        """The suspects that run apart now, while all others wait; empty if none do."""
         return tuple(self._group)
 
     @property
-    def suspects_any(self) -> bool:
+    def has_suspects(self) -> bool:
         """Whether a death counts against a request."""
         return bool(self._num_deaths)
 
@@ -55,7 +55,7 @@ class Blame:
             suspects = [name for name in self._group if name in in_step]
         else:
             suspects = [name for name in in_step if self._num_deaths[name] >= DEATHS_OF_A_SUSPECT]
-        if not suspects:  # it died between two steps, or in one of others: the same group runs again
+        if not suspects:  # it died between two steps, or in a step without them: the same group runs again
             return None
         others_had_tokens = all(self._num_deaths[name] == 1 for name in in_step if name not in suspects)
         if len(suspects) == 1 and others_had_tokens and self._num_deaths[suspects[0]] > DEATHS_OF_A_SUSPECT:

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer
 
 from quire.engine.message_contents import ContentForms, plain_message, render_contents
 from quire.engine.tokenizer import MAX_PROMPT_CHARS, read_special_tokens
-from quire.engine.tokenizer_files.added_tokens import read_optional
+from quire.engine.tokenizer_files.added_tokens import CONFIG_FILE, read_optional
 from quire.errors import CheckpointError, RequestError
 
 MAX_LOOP_TURNS = 1_000_000
@@ -137,7 +137,7 @@ class ChatTemplate:
 
 def read_response_template(folder: Path) -> str:
     """How the tokenizer describes replies, as JSON; "" if it does not."""
-    described = read_optional(folder / "tokenizer_config.json").get("response_template")
+    described = read_optional(folder / CONFIG_FILE).get("response_template")
     return json.dumps(described, ensure_ascii=False) if isinstance(described, dict) else ""
 
 
@@ -155,7 +155,7 @@ def read_sources(folder: Path) -> tuple[dict[str, str], str]:
             return {"default": path.read_text(encoding="utf-8")}, str(path)
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-    path = folder / "tokenizer_config.json"
+    path = folder / CONFIG_FILE
     match read_optional(path).get("chat_template"):
         case None:
             return {}, str(path)

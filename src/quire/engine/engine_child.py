@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from quire.engine.messages import FrameBuffer, FromEngine, ToEngine, decode_from_engine, encode
-from quire.engine.process_activity import describe_exit, num_oom_kills, work_done
+from quire.engine.process_activity import Activity, activity, describe_exit, num_oom_kills
 from quire.engine.step_record import StepRecord
 
 PROGRAM = "quire.engine.engine_process"
@@ -25,7 +25,7 @@ class Death:
     """How an engine process ended."""
 
     cause: str
-    """In words that a client may read: no paths, no addresses."""
+    """The reason, safe to show to a client: without paths and addresses."""
     while_loading: bool
     in_step: frozenset[str] | None
     """Requests that were in the step that died; None for all that the process held."""
@@ -48,6 +48,8 @@ class EngineChild:
         self._num_oom_kills = num_oom_kills()
         self._num_sent = 0
         self._killed_for = ""
+        self.num_received = 0
+        """Messages that the process has sent."""
         self.is_ready = False
         """Set by the owner: whether the process can compute."""
 
@@ -88,9 +90,9 @@ class EngineChild:
         """Whether the process has carried out every message and is in no step."""
         return self._num_sent == self.record.num_handled and not self.record.in_step
 
-    def work_done(self) -> float | None:
-        """As `process_activity.work_done`."""
-        return work_done(self.pid)
+    def activity(self) -> Activity | None:
+        """As `process_activity.activity`."""
+        return activity(self.pid)
 
     def send(self, message: ToEngine) -> None:
         """Send a message; dropped if the connection has ended."""
@@ -104,6 +106,7 @@ class EngineChild:
         with contextlib.suppress(ConnectionError):
             while data := await self._reader.read(1 << 20):
                 for body in frames.feed(data):
+                    self.num_received += 1
                     yield decode_from_engine(body)
 
     def kill(self, cause: str) -> None:
@@ -126,7 +129,7 @@ class EngineChild:
         return death
 
     def release(self) -> None:
-        """Close what this process holds of one that has ended, and that nobody waits for."""
+        """Release the socket and handles of a process that has ended."""
         self._writer.close()
         self.record.close()
 

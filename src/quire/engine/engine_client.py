@@ -1,4 +1,4 @@
-"""EngineClient: the engine processes as seen from the process that answers clients: one at a time, for ever.
+"""EngineClient: the engine processes as seen from the process that answers clients: one at a time.
 
 torch is not imported here, so this process answers while weights load. A process that dies is replaced. So is one that
 does not advance (`watchdog`). Deaths without progress make the replacements come later and later (`breaker`), but they
@@ -17,7 +17,7 @@ from quire.engine.breaker import Breaker
 from quire.engine.engine_child import Death, EngineChild
 from quire.engine.messages import Failed, FromEngine, Load, Ready, ToEngine
 from quire.engine.spare_child import SpareChild, wants_spare
-from quire.engine.watchdog import LOOK_SECONDS, Watchdog, step_limit
+from quire.engine.watchdog import LOOK_SECONDS, Watchdog, step_allowance, step_limit
 from quire.errors import EngineDeadError, EngineUnavailableError, QuireError
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class EngineClient:
         return child
 
     async def _supervise(self, child: EngineChild) -> None:
-        """Replace one process by the next, until the first load fails."""
+        """Run one process after the other. Ends if the first load fails."""
         while True:
             death = await self._run(child)
             if self._failure is not None:
@@ -153,7 +153,7 @@ class EngineClient:
             child = next_child
 
     async def _try_spawn(self) -> EngineChild | None:
-        """Start a process; None, after a while, if the system cannot."""
+        """Start a process. If the system cannot, wait and return None."""
         self._phase = "restarting"
         try:
             return await self._spawn()
@@ -217,17 +217,20 @@ class EngineClient:
                 self._sent.clear()
                 await self._sent.wait()  # an idle engine is not looked at: this process sleeps as well
             await asyncio.sleep(LOOK_SECONDS)
-            work = child.work_done()
-            limit = step_limit(config.step_timeout, child.record.longest_step)
+            activity = child.activity()
+            work = None if activity is None else activity.work
+            allowance = 0.0
             if child.is_ready:
+                limit = step_limit(config.step_timeout, child.record.longest_step)
+                allowance = step_allowance(self._load.plan)
                 self._watchdog.look(time.monotonic(), child.record.beat, work)
                 what = "a step did not end"
             else:
-                # A load advances as long as it works: nobody knows how long one takes.
                 limit = config.load_timeout
-                self._watchdog.look(time.monotonic(), (child.record.beat, work), work)
+                intake = None if activity is None else activity.intake
+                self._watchdog.look(time.monotonic(), (child.record.beat, child.num_received, intake), work)
                 what = "loading made no progress"
-            if self._watchdog.overdue(limit):
+            if self._watchdog.overdue(limit, allowance):
                 child.kill(f"{what} in {self._watchdog.stalled:.0f} s")
                 return
 

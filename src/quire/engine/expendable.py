@@ -1,4 +1,4 @@
-"""Expendable: a child process for work that clients or model files decide, and that may never end or take all memory.
+"""Expendable: a child process that can be killed, for work that may never end or may take all memory.
 
 It answers one question at a time over one end of a socketpair. If it ends or takes too long, the question fails, and
 the next one starts a new process.

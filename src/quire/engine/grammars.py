@@ -24,19 +24,23 @@ def load_compiler(config: EngineConfig, model_config: ModelConfig, folder: Path)
 
 def read_compiler(folder: Path, *, vocab_size: int, eos_token_ids: tuple[int, ...]) -> Compiler:
     """The compiler for the tokenizer in `folder`. Raises `RequestError` if there is none."""
-    from quire.engine.tokenizer import Tokenizer  # most models have a tokenizer.json and name their end tokens
     from quire.grammar.compiler import GrammarCompiler  # imports llguidance, which only structured output needs
 
     path = folder / "tokenizer.json"
+    if path.is_file() and eos_token_ids:  # as for most models
+        content = path.read_text(encoding="utf-8")
+        return GrammarCompiler(content, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+    from quire.engine.tokenizer import Tokenizer  # imports a library that the engine process otherwise does without
+
     try:
-        tokenizer = Tokenizer.from_folder(folder) if not path.is_file() or not eos_token_ids else None
+        tokenizer = Tokenizer.from_folder(folder)
     except CheckpointError as error:
         raise RequestError(
             f"structured output needs the model's tokenizer: {error}", param="structured_outputs", code="not_available"
         ) from error
-    if tokenizer is not None and not eos_token_ids and tokenizer.eos_token_id is not None:
+    if not eos_token_ids and tokenizer.eos_token_id is not None:
         eos_token_ids = (tokenizer.eos_token_id,)
-    content = path.read_text(encoding="utf-8") if path.is_file() or tokenizer is None else tokenizer.to_json()
+    content = path.read_text(encoding="utf-8") if path.is_file() else tokenizer.to_json()
     return GrammarCompiler(content, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 

@@ -14,7 +14,7 @@ from quire.errors import QuarantinedError, QuireError
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
-"""A prefix that was being computed at so many deaths of the engine in a row is not sent again."""
+"""Deaths of the engine in a row, all while it computed one prefix, after which that prefix is not sent again."""
 
 
 class PrefixRegistrations:

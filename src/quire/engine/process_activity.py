@@ -3,24 +3,36 @@
 import os
 import signal
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+_FAULTS_OF_PROGRESS = 64
+"""Pages that a process fills for the first time count in so many: a loop has some now and then."""
 
-def work_done(pid: int) -> float | None:
-    """Seconds of CPU time that a process has used, plus the MiB that it has read: it grows while the process works.
 
-    None if the system does not say.
-    """
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What a process has done since its start."""
+
+    work: float
+    """Seconds of CPU time, plus the MiB that it has read: it grows while the process works."""
+    intake: int
+    """Grows with bytes read and pages filled: while a process loads, and not while it turns in a loop."""
+
+
+def activity(pid: int) -> Activity | None:
+    """The activity of a process; None if the system does not say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return None
     work = (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+    num_faults, num_read = int(stat[7]) + int(stat[9]), 0
     with suppress(OSError):  # a hardened system hides it
         for line in Path(f"/proc/{pid}/io").read_text().splitlines():
             if line.startswith("rchar:"):
-                work += int(line.partition(":")[2]) / 2**20
-    return work
+                num_read = int(line.partition(":")[2])
+    return Activity(work + num_read / 2**20, num_read // 2**20 + num_faults // _FAULTS_OF_PROGRESS)
 
 
 def num_oom_kills() -> int:

@@ -22,9 +22,9 @@ from quire.request import Request
 logger = logging.getLogger(__name__)
 
 APART_SECONDS = 5.0
-"""Suspects of a death run so long apart; if nothing dies until then, others run beside them again."""
+"""Seconds that suspects of a death run apart. If the engine lives that long, other requests run beside them again."""
 QUARANTINE_SECONDS = 600.0
-"""The content of a request that killed the engine is refused for so long."""
+"""Seconds for which the content of a request that killed the engine is refused."""
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class RequestStreams:
                 _record(stream, delta)
         if len(deltas):
             self._progress = True
-            if self._blame.suspects_any:
+            if self._blame.has_suspects:
                 self._clear(*{delta.request_id for delta in deltas})
         outputs, stopped = self._outputs.process(deltas)
         for request_id, index in stopped:
@@ -207,7 +207,7 @@ class RequestStreams:
         self.start_timer()
 
     def _clear(self, *request_ids: str) -> None:
-        """These requests are under suspicion no more; others may run if nobody else is."""
+        """These requests are no longer suspects. If there are no other suspects, all requests may run."""
         group = self._blame.group
         for request_id in request_ids:
             self._blame.clear(request_id)

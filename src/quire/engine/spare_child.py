@@ -10,11 +10,11 @@ from quire.engine.messages import Prepare
 logger = logging.getLogger(__name__)
 
 DELAY_SECONDS = 5.0
-"""A spare is started so long after the engine is ready: its import of torch takes a core for a second."""
+"""Seconds between a ready engine and the start of a spare, whose import of torch takes a core for a second."""
 
 
 MIN_AVAILABLE = 2 * 2**30
-"""Bytes that must be free for a spare where nobody asks for one; it takes about a tenth of them."""
+"""Free bytes from which a spare is kept without the option; a spare takes about a tenth of them."""
 
 
 class SpareChild:

@@ -9,7 +9,7 @@ from quire.errors import ConfigError, MemoryPlanError
 from quire.model_config import ModelConfig
 
 STATE_SHARE = 0.5
-"""Share of the memory for KV blocks and states together that states take at most by default."""
+"""By default states take at most this share of the memory for KV blocks and states."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ class StepRecord:
         _STATE.pack_into(self._memory, 0, _LISTED)
 
     def end(self, *, num_messages: int) -> None:
-        """The step has ended, and its results are sent; so many messages were carried out before it."""
+        """The step has ended and its results are sent. `num_messages` messages were carried out before it."""
         _STATE.pack_into(self._memory, 0, _IDLE)
         self._longest = max(self._longest * _DECAY, time.monotonic() - self._began)
         self._num_handled += num_messages
@@ -89,7 +89,7 @@ class StepRecord:
 
     @property
     def longest_step(self) -> float:
-        """Seconds of the longest step lately."""
+        """Seconds of the longest recent step."""
         return float(_COUNTS.unpack_from(self._memory, _COUNTS_AT)[2])
 
     @property

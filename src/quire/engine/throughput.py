@@ -54,6 +54,12 @@ class Throughput:
         """Requests that finished just now."""
         self._finish_times.extend([time.monotonic()] * num_requests)
 
+    def num_waiting(self, num_live: int, max_num_seqs: int) -> int:
+        """How many of `num_live` requests wait. Where the engine has no queue, the ones that it has not reported yet
+        are taken to run while there are places."""
+        num_running = self.stats.num_running if self.stats.num_waiting else max_num_seqs
+        return max(0, num_live - num_running)
+
     def retry_after(self, num_waiting: int, max_queue_size: int) -> int:
         """Seconds until the queue has room: by the scheduler's prediction, else by the rate of finished requests."""
         excess, predicted = num_waiting - max_queue_size + 1, self.stats.predicted_queue_seconds

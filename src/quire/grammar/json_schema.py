@@ -30,7 +30,7 @@ _DAY = (
 )
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _PATTERNS = {"date": f"^({_DAY})$", "date-time": f"^({_DAY})T{_TIME}$"}
-"""Formats with days that exist: llguidance's own know nothing of months."""
+"""Date formats that allow only days that exist; llguidance's own allow 31 days in every month."""
 
 
 def prepared(schema: Mapping[str, Any], *, closes: bool) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _close(schema: Any, *, part: bool, parts: set[str], place: str) -> Any:
 
 
 def _is_whole(schema: Mapping[str, Any]) -> bool:
-    """True for an object that lists all properties that it needs and says nothing of others."""
+    """True for an object that lists every required property and does not say whether there may be more."""
     listed, required = schema.get("properties"), schema.get("required") or []
     return (
         isinstance(listed, Mapping)

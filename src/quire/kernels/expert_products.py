@@ -1,4 +1,4 @@
-"""What kernel modules make `pack_experts` and `experts` of: packing of one expert after the other, and a loop over
+"""`pack_experts` and `experts` for kernel modules: packing of one expert after the other, and a loop over
 them."""
 
 from collections.abc import Callable, Iterator, Sequence

@@ -24,15 +24,16 @@ from quire.kernels.reference import linear, linear_quantized, quantize_linear, z
 from quire.quantization import WeightFormat
 
 _ALIGNED_BYTES = 16
-"""torch's grouped product reads rows that begin on a multiple of this."""
+"""Bytes. torch's grouped product needs rows that begin at a multiple of this."""
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
     """Floats [E, N, K] on the device of the matrices. MXFP4 becomes floats, since torch multiplies nothing smaller."""
-    return pack_each(matrices, stored, allocate, _pack_linear, quantize_linear, _widen_mxfp4)
+    return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, _widen_mxfp4)
 
 
-def _pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
+    """Matrices [N_i, K] -> [sum of N_i, K], as the checkpoint has them: torch multiplies no other layout."""
     stored = [weight.to(getattr(torch, dtype)) for weight in weights]
     return stored[0] if len(stored) == 1 else torch.cat(stored)
 
@@ -42,7 +43,7 @@ def _widen_mxfp4(
 ) -> ExpertWeight:
     if not isinstance(stored, str):
         raise ConfigError("quantization: experts in MXFP4 are not quantised again; leave it out, or run on the CPU")
-    return pack_floats([[dequantize(part) for part in parts] for parts in matrices], stored, _pack_linear, allocate)
+    return pack_floats([[dequantize(part) for part in parts] for parts in matrices], stored, pack_linear, allocate)
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None:

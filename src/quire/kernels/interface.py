@@ -95,7 +95,7 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExpandedRun:
-    """Many new tokens of one sequence with latent rows, for which keys and values of heads are made after all."""
+    """Many new tokens of one sequence with latent rows, for which the keys and values of heads are computed."""
 
     tokens: slice
     """Rows of q."""
@@ -199,7 +199,7 @@ class RecurrentPlan:
     slots: Tensor
     """[B]: the state slot of each sequence, whose state the step replaces."""
     saves: Tensor
-    """[M, 3]: (sequence, number of its new tokens, slot): its state after so many of them is also written to the
+    """[M, 3]: (sequence, n, slot): the sequence's state after its first n new tokens is also written to the
     slot."""
     conv: ConvRows
     steps: Tensor

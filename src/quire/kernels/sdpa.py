@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import reference
-from quire.kernels.grouped_experts import experts, pack_experts
+from quire.kernels.grouped_experts import experts, pack_experts, pack_linear
 from quire.kernels.host_sampling import row_argmax, sample_tokens
-from quire.kernels.interface import Allocate, AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer, KVShape
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
@@ -26,7 +26,6 @@ from quire.kernels.reference import (
     linear_quantized,
     quantize_linear,
     silu_and_mul,
-    zeros,
 )
 from quire.kernels.unfused import unfused
 
@@ -155,11 +154,6 @@ def copy_blocks(layers: Sequence[KVLayer], pairs: Tensor) -> None:
     reference.copy_blocks(
         [replace(layer, keys=_bits(layer.keys), values=_bits(layer.values)) for layer in layers], pairs
     )
-
-
-def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
-    stored = [weight.to(getattr(torch, dtype)) for weight in weights]
-    return stored[0] if len(stored) == 1 else torch.cat(stored)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:

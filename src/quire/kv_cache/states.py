@@ -23,7 +23,7 @@ from quire.memory_stats import StateStats
 
 NO_STATE = -1
 ZERO_STATE = -1
-"""As the source of a copy: the state before the first token."""
+"""The source of a copy that writes the state before the first token."""
 
 StateCopy = tuple[int, int]
 """(source, destination): slots."""
@@ -34,7 +34,7 @@ class OutOfStatesError(QuireError):
 
 
 class Snapshot(NamedTuple):
-    """A findable state."""
+    """A state that the prefix cache can find."""
 
     slot: int
     parent: BlockHash
@@ -62,7 +62,7 @@ class StatePool:
         self.copies: list[StateCopy] = []
         """For the next step."""
         self.pinned: Counter[BlockHash] = Counter()
-        """Names of snapshots that are never evicted → by how many prefixes they are held."""
+        """Name of a snapshot that is never evicted → number of prefixes that pin it."""
         self._free = list(range(num_slots - 1, -1, -1))
         self._num_held = 0
         self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
@@ -103,7 +103,7 @@ class StatePool:
         return slot
 
     def drop(self, slot: int) -> None:
-        """The save into a held slot was not made, or is not wanted any more."""
+        """Free a held slot: its save was not made or is no longer needed."""
         self._num_held -= 1
         self._free.append(slot)
 

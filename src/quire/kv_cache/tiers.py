@@ -19,10 +19,10 @@ MIN_STAGED_BLOCKS = 4
 _WEIGHT = 0.2
 """Weight of the newest measurement in a running mean."""
 _MAX_AGE = 60.0
-"""A rate that was not measured for so many seconds counts as unknown, so that a slow spell has an end."""
+"""Seconds after which a measured rate counts as unknown, so that a slow spell has an end."""
 _MIN_STEP_TOKENS = 32
 _MIN_ROW_TOKENS = 4
-"""A step measures the rate of computing prompts if it has so many tokens, and so many per sequence."""
+"""A step measures the rate of computing prompts if it has this many tokens, and this many per sequence."""
 
 
 def num_staged_blocks(block_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""find_architecture: which row of ARCHITECTURES a config.json means.
+"""find_architecture: the row of ARCHITECTURES for a config.json.
 
 transformers' AutoModelForCausalLM goes by `model_type` and reads `architectures` as a note. Quire goes by the first
 name of `architectures` that has a row; a file without such a name (null, a bare model such as LlamaModel, an old
@@ -70,6 +70,6 @@ def _is_other_task(name: str) -> bool:
 
 
 def architectures_of(model_types: Iterable[str]) -> dict[str, str]:
-    """Each of `model_types` that means a row with the row's name."""
+    """Model type → name of its row, for each of `model_types` that has a row."""
     found = {model_type: _causal_architecture(model_type, {}) for model_type in model_types}
     return {model_type: name for model_type, name in found.items() if name is not None}

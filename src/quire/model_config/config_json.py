@@ -15,7 +15,7 @@ _LARGEST_FLOAT = 1e38
 _NUM_SHOWN = 200
 """Characters of a value that a message shows."""
 GIT_LFS_POINTER = b"version https://git-lfs"
-"""How a file begins that git-lfs left in the place of the real one."""
+"""First bytes of the pointer file that git-lfs leaves when the real file was not downloaded."""
 POINTER_REFUSAL = "is a pointer of git-lfs, not the file itself; run `git lfs pull` in its folder, or download it again"
 
 

@@ -27,7 +27,7 @@ _REASONS = {
 
 
 def is_computed_by_transformers(path: Path, config: dict[str, Any]) -> bool:
-    """False for a model with a row, and for one that continues no texts. Raises `CheckpointError` for a decoder that
+    """False for a model with a row and for a model that generates no text. Raises `CheckpointError` for a decoder that
     transformers cannot compute on Quire's cache, or only if it were installed."""
     if known_architecture(path, config) is not None:
         return False

@@ -1,4 +1,4 @@
-"""What a folder is that is not a checkpoint Quire reads, and what to do with it; for messages of refusals."""
+"""Kinds of folders that Quire cannot read, and what to do with each: the words for error messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ _NUM_NAMED = 5
 
 
 class FolderKind(NamedTuple):
-    """A kind of folder: how it is recognised, what it is, and the way out."""
+    """A kind of folder: how it is recognised, what it is, and what to do."""
 
     fits: Callable[[set[str]], bool]
     """Whether a folder with files and folders of these names is of this kind."""

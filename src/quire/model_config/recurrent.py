@@ -46,7 +46,7 @@ class RecurrentFields(TypedDict, total=False):
 
 
 def read_recurrent(config: ConfigJson, num_layers: int, hidden_size: int) -> RecurrentFields:
-    """What a config.json says about recurrent layers; nothing where its family has none."""
+    """The fields of `ModelConfig` for recurrent layers; none for a family without them."""
     kind = config.value("recurrent_kind")
     if kind is None:
         return {}

@@ -30,7 +30,7 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentAttention:
-    """Causal attention whose queries may pass a latent of their own."""
+    """Causal attention. Queries may have a latent of their own."""
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class Qwen3Next(MoELlama):
 
 
 def _parts_first(num_heads: int, sizes: tuple[int, ...]) -> Tensor:
-    """Rows stored head by head, each head's in parts of these sizes -> the order of the first parts of all heads, then
+    """Rows are stored head by head, in parts of these sizes. Returns the order of the first parts of all heads, then
     the second, and so on."""
     rows = torch.arange(num_heads * sum(sizes)).view(num_heads, -1)
     return torch.cat([part.flatten() for part in rows.split_with_sizes(sizes, dim=1)])

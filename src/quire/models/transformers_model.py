@@ -119,7 +119,7 @@ class TransformersModel:
 
 
 class _Given(nn.Module):
-    """Stands for the decoder: its hidden states are those that it is given."""
+    """Replaces the decoder by the hidden states that it is given, so that the head alone is computed."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
         outputs = import_module("transformers.modeling_outputs")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 _DECAY = 0.98
 """Weight that older drafts keep with each new one."""
 _PRIOR = 3.0
-"""The prior counts as much as so many judged tokens."""
+"""Weight of the prior, in judged tokens."""
 _DOUBT = 1.0
 """Drafted tokens that count as rejected before any was judged. It decays like everything that was judged."""
 

@@ -154,7 +154,7 @@ class Admission:
         return self._num_needed(group) + held + promised <= pool.num_free
 
     def _num_shared(self, found: Found) -> int:
-        """How many of the blocks found are in use."""
+        """How many of the found blocks running sequences already hold."""
         ref_counts = self._pool.ref_counts
         return sum(1 for blocks in found.blocks for block in blocks if block != HOLE and ref_counts[block])
 

@@ -30,7 +30,7 @@ _PATIENCE = 32
 """Steps without a draft worth taking after which only every `_PAUSE`-th step looks for one."""
 _PAUSE = 16
 _FEW = 4
-"""Up to so many sequences are looked up at once: asking first whether drafts can pay would take as long."""
+"""Most sequences that are looked up at once: asking first whether drafts can pay would take as long."""
 
 
 class SequenceDrafts:

@@ -52,6 +52,7 @@ def _request_memory(pool: BlockPool, group: SequenceGroup) -> RequestMemory:
         num_preemptions=group.num_preemptions,
         cached_tokens=group.cached_tokens.copy(),
         miss=group.miss,
+        tenant=group.request.tenant,
     )
 
 

@@ -82,11 +82,11 @@ class RecurrentStates:
                 self._mark(sequence, position)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A sequence goes on from another one's state."""
+        """A fork: a sequence starts with a copy of another one's state."""
         child.state = self.pool.take(parent.state)
 
     def release(self, sequence: Sequence) -> None:
-        """A sequence stops running. Its slot becomes a snapshot, if it is known what it holds."""
+        """A sequence stops running. Its slot becomes a snapshot if the position of its state is known."""
         if sequence.state == NO_STATE:
             return
         slot, sequence.state = sequence.state, NO_STATE

@@ -17,24 +17,8 @@ class RequestCheck:
         self._prefixes = prefixes
 
     def check_lengths(self, request: Request) -> None:
-        """Raise `RequestError` for a request of more tokens or sequences than may run."""
-        num_prompt = len(request.prompt_token_ids)
-        if num_prompt == 0:
-            raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
-        if num_prompt + request.max_tokens > self._limits.max_model_len:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}; together they exceed "
-                f"this model's context: its maximum context length is {self._limits.max_model_len} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        name, num_sequences = _num_sequences(request)
-        if num_sequences > self._limits.max_num_seqs:
-            raise RequestError(
-                f"{name} is {num_sequences}, but at most {self._limits.max_num_seqs} sequences run at once "
-                "(max_num_seqs)",
-                param=name,
-            )
+        """As the function of that name."""
+        check_lengths(request, max_model_len=self._limits.max_model_len, max_num_seqs=self._limits.max_num_seqs)
 
     def check_memory(self, group: SequenceGroup) -> None:
         """Raise `RequestError` for a group that may need more blocks than registered prefixes leave."""
@@ -61,6 +45,26 @@ class RequestCheck:
                 f"a request in flight can need {most} KV blocks, and the prefix would leave {left}; register it later",
                 param="prefix",
             )
+
+
+def check_lengths(request: Request, *, max_model_len: int, max_num_seqs: int) -> None:
+    """Raise `RequestError` for a request of more tokens or sequences than may run."""
+    num_prompt = len(request.prompt_token_ids)
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty: it must hold at least one token", param="prompt")
+    if num_prompt + request.max_tokens > max_model_len:
+        raise RequestError(
+            f"the prompt has {num_prompt} tokens and max_tokens is {request.max_tokens}; together they exceed "
+            f"this model's context: its maximum context length is {max_model_len} tokens",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    name, num_sequences = _num_sequences(request)
+    if num_sequences > max_num_seqs:
+        raise RequestError(
+            f"{name} is {num_sequences}, but at most {max_num_seqs} sequences run at once (max_num_seqs)",
+            param=name,
+        )
 
 
 def _num_sequences(request: Request) -> tuple[str, int]:

@@ -119,14 +119,14 @@ class RequestQueues:
         return self._rows_now
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let a sequence without memory go on from where another one is."""
+        """Let a sequence without blocks continue as a fork of another."""
         child.table = parent.table.fork()
         child.advance(parent.num_computed_tokens)
         if self.states is not None:
             self.states.fork(parent, child)
 
     def discard(self, sequence: Sequence) -> None:
-        """Take the memory of a sequence whose tokens nobody will ask for; it keeps its row."""
+        """Free the blocks of a sequence whose tokens are not needed any more; it keeps its row."""
         sequence.discard_computed()
         if self.states is not None:
             self.states.release(sequence)

@@ -1,4 +1,4 @@
-"""StepTimes and StepCurve: how long a step takes, by its number of tokens, as measured lately."""
+"""StepTimes and StepCurve: how long a step takes, by its number of tokens, by recent measurements."""
 
 import bisect
 import math
@@ -7,7 +7,7 @@ from collections import deque
 MIN_TIMES = 3
 """Steps of a size that must have been measured before the size is known."""
 _NUM_TIMES = 7
-"""The median of so many last steps of one size counts."""
+"""Number of last steps of one size whose median counts."""
 _MAX_AGE = 30.0
 """Seconds after which a time is stale: contexts have grown, and neighbours on the machine have come or gone."""
 
@@ -36,7 +36,7 @@ class StepTimes:
         times.add(seconds, now)
 
     def curve(self, num_tokens: int, now: float) -> "StepCurve | None":
-        """The times measured lately; None if too few steps of `num_tokens` were."""
+        """The recent times; None if too few steps of `num_tokens` were."""
         own = self._times.get(_size_class(num_tokens))
         if own is None or own.num < MIN_TIMES or now - own.last > _MAX_AGE:
             return None

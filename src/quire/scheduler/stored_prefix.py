@@ -8,7 +8,7 @@ from quire.kv_cache.prefix_search import Source, Stored
 from quire.kv_cache.tiers import DISK
 
 DEVICE = "device"
-"""Where KV was that is found in the pool."""
+"""The origin of tokens whose KV is in the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Loading:
         return lost
 
     def tokens_by_origin(self, block_size: int) -> dict[str, int]:
-        """Tokens by where their KV was. What several KV groups have in several places was in the slowest."""
+        """Tokens by origin. A token whose KV groups come from several places counts for the slowest one."""
         origins = dict.fromkeys(range(self.first, self.end), DEVICE)
         for tier_name, index, _ in self.blocks.values():
             if tier_name == DISK or origins[index] == DEVICE:

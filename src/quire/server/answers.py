@@ -81,7 +81,7 @@ class Choice:
             self.message.add(event)
 
     def finish_reason(self, delta: CompletionOutput) -> str | None:
-        """The reason that `delta` gives; "tool_calls" for a reply that ended by itself and calls a tool."""
+        """The finish reason in `delta`; "tool_calls" for a reply that stopped by itself and calls a tool."""
         return "tool_calls" if self.calls_tools and delta.finish_reason == "stop" else delta.finish_reason
 
 

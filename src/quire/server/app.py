@@ -1,7 +1,7 @@
 """The ASGI application: the table of endpoints, and the middleware that every request passes.
 
-The middleware checks the size of the headers, the origin and the API key (every route that is not public needs one),
-then calls the endpoint. Any error becomes an OpenAI error body. Each response carries the request's id.
+The middleware checks the size of the headers, the origin, the host and the API key (every route that is not public
+needs one), then calls the endpoint. Any error becomes an OpenAI error body. Each response carries the request's id.
 """
 
 import time
@@ -29,7 +29,10 @@ from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
 from quire.server.generation import UsageCounter
+from quire.server.hosts import HostList
+from quire.server.key_use import KeyRing
 from quire.server.limits import ClientGoneError, check_headers
+from quire.server.memory_return import MemoryReturn
 from quire.server.near_misses import describe_miss
 from quire.server.ollama import endpoints as ollama
 from quire.server.ollama import models as ollama_models
@@ -56,7 +59,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | None = None) -> ASGIApp:
+def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: BatchService | None = None) -> ASGIApp:
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
@@ -79,11 +82,12 @@ def build_app(engine: Engine, settings: ServerSettings, batches: BatchService | 
             engine=engine,
             settings=settings,
             authenticator=authenticator,
+            hosts=HostList(settings),
             public=public,
             error_forms=error_forms,
         ),
     ]
-    services = Services.open(settings)
+    services = Services.open(settings, keys)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:
@@ -140,6 +144,7 @@ class _RequestMiddleware:
         engine: Engine,
         settings: ServerSettings,
         authenticator: Authenticator,
+        hosts: HostList,
         public: frozenset[str],
         error_forms: Mapping[str, ErrorForm],
     ) -> None:
@@ -147,14 +152,17 @@ class _RequestMiddleware:
         self._engine = engine
         self._settings = settings
         self._authenticator = authenticator
+        self._hosts = hosts
         self._public = public
         self._error_forms = error_forms
+        self._memory = MemoryReturn()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
+        self._memory.request_began()
         status = 0
         request_id = (b"x-request-id", _request_id(scope))
         logs.request_id.set(request_id[1].decode())
@@ -174,6 +182,8 @@ class _RequestMiddleware:
             self._authenticator.check_origin(scope["headers"])
             # Compare the raw path: a URL rebuilt from the Host header could be forged to name a public route.
             is_public = scope["path"] in self._public
+            if not is_public:
+                self._hosts.check(scope["headers"])
             client = Client() if is_public else self._authenticator.check_key(scope["headers"])
             scope.setdefault("state", {})["client"] = client
             await self._app(scope, receive, send_with_id)
@@ -186,6 +196,7 @@ class _RequestMiddleware:
                 await _error_response(shown, form, request_id[1].decode())(scope, receive, send_with_id)
             status = status or shown.status
         finally:
+            self._memory.request_ended()
             self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

@@ -33,20 +33,20 @@ class Authenticator:
     """Checks the API key and the origin of requests, and derives each tenant's account and cache salt from its key."""
 
     def __init__(self, settings: ServerSettings) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in settings.api_key]
+        self._keys = {key.digest: key.account for key in settings.keys}
         self._origins = frozenset(origin.encode() for origin in settings.allow_origins)
         self._salted = not settings.share_prefix_cache
 
     @property
     def salts(self) -> tuple[str, ...]:
         """Every salt that `check_key` can return."""
-        if not (self._digests and self._salted):
+        if not (self._keys and self._salted):
             return ("",)
-        return tuple(_salt(digest) for digest in self._digests)
+        return tuple(_salt(digest) for digest in self._keys)
 
     def check_key(self, headers: Headers) -> Client:
         """The client that holds the key. Raises `Refusal` (401) without a valid key. A server without keys has one."""
-        if not self._digests:
+        if not self._keys:
             return Client()
         found = dict(headers)
         scheme, _, key = found.get(b"authorization", b"").partition(b" ")
@@ -54,7 +54,7 @@ class Authenticator:
             scheme, key = b"bearer", found[b"x-api-key"]
         digest = hashlib.sha256(key.strip()).digest()
         # Compare with every key, each in constant time, so that the time taken reveals nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != b"bearer" or not any(matches):
             raise Refusal(
                 401,
@@ -62,7 +62,7 @@ class Authenticator:
                 code="invalid_api_key",
                 headers=((b"www-authenticate", b"Bearer"),),
             )
-        return Client(digest.hex()[:16], _salt(digest) if self._salted else "")
+        return Client(self._keys[digest], _salt(digest) if self._salted else "")
 
     def check_origin(self, headers: Headers) -> None:
         """Refuse (403) a web page of another site that calls a server without keys through its visitor's browser.
@@ -73,7 +73,7 @@ class Authenticator:
         The origin null belongs to desktop programs and to any page that hides its own origin. It may send JSON: for
         that a browser asks first, and gets no permission unless `allow_origins` names null.
         """
-        if self._digests or b"*" in self._origins:
+        if self._keys or b"*" in self._origins:
             return
         found = dict(headers)
         origin = found.get(b"origin")

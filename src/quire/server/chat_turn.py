@@ -97,7 +97,7 @@ async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, 
     with naming(sent_names(request)):
         check_lengths(prompts, params, engine.max_model_len, param="messages")
     params, reader = _read_as(reply_format(context), request, params, use, text)
-    return ChatTurn(Generation(prompts, params, scheduling_info(request, context.client)), reader)
+    return ChatTurn(Generation(prompts, params, scheduling_info(request, context)), reader)
 
 
 def reply_format(context: RequestContext) -> ReplyFormat:

@@ -74,7 +74,7 @@ async def completion_generation(
         wanted = request.max_tokens if clips_output else params.max_tokens
         params = params.with_changes(max_tokens=max(1, params.min_tokens, min(wanted or room, room)))
     check_lengths(token_ids, params, max_model_len)
-    return Generation(token_ids, params, scheduling_info(request, context.client))
+    return Generation(token_ids, params, scheduling_info(request, context))
 
 
 @dataclass(frozen=True, slots=True)

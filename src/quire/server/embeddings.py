@@ -17,10 +17,11 @@ from quire.server.generation import UsageCounter
 from quire.server.limits import check_work
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import Priority, Salt
+from quire.server.scheduling_info import checked_priority
 
 MAX_INPUTS = 2048
 _AT_ONCE = 64
-"""Requests of one client in the engine's queue, which has a limit."""
+"""Most inputs of one request in the engine's queue at a time; the queue has a limit."""
 
 
 class EmbeddingsRequest(Struct, kw_only=True):
@@ -77,7 +78,7 @@ async def create_embeddings(context: RequestContext) -> None:
         options: dict[str, Any] = {
             "normalize": request.normalize is not False,
             "truncate_prompt_tokens": request.truncate_prompt_tokens,
-            "priority": request.priority or 0,
+            "priority": checked_priority(context, request.priority),
             "cache_salt": context.client.salt + (request.cache_salt or ""),
             "tenant": context.client.account or request.user or "",
         }
@@ -100,7 +101,29 @@ async def input_tokens(
 async def embed_all(
     context: RequestContext, prompts: Sequence[list[int]], dimensions: int | None, options: dict[str, Any]
 ) -> list[EmbeddingRequestOutput]:
-    """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`."""
+    """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`. Raises the
+    refusals of API key and engine."""
+    num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
+    with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
+        outputs = await _embed_admitted(context, prompts, options)
+    lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
+    context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
+    if dimensions is not None:
+        for output in outputs:
+            output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
+    return outputs
+
+
+def _num_kept(context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]) -> int:
+    """Tokens of the prompts after truncation."""
+    given, longest = options["truncate_prompt_tokens"], context.engine.max_model_len
+    most = longest if given is None or given < 0 else min(given, longest)
+    return sum(min(len(prompt), most) for prompt in prompts)
+
+
+async def _embed_admitted(
+    context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]
+) -> list[EmbeddingRequestOutput]:
     free = asyncio.Semaphore(_AT_ONCE)
 
     async def embed(prompt: list[int]) -> EmbeddingRequestOutput:
@@ -109,17 +132,11 @@ async def embed_all(
 
     tasks = [asyncio.create_task(embed(prompt)) for prompt in prompts]
     try:
-        outputs = await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
-    context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
-    if dimensions is not None:
-        for output in outputs:
-            output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
-    return outputs
 
 
 def _shortened(vector: list[float], dimensions: int) -> list[float]:

@@ -16,6 +16,7 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
+from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
@@ -125,6 +126,17 @@ class RequestContext:
             )
         return seconds if limit is None else min(limit, seconds)
 
+    @property
+    def key_use(self) -> KeyUse:
+        """What the client's API key allows, and what it has in use."""
+        return self.services.keys.use_of(self.client.account)
+
+    @property
+    def model_names(self) -> list[str]:
+        """The names of models that the client's key may use."""
+        allowed = self.key_use.key.models
+        return [name for name in self.engine.model_names if allowed is None or name in allowed]
+
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
         state = self.engine.state
@@ -153,8 +165,9 @@ class RequestContext:
         return self.engine.tokenizer
 
     def check_model(self, name: str | None) -> str:
-        """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served."""
-        names = self.engine.model_names
+        """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served to the client's
+        key."""
+        names = self.model_names
         if name is None:
             return names[0]
         if name not in names:

@@ -12,6 +12,7 @@ from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
+from quire.server.key_use import Admission
 from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
 
@@ -34,15 +35,17 @@ class Generation:
         return len(self.prompts) * self.params.n
 
     async def run(self, engine: Engine) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Yield (index of the prompt, its new output). Raises the engine's refusals, and the error of a sample that
-        failed if it is the only one: among several it ends alone, with its error."""
+        """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
+        sample that failed if it is the only one: among several it ends alone, with its error."""
         params = await self._with_bad_words(engine)
-        streams = [self._generate(engine, prompt, params) for prompt in self.prompts]
-        async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
-            async for index, output in items:
-                for sample in output.outputs:
-                    _check(sample, is_only=self.num_choices == 1)
-                yield index, output
+        num_tokens = sum(map(len, self.prompts))
+        with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
+            streams = [self._generate(engine, prompt, params, admission) for prompt in self.prompts]
+            async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
+                async for index, output in items:
+                    for sample in output.outputs:
+                        _check(sample, is_only=self.num_choices == 1)
+                    yield index, output
 
     async def _with_bad_words(self, engine: Engine) -> SamplingParams:
         """The parameters with the tokens of their bad words, found once for all prompts."""
@@ -53,7 +56,7 @@ class Generation:
         return self.params.with_changes(bad_words_token_ids=token_ids)
 
     async def _generate(
-        self, engine: Engine, prompt: list[int], params: SamplingParams
+        self, engine: Engine, prompt: list[int], params: SamplingParams, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
             prompt,
@@ -68,7 +71,9 @@ class Generation:
         prompt_logprobs: list[PositionLogprobs | None] | None = None
         try:
             async for output in outputs:
-                watch.note(output)
+                if watch.last is None:
+                    admission.note_first()
+                admission.note_tokens(watch.note(output))
                 # The log-probabilities of a long prompt arrive in pieces before any token. Send them with the first.
                 if output.prompt_logprobs is not None:
                     prompt_logprobs = (prompt_logprobs or []) + output.prompt_logprobs
@@ -92,8 +97,9 @@ class RequestWatch:
     num_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)
 
-    def note(self, output: RequestOutput) -> None:
-        """Count a new output. Tokens that arrive together share the time since the previous ones."""
+    def note(self, output: RequestOutput) -> int:
+        """Count a new output, and return the number of its tokens. Tokens that arrive together share the time since
+        the previous ones."""
         num_new = sum(len(sample.token_ids) for sample in output.outputs)
         now = output.metrics.last_token_time if output.metrics is not None else None
         if num_new and now is not None:
@@ -103,6 +109,7 @@ class RequestWatch:
         self.num_tokens += num_new
         self.finish_reasons += [sample.finish_reason for sample in output.outputs if sample.finish_reason is not None]
         self.last = output
+        return num_new
 
     def end(self) -> None:
         """Count the request. Samples that have not finished count as aborted."""

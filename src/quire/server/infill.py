@@ -22,7 +22,7 @@ _NAMES = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "pr
 
 
 class ExtraFile(Struct):
-    """Text of another file, which tells the model more."""
+    """A further file as context for the model."""
 
     text: str
     filename: str | None = None

@@ -16,7 +16,9 @@ from quire.server.errors import Refusal
 from quire.server.settings import ServerSettings
 
 MAX_VALUES = 250_000
-"""Most commas in a body, and most backslashes."""
+"""Most commas between the values of a body."""
+MAX_ESCAPES = 500_000
+"""Most backslashes in a body."""
 MAX_LISTS = 50_000
 MAX_STRINGS = 30_000
 """Most texts in a body, names of fields included."""
@@ -110,19 +112,23 @@ def _latest(started: float, size: int, settings: ServerSettings) -> float | None
 def check_shape(body: bytes) -> None:
     """Raise `Refusal` (400) for JSON of so many values that decoding it would delay other requests.
 
-    The text in it is counted as if it were values: one with so many commas has more tokens than any context.
+    Commas and brackets inside texts are no values: a prompt may hold as many as the context takes.
     """
-    num_quotes = body.count(b'"') - body.count(b'\\"')
-    for what, number, most in (
-        ("commas", body.count(b","), MAX_VALUES),
-        ("escapes", body.count(b"\\"), MAX_VALUES),
-        ("lists", body.count(b"["), MAX_LISTS),
-        ("texts", num_quotes // 2, MAX_STRINGS),
-    ):
-        if number > most:
-            raise Refusal(
-                400, f"the body holds {number:,} {what}; at most {most:,} are read. Split it", code="body_too_complex"
-            )
+    _check_number("escapes", body.count(b"\\"), MAX_ESCAPES)
+    if b"\\" in body:
+        body = body.replace(rb"\\", b"").replace(rb"\"", b"")  # every quote that is left begins or ends a text
+    _check_number("texts", body.count(b'"') // 2, MAX_STRINGS)
+    if body.count(b",") > MAX_VALUES or body.count(b"[") > MAX_LISTS:
+        body = b"".join(body.split(b'"')[::2])
+        _check_number("commas", body.count(b","), MAX_VALUES)
+        _check_number("lists", body.count(b"["), MAX_LISTS)
+
+
+def _check_number(what: str, number: int, most: int) -> None:
+    if number > most:
+        raise Refusal(
+            400, f"the body holds {number:,} {what}; at most {most:,} are read. Split it", code="body_too_complex"
+        )
 
 
 def check_work(prompts: Sequence[object], n: int, settings: ServerSettings, *, param: str = "prompt") -> None:

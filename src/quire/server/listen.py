@@ -25,6 +25,7 @@ from quire.server.backend import Engine
 from quire.server.batches.service import BatchService
 from quire.server.batches.store import BatchStore
 from quire.server.connection import limited_protocol
+from quire.server.key_use import KeyRing, check_keys
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
 
@@ -86,8 +87,10 @@ async def serve(
     engine: Engine, settings: ServerSettings, listener: socket.socket, *, report: Callable[[str], None]
 ) -> bool:
     """Start the engine, serve until a signal, shut the engine down. Returns whether all requests could finish."""
-    batches = open_batches(engine, settings)
-    server = _Server(build_app(engine, settings, batches), settings)
+    check_keys(settings, engine)
+    keys = KeyRing(settings)
+    batches = open_batches(engine, settings, keys)
+    server = _Server(build_app(engine, settings, keys, batches), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
     living = asyncio.create_task(_live(engine, server, settings, listener, report, batches))
@@ -113,11 +116,11 @@ async def serve(
             Path(settings.uds).unlink(missing_ok=True)
 
 
-def open_batches(engine: Engine, settings: ServerSettings) -> BatchService | None:
+def open_batches(engine: Engine, settings: ServerSettings, keys: KeyRing) -> BatchService | None:
     """The service for `batch_dir`; None without one. Raises `ConfigError` if the folder cannot be used."""
     if settings.batch_dir is None:
         return None
-    return BatchService(BatchStore(settings.batch_dir), engine, settings, ENDPOINTS)
+    return BatchService(BatchStore(settings.batch_dir), engine, settings, ENDPOINTS, keys)
 
 
 def url_of(listener: socket.socket) -> str:

@@ -10,7 +10,7 @@ _STARTED = int(time.time())
 
 async def list_models(context: RequestContext) -> None:
     context.tokenizer_if_any()  # max_model_len is known once the tokenizer is loaded
-    names = context.engine.model_names
+    names = context.model_names
     await context.reply(ModelList(data=[_card(context, name) for name in names]))
 
 
@@ -21,7 +21,7 @@ async def get_model(context: RequestContext) -> None:
 
 def _card(context: RequestContext, name: str) -> ModelCard:
     engine = context.engine
-    return ModelCard(id=name, created=_STARTED, root=engine.model_names[0], max_model_len=engine.max_model_len)
+    return ModelCard(id=name, created=_STARTED, root=context.model_names[0], max_model_len=engine.max_model_len)
 
 
 ENDPOINTS = (

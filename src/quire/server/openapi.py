@@ -29,7 +29,7 @@ _POLICY = (
 
 def endpoints(described: Sequence[Endpoint], settings: ServerSettings) -> tuple[Endpoint, ...]:
     """The endpoints /openapi.json and /docs, for the endpoints `described` of a server with `settings`."""
-    spec = describe(described, needs_key=bool(settings.api_key))
+    spec = describe(described, needs_key=bool(settings.keys))
     if settings.root_path:
         spec["servers"] = [{"url": settings.root_path}]
     spec_json = msgspec.json.encode(spec)

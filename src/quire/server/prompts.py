@@ -23,7 +23,7 @@ RESERVED_VARIABLES = frozenset(
 """Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _CHARS_PER_MESSAGE = 16
-"""Converting a message costs as much as tokenising so many characters."""
+"""Characters whose tokenisation costs as much as the conversion of one message."""
 _INLINE_CHARS = 8192
 """Texts up to this length take about a millisecond. Longer texts are tokenised in a thread, so that streams go on."""
 
@@ -119,7 +119,7 @@ async def render(template: ChatRenderer | None, request: ChatCompletionRequest |
 
 
 def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
-    """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that is taken."""
+    """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that Quire sets."""
     variables: dict[str, Any] = {}
     if request.reasoning_effort is not None:
         variables["reasoning_effort"] = request.reasoning_effort

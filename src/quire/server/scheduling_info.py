@@ -1,12 +1,14 @@
 """SchedulingInfo: tenant, priority, cache salt and workload of a request; the engine orders and shares work by them."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from quire.request import BACKGROUND
-from quire.server.auth import Client
+from quire.server.api_keys import ApiKey
+from quire.server.endpoint import RequestContext
+from quire.server.key_use import KeyUse
 from quire.server.protocol import ChatCompletionRequest, GenerateRequest
 
 _SYSTEM_ROLES = ("system", "developer")
@@ -22,16 +24,32 @@ class SchedulingInfo:
     """The API key's account; without keys, the request's `user`. With keys `user` is ignored: a client cannot get a
     second share by sending another name."""
     workload: str = ""
+    use: KeyUse = field(default_factory=lambda: KeyUse(ApiKey()))
+    """The use of its API key, which admits it."""
 
 
-def scheduling_info(request: GenerateRequest, client: Client) -> SchedulingInfo:
-    """SchedulingInfo of `request`, sent by `client`."""
+def scheduling_info(request: GenerateRequest, context: RequestContext) -> SchedulingInfo:
+    """SchedulingInfo of `request`, the body of `context`."""
+    client = context.client
     return SchedulingInfo(
-        BACKGROUND if client.background else request.priority or 0,
+        checked_priority(context, request.priority),
         client.salt + (request.cache_salt or ""),
         client.account or (request.user or ""),
         _workload(request),
+        context.key_use,
     )
+
+
+def checked_priority(context: RequestContext, asked: int | None) -> int:
+    """The priority of the API key, if it has one; a header of the response says that another was not used."""
+    if context.client.background:
+        return BACKGROUND
+    own = context.key_use.key.priority
+    if own is None:
+        return asked or 0
+    if asked not in (None, own):
+        context.warn(f"priority {asked} has no effect: the API key has priority {own}")
+    return own
 
 
 def _workload(request: GenerateRequest) -> str:

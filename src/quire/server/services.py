@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from quire.server.field_warnings import FieldWarnings
+from quire.server.key_use import KeyRing
 from quire.server.responses.runs import BackgroundRuns
 from quire.server.responses.store import ResponseStore
 from quire.server.settings import ServerSettings
@@ -13,10 +14,11 @@ class Services:
     """Shared by all requests of one server."""
 
     responses: ResponseStore
+    keys: KeyRing
     runs: BackgroundRuns = field(default_factory=BackgroundRuns)
     warnings: FieldWarnings = field(default_factory=FieldWarnings)
 
     @classmethod
-    def open(cls, settings: ServerSettings) -> "Services":
+    def open(cls, settings: ServerSettings, keys: KeyRing) -> "Services":
         """Raises `ConfigError` for a file that cannot be used."""
-        return cls(ResponseStore(settings.responses_store, settings.responses_store_size))
+        return cls(ResponseStore(settings.responses_store, settings.responses_store_size), keys)

@@ -2,11 +2,11 @@
 
 import ipaddress
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from quire.config import parse_size
 from quire.errors import ConfigError
+from quire.server.api_keys import ApiKey, plain_keys, read_key_lines, read_keys
 from quire.server.tools.detect import check_parser_names
 
 LOG_FORMATS = ("text", "json")
@@ -28,6 +28,8 @@ class ServerSettings:
     from QUIRE_API_KEY. Repeat for several."""
     api_key_file: str | None = None
     """File with further API keys, one per line. Empty lines and lines that begin with # are skipped."""
+    api_keys: str | None = None
+    """TOML file with further keys: their names, limits, priorities and models."""
     allow_unauthenticated: bool = False
     """Listen on a public address without an API key."""
     share_prefix_cache: bool = False
@@ -38,6 +40,9 @@ class ServerSettings:
     allow_origins: tuple[str, ...] = ()
     """Further origin of web pages that may call the server from a browser (CORS), besides pages of this machine and
     desktop programs. * allows all. Repeat for several."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further name by which clients call the server (the Host header), besides localhost, `host` and addresses. Without
+    API keys other names get 403. * allows all. Repeat for several."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
@@ -80,9 +85,11 @@ class ServerSettings:
     """Form of the lines on standard error: text, or json."""
     root_path: str = ""
     """Path under which a proxy offers the server, e.g. /llm. It is optional in requests: a proxy may strip it."""
+    keys: tuple[ApiKey, ...] = field(init=False, default=(), repr=False)
+    """All keys: those of `api_key`, and of the files `api_key_file` and `api_keys`."""
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "allow_origins"):
+        for name in ("api_key", "allow_origins", "allowed_hosts"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):
@@ -107,28 +114,22 @@ class ServerSettings:
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
-        if self.api_key_file is not None:
-            keys = dict.fromkeys((*self.api_key, *read_keys(self.api_key_file)))
-            object.__setattr__(self, "api_key", tuple(keys))
-        if not (self.api_key or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
+        object.__setattr__(self, "keys", self._read_keys())
+        if not (self.keys or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
             raise ConfigError(
                 f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
-                "QUIRE_API_KEY, name a file with --api-key-file, listen on 127.0.0.1, or accept it with "
+                "QUIRE_API_KEY or --api-key-file or --api-keys, listen on 127.0.0.1, or accept it with "
                 "--allow-unauthenticated"
             )
 
-
-def read_keys(file: str) -> list[str]:
-    """The API keys in `file`. Raises `ConfigError` for a file that cannot be read, or that holds no key."""
-    try:
-        lines = Path(file).expanduser().read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"api_key_file is {file}, which cannot be read: {reason}") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not keys:
-        raise ConfigError(f"api_key_file is {file}, which holds no key; write one key per line")
-    return keys
+    def _read_keys(self) -> tuple[ApiKey, ...]:
+        lines = read_key_lines(self.api_key_file) if self.api_key_file is not None else ()
+        plain = plain_keys((*self.api_key, *lines))
+        read = read_keys(self.api_keys) if self.api_keys is not None else ()
+        for key in read:
+            if any(key.digest == other.digest for other in plain):
+                raise ConfigError(f"api_keys {self.api_keys}: the key of {key.name!r} is also one of api_key")
+        return plain + read
 
 
 def is_loopback(host: str) -> bool:

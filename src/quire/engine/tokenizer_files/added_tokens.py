@@ -1,4 +1,4 @@
-"""Tokens that are named beside the tokenizer's own file, as transformers reads them.
+"""Added and special tokens: the files beside the tokenizer's own file that name them, read as transformers does.
 
 `added_tokens_decoder` of tokenizer_config.json gives ids and texts; in folders without it added_tokens.json does. The
 named tokens (bos_token, eos_token, …) and `additional_special_tokens` are special, also where nothing else says so. Two
@@ -60,7 +60,7 @@ def add_tokens(backend: Tokenizer, folder: Path, settings: dict[str, Any], named
 
 
 def set_ends(backend: Tokenizer, settings: dict[str, Any], named: dict[str, str], *, add_first: bool) -> None:
-    """Put bos and eos around texts as `add_bos_token` and `add_eos_token` say; without the first as `add_first` does.
+    """Put bos and eos around texts as `add_bos_token` and `add_eos_token` say. `add_first` is the default for bos.
     For files that cannot say it themselves."""
     first_flag, last_flag = settings.get("add_bos_token"), settings.get("add_eos_token")
     flags = (add_first if first_flag is None else first_flag is True, last_flag is True)

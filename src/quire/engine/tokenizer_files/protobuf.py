@@ -9,7 +9,7 @@ _WIDTHS = {1: 8, 5: 4}
 
 
 def fields(message: bytes) -> Iterator[Field]:
-    """The fields of a message in order. Raises `ValueError` for bytes that are none."""
+    """The fields of a message in order. Raises `ValueError` for bytes that are no message."""
     at, end = 0, len(message)
     while at < end:
         key, at = _varint(message, at)

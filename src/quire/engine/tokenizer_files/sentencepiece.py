@@ -79,7 +79,7 @@ class SentencePieceModel:
 
 @cache
 def _read_model(path: Path, changed: int) -> SentencePieceModel | None:
-    """The model of a file as it was at a time; None if it is none."""
+    """The model in a file; None if the file is no model. `changed`, the file's time, is part of the cache's key."""
     try:
         return SentencePieceModel.parse(path.read_bytes())
     except (ValueError, TypeError, AttributeError):

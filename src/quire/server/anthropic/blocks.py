@@ -58,7 +58,7 @@ def _set_options(chat: ChatCompletionRequest, request: PromptFields) -> None:
             chat.thinking_token_budget = thinking.budget_tokens
         case thinking:
             raise RequestError(
-                f"thinking.type is {brief(thinking.type)}; there is enabled, adaptive and disabled", param="thinking"
+                f"thinking.type is {brief(thinking.type)}; supported: enabled, adaptive, disabled", param="thinking"
             )
     config = request.output_config
     if config is not None:
@@ -77,10 +77,10 @@ def _system(system: str | list[Block] | None) -> list[Message]:
 
 
 def _split(message: InputMessage, index: int) -> list[Message]:
-    """One message as those of a chat: results of tools have messages of their own, in front of the user's text."""
+    """One message as messages of a chat. Each tool result becomes its own message, before the user's text."""
     if message.role not in ("user", "assistant", "system"):
         raise RequestError(
-            f"messages[{index}].role is {brief(message.role)}; there is user, assistant and system", param="messages"
+            f"messages[{index}].role is {brief(message.role)}; supported: user, assistant, system", param="messages"
         )
     if isinstance(message.content, str):
         return [Message(role=message.role, content=message.content)]
@@ -134,7 +134,7 @@ def _text(block: object, place: str) -> str:
 
 
 def is_hosted(tool: Tool) -> bool:
-    """Whether `tool` runs on Anthropic's servers. Clients offer them unasked: the model goes without."""
+    """Whether `tool` runs on Anthropic's servers. Clients send such tools by default, so none is refused."""
     return (tool.type or "").startswith(_HOSTED)
 
 
@@ -161,5 +161,5 @@ def _tool_choice(choice: ToolChoice | None) -> str | dict[str, Any] | None:
         case ToolChoice(kind) if kind in _CHOICES:
             return _CHOICES[kind]
     raise RequestError(
-        f"tool_choice.type is {brief(choice.type)}; there is auto, any, none, and tool with a name", param="tool_choice"
+        f"tool_choice.type is {brief(choice.type)}; supported: auto, any, none, tool with a name", param="tool_choice"
     )

@@ -27,7 +27,7 @@ async def create_message(context: RequestContext) -> None:
     model = context.check_model(request.model)
     check_absent(request, _REFUSED)
     if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; the model goes without them")
+        context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; they are left out")
     turn = await _turn(context, request)
     message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
@@ -36,7 +36,8 @@ async def create_message(context: RequestContext) -> None:
 
 
 async def _turn(context: RequestContext, request: MessagesRequest) -> ChatTurn:
-    """The turn of `request`. Clients must send a budget with thinking: models that cannot keep one go without."""
+    """The turn of `request`. With thinking, Anthropic's clients must send a budget. A model that cannot keep one runs
+    without it."""
     with naming(SENT_NAMES):
         chat = to_chat(request)
         try:

@@ -58,7 +58,7 @@ class OutputConfig(Struct):
 
 
 class Metadata(Struct):
-    """The client's words about the request."""
+    """Free-form metadata of the client."""
 
     user_id: str | None = None
     """The tenant, if the server has no API keys."""

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import parse_qs
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -21,6 +20,7 @@ from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal
 from quire.server.limits import ClientGoneError
+from quire.server.query import read_ascending, read_whole_number
 
 Handler = Callable[[BatchService, RequestContext], Awaitable[None]]
 
@@ -87,23 +87,21 @@ async def upload_file(service: BatchService, context: RequestContext) -> None:
 
 
 async def list_files(service: BatchService, context: RequestContext) -> None:
-    query = _query(context)
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise Refusal(400, f"order is {order[:50]!r}; it is asc or desc", code="invalid_value", param="order")
-    limit = _limit(query, default=10_000, most=10_000)
+    query = context.query
+    ascending = read_ascending(query)
+    limit = read_whole_number(query, "limit", 10_000, low=1, high=10_000)
     files = await service.files(
-        context.client, purpose=query.get("purpose"), after=query.get("after"), limit=limit, order=order
+        context.client, purpose=query.get("purpose"), after=query.get("after"), limit=limit, ascending=ascending
     )
     await context.reply(files)
 
 
 async def get_file(service: BatchService, context: RequestContext) -> None:
-    await context.reply(await service.file(_parameter(context, "file_id"), context.client))
+    await context.reply(await service.file(context.path_params["file_id"], context.client))
 
 
 async def get_content(service: BatchService, context: RequestContext) -> None:
-    file = await service.file(_parameter(context, "file_id"), context.client)
+    file = await service.file(context.path_params["file_id"], context.client)
     headers = [(b"content-type", b"application/jsonl"), (b"content-length", str(file.bytes).encode())]
     with service.path_of(file.id).open("rb") as content:
         await context.send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -114,7 +112,7 @@ async def get_content(service: BatchService, context: RequestContext) -> None:
 
 
 async def delete_file(service: BatchService, context: RequestContext) -> None:
-    file_id = _parameter(context, "file_id")
+    file_id = context.path_params["file_id"]
     await service.delete_file(file_id, context.client)
     await context.reply(DeletedFile(id=file_id))
 
@@ -127,17 +125,17 @@ async def create_batch(service: BatchService, context: RequestContext) -> None:
 
 
 async def list_batches(service: BatchService, context: RequestContext) -> None:
-    query = _query(context)
-    limit = _limit(query, default=20, most=100)
+    query = context.query
+    limit = read_whole_number(query, "limit", 20, low=1, high=100)
     await context.reply(await service.batches(context.client, after=query.get("after"), limit=limit))
 
 
 async def get_batch(service: BatchService, context: RequestContext) -> None:
-    await context.reply(await service.batch(_parameter(context, "batch_id"), context.client))
+    await context.reply(await service.batch(context.path_params["batch_id"], context.client))
 
 
 async def cancel_batch(service: BatchService, context: RequestContext) -> None:
-    await context.reply(await service.cancel(_parameter(context, "batch_id"), context.client))
+    await context.reply(await service.cancel(context.path_params["batch_id"], context.client))
 
 
 # -- reading requests -------------------------------------------------------------------------------------------------
@@ -180,18 +178,3 @@ def _copy(source: BinaryIO, target: Path) -> int:
     with target.open("wb") as out:
         shutil.copyfileobj(source, out, 2**20)
         return out.tell()
-
-
-def _parameter(context: RequestContext, name: str) -> str:
-    return str(context.scope["path_params"][name])
-
-
-def _query(context: RequestContext) -> dict[str, str]:
-    return {name: values[-1] for name, values in parse_qs(context.scope["query_string"].decode("latin-1")).items()}
-
-
-def _limit(query: dict[str, str], *, default: int, most: int) -> int:
-    text = query.get("limit", str(default))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
-        raise Refusal(400, f"limit is {text[:20]!r}; it is from 1 to {most}", code="invalid_value", param="limit")
-    return int(text)

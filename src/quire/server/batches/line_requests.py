@@ -1,4 +1,4 @@
-"""LineRequests: sends one line of a batch to its endpoint, as a request that no socket carries."""
+"""LineRequests: calls the endpoint that a line of a batch names, inside the process and without a socket."""
 
 import asyncio
 import secrets
@@ -14,15 +14,16 @@ from quire.server.backend import Engine
 from quire.server.batches.objects import InputLine, LineResponse
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
+from quire.server.key_use import KeyRing
 from quire.server.responses.store import ResponseStore
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-"""Endpoints of batches, as far as the server has them."""
+"""Paths that lines may name, if the server has them."""
 
 _BUSY = (429, 503)
-"""Statuses that say: later. A line waits and is sent again."""
+"""Statuses after which a line waits and is sent again."""
 _MAX_WAIT = 30.0
 """Seconds before a line is sent again, at most."""
 
@@ -35,11 +36,11 @@ class _Delivery(msgspec.Struct):
 class LineRequests:
     """Answers lines; it keeps nothing."""
 
-    def __init__(self, engine: Engine, settings: ServerSettings, endpoints: Sequence[Endpoint]) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings, endpoints: Sequence[Endpoint], keys: KeyRing) -> None:
         self._engine = engine
         self._settings = settings
         # Answers of batches lie in files; the store of /v1/responses does not fill with them.
-        self._services = Services(ResponseStore(None, settings.responses_store_size))
+        self._services = Services(ResponseStore(None, settings.responses_store_size), keys)
         self._endpoints = {e.path: e for e in endpoints if e.method == "POST" and e.path in URLS}
 
     @property
@@ -96,7 +97,7 @@ def _scope(url: str, client: Client) -> Scope:
 
 
 def _check_delivery(body: bytes) -> None:
-    """Refuse a line whose answer would not be whole, or come elsewhere."""
+    """Refuse a line with `stream` or `background`: its answer would not be in the reply."""
     try:
         asked = msgspec.json.decode(body, type=_Delivery, strict=False)
     except msgspec.MsgspecError:

@@ -9,7 +9,7 @@ from quire.server.batches.objects import InputLine, LineError
 
 MAX_LINES = 50_000
 MAX_ERRORS = 100
-"""Faults of one file that are reported."""
+"""Most faults of one file that are reported."""
 
 _decoder = msgspec.json.Decoder(InputLine)
 

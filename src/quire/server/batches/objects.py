@@ -11,7 +11,7 @@ Metadata = Annotated[
 ]
 
 ENDED: frozenset[Status] = frozenset(("failed", "completed", "expired", "cancelled"))
-"""A batch in one of these states changes no more."""
+"""Final states of a batch."""
 
 
 class FileObject(Struct, kw_only=True):

@@ -22,12 +22,13 @@ from quire.server.batches.store import BatchStore
 from quire.server.batches.windows import parse_window
 from quire.server.endpoint import Endpoint
 from quire.server.errors import Refusal
+from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
 
 T = TypeVar("T")
 
 MAX_UNENDED = 100
-"""Batches of one account that are not over."""
+"""Most batches of one account that are not over."""
 
 
 class BatchService:
@@ -39,11 +40,12 @@ class BatchService:
         engine: Engine,
         settings: ServerSettings,
         endpoints: Sequence[Endpoint],
+        keys: KeyRing,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._settings = settings
-        self._requests = LineRequests(engine, settings, endpoints)
+        self._requests = LineRequests(engine, settings, endpoints, keys)
         self._now = now
         self._slots = Semaphore(settings.batch_concurrency)
         self._jobs: dict[str, Job] = {}
@@ -91,12 +93,10 @@ class BatchService:
         return file
 
     async def files(
-        self, client: Client, *, purpose: str | None, after: str | None, limit: int, order: str
+        self, client: Client, *, purpose: str | None, after: str | None, limit: int, ascending: bool
     ) -> FileList:
         def page() -> list[FileObject]:
-            return self._store.files(
-                client.account, purpose=purpose, after=after, limit=limit + 1, ascending=order == "asc"
-            )
+            return self._store.files(client.account, purpose=purpose, after=after, limit=limit + 1, ascending=ascending)
 
         data, has_more = _cut(await self._stored(page), limit)
         first, last = (data[0].id, data[-1].id) if data else (None, None)

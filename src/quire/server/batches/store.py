@@ -6,8 +6,7 @@ beside its place and renamed, so it is whole or absent.
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import msgspec
 from quire.errors import ConfigError
 from quire.server.auth import Client
 from quire.server.batches.objects import ENDED, Batch, FileObject
+from quire.server.transaction import transaction
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -53,7 +53,7 @@ class BatchStore:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            with self._transaction():
+            with transaction(self._db):
                 self._check_version()
             for partial in self._files.glob("*.partial"):  # uploads that a kill cut
                 partial.unlink()
@@ -77,7 +77,7 @@ class BatchStore:
         with partial.open("rb") as content:
             os.fsync(content.fileno())
         partial.replace(self.path_of(file.id))
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute(
                 "INSERT OR REPLACE INTO files (id, account, purpose, bytes, data) VALUES (?, ?, ?, ?, ?)",
                 (file.id, account, file.purpose, file.bytes, msgspec.json.encode(file)),
@@ -100,7 +100,7 @@ class BatchStore:
 
     def delete_file(self, file_id: str, account: str) -> bool:
         """Returns whether there was one."""
-        with self._transaction():
+        with transaction(self._db):
             gone = self._db.execute("DELETE FROM files WHERE id = ? AND account = ?", (file_id, account)).rowcount
         if gone:
             self.path_of(file_id).unlink(missing_ok=True)
@@ -109,14 +109,14 @@ class BatchStore:
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def add_batch(self, batch: Batch, client: Client) -> None:
-        with self._transaction():
+        with transaction(self._db):
             self._db.execute(
                 "INSERT INTO batches (id, account, salt, ended, data) VALUES (?, ?, ?, 0, ?)",
                 (batch.id, client.account, client.salt, msgspec.json.encode(batch)),
             )
 
     def save(self, batch: Batch) -> None:
-        with self._transaction():
+        with transaction(self._db):
             self._save(batch)
 
     def batch(self, batch_id: str, account: str) -> Batch | None:
@@ -141,7 +141,7 @@ class BatchStore:
 
     def add_answers(self, batch: Batch, answers: Iterable[Answered]) -> None:
         """Keep answers, and the counts of `batch`. A line that has an answer keeps it."""
-        with self._transaction():
+        with transaction(self._db):
             self._db.executemany(
                 "INSERT OR IGNORE INTO answers (batch_id, line, succeeded, data) VALUES (?, ?, ?, ?)",
                 ((batch.id, *answer) for answer in answers),
@@ -171,7 +171,7 @@ class BatchStore:
     def end(self, batch: Batch) -> None:
         """Save a batch that is over. Its answers are in its files, so they are dropped here."""
         assert batch.status in ENDED
-        with self._transaction():
+        with transaction(self._db):
             self._save(batch)
             self._db.execute("DELETE FROM answers WHERE batch_id = ?", (batch.id,))
 
@@ -210,13 +210,3 @@ class BatchStore:
         for statement in _SCHEMA.split(";"):
             self._db.execute(statement)
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")

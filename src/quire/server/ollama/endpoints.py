@@ -25,6 +25,7 @@ from quire.server.ollama.protocol import (
 )
 from quire.server.ollama.renderer import ERRORS, NDJSON, LineRenderer
 from quire.server.params import check_absent
+from quire.server.scheduling_info import checked_priority
 from quire.server.tools.events import PlainReader
 
 
@@ -81,12 +82,13 @@ async def _turn(context: RequestContext, request: GenerationFields) -> ChatTurn:
 
 
 async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str]) -> tuple[list[list[float]], int]:
-    """The vectors, and the number of tokens."""
+    """The vectors of the inputs, and the number of input tokens."""
     context.check_ready()
     checked_model(context, request.model)
     prompts = await input_tokens(context, texts, special=True)
     options: dict[str, Any] = {
         "truncate_prompt_tokens": None if request.truncate is False else -1,
+        "priority": checked_priority(context, None),
         "cache_salt": context.client.salt,
         "tenant": context.client.account,
     }

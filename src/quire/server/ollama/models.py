@@ -25,17 +25,17 @@ def checked_model(context: RequestContext, name: str | None) -> str:
     """The served name that `name` means. Ollama's clients add a tag."""
     if name is None:
         raise RequestError("model is missing; name a model of /api/tags", param="model")
-    return context.check_model(name if name in context.engine.model_names else name.removesuffix(":latest"))
+    return context.check_model(name if name in context.model_names else name.removesuffix(":latest"))
 
 
 async def list_models(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    await context.reply(ModelEntries([_entry(context, name) for name in context.engine.model_names]))
+    await context.reply(ModelEntries([_entry(context, name) for name in context.model_names]))
 
 
 async def list_loaded(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    entries = [_entry(context, name) for name in context.engine.model_names]
+    entries = [_entry(context, name) for name in context.model_names]
     for entry in entries:
         entry.expires_at, entry.size_vram, entry.context_length = _NEVER, 0, context.engine.max_model_len
     await context.reply(ModelEntries(entries))

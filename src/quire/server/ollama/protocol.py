@@ -8,7 +8,7 @@ from quire.server.protocol import Refused
 
 
 class Options(Struct):
-    """Options of sampling. Those without a counterpart have no effect: they set up a process of Ollama's."""
+    """Options of sampling. Options that set up Ollama's own process have no effect."""
 
     num_predict: int | None = None
     """−1, −2 and nothing: as many tokens as the context holds."""

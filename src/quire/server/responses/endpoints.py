@@ -1,5 +1,6 @@
 """/v1/responses: create, retrieve, delete and cancel responses, and list their input."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -15,6 +16,7 @@ from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, naming
 from quire.server.logprobs import LogprobFormat
 from quire.server.params import check_absent
+from quire.server.query import read_ascending, read_whole_number
 from quire.server.responses.items import SENT_NAMES, WITH_LOGPROBS, input_items, is_hosted, to_chat
 from quire.server.responses.protocol import (
     DeletedResponse,
@@ -44,7 +46,7 @@ async def create_response(context: RequestContext) -> None:
     if request.background and request.store is False:
         raise RequestError("background needs store to be true: the reply is the stored response", param="background")
     if hosted := sorted({str(tool["type"]) for tool in request.tools or () if is_hosted(tool)}):
-        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; the model goes without them")
+        context.warn(f"tools of type {', '.join(hosted)} run on OpenAI's servers; they are left out")
     store, account = context.services.responses, context.client.account
     items = input_items(request.input)
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
@@ -79,8 +81,8 @@ async def get_response(context: RequestContext) -> None:
         raise RequestError(
             "stream: only a response that runs in the background, or ended lately, can be streamed", param="stream"
         )
-    start = _number(context, "starting_after", -1, -1, 2**31) + 1
-    await context.stream(run.read(start), StreamForm(_failure, b""))
+    last_seen = read_whole_number(context.query, "starting_after", -1, low=0, high=2**31)
+    await context.stream(run.read(last_seen + 1), StreamForm(_failure, b""))
 
 
 async def delete_response(context: RequestContext) -> None:
@@ -107,16 +109,13 @@ async def cancel_response(context: RequestContext) -> None:
 async def list_input_items(context: RequestContext) -> None:
     stored = await _find(context)
     items, query = stored.items, context.query
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise RequestError(f"order is {order[:50]!r}; there is asc and desc", param="order")
-    items = items if order == "asc" else items[::-1]
+    items = items if read_ascending(query) else items[::-1]
     if (after := query.get("after")) is not None:
         ids = [item["id"] for item in items]
         if after not in ids:
             raise RequestError(f"after is {after[:100]!r}, which is no item of this response", param="after")
         items = items[ids.index(after) + 1 :]
-    limit = _number(context, "limit", 20, 1, _MAX_PAGE)
+    limit = read_whole_number(query, "limit", 20, low=1, high=_MAX_PAGE)
     page = items[:limit]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     await context.reply(ItemList(page, first, last, has_more=len(items) > limit))
@@ -145,9 +144,13 @@ async def _start(
 ) -> None:
     """Generate in the background, and answer with the queued response or with the events as they come."""
     run = Run(renderer.response.id, context.client.account)
-    engine = context.engine
+    engine, queued, kept = context.engine, renderer.response, asyncio.Event()
 
     async def work() -> None:
+        try:
+            await save(queued)
+        finally:
+            kept.set()
         try:
             async with aclosing(answer.events(engine)) as events:
                 async for event in events:
@@ -162,11 +165,10 @@ async def _start(
             await save(renderer.response)
             raise
 
-    queued = renderer.response
-    await save(queued)
-    context.services.runs.start(run, work)
+    context.services.runs.start(run, work)  # may refuse: a response that never runs must not be kept as queued
+    await kept.wait()
     if stream:
-        await context.stream(run.read(0), StreamForm(renderer.failure, renderer.done))
+        await context.stream(run.read(0), StreamForm(_failure, renderer.done))
     else:
         await context.reply(queued)
 
@@ -221,16 +223,6 @@ def _not_found(response_id: str) -> Refusal:
         code="response_not_found",
         param="response_id",
     )
-
-
-def _number(context: RequestContext, name: str, default: int, low: int, high: int) -> int:
-    """A whole number among the query's parameters."""
-    text = context.query.get(name)
-    if text is None:
-        return default
-    if not text.isascii() or not text.isdigit() or not low <= int(text[:12]) <= high:
-        raise RequestError(f"{name} is {text[:50]!r}; it must be from {max(0, low)} to {high}", param=name)
-    return int(text)
 
 
 def _failure(error: RequestError) -> bytes:

@@ -136,7 +136,7 @@ def _text(content: object, place: str) -> str:
 
 
 def is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Whether `tool` is one that runs on OpenAI's servers. Clients offer them unasked: the model goes without."""
+    """Whether `tool` runs on OpenAI's servers. Clients send such tools by default, so none is refused."""
     kind = tool.get("type")
     return isinstance(kind, str) and kind.startswith(_HOSTED)
 

@@ -143,7 +143,7 @@ class ResponseRenderer(Renderer):
         )
 
     def _item(self, part: Part, status: str, *, empty: bool = False) -> Json:
-        """The item of `part`; `empty`: as it is when it opens."""
+        """The item of `part`. `empty`: without content, for the event that opens it."""
         content = [] if empty else [self._content(part)]
         head = {"id": self._id(part), "status": status}
         match part.kind:

