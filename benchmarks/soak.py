@@ -99,9 +99,18 @@ async def silent(count: int, port: int, seconds: float) -> None:
         writer.transport.abort()
 
 
-async def soak(*, requests: int, disconnects: int, num_silent: int, flags: tuple[str, ...] = ()) -> list[str]:
-    """Run a server through all of it; returns what is not as it was."""
-    command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", *flags]
+async def soak(
+    *,
+    requests: int,
+    disconnects: int,
+    num_silent: int,
+    warm: int = WARM_REQUESTS,
+    silent_seconds: float = 5.0,
+    flags: tuple[str, ...] = (),
+) -> list[str]:
+    """Run a server through all of it, after `warm` requests; returns what is not as it was."""
+    # A spare starts after the first reading, and would count as growth.
+    command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", "--no-spare", *flags]
     server = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     assert server.stderr is not None
     try:
@@ -112,11 +121,11 @@ async def soak(*, requests: int, disconnects: int, num_silent: int, flags: tuple
                 url = found[0].decode()
         drained = asyncio.create_task(_discard(server.stderr))
         port = int(url.rpartition(":")[2])
-        await many(WARM_REQUESTS, 16, port, leave=False)
+        await many(warm, 16, port, leave=False)
         before = await asyncio.to_thread(read, server.pid, url)
         statuses = await many(requests, 16, port, leave=False)
         await many(disconnects, 50, port, leave=True)
-        await silent(num_silent, port, 5.0)
+        await silent(num_silent, port, silent_seconds)
         after = await _settled(server.pid, url)
         print(f"before {before}\nafter  {after}\nstatuses {statuses}")
         drained.cancel()

@@ -5,6 +5,7 @@ The engine process is scripted, so that it starts in a moment; `test_async_engin
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 from quire import AsyncLLM, EngineConfig, SamplingParams
-from quire.engine import engine_child, spare_child
+from quire.engine import engine_child, engine_client, spare_child
+from quire.engine.chat_template_process import ChatTemplateProcess
 from quire.engine.grammar_checker import AsyncGrammarChecker
 from quire.errors import (
     CheckpointError,
@@ -34,7 +36,11 @@ PROMPTS = [[number] * (3 + 40 * number) for number in range(5, 11)]
 def load_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file whose text is what happens to processes that load."""
     monkeypatch.setattr(engine_child, "PROGRAM", scripted_process.PROGRAM)
-    monkeypatch.setattr(AsyncGrammarChecker, "warm", lambda self: None)  # takes longer than a test
+    for process in (
+        AsyncGrammarChecker,
+        ChatTemplateProcess,
+    ):  # takes longer than a test
+        monkeypatch.setattr(process, "warm", lambda self: None)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("QUIRE_TEST_LOAD_FAULT", str(tmp_path / "fault"))
     return tmp_path / "fault"
@@ -62,16 +68,18 @@ async def all_innocent(engine: AsyncLLM) -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "at"), [("die", 0), ("raise", 7)])
-def test_only_the_requests_that_kill_are_ended_and_then_refused(kind: str, at: int) -> None:
+def test_only_the_requests_that_kill_are_ended_and_then_refused() -> None:
+    faults = [fault("die"), fault("raise", 7)]
+
     async def test(engine: AsyncLLM) -> None:
-        killers = [asyncio.create_task(collect(engine, [99 + each], fault(kind, at))) for each in range(2)]
+        killers = [asyncio.create_task(collect(engine, [99 + at], params)) for at, params in enumerate(faults)]
         await all_innocent(engine)
         for killer in killers:
             with pytest.raises(QuarantinedError, match=r"this request \(r\d+\), at last .*: it .*ended.* for 600 s"):
                 await killer
-        with pytest.raises(QuarantinedError, match=r"died whenever .* it is refused for \d+ s more"):
-            await collect(engine, [99], fault(kind, at, seed=3))
+        for at, params in enumerate(faults):
+            with pytest.raises(QuarantinedError, match=r"died whenever .* it is refused for \d+ s more"):
+                await collect(engine, [99 + at], params.with_changes(seed=3))
         await innocent(engine, [99])
         await until(lambda: engine.stats.num_used_blocks == 0)
 
@@ -96,15 +104,19 @@ def test_kills_from_outside_and_during_loads_blame_nobody() -> None:
     run(test)
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("hang", 0.5), ("stop", 0.5), ("spin", 0.5)])
-def test_an_engine_that_does_not_advance_is_replaced(kind: str, limit: float) -> None:
+def test_an_engine_that_does_not_advance_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that spins dies in the time in which one that sleeps does."""
+    monkeypatch.setattr(engine_client, "step_allowance", lambda plan: 0.0)  # a scripted step computes nothing
+
     async def test(engine: AsyncLLM) -> None:
         beside = asyncio.create_task(all_innocent(engine))
-        with pytest.raises(QuarantinedError, match=r"suspect: a step did not end in \d+ s"):
-            await collect(engine, [99], fault(kind, 2))
+        faulty = [collect(engine, [99 + at], fault(kind, 2)) for at, kind in enumerate(("hang", "stop", "spin"))]
+        for end in await asyncio.gather(*faulty, return_exceptions=True):
+            assert isinstance(end, QuarantinedError)
+            assert re.search(r"suspect: a step did not end in \d+ s", str(end))
         await beside
 
-    run(test, step_timeout=limit)
+    run(test, step_timeout=0.4)
 
 
 def test_an_idle_engine_that_was_stopped_is_replaced_when_a_request_comes() -> None:
@@ -143,19 +155,20 @@ def test_a_deadline_holds_while_no_engine_lives(load_fault: Path) -> None:
     run(test)
 
 
-@pytest.mark.parametrize("kind", ["die", "fail"])
-def test_replacements_that_die_come_later_and_later_while_requests_wait(load_fault: Path, kind: str) -> None:
+def test_replacements_that_die_come_later_and_later_while_requests_wait(load_fault: Path) -> None:
     async def test(engine: AsyncLLM) -> None:
         streams = asyncio.create_task(all_innocent(engine))
         await until(lambda: engine.stats.total_generated_tokens > 20)
-        load_fault.write_text(kind)
+        load_fault.write_text("die")
         os.kill(engine.engine_pid, signal.SIGKILL)
-        await until(lambda: engine.state == "down")
-        with pytest.raises(EngineUnavailableError, match=r"died 2 times without computing anything: .* in 1 s") as no:
-            await collect(engine, [5], PLAIN)
-        assert no.value.retry_after == 1
-        assert not engine.advances
-        load_fault.unlink()
+        for kind, num_deaths, delay in (("fail", 2, 1), ("", 3, 2)):
+            await until(lambda n=num_deaths: engine.outage is not None and f"{n} times" in str(engine.outage))  # type: ignore[misc]
+            said = rf"died {num_deaths} times without computing anything: .* in {delay} s"
+            with pytest.raises(EngineUnavailableError, match=said) as no:
+                await collect(engine, [5], PLAIN)
+            assert no.value.retry_after == delay
+            assert not engine.advances
+            load_fault.write_text(kind)
         await streams
         assert engine.advances
 

@@ -58,5 +58,5 @@ class StoredNames:
 
     def _stored(self, name: str) -> str:
         """The name of a tensor in the checkpoint; the name itself where no spelling of it is stored."""
-        _, dot, rest = name.partition(".")
-        return rest if dot and not self._source.has(name) and self._source.has(rest) else name
+        _, _, rest = name.partition(".")
+        return rest if "." in rest and not self._source.has(name) and self._source.has(rest) else name

@@ -125,7 +125,6 @@ def test_pull_checks_what_was_kept(hub: StandInHub, capsys: pytest.CaptureFixtur
     assert run(["pull", "org/small"]) == 0
     shown = capsys.readouterr()
     assert MAIN in shown.out
-    assert "model.safetensors" in shown.err or "%" in shown.err  # the progress bar
     folder = Path(shown.out.splitlines()[-1])
     os.truncate((folder / "model.safetensors").resolve(), 9)
     assert run(["pull", "org/small"]) == 3
