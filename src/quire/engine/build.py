@@ -15,7 +15,7 @@ import torch
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.device import usable_cores
+from quire.engine.device import ThreadCount, usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import load_compiler
 from quire.engine.memory_budget import max_num_samples
@@ -112,6 +112,7 @@ def build_core(
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         num_threads=num_threads,
+        count_threads=None if config.threads else ThreadCount(),
         logprobs_memory=plan.logprobs,
         fast_forward=config.fast_forward,
         batch_invariant=config.deterministic,
