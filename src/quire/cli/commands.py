@@ -26,6 +26,7 @@ COMMANDS = {
     "show": "Show what a kept model is, without loading it.",
     "rm": "Remove kept models.",
     "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
+    "router": "Send requests to several servers, each to the one that holds most of its prompt.",
     "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
 }
 BENCHMARKS = {
