@@ -41,7 +41,7 @@ LEVELS = (
     {"attention"},
     {"layers"},
     {"kv_cache", "models", "sampling"},
-    {"scheduler", "runner"},
+    {"scheduler", "runner", "routing"},
     {"engine", "simulation"},
     {"llm", "server", "router", "cli"},
     {"__main__"},
@@ -54,7 +54,7 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "router", "cli", "llm", *LEVELS[0]}
+WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "routing", "server", "router", "cli", "llm", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"build"}

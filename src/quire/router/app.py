@@ -6,9 +6,9 @@ from starlette.types import Receive, Scope, Send
 
 from quire.errors import EngineUnavailableError
 from quire.router.backends import Backends
-from quire.router.fleet import Fleet
 from quire.router.proxy import Proxy
 from quire.router.settings import RouterSettings
+from quire.routing.fleet import Fleet
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
 from quire.server.hosts import HostList
 from quire.server.limits import ClientGoneError, check_headers

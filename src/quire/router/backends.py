@@ -10,8 +10,8 @@ import httpx
 import msgspec
 
 from quire.errors import ConfigError
-from quire.router.fleet import Fleet
 from quire.router.settings import RouterSettings
+from quire.routing.fleet import Fleet
 from quire.server.handover import PROMPT_HEADER, PromptBlocks
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ PROBE_SECONDS = 2.0
 MISSED_PROBES = 3
 """Probes without an answer after which a server is taken for dead, and its streams move."""
 _IDLE_SECONDS = 2.0
-"""Connections are kept for so long without use. Servers close them after 5 s; then a request could meet a closed one."""
+"""Time that an unused connection is kept. Servers close theirs after 5 s, and a request must not meet a closed one."""
 
 
 class BackendGoneError(Exception):

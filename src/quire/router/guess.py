@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from quire.router.policies import Prompt
+from quire.routing.policies import Prompt
 
 BYTES_PER_TOKEN = 4
 BLOCK_TOKENS = 32

@@ -10,10 +10,10 @@ import httpx
 import msgspec
 
 from quire.router.backends import Backend, BackendGoneError, Backends
-from quire.router.fleet import Fleet
 from quire.router.guess import guess_prompt, session_of
-from quire.router.policies import Prompt
 from quire.router.requests import COMPUTING, RoutedRequest
+from quire.routing.fleet import Fleet
+from quire.routing.policies import Prompt
 from quire.server.handover import HASH_BYTES, PROMPT_HEADER, PromptBlocks
 
 _SECONDS = 1.0

@@ -15,14 +15,14 @@ from starlette.types import Receive, Scope, Send
 from quire.errors import EngineUnavailableError, QuarantinedError, QueueFullError, RequestError
 from quire.router.backends import Backend, BackendGoneError, Backends
 from quire.router.client_answer import ClientAnswer, Headers, failure_event
-from quire.router.fleet import Fleet
 from quire.router.marked_stream import BrokenStreamError
 from quire.router.prompts import PromptReader
 from quire.router.quarantine import REFUSED_SECONDS, DeadlyRequests
-from quire.router.replica import Work
 from quire.router.requests import HOP_BY_HOP, RoutedRequest, read_request
 from quire.router.settings import RouterSettings
 from quire.router.waiting_room import WaitingRoom
+from quire.routing.fleet import Fleet
+from quire.routing.replica import Work
 from quire.server.handover import STREAM_HEADER
 from quire.server.streaming import while_connected
 

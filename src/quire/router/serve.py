@@ -7,9 +7,9 @@ from collections.abc import Callable
 from quire.errors import ConfigError
 from quire.router.app import RouterApp
 from quire.router.backends import Backends
-from quire.router.fleet import Fleet
-from quire.router.policies import POLICIES
 from quire.router.settings import RouterSettings
+from quire.routing.fleet import Fleet
+from quire.routing.policies import POLICIES
 from quire.server.listen import HttpServer, url_of
 from quire.server.settings import ServerSettings, is_loopback
 

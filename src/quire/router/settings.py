@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from quire.config import parse_size
 from quire.errors import ConfigError
-from quire.router.policies import POLICIES
+from quire.routing.policies import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from quire.errors import EngineUnavailableError, QueueFullError
 from quire.router.backends import Backends
-from quire.router.fleet import Fleet
-from quire.router.policies import Prompt
-from quire.router.replica import Work
+from quire.routing.fleet import Fleet
+from quire.routing.policies import Prompt
+from quire.routing.replica import Work
 
 _UNAVAILABLE_SECONDS = 5.0
 """Time that a request waits for a first server to come up."""

@@ -3,9 +3,9 @@
 import heapq
 from collections.abc import Collection, Iterable
 
-from quire.router.policies import Policy, Prompt, num_new_tokens
-from quire.router.prefix_index import DEVICE, BlockKey, PrefixIndex
-from quire.router.replica import Replica, Work
+from quire.routing.policies import Policy, Prompt, num_new_tokens
+from quire.routing.prefix_index import DEVICE, BlockKey, PrefixIndex
+from quire.routing.replica import Replica, Work
 
 
 class Fleet:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from quire.router.prefix_index import DEVICE, BlockKey, PrefixIndex
-from quire.router.replica import Replica
+from quire.routing.prefix_index import DEVICE, BlockKey, PrefixIndex
+from quire.routing.replica import Replica
 
 
 @dataclass(frozen=True, slots=True)
