@@ -54,7 +54,18 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "routing", "server", "router", "cli", "llm", *LEVELS[0]}
+WITHOUT_TORCH = {
+    "scheduler",
+    "kv_cache",
+    "grammar",
+    "simulation",
+    "routing",
+    "server",
+    "router",
+    "cli",
+    "llm",
+    *LEVELS[0],
+}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"build"}

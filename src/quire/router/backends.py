@@ -143,7 +143,7 @@ class Backends:
             if not backend.models:
                 await self._identify(backend)
             path = "/health/ready" if backend.is_quire else "/health"
-            response = await self.client.get(backend.url + path, timeout=PROBE_SECONDS)
+            response = await self._probe(backend.url + path)
         except httpx.TransportError as error:
             backend.num_missed += 1
             refused = isinstance(error, httpx.ConnectError)
@@ -164,6 +164,13 @@ class Backends:
             self._fleet.join(backend.url)
             self.changed.set()
             logger.warning("%s takes requests", backend.url)
+
+    async def _probe(self, url: str) -> httpx.Response:
+        """The answer at `url`. A kept connection may be closed by now: then a new one is tried."""
+        try:
+            return await self.client.get(url, timeout=PROBE_SECONDS)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+            return await self.client.get(url, timeout=PROBE_SECONDS)
 
     def lose(self, backend: Backend, reason: str) -> None:
         """A request met a dead server."""

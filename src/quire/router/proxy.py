@@ -5,6 +5,7 @@ client has nothing of the answer yet, or the answer is a marked stream. Then ano
 mark that was passed on, so the client gets every event once.
 """
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _BUSY = 429
 _AWAY = (502, 503, 504)
 _MOST_TRIES = 16
 """Servers that one request is sent to, whatever happens there."""
+_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+"""Seconds before servers are tried again, longer with each try."""
 
 
 @dataclass(slots=True)
@@ -103,11 +106,13 @@ class Proxy:
         prompt = await self._prompts.read(request)
         tried: set[str] = set()
         last = _MoveOnError("there is none")
-        for _ in range(_MOST_TRIES):
+        for attempt in range(_MOST_TRIES):
             if tried and tried.issuperset(self._fleet.replicas):
                 if last.reply is not None and last.reply.status == _BUSY:
                     break  # all are busy: the client waits, not the router
-                tried.clear()
+                await asyncio.sleep(min(_LONGEST_PAUSE, _PAUSE * attempt))
+                if tried.issuperset(self._fleet.replicas):  # no other has come: the same may have recovered
+                    tried.clear()
             work = await self.waiting.enter(prompt, tried)
             backend = self._backends.by_url[work.replica.name]
             try:

@@ -9,7 +9,7 @@ a prompt have the same holders, those between them are not looked at.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 BlockKey = int
 """The last 64 bits of a block hash, as KV events send them."""
@@ -71,53 +71,43 @@ class PrefixIndex:
 
         Takes a few look-ups per different length, not one per block. A replica with gaps may seem to hold more.
         """
-        lengths: dict[int, int] = {}
         if not blocks:
-            return lengths
-        layers = self._layers(tier)
-        first = self._find(layers, blocks[0])
-        if first:
-            last = self._find(layers, blocks[-1])
-            self._split(layers, blocks, (0, first), (len(blocks) - 1, last & first), lengths)
-            for replica in _bits(last & first):
-                lengths[replica] = len(blocks)
+            return {}
+        find = self._finder(tier)
+        first, end = find(blocks[0]), len(blocks)
+        last = find(blocks[-1]) & first
+        lengths = dict.fromkeys(_bits(last), end)
+        # Spans of blocks: the index of a block and its holders, and of a later one and its holders. A replica that
+        # holds the first and not the second holds a length in between.
+        spans = [(0, first, end - 1, last)]
+        while spans:
+            low, before, high, after = spans.pop()
+            while before != after:
+                if high - low == 1:
+                    for replica in _bits(before ^ after):
+                        lengths[replica] = high
+                    break
+                middle = (low + high) >> 1
+                between = find(blocks[middle]) & before | after
+                if between != before:
+                    spans.append((low, before, middle, between))
+                low, before = middle, between
         return lengths
 
-    def _layers(self, tier: int | None) -> tuple[dict[BlockKey, int], ...]:
-        return tuple(layer for layer in self._holders if layer) if tier is None else (self._holders[tier],)
-
-    @staticmethod
-    def _find(layers: tuple[dict[BlockKey, int], ...], block: BlockKey) -> int:
+    def _finder(self, tier: int | None) -> Callable[[BlockKey], int]:
+        """The function from a block to its holders in a tier, or in any."""
+        layers = [layer for layer in self._holders if layer] if tier is None else [self._holders[tier]]
         if len(layers) == 1:
-            return layers[0].get(block, 0)
-        found = 0
-        for layer in layers:
-            found |= layer.get(block, 0)
-        return found
+            get = layers[0].get
+            return lambda block: get(block, 0)
 
-    def _split(
-        self,
-        layers: tuple[dict[BlockKey, int], ...],
-        blocks: Sequence[BlockKey],
-        low: tuple[int, int],
-        high: tuple[int, int],
-        lengths: dict[int, int],
-    ) -> None:
-        """Note the lengths of the replicas that hold block `low` and not block `high`; both are (index, holders)."""
-        stack = [(low, high)]
-        while stack:
-            (start, before), (end, after) = stack.pop()
-            lost = before & ~after
-            if not lost:
-                continue
-            if end - start == 1:
-                for replica in _bits(lost):
-                    lengths[replica] = end
-                continue
-            middle = (start + end) // 2
-            between = self._find(layers, blocks[middle]) & before | after
-            stack.append(((start, before), (middle, between)))
-            stack.append(((middle, between), (end, after)))
+        def find(block: BlockKey) -> int:
+            found = 0
+            for layer in layers:
+                found |= layer.get(block, 0)
+            return found
+
+        return find
 
     def _drop(self, block: BlockKey, tier: int, bit: int) -> None:
         holders = self._holders[tier]
