@@ -15,7 +15,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("seeded", {"temperature": 1.0, "seed": 7}),
     ("several", {"temperature": 1.0, "seed": 11, "n": 2}),
     ("stop", {"temperature": 1.0, "seed": 3, "stop": ["zqx"]}),
-    ("penalised", {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.3, "top_k": 20}),
+    ("penalised", {"temperature": 0.7, "seed": 5, "frequency_penalty": 0.3}),
     ("logprobs", {"temperature": 0.0, "logprobs": True, "top_logprobs": 2}),
 ]
 

@@ -14,6 +14,7 @@ import torch
 
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
+from quire.engine.cache_events import CacheEvents
 from quire.engine.core import EngineCore
 from quire.engine.device import usable_cores
 from quire.engine.fingerprint import fingerprint
@@ -129,14 +130,16 @@ def build_core(
         grammars=grammars,
         capture=CudaCapture() if plan.graphs else None,
     )
+    scheduler = _make_scheduler(target, tiers)
     return EngineCore(
-        _make_scheduler(target, tiers),
+        scheduler,
         runner,
         grammars,
         preloader.cache,
         vocab_size=model_config.vocab_size,
         max_logprobs=config.max_logprobs,
         overlaps=plan.async_scheduling,
+        events=_open_events(config, scheduler, tiers),
     )
 
 
@@ -236,6 +239,11 @@ def _warn_of_surplus(target: _Target) -> None:
         surplus = target.plan.surplus(torch.cuda.memory_allocated(target.device))
         if surplus:
             logger.warning("%s", surplus)
+
+
+def _open_events(config: EngineConfig, scheduler: Scheduler, tiers: TierIndex | None) -> CacheEvents | None:
+    events = config.kv_events_config
+    return CacheEvents(events, scheduler.pool, tiers) if events is not None and events.is_on else None
 
 
 def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:

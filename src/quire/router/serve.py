@@ -7,6 +7,7 @@ from collections.abc import Callable
 from quire.errors import ConfigError
 from quire.router.app import RouterApp
 from quire.router.backends import Backends
+from quire.router.event_feed import EventFeed
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
@@ -22,13 +23,18 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
     )
     backends = Backends(settings, fleet)
     app = RouterApp(settings, fleet, backends)
+    feeds = [
+        EventFeed(fleet, url, address)
+        for url, address in zip(settings.backends, settings.kv_events, strict=False)
+        if address != "-"
+    ]
     server = HttpServer(app, http_settings(settings))
     try:
         await backends.start()
         _check_public(settings, backends)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(server.serve(sockets=[listener]))
-            watching = tasks.create_task(backends.watch())
+            watching = [tasks.create_task(work) for work in (backends.watch(), *(feed.run() for feed in feeds))]
             await server.listening.wait()
             report(f"listening on {url_of(listener)}")
             report(f"ready: {len(fleet.replicas)} of {len(backends.by_url)} servers, policy {settings.policy}")
@@ -36,7 +42,8 @@ async def serve(settings: RouterSettings, listener: socket.socket, *, report: Ca
                 await server.stop_asked.wait()
                 return await _drain(app, server, settings.shutdown_timeout, report)
             finally:
-                watching.cancel()
+                for task in watching:
+                    task.cancel()
                 server.should_exit = True
                 server.stop()
     finally:
