@@ -44,7 +44,7 @@ LEVELS = (
     {"kv_cache", "models", "sampling"},
     {"scheduler", "runner", "routing", "kv_events"},
     {"engine", "simulation"},
-    {"llm", "server", "router", "cli"},
+    {"llm", "server", "router", "cluster", "cli"},
     {"__main__"},
 )
 """From the vocabulary up. A room imports rooms below, and its neighbours as long as they do not import it."""
@@ -61,8 +61,10 @@ WITHOUT_TORCH = {
     "grammar",
     "simulation",
     "routing",
+    "kv_events",
     "server",
     "router",
+    "cluster",
     "cli",
     "llm",
     *LEVELS[0],

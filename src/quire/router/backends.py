@@ -122,7 +122,7 @@ class Backends:
 
         A server that does not answer now may come later.
         """
-        await asyncio.gather(*(self.look(backend) for backend in self.by_url.values()))
+        await asyncio.gather(*(self.look(backend) for backend in list(self.by_url.values())))
         known = [backend for backend in self.by_url.values() if backend.models]
         if not known:
             reasons = "; ".join(f"{backend.url}: {backend.reason}" for backend in self.by_url.values())
@@ -131,11 +131,22 @@ class Backends:
             if problem := self._mismatch(backend):
                 raise ConfigError(problem)
 
+    def add(self, url: str) -> None:
+        """A server that may be new. It takes requests when it has been looked at."""
+        if url not in self.by_url:
+            self.by_url[url] = Backend(url, self.client)
+
+    def drop(self, url: str) -> None:
+        """A server that will not come back."""
+        backend = self.by_url.pop(url, None)
+        if backend is not None:
+            self._set_down(backend, "it has been removed")
+
     async def watch(self) -> None:
         """Look at all servers for ever."""
         while True:
             await asyncio.sleep(self._settings.health_interval)
-            await asyncio.gather(*(self.look(backend) for backend in self.by_url.values()))
+            await asyncio.gather(*(self.look(backend) for backend in list(self.by_url.values())))
 
     async def look(self, backend: Backend) -> None:
         """Find out whether a server takes requests, and what it is if that is not known yet."""
@@ -208,7 +219,7 @@ class Backends:
 
     def _mismatch(self, backend: Backend) -> str:
         """Why a server cannot stand beside the others; "" if it can."""
-        first = next(other for other in self.by_url.values() if other.models)
+        first = next((other for other in self.by_url.values() if other.models), backend)
         if backend.models[0] != first.models[0]:
             return (
                 f"{backend.url} serves {backend.models[0]}, but {first.url} serves {first.models[0]}; one router "

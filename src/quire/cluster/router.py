@@ -1,0 +1,60 @@
+"""RouterDeployment: `quire router` as the ingress of a Serve application."""
+
+import asyncio
+
+from starlette.types import Receive, Scope, Send
+
+from quire.cluster.options import ClusterOptions
+from quire.router.app import RouterApp
+from quire.router.backends import Backends
+from quire.routing.fleet import Fleet
+from quire.routing.policies import POLICIES
+
+GONE_SECONDS = 5.0
+"""A replica that has not told its address for so long, and does not answer, is forgotten."""
+
+
+class Ingress:
+    """The ASGI application that Serve calls. One process holds one router, which `RouterDeployment` makes."""
+
+    def __init__(self) -> None:
+        self.app: RouterApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.app is not None, "Serve makes the deployment before it sends requests"
+        await self.app(scope, receive, send)
+
+
+INGRESS = Ingress()
+
+
+class RouterDeployment:
+    """The router's application, and the addresses that replicas tell."""
+
+    async def __init__(self, options: ClusterOptions, replicas: object) -> None:
+        """`replicas` is the handle of the other deployment, which makes it part of the application."""
+        settings = options.router_settings()
+        fleet = Fleet(
+            POLICIES[settings.policy](), max_blocks=settings.max_blocks, max_requests=settings.max_backend_requests
+        )
+        self._backends = Backends(settings, fleet)
+        self._backends.by_url.clear()
+        self._told: dict[str, float] = {}
+        INGRESS.app = RouterApp(settings, fleet, self._backends)
+        self._watching = asyncio.create_task(self._watch(settings.health_interval))
+
+    async def announce(self, url: str) -> None:
+        """A replica is at `url`."""
+        self._told[url] = asyncio.get_running_loop().time()
+        self._backends.add(url)
+
+    async def _watch(self, seconds: float) -> None:
+        """Look at all replicas for ever, and forget the ones that are gone."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.gather(*(self._backends.look(each) for each in list(self._backends.by_url.values())))
+            for url, told in list(self._told.items()):
+                if loop.time() - told > GONE_SECONDS and not self._backends.by_url[url].is_up:
+                    del self._told[url]
+                    self._backends.drop(url)
+            await asyncio.sleep(seconds)
