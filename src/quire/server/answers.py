@@ -137,6 +137,7 @@ class Answer:
     async def send(self, context: RequestContext, *, stream: bool) -> None:
         """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
         self.generation = replace(self.generation, timeout=context.timeout())
+        context.scope["state"]["usage"] = self.usage
         if context.asks_for_prompt:
             await context.reply(self.prompt_blocks(context.engine))
         elif stream:
