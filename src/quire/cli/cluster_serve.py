@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from quire.cli.options import ModelArgument, flags
 from quire.cluster.options import ClusterOptions, ClusterSettings
 from quire.config import EngineConfig
-from quire.errors import ConfigError
+from quire.errors import ConfigError, EngineDeadError
 from quire.server.settings import ServerSettings
 
 
@@ -51,7 +51,13 @@ def cluster_serve(
     check_ray(address)
     report("Ray is there")
     serve.start(http_options={"host": host, "port": port})
-    serve.run(make_application(given), name=APP_NAME, route_prefix="/")
+    try:
+        serve.run(make_application(given), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EngineDeadError(
+            f"the replicas did not start: {reason}; `serve status` and the Ray logs say more"
+        ) from None
     report(f"listening on http://{host}:{port}")
     report(f"ready: {checked.cluster.replicas} replicas")
     stopped = threading.Event()

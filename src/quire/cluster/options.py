@@ -10,7 +10,7 @@ from quire.router.settings import RouterSettings
 from quire.routing.policies import POLICIES
 from quire.server.settings import ServerSettings
 
-_NOT_FOR_REPLICAS = frozenset({"host", "port"})
+_NOT_FOR_REPLICAS = frozenset({"host", "port", "uds"})
 _PLACEHOLDER = "http://replica"
 
 

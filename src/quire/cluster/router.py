@@ -21,8 +21,20 @@ class Ingress:
         self.app: RouterApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
         assert self.app is not None, "Serve makes the deployment before it sends requests"
         await self.app(scope, receive, send)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer Serve, which asks whether the application has started and ended: the deployment does both."""
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
 
 
 INGRESS = Ingress()

@@ -130,13 +130,13 @@ class ClusterSimulation:
         turn, rest = turns[0], turns[1:]
         num_tokens = turn.prompt_tokens
         output = min(turn.output_tokens, self._max_model_len - num_tokens)
+        self._num_begun += 1
         if output < 1:
             self._refused += 1  # the session has outgrown the context
             return
         tokens = [content for content, length in turn.pieces for _ in range(length)]
         prompt = Prompt(self._blocks_of(tokens), num_tokens, self._settings.block_size, f"s{turn.session}")
         self._count_oracle(prompt)
-        self._num_begun += 1
         request = Request(
             request_id=f"{turn.session}.{turn.number}",
             prompt_token_ids=tokens,

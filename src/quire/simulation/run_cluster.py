@@ -68,6 +68,4 @@ def _check(settings: SimulationSettings) -> None:
     names += ("swap_space", "disk_cache_size", "step_failures", "slow_steps", "cancellations", "engine_deaths")
     for name in names:
         if getattr(settings, name) != getattr(default, name):
-            raise ConfigError(
-                f"{name} is {getattr(settings, name)}; a simulated cluster does not have it: leave it out"
-            )
+            raise ConfigError(f"{name} is {getattr(settings, name)}; a simulated cluster lacks that: leave it out")
