@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 
 from quire.cluster.options import ClusterOptions, ClusterSettings
@@ -37,7 +38,7 @@ def make_application(args: Mapping[str, Any]) -> serve.Application:
         serve.ingress(INGRESS)(RouterDeployment),
         name=ROUTER,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MAX_ONGOING,
     )
     return router.bind(options, replicas.bind(options, name))
@@ -58,14 +59,16 @@ def _scale(cluster: ClusterSettings) -> dict[str, Any]:
 
 
 def check_ray(address: str | None) -> None:
-    """Raise `ConfigError` if no Ray cluster answers at `address`."""
-    import ray
-
+    """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        # Ray's dashboard is a process of its own, which only Ray's other tools need.
+        given: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        ray.init(**given, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    except Exception as error:  # Ray raises plain exceptions too
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"no Ray cluster answers at {address or 'this machine'}: {reason}. Start its head node with "
-            "`ray start --head`, or leave out --address to start one here"
+            f"no Ray cluster answers at {address}: {reason}. Start its head node with `ray start --head`, or leave out "
+            "--address to start one here"
+            if address
+            else f"Ray cannot be started here: {reason}"
         ) from None

@@ -11,7 +11,7 @@ from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
 
 GONE_SECONDS = 5.0
-"""A replica that has not told its address for so long, and does not answer, is forgotten."""
+"""A replica that has not announced itself for so long, and does not answer, is forgotten."""
 
 
 class Ingress:
@@ -51,13 +51,13 @@ class RouterDeployment:
         )
         self._backends = Backends(settings, fleet)
         self._backends.by_url.clear()
-        self._told: dict[str, float] = {}
+        self._announced: dict[str, float] = {}
         INGRESS.app = RouterApp(settings, fleet, self._backends)
         self._watching = asyncio.create_task(self._watch(settings.health_interval))
 
     async def announce(self, url: str) -> None:
         """A replica is at `url`."""
-        self._told[url] = asyncio.get_running_loop().time()
+        self._announced[url] = asyncio.get_running_loop().time()
         self._backends.add(url)
 
     async def _watch(self, seconds: float) -> None:
@@ -65,8 +65,8 @@ class RouterDeployment:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.gather(*(self._backends.look(each) for each in list(self._backends.by_url.values())))
-            for url, told in list(self._told.items()):
-                if loop.time() - told > GONE_SECONDS and not self._backends.by_url[url].is_up:
-                    del self._told[url]
+            for url, seen in list(self._announced.items()):
+                if loop.time() - seen > GONE_SECONDS and not self._backends.by_url[url].is_up:
+                    del self._announced[url]
                     self._backends.drop(url)
             await asyncio.sleep(seconds)

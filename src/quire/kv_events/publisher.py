@@ -1,4 +1,4 @@
-"""EventPublisher: sends messages of KV events over ZMQ, and past ones to whoever asks.
+"""EventPublisher: sends messages of KV events over ZMQ, and past ones on request.
 
 A message has three frames: topic, sequence number (8 bytes, big-endian), content. Past messages are asked for at a
 ROUTER socket with the first wanted number; they come as (number, content), and number −1 ends them.

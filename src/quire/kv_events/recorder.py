@@ -1,7 +1,7 @@
 """EventRecorder: listens to the block pool and the tiers, and makes events of what a step changed.
 
-Only the first KV group is told: a prefix hit needs its blocks whatever the others hold, and routers count each token
-once. Blocks stored one after the other become one event.
+Only the first KV group is published: a prefix hit needs its blocks whatever the others hold, and routers count each
+token once. Blocks stored one after the other become one event.
 """
 
 from collections.abc import Callable, Sequence

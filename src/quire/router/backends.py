@@ -87,7 +87,7 @@ class Backend:
             yield part
 
     def fail(self, reason: str) -> None:
-        """Take the server for dead: whoever reads from it stops."""
+        """Take the server for dead, and end all reads from it."""
         self.is_up, self.reason = False, reason
         for limit in self._reads:
             limit.reschedule(0)

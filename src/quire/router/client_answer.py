@@ -41,6 +41,6 @@ def failure_event(path: str, error: RequestError) -> bytes:
         content = {"type": "error", "error": {"type": "overloaded_error", "message": error.message}}
         return b"event: error\ndata: " + _encode(content) + b"\n\n"
     if path.startswith("/v1/responses"):
-        content = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-        return b"event: error\ndata: " + _encode(content) + b"\n\n"
+        item = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+        return b"event: error\ndata: " + _encode(item) + b"\n\n"
     return b"data: " + _encode(body) + b"\n\ndata: [DONE]\n\n"

@@ -45,7 +45,7 @@ class Counts:
     moved: int = 0
     """Times that a request went on to another server."""
     resumed_streams: int = 0
-    """Among them, streams of which the client had a part."""
+    """Among them, streams whose beginning the client already had."""
     cut_streams: int = 0
     """Streams that ended with an error of the router."""
 

@@ -44,7 +44,7 @@ class PromptBlocks(msgspec.Struct):
     num_tokens: int
     """Tokens of all prompts of the request."""
     hashes: bytes
-    """Of the full blocks of the first prompt, `HASH_BYTES` each."""
+    """Hashes of the full blocks of the first prompt, `HASH_BYTES` each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,8 @@ class ClusterSettings:
             raise ConfigError("max_replica_requests must be at least 0, and num_kinds at least 1")
         if self.rolling_update is not None and not 0 <= self.rolling_update < float("inf"):
             raise ConfigError(f"rolling_update is {self.rolling_update}; it must be at least 0 seconds, and finite")
-        given = (self.deaths,) if isinstance(self.deaths, str) else self.deaths
+        deaths: tuple[str, ...] | str = self.deaths
+        given = (deaths,) if isinstance(deaths, str) else deaths
         object.__setattr__(self, "death_times", tuple(self._death(text) for text in given))
 
     def _death(self, text: str) -> tuple[float, int]:
