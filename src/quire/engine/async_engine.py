@@ -12,8 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +25,9 @@ from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import (
     FromEngine,
     Load,
@@ -46,7 +47,7 @@ from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
-from quire.request import Task
+from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
 
@@ -83,7 +84,7 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_waiters: deque[asyncio.Future[MemoryReport]] = deque()
+        self._memory_questions = MemoryQuestions()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,10 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self.memory_plan.block_size
+
+    @property
     def max_queue_size(self) -> int:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
@@ -197,8 +202,11 @@ class AsyncLLM:
         tenant: str = "",
         workload: str = "",
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+
+        `progress` has the samples that another engine began, by index. The first item repeats it as an output.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
@@ -218,9 +226,13 @@ class AsyncLLM:
             tenant=tenant,
             workload=workload,
             timeout=timeout,
+            progress=progress,
         )
         finished = False
         try:
+            if stream.replayed is not None:
+                finished = stream.replayed.finished
+                yield stream.replayed
             while not finished:
                 await stream.changed.wait()
                 output = stream.take()
@@ -279,6 +291,7 @@ class AsyncLLM:
         tenant: str,
         workload: str,
         timeout: float | None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
         if self.outage is not None:
@@ -300,6 +313,8 @@ class AsyncLLM:
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
+        if progress:
+            request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
         self._check_queue()
@@ -307,7 +322,7 @@ class AsyncLLM:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text, timeout)
+        return self._streams.open(request, text, timeout, progress)
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""
@@ -337,8 +352,7 @@ class AsyncLLM:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
         if self.state not in ("ready", "draining"):
             raise EngineUnavailableError(f"the engine is {self.state}")
-        answer: asyncio.Future[MemoryReport] = asyncio.get_running_loop().create_future()
-        self._memory_waiters.append(answer)
+        answer = self._memory_questions.ask()
         self._client.send(ReportMemory())
         return await answer
 
@@ -351,9 +365,7 @@ class AsyncLLM:
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
             case MemoryReported(report):
-                waiter = self._memory_waiters.popleft()
-                if not waiter.done():
-                    waiter.set_result(report)
+                self._memory_questions.answer(report)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -366,7 +378,7 @@ class AsyncLLM:
                 self._report(f"{name}: {seconds:.2f} s")
 
     def _handle_death(self, death: Death) -> bool:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -378,15 +390,9 @@ class AsyncLLM:
         self._streams.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)
-
-    def _fail_memory_waiters(self) -> None:
-        for waiter in self._memory_waiters:
-            if not waiter.done():
-                waiter.set_exception(EngineUnavailableError("the engine ended before it could answer"))
-        self._memory_waiters.clear()
