@@ -41,6 +41,7 @@ LEVELS = (
     {"attention"},
     {"layers"},
     {"kv_cache", "models", "sampling"},
+    {"lora"},
     {"scheduler", "runner"},
     {"engine", "simulation"},
     {"llm", "server", "cli"},

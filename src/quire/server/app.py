@@ -20,7 +20,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, embeddings, health, infill, kv, metrics, models, openapi, tokenize
+from quire.server import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    health,
+    infill,
+    kv,
+    metrics,
+    models,
+    openapi,
+    tokenize,
+)
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -41,6 +53,7 @@ from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
+    *adapters.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
+from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
+from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
 from quire.server.key_use import Admission
@@ -38,9 +40,10 @@ class Generation:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
         sample that failed if it is the only one: among several it ends alone, with its error."""
         params = await self._with_bad_words(engine)
+        adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [self._generate(engine, prompt, params, admission) for prompt in self.prompts]
+            streams = [self._generate(engine, prompt, params, adapter, admission) for prompt in self.prompts]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
                     for sample in output.outputs:
@@ -56,7 +59,12 @@ class Generation:
         return self.params.with_changes(bad_words_token_ids=token_ids)
 
     async def _generate(
-        self, engine: Engine, prompt: list[int], params: SamplingParams, admission: Admission
+        self,
+        engine: Engine,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: Adapter | None,
+        admission: Admission,
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
             prompt,
@@ -65,6 +73,7 @@ class Generation:
             cache_salt=self.scheduling.cache_salt,
             tenant=self.scheduling.tenant,
             workload=self.scheduling.workload,
+            adapter=adapter,
             timeout=self.timeout,
         )
         watch = RequestWatch(engine.metrics, self.params)
