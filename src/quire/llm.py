@@ -312,16 +312,14 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return prompts  # type: ignore[return-value]
 
 
-def _one_for_each(
-    given: LoRARequest | Sequence[LoRARequest | None] | None, count: int
-) -> Sequence[LoRARequest | None]:
+def _one_for_each(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
     """One entry for each prompt. Raises `RequestError`."""
     if given is None or isinstance(given, LoRARequest):
         return [given] * count
     if len(given) != count or not all(one is None or isinstance(one, LoRARequest) for one in given):
         raise RequestError(
-            f"{count} prompts came with lora_request {brief(given)}; give one LoRARequest, or a list with one or None for "
-            "each prompt",
+            f"{count} prompts came with lora_request {brief(given)}; give one LoRARequest, or a list with one or None "
+            "for each prompt",
             param="lora_request",
         )
     return given

@@ -1,4 +1,4 @@
-"""Adapters with random weights, trained by nobody and saved by peft, and the same models in peft as the oracle."""
+"""Adapters with random weights, saved by peft, and the same models in peft as the oracle."""
 
 from functools import cache
 from pathlib import Path
@@ -46,9 +46,7 @@ def expected_logprobs(base: Path, adapter: Path | None, ids: list[int]) -> Tenso
         return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
 
 
-def expected_tokens(base: Path, adapter: Path | None, ids: list[int], count: int) -> list[int]:
-    """Greedy tokens after `ids`."""
-    ids = list(ids)
-    for _ in range(count):
-        ids.append(int(expected_logprobs(base, adapter, ids)[-1].argmax()))
-    return ids[-count:]
+def is_greedy(base: Path, adapter: Path | None, ids: list[int], output: list[int]) -> bool:
+    """Whether every token of `output`, which follows `ids`, is the likeliest."""
+    logprobs = expected_logprobs(base, adapter, [*ids, *output])
+    return logprobs[len(ids) - 1 : -1].argmax(-1).tolist() == output

@@ -33,7 +33,11 @@ _TEXTS: dict[str, Any] = {
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens"), int | str | None),
 }
 """Options that the config class parses itself, with the type that a flag takes."""
-_ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES", "allow_runtime_lora": "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
+_ENVIRONMENT = {
+    "api_key": "QUIRE_API_KEY",
+    "traces_dir": "QUIRE_TRACES",
+    "allow_runtime_lora": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+}
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
     ServerSettings: Group("Server", sort_key=2),

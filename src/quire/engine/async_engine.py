@@ -206,7 +206,7 @@ class AsyncLLM:
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
-        are those of `Request`; `request_id` is the caller's name for it and only echoed. `adapter` is one of `adapters`.
+        are those of `Request`; `request_id` is the caller's name for it and only echoed, `adapter` one of `adapters`.
         """
         if params.logits_processors:
             raise RequestError(

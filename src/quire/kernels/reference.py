@@ -24,7 +24,6 @@ from quire.kernels.interface import (
     RecurrentPlan,
     StateLayer,
 )
-from quire.kernels.lora import LORA_TILE, add_lora
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
 

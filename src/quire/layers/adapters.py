@@ -1,8 +1,8 @@
 """Adapters of a model's layers: what they hold for every slot of adapters, and what they add for a step's rows.
 
-A layer that adapters can change is an `AdaptedLinear`. It computes what `Linear` computes, by the same calls; where rows
-of the step use an adapter that changes the layer, it then adds their updates, for all adapters at once. So rows without
-an adapter have the same bits in every batch, and a step without adapters makes no call more.
+A layer that adapters can change is an `AdaptedLinear`. It computes what `Linear` computes, by the same calls. Where
+rows of the step use an adapter that changes the layer, it then adds their updates, for all adapters at once. So rows
+without an adapter have the same bits in every batch, and a step without adapters makes no call more.
 """
 
 from collections.abc import Mapping, Sequence

@@ -168,7 +168,11 @@ class _Reader:
             return value
         if isinstance(value, str) and one_is_list:
             value = [value] if value else []
-        if not isinstance(value, list) or len(value) > _MOST_ENTRIES or not all(isinstance(n, str) and n for n in value):
+        if (
+            not isinstance(value, list)
+            or len(value) > _MOST_ENTRIES
+            or not all(isinstance(n, str) and n for n in value)
+        ):
             kinds = "a list of names or a regular expression" if or_pattern else "a list of names"
             raise self._refusal(key, f"{kinds}, {_MOST_ENTRIES:,} at most")
         if patterns:

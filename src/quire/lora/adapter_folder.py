@@ -64,7 +64,9 @@ class AdapterFolder:
         """Raises `CheckpointError` for a folder that holds no adapter, is damaged or asks for what is not supported."""
         path = Path(path).expanduser()
         if not path.is_dir():
-            raise CheckpointError(f"adapter {str(path)!r} is not a folder; give one with {CONFIG_FILE}, as peft writes it")
+            raise CheckpointError(
+                f"adapter {str(path)!r} is not a folder; give one with {CONFIG_FILE}, as peft writes it"
+            )
         _check_files(path)
         config = AdapterConfig.read(path)
         modules = _sort(path, read_header(path / TENSORS_FILE)[0])
@@ -142,7 +144,9 @@ def _check_module(file: Path, name: str, module: ModuleTensors, config: AdapterC
         return
     a, b = module.a, module.b
     if a is None or b is None:
-        raise CheckpointError(f"{file}: {name[:200]} has no {'lora_A' if a is None else 'lora_B'}; save the adapter again")
+        raise CheckpointError(
+            f"{file}: {name[:200]} has no {'lora_A' if a is None else 'lora_B'}; save the adapter again"
+        )
     if not config.changes(name):
         raise CheckpointError(
             f"{file}: {name[:200]} has an update, but {CONFIG_FILE} leaves that module out (target_modules, "
@@ -155,7 +159,9 @@ def _check_module(file: Path, name: str, module: ModuleTensors, config: AdapterC
             f"{rank}, which is [{rank}, inputs] and [outputs, {rank}]"
         )
     if config.uses_dora and module.is_embedding:
-        raise CheckpointError(f"{file}: {name[:200]} is an embedding, and use_dora is true; DoRA serves dense layers only")
+        raise CheckpointError(
+            f"{file}: {name[:200]} is an embedding, and use_dora is true; DoRA serves dense layers only"
+        )
     if config.uses_dora != (module.magnitude is not None):
         state = "no lora_magnitude_vector, but use_dora is true" if config.uses_dora else "a magnitude without use_dora"
         raise CheckpointError(f"{file}: {name[:200]} has {state}; give the config that was saved with it")

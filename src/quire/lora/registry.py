@@ -28,8 +28,8 @@ class AdapterRegistry:
     """Names of adapters → their folders. Safe to use from several threads."""
 
     def __init__(self, modules: Iterable[str] = (), *, enabled: bool = True) -> None:
-        """`enabled`: the engine serves adapters. `modules` are name=path, or JSON with name and path as vLLM takes it. Raises `ConfigError` for text that is
-        neither, `CheckpointError` for a folder that holds no adapter Quire can serve."""
+        """`enabled`: the engine serves adapters. `modules` are name=path, or JSON with name and path as vLLM takes it.
+        Raises `ConfigError` for text that is neither, `CheckpointError` for a folder whose adapter cannot be served."""
         self.enabled = enabled
         self._paths: dict[str, str] = {}
         self._digests: dict[str, tuple[tuple[int, ...], str]] = {}

@@ -115,7 +115,8 @@ class AdapterSlots:
                     "with another vocabulary does not fit"
                 )
             return
-        assert module.a is not None and module.b is not None
+        assert module.a is not None
+        assert module.b is not None
         outputs, inputs = self._shape_of(name)
         if is_embedding != module.is_embedding:
             kind = "an embedding" if is_embedding else "a dense layer"
@@ -148,7 +149,8 @@ class AdapterSlots:
             if module.weight is not None:
                 self._replace(name, tensors.take(module.weight), slot, folder)
                 continue
-            assert module.a is not None and module.b is not None
+            assert module.a is not None
+            assert module.b is not None
             a, b = tensors.take(module.a).float(), tensors.take(module.b).float() * config.factor_of(stored_name)
             if module.is_embedding:
                 assert self.adapters.embedding is not None
@@ -169,8 +171,8 @@ class AdapterSlots:
         room = self._memory - self.adapters.num_bytes
         if num_bytes > room:
             raise CheckpointError(
-                f"adapter {str(folder.path)!r} brings a whole weight of {num_bytes:,} bytes, and the memory of adapters "
-                f"has room for {max(0, room):,}; name it with lora_modules at start, or raise max_loras"
+                f"adapter {str(folder.path)!r} brings a whole weight of {num_bytes:,} bytes, and the memory of "
+                f"adapters has room for {max(0, room):,}; name it with lora_modules at start, or raise max_loras"
             )
         if name == self.adapters.embedding_name:
             assert self.adapters.embedding is not None

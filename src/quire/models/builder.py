@@ -52,7 +52,11 @@ class Builder:
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
-        dtype, packing, adapters = self.dtype if quantizes else self.float_dtype, self.weights.packing, self.weights.adapters
+        dtype, packing, adapters = (
+            self.dtype if quantizes else self.float_dtype,
+            self.weights.packing,
+            self.weights.adapters,
+        )
         if adapters is None or all(weight.origin is None for weight in weights):
             return Linear(self.kernels, weights, dtype, packing)
         return AdaptedLinear(self.kernels, weights, dtype, packing, adapters)

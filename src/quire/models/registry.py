@@ -53,7 +53,8 @@ def load_model(
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
 
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
-    by default `kernels` do. `adapters` collects the layers that adapters may change. Raises `CheckpointError` for weights that are missing, misshapen or left over.
+    by default `kernels` do. `adapters` collects the layers that adapters may change. Raises `CheckpointError` for
+    weights that are missing, misshapen or left over.
     """
     row = ARCHITECTURES.get(config.architecture)
     if config.computed_by or row is None:

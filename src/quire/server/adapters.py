@@ -68,9 +68,7 @@ async def unload_adapter(context: RequestContext) -> None:
     request = await context.read(UnloadAdapter)
     name = request.lora_name
     if name not in context.engine.adapters:
-        raise Refusal(
-            404, f"no adapter named {name[:200]!r} is loaded", code="adapter_not_found", param="lora_name"
-        )
+        raise Refusal(404, f"no adapter named {name[:200]!r} is loaded", code="adapter_not_found", param="lora_name")
     context.engine.adapters.remove(name)
     await context.reply_bytes(f"Success: LoRA adapter '{name}' removed successfully.".encode(), b"text/plain")
 
@@ -85,7 +83,9 @@ async def find_adapter(engine: Engine, name: str) -> Adapter | None:
             return known
         return await asyncio.to_thread(engine.adapters.find, name)
     except CheckpointError as error:
-        raise RequestError(f"the model {name!r} cannot be served: {error}", param="model", code="invalid_adapter") from error
+        raise RequestError(
+            f"the model {name!r} cannot be served: {error}", param="model", code="invalid_adapter"
+        ) from error
 
 
 async def _try(engine: Engine, adapter: Adapter) -> None:
