@@ -1,4 +1,4 @@
-"""Adapters against peft: log-probabilities and greedy tokens, whatever else is in the batch and wherever KV came from."""
+"""Adapters against peft: log-probabilities and greedy tokens, whatever the batch and wherever KV came from."""
 
 import shutil
 from collections.abc import Callable
@@ -18,8 +18,13 @@ from tests.lora.peft_adapters import ATTENTION, expected_logprobs, is_greedy, ma
 
 VOCAB_SIZE, COUNT = 260, 5
 OPTIONS: dict[str, Any] = {
-    **{"dtype": "float32", "enable_lora": True, "max_logprobs": VOCAB_SIZE, "threads": 1, "num_blocks": 200},
-    **{"max_num_seqs": 8, "max_model_len": 128},
+    "dtype": "float32",
+    "enable_lora": True,
+    "max_logprobs": VOCAB_SIZE,
+    "threads": 1,
+    "num_blocks": 200,
+    "max_num_seqs": 8,
+    "max_model_len": 128,
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=COUNT, ignore_eos=True)
 REPORTED = GREEDY.with_changes(prompt_logprobs=VOCAB_SIZE)
@@ -192,12 +197,10 @@ FAMILIES = {
     "gpt2": {"target_modules": ["c_attn", "attn.c_proj", "c_fc", "wte"], "fan_in_fan_out": True},
     "phi3": {"target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]},
     "cohere": {"target_modules": ATTENTION},
-    "qwen3-moe": {"target_modules": ATTENTION},
     "qwen2-moe": {"target_modules": [*ATTENTION, "shared_expert.up_proj", "shared_expert.down_proj"]},
     "gpt-neox": {"target_modules": ["query_key_value", "dense_4h_to_h"]},
-    "qwen3-next": {"target_modules": ["q_proj", "out_proj", "shared_expert.gate_proj"]},
+    "qwen3-next": {"target_modules": ["q_proj", "o_proj", "out_proj"]},
     "gemma3": {"target_modules": ["q_proj", "down_proj", "embed_tokens"]},
-    "opt": {"target_modules": ["v_proj", "fc1", "fc2"]},
 }
 
 
@@ -236,10 +239,10 @@ def test_what_does_not_fit_is_refused_before_anything_runs(
 def test_an_adapter_of_another_model_is_refused(llm: LLM, base: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", "llama", hidden_size=32)
     path = make_adapter(tmp_path / "adapter", other)
-    with pytest.raises(RequestError, match=r"the update of .*_proj is \[\d+, 32\], in this model the weight is"):
+    with pytest.raises(RequestError, match=r"the update of .*_proj is \[.*32.*\], in this model the weight is \["):
         generate(llm, [prompt(4)], [path])
     experts = make_adapter(tmp_path / "moe", make_checkpoint(tmp_path / "gpt2", "gpt2"), target_modules=["c_attn"])
-    with pytest.raises(RequestError, match=r"changes transformer.h.0.attn.c_attn, .* there are down_proj"):
+    with pytest.raises(RequestError, match=r"changes transformer\.h\.0\.attn\.c_attn, .* there are down_proj"):
         generate(llm, [prompt(4)], [experts])
 
 
@@ -255,7 +258,7 @@ def test_damage_behind_the_header_ends_the_call_and_nothing_else(
         generate(llm, [prompt(4), prompt(5)], [folder, None])
     assert tokens(generate(llm, [prompt(5)], [adapter("plain")]))
     (folder / CONFIG_FILE).unlink()
-    with pytest.raises(RequestError, match="has no adapter_config.json"):
+    with pytest.raises(RequestError, match=r"has no adapter_config\.json"):
         generate(llm, [prompt(4)], [folder])
 
 

@@ -116,6 +116,8 @@ def _sort(path: Path, entries: Mapping[str, Entry]) -> dict[str, ModuleTensors]:
     modules: dict[str, ModuleTensors] = {}
     for name, entry in entries.items():
         end = next((end for end in _ROLES if name.endswith(end)), None)
+        if end == ".weight" and ".lora_" in name:
+            end = None  # of an update, in another layout
         if end is None or not name.startswith(_PREFIX) or len(name) <= len(_PREFIX) + len(end):
             raise CheckpointError(
                 f"{path / TENSORS_FILE}: tensor {name[:200]} is not supported; there are lora_A and lora_B of dense "
