@@ -1,6 +1,9 @@
 """Adapters against peft: log-probabilities and greedy tokens, whatever the batch and wherever KV came from."""
 
+import asyncio
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from quire import LLM, LoRARequest, RequestError, SamplingParams
+from quire import LLM, AsyncLLM, LoRARequest, RequestError, SamplingParams
 from quire.errors import CheckpointError, ConfigError
 from quire.kernels import cpu
 from quire.lora.adapter_folder import CONFIG_FILE, TENSORS_FILE
+from quire.lora.registry import Adapter
 from tests.checkpoints import make_checkpoint
+from tests.engine.serving import collect, run, until
 from tests.lora.peft_adapters import ATTENTION, expected_logprobs, is_greedy, make_adapter
 
 VOCAB_SIZE, COUNT = 260, 5
@@ -272,3 +277,28 @@ def test_without_the_option_adapters_are_refused(base: Path, adapter: Callable[[
         LLM(str(base), lora_modules="nothing")
     with pytest.raises(CheckpointError, match="is not a folder"):
         LLM(str(base), lora_modules="a=/nowhere")
+
+
+def test_adapters_survive_the_death_of_the_engine(base: Path, adapter: Callable[[str], Path]) -> None:
+    """Three adapters share one slot; one request is closed while its adapter waits, and the engine is killed."""
+    params = GREEDY.with_changes(max_tokens=60)
+    modules = tuple(f"{kind}={adapter(kind)}" for kind in ("plain", "dora", "layers"))
+    options = OPTIONS | {"max_loras": 1, "lora_modules": modules, "model": str(base)}
+
+    async def test(engine: AsyncLLM) -> None:
+        def ask(kind: str) -> Any:
+            return collect(engine, prompt(9), params, adapter=engine.adapters.find(kind) if kind else None)
+
+        tasks = [asyncio.ensure_future(ask(kind)) for kind in ("plain", "", "dora", "layers")]
+        await asyncio.sleep(0.05)
+        tasks.pop().cancel()
+        await until(lambda: engine.stats.total_generated_tokens > 20)
+        os.kill(engine.engine_pid, signal.SIGKILL)
+        for kind, output in zip(("plain", "", "dora"), await asyncio.gather(*tasks), strict=True):
+            path = adapter(kind) if kind else None
+            assert is_greedy(base, path, prompt(9), output.outputs[0].token_ids), kind
+        await until(lambda: engine.stats.num_running == engine.stats.num_waiting == 0)
+        with pytest.raises(RequestError, match="has changed since"):
+            await collect(engine, prompt(9), params, adapter=Adapter("0" * 40, str(adapter("rslora"))))
+
+    run(test, **options)
