@@ -38,6 +38,8 @@ _ENVIRONMENT = {
     "traces_dir": "QUIRE_TRACES",
     "allow_runtime_lora": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
 }
+_SEVERAL = frozenset({"lora_modules"})
+"""Flags that take several values at once, as in vLLM."""
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
     ServerSettings: Group("Server", sort_key=2),
@@ -114,6 +116,7 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
         show_env_var=field.name in _ENVIRONMENT,
         negative_bool=() if field.default is False else None,
         negative_iterable=(),
+        consume_multiple=field.name in _SEVERAL,
         **group,
     )
     return inspect.Parameter(

@@ -113,24 +113,12 @@ def build_core(
     tiers, block_store = _open_tiers(target, kv_cache)
     _warn_of_surplus(target)
     on_phase("KV cache", time.perf_counter() - started)
-    settings = RunnerSettings(
-        backend=plan.attention_backend,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
-        num_threads=num_threads,
-        logprobs_memory=plan.logprobs,
-        fast_forward=config.fast_forward,
-        batch_invariant=config.deterministic,
-        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
-        max_num_samples=max_num_samples(config),
-    )
     runner = ModelRunner(
         model,
         kv_cache,
         model_config,
         target.kernels,
-        settings,
+        _runner_settings(config, plan, num_threads),
         logits_processors=processors,
         block_store=block_store,
         grammars=grammars,
@@ -150,6 +138,21 @@ def build_core(
         runner.use_adapters(slots)
         core.use_adapters(WaitingForAdapter(slots))
     return core
+
+
+def _runner_settings(config: EngineConfig, plan: MemoryPlan, num_threads: int) -> RunnerSettings:
+    return RunnerSettings(
+        backend=plan.attention_backend,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        num_threads=num_threads,
+        logprobs_memory=plan.logprobs,
+        fast_forward=config.fast_forward,
+        batch_invariant=config.deterministic,
+        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
+        max_num_samples=max_num_samples(config),
+    )
 
 
 def _set_threads(config: EngineConfig) -> int:

@@ -22,7 +22,7 @@ class LinearOrigin:
     num_outputs: int
     """Its outputs."""
     rows: Tensor | None = None
-    """Those of them that the layer computes, in its order; None: all, as they are stored."""
+    """The outputs that the layer computes, in its order; None: all, as they are stored."""
 
     def select(self, rows: Tensor) -> "LinearOrigin":
         return replace(self, rows=rows if self.rows is None else self.rows[rows])

@@ -62,8 +62,8 @@ class AdapterRegistry:
         return self.identify(self._path_of(name))
 
     def known(self, name: str) -> Adapter | None:
-        """The adapter of that name if its files are those that were read last: this reads none. Raises
-        `CheckpointError`."""
+        """The adapter of that name if its files have not changed since they were read; None: `find` must read them.
+        Raises `CheckpointError`."""
         path = self._path_of(name)
         found = self._digests.get(path)
         return Adapter(found[1], path) if found is not None and found[0] == _state_of(path) else None

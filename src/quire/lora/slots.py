@@ -23,7 +23,7 @@ _Sites = dict[str, list[tuple[AdaptedLinear, int]]]
 
 
 class AdapterSlots:
-    """The slots of one model. Whoever asks for a load decides which slot is free."""
+    """The slots of one model. The caller of `load` knows which slot is free."""
 
     def __init__(
         self, adapters: ModelAdapters, kernels: Kernels, *, dtype: torch.dtype, device: torch.device, memory: int
