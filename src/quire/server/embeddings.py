@@ -14,6 +14,7 @@ from quire.errors import RequestError
 from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
+from quire.server.generation import UsageCounter
 from quire.server.limits import check_work
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import Priority, Salt
@@ -107,6 +108,8 @@ async def embed_all(
     options["adapter"] = await find_adapter(context.engine, context.adapter_name)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
         outputs = await _embed_admitted(context, prompts, options)
+    lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
+    context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
     if dimensions is not None:
         for output in outputs:
             output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
