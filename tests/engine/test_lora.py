@@ -169,6 +169,18 @@ def test_quantised_base(base: Path, adapter: Callable[[str], Path]) -> None:
     assert (found[0] - adapted).abs().mean() < 2 * rounding < 0.5 * (adapted - plain).abs().mean()
 
 
+def test_kernels_of_other_devices(base: Path, adapter: Callable[[str], Path]) -> None:
+    """The batched products of sdpa, which serve a GPU; here on the CPU."""
+    adapters, prompts = (
+        [adapter("plain"), None, adapter("dora"), adapter("plain")],
+        [prompt(40), *map(prompt, (3, 4, 5))],
+    )
+    with LLM(str(base), attention_backend="sdpa", **OPTIONS) as llm:
+        outputs = generate(llm, prompts, adapters)
+    for ids, path, found in zip(prompts, adapters, tokens(outputs), strict=True):
+        assert is_greedy(base, path, ids, found)
+
+
 def test_batches_without_adapters_make_no_further_call(
     llm: LLM, base: Path, adapter: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

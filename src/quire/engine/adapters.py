@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 from quire.errors import CheckpointError, RequestError
 from quire.request import Request
 
+MAX_CHECKED = 10_000
+"""Adapters that are remembered as fitting."""
 WAIT_SECONDS = 0.05
 """Longest wait for a load in a step without other work; then messages are read again."""
 
@@ -49,6 +51,8 @@ class WaitingForAdapter:
         self._free = list(range(len(slots) - 1, -1, -1))
         self._loaded: dict[str, int] = {}
         """Adapter → slot, the least recently used first."""
+        self._checked: set[str] = set()
+        """Adapters that were found to fit the model."""
         self._draining = ""
         """An adapter whose slot is wanted."""
         self._loading: _Load | None = None
@@ -66,14 +70,10 @@ class WaitingForAdapter:
     def add(self, request: Request) -> bool:
         """Whether the request can run now; else `take` returns it later. Raises `RequestError` for an adapter that
         cannot be used with the model."""
-        if request.adapter not in self._loaded:
-            try:
-                self._slots.check(request.adapter_path)
-            except CheckpointError as error:
-                raise adapter_error(error) from error
-        elif request.adapter != self._draining:
+        if request.adapter in self._loaded and request.adapter != self._draining:
             self._touch(request.adapter)
             return True
+        self._check(request)
         self._waiting[request.request_id] = request
         return False
 
@@ -119,6 +119,17 @@ class WaitingForAdapter:
     @property
     def num_loaded(self) -> int:
         return len(self._loaded)
+
+    def _check(self, request: Request) -> None:
+        if request.adapter in self._checked:
+            return
+        try:
+            self._slots.check(request.adapter_path)
+        except CheckpointError as error:
+            raise adapter_error(error) from error
+        if len(self._checked) >= MAX_CHECKED:
+            self._checked.clear()
+        self._checked.add(request.adapter)
 
     def _must_load(self, request: Request) -> bool:
         return request.adapter not in self._loaded

@@ -264,6 +264,8 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
+        if self._adapters is not None:
+            stats.num_waiting += len(self._adapters)
         stats.num_grammars, stats.num_grammar_bytes = len(self._grammar_cache), self._grammar_cache.num_bytes
         return stats
 
