@@ -165,7 +165,12 @@ class LLM:
         return list(outputs.values())
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[BeamSearchOutput]:
         """The most likely continuations of every prompt, best first, by a search with `params.beam_width` beams.
 
@@ -174,7 +179,8 @@ class LLM:
         failed.
         """
         tokenizer, results = self._engine.tokenizer, []
-        for output in self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm):
+        outputs = self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        for output in outputs:
             failed = next((sample.error for sample in output.outputs if sample.error is not None), None)
             if failed is not None:
                 raise RequestError(failed, param="prompt")

@@ -181,14 +181,14 @@ class RequestContext:
                 code="model_not_found",
                 param="model",
             )
-        self.scope["state"]["model"] = name
+        self.scope["state"]["adapter"] = "" if name in self.engine.model_names else name
         return name
 
     @property
     def adapter_name(self) -> str:
-        """The adapter among the models that `check_model` let through; empty: the model alone."""
-        name: str = self.scope["state"].get("model", "")
-        return name if name in self.engine.adapters else ""
+        """The adapter that `check_model` let through; empty: the model alone."""
+        name: str = self.scope["state"].get("adapter", "")
+        return name
 
 
 @dataclass(frozen=True, slots=True)
