@@ -15,6 +15,7 @@ from typing import Any
 
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
+from quire.pooling_types import POOLINGS, TASKS
 from quire.quantization import METHODS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
@@ -40,6 +41,8 @@ _CHOICES = {
     "admission": ADMISSIONS,
     "load_format": ("auto", "safetensors", "dummy"),
     "generation_config": ("auto", "none"),
+    "task": TASKS,
+    "pooling_type": ("auto", *POOLINGS),
 }
 _INTEGERS = {
     "max_model_len": (1, 2**24),
@@ -192,6 +195,11 @@ class EngineConfig:
     """Most bytes of compiled grammars, e.g. 128MiB."""
     fast_forward: bool = True
     """Append tokens that a grammar forces without sampling each."""
+    task: str = "auto"
+    """What the model is for: generate, embed, classify, score. auto takes it from the folder: modules.json, encoders
+    and classifiers make vectors, decoders generate. A decoder scores pairs by the tokens yes and no (Qwen3-Reranker)."""
+    pooling_type: str = "auto"
+    """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
     deterministic: bool = False

@@ -42,6 +42,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
+from quire.engine.model_task import read_model
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
 from quire.model_config import ModelConfig
@@ -93,7 +94,7 @@ class AsyncLLM:
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
-        self._model_config = ModelConfig.from_folder(folder)
+        self._model_config = read_model(self.config, folder)
         self._memory_plan = plan_memory(self.config, self._model_config)
         for line in self._memory_plan.describe():
             self._report(line)

@@ -15,6 +15,7 @@ from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
+from quire.engine.model_task import read_model
 from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
@@ -39,7 +40,7 @@ class Engine:
         """
         self.config = config
         self.folder = find_model(config.model, config.revision)
-        self.model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = read_model(config, self.folder)
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)

@@ -21,6 +21,7 @@ from quire.model_config.generic import MAX_LAYERS, generic_fields
 from quire.model_config.heads import read_heads
 from quire.model_config.latent import LatentShape
 from quire.model_config.norms import read_norms
+from quire.model_config.pooling import PoolingConfig, Task, read_max_length, read_pooling, with_task
 from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
@@ -60,6 +61,8 @@ class ModelConfig:
     norm_before: bool = True
     """Norms precede attention and the MLP. False: they follow the additions, x = norm(x + attention(x)), and the last
     layer's norm is the final one (OPT-350M)."""
+    first_norm: bool = True
+    """The first layer's attention reads a norm of its input; else the input itself (ModernBERT)."""
     final_norm: bool = True
     """There is a norm before the output head that belongs to no layer."""
     post_norms: bool = False
@@ -77,6 +80,8 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mlp_down_bias: bool = False
+    """Of the layers of an MLP only the last has a bias (GTE)."""
 
     num_experts: int = 0
     """Experts of a layer, in the place of the MLP; 0: all layers are dense."""
@@ -158,6 +163,17 @@ class ModelConfig:
     head_bias: bool = False
     """The output head has a bias, its own even where its weight is the embedding's."""
 
+    is_encoder: bool = False
+    """Tokens attend to the whole text, or to both sides within a window. A text is computed in one step, and nothing of
+    it is kept."""
+    num_token_types: int = 0
+    """Rows of the table whose first row is added to every token, and the second to those of the second text of a
+    pair."""
+    pooling: PoolingConfig | None = None
+    """How a text becomes a vector; None: the model generates, and its embeddings are hidden states of last tokens."""
+    max_text_length: int | None = None
+    """The longest text that sentence-transformers was set to."""
+
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     checkpoint_dtype: str = "float32"
@@ -174,7 +190,27 @@ class ModelConfig:
         if is_computed_by_transformers(path, values):
             return cls._estimated(path, values, computed_by=str(path.parent))
         config = _read(ConfigJson(path, values))
-        return replace(config, eos_token_ids=read_end_tokens(path, config.eos_token_ids))
+        return replace(
+            config,
+            eos_token_ids=read_end_tokens(path, config.eos_token_ids),
+            pooling=read_pooling(path, values, config.architecture, is_encoder=config.is_encoder),
+            max_text_length=read_max_length(path.parent),
+        )
+
+    def for_task(self, task: str, pooling_type: str = "auto", token_ids: tuple[int, ...] = ()) -> "ModelConfig":
+        """The model as the options `task` and `pooling_type` ask for it; `token_ids` are those of no and yes. Raises
+        `ConfigError` for a task that the model cannot have."""
+        return replace(self, pooling=with_task(self.pooling, task, pooling_type, token_ids))
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "generate" if self.pooling is None else self.pooling.task
+
+    @property
+    def needs_whole_texts(self) -> bool:
+        """Whether a text must be computed in one step."""
+        return self.is_encoder or (self.pooling is not None and self.pooling.reads_all_tokens)
 
     @classmethod
     def estimated(cls, folder: str | Path) -> "ModelConfig":
@@ -214,14 +250,20 @@ class ModelConfig:
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
-        rope = self.rope
+        rope, longest = self.rope, self.context_length
         if rope is not None and rope.rope_type == "longrope":
-            return min(self.context_length, rope.original_max_position)
-        return self.context_length
+            longest = min(longest, rope.original_max_position)
+        return longest if self.max_text_length is None else min(longest, self.max_text_length)
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer; None: it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    def kv_layer(self, layer: int) -> int:
+        """The index of a layer's part of the KV cache. In an encoder all layers with the same window share one."""
+        if self.is_encoder:
+            return list(dict.fromkeys(self.layer_windows)).index(self.layer_windows[layer])
+        return self.attention_layers.index(layer)
 
     @property
     def attention_needs(self) -> tuple[str, ...]:
@@ -262,6 +304,10 @@ def _spec(config: ModelConfig) -> ModelSpec:
     hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
     num_positions = config.max_position_embeddings + config.position_offset
     learned = config.rope is None and not config.alibi_slopes
+    encoder_vectors = ()
+    if config.is_encoder:
+        sizes = {"token_types": config.num_token_types * hidden}
+        encoder_vectors = tuple(VectorSpec(name, size) for name, size in sizes.items() if size)
     positions = LinearSpec("positions", num_positions, hidden) if learned else None
     projections = (
         LinearSpec("project_in", hidden, width, quantizes=False),
@@ -272,11 +318,12 @@ def _spec(config: ModelConfig) -> ModelSpec:
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, width),
-        head=LinearSpec("head", config.vocab_size, width),
+        head=None if config.is_encoder else LinearSpec("head", config.vocab_size, width),
+        is_encoder=config.is_encoder,
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias + encoder_vectors,
     )
 
 
@@ -291,6 +338,8 @@ def _read(config: ConfigJson) -> ModelConfig:
     num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads, num_kv_heads, head_dim, latent = read_heads(config, hidden_size)
     max_position = config.integer("max_position_embeddings")
+    if config.flag("positions_include_offset"):
+        max_position -= config.integer("position_offset")
     intermediate_size = config.integer(mlp_width(config), 4 * hidden_size)
     attention_bias = config.flag("attention_bias")
     alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
@@ -316,6 +365,9 @@ def _read(config: ConfigJson) -> ModelConfig:
         qkv_bias=config.flag("qkv_bias", attention_bias),
         o_bias=config.flag("o_bias", attention_bias),
         mlp_bias=config.flag("mlp_bias"),
+        mlp_down_bias=config.flag("mlp_down_bias"),
+        is_encoder=config.flag("is_encoder"),
+        num_token_types=config.integer("num_token_types", 0, minimum=0),
         **read_experts(config, num_layers, intermediate_size),
         latent=latent,
         **read_recurrent(config, num_layers, hidden_size),

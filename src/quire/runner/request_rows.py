@@ -28,6 +28,8 @@ class RequestRows:
     ) -> None:
         """`fast_forward`: tokens that a grammar forces are added without running the model."""
         self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
+        self.second_texts: NDArray[np.int32] = np.zeros(max_num_seqs, dtype=np.int32)
+        """`NewRow.second_text` of each row."""
         self.states: list[SamplingState | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
         self._grammars = grammars
@@ -50,6 +52,7 @@ class RequestRows:
             state.append(fork.token_id)
             self.states[fork.row] = state
         for new in plan.new_rows:
+            self.second_texts[new.row] = new.second_text
             self.states[new.row] = SamplingState(
                 params=new.params,
                 prompt_token_ids=new.prompt_token_ids,
