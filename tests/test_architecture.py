@@ -36,6 +36,7 @@ LEVELS = (
         "outputs",
         "embeddings",
         "generation_progress",
+        "pooling_types",
     },
     {"kernels", "grammar"},
     {"attention"},
@@ -43,7 +44,7 @@ LEVELS = (
     {"kv_cache", "models", "sampling"},
     {"scheduler", "runner"},
     {"engine", "simulation"},
-    {"llm", "server", "cli"},
+    {"llm", "llm_vectors", "server", "cli"},
     {"__main__"},
 )
 """From the vocabulary up. A room imports rooms below, and its neighbours as long as they do not import it."""

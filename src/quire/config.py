@@ -196,8 +196,8 @@ class EngineConfig:
     fast_forward: bool = True
     """Append tokens that a grammar forces without sampling each."""
     task: str = "auto"
-    """What the model is for: generate, embed, classify, score. auto takes it from the folder: modules.json, encoders
-    and classifiers make vectors, decoders generate. A decoder scores pairs by the tokens yes and no (Qwen3-Reranker)."""
+    """What the model is for: generate, embed, classify, score. auto takes it from the folder: encoders, classifiers and
+    folders with modules.json make vectors, decoders generate. A decoder scores by its tokens yes and no."""
     pooling_type: str = "auto"
     """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None

@@ -73,7 +73,7 @@ class KVLayout:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The window of each group, outside of which blocks are given back."""
+        """The window of each group; blocks outside are given back."""
         return tuple(0 if self.keeps_all else group.window for group in self.groups)
 
     @property

@@ -206,9 +206,7 @@ _NO_SHARERS = _Sharers(
 )
 
 
-def _cut_into_tiles(
-    query_start_loc: Int32Array, seq_lens: Int32Array, group: int, shape: AttentionShape
-) -> Int32Array:
+def _cut_into_tiles(query_start_loc: Int32Array, seq_lens: Int32Array, group: int, shape: AttentionShape) -> Int32Array:
     """Runs of new tokens of one sequence, with all heads and all keys that they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))

@@ -43,7 +43,6 @@ from quire.engine.model_task import read_model
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
-from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20

@@ -129,3 +129,10 @@ class InputProcessor:
         if self._tokenizer is None:
             raise RequestError("bad_words needs a tokenizer, which this model does not have", param="bad_words")
         return self._tokenizer.bad_word_ids(words)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt → a batch of one. A prompt is a text, a mapping, or a list whose first entry is a token id."""
+    if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # the first entry decides
+    return prompts  # type: ignore[return-value]

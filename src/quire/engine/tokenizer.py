@@ -112,8 +112,8 @@ class Tokenizer:
         if found is None:
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} is missing, and the folder holds no other tokenizer that Quire reads "
-                "(tokenizer.model, tekken.json, *.tiktoken, vocab.json with merges.txt); copy it from the model's "
-                "repository, or convert another kind with transformers: "
+                "(tokenizer.model, tekken.json, *.tiktoken, vocab.json with merges.txt, vocab.txt); copy it from the "
+                "model's repository, or convert another kind with transformers: "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path, read = found
@@ -128,7 +128,7 @@ class Tokenizer:
         backend = read(path, settings)
         named = {**_own_special_tokens(path, backend), **named_tokens(settings)}
         add_tokens(backend, folder, settings, named)
-        if path.name != "tokenizer.json":  # which says it itself
+        if path.name not in ("tokenizer.json", "vocab.txt"):  # which say it themselves
             set_ends(backend, settings, named, add_first=path.suffix == ".model")
         return cls(backend, named, max_prompt_chars=max_prompt_chars)
 

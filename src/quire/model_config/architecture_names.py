@@ -39,8 +39,8 @@ def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
         if name in ARCHITECTURES:
             return str(name)
         stem, classifies, _ = name.partition("ForSequenceClassification")
-        if classifies and (row := next((stem + end for end in _CAUSAL_ENDINGS if stem + end in ARCHITECTURES), None)):
-            return row
+        if classifies and (rows := [stem + end for end in _CAUSAL_ENDINGS if stem + end in ARCHITECTURES]):
+            return str(rows[0])
     model_type = config.get("model_type")
     if isinstance(model_type, str) and not any(map(_is_other_task, named)):
         return _causal_architecture(model_type, config)

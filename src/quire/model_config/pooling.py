@@ -44,7 +44,7 @@ class PoolingConfig:
 
     task: Task
     methods: tuple[str, ...] = ("mean",)
-    """Of POOLINGS; the vectors of several are joined."""
+    """Names of POOLINGS; the vectors of several are joined."""
     dense: tuple[DenseModule, ...] = ()
     normalize: bool = True
     """Vectors have length 1 unless a request says otherwise."""
@@ -52,7 +52,7 @@ class PoolingConfig:
     """Outputs of a classification head; 0: there is none."""
     labels: tuple[str, ...] = ()
     activation: Literal["softmax", "sigmoid", ""] = ""
-    """What makes probabilities of the head's outputs."""
+    """What makes probabilities of the head's outputs; "": they are scores as they are."""
     token_ids: tuple[int, ...] = ()
     """Tokens whose logits are the outputs: those of no and yes (Qwen3-Reranker)."""
     matryoshka_dimensions: tuple[int, ...] = ()
@@ -80,7 +80,9 @@ def read_pooling(path: Path, values: dict[str, Any], architecture: str, *, is_en
     return PoolingConfig(task="embed") if is_encoder else None
 
 
-def with_task(pooling: PoolingConfig | None, task: str, pooling_type: str, token_ids: tuple[int, ...]) -> Any:
+def with_task(
+    pooling: PoolingConfig | None, task: str, pooling_type: str, token_ids: tuple[int, ...]
+) -> PoolingConfig | None:
     """The pooling that the options `task` and `pooling_type` ask for; None: the model generates. `token_ids` are those
     of no and yes. Raises `ConfigError` for a task that the model's head does not have."""
     own: Task = "generate" if pooling is None else pooling.task
@@ -115,6 +117,8 @@ def _classifier(path: Path, values: dict[str, Any], is_encoder: bool) -> Pooling
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     except ValueError:
         raise CheckpointError(f"{path}: id2label has the keys {list(labels)[:5]}; supported: numbers") from None
+    own = values.get("sentence_transformers") or {}
+    named = str(own.get("activation_fn") or values.get("sbert_ce_default_activation_function") or "")
     several = values.get("problem_type") == "multi_label_classification"
     method = str(values.get("classifier_pooling") or "cls") if is_encoder else "last"
     if method not in ("cls", "mean", "last"):
@@ -125,7 +129,7 @@ def _classifier(path: Path, values: dict[str, Any], is_encoder: bool) -> Pooling
         normalize=False,
         num_labels=len(names),
         labels=names,
-        activation="sigmoid" if several or len(names) == 1 else "softmax",
+        activation="" if named.endswith("Identity") else "sigmoid" if several or len(names) == 1 else "softmax",
     )
 
 

@@ -29,6 +29,8 @@ class EncoderNames(NamedTuple):
     """What a family calls its tensors. Names of several spellings are tried in order."""
 
     model: str = "bert"
+    other_model: str = ""
+    """Another spelling of `model`."""
     word: tuple[str, ...] = ("embeddings.word_embeddings",)
     embedding_norm: tuple[str, ...] = ("embeddings.LayerNorm",)
     layers: tuple[str, ...] = ("encoder.layer",)
@@ -73,6 +75,7 @@ ENCODER_NAMES: dict[str, EncoderNames] = {
     ),
     "Gte": EncoderNames(
         model="new",
+        other_model="gte",
         qkv=("attention.qkv_proj",),
         o=("attention.o_proj",),
         attention_norm=("attn_ln",),
@@ -117,7 +120,8 @@ class Encoder:
     ) -> None:
         build = Builder(config, weights, kernels, dtype)
         names = ENCODER_NAMES[_family(config.architecture)]
-        model = build.scope(names.model)
+        stored = weights.has(f"{names.other_model}.{names.word[0]}.weight")
+        model = build.scope(names.other_model if stored else names.model)
         hidden, floats = config.hidden_size, weights.activation_dtype
         word = _spelling(model, names.word)
         self.word = Embedding(model.weights.take(f"{word}.weight", (config.vocab_size, hidden)), floats)

@@ -112,7 +112,7 @@ def _classification_head(config: ModelConfig, weights: WeightScope, num_labels: 
             return functional.layer_norm(dense(vectors), (hidden,), norm, bias, config.norm_eps)
 
         return [normed, take("classifier", num_labels)]
-    for pooler in ("bert.pooler.dense", "nomic_bert.pooler.dense", "new.pooler.dense"):
+    for pooler in ("bert.pooler.dense", "nomic_bert.pooler.dense", "new.pooler.dense", "gte.pooler.dense"):
         if weights.has(f"{pooler}.weight"):
             return [take(pooler, hidden, "tanh"), take("classifier", num_labels)]
     return [take("classifier", num_labels)]

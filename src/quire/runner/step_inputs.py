@@ -114,8 +114,10 @@ class StepInputBuilder:
         if step.repeats and self._sent is not None and not columns:
             return self._sent
         sampled = output_tokens = step.sampling.tokens
-        selection = None if step.repeats else select_outputs(
-            step.plan, step.sampling, step.batch, pools_all_tokens=self._pools_all_tokens
+        selection = (
+            None
+            if step.repeats
+            else select_outputs(step.plan, step.sampling, step.batch, pools_all_tokens=self._pools_all_tokens)
         )
         if selection is not None:
             sampled, output_tokens = selection.indices_of(sampled), selection.tokens

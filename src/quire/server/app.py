@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, embeddings, health, infill, kv, metrics, models, openapi, tokenize
+from quire.server import chat, completions, embeddings, health, infill, kv, metrics, models, openapi, scores, tokenize
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -48,6 +48,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
+    *scores.ENDPOINTS,
     *infill.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
