@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from quire.config import EngineConfig
 from quire.engine.device import usable_cores
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 
 @flags(EngineConfig, ServerSettings)
@@ -41,14 +42,13 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     from quire.engine.async_engine import AsyncLLM
     from quire.server.listen import bind
     from quire.server.listen import serve as serve_until_stopped
+    from quire.server.logs import configure_logging
     from quire.server.two_engines import TwoEngines
 
     def report(line: str) -> None:
-        print(f"quire [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
+        logger.info("[%6.2f s] %s", time.perf_counter() - started, line)
 
-    logging.basicConfig(format="quire %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    configure_logging(settings)
     listener = bind(settings)
     if len(settings.keys) > 1:
         report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")
