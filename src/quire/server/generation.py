@@ -46,9 +46,7 @@ class Generation:
         adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [
-                self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))
-            ]
+            streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
                     for sample in output.outputs:
