@@ -34,6 +34,7 @@ LEVELS = (
         "request",
         "step",
         "outputs",
+        "pool_view",
         "embeddings",
         "generation_progress",
     },

@@ -12,7 +12,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,18 +26,21 @@ from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import (
     FromEngine,
     Load,
+    MemoryDescribed,
     MemoryReported,
     Outputs,
     PhaseDone,
+    PoolChanged,
     PrefixAccepted,
     Refused,
-    ReportMemory,
     ResetPrefixCache,
 )
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
@@ -74,7 +76,7 @@ class AsyncLLM:
                 on_message=self._handle,
                 on_death=self._handle_death,
                 on_spawn=self._resume,
-                on_ready=lambda: self._streams.start_timer(),
+                on_ready=self._handle_ready,
                 on_failure=self._handle_failure,
                 has_work=lambda: self._streams.any_live,
             )
@@ -83,7 +85,10 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_waiters: deque[asyncio.Future[MemoryReport]] = deque()
+        self.questions = MemoryQuestions(self._client.send, lambda: self.state)
+        self.views = PoolViews(
+            self._client.send, state=lambda: self.state, stats=lambda: self.stats, metrics=self.metrics
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -335,12 +340,7 @@ class AsyncLLM:
 
     async def memory_report(self) -> MemoryReport:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
-        if self.state not in ("ready", "draining"):
-            raise EngineUnavailableError(f"the engine is {self.state}")
-        answer: asyncio.Future[MemoryReport] = asyncio.get_running_loop().create_future()
-        self._memory_waiters.append(answer)
-        self._client.send(ReportMemory())
-        return await answer
+        return await self.questions.report()
 
     # -- called by the client -----------------------------------------------------------------------------------------
 
@@ -350,10 +350,10 @@ class AsyncLLM:
                 self._throughput.update(stats)
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
-            case MemoryReported(report):
-                waiter = self._memory_waiters.popleft()
-                if not waiter.done():
-                    waiter.set_result(report)
+            case PoolChanged(change):
+                self.views.apply(change)
+            case MemoryReported() | MemoryDescribed():
+                self.questions.answer(message)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -365,8 +365,13 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
+    def _handle_ready(self) -> None:
+        self._streams.start_timer()
+        self.views.wake()
+
     def _handle_death(self, death: Death) -> bool:
-        self._fail_memory_waiters()
+        self.questions.fail()
+        self.views.clear()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -376,17 +381,13 @@ class AsyncLLM:
         """Send a new engine process what the old one had."""
         self._prefixes.resend()
         self._streams.resume()
+        self.views.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._fail_memory_waiters()
+        self.questions.fail()
+        self.views.wake()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)
-
-    def _fail_memory_waiters(self) -> None:
-        for waiter in self._memory_waiters:
-            if not waiter.done():
-                waiter.set_exception(EngineUnavailableError("the engine ended before it could answer"))
-        self._memory_waiters.clear()

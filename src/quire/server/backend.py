@@ -4,7 +4,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
 from quire.model_config import ModelConfig
@@ -47,6 +49,10 @@ class Engine(Protocol):
     def default_params(self) -> Mapping[str, Any]: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def questions(self) -> MemoryQuestions: ...
+    @property
+    def views(self) -> PoolViews: ...
 
     def generate(
         self,
