@@ -89,7 +89,8 @@ export async function* events(path, options) {
       const { done, value } = await stream.read();
       if (done) return;
       for (const event of reader.feed(value)) {
-        if (event.error) throw new ApiError(event.error.message ?? "The answer failed.", response.status, event.error.code);
+        if (event.error)
+          throw new ApiError(event.error.message ?? "The answer failed.", response.status, event.error.code);
         yield event;
       }
     }

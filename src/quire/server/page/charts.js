@@ -8,8 +8,23 @@ const SPAN_MS = 60_000;
 
 const percent = (value) => `${short(100 * value)} %`;
 const CHARTS = [
-  { title: "Requests", lines: [["running", "running"], ["waiting", "waiting"]], show: short },
-  { title: "Tokens a step", lines: [["prefill", "prefill"], ["decode", "decode"]], show: short, most: "max_step_tokens" },
+  {
+    title: "Requests",
+    lines: [
+      ["running", "running"],
+      ["waiting", "waiting"],
+    ],
+    show: short,
+  },
+  {
+    title: "Tokens a step",
+    lines: [
+      ["prefill", "prefill"],
+      ["decode", "decode"],
+    ],
+    show: short,
+    most: "max_step_tokens",
+  },
   { title: "Generated tokens/s", lines: [["tokens", ""]], show: short },
   { title: "Blocks in use", lines: [["used", ""]], show: percent, top: 1 },
   { title: "Waste", lines: [["waste", ""]], show: percent },
@@ -24,9 +39,18 @@ export class Charts {
     this.charts = CHARTS.map((chart) => {
       const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", preserveAspectRatio: "none" });
       const number = h("strong");
-      return { ...chart, drawing, number, element: h("figure", {}, h("figcaption", {}, `${chart.title} `, number), drawing) };
+      return {
+        ...chart,
+        drawing,
+        number,
+        element: h("figure", {}, h("figcaption", {}, `${chart.title} `, number), drawing),
+      };
     });
-    this.element = h("div", { class: "charts" }, this.charts.map(({ element }) => element));
+    this.element = h(
+      "div",
+      { class: "charts" },
+      this.charts.map(({ element }) => element),
+    );
   }
 
   draw(pool, now) {
@@ -34,8 +58,12 @@ export class Charts {
     for (const chart of this.charts) {
       const values = points.flatMap((point) => chart.lines.map(([name]) => point[name] ?? 0));
       const top = chart.top ?? Math.max(1e-9, ...values);
-      const paths = chart.lines.map(([name], index) => svg("path", { class: `line${index}`, d: pathOf(points, name, top, now) }));
-      chart.number.textContent = chart.lines.map(([name, label]) => `${label} ${latest(points, name, chart.show)}`.trim()).join(", ");
+      const paths = chart.lines.map(([name], index) =>
+        svg("path", { class: `line${index}`, d: pathOf(points, name, top, now) }),
+      );
+      chart.number.textContent = chart.lines
+        .map(([name, label]) => `${label} ${latest(points, name, chart.show)}`.trim())
+        .join(", ");
       if (chart.most) chart.number.textContent += ` of ${short(pool.shape[chart.most])}`;
       chart.drawing.setAttribute("aria-label", `${chart.title}: ${chart.number.textContent}`);
       chart.drawing.replaceChildren(...paths);

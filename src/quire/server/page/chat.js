@@ -5,7 +5,14 @@ import { Conversation } from "./conversation.js";
 import { h, prose, say, short, showBanner } from "./dom.js";
 import { forkTree } from "./forks.js";
 import { parameterForm, requestFields } from "./parameters.js";
-import { exportText, importText, loadConversations, loadParameters, saveConversations, saveParameters } from "./store.js";
+import {
+  exportText,
+  importText,
+  loadConversations,
+  loadParameters,
+  saveConversations,
+  saveParameters,
+} from "./store.js";
 
 const SILENCE_MS = 1200;
 const MAX_IMAGE_BYTES = 4_000_000;
@@ -39,14 +46,33 @@ export class Chat {
   build() {
     const save = (values) => saveParameters((this.parameters = values));
     this.list = h("ul", { class: "conversations" });
-    this.system = h("textarea", { rows: 2, "aria-label": "System prompt", placeholder: "System prompt", oninput: () => this.setSystem() });
+    this.system = h("textarea", {
+      rows: 2,
+      "aria-label": "System prompt",
+      placeholder: "System prompt",
+      oninput: () => this.setSystem(),
+    });
     this.log = h("ol", { class: "log", "aria-label": "Messages" });
     this.forks = h("div", { class: "forks" });
     this.problem = h("p", { class: "problem", role: "alert" });
-    this.input = h("textarea", { id: "prompt", rows: 2, "aria-label": "Message", placeholder: "Message", onkeydown: (event) => this.key(event) });
+    this.input = h("textarea", {
+      id: "prompt",
+      rows: 2,
+      "aria-label": "Message",
+      placeholder: "Message",
+      onkeydown: (event) => this.key(event),
+    });
     this.sendButton = h("button", { id: "send" }, "Send");
-    this.stopButton = h("button", { id: "stop", type: "button", hidden: true, onclick: () => this.running?.abort() }, "Stop");
-    this.file = h("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/gif", onchange: () => this.attach() });
+    this.stopButton = h(
+      "button",
+      { id: "stop", type: "button", hidden: true, onclick: () => this.running?.abort() },
+      "Stop",
+    );
+    this.file = h("input", {
+      type: "file",
+      accept: "image/png,image/jpeg,image/webp,image/gif",
+      onchange: () => this.attach(),
+    });
     this.attachLabel = h("label", { class: "attach" }, "Image ", this.file);
     const form = h(
       "form",
@@ -54,7 +80,11 @@ export class Chat {
       this.input,
       h("div", { class: "row" }, this.attachLabel, this.stopButton, this.sendButton),
     );
-    const open = h("input", { type: "file", accept: "application/json", onchange: (event) => this.import(event.target) });
+    const open = h("input", {
+      type: "file",
+      accept: "application/json",
+      onchange: (event) => this.import(event.target),
+    });
     this.root.append(
       h(
         "aside",
@@ -63,7 +93,12 @@ export class Chat {
         this.list,
         h("details", { open: true }, h("summary", {}, "Forks of this conversation"), this.forks),
         h("details", {}, h("summary", {}, "Parameters"), parameterForm(this.parameters, save)),
-        h("div", { class: "row" }, h("button", { onclick: () => this.export() }, "Export"), h("label", { class: "button" }, "Import", open)),
+        h(
+          "div",
+          { class: "row" },
+          h("button", { onclick: () => this.export() }, "Export"),
+          h("label", { class: "button" }, "Import", open),
+        ),
       ),
       h("div", { class: "talk" }, this.system, this.log, this.problem, form),
     );
@@ -230,14 +265,24 @@ export class Chat {
         h(
           "li",
           { class: each === this.current ? "current" : null },
-          h("button", { onclick: () => this.select(each), "aria-current": each === this.current ? "true" : null }, each.title || "Untitled"),
-          h("button", { class: "quiet", "aria-label": `Delete ${each.title || "Untitled"}`, onclick: () => this.remove(each) }, "×"),
+          h(
+            "button",
+            { onclick: () => this.select(each), "aria-current": each === this.current ? "true" : null },
+            each.title || "Untitled",
+          ),
+          h(
+            "button",
+            { class: "quiet", "aria-label": `Delete ${each.title || "Untitled"}`, onclick: () => this.remove(each) },
+            "×",
+          ),
         ),
       ),
     );
     this.views = new Map();
     this.log.replaceChildren(...this.current.path().map((node) => this.row(node)));
-    this.forks.replaceChildren(forkTree(this.current, this.blockSize, (node) => (this.current.show(node), this.render())));
+    this.forks.replaceChildren(
+      forkTree(this.current, this.blockSize, (node) => (this.current.show(node), this.render())),
+    );
     this.log.scrollTop = this.log.scrollHeight;
   }
 
@@ -251,7 +296,11 @@ export class Chat {
   row(node) {
     const answers = this.current.answers(node);
     const side = answers.length > 1 ? "side-by-side" : "";
-    return h("li", { class: `${node.role} ${side}` }, answers.map((each) => this.message(each, each === node && answers.length > 1)));
+    return h(
+      "li",
+      { class: `${node.role} ${side}` },
+      answers.map((each) => this.message(each, each === node && answers.length > 1)),
+    );
   }
 
   message(node, chosen) {
@@ -265,18 +314,41 @@ export class Chat {
     else buttons.push(h("button", { class: "quiet", onclick: () => this.retry(node) }, "Retry"));
     if (this.current.answers(node).length > 1) {
       const choose = () => (this.current.show(node), this.save(), this.render());
-      buttons.push(h("button", { class: "quiet", "aria-pressed": String(chosen), onclick: choose }, chosen ? "Continues here" : "Continue from this"));
+      buttons.push(
+        h(
+          "button",
+          { class: "quiet", "aria-pressed": String(chosen), onclick: choose },
+          chosen ? "Continues here" : "Continue from this",
+        ),
+      );
     } else if (siblings.length > 1) {
       buttons.push(this.branches(node, siblings));
     }
-    return h("article", { class: chosen ? "chosen" : null, "aria-label": node.role }, h("h2", {}, node.role), node.image && h("img", { src: node.image, alt: "attached image" }), body, facts, h("div", { class: "row" }, buttons));
+    return h(
+      "article",
+      { class: chosen ? "chosen" : null, "aria-label": node.role },
+      h("h2", {}, node.role),
+      node.image && h("img", { src: node.image, alt: "attached image" }),
+      body,
+      facts,
+      h("div", { class: "row" }, buttons),
+    );
   }
 
   /** Which of several branches is shown, and the way to the others. */
   branches(node, siblings) {
     const at = siblings.indexOf(node);
-    const go = (step) => () => (this.current.show(siblings[(at + step + siblings.length) % siblings.length]), this.render());
-    return h("span", { class: "branches" }, h("button", { class: "quiet", "aria-label": "Branch before", onclick: go(-1) }, "‹"), ` ${at + 1}/${siblings.length} `, h("button", { class: "quiet", "aria-label": "Branch after", onclick: go(1) }, "›"));
+    const go = (step) => () => (
+      this.current.show(siblings[(at + step + siblings.length) % siblings.length]),
+      this.render()
+    );
+    return h(
+      "span",
+      { class: "branches" },
+      h("button", { class: "quiet", "aria-label": "Branch before", onclick: go(-1) }, "‹"),
+      ` ${at + 1}/${siblings.length} `,
+      h("button", { class: "quiet", "aria-label": "Branch after", onclick: go(1) }, "›"),
+    );
   }
 
   renderNode(node) {
@@ -345,7 +417,9 @@ function watchSilence() {
     const state = await engineState();
     if (ended || state === "ready") return;
     paused = true;
-    showBanner(state === "away" ? "The server does not answer." : `The engine is ${state}; the answer goes on after the pause.`);
+    showBanner(
+      state === "away" ? "The server does not answer." : `The engine is ${state}; the answer goes on after the pause.`,
+    );
   }, 300);
   return {
     heard() {

@@ -17,7 +17,8 @@ export class Conversation {
 
   /** Add a message after `parent` ("" for the first ones) and show it. */
   add(parent, role, content, more = {}) {
-    if (this.nodes.size >= MAX_NODES) throw new Error(`a conversation has at most ${MAX_NODES} messages; begin another`);
+    if (this.nodes.size >= MAX_NODES)
+      throw new Error(`a conversation has at most ${MAX_NODES} messages; begin another`);
     const node = { id: `m${this.next++}`, parent, role, content, ...more };
     this.nodes.set(node.id, node);
     this.shown.set(parent, node.id);
@@ -64,7 +65,10 @@ export class Conversation {
   messages(node) {
     const messages = this.system ? [{ role: "system", content: this.system }] : [];
     for (const { role, content, image, toolCalls } of this.history(node)) {
-      const parts = image && [{ type: "text", text: content }, { type: "image_url", image_url: { url: image } }];
+      const parts = image && [
+        { type: "text", text: content },
+        { type: "image_url", image_url: { url: image } },
+      ];
       messages.push({ role, content: parts || content, ...(toolCalls?.length ? { tool_calls: toolCalls } : {}) });
     }
     return messages;
@@ -87,10 +91,13 @@ export function checked(data) {
   const nodes = data.nodes.map((node, index) => {
     const texts = [node?.id, node?.parent, node?.role, node?.content];
     if (!texts.every((text) => typeof text === "string")) fail(`message ${index} lacks an id, parent, role or content`);
-    if (!["user", "assistant", "tool"].includes(node.role)) fail(`message ${index} has the role ${node.role.slice(0, 40)}`);
-    if (!seen.has(node.parent)) fail(`message ${index} follows ${node.parent.slice(0, 40)}, which does not come before it`);
+    if (!["user", "assistant", "tool"].includes(node.role))
+      fail(`message ${index} has the role ${node.role.slice(0, 40)}`);
+    if (!seen.has(node.parent))
+      fail(`message ${index} follows ${node.parent.slice(0, 40)}, which does not come before it`);
     if (seen.has(node.id)) fail(`the id of message ${index} is used twice`);
-    if (node.image && !/^data:image\/(png|jpeg|webp|gif);base64,/.test(node.image)) fail(`message ${index} has a bad image`);
+    if (node.image && !/^data:image\/(png|jpeg|webp|gif);base64,/.test(node.image))
+      fail(`message ${index} has a bad image`);
     seen.add(node.id);
     return node;
   });

@@ -18,9 +18,20 @@ export function forkTree(conversation, blockSize, choose) {
     const about = [node.content.trim().slice(0, 32) || "…"];
     const shares = siblings.length > 1 ? sharedText(conversation, node, siblings, blockSize) : "";
     if (shares) about.push(h("small", {}, ` ${shares}`));
-    return h("button", { class: `quiet ${node.role}`, "aria-current": shown.has(node) ? "true" : null, onclick: () => choose(node) }, about);
+    return h(
+      "button",
+      { class: `quiet ${node.role}`, "aria-current": shown.has(node) ? "true" : null, onclick: () => choose(node) },
+      about,
+    );
   };
-  return branch("") ?? h("p", { class: "hint" }, "Edit a message, retry an answer or ask for several: each makes a branch that shares the blocks before it.");
+  return (
+    branch("") ??
+    h(
+      "p",
+      { class: "hint" },
+      "Edit a message, retry an answer or ask for several: each makes a branch that shares the blocks before it.",
+    )
+  );
 }
 
 /** How much a branch shares with its siblings: the history before them. */
@@ -30,5 +41,7 @@ export function sharedText(conversation, node, siblings, blockSize) {
   if (usage.answers > 1 && siblings.some((other) => other !== node && other.request === node.request)) {
     return `fork of ${short(usage.prompt)} tokens, stored once for ${usage.answers} answers`;
   }
-  return blockSize ? `shares ${short(Math.floor(usage.cached / blockSize))} blocks` : `shares ${short(usage.cached)} tokens`;
+  return blockSize
+    ? `shares ${short(Math.floor(usage.cached / blockSize))} blocks`
+    : `shares ${short(usage.cached)} tokens`;
 }

@@ -42,7 +42,17 @@ export class Learn {
     const before = frames[this.step - 1];
     const last = this.step === frames.length - 1;
     this.root.replaceChildren(
-      h("div", { class: "scene", role: "group", "aria-label": "Scenes" }, scenes.map(({ title }, index) => h("button", { id: `scene${index}`, "aria-pressed": String(index === this.scene), onclick: () => this.go(0, index) }, `${index + 1}. ${title}`))),
+      h(
+        "div",
+        { class: "scene", role: "group", "aria-label": "Scenes" },
+        scenes.map(({ title }, index) =>
+          h(
+            "button",
+            { id: `scene${index}`, "aria-pressed": String(index === this.scene), onclick: () => this.go(0, index) },
+            `${index + 1}. ${title}`,
+          ),
+        ),
+      ),
       h("p", { class: "words", id: "words" }, frame.words.join(" ")),
       h(
         "div",
@@ -52,9 +62,24 @@ export class Learn {
         h("span", { class: "hint" }, `Step ${this.step + 1} of ${frames.length}; the arrow keys work, too.`),
       ),
       h("h3", {}, `The pool: blocks of ${size} tokens`),
-      h("ol", { class: "slots" }, frame.blocks.map((block, index) => slot(block, index, size, frame, before))),
+      h(
+        "ol",
+        { class: "slots" },
+        frame.blocks.map((block, index) => slot(block, index, size, frame, before)),
+      ),
       h("h3", {}, "Block tables"),
-      h("ul", { class: "sequences" }, frame.sequences.map((sequence) => h("li", {}, `${sequence.name} (${sequence.state}): blocks ${sequence.table.join(", ") || "none"} — “${sequence.text}”`)), frame.sequences.length ? null : h("li", {}, "No request is left.")),
+      h(
+        "ul",
+        { class: "sequences" },
+        frame.sequences.map((sequence) =>
+          h(
+            "li",
+            {},
+            `${sequence.name} (${sequence.state}): blocks ${sequence.table.join(", ") || "none"} — “${sequence.text}”`,
+          ),
+        ),
+        frame.sequences.length ? null : h("li", {}, "No request is left."),
+      ),
     );
   }
 }
@@ -67,8 +92,13 @@ function slot(block, index, size, frame, before) {
   if (before && JSON.stringify(before.blocks[index]) !== JSON.stringify(block)) classes.push("changed");
   if (frame.copies.some((pair) => pair.includes(index))) classes.push("copied");
   const about = { free: "free", cached: "free, cached", used: block.holders.join(" and ") }[block.kind];
-  const cells = Array.from({ length: size }, (_, at) => h("li", { class: at < block.tokens.length ? "full" : null }, (block.tokens[at] ?? "").replaceAll("\n", "⏎")));
+  const cells = Array.from({ length: size }, (_, at) =>
+    h("li", { class: at < block.tokens.length ? "full" : null }, (block.tokens[at] ?? "").replaceAll("\n", "⏎")),
+  );
   const element = h("li", { class: classes.join(" ") }, `${index}: ${about}`, h("ol", {}, cells));
-  element.style.setProperty("--hue", first ? `hsl(${hueOf(first.charCodeAt(0) * 7 + (Number(first.slice(2)) || 0))} 55% 45%)` : "var(--line)");
+  element.style.setProperty(
+    "--hue",
+    first ? `hsl(${hueOf(first.charCodeAt(0) * 7 + (Number(first.slice(2)) || 0))} 55% 45%)` : "var(--line)",
+  );
   return element;
 }

@@ -11,12 +11,20 @@ const RETRY_MS = 1000;
 export class Memory {
   constructor(root) {
     this.pool = new Pool();
-    this.map = new BlockMap(this.pool, (block) => this.showBlock(block), (block) => this.blockText(block));
+    this.map = new BlockMap(
+      this.pool,
+      (block) => this.showBlock(block),
+      (block) => this.blockText(block),
+    );
     this.charts = new Charts();
     this.summary = h("p", { class: "summary", id: "summary" });
     this.tiers = h("p", { class: "tiers" });
     this.rows = h("tbody");
-    this.detail = h("div", { class: "detail", "aria-live": "polite" }, h("p", { class: "hint" }, "Choose a block or a request."));
+    this.detail = h(
+      "div",
+      { class: "detail", "aria-live": "polite" },
+      h("p", { class: "hint" }, "Choose a block or a request."),
+    );
     const heads = ["Request", "State", "Samples", "Tokens", "Blocks", "Shared", "From cache", "Copied", "Preempted"];
     root.append(
       h("div", { class: "pool" }, this.summary, this.map.canvas, legend(), this.tiers),
@@ -24,7 +32,21 @@ export class Memory {
       h(
         "div",
         { class: "requests" },
-        h("table", {}, h("caption", {}, "Requests"), h("thead", {}, h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)))), this.rows),
+        h(
+          "table",
+          {},
+          h("caption", {}, "Requests"),
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              heads.map((text) => h("th", { scope: "col" }, text)),
+            ),
+          ),
+          this.rows,
+        ),
         this.detail,
       ),
     );
@@ -97,7 +119,12 @@ export class Memory {
     this.summary.dataset.shared = counts.shared;
     const tiers = Object.entries(stats?.tiers ?? {});
     this.tiers.textContent = tiers.length
-      ? tiers.map(([name, tier]) => `${name} tier: ${short(tier.num_blocks)} blocks, ${short(tier.num_bytes / 2 ** 20)} MiB, ${short(tier.total_hits)} tokens loaded`).join("; ")
+      ? tiers
+          .map(
+            ([name, tier]) =>
+              `${name} tier: ${short(tier.num_blocks)} blocks, ${short(tier.num_bytes / 2 ** 20)} MiB, ${short(tier.total_hits)} tokens loaded`,
+          )
+          .join("; ")
       : "";
   }
 
@@ -105,26 +132,55 @@ export class Memory {
     const swatch = h("span", { class: "swatch", "aria-hidden": "true" });
     swatch.style.setProperty("background", `hsl(${hueOf(row.slot)} 60% 50%)`);
     const cached = Object.values(row.cached_tokens).reduce((sum, tokens) => sum + tokens, 0);
-    const cells = [row.state, row.num_samples, row.num_tokens, row.num_blocks, row.num_references - row.num_blocks, cached, row.num_copied_blocks, row.num_preemptions];
+    const cells = [
+      row.state,
+      row.num_samples,
+      row.num_tokens,
+      row.num_blocks,
+      row.num_references - row.num_blocks,
+      cached,
+      row.num_copied_blocks,
+      row.num_preemptions,
+    ];
     const open = () => this.showRequest(row.request_id);
-    return h("tr", { class: row.slot === this.map.highlight ? "current" : null }, h("th", { scope: "row" }, swatch, h("button", { class: "quiet", onclick: open }, row.request_id)), cells.map((cell) => h("td", {}, String(cell))));
+    return h(
+      "tr",
+      { class: row.slot === this.map.highlight ? "current" : null },
+      h("th", { scope: "row" }, swatch, h("button", { class: "quiet", onclick: open }, row.request_id)),
+      cells.map((cell) => h("td", {}, String(cell))),
+    );
   }
 
   blockText(block) {
     const { pool } = this;
-    const owner = pool.requests.get(pool.owner[block])?.request_id ?? (pool.owner[block] === OTHERS ? "another request" : "");
-    const kinds = { free: "free", cached: "free, cached", used: `used by ${owner}`, shared: `shared by ${pool.refs[block]}, first ${owner}` };
+    const owner =
+      pool.requests.get(pool.owner[block])?.request_id ?? (pool.owner[block] === OTHERS ? "another request" : "");
+    const kinds = {
+      free: "free",
+      cached: "free, cached",
+      used: `used by ${owner}`,
+      shared: `shared by ${pool.refs[block]}, first ${owner}`,
+    };
     return `Block ${block}: ${kinds[pool.kind(block)]}, ${pool.fill[block]} of ${pool.shape.block_size} slots filled`;
   }
 
   async showBlock(block) {
     await this.show(`kv/blocks/${block}`, ({ block: detail, texts }) => {
       const holders = detail.holders.map((holder) =>
-        h("li", {}, h("button", { class: "quiet", onclick: () => this.showRequest(holder.request_id) }, holder.request_id), ` sample ${holder.sample}, logical block ${holder.position}`),
+        h(
+          "li",
+          {},
+          h("button", { class: "quiet", onclick: () => this.showRequest(holder.request_id) }, holder.request_id),
+          ` sample ${holder.sample}, logical block ${holder.position}`,
+        ),
       );
       return [
         h("h2", {}, `Block ${detail.block}`),
-        h("p", {}, `${this.blockText(block)}. Taken ${short(detail.seconds_since_taken)} s ago. ${detail.hash ? `Hash ${detail.hash}….` : "No hash yet."}${detail.pinned ? " Pinned." : ""}`),
+        h(
+          "p",
+          {},
+          `${this.blockText(block)}. Taken ${short(detail.seconds_since_taken)} s ago. ${detail.hash ? `Hash ${detail.hash}….` : "No hash yet."}${detail.pinned ? " Pinned." : ""}`,
+        ),
         holders.length ? h("ul", {}, holders) : null,
         tokenList(texts, detail.token_ids),
       ];
@@ -141,7 +197,14 @@ export class Memory {
         h("h2", {}, `Request ${request.request_id}`),
         h("p", {}, `${request.state}, ${short(request.num_prompt_tokens)} prompt tokens. ${missText(request.miss)}`),
         shared.length ? h("p", {}, `Shares blocks with ${shared.join(", ")}.`) : null,
-        samples.map((sample) => h("div", {}, h("h3", {}, `Block table of sample ${sample.sample}`), sample.tables.map((table) => this.table(table)))),
+        samples.map((sample) =>
+          h(
+            "div",
+            {},
+            h("h3", {}, `Block table of sample ${sample.sample}`),
+            sample.tables.map((table) => this.table(table)),
+          ),
+        ),
         h("h3", {}, detail.truncated ? "Its first tokens" : "Its tokens"),
         tokenList(texts, detail.token_ids),
         h("button", { onclick: () => ((this.map.highlight = 0), this.later()) }, "Show all requests again"),
@@ -150,12 +213,30 @@ export class Memory {
   }
 
   table(blocks) {
-    return h("p", { class: "table" }, blocks.slice(0, 512).map((block) => (block < 0 ? h("span", { class: "hole" }, "–") : h("button", { class: this.pool.refs[block] > 1 ? "quiet shared" : "quiet", onclick: () => this.map.pick(block) }, String(block)))));
+    return h(
+      "p",
+      { class: "table" },
+      blocks
+        .slice(0, 512)
+        .map((block) =>
+          block < 0
+            ? h("span", { class: "hole" }, "–")
+            : h(
+                "button",
+                { class: this.pool.refs[block] > 1 ? "quiet shared" : "quiet", onclick: () => this.map.pick(block) },
+                String(block),
+              ),
+        ),
+    );
   }
 
   async show(path, render) {
     try {
-      this.detail.replaceChildren(...render(await call(path)).flat().filter(Boolean));
+      this.detail.replaceChildren(
+        ...render(await call(path))
+          .flat()
+          .filter(Boolean),
+      );
     } catch (error) {
       this.detail.replaceChildren(h("p", {}, error.message));
     }
@@ -163,10 +244,27 @@ export class Memory {
 }
 
 function tokenList(texts, ids) {
-  return h("p", { class: "tokens" }, ids.map((id, index) => h("span", { title: `token ${id}` }, texts[index] || `${id} `)));
+  return h(
+    "p",
+    { class: "tokens" },
+    ids.map((id, index) => h("span", { title: `token ${id}` }, texts[index] || `${id} `)),
+  );
 }
 
 function legend() {
-  const entries = [["free", "free"], ["cached", "free, but the prefix cache finds it"], ["used", "in use, coloured by request, filled from below"], ["shared", "shared, with the number of holders"], ["copied", "copied on write just now"], ["pinned", "pinned by a registered prefix"]];
-  return h("ul", { class: "legend", "aria-label": "Legend" }, entries.map(([kind, text]) => h("li", {}, h("span", { class: `cell ${kind}`, "aria-hidden": "true" }, kind === "shared" ? "2" : ""), text)));
+  const entries = [
+    ["free", "free"],
+    ["cached", "free, but the prefix cache finds it"],
+    ["used", "in use, coloured by request, filled from below"],
+    ["shared", "shared, with the number of holders"],
+    ["copied", "copied on write just now"],
+    ["pinned", "pinned by a registered prefix"],
+  ];
+  return h(
+    "ul",
+    { class: "legend", "aria-label": "Legend" },
+    entries.map(([kind, text]) =>
+      h("li", {}, h("span", { class: `cell ${kind}`, "aria-hidden": "true" }, kind === "shared" ? "2" : ""), text),
+    ),
+  );
 }

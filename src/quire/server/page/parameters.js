@@ -38,7 +38,8 @@ function parsed(text, label, accepts) {
   } catch (error) {
     throw new Error(`${label} is not JSON: ${error.message}`);
   }
-  if (value === null || !accepts(value)) throw new Error(`${label} must be a JSON ${accepts === Array.isArray ? "list" : "object"}`);
+  if (value === null || !accepts(value))
+    throw new Error(`${label} must be a JSON ${accepts === Array.isArray ? "list" : "object"}`);
   return value;
 }
 
@@ -46,14 +47,24 @@ function parsed(text, label, accepts) {
 export function parameterForm(values, changed) {
   const set = (name) => (event) => changed({ ...values, [name]: (values[name] = event.target.value) });
   const numbers = NUMBERS.map(([name, label, min, max, step]) =>
-    h("label", {}, label, h("input", { type: "number", name, min, max, step, value: values[name] ?? "", oninput: set(name) })),
+    h(
+      "label",
+      {},
+      label,
+      h("input", { type: "number", name, min, max, step, value: values[name] ?? "", oninput: set(name) }),
+    ),
   );
   const texts = [
     ["stop", "Stop strings, one a line"],
     ["schema", "JSON schema of the answer"],
     ["tools", "Tools, as a JSON list"],
   ].map(([name, label]) =>
-    h("label", { class: "wide" }, label, h("textarea", { name, rows: 3, spellcheck: "false", value: values[name] ?? "", oninput: set(name) })),
+    h(
+      "label",
+      { class: "wide" },
+      label,
+      h("textarea", { name, rows: 3, spellcheck: "false", value: values[name] ?? "", oninput: set(name) }),
+    ),
   );
   return h("div", { class: "parameters" }, numbers, texts);
 }

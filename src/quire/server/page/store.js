@@ -65,7 +65,9 @@ export function importText(text) {
   }
   if (!Array.isArray(data?.conversations)) throw new Error("this file holds no list of conversations");
   if (data.conversations.length > MAX_CONVERSATIONS) {
-    throw new Error(`this file holds ${data.conversations.length} conversations; at most ${MAX_CONVERSATIONS} are kept`);
+    throw new Error(
+      `this file holds ${data.conversations.length} conversations; at most ${MAX_CONVERSATIONS} are kept`,
+    );
   }
   return data.conversations.map(checked);
 }
