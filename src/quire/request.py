@@ -52,6 +52,14 @@ class InputSpan(NamedTuple):
     """Number of its tokens."""
 
 
+class SampleProgress(NamedTuple):
+    """What a client already has of a sample that another server began."""
+
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """Why it ended; None if it goes on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and what to make of it. All values are final: no default is looked up later."""

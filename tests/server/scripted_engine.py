@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import quire
@@ -31,6 +32,7 @@ from quire.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
@@ -90,6 +92,7 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    block_size: int = 16
     max_queue_size: int = 1024
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
@@ -157,7 +160,9 @@ class ScriptedEngine:
         tenant: str = "",
         workload: str = "",
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = MappingProxyType({}),
     ) -> AsyncGenerator[RequestOutput, None]:
+        assert not progress, "the engine that resumes is the real one"
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import (
@@ -45,10 +46,10 @@ from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
-from quire.request import Task
+from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
 
@@ -180,6 +181,10 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self.memory_plan.block_size
+
+    @property
     def max_queue_size(self) -> int:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
@@ -202,8 +207,11 @@ class AsyncLLM:
         tenant: str = "",
         workload: str = "",
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+
+        `progress` has the samples that another engine began, by index. The first item repeats it as an output.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
@@ -223,9 +231,13 @@ class AsyncLLM:
             tenant=tenant,
             workload=workload,
             timeout=timeout,
+            progress=progress,
         )
         finished = False
         try:
+            if stream.replayed is not None:
+                finished = stream.replayed.finished
+                yield stream.replayed
             while not finished:
                 await stream.changed.wait()
                 output = stream.take()
@@ -284,6 +296,7 @@ class AsyncLLM:
         tenant: str,
         workload: str,
         timeout: float | None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
         if self.outage is not None:
@@ -305,24 +318,16 @@ class AsyncLLM:
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
+        if progress:
+            request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        self._check_queue()
+        self._throughput.check_queue(self.config.max_queue_size, self._streams.num_live, self.memory_plan.max_num_seqs)
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text, timeout)
-
-    def _check_queue(self) -> None:
-        """Raise `QueueFullError` if `max_queue_size` requests wait."""
-        limit = self.config.max_queue_size
-        num_waiting = self._throughput.num_waiting(self._streams.num_live, self.memory_plan.max_num_seqs)
-        if num_waiting >= limit > 0:
-            raise QueueFullError(
-                f"{num_waiting} requests are waiting, the limit is {limit} (max_queue_size)",
-                retry_after=self._throughput.retry_after(num_waiting, limit),
-            )
+        return self._streams.open(request, text, timeout, progress)
 
     async def register_prefix(self, prefix: Prompt, salts: Sequence[str] = ("",)) -> str:
         """Have a prefix computed before anything that waits, and kept: it is found under each of the salts.

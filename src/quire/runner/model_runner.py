@@ -69,7 +69,7 @@ class ModelRunner:
         self._kernels = kernels
         self._device = device
         self._block_store = block_store
-        self._num_threads = settings.num_threads
+        self._count_threads = settings.count_threads or (lambda: settings.num_threads)
         self._rows = RequestRows(
             max_num_seqs=settings.max_num_seqs,
             max_blocks=-(-settings.max_model_len // kv_cache.block_size),
@@ -113,8 +113,8 @@ class ModelRunner:
         can be run again: what it wrote will be overwritten.
         """
         # OpenMP keeps the number of threads per calling thread, and another thread may have loaded the model.
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)
+        if torch.get_num_threads() != (num_threads := self._count_threads()):
+            torch.set_num_threads(num_threads)
         try:
             with self._inference:
                 self._pending = self._launch(plan)

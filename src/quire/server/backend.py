@@ -11,6 +11,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 
@@ -44,6 +45,8 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
+    def block_size(self) -> int: ...
+    @property
     def max_queue_size(self) -> int: ...
     @property
     def default_params(self) -> Mapping[str, Any]: ...
@@ -65,6 +68,7 @@ class Engine(Protocol):
         tenant: str = "",
         workload: str = "",
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = ...,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(

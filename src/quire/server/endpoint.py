@@ -1,8 +1,10 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
 import gc
+import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -16,6 +18,7 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
+from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, decode_progress
 from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
@@ -51,6 +54,12 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        given = dict(self.scope["headers"]).get(STREAM_HEADER)
+        if given is not None:
+            handover = Handover.from_header(given)
+            progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
+            self.scope["state"]["handover"] = replace(handover, progress=progress)
+            body = body[handover.num_bytes :]
         check_shape(body)
         gc.disable()  # it would scan every object for each few hundred that are made
         try:
@@ -61,6 +70,25 @@ class RequestContext:
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
+
+    @property
+    def handover(self) -> Handover | None:
+        """What the router says about the answer; None for a request that comes from a client."""
+        handover: Handover | None = self.scope["state"].get("handover")
+        return handover
+
+    @property
+    def asks_for_prompt(self) -> bool:
+        """The router wants to know the prompt's blocks, not the answer."""
+        return PROMPT_HEADER in dict(self.scope["headers"])
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of the answer, which begins with `prefix`."""
+        return prefix + (self.handover.stream_id if self.handover else uuid.uuid4().hex)
+
+    def created(self) -> int:
+        """Unix time at which the answer began."""
+        return self.handover.created if self.handover else int(time.time())
 
     def warn(self, *texts: str) -> None:
         """Say in a header of the response, and once in the log, what of the request has no effect."""
