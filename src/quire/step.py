@@ -8,6 +8,7 @@ keeps from admission until it ends or is preempted.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from quire.image_input import ImagePlan
 from quire.sampling_params import SamplingParams
 
 
@@ -63,6 +64,8 @@ class NewRow:
     sample_index: int
     stop_token_ids: tuple[int, ...]
     """Tokens that `min_tokens` forbids at first: end of sequence and the request's own stop tokens."""
+    images: tuple[tuple[int, int, int], ...] = ()
+    """(index of its first token, height, width in pixels) of each image in the prompt."""
 
 
 @dataclass(slots=True)
@@ -154,6 +157,8 @@ class StepPlan:
     sample is taken there."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (number of most likely tokens, the token that follows each computed position)."""
+    images: ImagePlan | None = None
+    """None if the step computes no tokens of an image."""
     offload: OffloadPlan | None = None
     """None without tiers, and if nothing is copied."""
 

@@ -2,11 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, KVLayer, OutputTokens
 from quire.kernels.interface import RecurrentPlan, StateLayer
+
+
+class InputRows(NamedTuple):
+    """Hidden states that take the place of the embeddings of some tokens of a step."""
+
+    tokens: Tensor
+    """[N] int64: indices among the step's tokens."""
+    rows: Tensor
+    """[N, H]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,8 @@ class StepContext:
     """The states of recurrent layers, one entry each."""
     recurrence: RecurrentPlan | None = None
     """The plan of these layers; None in a model without."""
+    input_rows: InputRows | None = None
+    """The embeddings of images; None where the step computes none of their tokens."""
 
     @property
     def for_inner_layers(self) -> "StepContext":

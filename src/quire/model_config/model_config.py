@@ -24,6 +24,7 @@ from quire.model_config.norms import read_norms
 from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
+from quire.model_config.vision import VisionConfig, read_vision
 from quire.model_config.windows import read_layer_windows
 
 
@@ -158,6 +159,9 @@ class ModelConfig:
     head_bias: bool = False
     """The output head has a bias, its own even where its weight is the embedding's."""
 
+    vision: VisionConfig | None = None
+    """The image encoder; None for a model that reads text only."""
+
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     checkpoint_dtype: str = "float32"
@@ -269,6 +273,8 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
     embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
+    vision = config.vision
+    encoder = () if vision is None else vision.vectors
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, width),
@@ -276,7 +282,8 @@ def _spec(config: ModelConfig) -> ModelSpec:
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
+        encoder=() if vision is None else vision.linears,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias + encoder,
     )
 
 
@@ -343,6 +350,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
+        vision=read_vision(config, ARCHITECTURES[config.architecture].vision, hidden_size),
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=read_first_token(config),
         eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),

@@ -28,6 +28,7 @@ from quire.model_config import ModelConfig
 from quire.models.registry import Model
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
+from quire.runner.image_embeddings import ImageEmbeddings
 from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
 from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
@@ -81,6 +82,7 @@ class ModelRunner:
         self._inputs = StepInputBuilder(self._rows, kv_cache.block_size, device)
         self._plan_attention = GroupPlanner(settings.backend, attention_shapes(settings, model_config, kv_cache))
         self._recurrence = Recurrence(kv_cache)
+        self._images = ImageEmbeddings(model.image_encoder, device)
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
@@ -239,6 +241,7 @@ class ModelRunner:
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
             recurrence=self._recurrence.plan(step),
+            input_rows=None if step.plan.images is None else self._images.apply(step.plan.images),
         )
         return self._model(input_ids, context)
 

@@ -17,3 +17,7 @@ class SchedulerLimits:
     """Prompts that share what a step has left besides decoding, where they take all of it."""
     max_pinned_share: float = 0.5
     """Share of the pool that registered prefixes may hold."""
+    max_kept_image_tokens: int = 0
+    """Tokens of images whose embeddings the runner keeps; 0: the model reads no images."""
+    max_step_image_tokens: int = 0
+    """Tokens of images that one step encodes; a larger image is encoded alone."""
