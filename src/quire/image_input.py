@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+IMAGE_PART = "image"
+"""Type of a message's part that stands for an image, as chat templates know it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImagePixels:
@@ -19,6 +22,32 @@ class ImagePixels:
     @property
     def num_bytes(self) -> int:
         return len(self.data)
+
+
+class ImagePart(NamedTuple):
+    """A part of an image that is encoded by itself."""
+
+    content_hash: bytes
+    num_tokens: int
+    """Its placeholder tokens in the prompt."""
+    pixels: ImagePixels
+
+
+class ReadImage(NamedTuple):
+    """An image that was decoded and resized."""
+
+    pieces: tuple[str | int, ...]
+    """What takes the place of its marker in a prompt: texts, and the numbers of placeholder tokens of its parts."""
+    parts: tuple[ImagePart, ...]
+
+    def text(self, placeholder: str) -> str:
+        """The text itself, where `placeholder` is the text of the placeholder token."""
+        return "".join(piece if isinstance(piece, str) else placeholder * piece for piece in self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its pixels."""
+        return sum(part.pixels.num_bytes for part in self.parts)
 
 
 class PlacedRows(NamedTuple):

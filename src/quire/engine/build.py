@@ -262,6 +262,8 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
             max_pinned_share=config.max_pinned_share,
+            max_kept_image_tokens=plan.images.kept_tokens,
+            max_step_image_tokens=plan.images.step_tokens,
         ),
         tiers=tiers,
         speculation=speculation,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from quire.engine.image_prompt import ImagePrompt
 from quire.engine.limits import check_request
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
@@ -53,6 +54,12 @@ class InputProcessor:
     ) -> tuple[Request, str | None]:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
         text, token_ids = self._tokens_of(prompt)
+        inputs, pixels = (prompt.inputs, prompt.pixels) if isinstance(prompt, ImagePrompt) else ((), ())
+        if params.truncate_prompt_tokens is not None and inputs:
+            raise RequestError(
+                "truncate_prompt_tokens is set, and a prompt with images cannot be cut; leave it out",
+                param="truncate_prompt_tokens",
+            )
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
             num_output = 0 if task is Task.EMBED else params.max_tokens or 1
@@ -82,6 +89,8 @@ class InputProcessor:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            inputs=inputs,
+            pixels=pixels,
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )
@@ -109,6 +118,8 @@ class InputProcessor:
                 raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
             return prompt, self._tokenizer.encode(prompt)
         token_ids = list(prompt)
+        if isinstance(prompt, ImagePrompt):
+            return prompt.text, token_ids
         if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
         return None, token_ids

@@ -10,6 +10,7 @@ from typing import Any
 from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
+from quire.engine.image_memory import ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
 from quire.engine.memory_sizes import available_memory, show_bytes
@@ -65,6 +66,8 @@ class MemoryPlan:
     """Slots for recurrent states: those of `max_num_seqs` sequences, and snapshots."""
     state_bytes: int = 0
     """One sequence's recurrent state."""
+    images: ImageMemory = ImageMemory()
+    """For an image encoder and what it computes."""
     async_scheduling: bool = False
 
     @property
@@ -72,7 +75,7 @@ class MemoryPlan:
         """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
         device = self.weights + self.activations + self.logprobs + self.kv_cache + self.states
-        device += self.context + self.graphs
+        device += self.context + self.graphs + self.images.num_bytes
         return device if self.device == "cuda" else device + self.swap_space + self.staging
 
     @property
@@ -112,6 +115,7 @@ class MemoryPlan:
             f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + recurrent states {show_bytes(self.states)}" if self.states else "")
+            + (f" + images {show_bytes(self.images.num_bytes)}" if self.images.num_bytes else "")
             + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
             + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
@@ -121,7 +125,16 @@ class MemoryPlan:
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
             f"at most {self.max_num_seqs} run at once",
             *([states] if self.states else []),
+            *([self._describe_images()] if self.images.kept_tokens else []),
         ]
+
+    def _describe_images(self) -> str:
+        images = self.images
+        longest = self.max_model_len // images.tokens_per_image
+        return (
+            f"images: up to {images.tokens_per_image} tokens each, {longest} of them in the longest context; embeddings "
+            f"of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens} or one part of an image"
+        )
 
     def _describe_blocks(self) -> str:
         """What the blocks are worth: tokens, or where there are windows, how many blocks a sequence needs."""
@@ -199,6 +212,7 @@ def plan_memory(
         graphs=budget.graphs,
         num_state_slots=states.num_slots,
         state_bytes=states.slot_bytes,
+        images=budget.images,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 

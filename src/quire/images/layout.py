@@ -25,10 +25,6 @@ class ImageLayout:
         """Placeholder tokens of all parts."""
         return sum(self.part_lengths)
 
-    def text(self, placeholder: str) -> str:
-        """The text itself, where `placeholder` is the text of the placeholder token."""
-        return "".join(piece if isinstance(piece, str) else placeholder * piece for piece in self.pieces)
-
 
 class ImageFamily(Protocol):
     """How one family of models lays out and cuts an image. Made of a `VisionConfig`."""
