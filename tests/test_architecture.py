@@ -31,13 +31,14 @@ LEVELS = (
         "config",
         "vllm_options",
         "inputs",
+        "image_input",
         "request",
         "step",
         "outputs",
         "embeddings",
         "generation_progress",
     },
-    {"kernels", "grammar"},
+    {"kernels", "grammar", "images"},
     {"attention"},
     {"layers"},
     {"kv_cache", "models", "sampling"},
@@ -54,7 +55,7 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", "llm", *LEVELS[0]}
+WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "images", "simulation", "server", "cli", "llm", *LEVELS[0]}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"build"}

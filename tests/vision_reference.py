@@ -13,13 +13,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from tests.vision_checkpoints import IMAGE
 
 _PROCESSORS: dict[str, Any] = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
     "LlavaImageProcessor": LlavaImageProcessorPil,
     "LlavaNextImageProcessor": LlavaNextImageProcessorPil,
     "Idefics3ImageProcessor": Idefics3ImageProcessorPil,
+    "Qwen2VLImageProcessor": Qwen2VLImageProcessorPil,
     "SmolVLMImageProcessor": SmolVLMImageProcessorPil,
 }
 
@@ -41,12 +45,15 @@ def pixel_values(folder: Path, images: list[Image.Image]) -> dict[str, Tensor]:
     processor = processor_of(folder)
     splits = "Idefics3" in type(processor).__name__ or "SmolVLM" in type(processor).__name__
     found = processor([images] if splits else images, return_tensors="pt")
-    return {name: found[name] for name in ("pixel_values", "pixel_attention_mask", "image_sizes") if name in found}
+    names = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
+    return {name: found[name] for name in names if name in found}
 
 
 def expected_logits(folder: Path, token_ids: list[int], images: list[Image.Image]) -> Tensor:
     """[number of tokens, vocab_size]"""
     inputs = pixel_values(folder, images) if images else {}
+    if "image_grid_thw" in inputs:
+        inputs["mm_token_type_ids"] = (torch.tensor([token_ids]) == IMAGE).int()
     with torch.inference_mode():
         logits: Tensor = reference(folder)(torch.tensor([token_ids]), **inputs).logits[0]
     return logits

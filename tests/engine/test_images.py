@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 from quire import LLM, SamplingParams
-from quire.errors import RequestError
 from quire.outputs import RequestOutput
 from tests.vision_checkpoints import IMAGE, make_vision_checkpoint, random_image
 from tests.vision_reference import assert_greedy, expected_logits
 
-FAMILIES = ["llava", "llava_next", "idefics3", "smolvlm"]
+FAMILIES = ["llava", "llava_next", "idefics3", "smolvlm", "qwen2_5_vl"]
 NUM_TOKENS = 32
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
 WIDE, TALL, SMALL = random_image(100, 45, 1), random_image(50, 90, 2), random_image(20, 20, 3)
@@ -44,7 +43,11 @@ def tokens(output: RequestOutput) -> list[int]:
 
 
 def test_several_images_and_turns_beside_text(folder: Path, llm: LLM) -> None:
-    turns = [*chat(WIDE, "What is this, and ", TALL, "?"), {"role": "assistant", "content": "A wall."}, *chat(SMALL, "and?")]
+    turns = [
+        *chat(WIDE, "What is this, and ", TALL, "?"),
+        {"role": "assistant", "content": "A wall."},
+        *chat(SMALL, "and?"),
+    ]
     conversations = [turns, chat("No image."), chat(SMALL, "One.")]
     images = [[WIDE, TALL, SMALL], [], [SMALL]]
     outputs = llm.chat(conversations, GREEDY)

@@ -20,7 +20,7 @@ class ImageMemory:
     """Counts in tokens, sizes in bytes. All 0 for a model that reads text only."""
 
     tokens_per_image: int = 0
-    """Of the largest image."""
+    """Tokens of the largest image."""
     kept_tokens: int = 0
     """Tokens whose embeddings are kept."""
     step_tokens: int = 0
@@ -29,11 +29,14 @@ class ImageMemory:
     """Kept embeddings, and the activations of the encoder."""
 
 
+NO_IMAGES = ImageMemory()
+
+
 def plan_images(config: EngineConfig, model: ModelConfig, dtype: str, max_num_batched_tokens: int) -> ImageMemory:
     """The memory for images; nothing if no request may have one. `dtype` is that of activations."""
     vision = model.vision
     if vision is None or not config.max_images:
-        return ImageMemory()
+        return NO_IMAGES
     family = family_of(vision)
     layout = family.layout(family.largest)
     kept = config.image_cache_tokens

@@ -26,7 +26,7 @@ from quire.image_input import ImagePart, ImagePixels, ReadImage
 from quire.images.decoding import decode
 from quire.images.families import family_of
 from quire.images.layout import ImageFamily
-from quire.images.picture import Picture
+from quire.images.picture import Picture, size_of
 
 MAX_CPU_SECONDS = 2
 """CPU time of one image, up to a second more: the limit is in whole seconds."""
@@ -62,7 +62,8 @@ def _prepare() -> ImageAnswer:
         import PIL.Image
     except ImportError:
         return ImageAnswer(
-            error="images need the library Pillow, which the server lacks: pip install 'quire[images]'", code="no_images"
+            error="images need the library Pillow, which the server lacks: pip install 'quire[images]'",
+            code="no_images",
         )
     PIL.Image.preinit()
     return ImageAnswer()
@@ -80,13 +81,13 @@ def _read(family: ImageFamily, data: bytes, max_pixels: int) -> ImageAnswer:
 
 def read_picture(family: ImageFamily, picture: Picture) -> ReadImage:
     """The picture as its encoder reads it."""
-    height, width = picture.shape[:2]
+    height, width = size_of(picture)
     layout = family.layout((height, width))
     parts = []
     for tiles, num_tokens in zip(family.parts(picture), layout.part_lengths, strict=True):
         stacked = np.stack(tiles)
         pixels = ImagePixels(stacked.tobytes(), *stacked.shape[:3], original_size=(height, width))
-        shape = ("%d,%d,%d,%d,%d;" % (*stacked.shape[:3], height, width)).encode()
+        shape = f"{stacked.shape},{height},{width};".encode()
         content_hash = blake2b(shape + pixels.data, digest_size=32).digest()
         parts.append(ImagePart(content_hash, num_tokens, pixels))
     return ReadImage(layout.pieces, tuple(parts))

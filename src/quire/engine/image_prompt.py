@@ -129,3 +129,11 @@ def no_images() -> RequestError:
         param="messages",
         code="no_images",
     )
+
+
+def no_truncation() -> RequestError:
+    """The error for a prompt with images that is to be cut."""
+    return RequestError(
+        "truncate_prompt_tokens is set, and a prompt with images cannot be cut; leave it out",
+        param="truncate_prompt_tokens",
+    )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quire.engine.image_prompt import ImagePrompt
+from quire.engine.image_prompt import ImagePrompt, no_truncation
 from quire.engine.limits import check_request
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
@@ -56,10 +56,7 @@ class InputProcessor:
         text, token_ids = self._tokens_of(prompt)
         inputs, pixels = (prompt.inputs, prompt.pixels) if isinstance(prompt, ImagePrompt) else ((), ())
         if params.truncate_prompt_tokens is not None and inputs:
-            raise RequestError(
-                "truncate_prompt_tokens is set, and a prompt with images cannot be cut; leave it out",
-                param="truncate_prompt_tokens",
-            )
+            raise no_truncation()
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
             num_output = 0 if task is Task.EMBED else params.max_tokens or 1

@@ -6,7 +6,7 @@ from quire.backends import BACKENDS, EXPANSION_WORKSPACE, MAX_CAPTURED_TOKENS, B
 from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.engine.device import Device
-from quire.engine.image_memory import ImageMemory, plan_images
+from quire.engine.image_memory import NO_IMAGES, ImageMemory, plan_images
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.kv_groups import KVLayout
 from quire.model_config import ModelConfig
@@ -65,7 +65,7 @@ class MemoryBudget:
     """Blocks on their way to and from the disk tier."""
     states: int = 0
     """Recurrent states."""
-    images: ImageMemory = ImageMemory()
+    images: ImageMemory = NO_IMAGES
 
     @property
     def tiers(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
-from quire.engine.image_memory import ImageMemory
+from quire.engine.image_memory import NO_IMAGES, ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
 from quire.engine.memory_sizes import available_memory, show_bytes
@@ -66,7 +66,7 @@ class MemoryPlan:
     """Slots for recurrent states: those of `max_num_seqs` sequences, and snapshots."""
     state_bytes: int = 0
     """One sequence's recurrent state."""
-    images: ImageMemory = ImageMemory()
+    images: ImageMemory = NO_IMAGES
     """For an image encoder and what it computes."""
     async_scheduling: bool = False
 
@@ -132,8 +132,8 @@ class MemoryPlan:
         images = self.images
         longest = self.max_model_len // images.tokens_per_image
         return (
-            f"images: up to {images.tokens_per_image} tokens each, {longest} of them in the longest context; embeddings "
-            f"of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens} or one part of an image"
+            f"images: up to {images.tokens_per_image} tokens each, {longest} of them in the longest context; "
+            f"embeddings of {images.kept_tokens} are kept; a step encodes {images.step_tokens} or one part of an image"
         )
 
     def _describe_blocks(self) -> str:

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from quire.images.idefics3 import Idefics3
 from quire.images.layout import ImageFamily
 from quire.images.llava import Llava, LlavaNext
+from quire.images.qwen2_5_vl import Qwen25VL
 from quire.model_config import VisionConfig
 
 FAMILIES: dict[str, Callable[[VisionConfig], ImageFamily]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics3": Idefics3,
+    "qwen2_5_vl": Qwen25VL,
 }
 
 

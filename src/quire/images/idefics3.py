@@ -3,7 +3,7 @@
 import math
 
 from quire.images.layout import ImageLayout
-from quire.images.picture import Picture, Size, resized
+from quire.images.picture import Picture, Size, resized, size_of
 from quire.model_config import VisionConfig
 
 _LARGEST_EDGE = 4096
@@ -29,11 +29,11 @@ class Idefics3:
 
     def parts(self, picture: Picture) -> list[list[Picture]]:
         edge, resample = self.vision.image_size, self.processing.resample
-        picture = resized(picture, self._scaled(picture.shape[:2]), resample)
+        picture = resized(picture, self._scaled(size_of(picture)), resample)
         if not self.processing.splits:
             return [[resized(picture, (edge, edge), resample)]]
-        picture = resized(picture, self._rounded_up(picture.shape[:2]), resample)
-        rows, columns = self._grid(picture.shape[:2])
+        picture = resized(picture, self._rounded_up(size_of(picture)), resample)
+        rows, columns = self._grid(size_of(picture))
         tiles = [
             picture[row * edge : (row + 1) * edge, column * edge : (column + 1) * edge]
             for row in range(rows)

@@ -30,7 +30,7 @@ class ImageFamily(Protocol):
     """How one family of models lays out and cuts an image. Made of a `VisionConfig`."""
 
     def layout(self, size: Size) -> ImageLayout:
-        """Of an image of this size. Raises `RequestError` for a size that the family does not take."""
+        """The layout of an image of this size. Raises `RequestError` for a size that the family does not take."""
         ...
 
     def parts(self, picture: Picture) -> list[list[Picture]]:

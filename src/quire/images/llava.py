@@ -4,7 +4,7 @@ import math
 
 from quire.images.grid import best_grid, unpadded
 from quire.images.layout import ImageLayout
-from quire.images.picture import Picture, Size, centre, padded, resized, shortest_edge
+from quire.images.picture import Picture, Size, centre, padded, resized, shortest_edge, size_of
 from quire.model_config import VisionConfig
 
 
@@ -20,7 +20,7 @@ class Llava:
 
     def parts(self, picture: Picture) -> list[list[Picture]]:
         if self.processing.pads_to_square:
-            edge = max(picture.shape[:2])
+            edge = max(size_of(picture))
             red, green, blue = (int(value * 255) for value in self.processing.mean)
             picture = padded(picture, (edge, edge), (red, green, blue))
         return [[self._square(picture)]]
@@ -33,7 +33,7 @@ class Llava:
         processing = self.processing
         wanted, size = processing.size, (processing.size.height, processing.size.width)
         if wanted.shortest_edge:
-            size = shortest_edge(picture.shape[:2], wanted.shortest_edge)
+            size = shortest_edge(size_of(picture), wanted.shortest_edge)
         picture = resized(picture, size, processing.resample)
         return picture if processing.crop is None else centre(picture, processing.crop)
 
@@ -51,7 +51,7 @@ class LlavaNext(Llava):
     def parts(self, picture: Picture) -> list[list[Picture]]:
         vision, resample = self.vision, self.processing.resample
         edge = vision.image_size
-        height, width = picture.shape[:2]
+        height, width = size_of(picture)
         grid = best_grid((height, width), vision.grid_pinpoints)
         scale_y, scale_x = grid[0] / height, grid[1] / width
         if scale_x < scale_y:

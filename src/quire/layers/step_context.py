@@ -19,6 +19,15 @@ class InputRows(NamedTuple):
     """[N, H]"""
 
 
+class RotaryRows(NamedTuple):
+    """A table of cosines and sines made for one step, in the place of that of all positions."""
+
+    indices: Tensor
+    """[T] int32: the row of each token."""
+    cos_sin: Tensor
+    """[T, rotary_dim] float32"""
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """One step as model, layers and kernels see it. T new tokens of all sequences."""
@@ -35,6 +44,11 @@ class StepContext:
     """The states of recurrent layers, one entry each."""
     recurrence: RecurrentPlan | None = None
     """The plan of these layers; None in a model without."""
+    grid_positions: Tensor | None = None
+    """[3, T] int32: temporal, vertical and horizontal position of each token, in a model that has them; None where the
+    three are `positions`."""
+    rotary_rows: RotaryRows | None = None
+    """Set by such a model."""
     input_rows: InputRows | None = None
     """The embeddings of images; None where the step computes none of their tokens."""
 

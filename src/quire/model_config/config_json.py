@@ -52,7 +52,7 @@ class ConfigJson:
         row = ARCHITECTURES[self.architecture]
         self._row, self._names, self._meanings = row, row.names, row.meanings
         if row.section:
-            text = config.get(row.section)
+            text = config.get(row.section, {} if row.text_model else None)  # some files are flat
             if not isinstance(text, dict):
                 raise self.refusal(row.section, text, "an object that describes the text model")
             row = self._with_text_model(row, text)

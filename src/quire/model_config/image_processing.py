@@ -121,9 +121,13 @@ def _size(path: Path, name: str, value: Any, found: dict[str, Any], values: dict
 def _triple(path: Path, name: str, value: Any) -> Triple:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = [value] * 3
-    if not isinstance(value, list | tuple) or len(value) != 3 or not all(
-        isinstance(entry, int | float) and not isinstance(entry, bool) and (entry or name == "image_mean")
-        for entry in value
+    if (
+        not isinstance(value, list | tuple)
+        or len(value) != 3
+        or not all(
+            isinstance(entry, int | float) and not isinstance(entry, bool) and (entry or name == "image_mean")
+            for entry in value
+        )
     ):
         raise _refusal(path, name, value, "three numbers, for red, green and blue")
     return (float(value[0]), float(value[1]), float(value[2]))

@@ -252,6 +252,14 @@ class ModelConfig:
         return scale
 
     @property
+    def pixels_per_position(self) -> int:
+        """Pixels in each direction for which one of the positions of a rotary embedding with sections grows by one; 0
+        for an embedding with one position."""
+        if self.vision is None or self.rope is None or not self.rope.sections:
+            return 0
+        return self.vision.patch_size * self.vision.merge
+
+    @property
     def spec(self) -> ModelSpec:
         """The model's layers and ends as plain values; sizes are sums over them."""
         return _spec(self)

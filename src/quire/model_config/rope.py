@@ -45,6 +45,9 @@ class RopeConfig:
     """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements, the first ones, that are rotated."""
+    sections: tuple[int, ...] = ()
+    """Frequencies that turn by the temporal, the vertical and the horizontal position of a token; outside images the
+    three are one (Qwen2.5-VL). Empty: all turn by one position."""
     layout: Literal["half", "interleaved"] = "half"
     """Which two of the D rotated elements turn together. half: i and i + D / 2 (Llama); interleaved: 2 i and 2 i + 1
     (GPT-J)."""
@@ -153,6 +156,9 @@ def _read_rope(
     rope_type = values.get("rope_type", values.get("type", "default"))
     if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
         rope_type = "longrope"  # as Phi-3's first files call it
+    sections = _read_sections(config, section, values, head_dim)
+    if rope_type == "mrope" and sections:
+        rope_type = "default"
     if rope_type not in ROPE_TYPES:
         raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
 
@@ -204,8 +210,20 @@ def _read_rope(
         short_mscale=number("short_mscale") if has_mscales else None,
         long_mscale=number("long_mscale") if has_mscales else None,
         partial_rotary_factor=share,
+        sections=sections,
         layout=_layout(config),
     )
+
+
+def _read_sections(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> tuple[int, ...]:
+    """The sections of the frequencies, in families that have them."""
+    default = config.value("rope_sections")
+    if default is None:
+        return ()
+    found = values.get("mrope_section", default)
+    if not isinstance(found, list) or [type(count) for count in found] != [int] * 3 or sum(found) != head_dim // 2:
+        raise config.refusal(f"{section}.mrope_section", found, f"three numbers, {head_dim // 2} in all")
+    return tuple(found)
 
 
 def _layout(config: ConfigJson) -> Literal["half", "interleaved"]:

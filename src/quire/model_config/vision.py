@@ -66,8 +66,8 @@ class VisionConfig:
 
     @property
     def patch_elements(self) -> int:
-        """Values of one patch, which the first product reads. Qwen repeats an image as two frames of a video."""
-        return 3 * self.patch_size**2 * (2 if self.family == "qwen2_5_vl" else 1)
+        """Values of one patch, which the first product reads."""
+        return 3 * self.patch_size**2
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -157,15 +157,22 @@ def _read_llava(config: ConfigJson, family: str, hidden_size: int) -> VisionConf
         family,
         hidden_size,
         {
-            **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-            **{"image_size": 336, "patch_size": 14, "num_channels": 3},
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+            "num_channels": 3,
         },
     )
     num_layers, named = fields["num_layers"], config.value("vision_feature_layer")
     named = -2 if named is None else named
     layers = [named] if isinstance(named, int) else named
-    if not isinstance(layers, list) or not layers or not all(
-        type(layer) is int and -num_layers - 1 <= layer <= num_layers for layer in layers
+    if (
+        not isinstance(layers, list)
+        or not layers
+        or not all(type(layer) is int and -num_layers - 1 <= layer <= num_layers for layer in layers)
     ):
         raise config.refusal("vision_feature_layer", named, f"a layer, or a list of layers, of {num_layers}")
     layers = [layer % (num_layers + 1) for layer in layers]
@@ -176,8 +183,10 @@ def _read_llava(config: ConfigJson, family: str, hidden_size: int) -> VisionConf
         pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
     side = fields["image_size"]
     if not isinstance(pinpoints, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(edge) is int and edge > 0 and not edge % side
-        for edge in pair) for pair in pinpoints
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(edge) is int and edge > 0 and not edge % side for edge in pair)
+        for pair in pinpoints
     ):
         raise config.refusal("image_grid_pinpoints", pinpoints, f"pairs of multiples of image_size {side}")
     defaults = {**_CLIP_PROCESSING, "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
@@ -212,13 +221,20 @@ def _read_idefics3(config: ConfigJson, family: str, hidden_size: int) -> VisionC
         family,
         hidden_size,
         {
-            **{"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16},
-            **{"image_size": 224, "patch_size": 32, "num_channels": 3},
+            "hidden_size": 1152,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 32,
+            "num_channels": 3,
         },
     )
     side, merge = fields["image_size"], config.integer("scale_factor", 2)
     if (side // fields["patch_size"]) % merge:
-        raise config.refusal("scale_factor", merge, f"a divisor of the {side // fields['patch_size']} patches of a side")
+        raise config.refusal(
+            "scale_factor", merge, f"a divisor of the {side // fields['patch_size']} patches of a side"
+        )
     token = config.integer("image_token_id", 128257, minimum=0)
     defaults = {
         "size": {"longest_edge": 4 * side},
@@ -236,8 +252,64 @@ def _read_idefics3(config: ConfigJson, family: str, hidden_size: int) -> VisionC
     )
 
 
+def _read_qwen(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig:
+    defaults = {
+        "hidden_size": 3584,
+        "intermediate_size": 3420,
+        "depth": 32,
+        "num_heads": 16,
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+    }
+    fields = {key: config.integer(f"vision_config.{key}", default) for key, default in defaults.items()}
+    for key in ("in_channels", "temporal_patch_size"):
+        if fields[key] != defaults[key]:
+            raise config.refusal(f"vision_config.{key}", fields[key], str(defaults[key]))
+    width, num_heads, patch, merge = (
+        fields[key] for key in ("hidden_size", "num_heads", "patch_size", "spatial_merge_size")
+    )
+    if width % (4 * num_heads):
+        raise config.refusal("vision_config.hidden_size", width, f"a multiple of 4 × {num_heads} heads")
+    if fields["window_size"] // (merge * patch) < 1:
+        raise config.refusal("vision_config.window_size", fields["window_size"], f"at least {merge * patch} pixels")
+    out = config.integer("vision_config.out_hidden_size", hidden_size)
+    if out != hidden_size:
+        raise config.refusal("vision_config.out_hidden_size", out, f"the hidden_size {hidden_size}")
+    full = config.value("vision_config.fullatt_block_indexes")
+    full = [7, 15, 23, 31] if full is None else full
+    if not isinstance(full, list) or not all(type(layer) is int for layer in full):
+        raise config.refusal("vision_config.fullatt_block_indexes", full, "a list of layers")
+    token = config.integer("image_token_id", 151655, minimum=0)
+    processing = {
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        "resample": 3,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+    return VisionConfig(
+        family=family,
+        image_token_id=token,
+        marker_token_id=token,
+        processing=read_processing(config.path.parent, processing),
+        hidden_size=width,
+        intermediate_size=fields["intermediate_size"],
+        num_layers=fields["depth"],
+        num_heads=num_heads,
+        patch_size=patch,
+        activation=ACTIVATIONS[config.choice("vision_config.hidden_act", tuple(ACTIVATIONS), "silu")],
+        projector_width=hidden_size,
+        merge=merge,
+        window_size=fields["window_size"],
+        full_attention_layers=frozenset(full),
+    )
+
+
 _READERS: dict[str, Callable[[ConfigJson, str, int], VisionConfig]] = {
     "llava": _read_llava,
     "llava_next": _read_llava,
     "idefics3": _read_idefics3,
+    "qwen2_5_vl": _read_qwen,
 }

@@ -78,6 +78,7 @@ class ModelRunner:
             vocab_size=vocab_size,
             grammars=grammars,
             fast_forward=settings.fast_forward and not logits_processors,  # they must see the logits of every token
+            pixels_per_token=model_config.pixels_per_position,
         )
         self._inputs = StepInputBuilder(self._rows, kv_cache.block_size, device)
         self._plan_attention = GroupPlanner(settings.backend, attention_shapes(settings, model_config, kv_cache))
@@ -234,6 +235,7 @@ class ModelRunner:
                 last = self._kv_cache.layers[-1].group
                 selected = self._plan_attention.plan_group(step.selected_arrays(sent.selection, last), last)
             output_tokens = OutputTokens(sent.tensors["output_tokens"], selected)
+        grid = step.batch.grid_positions
         context = StepContext(
             sent.tensors["token_positions"],
             self._kv_cache.layers,
@@ -241,6 +243,7 @@ class ModelRunner:
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
             recurrence=self._recurrence.plan(step),
+            grid_positions=None if grid is None else to_device(grid, self._device),
             input_rows=None if step.plan.images is None else self._images.apply(step.plan.images),
         )
         return self._model(input_ids, context)
@@ -278,7 +281,7 @@ class ModelRunner:
     def _captured_size(graphs: DecodeGraphs, step: StepInputs) -> int:
         """The size of the captured step that could stand for this one; 0: none can."""
         plan = step.plan
-        if not step.sampling.after_every_token or plan.prompt_logprobs:
+        if not step.sampling.after_every_token or plan.prompt_logprobs or step.batch.grid_positions is not None:
             return 0
         return graphs.size_for(plan.num_tokens) if max(plan.num_scheduled_tokens) <= MAX_NARROW_TOKENS else 0
 

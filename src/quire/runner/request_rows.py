@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.grammar.cache import GrammarCache
+from quire.runner.grid_positions import GridPositions
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import GrammarState
 from quire.step import NewRow, RowFork, StepPlan
@@ -25,10 +26,13 @@ class RequestRows:
         num_groups: int = 1,
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
+        pixels_per_token: int = 0,
     ) -> None:
-        """`fast_forward`: tokens that a grammar forces are added without running the model."""
+        """`fast_forward`: tokens that a grammar forces are added without running the model. `pixels_per_token`: see
+        `GridPositions`."""
         self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self.grids = GridPositions(max_num_seqs, pixels_per_token)
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._fast_forward = fast_forward
@@ -49,6 +53,7 @@ class RequestRows:
         for fork, state in beams:
             state.append(fork.token_id)
             self.states[fork.row] = state
+        self.grids.fork(plan.row_forks)
         for new in plan.new_rows:
             self.states[new.row] = SamplingState(
                 params=new.params,
@@ -60,6 +65,7 @@ class RequestRows:
                 vocab_size=self._vocab_size,
                 grammar=self._grammar_state(new),
             )
+            self.grids.start(new)
         for row, group, first, blocks in plan.new_blocks:
             if len(blocks) == 1:  # the usual case, in half the time of a slice
                 self.block_tables[group, row, first] = blocks[0]

@@ -12,8 +12,8 @@ from quire.scheduler.demand import Demand
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
-from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.image_encoding import ImageEncoding
+from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.lookahead import LookAhead
 from quire.scheduler.output_lengths import OutputLengths
 from quire.scheduler.policies import AdmissionRule, MakeQueue, MakeRule

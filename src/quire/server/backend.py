@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
@@ -35,6 +36,8 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer | None: ...
     @property
     def chat_template(self) -> ChatRenderer | None: ...
+    @property
+    def images(self) -> ImageSupport | None: ...
     @property
     def model_names(self) -> list[str]: ...
     @property
