@@ -134,6 +134,7 @@ class Answer:
     async def send(self, context: RequestContext, *, stream: bool) -> None:
         """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
         self.generation = replace(self.generation, timeout=context.timeout())
+        context.scope["state"]["usage"] = self.usage
         if stream:
             renderer = self.renderer
             form = StreamForm(renderer.failure, renderer.done, renderer.ping, renderer.content_type)

@@ -13,6 +13,7 @@ from quire.embeddings import EmbeddingRequestOutput
 from quire.errors import RequestError
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
+from quire.server.generation import UsageCounter
 from quire.server.limits import check_work
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import Priority, Salt
@@ -105,6 +106,8 @@ async def embed_all(
     num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
         outputs = await _embed_admitted(context, prompts, options)
+    lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
+    context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
     if dimensions is not None:
         for output in outputs:
             output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
