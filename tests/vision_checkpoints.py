@@ -46,8 +46,14 @@ _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "n
 _CLIP: dict[str, Any] = {**_TOWER, "image_size": 32, "patch_size": 8, "projection_dim": 16}
 _SIGLIP: dict[str, Any] = {**_TOWER, "image_size": 32, "patch_size": 8}
 _QWEN: dict[str, Any] = {
-    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 48,
-    "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1],
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 48,
+    "patch_size": 4,
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
 }
 _MEANS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _PROCESSORS: dict[str, dict[str, Any]] = {
@@ -68,7 +74,11 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64], [96, 32]],
     },
     "qwen2_5_vl": {
-        "image_processor_type": "Qwen2VLImageProcessor", "resample": 3, "patch_size": 4, "merge_size": 2, **_MEANS,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "resample": 3,
+        "patch_size": 4,
+        "merge_size": 2,
+        **_MEANS,
         "size": {"shortest_edge": 1024, "longest_edge": 3000},
     },
     "idefics3": {
@@ -132,6 +142,15 @@ def make_vision_checkpoint(folder: Path, family: str, text: dict[str, Any] | Non
     assert tokenizer.token_to_id("<image>") == IMAGE
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; an object is changed key by key."""
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict) and key.endswith("_config")
+        values[key] = {**values[key], **value} if both else value
+    path.write_text(json.dumps(values))
 
 
 def random_image(width: int, height: int, seed: int = 0) -> Image.Image:

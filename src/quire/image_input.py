@@ -58,7 +58,7 @@ class PlacedRows(NamedTuple):
     """Index of the first of them among the image's embeddings."""
     first_token: int
     """Index of the first token among the step's tokens."""
-    count: int
+    num_rows: int
 
 
 @dataclass(slots=True)

@@ -208,11 +208,12 @@ class LLM:
         variables = {**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
         prompts: list[Prompt] = []
         for conversation in conversations:
+            shown: Sequence[Message] = conversation
             sources: list[Any] = []
             if has_images(conversation):
-                conversation, sources = take_images(conversation, self._engine.images.marker)
+                shown, sources = take_images(conversation, self._engine.images.marker)
             text = template.render(
-                conversation,
+                shown,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,

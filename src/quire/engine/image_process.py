@@ -23,7 +23,7 @@ from quire.engine.messages import (
 )
 from quire.errors import RequestError
 from quire.image_input import ImagePart, ImagePixels, ReadImage
-from quire.images.decoding import decode
+from quire.images.decoding import decode, load_readers
 from quire.images.families import family_of
 from quire.images.layout import ImageFamily
 from quire.images.picture import Picture, size_of
@@ -59,13 +59,12 @@ def main(fd: int) -> None:
 def _prepare() -> ImageAnswer:
     """Import the library now, not with the first image."""
     try:
-        import PIL.Image
+        load_readers()
     except ImportError:
         return ImageAnswer(
             error="images need the library Pillow, which the server lacks: pip install 'quire[images]'",
             code="no_images",
         )
-    PIL.Image.preinit()
     return ImageAnswer()
 
 
@@ -85,8 +84,9 @@ def read_picture(family: ImageFamily, picture: Picture) -> ReadImage:
     layout = family.layout((height, width))
     parts = []
     for tiles, num_tokens in zip(family.parts(picture), layout.part_lengths, strict=True):
-        stacked = np.stack(tiles)
-        pixels = ImagePixels(stacked.tobytes(), *stacked.shape[:3], original_size=(height, width))
+        stacked = np.stack([np.asarray(tile) for tile in tiles])
+        num_tiles, tile_height, tile_width, _ = stacked.shape
+        pixels = ImagePixels(stacked.tobytes(), num_tiles, tile_height, tile_width, (height, width))
         shape = f"{stacked.shape},{height},{width};".encode()
         content_hash = blake2b(shape + pixels.data, digest_size=32).digest()
         parts.append(ImagePart(content_hash, num_tokens, pixels))

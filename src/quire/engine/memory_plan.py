@@ -130,10 +130,11 @@ class MemoryPlan:
 
     def _describe_images(self) -> str:
         images = self.images
-        longest = self.max_model_len // images.tokens_per_image
+        most = images.tokens_per_image
         return (
-            f"images: up to {images.tokens_per_image} tokens each, {longest} of them in the longest context; "
-            f"embeddings of {images.kept_tokens} are kept; a step encodes {images.step_tokens} or one part of an image"
+            f"images: up to {most} tokens each ({show_bytes(most * self.kv_bytes_per_token)} of KV), "
+            f"{self.max_model_len // most} in the longest context, {self.num_blocks * self.block_size // most} in the "
+            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens} or one part"
         )
 
     def _describe_blocks(self) -> str:

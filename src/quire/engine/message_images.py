@@ -24,7 +24,7 @@ _KINDS = {
 """Type of a part → its fields that may name the image."""
 
 
-def take_images(messages: Sequence[Mapping[str, Any]], marker: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def take_images(messages: Sequence[Any], marker: str) -> tuple[list[dict[str, Any]], list[Any]]:
     """The messages with a plain part in the place of each image, and what names the images, in their order. `marker`
     stands for an image where a template takes texts only. Raises `RequestError` for a part that names none."""
     plain, sources = [], []

@@ -7,10 +7,15 @@ import numpy as np
 from quire.errors import RequestError
 from quire.images.picture import Picture
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "MPO")
-"""Pillow's names of the formats that are read. MPO is what many phones write as JPEG."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Pillow's names of the formats that are read; its other readers are never loaded."""
 SUPPORTED = "JPEG, PNG, WebP, GIF and BMP"
 _ANIMATED = ("GIF", "PNG", "WEBP")
+
+
+def load_readers() -> None:
+    """Import Pillow and its readers of these formats. Raises `ImportError` if it is not installed."""
+    from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
 
 def decode(data: bytes, max_pixels: int) -> Picture:
@@ -32,6 +37,8 @@ def decode(data: bytes, max_pixels: int) -> Picture:
                 raise _refusal("the image is an animation; send one frame of it")
             upright = ImageOps.exif_transpose(image)
             return np.asarray(upright.convert("RGB"))
+    except RequestError:
+        raise
     except UnidentifiedImageError:
         raise _refusal(f"the data is no image that can be read; supported are {SUPPORTED}") from None
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, OverflowError) as error:

@@ -50,7 +50,7 @@ def padded(picture: Picture, size: Size, colour: tuple[int, int, int] = (0, 0, 0
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     canvas = np.empty((*size, 3), dtype=np.uint8)
     canvas[:] = colour
-    canvas[top : top + height, left : left + width] = picture
+    canvas[top : top + height, left : left + width] = np.asarray(picture)
     return canvas
 
 

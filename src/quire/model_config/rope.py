@@ -153,14 +153,8 @@ def _read_rope(
     `original` the training length that goes before its own."""
     if not isinstance(values, Mapping):
         raise config.refusal(section, values, "an object")
-    rope_type = values.get("rope_type", values.get("type", "default"))
-    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
-        rope_type = "longrope"  # as Phi-3's first files call it
     sections = _read_sections(config, section, values, head_dim)
-    if rope_type == "mrope" and sections:
-        rope_type = "default"
-    if rope_type not in ROPE_TYPES:
-        raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
+    rope_type = _read_type(config, section, values, has_sections=bool(sections))
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
@@ -213,6 +207,17 @@ def _read_rope(
         sections=sections,
         layout=_layout(config),
     )
+
+
+def _read_type(config: ConfigJson, section: str, values: Mapping[str, Any], *, has_sections: bool) -> str:
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
+        rope_type = "longrope"  # as Phi-3's first files call it
+    if rope_type == "mrope" and has_sections:
+        rope_type = "default"
+    if rope_type not in ROPE_TYPES:
+        raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
+    return str(rope_type)
 
 
 def _read_sections(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> tuple[int, ...]:

@@ -24,8 +24,6 @@ class InputBatch:
     """[T]"""
     query_start_loc: Int32Array
     """[B + 1]: sequence s owns tokens query_start_loc[s] up to query_start_loc[s + 1]."""
-    grid_positions: Int32Array | None
-    """[3, T]: temporal, vertical and horizontal positions, where they differ for any token."""
     seq_lens: Int32Array
     """[B]: tokens whose KV is stored once this step has written its own."""
     block_tables: list[Int32Array]
@@ -34,6 +32,8 @@ class InputBatch:
     """[T] for each KV group: where each token's KV goes, block * block_size + offset."""
     repeatable: "_Repeatable | None" = None
     """What `advance` needs; None if the plan has no `batch_id`."""
+    grid_positions: Int32Array | None = None
+    """[3, T]: temporal, vertical and horizontal positions, where they differ for any token."""
 
     def advance(self, plan: StepPlan, rows: RequestRows, block_size: int) -> None:
         """Update all arrays in place for `plan`, which repeats this batch with one more token per sequence (see

@@ -24,6 +24,8 @@ MAX_FETCHES = 8
 """Images that are fetched at once; others wait."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+"""Addresses that stand for one of IPv4."""
 _CHUNK = 64 * 1024
 
 Resolve = Callable[[str, int], list[str]]
@@ -37,8 +39,13 @@ def resolve(host: str, port: int) -> list[str]:
 def is_public(address: str) -> bool:
     """Whether an address is that of a host on the internet: no private, loopback, link-local or reserved one."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    inner = found.ipv4_mapped or found.sixtofour if isinstance(found, ipaddress.IPv6Address) else None
-    return found.is_global and not found.is_multicast and (inner is None or inner.is_global)
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour
+        if found in _NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is not None and not inner.is_global:
+            return False
+    return found.is_global and not found.is_multicast
 
 
 class MediaFetcher:
@@ -76,6 +83,7 @@ class MediaFetcher:
         for _ in range(MAX_REDIRECTS + 1):
             parts = self._check(url)
             connection = self._connect(parts, deadline)
+            response: HTTPResponse | None = None
             try:
                 target = parts.path or "/"
                 connection.request("GET", f"{target}?{parts.query}" if parts.query else target)
@@ -87,9 +95,11 @@ class MediaFetcher:
                 if response.status != 200:
                     raise _refusal(url, f"answers with status {response.status}")
                 return self._read(response, connection, url, deadline)
-            except (OSError, HTTPException, ValueError) as error:
+            except (OSError, HTTPException) as error:
                 raise _refusal(url, f"cannot be fetched: {error}") from None
             finally:
+                if response is not None:
+                    response.close()
                 connection.close()
         raise _refusal(url, f"leads through more than {MAX_REDIRECTS} redirects")
 

@@ -53,7 +53,7 @@ class LlavaEncoder:
         rows, columns = rows // self.vision.image_size, columns // self.vision.image_size
         whole, grid = features[0], features[1:].view(rows, columns, side, side, -1)
         joined = grid.permute(0, 2, 1, 3, 4).reshape(rows * side, columns * side, -1)
-        top, left = unpadded(original_size, joined.shape[:2])
+        top, left = unpadded(original_size, (joined.shape[0], joined.shape[1]))
         joined = joined[top : joined.shape[0] - top, left : joined.shape[1] - left]
         lines = torch.cat((joined, newline.expand(joined.shape[0], 1, -1)), dim=1)
         return torch.cat((whole, lines.flatten(0, 1)))

@@ -113,8 +113,11 @@ class _Layer:
         begin = 0
         for number, size in step.windows:
             end = begin + number * size
-            parts = (part[begin:end].view(number, size, self.num_heads, -1).transpose(1, 2) for part in (q, k, v))
-            attended.append(functional.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(end - begin, -1))
+            queries, keys, values = (
+                part[begin:end].view(number, size, self.num_heads, -1).transpose(1, 2) for part in (q, k, v)
+            )
+            out = functional.scaled_dot_product_attention(queries, keys, values)
+            attended.append(out.transpose(1, 2).reshape(end - begin, -1))
             begin = end
         x = x + self.o(torch.cat(attended))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=1)
