@@ -61,13 +61,24 @@ class PlacedRows(NamedTuple):
     num_rows: int
 
 
+class EncodingOrder(NamedTuple):
+    """A part of the work of encoding an image. Work is counted in the image's tokens."""
+
+    content_hash: bytes
+    pixels: ImagePixels
+    end: int
+    """How much is done after the step."""
+    total: int
+    """Its tokens: with so much done its embeddings are kept."""
+
+
 @dataclass(slots=True)
 class ImagePlan:
     """A step's orders about images. The runner does them in this order, before it computes any token."""
 
     dropped: list[bytes]
     """Hashes of embeddings to forget."""
-    encoded: list[tuple[bytes, ImagePixels]]
-    """(hash, pixels): images to encode; their embeddings are kept under the hash."""
+    encoded: list[EncodingOrder]
+    """Images to encode, or to go on with."""
     placed: list[PlacedRows]
     """What takes the place of the embeddings of placeholder tokens."""

@@ -35,8 +35,14 @@ def request(*spans: tuple[bytes, int, int], num_tokens: int = 100) -> Request:
     )
 
 
-def encoded(plan: StepPlan) -> list[bytes]:
-    return [] if plan.images is None else [content_hash for content_hash, _ in plan.images.encoded]
+def encoded(plan: StepPlan) -> list[tuple[bytes, int]]:
+    """(hash, how much is done) of the images that a step works on."""
+    return [] if plan.images is None else [(order.content_hash, order.end) for order in plan.images.encoded]
+
+
+def beside() -> StepPlan:
+    """A step that computes another sequence."""
+    return StepPlan(rows=[0], token_ids=[7])
 
 
 def test_a_text_needs_nothing() -> None:
@@ -60,37 +66,59 @@ def test_borders_of_chunks_inside_an_image() -> None:
         assert encoder.reach(plan, asked, start, count) == count
         assert plan.images is not None
         placed += plan.images.placed
-        assert encoded(plan) == ([b"a"] if start == 0 else [])
+        assert encoded(plan) == ([(b"a", 6)] if start == 0 else [])
     assert placed == [PlacedRows(b"a", 0, 12, 2), PlacedRows(b"a", 2, 2, 3), PlacedRows(b"a", 5, 2, 1)]
 
 
-def test_an_image_that_exceeds_the_budget_waits_for_the_next_step() -> None:
+def test_an_image_that_exceeds_the_budget_goes_on_in_the_next_step() -> None:
     encoder, asked = encoding(), request((b"a", 0, 6), (b"b", 8, 6))
-    first, second = StepPlan(), StepPlan()
+    first, second = beside(), beside()
     assert encoder.reach(first, asked, 0, 50) == 8
-    assert encoded(first) == [b"a"]
+    assert encoded(first) == [(b"a", 6), (b"b", 4)]
     assert encoder.reach(second, asked, 8, 50) == 50
-    assert encoded(second) == [b"b"]
+    assert encoded(second) == [(b"b", 6)]
 
 
-def test_nothing_is_computed_where_the_next_token_is_of_an_image_that_waits() -> None:
-    encoder, plan = encoding(), StepPlan()
+def test_nothing_is_computed_while_the_next_token_is_of_an_image_that_is_not_encoded() -> None:
+    encoder, asked, steps = encoding(step=4), request((b"a", 3, 15)), []
+    for _ in range(4):
+        plan = beside()
+        reached = encoder.reach(plan, asked, 3, 30)
+        steps.append((reached, *encoded(plan)))
+    assert steps == [(0, (b"a", 4)), (0, (b"a", 8)), (0, (b"a", 12)), (30, (b"a", 15))]
+    assert encoder.num_encoded == 1
+
+
+def test_two_sequences_share_the_budget_of_a_step() -> None:
+    encoder, plan = encoding(), beside()
     assert encoder.reach(plan, request((b"a", 0, 6)), 0, 6) == 6
     assert encoder.reach(plan, request((b"b", 3, 6)), 3, 6) == 0
-    assert encoded(plan) == [b"a"]
+    assert encoder.reach(plan, request((b"c", 1, 6)), 0, 6) == 1
+    assert encoded(plan) == [(b"a", 6), (b"b", 4)]
 
 
-def test_the_first_image_of_a_step_may_exceed_the_budget() -> None:
+def test_a_step_that_computes_nothing_else_encodes_a_whole_image() -> None:
     plan = StepPlan()
     assert encoding(step=2).reach(plan, request((b"a", 0, 15)), 0, 20) == 20
-    assert encoded(plan) == [b"a"]
+    assert encoded(plan) == [(b"a", 15)]
+
+
+def test_an_image_that_lost_its_place_begins_again() -> None:
+    encoder, plan = encoding(step=4), beside()
+    encoder.reach(plan, request((b"a", 0, 15)), 0, 15)
+    alone, again = StepPlan(), beside()
+    assert encoder.reach(alone, request((b"b", 0, 10)), 0, 10) == 10
+    assert alone.images is not None
+    assert alone.images.dropped == [b"a"]
+    encoder.reach(again, request((b"a", 0, 15)), 0, 15)
+    assert encoded(again) == [(b"a", 4)]
 
 
 def test_the_same_image_is_encoded_once() -> None:
     encoder, plan = encoding(step=6), StepPlan()
     assert encoder.reach(plan, request((b"a", 0, 6), (b"a", 6, 6)), 0, 20) == 20
     assert encoder.reach(plan, request((b"a", 2, 6)), 0, 20) == 20
-    assert encoded(plan) == [b"a"]
+    assert encoded(plan) == [(b"a", 6)]
     assert encoder.num_encoded == 1
 
 
@@ -116,4 +144,4 @@ def test_a_step_that_was_rolled_back_counts_for_nothing(again: bytes) -> None:
     encoder.finish(later)
     assert later.images is not None
     assert later.images.dropped == [b"a"]
-    assert encoded(later) == [again]
+    assert encoded(later) == [(again, 6)]

@@ -1,15 +1,15 @@
 """ImageEncoding: decides which images a step encodes, and which embeddings the runner keeps.
 
-The runner keeps embeddings by content hash, up to a number of tokens; the least recently used make room. A step encodes
-images up to a budget of tokens, so that decoding sequences do not wait for many images at once. The first image of a
-step may exceed the budget: every step that could compute a prompt computes some of it. A prompt whose next image does
-not fit is computed up to it.
+The runner keeps embeddings by content hash, up to a number of tokens; the least recently used make room. A step that
+computes other tokens encodes images up to a budget, counted in tokens, so that other sequences wait little: an image
+that exceeds what is left goes on in the next step. A step that would compute nothing else encodes a whole image. A
+prompt is computed up to an image that is not encoded.
 """
 
 from bisect import bisect_right
 from collections import OrderedDict
 
-from quire.image_input import ImagePixels, ImagePlan, PlacedRows
+from quire.image_input import EncodingOrder, ImagePixels, ImagePlan, PlacedRows
 from quire.request import InputSpan, Request
 from quire.scheduler.limits import SchedulerLimits
 from quire.step import StepPlan
@@ -22,8 +22,12 @@ class ImageEncoding:
         self._max_kept_tokens = limits.max_kept_image_tokens
         self._max_step_tokens = limits.max_step_image_tokens
         self._kept: OrderedDict[bytes, int] = OrderedDict()
-        """Hash → number of tokens, the least recently used first."""
+        """Hash → number of tokens, the least recently used first; images that are being encoded are among them."""
+        self._begun: dict[bytes, int] = {}
+        """Hash → how much of an image is encoded, in tokens, where it is not all."""
         self._num_kept_tokens = 0
+        self._spent = 0
+        """Tokens' worth of encoding in the present step."""
         self._forgotten: list[bytes] = []
         """Encoded by a step that was rolled back."""
         self.num_encoded = 0
@@ -36,15 +40,19 @@ class ImageEncoding:
         """
         if not request.pixels:
             return count
+        if plan.images is None:
+            self._spent = 0
         inputs, first_token = request.inputs, len(plan.token_ids)
         for index in range(bisect_right(inputs, start, key=_end), len(inputs)):
             span = inputs[index]
             if span.offset >= start + count:
                 break
             images = plan.images or ImagePlan([], [], [])
-            if not self._hold(images, span, request.pixels[index]):
+            is_encoded = self._encode(images, span, request.pixels[index], alone=not plan.rows)
+            if images.encoded or images.dropped or is_encoded:
+                plan.images = images
+            if not is_encoded:
                 return max(0, span.offset - start)
-            plan.images = images
             begin, end = max(span.offset, start), min(_end(span), start + count)
             images.placed.append(
                 PlacedRows(span.content_hash, begin - span.offset, first_token + begin - start, end - begin)
@@ -58,34 +66,50 @@ class ImageEncoding:
             self._forgotten = []
 
     def roll_back(self, plan: StepPlan) -> None:
-        """Whether the runner encoded the images of the plan is not known: count on none of them."""
-        for content_hash, _ in plan.images.encoded if plan.images is not None else ():
-            num_tokens = self._kept.pop(content_hash, 0)
-            self._num_kept_tokens -= num_tokens
-            self._forgotten.append(content_hash)
+        """How far the runner came with the images of the plan is not known: count on none of them."""
+        for order in plan.images.encoded if plan.images is not None else ():
+            self._num_kept_tokens -= self._kept.pop(order.content_hash, 0)
+            self._begun.pop(order.content_hash, None)
+            self._forgotten.append(order.content_hash)
 
-    def _hold(self, images: ImagePlan, span: InputSpan, pixels: ImagePixels) -> bool:
-        """Whether the embeddings are kept, or can be computed in this step and kept."""
+    def _encode(self, images: ImagePlan, span: InputSpan, pixels: ImagePixels, *, alone: bool) -> bool:
+        """Whether the embeddings are kept, or will be with what the step encodes. `alone`: it computes nothing else."""
         content_hash, _, length = span
         if content_hash in self._kept:
             self._kept.move_to_end(content_hash)
-            return True
-        encoded = {encoded_hash for encoded_hash, _ in images.encoded}
-        num_encoded = sum(self._kept[encoded_hash] for encoded_hash in encoded)
-        if encoded and num_encoded + length > self._max_step_tokens:
+            if content_hash not in self._begun:
+                return True
+        done = self._begun.get(content_hash, 0)
+        share = length - done
+        if not alone or images.encoded:
+            share = min(share, self._max_step_tokens - self._spent)
+        if share <= 0:
             return False
-        used = encoded.union(placed.content_hash for placed in images.placed)
-        free = self._max_kept_tokens - sum(self._kept[used_hash] for used_hash in used)
-        if length > free:
+        if content_hash not in self._kept:
+            if not self._make_room(images, length):
+                return False
+            self._kept[content_hash] = length
+            self._num_kept_tokens += length
+        self._spent += share
+        images.encoded.append(EncodingOrder(content_hash, pixels, done + share, length))
+        if done + share < length:
+            self._begun[content_hash] = done + share
+            return False
+        self._begun.pop(content_hash, None)
+        self.num_encoded += 1
+        return True
+
+    def _make_room(self, images: ImagePlan, length: int) -> bool:
+        """Drop embeddings until so many tokens more can be kept; those that the step uses stay."""
+        used = {order.content_hash for order in images.encoded}
+        used |= {placed.content_hash for placed in images.placed}
+        if length > self._max_kept_tokens - sum(self._kept[used_hash] for used_hash in used):
             return False
         while self._num_kept_tokens + length > self._max_kept_tokens:
             oldest = next(kept_hash for kept_hash in self._kept if kept_hash not in used)
             self._num_kept_tokens -= self._kept.pop(oldest)
+            self._begun.pop(oldest, None)
             images.dropped.append(oldest)
-        self._kept[content_hash] = length
-        self._num_kept_tokens += length
-        images.encoded.append((content_hash, pixels))
-        self.num_encoded += 1
         return True
 
 

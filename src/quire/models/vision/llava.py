@@ -11,7 +11,7 @@ from quire.images.grid import best_grid, unpadded
 from quire.layers.activation import activation_function
 from quire.model_config import VisionConfig
 from quire.models.builder import Builder
-from quire.models.vision.encoder import Normaliser
+from quire.models.vision.encoder import Layers, Normaliser
 from quire.models.vision.names import find_scope
 from quire.models.vision.tower import Tower, vision_linear
 
@@ -25,6 +25,7 @@ class LlavaEncoder:
         tower = find_scope(build, tower_names, "embeddings.class_embedding")
         projector = find_scope(build, ("multi_modal_projector", "model.multi_modal_projector"), "linear_1.weight")
         self.vision = vision
+        self.num_layers = vision.num_layers
         self.normalise = Normaliser(vision.processing, weights)
         self.tower = Tower(tower, vision, has_class=True)
         num_features = vision.hidden_size * len(vision.feature_layers)
@@ -37,8 +38,8 @@ class LlavaEncoder:
             name = "image_newline" if weights.has("image_newline") else "model.image_newline"
             self.newline = weights.take(name, (width,)).to(weights.activation_dtype)
 
-    def __call__(self, tiles: Tensor, original_size: tuple[int, int]) -> Tensor:
-        features = self.tower(self.normalise(tiles))
+    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Layers:
+        features = yield from self.tower.encode(self.normalise(tiles))
         if not self.vision.keeps_class:
             features = features[:, 1:]
         projected = self.linear_2(self.activation(self.linear_1(features.reshape(-1, features.shape[2]))))

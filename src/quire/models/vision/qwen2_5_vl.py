@@ -16,7 +16,7 @@ from quire.layers.linear import LinearWeight
 from quire.layers.norm import RMSNorm
 from quire.model_config import VisionConfig
 from quire.models.builder import Builder
-from quire.models.vision.encoder import Normaliser
+from quire.models.vision.encoder import Layers, Normaliser
 from quire.models.vision.names import find_scope
 from quire.models.vision.tower import vision_linear
 
@@ -40,6 +40,7 @@ class Qwen25VLEncoder:
         visual = find_scope(build, ("visual", "model.visual"), "patch_embed.proj.weight")
         width, patch, merge = vision.hidden_size, vision.patch_size, vision.merge
         self.vision = vision
+        self.num_layers = vision.num_layers
         self.normalise = Normaliser(vision.processing, build.weights)
         # An image is a film of two equal frames: their weights are added once.
         frames = visual.weights.take("patch_embed.proj.weight", (width, 3, 2, patch, patch))
@@ -50,7 +51,7 @@ class Qwen25VLEncoder:
         self.inner = vision_linear(visual, {"merger.mlp.0": merged}, merged)
         self.projector = vision_linear(visual, {"merger.mlp.2": vision.projector_width}, merged)
 
-    def __call__(self, tiles: Tensor, original_size: tuple[int, int]) -> Tensor:
+    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Layers:
         pixels = self.normalise(tiles)
         vision, (_, channels, height, width) = self.vision, pixels.shape
         patch, merge = vision.patch_size, vision.merge
@@ -66,6 +67,7 @@ class Qwen25VLEncoder:
         whole = step._replace(windows=[(1, len(x))])
         for index, layer in enumerate(self.layers):
             x = layer(x, whole if index in vision.full_attention_layers else step)
+            yield
         merged = self.norm(x).view(rows * columns, -1)
         tokens = self.projector(functional.gelu(self.inner(merged)))
         return torch.empty_like(tokens).index_copy_(0, order, tokens)

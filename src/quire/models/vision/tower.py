@@ -14,6 +14,7 @@ from quire.layers.linear import Linear, LinearWeight
 from quire.layers.norm import LayerNorm
 from quire.model_config import VisionConfig
 from quire.models.builder import Builder
+from quire.models.vision.encoder import Layers
 
 
 def vision_linear(build: Builder, rows: Mapping[str, int], num_inputs: int, *, bias: bool = True) -> Linear:
@@ -55,7 +56,7 @@ class Tower:
         self.last_norm = None if vision.feature_layers else layer_norm(build, "post_layernorm", width, eps)
         self.feature_layers = vision.feature_layers
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor) -> Layers:
         """pixels [B, 3, height, width] -> [B, N, H], or [B, N, H * number of feature layers]."""
         num_tiles, _, height, width = pixels.shape
         patch = self.patch_size
@@ -72,6 +73,7 @@ class Tower:
             x = layer(x)
             if index in self.feature_layers:
                 features[index] = x
+            yield
         if self.last_norm is not None:
             return self.last_norm(x)
         return torch.cat([features[index] for index in self.feature_layers], dim=-1)
