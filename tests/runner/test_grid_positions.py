@@ -16,7 +16,7 @@ EXPECTED = [
 
 
 def new_row(row: int, images: tuple[tuple[int, int, int], ...] = ()) -> NewRow:
-    return NewRow(row, SamplingParams(), [1] * 13, [], 0, 0, (), images)
+    return NewRow(row, SamplingParams(), [1] * 13, [], 0, 0, (), images=images)
 
 
 def test_a_prompt_with_images() -> None:

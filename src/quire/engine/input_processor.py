@@ -3,18 +3,29 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from quire.engine.image_prompt import ImagePrompt, no_truncation
 from quire.engine.limits import check_request
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
+from quire.lora.registry import Adapter
 from quire.model_config import ModelConfig
 from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request has besides its prompt and parameters; see `Request`."""
+
+    priority: int
+    cache_salt: str
+    tenant: str
+    workload: str
+    adapter: Adapter | None
 
 
 class InputProcessor:
@@ -51,6 +62,7 @@ class InputProcessor:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
     ) -> tuple[Request, str | None]:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
         text, token_ids = self._tokens_of(prompt)
@@ -88,6 +100,8 @@ class InputProcessor:
             workload=workload,
             inputs=inputs,
             pixels=pixels,
+            adapter=adapter.digest if adapter is not None else "",
+            adapter_path=adapter.path if adapter is not None else "",
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )

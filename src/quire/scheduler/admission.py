@@ -213,4 +213,5 @@ def _new_row(sequence: Sequence) -> NewRow:
             (span.offset, pixels.height, pixels.width)
             for span, pixels in zip(request.inputs, request.pixels, strict=bool(request.pixels))
         ),
+        adapter=request.adapter,
     )
