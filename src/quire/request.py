@@ -126,6 +126,11 @@ class Request:
                 f"{len(self.inputs)} inputs came with the pixels of {len(self.pixels)}", param="multi_modal_data"
             )
 
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Memory of its images."""
+        return sum(pixels.num_bytes for pixels in self.pixels)
+
     def _check_embed(self) -> None:
         """Raise `RequestError` for parameters that sample, or that report on tokens."""
         if self.params.num_samples != 1:

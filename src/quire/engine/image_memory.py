@@ -24,7 +24,9 @@ class ImageMemory:
     kept_tokens: int = 0
     """Tokens whose embeddings are kept."""
     step_tokens: int = 0
-    """Tokens that one step encodes; a part of an image that has more is encoded alone."""
+    """Tokens that a step encodes beside other work; an image that has more takes several steps."""
+    operations: int = 0
+    """Multiplications and additions for the largest part of an image."""
     num_bytes: int = 0
     """Kept embeddings, and the activations of the encoder."""
 
@@ -47,10 +49,12 @@ def plan_images(config: EngineConfig, model: ModelConfig, dtype: str, max_num_ba
     step_work = STEP_SHARE * max_num_batched_tokens * model.spec.active_layer_parameters
     step_tokens = max(1, int(step_work / work_of_token))
     largest_part = max(layout.part_lengths)
-    encoded = vision.activation_bytes(patches_per_token * largest_part) * DTYPE_BYTES[dtype] // 4
+    num_patches = patches_per_token * largest_part
+    encoded = vision.activation_bytes(num_patches) * DTYPE_BYTES[dtype] // 4
     return ImageMemory(
         tokens_per_image=layout.num_tokens,
         kept_tokens=kept,
         step_tokens=step_tokens,
+        operations=2 * largest_part * work_of_token + 4 * num_patches**2 * vision.hidden_size * vision.num_layers,
         num_bytes=kept * model.hidden_size * DTYPE_BYTES[dtype] + encoded,
     )

@@ -137,7 +137,7 @@ class MemoryPlan:
         return (
             f"images: up to {most} tokens each ({show_bytes(most * self.kv_bytes_per_token)} of KV), "
             f"{self.max_model_len // most} in the longest context, {self.num_blocks * self.block_size // most} in the "
-            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens} or one part"
+            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens}"
         )
 
     def _describe_blocks(self) -> str:

@@ -20,4 +20,4 @@ class SchedulerLimits:
     max_kept_image_tokens: int = 0
     """Tokens of images whose embeddings the runner keeps; 0: the model reads no images."""
     max_step_image_tokens: int = 0
-    """Tokens of images that one step encodes; a larger image is encoded alone."""
+    """Tokens of images that a step encodes beside other work; a larger image takes several steps."""
