@@ -44,6 +44,8 @@ class StepContext:
     """The states of recurrent layers, one entry each."""
     recurrence: RecurrentPlan | None = None
     """The plan of these layers; None in a model without."""
+    token_types: Tensor | None = None
+    """[T] int32: 1 for the tokens of a pair's second text, else 0; None where all are 0."""
     grid_positions: Tensor | None = None
     """[3, T] int32: temporal, vertical and horizontal position of each token, in a model that has them; None where the
     three are `positions`."""

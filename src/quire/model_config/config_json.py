@@ -92,6 +92,11 @@ class ConfigJson:
         self._names, self._meanings = row.names, row.meanings
         return row
 
+    @property
+    def vision(self) -> str:
+        """The family of the image encoder; empty for a model that reads text only."""
+        return self._row.vision
+
     def reads(self, key: str) -> bool:
         """Whether the family reads a key that some families do not."""
         return reads(self._row, self._names.get(key, key))

@@ -103,8 +103,9 @@ class VisionConfig:
         return num_patches * (8 * self.hidden_size + 2 * self.intermediate_size + self.patch_elements) * 4
 
 
-def read_vision(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig | None:
+def read_vision(config: ConfigJson, hidden_size: int) -> VisionConfig | None:
     """The encoder that config.json describes; None for a row of a text model."""
+    family = config.vision
     return _READERS[family](config, family, hidden_size) if family else None
 
 

@@ -107,7 +107,7 @@ def make_parts(
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,
         images=images,
-        planner=StepPlanner(pool, queues, admission, offload, drafting, images),
+        planner=StepPlanner(pool, queues, admission, offload, drafting, images, whole_prompts=limits.whole_prompts),
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,

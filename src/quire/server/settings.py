@@ -46,6 +46,11 @@ class ServerSettings:
     allowed_media_domains: tuple[str, ...] = ()
     """Domain from which images are fetched that a request names by an http or https URL, if its addresses are public.
     Without any, images come as data URLs only. Repeat for several."""
+    embedding_model: str | None = None
+    """A second model, for embeddings, scores and classes, beside one that generates: a folder or name as for the first.
+    It has a process and a pool of its own, and half of the threads."""
+    embedding_options: str | None = None
+    """Options of its engine as a JSON object, e.g. {"quantization": "int8", "threads": 1}."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
