@@ -16,7 +16,7 @@ from quire.outputs import RequestOutput
 from tests.vision_checkpoints import IMAGE, make_vision_checkpoint, random_image
 from tests.vision_reference import assert_greedy, expected_logits
 
-FAMILIES = ["llava", "llava_next", "idefics3", "smolvlm", "qwen2_5_vl"]
+FAMILIES = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]
 NUM_TOKENS = 32
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
 WIDE, TALL, SMALL = random_image(100, 45, 1), random_image(50, 90, 2), random_image(20, 20, 3)
