@@ -43,6 +43,23 @@ def linear_quantized(
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
+def linear_coded(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    codes: Tensor,
+    kind: str,
+    levels: Sequence[float],
+    scales: Tensor,
+    offsets: Tensor | None,
+    zero_points: bool,
+    group_size: int,
+    order: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
 def experts(
     x: Tensor,
     chosen: Tensor,

@@ -25,6 +25,7 @@ from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
 from quire.model_config.windows import read_layer_windows
+from quire.quantization.stored import StoredWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,8 @@ class ModelConfig:
 
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
+    stored: StoredWeights | None = None
+    """How the checkpoint stores dense layers in few bits; None: in floats."""
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -343,6 +346,7 @@ def _read(config: ConfigJson) -> ModelConfig:
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
+        stored=config.stored,
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=read_first_token(config),
         eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),
