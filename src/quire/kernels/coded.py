@@ -1,5 +1,6 @@
-"""CodedMatrix: a matrix of few bits as checkpoints store it, codes that stand for numbers, and scales of groups."""
+"""CodedMatrix and CodedWeight: weights of few bits as checkpoints store them, codes that stand for numbers, and scales."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,22 @@ class CodedMatrix:
     def device(self) -> torch.device:
         return self.codes.device
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What matrices have in common that one weight can hold."""
+        return (
+            self.levels,
+            min(self.group_size, self.shape[1]),
+            self.scales.dtype,
+            self.zeros is None,
+            self.shifts is None,
+        )
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Zero points or shifts, whichever there are."""
+        return self.shifts if self.zeros is None else self.zeros
+
     def __len__(self) -> int:
         return len(self.codes)
 
@@ -66,6 +83,57 @@ class CodedMatrix:
         restored = torch.empty_like(weight)
         restored[:, self.order] = weight
         return restored
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """Weight of a dense layer that keeps the bits of its checkpoint. Each kernel module has its own layout; in
+    `reference` it is that of `CodedMatrix`."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    """Zero points or shifts of groups, of the type of `scales`."""
+    zero_points: bool
+    """Which of the two they are."""
+    group_size: int
+    levels: Levels
+    order: Tensor | None
+    """[K] int32"""
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.codes, self.scales, self.offsets, self.order)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def can_join(matrices: Sequence[CodedMatrix]) -> bool:
+    """Whether one weight can hold these matrices side by side."""
+    first = matrices[0]
+
+    def same_order(order: Tensor | None) -> bool:
+        if first.order is None or order is None:
+            return order is first.order
+        return torch.equal(order, first.order)
+
+    return all(
+        each.form == first.form and each.shape[1] == first.shape[1] and same_order(each.order) for each in matrices
+    )
+
+
+def join(matrices: Sequence[CodedMatrix]) -> CodedMatrix:
+    """Matrices [N_i, K] that `can_join` -> one of all their outputs."""
+    if len(matrices) == 1:
+        return matrices[0]
+    zeros = [each.zeros for each in matrices if each.zeros is not None]
+    shifts = [each.shifts for each in matrices if each.shifts is not None]
+    return replace(
+        matrices[0],
+        codes=torch.cat([each.codes for each in matrices]),
+        scales=torch.cat([each.scales for each in matrices]),
+        zeros=torch.cat(zeros) if zeros else None,
+        shifts=torch.cat(shifts) if shifts else None,
+    )
 
 
 def _of_inputs(groups: Tensor, group_size: int, num_inputs: int) -> Tensor:

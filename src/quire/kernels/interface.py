@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -227,8 +228,8 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
 
-PackedWeight = Tensor | QuantizedWeight
-"""Result of `pack_linear` or `quantize_linear`."""
+PackedWeight = Tensor | QuantizedWeight | CodedWeight
+"""Result of `pack_linear`, `quantize_linear` or `pack_coded`."""
 
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
@@ -260,7 +261,7 @@ class Mxfp4Weight:
 
 ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
 """One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
-ExpertWeight = PackedWeight | Mxfp4Weight
+ExpertWeight = Tensor | QuantizedWeight | Mxfp4Weight
 """Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
 
 
@@ -297,6 +298,8 @@ class Packing(Protocol):
     def quantize_linear(
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
+
+    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = ...) -> CodedWeight: ...
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
@@ -352,6 +355,8 @@ class Kernels(Packing, Protocol):
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+
+    def linear_coded(self, x: Tensor, weight: CodedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def rms_norm_linear(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
@@ -17,14 +18,22 @@ from quire.quantization import METHODS, WeightFormat
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
-    weight: Tensor
-    """[N, K] of any float type; it may be a view of a mapped file."""
+    weight: Tensor | CodedMatrix
+    """[N, K] of any float type, which may be a view of a mapped file; or of few bits."""
     bias: Tensor | None = None
     """[N]"""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
         return LinearWeight(self.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def floats(self) -> Tensor:
+        """The matrix [N, K] in a float type."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize()
+
+    def in_floats(self) -> "LinearWeight":
+        """The same layer without codes."""
+        return LinearWeight(self.floats(), self.bias)
 
 
 class Linear:
@@ -47,12 +56,16 @@ class Linear:
         """`packing` packs the weights; by default `kernels` does."""
         self.kernels = kernels
         packing = packing or kernels
-        matrices = [part.weight for part in weights]
-        self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
-        self.num_inputs = matrices[0].shape[1]
+        self.num_outputs = sum(len(part.weight) for part in weights)
+        self.num_inputs = weights[0].weight.shape[1]
         stored = stored_as(dtype)
+        coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
+        matrices = [] if coded else [part.floats() for part in weights]
         self.packed: PackedWeight
-        if isinstance(stored, str):
+        if coded:
+            assert len(coded) == len(weights), "SideBySide joins layers that are stored in several ways"
+            self.packed = packing.pack_coded(coded)
+        elif isinstance(stored, str):
             self.packed = packing.pack_linear(matrices, stored)
         else:
             self.packed = packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(self.num_inputs))
@@ -68,6 +81,8 @@ class Linear:
             x = x.compute()
         if isinstance(self.packed, QuantizedWeight):
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
+        if isinstance(self.packed, CodedWeight):
+            return self.kernels.linear_coded(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
     def unpacked(self) -> Tensor:
@@ -75,6 +90,7 @@ class Linear:
         if isinstance(self.packed, QuantizedWeight):
             rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
             return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
+        assert isinstance(self.packed, Tensor), "weights that keep a checkpoint's bits are not unpacked"
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
         return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
 
@@ -86,6 +102,49 @@ class Linear:
         return self(activation_function(activation)(gate) * up)
 
 
+class SideBySide(Linear):
+    """Layers that are stored in several ways, their outputs side by side, as one layer."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = tuple(parts)
+        self.kernels, self.num_inputs = parts[0].kernels, parts[0].num_inputs
+        self.num_outputs = sum(part.num_outputs for part in parts)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        if isinstance(x, Normed):
+            x = x.compute()
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+    def unpacked(self) -> Tensor:
+        return torch.cat([part.unpacked() for part in self.parts])
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        gate, up = x.chunk(2, dim=1)
+        return self(activation_function(activation)(gate) * up)
+
+
+def dense_layer(
+    kernels: Kernels, weights: Sequence[LinearWeight], dtype: str | WeightFormat, packing: Packing | None = None
+) -> Linear:
+    """One layer of several stored ones, outputs side by side, however each is stored."""
+    runs: list[list[LinearWeight]] = []
+    for part in weights:
+        if runs and _can_join(runs[-1][0].weight, part.weight):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    layers = [Linear(kernels, run, dtype, packing) for run in runs]
+    return layers[0] if len(layers) == 1 else SideBySide(layers)
+
+
+def _can_join(one: Tensor | CodedMatrix, other: Tensor | CodedMatrix) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor)
+    return can_join([one, other])
+
+
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
     """How a dense layer is stored: a float type, or the format of a quantisation of METHODS."""
     return METHODS[dtype].layers if isinstance(dtype, str) and dtype in METHODS else dtype
@@ -95,7 +154,9 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     """One float32 bias for all parts; zeros for a part without one."""
     if all(part.bias is None for part in weights):
         return None
-    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in weights]
+    biases = [
+        torch.zeros(len(part.weight), device=part.weight.device) if part.bias is None else part.bias for part in weights
+    ]
     return torch.cat([bias.float() for bias in biases])
 
 

@@ -148,4 +148,3 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """The values of the objects in a config as "object.key"."""
     objects = {name: value for name, value in config.items() if isinstance(value, dict)}
     return {f"{name}.{key}": value for name, inner in objects.items() for key, value in inner.items()}
-

@@ -10,7 +10,7 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.layers.embedding import Embedding, TiedEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.layers.linear import Linear, LinearWeight, output_head
+from quire.layers.linear import Linear, LinearWeight, dense_layer, output_head
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
@@ -51,7 +51,9 @@ class Builder:
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
-        return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
+        if not quantizes:
+            weights = tuple(weight.in_floats() for weight in weights)
+        return dense_layer(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
 
     def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:
         """The MLPs of a layer's experts, by default with the activation of the config."""

@@ -310,9 +310,7 @@ CASES: dict[str, Case] = {
         compressed("int-quantized", {**_INT, "num_bits": 8, "strategy": "channel"}, input_activations=_DYNAMIC),
         bytes_by_output("weight_scale"),
     ),
-    "FP8 tensor, static": Case(
-        compressed("float-quantized", {**_FLOAT8, "strategy": "tensor"}), float8("tensor")
-    ),
+    "FP8 tensor, static": Case(compressed("float-quantized", {**_FLOAT8, "strategy": "tensor"}), float8("tensor")),
     "FP8 channel": Case(compressed("float-quantized", {**_FLOAT8, "strategy": "channel"}), float8("channel")),
     "FP8 block": Case(
         compressed("float-quantized", {**_FLOAT8, "strategy": "block", "block_structure": [32, 32]}), float8("block")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.parity import TOLERANCE, assert_close, expected_logits, prompt
-from tests.models.stored.packers import CASES, make_stored, pack_checkpoint
 from tests.checkpoints import make_checkpoint
+from tests.models.parity import TOLERANCE, assert_close, expected_logits, prompt
+from tests.models.stored.packers import CASES, pack_checkpoint
 from tests.paged_model import PagedModel
 
 
@@ -24,5 +24,3 @@ def test_logits_equal_those_of_transformers(name: str, llama: Path, tmp_path: Pa
     found = torch.cat([model.step({0: ids[:13]})[0], model.step({0: ids[13:]})[0]])
     assert_close(found, expected_logits(tmp_path / "floats", ids))
     assert (expected_logits(llama, ids) - found).abs().max() > TOLERANCE  # the bits are few
-
-

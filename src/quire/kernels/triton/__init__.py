@@ -11,7 +11,7 @@ Importing this package imports Triton. With TRITON_INTERPRET=1 in the environmen
 from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.sdpa import kv_cache_shapes, latent_layer
+from quire.kernels.sdpa import kv_cache_shapes, latent_layer, linear_coded, pack_coded
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -42,7 +42,9 @@ __all__ = [
     "kv_cache_shapes",
     "latent_layer",
     "linear",
+    "linear_coded",
     "linear_quantized",
+    "pack_coded",
     "pack_experts",
     "pack_linear",
     "paged_attention",

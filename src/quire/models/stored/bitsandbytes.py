@@ -29,9 +29,7 @@ def read_bnb_4bit(layer: LayerTensors, scheme: Scheme) -> CodedMatrix | Tensor:
     if num_inputs % block:
         values = levels[codes.int()] * scales.repeat_interleave(block)[:count]
         return values.view(num_outputs, num_inputs)
-    return CodedMatrix(
-        codes.view(num_outputs, num_inputs), scales.view(num_outputs, -1), block, tuple(levels.tolist())
-    )
+    return CodedMatrix(codes.view(num_outputs, num_inputs), scales.view(num_outputs, -1), block, tuple(levels.tolist()))
 
 
 def _state(layer: LayerTensors) -> dict[str, Any]:

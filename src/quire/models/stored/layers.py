@@ -55,16 +55,14 @@ class StoredLayers:
             stored = self._files.take(f"{name}.bias", shape[:1])
             if bool(stored.any()):
                 raise CheckpointError(f"tensor {name}.bias is not zero, but the family's layer has no bias")
-        weight = matrix.dequantize() if isinstance(matrix, CodedMatrix) else matrix
-        return LinearWeight(weight, self._files.take(f"{name}.bias", shape[:1]) if bias else None)
+        return LinearWeight(matrix, self._files.take(f"{name}.bias", shape[:1]) if bias else None)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._files.finish(ignored)
 
     def _holds_codes(self, layer: str) -> bool:
         return any(
-            self._files.has(f"{layer}.{end}") and self._files.dtype_of(f"{layer}.{end}") not in SCALES
-            for end in _CODES
+            self._files.has(f"{layer}.{end}") and self._files.dtype_of(f"{layer}.{end}") not in SCALES for end in _CODES
         )
 
     def _read(self, layer: str, shape: tuple[int, int]) -> CodedMatrix | Tensor:

@@ -60,9 +60,7 @@ def read_mxfp4(layer: LayerTensors, scheme: Scheme) -> CodedMatrix:
     shape = (layer.shape[0], layer.groups(_MXFP4_GROUP))
     exponents = layer.take("weight_scale", shape, ("U8", "F8_E8M0")).view(torch.uint8)
     layer.skip(*_UNUSED)
-    return CodedMatrix(
-        codes, layer.finite("weight_scale", powers_of_two(exponents)).bfloat16(), _MXFP4_GROUP, E2M1
-    )
+    return CodedMatrix(codes, layer.finite("weight_scale", powers_of_two(exponents)).bfloat16(), _MXFP4_GROUP, E2M1)
 
 
 def _pairs(layer: LayerTensors) -> torch.Tensor:
