@@ -53,6 +53,18 @@ class LinearSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptBits:
+    """Matrices that keep the few bits of their checkpoint, whatever the others are stored as."""
+
+    layer_parameters: int
+    """Parameters of such matrices in the layers."""
+    layer_bytes: int
+    """Their memory, scales included."""
+    head_bytes: int = 0
+    """Memory of the head if it is such a matrix, else 0."""
+
+
+@dataclass(frozen=True, slots=True)
 class VectorSpec:
     """The weight of a norm, or a bias: float32 whatever the dtype."""
 
@@ -244,6 +256,8 @@ class ModelSpec:
     """The table of learned positions."""
     vectors: tuple[VectorSpec, ...] = ()
     """The final norm, and a bias of the head."""
+    kept: KeptBits | None = None
+    """None: no matrix keeps the bits of its checkpoint, but for those in MXFP4."""
 
     @property
     def num_layers(self) -> int:
@@ -340,10 +354,15 @@ class ModelSpec:
         """Memory of the layers' matrices, every expert's included."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
-        return sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
+        total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
+        if self.kept is None or quantization is not None:
+            return total
+        return total - self.kept.layer_parameters * DTYPE_BYTES[dtype] + self.kept.layer_bytes
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
+        if self.kept is not None and self.kept.head_bytes and quantization is None:
+            return self.kept.head_bytes
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:

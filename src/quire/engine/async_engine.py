@@ -21,7 +21,7 @@ from typing import Any
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template_process import ChatTemplateProcess
-from quire.engine.checkpoint import find_model, model_name, read_default_params
+from quire.engine.checkpoint import find_model, model_name, read_default_params, read_model_config
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
@@ -93,7 +93,7 @@ class AsyncLLM:
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
-        self._model_config = ModelConfig.from_folder(folder)
+        self._model_config = read_model_config(folder)
         self._memory_plan = plan_memory(self.config, self._model_config)
         for line in self._memory_plan.describe():
             self._report(line)

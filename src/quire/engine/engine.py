@@ -9,7 +9,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from quire.config import EngineConfig
-from quire.engine.checkpoint import find_model
+from quire.engine.checkpoint import find_model, read_model_config
 from quire.engine.grammar_checker import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
@@ -17,7 +17,6 @@ from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
 from quire.errors import RequestError
-from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
 from quire.request import Task
 from quire.sampling_params import SamplingParams
@@ -39,7 +38,7 @@ class Engine:
         """
         self.config = config
         self.folder = find_model(config.model, config.revision)
-        self.model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = read_model_config(self.folder)
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)

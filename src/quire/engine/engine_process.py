@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
+from quire.engine.checkpoint import read_model_config
 from quire.engine.core import EngineCore
 from quire.engine.messages import (
     Abort,
@@ -42,7 +43,6 @@ from quire.engine.messages import (
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
-from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20
@@ -113,7 +113,7 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = read_model_config(folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()

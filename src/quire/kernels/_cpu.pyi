@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 panel: int

@@ -1,4 +1,4 @@
-"""CodedMatrix and CodedWeight: weights of few bits as checkpoints store them, codes that stand for numbers, and scales."""
+"""CodedMatrix and CodedWeight: weights of few bits as checkpoints store them, codes of numbers, and scales."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
-from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.layer_spec import KeptBits, LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.activation import read_activation
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
@@ -163,6 +163,8 @@ class ModelConfig:
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     stored: StoredWeights | None = None
     """How the checkpoint stores dense layers in few bits; None: in floats."""
+    kept: KeptBits | None = None
+    """What the files hold of them, as kernels that keep these bits store it; None: layers become floats."""
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -278,6 +280,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         head=LinearSpec("head", config.vocab_size, width),
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
+        kept=config.kept,
         positions=positions,
         vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
     )

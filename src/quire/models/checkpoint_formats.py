@@ -12,7 +12,7 @@ from typing import Any
 from quire.errors import CheckpointError
 from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.models.safetensors_weights import SafetensorsWeights
-from quire.models.stored import StoredLayers
+from quire.models.stored.layers import StoredLayers
 from quire.models.weights import TensorSource
 from quire.quantization.stored import StoredWeights
 

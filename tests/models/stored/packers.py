@@ -197,10 +197,8 @@ def mxfp8(weight: Tensor) -> tuple[Tensors, Tensor]:
     return {"weight": codes, "weight_scale": (exponents + 127).to(torch.uint8)}, codes.float() * full
 
 
-NF4 = torch.tensor(
-    [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
-    + [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
-)  # fmt: skip
+_NF4 = "-1 -.6961928 -.5250731 -.3949175 -.2844414 -.1847734 -.0910500 0 .0795803 .1609302 .2461123 .3379152 .4407098"
+NF4 = torch.tensor([*map(float, _NF4.split()), 0.5626170, 0.7229568, 1.0])
 
 
 def bnb(nested: bool, block: int = 64) -> Pack:
@@ -253,6 +251,8 @@ class Case:
     pack: Pack
     floats: Sequence[str] = ("lm_head", "embed_tokens")
     """Layers that stay in floats."""
+    transposed: Sequence[str] = ()
+    """Layers whose floats lie as [inputs, outputs]."""
 
 
 def compressed(form: str, weights: dict[str, Any], **extra: Any) -> dict[str, Any]:
@@ -347,7 +347,9 @@ def pack_checkpoint(source: Path, target: Path, case: Case) -> Path:
     for name, tensor in load_file(source / "model.safetensors").items():
         layer, _, end = name.rpartition(".")
         if end == "weight" and tensor.dim() == 2 and not any(kept in layer for kept in case.floats):
-            tensors, floats[name] = case.pack(tensor.float())
+            flips = any(part in layer for part in case.transposed)
+            tensors, dense = case.pack(tensor.float().t() if flips else tensor.float())
+            floats[name] = dense.t().contiguous() if flips else dense
             stored |= {f"{layer}.{key}": value.contiguous() for key, value in tensors.items()}
         else:
             stored[name] = floats[name] = tensor

@@ -19,7 +19,7 @@ def read_gptq(config: Fields) -> StoredWeights:
     if (dynamic := config.optional("dynamic")) is not None:
         for key in dynamic.values:
             skips, pattern = key.startswith("-:"), key.removeprefix("+:").removeprefix("-:")
-            checked = dynamic.pattern(key, pattern)
+            checked = config.pattern("dynamic", pattern)
             # Matched from the beginning of a name, up to wherever the pattern ends.
             scheme = None if skips else _scheme(dynamic.inside(key), config, layout)
             rules.append(Rule(f"(?:{checked}).*", scheme))
