@@ -47,7 +47,12 @@ def read_model_config(folder: Path) -> ModelConfig:
     """A model's config, and how much of it its files hold in few bits. Raises `CheckpointError` for what is missing or
     not supported."""
     config = ModelConfig.from_folder(folder)
-    return config if config.stored is None else replace(config, kept=count_kept(folder, config.stored))
+    if config.stored is None:
+        return config
+    kept = count_kept(folder, config.stored)
+    # Files that hold more than the model has are refused when they are loaded.
+    fits = kept is not None and kept.layer_parameters <= config.spec.layer_parameters
+    return replace(config, kept=kept) if fits else config
 
 
 def model_name(model: str) -> str:
