@@ -11,11 +11,10 @@
 // sum is that of linear.h with float32 weights: one in the order of k, the same bits in every batch.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "linear.h"
 #include "linear_input.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -151,34 +150,30 @@ static void linear_coded(const CodedLinear& c) {
     a.n = c.n;
     a.k = c.k;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
-    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    const int64_t threads = parallel ? num_threads() : 1;
     const int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
     const int64_t num_vectors = (a.n + kLanes - 1) / kLanes;
     const int64_t num_groups = (num_vectors + kCodedVectors - 1) / kCodedVectors;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_groups));
     float* const made = c.scratch + a.m * a.k;
 
-#pragma omp parallel if (parallel)
-    {
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
-            float* const to = c.scratch + begin * a.k;
-            for (int64_t r = 0; r < rows; ++r) {
-                const float* const row = input_row(a.x, begin + r, a.k, made + (begin + r) * a.k);
-                if (c.order)
-                    for (int64_t k = 0; k < a.k; ++k) to[k * rows + r] = row[c.order[k]];
-                else
-                    for (int64_t k = 0; k < a.k; ++k) to[k * rows + r] = row[k];
-            }
+    share_tasks(parallel, num_tiles, [&](int64_t tile, int64_t) {
+        const int64_t begin = tile * a.m / num_tiles, rows = (tile + 1) * a.m / num_tiles - begin;
+        float* const to = c.scratch + begin * a.k;
+        for (int64_t r = 0; r < rows; ++r) {
+            const float* const row = input_row(a.x, begin + r, a.k, made + (begin + r) * a.k);
+            if (c.order)
+                for (int64_t k = 0; k < a.k; ++k) to[k * rows + r] = row[c.order[k]];
+            else
+                for (int64_t k = 0; k < a.k; ++k) to[k * rows + r] = row[k];
         }
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t block = 0; block < num_blocks; ++block)
-            for (int64_t g = 0; g < num_groups; ++g)
-                multiply_coded_tiles(a, c.weight, c.scratch, num_tiles, block * num_tiles / num_blocks,
-                                     (block + 1) * num_tiles / num_blocks, g * kCodedVectors,
-                                     min_of((g + 1) * kCodedVectors, num_vectors));
-    }
+    });
+    share_tasks(parallel, num_blocks * num_groups, [&](int64_t i, int64_t) {
+        const int64_t block = i / num_groups, g = i % num_groups;
+        multiply_coded_tiles(a, c.weight, c.scratch, num_tiles, block * num_tiles / num_blocks,
+                             (block + 1) * num_tiles / num_blocks, g * kCodedVectors,
+                             min_of((g + 1) * kCodedVectors, num_vectors));
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -10,6 +10,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "lora.h"
 #include "row_peaks.h"
 
 #define QUIRE_NAME_OF(isa) #isa
@@ -36,6 +37,7 @@ extern const Kernels kernels = {
     .experts = experts,
     .gather_rows = gather_rows,
     .gather_rows_quantized = gather_rows_quantized,
+    .add_lora = add_lora,
     .attention_scratch = attention_scratch,
     .attention = attention,
     .row_peaks = row_peaks,

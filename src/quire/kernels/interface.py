@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.coded import CodedMatrix, CodedWeight
+from quire.kernels.lora import LoraRows, LoraWeights
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -144,71 +146,6 @@ class StateLayer:
     """[num_slots, width - 1, channels]: the latest inputs of the causal convolution, the oldest first."""
     recurrent: Tensor
     """[num_slots, num_heads, key_dim, value_dim]"""
-
-
-@dataclass(frozen=True, slots=True)
-class ConvRows:
-    """Where a step's tokens lie in one array in which width - 1 older inputs stand before each sequence's tokens.
-
-    The array has T + B * (width - 1) rows; every tensor here holds rows of it.
-    """
-
-    tokens: Tensor
-    """[T]: the row of each new token."""
-    before: Tensor
-    """[B * (width - 1)]: the rows of the older inputs."""
-    after: Tensor
-    """[B * (width - 1)]: the latest inputs once the step has ended."""
-    saved: Tensor
-    """[M * (width - 1)]: the latest inputs at each save."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkRound:
-    """Chunks first to end of a step: one of each sequence that has as many, so they can be computed together."""
-
-    first: int
-    end: int
-    slots: Tensor
-    """[end - first]: the state slot of each chunk's sequence."""
-    saved: Tensor
-    """Indices, from `first` on, of chunks after which the state is also saved."""
-    save_slots: Tensor
-    """The slots that it is saved to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
-
-    rows: Tensor
-    """[N, C]: the token at each place; 0 for padding, which follows a chunk's tokens."""
-    padding: Tensor
-    """[N, C] bool."""
-    tokens: Tensor
-    """Every token in a chunk, and in `places` its index into the N * C places."""
-    places: Tensor
-    rounds: Sequence[ChunkRound]
-
-
-@dataclass(frozen=True, slots=True)
-class RecurrentPlan:
-    """The recurrent layers of one step. All tensors are on the device, int64. `quire.attention.recurrence` makes it."""
-
-    query_start_loc: Tensor
-    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
-    slots: Tensor
-    """[B]: the state slot of each sequence, whose state the step replaces."""
-    saves: Tensor
-    """[M, 3]: (sequence, n, slot): the sequence's state after its first n new tokens is also written to the
-    slot."""
-    conv: ConvRows
-    steps: Tensor
-    """Sequences of one token that save nothing."""
-    step_rows: Tensor
-    """Their tokens."""
-    chunks: Chunks | None
-    """The others; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +311,11 @@ class Kernels(Packing, Protocol):
     ) -> Tensor: ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
+
+    LORA_TILE: int
+    """The most rows of a tile of `LoraRows`."""
+
+    def add_lora(self, out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

@@ -1,7 +1,7 @@
 """Linear: a dense layer whose weight is packed when it is built."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from quire.quantization import METHODS, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
+class LinearOrigin:
+    """Where the outputs of a layer come from, for adapters, which know layers by their names."""
+
+    name: str
+    """The stored layer's full name."""
+    num_outputs: int
+    """Its outputs."""
+    rows: Tensor | None = None
+    """The outputs that the layer computes, in its order; None: all, as they are stored."""
+
+    def select(self, rows: Tensor) -> "LinearOrigin":
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
@@ -22,10 +37,17 @@ class LinearWeight:
     """[N, K] of any float type, which may be a view of a mapped file; or of few bits."""
     bias: Tensor | None = None
     """[N]"""
+    origin: LinearOrigin | None = None
+    """Set where adapters may change the layer."""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
-        return LinearWeight(self.weight[rows], None if self.bias is None else self.bias[rows])
+        return replace(
+            self,
+            weight=self.weight[rows],
+            bias=None if self.bias is None else self.bias[rows],
+            origin=None if self.origin is None else self.origin.select(rows),
+        )
 
     def floats(self) -> Tensor:
         """The matrix [N, K] in a float type."""
@@ -33,7 +55,7 @@ class LinearWeight:
 
     def in_floats(self) -> "LinearWeight":
         """The same layer without codes."""
-        return LinearWeight(self.floats(), self.bias)
+        return replace(self, weight=self.floats())
 
 
 class Linear:
@@ -90,7 +112,9 @@ class Linear:
         if isinstance(self.packed, QuantizedWeight):
             rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
             return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
-        assert isinstance(self.packed, Tensor), "weights that keep a checkpoint's bits are not unpacked"
+        if isinstance(self.packed, CodedWeight):
+            inputs = torch.eye(self.num_inputs)
+            return self.kernels.linear_coded(inputs, self.packed, None, self.num_outputs).t().contiguous()
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
         return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
 
@@ -131,7 +155,7 @@ def dense_layer(
     """One layer of several stored ones, outputs side by side, however each is stored."""
     runs: list[list[LinearWeight]] = []
     for part in weights:
-        if runs and _can_join(runs[-1][0].weight, part.weight):
+        if runs and can_join_layers([runs[-1][0], part]):
             runs[-1].append(part)
         else:
             runs.append([part])
@@ -139,10 +163,10 @@ def dense_layer(
     return layers[0] if len(layers) == 1 else SideBySide(layers)
 
 
-def _can_join(one: Tensor | CodedMatrix, other: Tensor | CodedMatrix) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor)
-    return can_join([one, other])
+def can_join_layers(weights: Sequence[LinearWeight]) -> bool:
+    """Whether one weight can hold these layers side by side."""
+    coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
+    return not coded or (len(coded) == len(weights) and can_join(coded))
 
 
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
@@ -160,7 +184,11 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     return torch.cat([bias.float() for bias in biases])
 
 
+def head_format(dtype: str) -> str | WeightFormat:
+    """How an output head is stored: a quantisation has a format of its own for it."""
+    return METHODS[dtype].head if dtype in METHODS else dtype
+
+
 def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Packing | None = None) -> Linear:
-    """The layer that makes logits: a table [vocab_size, H], which may be the embedding's. A quantisation has a format
-    of its own for it."""
-    return Linear(kernels, [table], METHODS[dtype].head if dtype in METHODS else dtype, packing)
+    """The layer that makes logits: a table [vocab_size, H], which may be the embedding's."""
+    return Linear(kernels, [table], head_format(dtype), packing)

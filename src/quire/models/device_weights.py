@@ -5,6 +5,7 @@ the next from the file. So loading takes no host memory beyond the buffers, and 
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class DeviceWeights:
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
         bias = None if stored.bias is None else self._send(stored.bias)
-        return LinearWeight(self._send(stored.floats()), bias)
+        return replace(stored, weight=self._send(stored.floats()), bias=bias)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)
