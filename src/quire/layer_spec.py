@@ -15,6 +15,7 @@ from typing import Literal
 
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
+from quire.quantization.stored import KeptBits
 
 RECURRENT_CHUNK = 64
 """Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
@@ -50,18 +51,6 @@ class LinearSpec:
         if not self.quantizes:
             return self.num_parameters * FLOAT32_BYTES
         return weight_format.weight_bytes(self.num_outputs, self.num_inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class KeptBits:
-    """Matrices that keep the few bits of their checkpoint, whatever the others are stored as."""
-
-    layer_parameters: int
-    """Parameters of such matrices in the layers."""
-    layer_bytes: int
-    """Their memory, scales included."""
-    head_bytes: int = 0
-    """Memory of the head if it is such a matrix, else 0."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
-from quire.layer_spec import KeptBits, LayerSpec, LinearSpec, ModelSpec, VectorSpec
+from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.activation import read_activation
 from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
@@ -25,7 +25,7 @@ from quire.model_config.recurrent import RecurrentConfig, read_recurrent
 from quire.model_config.rope import RopeConfig, read_ropes
 from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
 from quire.model_config.windows import read_layer_windows
-from quire.quantization.stored import StoredWeights
+from quire.quantization.stored import KeptBits, StoredWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from quire.errors import CheckpointError
-from quire.layer_spec import KeptBits
 from quire.model_config import read_json
 from quire.models.safetensors_file import Entry, read_header
-from quire.quantization.stored import Scheme, StoredWeights
+from quire.quantization.stored import KeptBits, Scheme, StoredWeights
 
 _CODES = ("qweight", "weight_packed", "weight")
 _FLOATS = {"F32": 4, "F16": 2, "BF16": 2}

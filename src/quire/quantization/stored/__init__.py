@@ -5,6 +5,6 @@ config into `StoredWeights`; `quire.models.stored` reads the tensors.
 """
 
 from quire.quantization.stored.formats import FAMILY_FORMATS, STORED_FORMATS, read_stored_weights
-from quire.quantization.stored.scheme import Rule, Scheme, StoredWeights
+from quire.quantization.stored.scheme import KeptBits, Rule, Scheme, StoredWeights
 
-__all__ = ["FAMILY_FORMATS", "STORED_FORMATS", "Rule", "Scheme", "StoredWeights", "read_stored_weights"]
+__all__ = ["FAMILY_FORMATS", "STORED_FORMATS", "KeptBits", "Rule", "Scheme", "StoredWeights", "read_stored_weights"]

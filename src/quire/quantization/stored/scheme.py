@@ -1,4 +1,5 @@
-"""Scheme: how one dense layer is stored in few bits; StoredWeights: which layers of a checkpoint have which scheme."""
+"""Scheme: how one dense layer is stored in few bits; StoredWeights: which layers of a checkpoint have which scheme;
+KeptBits: the memory that follows."""
 
 import re
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ class StoredWeights:
         """The format and its bits, for messages and plans."""
         widths = sorted({rule.scheme.bits for rule in self.rules if rule.scheme is not None})
         return f"{self.method}, {' and '.join(map(str, widths))} bits"
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBits:
+    """Matrices that keep the few bits of their checkpoint, whatever the others are stored as."""
+
+    layer_parameters: int
+    """Parameters of such matrices in the layers."""
+    layer_bytes: int
+    """Their memory, scales included."""
+    head_bytes: int = 0
+    """Memory of the head if it is such a matrix, else 0."""
 
 
 @cache
