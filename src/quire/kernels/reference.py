@@ -22,9 +22,9 @@ from quire.kernels.interface import (
     KVLayer,
     KVShape,
     QuantizedWeight,
-    RecurrentPlan,
     StateLayer,
 )
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, KVLayer, OutputTokens
-from quire.kernels.interface import RecurrentPlan, StateLayer
+from quire.kernels.interface import StateLayer
+from quire.kernels.recurrent_plan import RecurrentPlan
 
 
 @dataclass(frozen=True, slots=True)

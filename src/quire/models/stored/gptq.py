@@ -35,7 +35,8 @@ def _read(layer: LayerTensors, scheme: Scheme, zero_offset: int) -> CodedMatrix 
     order = group_of.argsort(stable=True)
     if torch.equal(group_of[order], torch.arange(num_inputs) // group_size):
         return integer_matrix(codes[:, order], scales, zeros, bits, group_size, order)
-    return (codes.float() - zeros.float()[:, group_of]) * scales.float()[:, group_of]
+    weight: Tensor = (codes.float() - zeros.float()[:, group_of]) * scales.float()[:, group_of]
+    return weight
 
 
 def _group_of_inputs(layer: LayerTensors, group_size: int, num_groups: int) -> Tensor | None:

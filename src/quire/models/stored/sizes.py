@@ -57,7 +57,7 @@ def _entries(folder: Path) -> Mapping[str, Entry]:
 def _layers(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
     for name, entry in entries.items():
         layer, _, end = name.rpartition(".")
-        if end in _CODES and entry.dtype not in _FLOATS and entry.shape and math.prod(entry.shape):
+        if end in _CODES and entry.dtype not in _FLOATS and entry.shape and all(entry.shape):
             yield layer, entry
 
 
