@@ -141,6 +141,7 @@ class AsyncLLM:
             await asyncio.sleep(0.05)
         self._end_waits(EngineUnavailableError("the server is shutting down"))
         await self._client.shutdown()
+        self.views.wake()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
         if self.chat_template is not None:
