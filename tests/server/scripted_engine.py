@@ -13,13 +13,16 @@ from typing import Any
 import quire
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import ToEngine
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
+from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import (
     AgeQuantiles,
@@ -66,6 +69,7 @@ class Call:
     cache_salt: str
     tenant: str
     workload: str
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -97,7 +101,12 @@ class ScriptedEngine:
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
+    adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
     default_params: dict[str, Any] = field(default_factory=dict)
+    other_names: list[str] = field(default_factory=list)
+    text_prompts: TextPrompts = field(default_factory=TextPrompts)
+    embedder: "ScriptedEngine | None" = None
+    """The engine for vectors, if it is another."""
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
@@ -114,9 +123,11 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
-        self.views = PoolViews(
-            self.sent.append, state=lambda: self.state, stats=lambda: EngineStats(num_blocks=64), metrics=self.metrics
-        )
+        self.views = PoolViews(self.sent.append, self)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(num_blocks=64)
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
@@ -135,6 +146,10 @@ class ScriptedEngine:
     async def memory_report(self) -> MemoryReport:
         stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
         return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), self.memory)
+
+    @property
+    def vectors(self) -> "ScriptedEngine":
+        return self.embedder or self
 
     @property
     def advances(self) -> bool:
@@ -159,6 +174,7 @@ class ScriptedEngine:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
         progress: Mapping[int, SampleProgress] = MappingProxyType({}),
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -168,7 +184,7 @@ class ScriptedEngine:
             raise EngineUnavailableError(f"the engine is {self.state}")
         if self.full:
             raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
-        self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload))
+        self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload, adapter))
         self.num_running += 1
         started, finished = time.monotonic(), False
         try:
@@ -183,13 +199,14 @@ class ScriptedEngine:
 
     async def embed(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        adapter: Adapter | None = None,
     ) -> EmbeddingRequestOutput:
         """The vector [number of tokens, 3, 4, 0]."""
         assert isinstance(prompt, list), "the server tokenises"
@@ -197,9 +214,9 @@ class ScriptedEngine:
             prompt if truncate_prompt_tokens is None else prompt[-(truncate_prompt_tokens % (self.max_model_len + 1)) :]
         )
         check_prompt_length(len(kept), self.max_model_len, num_output=0)
-        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, ""))
+        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, "", adapter))
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
-        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
+        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize is not False)
 
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
         tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
@@ -24,10 +24,11 @@ from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
-from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.memory_sizes import available_memory
 from quire.engine.messages import (
     FromEngine,
     Load,
@@ -41,12 +42,15 @@ from quire.engine.messages import (
     ResetPrefixCache,
 )
 from quire.engine.metrics import Metrics
+from quire.engine.model_task import read_model
 from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.request import SampleProgress, Task
@@ -65,7 +69,12 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = None
         self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
+        self.adapters = AdapterRegistry(config.lora_modules, enabled=config.enable_lora)
+        """Adapters by the names that requests choose them by."""
+        self.other_names: list[str] = []
+        """Names of a model that serves beside this one."""
         self.default_params: dict[str, Any] = {}
+        self.text_prompts = TextPrompts()
         self.metrics = Metrics(self.model_names[0])
         self._report = report
         self._model_config: ModelConfig | None = None
@@ -77,7 +86,7 @@ class AsyncLLM:
                 on_message=self._handle,
                 on_death=self._handle_death,
                 on_spawn=self._resume,
-                on_ready=self._handle_ready,
+                on_ready=lambda: self._streams.start_timer(),
                 on_failure=self._handle_failure,
                 has_work=lambda: self._streams.any_live,
             )
@@ -87,25 +96,25 @@ class AsyncLLM:
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
         self.questions = MemoryQuestions(self._client.send, lambda: self.state)
-        self.views = PoolViews(
-            self._client.send, state=lambda: self.state, stats=lambda: self.stats, metrics=self.metrics
-        )
+        self.views = PoolViews(self._client.send, self)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, *, reserved: int = 0) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
+        `reserved` bytes of the host's memory belong to another engine.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
-        self._model_config = ModelConfig.from_folder(folder)
-        self._memory_plan = plan_memory(self.config, self._model_config)
+        self._model_config = read_model(self.config, folder)
+        self._memory_plan = plan_memory(self.config, self._model_config, max(0, available_memory() - reserved))
         for line in self._memory_plan.describe():
             self._report(line)
         await self._client.start(Load(self.config, self._memory_plan, str(folder)))
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
+        self.text_prompts = read_text_prompts(folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
         if self.tokenizer is not None:
             await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
@@ -128,6 +137,11 @@ class AsyncLLM:
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
             self._grammar_checker.warm()
+
+    @property
+    def vectors(self) -> "AsyncLLM":
+        """The engine for embeddings and scores."""
+        return self
 
     async def wait_ready(self) -> None:
         """Return when the engine can compute for the first time. Raises the reason if it never will."""
@@ -207,6 +221,7 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
         progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -216,7 +231,7 @@ class AsyncLLM:
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
-        are those of `Request`; `request_id` is the caller's name for it and only echoed.
+        are those of `Request`; `request_id` is the caller's name for it and only echoed, `adapter` one of `adapters`.
         """
         if params.logits_processors:
             raise RequestError(
@@ -231,6 +246,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            adapter=adapter,
             timeout=timeout,
             progress=progress,
         )
@@ -253,16 +269,17 @@ class AsyncLLM:
         self,
         prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
-        workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
-        """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
+        """The vector of a prompt, as from `LLM.embed`; of a classifier the outputs of its head. Cancelling the call
+        aborts the request.
 
         Raises `RequestError` as `generate` does.
         """
@@ -273,7 +290,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
-            workload=workload,
+            adapter=adapter,
             timeout=timeout,
         )
         try:
@@ -284,7 +301,7 @@ class AsyncLLM:
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
-        return make_embedding(output, normalize=normalize)
+        return make_embedding(output, normalize=self.model_config.normalizes if normalize is None else normalize)
 
     async def _open(
         self,
@@ -292,12 +309,9 @@ class AsyncLLM:
         params: SamplingParams,
         *,
         task: Task = Task.SAMPLE,
-        priority: int,
-        cache_salt: str,
-        tenant: str,
-        workload: str,
         timeout: float | None,
         progress: Mapping[int, SampleProgress] = NOTHING_YET,
+        **options: Unpack[RequestOptions],
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
         if self.outage is not None:
@@ -305,17 +319,7 @@ class AsyncLLM:
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         internal_id = f"r{next(self._request_numbers)}"
-        make = partial(
-            self._inputs.make_request,
-            internal_id,
-            prompt,
-            params,
-            task=task,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            workload=workload,
-        )
+        make = partial(self._inputs.make_request, internal_id, prompt, params, task=task, **options)
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
@@ -323,7 +327,8 @@ class AsyncLLM:
             request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        self._throughput.check_queue(self.config.max_queue_size, self._streams.num_live, self.memory_plan.max_num_seqs)
+        num_live, num_running = self._streams.num_live, self.memory_plan.max_num_seqs
+        self._throughput.check_queue(num_live, num_running, self.config.max_queue_size)
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
@@ -370,10 +375,6 @@ class AsyncLLM:
                 self._prefixes.accept(prefix_id)
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
-
-    def _handle_ready(self) -> None:
-        self._streams.start_timer()
-        self.views.wake()
 
     def _handle_death(self, death: Death) -> bool:
         self.questions.fail()

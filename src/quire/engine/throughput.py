@@ -61,8 +61,8 @@ class Throughput:
         num_running = self.stats.num_running if self.stats.num_waiting else max_num_seqs
         return max(0, num_live - num_running)
 
-    def check_queue(self, max_queue_size: int, num_live: int, max_num_seqs: int) -> None:
-        """Raise `QueueFullError` if `max_queue_size` of `num_live` requests wait; 0 is no limit."""
+    def check_queue(self, num_live: int, max_num_seqs: int, max_queue_size: int) -> None:
+        """Raise `QueueFullError` if `max_queue_size` requests wait; 0: any number may."""
         num_waiting = self.num_waiting(num_live, max_num_seqs)
         if num_waiting >= max_queue_size > 0:
             raise QueueFullError(

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.lora import LoraRows, LoraWeights
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -79,7 +80,8 @@ class AttentionPlan:
     query_start_loc: Tensor
     """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
     seq_lens: Tensor
-    """[B]: tokens of each sequence, the new ones included."""
+    """[B]: tokens of each sequence, the new ones included. In the CPU's plan of an encoder, plus the positions after
+    its own that a token sees."""
     block_tables: Tensor
     """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
     slots: Tensor
@@ -369,6 +371,11 @@ class Kernels(Packing, Protocol):
     ) -> Tensor: ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
+
+    LORA_TILE: int
+    """The most rows of a tile of `LoraRows`."""
+
+    def add_lora(self, out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

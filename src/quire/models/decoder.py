@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.layers.embedding import Embedding, TokenEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
+from quire.models.pooler import Pooler
 
 
 class Mixer(Protocol):
@@ -99,9 +100,11 @@ class Decoder:
     above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
     head."""
 
+    pooler: Pooler | None = None
+
     def __init__(
         self,
-        ends: tuple[Embedding | TiedEmbedding, Linear],
+        ends: tuple[TokenEmbedding, Linear],
         layers: Sequence[DecoderLayer],
         norm: Norm,
         *,

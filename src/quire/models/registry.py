@@ -10,8 +10,10 @@ from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.kernels.interface import Packing
+from quire.layers.adapters import ModelAdapters
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.pooler import Pooler, make_pooler
 from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
@@ -22,6 +24,8 @@ FALLBACK = ("quire.models.transformers_model", "TransformersModel")
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
 
+    pooler: Pooler | None
+    """What makes vectors of hidden states; None: the last hidden state is the vector."""
     ignored_tensors: tuple[str, ...]
     """Patterns of tensors that a checkpoint may hold and the model does not use."""
 
@@ -46,12 +50,14 @@ def load_model(
     dtype: str,
     *,
     packing: Packing | None = None,
+    adapters: ModelAdapters | None = None,
     max_model_len: int | None = None,
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
 
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
-    by default `kernels` do. Raises `CheckpointError` for weights that are missing, misshapen or left over.
+    by default `kernels` do. `adapters` collects the layers that adapters may change. Raises `CheckpointError` for
+    weights that are missing, misshapen or left over.
     """
     row = ARCHITECTURES.get(config.architecture)
     if config.computed_by or row is None:
@@ -59,7 +65,8 @@ def load_model(
     else:
         module, name = row.model.split(":")
     family = getattr(import_module(module), name)
-    weights = WeightScope(StoredNames(source), packing=packing)
+    weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
+    model.pooler = make_pooler(config, weights, model.logits)
     source.finish(ignored=model.ignored_tensors)
     return model

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.transfer import send, to_device
+from quire.models.pooler import Pooler
 from quire.runner.sampling_metadata import SamplingMetadata
 from quire.runner.step_inputs import SentInputs, StepInputs
 from quire.sampling.device_sampler import DeviceSampler, has_device_logprobs, read_logprobs, read_samples
@@ -140,12 +141,13 @@ class PromptLogprobs:
 
     def __init__(
         self,
-        compute_logits: Callable[[Tensor], Tensor],
+        compute_logits: Callable[[Tensor, NDArray[np.int32]], Tensor],
         vocab_size: int,
         logprobs_memory: int,
         device_sampler: DeviceSampler | None,
     ) -> None:
-        """`compute_logits` maps hidden states [R, H] to logits [R, vocab_size]; `logprobs_memory` is in bytes."""
+        """`compute_logits` maps hidden states [R, H], and the R tokens of the step that they belong to, to logits
+        [R, vocab_size]; `logprobs_memory` is in bytes."""
         self._compute_logits = compute_logits
         self._vocab_size = vocab_size
         self._logprobs_memory = logprobs_memory
@@ -155,14 +157,16 @@ class PromptLogprobs:
         """Fill in `result.prompt_logprobs` from the step's hidden states, or return what fills it in."""
         finishes: list[Finish] = []
         for index, (num_logprobs, targets) in step.plan.prompt_logprobs.items():
-            start = int(sent.hidden_indices(step.batch.query_start_loc[index : index + 1])[0])
+            first_token = step.batch.query_start_loc[index : index + 1]
+            start = int(sent.hidden_indices(first_token)[0])
             entries: list[TokenLogprobs] = []
             result.prompt_logprobs[index] = entries
             # The logits of a long prompt can be larger than its KV: there is memory for so many positions at once.
             num_rows = max(1, self._logprobs_memory // logprob_bytes(self._vocab_size, num_logprobs))
             for first in range(0, len(targets), num_rows):
                 token_ids = targets[first : first + num_rows]
-                logits = self._compute_logits(hidden[start + first : start + first + len(token_ids)])
+                tokens = first_token + np.arange(first, first + len(token_ids), dtype=np.int32)
+                logits = self._compute_logits(hidden[start + first : start + first + len(token_ids)], tokens)
                 if self._device_sampler is None or not has_device_logprobs(num_logprobs):
                     entries += token_logprobs(logits.float().cpu(), token_ids, num_logprobs)
                 else:
@@ -171,12 +175,22 @@ class PromptLogprobs:
         return finishes
 
 
-def fetch_vectors(step: StepInputs, sent: SentInputs, hidden: Tensor, result: StepResult) -> Finish:
-    """Begin to read the hidden states [R, H] of the plan's `pool_rows`. Returns what fills in `result.vectors`."""
-    pool_rows = step.plan.pool_rows
-    indices = sent.hidden_indices(step.batch.query_start_loc[1:][pool_rows] - np.int32(1))
+def fetch_vectors(
+    step: StepInputs, sent: SentInputs, hidden: Tensor, pooler: Pooler | None, result: StepResult
+) -> Finish:
+    """Begin to read the vectors of the plan's `pool_rows`, made of the hidden states [R, H]: by default those of last
+    tokens. Returns what fills in `result.vectors`."""
+    pool_rows, starts = step.plan.pool_rows, step.batch.query_start_loc
+    last = starts[1:][pool_rows] - np.int32(1)
+    first = starts[:-1][pool_rows] if pooler is not None and pooler.reads_all_tokens else last
+    lengths = (last - first + 1).astype(np.int64)
+    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    tokens = (np.repeat(first, lengths) + offsets).astype(np.int32)
+    vectors = hidden[to_device(sent.hidden_indices(tokens), hidden.device)]
+    if pooler is not None:
+        vectors = pooler(vectors, torch.from_numpy(lengths).to(hidden.device))
     # `fetch` reads int32, and the bits of a float32 are as good.
-    read = fetch(hidden[to_device(indices, hidden.device)].float().view(torch.int32))
+    read = fetch(vectors.float().view(torch.int32))
 
     def finish() -> None:
         for index, vector in zip(pool_rows, read().view(np.float32), strict=True):

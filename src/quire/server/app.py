@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
 from quire.server import (
+    adapters,
     chat,
     completions,
     embeddings,
@@ -32,6 +33,7 @@ from quire.server import (
     models,
     openapi,
     page_files,
+    scores,
     tokenize,
 )
 from quire.server.anthropic import endpoints as anthropic
@@ -55,6 +57,7 @@ from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
+    *adapters.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
@@ -62,6 +65,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
+    *scores.ENDPOINTS,
     *infill.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,

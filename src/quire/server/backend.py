@@ -4,11 +4,14 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.input_processor import Prompt
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
 from quire.engine.pool_views import PoolViews
+from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.request import SampleProgress
@@ -41,7 +44,19 @@ class Engine(Protocol):
     @property
     def model_names(self) -> list[str]: ...
     @property
+    def adapters(self) -> AdapterRegistry: ...
+    @property
     def model_config(self) -> ModelConfig: ...
+    @property
+    def vectors(self) -> "Engine":
+        """The engine for embeddings and scores: this one, unless another model serves them."""
+        ...
+
+    @property
+    def other_names(self) -> Sequence[str]:
+        """Names of a model that serves the other endpoints beside this one."""
+        ...
+
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -50,6 +65,8 @@ class Engine(Protocol):
     def max_queue_size(self) -> int: ...
     @property
     def default_params(self) -> Mapping[str, Any]: ...
+    @property
+    def text_prompts(self) -> TextPrompts: ...
     @property
     def metrics(self) -> Metrics: ...
     @property
@@ -67,19 +84,21 @@ class Engine(Protocol):
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
         progress: Mapping[int, SampleProgress] = ...,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        adapter: Adapter | None = None,
     ) -> EmbeddingRequestOutput: ...
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...
