@@ -16,7 +16,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-page test-gpu bench-gpu test-gpu-offline test-real check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline test-real test-page check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18

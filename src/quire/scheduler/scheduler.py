@@ -127,14 +127,14 @@ class Scheduler:
         return list(self._queues.by_id)
 
     @property
-    def groups(self) -> Mapping[str, SequenceGroup]:
-        """All unfinished requests by id, to read."""
-        return self._queues.by_id
-
-    @property
     def adapters_in_use(self) -> set[str]:
         """Adapters of all unfinished requests."""
         return {group.request.adapter for group in self._queues.by_id.values()}
+
+    @property
+    def groups(self) -> Mapping[str, SequenceGroup]:
+        """All unfinished requests by id, to read."""
+        return self._queues.by_id
 
     @property
     def has_idle_work(self) -> bool:

@@ -17,6 +17,7 @@ from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
+from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -71,6 +72,10 @@ class TwoEngines:
         return self._first.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self._first.block_size
+
+    @property
     def max_queue_size(self) -> int:
         return self._first.max_queue_size
 
@@ -85,6 +90,10 @@ class TwoEngines:
     @property
     def metrics(self) -> Metrics:
         return self._first.metrics
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
 
     @property
     def questions(self) -> MemoryQuestions:
