@@ -53,7 +53,7 @@ from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, MemoryReport, RequestOutput
+from quire.outputs import EngineStats, RequestOutput
 from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
@@ -89,7 +89,7 @@ class AsyncLLM:
                 on_death=self._handle_death,
                 on_spawn=self._resume,
                 on_ready=lambda: self._streams.start_timer(),
-                on_failure=self._handle_failure,
+                on_failure=self._end_waits,
                 has_work=lambda: self._streams.any_live,
             )
         )
@@ -98,6 +98,7 @@ class AsyncLLM:
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
         self.questions = MemoryQuestions(self._client.send, lambda: self.state)
+        self.memory_report = self.questions.report
         self.views = PoolViews(self._client.send, self)
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -354,10 +355,6 @@ class AsyncLLM:
         """Make all cached prefixes unfindable, except registered ones."""
         self._client.send(ResetPrefixCache())
 
-    async def memory_report(self) -> MemoryReport:
-        """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
-        return await self.questions.report()
-
     # -- called by the client -----------------------------------------------------------------------------------------
 
     def _handle(self, message: FromEngine) -> None:
@@ -395,11 +392,8 @@ class AsyncLLM:
         self._streams.resume()
         self.views.resume()
 
-    def _handle_failure(self, error: QuireError) -> None:
+    def _end_waits(self, error: QuireError) -> None:
         self.questions.fail()
         self.views.wake()
-        self._end_waits(error)
-
-    def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)
