@@ -264,10 +264,18 @@ def test_looks_take_a_bounded_share_of_the_time(cost: float, monkeypatch: pytest
     assert num_looks <= engine.clock.now / 0.2 + 1
 
 
+class Idle:
+    """An engine that does nothing."""
+
+    state = "ready"
+    stats = EngineStats()
+    metrics = Metrics("m")
+
+
 @pytest.fixture
 def views() -> tuple[PoolViews, list[ToEngine]]:
     sent: list[ToEngine] = []
-    return PoolViews(sent.append, state=lambda: "ready", stats=EngineStats, metrics=Metrics("m")), sent
+    return PoolViews(sent.append, Idle()), sent
 
 
 def test_the_engine_records_while_somebody_looks(views: tuple[PoolViews, list[ToEngine]]) -> None:

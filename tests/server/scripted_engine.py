@@ -125,9 +125,11 @@ class ScriptedEngine:
 
     def __post_init__(self) -> None:
         self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
-        self.views = PoolViews(
-            self.sent.append, state=lambda: self.state, stats=lambda: EngineStats(num_blocks=64), metrics=self.metrics
-        )
+        self.views = PoolViews(self.sent.append, self)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(num_blocks=64)
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:

@@ -77,3 +77,14 @@ def test_a_host_list_of_all_names_no_page_its_own(engine: ScriptedEngine) -> Non
     with RunningServer(engine, ServerSettings(port=0, allowed_hosts=("*",))) as server:
         headers = {"host": "evil.example", "origin": "http://evil.example"}
         assert server.send("POST", "/v1/completions", {"prompt": "a"}, headers)[0].status == 403
+
+
+def test_the_page_works_behind_a_prefix(engine: ScriptedEngine) -> None:
+    with RunningServer(engine, ServerSettings(port=0, root_path="/up/llm")) as server:
+        response, _ = server.send("GET", "/up/llm")
+        assert (response.status, response.headers["location"]) == (307, "llm/")
+        assert "Quire is running" in server.send("GET", "/up/llm/")[1]
+        for path in FILES:
+            if path.name != "index.html":
+                assert server.send("GET", f"/up/llm/page/{path.name}")[0].status == 200
+        assert server.send("GET", "/")[0].status == 200, "a proxy may have taken the prefix off"

@@ -78,6 +78,8 @@ class Screen:
 
     def summary(self, now: float) -> list[str]:
         """Lines on the whole server; one line for a key that does not see it."""
+        if not self.state:
+            return ["waiting for the server's first word"]
         if not self.history:
             return [f"engine {self.state}; this key sees its own requests"]
         stats = self.history[-1][1]

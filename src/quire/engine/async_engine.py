@@ -53,7 +53,7 @@ from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
-from quire.outputs import EngineStats, MemoryReport, RequestOutput
+from quire.outputs import EngineStats, RequestOutput
 from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
@@ -88,8 +88,8 @@ class AsyncLLM:
                 on_message=self._handle,
                 on_death=self._handle_death,
                 on_spawn=self._resume,
-                on_ready=self._handle_ready,
-                on_failure=self._handle_failure,
+                on_ready=lambda: self._streams.start_timer(),
+                on_failure=self._end_waits,
                 has_work=lambda: self._streams.any_live,
             )
         )
@@ -98,9 +98,8 @@ class AsyncLLM:
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
         self.questions = MemoryQuestions(self._client.send, lambda: self.state)
-        self.views = PoolViews(
-            self._client.send, state=lambda: self.state, stats=lambda: self.stats, metrics=self.metrics
-        )
+        self.memory_report = self.questions.report
+        self.views = PoolViews(self._client.send, self)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -160,6 +159,7 @@ class AsyncLLM:
             await asyncio.sleep(0.05)
         self._end_waits(EngineUnavailableError("the server is shutting down"))
         await self._client.shutdown()
+        self.views.wake()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
         if self.images is not None:
@@ -355,10 +355,6 @@ class AsyncLLM:
         """Make all cached prefixes unfindable, except registered ones."""
         self._client.send(ResetPrefixCache())
 
-    async def memory_report(self) -> MemoryReport:
-        """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
-        return await self.questions.report()
-
     # -- called by the client -----------------------------------------------------------------------------------------
 
     def _handle(self, message: FromEngine) -> None:
@@ -382,10 +378,6 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
-    def _handle_ready(self) -> None:
-        self._streams.start_timer()
-        self.views.wake()
-
     def _handle_death(self, death: Death) -> bool:
         self.questions.fail()
         self.views.clear()
@@ -400,11 +392,8 @@ class AsyncLLM:
         self._streams.resume()
         self.views.resume()
 
-    def _handle_failure(self, error: QuireError) -> None:
+    def _end_waits(self, error: QuireError) -> None:
         self.questions.fail()
         self.views.wake()
-        self._end_waits(error)
-
-    def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import Histogram
 
@@ -16,6 +16,17 @@ MAX_VIEWERS = 32
 """Viewers at once; further ones are refused."""
 
 
+class Source(Protocol):
+    """What frames say besides the pool."""
+
+    @property
+    def state(self) -> str: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+
 class TooManyViewersError(RequestError):
     """`MAX_VIEWERS` look at the pool already."""
 
@@ -25,19 +36,10 @@ class TooManyViewersError(RequestError):
 class PoolViews:
     """The viewers and the mirror they read. It must be used on one event loop."""
 
-    def __init__(
-        self,
-        send: Callable[[ToEngine], None],
-        *,
-        state: Callable[[], str],
-        stats: Callable[[], EngineStats],
-        metrics: Metrics,
-    ) -> None:
-        """`send` reaches the engine process; the others are read when a frame is made."""
+    def __init__(self, send: Callable[[ToEngine], None], source: Source) -> None:
+        """`send` reaches the engine process; `source` is read when a frame is made."""
         self._send = send
-        self.state = state
-        self.stats = stats
-        self._metrics = metrics
+        self.source = source
         self._viewers: set[PoolViewer] = set()
         self._mirror: Any = None
         """A `PoolMirror` while there are viewers."""
@@ -47,7 +49,7 @@ class PoolViews:
 
     def latencies(self) -> dict[str, tuple[float, int]]:
         """Sums of seconds and their counts, as `PoolFrame.latencies`."""
-        return {name: _total(histogram) for name, histogram in self._metrics.latencies.items()}
+        return {name: _total(histogram) for name, histogram in self.source.metrics.latencies.items()}
 
     def open(self, tenant: str | None = None) -> "PoolViewer":
         """A new viewer, to be closed. With `tenant` it sees that tenant's requests only.
@@ -113,13 +115,13 @@ class PoolViewer:
 
     async def next(self) -> PoolFrame:
         """What the viewer lacks, as soon as it lacks something."""
-        while not (self._reader.is_behind or self._state != self._views.state()):
+        while not (self._reader.is_behind or self._state != self._views.source.state):
             self.changed.clear()
             await self.changed.wait()
-        self._state = self._views.state()
+        self._state = self._views.source.state
         frame = PoolFrame(self._state)
         if self._sees_all:
-            frame.stats, frame.latencies = self._views.stats(), self._views.latencies()
+            frame.stats, frame.latencies = self._views.source.stats, self._views.latencies()
         self._reader.catch_up(frame)
         return frame
 

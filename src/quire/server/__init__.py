@@ -7,6 +7,7 @@
     chat_turn.py  one turn of a conversation, for every endpoint that has conversations
     chat.py  completions.py  embeddings.py  infill.py  models.py  tokenize.py  health.py  metrics.py  kv.py  openapi.py
     responses/  anthropic/  ollama/  batches/    a file or a folder per group of endpoints
+    page_files.py the page at /, from the folder page/
     decoding.py   from bytes to a body    protocol.py   OpenAI's bodies of requests    replies.py   and of replies
 
 A new endpoint is one file with `ENDPOINTS` and one row in `app.py`. Nothing here imports torch, numpy or transformers.

@@ -59,12 +59,14 @@ async def get_kv(context: RequestContext) -> None:
 
 
 async def get_stream(context: RequestContext) -> None:
-    """Changes of the pool as server-sent events (see `PoolFrame`), until the client leaves."""
+    """Changes of the pool as server-sent events (see `PoolFrame`), until the client leaves or the server ends."""
     viewer = context.engine.views.open(_tenant(context))
 
     async def frames() -> AsyncGenerator[bytes, None]:
-        while True:
-            yield encode_frame(await viewer.next())
+        frame = PoolFrame("")
+        while frame.state != "dead":
+            frame = await viewer.next()
+            yield encode_frame(frame)
             await asyncio.sleep(FRAME_SECONDS)
 
     form = StreamForm(failure=_failure, done=b"", ping=b": nothing new\n\n")

@@ -43,6 +43,11 @@ def _endpoint(path: Path) -> Endpoint:
     headers = (*_HEADERS, (b"etag", etag))
 
     async def get_file(context: RequestContext) -> None:
+        asked = context.scope.get("raw_path") or b"/"
+        if path.name == "index.html" and not asked.endswith(b"/"):  # the prefix alone: relative URLs need the slash
+            location = (b"location", asked.rpartition(b"/")[2] + b"/")
+            await context.reply_bytes(b"", content_type, status=307, headers=(location,))
+            return
         known = dict(context.scope["headers"]).get(b"if-none-match", b"")
         if etag in known or known.strip() == b"*":
             await context.send({"type": "http.response.start", "status": 304, "headers": [*headers]})

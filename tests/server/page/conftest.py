@@ -10,7 +10,7 @@ from quire import AsyncLLM, EngineConfig
 from tests.server.running_server import RunningServer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-TIMEOUT_MS = 20_000
+TIMEOUT_MS = 90_000
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,18 @@ export default {
       talk.title,
     ];
   },
+  "results answer the calls in their order": async () => {
+    const { Conversation } = await import("./page/conversation.js");
+    const talk = new Conversation();
+    const ask = talk.add("", "user", "weather?");
+    const toolCalls = ["a", "b"].map((id) => ({ id, type: "function", function: { name: id, arguments: "{}" } }));
+    const answer = talk.add(ask.id, "assistant", "", { toolCalls });
+    const first = talk.add(answer.id, "tool", "sun", { toolCallId: "a" });
+    const second = talk.add(first.id, "tool", "rain", { toolCallId: "b" });
+    const open = [ask, answer, first, second].map((node) => talk.openCalls(node).map(({ id }) => id));
+    const sent = talk.messages(second).map(({ tool_calls, tool_call_id }) => tool_call_id ?? tool_calls?.length ?? 0);
+    return [open, sent];
+  },
   "a foreign conversation is checked": async () => {
     const { checked } = await import("./page/conversation.js");
     const node = { id: "m1", parent: "", role: "user", content: "x" };

@@ -86,6 +86,16 @@ def test_a_chat_streams_and_says_what_it_cost(scripted: RunningServer, open_page
     assert answers(page) == [ANSWER]
 
 
+def test_the_chat_works_behind_a_prefix(open_page: Any) -> None:
+    with RunningServer(ScriptedEngine(), ServerSettings(port=0, root_path="/llm")) as server:
+        page = open_page(server)
+        page.goto(f"{server.url}/llm")
+        ask(page, "Hello")
+        assert answers(page) == [ANSWER]
+        page.goto(f"{server.url}/llm/#memory")
+        until(page, lambda: "blocks of" in page.inner_text("#summary"))
+
+
 def test_texts_never_become_html(scripted: RunningServer, open_page: Any) -> None:
     scripted.engine.answer = f"```\n{HOSTILE}\n``` {HOSTILE}"  # type: ignore[attr-defined]
     page = open_page(scripted, may_log=True)  # the browser logs what the policy forbids
@@ -150,6 +160,21 @@ def test_parameters_reach_the_engine_and_wrong_ones_are_named(scripted: RunningS
         set_parameters(page, **values)
         ask(page, "Hello", wait=False)
         until(page, lambda words=words: words in page.inner_text(".problem"))
+
+
+def test_calls_of_tools_are_shown_and_take_a_result(scripted: RunningServer, open_page: Any) -> None:
+    engine: Any = scripted.engine
+    engine.answer = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    page = open_page(scripted)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    set_parameters(page, tools=json.dumps([tool]))
+    ask(page, "How is it in Rome?")
+    assert "calls weather(" in page.inner_text(".tool")
+    assert page.get_attribute("#prompt", "placeholder") == "Result of weather"
+    engine.answer = "It is sunny."
+    ask(page, "sun")
+    assert answers(page)[-1] == "It is sunny."
+    assert "sun" in page.inner_text("article[aria-label=tool]")
 
 
 def test_conversations_are_exported_and_imported(scripted: RunningServer, open_page: Any, tmp_path: Path) -> None:

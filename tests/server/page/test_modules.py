@@ -14,6 +14,7 @@ SCRIPTS = Path(__file__).with_name("modules.js").read_text().partition("export d
 EXPECTED: dict[str, Any] = {
     "events are read whole however they are cut": ['[{"a":1},{"b":"é"}]'],
     "a branch keeps its own history": [["one", "1"], ["s", "one", "2"], 2, 2, "one"],
+    "results answer the calls in their order": [[[], ["a", "b"], ["b"], []], [0, 2, "a", "b"]],
     "a foreign conversation is checked": [True, 1, "m2"],
     "storage is bounded, the oldest goes first": [5, 50, "54", 4, 0],
     "frames add up to the pool": [

@@ -37,7 +37,12 @@ const CHARTS = [
 export class Charts {
   constructor() {
     this.charts = CHARTS.map((chart) => {
-      const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", preserveAspectRatio: "none" });
+      const drawing = svg("svg", {
+        viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+        role: "img",
+        preserveAspectRatio: "none",
+        "aria-label": chart.title,
+      });
       const number = h("strong");
       return {
         ...chart,

@@ -138,14 +138,23 @@ export class Chat {
     let fields;
     try {
       fields = requestFields(this.parameters);
-      const parent = this.editing ? this.editing.parent : (this.current.path().at(-1)?.id ?? "");
-      const user = this.current.add(parent, "user", text, this.image ? { image: this.image } : {});
+      const message = this.addMessage(text);
       this.input.value = this.image = this.file.value = "";
       this.editing = null;
-      await this.answer(user, fields);
+      if (message.role === "user" || !this.current.openCalls(message).length) await this.answer(message, fields);
+      else this.render();
     } catch (error) {
       this.problem.textContent = error.message;
     }
+  }
+
+  /** The text as a message of the user, or as the result of a tool that the model has called. */
+  addMessage(text) {
+    const { editing } = this;
+    const parent = editing ? this.current.nodes.get(editing.parent) : this.current.path().at(-1);
+    const [call] = parent ? this.current.openCalls(parent) : [];
+    if (call) return this.current.add(parent.id, "tool", text, { toolCallId: call.id });
+    return this.current.add(parent?.id ?? "", "user", text, this.image ? { image: this.image } : {});
   }
 
   async retry(node) {
@@ -260,6 +269,9 @@ export class Chat {
     this.system.value = this.current.system;
     this.stopButton.hidden = !running;
     this.sendButton.disabled = running;
+    const last = this.current.path().at(-1);
+    const [call] = last && !running ? this.current.openCalls(last) : [];
+    this.input.placeholder = call ? `Result of ${call.function.name}` : "Message";
     this.list.replaceChildren(
       ...this.conversations.map((each) =>
         h(
@@ -310,7 +322,8 @@ export class Chat {
     this.fill(node, body, facts);
     const siblings = this.current.siblings(node);
     const buttons = [];
-    if (node.role === "user") buttons.push(h("button", { class: "quiet", onclick: () => this.edit(node) }, "Edit"));
+    if (node.role !== "assistant")
+      buttons.push(h("button", { class: "quiet", onclick: () => this.edit(node) }, "Edit"));
     else buttons.push(h("button", { class: "quiet", onclick: () => this.retry(node) }, "Retry"));
     if (this.current.answers(node).length > 1) {
       const choose = () => (this.current.show(node), this.save(), this.render());

@@ -64,14 +64,25 @@ export class Conversation {
   /** The same as messages of OpenAI's API. */
   messages(node) {
     const messages = this.system ? [{ role: "system", content: this.system }] : [];
-    for (const { role, content, image, toolCalls } of this.history(node)) {
+    for (const { role, content, image, toolCalls, toolCallId } of this.history(node)) {
       const parts = image && [
         { type: "text", text: content },
         { type: "image_url", image_url: { url: image } },
       ];
-      messages.push({ role, content: parts || content, ...(toolCalls?.length ? { tool_calls: toolCalls } : {}) });
+      const message = { role, content: parts || content };
+      if (toolCalls?.length) message.tool_calls = toolCalls;
+      if (toolCallId) message.tool_call_id = toolCallId;
+      messages.push(message);
     }
     return messages;
+  }
+
+  /** The calls of the latest answer before or at `node` that have no result yet. */
+  openCalls(node) {
+    const history = this.history(node);
+    const last = history.findLastIndex(({ role }) => role === "assistant");
+    const results = new Set(history.slice(last + 1).map(({ toolCallId }) => toolCallId));
+    return (history[last]?.toolCalls ?? []).filter(({ id }) => !results.has(id));
   }
 
   toJSON() {
