@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,14 +59,20 @@ def decode_seconds(llm: LLM, adapters: Sequence[LoRARequest | None], num_tokens:
 
 def measure(model: Path, dtype: str, threads: int | None, turns: int, num_tokens: int) -> dict[str, float]:
     config = ModelConfig.from_folder(model)
-    options = {"dtype": dtype, "threads": threads, "num_blocks": 600, "max_model_len": 256, "max_num_seqs": 64}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "threads": threads,
+        "num_blocks": 600,
+        "max_model_len": 256,
+        "max_num_seqs": 64,
+    }
     with tempfile.TemporaryDirectory() as folder:
         adapters = [write_adapter(Path(folder) / f"a{number}", config, number) for number in range(16)]
         plain, lora = LLM(str(model), **options), LLM(str(model), enable_lora=True, max_loras=16, **options)
         many = [adapters[number % 16] for number in range(64)]
         decode_seconds(lora, many, 1)  # loads them
         nothing: list[LoRARequest | None] = [None]
-        cases = {
+        cases: dict[str, tuple[int, Sequence[LoRARequest | None]]] = {
             "1 sequence, no adapter": (1, nothing),
             "64 sequences, no adapter": (64, nothing * 64),
             "1 sequence, 1 adapter": (1, [adapters[0]]),

@@ -103,6 +103,9 @@ def test_a_mixed_batch_equals_peft(llm: LLM, base: Path, adapter: Callable[[str]
         assert is_greedy(base, path, ids, output.outputs[0].token_ids), path
         if path is not None:  # else the test would pass without adapters
             assert (expected - expected_logprobs(base, None, ids)).abs().max() > 0.1, path
+    waiting = llm._engine._core._adapters
+    assert waiting is not None
+    assert 0 < waiting._slots.adapters.num_bytes <= llm.memory_plan.adapters
 
 
 def test_rows_without_an_adapter_keep_their_bits(llm: LLM, adapter: Callable[[str], Path]) -> None:
