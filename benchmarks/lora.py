@@ -1,8 +1,8 @@
 """What adapters cost: `python -m benchmarks.lora MODEL`, a folder of `benchmarks.make_models`.
 
 Decoding of a batch without adapters, on an engine without and with `enable_lora`; with one adapter; and of 64 sequences
-with 16 adapters. Adapters have rank 16 and change every dense layer. Figures are ratios of times measured in turns, so
-that a busy machine slows both sides; each is the median over the turns.
+with 16 adapters. Adapters have rank 16 and change every dense layer. Figures are ratios of CPU times of all threads,
+measured in turns, so that a busy machine hardly counts; each is the median over the turns.
 """
 
 import argparse
@@ -46,14 +46,14 @@ def write_adapter(folder: Path, config: ModelConfig, seed: int) -> LoRARequest:
 
 
 def decode_seconds(llm: LLM, adapters: Sequence[LoRARequest | None], num_tokens: int) -> float:
-    """Time of a decoded token of a whole batch: the slope between a short and a long answer."""
+    """CPU time of a decoded token of a whole batch: the slope between a short and a long answer."""
     prompts = [{"prompt_token_ids": [3 + number, 5, 8]} for number in range(len(adapters))]
     times = []
     for count in (4, 4 + num_tokens):
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-        started = time.perf_counter()
+        started = time.process_time()
         llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return (times[1] - times[0]) / num_tokens
 
 
