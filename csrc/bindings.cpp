@@ -608,7 +608,7 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tenso
     a.window = window;
     a.alibi_slopes = alibi_slopes ? vector_of_floats("alibi_slopes", *alibi_slopes, a.num_heads) : nullptr;
     a.sinks = sinks ? vector_of_floats("sinks", *sinks, a.num_heads) : nullptr;
-    a.num_threads = std::min(num_threads, omp_get_max_threads());
+    a.num_threads = num_threads > 1 ? omp_get_max_threads() : 1;
     a.scratch = scratch_of(a.num_threads * kernels->attention_scratch(a));
 
     nb::gil_scoped_release release;

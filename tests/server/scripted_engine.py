@@ -7,13 +7,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import quire
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
 from quire.engine.metrics import Metrics
+from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
@@ -29,6 +32,7 @@ from quire.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
@@ -89,12 +93,17 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    block_size: int = 16
     max_queue_size: int = 1024
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
     default_params: dict[str, Any] = field(default_factory=dict)
+    other_names: list[str] = field(default_factory=list)
+    text_prompts: TextPrompts = field(default_factory=TextPrompts)
+    embedder: "ScriptedEngine | None" = None
+    """The engine for vectors, if it is another."""
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
@@ -126,6 +135,10 @@ class ScriptedEngine:
         return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), self.memory)
 
     @property
+    def vectors(self) -> "ScriptedEngine":
+        return self.embedder or self
+
+    @property
     def advances(self) -> bool:
         return self.state == "ready" and not self.stalls
 
@@ -150,7 +163,9 @@ class ScriptedEngine:
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = MappingProxyType({}),
     ) -> AsyncGenerator[RequestOutput, None]:
+        assert not progress, "the engine that resumes is the real one"
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")
@@ -171,9 +186,9 @@ class ScriptedEngine:
 
     async def embed(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
@@ -188,7 +203,7 @@ class ScriptedEngine:
         check_prompt_length(len(kept), self.max_model_len, num_output=0)
         self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, "", adapter))
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
-        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
+        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize is not False)
 
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
         tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)

@@ -12,8 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -26,7 +25,10 @@ from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
+from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.memory_sizes import available_memory
 from quire.engine.messages import (
     FromEngine,
     Load,
@@ -39,15 +41,17 @@ from quire.engine.messages import (
     ResetPrefixCache,
 )
 from quire.engine.metrics import Metrics
+from quire.engine.model_task import read_model
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
-from quire.request import Task
+from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
 
@@ -65,7 +69,10 @@ class AsyncLLM:
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
         self.adapters = AdapterRegistry(config.lora_modules, enabled=config.enable_lora)
         """Adapters by the names that requests choose them by."""
+        self.other_names: list[str] = []
+        """Names of a model that serves beside this one."""
         self.default_params: dict[str, Any] = {}
+        self.text_prompts = TextPrompts()
         self.metrics = Metrics(self.model_names[0])
         self._report = report
         self._model_config: ModelConfig | None = None
@@ -86,23 +93,25 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_waiters: deque[asyncio.Future[MemoryReport]] = deque()
+        self._memory_questions = MemoryQuestions()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, *, reserved: int = 0) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
+        `reserved` bytes of the host's memory belong to another engine.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
-        self._model_config = ModelConfig.from_folder(folder)
-        self._memory_plan = plan_memory(self.config, self._model_config)
+        self._model_config = read_model(self.config, folder)
+        self._memory_plan = plan_memory(self.config, self._model_config, max(0, available_memory() - reserved))
         for line in self._memory_plan.describe():
             self._report(line)
         await self._client.start(Load(self.config, self._memory_plan, str(folder)))
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
+        self.text_prompts = read_text_prompts(folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
         if self.tokenizer is not None:
             await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
@@ -125,6 +134,11 @@ class AsyncLLM:
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
             self._grammar_checker.warm()
+
+    @property
+    def vectors(self) -> "AsyncLLM":
+        """The engine for embeddings and scores."""
+        return self
 
     async def wait_ready(self) -> None:
         """Return when the engine can compute for the first time. Raises the reason if it never will."""
@@ -178,6 +192,10 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self.memory_plan.block_size
+
+    @property
     def max_queue_size(self) -> int:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
@@ -201,8 +219,11 @@ class AsyncLLM:
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
+
+        `progress` has the samples that another engine began, by index. The first item repeats it as an output.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
@@ -223,9 +244,13 @@ class AsyncLLM:
             workload=workload,
             adapter=adapter,
             timeout=timeout,
+            progress=progress,
         )
         finished = False
         try:
+            if stream.replayed is not None:
+                finished = stream.replayed.finished
+                yield stream.replayed
             while not finished:
                 await stream.changed.wait()
                 output = stream.take()
@@ -240,7 +265,7 @@ class AsyncLLM:
         self,
         prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         request_id: str | None = None,
         priority: int = 0,
@@ -249,7 +274,8 @@ class AsyncLLM:
         adapter: Adapter | None = None,
         timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
-        """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
+        """The vector of a prompt, as from `LLM.embed`; of a classifier the outputs of its head. Cancelling the call
+        aborts the request.
 
         Raises `RequestError` as `generate` does.
         """
@@ -271,7 +297,7 @@ class AsyncLLM:
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
-        return make_embedding(output, normalize=normalize)
+        return make_embedding(output, normalize=self.model_config.normalizes if normalize is None else normalize)
 
     async def _open(
         self,
@@ -280,6 +306,7 @@ class AsyncLLM:
         *,
         task: Task = Task.SAMPLE,
         timeout: float | None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
         **options: Unpack[RequestOptions],
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
@@ -292,24 +319,17 @@ class AsyncLLM:
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
+        if progress:
+            request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        self._check_queue()
+        num_live, num_running = self._streams.num_live, self.memory_plan.max_num_seqs
+        self._throughput.check_queue(num_live, num_running, self.config.max_queue_size)
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text, timeout)
-
-    def _check_queue(self) -> None:
-        """Raise `QueueFullError` if `max_queue_size` requests wait."""
-        limit = self.config.max_queue_size
-        num_waiting = self._throughput.num_waiting(self._streams.num_live, self.memory_plan.max_num_seqs)
-        if num_waiting >= limit > 0:
-            raise QueueFullError(
-                f"{num_waiting} requests are waiting, the limit is {limit} (max_queue_size)",
-                retry_after=self._throughput.retry_after(num_waiting, limit),
-            )
+        return self._streams.open(request, text, timeout, progress)
 
     async def register_prefix(self, prefix: Prompt, salts: Sequence[str] = ("",)) -> str:
         """Have a prefix computed before anything that waits, and kept: it is found under each of the salts.
@@ -329,8 +349,7 @@ class AsyncLLM:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
         if self.state not in ("ready", "draining"):
             raise EngineUnavailableError(f"the engine is {self.state}")
-        answer: asyncio.Future[MemoryReport] = asyncio.get_running_loop().create_future()
-        self._memory_waiters.append(answer)
+        answer = self._memory_questions.ask()
         self._client.send(ReportMemory())
         return await answer
 
@@ -343,9 +362,7 @@ class AsyncLLM:
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
             case MemoryReported(report):
-                waiter = self._memory_waiters.popleft()
-                if not waiter.done():
-                    waiter.set_result(report)
+                self._memory_questions.answer(report)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -358,7 +375,7 @@ class AsyncLLM:
                 self._report(f"{name}: {seconds:.2f} s")
 
     def _handle_death(self, death: Death) -> bool:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -370,15 +387,9 @@ class AsyncLLM:
         self._streams.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)
-
-    def _fail_memory_waiters(self) -> None:
-        for waiter in self._memory_waiters:
-            if not waiter.done():
-                waiter.set_exception(EngineUnavailableError("the engine ended before it could answer"))
-        self._memory_waiters.clear()

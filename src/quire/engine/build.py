@@ -15,8 +15,9 @@ import torch
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
 from quire.engine.adapters import WaitingForAdapter
+from quire.engine.cache_events import CacheEvents
 from quire.engine.core import EngineCore
-from quire.engine.device import usable_cores
+from quire.engine.device import ThreadCount, usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import load_compiler
 from quire.engine.memory_budget import max_num_samples
@@ -107,7 +108,6 @@ def build_core(
     preloader = preloader or preload(config, model_config, plan, folder)
     model, from_cache = _load_weights(target, preloader)
     on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
-
     started = time.perf_counter()
     kv_cache = _make_kv_cache(target)
     tiers, block_store = _open_tiers(target, kv_cache)
@@ -124,14 +124,16 @@ def build_core(
         grammars=grammars,
         capture=CudaCapture() if plan.graphs else None,
     )
+    scheduler, events = _make_scheduler(target, tiers)
     core = EngineCore(
-        _make_scheduler(target, tiers),
+        scheduler,
         runner,
         grammars,
         preloader.cache,
         vocab_size=model_config.vocab_size,
         max_logprobs=config.max_logprobs,
         overlaps=plan.async_scheduling,
+        events=events,
     )
     if target.adapters is not None:
         slots = _make_slots(target, target.adapters)
@@ -147,6 +149,7 @@ def _runner_settings(config: EngineConfig, plan: MemoryPlan, num_threads: int) -
         max_num_batched_tokens=plan.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
         num_threads=num_threads,
+        count_threads=None if config.threads else ThreadCount(),
         logprobs_memory=plan.logprobs,
         fast_forward=config.fast_forward,
         batch_invariant=config.deterministic,
@@ -271,14 +274,15 @@ def _warn_of_surplus(target: _Target) -> None:
             logger.warning("%s", surplus)
 
 
-def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
+def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler, CacheEvents | None]:
+    """The scheduler, and what publishes the content of its pool, if the config asks for that."""
     config, plan = target.config, target.plan
     pool = BlockPool(
         plan.num_blocks,
         plan.block_size,
         windows=target.layout.windows,
         window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and not target.model_config.needs_whole_texts,
     )
     states, speculation = None, None
     if plan.num_state_slots:
@@ -287,13 +291,14 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
             logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
     elif config.speculative_config is not None:
         speculation = DraftPlanner(config.speculative_config)
-    return Scheduler(
+    scheduler = Scheduler(
         pool,
         SchedulerLimits(
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
+            whole_prompts=target.model_config.needs_whole_texts,
             max_pinned_share=config.max_pinned_share,
         ),
         tiers=tiers,
@@ -302,3 +307,6 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )
+    published = config.kv_events_config
+    events = CacheEvents(published, pool, tiers) if published is not None and published.is_on else None
+    return scheduler, events

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from quire.engine import malloc_arena
 from quire.engine.adapters import WaitingForAdapter
+from quire.engine.cache_events import CacheEvents
 from quire.engine.executor import Executor, PendingStep
 from quire.engine.grammars import WaitingForGrammar
 from quire.engine.limits import check_request
@@ -41,10 +42,12 @@ class EngineCore:
         vocab_size: int,
         max_logprobs: int,
         overlaps: bool = False,
+        events: CacheEvents | None = None,
     ) -> None:
         """`grammars` is also where the executor finds compiled grammars. `weights_cache` may still be writing.
 
-        `overlaps`: plan and launch a step while the one before it still runs, where possible.
+        `overlaps`: plan and launch a step while the one before it still runs, where possible. `events` publishes what
+        the KV cache holds.
         """
         self._scheduler = scheduler
         self._executor = executor
@@ -57,6 +60,7 @@ class EngineCore:
         self._weights_cache = weights_cache
         self._closed = False
         self._overlaps = overlaps
+        self._events = events
         self._in_progress: tuple[StepPlan, PendingStep] | None = None
         """The step that was launched ahead."""
         self._record: StepRecord | None = None
@@ -154,6 +158,8 @@ class EngineCore:
             self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
             self._grammars.keep_held([*self._scheduler.request_ids, *self._waiting_ids])
+        if self._events is not None:
+            self._events.publish()
         return deltas
 
     def _next_step(self) -> tuple[StepPlan, PendingStep] | None:
@@ -255,6 +261,8 @@ class EngineCore:
             self._adapters.close()
         if self._weights_cache is not None:
             self._weights_cache.close()
+        if self._events is not None:
+            self._events.close()
         malloc_arena.release()
 
     def memory_report(self) -> MemoryReport:
@@ -272,3 +280,5 @@ class EngineCore:
     def reset_prefix_cache(self) -> None:
         """Make all cached prefixes unfindable, except registered ones."""
         self._scheduler.reset_prefix_cache()
+        if self._events is not None:
+            self._events.publish()

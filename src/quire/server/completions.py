@@ -1,7 +1,5 @@
 """/v1/completions: from one or several prompts, as text or tokens, to the text after each; whole or as a stream."""
 
-import time
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -23,13 +21,13 @@ from quire.server.text_offsets import TextOffsets
 
 async def create_completion(context: RequestContext) -> None:
     request = await context.read(CompletionRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     prompts = split_prompts(request.prompt)
     generation = await completion_generation(context, request, prompts)
     renderer = CompletionRenderer(
-        id=f"cmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
+        id=context.answer_id("cmpl-"),
+        created=context.created(),
         model=model,
         request=request,
         options=request.stream_options or StreamOptions(),

@@ -1,8 +1,10 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
 import gc
+import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -10,12 +12,15 @@ from urllib.parse import parse_qsl
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from quire.engine.model_task import check_task
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError
+from quire.errors import EngineUnavailableError, RequestError
+from quire.request import Task
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
+from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, decode_progress
 from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
@@ -47,12 +52,27 @@ class RequestContext:
     client: Client
     services: Services
 
+    def for_vectors(self) -> "RequestContext":
+        """The same request with the engine that makes vectors, which may be another than the one that generates."""
+        return replace(self, engine=self.engine.vectors)
+
+    def check_generates(self) -> None:
+        """As `check_ready`; raises `RequestError` if the engine's model makes vectors instead of text."""
+        self.check_ready()
+        check_task(self.engine.model_config, Task.SAMPLE)
+
     async def read(self, body_type: type[T]) -> T:
         """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it.
 
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        given = dict(self.scope["headers"]).get(STREAM_HEADER)
+        if given is not None:
+            handover = Handover.from_header(given)
+            progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
+            self.scope["state"]["handover"] = replace(handover, progress=progress)
+            body = body[handover.num_bytes :]
         check_shape(body)
         gc.disable()  # it would scan every object for each few hundred that are made
         try:
@@ -63,6 +83,25 @@ class RequestContext:
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
+
+    @property
+    def handover(self) -> Handover | None:
+        """What the router says about the answer; None for a request that comes from a client."""
+        handover: Handover | None = self.scope["state"].get("handover")
+        return handover
+
+    @property
+    def asks_for_prompt(self) -> bool:
+        """The router wants to know the prompt's blocks, not the answer."""
+        return PROMPT_HEADER in dict(self.scope["headers"])
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of the answer, which begins with `prefix`."""
+        return prefix + (self.handover.stream_id if self.handover else uuid.uuid4().hex)
+
+    def created(self) -> int:
+        """Unix time at which the answer began."""
+        return self.handover.created if self.handover else int(time.time())
 
     def warn(self, *texts: str) -> None:
         """Say in a header of the response, and once in the log, what of the request has no effect."""
@@ -171,9 +210,17 @@ class RequestContext:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served to the client's
         key."""
         names = self.model_names
+        if name is not None and name in self.engine.other_names:
+            raise RequestError(
+                f"the model {name!r} does not serve this endpoint: one of both models here generates text, the other "
+                f"makes vectors; use {', '.join(names)}",
+                param="model",
+                code="wrong_task",
+            )
         if name is None and names:
-            name = names[0]
-        if name is None or name not in names:
+            return names[0]
+        name = name or self.engine.model_names[0]
+        if name not in names:
             shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
             raise Refusal(
                 404,

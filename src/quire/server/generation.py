@@ -2,7 +2,7 @@
 
 import asyncio
 from asyncio import Queue, Task
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
@@ -31,6 +32,8 @@ class Generation:
     scheduling: SchedulingInfo
     timeout: float | None = None
     """Seconds after which each prompt's request is ended with an error."""
+    progress: Mapping[int, SampleProgress] = field(default_factory=dict)
+    """Choices that another server began, by index."""
 
     @property
     def num_choices(self) -> int:
@@ -43,7 +46,7 @@ class Generation:
         adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [self._generate(engine, prompt, params, adapter, admission) for prompt in self.prompts]
+            streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
                     for sample in output.outputs:
@@ -58,16 +61,16 @@ class Generation:
         token_ids = await asyncio.to_thread(tokenizer.bad_word_ids, words)
         return self.params.with_changes(bad_words_token_ids=token_ids)
 
+    def _progress_of(self, prompt_index: int) -> dict[int, SampleProgress]:
+        """The samples of a prompt that another server began."""
+        n, first = self.params.n, prompt_index * self.params.n
+        return {choice - first: sample for choice, sample in self.progress.items() if 0 <= choice - first < n}
+
     async def _generate(
-        self,
-        engine: Engine,
-        prompt: list[int],
-        params: SamplingParams,
-        adapter: Adapter | None,
-        admission: Admission,
+        self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
-            prompt,
+            self.prompts[index],
             params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
@@ -75,6 +78,7 @@ class Generation:
             workload=self.scheduling.workload,
             adapter=adapter,
             timeout=self.timeout,
+            progress=self._progress_of(index),
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None
