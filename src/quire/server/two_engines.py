@@ -74,6 +74,10 @@ class TwoEngines:
         return self._first.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self._first.block_size
+
+    @property
     def max_queue_size(self) -> int:
         return self._first.max_queue_size
 
