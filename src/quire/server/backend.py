@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
@@ -67,6 +69,10 @@ class Engine(Protocol):
     def text_prompts(self) -> TextPrompts: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def questions(self) -> MemoryQuestions: ...
+    @property
+    def views(self) -> PoolViews: ...
 
     def generate(
         self,

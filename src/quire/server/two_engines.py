@@ -11,7 +11,9 @@ from typing import Any
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.async_engine import AsyncLLM
 from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
@@ -92,6 +94,18 @@ class TwoEngines:
     @property
     def metrics(self) -> Metrics:
         return self._first.metrics
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
+
+    @property
+    def questions(self) -> MemoryQuestions:
+        return self._first.questions
+
+    @property
+    def views(self) -> PoolViews:
+        return self._first.views
 
     def generate(
         self, prompt: str | list[int], params: SamplingParams, **options: Any
