@@ -18,7 +18,6 @@ LONG_FUNCTIONS: dict[str, str] = {}
 """Functions above MAX_FUNCTION_LINES, as "file:name" → why."""
 MANY_PARAMETERS: dict[str, str] = {
     "server/backend.py:generate": "a request's prompt and parameters, and all that clients may say beside them",
-    "engine/async_engine.py:generate": "the same",
 }
 """Functions above MAX_PARAMETERS, as "file:name" → why."""
 

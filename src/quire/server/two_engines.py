@@ -96,10 +96,6 @@ class TwoEngines:
         return self._first.metrics
 
     @property
-    def adapters(self) -> AdapterRegistry:
-        return self._first.adapters
-
-    @property
     def questions(self) -> MemoryQuestions:
         return self._first.questions
 
