@@ -13,6 +13,7 @@ from typing import Any
 import quire
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
 from quire.engine.memory_questions import MemoryQuestions
@@ -109,6 +110,7 @@ class ScriptedEngine:
     """The engine for vectors, if it is another."""
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
+    images: ImageSupport | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
     memory: list[RequestMemory] = field(default_factory=list)

@@ -24,6 +24,7 @@ from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
@@ -81,6 +82,7 @@ class AsyncLLM:
         self._memory_plan: MemoryPlan | None = None
         self._inputs: InputProcessor | None = None
         self._grammar_checker: AsyncGrammarChecker | None = None
+        self.images: ImageSupport | None = None
         self._client = EngineClient(
             Owner(
                 on_message=self._handle,
@@ -135,6 +137,7 @@ class AsyncLLM:
             seed=self.config.seed,
         )
         self._report(describe_tokenizer(self.tokenizer, time.perf_counter() - started))
+        self.images = ImageSupport.of(self.config, self._model_config, self.tokenizer)
         self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
@@ -159,6 +162,8 @@ class AsyncLLM:
         await self._client.shutdown()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
+        if self.images is not None:
+            await self.images.reader.close()
         if self.chat_template is not None:
             await self.chat_template.close()
 

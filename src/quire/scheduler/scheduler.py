@@ -266,6 +266,7 @@ class Scheduler:
         for group in groups.values():
             if any(sequence.row != NO_ROW for sequence in group.sequences):
                 self._queues.preempt(group)
+        self._parts.images.roll_back(plan)
         if self._states is not None:
             self._states.roll_back()
         self._max_step_tokens = max(1, plan.num_tokens // 2)

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
@@ -41,6 +42,8 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer | None: ...
     @property
     def chat_template(self) -> ChatRenderer | None: ...
+    @property
+    def images(self) -> ImageSupport | None: ...
     @property
     def model_names(self) -> list[str]: ...
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.async_engine import AsyncLLM
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
 from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
@@ -58,6 +59,10 @@ class TwoEngines:
     @property
     def chat_template(self) -> ChatRenderer | None:
         return self._first.chat_template
+
+    @property
+    def images(self) -> ImageSupport | None:
+        return self._first.images
 
     @property
     def model_names(self) -> list[str]:
