@@ -427,6 +427,62 @@ void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tens
     kernels->linear_quantized(a);
 }
 
+const char* const kCodeKinds[] = {"table", "integers4", "integers8", "float8"};  // as CodeKind
+
+// Checks a coded weight of k inputs for n outputs.
+CodedWeight coded_weight(const Tensor& codes, const std::string& kind, const std::vector<float>& levels,
+                         const Tensor& scales, const std::optional<Tensor>& offsets, bool zero_points, int64_t group,
+                         int64_t n, int64_t k) {
+    CodedWeight w{};
+    const auto known = std::find(std::begin(kCodeKinds), std::end(kCodeKinds), kind);
+    if (known == std::end(kCodeKinds)) throw std::invalid_argument("kind: no codes are called '" + kind + "'");
+    w.kind = CodeKind(known - std::begin(kCodeKinds));
+    const size_t num_levels = w.kind == CodeKind::table ? 16 : w.kind == CodeKind::float8 ? 0 : 1;
+    if (levels.size() != num_levels)
+        throw std::invalid_argument("levels: expected " + std::to_string(num_levels) + ", found " + std::to_string(levels.size()));
+    if (w.kind == CodeKind::table) std::copy(levels.begin(), levels.end(), w.levels);
+    else if (num_levels) w.zero = levels[0];
+    if (group < 1 || (group < k && group % 8))
+        throw std::invalid_argument("group_size: expected a multiple of 8, or at least the " + std::to_string(k) +
+                                    " inputs, found " + std::to_string(group));
+    const int64_t panels = (n + kPanel - 1) / kPanel;
+    const int64_t words = w.kind == CodeKind::integers8 || w.kind == CodeKind::float8 ? 2 : 1;
+    const Argument code("codes", codes), scale("scales", scales);
+    w.codes = code.of(kUint8).shaped({panels, (k + 7) / 8, words, kPanel, 4}).contiguous().pointer<uint8_t>();
+    w.scale_element = element_of(scale);
+    w.scales = scale.shaped({panels, groups_of(k, group), kPanel}).contiguous().pointer<void>();
+    if (offsets)
+        w.offsets = Argument("offsets", *offsets).of(scale.dtype()).shaped({panels, groups_of(k, group), kPanel}).contiguous().pointer<void>();
+    w.zero_points = zero_points;
+    w.group = std::min(group, (k + 7) / 8 * 8);
+    return w;
+}
+
+void linear_coded(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
+                  std::optional<Tensor> norm_weight, float eps, const Tensor& codes, const std::string& kind,
+                  const std::vector<float>& levels, const Tensor& scales, std::optional<Tensor> offsets,
+                  bool zero_points, int64_t group, std::optional<Tensor> order, std::optional<Tensor> bias,
+                  const Tensor& out) {
+    CodedLinear a{};
+    a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
+    const Argument output("out", out);
+    output.of(kFloat32).shaped({a.m, kAny}).contiguous();
+    a.n = output.size(1);
+    a.weight = coded_weight(codes, kind, levels, scales, offsets, zero_points, group, a.n, a.k);
+    if (order) {
+        a.order = vector_of_indices("order", *order, a.k);
+        for (int64_t i = 0; i < a.k; ++i)
+            if (a.order[i] < 0 || a.order[i] >= a.k)
+                throw std::invalid_argument("order: expected inputs below " + std::to_string(a.k) + ", found " + std::to_string(a.order[i]));
+    }
+    a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
+    a.out = output.pointer<float>();
+    if (a.m == 0) return;
+    a.scratch = scratch_of(2 * a.m * a.k);
+    nb::gil_scoped_release release;
+    kernels->linear_coded(a);
+}
+
 const char* const kExpertFormats[] = {"float32", "float16", "bfloat16", "int8", "int4", "mxfp4", "mxfp4 of int8"};  // as ExpertFormat
 
 // The dense layer [n, k] of every expert, packed as `format` says.
@@ -702,6 +758,10 @@ NB_MODULE(_cpu, m) {
     m.def("quantize_rows", &quantize_rows, nb::arg("x"), nb::arg("bytes"), nb::arg("scales"));
     m.def("quantize_linear", &quantize_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"),
           nb::arg("bits"), nb::arg("group_size"), nb::arg("first_row"));
+    m.def("linear_coded", &linear_coded, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
+          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("codes"), nb::arg("kind"), nb::arg("levels"),
+          nb::arg("scales"), nb::arg("offsets").none(), nb::arg("zero_points"), nb::arg("group_size"),
+          nb::arg("order").none(), nb::arg("bias").none(), nb::arg("out"));
     m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));

@@ -2,6 +2,7 @@
 // namespace; all code below lives in that namespace, so no two versions of a function can be mistaken by the linker.
 
 #include "attention.h"
+#include "coded_linear.h"
 #include "draw.h"
 #include "elementwise.h"
 #include "embedding.h"
@@ -31,6 +32,7 @@ extern const Kernels kernels = {
     .quantize_rows = quantize_rows,
     .quantize_linear = quantize_linear,
     .linear_quantized = linear_quantized,
+    .linear_coded = linear_coded,
     .experts_scratch = experts_scratch,
     .experts = experts,
     .gather_rows = gather_rows,

@@ -143,6 +143,32 @@ struct LowBitLinear {
     int64_t m, n, k;
 };
 
+// How codes of few bits stand for numbers: by a table of 16, as integers less a zero point, or as floats (e4m3).
+enum class CodeKind : uint8_t { table, integers4, integers8, float8 };
+
+// A weight as a checkpoint of few bits stores it, in the layout of coded_linear.h.
+struct CodedWeight {
+    const uint8_t* codes;
+    CodeKind kind;
+    float levels[16];  // of a table
+    float zero;        // of integers
+    Element scale_element;
+    const void* scales;
+    const void* offsets;  // of the type of scales, or null
+    bool zero_points;     // offsets are zero points of their groups; else what is added to a group's numbers
+    int64_t group;        // inputs that share a scale: a multiple of 8, or at least k
+};
+
+struct CodedLinear {
+    LinearInput x;
+    CodedWeight weight;
+    const int32_t* order;  // [k]: input k of the weight is input order[k] of x; null: they are the same
+    const float* bias;     // [n] or null
+    float* out;            // [m, n], contiguous
+    float* scratch;        // 2 * m * k floats
+    int64_t m, n, k;
+};
+
 // How a dense layer of experts is stored: floats, or few bits in the layout of linear_low_bit.h. `mxfp4_of_bytes` is the
 // same weight as `mxfp4`, multiplied with inputs of 8 bits.
 enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, mxfp4, mxfp4_of_bytes };
@@ -226,6 +252,7 @@ struct Kernels {
     void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
                             int64_t first_row);
     void (*linear_quantized)(const LowBitLinear& linear);
+    void (*linear_coded)(const CodedLinear& linear);
     int64_t (*experts_scratch)(const Experts& experts);  // bytes
     void (*experts)(const Experts& experts);
     void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);

@@ -36,7 +36,9 @@ class PagedModel:
     ) -> None:
         self.config = config = config or ModelConfig.from_folder(folder)
         kernels = kernels or kernels_for("cpu")
-        self.model = load_model(config, open_checkpoint(folder), kernels, dtype, max_model_len=max_model_len)
+        self.model = load_model(
+            config, open_checkpoint(folder, config.stored), kernels, dtype, max_model_len=max_model_len
+        )
         self.block_size = block_size
         blocks_per_sequence = -(-(max_model_len or config.context_length) // block_size)
         num_blocks = max_sequences * blocks_per_sequence

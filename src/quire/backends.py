@@ -64,6 +64,8 @@ class Backend:
     """Whether a step may have a second plan, for its output tokens: plans are not in fixed buffers."""
     keeps_mxfp4: bool = False
     """Whether its kernels multiply MXFP4; else such weights become floats."""
+    keeps_codes: bool = False
+    """Whether its kernels multiply the codes of checkpoints of few bits; else such weights become floats."""
     lacks: tuple[str, ...] = ()
     """Kinds of attention that it does not compute; see `ModelConfig.attention_needs`."""
     captures: bool = False
@@ -81,6 +83,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             float32_activations=True,
             quantizes=True,
             keeps_mxfp4=True,
+            keeps_codes=True,
             deterministic=True,
             replans=True,
         ),

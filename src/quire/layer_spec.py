@@ -15,6 +15,7 @@ from typing import Literal
 
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
+from quire.quantization.stored import KeptBits
 
 RECURRENT_CHUNK = 64
 """Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
@@ -248,6 +249,8 @@ class ModelSpec:
     """The final norm, a bias of the head, and the vectors of an image encoder."""
     image_encoder: tuple[LinearSpec, ...] = ()
     """Matrices of an image encoder."""
+    kept: KeptBits | None = None
+    """None: no matrix keeps the bits of its checkpoint, but for those in MXFP4."""
 
     @property
     def num_layers(self) -> int:
@@ -350,12 +353,17 @@ class ModelSpec:
         """Memory of the layers' matrices, every expert's included."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
-        return sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
+        total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
+        if self.kept is None or quantization is not None:
+            return total
+        return total - self.kept.layer_parameters * DTYPE_BYTES[dtype] + self.kept.layer_bytes
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
         if self.head is None:
             return 0
+        if self.kept is not None and self.kept.head_bytes and quantization is None:
+            return self.kept.head_bytes
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from quire.attention.recurrence import CHUNK, Save, plan_recurrence
 from quire.kernels import cpu, recurrence, reference, sdpa
-from quire.kernels.interface import RecurrentPlan, StateLayer
+from quire.kernels.interface import StateLayer
+from quire.kernels.recurrent_plan import RecurrentPlan
 
 NUM_SLOTS, WIDTH, KEY_DIM, VALUE_DIM = 9, 4, 6, 10
 NUM_CHANNELS = 7

@@ -233,8 +233,9 @@ class TestRefusals:
             ),
             ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>"; supported: a token id or a list of them'),
             (
-                {"quantization_config": {"quant_method": "gptq"}},
-                'quantization_config is "gptq"; supported: float32, float16 and bfloat16 weights',
+                {"quantization_config": {"quant_method": "hqq"}},
+                'quantization_config is "hqq"; supported: floats, gptq, awq, compressed-tensors, fp8, bitsandbytes, '
+                "mxfp4",
             ),
         ],
         ids=str,

@@ -79,7 +79,7 @@ def test_pointers_of_git_lfs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization is .*MLX stored these weights"),
+        ({"quantization": {"group_size": 64, "bits": 3}}, "quantization.bits is 3; supported: 2, 4, 8"),
         ({"quantization_config": "gptq"}, 'quantization_config is "gptq"; supported: an object'),
     ],
 )

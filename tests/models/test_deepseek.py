@@ -172,8 +172,8 @@ def test_tensors_that_are_missing(name: str, tmp_path: Path) -> None:
         ("deepseek-v3", {"v_head_dim": 21}, "has shape [176, 32], expected [180, 32] by config.json"),
         (
             "deepseek-v3",
-            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
-            'quantization_config is "fp8"; supported: float32, float16 and bfloat16 weights. Convert it to bfloat16',
+            {"quantization_config": {"quant_method": "mxfp4"}},
+            'quantization_config is "mxfp4"; supported: floats, gptq, awq',
         ),
     ],
 )

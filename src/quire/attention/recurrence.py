@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.inputs import Int32Array
-from quire.kernels.interface import ChunkRound, Chunks, ConvRows, RecurrentPlan
+from quire.kernels.recurrent_plan import ChunkRound, Chunks, ConvRows, RecurrentPlan
 from quire.kernels.transfer import to_device
 from quire.layer_spec import RECURRENT_CHUNK
 

@@ -13,7 +13,7 @@ from quire.cli.options import ModelArgument, flags
 from quire.cli.peak_resident import peak_resident
 from quire.cli.plan_tables import print_plan
 from quire.config import EngineConfig
-from quire.engine.checkpoint import find_model
+from quire.engine.checkpoint import find_model, read_model_config
 from quire.engine.device import Device as EngineDevice
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_sizes import available_memory
@@ -112,7 +112,7 @@ def plan(model: ModelArgument = "", *, asked: PlanOptions = _DEFAULTS, **options
 def _read_config(folder: Path) -> tuple[ModelConfig, str | None]:
     """The model's config; for a family that cannot be served an estimate, and why it cannot."""
     try:
-        return ModelConfig.from_folder(folder), None
+        return read_model_config(folder), None
     except CheckpointError as error:
         path = folder / "config.json"
         if not path.is_file() or known_architecture(path, read_json(path)) is not None:

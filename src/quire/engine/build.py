@@ -202,7 +202,7 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
     float32_activations = BACKENDS[plan.attention_backend].float32_activations
     made_on = torch.device("cpu") if float32_activations else target.device
     dummy = config.load_format == "dummy"
-    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else open_checkpoint(target.folder)
+    source: TensorSource = RandomWeights(config.seed, device=made_on) if dummy else _open(target)
     if not float32_activations:
         source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
     stored_as = plan.quantization or plan.dtype
@@ -215,6 +215,10 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
         adapters=target.adapters,
         max_model_len=plan.max_model_len,
     )
+
+
+def _open(target: _Target) -> TensorSource:
+    return open_checkpoint(target.folder, target.model_config.stored)
 
 
 def _make_slots(target: _Target, adapters: ModelAdapters) -> AdapterSlots:

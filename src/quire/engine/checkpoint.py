@@ -1,6 +1,7 @@
 """Finds a model's files: the bundled model, a folder, or a name that `model_sources` downloads on demand."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from quire.engine.model_sources.hub import download
 from quire.engine.model_sources.names import PackageName, parse_name, public_name
 from quire.engine.model_sources.packages import find_package
 from quire.errors import CheckpointError, RequestError
-from quire.model_config import read_json
+from quire.model_config import ModelConfig, read_json
+from quire.models.stored.sizes import count_kept
 from quire.sampling_params import SamplingParams
 
 BUNDLED_NAME = "quire-bundled"
@@ -39,6 +41,18 @@ def find_model(model: str, revision: str | None = None) -> Path:
         )
     name = parse_name(model, revision)
     return find_package(name) if isinstance(name, PackageName) else download(name)
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """A model's config, and how much of it its files hold in few bits. Raises `CheckpointError` for what is missing or
+    not supported."""
+    config = ModelConfig.from_folder(folder)
+    if config.stored is None:
+        return config
+    kept = count_kept(folder, config.stored)
+    # Files that hold more than the model has are refused when they are loaded.
+    fits = kept is not None and kept.layer_parameters <= config.spec.layer_parameters
+    return replace(config, kept=kept) if fits else config
 
 
 def model_name(model: str) -> str:

@@ -90,6 +90,8 @@ def make_budget(
     backend = BACKENDS[choice.backend]
     if not backend.keeps_mxfp4:
         model = replace(model, mxfp4_experts=False)
+    if not backend.keeps_codes or config.load_format == "dummy":
+        model = replace(model, kept=None)
     spec = model.spec
     layout = KVLayout.of(spec)
     block = layout.block_bytes(choice.block_size, choice.kv_cache_dtype)

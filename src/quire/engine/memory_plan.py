@@ -22,6 +22,7 @@ from quire.engine.memory_refusals import (
 )
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
+from quire.errors import ConfigError
 from quire.kv_groups import KVGroup, describe_groups, window_alignment
 from quire.model_config import ModelConfig
 
@@ -44,6 +45,8 @@ class MemoryPlan:
     attention_backend: str = "cpu"
     dtype: str
     quantization: str | None = None
+    stored: str = ""
+    """Format and bits of a checkpoint of few bits, and what becomes of them."""
     kv_cache_dtype: str
     available: int
     weights: int
@@ -119,7 +122,7 @@ class MemoryPlan:
         return [
             *(computed if self.attention_backend != "cpu" else []),
             f"memory: {show_bytes(self.total)} of {show_bytes(self.available)} available = "
-            f"weights {show_bytes(self.weights)} ({self.quantization or self.dtype}) "
+            f"weights {show_bytes(self.weights)} ({self.quantization or self.stored or self.dtype}) "
             f"+ activations {show_bytes(self.activations)} ({self.max_num_batched_tokens} tokens a step) "
             f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
@@ -177,6 +180,11 @@ def plan_memory(
         longest = check_whole_texts(config, model, longest)
     choice = _choose_storage(config, model, device, longest)
     check_backend(config, choice, device)
+    if config.quantization is not None and model.stored is not None:
+        raise ConfigError(
+            f"quantization is {config.quantization}, but the checkpoint's layers are already stored in few bits "
+            f"({model.stored.describe()}); leave it out"
+        )
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host
@@ -208,6 +216,7 @@ def plan_memory(
         attention_backend=choice.backend,
         dtype=choice.dtype,
         quantization=choice.quantization,
+        stored=_describe_stored(model, choice),
         kv_cache_dtype=choice.kv_cache_dtype,
         available=available,
         weights=budget.weights,
@@ -232,6 +241,14 @@ def plan_memory(
         images=budget.images,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
+
+
+def _describe_stored(model: ModelConfig, choice: StorageChoice) -> str:
+    """How a checkpoint of few bits is held, for the lines at start; "" for one of floats."""
+    if model.stored is None:
+        return ""
+    kept = BACKENDS[choice.backend].keeps_codes
+    return model.stored.describe() if kept else f"{choice.dtype}, unpacked from {model.stored.describe()}"
 
 
 def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, longest: int) -> StorageChoice:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from quire.config import EngineConfig
+from quire.engine.checkpoint import read_model_config
 from quire.errors import RequestError
 from quire.model_config import ModelConfig
 from quire.request import Task
@@ -14,7 +15,7 @@ _PRODUCTS = {"embed": "embeddings", "classify": "classes", "score": "scores"}
 
 def read_model(config: EngineConfig, folder: Path) -> ModelConfig:
     """Raises `CheckpointError` for a folder that cannot be read, `ConfigError` for a task that its model lacks."""
-    model = ModelConfig.from_folder(folder)
+    model = read_model_config(folder)
     if config.task == "auto" and config.pooling_type == "auto":
         return model
     token_ids: tuple[int, ...] = ()

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 lora_tile: int
@@ -41,6 +43,23 @@ def linear_quantized(
     scales: Tensor,
     bits: int,
     group_size: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def linear_coded(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    codes: Tensor,
+    kind: str,
+    levels: Sequence[float],
+    scales: Tensor,
+    offsets: Tensor | None,
+    zero_points: bool,
+    group_size: int,
+    order: Tensor | None,
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...

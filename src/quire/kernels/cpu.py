@@ -17,6 +17,8 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
+from quire.kernels.coded import CodedMatrix, CodedWeight
+from quire.kernels.coded_panels import kind_of, pack_panels
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
@@ -56,7 +58,9 @@ __all__ = [
     "kv_cache_shapes",
     "latent_layer",
     "linear",
+    "linear_coded",
     "linear_quantized",
+    "pack_coded",
     "pack_experts",
     "pack_linear",
     "paged_attention",
@@ -226,7 +230,14 @@ def _linear(
 ) -> Tensor:
     """Dense layer of op(x). An `op` is "none", "rms_norm", or an activation that gates the second half of x."""
     out = torch.empty(x.shape[0], num_outputs)
-    if isinstance(packed, QuantizedWeight):
+    if isinstance(packed, CodedWeight):
+        kind, levels, _ = kind_of(packed.levels)
+        scales, group_size, order = packed.scales, packed.group_size, packed.order
+        _cpu.linear_coded(
+            *(x, op, residual, norm_weight, eps, packed.codes, kind, levels, scales, packed.offsets),
+            *(packed.zero_points, group_size, order, bias, out),
+        )
+    elif isinstance(packed, QuantizedWeight):
         values, scales, bits, group_size = packed.values, packed.scales, packed.bits, packed.group_size
         _cpu.linear_quantized(x, op, residual, norm_weight, eps, values, scales, bits, group_size, bias, out)
     else:
@@ -260,6 +271,14 @@ def quantize_linear(
 
 
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
+
+
+def pack_coded(matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
+    return pack_panels(matrices, _cpu.panel, allocate)
+
+
+def linear_coded(x: Tensor, weight: CodedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 

@@ -28,7 +28,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.lora import LoraRows, LoraWeights
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -148,71 +150,6 @@ class StateLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class ConvRows:
-    """Where a step's tokens lie in one array in which width - 1 older inputs stand before each sequence's tokens.
-
-    The array has T + B * (width - 1) rows; every tensor here holds rows of it.
-    """
-
-    tokens: Tensor
-    """[T]: the row of each new token."""
-    before: Tensor
-    """[B * (width - 1)]: the rows of the older inputs."""
-    after: Tensor
-    """[B * (width - 1)]: the latest inputs once the step has ended."""
-    saved: Tensor
-    """[M * (width - 1)]: the latest inputs at each save."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkRound:
-    """Chunks first to end of a step: one of each sequence that has as many, so they can be computed together."""
-
-    first: int
-    end: int
-    slots: Tensor
-    """[end - first]: the state slot of each chunk's sequence."""
-    saved: Tensor
-    """Indices, from `first` on, of chunks after which the state is also saved."""
-    save_slots: Tensor
-    """The slots that it is saved to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
-
-    rows: Tensor
-    """[N, C]: the token at each place; 0 for padding, which follows a chunk's tokens."""
-    padding: Tensor
-    """[N, C] bool."""
-    tokens: Tensor
-    """Every token in a chunk, and in `places` its index into the N * C places."""
-    places: Tensor
-    rounds: Sequence[ChunkRound]
-
-
-@dataclass(frozen=True, slots=True)
-class RecurrentPlan:
-    """The recurrent layers of one step. All tensors are on the device, int64. `quire.attention.recurrence` makes it."""
-
-    query_start_loc: Tensor
-    """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
-    slots: Tensor
-    """[B]: the state slot of each sequence, whose state the step replaces."""
-    saves: Tensor
-    """[M, 3]: (sequence, n, slot): the sequence's state after its first n new tokens is also written to the
-    slot."""
-    conv: ConvRows
-    steps: Tensor
-    """Sequences of one token that save nothing."""
-    step_rows: Tensor
-    """Their tokens."""
-    chunks: Chunks | None
-    """The others; None if there are none."""
-
-
-@dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """Weight of a dense layer as integers of few bits with float32 scales. Each kernel module has its own layout; in
     `reference` values are [N, K] int8 and scales [N, groups]."""
@@ -229,8 +166,8 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
 
-PackedWeight = Tensor | QuantizedWeight
-"""Result of `pack_linear` or `quantize_linear`."""
+PackedWeight = Tensor | QuantizedWeight | CodedWeight
+"""Result of `pack_linear`, `quantize_linear` or `pack_coded`."""
 
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
@@ -262,7 +199,7 @@ class Mxfp4Weight:
 
 ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
 """One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
-ExpertWeight = PackedWeight | Mxfp4Weight
+ExpertWeight = Tensor | QuantizedWeight | Mxfp4Weight
 """Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
 
 
@@ -299,6 +236,8 @@ class Packing(Protocol):
     def quantize_linear(
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
+
+    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = ...) -> CodedWeight: ...
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
@@ -354,6 +293,8 @@ class Kernels(Packing, Protocol):
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+
+    def linear_coded(self, x: Tensor, weight: CodedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def rms_norm_linear(
         self,

@@ -8,7 +8,8 @@ T new tokens, B sequences, C channels, G key heads, H heads, K key_dim, V value_
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import Chunks, RecurrentPlan, StateLayer
+from quire.kernels.interface import StateLayer
+from quire.kernels.recurrent_plan import Chunks, RecurrentPlan
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, state: StateLayer, plan: RecurrentPlan) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.kernels.coded import CodedMatrix, CodedWeight, join
 from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
@@ -21,9 +22,9 @@ from quire.kernels.interface import (
     KVLayer,
     KVShape,
     QuantizedWeight,
-    RecurrentPlan,
     StateLayer,
 )
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
 
@@ -272,13 +273,31 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     return out if bias is None else out + bias.to(x.dtype)
 
 
+def pack_coded(matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
+    """matrices [N_i, K] that `can_join` -> one weight of sum(N_i) outputs that keeps their bits."""
+    whole = join(matrices)
+    order = None if whole.order is None else whole.order.int()
+    zero_points = whole.zeros is not None
+    return CodedWeight(whole.codes, whole.scales, whole.offsets, zero_points, whole.group_size, whole.levels, order)
+
+
+def linear_coded(x: Tensor, weight: CodedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N]. Activations are floats: the weight is
+    multiplied as the numbers that its codes stand for."""
+    zeros, shifts = (weight.offsets, None) if weight.zero_points else (None, weight.offsets)
+    matrix = CodedMatrix(weight.codes, weight.scales, weight.group_size, weight.levels, zeros, shifts, weight.order)
+    return torch.nn.functional.linear(x, matrix.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
     """See `pack_each`."""
     return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, keep_mxfp4)
 
 
 experts = ExpertLoop(linear, linear_quantized)
-rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(
+    rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
+)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:

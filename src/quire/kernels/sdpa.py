@@ -25,7 +25,9 @@ from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
+    linear_coded,
     linear_quantized,
+    pack_coded,
     quantize_linear,
     silu_and_mul,
 )
@@ -49,7 +51,9 @@ __all__ = [
     "kv_cache_shapes",
     "latent_layer",
     "linear",
+    "linear_coded",
     "linear_quantized",
+    "pack_coded",
     "pack_experts",
     "pack_linear",
     "paged_attention",
@@ -168,7 +172,9 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return functional.linear(x, packed, None if bias is None else bias.to(x.dtype))
 
 
-rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(
+    rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
+)
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:

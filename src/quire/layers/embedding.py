@@ -48,4 +48,5 @@ class TiedEmbedding:
         kernels, packed, num_inputs = self.head.kernels, self.head.packed, self.head.num_inputs
         if isinstance(packed, QuantizedWeight):
             return kernels.gather_rows_quantized(packed, ids, num_inputs)
+        assert isinstance(packed, Tensor), "a tied table is packed in floats, or quantised here"
         return kernels.gather_rows(packed, ids, num_inputs)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
@@ -32,8 +33,8 @@ class LinearOrigin:
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
-    weight: Tensor
-    """[N, K] of any float type; it may be a view of a mapped file."""
+    weight: Tensor | CodedMatrix
+    """[N, K] of any float type, which may be a view of a mapped file; or of few bits."""
     bias: Tensor | None = None
     """[N]"""
     origin: LinearOrigin | None = None
@@ -47,6 +48,14 @@ class LinearWeight:
             bias=None if self.bias is None else self.bias[rows],
             origin=None if self.origin is None else self.origin.select(rows),
         )
+
+    def floats(self) -> Tensor:
+        """The matrix [N, K] in a float type."""
+        return self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize()
+
+    def in_floats(self) -> "LinearWeight":
+        """The same layer without codes."""
+        return replace(self, weight=self.floats())
 
 
 class Linear:
@@ -69,12 +78,16 @@ class Linear:
         """`packing` packs the weights; by default `kernels` does."""
         self.kernels = kernels
         packing = packing or kernels
-        matrices = [part.weight for part in weights]
-        self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
-        self.num_inputs = matrices[0].shape[1]
+        self.num_outputs = sum(len(part.weight) for part in weights)
+        self.num_inputs = weights[0].weight.shape[1]
         stored = stored_as(dtype)
+        coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
+        matrices = [] if coded else [part.floats() for part in weights]
         self.packed: PackedWeight
-        if isinstance(stored, str):
+        if coded:
+            assert len(coded) == len(weights), "SideBySide joins layers that are stored in several ways"
+            self.packed = packing.pack_coded(coded)
+        elif isinstance(stored, str):
             self.packed = packing.pack_linear(matrices, stored)
         else:
             self.packed = packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(self.num_inputs))
@@ -90,6 +103,8 @@ class Linear:
             x = x.compute()
         if isinstance(self.packed, QuantizedWeight):
             return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
+        if isinstance(self.packed, CodedWeight):
+            return self.kernels.linear_coded(x, self.packed, self.bias, self.num_outputs)
         return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
 
     def unpacked(self) -> Tensor:
@@ -97,6 +112,9 @@ class Linear:
         if isinstance(self.packed, QuantizedWeight):
             rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
             return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
+        if isinstance(self.packed, CodedWeight):
+            inputs = torch.eye(self.num_inputs)
+            return self.kernels.linear_coded(inputs, self.packed, None, self.num_outputs).t().contiguous()
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
         return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
 
@@ -108,6 +126,49 @@ class Linear:
         return self(activation_function(activation)(gate) * up)
 
 
+class SideBySide(Linear):
+    """Layers that are stored in several ways, their outputs side by side, as one layer."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = tuple(parts)
+        self.kernels, self.num_inputs = parts[0].kernels, parts[0].num_inputs
+        self.num_outputs = sum(part.num_outputs for part in parts)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        if isinstance(x, Normed):
+            x = x.compute()
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+    def unpacked(self) -> Tensor:
+        return torch.cat([part.unpacked() for part in self.parts])
+
+    def after_gate(self, x: Tensor, activation: str) -> Tensor:
+        gate, up = x.chunk(2, dim=1)
+        return self(activation_function(activation)(gate) * up)
+
+
+def dense_layer(
+    kernels: Kernels, weights: Sequence[LinearWeight], dtype: str | WeightFormat, packing: Packing | None = None
+) -> Linear:
+    """One layer of several stored ones, outputs side by side, however each is stored."""
+    runs: list[list[LinearWeight]] = []
+    for part in weights:
+        if runs and can_join_layers([runs[-1][0], part]):
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+    layers = [Linear(kernels, run, dtype, packing) for run in runs]
+    return layers[0] if len(layers) == 1 else SideBySide(layers)
+
+
+def can_join_layers(weights: Sequence[LinearWeight]) -> bool:
+    """Whether one weight can hold these layers side by side."""
+    coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
+    return not coded or (len(coded) == len(weights) and can_join(coded))
+
+
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
     """How a dense layer is stored: a float type, or the format of a quantisation of METHODS."""
     return METHODS[dtype].layers if isinstance(dtype, str) and dtype in METHODS else dtype
@@ -117,7 +178,9 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     """One float32 bias for all parts; zeros for a part without one."""
     if all(part.bias is None for part in weights):
         return None
-    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in weights]
+    biases = [
+        torch.zeros(len(part.weight), device=part.weight.device) if part.bias is None else part.bias for part in weights
+    ]
     return torch.cat([bias.float() for bias in biases])
 
 

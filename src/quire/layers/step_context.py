@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, KVLayer, OutputTokens
-from quire.kernels.interface import RecurrentPlan, StateLayer
+from quire.kernels.interface import StateLayer
+from quire.kernels.recurrent_plan import RecurrentPlan
 
 
 class InputRows(NamedTuple):

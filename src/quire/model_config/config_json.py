@@ -10,6 +10,7 @@ from quire.model_config.architecture_names import find_architecture
 from quire.model_config.architectures import ARCHITECTURES
 from quire.model_config.family_keys import keys_of_family, reads
 from quire.model_config.vision_architectures import TEXT_MODELS, with_text_model
+from quire.quantization.stored import FAMILY_FORMATS, STORED_FORMATS, StoredWeights, read_stored_weights
 
 _MAX_JSON_BYTES = 256 << 20
 _LARGEST_INTEGER = 2**40
@@ -68,17 +69,16 @@ class ConfigJson:
             value = self._config.get(key, supported)
             if (bool(value) if isinstance(supported, bool) else value) != supported:
                 raise self.refusal(key, value, json.dumps(supported))
-        mlx = self.object("quantization")
-        if "bits" in mlx and "group_size" in mlx:
-            raise self.refusal(
-                "quantization", mlx, "none: MLX stored these weights for Apple's chips; give the original"
-            )
-        quantization = self.object("quantization_config")
-        if quantization and not _holds_only_kv_scales(quantization):
-            method = quantization.get("quant_method", "unnamed")
-            if method not in row.quantizations:
-                known = ", ".join(("float32, float16 and bfloat16 weights", *row.quantizations))
-                raise self.refusal("quantization_config", method, known + _advice(method))
+        self.stored = self._read_stored()
+        """How dense layers are stored in few bits; None: in floats."""
+
+    def _read_stored(self) -> StoredWeights | None:
+        beside = self.path.with_name("quantize_config.json")
+        stored = read_stored_weights(self.path, self._config, read_json(beside) if beside.is_file() else None)
+        method = self.object("quantization_config").get("quant_method")
+        if method in FAMILY_FORMATS and method not in self._row.quantizations:
+            raise self.refusal("quantization_config", method, ", ".join(("floats", *STORED_FORMATS)))
+        return stored
 
     def _with_text_model(self, row: Architecture, text: dict[str, Any]) -> Architecture:
         """The row with what the row of its text model reads, where the section names it."""
@@ -169,23 +169,3 @@ def _nested(config: dict[str, Any]) -> dict[str, Any]:
     """The values of the objects in a config as "object.key"."""
     objects = {name: value for name, value in config.items() if isinstance(value, dict)}
     return {f"{name}.{key}": value for name, inner in objects.items() for key, value in inner.items()}
-
-
-def _advice(method: str) -> str:
-    """What to do with a checkpoint of this method."""
-    if method != "fp8":
-        return ""
-    return (
-        ". Convert it to bfloat16 once (DeepSeek publishes fp8_cast_bf16.py) and delete quantization_config; then "
-        "--quantization int8 or int4 stores its weights in few bits"
-    )
-
-
-def _holds_only_kv_scales(quantization: dict[str, Any]) -> bool:
-    """Whether the weights are floats as usual, and only scales of an 8-bit float KV cache lie beside them."""
-    scheme = quantization.get("kv_cache_scheme") or {}
-    return (
-        quantization.get("quant_method") == "compressed-tensors"
-        and not quantization.get("config_groups")
-        and (scheme.get("type"), scheme.get("num_bits"), bool(scheme.get("dynamic"))) == ("float", 8, False)
-    )

@@ -81,6 +81,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
         vision=read_vision(config, hidden_size),
+        stored=config.stored,
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=read_first_token(config),
         eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),

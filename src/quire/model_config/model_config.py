@@ -22,6 +22,7 @@ from quire.model_config.recurrent import RecurrentConfig
 from quire.model_config.rope import RopeConfig
 from quire.model_config.token_ids import read_end_tokens
 from quire.model_config.vision import VisionConfig
+from quire.quantization.stored import KeptBits, StoredWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +177,10 @@ class ModelConfig:
 
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
+    stored: StoredWeights | None = None
+    """How the checkpoint stores dense layers in few bits; None: in floats."""
+    kept: KeptBits | None = None
+    """What the files hold of them, as kernels that keep these bits store it; None: layers become floats."""
     checkpoint_dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -335,6 +340,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
         is_encoder=config.is_encoder,
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
+        kept=config.kept,
         positions=positions,
         image_encoder=() if vision is None else vision.linears,
         vectors=(norm_vectors(config, "norm") if config.final_norm else ())

@@ -11,7 +11,15 @@ from quire.kernels import Kernels
 from quire.layers.adapters import AdaptedEmbedding, AdaptedLinear
 from quire.layers.embedding import Embedding, TiedEmbedding, TokenEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.layers.linear import Linear, LinearOrigin, LinearWeight, head_format, output_head
+from quire.layers.linear import (
+    Linear,
+    LinearOrigin,
+    LinearWeight,
+    can_join_layers,
+    dense_layer,
+    head_format,
+    output_head,
+)
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
@@ -52,13 +60,17 @@ class Builder:
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
+        if not quantizes:
+            weights = tuple(weight.in_floats() for weight in weights)
         dtype, packing, adapters = (
             self.dtype if quantizes else self.float_dtype,
             self.weights.packing,
             self.weights.adapters,
         )
         if adapters is None or all(weight.origin is None for weight in weights):
-            return Linear(self.kernels, weights, dtype, packing)
+            return dense_layer(self.kernels, weights, dtype, packing)
+        if not can_join_layers(weights):
+            weights = tuple(weight.in_floats() for weight in weights)
         return AdaptedLinear(self.kernels, weights, dtype, packing, adapters)
 
     def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:

@@ -11,7 +11,10 @@ from typing import Any
 
 from quire.errors import CheckpointError
 from quire.model_config.folder_kinds import describe_kind, name_some
+from quire.models.safetensors_weights import SafetensorsWeights
+from quire.models.stored.layers import StoredLayers
 from quire.models.weights import TensorSource
+from quire.quantization.stored import StoredWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,19 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
 """The first row that fits a folder is taken."""
 
 
-def open_checkpoint(folder: str | Path) -> TensorSource:
-    """The weights of a checkpoint folder. Raises `CheckpointError` where no format fits or its files are damaged."""
+def open_checkpoint(folder: str | Path, stored: StoredWeights | None = None) -> TensorSource:
+    """The weights of a checkpoint folder, whose config says that dense layers are `stored` in few bits.
+
+    Raises `CheckpointError` where no format fits or its files are damaged.
+    """
     folder = Path(folder)
     for row in CHECKPOINT_FORMATS.values():
         if any((folder / name).is_file() for name in row.files):
             module, name = row.source.split(":")
             format_class: Any = getattr(import_module(module), name)
             source: TensorSource = format_class.open(folder)
+            if stored is not None and isinstance(source, SafetensorsWeights):
+                return StoredLayers(source, stored)
             return source
     raise CheckpointError(_nothing_to_load(folder))
 

@@ -40,9 +40,8 @@ class DeviceWeights:
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
-        return replace(
-            stored, weight=self._send(stored.weight), bias=None if stored.bias is None else self._send(stored.bias)
-        )
+        sent = None if stored.bias is None else self._send(stored.bias)
+        return replace(stored, weight=self._send(stored.floats()), bias=sent)
 
     def finish(self, ignored: Iterable[str] = ()) -> None:
         self._source.finish(ignored)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_products import stored_tensors
 from quire.kernels.interface import (
     Allocate,
@@ -58,6 +59,29 @@ class PackedWeights:
 
         values, scales = self._find_or_pack(_form_of_bits(bits, group_size), weights, 2, pack)
         return QuantizedWeight(values, scales, bits, group_size)
+
+    def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
+        first = matrices[0]
+        tensors = [tensor for each in matrices for tensor in (each.codes, each.scales, each.offsets)]
+        sources = [tensor for tensor in tensors if tensor is not None]
+        levels = blake2b(repr(first.levels).encode(), digest_size=8).hexdigest()
+
+        def pack() -> tuple[Tensor, ...]:
+            packed = cpu.pack_coded(matrices, self._or_else(allocate))
+            offsets = () if packed.offsets is None else (packed.offsets,)
+            return (packed.codes, packed.scales, *offsets)
+
+        form = f"codes of {levels} in groups of {first.group_size} {cpu.PACKING}"
+        codes, scales, *offsets = self._find_or_pack(form, sources, 2 if first.offsets is None else 3, pack)
+        return CodedWeight(
+            codes,
+            scales,
+            offsets[0] if offsets else None,
+            first.zeros is not None,
+            first.group_size,
+            first.levels,
+            None if first.order is None else first.order.int(),
+        )
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros

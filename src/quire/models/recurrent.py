@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.kernels import Kernels
-from quire.kernels.interface import RecurrentPlan, StateLayer
+from quire.kernels.interface import StateLayer
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.layers.activation import activation_function
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed

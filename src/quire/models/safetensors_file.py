@@ -13,9 +13,31 @@ from typing import Any
 from quire.errors import CheckpointError
 from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "uint8"}
+DTYPES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "U8": "uint8",
+    "I8": "int8",
+    "U32": "uint32",
+    "I32": "int32",
+    "I64": "int64",
+}
 """Dtypes that Quire reads: safetensors' name → torch's."""
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_ITEM_BYTES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "U8": 1,
+    "I8": 1,
+    "U32": 4,
+    "I32": 4,
+    "I64": 8,
+}
 _MAX_HEADER_BYTES = 100_000_000
 RELEASED_BYTES = 32 << 20
 """A mapped file's pages are given back to the system each time tensors of this many bytes have been taken from it."""

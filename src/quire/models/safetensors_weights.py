@@ -78,14 +78,23 @@ class SafetensorsWeights:
     def shape_of(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
+    def dtype_of(self, name: str) -> str:
+        """The type of a tensor that the files hold, by safetensors' name."""
+        return self._entries[name].dtype
+
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as stored, a view of its file; its shape must be `shape`."""
-        return self._take(name, shape, _FLOATS)
+        return self.take_as(name, shape, _FLOATS)
 
     def take_bytes(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._take(name, shape, ("U8",))
+        return self.take_as(name, shape, ("U8",))
 
-    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
+    def skip(self, names: Iterable[str]) -> None:
+        """Tensors that nothing is computed from, if the files hold them."""
+        self._taken.update(name for name in names if name in self._entries)
+
+    def take_as(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
+        """The tensor as stored, which must have this shape and one of these types."""
         entry = self._entries.get(name)
         if entry is None:
             raise CheckpointError(

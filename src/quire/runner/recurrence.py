@@ -1,7 +1,7 @@
 """Recurrence: plans the recurrent layers of each step, in a model that has them."""
 
 from quire.attention.recurrence import plan_recurrence
-from quire.kernels.interface import RecurrentPlan
+from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.kv_cache.storage import KVCache
 from quire.runner.step_inputs import StepInputs
 

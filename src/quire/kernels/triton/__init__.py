@@ -13,7 +13,7 @@ from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.lora import LORA_TILE
 from quire.kernels.lora import add_lora_in_tiles as add_lora
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.sdpa import kv_cache_shapes, latent_layer
+from quire.kernels.sdpa import kv_cache_shapes, latent_layer, linear_coded, pack_coded
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.attention import paged_attention
 from quire.kernels.triton.blocks import copy_blocks
@@ -46,7 +46,9 @@ __all__ = [
     "kv_cache_shapes",
     "latent_layer",
     "linear",
+    "linear_coded",
     "linear_quantized",
+    "pack_coded",
     "pack_experts",
     "pack_linear",
     "paged_attention",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels.interface import Allocate, QuantizedWeight
-from quire.kernels.reference import zeros
+from quire.kernels.reference import linear_coded, zeros
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.norm import add_rms_norm, rms_norm
 from quire.kernels.unfused import unfused
@@ -35,7 +35,9 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
     _refuse()
 
 
-rms_norm_linear, glu_linear = unfused(rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized)
+rms_norm_linear, glu_linear = unfused(
+    rms_norm, add_rms_norm, silu_and_mul, gelu_and_mul, linear, linear_quantized, linear_coded
+)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
