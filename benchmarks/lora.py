@@ -1,8 +1,8 @@
 """What adapters cost: `python -m benchmarks.lora MODEL`, a folder of `benchmarks.make_models`.
 
 Decoding of a batch without adapters, on an engine without and with `enable_lora`; with one adapter; and of 64 sequences
-with 16 adapters. Adapters have rank 16 and change every dense layer. Figures are ratios of times measured in turns, so
-that a busy machine slows both sides; each is the median over the turns.
+with 16 adapters. Adapters have rank 16 and change every dense layer. Figures are ratios of CPU times of all threads,
+measured in turns, so that a busy machine hardly counts; each is the median over the turns.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -45,27 +46,33 @@ def write_adapter(folder: Path, config: ModelConfig, seed: int) -> LoRARequest:
 
 
 def decode_seconds(llm: LLM, adapters: Sequence[LoRARequest | None], num_tokens: int) -> float:
-    """Time of a decoded token of a whole batch: the slope between a short and a long answer."""
+    """CPU time of a decoded token of a whole batch: the slope between a short and a long answer."""
     prompts = [{"prompt_token_ids": [3 + number, 5, 8]} for number in range(len(adapters))]
     times = []
     for count in (4, 4 + num_tokens):
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-        started = time.perf_counter()
+        started = time.process_time()
         llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return (times[1] - times[0]) / num_tokens
 
 
 def measure(model: Path, dtype: str, threads: int | None, turns: int, num_tokens: int) -> dict[str, float]:
     config = ModelConfig.from_folder(model)
-    options = {"dtype": dtype, "threads": threads, "num_blocks": 600, "max_model_len": 256, "max_num_seqs": 64}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "threads": threads,
+        "num_blocks": 600,
+        "max_model_len": 256,
+        "max_num_seqs": 64,
+    }
     with tempfile.TemporaryDirectory() as folder:
         adapters = [write_adapter(Path(folder) / f"a{number}", config, number) for number in range(16)]
         plain, lora = LLM(str(model), **options), LLM(str(model), enable_lora=True, max_loras=16, **options)
         many = [adapters[number % 16] for number in range(64)]
         decode_seconds(lora, many, 1)  # loads them
         nothing: list[LoRARequest | None] = [None]
-        cases = {
+        cases: dict[str, tuple[int, Sequence[LoRARequest | None]]] = {
             "1 sequence, no adapter": (1, nothing),
             "64 sequences, no adapter": (64, nothing * 64),
             "1 sequence, 1 adapter": (1, [adapters[0]]),

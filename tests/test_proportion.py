@@ -16,7 +16,9 @@ MAX_PARAMETERS = 9
 
 LONG_FUNCTIONS: dict[str, str] = {}
 """Functions above MAX_FUNCTION_LINES, as "file:name" → why."""
-MANY_PARAMETERS: dict[str, str] = {}
+MANY_PARAMETERS: dict[str, str] = {
+    "server/backend.py:generate": "a request's prompt and parameters, and all that clients may say beside them",
+}
 """Functions above MAX_PARAMETERS, as "file:name" → why."""
 
 TRITON = "kernels/triton/"

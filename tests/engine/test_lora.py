@@ -103,6 +103,9 @@ def test_a_mixed_batch_equals_peft(llm: LLM, base: Path, adapter: Callable[[str]
         assert is_greedy(base, path, ids, output.outputs[0].token_ids), path
         if path is not None:  # else the test would pass without adapters
             assert (expected - expected_logprobs(base, None, ids)).abs().max() > 0.1, path
+    waiting = llm._engine._core._adapters
+    assert waiting is not None
+    assert 0 < waiting._slots.adapters.num_bytes <= llm.memory_plan.adapters
 
 
 def test_rows_without_an_adapter_keep_their_bits(llm: LLM, adapter: Callable[[str], Path]) -> None:
@@ -142,7 +145,8 @@ def test_preempted_forked_and_searched(base: Path, adapter: Callable[[str], Path
     options = OPTIONS | {"num_blocks": 14, "block_size": 8, "max_num_batched_tokens": 16, "max_model_len": 96}
     adapters = [adapter("plain"), None, adapter("dora"), adapter("saved"), adapter("embeddings")]
     prompts, params = [prompt(20, seed) for seed in range(5)], GREEDY.with_changes(max_tokens=24)
-    with LLM(str(base), max_loras=2, lora_modules=f"saved={adapter('saved')}", **options) as llm:
+    with LLM(str(base), max_loras=4, lora_modules=f"saved={adapter('saved')}", **options) as llm:
+        generate(llm, [prompt(3)] * 5, adapters)  # loads them, so that all run at once
         outputs = generate(llm, prompts, adapters, params)
         assert llm.stats().total_preemptions > 0
         for ids, path, found in zip(prompts, adapters, tokens(outputs), strict=True):

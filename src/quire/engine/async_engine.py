@@ -223,21 +223,17 @@ class AsyncLLM:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        tenant: str = "",
-        workload: str = "",
-        adapter: Adapter | None = None,
         timeout: float | None = None,
         progress: Mapping[int, SampleProgress] = NOTHING_YET,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
         `progress` has the samples that another engine began, by index. The first item repeats it as an output.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
-        an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
-        are those of `Request`; `request_id` is the caller's name for it and only echoed, `adapter` one of `adapters`.
+        an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `request_id` is the
+        caller's name for it and only echoed; an adapter is one of `adapters`.
         """
         if params.logits_processors:
             raise RequestError(
@@ -245,17 +241,7 @@ class AsyncLLM:
                 "batch processor with the engine (--logits-processors)",
                 param="logits_processors",
             )
-        stream = await self._open(
-            prompt,
-            params,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            workload=workload,
-            adapter=adapter,
-            timeout=timeout,
-            progress=progress,
-        )
+        stream = await self._open(prompt, params, timeout=timeout, progress=progress, **options)
         finished = False
         try:
             if stream.replayed is not None:

@@ -206,7 +206,8 @@ class AdaptedLinear(Linear):
     def _lengths(self, part: Part, a: Tensor, b: Tensor) -> Tensor:
         """[N of the part]: the lengths of the rows of the changed weight."""
         changed = self.unpacked()[part.first : part.last].cpu() + b @ a
-        return torch.linalg.vector_norm(changed, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(changed, dim=1)
+        return lengths
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,17 +95,17 @@ class AdapterRegistry:
 
 def parse_module(text: str) -> tuple[str, str]:
     """name=path, or {"name": …, "path": …} -> both. Raises `ConfigError`."""
-    name, equals, path = text.partition("=")
+    given: object = text.partition("=")[::2]
     if text.lstrip().startswith("{"):
         try:
-            given = json.loads(text)
+            read = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"lora_modules is {text!r}, which is not JSON: {error}") from None
-        name, path = (given.get(key) for key in ("name", "path")) if isinstance(given, Mapping) else ("", "")
-        equals = "="
-    if not equals or not isinstance(name, str) or not isinstance(path, str) or not name.strip() or not path:
-        raise ConfigError(f"lora_modules is {text!r}; give name=path, such as sql=adapters/sql")
-    return name.strip(), path
+        given = (read.get("name"), read.get("path"))
+    match given:
+        case (str(name), str(path)) if name.strip() and path:
+            return name.strip(), path
+    raise ConfigError(f"lora_modules is {text!r}; give name=path, such as sql=adapters/sql")
 
 
 def _state_of(path: str) -> tuple[int, ...]:

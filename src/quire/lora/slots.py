@@ -34,6 +34,8 @@ class AdapterSlots:
         self._dtype = dtype
         self._device = device
         self._memory = memory
+        if adapters.embedding is None:  # a model that makes no logits
+            adapters.embedding_name = ""
         self._slots: dict[str, int] = {}
         self._sites: _Sites = {}
         for linear in adapters.linears:

@@ -18,4 +18,4 @@ class Idefics3(Llama):
     ) -> None:
         super().__init__(config, weights, kernels, dtype, max_model_len)
         assert config.vision is not None
-        self.image_encoder = Idefics3Encoder(Builder(config, weights, kernels, dtype), config.vision)
+        self.image_encoder = Idefics3Encoder(Builder(config, weights.without_adapters(), kernels, dtype), config.vision)

@@ -26,4 +26,4 @@ class Llava(Llama):
         self.names = DecoderNames(model, heads=("language_model.lm_head", "lm_head"))
         super().__init__(config, weights, kernels, dtype, max_model_len)
         assert config.vision is not None
-        self.image_encoder = LlavaEncoder(Builder(config, weights, kernels, dtype), config.vision)
+        self.image_encoder = LlavaEncoder(Builder(config, weights.without_adapters(), kernels, dtype), config.vision)

@@ -29,7 +29,7 @@ class Qwen25VL(Llama):
         device = getattr(weights.source, "device", torch.device("cpu"))
         self.sections = config.rope.sections
         self.table = cos_sin_table(config.rope, config.head_dim, max_model_len).to(device)
-        self.image_encoder = Qwen25VLEncoder(Builder(config, weights, kernels, dtype), config.vision)
+        self.image_encoder = Qwen25VLEncoder(Builder(config, weights.without_adapters(), kernels, dtype), config.vision)
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         if context.grid_positions is not None:

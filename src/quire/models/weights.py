@@ -63,6 +63,10 @@ class WeightScope:
         """The tensors below `name` and a dot."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 
+    def without_adapters(self) -> "WeightScope":
+        """The same for layers that compute no rows of a step, which adapters cannot change."""
+        return replace(self, adapters=None)
+
     @property
     def activation_dtype(self) -> torch.dtype:
         return self.source.activation_dtype

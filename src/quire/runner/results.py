@@ -165,7 +165,8 @@ class PromptLogprobs:
             num_rows = max(1, self._logprobs_memory // logprob_bytes(self._vocab_size, num_logprobs))
             for first in range(0, len(targets), num_rows):
                 token_ids = targets[first : first + num_rows]
-                tokens = first_token + np.arange(first, first + len(token_ids), dtype=np.int32)
+                tokens: NDArray[np.int32] = np.arange(first, first + len(token_ids), dtype=np.int32)
+                tokens += first_token
                 logits = self._compute_logits(hidden[start + first : start + first + len(token_ids)], tokens)
                 if self._device_sampler is None or not has_device_logprobs(num_logprobs):
                     entries += token_logprobs(logits.float().cpu(), token_ids, num_logprobs)

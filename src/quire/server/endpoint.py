@@ -217,14 +217,13 @@ class RequestContext:
                 param="model",
                 code="wrong_task",
             )
-        if name is None and names:
-            return names[0]
-        name = name or self.engine.model_names[0]
+        if name is None:
+            name = names[0] if names else self.engine.model_names[0]
         if name not in names:
             shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
             raise Refusal(
                 404,
-                f"the model {(name or '')[:200]!r} is not served here; there is {shown}",
+                f"the model {name[:200]!r} is not served here; there is {shown}",
                 code="model_not_found",
                 param="model",
             )

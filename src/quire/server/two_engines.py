@@ -69,6 +69,10 @@ class TwoEngines:
         return self._first.model_names
 
     @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
+
+    @property
     def model_config(self) -> ModelConfig:
         return self._first.model_config
 
@@ -95,10 +99,6 @@ class TwoEngines:
     @property
     def metrics(self) -> Metrics:
         return self._first.metrics
-
-    @property
-    def adapters(self) -> AdapterRegistry:
-        return self._first.adapters
 
     @property
     def questions(self) -> MemoryQuestions:
