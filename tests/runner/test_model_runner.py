@@ -36,6 +36,8 @@ PARAMS: list[dict[str, Any]] = [
 class TableModel:
     """Hidden states are tokens and positions; logits are looked up for them."""
 
+    pooler = None
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.by_token = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator)

@@ -19,6 +19,7 @@ from quire.kernels import Kernels
 from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.pooler import Pooler
 from quire.models.weights import WeightScope
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class _Visit:
 class TransformersModel:
     """Satisfies `quire.models.registry.Model`."""
 
+    pooler: Pooler | None = None
     ignored_tensors: tuple[str, ...] = (r"",)  # transformers accounts for all tensors itself
 
     def __init__(
