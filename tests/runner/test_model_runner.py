@@ -91,7 +91,8 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
-    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, num_heads=1, num_kv_heads=1, head_dim=32, latent=None)
+    sizes = {"vocab_size": VOCAB_SIZE, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32}
+    config: Any = SimpleNamespace(**sizes, latent=None, is_encoder=False)
     kernels = kernels_for(backend)
     runner = ModelRunner(
         TableModel(),
