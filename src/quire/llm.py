@@ -17,6 +17,7 @@ from quire.engine.tokenizer import Tokenizer, read_special_tokens
 from quire.errors import CheckpointError, RequestError
 from quire.generation_progress import show_progress
 from quire.llm_vectors import VectorMethods
+from quire.lora.request import LoRARequest, one_for_each
 from quire.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -78,19 +79,28 @@ class LLM(VectorMethods):
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs are in the order of the prompts.
 
         A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. `sampling_params` is
         one `SamplingParams` for all prompts or a list with one for each; None takes the model's own defaults.
-        `use_tqdm` shows a progress bar on a terminal. Raises `RequestError` before anything runs if a prompt or its
-        parameters cannot be served.
+        `use_tqdm` shows a progress bar on a terminal. `lora_request` is the adapter for all prompts, or a list with one
+        or None for each. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
         """
         batch = as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
         if priority is not None and len(priority) != len(batch):
             raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
-        return self._run(batch, params, Task.SAMPLE, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt)
+        return self._run(
+            batch,
+            params,
+            Task.SAMPLE,
+            use_tqdm=use_tqdm,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapters=one_for_each(lora_request, len(batch)),
+        )
 
     def _run(
         self,
@@ -101,6 +111,7 @@ class LLM(VectorMethods):
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
         cache_salt: str,
+        adapters: Sequence[LoRARequest | None],
     ) -> list[RequestOutput]:
         """Queue all prompts and step until all have ended."""
         outputs: dict[str, RequestOutput] = {}
@@ -114,6 +125,7 @@ class LLM(VectorMethods):
                     task=task,
                     priority=priority[index] if priority else 0,
                     cache_salt=cache_salt,
+                    lora_request=adapters[index],
                 )
             most = [one.num_samples * (one.max_tokens or self.memory_plan.max_model_len) for one in params]
             if task is Task.EMBED:
@@ -131,7 +143,12 @@ class LLM(VectorMethods):
         return list(outputs.values())
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[BeamSearchOutput]:
         """The most likely continuations of every prompt, best first, by a search with `params.beam_width` beams.
 
@@ -140,7 +157,8 @@ class LLM(VectorMethods):
         failed.
         """
         tokenizer, results = self._engine.tokenizer, []
-        for output in self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm):
+        outputs = self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        for output in outputs:
             failed = next((sample.error for sample in output.outputs if sample.error is not None), None)
             if failed is not None:
                 raise RequestError(failed, param="prompt")
@@ -172,6 +190,7 @@ class LLM(VectorMethods):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
@@ -192,7 +211,7 @@ class LLM(VectorMethods):
             prompts.append(
                 {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
             )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _template_of(self, given: str | None) -> ChatTemplate:
         """The template given as a text, else the model's own. Raises `RequestError` for a text that is no template."""

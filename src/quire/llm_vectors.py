@@ -18,6 +18,7 @@ from quire.engine.input_processor import Prompt, as_batch
 from quire.engine.model_task import check_classifies, check_embeds
 from quire.engine.scoring import Scorer, make_pairs, ranked
 from quire.errors import RequestError
+from quire.lora.request import LoRARequest, one_for_each
 from quire.outputs import RequestOutput
 from quire.request import Task
 from quire.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ class VectorMethods:
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
         cache_salt: str,
+        adapters: Sequence[LoRARequest | None],
     ) -> list[RequestOutput]:
         """Queue all prompts and step until all have ended."""
         raise NotImplementedError
@@ -51,6 +53,7 @@ class VectorMethods:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
         cache_salt: str = "",
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """A vector for every prompt, in the order of the prompts: pooled as the model's folder says, by default the
         last token's hidden state after the final norm.
@@ -64,7 +67,7 @@ class VectorMethods:
         model = self._engine.model_config
         check_embeds(model)
         batch = self._with_prompt(as_batch(prompts), prompt_name)
-        vectors = self._vectors(batch, truncate_prompt_tokens, normalize, use_tqdm, cache_salt)
+        vectors = self._vectors(batch, truncate_prompt_tokens, normalize, use_tqdm, cache_salt, lora_request)
         if dimensions is not None:
             allowed = () if model.pooling is None else model.pooling.matryoshka_dimensions
             for vector in vectors:
@@ -133,10 +136,16 @@ class VectorMethods:
         return [prompts.apply([prompt], name)[0] if isinstance(prompt, str) else prompt for prompt in batch]
 
     def _vectors(
-        self, batch: Sequence[Prompt], truncate: int | None, normalize: bool | None, use_tqdm: bool, cache_salt: str
+        self,
+        batch: Sequence[Prompt],
+        truncate: int | None,
+        normalize: bool | None,
+        use_tqdm: bool,
+        cache_salt: str = "",
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        params = [embedding_params(truncate)] * len(batch)
-        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt)
+        params, adapters = [embedding_params(truncate)] * len(batch), one_for_each(lora_request, len(batch))
+        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt, adapters=adapters)
         if normalize is None:
             normalize = self._engine.model_config.normalizes
         return [make_embedding(output, normalize=normalize) for output in outputs]

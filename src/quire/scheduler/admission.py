@@ -213,5 +213,6 @@ def _new_row(sequence: Sequence) -> NewRow:
         seed=request.seed,
         sample_index=sequence.index,
         stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
+        adapter=request.adapter,
         second_text=request.second_text,
     )

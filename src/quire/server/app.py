@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
 from quire.server import (
+    adapters,
     chat,
     completions,
     embeddings,
@@ -55,6 +56,7 @@ from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
+    *adapters.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,

@@ -12,6 +12,7 @@ from quire.embeddings import EmbeddingRequestOutput, shortened
 from quire.engine.input_processor import Prompt
 from quire.engine.model_task import check_embeds
 from quire.errors import RequestError
+from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
 from quire.server.generation import UsageCounter
@@ -125,6 +126,7 @@ async def embed_all(
     refusals of API key and engine."""
     pooling = context.engine.model_config.pooling
     num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
+    options["adapter"] = await find_adapter(context.engine, context.adapter_name)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
         outputs = await _embed_admitted(context, prompts, options)
     lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}

@@ -90,7 +90,7 @@ async def serve(
     check_keys(settings, engine)
     keys = KeyRing(settings)
     batches = open_batches(engine, settings, keys)
-    server = _Server(build_app(engine, settings, keys, batches), settings)
+    server = HttpServer(build_app(engine, settings, keys, batches), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
     living = asyncio.create_task(_live(engine, server, settings, listener, report, batches))
@@ -134,7 +134,7 @@ def url_of(listener: socket.socket) -> str:
 
 async def _live(
     engine: Engine,
-    server: "_Server",
+    server: "HttpServer",
     settings: ServerSettings,
     listener: socket.socket,
     report: Callable[[str], None],
@@ -160,7 +160,7 @@ async def _live(
     await asyncio.Event().wait()
 
 
-async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:
+async def _drain(engine: Engine, server: "HttpServer", seconds: float, report: Callable[[str], None]) -> bool:
     notify("STOPPING=1")
     report(f"stopping: running requests have {seconds:g} seconds (a second signal stops at once)")
     server.stop_asked.clear()
@@ -178,7 +178,7 @@ async def _drain(engine: Engine, server: "_Server", seconds: float, report: Call
     return True
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn with signals that drain first, and without its periodic tick: an idle server sleeps."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
