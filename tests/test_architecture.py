@@ -37,7 +37,6 @@ LEVELS = (
         "outputs",
         "embeddings",
         "generation_progress",
-        "pooling_types",
     },
     {"kernels", "grammar"},
     {"attention"},
