@@ -15,6 +15,7 @@ from quire.engine.metrics import Metrics
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
+from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -63,6 +64,14 @@ class TwoEngines:
     @property
     def model_config(self) -> ModelConfig:
         return self._first.model_config
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
+
+    @property
+    def block_size(self) -> int:
+        return self._first.block_size
 
     @property
     def max_model_len(self) -> int:
