@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.model_config.architectures import ARCHITECTURES, Architecture
+from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES, ENCODER_ENDINGS
 from quire.model_config.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,14 @@ them.
 
 | `architectures` | code | parity | traits that the architecture implies | published |
 | --- | --- | --- | --- | --- |
+"""
+
+ENCODERS = """
+## Encoders
+
+`models/encoder.py` computes these families for [embeddings and scores](embeddings.md). Hidden states, poolings and
+heads are those of transformers within 2e-4 (`tests/models/test_encoders.py`). A name ends in {endings}:
+{families}. A decoder's name may end in ForSequenceClassification in place of ForCausalLM.
 """
 
 SAME_CODE: dict[str, str] = {
@@ -93,12 +102,15 @@ def models_page() -> str:
     parity: dict[str, float] = json.loads(PARITY.read_text())
     examples = published_sizes()
     lines = []
-    for name, row in sorted(ARCHITECTURES.items(), key=lambda item: item[0].lower()):
+    decoders = [item for item in ARCHITECTURES.items() if item[0] not in ENCODER_ARCHITECTURES]
+    for name, row in sorted(decoders, key=lambda item: item[0].lower()):
         module = row.model.partition(":")[0].removeprefix("quire.").replace(".", "/")
         error = f"{parity[name]:.0e}" if name in parity else f"as {SAME_CODE[name]}"
         told = ", ".join(traits(row)) or "none; config.json says the rest"
         lines.append(f"| {name} | `{module}.py` | {error} | {told} | {', '.join(examples.get(name, ()))} |\n")
-    return HEADING + "".join(lines)
+    families = sorted(name.removesuffix("Model") for name in ENCODER_ARCHITECTURES if name.endswith("Model"))
+    encoders = ENCODERS.format(endings=" or ".join(ENCODER_ENDINGS), families=", ".join(families))
+    return HEADING + "".join(lines) + encoders
 
 
 def published_sizes() -> dict[str, list[str]]:

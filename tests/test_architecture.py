@@ -39,7 +39,6 @@ LEVELS = (
         "pool_view",
         "embeddings",
         "generation_progress",
-        "pooling_types",
     },
     {"kernels", "grammar", "images"},
     {"attention"},

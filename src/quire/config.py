@@ -17,8 +17,8 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
-from quire.pooling_types import POOLINGS, TASKS
 from quire.quantization import METHODS
+from quire.request import POOLINGS, TASKS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")

@@ -26,6 +26,13 @@ BACKGROUND = 2**31 - 1
 priority waits for its first token."""
 
 
+TASKS = ("auto", "generate", "embed", "classify", "score")
+"""What a model may be for."""
+POOLINGS = ("mean", "cls", "last", "max", "mean_sqrt_len", "weighted_mean")
+"""How hidden states become one vector, over a text's n tokens: mean, first, last, maximum, sum / √n, and the mean
+weighted by 1 to n."""
+
+
 class Task(StrEnum):
     """What a request asks of its prompt."""
 

@@ -206,13 +206,13 @@ class TestTokensAndDtype:
 
 class TestRefusals:
     def test_unknown_architecture(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path, LLAMA | {"architectures": ["BertModel"]}) == (
-            f"FOLDER/config.json: architectures is BertModel; supported are {', '.join(ARCHITECTURES)}"
+        assert refusal(tmp_path, LLAMA | {"architectures": ["T5Model"]}) == (
+            f"FOLDER/config.json: architectures is T5Model; supported are {', '.join(ARCHITECTURES)}"
         )
 
     def test_no_architecture(self, tmp_path: Path) -> None:
-        assert refusal(tmp_path, {"model_type": "bert"}).startswith(
-            "FOLDER/config.json: architectures is none (model_type 'bert'); supported are "
+        assert refusal(tmp_path, {"model_type": "t5"}).startswith(
+            "FOLDER/config.json: architectures is none (model_type 't5'); supported are "
         )
 
     @pytest.mark.parametrize(

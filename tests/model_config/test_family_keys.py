@@ -128,8 +128,17 @@ class TestArchitecture:
         (folder / "config.json").write_text(json.dumps(values))
         assert ModelConfig.from_folder(folder).architecture == "LlamaForCausalLM"
 
-    @pytest.mark.parametrize("named", [["LlamaForSequenceClassification"], ["LlamaForTokenClassification"]])
+    @pytest.mark.parametrize("named", [["LlamaForQuestionAnswering"], ["LlamaForTokenClassification"]])
     def test_other_tasks_are_refused(self, named: list[str], tmp_path: Path) -> None:
         folder, _ = folder_of(tmp_path, "llama", architectures=named)
         with pytest.raises(CheckpointError, match=rf"architectures is {named[0]}; supported are"):
             ModelConfig.from_folder(folder)
+
+    @pytest.mark.parametrize(("num_labels", "task"), [(1, "score"), (4, "classify")])
+    def test_a_classifier_is_its_decoder_with_a_head(self, num_labels: int, task: str, tmp_path: Path) -> None:
+        labels = {str(index): f"label {index}" for index in range(num_labels)}
+        names = ["LlamaForSequenceClassification"]
+        config = ModelConfig.from_folder(folder_of(tmp_path, "llama", architectures=names, id2label=labels)[0])
+        assert (config.architecture, config.task) == ("LlamaForCausalLM", task)
+        assert config.pooling is not None
+        assert config.pooling.labels == tuple(labels.values())

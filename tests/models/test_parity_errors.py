@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
 from scripts.write_models_page import PARITY, SAME_CODE
 from tests.checkpoints import FAMILIES, make_checkpoint, reference_model
 from tests.models.parity import TOLERANCE, largest_difference
@@ -25,7 +26,7 @@ def test_parameters_and_logits(family: str, tmp_path: Path) -> None:
 
 
 def test_every_row_was_measured() -> None:
-    assert MEASURED.keys() | SAME_CODE.keys() == ARCHITECTURES.keys()
+    assert MEASURED.keys() | SAME_CODE.keys() == ARCHITECTURES.keys() - ENCODER_ARCHITECTURES.keys()
     assert not MEASURED.keys() & SAME_CODE.keys()
     assert set(SAME_CODE.values()) <= MEASURED.keys()
     assert all(0 < error <= TOLERANCE for error in MEASURED.values())

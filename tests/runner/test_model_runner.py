@@ -37,6 +37,7 @@ class TableModel:
     """Hidden states are tokens and positions; logits are looked up for them."""
 
     image_encoder = None
+    pooler = None
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -91,9 +92,8 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
-    config: Any = SimpleNamespace(
-        vocab_size=VOCAB_SIZE, pixels_per_position=0, num_heads=1, num_kv_heads=1, head_dim=32, latent=None
-    )
+    sizes = {"vocab_size": VOCAB_SIZE, "num_heads": 1, "num_kv_heads": 1, "head_dim": 32, "pixels_per_position": 0}
+    config: Any = SimpleNamespace(**sizes, latent=None, is_encoder=False)
     kernels = kernels_for(backend)
     runner = ModelRunner(
         TableModel(),

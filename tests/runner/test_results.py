@@ -263,7 +263,7 @@ def test_vectors_are_the_last_hidden_states_of_their_rows(num_unused: int) -> No
     hidden = of_tokens if sent.selection is None else of_tokens[torch.from_numpy(sent.selection.tokens)]
     expected = of_tokens[num_unused + 1].float().numpy().tobytes()
     result = StepResult()
-    finish = fetch_vectors(step, sent, hidden, result)
+    finish = fetch_vectors(step, sent, hidden, None, result)
     hidden.zero_()
     finish()
     assert result.vectors == {1: expected}

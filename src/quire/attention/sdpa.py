@@ -30,10 +30,13 @@ def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
         places = np.minimum(first + np.arange(most), block_tables.shape[1] - 1)
         blocks = np.where(np.arange(most) < num_blocks[members, None], block_tables[members[:, None], places], 0)
         positions = torch.arange(most * block_size, dtype=torch.int32, device=device)
+        distance = positions - on_device(queries).unsqueeze(2)
+        if shape.lookahead:  # no later position hides what lies behind a text's end
+            distance = distance.masked_fill(positions >= on_device(lengths).unsqueeze(2), 1)
         return SequenceRun(
             tokens=on_device(query_start_loc[members, None] + np.arange(count)).long(),
             blocks=on_device(blocks).long(),
-            distance=positions - on_device(queries).unsqueeze(2),
+            distance=distance,
             seq_lens=on_device(lengths).long(),
         )
 

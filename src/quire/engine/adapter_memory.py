@@ -17,8 +17,8 @@ def adapter_memory(config: EngineConfig, spec: ModelSpec, dtype: str, num_tokens
     if not config.enable_lora:
         return 0
     dense = [linear for layer in spec.layers for linear in layer.dense]
-    ends = [matrix for matrix in (*spec.projections, spec.head, spec.embedding) if matrix is not None]
-    per_rank = sum(map(_elements_per_rank, [*dense, *ends]))
+    heads = () if spec.head is None else (spec.head,)
+    per_rank = sum(map(_elements_per_rank, (*dense, *spec.projections, *heads, spec.embedding)))
     whole = sorted((_whole_elements(parse_module(module)[1]) for module in config.lora_modules), reverse=True)
     elements = config.max_loras * config.max_lora_rank * per_rank + sum(whole[: config.max_loras])
     elements += 3 * num_tokens * max(linear.num_inputs for linear in dense)  # a gate, what it multiplies, the product

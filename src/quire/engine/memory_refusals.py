@@ -116,6 +116,8 @@ def check_whole_texts(config: EngineConfig, model: ModelConfig, longest: int) ->
     for name in ("swap_space", "disk_cache"):
         if getattr(config, name) is not None:
             raise ConfigError(f"{name} is set, but a model that pools whole texts keeps no KV; leave it out")
+    if config.enable_lora and model.is_encoder:
+        raise ConfigError("enable_lora is set, but adapters of encoders are not supported; leave it out")
     if config.kv_cache_dtype == "fp8_e4m3" and model.is_encoder:
         raise ConfigError("kv_cache_dtype is fp8, but an encoder keeps no KV; leave it out")
     if config.max_model_len is None:

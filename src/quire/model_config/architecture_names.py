@@ -43,7 +43,7 @@ def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
             return str(rows[0])
     model_type = config.get("model_type")
     if isinstance(model_type, str) and not any(map(_is_other_task, named)):
-        return _causal_architecture(model_type, config)
+        return _causal_architecture(model_type, config) or _encoder_architecture(model_type)
     return None
 
 
@@ -58,9 +58,13 @@ def _causal_architecture(model_type: str, config: dict[str, Any]) -> str | None:
     wanted = _letters(model_type)
     rows = [name for name in ARCHITECTURES if _letters(_stem(name)) == wanted]
     # A type may mean a model that reads more than text, whose text model is a section of the file.
-    rows += [name for name in ENCODER_ARCHITECTURES if name.endswith("Model") and _letters(name[:-5]) == wanted]
     fitting = [name for name in rows if not ARCHITECTURES[name].section or ARCHITECTURES[name].section in config]
     return max(fitting, key=lambda name: bool(ARCHITECTURES[name].section), default=None)
+
+
+def _encoder_architecture(model_type: str) -> str | None:
+    models = (name for name in ENCODER_ARCHITECTURES if name.endswith("Model"))
+    return next((name for name in models if _letters(name.removesuffix("Model")) == _letters(model_type)), None)
 
 
 def _stem(name: str) -> str:

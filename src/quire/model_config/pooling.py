@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from quire.errors import CheckpointError, ConfigError
 from quire.model_config.config_json import read_json
-from quire.pooling_types import POOLINGS
+from quire.request import POOLINGS
 
 Task = Literal["generate", "embed", "classify", "score"]
 _LEGACY_MODES = {

@@ -19,6 +19,7 @@ from quire.kernels import Kernels
 from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.pooler import Pooler
 from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import WeightScope
 
@@ -52,6 +53,7 @@ class _Visit:
 class TransformersModel:
     """Satisfies `quire.models.registry.Model`."""
 
+    pooler: Pooler | None = None
     ignored_tensors: tuple[str, ...] = (r"",)  # transformers accounts for all tensors itself
     image_encoder: ImageEncoder | None = None
 

@@ -77,6 +77,14 @@ class TwoEngines:
         return self._first.model_config
 
     @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
+
+    @property
+    def block_size(self) -> int:
+        return self._first.block_size
+
+    @property
     def max_model_len(self) -> int:
         return self._first.max_model_len
 
