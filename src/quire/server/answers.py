@@ -141,7 +141,7 @@ class Answer:
         if context.asks_for_prompt:
             await context.reply(self.prompt_blocks(context.engine))
         elif stream:
-            await context.stream(self.stream_events(context), self.stream_form(context.handover is not None))
+            await context.stream(self.stream_events(context), self.stream_form(marked=context.handover is not None))
         else:
             await context.reply_when_done(self.whole(context.engine))
 
@@ -151,7 +151,7 @@ class Answer:
         hashes = block_hashes(prompts[0], engine.block_size, self.generation.scheduling.cache_salt)
         return PromptBlocks(engine.model_names[0], engine.block_size, sum(map(len, prompts)), hashes)
 
-    def stream_form(self, marked: bool) -> StreamForm:
+    def stream_form(self, *, marked: bool) -> StreamForm:
         """How the answer's stream is written; `marked` for a router that knows marks."""
         renderer = self.renderer
         if not marked:
