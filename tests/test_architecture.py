@@ -41,7 +41,7 @@ LEVELS = (
     {"kernels", "grammar"},
     {"attention"},
     {"layers"},
-    {"kv_cache", "models", "sampling"},
+    {"kv_cache", "models", "sampling", "lora"},
     {"scheduler", "runner", "routing", "kv_events"},
     {"engine", "simulation"},
     {"llm", "server", "router", "cluster", "cli"},

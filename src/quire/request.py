@@ -85,6 +85,8 @@ class Request:
     """Only requests with the same salt share prefix blocks."""
     adapter: str = ""
     """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
+    adapter_path: str = ""
+    """The adapter's folder."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
     tenant: str = ""

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
@@ -24,7 +24,7 @@ from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
-from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
@@ -45,6 +45,7 @@ from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
 from quire.request import SampleProgress, Task
@@ -63,6 +64,8 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = None
         self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
+        self.adapters = AdapterRegistry(config.lora_modules, enabled=config.enable_lora)
+        """Adapters by the names that requests choose them by."""
         self.default_params: dict[str, Any] = {}
         self.metrics = Metrics(self.model_names[0])
         self._report = report
@@ -201,6 +204,7 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
         progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -210,7 +214,7 @@ class AsyncLLM:
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
-        are those of `Request`; `request_id` is the caller's name for it and only echoed.
+        are those of `Request`; `request_id` is the caller's name for it and only echoed, `adapter` one of `adapters`.
         """
         if params.logits_processors:
             raise RequestError(
@@ -225,6 +229,7 @@ class AsyncLLM:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            adapter=adapter,
             timeout=timeout,
             progress=progress,
         )
@@ -253,7 +258,7 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
-        workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
@@ -267,7 +272,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
-            workload=workload,
+            adapter=adapter,
             timeout=timeout,
         )
         try:
@@ -286,12 +291,9 @@ class AsyncLLM:
         params: SamplingParams,
         *,
         task: Task = Task.SAMPLE,
-        priority: int,
-        cache_salt: str,
-        tenant: str,
-        workload: str,
         timeout: float | None,
         progress: Mapping[int, SampleProgress] = NOTHING_YET,
+        **options: Unpack[RequestOptions],
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
         if self.outage is not None:
@@ -299,17 +301,7 @@ class AsyncLLM:
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         internal_id = f"r{next(self._request_numbers)}"
-        make = partial(
-            self._inputs.make_request,
-            internal_id,
-            prompt,
-            params,
-            task=task,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            workload=workload,
-        )
+        make = partial(self._inputs.make_request, internal_id, prompt, params, task=task, **options)
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()

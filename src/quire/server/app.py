@@ -20,7 +20,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, embeddings, health, infill, kv, logs, metrics, models, openapi, tokenize
+from quire.server import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    health,
+    infill,
+    kv,
+    logs,
+    metrics,
+    models,
+    openapi,
+    tokenize,
+)
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -42,6 +55,7 @@ from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
+    *adapters.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,

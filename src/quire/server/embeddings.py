@@ -11,6 +11,7 @@ from msgspec import Struct
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.errors import RequestError
+from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
 from quire.server.generation import UsageCounter
@@ -104,6 +105,7 @@ async def embed_all(
     """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`. Raises the
     refusals of API key and engine."""
     num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
+    options["adapter"] = await find_adapter(context.engine, context.adapter_name)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
         outputs = await _embed_admitted(context, prompts, options)
     lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}

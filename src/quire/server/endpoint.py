@@ -27,6 +27,8 @@ from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
+_MAX_NAMES = 20
+"""Names of models that a refusal lists."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
@@ -163,7 +165,8 @@ class RequestContext:
     def model_names(self) -> list[str]:
         """The names of models that the client's key may use."""
         allowed = self.key_use.key.models
-        return [name for name in self.engine.model_names if allowed is None or name in allowed]
+        names = [*self.engine.model_names, *self.engine.adapters.names]
+        return names if allowed is None else [name for name in names if name in allowed]
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
@@ -196,15 +199,23 @@ class RequestContext:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served to the client's
         key."""
         names = self.model_names
-        if name is None:
-            return names[0]
-        if name not in names:
+        if name is None and names:
+            name = names[0]
+        if name is None or name not in names:
+            shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
             raise Refusal(
                 404,
-                f"the model {name[:200]!r} is not served here; there is {', '.join(names)}",
+                f"the model {(name or '')[:200]!r} is not served here; there is {shown}",
                 code="model_not_found",
                 param="model",
             )
+        self.scope["state"]["adapter"] = "" if name in self.engine.model_names else name
+        return name
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter that `check_model` let through; empty: the model alone."""
+        name: str = self.scope["state"].get("adapter", "")
         return name
 
 

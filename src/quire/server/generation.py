@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
+from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
+from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
 from quire.server.key_use import Admission
@@ -41,10 +43,11 @@ class Generation:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
         sample that failed if it is the only one: among several it ends alone, with its error."""
         params = await self._with_bad_words(engine)
+        adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
             streams = [
-                self._generate(engine, index, prompt, params, admission) for index, prompt in enumerate(self.prompts)
+                self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))
             ]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
@@ -66,15 +69,16 @@ class Generation:
         return {choice - first: sample for choice, sample in self.progress.items() if 0 <= choice - first < n}
 
     async def _generate(
-        self, engine: Engine, index: int, prompt: list[int], params: SamplingParams, admission: Admission
+        self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
-            prompt,
+            self.prompts[index],
             params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
             tenant=self.scheduling.tenant,
             workload=self.scheduling.workload,
+            adapter=adapter,
             timeout=self.timeout,
             progress=self._progress_of(index),
         )

@@ -51,6 +51,9 @@ class ServerSettings:
     reasoning in the text."""
     enable_auto_tool_choice: bool = False
     """Has no effect, because tool calls need no option; for command lines that are written for vLLM."""
+    allow_runtime_lora: bool = False
+    """Let clients load and unload adapters by /v1/load_lora_adapter, from any folder that the server can read. Also
+    read from VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
     max_body_size: int = 8 * 2**20
     """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10
