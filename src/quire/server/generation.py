@@ -10,7 +10,7 @@ from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from quire.request import SampleProgress
+from quire.request import BegunPrompt, SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
@@ -46,9 +46,7 @@ class Generation:
         adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [
-                self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))
-            ]
+            streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
                     for sample in output.outputs:
@@ -71,8 +69,9 @@ class Generation:
     async def _generate(
         self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
+        progress = self._progress_of(index)
         outputs = engine.generate(
-            self.prompts[index],
+            BegunPrompt(self.prompts[index], progress) if progress else self.prompts[index],
             params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
@@ -80,7 +79,6 @@ class Generation:
             workload=self.scheduling.workload,
             adapter=adapter,
             timeout=self.timeout,
-            progress=self._progress_of(index),
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None

@@ -60,7 +60,7 @@ async def create_response(context: RequestContext) -> None:
             await store.save(account, StoredResponse(response, items))
 
     if context.asks_for_prompt:
-        await context.reply(answer.prompt_blocks(context.engine))
+        await context.reply(await answer.prompt_blocks(context.engine))
     elif request.background:
         await _start(context, answer, renderer, save, stream=bool(request.stream))
     elif request.stream:
