@@ -300,7 +300,7 @@ class AsyncLLM:
         internal_id = f"r{next(self._request_numbers)}"
         progress = NOTHING_YET
         if isinstance(prompt, BegunPrompt):
-            prompt, progress = prompt.token_ids, prompt.progress
+            progress, prompt = prompt.progress, prompt.token_ids
         make = partial(self._inputs.make_request, internal_id, prompt, params, task=task, **options)
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
