@@ -39,10 +39,10 @@ from quire.engine.messages import (
     decode_to_engine,
     encode,
 )
+from quire.engine.model_task import read_model
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
-from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20
@@ -113,7 +113,7 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()
