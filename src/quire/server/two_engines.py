@@ -17,6 +17,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
+from quire.request import BegunPrompt
 from quire.sampling_params import SamplingParams
 from quire.server.backend import ChatRenderer
 
@@ -69,6 +70,10 @@ class TwoEngines:
         return self._first.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self._first.block_size
+
+    @property
     def max_queue_size(self) -> int:
         return self._first.max_queue_size
 
@@ -85,7 +90,7 @@ class TwoEngines:
         return self._first.metrics
 
     def generate(
-        self, prompt: str | list[int], params: SamplingParams, **options: Any
+        self, prompt: str | list[int] | BegunPrompt, params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate` of the first."""
         return self._first.generate(prompt, params, **options)
