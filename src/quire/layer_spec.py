@@ -245,7 +245,9 @@ class ModelSpec:
     positions: LinearSpec | None = None
     """The table of learned positions."""
     vectors: tuple[VectorSpec, ...] = ()
-    """The final norm, and a bias of the head."""
+    """The final norm, a bias of the head, and the vectors of an image encoder."""
+    image_encoder: tuple[LinearSpec, ...] = ()
+    """Matrices of an image encoder."""
 
     @property
     def num_layers(self) -> int:
@@ -288,7 +290,7 @@ class ModelSpec:
     @property
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrices and tables, a tied one counted once."""
-        outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections))
+        outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections, *self.image_encoder))
         return self.layer_parameters + self.num_head_parameters + outside
 
     @property
@@ -357,9 +359,11 @@ class ModelSpec:
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of what is packed: the layers' matrices, the head, and projections."""
+        """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in self.projections)
+        projections = sum(
+            matrix.weight_bytes(dtype, weight_format) for matrix in (*self.projections, *self.image_encoder)
+        )
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:
