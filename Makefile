@@ -16,7 +16,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline test-real test-page check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -61,6 +61,10 @@ test-real: .venv/.test  ## Check published values of real models, which it downl
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)
+
+test-cluster: setup  ## Test replicas on Ray (minutes; some 100 MB to fetch the first time)
+	@$(PIP) --quiet --no-build-isolation --editable '.[test,ray]'
+	@QUIRE_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster $(ARGS)
 
 test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), into one table
 	@$(BIN)/python -m tests.gpu $(ARGS)

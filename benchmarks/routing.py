@@ -8,6 +8,7 @@ python -m benchmarks.routing --decisions
 import argparse
 import random
 import time
+from collections.abc import Callable
 
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES, LeastWork, Prompt
@@ -74,12 +75,13 @@ def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_si
     """Print microseconds per decision of `LeastWork` for prompts that replicas hold to different extents."""
     draw = random.Random(0)
     num_blocks = num_tokens // block_size
-    for title, lengths in (
+    kinds: tuple[tuple[str, Callable[[], list[int]]], ...] = (
         ("nothing is known", lambda: [0] * num_replicas),
         ("one replica holds all, the others the system prompt", lambda: [num_blocks, *[256] * (num_replicas - 1)]),
         ("eight replicas hold different lengths", lambda: [draw.randrange(num_blocks) for _ in range(8)]),
         ("every replica holds another length", lambda: [draw.randrange(num_blocks) for _ in range(num_replicas)]),
-    ):
+    )
+    for title, lengths in kinds:
         fleet = Fleet(LeastWork(), max_blocks=2**17)
         replicas = [fleet.join(f"replica-{number}") for number in range(num_replicas)]
         prompts = []

@@ -3,6 +3,7 @@
 Its sequences, block tables and progress belong to `quire.scheduler.sequence`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -59,6 +60,15 @@ class SampleProgress(NamedTuple):
     token_ids: list[int]
     finish_reason: str | None = None
     """Why it ended; None if it goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class BegunPrompt:
+    """A prompt whose samples another engine began."""
+
+    token_ids: list[int]
+    progress: Mapping[int, SampleProgress]
+    """By sample; samples that are missing have no tokens yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,8 @@ class FakeServer:
     refusal: tuple[int, bytes] | None = None
     """Status and body of every answer that computes."""
     key: str = ""
+    hangs: bool = False
+    """It takes requests and answers none."""
     asked: list[Asked] = field(default_factory=list)
     url: str = ""
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
@@ -87,6 +89,8 @@ class FakeServer:
     async def _answer(
         self, method: str, path: str, headers: dict[str, str], body: bytes, writer: asyncio.StreamWriter
     ) -> None:
+        if self.hangs:
+            await asyncio.sleep(60)
         if self.key and path.startswith("/v1/") and headers.get("authorization") != f"Bearer {self.key}":
             await self._whole(writer, 401, b'{"error": {"message": "no key"}}')
         elif path == "/v1/models":

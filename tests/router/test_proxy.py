@@ -243,6 +243,57 @@ def test_requests_wait_for_a_place_and_a_full_room_refuses() -> None:
     route(servers, test, max_backend_requests=2, max_queue_size=2)
 
 
+def test_what_servers_keep_is_asked_where_it_is() -> None:
+    servers = [FakeServer(text_of(b"{}")) for _ in range(3)]
+
+    async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
+        for path in ("/v1/files", "/v1/files/f1", "/v1/batches", "/v1/files/f1/content"):
+            await client.request("POST", path, content=b"{}")
+        assert [len(server.asked) for server in servers] == [4, 0, 0]
+        for _ in range(6):
+            await client.post("/v1/responses", json={"input": "a"})
+        made = {
+            f"resp_{asked.headers['x-quire-stream'].split()[0]}": server
+            for server in servers
+            for asked in server.asked
+            if asked.path == "/v1/responses"
+        }
+        assert len(made) == 6
+        assert len({server.url for server in made.values()}) == 3
+        for response_id, server in made.items():
+            await client.get(f"/v1/responses/{response_id}")
+            assert server.asked[-1].path == f"/v1/responses/{response_id}"
+            await client.post("/v1/responses", json={"input": "b", "previous_response_id": response_id})
+            assert server.asked[-1].body["previous_response_id"] == response_id
+
+    route(servers, test, policy="round-robin")
+
+
+def test_streams_of_a_server_that_hangs_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut network closes no connection: the server is taken for dead when it answers no probe."""
+    monkeypatch.setattr("quire.router.backends.PROBE_SECONDS", 0.05)
+
+    async def hangs(asked: Asked) -> AsyncIterator[bytes]:
+        yield marked("t0", 0)
+        await asyncio.sleep(60)
+
+    servers = [FakeServer(hangs), FakeServer(count_on)]
+
+    async def test(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
+        servers[1].ready = 503
+        await backends.look(backends.by_url[servers[1].url])
+        sending = asyncio.create_task(client.post("/v1/completions", json=STREAM))
+        while not servers[0].asked:
+            await asyncio.sleep(0.001)
+        servers[0].hangs = True
+        servers[1].ready = 200
+        for _ in range(4):
+            await asyncio.gather(*(backends.look(backend) for backend in backends.by_url.values()))
+        assert (await sending).content == WHOLE
+
+    route(servers, test)
+
+
 def test_servers_that_do_not_fit_together_are_refused_at_start() -> None:
     async def nothing(client: httpx.AsyncClient, app: RouterApp, backends: Backends) -> None:
         raise AssertionError("it must not start")

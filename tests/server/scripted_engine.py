@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import quire
@@ -36,7 +35,6 @@ from quire.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
@@ -178,9 +176,7 @@ class ScriptedEngine:
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
-        progress: Mapping[int, SampleProgress] = MappingProxyType({}),
     ) -> AsyncGenerator[RequestOutput, None]:
-        assert not progress, "the engine that resumes is the real one"
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")

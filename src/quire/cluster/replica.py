@@ -26,7 +26,7 @@ ANNOUNCE_SECONDS = 1.0
 class ReplicaDeployment:
     """Ray starts, watches, scales and replaces it. Serve's destructor drains it."""
 
-    async def __init__(self, options: ClusterOptions, app_name: str) -> None:
+    async def __init__(self, options: ClusterOptions, app_name: str) -> None:  # type: ignore[misc]  # Serve awaits it
         self._app_name = app_name
         self._settings = _settings(options)
         config = EngineConfig.from_options(options.engine)

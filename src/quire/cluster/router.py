@@ -43,7 +43,7 @@ INGRESS = Ingress()
 class RouterDeployment:
     """The router's application, and the addresses that replicas tell."""
 
-    async def __init__(self, options: ClusterOptions, replicas: object) -> None:
+    async def __init__(self, options: ClusterOptions, replicas: object) -> None:  # type: ignore[misc]  # awaited
         """`replicas` is the handle of the other deployment, which makes it part of the application."""
         settings = options.router_settings()
         fleet = Fleet(

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
@@ -54,7 +54,7 @@ from quire.errors import CheckpointError, EngineUnavailableError, QuireError, Re
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, RequestOutput
-from quire.request import SampleProgress, Task
+from quire.request import BegunPrompt, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
 
@@ -219,17 +219,16 @@ class AsyncLLM:
 
     async def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | BegunPrompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
         timeout: float | None = None,
-        progress: Mapping[int, SampleProgress] = NOTHING_YET,
         **options: Unpack[RequestOptions],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
-        `progress` has the samples that another engine began, by index. The first item repeats it as an output.
+        The first item of a prompt that another engine began repeats what that engine made.
 
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `request_id` is the
@@ -241,7 +240,7 @@ class AsyncLLM:
                 "batch processor with the engine (--logits-processors)",
                 param="logits_processors",
             )
-        stream = await self._open(prompt, params, timeout=timeout, progress=progress, **options)
+        stream = await self._open(prompt, params, timeout=timeout, **options)
         finished = False
         try:
             if stream.replayed is not None:
@@ -297,12 +296,11 @@ class AsyncLLM:
 
     async def _open(
         self,
-        prompt: Prompt,
+        prompt: Prompt | BegunPrompt,
         params: SamplingParams,
         *,
         task: Task = Task.SAMPLE,
         timeout: float | None,
-        progress: Mapping[int, SampleProgress] = NOTHING_YET,
         **options: Unpack[RequestOptions],
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
@@ -311,6 +309,9 @@ class AsyncLLM:
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         internal_id = f"r{next(self._request_numbers)}"
+        progress = NOTHING_YET
+        if isinstance(prompt, BegunPrompt):
+            progress, prompt = prompt.progress, prompt.token_ids
         make = partial(self._inputs.make_request, internal_id, prompt, params, task=task, **options)
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)

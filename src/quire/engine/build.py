@@ -89,8 +89,7 @@ def build_core(
     """Load a model. Raises `CheckpointError` for files that do not fit the config.
 
     `preloader` was started with the same arguments before torch was imported. `logits_processors`, names or objects,
-    replace the config's, which can only hold names. `warm_grammars` reads the vocabulary for structured outputs now, in
-    a thread: reading a large one with the first grammar would delay running requests by a second.
+    replace the config's. `warm_grammars` reads the vocabulary now, in a thread, so that no grammar waits for it.
     """
     processors = load_processors(config.logits_processors if logits_processors is None else logits_processors)
     grammars = GrammarCache(

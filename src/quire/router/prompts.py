@@ -11,7 +11,7 @@ import msgspec
 
 from quire.router.backends import Backend, BackendGoneError, Backends
 from quire.router.guess import guess_prompt, session_of
-from quire.router.requests import COMPUTING, RoutedRequest
+from quire.router.requests import COMPUTING, GENERATING, RoutedRequest
 from quire.routing.fleet import Fleet
 from quire.routing.policies import Prompt
 from quire.server.handover import HASH_BYTES, PROMPT_HEADER, PromptBlocks
@@ -31,7 +31,7 @@ class PromptReader:
         """The prompt of a request. Never raises: a request that cannot be read has no blocks."""
         if request.method != "POST" or request.path not in COMPUTING or not request.fields:
             return Prompt((), 1, 1)
-        server = self._server()
+        server = self._server() if request.path in GENERATING else None
         if server is not None:
             try:
                 async with asyncio.timeout(_SECONDS):

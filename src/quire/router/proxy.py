@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from quire.errors import EngineUnavailableError, QuarantinedError, QueueFullError, RequestError
 from quire.router.backends import Backend, BackendGoneError, Backends
 from quire.router.client_answer import ClientAnswer, Headers, failure_event
+from quire.router.homes import RESPONSES, Homes
 from quire.router.marked_stream import BrokenStreamError
 from quire.router.prompts import PromptReader
 from quire.router.quarantine import REFUSED_SECONDS, DeadlyRequests
@@ -85,6 +86,7 @@ class Proxy:
         self._backends = backends
         self._prompts = PromptReader(fleet, backends)
         self._deadly = DeadlyRequests(time.monotonic)
+        self._homes = Homes()
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request. Raises `RequestError` as long as the client has nothing of an answer."""
@@ -113,7 +115,9 @@ class Proxy:
                 await asyncio.sleep(min(_LONGEST_PAUSE, _PAUSE * attempt))
                 if tried.issuperset(self._fleet.replicas):  # no other has come: the same may have recovered
                     tried.clear()
-            work = await self.waiting.enter(prompt, tried)
+            home = self._homes.of(request, [url for url in self._backends.by_url if url in self._fleet.replicas])
+            others = self._fleet.replicas.keys() - {home} if home in self._fleet.replicas else set()
+            work = await self.waiting.enter(prompt, tried if home in tried else tried | others)
             backend = self._backends.by_url[work.replica.name]
             try:
                 await self._try(request, backend, work, answer)
@@ -134,9 +138,10 @@ class Proxy:
     async def _try(self, request: RoutedRequest, backend: Backend, work: Work, answer: ClientAnswer) -> None:
         """Send the request to one server, and its answer to the client. Raises `_MoveOnError`."""
         resumable = backend.is_quire and request.streams
+        self._homes.note(request, backend.url)
         if answer.has_begun and not resumable:
             raise _MoveOnError(f"{backend.url} cannot go on with an answer that another server began")
-        headers, body = request.to_send(handover=resumable)
+        headers, body = request.to_send(handover=resumable or (backend.is_quire and request.path == RESPONSES))
         try:
             response = await backend.open(request.method, request.target, headers, body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:

@@ -21,6 +21,8 @@ Headers = list[tuple[bytes, bytes]]
 
 COMPUTING = frozenset(each.path for each in ENDPOINTS if each.method == "POST" and "{" not in each.path)
 """Paths whose requests only compute: sending one twice changes nothing."""
+GENERATING = frozenset(each.path for each in ENDPOINTS if each.method == "POST" and each.streams)
+"""Paths whose answers are generated, whole or as a stream."""
 _STREAMS_BY_DEFAULT = ("/api/",)
 _OWN = (STREAM_HEADER, PROMPT_HEADER)
 HOP_BY_HOP = frozenset(
@@ -55,7 +57,7 @@ class RoutedRequest:
     @property
     def streams(self) -> bool:
         """The client wants the answer as it comes."""
-        if self.method != "POST" or self.path not in COMPUTING:
+        if self.method != "POST" or self.path not in GENERATING:
             return False
         given = self.fields.get("stream")
         return self.path.startswith(_STREAMS_BY_DEFAULT) if given is None else bool(given)

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
+from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
 from quire.server.endpoint import RequestContext
 from quire.server.errors import ErrorDetail, error_body
@@ -139,19 +140,21 @@ class Answer:
         self.generation = replace(self.generation, timeout=context.timeout())
         context.scope["state"]["usage"] = self.usage
         if context.asks_for_prompt:
-            await context.reply(self.prompt_blocks(context.engine))
+            await context.reply(await self.prompt_blocks(context.engine))
         elif stream:
-            await context.stream(self.stream_events(context), self.stream_form(context.handover is not None))
+            await context.stream(self.stream_events(context), self.stream_form(marked=context.handover is not None))
         else:
             await context.reply_when_done(self.whole(context.engine))
 
-    def prompt_blocks(self, engine: Engine) -> PromptBlocks:
+    async def prompt_blocks(self, engine: Engine) -> PromptBlocks:
         """The blocks that the answer's prompt fills."""
-        prompts = self.generation.prompts
-        hashes = block_hashes(prompts[0], engine.block_size, self.generation.scheduling.cache_salt)
+        prompts, scheduling = self.generation.prompts, self.generation.scheduling
+        adapter = await find_adapter(engine, scheduling.adapter)
+        digest = adapter.digest if adapter is not None else ""
+        hashes = block_hashes(prompts[0], engine.block_size, scheduling.cache_salt, digest)
         return PromptBlocks(engine.model_names[0], engine.block_size, sum(map(len, prompts)), hashes)
 
-    def stream_form(self, marked: bool) -> StreamForm:
+    def stream_form(self, *, marked: bool) -> StreamForm:
         """How the answer's stream is written; `marked` for a router that knows marks."""
         renderer = self.renderer
         if not marked:

@@ -15,7 +15,7 @@ from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
-from quire.request import SampleProgress
+from quire.request import BegunPrompt
 from quire.sampling_params import SamplingParams
 
 
@@ -79,7 +79,7 @@ class Engine(Protocol):
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | BegunPrompt,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -89,7 +89,6 @@ class Engine(Protocol):
         workload: str = "",
         adapter: Adapter | None = None,
         timeout: float | None = None,
-        progress: Mapping[int, SampleProgress] = ...,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(

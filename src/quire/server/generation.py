@@ -10,7 +10,7 @@ from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from quire.request import SampleProgress
+from quire.request import BegunPrompt, SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
@@ -69,8 +69,9 @@ class Generation:
     async def _generate(
         self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
+        progress = self._progress_of(index)
         outputs = engine.generate(
-            self.prompts[index],
+            BegunPrompt(self.prompts[index], progress) if progress else self.prompts[index],
             params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
@@ -78,7 +79,6 @@ class Generation:
             workload=self.scheduling.workload,
             adapter=adapter,
             timeout=self.timeout,
-            progress=self._progress_of(index),
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None

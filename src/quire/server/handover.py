@@ -103,9 +103,9 @@ def read_mark(data: bytes) -> _Progress:
     return _decoder.decode(data)
 
 
-def block_hashes(token_ids: Sequence[int], block_size: int, salt: str) -> bytes:
+def block_hashes(token_ids: Sequence[int], block_size: int, salt: str, adapter: str = "") -> bytes:
     """The hashes of the full blocks of a prompt, as the engine makes them, `HASH_BYTES` each."""
-    parent, hashes = root_hash(salt, block_size), []
+    parent, hashes = root_hash(salt, block_size, adapter), []
     for start in range(0, len(token_ids) // block_size * block_size, block_size):
         parent = hash_block(parent, token_ids[start : start + block_size])
         hashes.append(parent[-HASH_BYTES:])

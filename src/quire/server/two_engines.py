@@ -21,6 +21,7 @@ from quire.errors import ConfigError, EngineUnavailableError
 from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
+from quire.request import BegunPrompt
 from quire.sampling_params import SamplingParams
 from quire.server.backend import ChatRenderer
 
@@ -77,20 +78,12 @@ class TwoEngines:
         return self._first.model_config
 
     @property
-    def adapters(self) -> AdapterRegistry:
-        return self._first.adapters
-
-    @property
     def block_size(self) -> int:
         return self._first.block_size
 
     @property
     def max_model_len(self) -> int:
         return self._first.max_model_len
-
-    @property
-    def block_size(self) -> int:
-        return self._first.block_size
 
     @property
     def max_queue_size(self) -> int:
@@ -117,7 +110,7 @@ class TwoEngines:
         return self._first.views
 
     def generate(
-        self, prompt: str | list[int], params: SamplingParams, **options: Any
+        self, prompt: str | list[int] | BegunPrompt, params: SamplingParams, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `AsyncLLM.generate` of the first."""
         return self._first.generate(prompt, params, **options)

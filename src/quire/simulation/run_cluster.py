@@ -16,6 +16,10 @@ from quire.simulation.step_time import StepTime
 from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace
 
 _DEFAULT_SESSIONS = 100
+_NOT_IN_CLUSTERS = (
+    *("policy", "scheduling_policy", "admission", "saturate", "warm_up", "n", "beam_width", "shared_prefix"),
+    *("swap_space", "disk_cache_size", "step_failures", "slow_steps", "cancellations", "engine_deaths"),
+)
 
 
 def run_cluster(
@@ -64,8 +68,6 @@ def run_cluster(
 def _check(settings: SimulationSettings) -> None:
     """Raise `ConfigError` for options of one engine that a simulated cluster does not have."""
     default = SimulationSettings(trace=settings.trace)
-    names = ("policy", "scheduling_policy", "admission", "saturate", "warm_up", "n", "beam_width", "shared_prefix")
-    names += ("swap_space", "disk_cache_size", "step_failures", "slow_steps", "cancellations", "engine_deaths")
-    for name in names:
+    for name in _NOT_IN_CLUSTERS:
         if getattr(settings, name) != getattr(default, name):
             raise ConfigError(f"{name} is {getattr(settings, name)}; a simulated cluster lacks that: leave it out")

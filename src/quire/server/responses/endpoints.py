@@ -1,8 +1,6 @@
 """/v1/responses: create, retrieve, delete and cancel responses, and list their input."""
 
 import asyncio
-import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
@@ -53,7 +51,7 @@ async def create_response(context: RequestContext) -> None:
     with naming(SENT_NAMES):
         chat = to_chat(request, [*history, *items])
         turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
-    renderer = ResponseRenderer(_blank(request, model, turn), _logprobs(context, request))
+    renderer = ResponseRenderer(_blank(context, request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     context.scope["state"]["usage"] = answer.usage
 
@@ -61,11 +59,13 @@ async def create_response(context: RequestContext) -> None:
         if request.store is not False:
             await store.save(account, StoredResponse(response, items))
 
-    if request.background:
+    if context.asks_for_prompt:
+        await context.reply(await answer.prompt_blocks(context.engine))
+    elif request.background:
         await _start(context, answer, renderer, save, stream=bool(request.stream))
     elif request.stream:
-        events = _saved(answer.events(context.engine), renderer, save)
-        await context.stream(events, StreamForm(renderer.failure, renderer.done))
+        events = _saved(answer.stream_events(context), renderer, save)
+        await context.stream(events, answer.stream_form(marked=context.handover is not None))
     else:
         await context.reply_when_done(_whole(context.engine, answer, save))
 
@@ -173,12 +173,12 @@ async def _start(
         await context.reply(queued)
 
 
-def _blank(request: ResponsesRequest, model: str, turn: ChatTurn) -> ResponseObject:
+def _blank(context: RequestContext, request: ResponsesRequest, model: str, turn: ChatTurn) -> ResponseObject:
     """The response before anything is generated."""
     params = turn.generation.params
     return ResponseObject(
-        id=f"resp_{uuid.uuid4().hex}",
-        created_at=int(time.time()),
+        id=context.answer_id("resp_"),
+        created_at=context.created(),
         model=model,
         status="queued" if request.background else "in_progress",
         output=[],

@@ -1,7 +1,6 @@
 """ResponseRenderer: an Answer as a response object, or as its events."""
 
 import time
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -162,7 +161,9 @@ class ResponseRenderer(Renderer):
 
     def _id(self, part: Part) -> str:
         while len(self._ids) <= part.index:
-            self._ids.append(f"{_ID_PREFIXES[part.kind]}_{uuid.uuid4().hex}")
+            # Another server that goes on with the response names its items alike.
+            own = self.response.id.removeprefix("resp_")[:24]
+            self._ids.append(f"{_ID_PREFIXES[part.kind]}_{own}{len(self._ids):08x}")
         return self._ids[part.index]
 
     def _entries(self, delta: CompletionOutput) -> list[Json]:
