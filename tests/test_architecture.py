@@ -36,6 +36,7 @@ LEVELS = (
         "request",
         "step",
         "outputs",
+        "pool_view",
         "embeddings",
         "generation_progress",
         "pooling_types",

@@ -37,6 +37,7 @@ class TableModel:
     """Hidden states are tokens and positions; logits are looked up for them."""
 
     image_encoder = None
+    pooler = None
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)

@@ -16,7 +16,10 @@ from quire.engine.chat_template import ChatTemplate
 from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
+from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.messages import ToEngine
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
@@ -112,11 +115,19 @@ class ScriptedEngine:
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
     memory: list[RequestMemory] = field(default_factory=list)
     """The requests of the memory report."""
+    sent: list[ToEngine] = field(default_factory=list)
+    """What viewers of the pool sent to the engine."""
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_tokens: int = 0
     """Tokens generated for all requests."""
+
+    def __post_init__(self) -> None:
+        self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
+        self.views = PoolViews(
+            self.sent.append, state=lambda: self.state, stats=lambda: EngineStats(num_blocks=64), metrics=self.metrics
+        )
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:

@@ -6,7 +6,9 @@ from typing import Any, Protocol
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
@@ -70,6 +72,10 @@ class Engine(Protocol):
     def text_prompts(self) -> TextPrompts: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def questions(self) -> MemoryQuestions: ...
+    @property
+    def views(self) -> PoolViews: ...
 
     def generate(
         self,
