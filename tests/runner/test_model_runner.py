@@ -93,7 +93,13 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
     config: Any = SimpleNamespace(
-        vocab_size=VOCAB_SIZE, pixels_per_position=0, num_heads=1, num_kv_heads=1, head_dim=32, latent=None
+        vocab_size=VOCAB_SIZE,
+        pixels_per_position=0,
+        is_encoder=False,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=32,
+        latent=None,
     )
     kernels = kernels_for(backend)
     runner = ModelRunner(
