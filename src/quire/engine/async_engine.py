@@ -160,12 +160,9 @@ class AsyncLLM:
         self._end_waits(EngineUnavailableError("the server is shutting down"))
         await self._client.shutdown()
         self.views.wake()
-        if self._grammar_checker is not None:
-            await self._grammar_checker.close()
-        if self.images is not None:
-            await self.images.reader.close()
-        if self.chat_template is not None:
-            await self.chat_template.close()
+        for part in (self._grammar_checker, self.images, self.chat_template):
+            if part is not None:
+                await part.close()
 
     @property
     def state(self) -> str:

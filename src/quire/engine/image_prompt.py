@@ -103,6 +103,10 @@ class ImageSupport:
     max_images: int
     """Most images of one request."""
 
+    async def close(self) -> None:
+        """End the process that reads images."""
+        await self.reader.close()
+
     @classmethod
     def of(cls, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> "ImageSupport | None":
         """None for a model that reads text only."""
