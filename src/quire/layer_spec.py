@@ -21,7 +21,6 @@ RECURRENT_CHUNK = 64
 """Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
 of one sequence follow one another."""
 
-
 MXFP4_BLOCK = 32
 """Numbers of 4 bits that share a scale of a byte."""
 
@@ -230,13 +229,15 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A decoder-only model: its layers and its two ends. Sizes are in bytes where the name says so."""
+    """A decoder-only model or an encoder: its layers and its ends. Sizes are in bytes where the name says so."""
 
     layers: tuple[LayerSpec, ...]
     embedding: LinearSpec
     """The table of token embeddings [vocab_size, hidden_size], or narrower if there are projections."""
-    head: LinearSpec
-    """The matrix that makes logits, as wide as the embedding."""
+    head: LinearSpec | None
+    """The matrix that makes logits, as wide as the embedding; an encoder has none."""
+    is_encoder: bool = False
+    """Keys and values live for one layer, so all layers of one window share one place for them."""
     projections: tuple[LinearSpec, ...] = ()
     """Matrices from the width of the embedding to that of the layers, and back to that of the head."""
     tied: bool = False
@@ -258,7 +259,12 @@ class ModelSpec:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.num_outputs
+        return self.embedding.num_outputs
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Parameters of the matrix that makes logits."""
+        return 0 if self.head is None else self.head.num_parameters
 
     @property
     def tables(self) -> tuple[LinearSpec, ...]:
@@ -285,7 +291,7 @@ class ModelSpec:
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrices and tables, a tied one counted once."""
         outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections))
-        return self.layer_parameters + self.head.num_parameters + outside
+        return self.layer_parameters + self.num_head_parameters + outside
 
     @property
     def num_vector_parameters(self) -> int:
@@ -306,17 +312,18 @@ class ModelSpec:
     def largest_matrix(self) -> int:
         """Parameters of the largest matrix that is packed as one."""
         inside = (linear.num_parameters for layer in self.layers for linear, _ in layer.matrices)
-        return max(self.head.num_parameters, *inside)
+        return max(self.num_head_parameters, *inside)
 
     @property
     def largest_kv(self) -> int:
         """Elements that a token leaves in the cache of the layer that keeps most."""
-        return max((kv.num_elements for kv in self._kvs), default=0)
+        return max((kv.num_elements for kv in self.kvs), default=0)
 
     @property
-    def _kvs(self) -> list[KVSpec]:
-        """One for every layer that has a KV cache."""
-        return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
+    def kvs(self) -> list[KVSpec]:
+        """One for every layer that has a part of the KV cache; in an encoder one for all layers of a window."""
+        found = [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
+        return list(dict.fromkeys(found)) if self.is_encoder else found
 
     @property
     def recurrent_layers(self) -> tuple[RecurrentSpec, ...]:
@@ -344,12 +351,12 @@ class ModelSpec:
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
         total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
-        if self.kept is None or quantization is not None:
-            return total
-        return total - self.kept.layer_parameters * DTYPE_BYTES[dtype] + self.kept.layer_bytes
+        return total if self.kept is None or quantization else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
+        if self.head is None:
+            return 0
         if self.kept is not None and self.kept.head_bytes and quantization is None:
             return self.kept.head_bytes
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
@@ -370,7 +377,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values in all layers."""
-        return sum(kv.bytes_per_token(dtype) for kv in self._kvs)
+        return sum(kv.bytes_per_token(dtype) for kv in self.kvs)
 
     def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Peak memory, in float32, of a step that computes `num_tokens` and samples from `num_logits` rows of logits.
@@ -380,7 +387,7 @@ class ModelSpec:
         widest = max(max(layer.attention.num_elements, layer.mlp.num_elements) for layer in self.layers)
         token = 3 * self.hidden_size + widest
         # Sampling works on a second copy of the logits.
-        logits = 2 * self.vocab_size + self.hidden_size
+        logits = 0 if self.head is None else 2 * self.vocab_size + self.hidden_size
         return (num_tokens * token + num_logits * logits) * FLOAT32_BYTES
 
 

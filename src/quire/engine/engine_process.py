@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
-from quire.engine.checkpoint import read_model_config
 from quire.engine.core import EngineCore
 from quire.engine.messages import (
     Abort,
@@ -40,6 +39,7 @@ from quire.engine.messages import (
     decode_to_engine,
     encode,
 )
+from quire.engine.model_task import read_model
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
@@ -113,7 +113,7 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    model_config = read_model_config(folder)
+    model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()

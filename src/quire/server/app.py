@@ -32,6 +32,7 @@ from quire.server import (
     metrics,
     models,
     openapi,
+    scores,
     tokenize,
 )
 from quire.server.anthropic import endpoints as anthropic
@@ -63,6 +64,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
+    *scores.ENDPOINTS,
     *infill.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
