@@ -15,14 +15,12 @@ from typing import Literal
 
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
+from quire.quantization.levels import MXFP4_BLOCK
 from quire.quantization.stored import KeptBits
 
 RECURRENT_CHUNK = 64
 """Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
 of one sequence follow one another."""
-
-MXFP4_BLOCK = 32
-"""Numbers of 4 bits that share a scale of a byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +243,9 @@ class ModelSpec:
     positions: LinearSpec | None = None
     """The table of learned positions."""
     vectors: tuple[VectorSpec, ...] = ()
-    """The final norm, and a bias of the head."""
+    """The final norm, a bias of the head, and the vectors of an image encoder."""
+    image_encoder: tuple[LinearSpec, ...] = ()
+    """Matrices of an image encoder."""
     kept: KeptBits | None = None
     """None: no matrix keeps the bits of its checkpoint, but for those in MXFP4."""
 
@@ -290,7 +290,7 @@ class ModelSpec:
     @property
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrices and tables, a tied one counted once."""
-        outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections))
+        outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections, *self.image_encoder))
         return self.layer_parameters + self.num_head_parameters + outside
 
     @property
@@ -355,16 +355,17 @@ class ModelSpec:
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
-        if self.head is None:
-            return 0
-        if self.kept is not None and self.kept.head_bytes and quantization is None:
-            return self.kept.head_bytes
+        kept = 0 if self.kept is None or quantization else self.kept.head_bytes
+        if self.head is None or kept:
+            return kept
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
-        """Memory of what is packed: the layers' matrices, the head, and projections."""
+        """Memory of what is packed: the layers' matrices, the head, projections and an encoder."""
         weight_format = METHODS[quantization].layers if quantization is not None else None
-        projections = sum(matrix.weight_bytes(dtype, weight_format) for matrix in self.projections)
+        projections = sum(
+            matrix.weight_bytes(dtype, weight_format) for matrix in (*self.projections, *self.image_encoder)
+        )
         return self.layer_bytes(dtype, quantization) + self.head_bytes(dtype, quantization) + projections
 
     def matrix_bytes(self, dtype: str, quantization: str | None = None) -> int:

@@ -13,6 +13,7 @@ from quire.engine.checkpoint import model_name, read_default_params
 from quire.engine.engine import Engine
 from quire.engine.input_processor import Prompt, as_batch
 from quire.engine.memory_plan import MemoryPlan
+from quire.engine.message_images import has_images, take_images
 from quire.engine.tokenizer import Tokenizer, read_special_tokens
 from quire.errors import CheckpointError, RequestError
 from quire.generation_progress import show_progress
@@ -83,7 +84,9 @@ class LLM(VectorMethods):
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs are in the order of the prompts.
 
-        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. `sampling_params` is
+        A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`, and with images in
+        `multi_modal_data` as in vLLM: {"image": one or a list}, where the prompt holds the model's token for each.
+        `sampling_params` is
         one `SamplingParams` for all prompts or a list with one for each; None takes the model's own defaults.
         `use_tqdm` shows a progress bar on a terminal. `lora_request` is the adapter for all prompts, or a list with one
         or None for each. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
@@ -195,22 +198,30 @@ class LLM(VectorMethods):
         """Answer one conversation or several, through the model's chat template.
 
         A conversation is a list of messages such as {"role": "user", "content": "Hello"}; a text is one such message.
+        For a model that reads images a content may be a list of parts: {"type": "text", "text": …} and {"type":
+        "image", "image": …} with an image of Pillow, bytes, a path or a data URL.
         `tools` are those the model may call, in OpenAI's form. `chat_template` is the text of another template.
         """
         conversations = _as_conversations(messages)
         template = self._template_of(chat_template)
         variables = {**(chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
-        prompts = []
+        prompts: list[Prompt] = []
         for conversation in conversations:
+            shown: Sequence[Message] = conversation
+            sources: list[Any] = []
+            if has_images(conversation):
+                shown, sources = take_images(conversation, self._engine.images.marker)
             text = template.render(
-                conversation,
+                shown,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 **variables,
             )
-            prompts.append(
-                {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
-            )
+            if sources:
+                prompts.append({"prompt": text, "multi_modal_data": {"image": sources}, "add_special_tokens": False})
+            else:
+                token_ids = self.get_tokenizer().encode(text, add_special_tokens=False)
+                prompts.append({"prompt": text, "prompt_token_ids": token_ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _template_of(self, given: str | None) -> ChatTemplate:

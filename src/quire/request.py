@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from quire.errors import RequestError
+from quire.image_input import ImagePixels
 from quire.sampling_params import SamplingParams
 
 
@@ -82,6 +83,8 @@ class Request:
     """Index of the first token of a pair's second text, for models that mark it; 0: there is none."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
+    pixels: tuple[ImagePixels, ...] = ()
+    """The pixels of each of the inputs."""
     tenant: str = ""
     """The account: the client's API key, or its name for a user. Shares are fair between tenants."""
     workload: str = ""
@@ -111,6 +114,15 @@ class Request:
                     param="prompt",
                 )
             end = offset + length
+        if len(self.pixels) not in (0, len(self.inputs)):
+            raise RequestError(
+                f"{len(self.inputs)} inputs came with the pixels of {len(self.pixels)}", param="multi_modal_data"
+            )
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Memory of its images."""
+        return sum(pixels.num_bytes for pixels in self.pixels)
 
     def _check_embed(self) -> None:
         """Raise `RequestError` for parameters that sample, or that report on tokens."""

@@ -8,6 +8,7 @@ keeps from admission until it ends or is preempted.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from quire.image_input import ImagePlan
 from quire.sampling_params import SamplingParams
 
 
@@ -67,6 +68,8 @@ class NewRow:
     """Hash of the adapter's content, which a slot of the model holds; empty: the model alone."""
     second_text: int = 0
     """As in `Request`."""
+    images: tuple[tuple[int, int, int], ...] = ()
+    """(index of its first token, height, width in pixels) of each image in the prompt."""
 
 
 @dataclass(slots=True)
@@ -158,6 +161,8 @@ class StepPlan:
     after the final norm. No sample is taken there."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (number of most likely tokens, the token that follows each computed position)."""
+    images: ImagePlan | None = None
+    """None if the step computes no tokens of an image."""
     offload: OffloadPlan | None = None
     """None without tiers, and if nothing is copied."""
 

@@ -13,9 +13,13 @@ from typing import Any
 import quire
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
+from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.messages import ToEngine
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
@@ -106,15 +110,24 @@ class ScriptedEngine:
     """The engine for vectors, if it is another."""
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
+    images: ImageSupport | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
     memory: list[RequestMemory] = field(default_factory=list)
     """The requests of the memory report."""
+    sent: list[ToEngine] = field(default_factory=list)
+    """What viewers of the pool sent to the engine."""
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_tokens: int = 0
     """Tokens generated for all requests."""
+
+    def __post_init__(self) -> None:
+        self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
+        self.views = PoolViews(
+            self.sent.append, state=lambda: self.state, stats=lambda: EngineStats(num_blocks=64), metrics=self.metrics
+        )
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:

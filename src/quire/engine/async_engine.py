@@ -24,6 +24,7 @@ from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
@@ -32,16 +33,18 @@ from quire.engine.memory_sizes import available_memory
 from quire.engine.messages import (
     FromEngine,
     Load,
+    MemoryDescribed,
     MemoryReported,
     Outputs,
     PhaseDone,
+    PoolChanged,
     PrefixAccepted,
     Refused,
-    ReportMemory,
     ResetPrefixCache,
 )
 from quire.engine.metrics import Metrics
 from quire.engine.model_task import read_model
+from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.text_prompts import TextPrompts, read_text_prompts
@@ -79,12 +82,13 @@ class AsyncLLM:
         self._memory_plan: MemoryPlan | None = None
         self._inputs: InputProcessor | None = None
         self._grammar_checker: AsyncGrammarChecker | None = None
+        self.images: ImageSupport | None = None
         self._client = EngineClient(
             Owner(
                 on_message=self._handle,
                 on_death=self._handle_death,
                 on_spawn=self._resume,
-                on_ready=lambda: self._streams.start_timer(),
+                on_ready=self._handle_ready,
                 on_failure=self._handle_failure,
                 has_work=lambda: self._streams.any_live,
             )
@@ -93,7 +97,10 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_questions = MemoryQuestions()
+        self.questions = MemoryQuestions(self._client.send, lambda: self.state)
+        self.views = PoolViews(
+            self._client.send, state=lambda: self.state, stats=lambda: self.stats, metrics=self.metrics
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -130,6 +137,7 @@ class AsyncLLM:
             seed=self.config.seed,
         )
         self._report(describe_tokenizer(self.tokenizer, time.perf_counter() - started))
+        self.images = ImageSupport.of(self.config, self._model_config, self.tokenizer)
         self._grammar_checker = AsyncGrammarChecker(GrammarChecker.for_model(self.config, self._model_config, folder))
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
@@ -154,6 +162,8 @@ class AsyncLLM:
         await self._client.shutdown()
         if self._grammar_checker is not None:
             await self._grammar_checker.close()
+        if self.images is not None:
+            await self.images.reader.close()
         if self.chat_template is not None:
             await self.chat_template.close()
 
@@ -347,11 +357,7 @@ class AsyncLLM:
 
     async def memory_report(self) -> MemoryReport:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
-        if self.state not in ("ready", "draining"):
-            raise EngineUnavailableError(f"the engine is {self.state}")
-        answer = self._memory_questions.ask()
-        self._client.send(ReportMemory())
-        return await answer
+        return await self.questions.report()
 
     # -- called by the client -----------------------------------------------------------------------------------------
 
@@ -361,8 +367,10 @@ class AsyncLLM:
                 self._throughput.update(stats)
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
-            case MemoryReported(report):
-                self._memory_questions.answer(report)
+            case PoolChanged(change):
+                self.views.apply(change)
+            case MemoryReported() | MemoryDescribed():
+                self.questions.answer(message)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -374,8 +382,13 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
+    def _handle_ready(self) -> None:
+        self._streams.start_timer()
+        self.views.wake()
+
     def _handle_death(self, death: Death) -> bool:
-        self._memory_questions.fail()
+        self.questions.fail()
+        self.views.clear()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -385,9 +398,11 @@ class AsyncLLM:
         """Send a new engine process what the old one had."""
         self._prefixes.resend()
         self._streams.resume()
+        self.views.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._memory_questions.fail()
+        self.questions.fail()
+        self.views.wake()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:

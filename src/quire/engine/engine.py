@@ -4,14 +4,16 @@ add_request ─▶ InputProcessor ─▶ EngineCore.add
 step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
 from quire.engine.grammar_checker import GrammarChecker
+from quire.engine.image_prompt import no_images
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.local_images import LocalImages, read_sources
 from quire.engine.memory_plan import plan_memory
 from quire.engine.model_task import read_model
 from quire.engine.output_processor import OutputProcessor
@@ -74,6 +76,9 @@ class Engine:
         self._adapters = AdapterRegistry(config.lora_modules)
         self._outputs = OutputProcessor(self.tokenizer, outputs_grow=True)
         self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
+        self._images: LocalImages | None = None
+        if self.model_config.vision is not None and self.tokenizer is not None and config.max_images:
+            self._images = LocalImages(config, self.model_config.vision, self.tokenizer)
 
     def add_request(
         self,
@@ -90,6 +95,8 @@ class Engine:
 
         Raises `RequestError` for a request that cannot be served.
         """
+        if isinstance(prompt, Mapping) and (sources := read_sources(prompt)):
+            prompt = self.images.prompt(prompt, sources)
         request, text = self._inputs.make_request(
             request_id,
             prompt,
@@ -103,6 +110,13 @@ class Engine:
             request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)
         return self._outputs.add(request, text)
+
+    @property
+    def images(self) -> LocalImages:
+        """Reads the images of prompts. Raises `RequestError` if the model reads text only."""
+        if self._images is None:
+            raise no_images()
+        return self._images
 
     def _find_adapter(self, request: LoRARequest) -> Adapter:
         """Raises `RequestError` for a folder that holds no adapter."""
@@ -169,4 +183,6 @@ class Engine:
     def close(self) -> None:
         """Save to the disk tier what it lacks and close its files. The engine cannot be used afterwards."""
         self._grammar_checker.close()
+        if self._images is not None:
+            self._images.close()
         self._core.close()

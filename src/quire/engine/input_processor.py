@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from quire.engine.image_prompt import ImagePrompt, no_truncation
 from quire.engine.limits import check_request
 from quire.engine.model_task import check_task
 from quire.engine.tokenizer import Tokenizer
@@ -68,17 +69,12 @@ class InputProcessor:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
         check_task(self._model_config, task)
         text, token_ids, second_text = self._tokens_of(prompt)
+        inputs, pixels = (prompt.inputs, prompt.pixels) if isinstance(prompt, ImagePrompt) else ((), ())
         if params.truncate_prompt_tokens is not None:
-            keep = params.truncate_prompt_tokens
+            if inputs:
+                raise no_truncation()
             num_output = 0 if task is Task.EMBED else params.max_tokens or 1
-            room = self._max_model_len - num_output
-            keep = keep if keep > 0 else max(1, room)
-            if self._model_config.pooling is None:
-                token_ids = token_ids[-keep:]
-            elif self._tokenizer is not None:
-                token_ids = self._tokenizer.shorten(token_ids, keep)
-            else:
-                token_ids = token_ids[:keep]
+            token_ids = self._truncated(token_ids, params.truncate_prompt_tokens, self._max_model_len - num_output)
         if params.bad_words and not params.bad_words_token_ids:
             params = params.with_changes(bad_words_token_ids=self.bad_word_ids(params.bad_words))
         num_returned, hides_logprobs = 0, False
@@ -104,6 +100,8 @@ class InputProcessor:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            inputs=inputs,
+            pixels=pixels,
             adapter=adapter.digest if adapter is not None else "",
             adapter_path=adapter.path if adapter is not None else "",
             num_returned=num_returned,
@@ -113,6 +111,13 @@ class InputProcessor:
             request, vocab_size=self._vocab_size, max_logprobs=self._max_logprobs, max_model_len=self._max_model_len
         )
         return request, text
+
+    def _truncated(self, token_ids: list[int], keep: int, room: int) -> list[int]:
+        """The last tokens, or what an encoder reads; −1: as many as there is room for."""
+        keep = keep if keep > 0 else max(1, room)
+        if self._model_config.pooling is None:
+            return token_ids[-keep:]
+        return token_ids[:keep] if self._tokenizer is None else self._tokenizer.shorten(token_ids, keep)
 
     def token_ids_of(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt. Raises `RequestError`."""
@@ -134,6 +139,8 @@ class InputProcessor:
                 raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
             return prompt, self._tokenizer.encode(prompt), 0
         token_ids = list(prompt)
+        if isinstance(prompt, ImagePrompt):
+            return prompt.text, token_ids, 0
         if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
         return None, token_ids, 0

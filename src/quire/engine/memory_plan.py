@@ -10,6 +10,7 @@ from typing import Any
 from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
+from quire.engine.image_memory import NO_IMAGES, ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
 from quire.engine.memory_refusals import (
     check_backend,
@@ -77,6 +78,8 @@ class MemoryPlan:
     """One sequence's recurrent state."""
     adapters: int = 0
     """All slots of adapters."""
+    images: ImageMemory = NO_IMAGES
+    """For an image encoder and what it computes."""
     async_scheduling: bool = False
 
     @property
@@ -84,7 +87,7 @@ class MemoryPlan:
         """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
         device = self.weights + self.activations + self.logprobs + self.kv_cache + self.states
-        device += self.context + self.graphs + self.adapters
+        device += self.context + self.graphs + self.adapters + self.images.num_bytes
         return device if self.device == "cuda" else device + self.swap_space + self.staging
 
     @property
@@ -125,6 +128,7 @@ class MemoryPlan:
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + recurrent states {show_bytes(self.states)}" if self.states else "")
             + (f" + adapters {show_bytes(self.adapters)}" if self.adapters else "")
+            + (f" + images {show_bytes(self.images.num_bytes)}" if self.images.num_bytes else "")
             + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
             + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
@@ -134,7 +138,17 @@ class MemoryPlan:
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
             f"at most {self.max_num_seqs} run at once",
             *([states] if self.states else []),
+            *([self._describe_images()] if self.images.kept_tokens else []),
         ]
+
+    def _describe_images(self) -> str:
+        images = self.images
+        most = images.tokens_per_image
+        return (
+            f"images: up to {most} tokens each ({show_bytes(most * self.kv_bytes_per_token)} of KV), "
+            f"{self.max_model_len // most} in the longest context, {self.num_blocks * self.block_size // most} in the "
+            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens}"
+        )
 
     def _describe_blocks(self) -> str:
         """What the blocks are worth: tokens, or where there are windows, how many blocks a sequence needs."""
@@ -224,6 +238,7 @@ def plan_memory(
         num_state_slots=states.num_slots,
         state_bytes=states.slot_bytes,
         adapters=budget.adapters,
+        images=budget.images,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 

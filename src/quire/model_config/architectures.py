@@ -8,6 +8,7 @@ from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
 from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
 from quire.model_config.recurrent_architectures import RECURRENT_ARCHITECTURES
+from quire.model_config.vision_architectures import VISION_ARCHITECTURES
 
 __all__ = ["ARCHITECTURES", "STANDARD_LAYERS", "Architecture"]
 
@@ -258,6 +259,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),
     **PLAIN_ARCHITECTURES,
     **ALIBI_ARCHITECTURES,
+    **VISION_ARCHITECTURES,
     "Phi3ForCausalLM": Architecture(
         model="quire.models.phi3:Phi3",
         reads=("sliding_window", "partial_rotary_factor"),

@@ -13,6 +13,7 @@ from quire.model_config.norms import read_norms
 from quire.model_config.recurrent import read_recurrent
 from quire.model_config.rope import read_ropes
 from quire.model_config.token_ids import end_tokens, read_first_token
+from quire.model_config.vision import read_vision
 from quire.model_config.windows import read_layer_windows
 
 
@@ -79,6 +80,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         logits_softcap=config.number("final_logit_softcapping", 0.0),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         head_bias=config.flag("head_bias"),
+        vision=read_vision(config, hidden_size),
         stored=config.stored,
         checkpoint_dtype=_checkpoint_dtype(config),
         bos_token_id=read_first_token(config),

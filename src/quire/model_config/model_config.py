@@ -21,6 +21,7 @@ from quire.model_config.pooling import PoolingConfig, Task, read_max_length, rea
 from quire.model_config.recurrent import RecurrentConfig
 from quire.model_config.rope import RopeConfig
 from quire.model_config.token_ids import read_end_tokens
+from quire.model_config.vision import VisionConfig
 from quire.quantization.stored import KeptBits, StoredWeights
 
 
@@ -171,6 +172,8 @@ class ModelConfig:
     """By the option `task` it makes no embeddings."""
     max_text_length: int | None = None
     """The longest text that sentence-transformers was set to."""
+    vision: VisionConfig | None = None
+    """The image encoder; None for a model that reads text only."""
 
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
@@ -298,6 +301,14 @@ class ModelConfig:
         return scale
 
     @property
+    def pixels_per_position(self) -> int:
+        """Pixels in each direction for which one of the positions of a rotary embedding with sections grows by one; 0
+        for an embedding with one position."""
+        if self.vision is None or self.rope is None or not self.rope.sections:
+            return 0
+        return self.vision.patch_size * self.vision.merge
+
+    @property
     def spec(self) -> ModelSpec:
         """The model's layers and ends as plain values; sizes are sums over them."""
         return _spec(self)
@@ -320,6 +331,8 @@ def _spec(config: ModelConfig) -> ModelSpec:
     )
     embedding_norm = norm_vectors(config, "embedding_norm") if config.embedding_norm else ()
     head_bias = (VectorSpec("head.bias", config.vocab_size),) if config.head_bias else ()
+    vision = config.vision
+    encoder = () if vision is None else vision.vectors
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, width),
@@ -329,7 +342,12 @@ def _spec(config: ModelConfig) -> ModelSpec:
         tied=config.tie_word_embeddings,
         kept=config.kept,
         positions=positions,
-        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias + types,
+        image_encoder=() if vision is None else vision.linears,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ())
+        + embedding_norm
+        + head_bias
+        + types
+        + encoder,
     )
 
 

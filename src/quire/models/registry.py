@@ -15,6 +15,7 @@ from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.pooler import Pooler, make_pooler
 from quire.models.stored_names import StoredNames
+from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import TensorSource, WeightScope
 
 FALLBACK = ("quire.models.transformers_model", "TransformersModel")
@@ -28,6 +29,8 @@ class Model(Protocol):
     """What makes vectors of hidden states; None: the last hidden state is the vector."""
     ignored_tensors: tuple[str, ...]
     """Patterns of tensors that a checkpoint may hold and the model does not use."""
+    image_encoder: ImageEncoder | None
+    """None for a model that reads text only."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV

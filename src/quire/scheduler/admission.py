@@ -213,6 +213,10 @@ def _new_row(sequence: Sequence) -> NewRow:
         seed=request.seed,
         sample_index=sequence.index,
         stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
+        images=tuple(
+            (span.offset, pixels.height, pixels.width)
+            for span, pixels in zip(request.inputs, request.pixels, strict=bool(request.pixels))
+        ),
         adapter=request.adapter,
         second_text=request.second_text,
     )

@@ -4,8 +4,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
@@ -40,6 +43,8 @@ class Engine(Protocol):
     @property
     def chat_template(self) -> ChatRenderer | None: ...
     @property
+    def images(self) -> ImageSupport | None: ...
+    @property
     def model_names(self) -> list[str]: ...
     @property
     def adapters(self) -> AdapterRegistry: ...
@@ -67,6 +72,10 @@ class Engine(Protocol):
     def text_prompts(self) -> TextPrompts: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def questions(self) -> MemoryQuestions: ...
+    @property
+    def views(self) -> PoolViews: ...
 
     def generate(
         self,

@@ -10,11 +10,15 @@ from typing import Any
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.async_engine import AsyncLLM
+from quire.engine.image_prompt import ImageSupport
 from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
 from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import ConfigError, EngineUnavailableError
+from quire.lora.registry import AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -57,6 +61,10 @@ class TwoEngines:
         return self._first.chat_template
 
     @property
+    def images(self) -> ImageSupport | None:
+        return self._first.images
+
+    @property
     def model_names(self) -> list[str]:
         return self._first.model_names
 
@@ -67,6 +75,10 @@ class TwoEngines:
     @property
     def max_model_len(self) -> int:
         return self._first.max_model_len
+
+    @property
+    def block_size(self) -> int:
+        return self._first.block_size
 
     @property
     def max_queue_size(self) -> int:
@@ -83,6 +95,18 @@ class TwoEngines:
     @property
     def metrics(self) -> Metrics:
         return self._first.metrics
+
+    @property
+    def adapters(self) -> AdapterRegistry:
+        return self._first.adapters
+
+    @property
+    def questions(self) -> MemoryQuestions:
+        return self._first.questions
+
+    @property
+    def views(self) -> PoolViews:
+        return self._first.views
 
     def generate(
         self, prompt: str | list[int], params: SamplingParams, **options: Any

@@ -36,7 +36,7 @@ async def chat(context: RequestContext) -> None:
 
 async def generate(context: RequestContext) -> None:
     request = await context.read(GenerateRequest)
-    check_absent(request, ("images", "template", "context"))
+    check_absent(request, ("template", "context", *(("images",) if request.raw or request.suffix else ())))
     await _generate(context, request)
 
 
