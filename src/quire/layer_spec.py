@@ -19,8 +19,7 @@ from quire.quantization.levels import MXFP4_BLOCK
 from quire.quantization.stored import KeptBits
 
 RECURRENT_CHUNK = 64
-"""Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
-of one sequence follow one another."""
+"""Tokens of a recurrent layer that are computed as one product; work inside a chunk grows with its square."""
 
 
 @dataclass(frozen=True, slots=True)
