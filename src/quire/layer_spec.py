@@ -15,15 +15,11 @@ from typing import Literal
 
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES, KV_DTYPE_BYTES
 from quire.quantization import METHODS, WeightFormat
+from quire.quantization.levels import MXFP4_BLOCK
 from quire.quantization.stored import KeptBits
 
 RECURRENT_CHUNK = 64
-"""Tokens of a recurrent layer that are computed as one product. Work inside a chunk grows with its square, and chunks
-of one sequence follow one another."""
-
-
-MXFP4_BLOCK = 32
-"""Numbers of 4 bits that share a scale of a byte."""
+"""Tokens of a recurrent layer that are computed as one product; work inside a chunk grows with its square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,16 +350,13 @@ class ModelSpec:
         weight_format = METHODS[quantization].layers if quantization is not None else None
         matrices = (matrix for layer in self.layers for matrix in layer.matrices)
         total = sum(count * linear.weight_bytes(dtype, weight_format) for linear, count in matrices)
-        if self.kept is None or quantization is not None:
-            return total
-        return total - self.kept.layer_parameters * DTYPE_BYTES[dtype] + self.kept.layer_bytes
+        return total if self.kept is None or quantization else self.kept.in_place_of(total, DTYPE_BYTES[dtype])
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
-        if self.head is None:
-            return 0
-        if self.kept is not None and self.kept.head_bytes and quantization is None:
-            return self.kept.head_bytes
+        kept = 0 if self.kept is None or quantization else self.kept.head_bytes
+        if self.head is None or kept:
+            return kept
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:

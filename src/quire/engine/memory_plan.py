@@ -180,11 +180,6 @@ def plan_memory(
         longest = check_whole_texts(config, model, longest)
     choice = _choose_storage(config, model, device, longest)
     check_backend(config, choice, device)
-    if config.quantization is not None and model.stored is not None:
-        raise ConfigError(
-            f"quantization is {config.quantization}, but the checkpoint's layers are already stored in few bits "
-            f"({model.stored.describe()}); leave it out"
-        )
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
     available = int((device.total_memory or 0) * config.gpu_memory_utilization) if on_card else host
@@ -244,9 +239,15 @@ def plan_memory(
 
 
 def _describe_stored(model: ModelConfig, choice: StorageChoice) -> str:
-    """How a checkpoint of few bits is held, for the lines at start; "" for one of floats."""
+    """How a checkpoint of few bits is held, for the lines at start; "" for one of floats. Raises `ConfigError` where it
+    would be quantised again."""
     if model.stored is None:
         return ""
+    if choice.quantization is not None:
+        raise ConfigError(
+            f"quantization is {choice.quantization}, but the checkpoint's layers are already stored in few bits "
+            f"({model.stored.describe()}); leave it out"
+        )
     kept = BACKENDS[choice.backend].keeps_codes
     return model.stored.describe() if kept else f"{choice.dtype}, unpacked from {model.stored.describe()}"
 

@@ -19,6 +19,10 @@ E2M1: Levels = (*_E2M1, *(-number for number in _E2M1))
 """Floats of 4 bits: two of exponent, one of mantissa, and a sign."""
 
 
+MXFP4_BLOCK = 32
+"""Numbers of 4 bits that share a scale of a byte in MXFP4."""
+
+
 def _e4m3(code: int) -> float:
     exponent, mantissa = code >> 3 & 15, code & 7
     magnitude = math.ldexp(mantissa, -9) if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10)

@@ -64,7 +64,7 @@ def read_stored_weights(
 
 
 def _method(values: dict[str, Any]) -> object:
-    """The name of the format; files before it had one are told by their keys."""
+    """The name of the format; files before it had one are known by their keys."""
     if "quant_method" in values:
         return values["quant_method"]
     if values.get("load_in_4bit") or values.get("load_in_8bit"):

@@ -72,6 +72,10 @@ class KeptBits:
     head_bytes: int = 0
     """Memory of the head if it is such a matrix, else 0."""
 
+    def in_place_of(self, total: int, parameter_bytes: int) -> int:
+        """Bytes of all layers' matrices; `total` counts these in floats of `parameter_bytes`."""
+        return total - self.layer_parameters * parameter_bytes + self.layer_bytes
+
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
