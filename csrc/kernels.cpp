@@ -9,6 +9,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "quantize_weight.h"
 #include "row_peaks.h"
 
 #define QUIRE_NAME_OF(isa) #isa
@@ -27,7 +28,7 @@ extern const Kernels kernels = {
     .write_kv = write_kv,
     .pack_linear = pack_linear,
     .linear = linear,
-    .quantize_rows = quantize_rows,
+    .quantize_groups = quantize_groups,
     .quantize_linear = quantize_linear,
     .linear_quantized = linear_quantized,
     .experts_scratch = experts_scratch,
