@@ -8,12 +8,13 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from quire import LLM, SamplingParams
 from quire.quantization import METHODS
 
 HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out.txt"
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     **{name: {"dtype": "float32", "quantization": name} for name in METHODS},
@@ -52,7 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     text, found = arguments.text.read_text(encoding="utf-8"), {}
     for name in dict.fromkeys(("float32", *arguments.quantization)):
-        room = {} if arguments.row_length is None else {"max_model_len": arguments.row_length + 2}
+        room: dict[str, Any] = {} if arguments.row_length is None else {"max_model_len": arguments.row_length + 2}
         with LLM(arguments.model, threads=arguments.threads, max_num_seqs=2, **WAYS[name], **room) as llm:
             found[name] = perplexity(llm, text, num_tokens=arguments.num_tokens, row_length=arguments.row_length)
         print(f"{name:10}{found[name]:10.4f}{found[name] / found['float32'] - 1:+9.2%}", flush=True)

@@ -9,6 +9,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "lora.h"
 #include "quantize_weight.h"
 #include "row_peaks.h"
 
@@ -35,6 +36,7 @@ extern const Kernels kernels = {
     .experts = experts,
     .gather_rows = gather_rows,
     .gather_rows_quantized = gather_rows_quantized,
+    .add_lora = add_lora,
     .attention_scratch = attention_scratch,
     .attention = attention,
     .row_peaks = row_peaks,

@@ -13,12 +13,11 @@
 //   MXFP4   the same, of codes that a table turns into twice the weight plus 12 (mxfp4.h); groups of 32
 #pragma once
 
-#include <omp.h>
-
 #include "byte_products.h"
 #include "kernels.h"
 #include "linear.h"
 #include "mxfp4.h"
+#include "parallel.h"
 #include "row_groups.h"
 #include "simd.h"
 
@@ -289,7 +288,7 @@ static void multiply_quantized(const LowBitLinear& a) {
     // Whole panels, so an even number.
     const int64_t num_vectors = (a.n + kPanel - 1) / kPanel * kVectorsPerPanel;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
-    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    const int64_t threads = parallel ? num_threads() : 1;
     // In the scratch: tiles and groups; and for each thread a row as it is made, and as it is quantised.
     RowGroup* const groups = static_cast<RowGroup*>(a.scratch);
     int32_t* const tiles = reinterpret_cast<int32_t*>(groups + a.m * num_groups);
@@ -302,26 +301,21 @@ static void multiply_quantized(const LowBitLinear& a) {
     const int64_t num_items = (num_vectors + group - 1) / group;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_items));
 
-#pragma omp parallel if (parallel)
-    {
-        // A tile is one thread's from norm to words: what threads exchange costs more than what few rows leave idle.
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-            int32_t* const words = rows_of_threads + omp_get_thread_num() * (num_words + a.k);
-            float* const made = reinterpret_cast<float*>(words + num_words);
-            for (int64_t r = 0; r < rows; ++r)
-                quantize_row_of_tile<Stored>(input_row(a.x, begin + r, a.k, made), a.k, a.group, a.rotates,
-                                             x.from(begin, num_groups), r, rows, words);
-        }
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t item = 0; item < num_items; ++item)
-            for (int64_t block = 0; block < num_blocks; ++block) {
-                const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-                multiply_low_bit_tiles<Stored>(a, x, num_tiles, first, last, item * group,
-                                               min_of((item + 1) * group, num_vectors));
-            }
-    }
+    // A tile is one thread's from norm to words: what threads exchange costs more than what few rows leave idle.
+    share_tasks(parallel, num_tiles, [&](int64_t tile, int64_t thread) {
+        const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+        int32_t* const words = rows_of_threads + thread * (num_words + a.k);
+        float* const made = reinterpret_cast<float*>(words + num_words);
+        for (int64_t r = 0; r < rows; ++r)
+            quantize_row_of_tile<Stored>(input_row(a.x, begin + r, a.k, made), a.k, a.group, a.rotates,
+                                         x.from(begin, num_groups), r, rows, words);
+    });
+    share_tasks(parallel, num_items * num_blocks, [&](int64_t i, int64_t) {
+        const int64_t item = i / num_blocks, block = i % num_blocks;
+        const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
+        multiply_low_bit_tiles<Stored>(a, x, num_tiles, first, last, item * group,
+                                       min_of((item + 1) * group, num_vectors));
+    });
 }
 
 static void linear_quantized(const LowBitLinear& a) {

@@ -4,11 +4,10 @@
 // little at its ends and gains precision everywhere else. kernels/low_bit.py says what is minimised.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "parallel.h"
 #include "row_groups.h"
 #include "simd.h"
 
@@ -192,10 +191,11 @@ template <class Stored, class From>
 static void quantize_rows_of(const From* weight, int64_t rows, int64_t k, const LowBitWeight& to, int64_t first_row) {
     const int64_t depth = round_up(k, kPairOfSteps), end_row = first_row + rows;
     // Panels are written by one thread each.
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = first_row / kPanel; panel < (end_row + kPanel - 1) / kPanel; ++panel) {
+    const int64_t first_panel = first_row / kPanel, num_panels = (end_row + kPanel - 1) / kPanel - first_panel;
+    share_tasks(true, num_panels, [&](int64_t task, int64_t thread) {
+        const int64_t panel = first_panel + task;
         uint8_t* const packed = to.weight + panel * (depth / kPairOfSteps) * Stored::kPairBytes;
-        uint8_t* const bytes = to.scratch + omp_get_thread_num() * to.scratch_bytes;
+        uint8_t* const bytes = to.scratch + thread * to.scratch_bytes;
         float* const floats = reinterpret_cast<float*>(bytes + round_up(depth + kLanes, 64));
         for (int64_t row = max_of(first_row, panel * kPanel); row < min_of(end_row, (panel + 1) * kPanel); ++row) {
             const int64_t lane = row - panel * kPanel;
@@ -210,7 +210,7 @@ static void quantize_rows_of(const From* weight, int64_t rows, int64_t k, const 
                 memcpy(at, &first, 4);
             }
         }
-    }
+    });
 }
 
 template <class From>

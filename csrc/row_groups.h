@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -130,10 +131,10 @@ QUIRE_INLINE void quantize_row(const float* x, int64_t k, int64_t depth, int64_t
 
 static void quantize_groups(Rows x, int64_t rows, int64_t k, int64_t group, bool rotates, void* bytes, float* scales) {
     const int64_t depth = round_up(k, kPairOfSteps), num_groups = (k + group - 1) / group;
-#pragma omp parallel for schedule(static) if (rows * k >= 1 << 16)
-    for (int64_t row = 0; row < rows; ++row)
+    share_tasks(rows * k >= 1 << 16, rows, [&](int64_t row, int64_t) {
         quantize_row(x.data + row * x.stride, k, depth, group, rotates, static_cast<int8_t*>(bytes) + row * depth,
                      [&](int64_t index, float scale, int32_t) { scales[row * num_groups + index] = scale; });
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -1,5 +1,6 @@
 from torch import Tensor
 
+lora_tile: int
 panel: int
 pair_of_steps: int
 
@@ -67,6 +68,16 @@ def experts(
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, rotates: bool, ids: Tensor, out: Tensor
+) -> None: ...
+def add_lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    part_ends: Tensor,
+    rows: Tensor,
+    tiles: Tensor,
+    out: Tensor,
 ) -> None: ...
 def paged_attention(
     q: Tensor,

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.lora import LoraRows, LoraWeights
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -367,6 +368,11 @@ class Kernels(Packing, Protocol):
     ) -> Tensor: ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
+
+    LORA_TILE: int
+    """The most rows of a tile of `LoraRows`."""
+
+    def add_lora(self, out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

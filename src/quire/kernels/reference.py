@@ -25,8 +25,10 @@ from quire.kernels.interface import (
     StateLayer,
 )
 from quire.kernels.low_bit import gather_rows_quantized as gather_rows_quantized
-from quire.kernels.low_bit import linear_quantized, quantize_linear, quantize_rows
+from quire.kernels.low_bit import linear_quantized as linear_quantized
 from quire.kernels.low_bit import quantize_groups as quantize_groups
+from quire.kernels.low_bit import quantize_linear as quantize_linear
+from quire.kernels.low_bit import quantize_rows
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
 
