@@ -124,7 +124,7 @@ static Fit fit_four_bits(WeightGroup& group) {
     return best;
 }
 
-// The least power of two of which at most 255 are `most`, with its sign: a power, so that no number becomes less exact.
+// The least power of two that is `most` / 255 or more, with its sign: a power, so that no number becomes less exact.
 static float unit_for(float most) {
     int exponent;
     const float fraction = frexpf(most / 255.0f, &exponent);

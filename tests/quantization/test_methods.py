@@ -124,9 +124,10 @@ def test_every_family_computes_what_the_reference_does(family: str, method: str,
     fast = PagedModel(folder, method).step(tokens)
     slow = PagedModel(folder, method, kernels=reference).step(tokens)
     for sequence in tokens:
-        # A value that falls on another side of a half is one step of 127 away.
+        # A value that falls on another side of a half is one step of 127 away. With 4 bits sums in another order may
+        # choose another of two scales that are as good as each other.
         difference = (fast[sequence] - slow[sequence]).norm() / slow[sequence].norm()
-        assert difference < 2e-2
+        assert difference < (2e-2 if method == "int8" else 4e-2)
 
 
 @pytest.mark.parametrize(("method", "allowed"), [("int8", 0.003), ("int4", 0.015), ("int4-fast", 0.05)])

@@ -88,7 +88,7 @@ def _four_bits(groups: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _unit(most: Tensor) -> Tensor:
-    """The least power of two of which at most 255 are `most`; 0 for 0."""
+    """The least power of two that is `most` / 255 or more; 0 for 0."""
     fraction, exponent = torch.frexp(most / 255)
     return torch.where(most > 0, torch.ldexp(torch.ones_like(most), exponent - (fraction == 0.5).int()), 0.0)
 
