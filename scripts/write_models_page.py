@@ -38,6 +38,9 @@ SAME_CODE: dict[str, str] = {
     "InternLM2ForCausalLM": "LlamaForCausalLM",
     "InternLM3ForCausalLM": "LlamaForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    **dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "LlamaForCausalLM"),
+    **dict.fromkeys(("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"), "LlamaForCausalLM"),
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
@@ -71,7 +74,8 @@ def traits(row: Architecture) -> list[str]:
         **row.constants,
         **{key: True for key in row.names if key in ("num_experts", "qk_norm")},
     }
-    found = [text for key, text in TRAITS.items() if implied.get(key)]
+    found = ["images"] if row.vision else []
+    found += [text for key, text in TRAITS.items() if implied.get(key)]
     if implied.get("norm") == "layer_norm":
         found.append("LayerNorm")
     if implied.get("gated_mlp") is False:

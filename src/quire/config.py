@@ -4,6 +4,7 @@ Its fields are the keyword arguments of `LLM` and the flags of `quire serve`. Va
 are never written back here: they belong to the memory plan.
 """
 
+import contextlib
 import difflib
 import errno
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
+from quire.pooling_types import POOLINGS, TASKS
 from quire.quantization import METHODS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
@@ -41,6 +43,8 @@ _CHOICES = {
     "admission": ADMISSIONS,
     "load_format": ("auto", "safetensors", "dummy"),
     "generation_config": ("auto", "none"),
+    "task": TASKS,
+    "pooling_type": ("auto", *POOLINGS),
 }
 _INTEGERS = {
     "max_model_len": (1, 2**24),
@@ -52,6 +56,9 @@ _INTEGERS = {
     "max_logprobs": (0, 2**20),
     "max_grammars": (1, 2**16),
     "max_queue_size": (0, 2**20),
+    "max_images": (0, 2**16),
+    "max_image_pixels": (1, 2**31),
+    "image_cache_tokens": (1, 2**24),
     "max_loras": (1, 2**12),
     "max_lora_rank": (1, 2**12),
     "threads": (1, 1024),
@@ -59,7 +66,7 @@ _INTEGERS = {
 """Option → its smallest and largest value; None is allowed if it is the default."""
 _SIZES = (
     *("kv_cache_memory", "state_memory", "logprobs_memory", "grammar_memory", "swap_space", "disk_cache_size"),
-    "weights_cache_size",
+    *("weights_cache_size", "max_image_size"),
 )
 """Options in bytes, which may be given as text, e.g. 4GiB."""
 _SIZE_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -198,8 +205,21 @@ class EngineConfig:
     kv_events_config: KVEventsConfig | None = None
     """Publish what the KV cache holds, as vLLM does, for routers: JSON such as {"endpoint": "tcp://*:5557"} (needs the
     events extra)."""
+    task: str = "auto"
+    """What the model is for: generate, embed, classify, score. auto takes it from the folder: encoders, classifiers and
+    folders with modules.json make vectors, decoders generate. A decoder scores by its tokens yes and no."""
+    pooling_type: str = "auto"
+    """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
+    max_images: int = 16
+    """Most images of one request. vLLM's limit_mm_per_prompt '{"image": 16}' is another spelling."""
+    max_image_size: int = 20 * 2**20
+    """Most bytes of an image's file, e.g. 20MiB."""
+    max_image_pixels: int = 2**25
+    """Most pixels of an image, seen before it is decoded."""
+    image_cache_tokens: int | None = None
+    """Tokens of images whose embeddings are kept; None: eight of the largest images, at most 8192 or the largest."""
     deterministic: bool = False
     """Batch invariance: a request's tokens and log-probabilities are bit-identical whatever else runs at the time."""
     max_queue_size: int = 1024
@@ -323,6 +343,8 @@ class EngineConfig:
         given: dict[str, Any] = {}
         for name, value in options.items():
             name = OPTION_ALIASES.get(name, name)
+            if name == "limit_mm_per_prompt":
+                name, value = "max_images", read_max_images(value)
             if name in known:
                 given[name] = value
             elif name in FOREIGN_OPTIONS:
@@ -333,6 +355,18 @@ class EngineConfig:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ConfigError(f"unknown option {name}{hint}")
         return cls(**given)
+
+
+def read_max_images(value: object) -> object:
+    """The images of vLLM's limit_mm_per_prompt, an object or its JSON. Raises `ConfigError` for limits of other
+    things."""
+    limits = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            limits = json.loads(value)
+    if not isinstance(limits, Mapping) or not limits.keys() <= {"image", "video", "audio"}:
+        raise ConfigError(f"limit_mm_per_prompt is {value!r}; give a number of images, such as '{{\"image\": 4}}'")
+    return limits.get("image", EngineConfig.__dataclass_fields__["max_images"].default)
 
 
 def parse_size(name: str, value: int | str | None) -> int | None:

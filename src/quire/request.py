@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from quire.errors import RequestError
+from quire.image_input import ImagePixels
 from quire.sampling_params import SamplingParams
 
 
@@ -32,13 +33,6 @@ class Task(StrEnum):
     """Tokens that continue it."""
     EMBED = "embed"
     """A vector that stands for it; nothing is sampled."""
-
-
-class Pooling(StrEnum):
-    """How a prompt's hidden states become one vector. Other ways need sums over the chunks of a prompt."""
-
-    LAST = "last"
-    """The hidden state of its last token, after the final norm."""
 
 
 class InputSpan(NamedTuple):
@@ -69,8 +63,6 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     task: Task = Task.SAMPLE
-    pooling: Pooling = Pooling.LAST
-    """Only for the task embed."""
     seed: int = 0
     """The params' seed, or one derived from the engine's."""
     eos_token_ids: tuple[int, ...] = ()
@@ -87,8 +79,12 @@ class Request:
     """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
     adapter_path: str = ""
     """The adapter's folder."""
+    second_text: int = 0
+    """Index of the first token of a pair's second text, for models that mark it; 0: there is none."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
+    pixels: tuple[ImagePixels, ...] = ()
+    """The pixels of each of the inputs."""
     tenant: str = ""
     """The account: the client's API key, or its name for a user. Shares are fair between tenants."""
     workload: str = ""
@@ -118,6 +114,15 @@ class Request:
                     param="prompt",
                 )
             end = offset + length
+        if len(self.pixels) not in (0, len(self.inputs)):
+            raise RequestError(
+                f"{len(self.inputs)} inputs came with the pixels of {len(self.pixels)}", param="multi_modal_data"
+            )
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Memory of its images."""
+        return sum(pixels.num_bytes for pixels in self.pixels)
 
     def _check_embed(self) -> None:
         """Raise `RequestError` for parameters that sample, or that report on tokens."""

@@ -42,7 +42,6 @@ def _ignored(advice: str, *, switch: bool = False) -> ForeignOption:
 
 
 _ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
-_IMAGES = "Quire takes text only"
 _ROPE = "write it into the model's config.json"
 _NO_REDUCE = "one GPU exchanges nothing with others"
 _FOLDER = "hub files are in the cache of huggingface_hub; set HF_HOME to move it"
@@ -82,9 +81,8 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "kv_transfer_config": ForeignOption((), "Quire passes KV between processes by disk_cache"),
         "fully_sharded_loras": _switch(_ONE_GPU),
         "max_cpu_loras": _ignored("adapters that are not in one of max_loras slots are read from their folders"),
-        **dict.fromkeys(
-            ("limit_mm_per_prompt", "mm_processor_kwargs", "allowed_local_media_path"), ForeignOption(({},), _IMAGES)
-        ),
+        "mm_processor_kwargs": ForeignOption(({},), "images are resized as the model's preprocessor_config.json says"),
+        "allowed_local_media_path": ForeignOption(({},), "a client sends the image itself, as a data URL"),
         "tokenizer_mode": ForeignOption(("auto",), "Quire reads the tokenizer that the folder has"),
         "skip_tokenizer_init": _switch(
             "Quire reads a tokenizer if there is one; prompts may be token ids all the same"
@@ -101,7 +99,6 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "config_format": ForeignOption(("auto", "hf"), "Quire reads Hugging Face's config.json"),
         "ignore_patterns": _ignored("Quire fetches only what it reads"),
         "use_tqdm_on_load": _ignored("verbose shows the phases of start-up", switch=True),
-        "task": ForeignOption(("auto", "generate", "embed"), "one engine generates and embeds"),
         "runner": ForeignOption(("auto", "generate", "pooling"), "one engine generates and embeds"),
         "convert": ForeignOption(("auto", "none", "embed"), "one engine generates and embeds"),
         "override_generation_config": ForeignOption(({},), "give the values in SamplingParams or in the request"),

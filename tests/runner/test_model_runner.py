@@ -36,6 +36,8 @@ PARAMS: list[dict[str, Any]] = [
 class TableModel:
     """Hidden states are tokens and positions; logits are looked up for them."""
 
+    image_encoder = None
+
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(3)
         self.by_token = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=generator)
@@ -89,7 +91,9 @@ def fake_capture(run: Callable[[], Tensor], *, first: bool) -> tuple[FakeGraph, 
 
 
 def make_runner(backend: str, *, captures: bool = False) -> ModelRunner:
-    config: Any = SimpleNamespace(vocab_size=VOCAB_SIZE, num_heads=1, num_kv_heads=1, head_dim=32, latent=None)
+    config: Any = SimpleNamespace(
+        vocab_size=VOCAB_SIZE, pixels_per_position=0, num_heads=1, num_kv_heads=1, head_dim=32, latent=None
+    )
     kernels = kernels_for(backend)
     runner = ModelRunner(
         TableModel(),

@@ -208,7 +208,7 @@ def test_pings_fill_silence(server: RunningServer, engine: ScriptedEngine, monke
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "source is neither"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"tools": [{"name": "x", "type": "bash_20250124"}]}, "tools[0] is of type 'bash_20250124'"),

@@ -4,22 +4,25 @@ add_request ─▶ InputProcessor ─▶ EngineCore.add
 step        ─▶ EngineCore.step ─▶ OutputProcessor ─▶ RequestOutputs
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
 from quire.config import EngineConfig
 from quire.engine.checkpoint import find_model
 from quire.engine.grammar_checker import GrammarChecker
+from quire.engine.image_prompt import no_images
 from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.local_images import LocalImages, read_sources
 from quire.engine.memory_plan import plan_memory
+from quire.engine.model_task import read_model
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
+from quire.engine.text_prompts import read_text_prompts
 from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.lora.request import LoRARequest
-from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
 from quire.request import Task
 from quire.sampling_params import SamplingParams
@@ -41,13 +44,14 @@ class Engine:
         """
         self.config = config
         self.folder = find_model(config.model, config.revision)
-        self.model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = read_model(config, self.folder)
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)
         preloader = preload(config, self.model_config, self.memory_plan, self.folder)
         started = perf_counter()
         self.tokenizer = load_tokenizer(config, self.folder)
+        self.text_prompts = read_text_prompts(self.folder)
         report(describe_tokenizer(self.tokenizer, perf_counter() - started))
         started = perf_counter()
         with without_garbage_collection():
@@ -72,6 +76,9 @@ class Engine:
         self._adapters = AdapterRegistry(config.lora_modules)
         self._outputs = OutputProcessor(self.tokenizer, outputs_grow=True)
         self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
+        self._images: LocalImages | None = None
+        if self.model_config.vision is not None and self.tokenizer is not None and config.max_images:
+            self._images = LocalImages(config, self.model_config.vision, self.tokenizer)
 
     def add_request(
         self,
@@ -88,6 +95,8 @@ class Engine:
 
         Raises `RequestError` for a request that cannot be served.
         """
+        if isinstance(prompt, Mapping) and (sources := read_sources(prompt)):
+            prompt = self.images.prompt(prompt, sources)
         request, text = self._inputs.make_request(
             request_id,
             prompt,
@@ -101,6 +110,13 @@ class Engine:
             request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)
         return self._outputs.add(request, text)
+
+    @property
+    def images(self) -> LocalImages:
+        """Reads the images of prompts. Raises `RequestError` if the model reads text only."""
+        if self._images is None:
+            raise no_images()
+        return self._images
 
     def _find_adapter(self, request: LoRARequest) -> Adapter:
         """Raises `RequestError` for a folder that holds no adapter."""
@@ -167,4 +183,6 @@ class Engine:
     def close(self) -> None:
         """Save to the disk tier what it lacks and close its files. The engine cannot be used afterwards."""
         self._grammar_checker.close()
+        if self._images is not None:
+            self._images.close()
         self._core.close()

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from quire.engine.messages import FrameBuffer, ToChecker, ToRenderer, encode
+from quire.engine.messages import FrameBuffer, Question, encode
 from quire.errors import EngineUnavailableError
 
 Answer = TypeVar("Answer")
-Question = ToChecker | ToRenderer
 
 
 class Expendable(Generic[Answer]):

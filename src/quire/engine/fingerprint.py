@@ -1,10 +1,10 @@
 """Fingerprint: a hash of everything besides tokens that determines the KV of a block. Disk blocks are stored under it.
 
-It covers config.json; the name, size, modification time and header of each safetensors file (name, dtype, shape and
-offset of every tensor, not the bytes, since hashing them takes as long as loading); the dtypes of weights and KV, the
-layout and the block size; which of two rotations keys have, where a model has two; the seed of random weights; the
-version of Quire, the device, the backend and the instruction set of the CPU kernels, since each may change the last
-bits of a value. If any of these changes, no stored block is found.
+It covers config.json and how images are processed; the name, size, modification time and header of each safetensors
+file (name, dtype, shape and offset of every tensor, not the bytes, since hashing them takes as long as loading); the
+dtypes of weights and KV, the layout and the block size; which of two rotations keys have, where a model has two; the
+seed of random weights; the version of Quire, the device, the backend and the instruction set of the CPU kernels, since
+each may change the last bits of a value. If any of these changes, no stored block is found.
 """
 
 from hashlib import blake2b
@@ -42,6 +42,9 @@ def _digest(config: EngineConfig, plan: MemoryPlan, folder: Path, texts: tuple[s
     for text in (__version__, f"{plan.dtype} {plan.quantization}", *texts):
         add(text.encode())
     add((folder / "config.json").read_bytes())
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if path.is_file():  # images are normalised as it says
+            add(path.read_bytes())
     if config.load_format == "dummy":
         add(b"dummy %d" % config.seed)
         return digest.digest()

@@ -7,6 +7,7 @@ from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
 from quire.engine.adapter_memory import adapter_memory
 from quire.engine.device import Device
+from quire.engine.image_memory import NO_IMAGES, ImageMemory, plan_images
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.kv_groups import KVLayout
 from quire.model_config import ModelConfig
@@ -67,6 +68,7 @@ class MemoryBudget:
     """Recurrent states."""
     adapters: int = 0
     """All slots of adapters."""
+    images: ImageMemory = NO_IMAGES
 
     @property
     def tiers(self) -> int:
@@ -77,7 +79,7 @@ class MemoryBudget:
     def left(self) -> int:
         """Memory left for KV blocks; negative if the other parts do not fit."""
         left = self.available - self.weights - self.activations - self.logprobs - self.context - self.graphs
-        left -= self.states + self.adapters
+        left -= self.states + self.adapters + self.images.num_bytes
         return left if self.own_memory else left - self.tiers
 
 
@@ -112,6 +114,9 @@ def make_budget(
         context=CONTEXT_BYTES if on_cuda else 0,
         graphs=_graph_bytes(model, choice.dtype, min(MAX_CAPTURED_TOKENS, num_samples)) if captures else 0,
         swap_space=(config.swap_space or 0) // block * block,
+        images=plan_images(
+            config, model, "float32" if backend.float32_activations else choice.dtype, choice.max_num_batched_tokens
+        ),
         staging=2 * num_staged_blocks(block) * block if config.disk_cache is not None else 0,
         adapters=adapter_memory(
             config, spec, "float32" if backend.float32_activations else choice.dtype, choice.max_num_batched_tokens

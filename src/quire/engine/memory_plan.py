@@ -10,8 +10,16 @@ from typing import Any
 from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
+from quire.engine.image_memory import NO_IMAGES, ImageMemory
 from quire.engine.memory_budget import StorageChoice, make_budget
-from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
+from quire.engine.memory_refusals import (
+    check_backend,
+    check_context,
+    check_model_fits,
+    check_parts,
+    check_pool,
+    check_whole_texts,
+)
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
 from quire.kv_groups import KVGroup, describe_groups, window_alignment
@@ -67,6 +75,8 @@ class MemoryPlan:
     """One sequence's recurrent state."""
     adapters: int = 0
     """All slots of adapters."""
+    images: ImageMemory = NO_IMAGES
+    """For an image encoder and what it computes."""
     async_scheduling: bool = False
 
     @property
@@ -74,7 +84,7 @@ class MemoryPlan:
         """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
         device = self.weights + self.activations + self.logprobs + self.kv_cache + self.states
-        device += self.context + self.graphs + self.adapters
+        device += self.context + self.graphs + self.adapters + self.images.num_bytes
         return device if self.device == "cuda" else device + self.swap_space + self.staging
 
     @property
@@ -115,6 +125,7 @@ class MemoryPlan:
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + recurrent states {show_bytes(self.states)}" if self.states else "")
             + (f" + adapters {show_bytes(self.adapters)}" if self.adapters else "")
+            + (f" + images {show_bytes(self.images.num_bytes)}" if self.images.num_bytes else "")
             + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
             + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
@@ -124,7 +135,17 @@ class MemoryPlan:
             f"longest context {self.max_model_len} tokens, {longest} sequence{'s' * (longest != 1)} of it fit, "
             f"at most {self.max_num_seqs} run at once",
             *([states] if self.states else []),
+            *([self._describe_images()] if self.images.kept_tokens else []),
         ]
+
+    def _describe_images(self) -> str:
+        images = self.images
+        most = images.tokens_per_image
+        return (
+            f"images: up to {most} tokens each ({show_bytes(most * self.kv_bytes_per_token)} of KV), "
+            f"{self.max_model_len // most} in the longest context, {self.num_blocks * self.block_size // most} in the "
+            f"pool; embeddings of {images.kept_tokens} tokens are kept, a step encodes {images.step_tokens}"
+        )
 
     def _describe_blocks(self) -> str:
         """What the blocks are worth: tokens, or where there are windows, how many blocks a sequence needs."""
@@ -151,7 +172,10 @@ def plan_memory(
     plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
-    choice = _choose_storage(config, model, device)
+    longest = config.max_model_len or model.default_model_len
+    if model.needs_whole_texts:
+        longest = check_whole_texts(config, model, longest)
+    choice = _choose_storage(config, model, device, longest)
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
@@ -164,14 +188,16 @@ def plan_memory(
     share = 1.0 if on_card else KV_SHARE
     states = plan_states(config, model, budget, share)
     budget = replace(budget, states=states.num_bytes)
-    longest = config.max_model_len or model.default_model_len
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // budget.block
     else:
         # All sequences at full length could never fill more, with the blocks that they give back.
-        useful = states.max_num_seqs * -(-longest // block_size) * len(budget.layout.groups)
+        useful = states.max_num_seqs * -(-longest // block_size)
+        if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
+            useful = (choice.max_num_batched_tokens // block_size + states.max_num_seqs) * 17 // 16 + 1
+        useful *= len(budget.layout.groups)
         num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
     alignment = window_alignment(block_size, batch_invariant=config.deterministic)
     check_pool(config, budget, num_blocks, block_size, alignment)
@@ -203,14 +229,17 @@ def plan_memory(
         num_state_slots=states.num_slots,
         state_bytes=states.slot_bytes,
         adapters=budget.adapters,
+        images=budget.images,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 
 
-def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device) -> StorageChoice:
+def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, longest: int) -> StorageChoice:
     name = choose_backend(config.attention_backend, device.type, device.capability, needs=model.attention_needs)
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
+    if model.needs_whole_texts:
+        min_batched = max(min_batched, longest)
     return StorageChoice(
         backend=name,
         dtype=dtype,

@@ -6,6 +6,7 @@ Python prints it, or fails. Quire asks the template first, with a short conversa
 - A list of text parts is passed as a list if the template writes the texts of a list, as in transformers; else the
   texts are joined by line feeds, as in vLLM.
 - A text is passed as a list of one part if the template writes only those.
+- A part that stands for an image is passed on in a list; where texts are joined its marker goes among them.
 - Fields that are None are left out, as in transformers; a template that fails without the content of an assistant's
   message gets an empty text. The names of a message's reasoning are filled from each other, as in transformers.
 """
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quire.errors import RequestError
+from quire.image_input import IMAGE_PART
 
 Render = Callable[[list[dict[str, Any]]], str]
 """Renders messages; raises what a template raises."""
@@ -53,7 +55,9 @@ class ContentForms:
             return message
         form = self._form(render, message["role"])
         if isinstance(content, list):
-            return message if form.parts else {**message, "content": "\n".join(part["text"] for part in content)}
+            if form.parts:
+                return {**message, "content": [_without_marker(part) for part in content]}
+            return {**message, "content": "\n".join(part.get("text", part.get("marker")) for part in content)}
         wraps = form.parts and not form.texts
         return {**message, "content": [{"type": "text", "text": content}]} if wraps else message
 
@@ -86,7 +90,10 @@ def plain_message(message: object, index: int) -> dict[str, Any]:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     content = plain.get("content")
     if isinstance(content, list):
-        plain["content"] = [_part(_text_of_part(part, index)) for part in content]
+        plain["content"] = [
+            part if isinstance(part, Mapping) and "marker" in part else _part(_text_of_part(part, index))
+            for part in content
+        ]
     elif content is None:
         if message["role"] != "assistant":
             raise RequestError(f"messages[{index}] has no content", param="messages")
@@ -102,6 +109,10 @@ def plain_message(message: object, index: int) -> dict[str, Any]:
 
 def _part(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text}
+
+
+def _without_marker(part: dict[str, Any]) -> dict[str, Any]:
+    return {"type": IMAGE_PART} if "marker" in part else part
 
 
 def _writes(render: Render, role: str, content: Any) -> bool:

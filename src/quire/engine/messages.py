@@ -11,7 +11,10 @@ import msgspec
 
 from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
+from quire.image_input import ReadImage
+from quire.model_config import VisionConfig
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
+from quire.pool_view import BlockDetail, PoolChange, RequestDetail
 from quire.request import Request
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -64,6 +67,32 @@ class PrefixAccepted(msgspec.Struct, tag=True):
 
 class ReportMemory(msgspec.Struct, tag=True):
     """Asks for one `MemoryReported`."""
+
+
+class WatchPool(msgspec.Struct, tag=True):
+    """Somebody looks at the KV pool from now on (answered by `PoolChanged`, again and again), or nobody does."""
+
+    on: bool
+
+
+class DescribeMemory(msgspec.Struct, tag=True):
+    """Asks for one `MemoryDescribed`, of a block or of a request."""
+
+    block: int | None = None
+    request_id: str = ""
+
+
+class PoolChanged(msgspec.Struct, tag=True):
+    """What changed in the pool since the last `PoolChanged`."""
+
+    change: PoolChange
+
+
+class MemoryDescribed(msgspec.Struct, tag=True):
+    """Answer to `DescribeMemory`, in the order of the questions; without either if there is no such thing."""
+
+    block: BlockDetail | None = None
+    request: RequestDetail | None = None
 
 
 class PhaseDone(msgspec.Struct, tag=True):
@@ -149,10 +178,39 @@ class Rendered(msgspec.Struct, tag=True):
     code: str = "invalid_value"
 
 
-ToEngine = Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
-FromEngine = PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported
+class PrepareImages(msgspec.Struct, tag=True):
+    """First message to an image process: what images are read for, and the most pixels of one. Answered by an
+    `ImageAnswer` without an image."""
+
+    vision: VisionConfig
+    max_pixels: int
+
+
+class DecodeImage(msgspec.Struct, tag=True):
+    """The bytes of a file. Answered by an `ImageAnswer`."""
+
+    data: bytes
+
+
+class ImageAnswer(msgspec.Struct, tag=True):
+    """An image, or the message for the client."""
+
+    image: ReadImage | None = None
+    error: str | None = None
+    code: str = "invalid_image"
+
+
+ToEngine = (
+    Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory | WatchPool | DescribeMemory
+)
+FromEngine = (
+    PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported | PoolChanged | MemoryDescribed
+)
 ToChecker = LoadVocabulary | CheckGrammar
 ToRenderer = LoadTemplate | RenderMessages
+ToImageProcess = PrepareImages | DecodeImage
+Question = ToChecker | ToRenderer | ToImageProcess
+"""What an expendable process is asked."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -161,9 +219,11 @@ _to_checker: msgspec.msgpack.Decoder[ToChecker] = msgspec.msgpack.Decoder(ToChec
 _from_checker = msgspec.msgpack.Decoder(GrammarChecked)
 _to_renderer: msgspec.msgpack.Decoder[ToRenderer] = msgspec.msgpack.Decoder(ToRenderer)
 _from_renderer = msgspec.msgpack.Decoder(Rendered)
+_to_image_process: msgspec.msgpack.Decoder[ToImageProcess] = msgspec.msgpack.Decoder(ToImageProcess)
+_from_image_process = msgspec.msgpack.Decoder(ImageAnswer)
 
 
-def encode(message: ToEngine | FromEngine | ToChecker | GrammarChecked | ToRenderer | Rendered) -> bytes:
+def encode(message: ToEngine | FromEngine | Question | GrammarChecked | Rendered | ImageAnswer) -> bytes:
     """One frame: a length of four bytes, then the message."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
@@ -191,6 +251,14 @@ def decode_to_renderer(body: bytes) -> ToRenderer:
 
 def decode_from_renderer(body: bytes) -> Rendered:
     return _from_renderer.decode(body)
+
+
+def decode_to_image_process(body: bytes) -> ToImageProcess:
+    return _to_image_process.decode(body)
+
+
+def decode_from_image_process(body: bytes) -> ImageAnswer:
+    return _from_image_process.decode(body)
 
 
 class FrameBuffer:

@@ -16,7 +16,7 @@ from quire.engine.limits import NOTHING_YET
 from quire.engine.messages import Abort, Add, Stop, ToEngine
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import DeadlineError, QuarantinedError, QuireError
+from quire.errors import DeadlineError, QuarantinedError, QueueFullError, QuireError
 from quire.outputs import RequestOutput, SequenceDelta, StepDeltas
 from quire.request import Request, SampleProgress
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 APART_SECONDS = 5.0
 """Seconds that suspects of a death run apart. If the engine lives that long, other requests run beside them again."""
+MAX_PIXEL_BYTES = 2**30
+"""Pixels of all requests in flight."""
 QUARANTINE_SECONDS = 600.0
 """Seconds for which the content of a request that killed the engine is refused."""
 
@@ -83,6 +85,18 @@ class RequestStreams:
         """Requests that the engine has not finished."""
         return sum(1 for stream in self._streams.values() if stream.live)
 
+    def _check_pixels(self, request: Request) -> None:
+        wanted = request.num_pixel_bytes
+        if not wanted:
+            return
+        held = sum(stream.request.num_pixel_bytes for stream in self._streams.values())
+        if held + wanted > MAX_PIXEL_BYTES:
+            raise QueueFullError(
+                f"the images of requests in flight take {held:,} bytes of pixels and these {wanted:,}; the limit is "
+                f"{MAX_PIXEL_BYTES:,}",
+                retry_after=1,
+            )
+
     @property
     def any_live(self) -> bool:
         """Whether the engine has not finished a request."""
@@ -99,12 +113,13 @@ class RequestStreams:
 
         `progress` has the samples that another engine began; the request holds those that go on.
 
-        Raises `QuarantinedError`.
+        Raises `QuarantinedError`, and `QueueFullError` for images that exceed `MAX_PIXEL_BYTES` with those in flight.
         """
         if seconds := self._quarantine.remaining(request):
             raise QuarantinedError(
                 f"the engine died whenever it computed a request like this one; it is refused for {seconds:.0f} s more"
             )
+        self._check_pixels(request)
         request_id = request.request_id
         live = {index: list(request.output_token_ids.get(index, ())) for index in range(request.params.n)}
         stream = self._streams[request_id] = Stream(request, live)

@@ -61,7 +61,7 @@ def step_limit(configured: float, longest_step: float) -> float:
 
 
 def step_allowance(plan: MemoryPlan) -> float:
-    """Seconds that the largest step may work beyond its limit: what the model takes on a slow machine. No step may have
-    been measured yet."""
-    operations = 2.0 * plan.weights * plan.max_num_batched_tokens
+    """Seconds that the largest step may work beyond its limit: what the model and an image take on a slow machine. No
+    step may have been measured yet."""
+    operations = 2.0 * plan.weights * plan.max_num_batched_tokens + plan.images.operations
     return operations / OPERATIONS_PER_SECOND[plan.device]

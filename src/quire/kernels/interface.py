@@ -80,7 +80,8 @@ class AttentionPlan:
     query_start_loc: Tensor
     """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
     seq_lens: Tensor
-    """[B]: tokens of each sequence, the new ones included."""
+    """[B]: tokens of each sequence, the new ones included. In the CPU's plan of an encoder, plus the positions after
+    its own that a token sees."""
     block_tables: Tensor
     """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
     slots: Tensor

@@ -52,7 +52,8 @@ class Attention:
         if self.cos_sin is None:
             self.kernels.write_kv(k, v, kv, plan.slots)
         else:
-            self.kernels.rotary_write_kv(q, k, v, context.positions, self.cos_sin, kv, plan.slots)
+            positions, cos_sin = context.rotary_rows or (context.positions, self.cos_sin)
+            self.kernels.rotary_write_kv(q, k, v, positions, cos_sin, kv, plan.slots)
         if self.query_scales is not None:
             q.mul_(self.query_scales[context.positions].to(q.dtype)[:, None, None])
         if output_tokens is not None and output_tokens.plan is not None:

@@ -2,11 +2,30 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from quire.kernels import AttentionPlan, KVLayer, OutputTokens
 from quire.kernels.interface import RecurrentPlan, StateLayer
+
+
+class InputRows(NamedTuple):
+    """Hidden states that take the place of the embeddings of some tokens of a step."""
+
+    tokens: Tensor
+    """[N] int64: indices among the step's tokens."""
+    rows: Tensor
+    """[N, H]"""
+
+
+class RotaryRows(NamedTuple):
+    """A table of cosines and sines made for one step, in the place of that of all positions."""
+
+    indices: Tensor
+    """[T] int32: the row of each token."""
+    cos_sin: Tensor
+    """[T, rotary_dim] float32"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +44,15 @@ class StepContext:
     """The states of recurrent layers, one entry each."""
     recurrence: RecurrentPlan | None = None
     """The plan of these layers; None in a model without."""
+    token_types: Tensor | None = None
+    """[T] int32: 1 for the tokens of a pair's second text, else 0; None where all are 0."""
+    grid_positions: Tensor | None = None
+    """[3, T] int32: temporal, vertical and horizontal position of each token, in a model that has them; None where the
+    three are `positions`."""
+    rotary_rows: RotaryRows | None = None
+    """Set by such a model."""
+    input_rows: InputRows | None = None
+    """The embeddings of images; None where the step computes none of their tokens."""
 
     @property
     def for_inner_layers(self) -> "StepContext":

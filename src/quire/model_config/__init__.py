@@ -7,7 +7,17 @@ plain values (`quire.layer_spec`), from which every size follows.
 
 from quire.model_config.architectures import ARCHITECTURES, Architecture
 from quire.model_config.config_json import read_json
+from quire.model_config.image_processing import ImageProcessing
 from quire.model_config.model_config import ModelConfig
 from quire.model_config.rope import RopeConfig
+from quire.model_config.vision import VisionConfig
 
-__all__ = ["ARCHITECTURES", "Architecture", "ModelConfig", "RopeConfig", "read_json"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ImageProcessing",
+    "ModelConfig",
+    "RopeConfig",
+    "VisionConfig",
+    "read_json",
+]

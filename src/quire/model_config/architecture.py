@@ -19,7 +19,8 @@ class Architecture:
     `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
     `router`, `shared_expert_gate`, `expert_bias`, `attention_sinks`, `latent_attention`,
     `interleaves`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`, `recurrent_kind`, `attention_gate`,
-    `rope_if_asked`, `mlp_width_without_experts`.
+    `rope_if_asked`, `mlp_width_without_experts`, `is_encoder`, `num_token_types`, `positions_include_offset`,
+    `mlp_down_bias`, `no_first_norm`, `rope_sections`.
     """
 
     model: str
@@ -41,6 +42,10 @@ class Architecture:
     """A key → values of config.json by which the family means another one."""
     section: str = ""
     """The object of config.json that describes the text model, where the model reads more than text."""
+    text_model: str = ""
+    """Where the section's model_type names the text model's row: the type that is meant where it is left out."""
+    vision: str = ""
+    """The family of the image encoder, a row of `quire.images.FAMILIES`; empty for a model that reads text only."""
     fixed: Mapping[str, bool | int | float | str | None] = field(default_factory=dict)
     """Keys of config.json that are supported with this one value; for a flag null is false."""
     quantizations: tuple[str, ...] = ()

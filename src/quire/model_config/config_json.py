@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.model_config.architecture import Architecture
 from quire.model_config.architecture_names import find_architecture
 from quire.model_config.architectures import ARCHITECTURES
 from quire.model_config.family_keys import keys_of_family, reads
+from quire.model_config.vision_architectures import TEXT_MODELS, with_text_model
 
 _MAX_JSON_BYTES = 256 << 20
 _LARGEST_INTEGER = 2**40
@@ -50,11 +52,13 @@ class ConfigJson:
         row = ARCHITECTURES[self.architecture]
         self._row, self._names, self._meanings = row, row.names, row.meanings
         if row.section:
-            text = config.get(row.section)
+            text = config.get(row.section, {} if row.text_model else None)  # some files are flat
             if not isinstance(text, dict):
                 raise self.refusal(row.section, text, "an object that describes the text model")
+            row = self._with_text_model(row, text)
             # What the whole file says, of its end tokens for one, goes before what the section repeats.
-            config = {**text, **{key: value for key, value in config.items() if value is not None}}
+            tied = {"tie_word_embeddings": True} if row.vision and text.get("tie_word_embeddings") is True else {}
+            config = {**text, **{key: value for key, value in config.items() if value is not None}, **tied}
         config = keys_of_family(row, config)
         for spelling, name in row.aliases.items():
             if spelling in config:
@@ -75,6 +79,23 @@ class ConfigJson:
             if method not in row.quantizations:
                 known = ", ".join(("float32, float16 and bfloat16 weights", *row.quantizations))
                 raise self.refusal("quantization_config", method, known + _advice(method))
+
+    def _with_text_model(self, row: Architecture, text: dict[str, Any]) -> Architecture:
+        """The row with what the row of its text model reads, where the section names it."""
+        if not row.text_model:
+            return row
+        model_type = text.get("model_type", row.text_model)
+        if model_type not in TEXT_MODELS:
+            raise self.refusal(f"{row.section}.model_type", model_type, ", ".join(TEXT_MODELS))
+        name, implied = TEXT_MODELS[model_type]
+        self._row = row = with_text_model(row, ARCHITECTURES[name], implied)
+        self._names, self._meanings = row.names, row.meanings
+        return row
+
+    @property
+    def vision(self) -> str:
+        """The family of the image encoder; empty for a model that reads text only."""
+        return self._row.vision
 
     def reads(self, key: str) -> bool:
         """Whether the family reads a key that some families do not."""

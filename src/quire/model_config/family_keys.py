@@ -33,10 +33,11 @@ OWN_KEYS = frozenset(
         *("no_final_norm", "embedding_norm", "parallel_residual", "parallel_mlp_norm"),
         *("qk_norm", "qk_norm_per_head", "qk_norm_bias", "qk_norm_joint", "o_bias", "head_bias"),
         *("learned_positions", "position_offset", "positions_are_stretched", "embedding_width", "scale_embeddings"),
-        *("rotary_elements", "rotary_layout", "rope_in_windows_only", "rope_mscales", "scale_queries"),
+        *("rotary_elements", "rotary_layout", "rope_in_windows_only", "rope_mscales", "rope_sections", "scale_queries"),
         *("alternate_windows", "alibi_before_scale", "router", "shared_expert_gate"),
         *("expert_bias", "attention_sinks", "latent_attention", "interleaves"),
         *("attention_gate", "recurrent_kind", "rope_if_asked", "mlp_width_without_experts"),
+        *("is_encoder", "positions_include_offset", "mlp_down_bias", "no_first_norm"),
     }
 )
 """Quire's own words for what families differ in. A row sets them; config.json only does under a family's spelling."""

@@ -45,6 +45,9 @@ class RopeConfig:
     """A query at position p is multiplied by 1 + beta ln(1 + floor(p / original_max_position)) (Ministral 3)."""
     partial_rotary_factor: float = 1.0
     """Share of a head's elements, the first ones, that are rotated."""
+    sections: tuple[int, ...] = ()
+    """Frequencies that turn by the temporal, the vertical and the horizontal position of a token; outside images the
+    three are one (Qwen2.5-VL). Empty: all turn by one position."""
     layout: Literal["half", "interleaved"] = "half"
     """Which two of the D rotated elements turn together. half: i and i + D / 2 (Llama); interleaved: 2 i and 2 i + 1
     (GPT-J)."""
@@ -150,11 +153,8 @@ def _read_rope(
     `original` the training length that goes before its own."""
     if not isinstance(values, Mapping):
         raise config.refusal(section, values, "an object")
-    rope_type = values.get("rope_type", values.get("type", "default"))
-    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
-        rope_type = "longrope"  # as Phi-3's first files call it
-    if rope_type not in ROPE_TYPES:
-        raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
+    sections = _read_sections(config, section, values, head_dim)
+    rope_type = _read_type(config, section, values, has_sections=bool(sections))
 
     def number(key: str, default: float | None = None) -> float:
         value = values.get(key, default)
@@ -204,8 +204,31 @@ def _read_rope(
         short_mscale=number("short_mscale") if has_mscales else None,
         long_mscale=number("long_mscale") if has_mscales else None,
         partial_rotary_factor=share,
+        sections=sections,
         layout=_layout(config),
     )
+
+
+def _read_type(config: ConfigJson, section: str, values: Mapping[str, Any], *, has_sections: bool) -> str:
+    rope_type = values.get("rope_type", values.get("type", "default"))
+    if rope_type == "su" or (rope_type == "yarn" and "short_factor" in values):
+        rope_type = "longrope"  # as Phi-3's first files call it
+    if rope_type == "mrope" and has_sections:
+        rope_type = "default"
+    if rope_type not in ROPE_TYPES:
+        raise config.refusal(f"{section}.rope_type", rope_type, ", ".join(ROPE_TYPES))
+    return str(rope_type)
+
+
+def _read_sections(config: ConfigJson, section: str, values: Mapping[str, Any], head_dim: int) -> tuple[int, ...]:
+    """The sections of the frequencies, in families that have them."""
+    default = config.value("rope_sections")
+    if default is None:
+        return ()
+    found = values.get("mrope_section", default)
+    if not isinstance(found, list) or [type(count) for count in found] != [int] * 3 or sum(found) != head_dim // 2:
+        raise config.refusal(f"{section}.mrope_section", found, f"three numbers, {head_dim // 2} in all")
+    return tuple(found)
 
 
 def _layout(config: ConfigJson) -> Literal["half", "interleaved"]:

@@ -13,6 +13,8 @@ from quire.layers.embedding import Embedding, TokenEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
+from quire.models.pooler import Pooler
+from quire.models.vision.encoder import ImageEncoder
 
 
 class Mixer(Protocol):
@@ -99,6 +101,8 @@ class Decoder:
     above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
     head."""
 
+    pooler: Pooler | None = None
+
     def __init__(
         self,
         ends: tuple[TokenEmbedding, Linear],
@@ -122,12 +126,16 @@ class Decoder:
         self.embedding_factor = embedding_factor
         self.logits_factor = logits_factor
         self.logits_softcap = logits_softcap
+        self.image_encoder: ImageEncoder | None = None
+        """Set by a family that reads images."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids int32 [T] -> hidden [T, H], or [R, H] of the output tokens."""
         residual = self.embedding(input_ids)
         if self.embedding_factor != 1.0:
             residual *= self.embedding_factor
+        if context.input_rows is not None:
+            residual[context.input_rows.tokens] = context.input_rows.rows.to(residual.dtype)
         if self.embedding_norm is not None:
             residual = self.embedding_norm(residual)
         if self.projections is not None:

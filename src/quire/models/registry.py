@@ -13,7 +13,9 @@ from quire.kernels.interface import Packing
 from quire.layers.adapters import ModelAdapters
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.pooler import Pooler, make_pooler
 from quire.models.stored_names import StoredNames
+from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import TensorSource, WeightScope
 
 FALLBACK = ("quire.models.transformers_model", "TransformersModel")
@@ -23,8 +25,12 @@ FALLBACK = ("quire.models.transformers_model", "TransformersModel")
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
 
+    pooler: Pooler | None
+    """What makes vectors of hidden states; None: the last hidden state is the vector."""
     ignored_tensors: tuple[str, ...]
     """Patterns of tensors that a checkpoint may hold and the model does not use."""
+    image_encoder: ImageEncoder | None
+    """None for a model that reads text only."""
 
     def __call__(self, input_ids: Tensor, context: StepContext) -> Tensor:
         """input_ids [T] -> hidden [T, H], or [R, H] of the step's output tokens, the final norm applied; writes the KV
@@ -64,5 +70,6 @@ def load_model(
     family = getattr(import_module(module), name)
     weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
+    model.pooler = make_pooler(config, weights, model.logits)
     source.finish(ignored=model.ignored_tensors)
     return model

@@ -19,6 +19,7 @@ from quire.kernels import Kernels
 from quire.layers.attention import Attention
 from quire.layers.step_context import StepContext
 from quire.model_config import ModelConfig
+from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import WeightScope
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class TransformersModel:
     """Satisfies `quire.models.registry.Model`."""
 
     ignored_tensors: tuple[str, ...] = (r"",)  # transformers accounts for all tensors itself
+    image_encoder: ImageEncoder | None = None
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int

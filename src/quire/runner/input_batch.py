@@ -30,8 +30,12 @@ class InputBatch:
     """[B, most blocks of any sequence] for each KV group"""
     slots: list[Int32Array]
     """[T] for each KV group: where each token's KV goes, block * block_size + offset."""
+    token_types: Int32Array | None = None
+    """[T]: 1 for the tokens of a pair's second text; None where there is none."""
     repeatable: "_Repeatable | None" = None
     """What `advance` needs; None if the plan has no `batch_id`."""
+    grid_positions: Int32Array | None = None
+    """[3, T]: temporal, vertical and horizontal positions, where they differ for any token."""
 
     def advance(self, plan: StepPlan, rows: RequestRows, block_size: int) -> None:
         """Update all arrays in place for `plan`, which repeats this batch with one more token per sequence (see
@@ -39,6 +43,8 @@ class InputBatch:
         repeatable = self.repeatable
         assert repeatable is not None, "a plan without batch_id cannot be repeated"
         positions = plan.num_computed_tokens
+        shifts = rows.grids.shifts_of(plan.rows)
+        turned = positions if shifts is None else [p - shift for p, shift in zip(positions, shifts, strict=True)]
         repeatable.slots = slots = [slot + 1 for slot in repeatable.slots]
         for sequence in [index for index, position in enumerate(positions) if not position % block_size]:
             index = positions[sequence] // block_size  # a new block
@@ -48,7 +54,7 @@ class InputBatch:
                 if index == table.shape[1]:
                     table = self.block_tables[group] = rows.tables_of(group, plan.rows, index + 1)
                 table[sequence, index] = block
-        repeatable.write(*plan.token_ids, *positions, *[position + 1 for position in positions], *slots)
+        repeatable.write(*plan.token_ids, *turned, *[position + 1 for position in positions], *slots)
 
 
 @dataclass(slots=True)
@@ -77,7 +83,10 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
     max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
     token_rows, index_of_block, offsets = np.repeat(row_index, counts), positions // block_size, positions % block_size
     slots = [table[token_rows, index_of_block] * np.int32(block_size) + offsets for table in rows.block_tables]
+    positions, grid_positions = rows.grids.apply(plan, positions)
     input_ids, repeatable = np.array(plan.token_ids, dtype=np.int32), None
+    second = np.repeat(rows.second_texts[row_index], counts)
+    token_types = ((second > 0) & (positions >= second)).astype(np.int32) if second.any() else None
     if plan.batch_id:
         memory = np.stack((input_ids, positions, seq_lens, *slots))
         input_ids, positions, seq_lens, *slots = memory
@@ -86,9 +95,11 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
     return InputBatch(
         input_ids=input_ids,
         positions=positions,
+        grid_positions=grid_positions,
         query_start_loc=query_start_loc,
         seq_lens=seq_lens,
         block_tables=[rows.tables_of(group, row_index, max_blocks) for group in range(rows.num_groups)],
         slots=slots,
+        token_types=token_types,
         repeatable=repeatable,
     )

@@ -30,6 +30,7 @@ from quire.models.registry import Model
 from quire.runner.adapter_rows import AdapterRows
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
+from quire.runner.image_embeddings import ImageEmbeddings
 from quire.runner.input_batch import Int32Array
 from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
@@ -80,10 +81,17 @@ class ModelRunner:
             vocab_size=vocab_size,
             grammars=grammars,
             fast_forward=settings.fast_forward and not logits_processors,  # they must see the logits of every token
+            pixels_per_token=model_config.pixels_per_position,
         )
-        self._inputs = StepInputBuilder(self._rows, kv_cache.block_size, device)
+        self._inputs = StepInputBuilder(
+            self._rows,
+            kv_cache.block_size,
+            device,
+            pools_all_tokens=model.pooler is not None and model.pooler.reads_all_tokens,
+        )
         self._plan_attention = GroupPlanner(settings.backend, attention_shapes(settings, model_config, kv_cache))
         self._recurrence = Recurrence(kv_cache)
+        self._images = ImageEmbeddings(model.image_encoder, device)
         row = BACKENDS[settings.backend]
         self._plans_selection = row.replans
         results = StepResults(settings.max_model_len)
@@ -207,7 +215,7 @@ class ModelRunner:
             if plan.prompt_logprobs:
                 finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
             if plan.pool_rows:
-                finishes.append(fetch_vectors(step, sent, hidden, result))
+                finishes.append(fetch_vectors(step, sent, hidden, self._model.pooler, result))
             if not plan.sample_indices:
                 return finishes
             output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, outcome)
@@ -242,13 +250,17 @@ class ModelRunner:
                 last = self._kv_cache.layers[-1].group
                 selected = self._plan_attention.plan_group(step.selected_arrays(sent.selection, last), last)
             output_tokens = OutputTokens(sent.tensors["output_tokens"], selected)
+        grid = step.batch.grid_positions
         context = StepContext(
             sent.tensors["token_positions"],
             self._kv_cache.layers,
             attention,
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
+            token_types=sent.tensors.get("token_types"),
             recurrence=self._recurrence.plan(step),
+            grid_positions=None if grid is None else to_device(grid, self._device),
+            input_rows=None if step.plan.images is None else self._images.apply(step.plan.images),
         )
         if self._adapters is not None:
             self._adapters.enter_model(sent)
@@ -295,7 +307,7 @@ class ModelRunner:
     def _captured_size(graphs: DecodeGraphs, step: StepInputs) -> int:
         """The size of the captured step that could stand for this one; 0: none can."""
         plan = step.plan
-        if not step.sampling.after_every_token or plan.prompt_logprobs:
+        if not step.sampling.after_every_token or plan.prompt_logprobs or step.batch.grid_positions is not None:
             return 0
         return graphs.size_for(plan.num_tokens) if max(plan.num_scheduled_tokens) <= MAX_NARROW_TOKENS else 0
 

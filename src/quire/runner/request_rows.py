@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.grammar.cache import GrammarCache
+from quire.runner.grid_positions import GridPositions
 from quire.sampling.state import SamplingState
 from quire.sampling.structured_output import GrammarState
 from quire.step import NewRow, RowFork, StepPlan
@@ -27,10 +28,15 @@ class RequestRows:
         num_groups: int = 1,
         grammars: GrammarCache | None = None,
         fast_forward: bool = True,
+        pixels_per_token: int = 0,
     ) -> None:
-        """`fast_forward`: tokens that a grammar forces are added without running the model."""
+        """`fast_forward`: tokens that a grammar forces are added without running the model. `pixels_per_token`: see
+        `GridPositions`."""
         self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
+        self.second_texts: NDArray[np.int32] = np.zeros(max_num_seqs, dtype=np.int32)
+        """`NewRow.second_text` of each row."""
         self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self.grids = GridPositions(max_num_seqs, pixels_per_token)
         self.adapter_slots: NDArray[np.int32] = np.full(max_num_seqs, -1, dtype=np.int32)
         """The slot of each row's adapter; −1: the model alone."""
         self.slot_of: Callable[[str], int] = lambda adapter: -1
@@ -55,8 +61,10 @@ class RequestRows:
         for fork, state, slot in beams:
             state.append(fork.token_id)
             self.states[fork.row], self.adapter_slots[fork.row] = state, slot
+        self.grids.fork(plan.row_forks)
         for new in plan.new_rows:
             self.adapter_slots[new.row] = self.slot_of(new.adapter)
+            self.second_texts[new.row] = new.second_text
             self.states[new.row] = SamplingState(
                 params=new.params,
                 prompt_token_ids=new.prompt_token_ids,
@@ -67,6 +75,7 @@ class RequestRows:
                 vocab_size=self._vocab_size,
                 grammar=self._grammar_state(new),
             )
+            self.grids.start(new)
         for row, group, first, blocks in plan.new_blocks:
             if len(blocks) == 1:  # the usual case, in half the time of a slice
                 self.block_tables[group, row, first] = blocks[0]

@@ -15,5 +15,11 @@ class SchedulerLimits:
     """Tokens of one sequence, prompt and output."""
     max_num_partial_prefills: int = 4
     """Prompts that share what a step has left besides decoding, where they take all of it."""
+    whole_prompts: bool = False
+    """A prompt is computed in one step or not at all."""
     max_pinned_share: float = 0.5
     """Share of the pool that registered prefixes may hold."""
+    max_kept_image_tokens: int = 0
+    """Tokens of images whose embeddings the runner keeps; 0: the model reads no images."""
+    max_step_image_tokens: int = 0
+    """Tokens of images that a step encodes beside other work; a larger image takes several steps."""

@@ -12,6 +12,7 @@ from quire.scheduler.demand import Demand
 from quire.scheduler.draft_planner import DraftPlanner
 from quire.scheduler.drafting import Drafting
 from quire.scheduler.forecast import Forecast
+from quire.scheduler.image_encoding import ImageEncoding
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.lookahead import LookAhead
 from quire.scheduler.output_lengths import OutputLengths
@@ -41,6 +42,7 @@ class SchedulerParts:
     lookup: PrefixLookup
     results: ResultProcessor
     admission: Admission
+    images: ImageEncoding
     planner: StepPlanner
     look_ahead: LookAhead
     offload: BlockOffload | None
@@ -94,6 +96,7 @@ def make_parts(
             watermark=watermark,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
+    images = ImageEncoding(limits)
     return SchedulerParts(
         totals=totals,
         prefixes=prefixes,
@@ -103,7 +106,8 @@ def make_parts(
         lookup=lookup,
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,
-        planner=StepPlanner(pool, queues, admission, offload, drafting),
+        images=images,
+        planner=StepPlanner(pool, queues, admission, offload, drafting, images, whole_prompts=limits.whole_prompts),
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,

@@ -19,6 +19,22 @@ class RequestCheck:
     def check_lengths(self, request: Request) -> None:
         """As the function of that name."""
         check_lengths(request, max_model_len=self._limits.max_model_len, max_num_seqs=self._limits.max_num_seqs)
+        self._check_images(request)
+
+    def _check_images(self, request: Request) -> None:
+        """Raise `RequestError` for an image that the model cannot read, or whose embeddings could never be kept."""
+        most = self._limits.max_kept_image_tokens
+        if not request.pixels or not request.inputs:
+            return
+        if not most:
+            raise RequestError("the model reads no images; send text only", param="messages", code="no_images")
+        longest = max(span.length for span in request.inputs)
+        if longest > most:
+            raise RequestError(
+                f"an image has {longest} tokens, but the embeddings of at most {most} are kept "
+                "(image_cache_tokens); send a smaller image",
+                param="messages",
+            )
 
     def check_memory(self, group: SequenceGroup) -> None:
         """Raise `RequestError` for a group that may need more blocks than registered prefixes leave."""

@@ -8,7 +8,7 @@ in `step_planner`.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from quire.errors import RequestError
@@ -130,6 +130,11 @@ class Scheduler:
     def adapters_in_use(self) -> set[str]:
         """Adapters of all unfinished requests."""
         return {group.request.adapter for group in self._queues.by_id.values()}
+
+    @property
+    def groups(self) -> Mapping[str, SequenceGroup]:
+        """All unfinished requests by id, to read."""
+        return self._queues.by_id
 
     @property
     def has_idle_work(self) -> bool:
@@ -261,6 +266,7 @@ class Scheduler:
         for group in groups.values():
             if any(sequence.row != NO_ROW for sequence in group.sequences):
                 self._queues.preempt(group)
+        self._parts.images.roll_back(plan)
         if self._states is not None:
             self._states.roll_back()
         self._max_step_tokens = max(1, plan.num_tokens // 2)

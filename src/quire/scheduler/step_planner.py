@@ -8,6 +8,7 @@ The rules, in their order:
    short prompt does not need goes to the longer ones, so a long prompt delays no other by more than its share. Beams of
    one request take their tokens together: a beam that lacks one token waits for beams that lack more.
 3. Waiting groups are admitted in order while rows and blocks last (`admission`).
+   A prompt whose next image exceeds what a step encodes is computed up to it (`image_encoding`).
 4. Requests of the background run while no client waits for a first token.
 5. A step that only decodes may take draft tokens where they pay (`draft_planner`). They come last: no group is
    preempted for them, and rejected drafts are rolled back when the step ends.
@@ -21,6 +22,7 @@ from quire.scheduler.admission import Admission
 from quire.scheduler.block_offload import BlockOffload
 from quire.scheduler.decode_batch import DecodeStep
 from quire.scheduler.drafting import Drafting
+from quire.scheduler.image_encoding import ImageEncoding
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.step import StepPlan
@@ -36,12 +38,18 @@ class StepPlanner:
         admission: Admission,
         offload: BlockOffload | None,
         drafting: Drafting | None,
+        images: ImageEncoding,
+        *,
+        whole_prompts: bool = False,
     ) -> None:
+        """`whole_prompts`: a prompt is computed in one step."""
+        self._whole_prompts = whole_prompts
         self._pool = pool
         self._queues = queues
         self._admission = admission
         self._offload = offload
         self._drafting = drafting
+        self._images = images
         self._batch_ids = _BatchIds()
 
     def decide(
@@ -80,6 +88,7 @@ class StepPlanner:
                 # Prompts hold all blocks and none can go on: the last one makes room for the others.
                 queues.preempt(queues.running[-1])
         plan.batch_id = self._batch_ids.of(plan, decode_step, num_decoding)
+        self._images.finish(plan)
         return decode_step
 
     def _stop_background(self) -> None:
@@ -153,10 +162,13 @@ class StepPlanner:
 
     def _plan_prefilling(self, plan: StepPlan, prefilling: list[Sequence], budget: int) -> None:
         """Share the rest of the budget among sequences that lack more than their last token."""
-        shares = equal_shares(budget, [sequence.num_missing_tokens for sequence in prefilling])
+        wants = [sequence.num_missing_tokens for sequence in prefilling]
+        shares = whole_shares(budget, wants) if self._whole_prompts else equal_shares(budget, wants)
         for sequence, share in zip(prefilling, shares, strict=True):
             count = min(share, _num_computable(sequence))
-            if count > 0:
+            if count > 0 and (count == sequence.num_missing_tokens or not self._whole_prompts):
+                count = self._images.reach(plan, sequence.group.request, sequence.num_computed_tokens, count)
+            if count > 0 and (count == sequence.num_missing_tokens or not self._whole_prompts):
                 self._plan_chunk(plan, sequence, count)
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
@@ -249,6 +261,19 @@ def _num_computable(sequence: Sequence) -> int:
         # The last token is computed when all beams have come as far.
         count = min(count, sequence.num_missing_tokens - 1)
     return count
+
+
+def whole_shares(budget: int, wants: SequenceOf[int]) -> list[int]:
+    """All or nothing for each entry of `wants`, in their order; the first gets all in any case.
+
+    >>> whole_shares(100, [60, 50, 40])
+    [60, 0, 40]
+    """
+    shares = []
+    for index, want in enumerate(wants):
+        shares.append(want if want <= budget or index == 0 else 0)
+        budget -= shares[-1]
+    return shares
 
 
 def equal_shares(budget: int, wants: SequenceOf[int]) -> list[int]:

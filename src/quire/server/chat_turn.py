@@ -17,6 +17,7 @@ from quire.sampling_params import SamplingParams
 from quire.server.endpoint import RequestContext
 from quire.server.errors import naming
 from quire.server.generation import Generation
+from quire.server.images import image_support, without_images
 from quire.server.limits import check_lengths, check_work
 from quire.server.params import chat_params, check_available, sent_names
 from quire.server.prompts import longest_prompt, render, tokenize, truncated
@@ -69,15 +70,17 @@ async def chat_prompt(
 ) -> ChatPrompt:
     """The prompt for the messages of `request`. Raises `RequestError` if the template refuses them, or if they have
     more than `max_tokens` tokens for certain."""
-    text = await render(context.engine.chat_template, request)
+    shown, images = await without_images(context, request)
+    text = await render(context.engine.chat_template, shown)
     check_work([text], num_samples, context.settings, param="messages")
+    expander = image_support(context).expander if images else None
     (token_ids,) = await tokenize(
         context.tokenizer(),
-        [text],
+        [text if expander is None else expander.expand_text(text, images)],
         add_special_tokens=request.add_special_tokens or False,
         max_tokens=max_tokens,
     )
-    return ChatPrompt(text, token_ids)
+    return ChatPrompt(text, token_ids if expander is None else expander.locate(text, token_ids, images))
 
 
 async def chat_turn(context: RequestContext, request: ChatCompletionRequest, *, clips_output: bool = False) -> ChatTurn:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from msgspec.structs import asdict
 
+from quire.engine.image_prompt import ImagePrompt, no_truncation
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.sampling_params import SamplingParams
@@ -88,6 +89,8 @@ def truncated(
     keep = params.truncate_prompt_tokens
     if side != "right" or keep is None:
         return prompts
+    if any(isinstance(prompt, ImagePrompt) for prompt in prompts):
+        raise no_truncation()
     keep = keep if keep > 0 else max(1, max_model_len - (params.max_tokens or 1))
     return [prompt[:keep] for prompt in prompts]
 

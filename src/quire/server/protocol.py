@@ -166,7 +166,7 @@ class Message(Struct, kw_only=True):
 
     role: str
     content: str | list[dict[str, Any]] | None = None
-    """A text, or a list of parts of type text."""
+    """A text, or a list of parts of type text, and image_url for a model that reads images."""
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from quire.server.field_warnings import FieldWarnings
 from quire.server.key_use import KeyRing
+from quire.server.media_fetch import MediaFetcher
 from quire.server.responses.runs import BackgroundRuns
 from quire.server.responses.store import ResponseStore
 from quire.server.settings import ServerSettings
@@ -15,10 +16,12 @@ class Services:
 
     responses: ResponseStore
     keys: KeyRing
+    media: MediaFetcher
     runs: BackgroundRuns = field(default_factory=BackgroundRuns)
     warnings: FieldWarnings = field(default_factory=FieldWarnings)
 
     @classmethod
     def open(cls, settings: ServerSettings, keys: KeyRing) -> "Services":
         """Raises `ConfigError` for a file that cannot be used."""
-        return cls(ResponseStore(settings.responses_store, settings.responses_store_size), keys)
+        store = ResponseStore(settings.responses_store, settings.responses_store_size)
+        return cls(store, keys, MediaFetcher.of(settings))

@@ -43,6 +43,14 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     """Further name by which clients call the server (the Host header), besides localhost, `host` and addresses. Without
     API keys other names get 403. * allows all. Repeat for several."""
+    allowed_media_domains: tuple[str, ...] = ()
+    """Domain from which images are fetched that a request names by an http or https URL, if its addresses are public.
+    Without any, images come as data URLs only. Repeat for several."""
+    embedding_model: str | None = None
+    """A second model, for embeddings, scores and classes, beside one that generates: a folder or name as for the first.
+    It has a process and a pool of its own, and half of the threads."""
+    embedding_options: str | None = None
+    """Options of its engine as a JSON object, e.g. {"quantization": "int8", "threads": 1}."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""
@@ -92,7 +100,7 @@ class ServerSettings:
     """All keys: those of `api_key`, and of the files `api_key_file` and `api_keys`."""
 
     def __post_init__(self) -> None:
-        for name in ("api_key", "allow_origins", "allowed_hosts"):
+        for name in ("api_key", "allow_origins", "allowed_hosts", "allowed_media_domains"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         for name in ("max_body_size", "max_header_size", "batch_dir_size", "max_file_size", "responses_store_size"):

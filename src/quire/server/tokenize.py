@@ -3,6 +3,7 @@
 from quire.errors import RequestError
 from quire.server.chat_turn import chat_prompt
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.images import image_support, without_images
 from quire.server.limits import check_work
 from quire.server.params import check_available
 from quire.server.prompts import off_loop, render, tokenize
@@ -21,7 +22,10 @@ async def tokenize_text(context: RequestContext) -> None:
     if (request.prompt is None) == (request.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
     if request.messages is not None:
-        text, special = await render(context.engine.chat_template, request), False
+        shown, images = await without_images(context, request)
+        text, special = await render(context.engine.chat_template, shown), False
+        if images:
+            text = image_support(context).expander.expand_text(text, images)
     else:
         text, special = request.prompt or "", True
     if len(text) > MAX_CHARS:

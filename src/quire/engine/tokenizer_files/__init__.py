@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from quire.engine.tokenizer_files.byte_pairs import read_tekken, read_tiktoken, read_vocab_and_merges
 from quire.engine.tokenizer_files.sentencepiece import is_sentencepiece, read_sentencepiece
 from quire.engine.tokenizer_files.tokenizer_json import read_tokenizer_json
+from quire.engine.tokenizer_files.word_pieces import read_vocab_txt
 
 Read = Callable[[Path, dict[str, Any]], Tokenizer]
 """A file and the folder's tokenizer_config.json → a tokenizer; raises `CheckpointError`."""
@@ -39,6 +40,7 @@ TOKENIZER_FILES = (
     TokenizerFile("tokenizer.model", _read_model),
     TokenizerFile("*.model", _read_model),
     TokenizerFile("vocab.json", read_vocab_and_merges),
+    TokenizerFile("vocab.txt", read_vocab_txt),
 )
 """The kinds of files, the most exact first."""
 

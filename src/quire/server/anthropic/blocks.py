@@ -85,7 +85,7 @@ def _split(message: InputMessage, index: int) -> list[Message]:
     if isinstance(message.content, str):
         return [Message(role=message.role, content=message.content)]
     results: list[Message] = []
-    texts: list[str] = []
+    parts: list[Block] = []
     calls: list[dict[str, Any]] = []
     turn = Message(role=message.role)
     for number, block in enumerate(message.content):
@@ -95,27 +95,50 @@ def _split(message: InputMessage, index: int) -> list[Message]:
                 function = {"name": name, "arguments": msgspec.json.encode(given).decode()}
                 calls.append({"id": call_id, "type": "function", "function": function})
             case {"type": "tool_result", "tool_use_id": str(call_id)}:
-                content = _texts(block.get("content") or "", f"{place}.content")
+                content = _result(block.get("content") or "", f"{place}.content")
                 results.append(Message(role="tool", content=content, tool_call_id=call_id))
             case {"type": "thinking", "thinking": str(text)}:
                 turn.reasoning = (turn.reasoning or "") + text
             case {"type": "redacted_thinking"}:
                 pass
             case _:
-                texts.append(_text(block, place))
-    if not texts and not calls and results:
+                parts.append(_part(block, place))
+    if not parts and not calls and results:
         return results
-    turn.content = "\n".join(texts) if texts or not calls else None
+    turn.content = _joined(parts) if parts or not calls else None
     turn.tool_calls = calls or None
     return [*results, turn]
 
 
-def _texts(content: object, place: str) -> str:
+def _result(content: object, place: str) -> str | list[Block]:
+    """The content of a tool's result."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise RequestError(f"{place} is {brief(content)}; give a text or a list of blocks", param="messages")
-    return "\n".join(_text(block, f"{place}[{index}]") for index, block in enumerate(content))
+    return _joined([_part(block, f"{place}[{index}]") for index, block in enumerate(content)])
+
+
+def _joined(parts: list[Block]) -> str | list[Block]:
+    """Texts as one, parts with images as they are."""
+    if all(part["type"] == "text" for part in parts):
+        return "\n".join(part["text"] for part in parts)
+    return parts
+
+
+def _part(block: object, place: str) -> Block:
+    """A block of text or an image as a part of a chat's message."""
+    match block:
+        case {"type": "image", "source": {"type": "base64", "data": str(data), **rest}}:
+            kind = rest.get("media_type", "image/png")
+            return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}
+        case {"type": "image", "source": {"type": "url", "url": str(url)}}:
+            return {"type": "image_url", "image_url": {"url": url}}
+        case {"type": "image"}:
+            raise RequestError(
+                f"{place} is an image whose source is neither base64 with data nor url with url", param="messages"
+            )
+    return {"type": "text", "text": _text(block, place)}
 
 
 def _text(block: object, place: str) -> str:
@@ -126,8 +149,8 @@ def _text(block: object, place: str) -> str:
             return text
         case {"type": str(kind)}:
             raise RequestError(
-                f"{place} is a block of type {kind!r}, or lacks a field of it; supported are text, thinking, tool_use "
-                "and tool_result",
+                f"{place} is a block of type {kind!r}, or lacks a field of it; supported are text, image, thinking, "
+                "tool_use and tool_result",
                 param=place.partition("[")[0],
             )
     raise RequestError(f"{place} is {brief(block)}; a block is an object with a type", param=place.partition("[")[0])

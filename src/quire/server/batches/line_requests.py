@@ -15,6 +15,7 @@ from quire.server.batches.objects import InputLine, LineResponse
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal, as_request_error, error_body, error_headers
 from quire.server.key_use import KeyRing
+from quire.server.media_fetch import MediaFetcher
 from quire.server.responses.store import ResponseStore
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
@@ -40,7 +41,7 @@ class LineRequests:
         self._engine = engine
         self._settings = settings
         # Answers of batches lie in files; the store of /v1/responses does not fill with them.
-        self._services = Services(ResponseStore(None, settings.responses_store_size), keys)
+        self._services = Services(ResponseStore(None, settings.responses_store_size), keys, MediaFetcher.of(settings))
         self._endpoints = {e.path: e for e in endpoints if e.method == "POST" and e.path in URLS}
 
     @property

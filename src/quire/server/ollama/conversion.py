@@ -1,6 +1,8 @@
 """From Ollama's requests to a chat or a completion."""
 
+from collections.abc import Sequence
 from reprlib import repr as brief
+from typing import Any
 
 import msgspec
 
@@ -43,7 +45,8 @@ def to_chat(request: GenerationFields) -> ChatCompletionRequest:
     else:
         assert isinstance(request, GenerateRequest)
         system = [Message(role="system", content=request.system)] if request.system else []
-        messages, tools = [*system, Message(role="user", content=request.prompt or "")], None
+        content = with_images(request.prompt or "", request.images)
+        messages, tools = [*system, Message(role="user", content=content)], None
     chat = ChatCompletionRequest(messages=messages, tools=tools or None)
     _set_fields(chat, request)
     chat.logprobs, chat.top_logprobs = bool(request.logprobs), request.top_logprobs
@@ -88,17 +91,29 @@ def _set_fields(chat: SharedFields, request: GenerationFields) -> None:
 
 
 def _message(message: OllamaMessage, index: int) -> Message:
-    if message.images:
-        raise RequestError(f"messages[{index}].images is not available; leave it out", param="messages")
     calls = [_call(call, f"call_{index}_{number}") for number, call in enumerate(message.tool_calls or ())]
     return Message(
         role=message.role,
-        content=message.content if message.content or not calls else None,
+        content=with_images(message.content, message.images)
+        if message.content or message.images or not calls
+        else None,
         name=message.tool_name or None,
         tool_calls=calls or None,
         tool_call_id=message.tool_call_id or None,
         reasoning=message.thinking or None,
     )
+
+
+def with_images(
+    content: str | None, images: Sequence[str] | msgspec.UnsetType | None
+) -> str | list[dict[str, Any]] | None:
+    """A text, and the images before it, as Ollama orders them."""
+    if not images:
+        return content
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}} for image in images
+    ]
+    return [*parts, {"type": "text", "text": content}] if content else parts
 
 
 def _call(call: ToolCall, call_id: str) -> dict[str, object]:

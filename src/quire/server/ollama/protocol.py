@@ -69,7 +69,8 @@ class OllamaMessage(Struct):
     tool_calls: list[ToolCall] | UnsetType | None = UNSET
     tool_name: str | UnsetType | None = UNSET
     tool_call_id: str | UnsetType | None = UNSET
-    images: Refused | UnsetType = UNSET
+    images: list[str] | UnsetType | None = UNSET
+    """Files as base64."""
 
 
 class GenerationFields(Struct, kw_only=True):
@@ -109,7 +110,8 @@ class GenerateRequest(GenerationFields, kw_only=True):
     system: str | None = None
     raw: bool | None = None
     """Continue the prompt itself, without the chat template."""
-    images: Refused = None
+    images: list[str] | None = None
+    """Files as base64; not with `raw`."""
     template: Refused = None
     context: Refused = None
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from reprlib import repr as brief
 from typing import Any
 
+from quire.engine.message_images import is_image
 from quire.errors import RequestError
 from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
 from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
@@ -71,11 +72,11 @@ def to_messages(items: Iterable[Item]) -> list[Message]:
     for index, item in enumerate(items):
         match item:
             case {"type": "message", "role": str(role)}:
-                text = _text(item.get("content"), f"input[{index}].content")
+                content = _content(item.get("content"), f"input[{index}].content")
                 if role == "assistant" and (last := _open_turn(messages)) is not None and last.content is None:
-                    last.content = text
+                    last.content = content
                 else:
-                    messages.append(Message(role=role, content=text))
+                    messages.append(Message(role=role, content=content))
             case {"type": "function_call", "call_id": str(call_id), "name": str(name), "arguments": str(arguments)}:
                 call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
                 turn = _open_turn(messages) or _new_turn(messages)
@@ -116,6 +117,16 @@ def _new_turn(messages: list[Message]) -> Message:
     return messages[-1]
 
 
+def _content(content: object, place: str) -> str | list[dict[str, Any]]:
+    """A text, or parts where some are images."""
+    if not isinstance(content, list) or not any(map(is_image, content)):
+        return _text(content, place)
+    return [
+        part if is_image(part) else {"type": "text", "text": _text([part], f"{place}[{index}]")}
+        for index, part in enumerate(content)
+    ]
+
+
 def _text(content: object, place: str) -> str:
     if isinstance(content, str):
         return content
@@ -128,7 +139,8 @@ def _text(content: object, place: str) -> str:
                 texts.append(text)
             case {"type": kind}:
                 raise RequestError(
-                    f"{place} has a part of type {brief(kind)}; only text parts are supported", param="input"
+                    f"{place} has a part of type {brief(kind)}; only text and input_image are supported",
+                    param="input",
                 )
             case _:
                 raise RequestError(f"{place} has a part without a type", param="input")

@@ -1,0 +1,1 @@
+"""From the bytes of an image to what an encoder reads. Nothing here loads torch, and Pillow only for an image."""
