@@ -74,10 +74,9 @@ def contenders(name: str, weight: Tensor) -> list[Contender]:
     n, k = weight.shape
     if name in METHODS:
         stored = METHODS[name].layers
-        group_size = stored.group_size or k
-        copies = rotated(lambda: cpu.quantize_linear([weight], stored.bits, group_size), stored.weight_bytes(n, k))
+        copies = rotated(lambda: cpu.quantize_linear([weight], stored), stored.weight_bytes(n, k))
         ours = Contender("ours", copies, lambda x, w: cpu.linear_quantized(x, w, None, n))
-        return [ours, *(of_8_bits(weight) if stored.bits == 8 else of_4_bits(weight, group_size))]
+        return [ours, *(of_8_bits(weight) if stored.bits == 8 else of_4_bits(weight, stored.group_size))]
     rounded = weight.to(getattr(torch, name))
     copies = rotated(lambda: cpu.pack_linear([rounded], name), rounded.nbytes)
     ours = Contender("ours", copies, lambda x, w: cpu.linear(x, w, None, n))
@@ -124,8 +123,8 @@ def of_8_bits(weight: Tensor) -> list[Contender]:
 
     def unsigned_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows quantised by our kernel, then shifted by 128: signed bytes are a hundred times slower."""
-        values, row_scales = cpu.quantize_rows(x)
-        return values.view(torch.uint8) ^ 128, row_scales
+        values, row_scales = cpu.quantize_groups(x, k)
+        return values.view(torch.uint8) ^ 128, row_scales[:, 0]
 
     int8pack = lambda x, w: torch.ops.aten._weight_int8pack_mm(x, w, of_bfloat16)  # noqa: E731
     packed = rotated(lambda: torch.ops.onednn.qlinear_prepack(values, None), n * k)

@@ -111,12 +111,11 @@ public:
     }
 
     // kAny matches every size.
-    const Argument& shaped(std::initializer_list<int64_t> shape) const {
+    const Argument& shaped(const std::vector<int64_t>& shape) const {
         bool matches = tensor_.ndim == int(shape.size());
-        for (int i = 0; matches && i < tensor_.ndim; ++i)
-            matches = shape.begin()[i] == kAny || shape.begin()[i] == tensor_.shape[i];
+        for (int i = 0; matches && i < tensor_.ndim; ++i) matches = shape[i] == kAny || shape[i] == tensor_.shape[i];
         if (!matches)
-            fail("shape " + list_text(shape.begin(), shape.size()), list_text(tensor_.shape, tensor_.ndim));
+            fail("shape " + list_text(shape.data(), shape.size()), list_text(tensor_.shape, tensor_.ndim));
         return *this;
     }
 
@@ -362,39 +361,58 @@ void linear(const Tensor& x, const std::string& op, std::optional<Tensor> residu
 int64_t groups_of(int64_t k, int64_t group) { return (k + group - 1) / group; }
 
 const nb::dlpack::dtype kUint8 = nb::dtype<uint8_t>();
+const nb::dlpack::dtype kBfloat16{uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1};
+
+void check_group(int64_t group, int64_t k, bool rotates) {
+    if (rotates && group != kRotated)
+        throw std::invalid_argument("group_size: expected " + std::to_string(kRotated) +
+                                    ", what a rotation mixes, found " + std::to_string(group));
+    if (group < 1 || (group < k && group % 32))
+        throw std::invalid_argument("group_size: expected a multiple of 32, or at least the " + std::to_string(k) +
+                                    " inputs, found " + std::to_string(group));
+}
+
+// Checks the scales of groups [..., panels, groups, kPanel]: bfloat16, or with 4 bits pairs of bytes, with two more
+// groups before each panel's that hold the units.
+void check_scales(const Argument& scales, int bits, std::vector<int64_t> shape) {
+    if (bits == 4) {
+        shape[shape.size() - 2] += 2;
+        shape.push_back(2);
+    }
+    scales.of(bits == 4 ? kUint8 : kBfloat16).shaped(shape).contiguous();
+}
 
 // Checks a packed low-bit weight of k inputs against its scales, and returns it.
-LowBitWeight low_bit_weight(const Tensor& packed, const Tensor& scales, int bits, int64_t group, int64_t k) {
+LowBitWeight low_bit_weight(const Tensor& packed, const Tensor& scales, int bits, int64_t group, bool rotates, int64_t k) {
     const Argument weight("packed", packed), scale("scales", scales);
     if (bits != 8 && bits != 4) throw std::invalid_argument("bits: expected 8 or 4, found " + std::to_string(bits));
     if (k > kMostInputs)
         throw std::invalid_argument("weight: expected at most " + std::to_string(kMostInputs) + " inputs, found " +
                                     std::to_string(k));
-    if (group < 1 || (group < k && group % 32))
-        throw std::invalid_argument("group_size: expected a multiple of 32, or at least the " + std::to_string(k) +
-                                    " inputs, found " + std::to_string(group));
+    check_group(group, k, rotates);
     const int64_t pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
     weight.of(kUint8).shaped({kAny, pairs, bits / 4, kPanel, 4}).contiguous();
-    scale.of(kFloat32).shaped({weight.size(0), groups_of(k, group), kPanel}).contiguous();
+    check_scales(scale, bits, {weight.size(0), groups_of(k, group), kPanel});
     const int64_t depth = pairs * kPairOfSteps;
-    return {weight.pointer<uint8_t>(), scale.pointer<float>(), bits, std::min(group, depth), nullptr, depth + 64};
+    return {weight.pointer<uint8_t>(), scale.pointer<void>(), bits, std::min(group, depth), rotates, nullptr, 17 * depth + 256};
 }
 
-void quantize_rows(const Tensor& x, const Tensor& bytes, const Tensor& scales) {
-    const Argument input("x", x), output("bytes", bytes);
+void quantize_groups(const Tensor& x, int64_t group, bool rotates, const Tensor& bytes, const Tensor& scales) {
+    const Argument input("x", x), output("bytes", bytes), scale("scales", scales);
     input.of(kFloat32).shaped({kAny, kAny}).contiguous(1);
     const int64_t rows = input.size(0), k = input.size(1);
     output.of(kInt8).shaped({rows, (k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps}).contiguous();
-    float* scale = const_cast<float*>(vector_of_floats("scales", scales, rows));
+    check_group(group, k, rotates);
+    scale.of(kFloat32).shaped({rows, groups_of(k, group)}).contiguous();
     nb::gil_scoped_release release;
-    kernels->quantize_rows(input.rows(), rows, k, output.pointer<void>(), scale);
+    kernels->quantize_groups(input.rows(), rows, k, std::min(group, k), rotates, output.pointer<void>(), scale.pointer<float>());
 }
 
 void quantize_linear(const Tensor& weight, const Tensor& packed, const Tensor& scales, int bits, int64_t group,
-                     int64_t first_row) {
+                     bool rotates, int64_t first_row) {
     const Argument source("weight", weight), target("packed", packed);
     source.shaped({kAny, kAny}).contiguous();
-    LowBitWeight to = low_bit_weight(packed, scales, bits, group, source.size(1));
+    LowBitWeight to = low_bit_weight(packed, scales, bits, group, rotates, source.size(1));
     if (first_row < 0 || first_row + source.size(0) > target.size(0) * kPanel)
         source.fail("rows " + std::to_string(first_row) + " to at most " + std::to_string(target.size(0) * kPanel),
                     std::to_string(source.size(0)) + " rows");
@@ -406,23 +424,24 @@ void quantize_linear(const Tensor& weight, const Tensor& packed, const Tensor& s
 
 void linear_quantized(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
                       std::optional<Tensor> norm_weight, float eps, const Tensor& packed, const Tensor& scales,
-                      int bits, int64_t group, std::optional<Tensor> bias, const Tensor& out) {
+                      int bits, int64_t group, bool rotates, std::optional<Tensor> bias, const Tensor& out) {
     LowBitLinear a{};
     a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
     const Argument output("out", out);
     output.of(kFloat32).shaped({a.m, kAny}).contiguous();
     a.n = output.size(1);
-    const LowBitWeight checked = low_bit_weight(packed, scales, bits, group, a.k);
+    const LowBitWeight checked = low_bit_weight(packed, scales, bits, group, rotates, a.k);
     Argument("packed", packed).shaped({(a.n + kPanel - 1) / kPanel, kAny, kAny, kAny, kAny});
     a.weight = checked.weight;
     a.scales = checked.scales;
     a.bits = bits;
     a.group = checked.group;
+    a.rotates = rotates;
     a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
     a.out = output.pointer<float>();
     if (a.m == 0) return;
     const int64_t row = (a.k + kPairOfSteps - 1) / kPairOfSteps * kPairOfSteps / 4;
-    a.scratch = scratch_of(a.m * (row + 1 + groups_of(a.k, a.group)) + omp_get_max_threads() * (row + a.k));
+    a.scratch = scratch_of(a.m * (row + 2 * groups_of(a.k, a.group)) + omp_get_max_threads() * (row + a.k));
     nb::gil_scoped_release release;
     kernels->linear_quantized(a);
 }
@@ -487,11 +506,11 @@ const char* const kExpertFormats[] = {"float32", "float16", "bfloat16", "int8", 
 
 // The dense layer [n, k] of every expert, packed as `format` says.
 ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_experts, int64_t n, int64_t k,
-                           const Tensor& packed, const std::optional<Tensor>& scales, int64_t group,
+                           const Tensor& packed, const std::optional<Tensor>& scales, int64_t group, bool rotates,
                            const std::optional<Tensor>& bias) {
     const Argument weight(name, packed);
     const int64_t panels = (n + kPanel - 1) / kPanel, pairs = (k + kPairOfSteps - 1) / kPairOfSteps;
-    ExpertLinear layer{weight.pointer<char>(), 0, nullptr, 0, std::min(group, pairs * kPairOfSteps), nullptr, n, k};
+    ExpertLinear layer{weight.pointer<char>(), 0, nullptr, 0, std::min(group, pairs * kPairOfSteps), rotates, nullptr, n, k};
     if (format <= ExpertFormat::bfloat16) {
         const Element element = element_of(weight);
         if (int(element) != int(format)) weight.fail(kExpertFormats[int(format)], dtype_text(weight.dtype()));
@@ -507,17 +526,19 @@ ExpertLinear expert_linear(const char* name, ExpertFormat format, int64_t num_ex
         weight.of(kUint8).shaped({num_experts, panels, pairs, steps, kPanel, 4}).contiguous();
         if (!scales) weight.fail("scales", "none");
         const Argument scale("scales", *scales);
-        scale.of(powers ? kUint8 : kFloat32).shaped({num_experts, panels, groups_of(k, group), kPanel}).contiguous();
+        const std::vector<int64_t> shape{num_experts, panels, groups_of(k, group), kPanel};
+        if (powers) scale.of(kUint8).shaped(shape).contiguous();
+        else check_scales(scale, format == ExpertFormat::bits8 ? 8 : 4, shape);
         layer.weight_bytes = panels * pairs * steps * kPanel * 4;
         layer.scales = scale.pointer<char>();
-        layer.scale_bytes = panels * groups_of(k, group) * kPanel * scale.dtype().bits / 8;
+        layer.scale_bytes = panels * kPanel * (powers ? groups_of(k, group) : format == ExpertFormat::bits8 ? 2 * groups_of(k, group) : 2 * groups_of(k, group) + 4);
     }
     if (bias) layer.bias = Argument("bias", *bias).of(kFloat32).shaped({num_experts, n}).contiguous().pointer<float>();
     return layer;
 }
 
 void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const std::string& format,
-             const std::string& gate, float alpha, float limit, int64_t inner, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
+             const std::string& gate, float alpha, float limit, int64_t inner, bool rotates, const Tensor& gate_up, std::optional<Tensor> gate_up_scales,
              int64_t gate_up_group, std::optional<Tensor> gate_up_bias, const Tensor& down,
              std::optional<Tensor> down_scales, int64_t down_group, std::optional<Tensor> down_bias, const Tensor& out) {
     Experts a{};
@@ -538,8 +559,9 @@ void experts(const Tensor& x, const Tensor& chosen, const Tensor& weights, const
     if (inner < 1) throw std::invalid_argument("inner: expected at least 1, found " + std::to_string(inner));
     a.num_experts = Argument("gate_up", gate_up).size(0);
     a.gate_up = expert_linear("gate_up", a.format, a.num_experts, 2 * inner, input.size(1), gate_up, gate_up_scales,
-                              gate_up_group, gate_up_bias);
-    a.down = expert_linear("down", a.format, a.num_experts, input.size(1), inner, down, down_scales, down_group, down_bias);
+                              gate_up_group, rotates, gate_up_bias);
+    a.down = expert_linear("down", a.format, a.num_experts, input.size(1), inner, down, down_scales, down_group, rotates,
+                           down_bias);
     for (int64_t i = 0; i < a.tokens * a.num_active; ++i)
         if (a.chosen[i] < 0 || a.chosen[i] >= a.num_experts)
             ids.fail("experts 0 to " + std::to_string(a.num_experts - 1), std::to_string(a.chosen[i]));
@@ -573,11 +595,11 @@ void gather_rows(const Tensor& packed, const Tensor& ids, const Tensor& out) {
     kernels->gather_rows(weight.pointer<void>(), element, output.size(1), id, output.size(0), output.pointer<float>());
 }
 
-void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits, int64_t group, const Tensor& ids,
+void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits, int64_t group, bool rotates, const Tensor& ids,
                            const Tensor& out) {
     const Argument weight("packed", packed), output("out", out);
     output.of(kFloat32).shaped({kAny, kAny}).contiguous();
-    const LowBitWeight from = low_bit_weight(packed, scales, bits, group, output.size(1));
+    const LowBitWeight from = low_bit_weight(packed, scales, bits, group, rotates, output.size(1));
     const int32_t* id = row_ids(ids, weight, output.size(0));
     nb::gil_scoped_release release;
     kernels->gather_rows_quantized(from, output.size(1), id, output.size(0), output.pointer<float>());
@@ -755,23 +777,25 @@ NB_MODULE(_cpu, m) {
     m.def("pack_linear", &pack_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("first_row"));
     m.def("linear", &linear, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(), nb::arg("norm_weight").none(),
           nb::arg("eps"), nb::arg("packed"), nb::arg("bias").none(), nb::arg("out"));
-    m.def("quantize_rows", &quantize_rows, nb::arg("x"), nb::arg("bytes"), nb::arg("scales"));
+    m.def("quantize_groups", &quantize_groups, nb::arg("x"), nb::arg("group_size"), nb::arg("rotates"), nb::arg("bytes"),
+          nb::arg("scales"));
     m.def("quantize_linear", &quantize_linear, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"),
-          nb::arg("bits"), nb::arg("group_size"), nb::arg("first_row"));
+          nb::arg("bits"), nb::arg("group_size"), nb::arg("rotates"), nb::arg("first_row"));
     m.def("linear_coded", &linear_coded, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("codes"), nb::arg("kind"), nb::arg("levels"),
           nb::arg("scales"), nb::arg("offsets").none(), nb::arg("zero_points"), nb::arg("group_size"),
           nb::arg("order").none(), nb::arg("bias").none(), nb::arg("out"));
     m.def("linear_quantized", &linear_quantized, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
-          nb::arg("group_size"), nb::arg("bias").none(), nb::arg("out"));
+          nb::arg("group_size"), nb::arg("rotates"), nb::arg("bias").none(), nb::arg("out"));
     m.def("experts", &experts, nb::arg("x"), nb::arg("chosen"), nb::arg("weights"), nb::arg("format"),
-          nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("inner"), nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
+          nb::arg("gate"), nb::arg("alpha"), nb::arg("limit"), nb::arg("inner"), nb::arg("rotates"),
+          nb::arg("gate_up"), nb::arg("gate_up_scales").none(),
           nb::arg("gate_up_group"), nb::arg("gate_up_bias").none(), nb::arg("down"), nb::arg("down_scales").none(),
           nb::arg("down_group"), nb::arg("down_bias").none(), nb::arg("out"));
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
     m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
-          nb::arg("group_size"), nb::arg("ids"), nb::arg("out"));
+          nb::arg("group_size"), nb::arg("rotates"), nb::arg("ids"), nb::arg("out"));
     m.def("add_lora", &add_lora, nb::arg("x"), nb::arg("a"), nb::arg("b"), nb::arg("ranks"), nb::arg("part_ends"),
           nb::arg("rows"), nb::arg("tiles"), nb::arg("out"));
     m.attr("lora_tile") = kLoraTile;

@@ -32,13 +32,21 @@ static void gather_rows_quantized(const LowBitWeight& from, int64_t k, const int
     share_tasks(count * k >= kParallelElements, count, [&](int64_t i, int64_t) {
         const int64_t panel = ids[i] / kPanel, lane = ids[i] % kPanel;
         const uint8_t* packed = from.weight + panel * depth / kPairOfSteps * pair_bytes + lane * 4;
-        const float* scales = from.scales + panel * num_groups * kPanel + lane;
+        float* const row = out + i * k;
         for (int64_t j = 0; j < k; ++j) {
             const uint8_t* pair = packed + j / kPairOfSteps * pair_bytes;
             const int64_t step = j / 4 % 2, byte = j % 4;
-            const int value = from.bits == 8 ? pair[step * kStepBytes + byte] - 128 : (pair[byte] >> 4 * step & 15) - 8;
-            out[i * k + j] = float(value) * scales[j / from.group * kPanel];
+            const int64_t group = j / from.group;
+            if (from.bits == 8) {
+                const BFloat scale = static_cast<const BFloat*>(from.scales)[(panel * num_groups + group) * kPanel + lane];
+                row[j] = float(pair[step * kStepBytes + byte] - 128) * widen(scale);
+            } else {
+                const FourBitScales scales(from.scales, panel, num_groups);
+                row[j] = float(pair[byte] >> 4 * step & 15) * scales.scale(group, lane) + scales.offset(group, lane);
+            }
         }
+        if (from.rotates)
+            for (int64_t j = 0; j + kRotated <= k; j += kRotated) rotate(row + j, row + j);
     });
 }
 

@@ -127,25 +127,24 @@ struct BytePairs {
     static int64_t num_words(const ExpertLinear& layer) { return round_up(layer.k, kPairOfSteps) / 4; }
     static int64_t num_groups(const ExpertLinear& layer) { return (layer.k + layer.group - 1) / layer.group; }
 
-    int32_t *words, *starts, *row_of_thread;
-    float* scales;
+    int32_t *words, *row_of_thread;
+    RowGroup* groups;
     int64_t most_words;
 
     BytePairs(const Experts& a, Area& area) : most_words(max_of(num_words(a.gate_up), num_words(a.down))) {
         const int64_t num_pairs = a.tokens * a.num_active;
         words = area.take<int32_t>(num_pairs * most_words);
-        scales = area.take<float>(num_pairs);
-        starts = area.take<int32_t>(num_pairs * max_of(num_groups(a.gate_up), num_groups(a.down)));
+        groups = area.take<RowGroup>(num_pairs * max_of(num_groups(a.gate_up), num_groups(a.down)));
         row_of_thread = area.take<int32_t>(num_threads() * round_up(most_words, 16));
     }
 
     RowsOfBytes rows_from(const ExpertLinear& layer, int64_t pair) const {
-        return RowsOfBytes{words, scales, starts, num_words(layer)}.from(pair, num_groups(layer));
+        return RowsOfBytes{words, groups, num_words(layer)}.from(pair, num_groups(layer));
     }
 
     void prepare(const ExpertLinear& layer, const PairTile& tile, const float* const* rows, int64_t thread) const {
         for (int64_t r = 0; r < tile.count; ++r)
-            quantize_row_of_tile<Stored>(rows[r], layer.k, layer.group, rows_from(layer, tile.first), r, tile.count,
+            quantize_row_of_tile<Stored>(rows[r], layer.k, layer.group, layer.rotates, rows_from(layer, tile.first), r, tile.count,
                                          row_of_thread + thread * round_up(most_words, 16));
     }
 

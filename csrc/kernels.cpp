@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "linear_low_bit.h"
 #include "lora.h"
+#include "quantize_weight.h"
 #include "row_peaks.h"
 
 #define QUIRE_NAME_OF(isa) #isa
@@ -29,7 +30,7 @@ extern const Kernels kernels = {
     .write_kv = write_kv,
     .pack_linear = pack_linear,
     .linear = linear,
-    .quantize_rows = quantize_rows,
+    .quantize_groups = quantize_groups,
     .quantize_linear = quantize_linear,
     .linear_quantized = linear_quantized,
     .linear_coded = linear_coded,

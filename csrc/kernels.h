@@ -120,25 +120,39 @@ constexpr int64_t kPairOfSteps = 8;
 // The sum of this many products of 127 * 127 fits 32 bits.
 constexpr int64_t kMostInputs = 1 << 17;
 
-// A weight of 8 or 4 bits, in the layout of linear_low_bit.h. `scales` are [panel][group][kPanel].
+// Inputs of a group that may be rotated (row_groups.h).
+constexpr int64_t kRotated = 64;
+
+// 4-bit numbers q of a group stand for scale * q + offset. Each output has a unit for its groups' scales and one for their
+// offsets, powers of two as the higher halves of float32, and a group so many of each.
+struct Units {
+    uint16_t offset, scale;
+};
+struct UnitsOfGroup {
+    uint8_t offset, scale;
+};
+
+// A weight of 8 or 4 bits, in the layout of linear_low_bit.h.
 struct LowBitWeight {
     uint8_t* weight;
-    float* scales;
+    void* scales;  // 8 bits: bfloat16 [panel][group][kPanel]; 4 bits: in each panel Units [kPanel], UnitsOfGroup [group][kPanel]
     int bits;
     int64_t group;  // inputs that share a scale: a multiple of 32, or k in whole pairs
+    bool rotates;   // groups of kRotated inputs are rotated
     uint8_t* scratch;       // for packing: an area per thread
-    int64_t scratch_bytes;  // of one thread: k rounded up to whole pairs, and 64
+    int64_t scratch_bytes;  // of one thread: 17 times k rounded up to whole pairs, and 256
 };
 
 struct LowBitLinear {
     LinearInput x;
     const uint8_t* weight;
-    const void* scales;  // float32, of MXFP4 bytes
+    const void* scales;  // as in LowBitWeight; of MXFP4 bytes
     int bits;
     int64_t group;
+    bool rotates;
     const float* bias;  // [n] or null
     float* out;         // [m, n], contiguous
-    // m * (k rounded up to whole pairs / 4 + 1 + number of groups) words, and for each thread that k / 4 and k
+    // m * (k rounded up to whole pairs / 4 + 2 * number of groups) words, and for each thread that k / 4 and k
     void* scratch;
     int64_t m, n, k;
 };
@@ -180,6 +194,7 @@ struct ExpertLinear {
     const char* scales;    // of few bits
     int64_t scale_bytes;   // of one expert
     int64_t group;         // inputs that share a scale, as in LowBitLinear
+    bool rotates;
     const float* bias;     // [experts, n] or null
     int64_t n, k;
 };
@@ -248,7 +263,7 @@ struct Kernels {
     void (*pack_linear)(const void* weight, Element from, int64_t rows, int64_t k, void* packed, Element to,
                         int64_t first_row);
     void (*linear)(const Linear& linear);
-    void (*quantize_rows)(Rows x, int64_t rows, int64_t k, void* bytes, float* scales);
+    void (*quantize_groups)(Rows x, int64_t rows, int64_t k, int64_t group, bool rotates, void* bytes, float* scales);
     void (*quantize_linear)(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,
                             int64_t first_row);
     void (*linear_quantized)(const LowBitLinear& linear);

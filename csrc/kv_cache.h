@@ -2,8 +2,8 @@
 #pragma once
 
 #include "kernels.h"
-#include "linear_low_bit.h"
 #include "parallel.h"
+#include "row_groups.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -47,14 +47,15 @@ static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_
             int8_t* keys = static_cast<int8_t*>(cache.keys) + block_head * cache.key_stride();
             int8_t key[kMostHeadDim];
             float scales[2];
-            quantize_row(k.data + token * k.stride + head * head_dim, head_dim, head_dim, head_dim, 0, key, scales, nullptr);
+            quantize_row(k.data + token * k.stride + head * head_dim, head_dim, head_dim, head_dim, false, key,
+                         [&](int64_t, float scale, int32_t) { scales[0] = scale; });
             if (cache.latent()) {
                 scales[1] = scales[0];
             } else {
                 int8_t* values =
                     static_cast<int8_t*>(cache.values) + block_head * cache.value_stride() + offset * value_dim;
-                quantize_row(v.data + token * v.stride + head * value_dim, value_dim, value_dim, value_dim, 0, values,
-                             scales + 1, nullptr);
+                quantize_row(v.data + token * v.stride + head * value_dim, value_dim, value_dim, value_dim, false, values,
+                             [&](int64_t, float scale, int32_t) { scales[1] = scale; });
             }
             for (int64_t d = 0; d < head_dim; ++d) keys[d * block_size + offset] = key[d];
             int8_t* key_scales = keys + head_dim * block_size;

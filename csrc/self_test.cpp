@@ -26,7 +26,9 @@ struct Product {
 
     Product(int most, int end) : out(kRows * kOutputs), scratch(4 * kRows * kInputs) {
         for (int64_t i = 0; i < kRows * kInputs; ++i) x.push_back(number(i / kInputs, i % kInputs, 127, 127));
-        for (int64_t i = 0; i < kOutputs * kInputs; ++i) weight.push_back(number(i / kInputs, i % kInputs, most, end));
+        // The second of every 32 is `most`: with both ends of its range a group has the scale 1 in 4 bits too.
+        for (int64_t i = 0; i < kOutputs * kInputs; ++i)
+            weight.push_back(i % kInputs % 32 == 1 ? most : number(i / kInputs, i % kInputs, most, end));
         for (int64_t i = 0; i < kRows * kOutputs; ++i) {
             float sum = 0;
             for (int64_t k = 0; k < kInputs; ++k) sum += x[i / kOutputs * kInputs + k] * weight[i % kOutputs * kInputs + k];
@@ -49,12 +51,12 @@ struct Product {
     }
 
     bool of_bits(const Kernels& kernels, int bits, int64_t group) {
-        std::vector<uint8_t> packed(kPanels * kPanel * kInputs), values(kInputs + 64);
-        std::vector<float> scales(kPanels * kPanel * ((kInputs + group - 1) / group));
-        const LowBitWeight to{packed.data(), scales.data(), bits, group, values.data(), int64_t(values.size())};
+        std::vector<uint8_t> packed(kPanels * kPanel * kInputs), values(17 * kInputs + 256);
+        std::vector<float> scales(kPanels * kPanel * (1 + (kInputs + group - 1) / group));
+        const LowBitWeight to{packed.data(), scales.data(), bits, group, false, values.data(), int64_t(values.size())};
         kernels.quantize_linear(weight.data(), Element::float32, kOutputs, kInputs, to, 0);
-        kernels.linear_quantized({input(), packed.data(), scales.data(), bits, group, nullptr, out.data(), scratch.data(),
-                                  kRows, kOutputs, kInputs});
+        kernels.linear_quantized({input(), packed.data(), scales.data(), bits, group, false, nullptr, out.data(),
+                                  scratch.data(), kRows, kOutputs, kInputs});
         return out == expected;
     }
 };
@@ -69,7 +71,11 @@ bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
         packed[row / kPanel * kPanelBytes + k / 8 * kPairBytes + row % kPanel * 4 + k % 4] |= code << (k / 4 % 2 * 4);
     };
     std::vector<float> x, expected(kRows * kWidth), out(kRows * kWidth);
-    for (int64_t i = 0; i < kRows * kWidth; ++i) x.push_back(i % kWidth ? number(i / kWidth, i % kWidth, 127, 127) : 1);
+    // The first lets gates pass; the second of every 32 makes a group's scale 1.
+    for (int64_t i = 0; i < kRows * kWidth; ++i) {
+        const int64_t k = i % kWidth;
+        x.push_back(k == 0 ? 1 : k % 32 == 1 ? 127 : number(i / kWidth, k, 127, 127));
+    }
     for (int64_t row = 0; row < kWidth; ++row) {
         put(gate_up, row, 0, 2);
         put(gate_up, kWidth + row, row, 2);
@@ -84,7 +90,7 @@ bool multiplies_mxfp4(const Kernels& kernels, ExpertFormat format) {
     const std::vector<float> weights(kRows, 1.0f);
     const auto linear = [&](std::vector<uint8_t>& packed, int64_t n) {
         return ExpertLinear{reinterpret_cast<char*>(packed.data()), 0, reinterpret_cast<const char*>(scales.data()), 0,
-                            32, nullptr, n, kWidth};
+                            32, false, nullptr, n, kWidth};
     };
     Experts a{};
     a.x = {x.data(), kWidth};
@@ -144,8 +150,8 @@ const char* wrong_result(const Kernels& kernels) {
     if (!product.of_floats(kernels, Element::float32)) return "a product with float32 weights";
     if (!product.of_floats(kernels, Element::float16)) return "a product with float16 weights";
     if (!product.of_floats(kernels, Element::bfloat16)) return "a product with bfloat16 weights";
-    if (!product.of_bits(kernels, 8, kInputs)) return "a product with int8 weights";
-    if (!Product(7, -8).of_bits(kernels, 4, 64)) return "a product with int4 weights";
+    if (!product.of_bits(kernels, 8, 64)) return "a product with int8 weights";
+    if (!Product(7, -8).of_bits(kernels, 4, 32)) return "a product with int4 weights";
     if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4)) return "experts with MXFP4 weights";
     if (!multiplies_mxfp4(kernels, ExpertFormat::mxfp4_of_bytes)) return "experts with MXFP4 weights and int8 rows";
     if (!attends(kernels, KVElement::float32)) return "attention over float32";

@@ -168,7 +168,7 @@ def test_what_a_notebook_shows(llm: LLM) -> None:
         ({"admission": "all"}, "admission is 'all'; it must be one of current, predicted"),
         ({"tensor_parallel_size": 2}, "is 2; it must be 1: Quire does not split a model over several GPUs; run one"),
         ({"trust_remote_code": True}, "is True; it must be False: Quire never runs code from a checkpoint"),
-        ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, or left out"),
+        ({"quantization": "int3"}, "quantization is 'int3'; it must be one of int8, int4, int4-fast, or left out"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, object], message: str) -> None:

@@ -11,11 +11,12 @@ from quire.cli import probe
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder
 from quire.model_config import ModelConfig
+from quire.quantization import METHODS
 from quire.simulation.calibration import TimedStep
 from quire.simulation.devices import Device, find_device
 from tests.simulation.traces import SLOW
 
-FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "float16", "bfloat16", *METHODS)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_a_plan_of_this_machine_tells_no_times(capsys: pytest.CaptureFixture[str
     assert figures["weights"] == config.spec.weight_bytes("float16")
     lines = {line["name"]: line for line in figures["alternatives"]}
     devices = ["A100-40GB", "A100-80GB", "H100", "H200"]
-    assert list(lines) == ["as planned", "int8", "int4", "int8 KV", "fp8 KV", *devices]
+    assert list(lines) == ["as planned", *METHODS, "int8 KV", "fp8 KV", *devices]
     assert "tokens_per_s" not in lines["int8"]
     assert lines["H200"]["tokens_per_s"] > lines["A100-40GB"]["tokens_per_s"]
     assert lines["int8"]["weights"] == config.spec.weight_bytes("float16", "int8")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quire.kernels import cpu, reference
 from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.quantization import METHODS, WeightFormat
 
 DTYPES = ["float32", "float16", "bfloat16"]
 
@@ -101,12 +102,11 @@ def test_rows_may_be_strided(isa: str) -> None:
     assert torch.equal(cpu.linear(wide[:, 8:32], packed, None, 50), cpu.linear(x, packed, None, 50))
 
 
-FORMATS: list[str | tuple[int, int]] = [*DTYPES, (8, 4096), (4, 32)]
-"""Float types, and the bits and group size of quantised weights."""
+FORMATS: list[str | WeightFormat] = [*DTYPES, *(method.layers for method in METHODS.values())]
 
 
-def pack(weight: torch.Tensor, stored: str | tuple[int, int]) -> PackedWeight:
-    return cpu.pack_linear([weight], stored) if isinstance(stored, str) else cpu.quantize_linear([weight], *stored)
+def pack(weight: torch.Tensor, stored: str | WeightFormat) -> PackedWeight:
+    return cpu.pack_linear([weight], stored) if isinstance(stored, str) else cpu.quantize_linear([weight], stored)
 
 
 def product(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor, n: int) -> torch.Tensor:
@@ -117,7 +117,7 @@ def product(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor, n: int) -
 
 @pytest.mark.parametrize("stored", FORMATS, ids=str)
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (1, 40, 100), (2, 33, 7), (15, 65, 257), (40, 96, 64)])
-def test_the_norm_before_a_layer_is_the_same_with_it(m: int, n: int, k: int, stored: str | tuple[int, int]) -> None:
+def test_the_norm_before_a_layer_is_the_same_with_it(m: int, n: int, k: int, stored: str | WeightFormat) -> None:
     x, weight, bias = case(m, n, k, "float32")
     packed, scale, update = pack(weight, stored), torch.rand(k), torch.randn(m, k)
     found = cpu.rms_norm_linear(x, None, scale, 1e-5, packed, bias, n)
@@ -134,7 +134,7 @@ def test_the_norm_before_a_layer_is_the_same_with_it(m: int, n: int, k: int, sto
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 3), (1, 40, 100), (2, 33, 7), (15, 65, 257), (40, 96, 64)])
 def test_the_gate_before_a_layer_is_the_same_with_it(
-    m: int, n: int, k: int, activation: str, stored: str | tuple[int, int]
+    m: int, n: int, k: int, activation: str, stored: str | WeightFormat
 ) -> None:
     _, weight, bias = case(m, n, k, "float32")
     x, packed = torch.randn(m, 2 * k + 8)[:, 8:], pack(weight, stored)
@@ -147,7 +147,7 @@ def test_the_gate_before_a_layer_is_the_same_with_it(
 
 
 @pytest.mark.parametrize("stored", FORMATS, ids=str)
-def test_what_a_layer_is_made_of_is_checked(stored: str | tuple[int, int]) -> None:
+def test_what_a_layer_is_made_of_is_checked(stored: str | WeightFormat) -> None:
     packed = pack(torch.zeros(50, 24), stored)
     with pytest.raises(ValueError, match=r"residual: expected shape \[2, 24\], found \[3, 24\]"):
         cpu.rms_norm_linear(torch.zeros(3, 24), torch.zeros(2, 24), torch.ones(24), 1e-5, packed, None, 50)
@@ -191,7 +191,7 @@ def test_two_threads_pack_the_bytes_that_one_does(form: str) -> None:
         if form in DTYPES:
             found.append([cpu.pack_linear(weights, form)])
         else:
-            packed = cpu.quantize_linear(weights, bits=8 if form == "int8" else 4, group_size=64)
+            packed = cpu.quantize_linear(weights, METHODS[form].layers)
             found.append([packed.values, packed.scales])
     torch.set_num_threads(before)
     assert all(map(torch.equal, *found))

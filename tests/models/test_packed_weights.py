@@ -10,6 +10,9 @@ from quire.kernels import cpu
 from quire.kernels.interface import ExpertMatrices, ExpertWeight, Mxfp4Matrix
 from quire.layers.linear import stored_as
 from quire.models.packed_weights import PackedWeights
+from quire.quantization import METHODS
+
+INT8, INT4 = METHODS["int8"].layers, METHODS["int4"].layers
 
 
 def bytes_of(packed: ExpertWeight) -> list[torch.Tensor]:
@@ -27,7 +30,7 @@ def test_in_memory_while_there_is_room(num_bytes: int) -> None:
     for _ in range(10):
         for found, expected in (
             (packing.pack_linear(weights, "bfloat16"), cpu.pack_linear(weights, "bfloat16")),
-            (packing.quantize_linear(weights, 4, 32), cpu.quantize_linear(weights, 4, 32)),
+            (packing.quantize_linear(weights, INT4), cpu.quantize_linear(weights, INT4)),
             (packing.pack_linear(weights, "float32"), cpu.pack_linear(weights, "float32")),
         ):
             for part, other in zip(bytes_of(found), bytes_of(expected), strict=True):
@@ -73,5 +76,5 @@ def test_what_has_no_room_is_allocated_by_the_caller() -> None:
 
     packed = PackedWeights(None).pack_linear([torch.randn(9, 24)], "float32", allocate)
     assert packed is allocated[0]
-    quantized = PackedWeights(None).quantize_linear([torch.randn(9, 32)], 8, 32, allocate)
+    quantized = PackedWeights(None).quantize_linear([torch.randn(9, 32)], INT8, allocate)
     assert [quantized.values.data_ptr(), quantized.scales.data_ptr()] == [x.data_ptr() for x in allocated[1:]]

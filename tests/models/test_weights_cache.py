@@ -22,6 +22,7 @@ from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.packed_weights import PackedWeights
 from quire.models.registry import Model, load_model
 from quire.models.weights_cache import PackedTensor, WeightsCache
+from quire.quantization import METHODS, WeightFormat
 from tests.checkpoints import LAYER_KINDS, make_checkpoint
 
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
@@ -258,8 +259,9 @@ def test_the_bytes_of_a_packed_weight_change_with_their_number_only() -> None:
     digest = blake2b(digest_size=8)
     for dtype in ("float32", "float16", "bfloat16"):
         digest.update(cpu.pack_linear([weight], dtype).view(torch.uint8).numpy().data)
-    for bits, group_size in ((8, 1 << 20), (8, 32), (4, 32)):
-        packed = cpu.quantize_linear([weight], bits, group_size)
+    whole = (torch.arange(40 * 64) % 16 - 8.0).view(40, 64)  # which 4 bits hold exactly, on every instruction set
+    for each, stored in ((weight, METHODS["int8"].layers), (weight, WeightFormat(8, 32)), (whole, WeightFormat(4, 32))):
+        packed = cpu.quantize_linear([each], stored)
         digest.update(packed.values.numpy().data)
-        digest.update(packed.scales.numpy().data)
-    assert (cpu.PACKING, digest.hexdigest()) == (2, "95c8ac788a84b17c")
+        digest.update(packed.scales.view(torch.uint8).numpy().data)
+    assert (cpu.PACKING, digest.hexdigest()) == (3, "864e45c98174a320")

@@ -38,9 +38,9 @@ def quantized_bytes(model: object) -> int:
 
 
 def test_bytes_of_a_weight() -> None:
-    assert WeightFormat(8, None).weight_bytes(10, 64) == 10 * (64 + 4)
-    assert WeightFormat(4, 32).weight_bytes(10, 64) == 10 * (32 + 2 * 4)
-    assert WeightFormat(4, 64).weight_bytes(10, 65) == 10 * (32 + 2 * 4)
+    assert WeightFormat(8, 64).weight_bytes(10, 64) == 10 * (64 + 2)
+    assert WeightFormat(4, 32).weight_bytes(10, 64) == 10 * (32 + 2 * 2 + 4)
+    assert WeightFormat(4, 64).weight_bytes(10, 65) == 10 * (32 + 2 * 2 + 4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,13 +75,16 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     ):
         plan_memory(EngineConfig(), model, available=6_500_000)
     with pytest.raises(
-        MemoryPlanError, match=r"take .* as int8 beside .*; as quantization int4 the weights take [^,]*$"
+        MemoryPlanError,
+        match=r"take .* as int8 beside .*; as quantization int4 .*, as quantization int4-fast the weights take [^,]*$",
     ):
         plan_memory(EngineConfig(quantization="int8"), model, available=3_700_000)
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="quantization is 'awq'; it must be one of int8, int4, or left out"):
+    with pytest.raises(
+        ConfigError, match="quantization is 'awq'; it must be one of int8, int4, int4-fast, or left out"
+    ):
         EngineConfig(quantization="awq")
 
 
@@ -105,7 +108,7 @@ def test_the_head_has_its_own_format() -> None:
     for method, row in METHODS.items():
         head = output_head(kernels_for("cpu"), LinearWeight(table), method)
         assert isinstance(head.packed, QuantizedWeight)
-        assert head.packed.bits == row.head.bits
+        assert head.packed.stored == row.head
     assert output_head(kernels_for("cpu"), LinearWeight(table), "float16").packed.dtype == torch.float16
 
 
@@ -121,12 +124,13 @@ def test_every_family_computes_what_the_reference_does(family: str, method: str,
     fast = PagedModel(folder, method).step(tokens)
     slow = PagedModel(folder, method, kernels=reference).step(tokens)
     for sequence in tokens:
-        # A value that falls on another side of a half is one step of 127 away.
+        # A value that falls on another side of a half is one step of 127 away. With 4 bits sums in another order may
+        # choose another of two scales that are as good as each other.
         difference = (fast[sequence] - slow[sequence]).norm() / slow[sequence].norm()
-        assert difference < 2e-2
+        assert difference < (2e-2 if method == "int8" else 4e-2)
 
 
-@pytest.mark.parametrize(("method", "allowed"), [("int8", 0.01), ("int4", 0.05)])
+@pytest.mark.parametrize(("method", "allowed"), [("int8", 0.003), ("int4", 0.015), ("int4-fast", 0.05)])
 def test_perplexity_stays_near_that_of_float32(method: str, allowed: float) -> None:
     plain = perplexity(threads=1, num_tokens=2000, dtype="float32")
     assert 10 < plain < 25

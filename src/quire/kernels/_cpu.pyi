@@ -29,9 +29,9 @@ def linear(
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
-def quantize_rows(x: Tensor, bytes: Tensor, scales: Tensor) -> None: ...
+def quantize_groups(x: Tensor, group_size: int, rotates: bool, bytes: Tensor, scales: Tensor) -> None: ...
 def quantize_linear(
-    weight: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, first_row: int
+    weight: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, rotates: bool, first_row: int
 ) -> None: ...
 def linear_quantized(
     x: Tensor,
@@ -43,6 +43,7 @@ def linear_quantized(
     scales: Tensor,
     bits: int,
     group_size: int,
+    rotates: bool,
     bias: Tensor | None,
     out: Tensor,
 ) -> None: ...
@@ -72,6 +73,7 @@ def experts(
     alpha: float,
     limit: float,
     inner: int,
+    rotates: bool,
     gate_up: Tensor,
     gate_up_scales: Tensor | None,
     gate_up_group: int,
@@ -84,7 +86,7 @@ def experts(
 ) -> None: ...
 def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
-    packed: Tensor, scales: Tensor, bits: int, group_size: int, ids: Tensor, out: Tensor
+    packed: Tensor, scales: Tensor, bits: int, group_size: int, rotates: bool, ids: Tensor, out: Tensor
 ) -> None: ...
 def add_lora(
     x: Tensor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
+from quire.kernels.allocation import zeros
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.coded_panels import kind_of, pack_panels
 from quire.kernels.expert_products import pack_each
@@ -38,7 +39,7 @@ from quire.kernels.interface import (
 )
 from quire.kernels.lora import LoraRows, LoraWeights
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
-from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
+from quire.kernels.reference import kv_cache_shapes, latent_layer
 from quire.quantization import WeightFormat
 
 __all__ = [
@@ -64,8 +65,8 @@ __all__ = [
     "pack_experts",
     "pack_linear",
     "paged_attention",
+    "quantize_groups",
     "quantize_linear",
-    "quantize_rows",
     "rms_norm",
     "rms_norm_heads_",
     "rms_norm_linear",
@@ -82,7 +83,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PACKING = 2
+PACKING = 3
 """Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
 LORA_TILE: int = _cpu.lora_tile
 _ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
@@ -238,36 +239,40 @@ def _linear(
             *(packed.zero_points, group_size, order, bias, out),
         )
     elif isinstance(packed, QuantizedWeight):
-        values, scales, bits, group_size = packed.values, packed.scales, packed.bits, packed.group_size
-        _cpu.linear_quantized(x, op, residual, norm_weight, eps, values, scales, bits, group_size, bias, out)
+        form = (packed.values, packed.scales, *_form(packed.stored))
+        _cpu.linear_quantized(x, op, residual, norm_weight, eps, *form, bias, out)
     else:
         _cpu.linear(x, op, residual, norm_weight, eps, packed, bias, out)
     return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _form(stored: WeightFormat) -> tuple[int, int, bool]:
+    return stored.bits, stored.group_size, stored.rotates
+
+
+def quantize_groups(x: Tensor, group_size: int, rotates: bool = False) -> tuple[Tensor, Tensor]:
     num_rows, k = x.shape
     padded = torch.empty(num_rows, -(-k // _cpu.pair_of_steps) * _cpu.pair_of_steps, dtype=torch.int8)
-    scales = torch.empty(num_rows)
-    _cpu.quantize_rows(x, padded, scales)
+    scales = torch.empty(num_rows, -(-k // group_size))
+    _cpu.quantize_groups(x, group_size, rotates, padded, scales)
     return padded[:, :k], scales
 
 
-def quantize_linear(
-    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
-) -> QuantizedWeight:
+def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros) -> QuantizedWeight:
     num_rows, k = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    if group_size % _cpu.pair_of_steps:
-        raise ValueError(f"group_size: expected a multiple of {_cpu.pair_of_steps}, found {group_size}")
     num_panels, num_pairs = -(-num_rows // _cpu.panel), -(-k // _cpu.pair_of_steps)
+    num_groups = -(-k // stored.group_size)
     # The last panel may have lanes without an output: 0.
-    packed = allocate((num_panels, num_pairs, bits // 4, _cpu.panel, 4), dtype=torch.uint8)
-    scales = allocate((num_panels, -(-k // group_size), _cpu.panel), dtype=torch.float32)
+    packed = allocate((num_panels, num_pairs, stored.bits // 4, _cpu.panel, 4), dtype=torch.uint8)
+    if stored.bits == 8:
+        scales = allocate((num_panels, num_groups, _cpu.panel), dtype=torch.bfloat16)
+    else:  # an offset and a scale; before them the units, which take the bytes of two groups
+        scales = allocate((num_panels, num_groups + 2, _cpu.panel, 2), dtype=torch.uint8)
     first_row = 0
     for weight in weights:
-        _cpu.quantize_linear(weight.contiguous(), packed, scales, bits, group_size, first_row)
+        _cpu.quantize_linear(weight.contiguous(), packed, scales, *_form(stored), first_row)
         first_row += weight.shape[0]
-    return QuantizedWeight(packed, scales, bits, group_size)
+    return QuantizedWeight(packed, scales, stored)
 
 
 def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
@@ -311,6 +316,7 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, 
     down, down_scales, down_group, _ = _parts(experts.down)
     _cpu.experts(
         *(x, chosen, weights, form, experts.activation, SWIGLU_ALPHA, SWIGLU_LIMIT, experts.num_inner),
+        isinstance(experts.gate_up, QuantizedWeight) and experts.gate_up.stored.rotates,
         *(gate_up, gate_up_scales, gate_up_group, experts.gate_up_bias),
         *(down, down_scales, down_group, experts.down_bias),
         out,
@@ -322,7 +328,7 @@ def _parts(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, int, str]:
     if isinstance(weight, Tensor):
         return weight, None, 1, str(weight.dtype).removeprefix("torch.")
     if isinstance(weight, QuantizedWeight):
-        return weight.values, weight.scales, weight.group_size, f"int{weight.bits}"
+        return weight.values, weight.scales, weight.stored.group_size, f"int{weight.stored.bits}"
     return weight.values, weight.scales, MXFP4_BLOCK, "mxfp4 of int8" if weight.rounds_rows else "mxfp4"
 
 
@@ -338,7 +344,7 @@ def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
 
 def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
     out = torch.empty(ids.shape[0], num_inputs)
-    _cpu.gather_rows_quantized(weight.values, weight.scales, weight.bits, weight.group_size, ids, out)
+    _cpu.gather_rows_quantized(weight.values, weight.scales, *_form(weight.stored), ids, out)
     return out
 
 

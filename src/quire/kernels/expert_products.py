@@ -29,7 +29,7 @@ class PackLinear(Protocol):
 
 class QuantizeLinear(Protocol):
     def __call__(
-        self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
 
 
@@ -51,12 +51,11 @@ def _quantize(
 ) -> QuantizedWeight:
     """The same with few bits."""
     packed = _Stack(len(matrices), allocate)
-    group_size = stored.inputs_per_scale(matrices[0][0].shape[1])
     for expert in matrices:
-        weight = quantize_linear(expert, stored.bits, group_size, packed.allocate)
+        weight = quantize_linear(expert, stored, packed.allocate)
         packed.put(weight.values, weight.scales)
     values, scales = packed.tensors
-    return QuantizedWeight(values, scales, stored.bits, group_size)
+    return QuantizedWeight(values, scales, stored)
 
 
 class _Stack:
@@ -162,7 +161,9 @@ class ExpertLoop:
         matrix = Mxfp4Matrix(weight.values[index], weight.scales[index])
         if not weight.rounds_rows:
             return self.linear(x, dequantize(matrix).to(x.dtype), own_bias, num_outputs)
-        integers = QuantizedWeight(doubled(matrix.blocks), powers_of_two(matrix.scales) * 0.5, 8, MXFP4_BLOCK)
+        integers = QuantizedWeight(
+            doubled(matrix.blocks), powers_of_two(matrix.scales) * 0.5, WeightFormat(8, MXFP4_BLOCK)
+        )
         return self.linear_quantized(x, integers, own_bias, num_outputs)
 
 

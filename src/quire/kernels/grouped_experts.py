@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quire.errors import ConfigError
+from quire.kernels.allocation import zeros
 from quire.kernels.expert_products import ExpertLoop, pack_each, pack_floats
 from quire.kernels.gates import gated
 from quire.kernels.interface import (
@@ -19,8 +20,9 @@ from quire.kernels.interface import (
     Mxfp4Matrix,
     PackedExperts,
 )
+from quire.kernels.low_bit import linear_quantized, quantize_linear
 from quire.kernels.mxfp4 import dequantize
-from quire.kernels.reference import linear, linear_quantized, quantize_linear, zeros
+from quire.kernels.reference import linear
 from quire.quantization import WeightFormat
 
 _ALIGNED_BYTES = 16

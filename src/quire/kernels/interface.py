@@ -151,15 +151,13 @@ class StateLayer:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """Weight of a dense layer as integers of few bits with float32 scales. Each kernel module has its own layout; in
-    `reference` values are [N, K] int8 and scales [N, groups]."""
+    """Weight of a dense layer as integers of few bits, in groups of inputs. A group has a scale and, with 4 bits, an
+    offset. Each kernel module has its own layout; in `reference` values are [N, K] int8 and
+    scales float32: [N, groups], or with 4 bits [N, groups, 2], the offset before the scale."""
 
     values: Tensor
     scales: Tensor
-    bits: int
-    """8 or 4."""
-    group_size: int
-    """Inputs that share a scale: a multiple of 32, or at least K, which makes one scale per output."""
+    stored: WeightFormat
 
     @property
     def nbytes(self) -> int:
@@ -234,7 +232,7 @@ class Packing(Protocol):
     def pack_linear(self, weights: Sequence[Tensor], dtype: str, allocate: Allocate = ...) -> Tensor: ...
 
     def quantize_linear(
-        self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
 
     def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = ...) -> CodedWeight: ...

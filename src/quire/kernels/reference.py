@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.kernels.allocation import zeros
 from quire.kernels.coded import CodedMatrix, CodedWeight, join
 from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
@@ -21,17 +22,16 @@ from quire.kernels.interface import (
     ExpertWeight,
     KVLayer,
     KVShape,
-    QuantizedWeight,
     StateLayer,
 )
+from quire.kernels.low_bit import gather_rows_quantized as gather_rows_quantized
+from quire.kernels.low_bit import linear_quantized as linear_quantized
+from quire.kernels.low_bit import quantize_groups as quantize_groups
+from quire.kernels.low_bit import quantize_linear as quantize_linear
+from quire.kernels.low_bit import quantize_rows
 from quire.kernels.recurrent_plan import RecurrentPlan
 from quire.kernels.unfused import unfused
 from quire.quantization import WeightFormat
-
-
-def zeros(shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """The usual `Allocate`."""
-    return torch.zeros(shape, dtype=dtype)
 
 
 def describe() -> str:
@@ -223,56 +223,6 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return torch.nn.functional.linear(x, packed.to(x.dtype), bias)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> integers from -127 to 127 [M, K] int8, and the scale of each row [M].
-
-    The largest magnitude of a row becomes 127; halves are rounded to even. A row without a magnitude of 2^-100 or more
-    becomes zeros. The scale of a row with an infinity or a NaN is NaN, so that nothing computed from it looks valid.
-    """
-    magnitude = x.abs().amax(-1)
-    finite = magnitude.isfinite()
-    # A division of tensors: torch would compute number / tensor as a reciprocal and a product.
-    inverse = torch.where(finite & (magnitude >= 2.0**-100), torch.full_like(magnitude, 127) / magnitude, 0.0)
-    values = (torch.where(finite[:, None], x, 0.0) * inverse[:, None]).round()
-    return values.to(torch.int8), torch.where(finite, magnitude / 127, float("nan"))
-
-
-def quantize_linear(
-    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
-) -> QuantizedWeight:
-    """weights [N_i, K] -> one weight of sum(N_i) outputs, in groups of `group_size` inputs with one scale each.
-
-    With 8 bits the largest magnitude of a group becomes 127 or -127. With 4 bits the value furthest from zero becomes
-    -8, and what would be 8 becomes 7. Halves are rounded to even; a group without a magnitude of 2^-100 or more
-    becomes zeros.
-    """
-    values, scales = [], []
-    for group in torch.cat([weight.float() for weight in weights]).split(group_size, dim=1):
-        high, low = group.amax(1).clamp(min=0), -group.amin(1).clamp(max=0)
-        magnitude = torch.maximum(high, low)
-        end = torch.full_like(high, 127.0) if bits == 8 else torch.where(low >= high, 8.0, -8.0)
-        kept = magnitude >= 2.0**-100
-        inverse = torch.where(kept, end / magnitude, 0.0)
-        values.append((group * inverse[:, None]).round().clamp(max=127 if bits == 8 else 7))
-        scales.append(torch.where(kept, magnitude / end, 0.0))
-    return QuantizedWeight(torch.cat(values, dim=1).to(torch.int8), torch.stack(scales, dim=1), bits, group_size)
-
-
-def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in 8 bits.
-
-    Products of integers are summed exactly within a group of inputs.
-    """
-    values, row_scales = quantize_rows(x)
-    out = torch.zeros(len(x), num_outputs, dtype=x.dtype)
-    groups = zip(values.split(weight.group_size, 1), weight.values.split(weight.group_size, 1), strict=True)
-    for index, (inputs, group) in enumerate(groups):
-        # float64 holds every sum of products of bytes exactly.
-        out += (inputs.double() @ group.double().T).to(x.dtype) * weight.scales[:, index].to(x.dtype)
-    out *= row_scales[:, None]
-    return out if bias is None else out + bias.to(x.dtype)
-
-
 def pack_coded(matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
     """matrices [N_i, K] that `can_join` -> one weight of sum(N_i) outputs that keeps their bits."""
     whole = join(matrices)
@@ -303,13 +253,6 @@ rms_norm_linear, glu_linear = unfused(
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     """A packed weight [N, num_inputs], ids [T] of its outputs -> their rows [T, num_inputs], in float32."""
     return packed[ids].float()
-
-
-def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
-    """A weight of `num_inputs` inputs, ids [T] of its outputs -> their rows [T, num_inputs], each value times its
-    group's scale, in float32."""
-    scales = weight.scales[ids].float().repeat_interleave(min(weight.group_size, num_inputs), dim=1)
-    return weight.values[ids].float() * scales[:, :num_inputs]
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:

@@ -90,7 +90,7 @@ class Linear:
         elif isinstance(stored, str):
             self.packed = packing.pack_linear(matrices, stored)
         else:
-            self.packed = packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(self.num_inputs))
+            self.packed = packing.quantize_linear(matrices, stored)
         self.bias = join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels.allocation import zeros
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_products import stored_tensors
 from quire.kernels.interface import (
@@ -20,7 +21,6 @@ from quire.kernels.interface import (
     Mxfp4Weight,
     QuantizedWeight,
 )
-from quire.kernels.reference import zeros
 from quire.models.safetensors_file import DTYPES
 from quire.models.weights_cache import PackedTensor
 from quire.quantization import WeightFormat
@@ -51,14 +51,14 @@ class PackedWeights:
         return packed
 
     def quantize_linear(
-        self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
+        self, weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros
     ) -> QuantizedWeight:
         def pack() -> tuple[Tensor, Tensor]:
-            packed = cpu.quantize_linear(weights, bits, group_size, self._or_else(allocate))
+            packed = cpu.quantize_linear(weights, stored, self._or_else(allocate))
             return packed.values, packed.scales
 
-        values, scales = self._find_or_pack(_form_of_bits(bits, group_size), weights, 2, pack)
-        return QuantizedWeight(values, scales, bits, group_size)
+        values, scales = self._find_or_pack(_form_of_bits(stored), weights, 2, pack)
+        return QuantizedWeight(values, scales, stored)
 
     def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = zeros) -> CodedWeight:
         first = matrices[0]
@@ -97,9 +97,8 @@ class PackedWeights:
             return Mxfp4Weight(values, scales, rounds_rows=not isinstance(stored, str))
         if isinstance(stored, str):
             return self._find_or_pack(f"experts {stored} {cpu.PACKING}", sources, 1, pack)[0]
-        group_size = stored.inputs_per_scale(sources[0].shape[1])
-        values, scales = self._find_or_pack(f"experts {_form_of_bits(stored.bits, group_size)}", sources, 2, pack)
-        return QuantizedWeight(values, scales, stored.bits, group_size)
+        values, scales = self._find_or_pack(f"experts {_form_of_bits(stored)}", sources, 2, pack)
+        return QuantizedWeight(values, scales, stored)
 
     def _find_or_pack(
         self, form: str, weights: Sequence[Tensor], num_parts: int, pack: Callable[[], tuple[Tensor, ...]]
@@ -128,8 +127,9 @@ class PackedWeights:
         return from_memory
 
 
-def _form_of_bits(bits: int, group_size: int) -> str:
-    return f"{bits} bits in groups of {group_size} {cpu.isa()} {cpu.PACKING}"
+def _form_of_bits(stored: WeightFormat) -> str:
+    rotated = "rotated " if stored.rotates else ""
+    return f"{stored.bits} bits in {rotated}groups of {stored.group_size} {cpu.isa()} {cpu.PACKING}"
 
 
 def _source(form: str, weights: Sequence[Tensor]) -> str:

@@ -4,6 +4,6 @@ Weights are quantised while a checkpoint of 16 or 32 bits is loaded, without cal
 `quantize_linear` and `linear_quantized` of `quire.kernels`.
 """
 
-from quire.quantization.methods import METHODS, Method, WeightFormat
+from quire.quantization.methods import METHODS, ROTATED, Method, WeightFormat
 
-__all__ = ["METHODS", "Method", "WeightFormat"]
+__all__ = ["METHODS", "ROTATED", "Method", "WeightFormat"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import Kernels, KVLayer, reference
+from quire.quantization import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # Triton's interpreter
 
@@ -162,4 +163,4 @@ def test_linear(kernels: Kernels, device: torch.device) -> None:
         found = kernels.rms_norm_linear(x.clone(), added, scale, 1e-5, packed, bias, 8)
         assert torch.equal(found, kernels.linear(normed, packed, bias, 8))
     with pytest.raises(ConfigError, match="no int8 or int4 weights yet"):
-        kernels.quantize_linear(weights, 8, 32)
+        kernels.quantize_linear(weights, METHODS["int8"].layers)

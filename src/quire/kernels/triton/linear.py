@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from quire.errors import ConfigError
+from quire.kernels.allocation import zeros
 from quire.kernels.interface import Allocate, QuantizedWeight
-from quire.kernels.reference import linear_coded, zeros
+from quire.kernels.reference import linear_coded
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.norm import add_rms_norm, rms_norm
 from quire.kernels.unfused import unfused
+from quire.quantization import WeightFormat
 
 
 def pack_linear(weights: Sequence[Tensor], dtype: str, allocate: Allocate = zeros) -> Tensor:
@@ -25,9 +27,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> 
     return out if bias is None else out.add_(bias)
 
 
-def quantize_linear(
-    weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = zeros
-) -> QuantizedWeight:
+def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: Allocate = zeros) -> QuantizedWeight:
     _refuse()
 
 
