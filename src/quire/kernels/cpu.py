@@ -17,6 +17,8 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels import _cpu
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.block_products import keep_blocks
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
@@ -28,6 +30,7 @@ from quire.kernels.interface import (
     ExpertMatrices,
     ExpertWeight,
     KVLayer,
+    LowBitWeight,
     Mxfp4Matrix,
     Mxfp4Weight,
     PackedExperts,
@@ -54,6 +57,7 @@ __all__ = [
     "latent_layer",
     "linear",
     "linear_quantized",
+    "pack_blocks",
     "pack_experts",
     "pack_linear",
     "paged_attention",
@@ -222,7 +226,10 @@ def _linear(
 ) -> Tensor:
     """Dense layer of op(x). An `op` is "none", "rms_norm", or an activation that gates the second half of x."""
     out = torch.empty(x.shape[0], num_outputs)
-    if isinstance(packed, QuantizedWeight):
+    if isinstance(packed, BlockWeight):
+        rows, types = [part.rows for part in packed.parts], [part.type_name for part in packed.parts]
+        _cpu.linear_blocks(x, op, residual, norm_weight, eps, rows, types, bias, out)
+    elif isinstance(packed, QuantizedWeight):
         values, scales, bits, group_size = packed.values, packed.scales, packed.bits, packed.group_size
         _cpu.linear_quantized(x, op, residual, norm_weight, eps, values, scales, bits, group_size, bias, out)
     else:
@@ -255,7 +262,10 @@ def quantize_linear(
     return QuantizedWeight(packed, scales, bits, group_size)
 
 
-def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+pack_blocks = keep_blocks
+
+
+def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
@@ -309,8 +319,12 @@ def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     return out
 
 
-def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor:
     out = torch.empty(ids.shape[0], num_inputs)
+    if isinstance(weight, BlockWeight):
+        (part,) = weight.parts
+        _cpu.gather_rows_blocks(part.rows, part.type_name, ids, out)
+        return out
     _cpu.gather_rows_quantized(weight.values, weight.scales, weight.bits, weight.group_size, ids, out)
     return out
 

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -223,12 +224,18 @@ class QuantizedWeight:
     """Inputs that share a scale: a multiple of 32, or at least K, which makes one scale per output."""
 
     @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
 
 
-PackedWeight = Tensor | QuantizedWeight
-"""Result of `pack_linear` or `quantize_linear`."""
+LowBitWeight = QuantizedWeight | BlockWeight
+"""Result of `quantize_linear` or `pack_blocks`; its inputs are brought to 8 bits."""
+PackedWeight = Tensor | LowBitWeight
+"""Result of `pack_linear`, `quantize_linear` or `pack_blocks`."""
 
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
@@ -260,7 +267,7 @@ class Mxfp4Weight:
 
 ExpertMatrices = Sequence[Sequence[Tensor]] | Sequence[Sequence[Mxfp4Matrix]]
 """One dense layer of all experts: for each expert the matrices [N_i, K] whose outputs lie side by side."""
-ExpertWeight = PackedWeight | Mxfp4Weight
+ExpertWeight = Tensor | QuantizedWeight | Mxfp4Weight
 """Result of `pack_experts`: tensors of one packed weight, with a first dimension of experts."""
 
 
@@ -297,6 +304,8 @@ class Packing(Protocol):
     def quantize_linear(
         self, weights: Sequence[Tensor], bits: int, group_size: int, allocate: Allocate = ...
     ) -> QuantizedWeight: ...
+
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight: ...
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
@@ -351,7 +360,7 @@ class Kernels(Packing, Protocol):
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
-    def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+    def linear_quantized(self, x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def rms_norm_linear(
         self,
@@ -372,7 +381,7 @@ class Kernels(Packing, Protocol):
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 
-    def gather_rows_quantized(self, weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
+    def gather_rows_quantized(self, weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
 
     def row_argmax(self, x: Tensor, peaks: Tensor, ids: Tensor) -> None:
         """Like `sample_tokens`, on logits in host memory."""

@@ -10,6 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.block_products import INPUTS_PER_SCALE, gather_rows_blocks, keep_blocks, linear_blocks
 from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
@@ -20,6 +22,7 @@ from quire.kernels.interface import (
     ExpertWeight,
     KVLayer,
     KVShape,
+    LowBitWeight,
     QuantizedWeight,
     RecurrentPlan,
     StateLayer,
@@ -257,11 +260,16 @@ def quantize_linear(
     return QuantizedWeight(torch.cat(values, dim=1).to(torch.int8), torch.stack(scales, dim=1), bits, group_size)
 
 
-def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in 8 bits.
 
-    Products of integers are summed exactly within a group of inputs.
+    Products of integers are summed exactly within a group of inputs. For blocks of GGUF every run of 32 inputs of a row
+    has a scale of its own; see `linear_blocks`.
     """
+    if isinstance(weight, BlockWeight):
+        values, scales = quantize_rows(x.reshape(-1, INPUTS_PER_SCALE))
+        out = linear_blocks(values.view(x.shape), scales.view(len(x), -1), weight).to(x.dtype)
+        return out if bias is None else out + bias.to(x.dtype)
     values, row_scales = quantize_rows(x)
     out = torch.zeros(len(x), num_outputs, dtype=x.dtype)
     groups = zip(values.split(weight.group_size, 1), weight.values.split(weight.group_size, 1), strict=True)
@@ -270,6 +278,9 @@ def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, nu
         out += (inputs.double() @ group.double().T).to(x.dtype) * weight.scales[:, index].to(x.dtype)
     out *= row_scales[:, None]
     return out if bias is None else out + bias.to(x.dtype)
+
+
+pack_blocks = keep_blocks
 
 
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
@@ -286,9 +297,11 @@ def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     return packed[ids].float()
 
 
-def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor:
     """A weight of `num_inputs` inputs, ids [T] of its outputs -> their rows [T, num_inputs], each value times its
     group's scale, in float32."""
+    if isinstance(weight, BlockWeight):
+        return gather_rows_blocks(weight, ids)
     scales = weight.scales[ids].float().repeat_interleave(min(weight.group_size, num_inputs), dim=1)
     return weight.values[ids].float() * scales[:, :num_inputs]
 

@@ -24,6 +24,7 @@ from quire.kernels.reference import (
     gather_rows_quantized,
     gelu_and_mul,
     linear_quantized,
+    pack_blocks,
     quantize_linear,
     silu_and_mul,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "latent_layer",
     "linear",
     "linear_quantized",
+    "pack_blocks",
     "pack_experts",
     "pack_linear",
     "paged_attention",

@@ -26,7 +26,7 @@ class ExpertLinear:
         """Experts whose layers are stored one by one."""
         biases = [join_biases(parts) for parts in experts]
         return cls(
-            [[part.weight for part in parts] for parts in experts],
+            [[part.floats for part in parts] for parts in experts],
             None
             if any(bias is None for bias in biases)
             else torch.stack([bias for bias in biases if bias is not None]),

@@ -7,28 +7,40 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.blocks import dequantize
+from quire.kernels.interface import PackedWeight, Packing
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
+
+Matrix = Tensor | BlockMatrix
+"""A matrix as a checkpoint stores it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
-    weight: Tensor
-    """[N, K] of any float type; it may be a view of a mapped file."""
+    weight: Matrix
+    """[N, K] of any float type or in blocks; it may be a view of a mapped file."""
     bias: Tensor | None = None
     """[N]"""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
-        return LinearWeight(self.weight[rows], None if self.bias is None else self.bias[rows])
+        weight = self.weight.select_rows(rows) if isinstance(self.weight, BlockMatrix) else self.weight[rows]
+        return LinearWeight(weight, None if self.bias is None else self.bias[rows])
+
+    @property
+    def floats(self) -> Tensor:
+        """The matrix [N, K] in a float type."""
+        return dequantize(self.weight) if isinstance(self.weight, BlockMatrix) else self.weight
 
 
 class Linear:
     """x [M, K] -> x weight^T + bias [M, N], the weight packed as `dtype`: a float type, or a quantisation of METHODS.
+    A float type leaves blocks of few bits as they are stored.
 
     Several weights [N_i, K] make one layer that puts their outputs side by side. They are copied; a bias is float32
     whatever the dtype. What comes before a layer is one kernel with it where it works row by row: a norm (`Normed`) and
@@ -47,15 +59,9 @@ class Linear:
         """`packing` packs the weights; by default `kernels` does."""
         self.kernels = kernels
         packing = packing or kernels
-        matrices = [part.weight for part in weights]
-        self.num_outputs = sum(matrix.shape[0] for matrix in matrices)
-        self.num_inputs = matrices[0].shape[1]
-        stored = stored_as(dtype)
-        self.packed: PackedWeight
-        if isinstance(stored, str):
-            self.packed = packing.pack_linear(matrices, stored)
-        else:
-            self.packed = packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(self.num_inputs))
+        self.num_outputs = sum(part.weight.shape[0] for part in weights)
+        self.num_inputs = weights[0].weight.shape[1]
+        self.packed = _pack(packing, weights, stored_as(dtype), self.num_inputs)
         self.bias = join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
@@ -66,17 +72,15 @@ class Linear:
                     x.residual, x.update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
                 )
             x = x.compute()
-        if isinstance(self.packed, QuantizedWeight):
-            return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
-        return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
+        if isinstance(self.packed, Tensor):
+            return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
+        return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
 
     def unpacked(self) -> Tensor:
         """The weight [N, K] in float32."""
-        if isinstance(self.packed, QuantizedWeight):
-            rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
-            return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
-        rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
-        return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
+        device = self.packed.device
+        rows = torch.arange(self.num_outputs, dtype=torch.int32, device=device)
+        return gather(self.kernels, self.packed, rows, self.num_inputs)
 
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
@@ -84,6 +88,25 @@ class Linear:
             return self.kernels.glu_linear(x, activation, self.packed, self.bias, self.num_outputs)
         gate, up = x.chunk(2, dim=1)
         return self(activation_function(activation)(gate) * up)
+
+
+def gather(kernels: Kernels, packed: PackedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    """ids int32 [T] of a packed weight's outputs -> their rows [T, num_inputs], a fresh tensor."""
+    if isinstance(packed, Tensor):
+        return kernels.gather_rows(packed, ids, num_inputs)
+    return kernels.gather_rows_quantized(packed, ids, num_inputs)
+
+
+def _pack(
+    packing: Packing, weights: Sequence[LinearWeight], stored: str | WeightFormat, num_inputs: int
+) -> PackedWeight:
+    blocks = [part.weight for part in weights if isinstance(part.weight, BlockMatrix)]
+    if isinstance(stored, str) and len(blocks) == len(weights):
+        return packing.pack_blocks(blocks)
+    matrices = [part.floats for part in weights]
+    if isinstance(stored, str):
+        return packing.pack_linear(matrices, stored)
+    return packing.quantize_linear(matrices, stored.bits, stored.inputs_per_scale(num_inputs))
 
 
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
@@ -95,7 +118,10 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     """One float32 bias for all parts; zeros for a part without one."""
     if all(part.bias is None for part in weights):
         return None
-    biases = [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in weights]
+    biases = [
+        torch.zeros(part.weight.shape[0], device=part.weight.device) if part.bias is None else part.bias
+        for part in weights
+    ]
     return torch.cat([bias.float() for bias in biases])
 
 

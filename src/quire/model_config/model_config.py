@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
+from quire.gguf.file import is_gguf, read_gguf
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.activation import read_activation
 from quire.model_config.alibi import read_alibi_slopes
@@ -18,6 +19,7 @@ from quire.model_config.experts import RouterConfig, mlp_width, read_experts
 from quire.model_config.fallback import is_computed_by_transformers
 from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import MAX_LAYERS, generic_fields
+from quire.model_config.gguf_config import block_bytes_of, config_of
 from quire.model_config.heads import read_heads
 from quire.model_config.latent import LatentShape
 from quire.model_config.norms import read_norms
@@ -161,12 +163,15 @@ class ModelConfig:
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     checkpoint_dtype: str = "float32"
+    block_bytes: int = 0
+    """Bytes of the weights of a checkpoint in blocks of few bits (GGUF), which a CPU multiplies as they are stored; 0
+    for all others."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read config.json and, for the end tokens, generation_config.json.
+        """Read config.json and, for the end tokens, generation_config.json; or the metadata of a GGUF file.
 
         Raises `CheckpointError` for what is missing or not supported.
         """
@@ -174,6 +179,8 @@ class ModelConfig:
         if is_computed_by_transformers(path, values):
             return cls._estimated(path, values, computed_by=str(path.parent))
         config = _read(ConfigJson(path, values))
+        if is_gguf(path):
+            config = replace(config, block_bytes=block_bytes_of(read_gguf(path)))
         return replace(config, eos_token_ids=read_end_tokens(path, config.eos_token_ids))
 
     @classmethod
@@ -355,8 +362,11 @@ def _checkpoint_dtype(config: ConfigJson) -> str:
 
 
 def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The config.json of a folder and its content."""
-    path = Path(folder) / "config.json"
+    """The config.json of a folder and its content. A GGUF file is its own."""
+    path = Path(folder)
+    if is_gguf(path):
+        return path, config_of(read_gguf(path))
+    path = path / "config.json"
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
     if not path.is_file():

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.layers.embedding import Embedding, TiedEmbedding
+from quire.kernels.block_matrix import BlockMatrix
+from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.layers.linear import Linear, LinearWeight, output_head
+from quire.layers.linear import Linear, LinearWeight, Matrix, output_head
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
@@ -79,15 +79,14 @@ class Builder:
         dtype = self.weights.activation_dtype
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
-    def table(self, name: str, width: int, head: str = "lm_head") -> Tensor:
+    def table(self, name: str, width: int, head: str = "lm_head") -> Matrix:
         """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
         shape = (self.config.vocab_size, width)
-        stored = f"{name}.weight"
-        if self.config.tie_word_embeddings and not self.weights.has(stored) and self.weights.has(f"{head}.weight"):
-            stored = f"{head}.weight"
-        return self.weights.take(stored, shape)
+        is_headless = not self.weights.has(f"{name}.weight") and self.weights.has(f"{head}.weight")
+        stored = head if self.config.tie_word_embeddings and is_headless else name
+        return self.weights.take_linear(stored, shape).weight
 
-    def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[Embedding | TiedEmbedding, Linear]:
+    def ends(self, table: Matrix, head_name: str = "lm_head") -> tuple[Embedding | PackedEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
         tied head may still have a bias of its own.
 
@@ -101,12 +100,14 @@ class Builder:
             return TiedEmbedding(head), head
         stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
         head = output_head(self.kernels, stored, self.dtype, self.weights.packing)
+        if isinstance(table, BlockMatrix):
+            return PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs), head
         return Embedding(table, self.weights.activation_dtype), head
 
-    def _holds_other_head(self, table: Tensor, head_name: str) -> bool:
+    def _holds_other_head(self, table: Matrix, head_name: str) -> bool:
         """Whether a head is stored whose values are not the table's."""
         name = f"{head_name}.weight"
-        if not self.weights.has(name):
+        if not self.weights.has(name) or isinstance(table, BlockMatrix):
             return False
         shape = (table.shape[0], table.shape[1])
         differs = not torch.equal(self.weights.take(name, shape), table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.gguf.file import is_gguf
 from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.models.weights import TensorSource
 
@@ -33,8 +34,13 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
 
 
 def open_checkpoint(folder: str | Path) -> TensorSource:
-    """The weights of a checkpoint folder. Raises `CheckpointError` where no format fits or its files are damaged."""
+    """The weights of a checkpoint folder, or of a GGUF file. Raises `CheckpointError` where no format fits or its files
+    are damaged."""
     folder = Path(folder)
+    if is_gguf(folder):
+        from quire.models.gguf_weights import GgufWeights
+
+        return GgufWeights.open(folder)
     for row in CHECKPOINT_FORMATS.values():
         if any((folder / name).is_file() for name in row.files):
             module, name = row.source.split(":")

@@ -41,7 +41,7 @@ class DeviceWeights:
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         stored = self._source.take_linear(name, shape, bias=bias, transposed=transposed)
         return replace(
-            stored, weight=self._send(stored.weight), bias=None if stored.bias is None else self._send(stored.bias)
+            stored, weight=self._send(stored.floats), bias=None if stored.bias is None else self._send(stored.bias)
         )
 
     def finish(self, ignored: Iterable[str] = ()) -> None:

@@ -152,7 +152,7 @@ def _head_layers(build: Builder, shape: LatentShape) -> tuple[list[Linear], list
     """For each head the layer from the unrotated part of a query to a latent, and the one from a latent to a value."""
     sizes = (shape.nope_dim, shape.value_dim)
     stored = build.weights.take_linear("kv_b_proj", (build.config.num_heads * sum(sizes), shape.latent_dim))
-    keys, values = stored.weight.view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
+    keys, values = stored.floats.view(-1, sum(sizes), shape.latent_dim).split_with_sizes(sizes, dim=1)
     return (
         [build.pack(LinearWeight(key.t())) for key in keys],
         [build.pack(LinearWeight(value)) for value in values],

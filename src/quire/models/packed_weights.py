@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from quire.kernels import cpu
+from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.expert_products import stored_tensors
 from quire.kernels.interface import (
     Allocate,
     ExpertMatrices,
     ExpertWeight,
+    LowBitWeight,
     Mxfp4Matrix,
     Mxfp4Weight,
     QuantizedWeight,
@@ -58,6 +60,10 @@ class PackedWeights:
 
         values, scales = self._find_or_pack(_form_of_bits(bits, group_size), weights, 2, pack)
         return QuantizedWeight(values, scales, bits, group_size)
+
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
+        """Blocks stay where they are: in the mapped file, or in the copy whose rows were reordered."""
+        return cpu.pack_blocks(matrices)
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros
