@@ -43,7 +43,10 @@ def find_model(model: str, revision: str | None = None) -> Path:
             "as org/name"
         )
     name = parse_name(model, revision)
-    return checkpoint_in(find_package(name) if isinstance(name, PackageName) else download(name))
+    if isinstance(name, PackageName):
+        return checkpoint_in(find_package(name))
+    folder = download(name)
+    return folder / name.file if name.file is not None else checkpoint_in(folder)
 
 
 def checkpoint_in(folder: Path) -> Path:

@@ -105,7 +105,8 @@ class GgufFile:
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)} and type {tensor.block.name}; expected "
                 f"{count} numbers in F32"
             )
-        return np.fromfile(tensor.file, "<f4", count, offset=tensor.begin).tolist()
+        values: list[float] = np.fromfile(tensor.file, "<f4", count, offset=tensor.begin).tolist()
+        return values
 
     def refusal(self, key: str, supported: str) -> CheckpointError:
         """The error for a key whose value is not supported."""

@@ -165,7 +165,7 @@ class _HeaderReader:
         return self._content[begin:end]
 
     def _count(self, what: str, least_bytes: int) -> int:
-        """A number of things of which each takes at least `least_bytes`."""
+        """A number of things; each takes at least `least_bytes`."""
         count = int(self._number(10, f"the number of {what}"))
         if count > (self._size - self._at) // least_bytes:
             raise self._refusal(f"says that it holds {count} {what}; its {self._size} bytes have no room for them")

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 panel: int
@@ -66,6 +68,18 @@ def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, ids: Tensor, out: Tensor
 ) -> None: ...
+def linear_blocks(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    rows: Sequence[Tensor],
+    types: Sequence[str],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def gather_rows_blocks(rows: Tensor, type: str, ids: Tensor, out: Tensor) -> None: ...
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -9,7 +9,8 @@ from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.blocks import decode, dequantize
 
 INPUTS_PER_SCALE = 32
-"""Inputs of a row that share a scale when they are brought to 8 bits."""
+"""Inputs of a row that share a scale when they are brought to 16 bits."""
+_LARGEST = 32767
 
 
 def keep_blocks(matrices: Sequence[BlockMatrix]) -> BlockWeight:
@@ -17,14 +18,21 @@ def keep_blocks(matrices: Sequence[BlockMatrix]) -> BlockWeight:
     return BlockWeight(tuple(matrices))
 
 
-def linear_blocks(inputs: Tensor, input_scales: Tensor, weight: BlockWeight) -> Tensor:
-    """Rows in 8 bits, integers [M, K] and a scale for each run of 32 [M, K / 32] -> [M, N] float64.
+def linear_blocks(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
+    """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N].
 
-    Products of integers are summed exactly inside a group of the weight; so are the integers of the row, which the
-    group's offset multiplies.
+    Every run of 32 inputs becomes integers from -32767 to 32767 and a scale, by the rules of `quantize_rows`. Products
+    of integers are summed exactly inside a group of the weight; so are the integers of the row, which the group's
+    offset multiplies.
     """
-    parts = [_product(inputs.double(), input_scales.double(), part) for part in weight.parts]
-    return torch.cat(parts, dim=1)
+    runs = x.unflatten(1, (-1, INPUTS_PER_SCALE))
+    magnitude = runs.abs().amax(-1, keepdim=True)
+    finite = magnitude.isfinite()
+    inverse = torch.where(finite & (magnitude >= 2.0**-100), torch.full_like(magnitude, _LARGEST) / magnitude, 0.0)
+    integers = (torch.where(finite, runs, 0.0) * inverse).round().double().flatten(1)
+    scales = torch.where(finite, magnitude / _LARGEST, float("nan")).double().flatten(1)
+    out = torch.cat([_product(integers, scales, part) for part in weight.parts], dim=1).to(x.dtype)
+    return out if bias is None else out + bias.to(x.dtype)
 
 
 def _product(inputs: Tensor, input_scales: Tensor, matrix: BlockMatrix) -> Tensor:

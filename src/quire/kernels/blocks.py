@@ -58,7 +58,8 @@ def _nibbles(packed: Tensor) -> Tensor:
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """[n, 32]: the bits of the 32-bit word at a byte, times 16."""
     bits = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return ((blocks[:, at : at + 4, None] >> bits) & 1).flatten(1) << 4
+    fifth: Tensor = ((blocks[:, at : at + 4, None] >> bits) & 1).flatten(1) << 4
+    return fifth
 
 
 def _q4_0(blocks: Tensor) -> Decoded:

@@ -224,16 +224,12 @@ class QuantizedWeight:
     """Inputs that share a scale: a multiple of 32, or at least K, which makes one scale per output."""
 
     @property
-    def device(self) -> torch.device:
-        return self.values.device
-
-    @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
 
 
 LowBitWeight = QuantizedWeight | BlockWeight
-"""Result of `quantize_linear` or `pack_blocks`; its inputs are brought to 8 bits."""
+"""Result of `quantize_linear` or `pack_blocks`, for `linear_quantized`."""
 PackedWeight = Tensor | LowBitWeight
 """Result of `pack_linear`, `quantize_linear` or `pack_blocks`."""
 

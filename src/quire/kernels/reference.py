@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.block_matrix import BlockWeight
-from quire.kernels.block_products import INPUTS_PER_SCALE, gather_rows_blocks, keep_blocks, linear_blocks
+from quire.kernels.block_products import gather_rows_blocks, keep_blocks, linear_blocks
 from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
     KV_SCALE_ROWS,
@@ -263,13 +263,10 @@ def quantize_linear(
 def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     """x [M, K], a weight of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in 8 bits.
 
-    Products of integers are summed exactly within a group of inputs. For blocks of GGUF every run of 32 inputs of a row
-    has a scale of its own; see `linear_blocks`.
+    Products of integers are summed exactly within a group of inputs. `linear_blocks` says what blocks of GGUF compute.
     """
     if isinstance(weight, BlockWeight):
-        values, scales = quantize_rows(x.reshape(-1, INPUTS_PER_SCALE))
-        out = linear_blocks(values.view(x.shape), scales.view(len(x), -1), weight).to(x.dtype)
-        return out if bias is None else out + bias.to(x.dtype)
+        return linear_blocks(x, weight, bias)
     values, row_scales = quantize_rows(x)
     out = torch.zeros(len(x), num_outputs, dtype=x.dtype)
     groups = zip(values.split(weight.group_size, 1), weight.values.split(weight.group_size, 1), strict=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.blocks import dequantize
-from quire.kernels.interface import PackedWeight, Packing
+from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
@@ -78,7 +78,7 @@ class Linear:
 
     def unpacked(self) -> Tensor:
         """The weight [N, K] in float32."""
-        device = self.packed.device
+        device = (self.packed.values if isinstance(self.packed, QuantizedWeight) else self.packed).device
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=device)
         return gather(self.kernels, self.packed, rows, self.num_inputs)
 

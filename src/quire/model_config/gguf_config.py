@@ -119,7 +119,7 @@ def _sizes(file: GgufFile, prefix: str) -> dict[str, Any]:
 def _settings(file: GgufFile, family: Family, prefix: str) -> dict[str, Any]:
     """The keys that the family's row names; a window of 0 is none."""
     found = {key: file.metadata.get(prefix + stored) for key, stored in family.settings.items()}
-    values = {key: value for key, value in found.items() if value is not None}
+    values: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     if "sliding_window" in found:
         values["sliding_window"] = values.get("sliding_window") or None
     return {**family.values, **values}

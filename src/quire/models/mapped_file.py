@@ -1,4 +1,4 @@
-"""MappedFile: a file of weights in memory, of which tensors are views."""
+"""MappedFile: a file of weights in memory, and tensors that are views of it."""
 
 import math
 import mmap
