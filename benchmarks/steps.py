@@ -73,7 +73,7 @@ def install(timers: Timers) -> None:
 
 def around_model(timers: Timers, llm: LLM) -> None:
     runner: Any = llm._engine._core._executor
-    timers.around(runner, "_plan_attention", "plan")
+    timers.around(type(runner._plan_attention), "__call__", "plan")
     model = runner._model
     timers.around(type(model), "__call__", "layers")
     timers.around(type(model), "logits", "logits")

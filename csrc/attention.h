@@ -22,9 +22,8 @@
 // A sink is one more score of a row, without a value. It joins the sum of weights when a row's parts are complete.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -660,28 +659,18 @@ static void merge_parts(const Attention& a, const Merge& merge, int64_t kv_head)
 
 static void attention(const Attention& a) {
     const ScratchSizes sizes = scratch_sizes(a);
-    const int threads = int(max_of(1, min_of(a.num_threads, a.num_work)));
-    int64_t next = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const Scratch scratch = divide(a.scratch + omp_get_thread_num() * sizes.total(), sizes);
-        for (;;) {
-            int64_t i;
-#pragma omp atomic capture
-            i = next++;
-            if (i >= a.num_work) break;
-            switch (a.cache.element) {
-                case KVElement::float32: ItemRun<float>(a, a.work[i], scratch).run(); break;
-                case KVElement::float16: ItemRun<Half>(a, a.work[i], scratch).run(); break;
-                case KVElement::bfloat16: ItemRun<BFloat>(a, a.work[i], scratch).run(); break;
-                case KVElement::int8: ItemRun<Byte>(a, a.work[i], scratch).run(); break;
-            }
+    share_tasks(a.num_threads > 1, a.num_work, [&](int64_t i, int64_t thread) {
+        const Scratch scratch = divide(a.scratch + thread * sizes.total(), sizes);
+        switch (a.cache.element) {
+            case KVElement::float32: ItemRun<float>(a, a.work[i], scratch).run(); break;
+            case KVElement::float16: ItemRun<Half>(a, a.work[i], scratch).run(); break;
+            case KVElement::bfloat16: ItemRun<BFloat>(a, a.work[i], scratch).run(); break;
+            case KVElement::int8: ItemRun<Byte>(a, a.work[i], scratch).run(); break;
         }
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.num_merges * a.cache.num_kv_heads; ++i)
-            merge_parts(a, a.merges[i / a.cache.num_kv_heads], i % a.cache.num_kv_heads);
-    }
+    });
+    share_tasks(a.num_threads > 1, a.num_merges * a.cache.num_kv_heads, [&](int64_t i, int64_t) {
+        merge_parts(a, a.merges[i / a.cache.num_kv_heads], i % a.cache.num_kv_heads);
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -601,6 +601,48 @@ void gather_rows_blocks(const Tensor& rows, const std::string& type_name, const 
     kernels->gather_rows_blocks(from, k, id, count, output.pointer<float>(), scratch);
 }
 
+void add_lora(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& ranks, const Tensor& part_ends,
+              const Tensor& rows, const Tensor& tiles, const Tensor& out) {
+    const Argument input("x", x), output("out", out), down("a", a), up("b", b), rank("ranks", ranks);
+    const Argument ends("part_ends", part_ends), row("rows", rows), tile("tiles", tiles);
+    Lora lora{};
+    lora.x = input.of(kFloat32).shaped({kAny, kAny}).contiguous(1).rows();
+    lora.k = input.size(1);
+    lora.out = output.of(kFloat32).shaped({kAny, kAny}).contiguous().pointer<float>();
+    lora.n = output.size(1);
+    lora.part_ends = ends.of(kInt32).shaped({kAny}).contiguous().pointer<int32_t>();
+    lora.num_parts = ends.size(0);
+    lora.a = down.of(kFloat32).shaped({kAny, lora.num_parts, kAny, lora.k}).contiguous().pointer<float>();
+    const int64_t num_slots = down.size(0);
+    lora.max_rank = down.size(2);
+    lora.b = up.of(kFloat32).shaped({num_slots, lora.max_rank, lora.n}).contiguous().pointer<float>();
+    lora.ranks = rank.of(kInt32).shaped({num_slots, lora.num_parts}).contiguous().pointer<int32_t>();
+    for (int64_t i = 0; i < num_slots * lora.num_parts; ++i)
+        if (lora.ranks[i] < 0 || lora.ranks[i] > lora.max_rank)
+            rank.fail("0 to " + std::to_string(lora.max_rank), std::to_string(lora.ranks[i]));
+    for (int64_t part = 0, begin = 0; part < lora.num_parts; begin = lora.part_ends[part++])
+        if (lora.part_ends[part] < begin || lora.part_ends[part] > lora.n)
+            ends.fail("ascending columns up to " + std::to_string(lora.n), std::to_string(lora.part_ends[part]));
+    lora.num_rows = input.size(0);
+    lora.rows = row.of(kInt32).shaped({lora.num_rows}).contiguous().pointer<int32_t>();
+    for (int64_t i = 0; i < lora.num_rows; ++i)
+        if (lora.rows[i] < 0 || lora.rows[i] >= output.size(0))
+            row.fail("rows below " + std::to_string(output.size(0)), std::to_string(lora.rows[i]));
+    lora.tiles = tile.of(kInt32).shaped({kAny, 3}).contiguous().pointer<LoraTile>();
+    lora.num_tiles = tile.size(0);
+    for (int64_t i = 0; i < lora.num_tiles; ++i) {
+        const auto [slot, begin, end] = lora.tiles[i];
+        if (slot < 0 || slot >= num_slots || begin < 0 || begin > end || end - begin > kLoraTile || end > lora.num_rows)
+            tile.fail("slots below " + std::to_string(num_slots) + " and at most " + std::to_string(kLoraTile) +
+                          " of " + std::to_string(lora.num_rows) + " rows",
+                      "(" + std::to_string(slot) + ", " + std::to_string(begin) + ", " + std::to_string(end) + ")");
+    }
+    if (lora.num_rows == 0) return;
+    lora.scratch = scratch_of(lora.num_rows * lora.num_parts * lora.max_rank);
+    nb::gil_scoped_release release;
+    kernels->add_lora(lora);
+}
+
 void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tensor> v_cache, const Tensor& query_start_loc,
                      const Tensor& seq_lens, const Tensor& block_tables, const Tensor& work, const Tensor& shared,
                      const Tensor& merges, const Tensor& partials, float scale, int64_t window, float softcap,
@@ -640,7 +682,7 @@ void paged_attention(const Tensor& q, const Tensor& k_cache, std::optional<Tenso
     a.window = window;
     a.alibi_slopes = alibi_slopes ? vector_of_floats("alibi_slopes", *alibi_slopes, a.num_heads) : nullptr;
     a.sinks = sinks ? vector_of_floats("sinks", *sinks, a.num_heads) : nullptr;
-    a.num_threads = std::min(num_threads, omp_get_max_threads());
+    a.num_threads = num_threads > 1 ? omp_get_max_threads() : 1;
     a.scratch = scratch_of(a.num_threads * kernels->attention_scratch(a));
 
     nb::gil_scoped_release release;
@@ -748,6 +790,9 @@ NB_MODULE(_cpu, m) {
           nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("rows"), nb::arg("types"), nb::arg("bias").none(),
           nb::arg("out"));
     m.def("gather_rows_blocks", &gather_rows_blocks, nb::arg("rows"), nb::arg("type"), nb::arg("ids"), nb::arg("out"));
+    m.def("add_lora", &add_lora, nb::arg("x"), nb::arg("a"), nb::arg("b"), nb::arg("ranks"), nb::arg("part_ends"),
+          nb::arg("rows"), nb::arg("tiles"), nb::arg("out"));
+    m.attr("lora_tile") = kLoraTile;
     m.attr("panel") = kPanel;
     m.attr("pair_of_steps") = kPairOfSteps;
     m.def("paged_attention", &paged_attention, nb::arg("q"), nb::arg("k_cache"), nb::arg("v_cache").none(),

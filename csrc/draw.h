@@ -9,9 +9,8 @@
 // vocabulary. A row's result depends on its own values alone, summed in a fixed order.
 #pragma once
 
-#include <omp.h>
-
 #include "elementwise.h"
+#include "parallel.h"
 #include "row_peaks.h"
 #include "simd.h"
 
@@ -244,13 +243,11 @@ static int64_t draw_scratch(int64_t columns) { return DrawnRow::scratch_bytes(co
 static void draw_tokens(const Draws& draws) {
     const int64_t rows = draws.rows, columns = draws.columns;
     row_peaks(draws.logits, rows, columns, draws.peaks, draws.ids);
-#pragma omp parallel num_threads(draws.num_threads)
-    {
-        DrawnRow drawn(columns, draws.scratch + omp_get_thread_num() * DrawnRow::scratch_bytes(columns));
-#pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < rows; ++row)
-            if (fabsf(draws.peaks[row]) < INFINITY) draws.ids[row] = drawn.draw(draws, row);
-    }
+    share_tasks(true, rows, [&](int64_t row, int64_t thread) {
+        if (!(fabsf(draws.peaks[row]) < INFINITY)) return;
+        DrawnRow drawn(columns, draws.scratch + thread * DrawnRow::scratch_bytes(columns));
+        draws.ids[row] = drawn.draw(draws, row);
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -39,27 +40,26 @@ QUIRE_INLINE void rms_norm_row(const float* x, float* residual, const float* wei
 
 static void rms_norm(Rows x, float* residual, const float* weight, float eps, float* out, int64_t rows,
                      int64_t columns) {
-#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row)
+    share_tasks(rows * columns >= kParallelElements, rows, [&](int64_t row, int64_t) {
         rms_norm_row(x.data + row * x.stride, residual ? residual + row * columns : nullptr, weight, eps,
                      out + row * columns, columns);
+    });
 }
 
 static void rms_norm_heads(Rows x, const float* weight, float eps, int64_t tokens, int64_t heads, int64_t head_dim) {
-#pragma omp parallel for schedule(static) if (tokens * heads * head_dim >= kParallelElements)
-    for (int64_t token = 0; token < tokens; ++token)
+    share_tasks(tokens * heads * head_dim >= kParallelElements, tokens, [&](int64_t token, int64_t) {
         for (int64_t head = 0; head < heads; ++head) {
             float* row = x.data + token * x.stride + head * head_dim;
             normalise(row, weight, eps, row, head_dim);
         }
+    });
 }
 
 // Dimension i of the first half is rotated against dimension i of the second.
 static void rotary(Rows x, const int32_t* positions, const float* cos_sin, int64_t rotary_dim, int64_t tokens,
                    int64_t heads, int64_t head_dim) {
     const int64_t half = rotary_dim / 2;
-#pragma omp parallel for schedule(static) if (tokens * heads * head_dim >= kParallelElements)
-    for (int64_t token = 0; token < tokens; ++token) {
+    share_tasks(tokens * heads * head_dim >= kParallelElements, tokens, [&](int64_t token, int64_t) {
         const float* cos = cos_sin + positions[token] * rotary_dim;
         const float* sin = cos + half;
         for (int64_t head = 0; head < heads; ++head) {
@@ -77,7 +77,7 @@ static void rotary(Rows x, const int32_t* positions, const float* cos_sin, int64
                 second[i] = b * cos[i] + a * sin[i];
             }
         }
-    }
+    });
 }
 
 // Only ever raises 2 to a negative power, so that nothing overflows.
@@ -148,9 +148,9 @@ QUIRE_INLINE void gate_row(const float* x, float* out, int64_t columns, Gate gat
 
 template <class Activation>
 static void activate_and_mul(Rows x, float* out, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static) if (rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row)
+    share_tasks(rows * columns >= kParallelElements, rows, [&](int64_t row, int64_t) {
         gate_row<Times<Activation>>(x.data + row * x.stride, out + row * columns, columns);
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

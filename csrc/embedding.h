@@ -12,11 +12,10 @@ namespace quire::QUIRE_ISA {
 
 template <class T>
 static void gather_rows_of(const T* packed, int64_t k, const int32_t* ids, int64_t count, float* out) {
-#pragma omp parallel for schedule(static) if (count * k >= kParallelElements)
-    for (int64_t i = 0; i < count; ++i) {
+    share_tasks(count * k >= kParallelElements, count, [&](int64_t i, int64_t) {
         const T* from = packed + ids[i] / kPanel * round_up(k, kStepsTogether<T>) * kPanel + ids[i] % kPanel * kStepsTogether<T>;
         for (int64_t j = 0; j < k; ++j) out[i * k + j] = widen(from[in_panel<T>(j)]);
-    }
+    });
 }
 
 static void gather_rows(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out) {
@@ -30,8 +29,7 @@ static void gather_rows(const void* packed, Element element, int64_t k, const in
 static void gather_rows_quantized(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out) {
     const int64_t depth = round_up(k, kPairOfSteps), num_groups = (k + from.group - 1) / from.group;
     const int64_t pair_bytes = from.bits == 8 ? 2 * kStepBytes : kStepBytes;
-#pragma omp parallel for schedule(static) if (count * k >= kParallelElements)
-    for (int64_t i = 0; i < count; ++i) {
+    share_tasks(count * k >= kParallelElements, count, [&](int64_t i, int64_t) {
         const int64_t panel = ids[i] / kPanel, lane = ids[i] % kPanel;
         const uint8_t* packed = from.weight + panel * depth / kPairOfSteps * pair_bytes + lane * 4;
         const float* scales = from.scales + panel * num_groups * kPanel + lane;
@@ -41,7 +39,7 @@ static void gather_rows_quantized(const LowBitWeight& from, int64_t k, const int
             const int value = from.bits == 8 ? pair[step * kStepBytes + byte] - 128 : (pair[byte] >> 4 * step & 15) - 8;
             out[i * k + j] = float(value) * scales[j / from.group * kPanel];
         }
-    }
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

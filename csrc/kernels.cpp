@@ -10,6 +10,7 @@
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
+#include "lora.h"
 #include "row_peaks.h"
 
 #define QUIRE_NAME_OF(isa) #isa
@@ -38,6 +39,7 @@ extern const Kernels kernels = {
     .blocks_scratch = blocks_scratch,
     .linear_blocks = linear_blocks,
     .gather_rows_blocks = gather_rows_blocks,
+    .add_lora = add_lora,
     .attention_scratch = attention_scratch,
     .attention = attention,
     .row_peaks = row_peaks,

@@ -208,6 +208,26 @@ struct Draws {
     int32_t* ids;
 };
 
+// Rows of one adapter that are computed together: rows begin to end - 1 of x.
+constexpr int kLoraTile = 4;
+struct LoraTile {
+    int32_t slot, begin, end;
+};
+
+// The low-rank updates of a dense layer. Its n outputs are num_parts runs, and part p has adapters of its own.
+struct Lora {
+    Rows x;                    // [num_rows, k]
+    float* out;                // rows of n, contiguous
+    const float* a;            // [slots, num_parts, max_rank, k]
+    const float* b;            // [slots, max_rank, n]
+    const int32_t* ranks;      // [slots, num_parts]: how many of the max_rank ranks count; 0: no adapter of that part
+    const int32_t* part_ends;  // [num_parts]: the column after the part's last
+    const int32_t* rows;       // [num_rows]: the row of `out` that each row of x adds to, each once at most
+    const LoraTile* tiles;     // at most kLoraTile rows each; together they are all rows
+    float* scratch;            // num_rows * num_parts * max_rank floats
+    int64_t num_rows, num_tiles, num_parts, max_rank, n, k;
+};
+
 // One implementation of every operation; quire/kernels/reference.py says what each computes.
 struct Kernels {
     const char* isa;
@@ -235,6 +255,7 @@ struct Kernels {
     // `scratch`: for each thread k / 4 + k / 8 floats.
     void (*gather_rows_blocks)(const BlockPart& from, int64_t k, const int32_t* ids, int64_t count, float* out,
                                float* scratch);
+    void (*add_lora)(const Lora& lora);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);
     void (*row_peaks)(Rows x, int64_t rows, int64_t columns, float* peaks, int32_t* ids);

@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "linear_low_bit.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -19,9 +20,8 @@ QUIRE_INLINE void put(Half* p, float x) {
 template <class KV>
 static void write_kv_as(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {
     const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim, block_size = cache.block_size;
-#pragma omp parallel for schedule(static) if (tokens * cache.num_kv_heads * head_dim >= (1 << 14))
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (slots[token] < 0) continue;
+    share_tasks(tokens * cache.num_kv_heads * head_dim >= (1 << 14), tokens, [&](int64_t token, int64_t) {
+        if (slots[token] < 0) return;
         const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
         for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
             const float* key = k.data + token * k.stride + head * head_dim;
@@ -33,15 +33,14 @@ static void write_kv_as(Rows k, Rows v, const KVCache& cache, const int32_t* slo
             KV* values = static_cast<KV*>(cache.values) + block_head * cache.value_stride() + offset * value_dim;
             for (int64_t d = 0; d < value_dim; ++d) put(values + d, value[d]);
         }
-    }
+    });
 }
 
 // Each key and each value becomes whole numbers from -127 to 127 and one scale.
 static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {
     const int64_t head_dim = cache.head_dim, value_dim = cache.value_dim, block_size = cache.block_size;
-#pragma omp parallel for schedule(static) if (tokens * cache.num_kv_heads * head_dim >= (1 << 14))
-    for (int64_t token = 0; token < tokens; ++token) {
-        if (slots[token] < 0) continue;
+    share_tasks(tokens * cache.num_kv_heads * head_dim >= (1 << 14), tokens, [&](int64_t token, int64_t) {
+        if (slots[token] < 0) return;
         const int64_t block = slots[token] / block_size, offset = slots[token] % block_size;
         for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
             const int64_t block_head = block * cache.num_kv_heads + head;
@@ -62,7 +61,7 @@ static void write_kv_as_bytes(Rows k, Rows v, const KVCache& cache, const int32_
             memcpy(key_scales + offset * sizeof(float), scales, sizeof(float));
             memcpy(key_scales + (block_size + offset) * sizeof(float), scales + 1, sizeof(float));
         }
-    }
+    });
 }
 
 static void write_kv(Rows k, Rows v, const KVCache& cache, const int32_t* slots, int64_t tokens) {

@@ -11,11 +11,10 @@
 // Where the processor multiplies pairs of bfloat16, weights stored so are multiplied with inputs rounded to it.
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "linear_input.h"
 #include "mxfp4.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -202,7 +201,7 @@ static void multiply_tiles(const Linear& a, const float* inputs, int64_t num_til
 template <class T>
 static void multiply(const Linear& a) {
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
-    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    const int64_t threads = parallel ? num_threads() : 1;
     int64_t num_tiles = (a.m + kMaxRows - 1) / kMaxRows;
     const bool by_rows = num_tiles >= kTilesPerThread * threads;
     if (by_rows) num_tiles = round_up(num_tiles, threads);
@@ -221,30 +220,22 @@ static void multiply(const Linear& a) {
     float* const made = a.x.op == InputOp::none ? nullptr : a.scratch + (arranged ? a.m * a.k : 0);
     const Rows given = made ? Rows{made, a.k} : a.x.x;
 
-#pragma omp parallel if (parallel)
-    {
-        if (made) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < a.m; ++row) input_row(a.x, row, a.k, made + row * a.k);
-        }
-        if (arranged) {
-#pragma omp for schedule(static) collapse(2)
-            for (int64_t tile = 0; tile < num_tiles; ++tile)
-                for (int64_t run = 0; run < num_runs; ++run) {
-                    const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-                    const float* from[kMaxRows];
-                    for (int64_t r = 0; r < rows; ++r) from[r] = given.data + (begin + r) * given.stride;
-                    arrange<T>(from, rows, run * kInputRun, min_of(a.k, (run + 1) * kInputRun), a.scratch + begin * a.k);
-                }
-        }
-        const float* inputs = arranged ? a.scratch : given.data;
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t block = 0; block < num_blocks; ++block)
-            for (int64_t g = 0; g < num_groups; ++g) {
-                const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-                multiply_tiles<T>(a, inputs, num_tiles, first, last, g * group, min_of((g + 1) * group, num_vectors));
-            }
-    }
+    if (made)
+        share_tasks(parallel, a.m, [&](int64_t row, int64_t) { input_row(a.x, row, a.k, made + row * a.k); });
+    if (arranged)
+        share_tasks(parallel, num_tiles * num_runs, [&](int64_t i, int64_t) {
+            const int64_t tile = i / num_runs, run = i % num_runs;
+            const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+            const float* from[kMaxRows];
+            for (int64_t r = 0; r < rows; ++r) from[r] = given.data + (begin + r) * given.stride;
+            arrange<T>(from, rows, run * kInputRun, min_of(a.k, (run + 1) * kInputRun), a.scratch + begin * a.k);
+        });
+    const float* inputs = arranged ? a.scratch : given.data;
+    share_tasks(parallel, num_blocks * num_groups, [&](int64_t i, int64_t) {
+        const int64_t block = i / num_groups, g = i % num_groups;
+        const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
+        multiply_tiles<T>(a, inputs, num_tiles, first, last, g * group, min_of((g + 1) * group, num_vectors));
+    });
 }
 
 static void linear(const Linear& a) {
@@ -259,8 +250,9 @@ template <class From, class To>
 static void pack_rows(const From* weight, int64_t rows, int64_t k, To* packed, int64_t first_row) {
     // Panels are written by one thread each; a cache line of a row is read before the next row's.
     const int64_t end_row = first_row + rows;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = first_row / kPanel; panel < (end_row + kPanel - 1) / kPanel; ++panel) {
+    const int64_t first_panel = first_row / kPanel, num_panels = (end_row + kPanel - 1) / kPanel - first_panel;
+    share_tasks(true, num_panels, [&](int64_t index, int64_t) {
+        const int64_t panel = first_panel + index;
         To* to = packed + panel * round_up(k, kStepsTogether<To>) * kPanel;
         const int64_t begin = max_of(first_row, panel * kPanel), end = min_of(end_row, (panel + 1) * kPanel);
         constexpr int64_t kLine = 64 / sizeof(From);
@@ -270,7 +262,7 @@ static void pack_rows(const From* weight, int64_t rows, int64_t k, To* packed, i
                 for (int64_t i = line; i < min_of(k, line + kLine); ++i)
                     narrow(to + in_panel<To>(i) + (row - panel * kPanel) * kStepsTogether<To>, widen(from[i]));
             }
-    }
+    });
 }
 
 template <class From>

@@ -12,11 +12,10 @@
 //   MXFP4   the same, of codes that a table turns into twice the weight plus 12 (mxfp4.h); groups of 32
 #pragma once
 
-#include <omp.h>
-
 #include "kernels.h"
 #include "linear.h"
 #include "mxfp4.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -226,10 +225,10 @@ static void quantize_row(const float* x, int64_t k, int64_t depth, int64_t group
 
 static void quantize_rows(Rows x, int64_t rows, int64_t k, void* bytes, float* scales) {
     const int64_t depth = round_up(k, kPairOfSteps);
-#pragma omp parallel for schedule(static) if (rows * k >= kParallelProducts)
-    for (int64_t row = 0; row < rows; ++row)
+    share_tasks(rows * k >= kParallelProducts, rows, [&](int64_t row, int64_t) {
         quantize_row(x.data + row * x.stride, k, depth, k, 0, static_cast<int8_t*>(bytes) + row * depth, scales + row,
                      nullptr);
+    });
 }
 
 // kRows x kWidth vectors of outputs, over all of k.
@@ -377,7 +376,7 @@ static void multiply_quantized(const LowBitLinear& a) {
     // Whole panels, so an even number.
     const int64_t num_vectors = (a.n + kPanel - 1) / kPanel * kVectorsPerPanel;
     const bool parallel = a.m * a.n * a.k >= kParallelProducts;
-    const int64_t threads = parallel ? omp_get_max_threads() : 1;
+    const int64_t threads = parallel ? num_threads() : 1;
     // In the scratch: tiles, scales and starts; and for each thread a row as it is made, and as it is quantised.
     int32_t* const tiles = static_cast<int32_t*>(a.scratch);
     float* const scales = reinterpret_cast<float*>(tiles + a.m * num_words);
@@ -391,26 +390,21 @@ static void multiply_quantized(const LowBitLinear& a) {
     const int64_t num_items = (num_vectors + group - 1) / group;
     const int64_t num_blocks = max_of(1, min_of(num_tiles, 2 * threads / num_items));
 
-#pragma omp parallel if (parallel)
-    {
-        // A tile is one thread's from norm to words: what threads exchange costs more than what few rows leave idle.
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-            const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
-            int32_t* const words = rows_of_threads + omp_get_thread_num() * (num_words + a.k);
-            float* const made = reinterpret_cast<float*>(words + num_words);
-            for (int64_t r = 0; r < rows; ++r)
-                quantize_row_of_tile<Stored>(input_row(a.x, begin + r, a.k, made), a.k, a.group, x.from(begin, num_groups),
-                                             r, rows, words);
-        }
-#pragma omp for schedule(static) collapse(2)
-        for (int64_t item = 0; item < num_items; ++item)
-            for (int64_t block = 0; block < num_blocks; ++block) {
-                const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
-                multiply_low_bit_tiles<Stored>(a, x, num_tiles, first, last, item * group,
-                                               min_of((item + 1) * group, num_vectors));
-            }
-    }
+    // A tile is one thread's from norm to words: what threads exchange costs more than what few rows leave idle.
+    share_tasks(parallel, num_tiles, [&](int64_t tile, int64_t thread) {
+        const int64_t begin = tile_begin(tile), rows = tile_begin(tile + 1) - begin;
+        int32_t* const words = rows_of_threads + thread * (num_words + a.k);
+        float* const made = reinterpret_cast<float*>(words + num_words);
+        for (int64_t r = 0; r < rows; ++r)
+            quantize_row_of_tile<Stored>(input_row(a.x, begin + r, a.k, made), a.k, a.group, x.from(begin, num_groups), r,
+                                         rows, words);
+    });
+    share_tasks(parallel, num_items * num_blocks, [&](int64_t i, int64_t) {
+        const int64_t item = i / num_blocks, block = i % num_blocks;
+        const int64_t first = block * num_tiles / num_blocks, last = (block + 1) * num_tiles / num_blocks;
+        multiply_low_bit_tiles<Stored>(a, x, num_tiles, first, last, item * group,
+                                       min_of((item + 1) * group, num_vectors));
+    });
 }
 
 static void linear_quantized(const LowBitLinear& a) {
@@ -457,10 +451,11 @@ static void quantize_from(const From* weight, int64_t rows, int64_t k, const Low
     const int64_t depth = round_up(k, kPairOfSteps), num_groups = (k + to.group - 1) / to.group, end_row = first_row + rows;
     const int64_t pair_bytes = to.bits == 8 ? 2 * kStepBytes : kStepBytes;
     // Panels are written by one thread each.
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = first_row / kPanel; panel < (end_row + kPanel - 1) / kPanel; ++panel) {
+    const int64_t first_panel = first_row / kPanel, num_panels = (end_row + kPanel - 1) / kPanel - first_panel;
+    share_tasks(true, num_panels, [&](int64_t index, int64_t thread) {
+        const int64_t panel = first_panel + index;
         uint8_t* const packed = to.weight + panel * depth / 8 * pair_bytes;
-        uint8_t* const values = to.scratch + omp_get_thread_num() * to.scratch_bytes;
+        uint8_t* const values = to.scratch + thread * to.scratch_bytes;
         for (int64_t row = max_of(first_row, panel * kPanel); row < min_of(end_row, (panel + 1) * kPanel); ++row) {
             const int64_t lane = row - panel * kPanel;
             const From* from = weight + (row - first_row) * k;
@@ -484,7 +479,7 @@ static void quantize_from(const From* weight, int64_t rows, int64_t k, const Low
                 }
             }
         }
-    }
+    });
 }
 
 static void quantize_linear(const void* weight, Element from, int64_t rows, int64_t k, const LowBitWeight& to,

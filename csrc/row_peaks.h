@@ -10,8 +10,7 @@ namespace quire::QUIRE_ISA {
 constexpr int64_t kPeakBlock = 1024;
 
 static void row_peaks(Rows x, int64_t rows, int64_t columns, float* peaks, int32_t* ids) {
-#pragma omp parallel for schedule(static) if (rows > 1 && rows * columns >= kParallelElements)
-    for (int64_t row = 0; row < rows; ++row) {
+    share_tasks(rows * columns >= kParallelElements, rows, [&](int64_t row, int64_t) {
         const float* const from = x.data + row * x.stride;
         float peak = -INFINITY;
         int64_t at = 0;
@@ -39,7 +38,7 @@ static void row_peaks(Rows x, int64_t rows, int64_t columns, float* peaks, int32
         }
         peaks[row] = columns ? from[at] : peak;
         ids[row] = int32_t(at);
-    }
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -30,6 +30,7 @@ LEVELS = (
         "model_config",
         "backends",
         "config",
+        "kv_events_config",
         "vllm_options",
         "inputs",
         "request",
@@ -41,10 +42,10 @@ LEVELS = (
     {"kernels", "grammar"},
     {"attention"},
     {"layers"},
-    {"kv_cache", "models", "sampling"},
-    {"scheduler", "runner"},
+    {"kv_cache", "models", "sampling", "lora"},
+    {"scheduler", "runner", "routing", "kv_events"},
     {"engine", "simulation"},
-    {"llm", "server", "cli"},
+    {"llm", "server", "router", "cluster", "cli"},
     {"__main__"},
 )
 """From the vocabulary up. A room imports rooms below, and its neighbours as long as they do not import it."""
@@ -55,7 +56,20 @@ STRANGERS = [
 ]
 """The scheduler and who executes meet in step.py, whether a runner does or a simulation."""
 
-WITHOUT_TORCH = {"scheduler", "kv_cache", "grammar", "simulation", "server", "cli", "llm", *LEVELS[0]}
+WITHOUT_TORCH = {
+    "scheduler",
+    "kv_cache",
+    "grammar",
+    "simulation",
+    "routing",
+    "kv_events",
+    "server",
+    "router",
+    "cluster",
+    "cli",
+    "llm",
+    *LEVELS[0],
+}
 """Rooms that load no torch, neither themselves nor through what they import when they are imported."""
 
 ENGINE_WITH_TORCH = {"build"}
@@ -348,7 +362,7 @@ def run_python(program: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "part", ["quire.server", "quire.cli", "quire.llm", "quire.simulation", "quire.engine.async_engine"]
+    "part", ["quire.server", "quire.router", "quire.cli", "quire.llm", "quire.simulation", "quire.engine.async_engine"]
 )
 def test_the_api_process_stays_light(part: str) -> None:
     names = [module for module in modules() if module == part or module.startswith(f"{part}.")]

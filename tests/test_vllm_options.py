@@ -33,7 +33,7 @@ def test_what_asks_for_nothing_is_accepted_and_the_rest_refused(name: str) -> No
         (["serve", "--trust-remote-code"], "trust_remote_code is True; it must be False"),
         (["serve", "--no-enable-chunked-prefill"], "enable_chunked_prefill is False; it must be True"),
         (["serve", "--chat-template", "a.jinja"], "leave it out: put it into the model's folder"),
-        (["generate", "x", "--enable-lora"], "enable_lora is True"),
+        (["generate", "x", "--fully-sharded-loras"], "fully_sharded_loras is True"),
         (["chat", "--cpu-offload-gb", "4"], "cpu_offload_gb is 4; it must be 0"),
         (["plan", "--hf-overrides", "x"], "write it into the model's config.json"),
         (["bench", "throughput", "--pipeline-parallel-size", "2"], "pipeline_parallel_size is 2"),

@@ -18,6 +18,7 @@ _HOME_OF = {
     "RegisteredPrefix": "quire.outputs",
     "RequestOutput": "quire.outputs",
     "EngineConfig": "quire.config",
+    "LoRARequest": "quire.lora.request",
     "TextPrompt": "quire.inputs",
     "TokensPrompt": "quire.inputs",
     "BeamSearchParams": "quire.sampling_params",

@@ -15,6 +15,7 @@ from quire.errors import RequestError as RequestError
 from quire.inputs import TextPrompt as TextPrompt
 from quire.inputs import TokensPrompt as TokensPrompt
 from quire.llm import LLM as LLM
+from quire.lora.request import LoRARequest as LoRARequest
 from quire.outputs import BeamSearchOutput as BeamSearchOutput
 from quire.outputs import CompletionOutput as CompletionOutput
 from quire.outputs import RegisteredPrefix as RegisteredPrefix

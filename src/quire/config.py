@@ -15,6 +15,7 @@ from typing import Any
 
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
+from quire.kv_events_config import KVEventsConfig
 from quire.quantization import METHODS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
@@ -51,6 +52,8 @@ _INTEGERS = {
     "max_logprobs": (0, 2**20),
     "max_grammars": (1, 2**16),
     "max_queue_size": (0, 2**20),
+    "max_loras": (1, 2**12),
+    "max_lora_rank": (1, 2**12),
     "threads": (1, 1024),
 }
 """Option → its smallest and largest value; None is allowed if it is the default."""
@@ -192,12 +195,23 @@ class EngineConfig:
     """Most bytes of compiled grammars, e.g. 128MiB."""
     fast_forward: bool = True
     """Append tokens that a grammar forces without sampling each."""
+    kv_events_config: KVEventsConfig | None = None
+    """Publish what the KV cache holds, as vLLM does, for routers: JSON such as {"endpoint": "tcp://*:5557"} (needs the
+    events extra)."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
     deterministic: bool = False
     """Batch invariance: a request's tokens and log-probabilities are bit-identical whatever else runs at the time."""
     max_queue_size: int = 1024
     """Most waiting requests; the next one is refused with 429."""
+    enable_lora: bool = False
+    """Serve LoRA adapters, which requests choose by name."""
+    lora_modules: tuple[str, ...] = ()
+    """An adapter that is served from the start, as name=folder; turns enable_lora on. Repeat for several."""
+    max_loras: int = 4
+    """Most adapters in memory at once; requests for others wait until one of them is not in use."""
+    max_lora_rank: int = 16
+    """Highest rank of an adapter. Memory for max_loras of them is planned."""
     logits_processors: tuple[str, ...] = ()
     """Batch logits processors, as package.module:Class, created without arguments. Repeat for several."""
     generation_config: str = "auto"
@@ -259,9 +273,12 @@ class EngineConfig:
             object.__setattr__(self, name, parse_size(name, getattr(self, name)))
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.read(self.speculative_config))
-        for name in ("served_model_name", "logits_processors"):
+        if self.kv_events_config is not None:
+            object.__setattr__(self, "kv_events_config", KVEventsConfig.read(self.kv_events_config))
+        for name in ("served_model_name", "logits_processors", "lora_modules"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
+        object.__setattr__(self, "enable_lora", self.enable_lora or bool(self.lora_modules))
 
     def _check_conflicts(self) -> None:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

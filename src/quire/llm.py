@@ -17,6 +17,7 @@ from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer, read_special_tokens
 from quire.errors import CheckpointError, RequestError
 from quire.generation_progress import show_progress
+from quire.lora.request import LoRARequest
 from quire.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -78,19 +79,28 @@ class LLM:
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
         cache_salt: str = "",
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Continue every prompt; outputs are in the order of the prompts.
 
         A prompt is a text, a list of token ids, or a mapping with `prompt` or `prompt_token_ids`. `sampling_params` is
         one `SamplingParams` for all prompts or a list with one for each; None takes the model's own defaults.
-        `use_tqdm` shows a progress bar on a terminal. Raises `RequestError` before anything runs if a prompt or its
-        parameters cannot be served.
+        `use_tqdm` shows a progress bar on a terminal. `lora_request` is the adapter for all prompts, or a list with one
+        or None for each. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
         """
         batch = _as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
         if priority is not None and len(priority) != len(batch):
             raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
-        return self._run(batch, params, Task.SAMPLE, use_tqdm=use_tqdm, priority=priority, cache_salt=cache_salt)
+        return self._run(
+            batch,
+            params,
+            Task.SAMPLE,
+            use_tqdm=use_tqdm,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapters=_one_for_each(lora_request, len(batch)),
+        )
 
     def embed(
         self,
@@ -100,6 +110,7 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         use_tqdm: bool = True,
         cache_salt: str = "",
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """A vector for every prompt, in the order of the prompts: the last token's hidden state after the final norm.
 
@@ -109,7 +120,8 @@ class LLM:
         """
         batch = _as_batch(prompts)
         params = [embedding_params(truncate_prompt_tokens)] * len(batch)
-        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt)
+        adapters = _one_for_each(lora_request, len(batch))
+        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt, adapters=adapters)
         return [make_embedding(output, normalize=normalize) for output in outputs]
 
     def _run(
@@ -121,6 +133,7 @@ class LLM:
         use_tqdm: bool,
         priority: Sequence[int] | None = None,
         cache_salt: str,
+        adapters: Sequence[LoRARequest | None],
     ) -> list[RequestOutput]:
         """Queue all prompts and step until all have ended."""
         outputs: dict[str, RequestOutput] = {}
@@ -134,6 +147,7 @@ class LLM:
                     task=task,
                     priority=priority[index] if priority else 0,
                     cache_salt=cache_salt,
+                    lora_request=adapters[index],
                 )
             most = [one.num_samples * (one.max_tokens or self.memory_plan.max_model_len) for one in params]
             if task is Task.EMBED:
@@ -151,7 +165,12 @@ class LLM:
         return list(outputs.values())
 
     def beam_search(
-        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[BeamSearchOutput]:
         """The most likely continuations of every prompt, best first, by a search with `params.beam_width` beams.
 
@@ -160,7 +179,8 @@ class LLM:
         failed.
         """
         tokenizer, results = self._engine.tokenizer, []
-        for output in self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm):
+        outputs = self.generate(prompts, params.sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        for output in outputs:
             failed = next((sample.error for sample in output.outputs if sample.error is not None), None)
             if failed is not None:
                 raise RequestError(failed, param="prompt")
@@ -192,6 +212,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
@@ -212,7 +233,7 @@ class LLM:
             prompts.append(
                 {"prompt": text, "prompt_token_ids": self.get_tokenizer().encode(text, add_special_tokens=False)}
             )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def _template_of(self, given: str | None) -> ChatTemplate:
         """The template given as a text, else the model's own. Raises `RequestError` for a text that is no template."""
@@ -295,6 +316,19 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]  # the first entry decides
     return prompts  # type: ignore[return-value]
+
+
+def _one_for_each(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
+    """One entry for each prompt. Raises `RequestError`."""
+    if given is None or isinstance(given, LoRARequest):
+        return [given] * count
+    if len(given) != count or not all(one is None or isinstance(one, LoRARequest) for one in given):
+        raise RequestError(
+            f"{count} prompts came with lora_request {brief(given)}; give one LoRARequest, or a list with one or None "
+            "for each prompt",
+            param="lora_request",
+        )
+    return given
 
 
 def _as_conversations(messages: Any) -> list[list[Message]]:

@@ -52,6 +52,14 @@ class InputSpan(NamedTuple):
     """Number of its tokens."""
 
 
+class SampleProgress(NamedTuple):
+    """What a client already has of a sample that another server began."""
+
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """Why it ended; None if it goes on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt and what to make of it. All values are final: no default is looked up later."""
@@ -77,6 +85,8 @@ class Request:
     """Only requests with the same salt share prefix blocks."""
     adapter: str = ""
     """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
+    adapter_path: str = ""
+    """The adapter's folder."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
     tenant: str = ""

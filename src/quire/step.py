@@ -63,6 +63,8 @@ class NewRow:
     sample_index: int
     stop_token_ids: tuple[int, ...]
     """Tokens that `min_tokens` forbids at first: end of sequence and the request's own stop tokens."""
+    adapter: str = ""
+    """Hash of the adapter's content, which a slot of the model holds; empty: the model alone."""
 
 
 @dataclass(slots=True)

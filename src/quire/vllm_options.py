@@ -42,7 +42,6 @@ def _ignored(advice: str, *, switch: bool = False) -> ForeignOption:
 
 
 _ONE_GPU = "Quire does not split a model over several GPUs; run one engine per GPU, each with a model that fits it"
-_LORA = "Quire has no adapters; merge the adapter into the checkpoint"
 _IMAGES = "Quire takes text only"
 _ROPE = "write it into the model's config.json"
 _NO_REDUCE = "one GPU exchanges nothing with others"
@@ -81,8 +80,8 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "cpu_offload_gb": ForeignOption((0,), "Quire keeps all weights on the device; try quantization or device cpu"),
         "calculate_kv_scales": _switch("Quire's KV types need no scales; see kv_cache_dtype"),
         "kv_transfer_config": ForeignOption((), "Quire passes KV between processes by disk_cache"),
-        **dict.fromkeys(("enable_lora", "fully_sharded_loras"), _switch(_LORA)),
-        **dict.fromkeys(("lora_modules", "max_loras", "max_lora_rank", "max_cpu_loras"), ForeignOption((), _LORA)),
+        "fully_sharded_loras": _switch(_ONE_GPU),
+        "max_cpu_loras": _ignored("adapters that are not in one of max_loras slots are read from their folders"),
         **dict.fromkeys(
             ("limit_mm_per_prompt", "mm_processor_kwargs", "allowed_local_media_path"), ForeignOption(({},), _IMAGES)
         ),

@@ -13,7 +13,7 @@ from quire import LLM, SamplingParams
 from quire.backends import BACKENDS, choose_backend
 from quire.config import EngineConfig
 from quire.engine import device as devices
-from quire.engine.device import Device, find_device, probe_cpu, probe_cuda, usable_cores
+from quire.engine.device import Device, ThreadCount, find_device, probe_cpu, probe_cuda, usable_cores
 from quire.engine.memory_budget import CONTEXT_BYTES
 from quire.engine.memory_plan import plan_memory
 from quire.errors import ConfigError, MemoryPlanError
@@ -358,3 +358,16 @@ def test_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert usable_cores(tmp_path) == 5
     monkeypatch.undo()
     assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_cores_are_counted_again() -> None:
+    """A container's limit that changes while the engine runs counts from the next second on."""
+    cores, now = 4, 100.0
+    count = ThreadCount(lambda: cores, lambda: now)
+    cores = 2
+    now += 0.5
+    assert count() == 4
+    now += 0.5
+    assert count() == 2
+    cores = 8
+    assert count() == 2

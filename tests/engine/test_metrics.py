@@ -3,8 +3,10 @@
 import math
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from quire.engine.metrics import Metrics
+from quire.memory_stats import TierStats
 from quire.outputs import EngineStats, RequestMetrics
 
 LABELS = '{engine="0",model_name="m"}'
@@ -130,3 +132,23 @@ def test_each_metric_is_described_once(metrics: Metrics) -> None:
     metrics.observe_http(handler="/health", method="GET", status=200, seconds=0.1)
     described = [line.split()[2] for line in metrics.render().decode().splitlines() if line.startswith("# HELP ")]
     assert len(described) == len(set(described)) > 80
+
+
+def test_the_text_is_valid_for_prometheus(metrics: Metrics) -> None:
+    """promtool refuses a second HELP or TYPE line, and a sample that stands outside its family."""
+    tiers = {"host": TierStats(num_blocks=1), "disk": TierStats(num_blocks=2)}
+    stats = EngineStats(num_blocks=4, block_size=16, total_steps=1, tiers=tiers, prefix_misses={"new": 1})
+    metrics.record_stats(stats)
+    for status in (200, 404):
+        metrics.observe_http(handler="/v1/completions", method="POST", status=status, seconds=0.1)
+    text = metrics.render().decode()
+    for kind in ("HELP", "TYPE"):
+        names = [line.split()[2] for line in text.splitlines() if line.startswith(f"# {kind} ")]
+        assert len(names) > 90
+        assert len(names) == len(set(names))
+    families = list(text_string_to_metric_families(text))
+    assert all(family.type != "unknown" and family.documentation for family in families)
+    samples = [(sample.name, *sorted(sample.labels.items())) for family in families for sample in family.samples]
+    assert len(samples) == len(set(samples))
+    named = [name for family in families for name in {sample.name for sample in family.samples}]
+    assert len(named) == len(set(named))

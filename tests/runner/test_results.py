@@ -214,8 +214,9 @@ def test_log_probabilities_of_a_prompt(on_device: bool, num_selected: int) -> No
     hidden = torch.randn(num_selected, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
     taken: list[int] = []
 
-    def compute_logits(part: torch.Tensor) -> torch.Tensor:
+    def compute_logits(part: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
         taken.append(len(part))
+        assert torch.equal(part, hidden[sent.hidden_indices(tokens)])
         return 2 * part
 
     sampler = DeviceSampler(VOCAB_SIZE) if on_device else None

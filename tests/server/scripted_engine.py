@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import quire
@@ -16,6 +17,7 @@ from quire.engine.limits import check_prompt_length
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import (
     AgeQuantiles,
@@ -28,6 +30,7 @@ from quire.outputs import (
     RequestMetrics,
     RequestOutput,
 )
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
@@ -61,6 +64,7 @@ class Call:
     cache_salt: str
     tenant: str
     workload: str
+    adapter: Adapter | None = None
 
 
 @dataclass
@@ -87,10 +91,12 @@ class ScriptedEngine:
     outage: EngineUnavailableError | None = None
     stalls: bool = False
     max_model_len: int = 256
+    block_size: int = 16
     max_queue_size: int = 1024
     model_config: ModelConfig = field(default_factory=lambda: ModelConfig.from_folder(BUNDLED))
     state: str = "loading"
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
+    adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
     default_params: dict[str, Any] = field(default_factory=dict)
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
@@ -145,14 +151,17 @@ class ScriptedEngine:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = MappingProxyType({}),
     ) -> AsyncGenerator[RequestOutput, None]:
+        assert not progress, "the engine that resumes is the real one"
         assert isinstance(prompt, list), "the server tokenises"
         if self.state != "ready":
             raise EngineUnavailableError(f"the engine is {self.state}")
         if self.full:
             raise QueueFullError("9 requests are waiting, the limit is 9 (max_queue_size)", retry_after=7)
-        self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload))
+        self.calls.append(Call(prompt, params, priority, cache_salt, tenant, workload, adapter))
         self.num_running += 1
         started, finished = time.monotonic(), False
         try:
@@ -174,6 +183,7 @@ class ScriptedEngine:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        adapter: Adapter | None = None,
     ) -> EmbeddingRequestOutput:
         """The vector [number of tokens, 3, 4, 0]."""
         assert isinstance(prompt, list), "the server tokenises"
@@ -181,7 +191,7 @@ class ScriptedEngine:
             prompt if truncate_prompt_tokens is None else prompt[-(truncate_prompt_tokens % (self.max_model_len + 1)) :]
         )
         check_prompt_length(len(kept), self.max_model_len, num_output=0)
-        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, ""))
+        self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, "", adapter))
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
         return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
 

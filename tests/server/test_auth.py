@@ -1,9 +1,12 @@
 """API keys and origins. Only the raw path and the key decide whether a request is accepted."""
 
+from pathlib import Path
+
 import pytest
 from openai import AuthenticationError
 
 from quire.errors import ConfigError
+from quire.server.api_keys import plain_keys
 from quire.server.app import ENDPOINTS
 from quire.server.auth import Authenticator
 from quire.server.settings import ServerSettings
@@ -121,3 +124,26 @@ def test_a_hidden_origin_may_send_only_what_a_browser_asks_about(server: Running
     response, _ = server.send("OPTIONS", "/v1/completions", headers=asked)
     assert response.status == 400
     assert response.headers["access-control-allow-origin"] is None
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# the team\nalpha\n\n  beta  \nalpha\n")
+    settings = ServerSettings(api_key=("gamma",), api_key_file=str(file), host="0.0.0.0")
+    assert settings.keys == plain_keys(("gamma", "alpha", "beta"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"\n# none\n", "holds no key; write one key per line"),
+        (b"\xff\xfe", "is not UTF-8 text; write one key per line"),
+    ],
+)
+def test_a_key_file_without_keys_is_one_line(content: bytes | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"api_key_file {file} {message}"):
+        ServerSettings(api_key_file=str(file))

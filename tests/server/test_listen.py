@@ -3,17 +3,21 @@
 import json
 import os
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
+from pathlib import Path
 
+import httpx
 import pytest
 
 from quire.errors import ConfigError, EngineUnavailableError
-from quire.server.listen import bind
+from quire.server.listen import bind, notify
 from quire.server.settings import ServerSettings
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
@@ -31,13 +35,13 @@ sys.exit(0 if finished else 1)
 
 
 @contextmanager
-def process(shutdown_timeout: float) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def process(shutdown_timeout: float, **variables: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     command = [sys.executable, "-c", PROCESS.format(shutdown_timeout=shutdown_timeout)]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables},
     ) as running:
         assert running.stdout is not None
         port = int(running.stdout.readline().rpartition(":")[2])
@@ -140,3 +144,52 @@ def test_health_says_why_there_is_no_engine() -> None:
         assert reply["error"]["message"] == str(engine.outage)
         response, reply = server.send("GET", "/health/live")
         assert (response.status, reply) == (200, {"status": "live"})
+
+
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_systemd_hears_that_the_server_is_ready_and_that_it_stops(is_abstract: bool, tmp_path: Path) -> None:
+    path = f"@quire-test-{os.getpid()}" if is_abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path.replace("@", "\0", 1) if is_abstract else path)
+        systemd.settimeout(10)
+        with process(shutdown_timeout=5, NOTIFY_SOCKET=path) as (running, _):
+            assert systemd.recv(100) == b"READY=1"
+            running.send_signal(signal.SIGTERM)
+            assert systemd.recv(100) == b"STOPPING=1"
+            assert running.wait(10) == 0
+
+
+def test_no_systemd_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    notify("READY=1")
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "quire.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with RunningServer(ScriptedEngine(), ServerSettings(uds=str(path), host="0.0.0.0")) as server:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        assert any(line == f"listening on unix:{path}" for line in server.reports)
+        with pytest.raises(ConfigError, match="address already in use; choose another --uds"):
+            bind(ServerSettings(uds=str(path)))
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            answer = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["missing/quire.sock", "x" * 200])
+def test_a_path_that_cannot_hold_a_socket_is_one_line(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on .*; choose another --uds"):
+        bind(ServerSettings(uds=str(tmp_path / name)))
+
+
+def test_a_file_is_not_replaced_by_a_socket(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("keep")
+    with pytest.raises(ConfigError, match="address already in use"):
+        bind(ServerSettings(uds=str(path)))
+    assert path.read_text() == "keep"

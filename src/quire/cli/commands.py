@@ -15,6 +15,7 @@ from quire.errors import CheckpointError, ConfigError, MemoryPlanError, QuireErr
 
 _ABOUT = "Serve large language models: paged KV cache, continuous batching, an OpenAI-compatible server."
 _BATCH_ABOUT = "Answer files of requests, in the form of OpenAI's Batch API."
+_CLUSTER_ABOUT = "Serve a model on several machines."
 _BENCH_ABOUT = "Measure throughput, latency, start-up, memory, or a running server."
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "show": "Show what a kept model is, without loading it.",
     "rm": "Remove kept models.",
     "plan": "Show how much memory a model needs, how many users fit and how fast it would be, without loading it.",
+    "router": "Send requests to several servers, each to the one that holds most of its prompt.",
     "simulate": "Replay a trace of requests through the scheduler or the paper's baselines, on a modelled device.",
 }
 BENCHMARKS = {
@@ -35,6 +37,7 @@ BENCHMARKS = {
     "startup": "Seconds from the start of the process to the first token.",
     "memory": "Share of the allocated KV cache that holds tokens.",
 }
+CLUSTERS = {"serve": "Serve replicas of a model on Ray, behind a router that knows their blocks."}
 BATCHES = {"run": "Answer the requests of a file without a server; go on after an interruption."}
 """Subcommand → its summary. The file and the function of a subcommand have its name."""
 
@@ -57,6 +60,10 @@ def make_app() -> App:
     for name, about in BATCHES.items():
         batch.command(f"quire.cli.batch_{name}:{name}", name=name, help=about)
     app.command(batch)
+    cluster = App(name="cluster", help=_CLUSTER_ABOUT, **style)
+    for name, about in CLUSTERS.items():
+        cluster.command(f"quire.cli.cluster_{name}:cluster_{name}", name=name, help=about)
+    app.command(cluster)
     return app
 
 

@@ -30,10 +30,17 @@ _SIZES = (
 _TEXTS: dict[str, Any] = {
     **dict.fromkeys(_SIZES, int | str | None),
     "speculative_config": str | None,
+    "kv_events_config": str | None,
     **dict.fromkeys(("max_model_len", "max_num_batched_tokens"), int | str | None),
 }
 """Options that the config class parses itself, with the type that a flag takes."""
-_ENVIRONMENT = {"api_key": "QUIRE_API_KEY", "traces_dir": "QUIRE_TRACES"}
+_ENVIRONMENT = {
+    "api_key": "QUIRE_API_KEY",
+    "traces_dir": "QUIRE_TRACES",
+    "allow_runtime_lora": "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
+}
+_SEVERAL = frozenset({"lora_modules"})
+"""Flags that take several values at once, as in vLLM."""
 _GROUPS = {
     EngineConfig: Group("Engine", sort_key=1),
     ServerSettings: Group("Server", sort_key=2),
@@ -110,6 +117,7 @@ def _flag(config: type, field: "Field[Any]") -> inspect.Parameter:
         show_env_var=field.name in _ENVIRONMENT,
         negative_bool=() if field.default is False else None,
         negative_iterable=(),
+        consume_multiple=field.name in _SEVERAL,
         **group,
     )
     return inspect.Parameter(

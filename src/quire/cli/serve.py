@@ -1,7 +1,6 @@
 """`quire serve`: an OpenAI-compatible server."""
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 from quire.cli.options import ModelArgument, flags, split
 from quire.config import EngineConfig
 from quire.server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 
 @flags(EngineConfig, ServerSettings)
@@ -37,13 +38,12 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     from quire.engine.async_engine import AsyncLLM
     from quire.server.listen import bind
     from quire.server.listen import serve as serve_until_stopped
+    from quire.server.logs import configure_logging
 
     def report(line: str) -> None:
-        print(f"quire [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)
+        logger.info("[%6.2f s] %s", time.perf_counter() - started, line)
 
-    logging.basicConfig(format="quire %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    if settings.access_log:
-        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    configure_logging(settings)
     listener = bind(settings)
     if len(settings.keys) > 1:
         report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")

@@ -12,11 +12,10 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from quire.config import EngineConfig
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
@@ -25,8 +24,10 @@ from quire.engine.checkpoint import find_model, model_name, read_default_params
 from quire.engine.engine_child import Death
 from quire.engine.engine_client import EngineClient, Owner
 from quire.engine.grammar_checker import AsyncGrammarChecker, GrammarChecker
-from quire.engine.input_processor import InputProcessor, Prompt
+from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
+from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.messages import (
     FromEngine,
     Load,
@@ -44,9 +45,10 @@ from quire.engine.request_streams import RequestStreams, Stream
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
-from quire.request import Task
+from quire.request import SampleProgress, Task
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request_check import check_lengths
 
@@ -62,6 +64,8 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = None
         self.chat_template: ChatTemplateProcess | None = None
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
+        self.adapters = AdapterRegistry(config.lora_modules, enabled=config.enable_lora)
+        """Adapters by the names that requests choose them by."""
         self.default_params: dict[str, Any] = {}
         self.metrics = Metrics(self.model_names[0])
         self._report = report
@@ -83,7 +87,7 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_waiters: deque[asyncio.Future[MemoryReport]] = deque()
+        self._memory_questions = MemoryQuestions()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -175,6 +179,10 @@ class AsyncLLM:
         return self.memory_plan.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self.memory_plan.block_size
+
+    @property
     def max_queue_size(self) -> int:
         """Most requests that may wait; 0: no limit."""
         return self.config.max_queue_size
@@ -196,13 +204,17 @@ class AsyncLLM:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Stream deltas of one request, which add up by `RequestOutput.extend`; closing the iterator aborts it.
 
+        `progress` has the samples that another engine began, by index. The first item repeats it as an output.
+
         Raises `RequestError` before the first item for a request that cannot be served: bad input, a full queue (429),
         an engine that takes no requests now (503); and `DeadlineError` after `timeout` seconds. `tenant` and `workload`
-        are those of `Request`; `request_id` is the caller's name for it and only echoed.
+        are those of `Request`; `request_id` is the caller's name for it and only echoed, `adapter` one of `adapters`.
         """
         if params.logits_processors:
             raise RequestError(
@@ -217,10 +229,15 @@ class AsyncLLM:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            adapter=adapter,
             timeout=timeout,
+            progress=progress,
         )
         finished = False
         try:
+            if stream.replayed is not None:
+                finished = stream.replayed.finished
+                yield stream.replayed
             while not finished:
                 await stream.changed.wait()
                 output = stream.take()
@@ -241,7 +258,7 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
-        workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
         """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
@@ -255,7 +272,7 @@ class AsyncLLM:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
-            workload=workload,
+            adapter=adapter,
             timeout=timeout,
         )
         try:
@@ -274,11 +291,9 @@ class AsyncLLM:
         params: SamplingParams,
         *,
         task: Task = Task.SAMPLE,
-        priority: int,
-        cache_salt: str,
-        tenant: str,
-        workload: str,
         timeout: float | None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
+        **options: Unpack[RequestOptions],
     ) -> Stream:
         """Check a request and send it to the engine process. The caller closes the stream."""
         if self.outage is not None:
@@ -286,20 +301,12 @@ class AsyncLLM:
         if self._inputs is None or self.state in ("loading", "draining", "dead"):
             raise EngineUnavailableError(f"the engine is {self.state}")
         internal_id = f"r{next(self._request_numbers)}"
-        make = partial(
-            self._inputs.make_request,
-            internal_id,
-            prompt,
-            params,
-            task=task,
-            priority=priority,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            workload=workload,
-        )
+        make = partial(self._inputs.make_request, internal_id, prompt, params, task=task, **options)
         # Tokenising takes milliseconds, in which other streams must go on.
         slow = isinstance(prompt, str) or (params.bad_words and not params.bad_words_token_ids)
         request, text = await asyncio.to_thread(make) if slow else make()
+        if progress:
+            request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
         self._check_queue()
@@ -307,7 +314,7 @@ class AsyncLLM:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
-        return self._streams.open(request, text, timeout)
+        return self._streams.open(request, text, timeout, progress)
 
     def _check_queue(self) -> None:
         """Raise `QueueFullError` if `max_queue_size` requests wait."""
@@ -337,8 +344,7 @@ class AsyncLLM:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
         if self.state not in ("ready", "draining"):
             raise EngineUnavailableError(f"the engine is {self.state}")
-        answer: asyncio.Future[MemoryReport] = asyncio.get_running_loop().create_future()
-        self._memory_waiters.append(answer)
+        answer = self._memory_questions.ask()
         self._client.send(ReportMemory())
         return await answer
 
@@ -351,9 +357,7 @@ class AsyncLLM:
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
             case MemoryReported(report):
-                waiter = self._memory_waiters.popleft()
-                if not waiter.done():
-                    waiter.set_result(report)
+                self._memory_questions.answer(report)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -366,7 +370,7 @@ class AsyncLLM:
                 self._report(f"{name}: {seconds:.2f} s")
 
     def _handle_death(self, death: Death) -> bool:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -378,15 +382,9 @@ class AsyncLLM:
         self._streams.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._fail_memory_waiters()
+        self._memory_questions.fail()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:
         self._prefixes.fail(error)
         self._streams.end_all(error)
-
-    def _fail_memory_waiters(self) -> None:
-        for waiter in self._memory_waiters:
-            if not waiter.done():
-                waiter.set_exception(EngineUnavailableError("the engine ended before it could answer"))
-        self._memory_waiters.clear()

@@ -14,13 +14,16 @@ import torch
 
 from quire.backends import BACKENDS
 from quire.config import EngineConfig
+from quire.engine.adapters import WaitingForAdapter
+from quire.engine.cache_events import CacheEvents
 from quire.engine.core import EngineCore
-from quire.engine.device import usable_cores
+from quire.engine.device import ThreadCount, usable_cores
 from quire.engine.fingerprint import fingerprint
 from quire.engine.grammars import load_compiler
 from quire.engine.memory_budget import max_num_samples
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.preloader import Preloader, preload
+from quire.errors import ConfigError
 from quire.grammar.cache import GrammarCache
 from quire.kernels import Kernels, KVLayer, kernels_for
 from quire.kernels.interface import KVShape, Packing
@@ -29,6 +32,8 @@ from quire.kv_cache.states import StatePool
 from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_cache.tiers import Tier, TierIndex
 from quire.kv_groups import KVLayout, window_alignment
+from quire.layers.adapters import ModelAdapters
+from quire.lora.slots import AdapterSlots
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
@@ -66,6 +71,8 @@ class _Target:
     kernels: Kernels
     device: torch.device
     layout: KVLayout
+    adapters: ModelAdapters | None
+    """Collects the layers that adapters may change; None without adapters."""
 
 
 def build_core(
@@ -94,49 +101,60 @@ def build_core(
     started = time.perf_counter()
     num_threads = _set_threads(config)
     kernels, device = kernels_for(plan.attention_backend), torch.device(plan.device)
-    target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec))
+    adapters = ModelAdapters(config.max_loras, config.max_lora_rank) if config.enable_lora else None
+    target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec), adapters)
     name = _kernel_name(config, plan, target.kernels)
     on_phase(f"kernels ({name}, {num_threads} thread{'s' * (num_threads != 1)})", time.perf_counter() - started)
     preloader = preloader or preload(config, model_config, plan, folder)
     model, from_cache = _load_weights(target, preloader)
     on_phase("weights from the cache" if from_cache else "weights", time.perf_counter() - started)
-
     started = time.perf_counter()
     kv_cache = _make_kv_cache(target)
     tiers, block_store = _open_tiers(target, kv_cache)
     _warn_of_surplus(target)
     on_phase("KV cache", time.perf_counter() - started)
-    settings = RunnerSettings(
-        backend=plan.attention_backend,
-        max_num_seqs=plan.max_num_seqs,
-        max_num_batched_tokens=plan.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
-        num_threads=num_threads,
-        logprobs_memory=plan.logprobs,
-        fast_forward=config.fast_forward,
-        batch_invariant=config.deterministic,
-        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
-        max_num_samples=max_num_samples(config),
-    )
     runner = ModelRunner(
         model,
         kv_cache,
         model_config,
         target.kernels,
-        settings,
+        _runner_settings(config, plan, num_threads),
         logits_processors=processors,
         block_store=block_store,
         grammars=grammars,
         capture=CudaCapture() if plan.graphs else None,
     )
-    return EngineCore(
-        _make_scheduler(target, tiers),
+    scheduler, events = _make_scheduler(target, tiers)
+    core = EngineCore(
+        scheduler,
         runner,
         grammars,
         preloader.cache,
         vocab_size=model_config.vocab_size,
         max_logprobs=config.max_logprobs,
         overlaps=plan.async_scheduling,
+        events=events,
+    )
+    if target.adapters is not None:
+        slots = _make_slots(target, target.adapters)
+        runner.use_adapters(slots)
+        core.use_adapters(WaitingForAdapter(slots))
+    return core
+
+
+def _runner_settings(config: EngineConfig, plan: MemoryPlan, num_threads: int) -> RunnerSettings:
+    return RunnerSettings(
+        backend=plan.attention_backend,
+        max_num_seqs=plan.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        num_threads=num_threads,
+        count_threads=None if config.threads else ThreadCount(),
+        logprobs_memory=plan.logprobs,
+        fast_forward=config.fast_forward,
+        batch_invariant=config.deterministic,
+        sample_on_device=plan.device == "cuda" or (plan.async_scheduling and plan.device == "cpu"),
+        max_num_samples=max_num_samples(config),
     )
 
 
@@ -190,8 +208,26 @@ def _load_model(target: _Target, packing: Packing | None) -> Model:
         source = DeviceWeights(source, target.device, getattr(torch, plan.dtype))
     stored_as = plan.quantization or plan.dtype
     return load_model(
-        target.model_config, source, target.kernels, stored_as, packing=packing, max_model_len=plan.max_model_len
+        target.model_config,
+        source,
+        target.kernels,
+        stored_as,
+        packing=packing,
+        adapters=target.adapters,
+        max_model_len=plan.max_model_len,
     )
+
+
+def _make_slots(target: _Target, adapters: ModelAdapters) -> AdapterSlots:
+    """Slots for adapters. Raises `ConfigError` for a model that they cannot change."""
+    if not adapters.linears:
+        raise ConfigError(
+            f"enable_lora is set, but {target.model_config.architecture} is computed by transformers, whose layers "
+            "Quire's adapters cannot change; leave it out, or merge the adapter into the checkpoint"
+        )
+    float32 = BACKENDS[target.plan.attention_backend].float32_activations
+    dtype = torch.float32 if float32 else getattr(torch, target.plan.dtype)
+    return AdapterSlots(adapters, target.kernels, dtype=dtype, device=target.device, memory=target.plan.adapters)
 
 
 def _make_kv_cache(target: _Target) -> KVCache:
@@ -239,7 +275,8 @@ def _warn_of_surplus(target: _Target) -> None:
             logger.warning("%s", surplus)
 
 
-def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
+def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler, CacheEvents | None]:
+    """The scheduler, and what publishes the content of its pool, if the config asks for that."""
     config, plan = target.config, target.plan
     pool = BlockPool(
         plan.num_blocks,
@@ -255,7 +292,7 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
             logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
     elif config.speculative_config is not None:
         speculation = DraftPlanner(config.speculative_config)
-    return Scheduler(
+    scheduler = Scheduler(
         pool,
         SchedulerLimits(
             max_num_seqs=plan.max_num_seqs,
@@ -270,3 +307,6 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> Scheduler:
         make_queue=SCHEDULING_POLICIES[config.scheduling_policy],
         make_rule=ADMISSIONS[config.admission],
     )
+    published = config.kv_events_config
+    events = CacheEvents(published, pool, tiers) if published is not None and published.is_on else None
+    return scheduler, events

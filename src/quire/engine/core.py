@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 
 from quire.engine import malloc_arena
+from quire.engine.adapters import WaitingForAdapter
+from quire.engine.cache_events import CacheEvents
 from quire.engine.executor import Executor, PendingStep
 from quire.engine.grammars import WaitingForGrammar
 from quire.engine.limits import check_request
@@ -40,24 +42,32 @@ class EngineCore:
         vocab_size: int,
         max_logprobs: int,
         overlaps: bool = False,
+        events: CacheEvents | None = None,
     ) -> None:
         """`grammars` is also where the executor finds compiled grammars. `weights_cache` may still be writing.
 
-        `overlaps`: plan and launch a step while the one before it still runs, where possible.
+        `overlaps`: plan and launch a step while the one before it still runs, where possible. `events` publishes what
+        the KV cache holds.
         """
         self._scheduler = scheduler
         self._executor = executor
         self._grammar_cache = grammars
         self._grammars = WaitingForGrammar(grammars)
+        self._adapters: WaitingForAdapter | None = None
         self._refused: list[tuple[str, RequestError]] = []
         self._vocab_size = vocab_size
         self._max_logprobs = max_logprobs
         self._weights_cache = weights_cache
         self._closed = False
         self._overlaps = overlaps
+        self._events = events
         self._in_progress: tuple[StepPlan, PendingStep] | None = None
         """The step that was launched ahead."""
         self._record: StepRecord | None = None
+
+    def use_adapters(self, adapters: WaitingForAdapter) -> None:
+        """Serve requests with adapters, whose slots the executor reads."""
+        self._adapters = adapters
 
     def record_steps(self, record: StepRecord) -> None:
         """Write into `record`, before each step is launched, which requests it computes."""
@@ -71,7 +81,7 @@ class EngineCore:
         """
         self._check(request)
         if request.params.structured_outputs is None:
-            self._scheduler.add(request)
+            self._enter(request)
             return
         self._grammars.add(request)
         self._queue_compiled(block=False)
@@ -83,13 +93,16 @@ class EngineCore:
                 raise error
 
     def take_refused(self) -> list[tuple[str, RequestError]]:
-        """Requests that were refused since the last call although `add` had accepted them: their grammar failed."""
+        """Requests that were refused since the last call although `add` had accepted them: their grammar or their
+        adapter failed."""
         refused, self._refused = self._refused, []
         return refused
 
     def abort(self, request_id: str) -> None:
         """Remove a request; its memory is free when this returns."""
         self._grammars.abort(request_id)
+        if self._adapters is not None:
+            self._adapters.abort(request_id)
         self._scheduler.abort(request_id)
 
     def stop(self, request_id: str, index: int) -> None:
@@ -126,6 +139,8 @@ class EngineCore:
         """
         if len(self._grammars):
             self._queue_compiled(block=not self._scheduler.has_work)
+        if self._adapters is not None and len(self._adapters):
+            self._queue_loaded(self._adapters)
         current = self._next_step()
         if current is None:
             return StepDeltas()
@@ -142,7 +157,9 @@ class EngineCore:
         elif ahead is not None:
             self._scheduler.roll_back(ahead)
         if self._grammars.num_held:
-            self._grammars.keep_held(self._scheduler.request_ids)
+            self._grammars.keep_held([*self._scheduler.request_ids, *self._waiting_ids])
+        if self._events is not None:
+            self._events.publish()
         return deltas
 
     def _next_step(self) -> tuple[StepPlan, PendingStep] | None:
@@ -186,6 +203,33 @@ class EngineCore:
             try:
                 if error is not None:
                     raise error
+                self._enter(request)
+            except RequestError as refusal:
+                self._grammars.abort(request.request_id)
+                self._refused.append((request.request_id, refusal))
+
+    def _enter(self, request: Request) -> None:
+        """Queue a request once its adapter is loaded. Raises `RequestError`."""
+        if request.adapter:
+            if self._adapters is None:
+                raise RequestError(
+                    "the request names an adapter, and adapters are off; start with enable_lora", param="model"
+                )
+            if not self._adapters.add(request):
+                return
+        self._scheduler.add(request)
+
+    @property
+    def _waiting_ids(self) -> Sequence[str]:
+        return () if self._adapters is None else self._adapters.request_ids
+
+    def _queue_loaded(self, adapters: WaitingForAdapter) -> None:
+        """Queue the requests whose adapter is loaded; refuse those whose adapter failed."""
+        block = not self._scheduler.has_work and self._in_progress is None
+        for request, error in adapters.take(lambda: self._scheduler.adapters_in_use, block=block):
+            try:
+                if error is not None:
+                    raise error
                 self._scheduler.add(request)
             except RequestError as refusal:
                 self._grammars.abort(request.request_id)
@@ -193,7 +237,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or len(self._grammars) > 0 or len(self._refused) > 0
+        waits = len(self._grammars) > 0 or (self._adapters is not None and len(self._adapters) > 0)
+        return self._scheduler.has_work or waits or len(self._refused) > 0
 
     @property
     def has_idle_work(self) -> bool:
@@ -212,8 +257,12 @@ class EngineCore:
             self.step()
             time.sleep(0.001)
         self._executor.close()
+        if self._adapters is not None:
+            self._adapters.close()
         if self._weights_cache is not None:
             self._weights_cache.close()
+        if self._events is not None:
+            self._events.close()
         malloc_arena.release()
 
     def memory_report(self) -> MemoryReport:
@@ -223,9 +272,13 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
+        if self._adapters is not None:
+            stats.num_waiting += len(self._adapters)
         stats.num_grammars, stats.num_grammar_bytes = len(self._grammar_cache), self._grammar_cache.num_bytes
         return stats
 
     def reset_prefix_cache(self) -> None:
         """Make all cached prefixes unfindable, except registered ones."""
         self._scheduler.reset_prefix_cache()
+        if self._events is not None:
+            self._events.publish()

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +19,8 @@ from quire.errors import ConfigError
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 """Attributes of cuDeviceGetAttribute."""
 _NAME_BYTES = 256
+_RECOUNT = 1.0
+"""Seconds between two counts of the usable cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,20 @@ def usable_cores(root: Path = Path("/")) -> int:
     topology = root / "sys/devices/system/cpu"
     cores = {_read(topology / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in processors}
     return max(1, min([len(cores), *map(int, _cpu_limits(root))]))
+
+
+class ThreadCount:
+    """Number of threads for the next step: one per usable core. The cores are counted again after `_RECOUNT` seconds,
+    since the affinity and a container's CPU limit may change while the engine runs."""
+
+    def __init__(self, count: Callable[[], int] = usable_cores, clock: Callable[[], float] = time.monotonic) -> None:
+        self._count, self._clock = count, clock
+        self._counted_at, self._cores = clock(), count()
+
+    def __call__(self) -> int:
+        if (now := self._clock()) - self._counted_at >= _RECOUNT:
+            self._counted_at, self._cores = now, self._count()
+        return self._cores
 
 
 def _cpu_limits(root: Path) -> Iterator[float]:

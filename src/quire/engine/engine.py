@@ -16,7 +16,9 @@ from quire.engine.memory_plan import plan_memory
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
-from quire.errors import RequestError
+from quire.errors import CheckpointError, RequestError
+from quire.lora.registry import Adapter, AdapterRegistry
+from quire.lora.request import LoRARequest
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
 from quire.request import Task
@@ -67,6 +69,7 @@ class Engine:
             max_logprobs=config.max_logprobs,
             seed=config.seed,
         )
+        self._adapters = AdapterRegistry(config.lora_modules)
         self._outputs = OutputProcessor(self.tokenizer, outputs_grow=True)
         self._grammar_checker = GrammarChecker.for_model(config, self.model_config, self.folder)
 
@@ -79,18 +82,37 @@ class Engine:
         task: Task = Task.SAMPLE,
         priority: int = 0,
         cache_salt: str = "",
+        lora_request: LoRARequest | None = None,
     ) -> RequestOutput:
         """Queue a request. Returns its output, which grows with every step until it is finished.
 
         Raises `RequestError` for a request that cannot be served.
         """
         request, text = self._inputs.make_request(
-            request_id, prompt, params, task=task, priority=priority, cache_salt=cache_salt
+            request_id,
+            prompt,
+            params,
+            task=task,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapter=None if lora_request is None else self._find_adapter(lora_request),
         )
         if params.structured_outputs is not None:
             request = replace(request, grammar_bytes=self._grammar_checker.check(params.structured_outputs))
         self._core.add(request, wait=True)
         return self._outputs.add(request, text)
+
+    def _find_adapter(self, request: LoRARequest) -> Adapter:
+        """Raises `RequestError` for a folder that holds no adapter."""
+        if not self.config.enable_lora:
+            raise RequestError(
+                f"lora_request names {request.lora_name!r}, and adapters are off; make LLM with enable_lora=True",
+                param="lora_request",
+            )
+        try:
+            return self._adapters.identify(request.lora_path)
+        except CheckpointError as error:
+            raise RequestError(str(error), param="lora_request", code="invalid_adapter") from error
 
     def register_prefix(self, prefix_id: str, prefix: Prompt, *, cache_salt: str = "") -> RegisteredPrefix:
         """Compute a prefix now and hold it until `unregister_prefix`.
@@ -123,6 +145,8 @@ class Engine:
     def step(self) -> Sequence[RequestOutput]:
         """Run one step; returns the outputs that grew."""
         outputs, stopped = self._outputs.process(self._core.step())
+        for _, error in self._core.take_refused():  # an adapter that was damaged since its header was read
+            raise error
         for request_id, index in stopped:
             self._core.stop(request_id, index)
         return outputs

@@ -3,17 +3,28 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from quire.engine.limits import check_request
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
+from quire.lora.registry import Adapter
 from quire.model_config import ModelConfig
 from quire.request import Request, Task
 from quire.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}."""
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request has besides its prompt and parameters; see `Request`."""
+
+    priority: int
+    cache_salt: str
+    tenant: str
+    workload: str
+    adapter: Adapter | None
 
 
 class InputProcessor:
@@ -50,6 +61,7 @@ class InputProcessor:
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
     ) -> tuple[Request, str | None]:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
         text, token_ids = self._tokens_of(prompt)
@@ -82,6 +94,8 @@ class InputProcessor:
             cache_salt=cache_salt,
             tenant=tenant,
             workload=workload,
+            adapter=adapter.digest if adapter is not None else "",
+            adapter_path=adapter.path if adapter is not None else "",
             num_returned=num_returned,
             hides_logprobs=hides_logprobs,
         )

@@ -1,9 +1,14 @@
 """Admission check: refuses a request that the model cannot serve. The front and the core run the same functions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 from quire.errors import RequestError
-from quire.request import Request, Task
+from quire.request import Request, SampleProgress, Task
+
+NOTHING_YET: Mapping[int, SampleProgress] = MappingProxyType({})
+"""The progress of a request that no other engine began."""
 
 
 def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_model_len: int) -> None:
@@ -25,6 +30,29 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_m
             raise RequestError(
                 f"{name} is {value}; this engine gives at most {max_logprobs} (max_logprobs)", param=name
             )
+
+
+def resumed(request: Request, progress: Mapping[int, SampleProgress], *, vocab_size: int) -> Request:
+    """The request with the tokens of its samples that another engine began. Raises `RequestError` for progress that
+    no engine can have made."""
+    n = request.params.n
+    if request.task is Task.EMBED or request.num_returned or request.params.beam_width is not None:
+        raise RequestError(
+            "only samples can be resumed, not embeddings, beams or the best of several", param="progress"
+        )
+    for index, sample in progress.items():
+        num_tokens = len(sample.token_ids)
+        if not 0 <= index < n:
+            raise RequestError(f"progress has sample {index}; the request has {n}", param="progress")
+        if num_tokens + (sample.finish_reason is None) > request.max_tokens:
+            raise RequestError(
+                f"progress has {num_tokens} tokens of a sample; max_tokens is {request.max_tokens}", param="progress"
+            )
+        _check_tokens("progress", sample.token_ids, vocab_size)
+    nothing = SampleProgress([])
+    samples = {index: progress.get(index, nothing) for index in range(n)}
+    live = {index: list(ids) for index, (ids, reason) in samples.items() if reason is None}
+    return replace(request, output_token_ids=live)
 
 
 def check_prompt_length(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from quire.backends import BACKENDS, EXPANSION_WORKSPACE, MAX_CAPTURED_TOKENS, Backend
 from quire.config import EngineConfig
 from quire.dtypes import DTYPE_BYTES, FLOAT32_BYTES
+from quire.engine.adapter_memory import adapter_memory
 from quire.engine.device import Device
 from quire.kv_cache.tiers import num_staged_blocks
 from quire.kv_groups import KVLayout
@@ -64,6 +65,8 @@ class MemoryBudget:
     """Blocks on their way to and from the disk tier."""
     states: int = 0
     """Recurrent states."""
+    adapters: int = 0
+    """All slots of adapters."""
 
     @property
     def tiers(self) -> int:
@@ -74,7 +77,7 @@ class MemoryBudget:
     def left(self) -> int:
         """Memory left for KV blocks; negative if the other parts do not fit."""
         left = self.available - self.weights - self.activations - self.logprobs - self.context - self.graphs
-        left -= self.states
+        left -= self.states + self.adapters
         return left if self.own_memory else left - self.tiers
 
 
@@ -110,6 +113,9 @@ def make_budget(
         graphs=_graph_bytes(model, choice.dtype, min(MAX_CAPTURED_TOKENS, num_samples)) if captures else 0,
         swap_space=(config.swap_space or 0) // block * block,
         staging=2 * num_staged_blocks(block) * block if config.disk_cache is not None else 0,
+        adapters=adapter_memory(
+            config, spec, "float32" if backend.float32_activations else choice.dtype, choice.max_num_batched_tokens
+        ),
     )
 
 

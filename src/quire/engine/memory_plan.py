@@ -65,6 +65,8 @@ class MemoryPlan:
     """Slots for recurrent states: those of `max_num_seqs` sequences, and snapshots."""
     state_bytes: int = 0
     """One sequence's recurrent state."""
+    adapters: int = 0
+    """All slots of adapters."""
     async_scheduling: bool = False
 
     @property
@@ -72,7 +74,7 @@ class MemoryPlan:
         """Planned part of `available`. On a card with memory of its own, tiers and staging are the host's and do not
         count."""
         device = self.weights + self.activations + self.logprobs + self.kv_cache + self.states
-        device += self.context + self.graphs
+        device += self.context + self.graphs + self.adapters
         return device if self.device == "cuda" else device + self.swap_space + self.staging
 
     @property
@@ -112,6 +114,7 @@ class MemoryPlan:
             f"+ log-probabilities {show_bytes(self.logprobs)} "
             f"+ KV cache {show_bytes(self.kv_cache)} ({self.kv_cache_dtype})"
             + (f" + recurrent states {show_bytes(self.states)}" if self.states else "")
+            + (f" + adapters {show_bytes(self.adapters)}" if self.adapters else "")
             + (f" + CUDA context {show_bytes(self.context)}" if self.context else "")
             + (f" + CUDA graphs {show_bytes(self.graphs)}" if self.graphs else "")
             + (", of the host" if self.device == "cuda" and self.swap_space + self.staging else "")
@@ -199,6 +202,7 @@ def plan_memory(
         graphs=budget.graphs,
         num_state_slots=states.num_slots,
         state_bytes=states.slot_bytes,
+        adapters=budget.adapters,
         async_scheduling=device.type == "cuda" if config.async_scheduling is None else config.async_scheduling,
     )
 

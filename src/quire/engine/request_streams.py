@@ -7,17 +7,18 @@ requests run after a death, and which one is at fault and ended.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from quire.engine.blame import Blame, Quarantine
 from quire.engine.engine_child import Death
+from quire.engine.limits import NOTHING_YET
 from quire.engine.messages import Abort, Add, Stop, ToEngine
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, QuarantinedError, QuireError
 from quire.outputs import RequestOutput, SequenceDelta, StepDeltas
-from quire.request import Request
+from quire.request import Request, SampleProgress
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Stream:
     error: QuireError | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when `take` has something to return or to raise."""
+    replayed: RequestOutput | None = None
+    """What another engine had made of the request."""
     deadline: asyncio.TimerHandle | None = None
     num_prompt_logprobs: int = 0
     """Prompt positions whose log-probabilities were delivered."""
@@ -85,8 +88,16 @@ class RequestStreams:
         """Whether the engine has not finished a request."""
         return any(stream.live for stream in self._streams.values())
 
-    def open(self, request: Request, prompt: str | None, timeout: float | None = None) -> Stream:
+    def open(
+        self,
+        request: Request,
+        prompt: str | None,
+        timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = NOTHING_YET,
+    ) -> Stream:
         """Send a request to the engine; after `timeout` seconds it is ended. `close` must follow.
+
+        `progress` has the samples that another engine began; the request holds those that go on.
 
         Raises `QuarantinedError`.
         """
@@ -95,14 +106,32 @@ class RequestStreams:
                 f"the engine died whenever it computed a request like this one; it is refused for {seconds:.0f} s more"
             )
         request_id = request.request_id
-        stream = self._streams[request_id] = Stream(request, {index: [] for index in range(request.params.n)})
+        live = {index: list(request.output_token_ids.get(index, ())) for index in range(request.params.n)}
+        stream = self._streams[request_id] = Stream(request, live)
         self._outputs.add(request, prompt)
+        if progress:
+            self._replay(stream, progress)
+            if not live:
+                return stream
         if timeout is not None:
             stream.deadline = asyncio.get_running_loop().call_later(timeout, self._expire, request_id, timeout)
         if self._blame.may_run(request_id):
             stream.is_sent = True
             self._send(Add(request))
         return stream
+
+    def _replay(self, stream: Stream, progress: Mapping[int, SampleProgress]) -> None:
+        """Bring the text side of a request to where another engine left it."""
+        request_id = stream.request.request_id
+        others = [
+            SequenceDelta(request_id, index, sample.token_ids, finish_reason=sample.finish_reason)
+            for index, sample in progress.items()
+        ]
+        (stream.replayed,), stopped = self._outputs.process(StepDeltas(others=others))
+        for index in [index for index, sample in progress.items() if sample.finish_reason is not None]:
+            stream.live.pop(index, None)
+        for _, index in stopped:
+            stream.live.pop(index, None)
 
     def close(self, stream: Stream) -> None:
         """The consumer has gone: abort the request if it still runs."""

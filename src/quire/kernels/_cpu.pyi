@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+lora_tile: int
 panel: int
 pair_of_steps: int
 
@@ -80,6 +81,16 @@ def linear_blocks(
     out: Tensor,
 ) -> None: ...
 def gather_rows_blocks(rows: Tensor, type: str, ids: Tensor, out: Tensor) -> None: ...
+def add_lora(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    part_ends: Tensor,
+    rows: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+) -> None: ...
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,

@@ -37,11 +37,14 @@ from quire.kernels.interface import (
     PackedWeight,
     QuantizedWeight,
 )
+from quire.kernels.lora import LoraRows, LoraWeights
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import kv_cache_shapes, latent_layer, zeros
 from quire.quantization import WeightFormat
 
 __all__ = [
+    "LORA_TILE",
+    "add_lora",
     "add_rms_norm",
     "causal_conv",
     "copy_blocks",
@@ -81,6 +84,7 @@ logger = logging.getLogger(__name__)
 
 PACKING = 2
 """Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
+LORA_TILE: int = _cpu.lora_tile
 _ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 
@@ -311,6 +315,10 @@ def _parts(weight: ExpertWeight) -> tuple[Tensor, Tensor | None, int, str]:
     if isinstance(weight, QuantizedWeight):
         return weight.values, weight.scales, weight.group_size, f"int{weight.bits}"
     return weight.values, weight.scales, MXFP4_BLOCK, "mxfp4 of int8" if weight.rounds_rows else "mxfp4"
+
+
+def add_lora(out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None:
+    _cpu.add_lora(x, weights.a, weights.b, weights.ranks, weights.part_ends, rows.rows, rows.tiles, out)
 
 
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:

@@ -14,9 +14,7 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
-A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
-
-A slot is `block * block_size + offset`; slot -1 means "write nothing".
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key. A slot is `block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.lora import LoraRows, LoraWeights
 from quire.quantization import WeightFormat
 
 KVShape = tuple[int, int, int, int]
@@ -229,17 +228,14 @@ class QuantizedWeight:
 
 
 LowBitWeight = QuantizedWeight | BlockWeight
-"""Result of `quantize_linear` or `pack_blocks`, for `linear_quantized`."""
 PackedWeight = Tensor | LowBitWeight
 """Result of `pack_linear`, `quantize_linear` or `pack_blocks`."""
-
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
 
 
 class Mxfp4Matrix(NamedTuple):
-    """A matrix [N, K] in MXFP4, as checkpoints store it: numbers of 4 bits (e2m1), and a power of two for each block of
-    32 inputs."""
+    """A matrix [N, K] in MXFP4, as stored: numbers of 4 bits (e2m1), and a power of two for every 32 inputs."""
 
     blocks: Tensor
     """[N, K / 32, 16] uint8: two inputs a byte, the first in the low half."""
@@ -374,6 +370,11 @@ class Kernels(Packing, Protocol):
     ) -> Tensor: ...
 
     def experts(self, x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, out: Tensor) -> None: ...
+
+    LORA_TILE: int
+    """The most rows of a tile of `LoraRows`."""
+
+    def add_lora(self, out: Tensor, x: Tensor, rows: LoraRows, weights: LoraWeights) -> None: ...
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 

@@ -19,6 +19,8 @@ from quire.kernels import reference
 from quire.kernels.grouped_experts import experts, pack_experts, pack_linear
 from quire.kernels.host_sampling import row_argmax, sample_tokens
 from quire.kernels.interface import AttentionParams, AttentionPlan, KVLayer, KVShape
+from quire.kernels.lora import LORA_TILE
+from quire.kernels.lora import add_lora_in_tiles as add_lora
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.reference import (
     gather_rows_quantized,
@@ -31,8 +33,10 @@ from quire.kernels.reference import (
 from quire.kernels.unfused import unfused
 
 __all__ = [
+    "LORA_TILE",
     "SdpaPlan",
     "SequenceRun",
+    "add_lora",
     "add_rms_norm",
     "causal_conv",
     "copy_blocks",

@@ -23,6 +23,9 @@ from quire.kv_groups import first_kept_block, most_blocks
 BlockListener = Callable[[int, BlockHash], None]
 """Called with a block and its hash."""
 
+StoredListener = Callable[[int, BlockHash, BlockHash, Sequence[TokenKey] | None], None]
+"""Called with a block, its hash, its parent's hash (b"" if unknown) and its tokens (None if unknown)."""
+
 
 class OutOfBlocksError(QuireError):
     """No block is free. Callers check `num_free` first; reaching this is a bug."""
@@ -73,6 +76,11 @@ class BlockPool:
         """Called for a block with a hash that `allocate` takes, while its content is still there."""
         self.idle_listeners: list[BlockListener] = []
         """Called for a block with a hash when its last reference goes."""
+        self.stored_listeners: list[StoredListener] = []
+        """Called for a block that has got a hash."""
+        self.removed_listeners: list[BlockListener] = []
+        """Called for a block that lost its hash, but was not evicted: its content may be wrong, or the cache was
+        emptied."""
         self.pinned: Counter[int] = Counter()
         """Used blocks that registered prefixes hold → by how many prefixes. They never lose their hash."""
         self.children = PartialBlockIndex()
@@ -260,6 +268,8 @@ class BlockPool:
             self._by_hash[block_hash] = block
             if token_ids is not None:
                 self._add_child(block, parent, token_ids)
+            for listener in self.stored_listeners:
+                listener(block, block_hash, parent, token_ids)
 
     def remove_hash(self, block: int) -> None:
         """Make a used block unfindable, because its content may be wrong. Pinned blocks keep their hash."""
@@ -268,6 +278,8 @@ class BlockPool:
             del self._by_hash[block_hash]
             self.hashes[block] = None
             self.children.remove(block)
+            for listener in self.removed_listeners:
+                listener(block, block_hash)
 
     def clear_hashes(self) -> None:
         """Empty the prefix cache: only pinned blocks stay findable. Block tables are untouched.
@@ -279,8 +291,11 @@ class BlockPool:
             self._unlink(block)
             self._link_first(block)
         for block in evicted:
-            self.hashes[block] = None
+            block_hash, self.hashes[block] = self.hashes[block], None
             self.children.remove(block)
+            if block_hash is not None:
+                for listener in self.removed_listeners:
+                    listener(block, block_hash)
         self._by_hash = {block_hash: block for block_hash, block in self._by_hash.items() if block in self.pinned}
         self.num_cached_free = 0
 

@@ -37,6 +37,8 @@ class Tier:
         self.block_bytes = block_bytes
         """Space that one more block takes."""
         self.stats = TierStats(capacity_bytes=capacity_bytes)
+        self.listeners: list[Callable[[bytes, bool], None]] = []
+        """Called with a block's hash, and whether it is now stored (or else gone)."""
         self._sizes: OrderedDict[bytes, int] = OrderedDict(stored)
         """Blocks of other models only take space; their keys are no block hashes."""
         self.stats.num_bytes = sum(self._sizes.values())
@@ -58,6 +60,8 @@ class Tier:
             self._sizes[block_hash] = self.block_bytes
             self.stats.num_bytes += self.block_bytes
             self.stats.num_blocks += 1
+            for listener in self.listeners:
+                listener(block_hash, True)
 
     def remove(self, block_hash: bytes) -> bool:
         """Note that a block is no longer stored. Returns whether it was."""
@@ -66,6 +70,8 @@ class Tier:
             return False
         self.stats.num_bytes -= size
         self.stats.num_blocks -= 1
+        for listener in self.listeners:
+            listener(block_hash, False)
         return True
 
     def hashes(self) -> list[bytes]:

@@ -1,11 +1,21 @@
 """Embedding: rows of a table, which may be the output head's weight."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.kernels.interface import PackedWeight
 from quire.layers.linear import Linear, gather
+
+
+class TokenEmbedding(Protocol):
+    """What makes vectors of token ids."""
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int32 [T] -> [T, H], a fresh tensor."""
+        ...
 
 
 class Embedding:

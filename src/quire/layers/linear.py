@@ -1,13 +1,13 @@
 """Linear: a dense layer whose weight is packed when it is built."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
-from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.blocks import dequantize
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
@@ -19,6 +19,21 @@ Matrix = Tensor | BlockMatrix
 
 
 @dataclass(frozen=True, slots=True)
+class LinearOrigin:
+    """Where the outputs of a layer come from, for adapters, which know layers by their names."""
+
+    name: str
+    """The stored layer's full name."""
+    num_outputs: int
+    """Its outputs."""
+    rows: Tensor | None = None
+    """The outputs that the layer computes, in its order; None: all, as they are stored."""
+
+    def select(self, rows: Tensor) -> "LinearOrigin":
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
@@ -26,11 +41,17 @@ class LinearWeight:
     """[N, K] of any float type or in blocks; it may be a view of a mapped file."""
     bias: Tensor | None = None
     """[N]"""
+    origin: LinearOrigin | None = None
+    """Set where adapters may change the layer."""
 
     def select_rows(self, rows: Tensor) -> "LinearWeight":
         """The layer that computes the outputs `rows`, in their order."""
-        weight = self.weight.select_rows(rows) if isinstance(self.weight, BlockMatrix) else self.weight[rows]
-        return LinearWeight(weight, None if self.bias is None else self.bias[rows])
+        return replace(
+            self,
+            weight=self.weight.select_rows(rows) if isinstance(self.weight, BlockMatrix) else self.weight[rows],
+            bias=None if self.bias is None else self.bias[rows],
+            origin=None if self.origin is None else self.origin.select(rows),
+        )
 
     @property
     def floats(self) -> Tensor:
@@ -78,6 +99,8 @@ class Linear:
 
     def unpacked(self) -> Tensor:
         """The weight [N, K] in float32."""
+        if isinstance(self.packed, BlockWeight):
+            return torch.cat([dequantize(part) for part in self.packed.parts])
         device = (self.packed.values if isinstance(self.packed, QuantizedWeight) else self.packed).device
         rows = torch.arange(self.num_outputs, dtype=torch.int32, device=device)
         return gather(self.kernels, self.packed, rows, self.num_inputs)
@@ -125,7 +148,11 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     return torch.cat([bias.float() for bias in biases])
 
 
+def head_format(dtype: str) -> str | WeightFormat:
+    """How an output head is stored: a quantisation has a format of its own for it."""
+    return METHODS[dtype].head if dtype in METHODS else dtype
+
+
 def output_head(kernels: Kernels, table: LinearWeight, dtype: str, packing: Packing | None = None) -> Linear:
-    """The layer that makes logits: a table [vocab_size, H], which may be the embedding's. A quantisation has a format
-    of its own for it."""
-    return Linear(kernels, [table], METHODS[dtype].head if dtype in METHODS else dtype, packing)
+    """The layer that makes logits: a table [vocab_size, H], which may be the embedding's."""
+    return Linear(kernels, [table], head_format(dtype), packing)

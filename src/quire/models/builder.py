@@ -8,9 +8,10 @@ import torch
 
 from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
-from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding
+from quire.layers.adapters import AdaptedEmbedding, AdaptedLinear
+from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding, TokenEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
-from quire.layers.linear import Linear, LinearWeight, Matrix, output_head
+from quire.layers.linear import Linear, LinearOrigin, LinearWeight, Matrix, head_format, output_head
 from quire.layers.norm import LayerNorm, Norm, RMSNorm
 from quire.model_config import ModelConfig
 from quire.models.weights import WeightScope
@@ -51,7 +52,14 @@ class Builder:
 
     def pack(self, *weights: LinearWeight, quantizes: bool = True) -> Linear:
         """One layer of stored ones, outputs side by side. `quantizes=False` keeps it in floats whatever the dtype."""
-        return Linear(self.kernels, weights, self.dtype if quantizes else self.float_dtype, self.weights.packing)
+        dtype, packing, adapters = (
+            self.dtype if quantizes else self.float_dtype,
+            self.weights.packing,
+            self.weights.adapters,
+        )
+        if adapters is None or all(weight.origin is None for weight in weights):
+            return Linear(self.kernels, weights, dtype, packing)
+        return AdaptedLinear(self.kernels, weights, dtype, packing, adapters)
 
     def pack_experts(self, gate_up: ExpertLinear, down: ExpertLinear, activation: str | None = None) -> ExpertMLPs:
         """The MLPs of a layer's experts, by default with the activation of the config."""
@@ -82,11 +90,13 @@ class Builder:
     def table(self, name: str, width: int, head: str = "lm_head") -> Matrix:
         """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
         shape = (self.config.vocab_size, width)
+        if self.weights.adapters is not None:
+            self.weights.adapters.embedding_name = self.weights.prefix + name
         is_headless = not self.weights.has(f"{name}.weight") and self.weights.has(f"{head}.weight")
         stored = head if self.config.tie_word_embeddings and is_headless else name
         return self.weights.take_linear(stored, shape).weight
 
-    def ends(self, table: Matrix, head_name: str = "lm_head") -> tuple[Embedding | PackedEmbedding, Linear]:
+    def ends(self, table: Matrix, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
         tied head may still have a bias of its own.
 
@@ -96,13 +106,28 @@ class Builder:
         has_bias = self.config.head_bias
         if self.config.tie_word_embeddings and not self._holds_other_head(table, head_name):
             bias = self.weights.take(f"{head_name}.bias", (num_outputs,)) if has_bias else None
-            head = output_head(self.kernels, LinearWeight(table, bias), self.dtype, self.weights.packing)
-            return TiedEmbedding(head), head
+            head = self._head(LinearWeight(table, bias), head_name)
+            return self._adapted(TiedEmbedding(head)), head
         stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
-        head = output_head(self.kernels, stored, self.dtype, self.weights.packing)
+        embedding: TokenEmbedding
         if isinstance(table, BlockMatrix):
-            return PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs), head
-        return Embedding(table, self.weights.activation_dtype), head
+            embedding = PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs)
+        else:
+            embedding = Embedding(table, self.weights.activation_dtype)
+        return self._adapted(embedding), self._head(stored, head_name)
+
+    def _head(self, stored: LinearWeight, name: str) -> Linear:
+        adapters, packing = self.weights.adapters, self.weights.packing
+        if adapters is None:
+            return output_head(self.kernels, stored, self.dtype, packing)
+        adapters.head_name = self.weights.prefix + name
+        stored = replace(stored, origin=LinearOrigin(adapters.head_name, stored.weight.shape[0]))
+        adapters.head = AdaptedLinear(self.kernels, [stored], head_format(self.dtype), packing, adapters)
+        return adapters.head
+
+    def _adapted(self, embedding: TokenEmbedding) -> TokenEmbedding:
+        adapters = self.weights.adapters
+        return embedding if adapters is None else AdaptedEmbedding(embedding, adapters)
 
     def _holds_other_head(self, table: Matrix, head_name: str) -> bool:
         """Whether a head is stored whose values are not the table's."""

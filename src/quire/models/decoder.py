@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.layers.embedding import Embedding, PackedEmbedding
+from quire.layers.embedding import Embedding, TokenEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
@@ -101,7 +101,7 @@ class Decoder:
 
     def __init__(
         self,
-        ends: tuple[Embedding | PackedEmbedding, Linear],
+        ends: tuple[TokenEmbedding, Linear],
         layers: Sequence[DecoderLayer],
         norm: Norm,
         *,

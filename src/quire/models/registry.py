@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.kernels import Kernels
 from quire.kernels.interface import Packing
+from quire.layers.adapters import ModelAdapters
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
 from quire.models.stored_names import StoredNames
@@ -46,12 +47,14 @@ def load_model(
     dtype: str,
     *,
     packing: Packing | None = None,
+    adapters: ModelAdapters | None = None,
     max_model_len: int | None = None,
 ) -> Model:
     """Build the model from its weights, packed as `dtype`: a float type, or the name of a quantisation.
 
     Positions run up to `max_model_len`, by default the config's `default_model_len`. `packing` packs the dense layers;
-    by default `kernels` do. Raises `CheckpointError` for weights that are missing, misshapen or left over.
+    by default `kernels` do. `adapters` collects the layers that adapters may change. Raises `CheckpointError` for
+    weights that are missing, misshapen or left over.
     """
     row = ARCHITECTURES.get(config.architecture)
     if config.computed_by or row is None:
@@ -59,7 +62,7 @@ def load_model(
     else:
         module, name = row.model.split(":")
     family = getattr(import_module(module), name)
-    weights = WeightScope(StoredNames(source), packing=packing)
+    weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
     source.finish(ignored=model.ignored_tensors)
     return model

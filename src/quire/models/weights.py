@@ -5,14 +5,15 @@ source through a `WeightScope`, which puts a prefix before every name.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quire.kernels.interface import Packing
-from quire.layers.linear import LinearWeight
+from quire.layers.adapters import ModelAdapters
+from quire.layers.linear import LinearOrigin, LinearWeight
 
 
 class TensorSource(Protocol):
@@ -55,10 +56,12 @@ class WeightScope:
     prefix: str = ""
     packing: Packing | None = None
     """Packs the dense layers; None: the model's kernels do."""
+    adapters: ModelAdapters | None = None
+    """Collects the layers that adapters may change; None: none may."""
 
     def scope(self, name: str) -> "WeightScope":
         """The tensors below `name` and a dot."""
-        return WeightScope(self.source, f"{self.prefix}{name}.", self.packing)
+        return replace(self, prefix=f"{self.prefix}{name}.")
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -83,7 +86,8 @@ class WeightScope:
 
         `bias`: it has one. `transposed`: the family's checkpoints store the matrix as [inputs, outputs].
         """
-        return self.source.take_linear(self.prefix + name, shape, bias=bias, transposed=transposed)
+        stored = self.source.take_linear(self.prefix + name, shape, bias=bias, transposed=transposed)
+        return stored if self.adapters is None else replace(stored, origin=LinearOrigin(self.prefix + name, shape[0]))
 
 
 def take_float_linear(

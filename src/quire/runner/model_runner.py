@@ -24,10 +24,13 @@ from quire.kernels.interface import AttentionPlan, Kernels, OutputTokens
 from quire.kernels.transfer import to_device
 from quire.kv_cache.storage import KVCache
 from quire.layers.step_context import StepContext
+from quire.lora.slots import AdapterSlots
 from quire.model_config import ModelConfig
 from quire.models.registry import Model
+from quire.runner.adapter_rows import AdapterRows
 from quire.runner.block_store import BlockStore
 from quire.runner.cuda_graphs import Capture, DecodeGraphs, GraphKey, Outcome, is_out_of_memory
+from quire.runner.input_batch import Int32Array
 from quire.runner.recurrence import Recurrence
 from quire.runner.request_rows import RequestRows
 from quire.runner.results import Finish, PendingStep, PromptLogprobs, StepResults, fetch_vectors
@@ -69,7 +72,7 @@ class ModelRunner:
         self._kernels = kernels
         self._device = device
         self._block_store = block_store
-        self._num_threads = settings.num_threads
+        self._count_threads = settings.count_threads or (lambda: settings.num_threads)
         self._rows = RequestRows(
             max_num_seqs=settings.max_num_seqs,
             max_blocks=-(-settings.max_model_len // kv_cache.block_size),
@@ -95,10 +98,16 @@ class ModelRunner:
         if settings.sample_on_device and not logits_processors:
             device_sampler = DeviceSampler(vocab_size, import_module(row.sampling) if row.sampling else None)
             self._device_sampling = DeviceSampling(device_sampler, settings.max_num_seqs, results, device)
-        self._prompt_logprobs = PromptLogprobs(model.logits, vocab_size, settings.logprobs_memory, device_sampler)
+        self._adapters: AdapterRows | None = None
+        self._prompt_logprobs = PromptLogprobs(self._logits_of, vocab_size, settings.logprobs_memory, device_sampler)
         self._graphs = None if capture is None else self._make_graphs(capture, settings)
         self._pending = PendingStep(StepResult())
         """The step launched last."""
+
+    def use_adapters(self, slots: AdapterSlots) -> None:
+        """Serve rows with the adapters in these slots of the model's layers."""
+        self._rows.slot_of = slots.slot_of
+        self._adapters = AdapterRows(slots.adapters, self._rows, self._kernels.LORA_TILE, self._device)
 
     # -- the engine's side --------------------------------------------------------------------------------------------
 
@@ -113,8 +122,8 @@ class ModelRunner:
         can be run again: what it wrote will be overwritten.
         """
         # OpenMP keeps the number of threads per calling thread, and another thread may have loaded the model.
-        if torch.get_num_threads() != self._num_threads:
-            torch.set_num_threads(self._num_threads)
+        if torch.get_num_threads() != (num_threads := self._count_threads()):
+            torch.set_num_threads(num_threads)
         try:
             with self._inference:
                 self._pending = self._launch(plan)
@@ -178,10 +187,11 @@ class ModelRunner:
     def _compute(self, plan: StepPlan, result: StepResult) -> Sequence[Finish]:
         """Fill `result`, or return what fills it when the device is done."""
         step = self._inputs.lay_out(plan)
+        has_adapters = self._adapters is not None and self._adapters.begin(step)
         sampler = self._choose_sampler(step)
         columns = sampler.begin(step)
         self._copy_blocks(plan)
-        size = 0 if self._graphs is None else self._captured_size(self._graphs, step)
+        size = 0 if self._graphs is None or has_adapters else self._captured_size(self._graphs, step)
         attention = self._plan_attention(step.attention_arrays, captured_tokens=size, repeats=step.repeats)
         outcome = sampler.outcome(columns)
         finishes: list[Finish] = []
@@ -240,17 +250,27 @@ class ModelRunner:
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
             recurrence=self._recurrence.plan(step),
         )
+        if self._adapters is not None:
+            self._adapters.enter_model(sent)
         return self._model(input_ids, context)
 
     def _sample_logits(self, step: StepInputs, sent: SentInputs, hidden: Tensor) -> Tensor:
         """A row of logits for each sample, which the sampler may overwrite."""
+        tokens = step.sampling.tokens
         if step.sampling.after_every_token:
-            return self._model.logits(hidden)
+            return self._logits_of(hidden, None)
         rows, inverse = np.unique(sent.sampled, return_inverse=True)
         if len(rows) == len(sent.sampled):
-            return self._model.logits(hidden[sent.tensors["sampled"]])
+            return self._logits_of(hidden[sent.tensors["sampled"]], tokens)
         # The n samples that part where a prompt ends each get a copy of its logits.
-        return self._model.logits(hidden[to_device(rows, self._device)])[to_device(inverse, self._device)]
+        logits = self._logits_of(hidden[to_device(rows, self._device)], np.unique(tokens))
+        return logits[to_device(inverse, self._device)]
+
+    def _logits_of(self, hidden: Tensor, tokens: Int32Array | None) -> Tensor:
+        """The logits of hidden states that belong to some tokens of the step; None: to all of them."""
+        if self._adapters is not None:
+            self._adapters.enter_head(tokens)
+        return self._model.logits(hidden)
 
     def _empty_cache(self) -> None:
         if self._device.type == "cuda":
@@ -289,6 +309,8 @@ class ModelRunner:
         sampler = self._host_sampling if device is None or key.outcome is Outcome.LOGITS else device
 
         def run() -> Tensor:
+            if self._adapters is not None:
+                self._adapters.leave()
             input_ids = tensors["input_ids"] if device is None else device.fill_in(tensors["input_ids"])
             hidden = self._model(input_ids, StepContext(tensors["token_positions"], self._kv_cache.layers, attention))
             return sampler.compute(self._model.logits(hidden), tensors, key.outcome)

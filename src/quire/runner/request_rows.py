@@ -4,6 +4,8 @@ A sequence keeps its row for as long as it runs. A preempted sequence loses its 
 one with all its tokens. So no second copy of its state has to be kept in step.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,6 +31,10 @@ class RequestRows:
         """`fast_forward`: tokens that a grammar forces are added without running the model."""
         self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
         self.states: list[SamplingState | None] = [None] * max_num_seqs
+        self.adapter_slots: NDArray[np.int32] = np.full(max_num_seqs, -1, dtype=np.int32)
+        """The slot of each row's adapter; −1: the model alone."""
+        self.slot_of: Callable[[str], int] = lambda adapter: -1
+        """Adapter → its slot."""
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._fast_forward = fast_forward
@@ -45,11 +51,12 @@ class RequestRows:
     def apply(self, plan: StepPlan) -> None:
         """Apply a plan's forks, new rows and changed block tables. Plans carry everything else that they need."""
         # All forks are made before any row is written: a row may be the source of one fork and the target of another.
-        beams = [(fork, self._source_state(fork)) for fork in plan.row_forks]
-        for fork, state in beams:
+        beams = [(fork, self._source_state(fork), self.adapter_slots[fork.source]) for fork in plan.row_forks]
+        for fork, state, slot in beams:
             state.append(fork.token_id)
-            self.states[fork.row] = state
+            self.states[fork.row], self.adapter_slots[fork.row] = state, slot
         for new in plan.new_rows:
+            self.adapter_slots[new.row] = self.slot_of(new.adapter)
             self.states[new.row] = SamplingState(
                 params=new.params,
                 prompt_token_ids=new.prompt_token_ids,

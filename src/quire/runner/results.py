@@ -140,12 +140,13 @@ class PromptLogprobs:
 
     def __init__(
         self,
-        compute_logits: Callable[[Tensor], Tensor],
+        compute_logits: Callable[[Tensor, NDArray[np.int32]], Tensor],
         vocab_size: int,
         logprobs_memory: int,
         device_sampler: DeviceSampler | None,
     ) -> None:
-        """`compute_logits` maps hidden states [R, H] to logits [R, vocab_size]; `logprobs_memory` is in bytes."""
+        """`compute_logits` maps hidden states [R, H], and the R tokens of the step that they belong to, to logits
+        [R, vocab_size]; `logprobs_memory` is in bytes."""
         self._compute_logits = compute_logits
         self._vocab_size = vocab_size
         self._logprobs_memory = logprobs_memory
@@ -155,14 +156,16 @@ class PromptLogprobs:
         """Fill in `result.prompt_logprobs` from the step's hidden states, or return what fills it in."""
         finishes: list[Finish] = []
         for index, (num_logprobs, targets) in step.plan.prompt_logprobs.items():
-            start = int(sent.hidden_indices(step.batch.query_start_loc[index : index + 1])[0])
+            first_token = step.batch.query_start_loc[index : index + 1]
+            start = int(sent.hidden_indices(first_token)[0])
             entries: list[TokenLogprobs] = []
             result.prompt_logprobs[index] = entries
             # The logits of a long prompt can be larger than its KV: there is memory for so many positions at once.
             num_rows = max(1, self._logprobs_memory // logprob_bytes(self._vocab_size, num_logprobs))
             for first in range(0, len(targets), num_rows):
                 token_ids = targets[first : first + num_rows]
-                logits = self._compute_logits(hidden[start + first : start + first + len(token_ids)])
+                tokens = first_token + np.arange(first, first + len(token_ids), dtype=np.int32)
+                logits = self._compute_logits(hidden[start + first : start + first + len(token_ids)], tokens)
                 if self._device_sampler is None or not has_device_logprobs(num_logprobs):
                     entries += token_logprobs(logits.float().cpu(), token_ids, num_logprobs)
                 else:

@@ -1,5 +1,6 @@
 """RunnerSettings: the plain values that a ModelRunner is made with, and what its attention planner needs of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from quire.attention import AttentionShape
@@ -17,6 +18,7 @@ class RunnerSettings:
     max_num_batched_tokens: int
     max_model_len: int
     num_threads: int
+    """Threads at the start, for which attention is divided."""
     logprobs_memory: int
     """Bytes that log-probabilities may take at once."""
     fast_forward: bool = True
@@ -25,6 +27,8 @@ class RunnerSettings:
     """No bit of a sequence's logits depends on the other sequences of its step."""
     sample_on_device: bool = False
     """Sample on the device, without waiting, where the requests of a step allow it."""
+    count_threads: Callable[[], int] | None = None
+    """Threads for the next step, where their number may change."""
     max_num_samples: int = 0
     """The most samples of a captured step, drafts included, if that is more than `max_num_seqs`."""
 

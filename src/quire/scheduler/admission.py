@@ -209,4 +209,5 @@ def _new_row(sequence: Sequence) -> NewRow:
         seed=request.seed,
         sample_index=sequence.index,
         stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
+        adapter=request.adapter,
     )

@@ -127,6 +127,11 @@ class Scheduler:
         return list(self._queues.by_id)
 
     @property
+    def adapters_in_use(self) -> set[str]:
+        """Adapters of all unfinished requests."""
+        return {group.request.adapter for group in self._queues.by_id.values()}
+
+    @property
     def has_idle_work(self) -> bool:
         """Whether steps without requests would still store blocks in the tiers."""
         return self._offload is not None and self._offload.has_idle_work

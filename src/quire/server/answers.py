@@ -13,12 +13,13 @@ from typing import ClassVar, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from quire.errors import RequestError
+from quire.errors import EngineUnavailableError, RequestError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.backend import Engine
 from quire.server.endpoint import RequestContext
 from quire.server.errors import ErrorDetail, error_body
 from quire.server.generation import Generation, UsageCounter, sample_error
+from quire.server.handover import MOVED, STREAM_HEADER, PromptBlocks, block_hashes, mark
 from quire.server.protocol import StreamOptions
 from quire.server.replies import Usage
 from quire.server.streaming import DONE, EVENT_STREAM, StreamForm
@@ -128,25 +129,63 @@ class Answer:
     usage: UsageCounter = field(default_factory=UsageCounter)
     reader: Callable[[], Reader] = PlainReader
     """Makes the reader of each choice."""
+    _num_finished: int = field(default=0, init=False)
+    """Choices that have ended."""
     _choices: dict[int, Choice] = field(default_factory=dict, init=False)
     _prompts: dict[int, RequestOutput] = field(default_factory=dict, init=False)
 
     async def send(self, context: RequestContext, *, stream: bool) -> None:
         """Answer the request of `context` within its time. The generation is cancelled if the client leaves."""
         self.generation = replace(self.generation, timeout=context.timeout())
-        if stream:
-            renderer = self.renderer
-            form = StreamForm(renderer.failure, renderer.done, renderer.ping, renderer.content_type)
-            await context.stream(self.events(context.engine), form)
+        context.scope["state"]["usage"] = self.usage
+        if context.asks_for_prompt:
+            await context.reply(self.prompt_blocks(context.engine))
+        elif stream:
+            await context.stream(self.stream_events(context), self.stream_form(context.handover is not None))
         else:
             await context.reply_when_done(self.whole(context.engine))
 
-    async def events(self, engine: Engine) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events; events of one step of the engine come as one item."""
+    def prompt_blocks(self, engine: Engine) -> PromptBlocks:
+        """The blocks that the answer's prompt fills."""
+        prompts = self.generation.prompts
+        hashes = block_hashes(prompts[0], engine.block_size, self.generation.scheduling.cache_salt)
+        return PromptBlocks(engine.model_names[0], engine.block_size, sum(map(len, prompts)), hashes)
+
+    def stream_form(self, marked: bool) -> StreamForm:
+        """How the answer's stream is written; `marked` for a router that knows marks."""
+        renderer = self.renderer
+        if not marked:
+            return StreamForm(renderer.failure, renderer.done, renderer.ping, renderer.content_type)
+
+        def failure(error: RequestError) -> bytes:
+            return MOVED if isinstance(error, EngineUnavailableError) else renderer.failure(error)
+
+        ping = renderer.ping + mark(()) if renderer.ping else b""
+        return StreamForm(failure, renderer.done, ping, renderer.content_type, ((STREAM_HEADER, b"marked"),))
+
+    def stream_events(self, context: RequestContext) -> AsyncGenerator[bytes, None]:
+        """The events for the client of `context`, or for the router, which wants them marked and goes on where another
+        server stopped."""
+        if context.handover is None:
+            return self.events(context.engine)
+        self.generation = replace(self.generation, progress=context.handover.progress)
+        return self.events(context.engine, marked=True)
+
+    async def events(self, engine: Engine, *, marked: bool = False) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events; events of one step of the engine come as one item. With `marked` a mark
+        follows each item but the last: the last steps of an answer count only with its end."""
+        replayed = {choice // self.generation.params.n for choice in self.generation.progress}
         async with aclosing(self.generation.run(engine)) as outputs:
             async for prompt_index, output in outputs:
                 self.usage.add(prompt_index, output)
-                if events := self._events(prompt_index, output):
+                events = self._events(prompt_index, output)
+                self._num_finished += sum(delta.finished for delta in output.outputs)
+                if prompt_index in replayed:  # the first output of the prompt, which the client has
+                    replayed.remove(prompt_index)
+                    continue
+                if marked and self._num_finished < self.generation.num_choices:
+                    events.append(mark([(self._index(prompt_index, delta), delta) for delta in output.outputs]))
+                if events:
                     yield b"".join(events)
         self._count_reasoning()
         if last := self.renderer.ending(self._choices.values(), self.usage):

@@ -31,7 +31,7 @@ class ApiKey:
     """One key. A limit of None is no limit."""
 
     name: str = ""
-    """"" for a key of --api-key, and on a server without keys."""
+    """"" for a key of --api-key or --api-key-file, and on a server without keys."""
     digest: bytes = b""
     """SHA-256 of the key."""
     admin: bool = False
@@ -79,8 +79,22 @@ _SECRETS = ("key", "key_sha256")
 
 
 def plain_keys(keys: tuple[str, ...]) -> tuple[ApiKey, ...]:
-    """The keys of --api-key. They are the operator's: without limits, and an admin's."""
+    """The keys of --api-key and --api-key-file. They are the operator's: without limits, and an admin's."""
     return tuple(ApiKey(digest=_digest_of(key), admin=True) for key in dict.fromkeys(keys))
+
+
+def read_key_lines(file: str) -> tuple[str, ...]:
+    """The keys of --api-key-file. Raises `ConfigError` for a file that cannot be read, or that holds no key."""
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"api_key_file {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"api_key_file {file} is not UTF-8 text; write one key per line") from None
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise ConfigError(f"api_key_file {file} holds no key; write one key per line")
+    return keys
 
 
 def read_keys(file: str) -> tuple[ApiKey, ...]:

@@ -20,7 +20,20 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import RequestError
-from quire.server import chat, completions, embeddings, health, infill, kv, metrics, models, openapi, tokenize
+from quire.server import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    health,
+    infill,
+    kv,
+    logs,
+    metrics,
+    models,
+    openapi,
+    tokenize,
+)
 from quire.server.anthropic import endpoints as anthropic
 from quire.server.auth import DEFAULT_ORIGINS, Authenticator, Client
 from quire.server.backend import Engine
@@ -28,6 +41,7 @@ from quire.server.batches.endpoints import endpoints as batch_endpoints
 from quire.server.batches.service import BatchService
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal, as_request_error, error_headers
+from quire.server.generation import UsageCounter
 from quire.server.hosts import HostList
 from quire.server.key_use import KeyRing
 from quire.server.limits import ClientGoneError, check_headers
@@ -41,6 +55,7 @@ from quire.server.settings import ServerSettings
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
+    *adapters.ENDPOINTS,
     *completions.ENDPOINTS,
     *chat.ENDPOINTS,
     *responses.ENDPOINTS,
@@ -62,7 +77,7 @@ def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: 
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
-    endpoints = (*described, *openapi.endpoints(described, needs_key=bool(settings.keys)))
+    endpoints = (*described, *openapi.endpoints(described, settings))
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -96,11 +111,26 @@ def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: 
             shown = Refusal(404, describe_miss(path, paths), code="route_not_found")
         return _error_response(shown, error_forms.get(path, OPENAI_ERRORS), "")
 
-    return Starlette(
+    app = Starlette(
         routes=[Route(e.path, _Bound(e, engine, settings, services), methods=[e.method]) for e in endpoints],
         middleware=middleware,
         exception_handlers={HTTPException: routing_error},
     )
+    return _UnderRootPath(app, settings.root_path) if settings.root_path else app
+
+
+class _UnderRootPath:
+    """Takes the prefix of `--root-path` off the paths of requests that have it."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path == self._root_path or path.startswith(f"{self._root_path}/"):
+            scope = {**scope, "path": path.removeprefix(self._root_path) or "/"}
+        await self._app(scope, receive, send)
 
 
 class _Bound:
@@ -149,6 +179,7 @@ class _RequestMiddleware:
         self._memory.request_began()
         status = 0
         request_id = (b"x-request-id", _request_id(scope))
+        logs.request_id.set(request_id[1].decode())
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -180,12 +211,13 @@ class _RequestMiddleware:
             status = status or shown.status
         finally:
             self._memory.request_ended()
-            self._engine.metrics.observe_http(
-                handler=_handler_name(scope),
-                method=scope["method"],
-                status=status,
-                seconds=time.monotonic() - started,
-            )
+            self._count(scope, status, time.monotonic() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        handler = _handler_name(scope)
+        self._engine.metrics.observe_http(handler=handler, method=scope["method"], status=status, seconds=seconds)
+        usage: UsageCounter | None = scope.get("state", {}).get("usage")
+        logs.log_request(scope, status, seconds, None if usage is None else usage.usage())
 
 
 def _error_response(error: RequestError, form: ErrorForm, request_id: str) -> Response:

@@ -7,8 +7,10 @@ from quire.embeddings import EmbeddingRequestOutput
 from quire.engine.metrics import Metrics
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
+from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import MemoryReport, RequestOutput
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
 
 
@@ -38,9 +40,13 @@ class Engine(Protocol):
     @property
     def model_names(self) -> list[str]: ...
     @property
+    def adapters(self) -> AdapterRegistry: ...
+    @property
     def model_config(self) -> ModelConfig: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
     @property
     def max_queue_size(self) -> int: ...
     @property
@@ -58,7 +64,9 @@ class Engine(Protocol):
         cache_salt: str = "",
         tenant: str = "",
         workload: str = "",
+        adapter: Adapter | None = None,
         timeout: float | None = None,
+        progress: Mapping[int, SampleProgress] = ...,
     ) -> AsyncGenerator[RequestOutput, None]: ...
 
     async def embed(
@@ -70,6 +78,7 @@ class Engine(Protocol):
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        adapter: Adapter | None = None,
     ) -> EmbeddingRequestOutput: ...
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str: ...

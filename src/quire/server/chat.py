@@ -1,7 +1,5 @@
 """/v1/chat/completions: from messages to the assistant's next message, whole or as a stream."""
 
-import time
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -35,8 +33,8 @@ async def create_chat_completion(context: RequestContext) -> None:
     model = context.check_model(request.model)
     turn = await chat_turn(context, request)
     renderer = ChatRenderer(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
+        id=context.answer_id("chatcmpl-"),
+        created=context.created(),
         model=model,
         request=request,
         options=request.stream_options or StreamOptions(),

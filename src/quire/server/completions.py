@@ -1,7 +1,5 @@
 """/v1/completions: from one or several prompts, as text or tokens, to the text after each; whole or as a stream."""
 
-import time
-import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -28,8 +26,8 @@ async def create_completion(context: RequestContext) -> None:
     prompts = split_prompts(request.prompt)
     generation = await completion_generation(context, request, prompts)
     renderer = CompletionRenderer(
-        id=f"cmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
+        id=context.answer_id("cmpl-"),
+        created=context.created(),
         model=model,
         request=request,
         options=request.stream_options or StreamOptions(),

@@ -11,8 +11,10 @@ from msgspec import Struct
 
 from quire.embeddings import EmbeddingRequestOutput
 from quire.errors import RequestError
+from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
+from quire.server.generation import UsageCounter
 from quire.server.limits import check_work
 from quire.server.prompts import split_prompts, tokenize
 from quire.server.protocol import Priority, Salt
@@ -103,8 +105,11 @@ async def embed_all(
     """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`. Raises the
     refusals of API key and engine."""
     num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
+    options["adapter"] = await find_adapter(context.engine, context.adapter_name)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
         outputs = await _embed_admitted(context, prompts, options)
+    lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
+    context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
     if dimensions is not None:
         for output in outputs:
             output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)

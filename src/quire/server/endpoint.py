@@ -1,8 +1,10 @@
 """Endpoint: a row of the table of routes. RequestContext: one HTTP request and the ways to answer it."""
 
 import gc
+import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -16,6 +18,7 @@ from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
 from quire.server.errors import OPENAI_ERRORS, ErrorForm, Refusal
+from quire.server.handover import PROMPT_HEADER, STREAM_HEADER, Handover, decode_progress
 from quire.server.key_use import KeyUse
 from quire.server.limits import check_shape, read_body
 from quire.server.services import Services
@@ -24,6 +27,8 @@ from quire.server.streaming import StreamForm, send_events, while_connected
 
 T = TypeVar("T")
 
+_MAX_NAMES = 20
+"""Names of models that a refusal lists."""
 _TIMEOUT_HEADER = b"x-request-timeout"
 _UNAVAILABLE = {
     "loading": "the model is still loading; /health turns 200 when it is ready",
@@ -51,6 +56,12 @@ class RequestContext:
         Fields that the type does not have are ignored; a header of the response names them.
         """
         body = await read_body(self.scope, self.receive, self.settings)
+        given = dict(self.scope["headers"]).get(STREAM_HEADER)
+        if given is not None:
+            handover = Handover.from_header(given)
+            progress = decode_progress(body[: handover.num_bytes]) if handover.num_bytes else {}
+            self.scope["state"]["handover"] = replace(handover, progress=progress)
+            body = body[handover.num_bytes :]
         check_shape(body)
         gc.disable()  # it would scan every object for each few hundred that are made
         try:
@@ -61,6 +72,25 @@ class RequestContext:
         if names:
             self.warn(*self.services.warnings.describe(body_type, names))
         return decoded
+
+    @property
+    def handover(self) -> Handover | None:
+        """What the router says about the answer; None for a request that comes from a client."""
+        handover: Handover | None = self.scope["state"].get("handover")
+        return handover
+
+    @property
+    def asks_for_prompt(self) -> bool:
+        """The router wants to know the prompt's blocks, not the answer."""
+        return PROMPT_HEADER in dict(self.scope["headers"])
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of the answer, which begins with `prefix`."""
+        return prefix + (self.handover.stream_id if self.handover else uuid.uuid4().hex)
+
+    def created(self) -> int:
+        """Unix time at which the answer began."""
+        return self.handover.created if self.handover else int(time.time())
 
     def warn(self, *texts: str) -> None:
         """Say in a header of the response, and once in the log, what of the request has no effect."""
@@ -135,7 +165,8 @@ class RequestContext:
     def model_names(self) -> list[str]:
         """The names of models that the client's key may use."""
         allowed = self.key_use.key.models
-        return [name for name in self.engine.model_names if allowed is None or name in allowed]
+        names = [*self.engine.model_names, *self.engine.adapters.names]
+        return names if allowed is None else [name for name in names if name in allowed]
 
     def check_ready(self) -> None:
         """Raise `EngineUnavailableError` unless the engine is ready, or restarting: requests wait for a restart."""
@@ -168,15 +199,23 @@ class RequestContext:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served to the client's
         key."""
         names = self.model_names
-        if name is None:
-            return names[0]
-        if name not in names:
+        if name is None and names:
+            name = names[0]
+        if name is None or name not in names:
+            shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
             raise Refusal(
                 404,
-                f"the model {name[:200]!r} is not served here; there is {', '.join(names)}",
+                f"the model {(name or '')[:200]!r} is not served here; there is {shown}",
                 code="model_not_found",
                 param="model",
             )
+        self.scope["state"]["adapter"] = "" if name in self.engine.model_names else name
+        return name
+
+    @property
+    def adapter_name(self) -> str:
+        """The adapter that `check_model` let through; empty: the model alone."""
+        name: str = self.scope["state"].get("adapter", "")
         return name
 
 

@@ -2,14 +2,17 @@
 
 import asyncio
 from asyncio import Queue, Task
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
+from quire.lora.registry import Adapter
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.request import SampleProgress
 from quire.sampling_params import SamplingParams
+from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
 from quire.server.errors import SampleFailedError
 from quire.server.key_use import Admission
@@ -29,6 +32,8 @@ class Generation:
     scheduling: SchedulingInfo
     timeout: float | None = None
     """Seconds after which each prompt's request is ended with an error."""
+    progress: Mapping[int, SampleProgress] = field(default_factory=dict)
+    """Choices that another server began, by index."""
 
     @property
     def num_choices(self) -> int:
@@ -38,9 +43,10 @@ class Generation:
         """Yield (index of the prompt, its new output). Raises the refusals of API key and engine, and the error of a
         sample that failed if it is the only one: among several it ends alone, with its error."""
         params = await self._with_bad_words(engine)
+        adapter = await find_adapter(engine, self.scheduling.adapter)
         num_tokens = sum(map(len, self.prompts))
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
-            streams = [self._generate(engine, prompt, params, admission) for prompt in self.prompts]
+            streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
                 async for index, output in items:
                     for sample in output.outputs:
@@ -55,17 +61,24 @@ class Generation:
         token_ids = await asyncio.to_thread(tokenizer.bad_word_ids, words)
         return self.params.with_changes(bad_words_token_ids=token_ids)
 
+    def _progress_of(self, prompt_index: int) -> dict[int, SampleProgress]:
+        """The samples of a prompt that another server began."""
+        n, first = self.params.n, prompt_index * self.params.n
+        return {choice - first: sample for choice, sample in self.progress.items() if 0 <= choice - first < n}
+
     async def _generate(
-        self, engine: Engine, prompt: list[int], params: SamplingParams, admission: Admission
+        self, engine: Engine, index: int, params: SamplingParams, adapter: Adapter | None, admission: Admission
     ) -> AsyncGenerator[RequestOutput, None]:
         outputs = engine.generate(
-            prompt,
+            self.prompts[index],
             params,
             priority=self.scheduling.priority,
             cache_salt=self.scheduling.cache_salt,
             tenant=self.scheduling.tenant,
             workload=self.scheduling.workload,
+            adapter=adapter,
             timeout=self.timeout,
+            progress=self._progress_of(index),
         )
         watch = RequestWatch(engine.metrics, self.params)
         prompt_logprobs: list[PositionLogprobs | None] | None = None

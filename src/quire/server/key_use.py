@@ -164,10 +164,10 @@ class KeyRing:
 
 def check_keys(settings: ServerSettings, engine: Engine) -> None:
     """Raise `ConfigError` for limits that this engine cannot keep: models it does not serve, shares of no queue."""
-    served = engine.model_names
+    served = [*engine.model_names, *engine.adapters.names]
     for key in settings.keys:
         for name in key.models or ():
-            if name not in served:
+            if name not in served and not settings.allow_runtime_lora:
                 raise ConfigError(
                     f"api_keys {settings.api_keys}, {key.name}: models holds {name!r}; served: {', '.join(served)}"
                 )

@@ -6,6 +6,7 @@ finish, then the process ends. A second signal ends it without waiting.
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -13,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -34,6 +36,8 @@ _FLUSH_SECONDS = 5
 
 def bind(settings: ServerSettings) -> socket.socket:
     """A listening socket. Raises `ConfigError`, with the way out, for an address that cannot be bound."""
+    if settings.uds is not None:
+        return _bind_unix(Path(settings.uds))
     host, port = settings.host.strip("[]"), settings.port
     try:
         family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -50,6 +54,35 @@ def bind(settings: ServerSettings) -> socket.socket:
         ) from None
 
 
+def _bind_unix(path: Path) -> socket.socket:
+    """A socket at `path`, for its owner and group. A socket that a dead server left there is replaced."""
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o117)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        listener.bind(str(path))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {path}: {reason}; choose another --uds") from None
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def notify(state: str) -> None:
+    """Send `state` to systemd, as sd_notify does. Does nothing unless systemd started the process and waits for it."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        sender.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+
+
 async def serve(
     engine: Engine, settings: ServerSettings, listener: socket.socket, *, report: Callable[[str], None]
 ) -> bool:
@@ -57,7 +90,7 @@ async def serve(
     check_keys(settings, engine)
     keys = KeyRing(settings)
     batches = open_batches(engine, settings, keys)
-    server = _Server(build_app(engine, settings, keys, batches), settings)
+    server = HttpServer(build_app(engine, settings, keys, batches), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
     living = asyncio.create_task(_live(engine, server, settings, listener, report, batches))
@@ -79,6 +112,8 @@ async def serve(
         server.stop()
         await engine.shutdown(0)
         await listening
+        if settings.uds is not None:
+            Path(settings.uds).unlink(missing_ok=True)
 
 
 def open_batches(engine: Engine, settings: ServerSettings, keys: KeyRing) -> BatchService | None:
@@ -89,7 +124,9 @@ def open_batches(engine: Engine, settings: ServerSettings, keys: KeyRing) -> Bat
 
 
 def url_of(listener: socket.socket) -> str:
-    """URL at which clients on this machine reach the server."""
+    """URL at which clients on this machine reach the server; of a Unix socket, unix: and its path."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
     return f"http://{host}:{port}"
@@ -97,7 +134,7 @@ def url_of(listener: socket.socket) -> str:
 
 async def _live(
     engine: Engine,
-    server: "_Server",
+    server: "HttpServer",
     settings: ServerSettings,
     listener: socket.socket,
     report: Callable[[str], None],
@@ -117,12 +154,14 @@ async def _live(
     await engine.wait_ready()
     gc.freeze()  # what is loaded stays; scanning it would delay requests
     report(f"ready: {', '.join(engine.model_names)}, up to {engine.max_model_len} tokens")
+    notify("READY=1")
     if batches is not None:
         await batches.start()
     await asyncio.Event().wait()
 
 
-async def _drain(engine: Engine, server: "_Server", seconds: float, report: Callable[[str], None]) -> bool:
+async def _drain(engine: Engine, server: "HttpServer", seconds: float, report: Callable[[str], None]) -> bool:
+    notify("STOPPING=1")
     report(f"stopping: running requests have {seconds:g} seconds (a second signal stops at once)")
     server.stop_asked.clear()
     drained = asyncio.create_task(engine.shutdown(seconds))
@@ -139,7 +178,7 @@ async def _drain(engine: Engine, server: "_Server", seconds: float, report: Call
     return True
 
 
-class _Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn with signals that drain first, and without its periodic tick: an idle server sleeps."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
@@ -150,7 +189,7 @@ class _Server(uvicorn.Server):
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                access_log=settings.access_log,
+                access_log=False,
                 server_header=False,
                 date_header=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,

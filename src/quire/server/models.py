@@ -21,7 +21,11 @@ async def get_model(context: RequestContext) -> None:
 
 def _card(context: RequestContext, name: str) -> ModelCard:
     engine = context.engine
-    return ModelCard(id=name, created=_STARTED, root=context.model_names[0], max_model_len=engine.max_model_len)
+    base = engine.model_names[0]
+    card = ModelCard(id=name, created=_STARTED, root=base, max_model_len=engine.max_model_len)
+    if name in engine.adapters:
+        card.root, card.parent = name, base
+    return card
 
 
 ENDPOINTS = (

@@ -10,6 +10,7 @@ import msgspec
 from quire import __version__
 from quire.sampling_params import NUMBER_RANGES
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.settings import ServerSettings
 
 _ABOUT = "An engine that serves large language models."
 _PARAMETER = re.compile(r"{(\w+)(?::path)?}")
@@ -26,9 +27,11 @@ _POLICY = (
 )
 
 
-def endpoints(described: Sequence[Endpoint], *, needs_key: bool) -> tuple[Endpoint, ...]:
-    """The endpoints /openapi.json and /docs, for the endpoints `described`. `needs_key`: the server has API keys."""
-    spec = describe(described, needs_key=needs_key)
+def endpoints(described: Sequence[Endpoint], settings: ServerSettings) -> tuple[Endpoint, ...]:
+    """The endpoints /openapi.json and /docs, for the endpoints `described` of a server with `settings`."""
+    spec = describe(described, needs_key=bool(settings.keys))
+    if settings.root_path:
+        spec["servers"] = [{"url": settings.root_path}]
     spec_json = msgspec.json.encode(spec)
     page = render_page(spec).encode()
 

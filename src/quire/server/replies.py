@@ -204,7 +204,8 @@ class ModelCard(Struct):
     created: int
     root: str
     max_model_len: int
-    parent: None = None
+    parent: str | None = None
+    """The model that an adapter changes."""
     object: Literal["model"] = "model"
     owned_by: str = "quire"
 

@@ -24,6 +24,8 @@ class SchedulingInfo:
     """The API key's account; without keys, the request's `user`. With keys `user` is ignored: a client cannot get a
     second share by sending another name."""
     workload: str = ""
+    adapter: str = ""
+    """Name of the adapter; empty: the model alone."""
     use: KeyUse = field(default_factory=lambda: KeyUse(ApiKey()))
     """The use of its API key, which admits it."""
 
@@ -36,6 +38,7 @@ def scheduling_info(request: GenerateRequest, context: RequestContext) -> Schedu
         client.salt + (request.cache_salt or ""),
         client.account or (request.user or ""),
         _workload(request),
+        context.adapter_name,
         context.key_use,
     )
 

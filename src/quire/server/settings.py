@@ -1,12 +1,16 @@
 """ServerSettings: the options of the HTTP server. Its fields are flags of `quire serve`, besides EngineConfig's."""
 
 import ipaddress
+import re
 from dataclasses import dataclass, field
 
 from quire.config import parse_size
 from quire.errors import ConfigError
-from quire.server.api_keys import ApiKey, plain_keys, read_keys
+from quire.server.api_keys import ApiKey, plain_keys, read_key_lines, read_keys
 from quire.server.tools.detect import check_parser_names
+
+LOG_FORMATS = ("text", "json")
+_ROOT_PATH = re.compile(r"(/[\w.~-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,9 +21,13 @@ class ServerSettings:
     """Address to listen on. An address other than loopback needs an API key."""
     port: int = 8000
     """Port to listen on. 0 takes a free port."""
+    uds: str | None = None
+    """Listen on a Unix socket at this path instead of host and port. Its owner and group may connect."""
     api_key: tuple[str, ...] = ()
     """Accept only requests with this key (`Authorization: Bearer KEY`); only /health needs none. Also read
     from QUIRE_API_KEY. Repeat for several."""
+    api_key_file: str | None = None
+    """File with further API keys, one per line. Empty lines and lines that begin with # are skipped."""
     api_keys: str | None = None
     """TOML file with further keys: their names, limits, priorities and models."""
     allow_unauthenticated: bool = False
@@ -43,6 +51,9 @@ class ServerSettings:
     reasoning in the text."""
     enable_auto_tool_choice: bool = False
     """Has no effect, because tool calls need no option; for command lines that are written for vLLM."""
+    allow_runtime_lora: bool = False
+    """Let clients load and unload adapters by /v1/load_lora_adapter, from any folder that the server can read. Also
+    read from VLLM_ALLOW_RUNTIME_LORA_UPDATING."""
     max_body_size: int = 8 * 2**20
     """Maximum bytes of a request body, e.g. 8MiB. A larger body is answered with 413."""
     max_header_size: int = 32 * 2**10
@@ -72,9 +83,13 @@ class ServerSettings:
     shutdown_timeout: float = 30.0
     """Seconds for running requests to finish after SIGTERM. A second signal stops at once."""
     access_log: bool = False
-    """Print one line per request. Prompts and answers are never printed."""
+    """Log one line per request, apart from those of /health. Prompts and answers are never logged."""
+    log_format: str = "text"
+    """Form of the lines on standard error: text, or json."""
+    root_path: str = ""
+    """Path under which a proxy offers the server, e.g. /llm. It is optional in requests: a proxy may strip it."""
     keys: tuple[ApiKey, ...] = field(init=False, default=(), repr=False)
-    """All keys: those of `api_key` and of the file `api_keys`."""
+    """All keys: those of `api_key`, and of the files `api_key_file` and `api_keys`."""
 
     def __post_init__(self) -> None:
         for name in ("api_key", "allow_origins", "allowed_hosts"):
@@ -94,18 +109,25 @@ class ServerSettings:
         for name in ("stall_timeout", "request_timeout", "shutdown_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more seconds")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format is {self.log_format!r}; it must be {' or '.join(LOG_FORMATS)}")
+        object.__setattr__(self, "root_path", self.root_path.rstrip("/"))
+        if not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(f"root_path is {self.root_path!r}; give a path such as /llm")
         check_parser_names(self.tool_call_parser, self.reasoning_parser)
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
         object.__setattr__(self, "keys", self._read_keys())
-        if not (self.keys or self.allow_unauthenticated or is_loopback(self.host)):
+        if not (self.keys or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
             raise ConfigError(
                 f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
-                "QUIRE_API_KEY or --api-keys, listen on 127.0.0.1, or accept it with --allow-unauthenticated"
+                "QUIRE_API_KEY or --api-key-file or --api-keys, listen on 127.0.0.1, or accept it with "
+                "--allow-unauthenticated"
             )
 
     def _read_keys(self) -> tuple[ApiKey, ...]:
-        plain = plain_keys(self.api_key)
+        lines = read_key_lines(self.api_key_file) if self.api_key_file is not None else ()
+        plain = plain_keys((*self.api_key, *lines))
         read = read_keys(self.api_keys) if self.api_keys is not None else ()
         for key in read:
             if any(key.digest == other.digest for other in plain):

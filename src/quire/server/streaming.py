@@ -42,6 +42,8 @@ class StreamForm:
     ping: bytes = b""
     """An event that says nothing, sent after some silence; empty: none."""
     content_type: bytes = EVENT_STREAM
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Further headers of the response."""
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -67,7 +69,7 @@ async def send_events(
     """Send `events` (encoded, one or more per item) as `form` says. An error before the first event is raised."""
     async with aclosing(events), _StallWatch(stall_timeout) as watch:
         first = await anext(events, b"")
-        headers = [(b"content-type", form.content_type), *_HEADERS]
+        headers = [(b"content-type", form.content_type), *_HEADERS, *form.headers]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         pings = asyncio.create_task(watch.keep_alive(send, form.ping)) if form.ping else None
         try:

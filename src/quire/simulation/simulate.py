@@ -32,7 +32,7 @@ def run_simulation(
     if trace.rows[0].arrival is None and not settings.saturate and settings.rate is None:
         raise ConfigError(f"trace {trace.name} holds no arrivals; set rate in requests per second, or saturate")
     num_devices = settings.num_devices or fewest_devices(model, device)
-    num_slots = _num_slots(model, device, num_devices, settings)
+    num_slots = num_kv_slots(model, device, num_devices, settings)
     max_model_len = settings.max_model_len or model.context_length
     paged = settings.policy == "paged"
     measures = Measures(
@@ -87,7 +87,7 @@ def run_simulation(
     }
 
 
-def _num_slots(model: ModelShape, device: Device, num_devices: int, settings: SimulationSettings) -> int:
+def num_kv_slots(model: ModelShape, device: Device, num_devices: int, settings: SimulationSettings) -> int:
     """Tokens that the KV memory holds."""
     num_slots = settings.kv_slots
     if num_slots is None:

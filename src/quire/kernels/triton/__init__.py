@@ -10,6 +10,8 @@ Importing this package imports Triton. With TRITON_INTERPRET=1 in the environmen
 
 from quire.kernels.grouped_experts import experts, pack_experts
 from quire.kernels.host_sampling import row_argmax, sample_tokens
+from quire.kernels.lora import LORA_TILE
+from quire.kernels.lora import add_lora_in_tiles as add_lora
 from quire.kernels.recurrence import causal_conv, gated_delta_rule
 from quire.kernels.sdpa import kv_cache_shapes, latent_layer
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
@@ -30,6 +32,8 @@ from quire.kernels.triton.norm import add_rms_norm, rms_norm, rms_norm_heads_
 from quire.kernels.triton.rotary_kv import rotary_, rotary_write_kv, write_kv
 
 __all__ = [
+    "LORA_TILE",
+    "add_lora",
     "add_rms_norm",
     "causal_conv",
     "copy_blocks",

@@ -1,7 +1,5 @@
 """/v1/messages and /v1/messages/count_tokens: Anthropic's chat."""
 
-import uuid
-
 from quire.errors import RequestError
 from quire.server.answers import Answer
 from quire.server.anthropic.blocks import SENT_NAMES, is_hosted, to_chat
@@ -29,7 +27,7 @@ async def create_message(context: RequestContext) -> None:
     if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):
         context.warn(f"tools of type {', '.join(hosted)} run on Anthropic's servers; they are left out")
     turn = await _turn(context, request)
-    message = AnthropicMessage(id=f"msg_{uuid.uuid4().hex}", model=model, content=[], usage=MessageUsage(0, 0, 0))
+    message = AnthropicMessage(id=context.answer_id("msg_"), model=model, content=[], usage=MessageUsage(0, 0, 0))
     renderer = MessageRenderer(message, is_clipped=turn.generation.params.max_tokens != request.max_tokens)
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     await answer.send(context, stream=bool(request.stream))

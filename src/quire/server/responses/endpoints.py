@@ -55,6 +55,7 @@ async def create_response(context: RequestContext) -> None:
         turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
     renderer = ResponseRenderer(_blank(request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
+    context.scope["state"]["usage"] = answer.usage
 
     async def save(response: ResponseObject) -> None:
         if request.store is not False:

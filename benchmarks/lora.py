@@ -1,0 +1,101 @@
+"""What adapters cost: `python -m benchmarks.lora MODEL`, a folder of `benchmarks.make_models`.
+
+Decoding of a batch without adapters, on an engine without and with `enable_lora`; with one adapter; and of 64 sequences
+with 16 adapters. Adapters have rank 16 and change every dense layer. Figures are ratios of times measured in turns, so
+that a busy machine slows both sides; each is the median over the turns.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from quire import LLM, LoRARequest, SamplingParams
+from quire.model_config import ModelConfig
+
+RANK = 16
+
+
+def write_adapter(folder: Path, config: ModelConfig, seed: int) -> LoRARequest:
+    """An adapter of a Llama-like model with random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    attention["o_proj"] = (hidden, queries)
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    tensors = {}
+    for layer in range(config.num_layers):
+        for block, shapes in (("self_attn", attention), ("mlp", mlp)):
+            for name, (outputs, inputs) in shapes.items():
+                place = f"base_model.model.model.layers.{layer}.{block}.{name}"
+                tensors[f"{place}.lora_A.weight"] = torch.randn(RANK, inputs, generator=generator) * 0.02
+                tensors[f"{place}.lora_B.weight"] = torch.randn(outputs, RANK, generator=generator) * 0.02
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = {"target_modules": [*attention, *mlp], "r": RANK, "lora_alpha": RANK, "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(targets))
+    return LoRARequest(folder.name, seed + 1, str(folder))
+
+
+def decode_seconds(llm: LLM, adapters: Sequence[LoRARequest | None], num_tokens: int) -> float:
+    """Time of a decoded token of a whole batch: the slope between a short and a long answer."""
+    prompts = [{"prompt_token_ids": [3 + number, 5, 8]} for number in range(len(adapters))]
+    times = []
+    for count in (4, 4 + num_tokens):
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        started = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+        times.append(time.perf_counter() - started)
+    return (times[1] - times[0]) / num_tokens
+
+
+def measure(model: Path, dtype: str, threads: int | None, turns: int, num_tokens: int) -> dict[str, float]:
+    config = ModelConfig.from_folder(model)
+    options = {"dtype": dtype, "threads": threads, "num_blocks": 600, "max_model_len": 256, "max_num_seqs": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = [write_adapter(Path(folder) / f"a{number}", config, number) for number in range(16)]
+        plain, lora = LLM(str(model), **options), LLM(str(model), enable_lora=True, max_loras=16, **options)
+        many = [adapters[number % 16] for number in range(64)]
+        decode_seconds(lora, many, 1)  # loads them
+        nothing: list[LoRARequest | None] = [None]
+        cases = {
+            "1 sequence, no adapter": (1, nothing),
+            "64 sequences, no adapter": (64, nothing * 64),
+            "1 sequence, 1 adapter": (1, [adapters[0]]),
+            "64 sequences, 1 adapter": (64, [adapters[0]] * 64),
+            "64 sequences, 16 adapters": (64, many),
+        }
+        ratios: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(turns):
+            base = {count: decode_seconds(plain, nothing * count, num_tokens) for count in (1, 64)}
+            for name, (count, used) in cases.items():
+                ratios[name].append(decode_seconds(lora, used, num_tokens) / base[count])
+    return {name: statistics.median(values) for name, values in ratios.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.lora", description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="also write the figures to this file, as JSON")
+    arguments = parser.parse_args()
+    found = measure(arguments.model, arguments.dtype, arguments.threads, arguments.turns, arguments.tokens)
+    print("Time of a decoded token over that of an engine without adapters")
+    for name, ratio in found.items():
+        print(f"  {name:28}{ratio:8.3f}")
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Compare the router's policies: in simulated clusters (hits, latency, balance), and the time of one decision.
+
+python -m benchmarks.routing --replicas 8 --rate 0.6 --sessions 96
+python -m benchmarks.routing --trace mooncake_conversation --traces-dir DIR --replicas 8 --num-requests 1500
+python -m benchmarks.routing --decisions
+"""
+
+import argparse
+import random
+import time
+
+from quire.routing.fleet import Fleet
+from quire.routing.policies import POLICIES, LeastWork, Prompt
+from quire.simulation.cluster_settings import AGENTS, ClusterSettings
+from quire.simulation.devices import find_device
+from quire.simulation.model_shapes import find_model_shape
+from quire.simulation.run_cluster import run_cluster
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.trace import find_trace, read_trace
+
+_COLUMNS = (
+    ("requests_per_s", "req/s"),
+    ("goodput_per_s", "goodput/s"),
+    ("refused", "refused"),
+    ("prefix_hit_pct", "hit %"),
+    ("of_oracle_pct", "of oracle %"),
+    ("ttft_p50", "TTFT p50 s"),
+    ("ttft_p99", "TTFT p99 s"),
+    ("most_work_to_mean", "most/mean work"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--trace", default=AGENTS)
+    parser.add_argument("--traces-dir", default=".")
+    parser.add_argument("--replicas", type=int, default=8)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--num-requests", type=int)
+    parser.add_argument("--kv-slots", type=int, default=400_000)
+    parser.add_argument("--model", default="Llama-3.1-8B")
+    parser.add_argument("--device", default="H100")
+    parser.add_argument("--event-delay", type=float, default=0.1)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--decisions", action="store_true")
+    options = parser.parse_args()
+    if options.decisions:
+        measure_decisions()
+    else:
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Print one line per policy."""
+    trace = None if options.trace == AGENTS else read_trace(find_trace(options.trace, options.traces_dir))
+    settings = SimulationSettings(
+        trace=options.trace,
+        rate=options.rate,
+        num_requests=options.num_requests,
+        kv_slots=options.kv_slots,
+        block_size=64,
+        max_model_len=131_072,
+        max_num_batched_tokens=8192,
+    )
+    model, device = find_model_shape(options.model), find_device(options.device)
+    print(" | ".join(["policy", *(title for _, title in _COLUMNS)]))
+    for policy in options.policies.split(","):
+        cluster = ClusterSettings(cluster=options.replicas, routing=policy, event_delay=options.event_delay)
+        figures = run_cluster(trace, model, device, settings, cluster)
+        print(" | ".join([policy, *(f"{figures[name]:.2f}" for name, _ in _COLUMNS)]), flush=True)
+
+
+def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_size: int = 16) -> None:
+    """Print microseconds per decision of `LeastWork` for prompts that replicas hold to different extents."""
+    draw = random.Random(0)
+    num_blocks = num_tokens // block_size
+    for title, lengths in (
+        ("nothing is known", lambda: [0] * num_replicas),
+        ("one replica holds all, the others the system prompt", lambda: [num_blocks, *[256] * (num_replicas - 1)]),
+        ("eight replicas hold different lengths", lambda: [draw.randrange(num_blocks) for _ in range(8)]),
+        ("every replica holds another length", lambda: [draw.randrange(num_blocks) for _ in range(num_replicas)]),
+    ):
+        fleet = Fleet(LeastWork(), max_blocks=2**17)
+        replicas = [fleet.join(f"replica-{number}") for number in range(num_replicas)]
+        prompts = []
+        for _ in range(20):
+            blocks = [draw.getrandbits(64) for _ in range(num_blocks)]
+            for replica, length in zip(replicas, lengths(), strict=False):
+                fleet.stored(replica.name, blocks[:length])
+            prompts.append(Prompt(blocks, num_tokens, block_size))
+        policy, seconds = LeastWork(), []
+        for prompt in prompts * 20:
+            started = time.perf_counter()
+            policy.choose(prompt, replicas, fleet.index)
+            seconds.append(time.perf_counter() - started)
+        seconds.sort()
+        p50, p90 = (seconds[len(seconds) * percent // 100] * 1e6 for percent in (50, 90))
+        print(f"{title}: {p50:.0f} µs (p90 {p90:.0f} µs)")
+
+
+if __name__ == "__main__":
+    main()

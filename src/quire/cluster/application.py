@@ -1,0 +1,74 @@
+"""make_application: from options to an application of Ray Serve, a router and its replicas."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from quire.cluster.options import ClusterOptions, ClusterSettings
+from quire.cluster.replica import REPLICA, ROUTER, ReplicaDeployment
+from quire.cluster.router import INGRESS, RouterDeployment
+from quire.errors import ConfigError
+
+APP_NAME = "quire"
+_MAX_ONGOING = 4096
+"""Requests in the router at once, as Serve counts them; the router has limits of its own."""
+_SPARE_SECONDS = 10.0
+
+
+def make_application(args: Mapping[str, Any]) -> serve.Application:
+    """The application for `args`: options of `quire cluster serve` by their names, and `app_name` if Serve's differs
+    from quire. Raises `ConfigError` for a wrong one."""
+    given = dict(args)
+    name = str(given.pop("app_name", APP_NAME))
+    options = ClusterOptions.of({key.replace("-", "_"): value for key, value in given.items()})
+    seconds = float(options.server.get("shutdown_timeout", 30.0))
+    replicas = serve.deployment(
+        ReplicaDeployment,
+        name=REPLICA,
+        ray_actor_options={"num_cpus": options.cluster.num_cpus, "num_gpus": options.cluster.num_gpus},
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=seconds + _SPARE_SECONDS,
+        graceful_shutdown_wait_loop_s=0.1,
+        **_scale(options.cluster),
+    )
+    router = serve.deployment(
+        serve.ingress(INGRESS)(RouterDeployment),
+        name=ROUTER,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_MAX_ONGOING,
+    )
+    return router.bind(options, replicas.bind(options, name))
+
+
+def _scale(cluster: ClusterSettings) -> dict[str, Any]:
+    if not cluster.max_replicas:
+        return {"num_replicas": cluster.replicas}
+    policy = {
+        "policy_function": "quire.cluster.scaling:EngineNumbers",
+        "policy_kwargs": {
+            "target_queue_seconds": cluster.target_queue_seconds,
+            "target_kv_share": cluster.target_kv_share,
+        },
+    }
+    limits = {"min_replicas": cluster.replicas, "max_replicas": cluster.max_replicas}
+    return {"autoscaling_config": {**limits, "policy": policy}}
+
+
+def check_ray(address: str | None) -> None:
+    """Join the Ray cluster at `address`, or start one here. Raises `ConfigError` if that cannot be done."""
+    try:
+        # Ray's dashboard is a process of its own, which only Ray's other tools need.
+        given: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        ray.init(**given, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    except Exception as error:  # Ray raises plain exceptions too
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {reason}. Start its head node with `ray start --head`, or leave out "
+            "--address to start one here"
+            if address
+            else f"Ray cannot be started here: {reason}"
+        ) from None

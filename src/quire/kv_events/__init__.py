@@ -1,0 +1,1 @@
+"""KV events: what an engine's KV cache holds, published in vLLM's format, and read from any engine that writes it."""

@@ -1,0 +1,116 @@
+"""EventFeed: keeps the prefix index up to date from one server's KV events.
+
+A message that is missing is asked for at the replay address, which is the address with a port higher by 1,000. If
+nothing answers there, or the server has started again, what was known of the server is forgotten: knowing nothing
+costs time, knowing something wrong costs more.
+"""
+
+import asyncio
+import logging
+import re
+from typing import Any
+
+from quire.kv_events.messages import (
+    CPU,
+    STORAGE,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    EventsError,
+    decode_events,
+    low_bits,
+)
+from quire.kv_events.publisher import import_zmq
+from quire.routing.fleet import Fleet
+from quire.routing.prefix_index import DEVICE, DISK, HOST
+
+logger = logging.getLogger(__name__)
+
+REPLAY_PORTS_UP = 1000
+REPLAY_SECONDS = 1.0
+_TIERS = {CPU: HOST, STORAGE: DISK}
+
+
+class EventFeed:
+    """One subscription; `run` never returns."""
+
+    def __init__(self, fleet: Fleet, server: str, address: str) -> None:
+        """Raises `ConfigError` if ZMQ is missing."""
+        self._zmq = import_zmq()
+        self._fleet = fleet
+        self._server = server
+        self._address = address
+        self._next: int | None = None
+        """The number of the next message; None before the first."""
+
+    async def run(self) -> None:
+        """Read events for ever."""
+        import zmq.asyncio
+
+        context = zmq.asyncio.Context()
+        socket = context.socket(self._zmq.SUB)
+        try:
+            socket.subscribe(b"")
+            socket.connect(self._address)
+            while True:
+                frames = await socket.recv_multipart()
+                if len(frames) == 3 and len(frames[1]) == 8:
+                    await self._receive(context, int.from_bytes(frames[1], "big"), frames[2])
+        finally:
+            context.destroy(linger=0)
+
+    async def _receive(self, context: Any, number: int, content: bytes) -> None:
+        wanted = self._next
+        if wanted is None or number < wanted:  # the first message, or the server has started again
+            self._fleet.cleared(self._server)
+            wanted = 0
+        if number > wanted and not await self._replay(context, wanted, number):
+            self._fleet.cleared(self._server)
+        self._read(number, content)
+
+    async def _replay(self, context: Any, first: int, end: int) -> bool:
+        """Ask for the messages from `first` to before `end`. Returns whether all have come."""
+        address = replay_address(self._address)
+        if address is None:
+            return False
+        socket = context.socket(self._zmq.DEALER)
+        try:
+            socket.connect(address)
+            async with asyncio.timeout(REPLAY_SECONDS):
+                await socket.send_multipart((b"", first.to_bytes(8, "big")))
+                while first < end:
+                    *_, number, content = await socket.recv_multipart()
+                    if int.from_bytes(number, "big", signed=True) != first:
+                        return False  # the server does not keep it any more
+                    self._read(first, content)
+                    first += 1
+            return True
+        except TimeoutError:
+            return False
+        finally:
+            socket.close(linger=0)
+
+    def _read(self, number: int, content: bytes) -> None:
+        self._next = number + 1
+        try:
+            for event in decode_events(content):
+                self._apply(event)
+        except EventsError as error:
+            logger.warning("KV events of %s: %s", self._server, error)
+            self._fleet.cleared(self._server)
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case BlockStored(block_hashes=hashes, medium=medium):
+                self._fleet.stored(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
+            case BlockRemoved(block_hashes=hashes, medium=medium):
+                self._fleet.removed(self._server, map(low_bits, hashes), _TIERS.get(medium or "", DEVICE))
+            case AllBlocksCleared():
+                self._fleet.cleared(self._server)
+
+
+def replay_address(address: str) -> str | None:
+    """Where past events are asked for; None for an address without a port."""
+    found = re.fullmatch(r"(tcp://.+:)(\d+)", address)
+    return f"{found[1]}{int(found[2]) + REPLAY_PORTS_UP}" if found else None

@@ -1,0 +1,138 @@
+"""Policies: which replica gets a request. Pure: the router and the cluster simulation run the same code.
+
+`LeastWork` is Quire's own. The others are what clusters run without it, to compare with.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from quire.routing.prefix_index import DEVICE, BlockKey, PrefixIndex
+from quire.routing.replica import Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request as policies see it."""
+
+    blocks: Sequence[BlockKey]
+    """Its full blocks; empty if they are unknown."""
+    num_tokens: int
+    block_size: int
+    session: str = ""
+    """A name of the conversation, equal for all its turns; empty if it has none."""
+
+
+class Policy(Protocol):
+    """Chooses among the replicas that take requests. There is at least one."""
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica: ...
+
+
+def num_new_tokens(prompt: Prompt, replica: Replica, index: PrefixIndex) -> int:
+    """Tokens of the prompt that a replica probably has to compute: one at least, the last."""
+    num_held = index.prefix_lengths(prompt.blocks).get(replica.number, 0)
+    return max(1, prompt.num_tokens - num_held * prompt.block_size)
+
+
+@dataclass(slots=True)
+class LeastWork:
+    """Sends a request to where its first token comes earliest and it delays others least.
+
+    The cost of a replica is in tokens to compute: the prompt tokens that it lacks, the tokens that wait there, and a
+    share of the tokens that its running requests read at each step. A token in host memory or on disk costs a part of
+    computing it. Replicas that hold nothing of the prompt differ by load alone, so without knowledge this is least
+    load. Costs within `slack` of the prompt are equal; then the replica with the least work so far comes first. That
+    spreads new conversations, and their later turns follow them.
+    """
+
+    lower_tier_cost: float = 0.25
+    """Cost of loading a token from a lower tier, where computing one costs 1."""
+    context_cost: float = 0.02
+    """Cost of a token that a running request holds."""
+    slack: float = 0.05
+    most_ahead: float = 1.15
+    """The work of a replica beyond this many times the mean adds to its cost. So no replica stays far ahead."""
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
+        size, context_cost = prompt.block_size, self.context_cost
+        held = index.prefix_lengths(prompt.blocks)
+        on_device = index.prefix_lengths(prompt.blocks, DEVICE) if held and index.has_lower_tiers else held
+        saved_by_tier = 1 - self.lower_tier_cost
+        loads = [replica.load for replica in replicas]
+        most = self.most_ahead * sum([load.total_tokens for load in loads]) / len(loads)
+        costs = [
+            load.queued_tokens
+            + context_cost * load.context_tokens
+            + (load.total_tokens - most if load.total_tokens > most else 0.0)
+            for load in loads
+        ]
+        if held:
+            for place, replica in enumerate(replicas):
+                num_blocks = held.get(replica.number)
+                if num_blocks:
+                    fast = on_device.get(replica.number, 0)
+                    costs[place] -= size * (fast + saved_by_tier * (num_blocks - fast))
+        limit = min(costs) + self.slack * prompt.num_tokens
+        _, place = min([(loads[place].total_tokens, place) for place, cost in enumerate(costs) if cost <= limit])
+        return replicas[place]
+
+
+class RoundRobin:
+    """Each replica in turn."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
+        self._next += 1
+        return replicas[self._next % len(replicas)]
+
+
+class LeastLoad:
+    """The replica with the fewest requests, then the least work so far."""
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
+        return min(replicas, key=lambda replica: (replica.load.num_requests, replica.load.total_tokens))
+
+
+class Sticky:
+    """The same replica for all turns of a session, by rendezvous hashing: a replica that leaves moves only its own
+    sessions. A prompt without a session is its own."""
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
+        name = prompt.session or str(prompt.blocks[:1])
+        return max(
+            replicas,
+            key=lambda replica: hashlib.blake2b(f"{replica.name}\0{name}".encode(), digest_size=8).digest(),
+        )
+
+
+@dataclass(slots=True)
+class LongestPrefix:
+    """The replica that holds most of the prompt, if that is `match_rate` of it and the replicas are balanced, else
+    least load: what routers with prefix trees do."""
+
+    match_rate: float = 0.1
+    imbalance: int = 32
+    """Difference in requests at which load comes before prefixes."""
+
+    def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
+        counts = [replica.load.num_requests for replica in replicas]
+        if max(counts) - min(counts) <= self.imbalance:
+            held = index.prefix_lengths(prompt.blocks)
+            best = max(replicas, key=lambda replica: (held.get(replica.number, 0), -replica.load.num_requests))
+            if held.get(best.number, 0) >= max(1.0, self.match_rate * len(prompt.blocks)):
+                return best
+        return LeastLoad().choose(prompt, replicas, index)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "least-work": LeastWork,
+    "round-robin": RoundRobin,
+    "least-load": LeastLoad,
+    "sticky": Sticky,
+    "longest-prefix": LongestPrefix,
+}
+"""Name → policy."""

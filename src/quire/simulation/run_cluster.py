@@ -1,0 +1,71 @@
+"""run_cluster: one simulation of a cluster, from a trace, a model, a device and settings to its figures."""
+
+from typing import Any
+
+from quire.errors import ConfigError
+from quire.simulation.arrivals import arrivals_of
+from quire.simulation.cluster import ClusterSimulation
+from quire.simulation.cluster_settings import ClusterSettings
+from quire.simulation.cluster_workload import AgentShape, agent_sessions, trace_sessions
+from quire.simulation.devices import Device, fewest_devices
+from quire.simulation.model_shapes import ModelShape
+from quire.simulation.modelled_executor import ModelledExecutor
+from quire.simulation.settings import SimulationSettings
+from quire.simulation.simulate import num_kv_slots
+from quire.simulation.step_time import StepTime
+from quire.simulation.trace import HASH_BLOCK_TOKENS, Trace
+
+_DEFAULT_SESSIONS = 100
+
+
+def run_cluster(
+    trace: Trace | None, model: ModelShape, device: Device, settings: SimulationSettings, cluster: ClusterSettings
+) -> dict[str, Any]:
+    """Simulate a cluster on a trace, or on agents if it is None. Return the figures by name, ready for JSON.
+
+    Raises `ConfigError` for settings that contradict the trace or that a cluster does not have.
+    """
+    _check(settings)
+    num_devices = settings.num_devices or fewest_devices(model, device)
+    if trace is None:
+        if settings.rate is None:
+            raise ConfigError("agents need a rate: sessions per second that begin; set rate")
+        shape = AgentShape(num_kinds=cluster.num_kinds)
+        sessions = agent_sessions(shape, settings.num_requests or _DEFAULT_SESSIONS, settings.rate, settings.seed)
+    else:
+        sessions = trace_sessions(arrivals_of(trace, settings), HASH_BLOCK_TOKENS)
+    step_time = StepTime(model, device, num_devices, attention_slowdown=settings.attention_slowdown)
+    num_slots = num_kv_slots(model, device, num_devices, settings)
+    simulation = ClusterSimulation(
+        sessions,
+        lambda: ModelledExecutor(step_time, seed=settings.seed),
+        settings,
+        cluster,
+        num_blocks=num_slots // settings.block_size,
+        max_model_len=settings.max_model_len or model.context_length,
+    )
+    simulation.run()
+    return {
+        "routing": cluster.routing,
+        "replicas": cluster.cluster,
+        "trace": "agents" if trace is None else trace.name,
+        "model": model.name,
+        "device": device.name,
+        "num_devices": num_devices,
+        "kv_slots": num_slots,
+        "block_size": settings.block_size,
+        "rate": settings.rate,
+        "event_delay": cluster.event_delay,
+        "seed": settings.seed,
+        **simulation.result(),
+    }
+
+
+def _check(settings: SimulationSettings) -> None:
+    """Raise `ConfigError` for options of one engine that a simulated cluster does not have."""
+    default = SimulationSettings(trace=settings.trace)
+    names = ("policy", "scheduling_policy", "admission", "saturate", "warm_up", "n", "beam_width", "shared_prefix")
+    names += ("swap_space", "disk_cache_size", "step_failures", "slow_steps", "cancellations", "engine_deaths")
+    for name in names:
+        if getattr(settings, name) != getattr(default, name):
+            raise ConfigError(f"{name} is {getattr(settings, name)}; a simulated cluster lacks that: leave it out")

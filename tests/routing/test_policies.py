@@ -1,0 +1,165 @@
+"""Policies and Fleet: what each promises, as properties."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.routing.fleet import Fleet
+from quire.routing.policies import POLICIES, LeastWork, Prompt
+from quire.routing.prefix_index import HOST
+
+SIZE = 16
+
+
+def prompt(seed: int, num_blocks: int = 32, session: str = "") -> Prompt:
+    draw = random.Random(seed)
+    return Prompt([draw.getrandbits(64) for _ in range(num_blocks)], num_blocks * SIZE + 3, SIZE, session)
+
+
+def fleet(policy: str = "least-work", num_replicas: int = 4, **options: int) -> Fleet:
+    made = Fleet(POLICIES[policy](), max_blocks=10_000, **options)
+    for number in range(num_replicas):
+        made.join(f"r{number}")
+    return made
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(seeds=st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_every_policy_counts_its_work_and_gives_it_back(policy: str, seeds: list[int]) -> None:
+    routed = fleet(policy)
+    works = []
+    for seed in seeds:
+        work = routed.choose(prompt(seed))
+        assert work is not None
+        assert 1 <= work.num_new_tokens <= work.num_tokens
+        works.append(work)
+    assert sum(each.load.num_requests for each in routed.replicas.values()) == len(seeds)
+    for number, work in enumerate(works):
+        if number % 2:
+            routed.add_tokens(work, 5)
+        routed.end(work)
+    for replica in routed.replicas.values():
+        assert (replica.load.num_requests, replica.load.queued_tokens, replica.load.context_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_is_sent_to_a_full_replica_or_one_that_was_tried(policy: str) -> None:
+    routed = fleet(policy, num_replicas=3, max_requests=2)
+    works = [routed.choose(prompt(7)) for _ in range(6)]
+    assert sorted(work.replica.name for work in works if work) == ["r0", "r0", "r1", "r1", "r2", "r2"]
+    assert routed.choose(prompt(7)) is None
+    assert works[0] is not None
+    routed.end(works[0])
+    assert routed.choose(prompt(7), without={works[0].replica.name}) is None
+
+
+def test_least_work_follows_blocks_until_the_queue_costs_more() -> None:
+    routed = fleet()
+    first = routed.choose(prompt(1))
+    assert first is not None
+    routed.add_tokens(first, 1)
+    routed.end(first)
+    again = routed.choose(prompt(1))
+    assert again is not None
+    assert again.replica is first.replica
+    assert again.num_new_tokens == 3
+    first.replica.load.queued_tokens += 10_000
+    other = routed.choose(prompt(1))
+    assert other is not None
+    assert other.replica is not first.replica
+
+
+def test_least_work_prefers_the_device_to_lower_tiers() -> None:
+    routed = fleet(num_replicas=2)
+    asked = prompt(3)
+    routed.stored("r0", asked.blocks, HOST)
+    routed.stored("r1", asked.blocks)
+    work = routed.choose(asked)
+    assert work is not None
+    assert work.replica.name == "r1"
+
+
+def test_without_knowledge_least_work_spreads_evenly() -> None:
+    routed = fleet(num_replicas=8)
+    for _ in range(400):
+        work = routed.choose(Prompt((), 1000, SIZE))
+        assert work is not None
+        routed.add_tokens(work, 10)
+        routed.end(work)
+    totals = [replica.load.total_tokens for replica in routed.replicas.values()]
+    assert max(totals) <= 1.05 * sum(totals) / len(totals)
+
+
+def test_one_prompt_that_everybody_sends_does_not_overload_its_holder() -> None:
+    """All prompts share 90 %: without a bound on work one replica would get them all."""
+    routed = fleet(num_replicas=8)
+    shared = prompt(1, 90).blocks
+    for seed in range(400):
+        own = prompt(1000 + seed, 10).blocks
+        work = routed.choose(Prompt([*shared, *own], 1600, SIZE))
+        assert work is not None
+        routed.add_tokens(work, 50)
+        routed.end(work)
+    totals = [replica.load.total_tokens for replica in routed.replicas.values()]
+    assert max(totals) <= 1.3 * sum(totals) / len(totals)
+
+
+def test_a_replica_that_joins_late_is_not_flooded() -> None:
+    routed = fleet(num_replicas=3)
+    for seed in range(100):
+        work = routed.choose(prompt(seed))
+        assert work is not None
+        routed.end(work)
+    routed.join("new")
+    chosen = []
+    for seed in range(200, 240):
+        work = routed.choose(prompt(seed))
+        assert work is not None
+        chosen.append(work.replica.name)
+        routed.end(work)
+    assert 4 <= chosen.count("new") <= 20
+
+
+def test_wrong_knowledge_changes_the_choice_and_nothing_else() -> None:
+    routed = fleet()
+    routed.stored("nobody", prompt(1).blocks)
+    routed.removed("r0", prompt(1).blocks)
+    routed.cleared("nobody")
+    routed.leave("r2")
+    assert {work.replica.name for seed in range(30) if (work := routed.choose(prompt(seed)))} <= {"r0", "r1", "r3"}
+
+
+def test_sticky_moves_only_the_sessions_of_a_replica_that_leaves() -> None:
+    routed = fleet("sticky", num_replicas=5)
+    before = {}
+    for number in range(50):
+        work = routed.choose(prompt(number, session=f"s{number}"))
+        assert work is not None
+        before[number] = work.replica.name
+    assert len(set(before.values())) == 5
+    routed.leave("r1")
+    for number, name in before.items():
+        work = routed.choose(prompt(number + 500, session=f"s{number}"))
+        assert work is not None
+        assert work.replica.name == name or name == "r1"
+
+
+def test_a_number_is_used_again_without_its_blocks() -> None:
+    routed = fleet(num_replicas=2)
+    routed.stored("r0", prompt(1).blocks)
+    routed.leave("r0")
+    assert routed.join("r9").number == 0
+    assert routed.index.prefix_lengths(prompt(1).blocks) == {}
+
+
+def test_context_of_running_requests_counts() -> None:
+    routed = fleet(num_replicas=2)
+    work = routed.choose(Prompt((), 100_000, SIZE))
+    assert work is not None
+    routed.add_tokens(work, 1)
+    for replica in routed.replicas.values():
+        replica.load.total_tokens = 0
+    other = LeastWork().choose(Prompt((), 100, SIZE), list(routed.replicas.values()), routed.index)
+    assert other is not work.replica
