@@ -59,9 +59,12 @@ _NUMBERS = {
 }
 
 
-def write_gguf(folder: Path, path: Path, arch: str, block: str = "F32", **metadata: Any) -> Path:
-    """Convert a checkpoint of Hugging Face's. Matrices are stored as `block`, all else as F32. `metadata` replaces
-    what follows from config.json; keys are without the architecture, with "__" for a dot."""
+def write_gguf(
+    folder: Path, path: Path, arch: str, block: str = "F32", *, widened: bool = False, **metadata: Any
+) -> Path:
+    """Convert a checkpoint of Hugging Face's. Matrices are stored as `block`, all else as F32. `widened`: the
+    numbers of those blocks are stored in F32. `metadata` replaces what follows from config.json; keys are without the
+    architecture, with "__" for a dot."""
     config = json.loads((folder / "config.json").read_text())
     writer = GGUFWriter(path, arch)
     found = {**_metadata(config), **{key.replace("__", "."): value for key, value in metadata.items()}}
@@ -71,6 +74,8 @@ def write_gguf(folder: Path, path: Path, arch: str, block: str = "F32", **metada
         kind = GGMLQuantizationType[block if array.ndim > 1 and "ffn_gate_inp" not in name else "F32"]
         if kind == GGMLQuantizationType.F32:
             writer.add_tensor(name, array)
+        elif widened:
+            writer.add_tensor(name, quants.dequantize(quants.quantize(array, kind), kind))
         else:
             writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -78,6 +83,22 @@ def write_gguf(folder: Path, path: Path, arch: str, block: str = "F32", **metada
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def tokenizer_metadata(folder: Path) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a byte-level tokenizer.json."""
+    state = json.loads((folder / "tokenizer.json").read_text())
+    added = {token["id"]: token["content"] for token in state["added_tokens"]}
+    tokens = {index: text for text, index in state["model"]["vocab"].items()} | added
+    control, normal = int(gguf.TokenType.CONTROL), int(gguf.TokenType.NORMAL)
+    merges = [" ".join(merge) for merge in state["model"]["merges"]]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": [tokens[index] for index in range(len(tokens))],
+        "tokenizer.ggml.token_type": [control if index in added else normal for index in range(len(tokens))],
+        **({"tokenizer.ggml.merges": merges} if merges else {}),
+    }
 
 
 def converted(folder: Path, arch: str, config: dict[str, Any]) -> dict[str, Array]:

@@ -88,7 +88,8 @@ def _shifted(packed: Tensor, width: int, shifts: tuple[int, ...]) -> Tensor:
     [n, runs * shifts * width]."""
     runs = packed.unflatten(-1, (-1, 1, width))
     by_shift = torch.tensor(shifts, dtype=torch.uint8, device=packed.device).view(-1, 1)
-    return ((runs >> by_shift) & 3).flatten(1)
+    shifted: Tensor = ((runs >> by_shift) & 3).flatten(1)
+    return shifted
 
 
 def _q2_k(blocks: Tensor) -> Decoded:

@@ -14,7 +14,8 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
-A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key. A slot is `block * block_size + offset`; slot -1 means "write nothing".
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key. A slot is
+`block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
