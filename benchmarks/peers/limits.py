@@ -16,7 +16,7 @@ def least_seconds(model: ModelShape, workload: Workload, ceilings: dict[str, flo
     """Least seconds of a workload, for any engine with weights of that format."""
     rate, num_bytes = FORMATS[weights]
     num_steps = max(request.num_output_tokens for request in workload.requests)
-    read = num_steps * num_bytes * (model.spec.layer_parameters + model.spec.head.num_parameters)
+    read = num_steps * num_bytes * (model.spec.layer_parameters + model.spec.num_head_parameters)
     return max(num_operations(model, workload) / ceilings[rate], read / ceilings["read_gb_per_s"]) / 1e9
 
 
@@ -37,7 +37,7 @@ def num_operations(model: ModelShape, workload: Workload) -> float:
     per_key = spec.operations_per_pair / spec.num_layers
     lower_layers = (spec.num_layers - 1) * (per_token * len(computed) + per_key * sum(computed))
     last_layer = per_token * len(sampled) + per_key * sum(sampled)
-    return lower_layers + last_layer + 2 * spec.head.num_parameters * len(sampled)
+    return lower_layers + last_layer + 2 * spec.num_head_parameters * len(sampled)
 
 
 def prompt_contexts(workload: Workload) -> list[int]:

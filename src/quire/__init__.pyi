@@ -1,8 +1,13 @@
 """What type checkers see of the lazy names in __init__.py; a test holds the two equal."""
 
 from quire.config import EngineConfig as EngineConfig
+from quire.embeddings import ClassificationOutput as ClassificationOutput
+from quire.embeddings import ClassificationRequestOutput as ClassificationRequestOutput
 from quire.embeddings import EmbeddingOutput as EmbeddingOutput
 from quire.embeddings import EmbeddingRequestOutput as EmbeddingRequestOutput
+from quire.embeddings import RerankResult as RerankResult
+from quire.embeddings import ScoringOutput as ScoringOutput
+from quire.embeddings import ScoringRequestOutput as ScoringRequestOutput
 from quire.engine.async_engine import AsyncLLM as AsyncLLM
 from quire.errors import CheckpointError as CheckpointError
 from quire.errors import ConfigError as ConfigError

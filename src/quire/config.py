@@ -16,6 +16,7 @@ from typing import Any
 from quire.backends import BACKENDS, DEVICES, KV_CACHE_DTYPES
 from quire.errors import ConfigError
 from quire.kv_events_config import KVEventsConfig
+from quire.pooling_types import POOLINGS, TASKS
 from quire.quantization import METHODS
 from quire.vllm_options import FOREIGN_OPTIONS, RENAMED
 
@@ -41,6 +42,8 @@ _CHOICES = {
     "admission": ADMISSIONS,
     "load_format": ("auto", "safetensors", "dummy"),
     "generation_config": ("auto", "none"),
+    "task": TASKS,
+    "pooling_type": ("auto", *POOLINGS),
 }
 _INTEGERS = {
     "max_model_len": (1, 2**24),
@@ -198,6 +201,11 @@ class EngineConfig:
     kv_events_config: KVEventsConfig | None = None
     """Publish what the KV cache holds, as vLLM does, for routers: JSON such as {"endpoint": "tcp://*:5557"} (needs the
     events extra)."""
+    task: str = "auto"
+    """What the model is for: generate, embed, classify, score. auto takes it from the folder: encoders, classifiers and
+    folders with modules.json make vectors, decoders generate. A decoder scores by its tokens yes and no."""
+    pooling_type: str = "auto"
+    """How an embedding is made of a text's tokens: mean, cls, last, max. auto takes it from the folder."""
     speculative_config: SpeculativeConfig | None = None
     """Draft tokens and check several in one step when that is faster: {"method": "ngram"}, as JSON or a dict."""
     deterministic: bool = False

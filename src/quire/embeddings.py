@@ -1,7 +1,8 @@
-"""EmbeddingRequestOutput: what `LLM.embed` returns, by vLLM's names; made from a RequestOutput that holds a vector."""
+"""What `LLM.embed`, `classify`, `score` and `rerank` return, by vLLM's names; made of RequestOutputs with vectors."""
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
@@ -15,7 +16,7 @@ class EmbeddingOutput:
     """One embedding."""
 
     embedding: list[float]
-    """As many numbers as the model's hidden states have."""
+    """As many numbers as the model's hidden states have, or as its last Dense module or classification head makes."""
 
     @property
     def hidden_size(self) -> int:
@@ -32,6 +33,57 @@ class EmbeddingRequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
+
+
+@dataclass(slots=True)
+class ClassificationOutput:
+    """The classes of one prompt."""
+
+    probs: list[float]
+    """The probability of each class, in the order of the model's labels."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ClassificationRequestOutput:
+    """What `LLM.classify` returns for one prompt."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: ClassificationOutput
+    label: str = ""
+    """The most likely class."""
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """The score of one pair."""
+
+    score: float
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput:
+    """What `LLM.score` returns for one pair."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: ScoringOutput
+    finished: bool = True
+
+
+@dataclass(slots=True)
+class RerankResult:
+    """What `LLM.rerank` returns for one document."""
+
+    index: int
+    """Place of the document in the list that was given."""
+    relevance_score: float
+    document: str
 
 
 def embedding_params(truncate_prompt_tokens: int | None = None) -> SamplingParams:
@@ -55,3 +107,19 @@ def make_embedding(output: RequestOutput, *, normalize: bool) -> EmbeddingReques
         EmbeddingOutput(embedding),
         num_cached_tokens=output.num_cached_tokens,
     )
+
+
+def shortened(vector: list[float], dimensions: int, allowed: Sequence[int] = ()) -> list[float]:
+    """The first numbers of a vector, scaled to length 1. Raises `RequestError` for more than it has, and for a number
+    that is not among those `allowed`, if there are any."""
+    if not 1 <= dimensions <= len(vector):
+        raise RequestError(
+            f"dimensions is {dimensions}; the model's vectors have {len(vector)} numbers", param="dimensions"
+        )
+    if allowed and dimensions not in (*allowed, len(vector)):
+        raise RequestError(
+            f"dimensions is {dimensions}; the model was trained for {', '.join(map(str, allowed))}", param="dimensions"
+        )
+    kept = vector[:dimensions]
+    length = math.hypot(*kept)
+    return [value / length for value in kept] if length else kept

@@ -10,7 +10,7 @@ counted. No torch.
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.errors import ConfigError
 from quire.layer_spec import KVSpec, ModelSpec
@@ -43,12 +43,13 @@ class KVLayout:
     groups: tuple[KVGroup, ...]
     row: KVSpec
     """What a token leaves in one layer."""
+    keeps_all: bool = False
+    """No block is given back while its sequence runs, in spite of windows: an encoder's texts run for one step."""
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "KVLayout":
         """The layout for a model. Raises `ConfigError` where layers keep rows of different sizes."""
-        layers = [kv for layer in spec.layers if (kv := layer.attention.kv) is not None]
-        return cls.of_layers(layers)
+        return replace(cls.of_layers(spec.kvs), keeps_all=spec.is_encoder)
 
     @classmethod
     def of_layers(cls, layers: Sequence[KVSpec]) -> "KVLayout":
@@ -72,8 +73,8 @@ class KVLayout:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The window of each group."""
-        return tuple(group.window for group in self.groups)
+        """The window of each group; blocks outside are given back."""
+        return tuple(0 if self.keeps_all else group.window for group in self.groups)
 
     @property
     def layers_per_block(self) -> int:

@@ -229,13 +229,15 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A decoder-only model: its layers and its two ends. Sizes are in bytes where the name says so."""
+    """A decoder-only model or an encoder: its layers and its ends. Sizes are in bytes where the name says so."""
 
     layers: tuple[LayerSpec, ...]
     embedding: LinearSpec
     """The table of token embeddings [vocab_size, hidden_size], or narrower if there are projections."""
-    head: LinearSpec
-    """The matrix that makes logits, as wide as the embedding."""
+    head: LinearSpec | None
+    """The matrix that makes logits, as wide as the embedding; an encoder has none."""
+    is_encoder: bool = False
+    """Keys and values live for one layer, so all layers of one window share one place for them."""
     projections: tuple[LinearSpec, ...] = ()
     """Matrices from the width of the embedding to that of the layers, and back to that of the head."""
     tied: bool = False
@@ -255,7 +257,12 @@ class ModelSpec:
 
     @property
     def vocab_size(self) -> int:
-        return self.head.num_outputs
+        return self.embedding.num_outputs
+
+    @property
+    def num_head_parameters(self) -> int:
+        """Parameters of the matrix that makes logits."""
+        return 0 if self.head is None else self.head.num_parameters
 
     @property
     def tables(self) -> tuple[LinearSpec, ...]:
@@ -282,7 +289,7 @@ class ModelSpec:
     def num_matrix_parameters(self) -> int:
         """Parameters of all matrices and tables, a tied one counted once."""
         outside = sum(matrix.num_parameters for matrix in (*self.tables, *self.projections))
-        return self.layer_parameters + self.head.num_parameters + outside
+        return self.layer_parameters + self.num_head_parameters + outside
 
     @property
     def num_vector_parameters(self) -> int:
@@ -303,17 +310,18 @@ class ModelSpec:
     def largest_matrix(self) -> int:
         """Parameters of the largest matrix that is packed as one."""
         inside = (linear.num_parameters for layer in self.layers for linear, _ in layer.matrices)
-        return max(self.head.num_parameters, *inside)
+        return max(self.num_head_parameters, *inside)
 
     @property
     def largest_kv(self) -> int:
         """Elements that a token leaves in the cache of the layer that keeps most."""
-        return max((kv.num_elements for kv in self._kvs), default=0)
+        return max((kv.num_elements for kv in self.kvs), default=0)
 
     @property
-    def _kvs(self) -> list[KVSpec]:
-        """One for every layer that has a KV cache."""
-        return [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
+    def kvs(self) -> list[KVSpec]:
+        """One for every layer that has a part of the KV cache; in an encoder one for all layers of a window."""
+        found = [layer.attention.kv for layer in self.layers if layer.attention.kv is not None]
+        return list(dict.fromkeys(found)) if self.is_encoder else found
 
     @property
     def recurrent_layers(self) -> tuple[RecurrentSpec, ...]:
@@ -344,6 +352,8 @@ class ModelSpec:
 
     def head_bytes(self, dtype: str, quantization: str | None = None) -> int:
         """Memory of the matrix that makes logits; a quantisation has its own format for it."""
+        if self.head is None:
+            return 0
         return self.head.weight_bytes(dtype, METHODS[quantization].head if quantization is not None else None)
 
     def packed_bytes(self, dtype: str, quantization: str | None = None) -> int:
@@ -362,7 +372,7 @@ class ModelSpec:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Memory of one token's keys and values in all layers."""
-        return sum(kv.bytes_per_token(dtype) for kv in self._kvs)
+        return sum(kv.bytes_per_token(dtype) for kv in self.kvs)
 
     def activation_bytes(self, num_tokens: int, num_logits: int) -> int:
         """Peak memory, in float32, of a step that computes `num_tokens` and samples from `num_logits` rows of logits.
@@ -372,7 +382,7 @@ class ModelSpec:
         widest = max(max(layer.attention.num_elements, layer.mlp.num_elements) for layer in self.layers)
         token = 3 * self.hidden_size + widest
         # Sampling works on a second copy of the logits.
-        logits = 2 * self.vocab_size + self.hidden_size
+        logits = 0 if self.head is None else 2 * self.vocab_size + self.hidden_size
         return (num_tokens * token + num_logits * logits) * FLOAT32_BYTES
 
 

@@ -8,16 +8,16 @@ from reprlib import repr as brief
 from typing import Any
 
 from quire.config import EngineConfig
-from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
 from quire.engine.checkpoint import model_name, read_default_params
 from quire.engine.engine import Engine
-from quire.engine.input_processor import Prompt
+from quire.engine.input_processor import Prompt, as_batch
 from quire.engine.memory_plan import MemoryPlan
 from quire.engine.tokenizer import Tokenizer, read_special_tokens
 from quire.errors import CheckpointError, RequestError
 from quire.generation_progress import show_progress
-from quire.lora.request import LoRARequest
+from quire.llm_vectors import VectorMethods
+from quire.lora.request import LoRARequest, one_for_each
 from quire.outputs import (
     BeamSearchOutput,
     BeamSearchSequence,
@@ -32,7 +32,7 @@ from quire.sampling_params import BeamSearchParams, SamplingParams
 Message = Mapping[str, Any]
 
 
-class LLM:
+class LLM(VectorMethods):
     """A model for offline generation.
 
     >>> llm = LLM()                                     # the bundled model
@@ -88,7 +88,7 @@ class LLM:
         `use_tqdm` shows a progress bar on a terminal. `lora_request` is the adapter for all prompts, or a list with one
         or None for each. Raises `RequestError` before anything runs if a prompt or its parameters cannot be served.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         params = self._params_of(sampling_params, len(batch))
         if priority is not None and len(priority) != len(batch):
             raise RequestError(f"{len(batch)} prompts came with {len(priority)} priorities", param="priority")
@@ -99,30 +99,8 @@ class LLM:
             use_tqdm=use_tqdm,
             priority=priority,
             cache_salt=cache_salt,
-            adapters=_one_for_each(lora_request, len(batch)),
+            adapters=one_for_each(lora_request, len(batch)),
         )
-
-    def embed(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        normalize: bool = True,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool = True,
-        cache_salt: str = "",
-        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
-    ) -> list[EmbeddingRequestOutput]:
-        """A vector for every prompt, in the order of the prompts: the last token's hidden state after the final norm.
-
-        `normalize` scales it to length 1. `truncate_prompt_tokens` keeps only so many last tokens of a prompt; −1: as
-        many as the context holds. Raises `RequestError` before anything runs if a prompt cannot be served, and
-        afterwards if one failed.
-        """
-        batch = _as_batch(prompts)
-        params = [embedding_params(truncate_prompt_tokens)] * len(batch)
-        adapters = _one_for_each(lora_request, len(batch))
-        outputs = self._run(batch, params, Task.EMBED, use_tqdm=use_tqdm, cache_salt=cache_salt, adapters=adapters)
-        return [make_embedding(output, normalize=normalize) for output in outputs]
 
     def _run(
         self,
@@ -309,26 +287,6 @@ class LLM:
         if len(params) != count:
             raise RequestError(f"{count} prompts came with {len(params)} sampling_params", param="sampling_params")
         return params
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt → a batch of one. A prompt is a text, a mapping, or a list whose first entry is a token id."""
-    if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]  # the first entry decides
-    return prompts  # type: ignore[return-value]
-
-
-def _one_for_each(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
-    """One entry for each prompt. Raises `RequestError`."""
-    if given is None or isinstance(given, LoRARequest):
-        return [given] * count
-    if len(given) != count or not all(one is None or isinstance(one, LoRARequest) for one in given):
-        raise RequestError(
-            f"{count} prompts came with lora_request {brief(given)}; give one LoRARequest, or a list with one or None "
-            "for each prompt",
-            param="lora_request",
-        )
-    return given
 
 
 def _as_conversations(messages: Any) -> list[list[Message]]:

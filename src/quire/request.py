@@ -34,13 +34,6 @@ class Task(StrEnum):
     """A vector that stands for it; nothing is sampled."""
 
 
-class Pooling(StrEnum):
-    """How a prompt's hidden states become one vector. Other ways need sums over the chunks of a prompt."""
-
-    LAST = "last"
-    """The hidden state of its last token, after the final norm."""
-
-
 class InputSpan(NamedTuple):
     """Tokens of a prompt that stand for an input that is not text, such as an image."""
 
@@ -69,8 +62,6 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     task: Task = Task.SAMPLE
-    pooling: Pooling = Pooling.LAST
-    """Only for the task embed."""
     seed: int = 0
     """The params' seed, or one derived from the engine's."""
     eos_token_ids: tuple[int, ...] = ()
@@ -87,6 +78,8 @@ class Request:
     """Hash of the LoRA adapter's content; empty for the model alone. Only requests of the same adapter share blocks."""
     adapter_path: str = ""
     """The adapter's folder."""
+    second_text: int = 0
+    """Index of the first token of a pair's second text, for models that mark it; 0: there is none."""
     inputs: tuple[InputSpan, ...] = ()
     """What is not text in the prompt, in its order and without overlap."""
     tenant: str = ""

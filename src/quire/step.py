@@ -65,6 +65,8 @@ class NewRow:
     """Tokens that `min_tokens` forbids at first: end of sequence and the request's own stop tokens."""
     adapter: str = ""
     """Hash of the adapter's content, which a slot of the model holds; empty: the model alone."""
+    second_text: int = 0
+    """As in `Request`."""
 
 
 @dataclass(slots=True)
@@ -152,8 +154,8 @@ class StepPlan:
     """(index into `rows`, n, slot): after the row's first n tokens its recurrent state is also
     written to the slot."""
     pool_rows: list[int] = field(default_factory=list)
-    """Indices into `rows`, ascending: return the hidden state of the last token computed, after the final norm. No
-    sample is taken there."""
+    """Indices into `rows`, ascending: return the text's vector, by default the hidden state of the last token computed,
+    after the final norm. No sample is taken there."""
     prompt_logprobs: dict[int, tuple[int, list[int]]] = field(default_factory=dict)
     """Index into `rows` → (number of most likely tokens, the token that follows each computed position)."""
     offload: OffloadPlan | None = None

@@ -101,7 +101,6 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "config_format": ForeignOption(("auto", "hf"), "Quire reads Hugging Face's config.json"),
         "ignore_patterns": _ignored("Quire fetches only what it reads"),
         "use_tqdm_on_load": _ignored("verbose shows the phases of start-up", switch=True),
-        "task": ForeignOption(("auto", "generate", "embed"), "one engine generates and embeds"),
         "runner": ForeignOption(("auto", "generate", "pooling"), "one engine generates and embeds"),
         "convert": ForeignOption(("auto", "none", "embed"), "one engine generates and embeds"),
         "override_generation_config": ForeignOption(({},), "give the values in SamplingParams or in the request"),

@@ -264,3 +264,23 @@ def test_a_spare_replaces_a_dead_engine_and_is_replaced(monkeypatch: pytest.Monk
 async def innocent_when_up(engine: AsyncLLM) -> None:
     await until(lambda: engine.state == "ready")
     await innocent(engine, [5])
+
+
+def test_a_viewer_of_the_pool_sees_the_pause_and_then_the_new_pool() -> None:
+    async def test(engine: AsyncLLM) -> None:
+        viewer, states, shapes = engine.views.open(), [], 0
+        answer = asyncio.create_task(collect(engine, [7] * 40, PLAIN.with_changes(max_tokens=300)))
+        killed = False
+        while not (answer.done() and shapes == 2):
+            frame = await asyncio.wait_for(viewer.next(), 60)
+            states.append(frame.state)
+            shapes += frame.shape is not None
+            if frame.requests and not killed:
+                killed = True
+                os.kill(engine.engine_pid, signal.SIGKILL)
+        assert "restarting" in states
+        assert states[-1] == "ready"
+        assert len((await answer).outputs[0].token_ids) == 300
+        viewer.close()
+
+    run(test)

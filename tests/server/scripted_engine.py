@@ -13,8 +13,13 @@ from typing import Any
 import quire
 from quire.embeddings import EmbeddingRequestOutput, embedding_params, make_embedding
 from quire.engine.chat_template import ChatTemplate
+from quire.engine.input_processor import Prompt
 from quire.engine.limits import check_prompt_length
+from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.messages import ToEngine
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
+from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import DeadlineError, EngineUnavailableError, QueueFullError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
@@ -98,17 +103,29 @@ class ScriptedEngine:
     model_names: list[str] = field(default_factory=lambda: ["scripted", "alias"])
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)
     default_params: dict[str, Any] = field(default_factory=dict)
+    other_names: list[str] = field(default_factory=list)
+    text_prompts: TextPrompts = field(default_factory=TextPrompts)
+    embedder: "ScriptedEngine | None" = None
+    """The engine for vectors, if it is another."""
     chat_template: "LocalTemplate | None" = field(default_factory=lambda: LocalTemplate())
     tokenizer: Tokenizer | None = None
     metrics: Metrics = field(default_factory=lambda: Metrics("scripted"))
     prefixes: list[tuple[list[int], tuple[str, ...]]] = field(default_factory=list)
     memory: list[RequestMemory] = field(default_factory=list)
     """The requests of the memory report."""
+    sent: list[ToEngine] = field(default_factory=list)
+    """What viewers of the pool sent to the engine."""
     calls: list[Call] = field(default_factory=list)
     num_running: int = 0
     num_closed_early: int = 0
     num_tokens: int = 0
     """Tokens generated for all requests."""
+
+    def __post_init__(self) -> None:
+        self.questions = MemoryQuestions(self.sent.append, lambda: self.state)
+        self.views = PoolViews(
+            self.sent.append, state=lambda: self.state, stats=lambda: EngineStats(num_blocks=64), metrics=self.metrics
+        )
 
     async def register_prefix(self, prefix: list[int], salts: Sequence[str] = ("",)) -> str:
         if len(prefix) > self.max_model_len:
@@ -127,6 +144,10 @@ class ScriptedEngine:
     async def memory_report(self) -> MemoryReport:
         stats = EngineStats(num_blocks=64, block_size=16, total_steps=1)
         return MemoryReport(stats, 0.0, AgeQuantiles(), AgeQuantiles(), self.memory)
+
+    @property
+    def vectors(self) -> "ScriptedEngine":
+        return self.embedder or self
 
     @property
     def advances(self) -> bool:
@@ -176,9 +197,9 @@ class ScriptedEngine:
 
     async def embed(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
@@ -193,7 +214,7 @@ class ScriptedEngine:
         check_prompt_length(len(kept), self.max_model_len, num_output=0)
         self.calls.append(Call(kept, embedding_params(), priority, cache_salt, tenant, "", adapter))
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
-        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize)
+        return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize is not False)
 
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
         tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)

@@ -79,7 +79,7 @@ def test_openapi_describes_every_route(server: RunningServer) -> None:
 
 def test_the_root_answers_any_client(engine: ScriptedEngine) -> None:
     with RunningServer(engine, ServerSettings(port=0, api_key=("secret",))) as server:
-        assert server.send("GET", "/")[1] == "Quire is running\n"
+        assert "Quire is running" in server.send("GET", "/")[1]
         assert server.send("HEAD", "/")[0].status == 200
 
 

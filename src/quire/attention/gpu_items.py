@@ -28,7 +28,8 @@ class Geometry:
         run, tile = enumerate_runs(-(-(end - begin) // tile_tokens))
         sequence, end = sequences[run], end[run]
         token = begin[run] + tile * tile_tokens
-        position = self.step.seq_lens[sequence] - (end - token)
+        lengths = self.step.seq_lens[sequence]
+        position = lengths - (end - token) + self.buffers.shape.lookahead  # up to which the first token sees keys
         items = np.zeros((len(run), NUM_ITEM_COLUMNS), dtype=np.int32)
         items[:, ItemColumn.TOKEN] = token
         items[:, ItemColumn.NUM_TOKENS] = np.minimum(tile_tokens, end - token)
@@ -36,7 +37,7 @@ class Geometry:
         if self.window > 0:
             first_key = np.maximum(0, position - self.window + 1)
             items[:, ItemColumn.KEY_BEGIN] = first_key // self.buffers.tile * self.buffers.tile
-        items[:, ItemColumn.KEY_END] = position + items[:, ItemColumn.NUM_TOKENS]
+        items[:, ItemColumn.KEY_END] = np.minimum(position + items[:, ItemColumn.NUM_TOKENS], lengths)
         items[:, ItemColumn.TABLE] = sequence * self.step.block_tables.shape[1]
         items[:, ItemColumn.PARTIAL] = -1
         return items

@@ -85,7 +85,7 @@ def share_prefixes(tiles: Int32Array, block_tables: Int32Array, buffers: PlanBuf
     """Make items of the prefixes that are worth it, and remove their keys from the tiles. `captured_tokens` is the room
     of a graph, or 0."""
     (whole,) = np.nonzero(tiles[:, ItemColumn.KEY_BEGIN] == 0)  # with a window, each row sees another part
-    if len(whole) < _MIN_SHARERS:
+    if len(whole) < _MIN_SHARERS or buffers.shape.lookahead:
         return NO_SHARERS
     num_tokens = tiles[whole, ItemColumn.NUM_TOKENS].astype(np.int64)
     prefixes = find_shared_prefixes(

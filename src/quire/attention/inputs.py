@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 Int32Array = NDArray[np.int32]
 Int64Array = NDArray[np.int64]
+ALL_POSITIONS = 2**24
+"""More positions than any sequence has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,9 @@ class AttentionShape:
     window: int = 0
     """Positions that a token of the group's layers sees; 0: all. A plan serves layers with this window or a smaller
     one."""
+    lookahead: int = 0
+    """Positions after its own that a token sees: 0 in a decoder, `ALL_POSITIONS` in an encoder, half of the window in
+    its layers with a window. A sequence's tokens are then computed in one step."""
     max_num_seqs: int = 0
     """Sequences in a step. This and the next two limits are for backends whose plans are in fixed buffers."""
     max_num_tokens: int = 0

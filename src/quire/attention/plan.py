@@ -85,14 +85,14 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
             f"too few for a sequence of {seq_lens.max()} tokens"
         )
     min_cost_rows = _MIN_COST_ROWS[shape.kv_element_size]
-    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, num_kv_heads, shape.window)
+    tiles = _cut_into_tiles(query_start_loc, seq_lens, group, shape)
     expanded = sequences_to_expand(step, shape)
     if len(expanded):
         tiles = tiles[~np.isin(tiles[:, WorkColumn.SEQUENCE], expanded)]
     sharers = _NO_SHARERS
     if shape.batch_invariant:
         tiles[:, WorkColumn.KEY_BEGIN] -= tiles[:, WorkColumn.KEY_BEGIN] % INVARIANT_ALIGNMENT
-    elif share_prefixes and len(tiles) > 1:
+    elif share_prefixes and not shape.lookahead and len(tiles) > 1:
         read_rows = _CACHED_ROWS[shape.kv_element_size]
         sharers = _share_prefixes(tiles, step, group, block_size, read_rows)
     work = np.concatenate((tiles, sharers.items))
@@ -126,7 +126,8 @@ def plan_attention(step: StepArrays, shape: AttentionShape, *, share_prefixes: b
         growth.append((shared[:, SharedColumn.POSITION], np.ones(len(shared), dtype=np.int32)))
     return CpuAttentionPlan(
         query_start_loc=_tensor(query_start_loc),
-        seq_lens=_tensor(seq_lens),
+        # Kernels count a token's position back from the length and let it see the keys up to there.
+        seq_lens=_tensor(seq_lens + np.int32(shape.lookahead) if shape.lookahead else seq_lens),
         block_tables=_tensor(block_tables),
         slots=_tensor(slots),
         work=_tensor(work),
@@ -205,25 +206,23 @@ _NO_SHARERS = _Sharers(
 )
 
 
-def _cut_into_tiles(
-    query_start_loc: Int32Array, seq_lens: Int32Array, group: int, num_kv_heads: int, window: int
-) -> Int32Array:
+def _cut_into_tiles(query_start_loc: Int32Array, seq_lens: Int32Array, group: int, shape: AttentionShape) -> Int32Array:
     """Runs of new tokens of one sequence, with all heads and all keys that they see."""
     tile_tokens = max(1, _TILE_ROWS // group)
     sequence, tile = enumerate_runs(-(-np.diff(query_start_loc) // tile_tokens))
     end = query_start_loc[sequence + 1]
     token_begin = query_start_loc[sequence] + tile * tile_tokens
     tokens = np.minimum(tile_tokens, end - token_begin)
-    first_position = token_begin - end + seq_lens[sequence]
+    last_seen = token_begin - end + seq_lens[sequence] + shape.lookahead  # the last key that the first token sees
 
     work = np.empty((len(sequence), len(WorkColumn)), dtype=np.int32)
     work[:, WorkColumn.SEQUENCE] = sequence
     work[:, WorkColumn.TOKEN_BEGIN] = token_begin
     work[:, WorkColumn.NUM_TOKENS] = tokens
     work[:, WorkColumn.HEAD_BEGIN] = 0
-    work[:, WorkColumn.NUM_HEADS] = num_kv_heads
-    work[:, WorkColumn.KEY_BEGIN] = np.maximum(0, first_position - window + 1) if window > 0 else 0
-    work[:, WorkColumn.KEY_END] = first_position + tokens
+    work[:, WorkColumn.NUM_HEADS] = shape.num_kv_heads
+    work[:, WorkColumn.KEY_BEGIN] = np.maximum(0, last_seen - shape.window + 1) if shape.window > 0 else 0
+    work[:, WorkColumn.KEY_END] = np.minimum(last_seen + tokens, seq_lens[sequence])
     work[:, WorkColumn.PARTIAL_ROW] = -1
     work[:, WorkColumn.SHARED] = 0
     return work

@@ -16,7 +16,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
     block_size, device = shape.block_size, shape.device
     counts = np.diff(query_start_loc)
     # With a window, only the blocks that a new token sees: the others may be somebody else's by now.
-    seen_from = np.maximum(0, seq_lens - counts - shape.window + 1) // block_size * (shape.window > 0)
+    seen_from = np.maximum(0, seq_lens - counts + shape.lookahead - shape.window + 1) // block_size * (shape.window > 0)
     num_blocks = -(-seq_lens // block_size) - seen_from
 
     def on_device(array: NDArray[np.int32]) -> torch.Tensor:
@@ -26,7 +26,7 @@ def plan_attention(step: StepArrays, shape: AttentionShape) -> SdpaPlan:
         count, most = int(counts[members[0]]), int(num_blocks[members].max())
         first = seen_from[members, None]
         lengths = seq_lens[members, None] - first * block_size
-        queries = lengths - count + np.arange(count)
+        queries = lengths - count + np.arange(count) + shape.lookahead  # the last position that each sees
         places = np.minimum(first + np.arange(most), block_tables.shape[1] - 1)
         blocks = np.where(np.arange(most) < num_blocks[members, None], block_tables[members[:, None], places], 0)
         positions = torch.arange(most * block_size, dtype=torch.int32, device=device)

@@ -22,6 +22,8 @@ COMMANDS = {
     "serve": "Serve a model through OpenAI's API.",
     "generate": "Continue a prompt on the terminal.",
     "chat": "Talk to a model on the terminal.",
+    "ps": "List the requests that a running server computes, and the memory they hold.",
+    "top": "Watch a running server: requests, blocks, tokens per second, cache hits, waste.",
     "pull": "Download a model from the hub or a package index, and check it.",
     "list": "List the models kept on this machine.",
     "show": "Show what a kept model is, without loading it.",

@@ -1,4 +1,4 @@
-"""A small asynchronous HTTP client for `chat` and `bench`: posts JSON and reads server-sent events.
+"""A small asynchronous HTTP client for `chat`, `bench`, `ps` and `top`: JSON and server-sent events.
 
 It opens one connection per request, so that a benchmark measures requests and not a connection pool. It needs only the
 standard library.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from quire.errors import QuireError
+from quire.errors import ConfigError, QuireError
 
 _LINE_LIMIT = 2**24
 """Maximum bytes of one event. The log-probabilities of a long prompt are one event."""
@@ -26,7 +26,7 @@ class HttpError(QuireError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL to post to, such as http://127.0.0.1:8000/v1/completions, and the API key if the server needs one."""
+    """A URL, such as http://127.0.0.1:8000/v1/completions, and the API key if the server needs one."""
 
     url: str
     api_key: str | None = None
@@ -36,9 +36,17 @@ class Target:
         _, writer = await self._connect()
         writer.close()
 
-    async def events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of a streamed answer, up to [DONE]. Raises `HttpError`, also for an error event."""
-        async with self._post(body) as lines:
+    async def get(self) -> bytes:
+        """The body of the answer to GET. Raises `HttpError`."""
+        async with self._ask(None) as lines:
+            return b"\n".join([line async for line in lines])
+
+    async def events(self, body: dict[str, Any] | None) -> AsyncGenerator[dict[str, Any], None]:
+        """The events of a streamed answer, up to [DONE]; without a body of a GET.
+
+        Raises `HttpError`, also for an error event.
+        """
+        async with self._ask(body) as lines:
             async for line in lines:
                 data = line.removeprefix(b"data:").strip()
                 if not line.startswith(b"data:") or data == b"[DONE]":
@@ -49,7 +57,7 @@ class Target:
                 yield event
 
     @asynccontextmanager
-    async def _post(self, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def _ask(self, body: dict[str, Any] | None) -> AsyncIterator[AsyncIterator[bytes]]:
         """The lines of the answer. Raises `HttpError` unless the status is 200."""
         parts = urlsplit(self.url)
         reader, writer = await self._connect()
@@ -77,15 +85,11 @@ class Target:
         except OSError as error:
             raise HttpError(f"no answer from {self.url}: {error.strerror or error}; is the server running?") from error
 
-    async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        head = [
-            f"POST {path} HTTP/1.1",
-            f"host: {host}",
-            "content-type: application/json",
-            f"content-length: {len(data)}",
-            "connection: close",
-        ]
+    async def _send(self, writer: StreamWriter, host: str, path: str, body: dict[str, Any] | None) -> None:
+        data = b"" if body is None else json.dumps(body).encode()
+        head = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", f"host: {host}", "connection: close"]
+        if body is not None:
+            head += ["content-type: application/json", f"content-length: {len(data)}"]
         if self.api_key:
             head.append(f"authorization: Bearer {self.api_key}")
         writer.write("\r\n".join([*head, "", ""]).encode() + data)
@@ -116,6 +120,14 @@ async def _chunked(reader: StreamReader) -> AsyncIterator[bytes]:
             yield line
     if rest:
         yield rest
+
+
+def server_target(url: str, path: str, api_key: str | None) -> Target:
+    """A path of the server at `url`, which may end in /v1 as clients write it. Raises `ConfigError`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"url is {url!r}; give one such as http://127.0.0.1:8000")
+    return Target(url.rstrip("/").removesuffix("/v1") + path, api_key)
 
 
 def _message(text: str) -> str:

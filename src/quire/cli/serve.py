@@ -1,5 +1,6 @@
 """`quire serve`: an OpenAI-compatible server."""
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from quire.cli.options import ModelArgument, flags, split
 from quire.config import EngineConfig
+from quire.engine.device import usable_cores
+from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     settings = ServerSettings(**server_options)
     engine_config = engine_config_for(settings, {"model": model, **engine_options})
     engine_config.make_folders()
+    embedding_config = embedding_config_for(settings, engine_config)
     # Imported after the options are checked, so that a wrong option is answered at once.
     import uvloop
 
@@ -39,6 +43,7 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     from quire.server.listen import bind
     from quire.server.listen import serve as serve_until_stopped
     from quire.server.logs import configure_logging
+    from quire.server.two_engines import TwoEngines
 
     def report(line: str) -> None:
         logger.info("[%6.2f s] %s", time.perf_counter() - started, line)
@@ -49,7 +54,10 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
         report(f"{len(settings.keys)} API keys, scheduled by the policy {engine_config.scheduling_policy}")
 
     async def until_stopped() -> bool:
-        return await serve_until_stopped(AsyncLLM(engine_config, report), settings, listener, report=report)
+        first = AsyncLLM(engine_config, report)
+        second = None if embedding_config is None else AsyncLLM(embedding_config, report)
+        engine = first if second is None else TwoEngines(first, second)
+        return await serve_until_stopped(engine, settings, listener, report=report)
 
     return 0 if uvloop.run(until_stopped()) else 1
 
@@ -59,3 +67,20 @@ def engine_config_for(settings: ServerSettings, options: dict[str, Any]) -> Engi
     if len(settings.keys) > 1:
         options = {"scheduling_policy": "fair", **options}
     return EngineConfig.from_options(options)
+
+
+def embedding_config_for(settings: ServerSettings, first: EngineConfig) -> EngineConfig | None:
+    """The config of the engine for `embedding_model`; None without one. Raises `ConfigError`."""
+    if settings.embedding_model is None:
+        if settings.embedding_options is not None:
+            raise ConfigError("embedding_options is set without embedding_model; give both or leave it out")
+        return None
+    try:
+        options = json.loads(settings.embedding_options or "{}")
+    except ValueError as error:
+        raise ConfigError(f"embedding_options is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise ConfigError('embedding_options must be a JSON object such as {"threads": 1}')
+    threads = max(1, (first.threads or usable_cores()) // 2)
+    usual = {"threads": threads, "device": first.device, "max_queue_size": first.max_queue_size}
+    return EngineConfig.from_options({**usual, **options, "model": settings.embedding_model})

@@ -28,23 +28,28 @@ from quire.engine.input_processor import InputProcessor, Prompt, RequestOptions
 from quire.engine.limits import NOTHING_YET, resumed
 from quire.engine.memory_plan import MemoryPlan, plan_memory
 from quire.engine.memory_questions import MemoryQuestions
+from quire.engine.memory_sizes import available_memory
 from quire.engine.messages import (
     FromEngine,
     Load,
+    MemoryDescribed,
     MemoryReported,
     Outputs,
     PhaseDone,
+    PoolChanged,
     PrefixAccepted,
     Refused,
-    ReportMemory,
     ResetPrefixCache,
 )
 from quire.engine.metrics import Metrics
+from quire.engine.model_task import read_model
+from quire.engine.pool_views import PoolViews
 from quire.engine.prefix_registrations import PrefixRegistrations
 from quire.engine.request_streams import RequestStreams, Stream
+from quire.engine.text_prompts import TextPrompts, read_text_prompts
 from quire.engine.throughput import Throughput
 from quire.engine.tokenizer import Tokenizer, describe_tokenizer, load_tokenizer
-from quire.errors import CheckpointError, EngineUnavailableError, QueueFullError, QuireError, RequestError
+from quire.errors import CheckpointError, EngineUnavailableError, QuireError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RequestOutput
@@ -66,7 +71,10 @@ class AsyncLLM:
         self.model_names = list(config.served_model_name) or [model_name(config.model)]
         self.adapters = AdapterRegistry(config.lora_modules, enabled=config.enable_lora)
         """Adapters by the names that requests choose them by."""
+        self.other_names: list[str] = []
+        """Names of a model that serves beside this one."""
         self.default_params: dict[str, Any] = {}
+        self.text_prompts = TextPrompts()
         self.metrics = Metrics(self.model_names[0])
         self._report = report
         self._model_config: ModelConfig | None = None
@@ -78,7 +86,7 @@ class AsyncLLM:
                 on_message=self._handle,
                 on_death=self._handle_death,
                 on_spawn=self._resume,
-                on_ready=lambda: self._streams.start_timer(),
+                on_ready=self._handle_ready,
                 on_failure=self._handle_failure,
                 has_work=lambda: self._streams.any_live,
             )
@@ -87,23 +95,28 @@ class AsyncLLM:
         self._prefixes = PrefixRegistrations(self._client.send)
         self._throughput = Throughput(None if config.disable_log_stats else report)
         self._request_numbers = itertools.count()
-        self._memory_questions = MemoryQuestions()
+        self.questions = MemoryQuestions(self._client.send, lambda: self.state)
+        self.views = PoolViews(
+            self._client.send, state=lambda: self.state, stats=lambda: self.stats, metrics=self.metrics
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, *, reserved: int = 0) -> None:
         """Plan the memory, start the engine process, read the tokenizer. Weights go on loading when this returns.
+        `reserved` bytes of the host's memory belong to another engine.
 
         Raises the errors of `quire.errors` for what can be known without loading.
         """
         folder = await asyncio.to_thread(find_model, self.config.model, self.config.revision)
-        self._model_config = ModelConfig.from_folder(folder)
-        self._memory_plan = plan_memory(self.config, self._model_config)
+        self._model_config = read_model(self.config, folder)
+        self._memory_plan = plan_memory(self.config, self._model_config, max(0, available_memory() - reserved))
         for line in self._memory_plan.describe():
             self._report(line)
         await self._client.start(Load(self.config, self._memory_plan, str(folder)))
         started = time.perf_counter()
         self.default_params = read_default_params(self.config, folder)
+        self.text_prompts = read_text_prompts(folder)
         self.tokenizer = await asyncio.to_thread(load_tokenizer, self.config, folder)
         if self.tokenizer is not None:
             await asyncio.to_thread(self.tokenizer.most_chars, 1)  # reads the vocabulary, before a request needs it
@@ -126,6 +139,11 @@ class AsyncLLM:
         if self.tokenizer is not None:
             # Now, while the engine process reads its weights and no request is served yet.
             self._grammar_checker.warm()
+
+    @property
+    def vectors(self) -> "AsyncLLM":
+        """The engine for embeddings and scores."""
+        return self
 
     async def wait_ready(self) -> None:
         """Return when the engine can compute for the first time. Raises the reason if it never will."""
@@ -252,7 +270,7 @@ class AsyncLLM:
         self,
         prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         request_id: str | None = None,
         priority: int = 0,
@@ -261,7 +279,8 @@ class AsyncLLM:
         adapter: Adapter | None = None,
         timeout: float | None = None,
     ) -> EmbeddingRequestOutput:
-        """The embedding of a prompt, as from `LLM.embed`; cancelling the call aborts the request.
+        """The vector of a prompt, as from `LLM.embed`; of a classifier the outputs of its head. Cancelling the call
+        aborts the request.
 
         Raises `RequestError` as `generate` does.
         """
@@ -283,7 +302,7 @@ class AsyncLLM:
         finally:
             self._streams.close(stream)
         output.request_id = request_id or output.request_id
-        return make_embedding(output, normalize=normalize)
+        return make_embedding(output, normalize=self.model_config.normalizes if normalize is None else normalize)
 
     async def _open(
         self,
@@ -309,22 +328,13 @@ class AsyncLLM:
             request = resumed(request, progress, vocab_size=self.model_config.vocab_size)
         # Before the queue: a request that never fits is not asked to come again.
         check_lengths(request, max_model_len=self.max_model_len, max_num_seqs=self.memory_plan.max_num_seqs)
-        self._check_queue()
+        num_live, num_running = self._streams.num_live, self.memory_plan.max_num_seqs
+        self._throughput.check_queue(num_live, num_running, self.config.max_queue_size)
         if params.structured_outputs is not None and self._grammar_checker is not None:
             request = replace(request, grammar_bytes=await self._grammar_checker.check(params.structured_outputs))
         if self.state == "dead":  # since a moment ago
             raise EngineUnavailableError("the engine is dead")
         return self._streams.open(request, text, timeout, progress)
-
-    def _check_queue(self) -> None:
-        """Raise `QueueFullError` if `max_queue_size` requests wait."""
-        limit = self.config.max_queue_size
-        num_waiting = self._throughput.num_waiting(self._streams.num_live, self.memory_plan.max_num_seqs)
-        if num_waiting >= limit > 0:
-            raise QueueFullError(
-                f"{num_waiting} requests are waiting, the limit is {limit} (max_queue_size)",
-                retry_after=self._throughput.retry_after(num_waiting, limit),
-            )
 
     async def register_prefix(self, prefix: Prompt, salts: Sequence[str] = ("",)) -> str:
         """Have a prefix computed before anything that waits, and kept: it is found under each of the salts.
@@ -342,11 +352,7 @@ class AsyncLLM:
 
     async def memory_report(self) -> MemoryReport:
         """Contents of the KV pool. Raises `EngineUnavailableError` if there is no engine to ask."""
-        if self.state not in ("ready", "draining"):
-            raise EngineUnavailableError(f"the engine is {self.state}")
-        answer = self._memory_questions.ask()
-        self._client.send(ReportMemory())
-        return await answer
+        return await self.questions.report()
 
     # -- called by the client -----------------------------------------------------------------------------------------
 
@@ -356,8 +362,10 @@ class AsyncLLM:
                 self._throughput.update(stats)
                 self.metrics.record_stats(stats)
                 self._throughput.count_finished(self._streams.deliver(deltas))
-            case MemoryReported(report):
-                self._memory_questions.answer(report)
+            case PoolChanged(change):
+                self.views.apply(change)
+            case MemoryReported() | MemoryDescribed():
+                self.questions.answer(message)
             case Refused(request_id, text, param, code):
                 error = RequestError(text, param=param, code=code)
                 if request_id in self._prefixes:
@@ -369,8 +377,13 @@ class AsyncLLM:
             case PhaseDone(name, seconds):
                 self._report(f"{name}: {seconds:.2f} s")
 
+    def _handle_ready(self) -> None:
+        self._streams.start_timer()
+        self.views.wake()
+
     def _handle_death(self, death: Death) -> bool:
-        self._memory_questions.fail()
+        self.questions.fail()
+        self.views.clear()
         self._throughput.restart()
         if not death.while_loading:
             self._prefixes.count_death(death.in_step)
@@ -380,9 +393,11 @@ class AsyncLLM:
         """Send a new engine process what the old one had."""
         self._prefixes.resend()
         self._streams.resume()
+        self.views.resume()
 
     def _handle_failure(self, error: QuireError) -> None:
-        self._memory_questions.fail()
+        self.questions.fail()
+        self.views.wake()
         self._end_waits(error)
 
     def _end_waits(self, error: QuireError) -> None:

@@ -283,7 +283,7 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler
         plan.block_size,
         windows=target.layout.windows,
         window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and not target.model_config.needs_whole_texts,
     )
     states, speculation = None, None
     if plan.num_state_slots:
@@ -299,6 +299,7 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,
             max_num_partial_prefills=config.max_num_partial_prefills,
+            whole_prompts=target.model_config.needs_whole_texts,
             max_pinned_share=config.max_pinned_share,
         ),
         tiers=tiers,

@@ -13,13 +13,16 @@ from quire.engine.cache_events import CacheEvents
 from quire.engine.executor import Executor, PendingStep
 from quire.engine.grammars import WaitingForGrammar
 from quire.engine.limits import check_request
+from quire.engine.pool_watch import PoolWatch
 from quire.engine.step_record import StepRecord
 from quire.errors import DeviceMemoryError, RequestError
 from quire.grammar.cache import GrammarCache
 from quire.models.weights_cache import WeightsCache
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
+from quire.pool_view import BlockDetail, RequestDetail
 from quire.request import Request
 from quire.sampling_params import SamplingParams
+from quire.scheduler.pool_details import detail_block, detail_request
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan
 
@@ -64,6 +67,8 @@ class EngineCore:
         self._in_progress: tuple[StepPlan, PendingStep] | None = None
         """The step that was launched ahead."""
         self._record: StepRecord | None = None
+        self.watch: PoolWatch | None = None
+        """Set while somebody looks at the pool."""
 
     def use_adapters(self, adapters: WaitingForAdapter) -> None:
         """Serve requests with adapters, whose slots the executor reads."""
@@ -181,6 +186,8 @@ class EngineCore:
         """Launch a step; None if the device lacks memory for it. Raises if it lacks memory for a single token."""
         if self._record is not None:
             self._record.compute(self._scheduler.ids_in_flight(), self._scheduler.batch_in_flight)
+        if self.watch is not None and plan.block_copies:
+            self.watch.note_copies(plan.block_copies)
         try:
             return self._executor.launch(plan)
         except DeviceMemoryError as error:
@@ -269,6 +276,20 @@ class EngineCore:
         report = self._scheduler.memory_report()
         report.stats = self.stats()
         return report
+
+    def watch_pool(self, *, on: bool) -> None:
+        """Begin to record changes of the pool from nothing, or stop."""
+        self.watch = PoolWatch(self._scheduler) if on else None
+
+    def detail_block(self, block: int) -> BlockDetail | None:
+        """Holders and tokens of a block; None if there is no such block."""
+        return detail_block(self._scheduler.pool, self._scheduler.groups.values(), block)
+
+    def detail_request(self, request_id: str) -> RequestDetail | None:
+        """Tokens and block tables of an unfinished request; None if there is none of that id."""
+        self._scheduler.update_fill()
+        slot = 0 if self.watch is None else self.watch.slot_of(request_id)
+        return detail_request(self._scheduler.groups, request_id, slot)
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()

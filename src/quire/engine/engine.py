@@ -13,13 +13,14 @@ from quire.engine.checkpoint import find_model
 from quire.engine.grammar_checker import GrammarChecker
 from quire.engine.input_processor import InputProcessor, Prompt
 from quire.engine.memory_plan import plan_memory
+from quire.engine.model_task import read_model
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.preloader import preload, without_garbage_collection
+from quire.engine.text_prompts import read_text_prompts
 from quire.engine.tokenizer import describe_tokenizer, load_tokenizer
 from quire.errors import CheckpointError, RequestError
 from quire.lora.registry import Adapter, AdapterRegistry
 from quire.lora.request import LoRARequest
-from quire.model_config import ModelConfig
 from quire.outputs import EngineStats, MemoryReport, RegisteredPrefix, RequestOutput
 from quire.request import Task
 from quire.sampling_params import SamplingParams
@@ -41,13 +42,14 @@ class Engine:
         """
         self.config = config
         self.folder = find_model(config.model, config.revision)
-        self.model_config = ModelConfig.from_folder(self.folder)
+        self.model_config = read_model(config, self.folder)
         self.memory_plan = plan_memory(config, self.model_config)
         for line in self.memory_plan.describe():
             report(line)
         preloader = preload(config, self.model_config, self.memory_plan, self.folder)
         started = perf_counter()
         self.tokenizer = load_tokenizer(config, self.folder)
+        self.text_prompts = read_text_prompts(self.folder)
         report(describe_tokenizer(self.tokenizer, perf_counter() - started))
         started = perf_counter()
         with without_garbage_collection():

@@ -20,13 +20,16 @@ from quire.engine.core import EngineCore
 from quire.engine.messages import (
     Abort,
     Add,
+    DescribeMemory,
     Failed,
     FrameBuffer,
     FromEngine,
     Load,
+    MemoryDescribed,
     MemoryReported,
     Outputs,
     PhaseDone,
+    PoolChanged,
     PrefixAccepted,
     Prepare,
     Ready,
@@ -36,13 +39,15 @@ from quire.engine.messages import (
     ResetPrefixCache,
     Stop,
     ToEngine,
+    WatchPool,
     decode_to_engine,
     encode,
 )
+from quire.engine.model_task import read_model
+from quire.engine.pool_watch import PoolWatch
 from quire.engine.preloader import preload, without_garbage_collection
 from quire.engine.step_record import StepRecord
 from quire.errors import QuireError, RequestError
-from quire.model_config import ModelConfig
 from quire.outputs import StepDeltas
 
 _CHUNK_BYTES = 1 << 20
@@ -113,7 +118,7 @@ def import_engine() -> None:
 def load_core(load: Load, connection: Connection) -> EngineCore:
     """Load the model, and report each phase."""
     folder = Path(load.folder)
-    model_config = ModelConfig.from_folder(folder)
+    model_config = read_model(load.config, folder)
     preloader = preload(load.config, model_config, load.plan, folder)
     started = perf_counter()
     import_engine()
@@ -147,13 +152,19 @@ def serve(core: EngineCore, connection: Connection, record: StepRecord, messages
             record.begin()
             _step(core, connection, had_messages=bool(messages))
             record.end(num_messages=len(messages))
-            if core.has_work:
-                messages = connection.receive(wait=0)
-            else:
-                messages = connection.receive(wait=_IDLE_STEP_SECONDS if core.has_idle_work else None)
+            messages = connection.receive(wait=_wait_seconds(core))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         core.close()
         raise
+
+
+def _wait_seconds(core: EngineCore) -> float | None:
+    """How long to wait for a message before the next step; None: for ever."""
+    if core.has_work:
+        return 0
+    if core.has_idle_work:
+        return _IDLE_STEP_SECONDS
+    return None if core.watch is None else core.watch.seconds_to_look
 
 
 def _handle(core: EngineCore, message: ToEngine, connection: Connection) -> None:
@@ -180,6 +191,12 @@ def _handle(core: EngineCore, message: ToEngine, connection: Connection) -> None
                 connection.send(PrefixAccepted(prefix_id))
         case ReportMemory():
             connection.send(MemoryReported(core.memory_report()))
+        case WatchPool(on):
+            core.watch_pool(on=on)
+        case DescribeMemory(int(block)):
+            connection.send(MemoryDescribed(block=core.detail_block(block)))
+        case DescribeMemory(_, request_id):
+            connection.send(MemoryDescribed(request=core.detail_request(request_id)))
         case Load() | Prepare():
             raise ValueError("an engine loads once")
 
@@ -187,12 +204,24 @@ def _handle(core: EngineCore, message: ToEngine, connection: Connection) -> None
 def _step(core: EngineCore, connection: Connection, *, had_messages: bool) -> None:
     """Step if there is something to do, and send the outcome."""
     was_saving = core.has_idle_work
-    deltas = core.step() if core.has_work or was_saving else StepDeltas()
+    worked = core.has_work or was_saving
+    deltas = core.step() if worked else StepDeltas()
     for request_id, error in core.take_refused():
         connection.send(_refusal(request_id, error))
     # Stats are sent without deltas too: blocks become free after aborts, and saved to disk without requests.
     if deltas or had_messages or (was_saving and not core.has_idle_work):
         connection.send(Outputs(deltas, core.stats()))
+    if core.watch is not None:
+        _look(core.watch, connection, is_new=had_messages or worked)
+
+
+def _look(watch: PoolWatch, connection: Connection, *, is_new: bool) -> None:
+    """Send what changed in the pool, if it is time. `is_new`: something may have changed since the last call."""
+    if is_new:
+        watch.note_work()
+    change = watch.look()
+    if change is not None:
+        connection.send(PoolChanged(change))
 
 
 def _refusal(request_id: str, error: RequestError) -> Refused:

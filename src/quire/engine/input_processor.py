@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from quire.engine.limits import check_request
+from quire.engine.model_task import check_task
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import RequestError
 from quire.lora.registry import Adapter
@@ -40,6 +41,7 @@ class InputProcessor:
         seed: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._model_config = model_config
         self._vocab_size = model_config.vocab_size
         self._eos_token_ids = model_config.eos_token_ids
         if not self._eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -64,12 +66,19 @@ class InputProcessor:
         adapter: Adapter | None = None,
     ) -> tuple[Request, str | None]:
         """The request, and the prompt if it was given as text. Raises `RequestError`."""
-        text, token_ids = self._tokens_of(prompt)
+        check_task(self._model_config, task)
+        text, token_ids, second_text = self._tokens_of(prompt)
         if params.truncate_prompt_tokens is not None:
             keep = params.truncate_prompt_tokens
             num_output = 0 if task is Task.EMBED else params.max_tokens or 1
             room = self._max_model_len - num_output
-            token_ids = token_ids[-(keep if keep > 0 else max(1, room)) :]
+            keep = keep if keep > 0 else max(1, room)
+            if self._model_config.pooling is None:
+                token_ids = token_ids[-keep:]
+            elif self._tokenizer is not None:
+                token_ids = self._tokenizer.shorten(token_ids, keep)
+            else:
+                token_ids = token_ids[:keep]
         if params.bad_words and not params.bad_words_token_ids:
             params = params.with_changes(bad_words_token_ids=self.bad_word_ids(params.bad_words))
         num_returned, hides_logprobs = 0, False
@@ -86,6 +95,7 @@ class InputProcessor:
             prompt_token_ids=token_ids,
             params=params,
             task=task,
+            second_text=second_text,
             seed=(params.seed if params.seed is not None else self._seeds.getrandbits(64)) % 2**64,
             eos_token_ids=() if params.ignore_eos else self._eos_token_ids,
             max_tokens=max_tokens,
@@ -108,10 +118,11 @@ class InputProcessor:
         """The tokens of a prompt. Raises `RequestError`."""
         return self._tokens_of(prompt)[1]
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int], int]:
+        """Text if it was given, token ids, and the index of a pair's second text (0: there is none)."""
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"]), prompt.get("second_text", 0)
             if "prompt" not in prompt:
                 raise RequestError(
                     f"a prompt given as a mapping needs the key prompt or prompt_token_ids; it has {sorted(prompt)}",
@@ -121,14 +132,21 @@ class InputProcessor:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError("the model has no tokenizer: send token ids instead of text", param="prompt")
-            return prompt, self._tokenizer.encode(prompt)
+            return prompt, self._tokenizer.encode(prompt), 0
         token_ids = list(prompt)
         if any(type(token_id) is not int for token_id in token_ids):  # neither bool nor numpy's
             raise RequestError("a prompt is a text or a list of token ids (integers)", param="prompt")
-        return None, token_ids
+        return None, token_ids, 0
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """`Tokenizer.bad_word_ids`. Raises `RequestError` if there is no tokenizer."""
         if self._tokenizer is None:
             raise RequestError("bad_words needs a tokenizer, which this model does not have", param="bad_words")
         return self._tokenizer.bad_word_ids(words)
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt → a batch of one. A prompt is a text, a mapping, or a list whose first entry is a token id."""
+    if isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # the first entry decides
+    return prompts  # type: ignore[return-value]

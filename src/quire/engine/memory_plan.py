@@ -11,7 +11,14 @@ from quire.backends import BACKENDS, Backend, choose_backend
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
 from quire.engine.memory_budget import StorageChoice, make_budget
-from quire.engine.memory_refusals import check_backend, check_context, check_model_fits, check_parts, check_pool
+from quire.engine.memory_refusals import (
+    check_backend,
+    check_context,
+    check_model_fits,
+    check_parts,
+    check_pool,
+    check_whole_texts,
+)
 from quire.engine.memory_sizes import available_memory, show_bytes
 from quire.engine.state_memory import plan_states
 from quire.kv_groups import KVGroup, describe_groups, window_alignment
@@ -151,7 +158,10 @@ def plan_memory(
     plan follows from its size alone, never from what other processes have taken of it at this moment.
     """
     device = device or find_device(config.device)
-    choice = _choose_storage(config, model, device)
+    longest = config.max_model_len or model.default_model_len
+    if model.needs_whole_texts:
+        longest = check_whole_texts(config, model, longest)
+    choice = _choose_storage(config, model, device, longest)
     check_backend(config, choice, device)
     host = available_memory() if available is None else available
     on_card = device.total_memory is not None
@@ -164,14 +174,16 @@ def plan_memory(
     share = 1.0 if on_card else KV_SHARE
     states = plan_states(config, model, budget, share)
     budget = replace(budget, states=states.num_bytes)
-    longest = config.max_model_len or model.default_model_len
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // budget.block
     else:
         # All sequences at full length could never fill more, with the blocks that they give back.
-        useful = states.max_num_seqs * -(-longest // block_size) * len(budget.layout.groups)
+        useful = states.max_num_seqs * -(-longest // block_size)
+        if model.is_encoder:  # nothing outlives a step, and admission leaves some blocks free
+            useful = (choice.max_num_batched_tokens // block_size + states.max_num_seqs) * 17 // 16 + 1
+        useful *= len(budget.layout.groups)
         num_blocks = min(int((budget.left + states.num_bytes) * share - states.num_bytes) // budget.block, useful)
     alignment = window_alignment(block_size, batch_invariant=config.deterministic)
     check_pool(config, budget, num_blocks, block_size, alignment)
@@ -207,10 +219,12 @@ def plan_memory(
     )
 
 
-def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device) -> StorageChoice:
+def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, longest: int) -> StorageChoice:
     name = choose_backend(config.attention_backend, device.type, device.capability, needs=model.attention_needs)
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
+    if model.needs_whole_texts:
+        min_batched = max(min_batched, longest)
     return StorageChoice(
         backend=name,
         dtype=dtype,

@@ -100,6 +100,29 @@ def check_context(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
+MAX_WHOLE_TEXT = 8192
+"""The longest text, unless more is asked for, of a model that computes a text in one step: activations grow with it."""
+
+
+def check_whole_texts(config: EngineConfig, model: ModelConfig, longest: int) -> int:
+    """The longest text of a model that computes a text in one step. Refuses options that a step cannot hold, and
+    tiers for an encoder, which keeps nothing."""
+    budget = config.max_num_batched_tokens
+    if config.max_model_len is not None and budget is not None and budget < config.max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens is {budget}, less than max_model_len {config.max_model_len}, but this model "
+            "computes a text in one step; raise the one or lower the other"
+        )
+    for name in ("swap_space", "disk_cache"):
+        if getattr(config, name) is not None:
+            raise ConfigError(f"{name} is set, but a model that pools whole texts keeps no KV; leave it out")
+    if config.kv_cache_dtype == "fp8_e4m3" and model.is_encoder:
+        raise ConfigError("kv_cache_dtype is fp8, but an encoder keeps no KV; leave it out")
+    if config.max_model_len is None:
+        longest = min(longest, budget or MAX_WHOLE_TEXT)
+    return longest
+
+
 def check_pool(
     config: EngineConfig, budget: MemoryBudget, num_blocks: int, block_size: int, window_alignment: int = 1
 ) -> None:

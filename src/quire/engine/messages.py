@@ -12,6 +12,7 @@ import msgspec
 from quire.config import EngineConfig
 from quire.engine.memory_plan import MemoryPlan
 from quire.outputs import EngineStats, MemoryReport, StepDeltas
+from quire.pool_view import BlockDetail, PoolChange, RequestDetail
 from quire.request import Request
 from quire.structured_outputs import StructuredOutputsParams
 
@@ -64,6 +65,32 @@ class PrefixAccepted(msgspec.Struct, tag=True):
 
 class ReportMemory(msgspec.Struct, tag=True):
     """Asks for one `MemoryReported`."""
+
+
+class WatchPool(msgspec.Struct, tag=True):
+    """Somebody looks at the KV pool from now on (answered by `PoolChanged`, again and again), or nobody does."""
+
+    on: bool
+
+
+class DescribeMemory(msgspec.Struct, tag=True):
+    """Asks for one `MemoryDescribed`, of a block or of a request."""
+
+    block: int | None = None
+    request_id: str = ""
+
+
+class PoolChanged(msgspec.Struct, tag=True):
+    """What changed in the pool since the last `PoolChanged`."""
+
+    change: PoolChange
+
+
+class MemoryDescribed(msgspec.Struct, tag=True):
+    """Answer to `DescribeMemory`, in the order of the questions; without either if there is no such thing."""
+
+    block: BlockDetail | None = None
+    request: RequestDetail | None = None
 
 
 class PhaseDone(msgspec.Struct, tag=True):
@@ -149,8 +176,12 @@ class Rendered(msgspec.Struct, tag=True):
     code: str = "invalid_value"
 
 
-ToEngine = Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory
-FromEngine = PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported
+ToEngine = (
+    Prepare | Load | Add | Abort | Stop | ResetPrefixCache | RegisterPrefix | ReportMemory | WatchPool | DescribeMemory
+)
+FromEngine = (
+    PhaseDone | Ready | Failed | Refused | PrefixAccepted | Outputs | MemoryReported | PoolChanged | MemoryDescribed
+)
 ToChecker = LoadVocabulary | CheckGrammar
 ToRenderer = LoadTemplate | RenderMessages
 

@@ -311,6 +311,10 @@ class Metrics:
         self._http.labels(handler, method, status).inc()
         self._http_seconds.labels(handler, method).observe(seconds)
 
+    @property
+    def latencies(self) -> dict[str, Histogram]:
+        return {"first_token": self._histograms[0][0], "next_token": self._token_gaps}
+
     def render(self) -> bytes:
         """All metrics, in Prometheus' text format."""
         self._publish()

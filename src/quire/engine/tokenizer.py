@@ -113,8 +113,8 @@ class Tokenizer:
         if found is None:
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} is missing, and the folder holds no other tokenizer that Quire reads "
-                "(tokenizer.model, tekken.json, *.tiktoken, vocab.json with merges.txt); copy it from the model's "
-                "repository, or convert another kind with transformers: "
+                "(tokenizer.model, tekken.json, *.tiktoken, vocab.json with merges.txt, vocab.txt); copy it from the "
+                "model's repository, or convert another kind with transformers: "
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path, read = found
@@ -129,7 +129,7 @@ class Tokenizer:
         backend = read(path, settings)
         named = {**_own_special_tokens(path, backend), **named_tokens(settings)}
         add_tokens(backend, folder, settings, named)
-        if path.name != "tokenizer.json":  # which says it itself
+        if path.name not in ("tokenizer.json", "vocab.txt"):  # which say it themselves
             set_ends(backend, settings, named, add_first=path.suffix == ".model")
         return cls(backend, named, max_prompt_chars=max_prompt_chars)
 
@@ -172,6 +172,38 @@ class Tokenizer:
                 raise
             raise RequestError("the tokenizer cannot read the prompt", param="prompt") from None
         return [encoding.ids for encoding in encodings]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """Token ids of each pair of texts as the model joins them, and the index where the second text begins; 0 if the
+        tokenizer does not mark it."""
+        for pair in pairs:
+            if sum(map(len, pair)) > self.max_prompt_chars:
+                raise RequestError(
+                    f"a pair of texts has {sum(map(len, pair)):,} characters; at most {self.max_prompt_chars:,} are "
+                    "tokenised. Shorten it",
+                    param="documents",
+                    code="context_length_exceeded",
+                )
+        try:
+            encodings = self._backend.encode_batch_fast(list(pairs), add_special_tokens=True)
+        except (UnicodeError, TypeError):
+            raise RequestError("a text holds half of a surrogate pair and is no text", param="documents") from None
+        return [(found.ids, found.type_ids.index(1) if 1 in found.type_ids else 0) for found in encodings]
+
+    def shorten(self, token_ids: list[int], num_tokens: int) -> list[int]:
+        """At most `num_tokens` of the tokens: the last ones are left out, save the special tokens that end a text."""
+        if len(token_ids) <= num_tokens:
+            return token_ids
+        end = len(token_ids)
+        while end and token_ids[end - 1] in self.special_ids:
+            end -= 1
+        tail = token_ids[end:][: max(0, num_tokens - 1)]
+        return token_ids[: num_tokens - len(tail)] + tail
+
+    def cut(self, text: str, num_tokens: int) -> str:
+        """The beginning of a text that has at most `num_tokens` tokens."""
+        (found,) = self._backend.encode_batch([text], add_special_tokens=False)
+        return text if len(found.ids) <= num_tokens else text[: found.offsets[num_tokens - 1][1]]
 
     def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each text at the start of an output and, with a space before it, in the middle."""

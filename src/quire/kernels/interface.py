@@ -80,7 +80,8 @@ class AttentionPlan:
     query_start_loc: Tensor
     """[B + 1]: the new tokens of sequence s are rows query_start_loc[s] to query_start_loc[s + 1]."""
     seq_lens: Tensor
-    """[B]: tokens of each sequence, the new ones included."""
+    """[B]: tokens of each sequence, the new ones included. In the CPU's plan of an encoder, plus the positions after
+    its own that a token sees."""
     block_tables: Tensor
     """[B, max_blocks]: physical block of each logical block; entries past the end are never read."""
     slots: Tensor
@@ -231,8 +232,7 @@ class QuantizedWeight:
 LowBitWeight = QuantizedWeight | BlockWeight
 PackedWeight = Tensor | LowBitWeight
 """Result of `pack_linear`, `quantize_linear` or `pack_blocks`."""
-MXFP4_BLOCK = 32
-"""Inputs that share a scale in MXFP4."""
+MXFP4_BLOCK = 32  # inputs that share a scale
 
 
 class Mxfp4Matrix(NamedTuple):

@@ -29,6 +29,11 @@ class PartialBlockIndex:
     def __iter__(self) -> Iterator[int]:
         return iter(self._entries)
 
+    def tokens_of(self, block: int) -> Sequence[TokenKey]:
+        """The tokens of a block's entry; empty without one."""
+        entry = self._entries.get(block)
+        return () if entry is None else entry[1]
+
     def __len__(self) -> int:
         return len(self._entries)
 

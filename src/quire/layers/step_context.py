@@ -25,6 +25,8 @@ class StepContext:
     """The states of recurrent layers, one entry each."""
     recurrence: RecurrentPlan | None = None
     """The plan of these layers; None in a model without."""
+    token_types: Tensor | None = None
+    """[T] int32: 1 for the tokens of a pair's second text, else 0; None where all are 0."""
 
     @property
     def for_inner_layers(self) -> "StepContext":

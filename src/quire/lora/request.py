@@ -1,6 +1,8 @@
 """LoRARequest: which adapter a prompt of `LLM` is continued with, under vLLM's name and fields."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import repr as brief
 
 from quire.errors import RequestError
 
@@ -25,3 +27,16 @@ class LoRARequest:
         number = self.lora_int_id
         if type(number) is not int or number < 1:
             raise RequestError(f"lora_int_id is {number!r}; it must be an integer from 1", param="lora_request")
+
+
+def one_for_each(given: LoRARequest | Sequence[LoRARequest | None] | None, count: int) -> Sequence[LoRARequest | None]:
+    """One entry for each prompt. Raises `RequestError`."""
+    if given is None or isinstance(given, LoRARequest):
+        return [given] * count
+    if len(given) != count or not all(one is None or isinstance(one, LoRARequest) for one in given):
+        raise RequestError(
+            f"{count} prompts came with lora_request {brief(given)}; give one LoRARequest, or a list with one or None "
+            "for each prompt",
+            param="lora_request",
+        )
+    return given

@@ -19,7 +19,8 @@ class Architecture:
     `rope_in_windows_only`, `embedding_width`, `head_bias`, `alternate_windows`,
     `router`, `shared_expert_gate`, `expert_bias`, `attention_sinks`, `latent_attention`,
     `interleaves`, `rope_mscales`, `alibi`, `alibi_before_scale`, `embedding_norm`, `recurrent_kind`, `attention_gate`,
-    `rope_if_asked`, `mlp_width_without_experts`.
+    `rope_if_asked`, `mlp_width_without_experts`, `is_encoder`, `num_token_types`, `positions_include_offset`,
+    `mlp_down_bias`, `no_first_norm`.
     """
 
     model: str

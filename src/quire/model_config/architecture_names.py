@@ -3,7 +3,8 @@
 transformers' AutoModelForCausalLM goes by `model_type` and reads `architectures` as a note. Quire goes by the first
 name of `architectures` that has a row; a file without such a name (null, a bare model such as LlamaModel, an old
 spelling) means the causal model of its `model_type`. The name of another task, such as LlamaForSequenceClassification,
-is refused, since its head makes no tokens; transformers would make a random head.
+is refused, since its head makes no tokens; transformers would make a random head. A classifier is the model of its
+decoder with another head. An encoder's rows are named after all models that Quire can make of its layers.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from quire.errors import CheckpointError
 from quire.model_config.architectures import ARCHITECTURES
+from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
 
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
@@ -36,6 +38,9 @@ def known_architecture(path: Path, config: dict[str, Any]) -> str | None:
     for name in named:
         if name in ARCHITECTURES:
             return str(name)
+        stem, classifies, _ = name.partition("ForSequenceClassification")
+        if classifies and (rows := [stem + end for end in _CAUSAL_ENDINGS if stem + end in ARCHITECTURES]):
+            return str(rows[0])
     model_type = config.get("model_type")
     if isinstance(model_type, str) and not any(map(_is_other_task, named)):
         return _causal_architecture(model_type, config)
@@ -53,6 +58,7 @@ def _causal_architecture(model_type: str, config: dict[str, Any]) -> str | None:
     wanted = _letters(model_type)
     rows = [name for name in ARCHITECTURES if _letters(_stem(name)) == wanted]
     # A type may mean a model that reads more than text, whose text model is a section of the file.
+    rows += [name for name in ENCODER_ARCHITECTURES if name.endswith("Model") and _letters(name[:-5]) == wanted]
     fitting = [name for name in rows if not ARCHITECTURES[name].section or ARCHITECTURES[name].section in config]
     return max(fitting, key=lambda name: bool(ARCHITECTURES[name].section), default=None)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from quire.model_config.alibi_architectures import ALIBI_ARCHITECTURES
 from quire.model_config.architecture import STANDARD_LAYERS, Architecture
+from quire.model_config.encoder_architectures import ENCODER_ARCHITECTURES
 from quire.model_config.expert_architectures import EXPERT_ARCHITECTURES
 from quire.model_config.plain_architectures import PLAIN_ARCHITECTURES
 from quire.model_config.recurrent_architectures import RECURRENT_ARCHITECTURES
@@ -251,6 +252,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"use_parallel_block": True, "use_gated_activation": True, "use_qk_norm": False},
     ),
     **EXPERT_ARCHITECTURES,
+    **ENCODER_ARCHITECTURES,
     **RECURRENT_ARCHITECTURES,
     "GlmForCausalLM": Architecture(model="quire.models.glm:Glm", implied=_GLM),
     "Glm4ForCausalLM": Architecture(model="quire.models.glm:Glm", implied={**_GLM, "post_norms": True}),

@@ -183,6 +183,8 @@ def _attention_biases(config: ModelConfig) -> tuple[VectorSpec, ...]:
 def _mlp_biases(config: ModelConfig, mlp: MLPSpec | ExpertsSpec) -> tuple[VectorSpec, ...]:
     if isinstance(mlp, MLPSpec):
         has_bias, count, linears = config.mlp_bias, 1, mlp.linears
+        if config.mlp_down_bias:
+            has_bias, linears = True, linears[-1:]
     else:
         has_bias, count, linears = config.expert_bias, config.num_experts, mlp.expert.linears
     if not has_bias:

@@ -37,6 +37,7 @@ OWN_KEYS = frozenset(
         *("alternate_windows", "alibi_before_scale", "router", "shared_expert_gate"),
         *("expert_bias", "attention_sinks", "latent_attention", "interleaves"),
         *("attention_gate", "recurrent_kind", "rope_if_asked", "mlp_width_without_experts"),
+        *("is_encoder", "positions_include_offset", "mlp_down_bias", "no_first_norm"),
     }
 )
 """Quire's own words for what families differ in. A row sets them; config.json only does under a family's spelling."""

@@ -7,26 +7,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from quire.dtypes import DTYPE_BYTES
 from quire.errors import CheckpointError
 from quire.gguf.file import is_gguf, read_gguf
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
-from quire.model_config.activation import read_activation
-from quire.model_config.alibi import read_alibi_slopes
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
-from quire.model_config.experts import RouterConfig, mlp_width, read_experts
+from quire.model_config.experts import RouterConfig
 from quire.model_config.fallback import is_computed_by_transformers
+from quire.model_config.fields import read_fields
 from quire.model_config.folder_kinds import describe_missing
-from quire.model_config.generic import MAX_LAYERS, generic_fields
+from quire.model_config.generic import generic_fields
 from quire.model_config.gguf_config import block_bytes_of, config_of
-from quire.model_config.heads import read_heads
 from quire.model_config.latent import LatentShape
-from quire.model_config.norms import read_norms
-from quire.model_config.recurrent import RecurrentConfig, read_recurrent
-from quire.model_config.rope import RopeConfig, read_ropes
-from quire.model_config.token_ids import end_tokens, read_end_tokens, read_first_token
-from quire.model_config.windows import read_layer_windows
+from quire.model_config.pooling import PoolingConfig, Task, read_max_length, read_pooling, with_task
+from quire.model_config.recurrent import RecurrentConfig
+from quire.model_config.rope import RopeConfig
+from quire.model_config.token_ids import read_end_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +58,8 @@ class ModelConfig:
     norm_before: bool = True
     """Norms precede attention and the MLP. False: they follow the additions, x = norm(x + attention(x)), and the last
     layer's norm is the final one (OPT-350M)."""
+    first_norm: bool = True
+    """The first layer's attention reads a norm of its input; else the input itself (ModernBERT)."""
     final_norm: bool = True
     """There is a norm before the output head that belongs to no layer."""
     post_norms: bool = False
@@ -79,6 +77,8 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    mlp_down_bias: bool = False
+    """The last layer of an MLP has a bias, the others have none (GTE)."""
 
     num_experts: int = 0
     """Experts of a layer, in the place of the MLP; 0: all layers are dense."""
@@ -160,6 +160,19 @@ class ModelConfig:
     head_bias: bool = False
     """The output head has a bias, its own even where its weight is the embedding's."""
 
+    is_encoder: bool = False
+    """Tokens attend to the whole text, or to both sides within a window. A text is computed in one step, and nothing of
+    it is kept."""
+    num_token_types: int = 0
+    """Rows of the table whose first row is added to every token, and the second to those of the second text of a
+    pair."""
+    pooling: PoolingConfig | None = None
+    """How a text becomes a vector; None: the model generates, and its embeddings are hidden states of last tokens."""
+    generates_only: bool = False
+    """By the option `task` it makes no embeddings."""
+    max_text_length: int | None = None
+    """The longest text that sentence-transformers was set to."""
+
     computed_by: str = ""
     """The folder of a model that transformers computes, since Quire has no class for its family; else empty."""
     checkpoint_dtype: str = "float32"
@@ -178,10 +191,36 @@ class ModelConfig:
         path, values = _read_file(folder)
         if is_computed_by_transformers(path, values):
             return cls._estimated(path, values, computed_by=str(path.parent))
-        config = _read(ConfigJson(path, values))
+        config = cls(**read_fields(ConfigJson(path, values)))
         if is_gguf(path):
-            config = replace(config, block_bytes=block_bytes_of(read_gguf(path)))
-        return replace(config, eos_token_ids=read_end_tokens(path, config.eos_token_ids))
+            return replace(config, block_bytes=block_bytes_of(read_gguf(path)))
+        return replace(
+            config,
+            eos_token_ids=read_end_tokens(path, config.eos_token_ids),
+            pooling=read_pooling(path, values, config.architecture, is_encoder=config.is_encoder),
+            max_text_length=read_max_length(path.parent),
+        )
+
+    def for_task(self, task: str, pooling_type: str = "auto", token_ids: tuple[int, ...] = ()) -> "ModelConfig":
+        """The model as the options `task` and `pooling_type` ask for it; `token_ids` are those of no and yes. Raises
+        `ConfigError` for a task that the model cannot have."""
+        pooling = with_task(self.pooling, task, pooling_type, token_ids)
+        return replace(self, pooling=pooling, generates_only=task == "generate")
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return "generate" if self.pooling is None else self.pooling.task
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether its embeddings have length 1 unless a request says otherwise."""
+        return self.pooling is None or self.pooling.normalize
+
+    @property
+    def needs_whole_texts(self) -> bool:
+        """Whether a text must be computed in one step."""
+        return self.is_encoder or (self.pooling is not None and self.pooling.reads_all_tokens)
 
     @classmethod
     def estimated(cls, folder: str | Path) -> "ModelConfig":
@@ -221,14 +260,20 @@ class ModelConfig:
     @property
     def default_model_len(self) -> int:
         """Most tokens a sequence can have unless `max_model_len` asks for more; see `RopeConfig.is_long`."""
-        rope = self.rope
+        rope, longest = self.rope, self.context_length
         if rope is not None and rope.rope_type == "longrope":
-            return min(self.context_length, rope.original_max_position)
-        return self.context_length
+            longest = min(longest, rope.original_max_position)
+        return longest if self.max_text_length is None else min(longest, self.max_text_length)
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """The rotary embedding of a layer; None: it rotates nothing."""
         return self.layer_ropes[layer] if self.layer_ropes else self.rope
+
+    def kv_layer(self, layer: int) -> int:
+        """The index of a layer's part of the KV cache. In an encoder all layers with the same window share one."""
+        if self.is_encoder:
+            return list(dict.fromkeys(self.layer_windows)).index(self.layer_windows[layer])
+        return self.attention_layers.index(layer)
 
     @property
     def attention_needs(self) -> tuple[str, ...]:
@@ -269,6 +314,7 @@ def _spec(config: ModelConfig) -> ModelSpec:
     hidden, width = config.hidden_size, config.embedding_width or config.hidden_size
     num_positions = config.max_position_embeddings + config.position_offset
     learned = config.rope is None and not config.alibi_slopes
+    types = (VectorSpec("token_types", config.num_token_types * hidden),) if config.num_token_types else ()
     positions = LinearSpec("positions", num_positions, hidden) if learned else None
     projections = (
         LinearSpec("project_in", hidden, width, quantizes=False),
@@ -279,11 +325,12 @@ def _spec(config: ModelConfig) -> ModelSpec:
     return ModelSpec(
         layers=layers(config),
         embedding=LinearSpec("embedding", config.vocab_size, width),
-        head=LinearSpec("head", config.vocab_size, width),
+        head=None if config.is_encoder else LinearSpec("head", config.vocab_size, width),
+        is_encoder=config.is_encoder,
         projections=projections if config.embedding_width else (),
         tied=config.tie_word_embeddings,
         positions=positions,
-        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias,
+        vectors=(norm_vectors(config, "norm") if config.final_norm else ()) + embedding_norm + head_bias + types,
     )
 
 
@@ -291,74 +338,6 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
     """Weight and bias of one norm of the residual stream."""
     weight = VectorSpec(f"{name}.weight", config.hidden_size)
     return (weight, VectorSpec(f"{name}.bias", config.hidden_size)) if config.norm_bias else (weight,)
-
-
-def _read(config: ConfigJson) -> ModelConfig:
-    hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
-    num_heads, num_kv_heads, head_dim, latent = read_heads(config, hidden_size)
-    max_position = config.integer("max_position_embeddings")
-    intermediate_size = config.integer(mlp_width(config), 4 * hidden_size)
-    attention_bias = config.flag("attention_bias")
-    alibi_slopes = read_alibi_slopes(config, num_heads, head_dim)
-    embedding_width = config.integer("embedding_width", hidden_size)
-    scaled = config.flag("scale_embeddings")
-    windows = read_layer_windows(config, num_layers)
-    unrotated = bool(alibi_slopes) or config.flag("learned_positions")
-    rope_head_dim = head_dim if latent is None else latent.rope_dim
-    ropes = (None, ()) if unrotated else read_ropes(config, max_position, rope_head_dim, windows)
-    return ModelConfig(
-        architecture=config.architecture,
-        vocab_size=config.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=max_position,
-        **read_norms(config),
-        activation=read_activation(config),
-        gated_mlp=config.flag("gated_mlp", True),
-        qkv_bias=config.flag("qkv_bias", attention_bias),
-        o_bias=config.flag("o_bias", attention_bias),
-        mlp_bias=config.flag("mlp_bias"),
-        **read_experts(config, num_layers, intermediate_size),
-        latent=latent,
-        **read_recurrent(config, num_layers, hidden_size),
-        attention_gate=config.flag("attention_gate"),
-        clip_qkv=config.number("clip_qkv", 0.0),
-        qk_norm=config.flag("qk_norm"),
-        qk_norm_per_head=config.flag("qk_norm_per_head"),
-        qk_norm_bias=config.flag("qk_norm_bias"),
-        qk_norm_joint=config.flag("qk_norm_joint"),
-        query_pre_attn_scalar=config.number("query_pre_attn_scalar", 0.0) or None,
-        attention_multiplier=(latent.scale(ropes[0]) if latent else config.number("attention_multiplier", 0.0)) or None,
-        attention_softcap=config.number("attn_logit_softcapping", 0.0),
-        layer_windows=windows,
-        attention_sinks=config.flag("attention_sinks"),
-        alibi_slopes=alibi_slopes,
-        rope=ropes[0],
-        layer_ropes=ropes[1],
-        positions_are_stretched=config.flag("positions_are_stretched"),
-        position_offset=config.integer("position_offset", 0, minimum=0),
-        embedding_width=0 if embedding_width == hidden_size else embedding_width,
-        embedding_multiplier=hidden_size**0.5 if scaled else config.number("embedding_multiplier", 1.0),
-        round_embedding_multiplier=scaled,
-        residual_multiplier=config.number("residual_multiplier", 1.0),
-        logits_multiplier=config.number("logit_scale", 1.0) / config.number("logits_scaling", 1.0),
-        logits_softcap=config.number("final_logit_softcapping", 0.0),
-        tie_word_embeddings=config.flag("tie_word_embeddings"),
-        head_bias=config.flag("head_bias"),
-        checkpoint_dtype=_checkpoint_dtype(config),
-        bos_token_id=read_first_token(config),
-        eos_token_ids=end_tokens(config.path, config.value("eos_token_id")),
-    )
-
-
-def _checkpoint_dtype(config: ConfigJson) -> str:
-    key = "dtype" if config.value("dtype") else "torch_dtype"
-    return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
 
 
 def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:

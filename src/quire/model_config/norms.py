@@ -16,6 +16,7 @@ def read_norms(config: ConfigJson) -> dict[str, Any]:
         "norm_before": norm_before,
         "final_norm": norm_before and not config.flag("no_final_norm"),
         "pre_norms": config.flag("pre_norms", True),
+        "first_norm": not config.flag("no_first_norm"),
         "post_norms": config.flag("post_norms"),
         "embedding_norm": config.flag("embedding_norm"),
         "parallel_residual": config.flag("parallel_residual") or config.flag("new_decoder_architecture"),

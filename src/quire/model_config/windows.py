@@ -13,6 +13,8 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
     if config.value("sliding_window") is None or not config.flag("use_sliding_window"):
         return (0,) * num_layers
     window = config.integer("sliding_window")
+    if config.flag("is_encoder"):
+        window = 2 * (window // 2) + 1  # half of it before a token, half behind it, and the token
     layer_types = config.value("layer_types")
     if layer_types is not None:
         windows = {"full_attention": 0, "sliding_attention": window}
@@ -20,6 +22,9 @@ def read_layer_windows(config: ConfigJson, num_layers: int) -> tuple[int, ...]:
         if not known or len(layer_types) != num_layers:
             raise config.refusal("layer_types", layer_types, f"{num_layers} times one of {', '.join(windows)}")
         return tuple(windows[layer_type] for layer_type in layer_types)
+    if config.value("global_attn_every_n_layers") is not None:
+        every = config.integer("global_attn_every_n_layers")
+        return tuple(0 if layer % every == 0 else window for layer in range(num_layers))
     pattern = config.value("sliding_window_pattern")
     if isinstance(pattern, str):
         return _windows_of_letters(config, pattern, window, num_layers)

@@ -152,7 +152,7 @@ def _attend(build: Builder, layer: int, cos_sin: Tensor | None, device: torch.de
     slopes = config.alibi_slopes
     return Attention(
         build.kernels,
-        config.attention_layers.index(layer),
+        config.kv_layer(layer),
         scale=config.attention_scale,
         cos_sin=cos_sin,
         window=config.layer_windows[layer] if config.layer_windows else 0,

@@ -13,6 +13,7 @@ from quire.layers.embedding import Embedding, TokenEmbedding
 from quire.layers.linear import Linear
 from quire.layers.norm import Norm, Normed
 from quire.layers.step_context import StepContext
+from quire.models.pooler import Pooler
 
 
 class Mixer(Protocol):
@@ -98,6 +99,8 @@ class Decoder:
     `logits_factor` multiplies logits; then a logit l becomes softcap * tanh(l / softcap) where `logits_softcap` is
     above 0. `projections` lead from the width of the token embeddings to that of the layers, and back before the
     head."""
+
+    pooler: Pooler | None = None
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from quire.kernels.interface import Packing
 from quire.layers.adapters import ModelAdapters
 from quire.layers.step_context import StepContext
 from quire.model_config import ARCHITECTURES, ModelConfig
+from quire.models.pooler import Pooler, make_pooler
 from quire.models.stored_names import StoredNames
 from quire.models.weights import TensorSource, WeightScope
 
@@ -23,6 +24,8 @@ FALLBACK = ("quire.models.transformers_model", "TransformersModel")
 class Model(Protocol):
     """What the runner asks of a model. Indices are int32; activations have the weights' `activation_dtype`."""
 
+    pooler: Pooler | None
+    """What makes vectors of hidden states; None: the last hidden state is the vector."""
     ignored_tensors: tuple[str, ...]
     """Patterns of tensors that a checkpoint may hold and the model does not use."""
 
@@ -64,5 +67,6 @@ def load_model(
     family = getattr(import_module(module), name)
     weights = WeightScope(StoredNames(source), packing=packing, adapters=adapters)
     model: Model = family(config, weights, kernels, dtype, max_model_len or config.default_model_len)
+    model.pooler = make_pooler(config, weights, model.logits)
     source.finish(ignored=model.ignored_tensors)
     return model

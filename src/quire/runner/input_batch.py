@@ -30,6 +30,8 @@ class InputBatch:
     """[B, most blocks of any sequence] for each KV group"""
     slots: list[Int32Array]
     """[T] for each KV group: where each token's KV goes, block * block_size + offset."""
+    token_types: Int32Array | None = None
+    """[T]: 1 for the tokens of a pair's second text; None where there is none."""
     repeatable: "_Repeatable | None" = None
     """What `advance` needs; None if the plan has no `batch_id`."""
 
@@ -78,6 +80,8 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
     token_rows, index_of_block, offsets = np.repeat(row_index, counts), positions // block_size, positions % block_size
     slots = [table[token_rows, index_of_block] * np.int32(block_size) + offsets for table in rows.block_tables]
     input_ids, repeatable = np.array(plan.token_ids, dtype=np.int32), None
+    second = np.repeat(rows.second_texts[row_index], counts)
+    token_types = ((second > 0) & (positions >= second)).astype(np.int32) if second.any() else None
     if plan.batch_id:
         memory = np.stack((input_ids, positions, seq_lens, *slots))
         input_ids, positions, seq_lens, *slots = memory
@@ -90,5 +94,6 @@ def make_input_batch(plan: StepPlan, rows: RequestRows, block_size: int) -> Inpu
         seq_lens=seq_lens,
         block_tables=[rows.tables_of(group, row_index, max_blocks) for group in range(rows.num_groups)],
         slots=slots,
+        token_types=token_types,
         repeatable=repeatable,
     )

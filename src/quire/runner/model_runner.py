@@ -81,7 +81,12 @@ class ModelRunner:
             grammars=grammars,
             fast_forward=settings.fast_forward and not logits_processors,  # they must see the logits of every token
         )
-        self._inputs = StepInputBuilder(self._rows, kv_cache.block_size, device)
+        self._inputs = StepInputBuilder(
+            self._rows,
+            kv_cache.block_size,
+            device,
+            pools_all_tokens=model.pooler is not None and model.pooler.reads_all_tokens,
+        )
         self._plan_attention = GroupPlanner(settings.backend, attention_shapes(settings, model_config, kv_cache))
         self._recurrence = Recurrence(kv_cache)
         row = BACKENDS[settings.backend]
@@ -207,7 +212,7 @@ class ModelRunner:
             if plan.prompt_logprobs:
                 finishes += self._prompt_logprobs.compute(step, sent, hidden, result)
             if plan.pool_rows:
-                finishes.append(fetch_vectors(step, sent, hidden, result))
+                finishes.append(fetch_vectors(step, sent, hidden, self._model.pooler, result))
             if not plan.sample_indices:
                 return finishes
             output = sampler.compute(self._sample_logits(step, sent, hidden), sent.tensors, outcome)
@@ -248,6 +253,7 @@ class ModelRunner:
             attention,
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
+            token_types=sent.tensors.get("token_types"),
             recurrence=self._recurrence.plan(step),
         )
         if self._adapters is not None:

@@ -33,7 +33,9 @@ class OutputSelection:
         return np.searchsorted(self.tokens, tokens).astype(np.int32)
 
 
-def select_outputs(plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch) -> OutputSelection | None:
+def select_outputs(
+    plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch, *, pools_all_tokens: bool = False
+) -> OutputSelection | None:
     """None if too few tokens could be left out to be worth it."""
     begin, end = batch.query_start_loc[:-1], batch.query_start_loc[1:]
     if len(batch.input_ids) - len(plan.sample_indices) < _MIN_UNUSED:
@@ -41,7 +43,7 @@ def select_outputs(plan: StepPlan, sampling: SamplingMetadata, batch: InputBatch
     first = end.copy()
     np.minimum.at(first, np.searchsorted(end, sampling.tokens, side="right"), sampling.tokens)
     if plan.pool_rows:
-        first[plan.pool_rows] -= 1
+        first[plan.pool_rows] = begin[plan.pool_rows] if pools_all_tokens else first[plan.pool_rows] - 1
     for sequence in plan.prompt_logprobs:
         first[sequence] = begin[sequence]
     if (first == end).all():

@@ -30,6 +30,8 @@ class RequestRows:
     ) -> None:
         """`fast_forward`: tokens that a grammar forces are added without running the model."""
         self.block_tables: NDArray[np.int32] = np.zeros((num_groups, max_num_seqs, max_blocks), dtype=np.int32)
+        self.second_texts: NDArray[np.int32] = np.zeros(max_num_seqs, dtype=np.int32)
+        """`NewRow.second_text` of each row."""
         self.states: list[SamplingState | None] = [None] * max_num_seqs
         self.adapter_slots: NDArray[np.int32] = np.full(max_num_seqs, -1, dtype=np.int32)
         """The slot of each row's adapter; −1: the model alone."""
@@ -57,6 +59,7 @@ class RequestRows:
             self.states[fork.row], self.adapter_slots[fork.row] = state, slot
         for new in plan.new_rows:
             self.adapter_slots[new.row] = self.slot_of(new.adapter)
+            self.second_texts[new.row] = new.second_text
             self.states[new.row] = SamplingState(
                 params=new.params,
                 prompt_token_ids=new.prompt_token_ids,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.kernels.transfer import send, to_device
+from quire.models.pooler import Pooler
 from quire.runner.sampling_metadata import SamplingMetadata
 from quire.runner.step_inputs import SentInputs, StepInputs
 from quire.sampling.device_sampler import DeviceSampler, has_device_logprobs, read_logprobs, read_samples
@@ -174,12 +175,22 @@ class PromptLogprobs:
         return finishes
 
 
-def fetch_vectors(step: StepInputs, sent: SentInputs, hidden: Tensor, result: StepResult) -> Finish:
-    """Begin to read the hidden states [R, H] of the plan's `pool_rows`. Returns what fills in `result.vectors`."""
-    pool_rows = step.plan.pool_rows
-    indices = sent.hidden_indices(step.batch.query_start_loc[1:][pool_rows] - np.int32(1))
+def fetch_vectors(
+    step: StepInputs, sent: SentInputs, hidden: Tensor, pooler: Pooler | None, result: StepResult
+) -> Finish:
+    """Begin to read the vectors of the plan's `pool_rows`, made of the hidden states [R, H]: by default those of last
+    tokens. Returns what fills in `result.vectors`."""
+    pool_rows, starts = step.plan.pool_rows, step.batch.query_start_loc
+    last = starts[1:][pool_rows] - np.int32(1)
+    first = starts[:-1][pool_rows] if pooler is not None and pooler.reads_all_tokens else last
+    lengths = (last - first + 1).astype(np.int64)
+    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    tokens = (np.repeat(first, lengths) + offsets).astype(np.int32)
+    vectors = hidden[to_device(sent.hidden_indices(tokens), hidden.device)]
+    if pooler is not None:
+        vectors = pooler(vectors, torch.from_numpy(lengths).to(hidden.device))
     # `fetch` reads int32, and the bits of a float32 are as good.
-    read = fetch(hidden[to_device(indices, hidden.device)].float().view(torch.int32))
+    read = fetch(vectors.float().view(torch.int32))
 
     def finish() -> None:
         for index, vector in zip(pool_rows, read().view(np.float32), strict=True):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from quire.attention import AttentionShape
+from quire.attention import ALL_POSITIONS, AttentionShape
 from quire.kv_cache.storage import KVCache
 from quire.model_config import ModelConfig
 
@@ -51,4 +51,7 @@ def attention_shapes(settings: RunnerSettings, model_config: ModelConfig, kv_cac
         batch_invariant=settings.batch_invariant,
         device=kv_cache.device,
     )
-    return [replace(shape, window=group.window) for group in kv_cache.groups]
+    windows = [group.window for group in kv_cache.groups]
+    if not model_config.is_encoder:
+        return [replace(shape, window=window) for window in windows]
+    return [replace(shape, window=window, lookahead=window // 2 or ALL_POSITIONS) for window in windows]

@@ -34,7 +34,8 @@ class StepInputs:
     @property
     def arrays(self) -> Arrays:
         """What the model reads of every token, by the names of a captured step's inputs."""
-        return {"input_ids": self.batch.input_ids, "token_positions": self.batch.positions}
+        arrays = {"input_ids": self.batch.input_ids, "token_positions": self.batch.positions}
+        return arrays if self.batch.token_types is None else {**arrays, "token_types": self.batch.token_types}
 
     @property
     def attention_arrays(self) -> list[StepArrays]:
@@ -76,7 +77,11 @@ class SentInputs:
 class StepInputBuilder:
     """Lays out one step after the other and sends it."""
 
-    def __init__(self, rows: RequestRows, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: RequestRows, block_size: int, device: torch.device, *, pools_all_tokens: bool = False
+    ) -> None:
+        """`pools_all_tokens`: a vector is made of the hidden states of all tokens of its text."""
+        self._pools_all_tokens = pools_all_tokens
         self._rows = rows
         self._block_size = block_size
         self._device = device
@@ -109,7 +114,11 @@ class StepInputBuilder:
         if step.repeats and self._sent is not None and not columns:
             return self._sent
         sampled = output_tokens = step.sampling.tokens
-        selection = None if step.repeats else select_outputs(step.plan, step.sampling, step.batch)
+        selection = (
+            None
+            if step.repeats
+            else select_outputs(step.plan, step.sampling, step.batch, pools_all_tokens=self._pools_all_tokens)
+        )
         if selection is not None:
             sampled, output_tokens = selection.indices_of(sampled), selection.tokens
         arrays = {**step.arrays, **columns, "sampled": sampled, "output_tokens": output_tokens}

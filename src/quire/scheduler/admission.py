@@ -52,6 +52,7 @@ class Admission:
         self._watermark = watermark
         self._max_num_partial_prefills = limits.max_num_partial_prefills
         self._max_step_tokens = limits.max_num_batched_tokens
+        self._whole_prompts = limits.whole_prompts
 
     def admit(self, plan: StepPlan, prefilling: list[Sequence], max_step_tokens: int) -> bool:
         """Start waiting groups while their share of the budget is worth having. They get rows and prefix hits.
@@ -74,6 +75,9 @@ class Admission:
             if group is None:
                 break
             if group.is_background and self._queues.clients_wait:
+                waiting.push(group)
+                break
+            if self._whole_prompts and prefilling and wanted + group.num_prompt_tokens > budget:
                 waiting.push(group)
                 break
             found = self._lookup.find(group, prefilling, loading)
@@ -210,4 +214,5 @@ def _new_row(sequence: Sequence) -> NewRow:
         sample_index=sequence.index,
         stop_token_ids=(*request.eos_token_ids, *request.params.stop_token_ids),
         adapter=request.adapter,
+        second_text=request.second_text,
     )

@@ -15,5 +15,7 @@ class SchedulerLimits:
     """Tokens of one sequence, prompt and output."""
     max_num_partial_prefills: int = 4
     """Prompts that share what a step has left besides decoding, where they take all of it."""
+    whole_prompts: bool = False
+    """A prompt is computed in one step or not at all."""
     max_pinned_share: float = 0.5
     """Share of the pool that registered prefixes may hold."""

@@ -103,7 +103,7 @@ def make_parts(
         lookup=lookup,
         results=ResultProcessor(pool, queues, lookup, offload, prefixes, totals),
         admission=admission,
-        planner=StepPlanner(pool, queues, admission, offload, drafting),
+        planner=StepPlanner(pool, queues, admission, offload, drafting, whole_prompts=limits.whole_prompts),
         look_ahead=LookAhead(pool, queues),
         offload=offload,
         drafting=drafting,

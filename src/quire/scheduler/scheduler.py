@@ -8,7 +8,7 @@ in `step_planner`.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from quire.errors import RequestError
@@ -130,6 +130,11 @@ class Scheduler:
     def adapters_in_use(self) -> set[str]:
         """Adapters of all unfinished requests."""
         return {group.request.adapter for group in self._queues.by_id.values()}
+
+    @property
+    def groups(self) -> Mapping[str, SequenceGroup]:
+        """All unfinished requests by id, to read."""
+        return self._queues.by_id
 
     @property
     def has_idle_work(self) -> bool:

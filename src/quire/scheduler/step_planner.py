@@ -36,7 +36,11 @@ class StepPlanner:
         admission: Admission,
         offload: BlockOffload | None,
         drafting: Drafting | None,
+        *,
+        whole_prompts: bool = False,
     ) -> None:
+        """`whole_prompts`: a prompt is computed in one step."""
+        self._whole_prompts = whole_prompts
         self._pool = pool
         self._queues = queues
         self._admission = admission
@@ -153,10 +157,11 @@ class StepPlanner:
 
     def _plan_prefilling(self, plan: StepPlan, prefilling: list[Sequence], budget: int) -> None:
         """Share the rest of the budget among sequences that lack more than their last token."""
-        shares = equal_shares(budget, [sequence.num_missing_tokens for sequence in prefilling])
+        wants = [sequence.num_missing_tokens for sequence in prefilling]
+        shares = whole_shares(budget, wants) if self._whole_prompts else equal_shares(budget, wants)
         for sequence, share in zip(prefilling, shares, strict=True):
             count = min(share, _num_computable(sequence))
-            if count > 0:
+            if count > 0 and (count == sequence.num_missing_tokens or not self._whole_prompts):
                 self._plan_chunk(plan, sequence, count)
 
     def _plan_chunk(self, plan: StepPlan, sequence: Sequence, count: int) -> None:
@@ -249,6 +254,19 @@ def _num_computable(sequence: Sequence) -> int:
         # The last token is computed when all beams have come as far.
         count = min(count, sequence.num_missing_tokens - 1)
     return count
+
+
+def whole_shares(budget: int, wants: SequenceOf[int]) -> list[int]:
+    """All or nothing for each entry of `wants`, in their order; the first gets all in any case.
+
+    >>> whole_shares(100, [60, 50, 40])
+    [60, 0, 40]
+    """
+    shares = []
+    for index, want in enumerate(wants):
+        shares.append(want if want <= budget or index == 0 else 0)
+        budget -= shares[-1]
+    return shares
 
 
 def equal_shares(budget: int, wants: SequenceOf[int]) -> list[int]:

@@ -32,6 +32,8 @@ from quire.server import (
     metrics,
     models,
     openapi,
+    page_files,
+    scores,
     tokenize,
 )
 from quire.server.anthropic import endpoints as anthropic
@@ -63,6 +65,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *ollama.ENDPOINTS,
     *ollama_models.ENDPOINTS,
     *embeddings.ENDPOINTS,
+    *scores.ENDPOINTS,
     *infill.ENDPOINTS,
     *tokenize.ENDPOINTS,
     *health.ENDPOINTS,
@@ -77,7 +80,7 @@ def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: 
     """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
-    endpoints = (*described, *openapi.endpoints(described, settings))
+    endpoints = (*described, *openapi.endpoints(described, settings), *page_files.endpoints())
     authenticator = Authenticator(settings)
     error_forms = {endpoint.path: endpoint.errors for endpoint in endpoints}
     public = frozenset(endpoint.path for endpoint in endpoints if endpoint.public)
@@ -193,7 +196,8 @@ class _RequestMiddleware:
 
         try:
             check_headers(scope, self._settings)
-            self._authenticator.check_origin(scope["headers"])
+            if not self._hosts.is_own_page(scope["headers"]):
+                self._authenticator.check_origin(scope["headers"])
             # Compare the raw path: a URL rebuilt from the Host header could be forged to name a public route.
             is_public = scope["path"] in self._public
             if not is_public:

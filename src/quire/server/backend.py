@@ -4,7 +4,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from quire.embeddings import EmbeddingRequestOutput
+from quire.engine.input_processor import Prompt
+from quire.engine.memory_questions import MemoryQuestions
 from quire.engine.metrics import Metrics
+from quire.engine.pool_views import PoolViews
+from quire.engine.text_prompts import TextPrompts
 from quire.engine.tokenizer import Tokenizer
 from quire.errors import EngineUnavailableError
 from quire.lora.registry import Adapter, AdapterRegistry
@@ -44,6 +48,16 @@ class Engine(Protocol):
     @property
     def model_config(self) -> ModelConfig: ...
     @property
+    def vectors(self) -> "Engine":
+        """The engine for embeddings and scores: this one, unless another model serves them."""
+        ...
+
+    @property
+    def other_names(self) -> Sequence[str]:
+        """Names of a model that serves the other endpoints beside this one."""
+        ...
+
+    @property
     def max_model_len(self) -> int: ...
     @property
     def block_size(self) -> int: ...
@@ -52,7 +66,13 @@ class Engine(Protocol):
     @property
     def default_params(self) -> Mapping[str, Any]: ...
     @property
+    def text_prompts(self) -> TextPrompts: ...
+    @property
     def metrics(self) -> Metrics: ...
+    @property
+    def questions(self) -> MemoryQuestions: ...
+    @property
+    def views(self) -> PoolViews: ...
 
     def generate(
         self,
@@ -71,9 +91,9 @@ class Engine(Protocol):
 
     async def embed(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
-        normalize: bool = True,
+        normalize: bool | None = None,
         truncate_prompt_tokens: int | None = None,
         priority: int = 0,
         cache_salt: str = "",

@@ -29,7 +29,7 @@ from quire.server.tools.events import ArgumentsDelta, Event, Message, ReasoningD
 
 async def create_chat_completion(context: RequestContext) -> None:
     request = await context.read(ChatCompletionRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     turn = await chat_turn(context, request)
     renderer = ChatRenderer(

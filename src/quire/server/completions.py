@@ -21,7 +21,7 @@ from quire.server.text_offsets import TextOffsets
 
 async def create_completion(context: RequestContext) -> None:
     request = await context.read(CompletionRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     prompts = split_prompts(request.prompt)
     generation = await completion_generation(context, request, prompts)

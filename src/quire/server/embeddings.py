@@ -1,15 +1,16 @@
-"""/v1/embeddings: vectors of texts or tokens. `embed_all` is also behind Ollama's endpoint."""
+"""/v1/embeddings: vectors of texts or tokens. `embed_all` is also behind Ollama's endpoint, scores and classes."""
 
 import asyncio
 import base64
-import math
 from array import array
-from collections.abc import Coroutine, Sequence
-from typing import Any, Literal
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, Literal, cast
 
 from msgspec import Struct
 
-from quire.embeddings import EmbeddingRequestOutput
+from quire.embeddings import EmbeddingRequestOutput, shortened
+from quire.engine.input_processor import Prompt
+from quire.engine.model_task import check_embeds
 from quire.errors import RequestError
 from quire.server.adapters import find_adapter
 from quire.server.endpoint import Endpoint, RequestContext
@@ -21,7 +22,7 @@ from quire.server.protocol import Priority, Salt
 from quire.server.scheduling_info import checked_priority
 
 MAX_INPUTS = 2048
-_AT_ONCE = 64
+_AT_ONCE = 256
 """Most inputs of one request in the engine's queue at a time; the queue has a limit."""
 
 
@@ -36,9 +37,12 @@ class EmbeddingsRequest(Struct, kw_only=True):
     dimensions: int | None = None
     """Keep the first numbers only, and scale them to length 1 again."""
     normalize: bool | None = None
-    """Scale to length 1 (the default)."""
+    """Scale to length 1; by default so, unless the model's modules leave it out."""
+    prompt_name: str | None = None
+    """A prompt of the model's folder to put before every text, such as query."""
     truncate_prompt_tokens: int | None = None
-    """Keep only this many last tokens of each input; −1: what the context holds."""
+    """Keep only this many tokens of each input, of a model that generates the last ones; −1: what the context
+    holds."""
     add_special_tokens: bool | None = None
     user: Salt | None = None
     priority: Priority | None = None
@@ -70,14 +74,16 @@ class Embeddings(Struct):
 
 
 async def create_embeddings(context: RequestContext) -> None:
+    context = context.for_vectors()
     request = await context.read(EmbeddingsRequest)
     context.check_ready()
     model = context.check_model(request.model)
+    check_embeds(context.engine.model_config)
     with naming({"prompt": "input"}):
-        prompts = split_prompts(request.input)
+        prompts = with_prompt(context, split_prompts(request.input), request.prompt_name)
         token_ids = await input_tokens(context, prompts, special=request.add_special_tokens is not False)
         options: dict[str, Any] = {
-            "normalize": request.normalize is not False,
+            "normalize": request.normalize,
             "truncate_prompt_tokens": request.truncate_prompt_tokens,
             "priority": checked_priority(context, request.priority),
             "cache_salt": context.client.salt + (request.cache_salt or ""),
@@ -87,23 +93,38 @@ async def create_embeddings(context: RequestContext) -> None:
         await context.reply_when_done(_reply(work, model, as_text=request.encoding_format == "base64"))
 
 
+def with_prompt(
+    context: RequestContext, inputs: Sequence[str | list[int]], name: str | None
+) -> Sequence[str | list[int]]:
+    """The inputs with the model's prompt of this name, or its default one, before every text. Raises `RequestError`
+    for a name that the model does not have."""
+    prompts = context.engine.text_prompts
+    return [prompts.apply([one], name)[0] if isinstance(one, str) else one for one in inputs]
+
+
 async def input_tokens(
-    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool
+    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool, param: str = "input"
 ) -> list[list[int]]:
     """Token ids of the inputs. Raises `RequestError` for too many inputs or characters."""
-    if len(prompts) > MAX_INPUTS:
-        raise RequestError(f"input holds {len(prompts)} inputs; at most {MAX_INPUTS} are allowed", param="input")
-    check_work(prompts, 1, context.settings, param="input")
+    check_count(len(prompts), param)
+    check_work(prompts, 1, context.settings, param=param)
     needs_text = any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
     return await tokenize(tokenizer, prompts, add_special_tokens=special)
 
 
+def check_count(count: int, param: str) -> None:
+    """Raise `RequestError` for more inputs than one request may have."""
+    if count > MAX_INPUTS:
+        raise RequestError(f"{param} holds {count} inputs; at most {MAX_INPUTS} are allowed", param=param)
+
+
 async def embed_all(
-    context: RequestContext, prompts: Sequence[list[int]], dimensions: int | None, options: dict[str, Any]
+    context: RequestContext, prompts: Sequence[Prompt], dimensions: int | None, options: dict[str, Any]
 ) -> list[EmbeddingRequestOutput]:
     """Embed the prompts, many at a time; the first error ends all. `options` are those of `Engine.embed`. Raises the
     refusals of API key and engine."""
+    pooling = context.engine.model_config.pooling
     num_waiting, num_tokens = min(len(prompts), _AT_ONCE), _num_kept(context, prompts, options)
     options["adapter"] = await find_adapter(context.engine, context.adapter_name)
     with context.key_use.admit(num_waiting, num_tokens, context.engine.max_queue_size):
@@ -111,24 +132,26 @@ async def embed_all(
     lengths = {index: len(output.prompt_token_ids) for index, output in enumerate(outputs)}
     context.scope["state"]["usage"] = UsageCounter(prompt_tokens=lengths)
     if dimensions is not None:
+        allowed = () if pooling is None else pooling.matryoshka_dimensions
         for output in outputs:
-            output.outputs.embedding = _shortened(output.outputs.embedding, dimensions)
+            output.outputs.embedding = shortened(output.outputs.embedding, dimensions, allowed)
     return outputs
 
 
-def _num_kept(context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]) -> int:
+def _num_kept(context: RequestContext, prompts: Sequence[Prompt], options: dict[str, Any]) -> int:
     """Tokens of the prompts after truncation."""
     given, longest = options["truncate_prompt_tokens"], context.engine.max_model_len
     most = longest if given is None or given < 0 else min(given, longest)
-    return sum(min(len(prompt), most) for prompt in prompts)
+    lists = [prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt for prompt in prompts]
+    return sum(min(len(cast(Sequence[int], token_ids)), most) for token_ids in lists)
 
 
 async def _embed_admitted(
-    context: RequestContext, prompts: Sequence[list[int]], options: dict[str, Any]
+    context: RequestContext, prompts: Sequence[Prompt], options: dict[str, Any]
 ) -> list[EmbeddingRequestOutput]:
     free = asyncio.Semaphore(_AT_ONCE)
 
-    async def embed(prompt: list[int]) -> EmbeddingRequestOutput:
+    async def embed(prompt: Prompt) -> EmbeddingRequestOutput:
         async with free:
             return await context.engine.embed(prompt, **options)
 
@@ -141,22 +164,17 @@ async def _embed_admitted(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _shortened(vector: list[float], dimensions: int) -> list[float]:
-    if not 1 <= dimensions <= len(vector):
-        raise RequestError(
-            f"dimensions is {dimensions}; the model's vectors have {len(vector)} numbers", param="dimensions"
-        )
-    kept = vector[:dimensions]
-    length = math.hypot(*kept)
-    return [value / length for value in kept] if length else kept
-
-
 async def _reply(work: Coroutine[Any, Any, list[EmbeddingRequestOutput]], model: str, *, as_text: bool) -> Embeddings:
     outputs = await work
     vectors = [output.outputs.embedding for output in outputs]
     data = [Embedding(index, _encoded(vector) if as_text else vector) for index, vector in enumerate(vectors)]
+    return Embeddings(data, model, usage_of(outputs))
+
+
+def usage_of(outputs: Sequence[EmbeddingRequestOutput]) -> EmbeddingsUsage:
+    """The tokens of the prompts."""
     num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-    return Embeddings(data, model, EmbeddingsUsage(num_tokens, num_tokens))
+    return EmbeddingsUsage(num_tokens, num_tokens)
 
 
 def _encoded(vector: list[float]) -> str:

@@ -12,8 +12,10 @@ from urllib.parse import parse_qsl
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from quire.engine.model_task import check_task
 from quire.engine.tokenizer import Tokenizer
-from quire.errors import EngineUnavailableError
+from quire.errors import EngineUnavailableError, RequestError
+from quire.request import Task
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.decoding import decode_json, unknown_fields
@@ -49,6 +51,15 @@ class RequestContext:
     send: Send
     client: Client
     services: Services
+
+    def for_vectors(self) -> "RequestContext":
+        """The same request with the engine that makes vectors, which may be another than the one that generates."""
+        return replace(self, engine=self.engine.vectors)
+
+    def check_generates(self) -> None:
+        """As `check_ready`; raises `RequestError` if the engine's model makes vectors instead of text."""
+        self.check_ready()
+        check_task(self.engine.model_config, Task.SAMPLE)
 
     async def read(self, body_type: type[T]) -> T:
         """The JSON body as `body_type`. Raises `Refusal`, naming the field, if the body does not fit it.
@@ -199,9 +210,17 @@ class RequestContext:
         """The model name to put in the reply. Raises `Refusal` (404) for a model that is not served to the client's
         key."""
         names = self.model_names
+        if name is not None and name in self.engine.other_names:
+            raise RequestError(
+                f"the model {name!r} does not serve this endpoint: one of both models here generates text, the other "
+                f"makes vectors; use {', '.join(names)}",
+                param="model",
+                code="wrong_task",
+            )
         if name is None and names:
-            name = names[0]
-        if name is None or name not in names:
+            return names[0]
+        name = name or self.engine.model_names[0]
+        if name not in names:
             shown = ", ".join(names[:_MAX_NAMES]) + (f" and {len(names) - _MAX_NAMES} more" * (len(names) > _MAX_NAMES))
             raise Refusal(
                 404,

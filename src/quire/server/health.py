@@ -1,4 +1,4 @@
-"""/, /health, /health/live, /health/ready and /version: whether the server is there and takes requests."""
+"""/health, /health/live, /health/ready and /version: whether the server is there and takes requests."""
 
 from msgspec import UNSET
 
@@ -26,13 +26,7 @@ async def get_version(context: RequestContext) -> None:
     await context.reply(Version(version=__version__))
 
 
-async def get_root(context: RequestContext) -> None:
-    """A line of text: Ollama's command line asks for / before anything else."""
-    await context.reply_bytes(b"Quire is running\n", b"text/plain; charset=utf-8")
-
-
 ENDPOINTS = (
-    Endpoint("GET", "/", get_root, "Whether the server is there", public=True),
     Endpoint("GET", "/health", get_health, "Whether the server takes requests", reply=Health, public=True),
     Endpoint("GET", "/health/ready", get_health, "Whether the server takes requests", reply=Health, public=True),
     Endpoint("GET", "/health/live", get_live, "Whether the server answers", reply=Health, public=True),

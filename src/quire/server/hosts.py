@@ -36,6 +36,15 @@ class HostList:
                     code="host_not_allowed",
                 )
 
+    def is_own_page(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether a page of this server sends the request: its origin is the Host, which is one of the server's names.
+
+        `allowed_hosts` of * names none: a page of any name that resolves to this machine would count as its own.
+        """
+        found = dict(headers)
+        host, origin = found.get(b"host", b"").decode("latin-1"), found.get(b"origin", b"").decode("latin-1")
+        return bool(host) and origin.partition("://")[2] == host and self._allows(_name(host))
+
     def _allows(self, host: str) -> bool:
         if not host or host in self._allowed or host.endswith(".localhost") or is_loopback(host):
             return True

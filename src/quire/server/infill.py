@@ -107,7 +107,7 @@ class InfillRenderer(Renderer):
 
 async def infill(context: RequestContext) -> None:
     request = await context.read(InfillRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     tokenizer = context.tokenizer()
     marks = checked_marks(tokenizer, "input_suffix")

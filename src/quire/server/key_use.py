@@ -164,7 +164,7 @@ class KeyRing:
 
 def check_keys(settings: ServerSettings, engine: Engine) -> None:
     """Raise `ConfigError` for limits that this engine cannot keep: models it does not serve, shares of no queue."""
-    served = [*engine.model_names, *engine.adapters.names]
+    served = [*engine.model_names, *engine.other_names, *engine.adapters.names]
     for key in settings.keys:
         for name in key.models or ():
             if name not in served and not settings.allow_runtime_lora:

@@ -10,13 +10,20 @@ _STARTED = int(time.time())
 
 async def list_models(context: RequestContext) -> None:
     context.tokenizer_if_any()  # max_model_len is known once the tokenizer is loaded
-    names = context.model_names
-    await context.reply(ModelList(data=[_card(context, name) for name in names]))
+    await context.reply(ModelList(data=[_card(own, name) for own in contexts_of(context) for name in own.model_names]))
 
 
 async def get_model(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    await context.reply(_card(context, context.check_model(context.path_params["model"])))
+    name = context.path_params["model"]
+    own = next((own for own in contexts_of(context) if name in own.model_names), context)
+    await context.reply(_card(own, own.check_model(name)))
+
+
+def contexts_of(context: RequestContext) -> list[RequestContext]:
+    """The request with each engine that serves."""
+    vectors = context.for_vectors()
+    return [context] if vectors.engine is context.engine else [context, vectors]
 
 
 def _card(context: RequestContext, name: str) -> ModelCard:

@@ -157,4 +157,5 @@ def _kind(schema: dict[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return " or ".join(map(repr, schema.get("enum", [schema.get("const")])))
     kind = str(schema.get("type", "any"))
-    return f"list of {_kind(schema['items'])}" if kind == "array" and "items" in schema else kind
+    items = schema.get("items")
+    return f"list of {_kind(items)}" if isinstance(items, dict) else kind

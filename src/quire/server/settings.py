@@ -43,6 +43,11 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     """Further name by which clients call the server (the Host header), besides localhost, `host` and addresses. Without
     API keys other names get 403. * allows all. Repeat for several."""
+    embedding_model: str | None = None
+    """A second model, for embeddings, scores and classes, beside one that generates: a folder or name as for the first.
+    It has a process and a pool of its own, and half of the threads."""
+    embedding_options: str | None = None
+    """Options of its engine as a JSON object, e.g. {"quantization": "int8", "threads": 1}."""
     tool_call_parser: str = "auto"
     """How the model writes tool calls: a name from the table of formats, vLLM's names among them. auto finds it from
     the chat template, none reads plain JSON."""

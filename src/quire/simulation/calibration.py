@@ -48,7 +48,7 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
             line[place[shared, 0]] = amount
         for weight_format, num_rows, num_parameters in (
             (model.weight_format, step.num_tokens, model.spec.layer_parameters),
-            (model.head_format, step.num_sequences, model.spec.head.num_parameters),
+            (model.head_format, step.num_sequences, model.spec.num_head_parameters),
         ):
             for row in knots.get(weight_format, ()):
                 line[place[weight_format, row]] += num_parameters if row <= num_rows else 0

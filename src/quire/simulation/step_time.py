@@ -84,7 +84,7 @@ class RooflineProducts:
             self._experts.append((experts, expert / read_rate))
         self._read = always_read / read_rate
         self._per_token = 2 * spec.active_layer_parameters / matrix_rate
-        self._per_sample = 2 * spec.head.num_parameters / matrix_rate
+        self._per_sample = 2 * spec.num_head_parameters / matrix_rate
 
     def seconds(self, num_tokens: int, num_samples: int) -> float:
         """The longer of reading the weights and computing the products."""
@@ -108,7 +108,7 @@ class MeasuredProducts:
             dense -= experts.num_experts * expert
             self._experts.append((experts, ProductCurve(device, model.weight_format, shared * expert)))
         self._layers = ProductCurve(device, model.weight_format, shared * dense)
-        self._head = ProductCurve(device, model.head_format, shared * spec.head.num_parameters)
+        self._head = ProductCurve(device, model.head_format, shared * spec.num_head_parameters)
 
     def seconds(self, num_tokens: int, num_samples: int) -> float:
         """Dense layers see every token, an expert its share of them."""

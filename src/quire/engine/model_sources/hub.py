@@ -15,9 +15,10 @@ from quire.errors import CheckpointError
 FILES = (
     *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "LICENSE*"),
     *("*.model", "*.tiktoken", "merges.txt", "vocab.txt"),
+    *("[0-9]_*/config.json", "[0-9]_*/model.safetensors"),
 )
-"""Patterns of the files that Quire reads, all at the top of a repository."""
-UNREAD_FILES = ("*/*", "consolidated*")
+"""Patterns of the files that Quire reads: at the top of a repository, and in folders of modules."""
+UNREAD_FILES = ("[!0-9]*/*", "[0-9][!_]*/*", "consolidated*")
 """Copies for other programs: exports in folders, and the weights in their maker's own format."""
 _CHUNK = 1 << 20
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40

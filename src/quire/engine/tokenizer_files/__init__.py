@@ -14,6 +14,7 @@ from quire.engine.tokenizer_files.byte_pairs import read_tekken, read_tiktoken, 
 from quire.engine.tokenizer_files.gguf import read_gguf_tokenizer
 from quire.engine.tokenizer_files.sentencepiece import is_sentencepiece, read_sentencepiece
 from quire.engine.tokenizer_files.tokenizer_json import read_tokenizer_json
+from quire.engine.tokenizer_files.word_pieces import read_vocab_txt
 from quire.gguf.file import is_gguf
 
 Read = Callable[[Path, dict[str, Any]], Tokenizer]
@@ -41,6 +42,7 @@ TOKENIZER_FILES = (
     TokenizerFile("tokenizer.model", _read_model),
     TokenizerFile("*.model", _read_model),
     TokenizerFile("vocab.json", read_vocab_and_merges),
+    TokenizerFile("vocab.txt", read_vocab_txt),
 )
 """The kinds of files, the most exact first."""
 

@@ -21,7 +21,7 @@ _REFUSED = ("mcp_servers", "container")
 
 async def create_message(context: RequestContext) -> None:
     request = await context.read(MessagesRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     check_absent(request, _REFUSED)
     if hosted := sorted({str(tool.type) for tool in request.tools or () if is_hosted(tool)}):

@@ -3,11 +3,12 @@
 import time
 from typing import Any
 
+from quire.engine.model_task import check_embeds
 from quire.errors import RequestError
 from quire.server.answers import Answer
 from quire.server.chat_turn import ChatTurn, fitting_turn
 from quire.server.completions import completion_generation
-from quire.server.embeddings import embed_all, input_tokens
+from quire.server.embeddings import embed_all, input_tokens, with_prompt
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import naming
 from quire.server.logprobs import LogprobFormat
@@ -59,7 +60,7 @@ async def embed_one(context: RequestContext) -> None:
 
 
 async def _generate(context: RequestContext, request: GenerationFields) -> None:
-    context.check_ready()
+    context.check_generates()
     request.model, name = checked_model(context, request.model), request.model
     with_logprobs = bool(request.logprobs or request.top_logprobs)
     form = LogprobFormat(context.tokenizer(), as_token_ids=False, num_top=request.top_logprobs or 0)
@@ -83,10 +84,13 @@ async def _turn(context: RequestContext, request: GenerationFields) -> ChatTurn:
 
 async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str]) -> tuple[list[list[float]], int]:
     """The vectors of the inputs, and the number of input tokens."""
+    context = context.for_vectors()
     context.check_ready()
     checked_model(context, request.model)
-    prompts = await input_tokens(context, texts, special=True)
+    check_embeds(context.engine.model_config)
+    prompts = await input_tokens(context, with_prompt(context, texts, None), special=True)
     options: dict[str, Any] = {
+        "normalize": True,
         "truncate_prompt_tokens": None if request.truncate is False else -1,
         "priority": checked_priority(context, None),
         "cache_salt": context.client.salt,

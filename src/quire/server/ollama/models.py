@@ -10,6 +10,7 @@ from quire.server.chat_turn import reply_format
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal
 from quire.server.fill_in import find_marks
+from quire.server.models import contexts_of
 from quire.server.ollama.protocol import Details, ModelEntries, ModelEntry, ShownModel, ShowRequest
 from quire.server.ollama.renderer import ERRORS, now
 from quire.server.replies import Version
@@ -30,29 +31,34 @@ def checked_model(context: RequestContext, name: str | None) -> str:
 
 async def list_models(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    await context.reply(ModelEntries([_entry(context, name) for name in context.model_names]))
+    await context.reply(ModelEntries([_entry(own, name) for own in contexts_of(context) for name in own.model_names]))
 
 
 async def list_loaded(context: RequestContext) -> None:
     context.tokenizer_if_any()
-    entries = [_entry(context, name) for name in context.model_names]
-    for entry in entries:
-        entry.expires_at, entry.size_vram, entry.context_length = _NEVER, 0, context.engine.max_model_len
+    entries = []
+    for own in contexts_of(context):
+        for entry in [_entry(own, name) for name in own.model_names]:
+            entry.expires_at, entry.size_vram, entry.context_length = _NEVER, 0, own.engine.max_model_len
+            entries.append(entry)
     await context.reply(ModelEntries(entries))
 
 
 async def show_model(context: RequestContext) -> None:
     request = await context.read(ShowRequest)
+    asked = request.model or request.name
+    names = (asked, (asked or "").removesuffix(":latest"))
+    context = next((own for own in contexts_of(context) if set(names) & set(own.model_names)), context)
     tokenizer = context.tokenizer_if_any()
-    name = checked_model(context, request.model or request.name)
+    name = checked_model(context, asked)
     engine, config = context.engine, context.engine.model_config
     family = _family(config)
-    capabilities = ["completion", "embedding"]
-    if tokenizer is not None and engine.chat_template is not None:
+    capabilities = ["completion", "embedding"] if config.pooling is None else ["embedding"]
+    if config.pooling is None and tokenizer is not None and engine.chat_template is not None:
         capabilities.append("tools")
         if reply_format(context).thinking is not None:
             capabilities.append("thinking")
-    if tokenizer is not None and find_marks(tokenizer) is not None:
+    if config.pooling is None and tokenizer is not None and find_marks(tokenizer) is not None:
         capabilities.append("insert")
     await context.reply(
         ShownModel(

@@ -40,7 +40,7 @@ _MAX_PAGE = 100
 
 async def create_response(context: RequestContext) -> None:
     request = await context.read(ResponsesRequest)
-    context.check_ready()
+    context.check_generates()
     model = context.check_model(request.model)
     check_absent(request, ("conversation", "prompt", "context_management", "moderation"))
     if request.background and request.store is False:
