@@ -2,12 +2,11 @@
 
 import math
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
 
 from quire.errors import CheckpointError
 from quire.gguf.header import MAGIC, GgufTensor, Value, read_header
@@ -58,7 +57,7 @@ class GgufFile:
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.metadata.get(key, default)
-        if isinstance(value, np.ndarray):  # some files give a number for each layer
+        if isinstance(value, memoryview):  # some files give a number for each layer
             value = self._same_for_all(key, value)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= _LARGEST_INTEGER:
             raise self.refusal(key, f"an integer from {minimum} to {_LARGEST_INTEGER}")
@@ -90,10 +89,10 @@ class GgufFile:
             raise self.refusal(key, "a list of texts")
         return value
 
-    def numbers(self, key: str, count: int) -> np.ndarray:
+    def numbers(self, key: str, count: int) -> memoryview:
         """An array of `count` numbers."""
         value = self.metadata.get(key)
-        if not isinstance(value, np.ndarray) or len(value) != count:
+        if not isinstance(value, memoryview) or len(value) != count:
             raise self.refusal(key, f"an array of {count} numbers")
         return value
 
@@ -105,8 +104,9 @@ class GgufFile:
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)} and type {tensor.block.name}; expected "
                 f"{count} numbers in F32"
             )
-        values: list[float] = np.fromfile(tensor.file, "<f4", count, offset=tensor.begin).tolist()
-        return values
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.begin)
+            return list(struct.unpack(f"<{count}f", file.read(tensor.end - tensor.begin)))
 
     def refusal(self, key: str, supported: str) -> CheckpointError:
         """The error for a key whose value is not supported."""
@@ -114,7 +114,7 @@ class GgufFile:
         shown = "missing" if value is None else repr(value)[:_NUM_SHOWN]
         return CheckpointError(f"{self.path}: {key} is {shown}; supported: {supported}")
 
-    def _same_for_all(self, key: str, values: np.ndarray) -> Value:
+    def _same_for_all(self, key: str, values: memoryview) -> Value:
         different = sorted(set(values.tolist()))
         if len(different) != 1:
             raise self.refusal(key, "one number, or the same number for every layer")

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
 from quire.errors import CheckpointError
 from quire.gguf.block_types import BLOCK_TYPES, UNREAD_TYPES, BlockType
 
@@ -29,24 +27,12 @@ _MAX_DIMENSIONS = 4
 _MAX_ELEMENTS = 1 << 44
 _LEAST_KEY_BYTES, _LEAST_TENSOR_BYTES = 13, 32
 
-Value = bool | int | float | str | list[str] | np.ndarray
+Value = bool | int | float | str | list[str] | memoryview
 """A value of the metadata; an array of numbers or flags is a view of the file."""
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {
-    0: ("B", "u1"),
-    1: ("b", "i1"),
-    2: ("H", "u2"),
-    3: ("h", "i2"),
-    4: ("I", "u4"),
-    5: ("i", "i4"),
-    6: ("f", "f4"),
-    _BOOL: ("?", "u1"),
-    10: ("Q", "u8"),
-    11: ("q", "i8"),
-    12: ("d", "f8"),
-}
-"""Number of a type of value → its code in `struct` and in numpy."""
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "?", 10: "Q", 11: "q", 12: "d"}
+"""Number of a type of value → its code in `struct`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +105,7 @@ class _HeaderReader:
         count = int(self._number(10, f"the length of {key}"))
         if kind not in _NUMBERS and kind != _STRING:
             raise self._refusal(f"{key} is an array of values of type {kind}; supported: numbers, flags and texts")
-        item_bytes = 8 if kind == _STRING else struct.calcsize(f"<{_NUMBERS[kind][0]}")
+        item_bytes = 8 if kind == _STRING else struct.calcsize(f"<{_NUMBERS[kind]}")
         if count > min(MAX_ARRAY, (self._size - self._at) // item_bytes):
             raise self._refusal(
                 f"{key} has {count} elements; at most {MAX_ARRAY} are read, and the file has {self._size - self._at} "
@@ -128,7 +114,7 @@ class _HeaderReader:
         if kind == _STRING:
             return self._texts(key, count)
         begin, self._at = self._at, self._at + count * item_bytes
-        return np.frombuffer(self._content, np.dtype(_NUMBERS[kind][1]).newbyteorder("<"), count, begin)
+        return memoryview(self._content)[begin : self._at].cast("B" if kind == _BOOL else _NUMBERS[kind])
 
     def _texts(self, key: str, count: int) -> list[str]:
         """Texts one after the other, each with its length before it; a vocabulary has hundreds of thousands."""
@@ -146,7 +132,7 @@ class _HeaderReader:
     def _number(self, kind: int, what: str) -> int | float | bool:
         if kind not in _NUMBERS:
             raise self._refusal(f"{what} has a value of type {kind}; supported: 0 to 12")
-        code = f"<{_NUMBERS[kind][0]}"
+        code = f"<{_NUMBERS[kind]}"
         value: int | float | bool = struct.unpack(code, self._take(struct.calcsize(code), what))[0]
         return value
 
