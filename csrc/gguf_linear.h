@@ -76,7 +76,7 @@ static void quantize_runs(const float* x, const RunsOfWords& to) {
 // Unpacked rows of the weight.
 struct UnpackedRows {
     int8_t* bytes;   // [rows, k]
-    float* scales;   // [rows, k / 16], of which a type with groups of 32 uses the first half
+    float* scales;   // [rows, k / 16]; a type with groups of 32 uses the first half
     float* offsets;  // the same
 };
 
