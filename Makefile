@@ -56,8 +56,8 @@ test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows
 	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile)
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 
-test-real: .venv/.test  ## Check published values of real models, which it downloads (100 MB)
-	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/test_real_models.py $(ARGS)
+test-real: .venv/.test  ## Check published values of real models, which it downloads (200 MB)
+	@QUIRE_TEST_REAL=1 $(BIN)/python -m pytest tests/test_real_models.py tests/real $(ARGS)
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <nanobind/nanobind.h>
@@ -605,6 +606,79 @@ void gather_rows_quantized(const Tensor& packed, const Tensor& scales, int bits,
     kernels->gather_rows_quantized(from, output.size(1), id, output.size(0), output.pointer<float>());
 }
 
+const std::pair<const char*, BlockType> kBlockTypes[] = {
+    {"Q4_0", BlockType::q4_0}, {"Q4_1", BlockType::q4_1}, {"Q5_0", BlockType::q5_0},     {"Q5_1", BlockType::q5_1},
+    {"Q8_0", BlockType::q8_0}, {"Q2_K", BlockType::q2_k}, {"Q3_K", BlockType::q3_k},     {"Q4_K", BlockType::q4_k},
+    {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}, {"IQ4_NL", BlockType::iq4_nl}, {"IQ4_XS", BlockType::iq4_xs},
+    {"MXFP4", BlockType::mxfp4}};
+
+// Numbers and bytes of a block of a type.
+std::pair<int64_t, int64_t> sizes_of_block(BlockType type) {
+    switch (type) {
+        case BlockType::q4_0: case BlockType::iq4_nl: return {32, 18};
+        case BlockType::q4_1: return {32, 20};
+        case BlockType::q5_0: return {32, 22};
+        case BlockType::q5_1: return {32, 24};
+        case BlockType::q8_0: return {32, 34};
+        case BlockType::q2_k: return {256, 84};
+        case BlockType::q3_k: return {256, 110};
+        case BlockType::q4_k: return {256, 144};
+        case BlockType::q5_k: return {256, 176};
+        case BlockType::q6_k: return {256, 210};
+        case BlockType::iq4_xs: return {256, 136};
+        case BlockType::mxfp4: break;
+    }
+    return {32, 17};
+}
+
+// Checks rows of blocks of k numbers, and returns them.
+BlockPart block_part(const Tensor& rows, const std::string& type_name, int64_t k) {
+    const Argument blocks("rows", rows);
+    const auto* known = std::find_if(std::begin(kBlockTypes), std::end(kBlockTypes),
+                                     [&](const auto& each) { return each.first == type_name; });
+    if (known == std::end(kBlockTypes)) throw std::invalid_argument("type: expected one of GGUF's, found " + type_name);
+    const auto [numbers, bytes] = sizes_of_block(known->second);
+    if (k % numbers) throw std::invalid_argument("x: expected a multiple of " + std::to_string(numbers) +
+                                                 " columns for " + type_name + ", found " + std::to_string(k));
+    blocks.of(kUint8).shaped({kAny, k / numbers * bytes}).contiguous();
+    return {blocks.pointer<uint8_t>(), k / numbers * bytes, blocks.size(0), known->second};
+}
+
+void linear_blocks(const Tensor& x, const std::string& op, std::optional<Tensor> residual,
+                   std::optional<Tensor> norm_weight, float eps, const std::vector<Tensor>& rows,
+                   const std::vector<std::string>& types, std::optional<Tensor> bias, const Tensor& out) {
+    BlockLinear a{};
+    a.x = linear_input(x, op, residual, norm_weight, eps, a.m, a.k);
+    if (rows.empty() || rows.size() != types.size()) throw std::invalid_argument("rows: expected one for each type");
+    std::vector<BlockPart> parts;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        parts.push_back(block_part(rows[i], types[i], a.k));
+        a.n += parts.back().num_rows;
+    }
+    a.parts = parts.data();
+    a.num_parts = int64_t(parts.size());
+    a.out = Argument("out", out).of(kFloat32).shaped({a.m, a.n}).contiguous().pointer<float>();
+    a.bias = bias ? vector_of_floats("bias", *bias, a.n) : nullptr;
+    if (a.m == 0) return;
+    a.scratch = scratch_of(kernels->blocks_scratch(a.m, a.k, omp_get_max_threads()));
+    nb::gil_scoped_release release;
+    kernels->linear_blocks(a);
+}
+
+void gather_rows_blocks(const Tensor& rows, const std::string& type_name, const Tensor& ids, const Tensor& out) {
+    const Argument output("out", out), blocks("rows", rows), wanted("ids", ids);
+    output.of(kFloat32).shaped({kAny, kAny}).contiguous();
+    const int64_t k = output.size(1), count = output.size(0);
+    const BlockPart from = block_part(rows, type_name, k);
+    const int32_t* id = wanted.of(kInt32).shaped({count}).contiguous().pointer<int32_t>();
+    for (int64_t i = 0; i < count; ++i)
+        if (id[i] < 0 || id[i] >= from.num_rows)
+            wanted.fail("ids of 0 to " + std::to_string(from.num_rows - 1), std::to_string(id[i]));
+    float* const scratch = scratch_of(omp_get_max_threads() * (k / 4 + k / 8));
+    nb::gil_scoped_release release;
+    kernels->gather_rows_blocks(from, k, id, count, output.pointer<float>(), scratch);
+}
+
 void add_lora(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& ranks, const Tensor& part_ends,
               const Tensor& rows, const Tensor& tiles, const Tensor& out) {
     const Argument input("x", x), output("out", out), down("a", a), up("b", b), rank("ranks", ranks);
@@ -796,6 +870,10 @@ NB_MODULE(_cpu, m) {
     m.def("gather_rows", &gather_rows, nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
     m.def("gather_rows_quantized", &gather_rows_quantized, nb::arg("packed"), nb::arg("scales"), nb::arg("bits"),
           nb::arg("group_size"), nb::arg("rotates"), nb::arg("ids"), nb::arg("out"));
+    m.def("linear_blocks", &linear_blocks, nb::arg("x"), nb::arg("op"), nb::arg("residual").none(),
+          nb::arg("norm_weight").none(), nb::arg("eps"), nb::arg("rows"), nb::arg("types"), nb::arg("bias").none(),
+          nb::arg("out"));
+    m.def("gather_rows_blocks", &gather_rows_blocks, nb::arg("rows"), nb::arg("type"), nb::arg("ids"), nb::arg("out"));
     m.def("add_lora", &add_lora, nb::arg("x"), nb::arg("a"), nb::arg("b"), nb::arg("ranks"), nb::arg("part_ends"),
           nb::arg("rows"), nb::arg("tiles"), nb::arg("out"));
     m.attr("lora_tile") = kLoraTile;

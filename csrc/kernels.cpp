@@ -7,6 +7,7 @@
 #include "elementwise.h"
 #include "embedding.h"
 #include "experts.h"
+#include "gguf_linear.h"
 #include "kv_cache.h"
 #include "linear.h"
 #include "linear_low_bit.h"
@@ -38,6 +39,9 @@ extern const Kernels kernels = {
     .experts = experts,
     .gather_rows = gather_rows,
     .gather_rows_quantized = gather_rows_quantized,
+    .blocks_scratch = blocks_scratch,
+    .linear_blocks = linear_blocks,
+    .gather_rows_blocks = gather_rows_blocks,
     .add_lora = add_lora,
     .attention_scratch = attention_scratch,
     .attention = attention,

@@ -183,6 +183,26 @@ struct CodedLinear {
     int64_t m, n, k;
 };
 
+// The types of GGUF's blocks of few bits; bindings.cpp has their names.
+enum class BlockType : uint8_t { q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4 };
+
+// Rows of blocks as a GGUF file has them.
+struct BlockPart {
+    const uint8_t* rows;
+    int64_t row_bytes, num_rows;
+    BlockType type;
+};
+
+struct BlockLinear {
+    LinearInput x;
+    const BlockPart* parts;  // whose outputs lie side by side
+    int64_t num_parts;
+    const float* bias;  // [n] or null
+    float* out;         // [m, n], contiguous
+    float* scratch;     // what blocks_scratch says
+    int64_t m, n, k;    // k is a multiple of 32
+};
+
 // How a dense layer of experts is stored: floats, or few bits in the layout of linear_low_bit.h. `mxfp4_of_bytes` is the
 // same weight as `mxfp4`, multiplied with inputs of 8 bits.
 enum class ExpertFormat : uint8_t { float32, float16, bfloat16, bits8, bits4, mxfp4, mxfp4_of_bytes };
@@ -272,6 +292,11 @@ struct Kernels {
     void (*experts)(const Experts& experts);
     void (*gather_rows)(const void* packed, Element element, int64_t k, const int32_t* ids, int64_t count, float* out);
     void (*gather_rows_quantized)(const LowBitWeight& from, int64_t k, const int32_t* ids, int64_t count, float* out);
+    int64_t (*blocks_scratch)(int64_t m, int64_t k, int64_t threads);  // floats
+    void (*linear_blocks)(const BlockLinear& linear);
+    // `scratch`: for each thread k / 4 + k / 8 floats.
+    void (*gather_rows_blocks)(const BlockPart& from, int64_t k, const int32_t* ids, int64_t count, float* out,
+                               float* scratch);
     void (*add_lora)(const Lora& lora);
     int64_t (*attention_scratch)(const Attention& attention);
     void (*attention)(const Attention& attention);

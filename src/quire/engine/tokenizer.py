@@ -27,6 +27,7 @@ from quire.engine.tokenizer_files import find_tokenizer_file
 from quire.engine.tokenizer_files.added_tokens import add_tokens, named_tokens, read_settings, set_ends
 from quire.engine.tokenizer_files.byte_alphabet import BYTE_OF_LETTER
 from quire.engine.tokenizer_files.sentencepiece import special_pieces
+from quire.gguf.file import is_gguf
 from quire.model_config.config_json import GIT_LFS_POINTER, POINTER_REFUSAL
 
 MAX_PROMPT_CHARS = 4_000_000
@@ -117,7 +118,7 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
             )
         path, read = found
-        if path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
+        if not is_gguf(path) and path.stat().st_size > MAX_TOKENIZER_FILE_BYTES:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size:,} bytes; at most {MAX_TOKENIZER_FILE_BYTES:,} are read"
             )
@@ -280,10 +281,10 @@ def read_special_tokens(folder: str | Path) -> dict[str, str]:
 
 
 def _own_special_tokens(path: Path, backend: tokenizers.Tokenizer) -> dict[str, str]:
-    """The special tokens that a tokenizer's file implies; tokenizer.json implies none."""
+    """The special tokens that a tokenizer's file implies; tokenizer.json implies none, and GGUF names them."""
     if path.suffix == ".model" and (own := special_pieces(path)):
         return own
-    if path.name == "tokenizer.json":
+    if path.name == "tokenizer.json" or is_gguf(path):
         return {}
     usual = {
         "bos_token": ("<|begin_of_text|>", "<s>", "[BOS]"),

@@ -88,6 +88,18 @@ def gather_rows(packed: Tensor, ids: Tensor, out: Tensor) -> None: ...
 def gather_rows_quantized(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, rotates: bool, ids: Tensor, out: Tensor
 ) -> None: ...
+def linear_blocks(
+    x: Tensor,
+    op: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    rows: Sequence[Tensor],
+    types: Sequence[str],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None: ...
+def gather_rows_blocks(rows: Tensor, type: str, ids: Tensor, out: Tensor) -> None: ...
 def add_lora(
     x: Tensor,
     a: Tensor,

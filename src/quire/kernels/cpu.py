@@ -18,6 +18,8 @@ from torch import Tensor
 from quire.errors import ConfigError
 from quire.kernels import _cpu
 from quire.kernels.allocation import zeros
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.block_products import keep_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.coded_panels import kind_of, pack_panels
 from quire.kernels.expert_products import pack_each
@@ -31,6 +33,7 @@ from quire.kernels.interface import (
     ExpertMatrices,
     ExpertWeight,
     KVLayer,
+    LowBitWeight,
     Mxfp4Matrix,
     Mxfp4Weight,
     PackedExperts,
@@ -61,6 +64,7 @@ __all__ = [
     "linear",
     "linear_coded",
     "linear_quantized",
+    "pack_blocks",
     "pack_coded",
     "pack_experts",
     "pack_linear",
@@ -238,6 +242,9 @@ def _linear(
             *(x, op, residual, norm_weight, eps, packed.codes, kind, levels, scales, packed.offsets),
             *(packed.zero_points, group_size, order, bias, out),
         )
+    elif isinstance(packed, BlockWeight):
+        rows, types = [part.rows for part in packed.parts], [part.type_name for part in packed.parts]
+        _cpu.linear_blocks(x, op, residual, norm_weight, eps, rows, types, bias, out)
     elif isinstance(packed, QuantizedWeight):
         form = (packed.values, packed.scales, *_form(packed.stored))
         _cpu.linear_quantized(x, op, residual, norm_weight, eps, *form, bias, out)
@@ -275,7 +282,10 @@ def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: A
     return QuantizedWeight(packed, scales, stored)
 
 
-def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+pack_blocks = keep_blocks
+
+
+def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     return _linear(x, "none", None, None, 0.0, weight, bias, num_outputs)
 
 
@@ -342,8 +352,12 @@ def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     return out
 
 
-def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor:
     out = torch.empty(ids.shape[0], num_inputs)
+    if isinstance(weight, BlockWeight):
+        (part,) = weight.parts
+        _cpu.gather_rows_blocks(part.rows, part.type_name, ids, out)
+        return out
     _cpu.gather_rows_quantized(weight.values, weight.scales, *_form(weight.stored), ids, out)
     return out
 

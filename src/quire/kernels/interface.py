@@ -14,9 +14,8 @@ An int8 cache exists on the CPU only. It stores each key and each value as integ
 scale. The scales lie behind the keys of their block, in 8 extra rows per head (head_dim + 8 in all). These rows are the
 bytes of a [2, block_size] float32 array: the keys' scales, then the values'. So scales move with their block.
 
-A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key.
-
-A slot is `block * block_size + offset`; slot -1 means "write nothing".
+A latent layer stores one row a token, without values: a value is the last `value_dim` elements of its key. A slot is
+`block * block_size + offset`; slot -1 means "write nothing".
 """
 
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.lora import LoraRows, LoraWeights
 from quire.kernels.recurrent_plan import RecurrentPlan
@@ -164,16 +164,16 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
 
-PackedWeight = Tensor | QuantizedWeight | CodedWeight
-"""Result of `pack_linear`, `quantize_linear` or `pack_coded`."""
+LowBitWeight = QuantizedWeight | BlockWeight
+PackedWeight = Tensor | LowBitWeight | CodedWeight
+"""Result of `pack_linear`, `quantize_linear`, `pack_coded` or `pack_blocks`."""
 
 MXFP4_BLOCK = 32
 """Inputs that share a scale in MXFP4."""
 
 
 class Mxfp4Matrix(NamedTuple):
-    """A matrix [N, K] in MXFP4, as checkpoints store it: numbers of 4 bits (e2m1), and a power of two for each block of
-    32 inputs."""
+    """A matrix [N, K] in MXFP4, as stored: numbers of 4 bits (e2m1), and a power of two for every 32 inputs."""
 
     blocks: Tensor
     """[N, K / 32, 16] uint8: two inputs a byte, the first in the low half."""
@@ -237,6 +237,8 @@ class Packing(Protocol):
 
     def pack_coded(self, matrices: Sequence[CodedMatrix], allocate: Allocate = ...) -> CodedWeight: ...
 
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight: ...
+
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = ...
     ) -> ExpertWeight: ...
@@ -290,7 +292,7 @@ class Kernels(Packing, Protocol):
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
-    def linear_quantized(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
+    def linear_quantized(self, x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
     def linear_coded(self, x: Tensor, weight: CodedWeight, bias: Tensor | None, num_outputs: int) -> Tensor: ...
 
@@ -318,7 +320,7 @@ class Kernels(Packing, Protocol):
 
     def gather_rows(self, packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor: ...
 
-    def gather_rows_quantized(self, weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
+    def gather_rows_quantized(self, weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor: ...
 
     def row_argmax(self, x: Tensor, peaks: Tensor, ids: Tensor) -> None:
         """Like `sample_tokens`, on logits in host memory."""

@@ -10,7 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quire.kernels import low_bit
 from quire.kernels.allocation import zeros
+from quire.kernels.block_matrix import BlockWeight
+from quire.kernels.block_products import gather_rows_blocks, keep_blocks, linear_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight, join
 from quire.kernels.expert_products import ExpertLoop, keep_mxfp4, pack_each
 from quire.kernels.interface import (
@@ -22,10 +25,9 @@ from quire.kernels.interface import (
     ExpertWeight,
     KVLayer,
     KVShape,
+    LowBitWeight,
     StateLayer,
 )
-from quire.kernels.low_bit import gather_rows_quantized as gather_rows_quantized
-from quire.kernels.low_bit import linear_quantized as linear_quantized
 from quire.kernels.low_bit import quantize_groups as quantize_groups
 from quire.kernels.low_bit import quantize_linear as quantize_linear
 from quire.kernels.low_bit import quantize_rows
@@ -239,6 +241,17 @@ def linear_coded(x: Tensor, weight: CodedWeight, bias: Tensor | None, num_output
     return torch.nn.functional.linear(x, matrix.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+    """x [M, K], a weight of few bits of N outputs, bias [N] -> x weight^T + bias [M, N], with the rows of x in few bits
+    too. `low_bit.linear_quantized` and `linear_blocks` say what each format computes."""
+    if isinstance(weight, BlockWeight):
+        return linear_blocks(x, weight, bias)
+    return low_bit.linear_quantized(x, weight, bias, num_outputs)
+
+
+pack_blocks = keep_blocks
+
+
 def pack_experts(matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros) -> ExpertWeight:
     """See `pack_each`."""
     return pack_each(matrices, stored, allocate, pack_linear, quantize_linear, keep_mxfp4)
@@ -253,6 +266,13 @@ rms_norm_linear, glu_linear = unfused(
 def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     """A packed weight [N, num_inputs], ids [T] of its outputs -> their rows [T, num_inputs], in float32."""
     return packed[ids].float()
+
+
+def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    """A weight of `num_inputs` inputs, ids [T] of its outputs -> their rows [T, num_inputs] in float32."""
+    if isinstance(weight, BlockWeight):
+        return gather_rows_blocks(weight, ids)
+    return low_bit.gather_rows_quantized(weight, ids, num_inputs)
 
 
 def paged_attention(q: Tensor, kv: KVLayer, plan: AttentionPlan, params: AttentionParams) -> Tensor:

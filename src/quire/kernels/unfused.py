@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quire.kernels.coded import CodedWeight
-from quire.kernels.interface import PackedWeight, QuantizedWeight
+from quire.kernels.interface import LowBitWeight, PackedWeight
 
 
 class RMSNormLinear(Protocol):
@@ -34,7 +34,7 @@ def unfused(
     silu_and_mul: Callable[[Tensor], Tensor],
     gelu_and_mul: Callable[[Tensor, bool], Tensor],
     linear: Callable[[Tensor, Tensor, Tensor | None, int], Tensor],
-    linear_quantized: Callable[[Tensor, QuantizedWeight, Tensor | None, int], Tensor],
+    linear_quantized: Callable[[Tensor, LowBitWeight, Tensor | None, int], Tensor],
     linear_coded: Callable[[Tensor, CodedWeight, Tensor | None, int], Tensor],
 ) -> tuple[RMSNormLinear, GLULinear]:
     """Both operations, made of a module's own. What they compute:
@@ -45,11 +45,11 @@ def unfused(
     """
 
     def product(x: Tensor, packed: PackedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
-        if isinstance(packed, QuantizedWeight):
-            return linear_quantized(x, packed, bias, num_outputs)
+        if isinstance(packed, Tensor):
+            return linear(x, packed, bias, num_outputs)
         if isinstance(packed, CodedWeight):
             return linear_coded(x, packed, bias, num_outputs)
-        return linear(x, packed, bias, num_outputs)
+        return linear_quantized(x, packed, bias, num_outputs)
 
     def rms_norm_linear(
         residual: Tensor,

@@ -5,8 +5,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.kernels.interface import QuantizedWeight
-from quire.layers.linear import Linear
+from quire.kernels import Kernels
+from quire.kernels.interface import PackedWeight
+from quire.layers.linear import Linear, gather
 
 
 class TokenEmbedding(Protocol):
@@ -35,18 +36,26 @@ class Embedding:
         return torch.index_select(self.table, 0, ids).to(self.dtype)
 
 
-class TiedEmbedding:
+class PackedEmbedding:
+    """Rows of a packed weight, for instance of a table in blocks of few bits."""
+
+    __slots__ = ("kernels", "num_inputs", "packed")
+
+    def __init__(self, kernels: Kernels, packed: PackedWeight, num_inputs: int) -> None:
+        self.kernels = kernels
+        self.packed = packed
+        self.num_inputs = num_inputs
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids int32 [T] -> [T, H], a fresh tensor."""
+        return gather(self.kernels, self.packed, ids, self.num_inputs)
+
+
+class TiedEmbedding(PackedEmbedding):
     """Rows of an output head's packed weight: a tied table is held once, rounded or quantised as the head holds it."""
 
     __slots__ = ("head",)
 
     def __init__(self, head: Linear) -> None:
+        super().__init__(head.kernels, head.packed, head.num_inputs)
         self.head = head
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """ids int32 [T] -> [T, H], a fresh tensor."""
-        kernels, packed, num_inputs = self.head.kernels, self.head.packed, self.head.num_inputs
-        if isinstance(packed, QuantizedWeight):
-            return kernels.gather_rows_quantized(packed, ids, num_inputs)
-        assert isinstance(packed, Tensor), "a tied table is packed in floats, or quantised here"
-        return kernels.gather_rows(packed, ids, num_inputs)

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.blocks import dequantize
 from quire.kernels.coded import CodedMatrix, CodedWeight, can_join
 from quire.kernels.interface import PackedWeight, Packing, QuantizedWeight
 from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
+
+Matrix = Tensor | CodedMatrix | BlockMatrix
+"""A matrix as a checkpoint stores it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +38,8 @@ class LinearOrigin:
 class LinearWeight:
     """A dense layer as a checkpoint stores it."""
 
-    weight: Tensor | CodedMatrix
-    """[N, K] of any float type, which may be a view of a mapped file; or of few bits."""
+    weight: Matrix
+    """[N, K] of any float type, or of few bits; it may be a view of a mapped file."""
     bias: Tensor | None = None
     """[N]"""
     origin: LinearOrigin | None = None
@@ -44,13 +49,15 @@ class LinearWeight:
         """The layer that computes the outputs `rows`, in their order."""
         return replace(
             self,
-            weight=self.weight[rows],
+            weight=self.weight.select_rows(rows) if isinstance(self.weight, BlockMatrix) else self.weight[rows],
             bias=None if self.bias is None else self.bias[rows],
             origin=None if self.origin is None else self.origin.select(rows),
         )
 
     def floats(self) -> Tensor:
         """The matrix [N, K] in a float type."""
+        if isinstance(self.weight, BlockMatrix):
+            return dequantize(self.weight)
         return self.weight if isinstance(self.weight, Tensor) else self.weight.dequantize()
 
     def in_floats(self) -> "LinearWeight":
@@ -60,6 +67,7 @@ class LinearWeight:
 
 class Linear:
     """x [M, K] -> x weight^T + bias [M, N], the weight packed as `dtype`: a float type, or a quantisation of METHODS.
+    A float type leaves blocks of few bits as they are stored.
 
     Several weights [N_i, K] make one layer that puts their outputs side by side. They are copied; a bias is float32
     whatever the dtype. What comes before a layer is one kernel with it where it works row by row: a norm (`Normed`) and
@@ -78,19 +86,9 @@ class Linear:
         """`packing` packs the weights; by default `kernels` does."""
         self.kernels = kernels
         packing = packing or kernels
-        self.num_outputs = sum(len(part.weight) for part in weights)
+        self.num_outputs = sum(part.weight.shape[0] for part in weights)
         self.num_inputs = weights[0].weight.shape[1]
-        stored = stored_as(dtype)
-        coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
-        matrices = [] if coded else [part.floats() for part in weights]
-        self.packed: PackedWeight
-        if coded:
-            assert len(coded) == len(weights), "SideBySide joins layers that are stored in several ways"
-            self.packed = packing.pack_coded(coded)
-        elif isinstance(stored, str):
-            self.packed = packing.pack_linear(matrices, stored)
-        else:
-            self.packed = packing.quantize_linear(matrices, stored)
+        self.packed = _pack(packing, weights, stored_as(dtype))
         self.bias = join_biases(weights)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
@@ -101,22 +99,22 @@ class Linear:
                     x.residual, x.update, norm.weight, norm.eps, self.packed, self.bias, self.num_outputs
                 )
             x = x.compute()
-        if isinstance(self.packed, QuantizedWeight):
-            return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
+        if isinstance(self.packed, Tensor):
+            return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
         if isinstance(self.packed, CodedWeight):
             return self.kernels.linear_coded(x, self.packed, self.bias, self.num_outputs)
-        return self.kernels.linear(x, self.packed, self.bias, self.num_outputs)
+        return self.kernels.linear_quantized(x, self.packed, self.bias, self.num_outputs)
 
     def unpacked(self) -> Tensor:
         """The weight [N, K] in float32."""
-        if isinstance(self.packed, QuantizedWeight):
-            rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.values.device)
-            return self.kernels.gather_rows_quantized(self.packed, rows, self.num_inputs)
+        if isinstance(self.packed, BlockWeight):
+            return torch.cat([dequantize(part) for part in self.packed.parts])
         if isinstance(self.packed, CodedWeight):
             inputs = torch.eye(self.num_inputs)
             return self.kernels.linear_coded(inputs, self.packed, None, self.num_outputs).t().contiguous()
-        rows = torch.arange(self.num_outputs, dtype=torch.int32, device=self.packed.device)
-        return self.kernels.gather_rows(self.packed, rows, self.num_inputs)
+        device = (self.packed.values if isinstance(self.packed, QuantizedWeight) else self.packed).device
+        rows = torch.arange(self.num_outputs, dtype=torch.int32, device=device)
+        return gather(self.kernels, self.packed, rows, self.num_inputs)
 
     def after_gate(self, x: Tensor, activation: str) -> Tensor:
         """x [M, 2 K] -> [M, N]: the layer of the activation of the first half times the second half."""
@@ -169,6 +167,28 @@ def can_join_layers(weights: Sequence[LinearWeight]) -> bool:
     return not coded or (len(coded) == len(weights) and can_join(coded))
 
 
+def gather(kernels: Kernels, packed: PackedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+    """ids int32 [T] of a packed weight's outputs -> their rows [T, num_inputs], a fresh tensor."""
+    if isinstance(packed, Tensor):
+        return kernels.gather_rows(packed, ids, num_inputs)
+    assert not isinstance(packed, CodedWeight), "tables are packed in floats, in blocks, or quantised here"
+    return kernels.gather_rows_quantized(packed, ids, num_inputs)
+
+
+def _pack(packing: Packing, weights: Sequence[LinearWeight], stored: str | WeightFormat) -> PackedWeight:
+    coded = [part.weight for part in weights if isinstance(part.weight, CodedMatrix)]
+    if coded:
+        assert len(coded) == len(weights), "SideBySide joins layers that are stored in several ways"
+        return packing.pack_coded(coded)
+    blocks = [part.weight for part in weights if isinstance(part.weight, BlockMatrix)]
+    if isinstance(stored, str) and len(blocks) == len(weights):
+        return packing.pack_blocks(blocks)
+    matrices = [part.floats() for part in weights]
+    if isinstance(stored, str):
+        return packing.pack_linear(matrices, stored)
+    return packing.quantize_linear(matrices, stored)
+
+
 def stored_as(dtype: str | WeightFormat) -> str | WeightFormat:
     """How a dense layer is stored: a float type, or the format of a quantisation of METHODS."""
     return METHODS[dtype].layers if isinstance(dtype, str) and dtype in METHODS else dtype
@@ -179,7 +199,8 @@ def join_biases(weights: Sequence[LinearWeight]) -> Tensor | None:
     if all(part.bias is None for part in weights):
         return None
     biases = [
-        torch.zeros(len(part.weight), device=part.weight.device) if part.bias is None else part.bias for part in weights
+        torch.zeros(part.weight.shape[0], device=part.weight.device) if part.bias is None else part.bias
+        for part in weights
     ]
     return torch.cat([bias.float() for bias in biases])
 

@@ -63,8 +63,8 @@ FOLDER_KINDS = (
     ),
     FolderKind(
         _ends(".gguf"),
-        "a GGUF model, for llama.cpp",
-        "give the Hugging Face repository that it was made from",
+        "a GGUF model",
+        "give the path of its file",
     ),
     FolderKind(
         _ends(".ckpt.index", ".h5", ".msgpack", ".onnx", ".tflite", ".mlmodelc", ".engine"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quire.errors import CheckpointError
+from quire.gguf.file import is_gguf, read_gguf
 from quire.layer_spec import LayerSpec, LinearSpec, ModelSpec, VectorSpec
 from quire.model_config.architectures import ARCHITECTURES, STANDARD_LAYERS
 from quire.model_config.config_json import ConfigJson, read_json
@@ -16,6 +17,7 @@ from quire.model_config.fallback import is_computed_by_transformers
 from quire.model_config.fields import read_fields
 from quire.model_config.folder_kinds import describe_missing
 from quire.model_config.generic import generic_fields
+from quire.model_config.gguf_config import block_bytes_of, config_of
 from quire.model_config.latent import LatentShape
 from quire.model_config.pooling import PoolingConfig, Task, read_max_length, read_pooling, with_task
 from quire.model_config.recurrent import RecurrentConfig
@@ -182,12 +184,15 @@ class ModelConfig:
     kept: KeptBits | None = None
     """What the files hold of them, as kernels that keep these bits store it; None: layers become floats."""
     checkpoint_dtype: str = "float32"
+    block_bytes: int = 0
+    """Bytes of the weights of a checkpoint in blocks of few bits (GGUF), which a CPU multiplies as they are stored; 0
+    for all others."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ModelConfig":
-        """Read config.json and, for the end tokens, generation_config.json.
+        """Read config.json and, for the end tokens, generation_config.json; or the metadata of a GGUF file.
 
         Raises `CheckpointError` for what is missing or not supported.
         """
@@ -195,6 +200,8 @@ class ModelConfig:
         if is_computed_by_transformers(path, values):
             return cls._estimated(path, values, computed_by=str(path.parent))
         config = cls(**read_fields(ConfigJson(path, values)))
+        if is_gguf(path):
+            return replace(config, block_bytes=block_bytes_of(read_gguf(path)))
         return replace(
             config,
             eos_token_ids=read_end_tokens(path, config.eos_token_ids),
@@ -358,8 +365,11 @@ def norm_vectors(config: ModelConfig, name: str) -> tuple[VectorSpec, ...]:
 
 
 def _read_file(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The config.json of a folder and its content."""
-    path = Path(folder) / "config.json"
+    """The config.json of a folder and its content. A GGUF file is its own."""
+    path = Path(folder)
+    if is_gguf(path):
+        return path, config_of(read_gguf(path))
+    path = path / "config.json"
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
     if not path.is_file():

@@ -17,6 +17,8 @@ def read_first_token(config: ConfigJson) -> int | None:
 
 def read_end_tokens(path: Path, default: Any) -> tuple[int, ...]:
     """The ids of the end tokens in generation_config.json beside `path`; without it `default`, those of config.json."""
+    if path.name != "config.json":  # a GGUF file has no files beside it
+        return end_tokens(path, default)
     generation = path.with_name("generation_config.json")
     end = read_json(generation).get("eos_token_id") if generation.is_file() else None
     return end_tokens(path, default) if end is None else end_tokens(generation, end)

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from quire.kernels import Kernels
+from quire.kernels.block_matrix import BlockMatrix
 from quire.layers.adapters import AdaptedEmbedding, AdaptedLinear
-from quire.layers.embedding import Embedding, TiedEmbedding, TokenEmbedding
+from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding, TokenEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
 from quire.layers.linear import (
     Linear,
     LinearOrigin,
     LinearWeight,
+    Matrix,
     can_join_layers,
     dense_layer,
     head_format,
@@ -99,17 +100,16 @@ class Builder:
         dtype = self.weights.activation_dtype
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
-    def table(self, name: str, width: int, head: str = "lm_head") -> Tensor:
+    def table(self, name: str, width: int, head: str = "lm_head") -> Matrix:
         """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
         shape = (self.config.vocab_size, width)
-        stored = f"{name}.weight"
         if self.weights.adapters is not None:
             self.weights.adapters.embedding_name = self.weights.prefix + name
-        if self.config.tie_word_embeddings and not self.weights.has(stored) and self.weights.has(f"{head}.weight"):
-            stored = f"{head}.weight"
-        return self.weights.take(stored, shape)
+        is_headless = not self.weights.has(f"{name}.weight") and self.weights.has(f"{head}.weight")
+        stored = head if self.config.tie_word_embeddings and is_headless else name
+        return self.weights.take_linear(stored, shape).weight
 
-    def ends(self, table: Tensor, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
+    def ends(self, table: Matrix, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
         tied head may still have a bias of its own.
 
@@ -122,14 +122,19 @@ class Builder:
             head = self._head(LinearWeight(table, bias), head_name)
             return self._adapted(TiedEmbedding(head)), head
         stored = self.weights.take_linear(head_name, (num_outputs, num_inputs), bias=has_bias)
-        return self._adapted(Embedding(table, self.weights.activation_dtype)), self._head(stored, head_name)
+        embedding: TokenEmbedding
+        if isinstance(table, BlockMatrix):
+            embedding = PackedEmbedding(self.kernels, self.kernels.pack_blocks([table]), num_inputs)
+        else:
+            embedding = Embedding(table, self.weights.activation_dtype)
+        return self._adapted(embedding), self._head(stored, head_name)
 
     def _head(self, stored: LinearWeight, name: str) -> Linear:
         adapters, packing = self.weights.adapters, self.weights.packing
         if adapters is None:
             return output_head(self.kernels, stored, self.dtype, packing)
         adapters.head_name = self.weights.prefix + name
-        stored = replace(stored, origin=LinearOrigin(adapters.head_name, len(stored.weight)))
+        stored = replace(stored, origin=LinearOrigin(adapters.head_name, stored.weight.shape[0]))
         adapters.head = AdaptedLinear(self.kernels, [stored], head_format(self.dtype), packing, adapters)
         return adapters.head
 
@@ -137,10 +142,10 @@ class Builder:
         adapters = self.weights.adapters
         return embedding if adapters is None else AdaptedEmbedding(embedding, adapters)
 
-    def _holds_other_head(self, table: Tensor, head_name: str) -> bool:
+    def _holds_other_head(self, table: Matrix, head_name: str) -> bool:
         """Whether a head is stored whose values are not the table's."""
         name = f"{head_name}.weight"
-        if not self.weights.has(name):
+        if not self.weights.has(name) or isinstance(table, BlockMatrix):
             return False
         shape = (table.shape[0], table.shape[1])
         differs = not torch.equal(self.weights.take(name, shape), table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import CheckpointError
+from quire.gguf.file import is_gguf
 from quire.model_config.folder_kinds import describe_kind, name_some
 from quire.models.safetensors_weights import SafetensorsWeights
 from quire.models.stored.layers import StoredLayers
@@ -36,11 +37,16 @@ CHECKPOINT_FORMATS: dict[str, CheckpointFormat] = {
 
 
 def open_checkpoint(folder: str | Path, stored: StoredWeights | None = None) -> TensorSource:
-    """The weights of a checkpoint folder, whose config says that dense layers are `stored` in few bits.
+    """The weights of a checkpoint folder, whose config says that dense layers are `stored` in few bits, or of a GGUF
+    file.
 
     Raises `CheckpointError` where no format fits or its files are damaged.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        from quire.models.gguf_weights import GgufWeights
+
+        return GgufWeights.open(folder)
     for row in CHECKPOINT_FORMATS.values():
         if any((folder / name).is_file() for name in row.files):
             module, name = row.source.split(":")

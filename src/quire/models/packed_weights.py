@@ -11,12 +11,14 @@ from torch import Tensor
 
 from quire.kernels import cpu
 from quire.kernels.allocation import zeros
+from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.expert_products import stored_tensors
 from quire.kernels.interface import (
     Allocate,
     ExpertMatrices,
     ExpertWeight,
+    LowBitWeight,
     Mxfp4Matrix,
     Mxfp4Weight,
     QuantizedWeight,
@@ -82,6 +84,10 @@ class PackedWeights:
             first.levels,
             None if first.order is None else first.order.int(),
         )
+
+    def pack_blocks(self, matrices: Sequence[BlockMatrix]) -> LowBitWeight:
+        """Blocks stay where they are: in the mapped file, or in the copy whose rows were reordered."""
+        return cpu.pack_blocks(matrices)
 
     def pack_experts(
         self, matrices: ExpertMatrices, stored: str | WeightFormat, allocate: Allocate = zeros

@@ -4,8 +4,6 @@ Files are mapped, not read: a tensor is a view of its file until a layer packs i
 """
 
 import json
-import math
-import mmap
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from quire.errors import CheckpointError
 from quire.layers.linear import LinearWeight
 from quire.model_config import read_json
 from quire.model_config.folder_kinds import name_some
+from quire.models.mapped_file import MappedFile
 from quire.models.safetensors_file import DTYPES, RELEASED_BYTES, Entry, read_header
 from quire.models.weights import take_float_linear
 
@@ -25,31 +24,6 @@ SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F32", "F16", "BF16")
 _QUANTIZED = {"qweight": "GPTQ and AWQ", "weight_packed": "llm-compressor's formats"}
 """How other formats name a layer's matrix → which they are."""
-
-
-class _MappedFile:
-    """A file in memory. A tensor taken from it is packed soon and not read again, so its pages are given back: a load
-    then takes little more memory than the packed weights. A page that is read again is mapped again."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            # Private and writable as far as torch knows; nothing writes.
-            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._taken_bytes = 0
-
-    def take(self, entry: Entry) -> Tensor:
-        self._taken_bytes += entry.end - entry.begin
-        if self._taken_bytes > RELEASED_BYTES:
-            self.release()
-        dtype = getattr(torch, DTYPES[entry.dtype])
-        return torch.frombuffer(self._mapping, dtype=dtype, count=math.prod(entry.shape), offset=entry.begin).view(
-            entry.shape
-        )
-
-    def release(self) -> None:
-        self._taken_bytes = 0
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class SafetensorsWeights:
@@ -61,7 +35,7 @@ class SafetensorsWeights:
         self._folder = folder
         self._entries = entries
         self._taken: set[str] = set()
-        self._files: dict[Path, _MappedFile] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     @classmethod
     def open(cls, folder: Path) -> "SafetensorsWeights":
@@ -110,8 +84,8 @@ class SafetensorsWeights:
             )
         self._taken.add(name)
         if entry.file not in self._files:
-            self._files[entry.file] = _MappedFile(entry.file)
-        return self._files[entry.file].take(entry)
+            self._files[entry.file] = MappedFile(entry.file, released_bytes=RELEASED_BYTES)
+        return self._files[entry.file].take(getattr(torch, DTYPES[entry.dtype]), entry.shape, entry.begin)
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
         return take_float_linear(self, name, shape, bias=bias, transposed=transposed)

@@ -14,6 +14,7 @@ from quire import LLM
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder, find_model, model_name
 from quire.engine.model_sources import wheels
+from quire.engine.model_sources.names import HubName, parse_name
 from quire.engine.model_sources.packages import packages_folder
 from quire.errors import CheckpointError
 from tests.stand_in_hub import find, settings_of_the_hub
@@ -107,13 +108,21 @@ def test_names_that_are_none(name: str) -> None:
 def test_clients_see_names_without_revisions() -> None:
     assert model_name("org/name@v2") == "org/name"
     assert model_name("pypi:a==1.0") == "pypi:a"
-    assert find("org/name:q4.gguf").startswith("org/name:q4.gguf names a GGUF file; Quire cannot read GGUF files yet")
+    assert model_name("org/name@v2:q4.gguf") == "org/name"
+
+
+def test_a_file_of_the_hub_is_part_of_a_name() -> None:
+    assert parse_name("org/name@v2:m.Q4_0.gguf") == HubName("org/name", "v2", "m.Q4_0.gguf")
+    assert str(parse_name("org/name:m.gguf")) == "org/name:m.gguf"
+    for wrong in ("org/name:../m.gguf", "org/name:m.bin", "m.gguf", "org/name:a/b.gguf", "org/name:"):
+        with pytest.raises(CheckpointError, match="is no file here; for a GGUF file of the hub give"):
+            parse_name(wrong)
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"pkg/m.Q4_1.gguf": b"GGUF"}, r"pkg/m.Q4_1.gguf; Quire cannot read GGUF files yet"),
+        ({**MODEL, "b/m.Q4_1.gguf": b"GGUF"}, "holds 2 models: b, pkg/model"),
         ({"pkg/config.json": b"{}"}, "holds no model"),
         ({**MODEL, "b/config.json": b"{}", "b/x.safetensors": b""}, "holds 2 models: b, pkg/model"),
         *(({**MODEL, name: b"x"}, "do not use it") for name in ("../x", "/x", "a/../../x", "a\\x", "C:x", "a//x")),

@@ -6,6 +6,7 @@ HF_HUB_OFFLINE) and the proxy variables hold.
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from quire.engine.model_sources.names import HubName
@@ -44,7 +45,7 @@ def download(name: HubName, *, check_all: bool = False) -> Path:
     try:
         # Without a connection it returns the earlier download of that revision.
         found = snapshot_download(
-            name.repository, revision=name.revision, allow_patterns=list(FILES), ignore_patterns=list(UNREAD_FILES)
+            name.repository, revision=name.revision, allow_patterns=_patterns(name), ignore_patterns=list(UNREAD_FILES)
         )
     except Exception as error:  # network libraries raise many classes of their own
         raise CheckpointError(explain(error, name)) from error
@@ -52,6 +53,13 @@ def download(name: HubName, *, check_all: bool = False) -> Path:
     if check_all or _file_names(blobs) - before:
         check_files(folder, name)
     return folder
+
+
+def _patterns(name: HubName) -> list[str]:
+    """The files to download. A GGUF model comes alone, with all its parts."""
+    if name.file is None:
+        return list(FILES)
+    return [re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-*\1", name.file, flags=re.IGNORECASE)]
 
 
 def check_files(folder: Path, name: HubName) -> None:

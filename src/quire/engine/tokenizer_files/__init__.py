@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from quire.engine.tokenizer_files.byte_pairs import read_tekken, read_tiktoken, read_vocab_and_merges
+from quire.engine.tokenizer_files.gguf import read_gguf_tokenizer
 from quire.engine.tokenizer_files.sentencepiece import is_sentencepiece, read_sentencepiece
 from quire.engine.tokenizer_files.tokenizer_json import read_tokenizer_json
 from quire.engine.tokenizer_files.word_pieces import read_vocab_txt
+from quire.gguf.file import is_gguf
 
 Read = Callable[[Path, dict[str, Any]], Tokenizer]
 """A file and the folder's tokenizer_config.json → a tokenizer; raises `CheckpointError`."""
@@ -46,7 +48,9 @@ TOKENIZER_FILES = (
 
 
 def find_tokenizer_file(folder: Path) -> tuple[Path, Read] | None:
-    """The file of a folder's tokenizer and the function that reads it; None if there is none."""
+    """The file of a folder's tokenizer and the function that reads it, or None. A GGUF file is its own."""
+    if is_gguf(folder):
+        return folder, read_gguf_tokenizer
     for row in TOKENIZER_FILES:
         for path in sorted(folder.glob(row.pattern)):
             if path.is_file():

@@ -13,7 +13,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
 
+from quire.engine.tokenizer_files.gguf import gguf_settings
 from quire.errors import CheckpointError
+from quire.gguf.file import is_gguf
 from quire.model_config import read_json
 
 CONFIG_FILE, MAP_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -24,7 +26,10 @@ MAX_ADDED_ID = 2**24
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the folder; empty if there is no such file."""
+    """The object in a JSON file of a folder; empty if there is no such file. The folder may be a GGUF file, whose
+    metadata say what tokenizer_config.json would hold."""
+    if is_gguf(path.parent):
+        return gguf_settings(path.parent) if path.name == CONFIG_FILE else {}
     return read_json(path) if path.is_file() else {}
 
 

@@ -100,6 +100,11 @@ def read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
         raise CheckpointError(f"{path}: model_type is {model.algorithm}; supported: 1 (unigram) and 2 (bpe)")
     if model.whitespace_as_suffix:
         raise CheckpointError(f"{path}: treat_whitespace_as_suffix is true; supported: false")
+    return make_backend(path, model, settings)
+
+
+def make_backend(path: Path, model: SentencePieceModel, settings: dict[str, Any]) -> Tokenizer:
+    """A tokenizer with the ids of a model that was read from `path`. Raises `CheckpointError`."""
     if not 0 <= model.unknown_id < len(model.pieces):
         raise CheckpointError(f"{path}: unk_id is {model.unknown_id}; supported: a piece below {len(model.pieces)}")
     try:
@@ -125,15 +130,15 @@ def special_pieces(path: Path) -> dict[str, str]:
 def _bpe(model: SentencePieceModel) -> models.BPE:
     """Two neighbours merge if their text together is a normal piece, the highest score first."""
     normal = {piece.text: (-piece.score, index) for index, piece in enumerate(model.pieces) if piece.kind == _NORMAL}
-    ranked = [
-        (*rank, text[:end], text[end:])
-        for text, rank in normal.items()
+    merges = [
+        (text[:end], text[end:])
+        for text in sorted(normal, key=normal.__getitem__)
         for end in range(1, len(text))
         if text[:end] in normal and text[end:] in normal
     ]
     return models.BPE(
         {_text_of(piece, index): index for index, piece in enumerate(model.pieces)},
-        [(left, right) for _, _, left, right in sorted(ranked)],
+        merges,
         unk_token=model.pieces[model.unknown_id].text,
         fuse_unk=True,
         byte_fallback=model.byte_fallback,

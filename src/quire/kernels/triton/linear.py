@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quire.errors import ConfigError
 from quire.kernels.allocation import zeros
-from quire.kernels.interface import Allocate, QuantizedWeight
+from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.interface import Allocate, LowBitWeight, QuantizedWeight
 from quire.kernels.reference import linear_coded
 from quire.kernels.triton.activation import gelu_and_mul, silu_and_mul
 from quire.kernels.triton.norm import add_rms_norm, rms_norm
@@ -31,7 +32,12 @@ def quantize_linear(weights: Sequence[Tensor], stored: WeightFormat, allocate: A
     _refuse()
 
 
-def linear_quantized(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
+def pack_blocks(matrices: Sequence[BlockMatrix]) -> LowBitWeight:
+    """Blocks are dequantised before they reach a device."""
+    _refuse()
+
+
+def linear_quantized(x: Tensor, weight: LowBitWeight, bias: Tensor | None, num_outputs: int) -> Tensor:
     _refuse()
 
 
@@ -45,7 +51,7 @@ def gather_rows(packed: Tensor, ids: Tensor, num_inputs: int) -> Tensor:
     return packed.index_select(0, ids)
 
 
-def gather_rows_quantized(weight: QuantizedWeight, ids: Tensor, num_inputs: int) -> Tensor:
+def gather_rows_quantized(weight: LowBitWeight, ids: Tensor, num_inputs: int) -> Tensor:
     _refuse()
 
 

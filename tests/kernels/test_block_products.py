@@ -1,0 +1,111 @@
+"""Dense layers of GGUF's blocks: the C++ kernels against the specification in float64, on every instruction set."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from quire.kernels import cpu, reference
+from quire.kernels.block_matrix import BlockMatrix, BlockWeight
+from quire.kernels.blocks import dequantize
+from tests.kernels.test_blocks import TYPES, random_matrix
+
+NUM_INPUTS = 512
+
+
+@pytest.fixture(params=cpu.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.isa()
+    cpu.use_isa(request.param)
+    yield request.param
+    cpu.use_isa(before)
+
+
+def rows(num_rows: int, num_inputs: int = NUM_INPUTS, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # A few inputs are far larger than the others, as in real models.
+    return torch.randn(num_rows, num_inputs, generator=generator) * torch.logspace(-1, 1, num_inputs)
+
+
+def matrix_of(name: str, num_outputs: int, num_inputs: int = NUM_INPUTS, seed: int = 0) -> BlockMatrix:
+    per_block = random_matrix(name, 1, 1).shape[1]
+    return random_matrix(name, num_outputs, num_inputs // per_block, seed)
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_is_multiplied(name: str, isa: str) -> None:
+    weight, bias = cpu.pack_blocks([matrix_of(name, 7)]), torch.randn(7)
+    x = rows(5)
+    expected = reference.linear_quantized(x.double(), weight, bias.double(), 7)
+    assert_alike(cpu.linear_quantized(x, weight, bias, 7), expected)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_rows_result_does_not_depend_on_its_batch(name: str, isa: str) -> None:
+    weight = cpu.pack_blocks([matrix_of(name, 9)])
+    x = rows(6)
+    together = cpu.linear_quantized(x, weight, None, 9)
+    for count in (1, 2, 3, 5):
+        assert torch.equal(cpu.linear_quantized(x[:count], weight, None, 9), together[:count])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_are_gathered_as_they_are_dequantised(name: str, isa: str) -> None:
+    matrix = matrix_of(name, 8)
+    ids = torch.tensor([7, 0, 3, 3], dtype=torch.int32)
+    found = cpu.gather_rows_quantized(cpu.pack_blocks([matrix]), ids, NUM_INPUTS)
+    # A compiler may join the product and the sum of an offset.
+    assert torch.allclose(found, dequantize(matrix.select_rows(ids)), rtol=1e-6, atol=1e-6)
+
+
+def test_parts_of_several_types_lie_side_by_side(isa: str) -> None:
+    matrices = [matrix_of("Q4_K", 6), matrix_of("Q6_K", 3, seed=1), matrix_of("Q8_0", 5, seed=2)]
+    x, bias = rows(3), torch.randn(14)
+    whole = cpu.linear_quantized(x, cpu.pack_blocks(matrices), bias, 14)
+    parts = [cpu.linear_quantized(x, cpu.pack_blocks([matrix]), None, len(matrix.rows)) for matrix in matrices]
+    assert torch.equal(whole, torch.cat(parts, dim=1) + bias)
+
+
+def test_a_norm_and_a_gate_may_come_before(isa: str) -> None:
+    weight = cpu.pack_blocks([matrix_of("Q4_0", 6), matrix_of("Q5_1", 6)])
+    x, residual, norm = rows(3), rows(3, seed=4), torch.rand(NUM_INPUTS)
+    expected_residual = residual.double()
+    expected = reference.rms_norm_linear(expected_residual, x.double(), norm.double(), 1e-6, weight, None, 12)
+    assert_alike(cpu.rms_norm_linear(residual, x, norm, 1e-6, weight, None, 12), expected)
+    assert torch.allclose(residual.double(), expected_residual)
+    gated = rows(3, 2 * NUM_INPUTS)
+    expected = reference.glu_linear(gated.double(), "silu", weight, None, 12)
+    assert_alike(cpu.glu_linear(gated, "silu", weight, None, 12), expected)
+
+
+def test_no_rows_and_one_output() -> None:
+    weight = cpu.pack_blocks([matrix_of("Q4_1", 1)])
+    assert cpu.linear_quantized(rows(0), weight, None, 1).shape == (0, 1)
+    assert cpu.linear_quantized(rows(1), weight, None, 1).shape == (1, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_input_spoils_its_own_row_only(bad: float, isa: str) -> None:
+    weight = cpu.pack_blocks([matrix_of("Q4_1", 5)])
+    x = rows(3)
+    expected = cpu.linear_quantized(x, weight, None, 5)
+    x[1, 40] = bad
+    found = cpu.linear_quantized(x, weight, None, 5)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+
+
+def test_wrong_arguments_are_named() -> None:
+    weight = cpu.pack_blocks([matrix_of("Q4_K", 4)])
+    with pytest.raises(ValueError, match=r"x: expected a multiple of 256 columns for Q4_K, found 320"):
+        cpu.linear_quantized(rows(1, 320), weight, None, 4)
+    with pytest.raises(ValueError, match="rows"):
+        cpu.linear_quantized(rows(1, 256), weight, None, 4)
+    with pytest.raises(ValueError, match="ids"):
+        cpu.gather_rows_quantized(weight, torch.tensor([4], dtype=torch.int32), NUM_INPUTS)
+    with pytest.raises(ValueError, match="one of GGUF's, found Q9"):
+        cpu.linear_quantized(rows(1), BlockWeight((BlockMatrix(torch.zeros(1, 1, dtype=torch.uint8), "Q9"),)), None, 1)
