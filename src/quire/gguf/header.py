@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from quire.errors import CheckpointError
 from quire.gguf.block_types import BLOCK_TYPES, UNREAD_TYPES, BlockType
@@ -114,7 +115,9 @@ class _HeaderReader:
         if kind == _STRING:
             return self._texts(key, count)
         begin, self._at = self._at, self._at + count * item_bytes
-        return memoryview(self._content)[begin : self._at].cast("B" if kind == _BOOL else _NUMBERS[kind])
+        code: Any = "B" if kind == _BOOL else _NUMBERS[kind]
+        numbers: memoryview = memoryview(self._content)[begin : self._at].cast(code)
+        return numbers
 
     def _texts(self, key: str, count: int) -> list[str]:
         """Texts one after the other, each with its length before it; a vocabulary has hundreds of thousands."""

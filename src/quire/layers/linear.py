@@ -15,7 +15,9 @@ from quire.layers.activation import FUSED_GATES, activation_function
 from quire.layers.norm import Normed, RMSNorm
 from quire.quantization import METHODS, WeightFormat
 
-Matrix = Tensor | CodedMatrix | BlockMatrix
+Table = Tensor | BlockMatrix
+"""A matrix whose rows can be looked up."""
+Matrix = Table | CodedMatrix
 """A matrix as a checkpoint stores it."""
 
 

@@ -8,6 +8,7 @@ import torch
 
 from quire.kernels import Kernels
 from quire.kernels.block_matrix import BlockMatrix
+from quire.kernels.coded import CodedMatrix
 from quire.layers.adapters import AdaptedEmbedding, AdaptedLinear
 from quire.layers.embedding import Embedding, PackedEmbedding, TiedEmbedding, TokenEmbedding
 from quire.layers.experts import ExpertLinear, ExpertMLPs
@@ -15,7 +16,7 @@ from quire.layers.linear import (
     Linear,
     LinearOrigin,
     LinearWeight,
-    Matrix,
+    Table,
     can_join_layers,
     dense_layer,
     head_format,
@@ -100,16 +101,16 @@ class Builder:
         dtype = self.weights.activation_dtype
         return LayerNorm(weight.to(dtype), None if bias is None else bias.to(dtype), config.norm_eps)
 
-    def table(self, name: str, width: int, head: str = "lm_head") -> Matrix:
+    def table(self, name: str, width: int, head: str = "lm_head") -> Table:
         """The token embeddings [vocab_size, width]. Of a tied model the checkpoint may hold the head alone."""
         shape = (self.config.vocab_size, width)
         if self.weights.adapters is not None:
             self.weights.adapters.embedding_name = self.weights.prefix + name
         is_headless = not self.weights.has(f"{name}.weight") and self.weights.has(f"{head}.weight")
-        stored = head if self.config.tie_word_embeddings and is_headless else name
-        return self.weights.take_linear(stored, shape).weight
+        layer = self.weights.take_linear(head if self.config.tie_word_embeddings and is_headless else name, shape)
+        return layer.floats() if isinstance(layer.weight, CodedMatrix) else layer.weight
 
-    def ends(self, table: Matrix, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
+    def ends(self, table: Table, head_name: str = "lm_head") -> tuple[TokenEmbedding, Linear]:
         """Embedding and output head: `table` [vocab_size, H] and, where they are not tied, the layer `head_name`. A
         tied head may still have a bias of its own.
 
@@ -142,7 +143,7 @@ class Builder:
         adapters = self.weights.adapters
         return embedding if adapters is None else AdaptedEmbedding(embedding, adapters)
 
-    def _holds_other_head(self, table: Matrix, head_name: str) -> bool:
+    def _holds_other_head(self, table: Table, head_name: str) -> bool:
         """Whether a head is stored whose values are not the table's."""
         name = f"{head_name}.weight"
         if not self.weights.has(name) or isinstance(table, BlockMatrix):

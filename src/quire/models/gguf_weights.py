@@ -16,7 +16,7 @@ from quire.gguf.file import GgufFile, read_gguf
 from quire.gguf.names import NamedTensor, family_of, named_tensors
 from quire.kernels.block_matrix import BlockMatrix
 from quire.kernels.blocks import dequantize
-from quire.layers.linear import LinearWeight, Matrix
+from quire.layers.linear import LinearWeight, Table
 from quire.model_config.folder_kinds import name_some
 from quire.models.mapped_file import MappedFile
 
@@ -76,7 +76,7 @@ class GgufWeights:
                 f"describe: {name_some(sorted(left))}; expected only the {len(self._taken)} that were loaded"
             )
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> Matrix:
+    def _take(self, name: str, shape: tuple[int, ...]) -> Table:
         named = self._tensors.get(name)
         if named is None:
             raise CheckpointError(
@@ -95,7 +95,7 @@ class GgufWeights:
             return matrix
         return matrix.select_rows(order) if isinstance(matrix, BlockMatrix) else matrix[order]
 
-    def _view(self, named: NamedTensor, shape: tuple[int, ...]) -> Matrix:
+    def _view(self, named: NamedTensor, shape: tuple[int, ...]) -> Table:
         tensor = named.tensor
         num_bytes = tensor.end - tensor.begin
         begin = tensor.begin
