@@ -8,20 +8,18 @@ On import, the best build for this CPU that passes its self-test is chosen. QUIR
 `supported_isas()`, which must pass the test too.
 """
 
-import logging
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from quire.errors import ConfigError
 from quire.kernels import _cpu
 from quire.kernels.allocation import zeros
 from quire.kernels.block_matrix import BlockWeight
 from quire.kernels.block_products import keep_blocks
 from quire.kernels.coded import CodedMatrix, CodedWeight
 from quire.kernels.coded_panels import kind_of, pack_panels
+from quire.kernels.cpu_isa import describe, isa, supported_isas, use_best_isa, use_isa
 from quire.kernels.expert_products import pack_each
 from quire.kernels.gates import SWIGLU_ALPHA, SWIGLU_LIMIT
 from quire.kernels.interface import (
@@ -85,60 +83,9 @@ __all__ = [
     "write_kv",
 ]
 
-logger = logging.getLogger(__name__)
-
 PACKING = 3
 """Version of the packed layout. Raise it with every change of a packed weight's bytes: it is part of cache keys."""
 LORA_TILE: int = _cpu.lora_tile
-_ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
-
-
-def isa() -> str:
-    """The instruction set in use: "avx512bf16", "avx512vnni", "avx512", "avx2" or "portable"."""
-    return _cpu.isa()
-
-
-describe = isa
-
-
-def supported_isas() -> list[str]:
-    """The instruction sets this CPU can run, best first."""
-    return _cpu.supported_isas()
-
-
-def use_isa(name: str) -> None:
-    """Use another build of every kernel from now on, in the whole process.
-
-    Raises `ConfigError` if this CPU cannot run it or it fails its self-test; no other build is used in its place.
-    """
-    if name not in supported_isas():
-        reason = "this CPU does not support it" if name in _ISAS else "unknown"
-        raise ConfigError(f"QUIRE_CPU_ISA={name}: {reason}; choose one of {', '.join(reversed(supported_isas()))}")
-    if (fault := _cpu.fault(name)) is not None:
-        raise ConfigError(
-            f"QUIRE_CPU_ISA={name}: these kernels fail their test on this machine ({fault}); leave it unset, and the "
-            "best that pass are used"
-        )
-    _cpu.use_isa(name)
-
-
-def use_best_isa() -> None:
-    """Use the best build that passes its self-test on this machine; the test takes a millisecond.
-
-    A hypervisor may report instructions that the machine cannot run. Raises `ConfigError` if no build passes.
-    """
-    for name in supported_isas():
-        fault = _cpu.fault(name)
-        if fault is None:
-            return _cpu.use_isa(name)
-        logger.warning("the %s kernels fail their test on this machine (%s); they are not used", name, fault)
-    raise ConfigError("no build of the CPU kernels passes its test on this machine; build Quire anew from source")
-
-
-if "QUIRE_CPU_ISA" in os.environ:
-    use_isa(os.environ["QUIRE_CPU_ISA"])
-else:
-    use_best_isa()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
