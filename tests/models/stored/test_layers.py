@@ -159,7 +159,7 @@ def state(**changes: object) -> Damage:
         ("bnb nf4", put(STATE, lambda x: torch.full((4000,), 91, dtype=torch.uint8)), "is not a JSON object"),
         ("mlx 4", put("biases", lambda x: x[:, :1]), r"biases has shape \[128, 1\], expected \[128, 2\]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "damaged",
 )
 def test_damaged_tensors_are_refused_by_name(
     name: str, damage: Damage, message: str, llama: Path, tmp_path: Path
