@@ -28,6 +28,8 @@ from quire.kernels.interface import (
     LowBitWeight,
     StateLayer,
 )
+from quire.kernels.lora import LORA_TILE as LORA_TILE
+from quire.kernels.lora import add_lora as add_lora
 from quire.kernels.low_bit import quantize_groups as quantize_groups
 from quire.kernels.low_bit import quantize_linear as quantize_linear
 from quire.kernels.low_bit import quantize_rows
