@@ -4,6 +4,7 @@
 HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
+MODEL ?=
 PEERS ?=
 ENGINES ?= quire,quire-bf16,quire-int8,quire-int4,vllm,vllm-bf16,openvino,openvino-int8,llama.cpp-f32,llama.cpp-q8_0,llama.cpp-q4_0,transformers
 SHELL := /bin/sh
@@ -49,8 +50,11 @@ FORCE:
 	@$(PIP) --quiet --no-build-isolation --editable '.[test]'
 	@touch $@
 
-serve: .venv/.runtime  ## Serve the bundled model; PORT=8000 HOST=127.0.0.1 ARGS='MODEL --flags'
-	@exec $(BIN)/quire serve --host $(HOST) --port $(PORT) $(ARGS)
+serve: .venv/.runtime  ## Serve the bundled model, or MODEL=smollm2, a small assistant; PORT=8000 HOST=127.0.0.1 ARGS='--flags'
+	@model='$(MODEL)'; if [ "$$model" = smollm2 ]; then \
+	  $(BIN)/quire show smollm2 > .venv/.smollm2 2>&1 || $(BIN)/quire pull smollm2 || { model=; \
+	  echo "quire: smollm2 cannot be fetched, so the bundled model answers"; }; fi; \
+	exec $(BIN)/quire serve $$model --host $(HOST) --port $(PORT) $(ARGS)
 
 test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
 	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile)

