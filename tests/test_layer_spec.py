@@ -82,8 +82,8 @@ def test_a_quantisation_leaves_the_router_in_float32() -> None:
     experts = EXPERTS.spec.layers[0].mlp
     assert isinstance(experts, ExpertsSpec)
     assert not experts.router.quantizes
-    # int8 takes a byte for each input and 4 for the scale of each output; qkv has 96 outputs.
-    attention, expert = 96 * (64 + 4) + 64 * (64 + 4), 2 * 96 * (64 + 4) + 64 * (96 + 4)
+    # int8 takes a byte for each input and 2 for the scale of every 64 of an output; qkv has 96 outputs.
+    attention, expert = 96 * (64 + 2) + 64 * (64 + 2), 2 * 96 * (64 + 2) + 64 * (96 + 2 * 2)
     layer = attention + 8 * 64 * 4 + 8 * expert
     assert EXPERTS.spec.layer_bytes("bfloat16", "int8") == 4 * layer
     assert EXPERTS.spec.layer_bytes("bfloat16") == 2 * EXPERTS.spec.layer_parameters

@@ -291,7 +291,8 @@ def test_ctrl_c_leaves_an_empty_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch
 
 
 def test_whichever_thread_asks_as_many_compute() -> None:
-    """OpenMP's number of threads belongs to the calling thread; a new thread would use all cores."""
+    """OpenMP's number of threads belongs to the calling thread; a new thread would use all cores. Kernels' threads stay
+    when a loop ends, and those of earlier engines are used again."""
     llm = LLM(num_blocks=16, max_num_seqs=1, max_model_len=64, threads=3, dtype="float32")
 
     def num_started() -> int:
@@ -300,4 +301,4 @@ def test_whichever_thread_asks_as_many_compute() -> None:
         return len(os.listdir("/proc/self/task")) - before
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(num_started).result() == 2
+        assert pool.submit(num_started).result() <= 2

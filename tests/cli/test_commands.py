@@ -135,7 +135,7 @@ def test_wrong_options_are_one_line(arguments: list[str], said: str, capsys: pyt
 
 def test_a_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "./no-such-model"]) == 3
-    assert "./no-such-model is not a folder" in capsys.readouterr().err
+    assert "./no-such-model is neither a folder nor a GGUF file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_what_is_wrong_with_the_files_reaches_the_caller(tmp_path: Path) -> None
         finally:
             await engine.shutdown()
 
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="neither a folder"):
         asyncio.run(main(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="the logits processor json:loads cannot be loaded"):
         run(collect, logits_processors="json:loads")

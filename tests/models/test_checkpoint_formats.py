@@ -39,6 +39,8 @@ class ToyWeights:
         return self._tensors[name]
 
     def take_linear(self, name: str, shape: tuple[int, int], *, bias: bool, transposed: bool) -> LinearWeight:
+        if f"{name}.weight" in self._tensors:  # a table of embeddings
+            return LinearWeight(self._tensors[f"{name}.weight"])
         stored = self._tensors[f"{name}.negated"].t()
         assert stored.shape == shape
         return LinearWeight(-stored)

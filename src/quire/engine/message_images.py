@@ -45,7 +45,7 @@ def take_images(messages: Sequence[Any], marker: str) -> tuple[list[dict[str, An
 
 def is_image(part: object) -> bool:
     """Whether a part of a message is an image."""
-    return isinstance(part, Mapping) and part.get("type") in _KINDS
+    return isinstance(part, Mapping) and isinstance(kind := part.get("type"), str) and kind in _KINDS
 
 
 def has_images(messages: Sequence[Any]) -> bool:

@@ -22,6 +22,7 @@ from quire.models.decoder import MLP, DecoderLayer
 from quire.models.llama import rotary_tables
 from quire.models.opt import PostNormLayer
 from quire.models.pooler import Pooler
+from quire.models.vision.encoder import ImageEncoder
 from quire.models.weights import WeightScope
 
 
@@ -114,6 +115,7 @@ class Encoder:
         r"^(head|decoder)\.",
     )
     pooler: Pooler | None = None
+    image_encoder: ImageEncoder | None = None
 
     def __init__(
         self, config: ModelConfig, weights: WeightScope, kernels: Kernels, dtype: str, max_model_len: int
