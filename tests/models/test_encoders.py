@@ -124,7 +124,7 @@ def test_classifiers(family: str, num_labels: int, tmp_path: Path) -> None:
     model = make(tmp_path, family, "ForSequenceClassification", num_labels=num_labels)
     llm = LLM(str(tmp_path))
     prompts = texts((9, 33, 2))
-    for prompt, found in zip(prompts, embed(llm, prompts, normalize=False), strict=True):
+    for prompt, found in zip(prompts, llm._vectors(prompts, None, False, False), strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt])).logits[0]
-        np.testing.assert_allclose(found, logits.numpy(), atol=2e-4)
+        np.testing.assert_allclose(np.array(found.outputs.embedding), logits.numpy(), atol=2e-4)
