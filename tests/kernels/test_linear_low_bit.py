@@ -74,7 +74,9 @@ def check_weight(found: QuantizedWeight, weights: list[torch.Tensor]) -> None:
     offset, scale = found.scales.repeat_interleave(size, dim=1)[:, :k].unbind(2)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     assert torch.equal(found.values, ((weight - offset) * inverse).round().clamp(0, 15).to(torch.int8))
-    if k >= found.stored.group_size and found.scales.numel() >= 256:  # of a few short groups, many candidates are as good
+    if (
+        k >= found.stored.group_size and found.scales.numel() >= 256
+    ):  # of a few short groups, many candidates are as good
         assert (found.scales == expected.scales).float().mean() > 0.8
     ids, groups = torch.arange(n, dtype=torch.int32), weight.split(size, dim=1)
     importance = torch.cat([group.abs() + group.square().mean(1, keepdim=True).sqrt() for group in groups], dim=1)
