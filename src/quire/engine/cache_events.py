@@ -4,8 +4,6 @@ import time
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.tiers import TierIndex
-from quire.kv_events.publisher import EventPublisher, cleared
-from quire.kv_events.recorder import EventRecorder
 from quire.kv_events_config import KVEventsConfig
 
 
@@ -14,6 +12,10 @@ class CacheEvents:
 
     def __init__(self, config: KVEventsConfig, pool: BlockPool, tiers: TierIndex | None) -> None:
         """Raises `ConfigError` for an address that cannot be used."""
+        # Only here: an engine that publishes nothing needs neither of msgspec and ZeroMQ.
+        from quire.kv_events.publisher import EventPublisher, cleared
+        from quire.kv_events.recorder import EventRecorder
+
         self._publisher = EventPublisher(config)
         self._recorder = EventRecorder(pool, tiers, config.hash)
         self._publisher.publish(time.time(), cleared())
