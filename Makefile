@@ -57,7 +57,7 @@ serve: .venv/.runtime  ## Serve the bundled model, or MODEL=smollm2, a small ass
 	exec $(BIN)/quire serve $$model --host $(HOST) --port $(PORT) $(ARGS)
 
 test: setup check  ## Check and run all tests; ARGS='tests/scheduler -x' narrows them
-	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile --ignore tests/server/page --ignore tests/router/test_end_to_end.py)
+	@$(BIN)/python -m pytest $(or $(ARGS),--numprocesses auto --dist loadfile --ignore tests/server/page)
 	@$(if $(ARGS),:,$(BIN)/python -m pytest -q tests/server/page)  # by itself: playwright leaves an event loop running
 	@$(if $(ARGS),:,scripts/test_gpu_offline.sh --if-possible -q)
 

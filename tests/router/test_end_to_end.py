@@ -73,7 +73,7 @@ def answer(
             parts[1] += (choice.model_extra or {}).get("token_ids") or []
             parts[2] = choice.finish_reason or parts[2]
             parts[3] += len(choice.logprobs.content or ()) if choice.logprobs else 0
-            if begun is not None and len(parts[1]) == 20:
+            if begun is not None and len(parts[1]) >= 20:
                 begun.release()
                 begun = None
                 time.sleep(0.05)
