@@ -39,7 +39,9 @@ def processes(pid: int) -> list[int]:
 
 def read(pid: int, url: str) -> Reading:
     """Read the server's processes and its metrics."""
-    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    time.sleep(0.2)  # until the server has closed this connection too
 
     def gauge(name: str) -> int:
         found = re.search(rf"^quire:{name}{{.*}} (\S+)$", text, re.MULTILINE)

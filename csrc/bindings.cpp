@@ -796,8 +796,8 @@ void draw_tokens(const Tensor& x, const Tensor& temperatures, const Tensor& min_
     draws.peaks = row_of("peaks", peaks, kFloat32).pointer<float>();
     draws.ids = row_of("ids", ids, kInt32).pointer<int32_t>();
     nb::gil_scoped_release release;
-    draws.num_threads = int(std::max<int64_t>(1, std::min<int64_t>(rows, omp_get_max_threads())));
-    const std::unique_ptr<char[]> scratch(new char[draws.num_threads * kernels->draw_scratch(columns)]);
+    const int64_t num_threads = std::max<int64_t>(1, std::min<int64_t>(rows, omp_get_max_threads()));
+    const std::unique_ptr<char[]> scratch(new char[num_threads * kernels->draw_scratch(columns)]);
     draws.scratch = scratch.get();
     kernels->draw_tokens(draws);
 }

@@ -44,10 +44,16 @@ QUIRE_INLINE void add_fifth_bits(const uint8_t* word, int8_t* to) {
     for (int i = 0; i < 32; ++i) to[i] = int8_t(to[i] + ((bits >> i & 1) << 4));
 }
 
-// The 12 bytes of Q4_K and Q5_K: sub-block j's scale and offset, of six bits each.
-QUIRE_INLINE void six_bits(const uint8_t* s, int j, int* scale, int* offset) {
-    *scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
-    *offset = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+// Scales and offsets of the eight sub-blocks of Q4_K and Q5_K: two halves, and 12 bytes with six bits of each.
+QUIRE_INLINE void k_scales(const uint8_t* block, float* scale, float* offset) {
+    const float d = half_at(block), least = half_at(block + 2);
+    const uint8_t* const s = block + 4;
+    for (int j = 0; j < 8; ++j) {
+        const int whole = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+        const int shift = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+        scale[j] = d * float(whole);
+        offset[j] = -(least * float(shift));
+    }
 }
 
 alignas(16) constexpr int8_t kIq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
@@ -134,29 +140,18 @@ struct Q4_K {
     static constexpr int kValues = 256, kBytes = 144, kGroup = 32;
     static constexpr bool kOffsets = true;
     static QUIRE_INLINE void unpack(const uint8_t* b, int8_t* q, float* scale, float* offset) {
-        const float d = half_at(b), least = half_at(b + 2);
         for (int i = 0; i < 4; ++i) nibbles<32>(b + 16 + 32 * i, q + 64 * i, 0);
-        for (int j = 0; j < 8; ++j) {
-            int s, m;
-            six_bits(b + 4, j, &s, &m);
-            scale[j] = d * float(s);
-            offset[j] = -(least * float(m));
-        }
+        k_scales(b, scale, offset);
     }
 };
 struct Q5_K {
     static constexpr int kValues = 256, kBytes = 176, kGroup = 32;
     static constexpr bool kOffsets = true;
     static QUIRE_INLINE void unpack(const uint8_t* b, int8_t* q, float* scale, float* offset) {
-        const float d = half_at(b), least = half_at(b + 2);
         for (int i = 0; i < 4; ++i) nibbles<32>(b + 48 + 32 * i, q + 64 * i, 0);
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 8; ++j)
             for (int i = 0; i < 32; ++i) q[32 * j + i] = int8_t(q[32 * j + i] + ((b[16 + i] >> j & 1) << 4));
-            int s, m;
-            six_bits(b + 4, j, &s, &m);
-            scale[j] = d * float(s);
-            offset[j] = -(least * float(m));
-        }
+        k_scales(b, scale, offset);
     }
 };
 struct Q6_K {

@@ -243,9 +243,8 @@ struct Draws {
     const int32_t* top_k;
     const double* top_p;
     const double* uniforms;  // in [0, 1)
-    char* scratch;           // num_threads times draw_scratch()
-    int num_threads;
-    float* peaks;    // the highest logit; where it is not finite, the token means nothing
+    char* scratch;           // draw_scratch() for each thread
+    float* peaks;            // the highest logit; where it is not finite, the token means nothing
     int32_t* ids;
 };
 

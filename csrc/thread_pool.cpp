@@ -1,8 +1,8 @@
 // Threads that wait for the next loop in two stages: they spin for some tens of microseconds, then they sleep.
 //
 // A decode step has hundreds of loops of some microseconds each, so threads that slept at once would wake too late. On a
-// busy machine a thread that spins for longer takes the core from the thread it waits for. And nobody waits for a thread,
-// only for tasks: one that the system runs late finds its tasks taken by the others.
+// busy machine a thread that spins for longer takes the core from the thread it waits for. A loop waits for tasks, not for
+// threads: the others take the tasks of a thread that the system runs late.
 
 #include "thread_pool.h"
 

@@ -235,11 +235,11 @@ def test_a_full_queue_answers_429() -> None:
 
 
 def test_the_queue_counts_what_waits_and_not_what_runs() -> None:
-    """All come before the engine reports any of them."""
+    """All come before the engine reports any of them: token ids wait for no tokenizer."""
 
     async def test(engine: AsyncLLM) -> None:
         short = GREEDY.with_changes(max_tokens=8)
-        ends = await asyncio.gather(*(collect(engine, "O", short) for _ in range(12)), return_exceptions=True)
+        ends = await asyncio.gather(*(collect(engine, [5], short) for _ in range(12)), return_exceptions=True)
         assert [isinstance(end, QueueFullError) for end in ends] == [False] * 10 + [True] * 2
 
     run(test, max_num_seqs=8, max_queue_size=2)

@@ -1,4 +1,4 @@
-"""The threads that share a kernel's tasks: results depend neither on their number nor on who runs late."""
+"""The threads that share a kernel's tasks: results do not depend on how many there are, or which runs late."""
 
 import os
 import subprocess

@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -19,6 +20,8 @@ def test_memory_is_handed_back_only_after_it_grew(monkeypatch: pytest.MonkeyPatc
     released = []
 
     async def requests() -> list[int]:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(executor := ThreadPoolExecutor(1))
         memory = MemoryReturn(lambda: next(sizes), lambda: released.append(1))
         counts = []
         for _ in range(4):
@@ -26,6 +29,7 @@ def test_memory_is_handed_back_only_after_it_grew(monkeypatch: pytest.MonkeyPatc
             memory.request_ended()
             memory.request_ended()
             await asyncio.sleep(0.02)
+            await loop.run_in_executor(executor, int)  # after what was given to the thread before
             counts.append(len(released))
         return counts
 

@@ -58,6 +58,7 @@ class EngineChild:
         """Start a process. Raises `OSError` if the system cannot."""
         mine, theirs = socket.socketpair()
         record = StepRecord()
+        process: asyncio.subprocess.Process | None = None
         try:
             with theirs:
                 process = await asyncio.create_subprocess_exec(
@@ -73,6 +74,10 @@ class EngineChild:
         except BaseException:
             mine.close()
             record.close()
+            if process is not None:  # the caller was cancelled while the connection was opened
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
             raise
         return cls(process, reader, writer, record)
 

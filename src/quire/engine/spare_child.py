@@ -41,8 +41,11 @@ class SpareChild:
         return child
 
     async def end(self) -> None:
-        """End the process."""
+        """End the process, also one that is being started."""
+        starting = self._starting
         child = self.take()
+        if starting is not None:
+            await asyncio.wait([starting])
         if child is not None:
             child.kill("it is not needed any more")
             await child.wait_dead()
