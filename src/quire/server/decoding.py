@@ -31,7 +31,7 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
-        name = place.strip(".`")
+        name = place.replace("[...]", "").strip(".`")  # a value of an object with any names
         raise Refusal(400, f"{name or 'the body'}: {reason}", code="invalid_type", param=name or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

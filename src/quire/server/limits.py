@@ -4,6 +4,7 @@ Every limit is checked before the data is buffered, tokenised or queued.
 """
 
 import asyncio
+import codecs
 import zlib
 from collections.abc import Sequence
 
@@ -66,7 +67,8 @@ async def read_body(scope: Scope, receive: Receive, settings: ServerSettings) ->
             break
     if inflate is not None and not inflate.eof:
         raise Refusal(400, "the compressed body ends early", code="invalid_encoding")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    body = parts[0] if len(parts) == 1 else b"".join(parts)
+    return body.removeprefix(codecs.BOM_UTF8)
 
 
 def _check_content_type(value: bytes) -> None:

@@ -69,7 +69,7 @@ async def _generate(context: RequestContext, request: GenerationFields) -> None:
         await context.reply(renderer.loaded("unload" if request.keep_alive in (0, "0", "0s") else "load"))
         return
     with naming(SENT_NAMES):
-        turn = await _turn(context, request)
+        turn = (await _turn(context, request)).named(SENT_NAMES)
     await Answer(turn.generation, renderer, reader=turn.reader).send(context, stream=request.stream is not False)
 
 

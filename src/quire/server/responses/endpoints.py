@@ -50,7 +50,7 @@ async def create_response(context: RequestContext) -> None:
     history = await store.history(account, request.previous_response_id) if request.previous_response_id else []
     with naming(SENT_NAMES):
         chat = to_chat(request, [*history, *items])
-        turn = await fitting_turn(context, chat, truncates=request.truncation == "auto")
+        turn = (await fitting_turn(context, chat, truncates=request.truncation == "auto")).named(SENT_NAMES)
     renderer = ResponseRenderer(_blank(context, request, model, turn), _logprobs(context, request))
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     context.scope["state"]["usage"] = answer.usage
