@@ -144,14 +144,16 @@ def test_echo_of_a_prompt_that_ends_within_a_character(server: RunningServer) ->
     _, reply = server.send("POST", "/tokenize", {"prompt": "é😀"})
     for length in range(1, len(reply["tokens"]) + 1):
         asked: dict[str, Any] = {"prompt": reply["tokens"][:length], "temperature": 0, "max_tokens": 2, "echo": True}
-        _, answer = server.send("POST", "/v1/completions", {**asked, "return_token_ids": True, "logprobs": 0})
+        spelled = {"skip_special_tokens": False}
+        wanted = {**asked, **spelled, "return_token_ids": True, "logprobs": 0}
+        _, answer = server.send("POST", "/v1/completions", wanted)
         (choice,) = answer["choices"]
         _, decoded = server.send("POST", "/detokenize", {"tokens": asked["prompt"] + choice["token_ids"]})
         assert choice["text"] == decoded["prompt"]
         assert len(choice["logprobs"]["text_offset"]) == length + 2
         assert choice["logprobs"]["text_offset"] == sorted(choice["logprobs"]["text_offset"])
         assert choice["logprobs"]["text_offset"][-1] < len(choice["text"])
-        chunks = client.completions.create(model="quire-bundled", stream=True, **asked)
+        chunks = client.completions.create(model="quire-bundled", stream=True, extra_body=spelled, **asked)
         assert "".join(chunk.choices[0].text for chunk in chunks) == choice["text"]
         _, prompt = server.send("POST", "/v1/completions", {**asked, "max_tokens": 0})
         _, decoded = server.send("POST", "/detokenize", {"tokens": asked["prompt"]})
