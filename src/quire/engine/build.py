@@ -288,13 +288,10 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler
         window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
         enable_prefix_caching=config.enable_prefix_caching and not target.model_config.needs_whole_texts,
     )
-    states, speculation = None, None
+    states = None
     if plan.num_state_slots:
         states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
-        if config.speculative_config is not None:
-            logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
-    elif config.speculative_config is not None:
-        speculation = DraftPlanner(config.speculative_config)
+    speculation = None if config.speculative_config is None else DraftPlanner(config.speculative_config)
     scheduler = Scheduler(
         pool,
         SchedulerLimits(

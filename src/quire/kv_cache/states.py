@@ -107,6 +107,17 @@ class StatePool:
         self._num_held -= 1
         self._free.append(slot)
 
+    def exchange(self, slot: int, held: int) -> int:
+        """A running sequence goes on in a held slot and gives its own back. Returns the slot it goes on in."""
+        self._num_held -= 1
+        self._free.append(slot)
+        return held
+
+    @property
+    def num_for_drafts(self) -> int:
+        """Slots that drafts may hold now: at most half of what is left to snapshots, so that most of these stay."""
+        return max(0, (self.max_snapshots + 1) // 2 - self._num_held - len(self.pinned))
+
     def take_copies(self) -> list[StateCopy]:
         """The copies ordered since the last call."""
         copies, self.copies = self.copies, []
