@@ -41,7 +41,7 @@ class Encoding:
         self._done = 0
         self._embeddings: Tensor | None = None
 
-    def advance(self, end: int, total: int) -> Tensor | None:
+    def advance(self, end: float, total: int) -> Tensor | None:
         """Go on until `end` of `total` is done; returns the embeddings when all is."""
         while self._embeddings is None and (end == total or self._done * total < self._work * end):
             try:
