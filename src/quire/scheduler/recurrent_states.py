@@ -68,14 +68,16 @@ class RecurrentStates:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, found: FoundState | None, num_known_tokens: int) -> None:
-        """Give a sequence its slot, which begins as the snapshot found. The cache holds KV of its first
-        `num_known_tokens` tokens, perhaps past that snapshot."""
-        source, num_found = (ZERO_STATE, 0) if found is None else (found.slot, found.num_tokens)
+        """Give a sequence its slot, which begins as the snapshot found, if it is not loaded. The cache holds KV of its
+        first `num_known_tokens` tokens, perhaps past that snapshot."""
+        source: int | None = ZERO_STATE
+        num_found = 0
         if found is not None:
             self.pool.stats.total_hits += 1
+            source, num_found = found.slot if found.slot != NO_STATE else None, found.num_tokens
         if sequence.state == NO_STATE:
             sequence.state = self.pool.take(source)
-        else:
+        elif source is not None:
             self.pool.copy(source, sequence.state)
         size = self._block_size
         # The last token of a prompt is always computed, so a snapshot before it serves the same prompt, too.
@@ -87,15 +89,16 @@ class RecurrentStates:
         """A fork: a sequence starts with a copy of another one's state."""
         child.state = self.pool.take(parent.state)
 
-    def release(self, sequence: Sequence) -> None:
-        """A sequence stops running. Its slot becomes a snapshot if the position of its state is known."""
+    def release(self, sequence: Sequence, *, is_loading: bool = False) -> None:
+        """A sequence stops running. Its slot becomes a snapshot if its state is there and its position is known."""
         if sequence.state == NO_STATE:
             return
         slot, sequence.state = sequence.state, NO_STATE
         self._marks.pop(sequence, None)
         num_tokens = sequence.num_computed_tokens
         # A draft may have gone on past the token that ends the sequence.
-        if 0 < num_tokens <= len(sequence.token_ids) and self._caching and not self._in_flight:
+        is_known = 0 < num_tokens <= len(sequence.token_ids) and not self._in_flight and not is_loading
+        if is_known and self._caching:
             self.pool.keep(slot, sequence.table, sequence.token_ids, num_tokens)
         else:
             self.pool.give(slot)
@@ -144,10 +147,11 @@ class RecurrentStates:
         self._drop(slots)
 
     def finish(self, plan: StepPlan, rows: SequenceOf[Sequence | None]) -> None:
-        """Add the slots of its rows, and the copies before it, to a plan that computes something."""
+        """Add the slots of its rows, and the copies before it, to a plan that computes, stores or loads something."""
+        if plan.rows or plan.offload is not None:
+            plan.state_copies = self.pool.take_copies()
         if plan.rows:
             plan.state_slots = [sequence.state for row in plan.rows if (sequence := rows[row]) is not None]
-            plan.state_copies = self.pool.take_copies()
             self._in_flight = True
 
     def commit(self) -> None:

@@ -204,6 +204,8 @@ class Scheduler:
         self._in_flight.clear()
         plan = self._begin_plan()
         if self._offload is not None:
+            for sequence in self._offload.take_failed():
+                self._queues.preempt(sequence.group)
             for sequence, loaded in self._offload.begin():
                 self._parts.lookup.count_hits(sequence, loaded)
         decode_step = self._planner.decide(plan, self._max_step_tokens)
