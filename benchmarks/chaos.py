@@ -132,7 +132,7 @@ async def stream(clients: Clients, expected: dict[tuple[str, int], object], tall
 
 
 async def break_down(engine: AsyncLLM, tally: Tally, every: float, until: float) -> None:
-    """One fault after the other, `every` seconds apart on average."""
+    """One fault after the other, on average `every` seconds after the engine could compute again."""
     while (pause := every * random.uniform(0.5, 1.5)) < until - time.monotonic():
         await asyncio.sleep(pause)
         fault, pid = random.choice(FAULTS), engine.engine_pid
@@ -141,7 +141,10 @@ async def break_down(engine: AsyncLLM, tally: Tally, every: float, until: float)
         try:
             await inflict(fault, pid, engine)
         except ProcessLookupError:
-            continue
+            pass
+        await asyncio.sleep(1.0)  # until the fault is noticed
+        while engine.state != "ready" and time.monotonic() < until:
+            await asyncio.sleep(0.05)
 
 
 async def inflict(fault: str, pid: int, engine: AsyncLLM) -> None:

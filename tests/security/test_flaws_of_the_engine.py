@@ -170,6 +170,20 @@ def test_28_all_pairs_of_options_with_drafts(llm: LLM) -> None:
     assert accepted == len(pairs)
 
 
+@pytest.mark.parametrize("token", [1024, 2**31 - 1, -1, 2**31, 2**63, 10**30])
+def test_38_no_token_of_a_client_leads_out_of_the_tables(token: int, llm: LLM) -> None:
+    """CVE-2026-21869, CVE-2026-43629: ids beyond the vocabulary, in every field that takes them."""
+    for prompt, options in (
+        ([5, token], {}),
+        ([5], {"logit_bias": {token: 1.0}}),
+        ([5], {"allowed_token_ids": (5, token)}),
+        ([5], {"stop_token_ids": (token,)}),
+        ([5], {"bad_words_token_ids": ((5, token),)}),
+    ):
+        with pytest.raises(RequestError, match=str(token)):
+            llm.generate([{"prompt_token_ids": prompt}], seeded(1, **options), use_tqdm=False)
+
+
 # -- faults of one row ------------------------------------------------------------------------------------------------
 
 
