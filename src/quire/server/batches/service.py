@@ -78,8 +78,8 @@ class BatchService:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        await self._stored(self._store.close)
         self._closed = True
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._store.close)
         self._thread.shutdown(wait=False)
 
     # -- files --------------------------------------------------------------------------------------------------------
