@@ -21,8 +21,7 @@ class TextAttention(Attention):
     __slots__ = ("biases",)
 
     def __init__(self, kernels: Kernels, layer: int, *, scale: float, biases: Tensor) -> None:
-        """`biases` [num_heads, 2 * longest - 1] float32: of the keys from `longest` - 1 before a query to as many behind
-        it."""
+        """`biases` [num_heads, 2 * longest - 1] float32: for keys from `longest` - 1 before a query to as many after."""
         super().__init__(kernels, layer, scale=scale)
         self.biases = biases
 

@@ -27,8 +27,8 @@ def distance_biases(config: ModelConfig, weights: WeightScope, longest: int) -> 
 
 
 def _buckets(distances: Tensor, num_buckets: int) -> Tensor:
-    """The bucket of each distance: half of them for keys behind the query, and of each half one for every short distance
-    and the others in steps that grow."""
+    """The bucket of each distance. Half of them are for keys behind the query; of each half, short distances have one
+    each, and the others share the rest in steps that grow."""
     half = num_buckets // 2
     exact = half // 2
     far = distances.abs().clamp(min=1)
