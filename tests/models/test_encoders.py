@@ -217,5 +217,5 @@ def test_jina_v2(tmp_path: Path) -> None:
     for prompt, found in zip(prompts, embed(LLM(str(tmp_path)), prompts, normalize=False), strict=True):
         np.testing.assert_allclose(found, jina_v2_hidden(tensors, prompt, num_heads).mean(0), atol=2e-4)
     (tmp_path / "config.json").write_text(json.dumps({**config, "feed_forward_type": "reglu"}))
-    with pytest.raises(CheckpointError, match="feed_forward_type is .reglu"):
+    with pytest.raises(CheckpointError, match=r"feed_forward_type is .reglu"):
         LLM(str(tmp_path))

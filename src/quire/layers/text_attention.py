@@ -21,7 +21,7 @@ class TextAttention(Attention):
     __slots__ = ("biases",)
 
     def __init__(self, kernels: Kernels, layer: int, *, scale: float, biases: Tensor) -> None:
-        """`biases` [num_heads, 2 * longest - 1] float32: for keys from `longest` - 1 before a query to as many after."""
+        """`biases` [num_heads, 2 * longest - 1] float32: for keys `longest` - 1 before a query to as many after it."""
         super().__init__(kernels, layer, scale=scale)
         self.biases = biases
 
