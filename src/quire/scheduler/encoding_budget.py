@@ -1,7 +1,7 @@
 """EncodingBudget: how much of an image a step encodes beside sequences that decode, by the times of late steps.
 
-A client that reads a stream waits for whole steps. So the time that encoding adds to a step is a share of what the step would
-take without it. Both times are measured: a step in `_EVERY` encodes nothing.
+A client that reads a stream waits for whole steps. So the time that encoding adds to a step is a share of what the step
+would take without it. Both times are measured: a step in `_EVERY` encodes nothing.
 """
 
 from collections import deque
