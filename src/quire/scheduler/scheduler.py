@@ -280,6 +280,7 @@ class Scheduler:
         """
         self.pool.copies_are_done()
         step = self._in_flight.popleft()
+        self._parts.pace.end()
         if self._states is not None:
             self._states.commit()
         self._max_step_tokens = min(
