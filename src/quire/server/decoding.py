@@ -27,7 +27,7 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
         try:
             return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
         except msgspec.ValidationError as error:
-            relaxed = relax(_read(body, error), inspect.type_info(body_type))
+            relaxed = relax(_read(body, error), _type_info(body_type))
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
@@ -69,8 +69,8 @@ def unknown_fields(body: bytes, body_type: type) -> list[str]:
     """Fields of `body`, a valid body of `body_type`, that the type does not have and that are not null. A field of a
     nested object is written as a path."""
     found: list[str] = []
-    _find_unknown(body, inspect.type_info(body_type), "", found)
-    return found[:MAX_UNKNOWN]
+    _find_unknown(body, _type_info(body_type), "", found)
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -81,7 +81,7 @@ def nearest_field(name: str, body_type: type) -> str | None:
 
 
 def _names(body_type: type) -> list[str]:
-    kind = inspect.type_info(body_type)
+    kind = _type_info(body_type)
     return [field.encode_name for field in kind.fields] if isinstance(kind, inspect.StructType) else []
 
 
@@ -97,6 +97,8 @@ def _find_unknown(body: bytes | msgspec.Raw, kind: inspect.Type, path: str, foun
     except msgspec.ValidationError:  # the union's other member
         return
     for name, raw in items.items():
+        if len(found) == MAX_UNKNOWN:  # a body may hold thousands
+            return
         if name in types:
             _find_unknown(raw, types[name], f"{path}{name}.", found)
         elif name != tag and bytes(raw) != b"null":
@@ -114,6 +116,11 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
         case ((inspect.IntType() | inspect.FloatType()), str()):
             return value.strip()
     return value
+
+
+@lru_cache
+def _type_info(body_type: type) -> inspect.Type:
+    return inspect.type_info(body_type)
 
 
 @lru_cache

@@ -9,6 +9,7 @@ from quire.engine.message_images import is_image
 from quire.errors import RequestError
 from quire.server.protocol import ChatCompletionRequest, JsonSchema, Message, ResponseFormat
 from quire.server.responses.protocol import ResponsesRequest, SamplingFields, TextFormat
+from quire.server.tools.request import check_count
 
 Item = dict[str, Any]
 
@@ -31,6 +32,7 @@ def to_chat(request: ResponsesRequest, history: Iterable[Item]) -> ChatCompletio
     system = [Message(role="system", content=request.instructions)] if request.instructions else []
     passed_on = {name: getattr(request, name) for name in SamplingFields.__struct_fields__}
     with_logprobs = bool(request.top_logprobs) or WITH_LOGPROBS in (request.include or ())
+    check_count(request.tools or ())
     tools = [_tool(tool, index) for index, tool in enumerate(request.tools or ()) if not is_hosted(tool)]
     choice = _tool_choice(request.tool_choice)
     return ChatCompletionRequest(
