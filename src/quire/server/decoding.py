@@ -70,7 +70,7 @@ def unknown_fields(body: bytes, body_type: type) -> list[str]:
     nested object is written as a path."""
     found: list[str] = []
     _find_unknown(body, _type_info(body_type), "", found)
-    return found[:MAX_UNKNOWN]
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -97,6 +97,8 @@ def _find_unknown(body: bytes | msgspec.Raw, kind: inspect.Type, path: str, foun
     except msgspec.ValidationError:  # the union's other member
         return
     for name, raw in items.items():
+        if len(found) == MAX_UNKNOWN:  # a body may hold thousands
+            return
         if name in types:
             _find_unknown(raw, types[name], f"{path}{name}.", found)
         elif name != tag and bytes(raw) != b"null":
@@ -114,6 +116,11 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
         case ((inspect.IntType() | inspect.FloatType()), str()):
             return value.strip()
     return value
+
+
+@lru_cache
+def _type_info(body_type: type) -> inspect.Type:
+    return inspect.type_info(body_type)
 
 
 @lru_cache
