@@ -179,7 +179,7 @@ class TestWindows:
     )
     def test_without_a_window_no_layer_has_one(self, layer_types: object, tmp_path: Path) -> None:
         values = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "use_sliding_window": False}
-        assert "supported: 2 times full_attention where sliding_window" in refusal(
+        assert "supported: 2 times full_attention where use_sliding_window" in refusal(
             tmp_path, LLAMA | values | {"layer_types": layer_types}
         )
         assert read(tmp_path, LLAMA | values | {"layer_types": ["full_attention"] * 2}).layer_windows in ((), (0, 0))
