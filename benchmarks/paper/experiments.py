@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from quire.simulation.devices import DEVICES
@@ -20,9 +19,8 @@ from quire.simulation.model_shapes import MODEL_SHAPES
 from quire.simulation.settings import SimulationSettings
 from quire.simulation.simulate import run_simulation
 from quire.simulation.step_time import StepTime
-from quire.simulation.trace import Trace, TraceRow, find_trace, read_trace
+from quire.simulation.trace import TRACES, Trace, TraceRow, find_trace, read_trace
 
-TRACES = Path(__file__).parent / "traces"
 THRESHOLD = 0.5
 """Largest mean normalised latency, in seconds per token, at which a rate counts as sustained."""
 SECONDS = 600.0

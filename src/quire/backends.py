@@ -117,11 +117,16 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 """In order of preference on each device."""
 
 
+def has_package(name: str) -> bool:
+    """Whether a package is installed."""
+    return find_spec(name) is not None
+
+
 def choose_backend(
     name: str,
     device: str,
     capability: tuple[int, int] = (0, 0),
-    has_package: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+    has_package: Callable[[str], bool] = has_package,
     needs: tuple[str, ...] = (),
 ) -> str:
     """The backend that the option `attention_backend` means on a device. Raises `ConfigError` if it cannot run there.

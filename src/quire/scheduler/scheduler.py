@@ -44,10 +44,7 @@ class Scheduler:
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`states`: the slots of recurrent states, for a model that has them. Such a model takes neither tiers nor
-        speculation: tiers hold no states, and a state that has read a wrong draft cannot go back."""
-        if states is not None and (tiers is not None or speculation is not None):
-            raise ValueError("a model with recurrent layers takes neither tiers nor speculation")
+        """`states`: the slots of recurrent states, for a model that has them."""
         self.pool = pool
         self.limits = limits
         parts = make_parts(
@@ -207,6 +204,8 @@ class Scheduler:
         self._in_flight.clear()
         plan = self._begin_plan()
         if self._offload is not None:
+            for sequence in self._offload.take_failed():
+                self._queues.preempt(sequence.group)
             for sequence, loaded in self._offload.begin():
                 self._parts.lookup.count_hits(sequence, loaded)
         decode_step = self._planner.decide(plan, self._max_step_tokens)

@@ -68,7 +68,11 @@ def fit_device(steps: Sequence[TimedStep], *, name: str, memory: float, process_
         matrix_rate=1 / pair,
         process_memory=process_memory,
         products=products,
-        **overheads,
+        step_overhead=overheads["step_overhead"],
+        layer_overhead=overheads["layer_overhead"],
+        sequence_overhead=overheads["sequence_overhead"],
+        element_time=overheads["element_time"],
+        logit_time=overheads["logit_time"],
     )
 
 

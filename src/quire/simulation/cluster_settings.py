@@ -17,7 +17,8 @@ class ClusterSettings:
     """Replicas behind a router; 0: one engine without a router. --trace agents makes sessions of agents: --rate and
     --num-requests then count sessions."""
     routing: str = "least-work"
-    """How the router chooses a replica: least-work, round-robin, least-load, sticky or longest-prefix."""
+    """How the router chooses a replica: least-work, round-robin, least-load, sticky or longest-prefix. Give several as
+    least-work,round-robin."""
     event_delay: float = 0.1
     """Seconds until the router knows what a replica has stored or evicted."""
     max_replica_requests: int = 0

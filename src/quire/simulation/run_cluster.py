@@ -3,7 +3,8 @@
 from typing import Any
 
 from quire.errors import ConfigError
-from quire.simulation.arrivals import arrivals_of
+from quire.simulation.arrivals import arrivals_of, expected_requests
+from quire.simulation.baselines import Progress
 from quire.simulation.cluster import ClusterSimulation
 from quire.simulation.cluster_settings import ClusterSettings
 from quire.simulation.cluster_workload import AgentShape, agent_sessions, trace_sessions
@@ -22,8 +23,20 @@ _NOT_IN_CLUSTERS = (
 )
 
 
+def expected_turns(trace: Trace | None, settings: SimulationSettings) -> int | None:
+    """How many requests a simulation has; None if arrivals decide it."""
+    if trace is None:
+        return AgentShape().num_turns * (settings.num_requests or _DEFAULT_SESSIONS)
+    return expected_requests(trace, settings)
+
+
 def run_cluster(
-    trace: Trace | None, model: ModelShape, device: Device, settings: SimulationSettings, cluster: ClusterSettings
+    trace: Trace | None,
+    model: ModelShape,
+    device: Device,
+    settings: SimulationSettings,
+    cluster: ClusterSettings,
+    on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Simulate a cluster on a trace, or on agents if it is None. Return the figures by name, ready for JSON.
 
@@ -48,7 +61,10 @@ def run_cluster(
         num_blocks=num_slots // settings.block_size,
         max_model_len=settings.max_model_len or model.context_length,
     )
-    simulation.run()
+    simulation.run(on_progress)
+    figures = simulation.result()
+    hours = cluster.cluster * num_devices * figures["seconds"] / 3600
+    good = figures["goodput_per_s"] * figures["seconds"]
     return {
         "routing": cluster.routing,
         "replicas": cluster.cluster,
@@ -61,7 +77,9 @@ def run_cluster(
         "rate": settings.rate,
         "event_delay": cluster.event_delay,
         "seed": settings.seed,
-        **simulation.result(),
+        **figures,
+        # Hours of one device for a thousand requests within the limits of goodput.
+        "device_hours_per_1k": 1000 * hours / good if good else None,
     }
 
 
