@@ -17,7 +17,7 @@ MIN_ROWS = 384
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
-    if len(x) < MIN_ROWS or packed.dtype != torch.float32:
+    if x.shape[0] < MIN_ROWS or packed.dtype != torch.float32:
         return cpu.linear(x, packed, bias, num_outputs)
     num_inputs = x.shape[1]
     weight = packed[:, :num_inputs].transpose(0, 1).reshape(num_inputs, -1)[:, :num_outputs]
