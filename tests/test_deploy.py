@@ -177,6 +177,54 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_accepts_the_socket(tmp_path: Path) -> None:
+    for name in ("quire.service", "quire.socket"):
+        (tmp_path / name).write_text((DEPLOY / name).read_text().replace("/opt/quire/bin/quire", "/bin/true"))
+    command = ["systemd-analyze", "verify", str(tmp_path / "quire.socket")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_socket_is_the_port_that_others_use() -> None:
+    """One stream socket, which the service takes; and the same port as the image's."""
+    lines = (DEPLOY / "quire.socket").read_text().splitlines()
+    (port,) = [line.partition("=")[2] for line in lines if line.startswith("Listen")]
+    assert ("EXPOSE", port) in instructions()
+    assert "Accept=yes" not in lines
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian package prometheus)")
+def test_promtool_accepts_rules_and_scrapes() -> None:
+    rules = ["promtool", "check", "rules", str(DEPLOY / "prometheus/alerts.yml")]
+    done = subprocess.run(rules, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name in ("prometheus.yml", "kubernetes.yml"):
+        command = ["promtool", "check", "config", "--syntax-only", str(DEPLOY / "prometheus" / name)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (name, done.stderr)
+
+
+@pytest.mark.skipif(shutil.which("helm") is None, reason="needs helm")
+def test_helm_accepts_the_chart() -> None:
+    done = subprocess.run(["helm", "lint", "--strict", str(CHART)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint")
+def test_hadolint_accepts_the_image() -> None:
+    # DL3008 wants versions of Debian's packages; the image's release decides them.
+    command = ["hadolint", "--ignore", "DL3008", str(DEPLOY / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_kubernetes_knows_every_field_of_the_manifests() -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    for made in yaml.safe_load_all(MANIFESTS.read_text()):
+        validate.validate(made, validate.latest_version(), strict=True)
+
+
 def instructions() -> list[tuple[str, str]]:
     """(instruction, rest) of the Dockerfile; continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
