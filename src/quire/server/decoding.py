@@ -27,7 +27,7 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
         try:
             return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
         except msgspec.ValidationError as error:
-            relaxed = relax(_read(body, error), inspect.type_info(body_type))
+            relaxed = relax(_read(body, error), _type_info(body_type))
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
@@ -69,7 +69,7 @@ def unknown_fields(body: bytes, body_type: type) -> list[str]:
     """Fields of `body`, a valid body of `body_type`, that the type does not have and that are not null. A field of a
     nested object is written as a path."""
     found: list[str] = []
-    _find_unknown(body, inspect.type_info(body_type), "", found)
+    _find_unknown(body, _type_info(body_type), "", found)
     return found[:MAX_UNKNOWN]
 
 
@@ -81,7 +81,7 @@ def nearest_field(name: str, body_type: type) -> str | None:
 
 
 def _names(body_type: type) -> list[str]:
-    kind = inspect.type_info(body_type)
+    kind = _type_info(body_type)
     return [field.encode_name for field in kind.fields] if isinstance(kind, inspect.StructType) else []
 
 
@@ -119,3 +119,8 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
 @lru_cache
 def _decoder(body_type: type) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(body_type, strict=False)
+
+
+@lru_cache
+def _type_info(body_type: type) -> inspect.Type:
+    return inspect.type_info(body_type)  # takes milliseconds for a large type
