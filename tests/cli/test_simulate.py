@@ -115,7 +115,7 @@ def test_a_cluster_compares_ways_to_route(tmp_path: Path, capsys: pytest.Capture
     assert runs["least-work"]["prefix_hit_pct"] > runs["round-robin"]["prefix_hit_pct"]
     assert all(each["device_hours_per_1k"] > 0 for each in runs.values())
     said = capsys.readouterr().out
-    assert "1 sessions of agents on 2 replicas of Llama-3.1-8B" in said
+    assert "1 session of agents on 2 replicas of Llama-3.1-8B" in said
     assert max(map(len, said.splitlines())) <= 80
 
 

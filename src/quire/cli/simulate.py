@@ -134,7 +134,9 @@ def _run_clusters(options: dict[str, Any], cluster_options: dict[str, Any]) -> l
         with _progress(cluster.routing, expected_turns(trace, settings)) as progress:
             runs.append(run_cluster(trace, model, device, settings, cluster, progress))
     first = runs[0]
-    what = f"{settings.num_requests:,} sessions of agents" if settings.trace == AGENTS else settings.trace
+    what = settings.trace
+    if what == AGENTS:
+        what = f"{settings.num_requests:,} session{'s' * (settings.num_requests != 1)} of agents"
     print(
         f"{what} on {clusters[0].cluster:,} replicas of {model.name}, each {first['num_devices']} × {device.name}, "
         "modelled\n"
