@@ -27,7 +27,7 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
         try:
             return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
         except msgspec.ValidationError as error:
-            relaxed = relax(_read(body, error), _type_info(body_type))
+            relaxed = relax(_read(body, error), _type_info(body_type))  # type: ignore[arg-type]
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
@@ -116,11 +116,6 @@ def _relax_scalar(value: object, kind: inspect.Type) -> object:
         case ((inspect.IntType() | inspect.FloatType()), str()):
             return value.strip()
     return value
-
-
-@lru_cache
-def _type_info(body_type: type) -> inspect.Type:
-    return inspect.type_info(body_type)
 
 
 @lru_cache
