@@ -91,7 +91,7 @@ def test_without_options_the_paper_s_setting_runs(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", BUNDLED_TRACES)
 def test_traces_of_the_package(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each runs by its name alone: where requests need a longer context, on a model that has one."""
-    assert run(["simulate", "--trace", name, "--num-requests", "5"]) == 0
+    assert run(["simulate", "--trace", name, "--num-requests", "5", "--max-num-seqs", "8"]) == 0
     said = capsys.readouterr().out
     assert f"5 requests of {name}, " in said
     assert ("Llama-3.1-8B on H100" if name not in ("sharegpt", "alpaca") else "OPT-13B on A100-40GB") in said
@@ -109,11 +109,21 @@ def test_several_policies_in_one_file_and_picture(traces: Path, capsys: pytest.C
 
 
 def test_a_cluster_compares_ways_to_route(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--cluster", "2", "--routing", "least-work,round-robin", "--num-requests", "2", "--kv-slots", "90000"]
+    options = ["--cluster", "2", "--routing", "least-work,round-robin", "--num-requests", "1", "--kv-slots", "90000"]
     assert run(["simulate", *options, "--json", str(tmp_path / "runs.json")]) == 0
     runs = {each["routing"]: each for each in json.loads((tmp_path / "runs.json").read_text())}
     assert runs["least-work"]["prefix_hit_pct"] > runs["round-robin"]["prefix_hit_pct"]
     assert all(each["device_hours_per_1k"] > 0 for each in runs.values())
     said = capsys.readouterr().out
-    assert "2 sessions of agents on 2 replicas of Llama-3.1-8B" in said
+    assert "1 session of agents on 2 replicas of Llama-3.1-8B" in said
     assert max(map(len, said.splitlines())) <= 80
+
+
+def test_groups_of_prompts_find_their_beginning(tmp_path: Path) -> None:
+    """750 prompts of 150 groups: 160 requests meet some groups again."""
+    file, options = tmp_path / "runs.json", ["--rate", "400", "--num-requests", "160", "--max-model-len", "7264"]
+    assert run(["simulate", "--cluster", "2", "--trace", "groups", *options, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    assert figures["oracle_hit_pct"] > 20
+    assert figures["of_oracle_pct"] > 60
+    assert figures["finished"] == 160

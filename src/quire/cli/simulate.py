@@ -13,10 +13,10 @@ from cyclopts import Parameter
 
 from quire.cli.bench_workload import show
 from quire.cli.options import flags, split
-from quire.cli.simulate_tables import CLUSTER, ENGINE, print_table
+from quire.cli.simulate_tables import CLUSTER, ENGINE, Column, print_table
 from quire.errors import ConfigError
 from quire.simulation.arrivals import expected_requests
-from quire.simulation.cluster_settings import AGENTS, ClusterSettings
+from quire.simulation.cluster_settings import AGENTS, MADE_TRACES, ClusterSettings
 from quire.simulation.devices import find_device
 from quire.simulation.model_shapes import find_model_shape
 from quire.simulation.paged import Progress
@@ -59,6 +59,7 @@ def simulate(
     if plot is not None and plot != TERMINAL:
         check_picture(Path(plot))
     started = time.perf_counter()
+    columns: tuple[Column, ...]
     if cluster_options:
         if not cluster_options.get("cluster"):
             raise ConfigError(f"{min(cluster_options)} is an option of a cluster; give its replicas with --cluster N")
@@ -95,7 +96,7 @@ def _run_engines(options: dict[str, Any]) -> list[dict[str, Any]]:
     queue = "a queue that is always full" if first.saturate else "as they arrive"
     count = expected_requests(trace, first)
     what = f"{count:,} requests" if count else "requests"
-    print(f"{what} of {first.trace}, {queue}; on average {prompt:,.0f} + {output:,.0f} tokens")
+    print(f"{what} of {first.trace}, {queue}; {prompt:,.0f} + {output:,.0f} tokens each")
     print(f"{model.name} on {device.name}, modelled: nothing here was measured\n")
     runs = []
     for settings in every:
@@ -112,18 +113,18 @@ def _complete(settings: SimulationSettings, trace: Trace, given: dict[str, Any])
         settings = replace(settings, saturate=True, num_requests=count)
     longest = max(row.prompt_tokens + row.output_tokens for row in trace.rows)
     if "model" not in given and longest > find_model_shape(settings.model).context_length:
-        device = {} if "device" in given else {"device": LONG_DEVICE}
-        settings = replace(settings, model=LONG_MODEL, **device)
+        device = settings.device if "device" in given else LONG_DEVICE
+        settings = replace(settings, model=LONG_MODEL, device=device)
     return settings
 
 
 def _run_clusters(options: dict[str, Any], cluster_options: dict[str, Any]) -> list[dict[str, Any]]:
     """The figures of each way to route, on the same sessions."""
-    ways = str(cluster_options.pop("routing", ClusterSettings.routing)).split(",")
+    ways = str(cluster_options.pop("routing", ClusterSettings().routing)).split(",")
     clusters = [ClusterSettings(**cluster_options, routing=way.strip()) for way in ways]
-    given = {"trace": AGENTS, "model": LONG_MODEL, "device": LONG_DEVICE, "block_size": 64} | options
-    is_made = given["trace"] == AGENTS
-    if is_made:
+    given: dict[str, Any] = {"trace": AGENTS, "model": LONG_MODEL, "device": LONG_DEVICE, "block_size": 64} | options
+    is_made = given["trace"] in MADE_TRACES
+    if given["trace"] == AGENTS:
         given = {"rate": CLUSTER_RATE, "num_requests": NUM_SESSIONS} | given
     settings = SimulationSettings(**given)
     trace = None if is_made else read_trace(find_trace(settings.trace, settings.traces_dir))
@@ -133,7 +134,9 @@ def _run_clusters(options: dict[str, Any], cluster_options: dict[str, Any]) -> l
         with _progress(cluster.routing, expected_turns(trace, settings)) as progress:
             runs.append(run_cluster(trace, model, device, settings, cluster, progress))
     first = runs[0]
-    what = f"{settings.num_requests:,} sessions of agents" if is_made else first["trace"]
+    what = settings.trace
+    if what == AGENTS:
+        what = f"{settings.num_requests:,} session{'s' * (settings.num_requests != 1)} of agents"
     print(
         f"{what} on {clusters[0].cluster:,} replicas of {model.name}, each {first['num_devices']} × {device.name}, "
         "modelled\n"

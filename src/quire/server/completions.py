@@ -60,7 +60,8 @@ async def completion_generation(
         check_work([request.suffix], 1, context.settings, param="suffix")
         marks = checked_marks(tokenizer, "suffix")
         params = params.with_changes(stop_token_ids=(*params.stop_token_ids, *marks.stop_token_ids))
-        *prefixes, suffix = await tokenize(tokenizer, [*prompts, request.suffix], add_special_tokens=False)
+        texts, longest = [*prompts, request.suffix], longest_prompt(params, max_model_len)
+        *prefixes, suffix = await tokenize(tokenizer, texts, add_special_tokens=False, max_tokens=longest)
         token_ids = [fill_in_prompt(tokenizer, marks, prefix, suffix, []) for prefix in prefixes]
     else:
         special = request.add_special_tokens is not False

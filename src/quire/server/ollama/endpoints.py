@@ -88,7 +88,9 @@ async def _embed(context: RequestContext, request: EmbedRequest, texts: list[str
     context.check_ready()
     checked_model(context, request.model)
     check_embeds(context.engine.model_config)
-    prompts = await input_tokens(context, with_prompt(context, texts, None), special=True)
+    with naming({"prompt": "input"}):
+        inputs, truncates = with_prompt(context, texts, None), request.truncate is not False
+        prompts = await input_tokens(context, inputs, special=True, truncates=truncates)
     options: dict[str, Any] = {
         "normalize": True,
         "truncate_prompt_tokens": None if request.truncate is False else -1,
