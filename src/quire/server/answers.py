@@ -191,7 +191,6 @@ class Answer:
             async for prompt_index, output in outputs:
                 self.usage.add(prompt_index, output)
                 events = self._events(prompt_index, output)
-                self._num_finished += sum(delta.finished for delta in output.outputs)
                 if prompt_index in replayed:  # the first output of the prompt, which the client has
                     replayed.remove(prompt_index)
                     continue
@@ -228,6 +227,7 @@ class Answer:
                 choice = self._open(index, prompt_index, output)
                 events += self.renderer.opening(choice, self.usage)
             choice.read(delta)
+            self._num_finished += delta.finished
             if choice.events or delta.finished or delta.logprobs or self.every_token:
                 events.append(self.renderer.delta(choice, delta, self.usage))
                 choice.num_events += 1
