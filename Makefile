@@ -6,6 +6,7 @@ PORT ?= 8000
 ARGS ?=
 MODEL ?=
 PEERS ?=
+CLIENTS ?= .venv-clients
 ENGINES ?= quire,quire-bf16,quire-int8,quire-int4,vllm,vllm-bf16,openvino,openvino-int8,llama.cpp-f32,llama.cpp-q8_0,llama.cpp-q4_0,transformers
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -20,7 +21,7 @@ KERNEL_SOURCES := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 PROJECT := pyproject.toml constraints.txt
 MODULES := $(shell find src -name '*.py' 2>/dev/null | sort | cksum)
 
-.PHONY: help setup serve test test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
+.PHONY: help setup serve test test-clients test-cluster test-gpu bench-gpu test-gpu-offline test-real test-page test-wheel test-deploy wheels check bench bench-peers chaos soak paper clean FORCE
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -69,6 +70,9 @@ test-real: .venv/.test  ## Check published values of real models, which it downl
 
 test-gpu-offline: .venv/.test  ## Test the GPU kernels without a GPU (some 200 MB to fetch the first time)
 	@scripts/test_gpu_offline.sh $(ARGS)
+
+test-clients: setup  ## Run the programs of twenty real clients, each in an environment of its own in CLIENTS=.venv-clients (minutes; node)
+	@QUIRE_TEST_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest tests/clients $(ARGS)
 
 test-cluster: setup  ## Test replicas on Ray (minutes; some 100 MB to fetch the first time)
 	@$(PIP) --quiet $(EDITABLE) '.[test,ray]'
@@ -125,5 +129,5 @@ paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes)
 	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean:  ## Remove .venv, build folders and caches
-	rm -rf .venv .venv-gpu build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-clients build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -189,6 +189,7 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "word " * 40_000}]}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),

@@ -153,6 +153,10 @@ class OutputProcessor:
             state.prompt_logprobs_begun = True
             if not delta.token_ids and delta.finish_reason is None:
                 return
+        params = state.request.params
+        if params.prompt_logprobs is not None and not state.prompt_logprobs_begun:  # a prompt of one token
+            output.prompt_logprobs = [None]
+            state.prompt_logprobs_begun = True
         output.vector = delta.vector
         completion = sample.whole
         if completion is None:

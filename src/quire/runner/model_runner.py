@@ -176,11 +176,13 @@ class ModelRunner:
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
-        if plan.state_copies and self._kv_cache.states is not None:
-            self._kv_cache.states.copy(plan.state_copies)
         load_seconds = 0.0
         if self._block_store is not None and plan.offload is not None:
-            load_seconds = self._block_store.move(plan.offload)
+            self._block_store.store(plan.offload)
+        if plan.state_copies and self._kv_cache.states is not None:
+            self._kv_cache.states.copy(plan.state_copies)
+        if self._block_store is not None and plan.offload is not None:
+            load_seconds = self._block_store.load(plan.offload)
         result = StepResult()
         finishes: Sequence[Finish] = ()
         if plan.rows:
@@ -258,6 +260,7 @@ class ModelRunner:
             output_tokens,
             state_layers=() if self._kv_cache.states is None else self._kv_cache.states.layers,
             token_types=sent.tensors.get("token_types"),
+            text_starts=step.batch.query_start_loc.tolist() if step.plan.pool_rows else None,
             recurrence=self._recurrence.plan(step),
             grid_positions=None if grid is None else to_device(grid, self._device),
             input_rows=None if step.plan.images is None else self._images.apply(step.plan.images),

@@ -4,7 +4,7 @@ import asyncio
 from asyncio import Queue, Task
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.engine.metrics import Metrics
 from quire.errors import EngineUnavailableError
@@ -14,7 +14,7 @@ from quire.request import BegunPrompt, SampleProgress
 from quire.sampling_params import SamplingParams
 from quire.server.adapters import find_adapter
 from quire.server.backend import Engine
-from quire.server.errors import SampleFailedError
+from quire.server.errors import SampleFailedError, naming
 from quire.server.key_use import Admission
 from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
@@ -35,6 +35,13 @@ class Generation:
     """Seconds after which each prompt's request is ended with an error."""
     progress: Mapping[int, SampleProgress] = field(default_factory=dict)
     """Choices that another server began, by index."""
+    sent_names: Mapping[str, str] = field(default_factory=dict)
+    """Names of `params` → the fields in which the client sent them, where these differ. Errors say the latter."""
+
+    def named(self, names: Mapping[str, str]) -> "Generation":
+        """The same for an endpoint that calls the fields `names`, by our names or by those that a chat sends."""
+        sent = {ours: names.get(name, name) for ours, name in self.sent_names.items()}
+        return replace(self, sent_names={**names, **sent})
 
     @property
     def num_choices(self) -> int:
@@ -49,10 +56,11 @@ class Generation:
         with self.scheduling.use.admit(len(self.prompts), num_tokens, engine.max_queue_size) as admission:
             streams = [self._generate(engine, index, params, adapter, admission) for index in range(len(self.prompts))]
             async with aclosing(_numbered(streams[0]) if len(streams) == 1 else _merged(streams)) as items:
-                async for index, output in items:
-                    for sample in output.outputs:
-                        _check(sample, is_only=self.num_choices == 1)
-                    yield index, output
+                with naming(self.sent_names):
+                    async for index, output in items:
+                        for sample in output.outputs:
+                            _check(sample, is_only=self.num_choices == 1)
+                        yield index, output
 
     async def _with_bad_words(self, engine: Engine) -> SamplingParams:
         """The parameters with the tokens of their bad words, found once for all prompts."""

@@ -52,10 +52,12 @@ async def tokenize(
     *,
     add_special_tokens: bool,
     max_tokens: int | None = None,
+    param: str = "prompt",
 ) -> list[list[int]]:
     """Token ids of each prompt. A prompt that is a list of token ids is returned unchanged and needs no tokenizer.
 
-    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain.
+    Raises `RequestError`, without tokenising, for a text that has more than `max_tokens` tokens for certain. `param` is
+    the field that the client sent them in.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if tokenizer is None or not texts:
@@ -66,7 +68,7 @@ async def tokenize(
         raise RequestError(
             f"the prompt has {longest:,} characters, which are more than {max_tokens} tokens, but this model's maximum "
             f"context length is {max_tokens} tokens: the prompt is too long; shorten it or set truncate_prompt_tokens",
-            param="prompt",
+            param=param,
             code="context_length_exceeded",
         )
     encoded = await off_loop(

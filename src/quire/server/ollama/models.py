@@ -79,7 +79,7 @@ async def get_version(context: RequestContext) -> None:
 async def refuse_to_manage(context: RequestContext) -> None:
     path = context.scope["path"]
     raise Refusal(
-        501, f"{path} is not available: the model is chosen when the server starts (quire serve)", code="not_available"
+        400, f"{path} is not available: the model is chosen when the server starts (quire serve)", code="not_available"
     )
 
 

@@ -14,6 +14,7 @@ from quire.server.answers import Choice, Renderer, sse
 from quire.server.generation import UsageCounter
 from quire.server.logprobs import LogprobFormat
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
+from quire.server.responses.namespaces import split
 from quire.server.responses.protocol import (
     IncompleteDetails,
     InputTokensDetails,
@@ -125,7 +126,8 @@ class ResponseRenderer(Renderer):
         place = {**place, "item_id": self._id(part)}
         if part.kind is PartKind.TOOL_CALL:
             name = "response.function_call_arguments.done"
-            return [self._event(name, **place, name=part.name, arguments=part.text)]
+            named = split(part.name, self.response.tools)
+            return [self._event(name, **place, name=named["name"], arguments=part.text)]
         extra: Json = {"logprobs": self._logprobs} if part.kind is PartKind.TEXT else {}
         name = f"response.{_CONTENT[part.kind]}.done"
         done = self._event(name, **place, content_index=0, text=part.text, **extra)
@@ -151,8 +153,8 @@ class ResponseRenderer(Renderer):
             case PartKind.REASONING:
                 return {"type": "reasoning", **head, "summary": [], "content": content}
             case PartKind.TOOL_CALL:
-                call = {"call_id": part.call_id, "name": part.name, "arguments": "" if empty else part.text}
-                return {"type": "function_call", **head, **call}
+                call = {"call_id": part.call_id, "arguments": "" if empty else part.text}
+                return {"type": "function_call", **head, **split(part.name, self.response.tools), **call}
 
     def _content(self, part: Part) -> Json:
         if part.kind is PartKind.REASONING:
