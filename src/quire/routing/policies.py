@@ -54,12 +54,16 @@ class LeastWork:
     """Cost of a token that a running request holds."""
     slack: float = 0.05
     most_ahead: float = 1.15
-    """The work of a replica beyond this many times the mean adds to its cost. So no replica stays far ahead."""
+    """The work of a replica beyond this many times the mean, and a share of the prompt, adds to its cost. So no replica
+    stays far ahead."""
+    free_share: float = 0.25
+    """That share. Where there are fewer conversations than replicas, it lets each stay where its blocks are."""
 
     def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
         loads = [replica.load for replica in replicas]
         totals = [load.total_tokens for load in loads]
-        context_cost, most = self.context_cost, self.most_ahead * sum(totals) / len(totals)
+        most = self.most_ahead * sum(totals) / len(totals) + self.free_share * prompt.num_tokens
+        context_cost = self.context_cost
         costs = [load.queued_tokens + context_cost * load.context_tokens for load in loads]
         if max(totals) > most:
             costs = [cost + max(0.0, total - most) for cost, total in zip(costs, totals, strict=True)]
