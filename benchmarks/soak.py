@@ -274,7 +274,10 @@ async def soak(
         await watched(requests, 16, server, port, wrong)
         await leave(disconnects, 50, port)
         await silent(num_silent, port, silent_seconds)
-        after = await _settled(server.pid, url)
+        try:
+            after = await _settled(server.pid, url)
+        except TimeoutError:
+            return [*wrong, "the server did not answer /metrics within a minute"]
         print(f"before {before}\nafter  {after}")
         wrong += await peak(num_large, server, port)
         wrong += await terminated(last_streams, server, port)
