@@ -125,7 +125,7 @@ bench-peers: .venv/.test  ## Measure Quire beside vLLM, OpenVINO, llama.cpp, tra
 	@$(PIP) --quiet $(EDITABLE) '.[bench]'
 	@touch $@
 
-paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes), into docs/paper.md
+paper: .venv/.bench  ## Simulate the PagedAttention paper's evaluation (minutes), into docs/paper.md; ARGS='--only fig12' prints one part
 	@$(BIN)/python -m benchmarks.paper $(ARGS)
 
 clean:  ## Remove .venv, build folders and caches

@@ -91,7 +91,6 @@ def measure(folder: Path, names: list[str]) -> None:
     """Run the programs of the clients `names`, and keep what they show with the versions."""
     from tests.clients.running import run_program, running
 
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     clients = read_clients()
     for kind in ("stand-in", "bundled"):
         wanted = [client for client in clients.values() if client.server == kind and client.name in (names or clients)]
@@ -102,6 +101,7 @@ def measure(folder: Path, names: list[str]) -> None:
                 make_environment(client, folder / client.name)
                 results = run_program(client, url, folder / client.name)
                 short = {feature: error and error.strip().splitlines()[-1] for feature, error in results.items()}
+                found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
                 found[client.name] = {"pins": client.pins, "results": short}
                 print(client.title, short, flush=True)
                 RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")

@@ -25,7 +25,7 @@ _SOURCE = re.compile(r"`((?:[a-z_]+/)+[a-z_0-9]+\.(?:py|h|cpp))`")
 FOREIGN_FLAGS = {
     *("cpus", "cpunodebind", "membind", "interleave"),  # docker, numactl
     *("hypothesis-seed",),  # pytest
-    *("option", "repeats", "servers", "num-prompts", "output", "strict"),  # of benchmarks, mypy
+    *("option", "repeats", "servers", "num-prompts", "output", "strict", "measure"),  # of scripts, mypy
 }
 
 

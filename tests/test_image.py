@@ -30,6 +30,7 @@ mount --rbind /dev {0}/root/dev
 mount -t proc proc {0}/root/proc
 cp -L /etc/resolv.conf {0}/root/etc/resolv.conf 2>/dev/null || true
 mkdir -p {0}/root/usr/local/bin && ln -sf {1} {0}/root/usr/local/bin/python
+for folder in {2}; do chmod a+x {0}/root$folder; done
 """
 SERVED = """
 mkdir -p {0}/data && cp -a {0}/root/data/. {0}/data && chown 10001:10001 {0}/data
@@ -57,10 +58,15 @@ echo "status: $?"
 """
 STAND_IN = """
 mkdir -p {0}/root/opt
-{2} -m venv --without-pip {0}/root/opt/quire
-printf '%s\\n' {1} > {0}/root/opt/quire/lib/python{3}/site-packages/borrowed.pth
+{1} -m venv --without-pip {0}/root/opt/quire
+printf '/lent/packages\\n/lent/src\\n' > {0}/root/opt/quire/lib/python{2}/site-packages/borrowed.pth
 printf '#!/opt/quire/bin/python\\nfrom quire.cli import main\\nmain()\\n' > {0}/root/opt/quire/bin/quire
 chmod +x {0}/root/opt/quire/bin/quire
+"""
+LENT = """
+mkdir -p {0}/root/lent/packages {0}/root/lent/src
+mount --bind {1} {0}/root/lent/packages
+mount --bind {2} {0}/root/lent/src
 """
 
 
@@ -105,18 +111,20 @@ def script(instructions: list[tuple[str, str]], folder: str, built: str) -> tupl
 def test_the_steps_of_the_image(tmp_path: Path) -> None:
     build, final = stages()
     first, second = f"{tmp_path}/build", f"{tmp_path}/final"
-    parts = ["set -e", MOUNTS.format(first, os.path.realpath(sys.executable))]
+    python = os.path.realpath(sys.executable)
+    above = " ".join(str(folder) for folder in Path(python).parents)
+    parts = ["set -e", MOUNTS.format(first, python, above)]
     if WANTED == "full":
         parts.append(script(build, first, "")[0])
     else:
-        borrowed = f"{sysconfig.get_path('purelib')} {ROOT / 'src'}"
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        parts.append(STAND_IN.format(first, borrowed, sys.executable, version))
+        parts.append(STAND_IN.format(first, python, f"{sys.version_info[0]}.{sys.version_info[1]}"))
     steps, variables, at = script(final, second, first)
     last = dict(final)
     command = " ".join(json.loads(last["ENTRYPOINT"]))
     health = shlex.join(json.loads(last["HEALTHCHECK"].partition("CMD ")[2]))
-    parts += [MOUNTS.format(second, os.path.realpath(sys.executable)), steps]
+    parts += [MOUNTS.format(second, python, above), steps]
+    if WANTED != "full":
+        parts.append(LENT.format(second, sysconfig.get_path("purelib"), ROOT / "src"))
     parts += [f"export {key}={shlex.quote(value)}" for key, value in variables.items()]
     parts.append(SERVED.format(second, last["USER"], command, health))
     kept = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}

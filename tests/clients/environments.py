@@ -63,7 +63,8 @@ def make_environment(client: RealClient, folder: Path) -> None:
         if shutil.which("npm") is None:
             raise FileNotFoundError(f"{client.title} needs node and npm, which are not installed")
         folder.mkdir(parents=True)
-        _run("npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(folder), *client.npm)
+        quick = ("--no-audit", "--no-fund", "--fetch-retries", "1", "--fetch-timeout", "60000")
+        _run("npm", "install", "--silent", *quick, "--prefix", str(folder), *client.npm)
     else:
         install_python(client, folder)
     stamp.write_text("\n".join(client.pins) + "\n")

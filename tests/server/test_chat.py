@@ -192,6 +192,7 @@ def test_continues_the_final_message(client: OpenAI, engine: ScriptedEngine) -> 
         ({"messages": [{"role": "user", "content": "word " * 40_000}]}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
         ({"tool_choice": "auto"}, "tool_choice"),
+        ({"reasoning_effort": "enormous"}, "reasoning_effort"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"vllm_xargs": {str(number): 1 for number in range(99)}}, "vllm_xargs"),
         ({"mm_processor_kwargs": {"x": 1}}, "mm_processor_kwargs"),

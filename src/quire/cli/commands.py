@@ -67,7 +67,7 @@ EXAMPLES = {
     "pull": ("pull smollm2", "pull org/name@main", "pull org/name:model.Q4_K_M.gguf"),
     "rm": ("rm org/name",),
     "top": ("top --url http://127.0.0.1:8000",),
-    "router": ("router --backend http://10.0.0.1:8000 --backend http://10.0.0.2:8000",),
+    "router": ("router --backends http://10.0.0.1:8000,http://10.0.0.2:8000",),
     "plan": ("plan org/name --device H100", "plan /models/Qwen3-0.6B --measure"),
     "completion": (
         "completion bash > ~/.local/share/bash-completion/completions/quire",

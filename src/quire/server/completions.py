@@ -7,6 +7,7 @@ from quire.engine.tokenizer import Tokenizer
 from quire.outputs import CompletionOutput, PositionLogprobs
 from quire.server.answers import Answer, Choice, Renderer, choice_error, event_usage, sse
 from quire.server.endpoint import Endpoint, RequestContext
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.fill_in import checked_marks, fill_in_prompt
 from quire.server.generation import Generation, UsageCounter
 from quire.server.limits import check_lengths, check_work
@@ -92,6 +93,25 @@ class CompletionRenderer(Renderer):
     skip_special_tokens: bool
     _progress: dict[int, "_Progress"] = field(default_factory=dict, init=False)
     """By choice."""
+    _frames: dict[int, EventFrame] = field(default_factory=dict, init=False)
+    """By choice: an event that adds a text and nothing else."""
+
+    @property
+    def _only_texts_vary(self) -> bool:
+        request = self.request
+        return (
+            request.logprobs is None
+            and not (request.return_token_ids or self.options.continuous_usage_stats)
+            and not self.drops_output
+        )
+
+    def _frame(self, choice: Choice, usage: UsageCounter) -> EventFrame:
+        frame = self._frames.get(choice.index)
+        if frame is None:
+            chunk = self._reply([CompletionChoice(choice.index, GAP)])
+            chunk.usage = event_usage(self.options, usage)
+            frame = self._frames[choice.index] = EventFrame(sse(chunk))
+        return frame
 
     @property
     def drops_output(self) -> bool:
@@ -102,6 +122,8 @@ class CompletionRenderer(Renderer):
         return ()
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if choice.num_events and self._only_texts_vary and (text := choice.only_text(delta)) is not None:
+            return self._frame(choice, usage).fill(text)
         chunk = self._reply([self._choice(choice, delta, opens=not choice.num_events)])
         chunk.usage = event_usage(self.options, usage)
         return sse(chunk)

@@ -23,6 +23,8 @@ RESERVED_VARIABLES = frozenset(
 )
 """Template variables that a request sets by fields of its own, not by chat_template_kwargs."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""Values of reasoning_effort in the protocols."""
 _CHARS_PER_MESSAGE = 16
 """Characters whose tokenisation costs as much as the conversion of one message."""
 _INLINE_CHARS = 8192
@@ -127,6 +129,12 @@ def _variables(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, An
     """What `request` sets besides messages, tools and documents. Raises `RequestError` for a name that Quire sets."""
     variables: dict[str, Any] = {}
     if request.reasoning_effort is not None:
+        if request.reasoning_effort not in EFFORTS:
+            raise RequestError(
+                f"reasoning_effort is {brief(request.reasoning_effort)}; there is {', '.join(EFFORTS)}. For a template "
+                "that knows other words, send chat_template_kwargs",
+                param="reasoning_effort",
+            )
         variables["reasoning_effort"] = request.reasoning_effort
         if request.reasoning_effort == "none":
             variables |= {"enable_thinking": False, "thinking": False}

@@ -57,11 +57,12 @@ def evaluate(model: str, options: str) -> dict[str, Any]:
 def served() -> dict[str, Any]:
     with urllib.request.urlopen(f"{BASE_URL}/models") as reply:
         name = json.load(reply)["data"][0]["id"]
-    return evaluate("local-completions", f"base_url={BASE_URL}/completions,model={name},tokenizer={MODEL}")
+    address = f"base_url={BASE_URL}/completions,model={name}"
+    return evaluate("local-completions", f"{address},tokenizer={MODEL},add_bos_token=True")
 
 
 def same() -> None:
-    ours, theirs = served(), evaluate("hf", f"pretrained={MODEL},dtype=float32")
+    ours, theirs = served(), evaluate("hf", f"pretrained={MODEL},dtype=float32,add_bos_token=True")
     for name in TASKS:
         numbers = [
             {key: value for key, value in side["results"][name].items() if "stderr" not in key}

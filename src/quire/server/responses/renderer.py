@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from quire.errors import RequestError
 from quire.outputs import CompletionOutput
 from quire.server.answers import Choice, Renderer, sse
+from quire.server.event_frame import GAP, EventFrame
 from quire.server.generation import UsageCounter
 from quire.server.logprobs import LogprobFormat
 from quire.server.parts import Added, Change, Closed, Opened, Part, PartKind, PartList
@@ -44,12 +45,16 @@ class ResponseRenderer(Renderer):
     """Log-probabilities of tokens whose text has not been sent."""
     _finish_reason: str | None = None
     _number: int = 0
+    _frame: tuple[Part, EventFrame] | None = None
+    """A part, and the event that adds a text to it."""
 
     def opening(self, choice: Choice, usage: UsageCounter) -> Sequence[bytes]:
         self.response = replace(self.response, status="in_progress")
         return [self._event(f"response.{name}", response=self.response) for name in ("created", "in_progress")]
 
     def delta(self, choice: Choice, delta: CompletionOutput, usage: UsageCounter) -> bytes:
+        if self.logprobs is None and (text := choice.only_text(delta)) and (part := self._parts.extend_text(text)):
+            return self._text_event(part, text)
         self._finish_reason = delta.finish_reason
         self._pending += self._entries(delta)
         changes = self._parts.read(choice.events)
@@ -121,6 +126,16 @@ class ResponseRenderer(Renderer):
                         "response.output_item.done", **place, item=self._item(part, self._status(part, self._parts))
                     ),
                 ]
+
+    def _text_event(self, part: Part, text: str) -> bytes:
+        """The event of `Added` for a text without log-probabilities."""
+        if self._frame is None or self._frame[0] is not part:
+            place = {"output_index": part.index, "item_id": self._id(part), "content_index": 0}
+            name = "response.output_text.delta"
+            event = {"type": name, "sequence_number": GAP, **place, "delta": GAP, "logprobs": []}
+            self._frame = (part, EventFrame(sse(event, name)))
+        self._number += 1
+        return self._frame[1].fill(self._number - 1, text)
 
     def _closing(self, part: Part, place: Json) -> list[bytes]:
         place = {**place, "item_id": self._id(part)}
