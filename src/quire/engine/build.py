@@ -99,7 +99,8 @@ def build_core(
         grammars.warm()
     started = time.perf_counter()
     num_threads = _set_threads(config)
-    kernels, device = kernels_for(plan.attention_backend), torch.device(plan.device)
+    kernels = kernels_for(plan.attention_backend, encoder=model_config.is_encoder and not config.deterministic)
+    device = torch.device(plan.device)
     adapters = ModelAdapters(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec), adapters)
     name = _kernel_name(config, plan, target.kernels)

@@ -68,6 +68,7 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
         layer_windows=windows,
         attention_sinks=config.flag("attention_sinks"),
         alibi_slopes=alibi_slopes,
+        num_distance_buckets=config.integer("relative_attention_num_buckets", 0, minimum=0),
         rope=ropes[0],
         layer_ropes=ropes[1],
         positions_are_stretched=config.flag("positions_are_stretched"),

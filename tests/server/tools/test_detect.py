@@ -5,7 +5,7 @@ import pytest
 from quire.errors import ConfigError
 from quire.server.settings import ServerSettings
 from quire.server.tools.detect import find_format
-from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS
+from quire.server.tools.formats import PLAIN_JSON, THINKINGS, TOOL_FORMATS, Channels, ToolFormat
 
 TEMPLATES = {
     "hermes": '<tool_call>\\n{"name": <function-name>}</tool_call>',
@@ -26,6 +26,9 @@ TEMPLATES = {
     "glm45": "<tool_call>{name}<arg_key>{k}</arg_key><think>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_argument_begin|>",
     "minimax_m2": "<minimax:tool_call>",
+    "minimax_m3": "{%- set ns_token = ']<]minimax[>[' -%}<tool_call><mm:think></mm:think>",
+    "gemma4": "<|tool_call>call:' + name + '{' <tool_call|> <|channel>thought\\n<channel|>",
+    "functiongemma": "<start_function_call>call:",
     "command_r": "<|START_THINKING|><|START_ACTION|>",
     "olmo3": "<function_calls>",
     "seed_oss": "<seed:tool_call><seed:think></seed:think><function=f><parameter=p>",
@@ -39,6 +42,17 @@ def test_the_template_tells_the_row(name: str) -> None:
     assert name in row.names
 
 
+@pytest.mark.parametrize("row", [row for row in TOOL_FORMATS if row is not PLAIN_JSON], ids=lambda row: row.names[0])
+def test_no_row_hides_another(row: ToolFormat | Channels) -> None:
+    """A template that holds a row's texts, and those of its reasoning, belongs to that row."""
+    assert row.in_template
+    for group in row.in_template:
+        assert find_format(" ".join(group), None).tools is row
+    for thinking in (each for each in THINKINGS if set(each.names) & set(row.names)):
+        found = find_format(" ".join([*row.in_template[0], thinking.open, thinking.close]), None)
+        assert (found.tools, found.thinking) == (row, thinking)
+
+
 def test_reasoning_is_found_too() -> None:
     found = {name: find_format(template, None).thinking for name, template in TEMPLATES.items()}
     names = {name: row.names[0] for name, row in found.items() if row is not None}
@@ -46,6 +60,8 @@ def test_reasoning_is_found_too() -> None:
         "qwen3": "deepseek_r1",
         "openai": "openai",
         "glm45": "deepseek_r1",
+        "minimax_m3": "minimax_m3",
+        "gemma4": "gemma4",
         "command_r": "cohere_command3",
         "seed_oss": "seed_oss",
     }
