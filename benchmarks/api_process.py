@@ -31,7 +31,7 @@ from benchmarks.stand_in_engine import PROGRAM, STEP_VARIABLE, TEXT
 
 BUNDLED = Path(quire.__file__).parent / "bundled"
 MODEL = "m"
-LENGTHS = (32, 232)
+LENGTHS = (16, 116)
 TOKENS_PER_SECOND = 2000
 """Pace of the stand-in, below what the API process can send: then each token has an event of its own."""
 LONG_PROMPT_TOKENS = 44_000

@@ -67,7 +67,7 @@ class Server:
         assert self._process.stderr is not None
         for line in self._process.stderr:
             if found := re.search(r"listening on http://127.0.0.1:(\d+)", line):
-                self._port = int(found[1])
+                self.port = int(found[1])
                 break
         else:
             raise RuntimeError(f"the server has ended with status {self._process.wait()}")
@@ -98,7 +98,7 @@ class Server:
 
     def send(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> bytes:
         """The content of a reply with status 200."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, {"content-type": kind})
             reply = connection.getresponse()

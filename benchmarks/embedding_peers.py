@@ -88,10 +88,21 @@ def export_onnx(model: Path, path: Path) -> None:
 
     path.parent.mkdir(exist_ok=True)
     network = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
+
+    class Hidden(torch.nn.Module):
+        """The last hidden states, from arguments by place."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+            return self.network(input_ids=ids, attention_mask=mask).last_hidden_state
+
     ids = torch.ones(2, 9, dtype=torch.int64)
     axes = {0: "texts", 1: "tokens"}
     torch.onnx.export(
-        network,
+        Hidden(),
         (ids, torch.ones_like(ids)),
         path,
         input_names=["input_ids", "attention_mask"],

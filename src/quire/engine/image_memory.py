@@ -30,7 +30,7 @@ class ImageMemory:
     operations: int = 0
     """Multiplications and additions for the largest part of an image."""
     weights: int = 0
-    """Of the encoder and its projector; they are part of the model's weights."""
+    """Bytes of the encoder and its projector, which are part of the model's weights."""
     num_bytes: int = 0
     """Kept embeddings, and the activations of the encoder."""
 

@@ -30,6 +30,8 @@ MIN_BATCHED_TOKENS = 512
 """Enough rows for matrix products to run at full speed on a CPU, few enough that a step stays below half a second."""
 MIN_BATCHED_TOKENS_ON_GPU = 8192
 """Enough rows for a GPU to compute a long prompt at full rate; a step of an 8B model then takes 0.2 s."""
+MIN_BATCHED_TOKENS_OF_ENCODER = 1024
+"""No stream waits for a step of an encoder, and each step has its price."""
 KV_SHARE = 0.5
 """Share of the memory left beside the other parts that the KV pool takes by default."""
 PLAN_TOLERANCE = 0.01
@@ -273,6 +275,8 @@ def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, lo
     )
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
+    if model.is_encoder:
+        min_batched = max(min_batched, MIN_BATCHED_TOKENS_OF_ENCODER)
     if model.needs_whole_texts:
         min_batched = max(min_batched, longest)
     return StorageChoice(

@@ -4,6 +4,8 @@ Encoders whose attention knows positions by distance alone (MPNet, JinaBERT) use
 the step's own keys are all keys. The paged kernels have no such bias.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,11 +32,13 @@ class TextAttention(Attention):
         assert context.text_starts is not None, "only whole texts are computed"
         out = q.new_empty(q.shape)
         for begin, end in zip(context.text_starts[:-1], context.text_starts[1:], strict=True):
-            self._attend(*(part[begin:end].transpose(0, 1)[None] for part in (q, k, v)), out[begin:end])
+            heads = [part[begin:end].transpose(0, 1)[None] for part in (q, k, v)]
+            self._attend(heads, out[begin:end])
         return context.select_output(out)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """q, k, v [1, num_heads, L, D] of one text -> out [L, num_heads, D]."""
+    def _attend(self, heads: Sequence[Tensor], out: Tensor) -> None:
+        """Queries, keys and values [1, num_heads, L, D] of one text -> out [L, num_heads, D]."""
+        q, k, v = heads
         _, num_heads, length, _ = q.shape
         longest = (self.biases.shape[1] + 1) // 2
         most = max(1, _MAX_SCORES // (num_heads * length))

@@ -90,5 +90,12 @@ def read_fields(config: ConfigJson) -> dict[str, Any]:
 
 
 def _checkpoint_dtype(config: ConfigJson) -> str:
+    """`dtype` or, as older files spell it, `torch_dtype`: bfloat16, or torch.bfloat16. auto says as much as nothing."""
     key = "dtype" if config.value("dtype") else "torch_dtype"
-    return "float32" if config.value(key) is None else config.choice(key, tuple(DTYPE_BYTES))
+    value = config.value(key)
+    if value in (None, "auto"):
+        return "float32"
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if not isinstance(name, str) or name not in DTYPE_BYTES:
+        raise config.refusal(key, value, ", ".join(DTYPE_BYTES))
+    return name

@@ -134,7 +134,7 @@ class ModelConfig:
     """Per query head: the slope times (key position - query position) is added to each scaled score. Empty: nothing
     is."""
     num_distance_buckets: int = 0
-    """Buckets of distances of which each head has a learned bias (MPNet); 0: there is none."""
+    """Buckets of distances; each head has a learned bias for each of them (MPNet). 0: there is none."""
     rope: RopeConfig | None = None
     """None without `alibi_slopes`: positions are learned, one embedding each."""
     position_offset: int = 0

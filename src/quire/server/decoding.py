@@ -27,11 +27,11 @@ def decode_json(body: bytes, body_type: type[T]) -> T:
         try:
             return _decoder(body_type).decode(body)  # type: ignore[no-any-return,arg-type]  # lru_cache loses the type
         except msgspec.ValidationError as error:
-            relaxed = relax(_read(body, error), _type_info(body_type))
+            relaxed = relax(_read(body, error), _type_info(body_type))  # type: ignore[arg-type]
             return msgspec.convert(relaxed, body_type, strict=False)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
-        name = place.strip(".`")
+        name = place.replace("[...]", "").strip(".`")  # a value of an object with any names
         raise Refusal(400, f"{name or 'the body'}: {reason}", code="invalid_type", param=name or None) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -70,7 +70,7 @@ def unknown_fields(body: bytes, body_type: type) -> list[str]:
     nested object is written as a path."""
     found: list[str] = []
     _find_unknown(body, _type_info(body_type), "", found)
-    return found[:MAX_UNKNOWN]
+    return found
 
 
 @lru_cache(maxsize=512)
@@ -97,6 +97,8 @@ def _find_unknown(body: bytes | msgspec.Raw, kind: inspect.Type, path: str, foun
     except msgspec.ValidationError:  # the union's other member
         return
     for name, raw in items.items():
+        if len(found) == MAX_UNKNOWN:  # a body may hold thousands
+            return
         if name in types:
             _find_unknown(raw, types[name], f"{path}{name}.", found)
         elif name != tag and bytes(raw) != b"null":

@@ -84,7 +84,8 @@ async def create_embeddings(context: RequestContext) -> None:
         inputs = split_prompts(request.input)
         check_texts(inputs, request.input)
         prompts = with_prompt(context, inputs, request.prompt_name)
-        token_ids = await input_tokens(context, prompts, special=request.add_special_tokens is not False)
+        special, truncates = request.add_special_tokens is not False, request.truncate_prompt_tokens is not None
+        token_ids = await input_tokens(context, prompts, special=special, truncates=truncates)
         options: dict[str, Any] = {
             "normalize": request.normalize,
             "truncate_prompt_tokens": request.truncate_prompt_tokens,
@@ -114,14 +115,15 @@ def with_prompt(
 
 
 async def input_tokens(
-    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool, param: str = "input"
+    context: RequestContext, prompts: Sequence[str | list[int]], *, special: bool, truncates: bool
 ) -> list[list[int]]:
-    """Token ids of the inputs. Raises `RequestError` for too many inputs or characters."""
-    check_count(len(prompts), param)
-    check_work(prompts, 1, context.settings, param=param)
+    """Token ids of the inputs, which `truncates` will cut. Raises `RequestError` for too many inputs or characters."""
+    check_count(len(prompts), "input")
+    check_work(prompts, 1, context.settings, param="input")
     needs_text = any(isinstance(prompt, str) for prompt in prompts)
     tokenizer = context.tokenizer() if needs_text else context.tokenizer_if_any()
-    return await tokenize(tokenizer, prompts, add_special_tokens=special)
+    longest = None if truncates else context.engine.max_model_len
+    return await tokenize(tokenizer, prompts, add_special_tokens=special, max_tokens=longest)
 
 
 def check_count(count: int, param: str) -> None:

@@ -22,7 +22,7 @@ def check_picture(path: Path) -> None:
     if not path.parent.is_dir():
         raise ConfigError(f"plot is {path}, but there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("a picture needs matplotlib: pip install 'quire[bench]'")
+        raise ConfigError("a picture needs matplotlib: pip install 'quire-llm[bench]'")
 
 
 def draw_runs(runs: Sequence[dict[str, Any]], path: Path) -> None:
