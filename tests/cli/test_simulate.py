@@ -59,7 +59,7 @@ def test_a_picture(ending: str, traces: Path) -> None:
         (["--trace", "made", "--duration", "5"], "set rate in requests per second, or saturate"),
         (["--trace", "made", "--policy", "paged,best"], "policy is 'best'"),
         (["--trace", "madder"], "none of sharegpt, sharegpt-turns, alpaca, mooncake"),
-        (["--trace", "agents"], "trace is agents, made for clusters; give the replicas with --cluster N"),
+        (["--trace", "agents"], "trace is agents, which is made for clusters; give the replicas with --cluster N"),
         (["--routing", "sticky"], "routing is an option of a cluster; give its replicas with --cluster N"),
         (["--cluster", "2", "--routing", "sticky,best"], "routing is 'best'; it must be one of"),
         (["--cluster", "2", "--plot", "terminal"], "plot draws the run of one engine"),
