@@ -99,7 +99,7 @@ def make_app() -> App:
         "help_format": "plaintext",
     }
     shown = {**style, "version_flags": ("--version",), "help_epilogue": _examples("")}
-    app = App(name="quire", help=_ABOUT, version=__version__, **shown)
+    app = App(name="quire", help=_ABOUT, version=__version__, suppress_keyboard_interrupt=False, **shown)
     for group, commands in GROUPS.items():
         for name, about in commands.items():
             app.command(f"quire.cli.{name}:{name}", name=name, help=about, group=group, help_epilogue=_examples(name))
