@@ -9,7 +9,7 @@ from quire.engine.detokenizer import REPLACEMENT
 from quire.engine.tokenizer import Tokenizer
 
 MAX_BYTES = 4
-"""Of a character in UTF-8."""
+"""Bytes of the longest character in UTF-8."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ from show import BASE_URL, equal, show
 
 MODEL = os.environ["QUIRE_TOKENIZER"]
 HOME = Path(os.environ["HOME"])
+TOLERANCE = 0.01
+"""Largest difference of a sum of log-probabilities: `quire serve` keeps keys and values in 16 bits."""
 LINES = (
     ("But soft, what light through yonder", (" window breaks", " castle sings", " xylophone"), 0),
     ("To be, or not to be, that is the", (" question", " banana", " king of the"), 0),
@@ -79,7 +81,7 @@ def same_answer(given: Any, expected: Any) -> None:
     if isinstance(expected, str):
         equal(given, expected)
         return
-    assert abs(float(given[0]) - float(expected[0])) < 1e-3, (given, expected)
+    assert abs(float(given[0]) - float(expected[0])) < TOLERANCE, (given, expected)
     equal(str(given[1]), str(expected[1]))
 
 
