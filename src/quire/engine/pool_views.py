@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from prometheus_client import Histogram
 
+from quire.engine.fast_histogram import FastHistogram
 from quire.engine.messages import ToEngine, WatchPool
 from quire.engine.metrics import Metrics
 from quire.errors import RequestError
@@ -130,7 +131,7 @@ class PoolViewer:
         self._views.close(self)
 
 
-def _total(histogram: Histogram) -> tuple[float, int]:
+def _total(histogram: Histogram | FastHistogram) -> tuple[float, int]:
     """The sum of a histogram's observations, and their number."""
     (family,) = histogram.collect()
     values = {sample.name.removeprefix(family.name): sample.value for sample in family.samples}
