@@ -91,6 +91,39 @@ def test_saves_leave_a_slot_for_every_sequence() -> None:
     assert pool.stats.total_skipped == 1
 
 
+def test_a_sequence_goes_on_in_a_held_slot() -> None:
+    pool = StatePool(5, 1)
+    own = pool.take()
+    assert pool.num_for_drafts == 2, "half of what snapshots have"
+    held = pool.hold()
+    assert held is not None
+    assert pool.num_for_drafts == 1
+    assert pool.exchange(own, held) == held
+    assert (pool.num_for_drafts, own in pool._free) == (2, True)
+    pool.keep(held, table_of(), [1] * 5, 5)
+    assert pool.find(table_of(), [1] * 6, 5) == FoundState(5, held)
+
+
+def test_listeners_hear_of_states_after_full_blocks() -> None:
+    pool, heard = StatePool(2, 1), list[tuple[str, int]]()
+    pool.kept_listeners.append(lambda slot, name: heard.append(("kept", slot)))
+    pool.eviction_listeners.append(lambda slot, name: heard.append(("evicted", slot)))
+    inside, whole = snapshot(pool, [1] * 5), snapshot(pool, [2] * SIZE)
+    assert heard == [("kept", whole)]
+    assert [pool.take(), pool.take()] == [inside, whole]
+    assert heard == [("kept", whole), ("evicted", whole)]
+
+
+def test_the_origin_of_a_state_is_where_it_lies_before_the_copies() -> None:
+    pool = StatePool(4, 4)
+    first, second, third = (pool.take(None) for _ in range(3))
+    pool.copy(first, second)
+    pool.copy(second, third)
+    assert [pool.origin(slot) for slot in (first, second, third)] == [first, first, first]
+    pool.take_copies()
+    assert pool.origin(third) == third
+
+
 def test_pinned_snapshots_stay_and_have_further_names() -> None:
     pool, tokens = StatePool(3, 1), [1] * (2 * SIZE)
     name, alias = table_of().prefix_hash(tokens, 2 * SIZE), table_of("b").prefix_hash(tokens, 2 * SIZE)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from quire.kernels import reference
-from quire.kv_cache.storage import KVCache
+from quire.kv_cache.storage import KVCache, StateCache
 from quire.kv_groups import KVGroup
+from quire.layer_spec import RecurrentSpec
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
@@ -22,6 +23,27 @@ def test_a_block_comes_back_as_it_was(dtype: torch.dtype) -> None:
         for numbers in reference.stored_kv(layer, torch.float32):
             assert torch.equal(numbers[3], numbers[1])
             assert not torch.equal(numbers[3], numbers[2])
+
+
+def test_a_state_comes_back_as_it_was() -> None:
+    layer = RecurrentSpec(linears=(), num_channels=6, conv_width=4, num_heads=2, key_dim=3, value_dim=5)
+    states = StateCache([layer, layer], 3)
+    shapes = reference.kv_cache_shapes(4, 2, 8, 16)
+    cache = KVCache(
+        groups=[KVGroup("full", 0, (0, 1))], shapes=shapes, block_size=8, dtype=torch.float32, states=states
+    )
+    for part in states.layers:
+        part.conv.normal_()
+        part.recurrent.normal_()
+    assert cache.num_bytes(4 + 1) == states.slot_bytes == 2 * 4 * (3 * 6 + 2 * 3 * 5)
+    assert cache.num_bytes(3) == cache.block_bytes
+    content = torch.empty(states.slot_bytes, dtype=torch.uint8)
+    cache.copy_out(4 + 1, content)
+    cache.copy_in(4 + 2, content)
+    for part in states.layers:
+        for numbers in (part.conv, part.recurrent):
+            assert torch.equal(numbers[2], numbers[1])
+            assert not torch.equal(numbers[2], numbers[0])
 
 
 def test_few_tensors_enter_a_new_huge_page_at_once() -> None:
