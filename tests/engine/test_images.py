@@ -90,6 +90,8 @@ def test_samples_beams_and_preemption(folder: Path, llm: LLM) -> None:
     with LLM(str(folder), max_num_batched_tokens=64, max_num_seqs=8, num_blocks=num_blocks, block_size=8) as llm:
         params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
         images = [SMALL, *(random_image(20, 20, 10 + n) for n in range(3))]
+        for image in images:  # encoded alone; beside decoding sequences they would begin one after the other
+            llm.chat(chat(image, "First"), params.with_changes(max_tokens=1))
         outputs = llm.chat([chat(image, f"Request {n}") for n, image in enumerate(images)], params)
         assert llm.stats().total_preemptions > 0
         for image, output in zip(images, outputs, strict=True):

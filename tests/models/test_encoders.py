@@ -148,7 +148,11 @@ def test_distances_beyond_all_buckets(tmp_path: Path) -> None:
 def test_embedding_gemma(tmp_path: Path) -> None:
     """Gemma 3 whose tokens see both sides, within windows in most layers."""
     config = {**SIZES, "num_key_value_heads": 2, "head_dim": 12, "sliding_window": 16, "sliding_window_pattern": 3}
-    own = {"query_pre_attn_scalar": 16, "use_bidirectional_attention": True, "hidden_activation": "gelu_pytorch_tanh"}
+    own: dict[str, Any] = {
+        "query_pre_attn_scalar": 16,
+        "use_bidirectional_attention": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
     model = make(tmp_path, "Gemma3Text", **config, **own)
     llm = LLM(str(tmp_path))
     prompts = texts()
@@ -210,7 +214,8 @@ def test_jina_v2(tmp_path: Path) -> None:
     tensors |= {f"{name}.weight": 1 + torch.randn(hidden) * 0.2 for name in norms}
     tensors |= {f"{name}.bias": torch.randn(hidden) * 0.2 for name in norms}
     save_file(tensors, tmp_path / "model.safetensors")
-    config = {"architectures": ["JinaBertForMaskedLM"], "model_type": "bert", "position_embedding_type": "alibi"}
+    config: dict[str, Any] = {"architectures": ["JinaBertForMaskedLM"], "model_type": "bert"}
+    config |= {"position_embedding_type": "alibi"}
     config |= {"feed_forward_type": "geglu", "hidden_act": "gelu", "type_vocab_size": 2, **SIZES}
     (tmp_path / "config.json").write_text(json.dumps(config))
     prompts = texts((1, 5, 130, 47))

@@ -8,7 +8,7 @@ from collections import deque
 
 from quire.scheduler.limits import SchedulerLimits
 
-SHARE = 0.35
+SHARE = 0.25
 """What encoding adds to a step, by the time of the step; single steps add more, since pieces have a size."""
 _EVERY = 16
 _NUM_TIMES = 15
