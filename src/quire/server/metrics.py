@@ -24,6 +24,7 @@ _ROWS: tuple[tuple[_Family, str, str, Callable[[KeyUse], int]], ...] = (
 )
 _TEXT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _OPENMETRICS_TYPE = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
+_write_openmetrics: Callable[..., bytes] = openmetrics.generate_latest
 _REFUSED = "Requests refused, by the limit that they met."
 
 
