@@ -75,6 +75,28 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_close(PagedModel(folder).step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
 
 
+@pytest.mark.parametrize("name", ["gptq 4", "awq gemm", "FP8 block", "W8A16"])
+def test_experts_keep_their_bits(name: str, tmp_path: Path) -> None:
+    """In the model, in the plan, and in what comes out."""
+    case = replace(CASES[name], floats=(*CASES[name].floats, "mlp.gate.", "embed", "norm"))
+    folder = make_stored(tmp_path, case, "qwen3-moe")
+    ids = prompt(12)
+    model = PagedModel(folder)
+    assert_close(model.step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
+    layers = [layer.mlp for layer in model.model.layers]  # type: ignore[attr-defined]
+    packed = [weight for mlp in layers for weight in (mlp.experts.packed.gate_up, mlp.experts.packed.down)]
+    assert all(isinstance(weight, CodedWeight) for weight in packed)
+    kept = read_model_config(folder).kept
+    assert kept is not None
+    dense = sum(kept_bytes(layer) for layer in model_linears(model))
+    assert kept.layer_bytes == dense + sum(weight.nbytes for weight in packed)
+
+
+def model_linears(model: PagedModel) -> list[Linear]:
+    layers = model.model.layers  # type: ignore[attr-defined]
+    return [linear for layer in layers for linear in (layer.attention.qkv, layer.attention.o)]
+
+
 def test_parts_of_a_layer_that_are_stored_in_several_ways(llama: Path, tmp_path: Path) -> None:
     case = replace(CASES["gptq 4"], floats=("k_proj", "up_proj", "lm_head", "embed"))
     folder = pack_checkpoint(llama, tmp_path, case)
