@@ -6,6 +6,7 @@ python -m benchmarks.routing --decisions
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable
@@ -80,10 +81,14 @@ def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_si
         ("one replica holds all, the others the system prompt", lambda: [num_blocks, *[256] * (num_replicas - 1)]),
         ("eight replicas hold different lengths", lambda: [draw.randrange(num_blocks) for _ in range(8)]),
         ("every replica holds another length", lambda: [draw.randrange(num_blocks) for _ in range(num_replicas)]),
+        ("every replica holds all", lambda: [num_blocks] * num_replicas),
     )
-    for title, lengths in kinds:
+    for (title, lengths), busy in itertools.product(kinds, (False, True)):
         fleet = Fleet(LeastWork(), max_blocks=2**17)
         replicas = [fleet.join(f"replica-{number}") for number in range(num_replicas)]
+        for replica in replicas if busy else ():
+            replica.load.queued_tokens = draw.randrange(num_tokens)
+            replica.load.total_tokens = draw.randrange(10**6, 2 * 10**6)
         prompts = []
         for _ in range(20):
             blocks = [draw.getrandbits(64) for _ in range(num_blocks)]
@@ -97,7 +102,7 @@ def measure_decisions(num_replicas: int = 64, num_tokens: int = 32_768, block_si
             seconds.append(time.perf_counter() - started)
         seconds.sort()
         p50, p90 = (seconds[len(seconds) * percent // 100] * 1e6 for percent in (50, 90))
-        print(f"{title}: {p50:.0f} µs (p90 {p90:.0f} µs)")
+        print(f"{title}{', with unequal loads' if busy else ''}: {p50:.0f} µs (p90 {p90:.0f} µs)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Soak: a server under many requests, clients that leave and clients that never read; it must end as it began.
+"""Soak: a server under many requests of all kinds, clients that leave and clients that never read; it must end as it
+began.
 
     python -m benchmarks.soak --requests 100000 --disconnects 10000 --silent 500
 
-Compared before and after: resident memory and open descriptors of the server's processes, and KV blocks in use.
+Resident memory is read all the time: it may not grow over the second half of the requests, and must come back after a
+peak of large requests. Descriptors and KV blocks in use are compared before and after. At the end the server gets
+SIGTERM while 200 clients read streams, and every stream must come to its end.
 """
 
 import argparse
@@ -10,36 +13,66 @@ import asyncio
 import json
 import random
 import re
+import statistics
 import sys
 import time
 import urllib.request
+from asyncio.subprocess import Process
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-WARM_REQUESTS = 300
-"""Requests before the first reading: pools and caches fill with the first ones."""
+WARM_REQUESTS = 600
+"""Requests before the first reading: caches and the blocks of the pool fill with the first ones."""
+READINGS = 100
+"""Readings of the memory while the requests run."""
+LARGE_BODY = 3_500_000
+"""Characters of a prompt at the peak."""
+WORDS = ("ROMEO:", "First Citizen:", "What say you?", "To be, or not", "O", "the king is dead")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """The server at one moment."""
 
-    rss: int
-    """Bytes of its processes."""
+    rss: dict[str, int]
+    """Bytes by role: api, engine, and the other processes together."""
     descriptors: int
     used_blocks: int
     running: int
 
+    @property
+    def total(self) -> int:
+        return sum(self.rss.values())
+
 
 def processes(pid: int) -> list[int]:
     """The process and its children."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
     return [pid, *(each for child in children for each in processes(int(child)))]
+
+
+def resident(pid: int) -> dict[str, int]:
+    """Resident bytes of a server's processes by role."""
+    rss = {"api": 0, "engine": 0, "others": 0}
+    for each in processes(pid):
+        try:
+            name = Path(f"/proc/{each}/cmdline").read_text()
+            found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{each}/status").read_text())
+        except FileNotFoundError:  # it has ended
+            continue
+        role = "api" if each == pid else "engine" if "engine_process" in name else "others"
+        rss[role] += int(found[1]) * 1024 if found else 0
+    return rss
 
 
 def read(pid: int, url: str) -> Reading:
     """Read the server's processes and its metrics."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     time.sleep(0.2)  # until the server has closed this connection too
 
@@ -47,44 +80,88 @@ def read(pid: int, url: str) -> Reading:
         found = re.search(rf"^quire:{name}{{.*}} (\S+)$", text, re.MULTILINE)
         return int(float(found[1])) if found else -1
 
-    rss = descriptors = 0
-    for each in processes(pid):
-        folder = Path(f"/proc/{each}")
-        descriptors += len(list((folder / "fd").iterdir()))
-        rss += int(re.search(r"VmRSS:\s+(\d+)", (folder / "status").read_text())[1]) * 1024  # type: ignore[index]
-    return Reading(rss, descriptors, gauge("num_used_kv_blocks"), gauge("num_requests_running"))
+    descriptors = sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in processes(pid))
+    return Reading(resident(pid), descriptors, gauge("num_used_kv_blocks"), gauge("num_requests_running"))
 
 
-async def request(port: int, max_tokens: int, leave_after: float | None = None) -> int:
-    """The status of one streamed request; the client leaves after some seconds if asked."""
-    prompt = "".join(random.choice("abcdefghij ") for _ in range(random.randint(1, 200)))
-    body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}).encode()
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+def some_text() -> str:
+    return random.choice(WORDS) + " ".join(random.choices(WORDS, k=random.randint(0, 3))) + str(random.random())
+
+
+def constrained(text: str) -> tuple[str, dict[str, Any], int]:
+    """A request with a grammar of its own."""
+    regex = f"[a-z]{{1,3}}{random.randint(0, 999)}"
+    return "/v1/completions", {"prompt": text, "max_tokens": 6, "structured_outputs": {"regex": regex}}, 200
+
+
+def any_request() -> tuple[str, dict[str, Any], int]:
+    """Path, body and expected status of a request of a random kind."""
+    text = some_text()
+    short = {"max_tokens": 3, "ignore_eos": True}
+    messages = [{"role": "user", "content": text}]
+    kinds: list[tuple[str, dict[str, Any], int]] = [
+        ("/v1/completions", {"prompt": text, "stream": True, **short}, 200),
+        ("/v1/completions", {"prompt": text, "n": 2, "seed": 1, "logprobs": 2, **short}, 200),
+        ("/v1/completions", {"prompt": [text, text], "echo": True, "stop": ["zzz"], **short}, 200),
+        ("/v1/chat/completions", {"messages": messages, "stream": random.random() < 0.5, **short}, 200),
+        ("/v1/completions", {"prompt": text, "temperature": 9.0, "n": 10**6}, 400),
+        ("/v1/completions", {"prompt": text, "max_tokens": "x"}, 400),
+        ("/tokenize", {"prompt": text}, 200),
+        ("/v1/responses", {"input": text, "max_output_tokens": 16}, 200),
+        ("/v1/messages", {"messages": messages, "max_tokens": 3, "model": "quire-bundled"}, 200),
+        ("/nowhere", {}, 404),
+    ]
+    return constrained(text) if random.random() < 0.02 else random.choice(kinds)
+
+
+async def request(port: int, path: str, body: dict[str, Any], leave_after: float | None = None) -> bytes:
+    """The whole answer; the client leaves after some seconds if asked."""
+    data = json.dumps(body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-            b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST %b HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (path.encode(), len(data), data)
         )
         if leave_after is not None:
             await asyncio.sleep(leave_after)
-            return 0
-        return int((await reader.read()).split(b" ", 2)[1])
+            return b""
+        return await reader.read()
     finally:
         writer.close()
 
 
-async def many(count: int, at_once: int, port: int, *, leave: bool) -> dict[int, int]:
-    """Statuses of `count` requests, `at_once` at a time."""
-    statuses: dict[int, int] = {}
+def status_of(answer: bytes) -> int:
+    return int(answer.split(b" ", 2)[1])
+
+
+async def many(count: int, at_once: int, port: int, done: Counter[str] | None = None) -> Counter[str]:
+    """Answers to `count` requests, `at_once` at a time: right, or the path with its wrong status."""
+    done, left = Counter() if done is None else done, iter(range(count))
+
+    async def client() -> None:
+        for _ in left:
+            path, body, expected = any_request()
+            status = status_of(await request(port, path, body))
+            done["right" if status == expected else f"{path}: {status} instead of {expected}"] += 1
+
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return done
+
+
+async def leave(count: int, at_once: int, port: int) -> None:
+    """Clients that leave at a random time."""
     left = iter(range(count))
 
     async def client() -> None:
         for _ in left:
-            status = await request(port, 200 if leave else 4, random.uniform(0, 0.2) if leave else None)
-            statuses[status] = statuses.get(status, 0) + 1
+            body = {"prompt": some_text(), "max_tokens": 200, "ignore_eos": True, "stream": True}
+            await request(port, "/v1/completions", body, random.uniform(0, 0.2))
 
     await asyncio.gather(*(client() for _ in range(at_once)))
-    return statuses
 
 
 async def silent(count: int, port: int, seconds: float) -> None:
@@ -101,6 +178,69 @@ async def silent(count: int, port: int, seconds: float) -> None:
         writer.transport.abort()
 
 
+# -- what must hold ---------------------------------------------------------------------------------------------------
+
+
+async def watched(count: int, at_once: int, server: Process, port: int, wrong: list[str]) -> None:
+    """Run requests and read the memory meanwhile; note wrong answers, and growth over the second half."""
+    done, readings = Counter[str](), list[dict[str, int]]()
+    work = asyncio.create_task(many(count, at_once, port, done))
+    step = max(1, count // READINGS)
+    while not work.done():
+        await asyncio.wait((work,), timeout=0.2)
+        if done.total() >= step * (len(readings) + 1):
+            readings.append(resident(server.pid))
+    await work
+    wrong += [f"{number} answers to {what}" for what, number in done.items() if what != "right"]
+    print(f"{done['right']} of {done.total()} answers right")
+    if len(readings) < 10:
+        return
+    tenth = max(1, len(readings) // 10)
+    for role in readings[0]:
+        middle, end = (
+            statistics.median(reading[role] for reading in part)
+            for part in (readings[len(readings) // 2 :][:tenth], readings[-tenth:])
+        )
+        print(f"resident memory of {role}: {middle / 2**20:.1f} MiB at the half, {end / 2**20:.1f} MiB at the end")
+        if end > 1.01 * middle:
+            wrong.append(f"{role} grew from {middle / 2**20:.1f} MiB to {end / 2**20:.1f} MiB over the second half")
+
+
+async def peak(count: int, server: Process, port: int, seconds: float = 60.0) -> list[str]:
+    """Send large requests at once; the memory of the process that answers must come back within `seconds`."""
+    idle = resident(server.pid)["api"]
+    body = {"prompt": "ab " * (LARGE_BODY // 3), "max_tokens": 1}
+    work = asyncio.gather(*(request(port, "/v1/completions", body) for _ in range(count)))
+    highest = idle
+    while not work.done():
+        await asyncio.sleep(0.05)
+        highest = max(highest, resident(server.pid)["api"])
+    statuses = Counter(map(status_of, await work))
+    begin = time.monotonic()
+    while (now := resident(server.pid)["api"]) > 2 * idle and time.monotonic() - begin < seconds:
+        await asyncio.sleep(0.5)
+    waited = time.monotonic() - begin
+    print(
+        f"peak of the api: {highest / 2**20:.0f} MiB, {idle / 2**20:.0f} idle, {now / 2**20:.0f} after {waited:.0f} s"
+    )
+    wrong = [f"{number} large requests answered {status}" for status, number in statuses.items() if status >= 500]
+    return wrong + ([f"memory is at {now / idle:.1f} times idle after a peak"] if now > 2 * idle else [])
+
+
+async def terminated(count: int, server: Process, port: int) -> list[str]:
+    """Send SIGTERM while clients read streams: each stream must be whole and the server end well."""
+    body = {"prompt": "ROMEO:", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    streams = [asyncio.create_task(request(port, "/v1/completions", body)) for _ in range(count)]
+    await asyncio.sleep(1.0)
+    server.terminate()
+    answers = await asyncio.gather(*streams, return_exceptions=True)
+    whole = sum(isinstance(each, bytes) and each.rstrip(b"\r\n0").endswith(b"[DONE]") for each in answers)
+    refused = sum(isinstance(each, bytes) and each.startswith(b"HTTP/1.1 503") for each in answers)
+    code = await server.wait()
+    print(f"SIGTERM with {count} streams: {whole} whole, {refused} refused, exit code {code}")
+    return [f"{count - whole - refused} streams were cut"] * (whole + refused < count) + [f"exit {code}"] * (code != 0)
+
+
 async def soak(
     *,
     requests: int,
@@ -108,13 +248,16 @@ async def soak(
     num_silent: int,
     warm: int = WARM_REQUESTS,
     silent_seconds: float = 5.0,
-    flags: tuple[str, ...] = (),
+    num_large: int = 24,
+    last_streams: int = 200,
+    flags: tuple[str, ...] = ("--num-blocks", "1200"),
 ) -> list[str]:
     """Run a server through all of it, after `warm` requests; returns what is not as it was."""
-    # A spare starts after the first reading, and would count as growth.
-    command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", "--no-spare", *flags]
-    server = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    # A spare starts after the first reading, and would count as growth; so would the first use of many blocks.
+    command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--threads", "1", "--no-spare"]
+    server = await asyncio.create_subprocess_exec(*command, *flags, stderr=asyncio.subprocess.PIPE)
     assert server.stderr is not None
+    wrong: list[str] = []
     try:
         url = ""
         while b"ready:" not in (line := await server.stderr.readline()):
@@ -123,24 +266,25 @@ async def soak(
                 url = found[0].decode()
         drained = asyncio.create_task(_discard(server.stderr))
         port = int(url.rpartition(":")[2])
-        await many(warm, 16, port, leave=False)
-        before = await asyncio.to_thread(read, server.pid, url)
-        statuses = await many(requests, 16, port, leave=False)
-        await many(disconnects, 50, port, leave=True)
+        await request(port, *constrained("x")[:2])  # starts the process that checks grammars
+        await many(warm, 16, port)
+        before = await _settled(server.pid, url)
+        await watched(requests, 16, server, port, wrong)
+        await leave(disconnects, 50, port)
         await silent(num_silent, port, silent_seconds)
         after = await _settled(server.pid, url)
-        print(f"before {before}\nafter  {after}\nstatuses {statuses}")
+        print(f"before {before}\nafter  {after}")
+        wrong += await peak(num_large, server, port)
+        wrong += await terminated(last_streams, server, port)
         drained.cancel()
     finally:
-        server.terminate()
-        await server.wait()
-    wrong = [f"{count} answers with status {status}" for status, count in statuses.items() if status != 200]
+        if server.returncode is None:
+            server.terminate()
+            await server.wait()
     if after.used_blocks or after.running:
         wrong.append(f"{after.used_blocks} blocks and {after.running} requests are left")
     if after.descriptors > before.descriptors:
         wrong.append(f"{after.descriptors} descriptors, {before.descriptors} before")
-    if after.rss > 1.01 * before.rss + 8 * 2**20:
-        wrong.append(f"{after.rss / 2**20:.0f} MiB, {before.rss / 2**20:.0f} MiB before")
     return wrong
 
 

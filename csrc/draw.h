@@ -10,9 +10,12 @@
 #pragma once
 
 #include "elementwise.h"
+#include "old_systems.h"
 #include "parallel.h"
 #include "row_peaks.h"
 #include "simd.h"
+
+QUIRE_OLDEST_VERSION(exp);
 
 namespace quire::QUIRE_ISA {
 

@@ -15,6 +15,10 @@
 #include <system_error>
 #include <thread>
 
+#include "old_systems.h"
+
+QUIRE_OLDEST_VERSION(pthread_sigmask);
+
 namespace quire {
 namespace {
 

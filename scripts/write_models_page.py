@@ -49,6 +49,7 @@ SAME_CODE: dict[str, str] = {
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     **dict.fromkeys(("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"), "LlamaForCausalLM"),
     **dict.fromkeys(("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration"), "LlamaForCausalLM"),
+    "Qwen2VLForConditionalGeneration": "Qwen2ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",

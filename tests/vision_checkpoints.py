@@ -18,6 +18,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -55,6 +57,8 @@ _QWEN: dict[str, Any] = {
     "window_size": 16,
     "fullatt_block_indexes": [1],
 }
+_QWEN2: dict[str, Any] = {"depth": 3, "embed_dim": 32, "hidden_size": 48, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2}
+_MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
 _MEANS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _PROCESSORS: dict[str, dict[str, Any]] = {
     "llava": {
@@ -89,6 +93,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
         "do_image_splitting": True,
     },
 }
+_PROCESSORS["qwen2_vl"] = _PROCESSORS["qwen2_5_vl"]
 _PROCESSORS["smolvlm"] = {**_PROCESSORS["idefics3"], "image_processor_type": "SmolVLMImageProcessor"}
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
@@ -121,9 +126,14 @@ def make_vision_checkpoint(folder: Path, family: str, text: dict[str, Any] | Non
             case "smolvlm":
                 config = SmolVLMConfig(vision_config=_SIGLIP, text_config=text_config, image_token_id=IMAGE, **options)
                 model = SmolVLMForConditionalGeneration(config)
+            case "qwen2_vl":
+                text_config |= {"model_type": "qwen2_vl_text", "rope_parameters": _MROPE}
+                config = Qwen2VLConfig(
+                    vision_config=_QWEN2, text_config=text_config, image_token_id=IMAGE, video_token_id=0, **options
+                )
+                model = Qwen2VLForConditionalGeneration(config)
             case "qwen2_5_vl":
-                rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
-                text_config |= {"model_type": "qwen2_5_vl_text", "rope_parameters": rope}
+                text_config |= {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE}
                 config = Qwen2_5_VLConfig(
                     vision_config=_QWEN, text_config=text_config, image_token_id=IMAGE, video_token_id=0, **options
                 )

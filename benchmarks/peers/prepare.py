@@ -71,7 +71,7 @@ def prepare_llama_cpp(folder: Path, model: str) -> None:
     if not (programs / "llama-server").exists():
         source = home / "source"
         source.mkdir(exist_ok=True)
-        pip(home, "download", "--no-deps", "--no-binary", ":all:", "-d", source, LLAMA_CPP)
+        pip(home, "download", "--no-deps", "--no-binary", "llama-cpp-python", "-d", source, LLAMA_CPP)
         run(["tar", "-xzf", next(source.glob("*.tar.gz")), "-C", source, "--strip-components", "1"])
         flags = ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", *(f"-D{name}=OFF" for name in LLAMA_CPP_WITHOUT)]
         cmake = home / "bin" / "cmake"

@@ -37,6 +37,8 @@ class Backend:
     planner: str
     """What makes the planner of its attention, as "module:name" (see `quire.attention.planners`)."""
     devices: tuple[str, ...]
+    encoder_kernels: str = ""
+    """The module in its place for an encoder whose results may depend on the batch; empty: the same."""
     kv_cache_dtypes: tuple[str, ...] = _PLAIN
     packages: tuple[str, ...] = ()
     """Packages that must be installed beside Quire's own dependencies."""
@@ -76,6 +78,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "cpu": Backend(
             kernels="quire.kernels.cpu",
+            encoder_kernels="quire.kernels.cpu_wide",
             planner="quire.attention.planners:CpuPlanner",
             devices=("cpu",),
             kv_cache_dtypes=(*_PLAIN, "int8"),
@@ -114,11 +117,16 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 """In order of preference on each device."""
 
 
+def has_package(name: str) -> bool:
+    """Whether a package is installed."""
+    return find_spec(name) is not None
+
+
 def choose_backend(
     name: str,
     device: str,
     capability: tuple[int, int] = (0, 0),
-    has_package: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+    has_package: Callable[[str], bool] = has_package,
     needs: tuple[str, ...] = (),
 ) -> str:
     """The backend that the option `attention_backend` means on a device. Raises `ConfigError` if it cannot run there.

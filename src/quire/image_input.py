@@ -66,7 +66,7 @@ class EncodingOrder(NamedTuple):
 
     content_hash: bytes
     pixels: ImagePixels
-    end: int
+    end: float
     """How much is done after the step."""
     total: int
     """Its tokens: with so much done its embeddings are kept."""
@@ -82,3 +82,5 @@ class ImagePlan:
     """Images to encode, or to go on with."""
     placed: list[PlacedRows]
     """What takes the place of the embeddings of placeholder tokens."""
+    num_encoded: float = 0.0
+    """Tokens' worth of all that is encoded."""

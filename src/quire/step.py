@@ -76,7 +76,8 @@ class NewRow:
 class OffloadPlan:
     """Copies between the pool and the tiers below it. The step makes them in this order, before it writes any KV.
 
-    Hashes are those of `quire.kv_cache.block_hash`; a block is an index into the pool.
+    Hashes are those of `quire.kv_cache.block_hash`; a block is an index into the pool. After the pool's blocks come the
+    slots of recurrent states. The step copies states from slot to slot before it loads.
     """
 
     evicted: list[tuple[str, bytes]] = field(default_factory=list)

@@ -119,6 +119,9 @@ FOREIGN_OPTIONS: Mapping[str, ForeignOption] = MappingProxyType(
         "chat_template": ForeignOption((), "put it into the model's folder as chat_template.jinja"),
         "chat_template_content_format": _ignored("Quire finds the form that the template takes"),
         "response_role": ForeignOption(("assistant",), "answers have the role assistant"),
+        "collect_detailed_traces": _ignored("a span has the seconds of each phase; see otlp_traces_endpoint"),
+        "enable_ssl_refresh": _ignored("Quire reads renewed certificates by itself", switch=True),
+        "ssl_ciphers": ForeignOption((), "Quire takes the ciphers that OpenSSL takes by default"),
         "api_server_count": ForeignOption((1,), "one process answers; run a server per GPU behind a proxy"),
     }
 )

@@ -87,6 +87,7 @@ STEPS = {
     "odd chunks": ([2 * CHUNK + 1], [3], []),
     "mixed": ([1, 90, 1, 3, 64, 1], [5, 2, 0, 8, 1, 3], []),
     "saves": ([70, 1, 1, 5], [5, 2, 0, 8], [(0, 16, 1), (0, 66, 7), (1, 1, 3), (3, 5, 4)]),
+    "drafts": ([3, 1, 4, 70], [0, 5, 6, 2], [(0, 1, 1), (0, 2, 3), (2, 1, 4), (2, 2, 7), (2, 3, 8)]),
     "a save at every token": ([3], [0], [(0, 1, 1), (0, 2, 2), (0, 3, 3)]),
 }
 
@@ -124,6 +125,18 @@ def test_a_sequence_may_be_cut_anywhere(cuts: list[int], delta: bool) -> None:
     found = [torch.cat(parts) for parts in zip(*outputs, strict=True)]
     for one, other in zip([*found, inputs.conv, inputs.recurrent], whole, strict=True):
         torch.testing.assert_close(one.double(), other, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("delta", [True, False], ids=["delta", "plain"])
+def test_a_draft_is_computed_to_the_bits_of_its_tokens_one_by_one(delta: bool) -> None:
+    inputs = make_inputs(4, delta=delta)
+    together = run(recurrence, inputs, plan_of([4], [2], [(0, 1, 0), (0, 2, 1), (0, 3, 3)]), torch.float32)
+    for index, saved in enumerate((0, 1, 3, 2)):
+        part = inputs.tokens(index, index + 1)
+        *out, inputs.conv, inputs.recurrent = run(recurrence, part, plan_of([1], [2]), torch.float32)
+        assert all(torch.equal(one, other[index : index + 1]) for one, other in zip(out, together[:2], strict=True))
+        assert torch.equal(inputs.conv[2], together[2][saved])
+        assert torch.equal(inputs.recurrent[2], together[3][saved])
 
 
 def test_what_another_sequence_computes_is_never_read() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES, LeastWork, Prompt
-from quire.routing.prefix_index import HOST
+from quire.routing.prefix_index import DEVICE, DISK, HOST, PrefixIndex
+from quire.routing.replica import Load, Replica
 
 SIZE = 16
 
@@ -163,3 +164,34 @@ def test_context_of_running_requests_counts() -> None:
         replica.load.total_tokens = 0
     other = LeastWork().choose(Prompt((), 100, SIZE), list(routed.replicas.values()), routed.index)
     assert other is not work.replica
+
+
+def plain_choice(policy: LeastWork, asked: Prompt, replicas: list[Replica], index: PrefixIndex) -> Replica:
+    """The definition: every replica's cost, from the exact lengths that it holds."""
+    held, fast = index.prefix_lengths(asked.blocks), index.prefix_lengths(asked.blocks, DEVICE)
+    mean = sum(replica.load.total_tokens for replica in replicas) / len(replicas)
+    costs = []
+    for replica in replicas:
+        load, on_device = replica.load, fast.get(replica.number, 0)
+        saved = on_device + (1 - policy.lower_tier_cost) * (held.get(replica.number, 0) - on_device)
+        ahead = max(0.0, load.total_tokens - policy.most_ahead * mean)
+        costs.append(load.queued_tokens + policy.context_cost * load.context_tokens + ahead - saved * asked.block_size)
+    limit = min(costs) + policy.slack * asked.num_tokens
+    near = [replica for replica, cost in zip(replicas, costs, strict=True) if cost <= limit]
+    return min(near, key=lambda replica: replica.load.total_tokens)
+
+
+@pytest.mark.parametrize("tiers", [1, 3])
+@pytest.mark.parametrize("most_queued", [0, 100, 700, 3000])
+def test_least_work_chooses_as_its_definition_does(most_queued: int, tiers: int) -> None:
+    draw = random.Random(f"{most_queued} {tiers}")
+    for seed in range(60):
+        index, asked, replicas = PrefixIndex(1000), prompt(seed, 40), []
+        for number in range(draw.randint(1, 12)):
+            load = Load(0, draw.randint(0, most_queued), draw.randint(0, 9 * most_queued), draw.randint(0, 4000))
+            replicas.append(Replica(number, f"r{number}", load))
+            for tier in (DEVICE, HOST, DISK)[:tiers]:
+                index.add(number, asked.blocks[: draw.choice((0, 7, 40, draw.randint(0, 40)))], tier)
+        for each in (asked, Prompt((), 500, SIZE)):
+            chosen = LeastWork().choose(each, replicas, index)
+            assert chosen is plain_choice(LeastWork(), each, replicas, index)

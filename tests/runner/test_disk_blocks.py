@@ -46,7 +46,7 @@ def open_store(tmp_path: Path) -> Iterator[Open]:
 def save(store: DiskBlocks, *numbers: int) -> tuple[list[bytes], list[bytes]]:
     """Names that were stored, and that were not."""
     for number in numbers:
-        buffer = store.new_buffer()
+        buffer = store.new_buffer(BLOCK_BYTES)
         buffer[HEADER_BYTES:] = content_of(number)
         store.save(name_of(number), buffer)
     stored: list[bytes] = []
@@ -151,7 +151,7 @@ def test_another_model_finds_nothing_but_knows_what_takes_room(open_store: Open,
 
 def test_a_forgotten_block_is_gone_after_what_was_written_before(open_store: Open, tmp_path: Path) -> None:
     store = open_store()
-    buffer = store.new_buffer()
+    buffer = store.new_buffer(BLOCK_BYTES)
     store.save(name_of(0), buffer)
     store.remove(name_of(0))
     store.remove(name_of(1))

@@ -162,9 +162,13 @@ class FakeRunner:
             self.memory[destination] = self.memory[source].copy()
         for source, destination in plan.state_copies:
             self.states[destination] = 0 if source < 0 else self.states[source]
+        self.load(plan)
         assert len(plan.state_slots) == len(set(plan.state_slots)) == (len(plan.rows) if self.states else 0)
         self._compute(plan)
         return self._sample(plan)
+
+    def load(self, plan: StepPlan) -> None:
+        """Take what comes from tiers; there are none here."""
 
     def _compute(self, plan: StepPlan) -> None:
         assert len(plan.rows) == len(plan.num_computed_tokens) == len(plan.num_scheduled_tokens) == len(set(plan.rows))

@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=max_num_seqs + more_budget,
             max_num_partial_prefills=max_num_partial_prefills,
             enable_prefix_caching=caching,
-            guesses=Guesses(num_blocks, longest_draft) if longest_draft and num_snapshots is None else None,
+            guesses=Guesses(num_blocks, longest_draft) if longest_draft else None,
             overlaps=overlaps,
             num_failures=num_failures,
             policy=policy,

@@ -19,7 +19,7 @@ from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.result_processor import StepInFlight
 from quire.scheduler.scheduler import Scheduler
 from quire.step import OffloadResult, StepPlan, StepResult
-from tests.scheduler.checked_engine import Engine, counts_by_request, new_request
+from tests.scheduler.checked_engine import Engine, Guesses, counts_by_request, new_request
 from tests.scheduler.fake_runner import NOTHING, FakeRunner, is_faulty, kv_of_all
 from tests.scheduler.scheduler_machine import WINDOWS, SchedulerMachine
 
@@ -29,11 +29,22 @@ BLOCK_BYTES = 2**30
 """So large that no more than MIN_STAGED_BLOCKS are on their way at once."""
 
 
+STATE_BLOCKS = 2
+"""The space of a recurrent state."""
+
+Content = list[int] | tuple[int]
+"""The KV of a block, or a recurrent state."""
+
+
+def size_of(content: Content | None) -> int:
+    return 0 if content is None else STATE_BLOCKS if isinstance(content, tuple) else 1
+
+
 @dataclass
 class FakeDisk:
     """A disk that outlives the engines of a test."""
 
-    blocks: dict[bytes, list[int]] = field(default_factory=dict)
+    blocks: dict[bytes, "Content"] = field(default_factory=dict)
     broken: set[bytes] = field(default_factory=set)
     full: bool = False
 
@@ -42,14 +53,21 @@ class TieredRunner(FakeRunner):
     """Reads and writes end some steps later, in their order; `patience` is the chance that one ends in a step."""
 
     def __init__(
-        self, num_blocks: int, block_size: int, disk: FakeDisk, patience: float, seed: int, windows: Sequence[int]
+        self,
+        num_blocks: int,
+        block_size: int,
+        disk: FakeDisk,
+        patience: float,
+        seed: int,
+        windows: Sequence[int],
+        num_states: int = 0,
     ) -> None:
-        super().__init__(num_blocks, block_size, windows=windows)
-        self.host: dict[bytes, list[int]] = {}
+        super().__init__(num_blocks, block_size, num_states, windows)
+        self.host: dict[bytes, Content] = {}
         self.disk = disk
-        self.writing: list[tuple[bytes, list[int] | None]] = []
+        self.writing: list[tuple[bytes, Content | None]] = []
         self.reading: list[bytes] = []
-        self.arrived: dict[bytes, list[int]] = {}
+        self.arrived: dict[bytes, Content] = {}
         self.patience = patience
         self.rng = random.Random(seed)
 
@@ -62,7 +80,7 @@ class TieredRunner(FakeRunner):
                 else:
                     self.writing.append((name, None))
             for tier, name, block in offload.stores:
-                content = self.memory[block].copy()
+                content = self.content(block)
                 assert NOTHING not in content
                 if tier == HOST:
                     assert name not in self.host
@@ -71,14 +89,26 @@ class TieredRunner(FakeRunner):
                     self.writing.append((name, content))
             for name in offload.cancelled:
                 del self.arrived[name]
-            for tier, name, block in offload.loads:
-                self.memory[block] = self.host[name].copy() if tier == HOST else self.arrived.pop(name)
             self.reading += offload.reads
-        assert sum(content is not None for _, content in self.writing) <= MIN_STAGED_BLOCKS
-        assert len(self.reading) + len(self.arrived) <= MIN_STAGED_BLOCKS
+        assert sum(size_of(content) for _, content in self.writing) <= MIN_STAGED_BLOCKS
         result = super().execute(plan)
+        on_their_way = [*self.arrived.values(), *(self.disk.blocks.get(name) for name in self.reading)]
+        assert sum(map(size_of, on_their_way)) <= MIN_STAGED_BLOCKS
         result.offload = self.finished(wait=plan.offload is not None and plan.offload.wait)
         return result
+
+    def content(self, block: int) -> Content:
+        if block < len(self.memory):
+            return self.memory[block].copy()
+        return (self.states[block - len(self.memory)],)
+
+    def load(self, plan: StepPlan) -> None:
+        for tier, name, block in plan.offload.loads if plan.offload is not None else ():
+            content = self.host[name] if tier == HOST else self.arrived.pop(name)
+            if isinstance(content, tuple):
+                (self.states[block - len(self.memory)],) = content
+            else:
+                self.memory[block] = content.copy()
 
     def finished(self, *, wait: bool) -> OffloadResult:
         result = OffloadResult(load_seconds=0.001)
@@ -102,7 +132,7 @@ class TieredRunner(FakeRunner):
                 self.disk.broken.discard(name)
                 del self.disk.blocks[name]
             else:
-                self.arrived[name] = self.disk.blocks[name].copy()
+                self.arrived[name] = self.disk.blocks[name]
                 result.read.append((name, 0.001))
         return result
 
@@ -122,19 +152,27 @@ class TieredEngine(Engine):
         max_num_partial_prefills: int = 4,
         seed: int = 0,
         windows: Sequence[int] = (0,),
+        num_snapshots: int | None = None,
+        guesses: Guesses | None = None,
     ) -> None:
-        super().__init__(num_blocks, block_size, windows=windows)
+        super().__init__(
+            num_blocks, block_size, max_num_seqs=max_num_seqs, windows=windows, num_snapshots=num_snapshots
+        )
         self.disk = FakeDisk() if disk is None else disk
-        stored = [(name, BLOCK_BYTES) for name in self.disk.blocks]
+        stored = [(name, size_of(content) * BLOCK_BYTES) for name, content in self.disk.blocks.items()]
+        state_bytes = STATE_BLOCKS * BLOCK_BYTES
         self.index = TierIndex(
             lambda: 1.0,
-            host=Tier(num_host_blocks * BLOCK_BYTES, BLOCK_BYTES) if num_host_blocks else None,
-            disk=Tier(num_disk_blocks * BLOCK_BYTES, BLOCK_BYTES, stored) if num_disk_blocks else None,
+            host=Tier(num_host_blocks * BLOCK_BYTES, BLOCK_BYTES, state_bytes=state_bytes) if num_host_blocks else None,
+            disk=Tier(num_disk_blocks * BLOCK_BYTES, BLOCK_BYTES, stored, state_bytes=state_bytes)
+            if num_disk_blocks
+            else None,
         )
         self.num_host_blocks = num_host_blocks
         self.num_disk_blocks = num_disk_blocks
         self.pool = BlockPool(num_blocks, block_size, windows=windows)
-        self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed, windows)
+        num_states = 0 if self.states is None else self.states.stats.num_slots
+        self.runner: TieredRunner = TieredRunner(num_blocks, block_size, self.disk, patience, seed, windows, num_states)
         self.scheduler = Scheduler(
             self.pool,
             SchedulerLimits(
@@ -144,8 +182,12 @@ class TieredEngine(Engine):
                 max_num_partial_prefills=max_num_partial_prefills,
             ),
             tiers=self.index,
+            states=self.states,
+            speculation=guesses,
             clock=lambda: 1.0,
         )
+        if guesses is not None:
+            guesses.groups = self.scheduler._queues.by_id
 
     def run(self, max_steps: int = 1_000) -> None:
         super().run(4 * max_steps + 1_000)
@@ -163,8 +205,8 @@ class TieredEngine(Engine):
         scheduler, offload = self.scheduler, self.scheduler._offload
         assert offload is not None
         taken: list[int] = []
-        while self.pool.num_free or offload._storing or offload._idle:
-            if self.pool.num_free and len(offload._storing) < MIN_STAGED_BLOCKS:
+        while self.pool.num_free or offload.has_idle_work:
+            if self.pool.num_free and len(offload._storing._storing) < MIN_STAGED_BLOCKS:
                 taken.append(self.pool.allocate())
             plan = StepPlan(offload=offload.finish(computes=False))
             scheduler._in_flight.append(StepInFlight(plan, scheduler._queues.rows.copy()))
@@ -177,12 +219,13 @@ class TieredEngine(Engine):
         plan = super().step()
         offload = self.scheduler._offload
         assert offload is not None
-        assert len(self.runner.host) <= self.num_host_blocks
+        assert sum(map(size_of, self.runner.host.values())) <= self.num_host_blocks
         if DISK in self.index.tiers:
             removed = {name for name, content in self.runner.writing if content is None}
-            written = {name for name, content in self.runner.writing if content is not None}
-            assert len((self.disk.blocks.keys() - removed) | written) <= self.num_disk_blocks
-        if not offload._plan.evicted:
+            written = {name: content for name, content in self.runner.writing if content is not None}
+            kept = {name: content for name, content in self.disk.blocks.items() if name not in removed}
+            assert sum(map(size_of, {**kept, **written}.values())) <= self.num_disk_blocks
+        if not (offload._storing.plan.evicted or offload._storing.plan.stores):  # states may fork between steps
             if HOST in self.index.tiers:
                 assert set(self.index.tiers[HOST].hashes()) == self.runner.host.keys()
             if DISK in self.index.tiers and not self.runner.writing:
@@ -439,8 +482,14 @@ def test_every_sequence_of_a_group_resumes_from_its_own_output(
     engine.run()
 
 
-@pytest.mark.parametrize(("windows", "seed"), [((0,), seed) for seed in range(20)] + MIXES)
-def test_crowds_with_little_memory_at_every_level(windows: tuple[int, ...], seed: int) -> None:
+CROWDS = [(windows, seed, None) for windows, seed in [*(((0,), seed) for seed in range(20)), *MIXES]]
+RECURRENT = [(WINDOWS[seed % len(WINDOWS)], seed, (1, 4, 30)[seed % 3]) for seed in range(13)]
+
+
+@pytest.mark.parametrize(("windows", "seed", "num_snapshots"), CROWDS + RECURRENT)
+def test_crowds_with_little_memory_at_every_level(
+    windows: tuple[int, ...], seed: int, num_snapshots: int | None
+) -> None:
     rng = random.Random(seed)
     disk = FakeDisk()
     for _ in range(2):
@@ -454,6 +503,8 @@ def test_crowds_with_little_memory_at_every_level(windows: tuple[int, ...], seed
             max_num_batched_tokens=rng.choice([8, 20, 64]),
             seed=seed,
             windows=windows,
+            num_snapshots=num_snapshots,
+            guesses=None if num_snapshots is None or seed % 2 else Guesses(seed, 3),
         )
         for number in range(20):
             prompt = [0] * rng.randrange(12) + [rng.randrange(2) for _ in range(rng.randrange(1, 12))]
@@ -462,6 +513,87 @@ def test_crowds_with_little_memory_at_every_level(windows: tuple[int, ...], seed
         engine.run()
         engine.finish_stores()
         assert engine.runner.arrived == {}
+
+
+# -- recurrent states -------------------------------------------------------------------------------------------------
+
+
+def with_stored_state(**options: int) -> TieredEngine:
+    """A new engine of a recurrent model, on a disk where an earlier one has stored PROMPT and the state after it."""
+    engine = TieredEngine(num_disk_blocks=20, num_snapshots=2)
+    engine.add(new_request("a", [*PROMPT, 5], max_tokens=2))
+    engine.run()
+    engine.finish_stores()
+    assert sorted(map(size_of, engine.disk.blocks.values())) == [1, 1, 1, STATE_BLOCKS]
+    return TieredEngine(num_disk_blocks=20, disk=engine.disk, num_snapshots=2, **options)
+
+
+def state_of_prompt(engine: TieredEngine) -> bytes:
+    return next(name for name, content in engine.disk.blocks.items() if isinstance(content, tuple))
+
+
+def test_an_evicted_state_moves_to_host_memory_and_comes_back() -> None:
+    engine = TieredEngine(num_blocks=8, num_host_blocks=20, num_snapshots=1, max_num_seqs=1)
+    engine.add(new_request("a", [*PROMPT, 1], max_tokens=2))
+    engine.run()
+    for name in "bc":
+        engine.add(new_request(name, 28, max_tokens=2))
+        engine.run()
+    engine.add(new_request("again", [*PROMPT, 2], max_tokens=2))
+    plan = engine.step()
+    assert (plan.num_computed_tokens, plan.num_scheduled_tokens) == ([12], [1])
+    assert plan.offload is not None
+    assert sorted(size_of(engine.runner.content(block)) for _, _, block in plan.offload.loads) == [1, 1, 1, 2]
+    assert stats_of(engine, HOST)["hits"] == 12
+    engine.run()
+
+
+def test_states_survive_a_restart() -> None:
+    engine = with_stored_state()
+    for name in "bcd":  # each loads the state, once the one before has
+        engine.add(new_request(name, [*PROMPT, ord(name)], max_tokens=3))
+    engine.run()
+    assert engine.scheduler.stats().total_prefix_hits == 36
+    assert stats_of(engine, DISK)["loaded"] == 3 + 3
+
+
+@pytest.mark.parametrize("loses", ["state", "block"])
+def test_a_sequence_whose_state_or_block_cannot_be_read_begins_anew(loses: str) -> None:
+    engine = with_stored_state()
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
+    state = state_of_prompt(engine)
+    engine.disk.broken.add(state if loses == "state" else next(name for name in engine.disk.blocks if name != state))
+    engine.run()
+    assert stats_of(engine, DISK)["corrupt"] == 1
+    assert engine.scheduler.stats().total_prompt_tokens == 13
+    assert engine.scheduler.stats().states.num_running == 0
+
+
+def test_a_sequence_that_leaves_while_its_state_comes_leaves_no_snapshot() -> None:
+    engine = with_stored_state()
+    engine.runner.patience = 0.0
+    engine.add(new_request("b", [*PROMPT, 7], max_tokens=3))
+    engine.step()
+    engine.abort("b")
+    assert engine.scheduler.stats().states.num_snapshots == 0
+    engine.runner.patience = 1.0
+    engine.add(new_request("c", [*PROMPT, 8], max_tokens=3))
+    engine.run()
+    assert engine.scheduler.stats().total_prefix_hits == 12
+
+
+def test_a_failed_sample_takes_its_states_from_the_tiers() -> None:
+    prompts = ([number] * 9 for number in range(100, 200))
+    prompt = next(prompt for prompt in prompts if is_faulty(kv_of_all(prompt)[-1], seed=-1))
+    engine = TieredEngine(num_disk_blocks=20, num_snapshots=4)
+    engine.add(new_request("healthy", prompt, max_tokens=1))
+    engine.run()
+    engine.finish_stores()
+    assert sorted(map(size_of, engine.disk.blocks.values())) == [1, 1, STATE_BLOCKS]
+    engine.add(new_request("faulty", prompt, seed=-1))
+    engine.run()
+    engine.step()
+    assert engine.disk.blocks == {}
 
 
 class TieredMachine(SchedulerMachine):
@@ -476,6 +608,7 @@ class TieredMachine(SchedulerMachine):
         num_disk_blocks=st.sampled_from([0, 2, 10, 80]),
         patience=st.sampled_from([0.2, 0.6, 1.0]),
         windows=st.sampled_from(WINDOWS),
+        num_snapshots=st.sampled_from([None, 0, 2, 10]),
     )
     def start(  # type: ignore[override]
         self,
@@ -487,8 +620,10 @@ class TieredMachine(SchedulerMachine):
         num_disk_blocks: int,
         patience: float,
         windows: tuple[int, ...],
+        num_snapshots: int | None,
     ) -> None:
         self.options = {
+            "num_snapshots": num_snapshots,
             "windows": windows,
             "num_blocks": num_blocks,
             "block_size": block_size,

@@ -145,3 +145,46 @@ def test_a_step_that_was_rolled_back_counts_for_nothing(again: bytes) -> None:
     assert later.images is not None
     assert later.images.dropped == [b"a"]
     assert encoded(later) == [(again, 6)]
+
+
+def decodes(num_seqs: int = 2) -> StepPlan:
+    """A step in which sequences decode."""
+    rows = list(range(num_seqs))
+    return StepPlan(rows=rows, token_ids=[7] * num_seqs, sample_rows=rows.copy())
+
+
+def run(encoder: ImageEncoding, asked: Request, rate: float, alone: float, num_steps: int) -> list[float]:
+    """Seconds of steps beside which an image is encoded, on a machine that encodes `rate` tokens a second."""
+    seconds = []
+    for _ in range(num_steps):
+        plan = decodes()
+        encoder.reach(plan, asked, 0, 50)
+        seconds.append(alone + (0.0 if plan.images is None else plan.images.num_encoded) / rate)
+        encoder.measure(plan, seconds[-1])
+    return seconds
+
+
+@pytest.mark.parametrize("rate", [3.0, 40.0, 1000.0])
+def test_beside_decoding_sequences_a_share_of_their_time_is_spent(rate: float) -> None:
+    """Whatever the machine is good at; some steps encode nothing and show what the others would take without."""
+    encoder, asked = encoding(kept=10**6, step=64), request((b"a", 0, 10**5), num_tokens=10**5)
+    for _ in range(5):
+        encoder.measure(decodes(), 0.04)
+    seconds = run(encoder, asked, rate, 0.04, 60)[5:]
+    assert max(seconds) <= 0.04 * 1.5
+    assert sum(seconds) / len(seconds) > 0.04 * 1.2
+    assert seconds.count(0.04) >= 3
+
+
+def test_the_budget_follows_a_machine_that_becomes_slower() -> None:
+    encoder, asked = encoding(kept=10**6, step=64), request((b"a", 0, 10**5), num_tokens=10**5)
+    run(encoder, asked, 100.0, 0.04, 60)
+    assert max(run(encoder, asked, 25.0, 0.08, 400)[-100:]) <= 0.08 * 1.5
+
+
+def test_without_decoding_sequences_the_budget_is_that_of_a_step() -> None:
+    encoder = encoding(step=10)
+    encoder.measure(decodes(), 0.04)
+    plan = beside()
+    encoder.reach(plan, request((b"a", 0, 15)), 0, 15)
+    assert encoded(plan) == [(b"a", 10)]

@@ -6,14 +6,13 @@ import pytest
 
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.states import StatePool
-from quire.kv_cache.tiers import Tier, TierIndex
 from quire.outputs import EngineStats
 from quire.request import Request
 from quire.sampling_params import SamplingParams
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.scheduler import Scheduler
 from quire.step import StepPlan, StepResult
-from tests.scheduler.checked_engine import Engine, embed_request, new_request
+from tests.scheduler.checked_engine import Engine, Guesses, embed_request, new_request
 from tests.scheduler.fake_runner import alone
 
 
@@ -164,15 +163,9 @@ def test_a_reset_removes_all_snapshots() -> None:
     assert computed(engine, new_request("b", request.prompt_token_ids, max_tokens=1)) == 20
 
 
-def test_tiers_are_refused() -> None:
-    tiers = TierIndex(lambda: 0.0, host=Tier(100, 10))
-    limits = SchedulerLimits(max_num_seqs=2, max_num_batched_tokens=8, max_model_len=64)
-    with pytest.raises(ValueError, match="takes neither tiers nor speculation"):
-        Scheduler(BlockPool(8, 4), limits, tiers=tiers, states=StatePool(4, 2))
-
-
+@pytest.mark.parametrize("longest_draft", [0, 5])
 @pytest.mark.parametrize("seed", range(12))
-def test_crowds_get_what_they_would_get_alone(seed: int) -> None:
+def test_crowds_get_what_they_would_get_alone(seed: int, longest_draft: int) -> None:
     rng = random.Random(seed)
     requests = []
     for number in range(14):
@@ -202,6 +195,7 @@ def test_crowds_get_what_they_would_get_alone(seed: int) -> None:
         enable_prefix_caching=rng.random() < 0.8,
         num_failures=seed % 3,
         num_snapshots=rng.choice([0, 1, 3, 30]),
+        guesses=Guesses(seed, longest_draft) if longest_draft else None,
     )
     while requests or engine.scheduler.has_work:
         while requests and rng.random() < 0.4:

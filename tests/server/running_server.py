@@ -12,8 +12,9 @@ from typing import Any
 from openai import OpenAI
 
 from quire.server.backend import Engine
-from quire.server.listen import bind, serve
+from quire.server.listen import serve
 from quire.server.settings import ServerSettings
+from quire.server.sockets import bind
 
 
 @dataclass

@@ -216,8 +216,12 @@ class ScriptedEngine:
         vector = array("f", [len(kept), 3.0, 4.0, 0.0]).tobytes()
         return make_embedding(RequestOutput("r", None, kept, [], vector=vector), normalize=normalize is not False)
 
+    def answer_to(self, prompt: list[int], params: SamplingParams) -> str:
+        """The text that the engine generates for `prompt`."""
+        return self.answer
+
     async def _outputs(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        tokens = bundled_tokenizer().encode(self.answer, add_special_tokens=False)
+        tokens = bundled_tokenizer().encode(self.answer_to(prompt, params), add_special_tokens=False)
         limit = params.max_tokens or len(tokens)
         length = limit if self.endless else min(limit, len(tokens))
         metrics = RequestMetrics(arrival_time=time.monotonic(), first_scheduled_time=time.monotonic())

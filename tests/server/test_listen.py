@@ -17,15 +17,17 @@ import httpx
 import pytest
 
 from quire.errors import ConfigError, EngineUnavailableError
-from quire.server.listen import bind, notify
+from quire.server.listen import notify
 from quire.server.settings import ServerSettings
+from quire.server.sockets import bind
 from tests.server.running_server import RunningServer
 from tests.server.scripted_engine import ScriptedEngine
 
 PROCESS = """
 import asyncio, sys
 from tests.server.scripted_engine import ScriptedEngine
-from quire.server.listen import bind, serve
+from quire.server.listen import serve
+from quire.server.sockets import bind
 from quire.server.settings import ServerSettings
 settings = ServerSettings(port=0, shutdown_timeout={shutdown_timeout})
 engine = ScriptedEngine(delay=0.02, endless=True, max_model_len=2**20)

@@ -1,9 +1,11 @@
 """Images that a request names by URL: fetched from allowed, public hosts only, within limits."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -33,6 +35,11 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.write(b"x")
                     self.wfile.flush()
                     time.sleep(0.05)
+            case "drip":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+                for _ in range(60):
+                    self.wfile.write(b"y")
+                    time.sleep(0.05)
             case _:
                 self.answer(404, b"")
 
@@ -54,6 +61,23 @@ def port() -> Iterator[int]:
     yield server.server_address[1]
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def silent() -> Iterator[int]:
+    """A port that accepts connections and says one byte of a handshake every 50 ms."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00\x02")
+                for _ in range(60):
+                    connection.sendall(b"\0")
+                    time.sleep(0.05)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
 
 
 def fetcher(*, public: bool = True) -> MediaFetcher:
@@ -84,6 +108,8 @@ def test_a_file_and_a_redirect(port: int) -> None:
         ("http://img.example:{port}/none", "status 404"),
         ("http://img.example:{port}/large", "more than 4,000 bytes"),
         ("http://img.example:{port}/slow", "0.5 seconds|timed out"),
+        ("http://img.example:{port}/drip", "within 0.5 seconds"),
+        ("https://img.example:{silent}/handshake", "within 0.5 seconds"),
         ("http://img.example:{port}/a b", "must be escaped"),
         ("http://img.example:{port}/a\r\nx:y", "must be escaped|not of an allowed|is no URL"),
         ("http://img.example:99999/image", "is no URL"),
@@ -91,9 +117,11 @@ def test_a_file_and_a_redirect(port: int) -> None:
         ("image.png", "neither a data URL nor http"),
     ],
 )
-def test_what_is_refused(url: str, reason: str, port: int) -> None:
+def test_what_is_refused(url: str, reason: str, port: int, silent: int) -> None:
+    started = time.monotonic()
     with pytest.raises(RequestError, match=reason):
-        asyncio.run(fetcher().fetch(url.replace("{port}", str(port))))
+        asyncio.run(fetcher().fetch(url.replace("{port}", str(port)).replace("{silent}", str(silent))))
+    assert time.monotonic() - started < 2.5  # the slow ones take 3 seconds
 
 
 def test_a_host_whose_address_is_not_public(port: int) -> None:
@@ -101,7 +129,7 @@ def test_a_host_whose_address_is_not_public(port: int) -> None:
         asyncio.run(fetcher(public=False).fetch(f"http://img.example:{port}/image"))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111"])
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
 def test_public_addresses(address: str) -> None:
     assert is_public(address)
 
@@ -111,7 +139,8 @@ def test_public_addresses(address: str) -> None:
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "ff02::1"),
-        *("2002:7f00:1::", "64:ff9b::7f00:1"),
+        *("2002:7f00:1::", "64:ff9b::7f00:1", "64:ff9b:1::1", "::7f00:1", "::ffff:0:127.0.0.1", "fec0::1", "5f00::1"),
+        *("192.0.0.8", "192.88.99.1", "198.18.0.1", "240.0.0.1", "2001:0:7f00:1::", "2001:db8::1", "3fff::1"),
     ],
 )
 def test_other_addresses(address: str) -> None:

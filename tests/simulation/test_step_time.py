@@ -159,7 +159,7 @@ def test_bad_coefficients_are_refused(tmp_path: Path, text: str, said: str) -> N
 
 
 def test_unknown_names_and_weights_that_do_not_fit() -> None:
-    with pytest.raises(ConfigError, match="one of A100-40GB"):
+    with pytest.raises(ConfigError, match="did you mean B200"):
         find_device("B300")
     with pytest.raises(ConfigError, match="one of OPT-13B"):
         find_model_shape("gpt-5")

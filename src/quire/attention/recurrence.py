@@ -1,10 +1,13 @@
 """plan_recurrence: one step of the recurrent layers, laid out once for all of them.
 
-Sequences of one token are computed together in one step. Longer ones are cut into chunks: at most `CHUNK` tokens, and
-a chunk ends wherever the state is saved. The r-th chunks of all sequences make a round.
+Sequences of one token are computed together in one step. So is each token of a sequence that saves its state after
+every token but the last: a draft is computed as its tokens would be one by one, to the same bits. Longer sequences are
+cut into chunks: at most `CHUNK` tokens, and a chunk ends wherever the state is saved. The r-th chunks of all sequences
+make a round.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quire.attention.inputs import Int32Array
-from quire.kernels.recurrent_plan import ChunkRound, Chunks, ConvRows, RecurrentPlan
+from quire.kernels.recurrent_plan import ChunkRound, Chunks, ConvRows, RecurrentPlan, StepRound
 from quire.kernels.transfer import to_device
 from quire.layer_spec import RECURRENT_CHUNK
 
@@ -21,6 +24,8 @@ CHUNK = RECURRENT_CHUNK
 
 Save = tuple[int, int, int]
 """(sequence, number of its new tokens, slot)."""
+SaveSlots = Mapping[tuple[int, int], int]
+"""(sequence, number of its new tokens) → slot."""
 
 
 def plan_recurrence(
@@ -38,8 +43,9 @@ def plan_recurrence(
         return to_device(np.asarray(values, dtype=np.int64), device)
 
     starts, counts = query_start_loc[:-1].astype(np.int64), np.diff(query_start_loc).astype(np.int64)
-    saving = {sequence for sequence, _, _ in saves}
-    is_step = np.array([count == 1 and place not in saving for place, count in enumerate(counts)], dtype=bool)
+    save_slots = {(sequence, count): slot for sequence, count, slot in saves}
+    num_saves = Counter(sequence for sequence, _ in save_slots)
+    is_step = np.array([num_saves[place] == count - 1 for place, count in enumerate(counts)], dtype=bool)
     steps = np.flatnonzero(is_step)
     longer = np.flatnonzero(~is_step)
     return RecurrentPlan(
@@ -47,10 +53,32 @@ def plan_recurrence(
         slots=send(slots),
         saves=send(saves).view(-1, 3),
         conv=_conv_rows(query_start_loc, saves, conv_width, device),
-        steps=send(steps),
-        step_rows=send(starts[steps]),
-        chunks=_chunks(longer.tolist(), starts, counts, slots, saves, device) if len(longer) else None,
+        steps=_step_rounds(steps, starts, counts, slots, save_slots, device),
+        chunks=_chunks(longer.tolist(), starts, counts, slots, save_slots, device) if len(longer) else None,
     )
+
+
+def _step_rounds(
+    sequences: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    slots: Sequence[int],
+    save_slots: SaveSlots,
+    device: torch.device,
+) -> list[StepRound]:
+    rounds: list[StepRound] = []
+    while len(sequences):
+        offset = len(rounds)
+        saved = [(i, save_slots[s, offset + 1]) for i, s in enumerate(sequences) if (s, offset + 1) in save_slots]
+        parts = (
+            starts[sequences] + offset,
+            [slots[sequence] for sequence in sequences],
+            [index for index, _ in saved],
+            [slot for _, slot in saved],
+        )
+        rounds.append(StepRound(*(to_device(np.array(part, dtype=np.int64), device) for part in parts)))
+        sequences = sequences[counts[sequences] > len(rounds)]
+    return rounds
 
 
 def _conv_rows(query_start_loc: Int32Array, saves: Sequence[Save], width: int, device: torch.device) -> ConvRows:
@@ -76,10 +104,9 @@ def _chunks(
     starts: NDArray[np.int64],
     counts: NDArray[np.int64],
     slots: Sequence[int],
-    saves: Sequence[Save],
+    save_slots: SaveSlots,
     device: torch.device,
 ) -> Chunks:
-    save_slots = {(sequence, count): slot for sequence, count, slot in saves}
     rounds: list[list[tuple[int, int, int]]] = []
     """For each round (sequence, first of its new tokens, end)."""
     for sequence in sequences:

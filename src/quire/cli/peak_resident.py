@@ -12,9 +12,8 @@ from quire.dtypes import DTYPE_BYTES
 from quire.engine.memory_plan import MemoryPlan
 from quire.model_config import ModelConfig
 from quire.models.safetensors_file import RELEASED_BYTES
+from quire.simulation.devices import PROCESS_BYTES
 
-PROCESS_BYTES = 250 * 2**20
-"""Interpreter, torch without CUDA and other libraries; used if the device was not measured."""
 TOKENIZER_SHARE = 7
 """Bytes of memory that a tokeniser takes per byte of its tokenizer.json."""
 

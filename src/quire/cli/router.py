@@ -18,7 +18,7 @@ def router(**options: Any) -> int:
     import uvloop
 
     from quire.router.serve import http_settings, serve
-    from quire.server.listen import bind
+    from quire.server.sockets import bind
 
     def report(line: str) -> None:
         print(f"quire router [{time.perf_counter() - started:6.2f} s] {line}", file=sys.stderr, flush=True)

@@ -40,9 +40,9 @@ def serve(model: ModelArgument = "", *, config: Path | None = None, show_config:
     import uvloop
 
     from quire.engine.async_engine import AsyncLLM
-    from quire.server.listen import bind
     from quire.server.listen import serve as serve_until_stopped
     from quire.server.logs import configure_logging
+    from quire.server.sockets import bind
     from quire.server.two_engines import TwoEngines
 
     def report(line: str) -> None:

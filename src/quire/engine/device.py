@@ -36,6 +36,8 @@ class Device:
     """Compute capability of a CUDA device."""
     multiplies_bfloat16: bool = False
     """Whether a CPU reports products of pairs of bfloat16, and the kernels may use them."""
+    is_here: bool = True
+    """False for a device that is only planned for: packages that it needs are taken to be installed there."""
 
 
 def find_device(wanted: str, *, probe: Callable[[], Device | None] | None = None) -> Device:

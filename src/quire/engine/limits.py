@@ -23,6 +23,8 @@ def check_request(request: Request, *, vocab_size: int, max_logprobs: int, max_m
     _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
     _check_tokens("logit_bias", params.logit_bias or (), vocab_size)
+    for word in params.bad_words_token_ids:
+        _check_tokens("bad_words_token_ids", word, vocab_size)
     _check_allowed(request)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)

@@ -7,7 +7,7 @@ the parts beside the KV cache; `memory_refusals.py` refuses what does not fit, w
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from quire.backends import BACKENDS, Backend, choose_backend
+from quire.backends import BACKENDS, Backend, choose_backend, has_package
 from quire.config import EngineConfig
 from quire.engine.device import Device, find_device
 from quire.engine.image_memory import NO_IMAGES, ImageMemory
@@ -253,7 +253,13 @@ def _describe_stored(model: ModelConfig, choice: StorageChoice) -> str:
 
 
 def _choose_storage(config: EngineConfig, model: ModelConfig, device: Device, longest: int) -> StorageChoice:
-    name = choose_backend(config.attention_backend, device.type, device.capability, needs=model.attention_needs)
+    name = choose_backend(
+        config.attention_backend,
+        device.type,
+        device.capability,
+        has_package=has_package if device.is_here else lambda package: True,
+        needs=model.attention_needs,
+    )
     dtype = _dtype(config, model, device)
     min_batched = MIN_BATCHED_TOKENS if device.total_memory is None else MIN_BATCHED_TOKENS_ON_GPU
     if model.needs_whole_texts:

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -226,12 +226,11 @@ _HISTOGRAMS = (
 )
 
 
-class Metrics:
+class Metrics(Collector):
     """All metrics of one process, in their own registry. Not safe for threads that write at the same time."""
 
     def __init__(self, model_name: str = "") -> None:
         self.registry = CollectorRegistry()
-        self.content_type = CONTENT_TYPE_LATEST
         self._labels = {"model_name": model_name, "engine": "0"}
         self._latest = EngineStats()
         self._published = EngineStats()
@@ -317,8 +316,12 @@ class Metrics:
 
     def render(self) -> bytes:
         """All metrics, in Prometheus' text format."""
+        return generate_latest(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics, for prometheus_client."""
         self._publish()
-        return generate_latest(self.registry)
+        return self.registry.collect()
 
     def _publish(self) -> None:
         """Bring gauges and counters to the latest snapshot."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from quire.config import EngineConfig
 from quire.engine.memory_budget import MemoryBudget
 from quire.engine.memory_sizes import show_bytes
-from quire.errors import ConfigError, MemoryPlanError
+from quire.errors import MemoryPlanError
 from quire.model_config import ModelConfig
 
 STATE_SHARE = 0.5
@@ -29,18 +29,12 @@ class StateMemory:
 def plan_states(config: EngineConfig, model: ModelConfig, budget: MemoryBudget, share: float) -> StateMemory:
     """Two slots for each sequence that may run, or as many as fit; half of them are for running sequences.
 
-    `share` of the memory left beside the other parts is for KV blocks and states. Raises `ConfigError` for options that
-    a model with recurrent layers does not take, `MemoryPlanError` where two slots do not fit.
+    `share` of the memory left beside the other parts is for KV blocks and states. Raises `MemoryPlanError` where two
+    slots do not fit.
     """
     slot = model.spec.state_bytes
     if not slot:
         return StateMemory(0, 0, config.max_num_seqs)
-    for name in ("swap_space", "disk_cache"):
-        if getattr(config, name):
-            raise ConfigError(
-                f"{name} is {getattr(config, name)!r}, but {model.architecture} has recurrent layers, and the tiers "
-                "below the KV cache do not hold their states; leave it out"
-            )
     if config.state_memory is None:
         num_slots = min(2 * config.max_num_seqs, int(budget.left * share * STATE_SHARE) // slot)
         room = f"{show_bytes(budget.left)} are left beside weights and activations; free memory or set state_memory"

@@ -12,6 +12,7 @@ FAMILIES: dict[str, Callable[[VisionConfig], ImageFamily]] = {
     "llava": Llava,
     "llava_next": LlavaNext,
     "idefics3": Idefics3,
+    "qwen2_vl": Qwen25VL,
     "qwen2_5_vl": Qwen25VL,
 }
 

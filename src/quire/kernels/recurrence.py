@@ -36,11 +36,13 @@ def gated_delta_rule(
 ) -> Tensor:
     """q, k [T, G, K], v [T, H, V], log_decay, beta [T, H] -> [T, H, V]."""
     out = torch.empty_like(v)
-    if len(plan.steps):
-        rows = plan.step_rows
+    states = state.recurrent
+    for step in plan.steps:
+        rows = step.rows
         betas = None if beta is None else beta[rows]
-        slots = plan.slots[plan.steps]
-        out[rows] = _step(q[rows], k[rows], v[rows], log_decay[rows], betas, state.recurrent, slots)
+        out[rows] = _step(q[rows], k[rows], v[rows], log_decay[rows], betas, states, step.slots)
+        if len(step.saved):
+            states[step.save_slots] = states[step.slots[step.saved]]
     if plan.chunks is not None:
         chunks = plan.chunks
         padding = chunks.padding[..., None]

@@ -38,6 +38,20 @@ class ChunkRound:
 
 
 @dataclass(frozen=True, slots=True)
+class StepRound:
+    """One token of each of some sequences, computed together."""
+
+    rows: Tensor
+    """Their tokens."""
+    slots: Tensor
+    """The state slot of each token's sequence."""
+    saved: Tensor
+    """Indices into these of tokens after which the state is also saved."""
+    save_slots: Tensor
+    """The slots that it is saved to."""
+
+
+@dataclass(frozen=True, slots=True)
 class Chunks:
     """The tokens of a step's longer sequences, cut into N chunks of at most C tokens, in the order of `rounds`."""
 
@@ -63,9 +77,8 @@ class RecurrentPlan:
     """[M, 3]: (sequence, n, slot): the sequence's state after its first n new tokens is also written to the
     slot."""
     conv: ConvRows
-    steps: Tensor
-    """Sequences of one token that save nothing."""
-    step_rows: Tensor
-    """Their tokens."""
+    steps: Sequence[StepRound]
+    """Sequences that are computed token by token: those of one token, and those that save after every token but the
+    last, as drafts do. The n-th round has the n-th token of each sequence that has as many."""
     chunks: Chunks | None
     """The others; None if there are none."""

@@ -20,6 +20,9 @@ from quire.request import InputSpan
 BlockHash = bytes
 """32 bytes of BLAKE2b. Equal hashes mean equal tokens, history, salt, adapter and inputs."""
 
+_STATE_GROUP = 255
+"""No model has so many KV groups."""
+
 TokenKey = int | tuple[int, bytes, int]
 """A token as prefixes compare it: its id, and inside an input also the input's hash and the token's index in it."""
 
@@ -60,6 +63,11 @@ def group_hash(block_hash: BlockHash, group: int) -> BlockHash:
     The group's number goes into the last byte. So group 0 keeps the hash itself, and a hash still has 32 bytes.
     """
     return block_hash[:-1] + bytes((block_hash[-1] ^ group,)) if group else block_hash
+
+
+def state_hash(name: BlockHash) -> BlockHash:
+    """The hash under which tiers store a recurrent state, for the hash of the block that it follows; and back."""
+    return group_hash(name, _STATE_GROUP)
 
 
 def find_extras(inputs: Sequence[InputSpan], start: int, block_size: int) -> list[BlockExtra]:

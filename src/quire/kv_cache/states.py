@@ -12,7 +12,7 @@ that is overwritten. They are executed in their order before the step computes, 
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -48,6 +48,11 @@ class FoundState(NamedTuple):
 
     num_tokens: int
     slot: int
+    """NO_STATE: it is stored in a tier."""
+
+
+Listener = Callable[[int, BlockHash], None]
+"""Called with the slot and the name of a snapshot at the end of a block."""
 
 
 class StatePool:
@@ -63,6 +68,8 @@ class StatePool:
         """For the next step."""
         self.pinned: Counter[BlockHash] = Counter()
         """Name of a snapshot that is never evicted → number of prefixes that pin it."""
+        self.kept_listeners: list[Listener] = []
+        self.eviction_listeners: list[Listener] = []
         self._free = list(range(num_slots - 1, -1, -1))
         self._num_held = 0
         self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
@@ -73,14 +80,15 @@ class StatePool:
 
     # -- slots --------------------------------------------------------------------------------------------------------
 
-    def take(self, source: int = ZERO_STATE) -> int:
+    def take(self, source: int | None = ZERO_STATE) -> int:
         """A slot for a running sequence, whose state begins as that of slot `source`, or as the one before any token.
 
-        If `source` is the snapshot that must be evicted, the sequence gets that slot.
+        If `source` is the snapshot that must be evicted, the sequence gets that slot. None: its state will be loaded.
         """
         slot = self._take()
         self.stats.num_running += 1
-        self.copy(source, slot)
+        if source is not None:
+            self.copy(source, slot)
         return slot
 
     def copy(self, source: int, slot: int) -> None:
@@ -107,6 +115,17 @@ class StatePool:
         self._num_held -= 1
         self._free.append(slot)
 
+    def exchange(self, slot: int, held: int) -> int:
+        """A running sequence goes on in a held slot and gives its own back. Returns the slot it goes on in."""
+        self._num_held -= 1
+        self._free.append(slot)
+        return held
+
+    @property
+    def num_for_drafts(self) -> int:
+        """Slots that drafts may hold now: at most half of what is left to snapshots, so that most of these stay."""
+        return max(0, (self.max_snapshots + 1) // 2 - self._num_held - len(self.pinned))
+
     def take_copies(self) -> list[StateCopy]:
         """The copies ordered since the last call."""
         copies, self.copies = self.copies, []
@@ -118,7 +137,11 @@ class StatePool:
         for name in self._snapshots:
             if name not in self.pinned:
                 self.stats.total_evicted += 1
-                return self._remove(name).slot
+                snapshot = self._remove(name)
+                if not snapshot.length:
+                    for listener in self.eviction_listeners:
+                        listener(snapshot.slot, name)
+                return snapshot.slot
         raise OutOfStatesError(f"all {self.stats.num_slots} slots of recurrent states are in use")
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
@@ -150,6 +173,18 @@ class StatePool:
     def holds(self, name: BlockHash) -> bool:
         """Whether there is a snapshot of this name."""
         return self._aliases.get(name, name) in self._snapshots
+
+    def slot_of(self, name: BlockHash) -> int:
+        """The slot of the snapshot of this name; NO_STATE if there is none."""
+        snapshot = self._snapshots.get(self._aliases.get(name, name))
+        return NO_STATE if snapshot is None else snapshot.slot
+
+    def origin(self, slot: int) -> int:
+        """Where the content that a slot will have after the copies ordered so far lies before them."""
+        for source, destination in reversed(self.copies):
+            if destination == slot:
+                slot = source
+        return slot
 
     def forget(self, hashes: Collection[BlockHash]) -> None:
         """Remove the snapshots at the end of these blocks and inside the blocks after them: they may be wrong."""
@@ -197,6 +232,9 @@ class StatePool:
         if length:
             self._tails.setdefault(parent, {})[name] = length
         self.stats.total_saved += 1
+        if not length:
+            for listener in self.kept_listeners:
+                listener(slot, name)
 
     def _touch(self, name: BlockHash, num_tokens: int) -> FoundState:
         self._snapshots.move_to_end(name)

@@ -68,15 +68,22 @@ class KVCache:
         self.block_bytes = sum(tensor.shape[1] for tensor in self._bytes)
         """Size of a block's keys and values in the layers of a group."""
 
+    def num_bytes(self, block: int) -> int:
+        """The size of a block. An index past the blocks is that of a recurrent state: `num_blocks` + its slot."""
+        if block < self.num_blocks:
+            return self.block_bytes
+        assert self.states is not None, "only a model with recurrent layers has states"
+        return self.states.slot_bytes
+
     def copy_out(self, block: int, out: torch.Tensor) -> None:
-        """Copy a block to `out`, uint8 [block_bytes]: keys, then values, part after part.
+        """Copy a block, or a state, to `out`, uint8 [num_bytes]: keys, then values, part after part.
 
         A copy to pinned memory is asynchronous. It is done before the device's next step; then `copy_in` may read it.
         """
         first = 0
-        for tensor in self._bytes:
-            out[first : first + tensor.shape[1]].copy_(tensor[block], non_blocking=out.is_pinned())
-            first += tensor.shape[1]
+        for content in self._contents(block):
+            out[first : first + len(content)].copy_(content, non_blocking=out.is_pinned())
+            first += len(content)
 
     def synchronize(self) -> None:
         """Wait until a device has made its copies."""
@@ -84,11 +91,17 @@ class KVCache:
             torch.cuda.current_stream(self.device).synchronize()
 
     def copy_in(self, block: int, content: torch.Tensor) -> None:
-        """Overwrite a block with content from `copy_out`."""
+        """Overwrite a block, or a state, with content from `copy_out`."""
         first = 0
-        for tensor in self._bytes:
-            tensor[block].copy_(content[first : first + tensor.shape[1]], non_blocking=content.is_pinned())
-            first += tensor.shape[1]
+        for own in self._contents(block):
+            own.copy_(content[first : first + len(own)], non_blocking=content.is_pinned())
+            first += len(own)
+
+    def _contents(self, block: int) -> Sequence[torch.Tensor]:
+        if block < self.num_blocks:
+            return [tensor[block] for tensor in self._bytes]
+        assert self.states is not None, "only a model with recurrent layers has states"
+        return self.states.contents(block - self.num_blocks)
 
 
 class StateCache:
@@ -104,6 +117,12 @@ class StateCache:
         self.layers = [StateLayer(*pair) for pair in zip(self._tensors[::2], self._tensors[1::2], strict=True)]
         self.conv_width = layers[0].conv_width
         """The same in every layer."""
+        self._bytes = [tensor.view(num_slots, -1).view(torch.uint8) for tensor in self._tensors]
+        self.slot_bytes = sum(tensor.shape[1] for tensor in self._bytes)
+
+    def contents(self, slot: int) -> Sequence[torch.Tensor]:
+        """The bytes of a state, tensor after tensor."""
+        return [tensor[slot] for tensor in self._bytes]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy states from slot to slot, one pair after the other; source -1 is the state before the first token."""

@@ -33,9 +33,18 @@ def num_staged_blocks(block_bytes: int) -> int:
 class Tier:
     """The blocks of one tier, least recently used first, and the space they take of `capacity_bytes`."""
 
-    def __init__(self, capacity_bytes: int, block_bytes: int, stored: Iterable[tuple[bytes, int]] = ()) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        block_bytes: int,
+        stored: Iterable[tuple[bytes, int]] = (),
+        *,
+        state_bytes: int = 0,
+    ) -> None:
         self.block_bytes = block_bytes
         """Space that one more block takes."""
+        self.state_bytes = state_bytes
+        """Space that one more recurrent state takes."""
         self.stats = TierStats(capacity_bytes=capacity_bytes)
         self.listeners: list[Callable[[bytes, bool], None]] = []
         """Called with a block's hash, and whether it is now stored (or else gone)."""
@@ -54,11 +63,19 @@ class Tier:
         """Note that a block was used."""
         self._sizes.move_to_end(block_hash)
 
-    def add(self, block_hash: bytes) -> None:
-        """Note that a block is stored."""
+    def size(self, block_hash: bytes) -> int:
+        """The space of what is stored; of a block if nothing is."""
+        return self._sizes.get(block_hash, self.block_bytes)
+
+    def num_blocks(self, block_hash: bytes) -> int:
+        """The same in blocks, for whose bytes rates are measured."""
+        return -(-self.size(block_hash) // self.block_bytes)
+
+    def add(self, block_hash: bytes, size: int) -> None:
+        """Note that a block or a state is stored."""
         if block_hash not in self._sizes:
-            self._sizes[block_hash] = self.block_bytes
-            self.stats.num_bytes += self.block_bytes
+            self._sizes[block_hash] = size
+            self.stats.num_bytes += size
             self.stats.num_blocks += 1
             for listener in self.listeners:
                 listener(block_hash, True)

@@ -55,9 +55,14 @@ class VisionConfig:
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
     """(height, width) of the grids that an image is cut into (LLaVA 1.6)."""
     window_size: int = 0
-    """Pixels in each direction of a window of attention (Qwen2.5-VL)."""
+    """Pixels in each direction of a window of attention (Qwen2.5-VL); 0: attention has none."""
     full_attention_layers: frozenset[int] = frozenset()
     """Layers whose attention has no window."""
+    gated_mlp: bool = False
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a layer attends within windows."""
+        return self.window_size > 0 and layer not in self.full_attention_layers
 
     @property
     def patches_per_side(self) -> int:
@@ -73,9 +78,8 @@ class VisionConfig:
     def linears(self) -> tuple[LinearSpec, ...]:
         """All matrices, for the memory plan; no quantisation touches them."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        gated = self.family == "qwen2_5_vl"
         layer = [("qkv", 3 * hidden, hidden), ("o", hidden, hidden), ("down", hidden, inner)]
-        layer += [("up", inner, hidden)] * (2 if gated else 1)
+        layer += [("up", inner, hidden)] * (2 if self.gated_mlp else 1)
         ends = [("patches", hidden, self.patch_elements), *self._projector]
         return tuple(LinearSpec(*entry, quantizes=False) for entry in (*ends, *layer * self.num_layers))
 
@@ -85,9 +89,7 @@ class VisionConfig:
         match self.family:
             case "idefics3":
                 return [("projector", width, merged)]
-            case "gemma3":
-                return [("projector", width, self.hidden_size)]
-            case "qwen2_5_vl":
+            case "qwen2_vl" | "qwen2_5_vl":
                 return [("merger", merged, merged), ("projector", width, merged)]
         return [("linear_1", width, self.hidden_size * len(self.feature_layers)), ("linear_2", width, width)]
 
@@ -253,29 +255,34 @@ def _read_idefics3(config: ConfigJson, family: str, hidden_size: int) -> VisionC
     )
 
 
-def _read_qwen(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig:
-    defaults = {
-        "hidden_size": 3584,
-        "intermediate_size": 3420,
-        "depth": 32,
-        "num_heads": 16,
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-    }
-    fields = {key: config.integer(f"vision_config.{key}", default) for key, default in defaults.items()}
-    for key in ("in_channels", "temporal_patch_size"):
-        if fields[key] != defaults[key]:
-            raise config.refusal(f"vision_config.{key}", fields[key], str(defaults[key]))
-    width, num_heads, patch, merge = (
-        fields[key] for key in ("hidden_size", "num_heads", "patch_size", "spatial_merge_size")
+_QWEN: dict[str, int] = {
+    "hidden_size": 3584,
+    "depth": 32,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def _read_qwen2(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig:
+    """Qwen2-VL. Its `hidden_size` is what the projector writes; the layers have `embed_dim`."""
+    fields = _qwen_fields(config, {"embed_dim": 1280, "mlp_ratio": 4})
+    out = fields["hidden_size"]
+    if out != hidden_size:
+        raise config.refusal("vision_config.hidden_size", out, f"the text model's hidden_size {hidden_size}")
+    width = fields["embed_dim"]
+    return _qwen(
+        config, family, fields, hidden_size, {"hidden_size": width, "intermediate_size": width * fields["mlp_ratio"]}
     )
-    if width % (4 * num_heads):
-        raise config.refusal("vision_config.hidden_size", width, f"a multiple of 4 × {num_heads} heads")
-    if fields["window_size"] // (merge * patch) < 1:
-        raise config.refusal("vision_config.window_size", fields["window_size"], f"at least {merge * patch} pixels")
+
+
+def _read_qwen2_5(config: ConfigJson, family: str, hidden_size: int) -> VisionConfig:
+    fields = _qwen_fields(config, {"intermediate_size": 3420, "window_size": 112})
+    token = fields["spatial_merge_size"] * fields["patch_size"]
+    if fields["window_size"] // token < 1:
+        raise config.refusal("vision_config.window_size", fields["window_size"], f"at least {token} pixels")
     out = config.integer("vision_config.out_hidden_size", hidden_size)
     if out != hidden_size:
         raise config.refusal("vision_config.out_hidden_size", out, f"the hidden_size {hidden_size}")
@@ -283,6 +290,32 @@ def _read_qwen(config: ConfigJson, family: str, hidden_size: int) -> VisionConfi
     full = [7, 15, 23, 31] if full is None else full
     if not isinstance(full, list) or not all(type(layer) is int for layer in full):
         raise config.refusal("vision_config.fullatt_block_indexes", full, "a list of layers")
+    own = {"window_size": fields["window_size"], "full_attention_layers": frozenset(full), "gated_mlp": True}
+    return _qwen(
+        config,
+        family,
+        fields,
+        hidden_size,
+        {"hidden_size": fields["hidden_size"], "intermediate_size": fields["intermediate_size"], **own},
+    )
+
+
+def _qwen_fields(config: ConfigJson, own: dict[str, int]) -> dict[str, int]:
+    fields = {key: config.integer(f"vision_config.{key}", default) for key, default in {**_QWEN, **own}.items()}
+    for key in ("in_channels", "temporal_patch_size"):
+        if fields[key] != _QWEN[key]:
+            raise config.refusal(f"vision_config.{key}", fields[key], str(_QWEN[key]))
+    return fields
+
+
+def _qwen(
+    config: ConfigJson, family: str, fields: dict[str, int], hidden_size: int, own: dict[str, Any]
+) -> VisionConfig:
+    """What both families share; `own` are the sizes of the layers."""
+    width, num_heads = own["hidden_size"], fields["num_heads"]
+    if width % (4 * num_heads):
+        key = "embed_dim" if "embed_dim" in fields else "hidden_size"
+        raise config.refusal(f"vision_config.{key}", width, f"a multiple of 4 × {num_heads} heads")
     token = config.integer("image_token_id", 151655, minimum=0)
     processing = {
         "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
@@ -290,21 +323,19 @@ def _read_qwen(config: ConfigJson, family: str, hidden_size: int) -> VisionConfi
         "image_mean": list(CLIP_MEAN),
         "image_std": list(CLIP_STD),
     }
+    default = "silu" if own.get("gated_mlp") else "quick_gelu"
     return VisionConfig(
         family=family,
         image_token_id=token,
         marker_token_id=token,
         processing=read_processing(config.path.parent, processing),
-        hidden_size=width,
-        intermediate_size=fields["intermediate_size"],
         num_layers=fields["depth"],
         num_heads=num_heads,
-        patch_size=patch,
-        activation=ACTIVATIONS[config.choice("vision_config.hidden_act", tuple(ACTIVATIONS), "silu")],
+        patch_size=fields["patch_size"],
+        activation=ACTIVATIONS[config.choice("vision_config.hidden_act", tuple(ACTIVATIONS), default)],
         projector_width=hidden_size,
-        merge=merge,
-        window_size=fields["window_size"],
-        full_attention_layers=frozenset(full),
+        merge=fields["spatial_merge_size"],
+        **own,
     )
 
 
@@ -312,5 +343,6 @@ _READERS: dict[str, Callable[[ConfigJson, str, int], VisionConfig]] = {
     "llava": _read_llava,
     "llava_next": _read_llava,
     "idefics3": _read_idefics3,
-    "qwen2_5_vl": _read_qwen,
+    "qwen2_vl": _read_qwen2,
+    "qwen2_5_vl": _read_qwen2_5,
 }

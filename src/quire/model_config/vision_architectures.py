@@ -14,6 +14,18 @@ _LLAMA: dict[str, Any] = {
     "num_attention_heads": 32,
     "eos_token_id": 2,
 }
+_QWEN: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "eos_token_id": 151645,
+    "rope_sections": [16, 24, 24],
+}
 TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _LLAMA),
     "mistral": ("MistralForCausalLM", {**_LLAMA, "intermediate_size": 14336}),
@@ -21,21 +33,8 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2ForCausalLM",
         {**_LLAMA, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "eos_token_id": None},
     ),
-    "qwen2_5_vl_text": (
-        "Qwen2ForCausalLM",
-        {
-            "vocab_size": 152064,
-            "hidden_size": 8192,
-            "intermediate_size": 29568,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "eos_token_id": 151645,
-            "rope_sections": [16, 24, 24],
-        },
-    ),
+    "qwen2_vl_text": ("Qwen2ForCausalLM", _QWEN),
+    "qwen2_5_vl_text": ("Qwen2ForCausalLM", _QWEN),
 }
 """model_type of the section → the row whose keys it has, and what it may leave out besides."""
 
@@ -59,6 +58,12 @@ VISION_ARCHITECTURES: dict[str, Architecture] = {
         vision="idefics3",
         text_model="llama",
         implied={"rms_norm_eps": 1e-5},
+    ),
+    "Qwen2VLForConditionalGeneration": Architecture(
+        model="quire.models.qwen2_5_vl:Qwen25VL",
+        section="text_config",
+        vision="qwen2_vl",
+        text_model="qwen2_vl_text",
     ),
     "Qwen2_5_VLForConditionalGeneration": Architecture(
         model="quire.models.qwen2_5_vl:Qwen25VL",

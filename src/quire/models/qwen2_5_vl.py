@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the layers of Qwen2, rotated by three positions a token, and an image encoder."""
+"""Qwen2-VL and Qwen2.5-VL: the layers of Qwen2, rotated by three positions a token, and an image encoder."""
 
 from dataclasses import replace
 

@@ -11,8 +11,9 @@ from quire.router.event_feed import EventFeed
 from quire.router.settings import RouterSettings
 from quire.routing.fleet import Fleet
 from quire.routing.policies import POLICIES
-from quire.server.listen import HttpServer, url_of
+from quire.server.listen import HttpServer
 from quire.server.settings import ServerSettings, is_loopback
+from quire.server.sockets import url_of
 
 
 async def serve(settings: RouterSettings, listener: socket.socket, *, report: Callable[[str], None]) -> bool:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,7 @@ class Policy(Protocol):
 
 def num_new_tokens(prompt: Prompt, replica: Replica, index: PrefixIndex) -> int:
     """Tokens of the prompt that a replica probably has to compute: one at least, the last."""
-    num_held = index.prefix_lengths(prompt.blocks).get(replica.number, 0)
+    num_held = index.prefix_length(1 << replica.number, prompt.blocks)
     return max(1, prompt.num_tokens - num_held * prompt.block_size)
 
 
@@ -56,10 +57,7 @@ class LeastWork:
     """The work of a replica beyond this many times the mean adds to its cost. So no replica stays far ahead."""
 
     def choose(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex) -> Replica:
-        size, context_cost = prompt.block_size, self.context_cost
-        held = index.prefix_lengths(prompt.blocks)
-        on_device = index.prefix_lengths(prompt.blocks, DEVICE) if held and index.has_lower_tiers else held
-        saved_by_tier = 1 - self.lower_tier_cost
+        context_cost = self.context_cost
         loads = [replica.load for replica in replicas]
         most = self.most_ahead * sum([load.total_tokens for load in loads]) / len(loads)
         costs = [
@@ -68,15 +66,76 @@ class LeastWork:
             + (load.total_tokens - most if load.total_tokens > most else 0.0)
             for load in loads
         ]
-        if held:
-            for place, replica in enumerate(replicas):
-                num_blocks = held.get(replica.number)
-                if num_blocks:
-                    fast = on_device.get(replica.number, 0)
-                    costs[place] -= size * (fast + saved_by_tier * (num_blocks - fast))
-        limit = min(costs) + self.slack * prompt.num_tokens
-        _, place = min([(loads[place].total_tokens, place) for place, cost in enumerate(costs) if cost <= limit])
-        return replicas[place]
+        savings = _Savings(prompt, replicas, index, 1 - self.lower_tier_cost)
+        limit = savings.least_cost(costs) + self.slack * prompt.num_tokens
+        best = len(loads)
+        least = math.inf
+        for place, load in enumerate(loads):
+            if load.total_tokens < least and savings.keeps_within(limit, costs[place], place):
+                best, least = place, load.total_tokens
+        return replicas[best]
+
+
+class _Savings:
+    """What replicas save of a prompt, looked up only where it decides.
+
+    A replica that holds `held` blocks of the prompt in any tier and `fast` of them on its device saves `fast` blocks
+    and a share of the rest. Whether it saves enough to matter is one look-up: does it hold the block at that place? The
+    exact length takes one look-up per halving of the prompt, and only replicas that seem to be best need it.
+    """
+
+    def __init__(self, prompt: Prompt, replicas: Sequence[Replica], index: PrefixIndex, lower_share: float) -> None:
+        self._blocks, self._size = prompt.blocks, prompt.block_size
+        self._bits = [1 << replica.number for replica in replicas]
+        self._index, self._find = index, index.finder()
+        self._find_fast = index.finder(DEVICE)
+        self._has_lower_tiers = index.has_lower_tiers
+        self._lower_share = lower_share
+        self._longest = index.prefix_length(sum(self._bits), self._blocks)
+        """Most blocks that any of the replicas holds."""
+
+    def least_cost(self, costs: Sequence[float]) -> float:
+        """The least of `costs`, one per replica without savings, when each has its savings taken off."""
+        least, size, longest = min(costs), self._size, self._longest
+        if not longest:
+            return least
+        find, blocks, bits = self._find, self._blocks, self._bits
+        most = longest * size
+        last = find(blocks[longest - 1]) or 0
+        if not self._has_lower_tiers:
+            least = min([least, *(cost - most for cost, bit in zip(costs, bits, strict=True) if last & bit)])
+        for place in sorted(range(len(costs)), key=costs.__getitem__):
+            gap = costs[place] - least
+            if gap >= most:
+                break  # no replica saves more than the longest prefix, and the others cost more without savings
+            # To cost less than the least so far it must save more than the gap.
+            needed = int(gap / size) if gap > 0 else 0
+            if (find(blocks[needed]) or 0) & bits[place]:
+                least = min(least, costs[place] - self._saved(place, needed + 1))
+        return least
+
+    def keeps_within(self, limit: float, cost: float, place: int) -> bool:
+        """Whether a replica of that cost without savings costs at most `limit` with them."""
+        if cost <= limit:
+            return True
+        needed = math.ceil((cost - limit) / self._size)
+        if needed > self._longest:
+            return False
+        bit, block = self._bits[place], self._blocks[needed - 1]
+        if (self._find_fast(block) or 0) & bit:
+            return True
+        if not (self._has_lower_tiers and (self._find(block) or 0) & bit):
+            return False
+        return cost - self._saved(place, needed) <= limit
+
+    def _saved(self, place: int, least: int) -> float:
+        """Tokens that a replica saves; it holds at least `least` blocks."""
+        bit, length = self._bits[place], self._index.prefix_length
+        held = length(bit, self._blocks, least=least, most=self._longest)
+        if not self._has_lower_tiers:
+            return float(held * self._size)
+        fast = length(bit, self._blocks, DEVICE, most=held)
+        return self._size * (fast + self._lower_share * (held - fast))
 
 
 class RoundRobin:

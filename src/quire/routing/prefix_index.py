@@ -4,8 +4,8 @@ It learns from KV events, or guesses: a replica that was sent a prompt will hold
 wrong. A wrong entry costs time on the replica, never a wrong answer, because the replica looks for itself.
 
 A block's holders are one integer with a bit per replica, so a prompt is compared with all replicas at once. Replicas
-evict the ends of prompts first, so the holders of a block nearly always hold all blocks before it: where two blocks of
-a prompt have the same holders, those between them are not looked at.
+evict the ends of prompts first, so the holders of a block nearly always hold all blocks before it: how much of a prompt
+a replica holds is found by bisection.
 """
 
 from collections import OrderedDict
@@ -17,6 +17,9 @@ BlockKey = int
 DEVICE, HOST, DISK = range(3)
 """Where a replica holds a block: the tiers, fastest first."""
 
+_TIER_BITS = 64
+"""An entry is block + tier << 64, a plain integer: tuples would keep the garbage collector busy."""
+
 
 class PrefixIndex:
     """Holders of blocks in each tier; at most `max_blocks` entries per replica, the least recently used go first."""
@@ -25,8 +28,8 @@ class PrefixIndex:
         self.max_blocks = max_blocks
         self._holders: tuple[dict[BlockKey, int], ...] = ({}, {}, {})
         """For each tier: block → a bit for each replica that holds it there."""
-        self._held: dict[int, OrderedDict[tuple[BlockKey, int], None]] = {}
-        """Replica → its (block, tier) entries, the least recently used first."""
+        self._held: dict[int, OrderedDict[int, None]] = {}
+        """Replica → its entries, the least recently used first."""
 
     @property
     def has_lower_tiers(self) -> bool:
@@ -40,17 +43,17 @@ class PrefixIndex:
     def add(self, replica: int, blocks: Iterable[BlockKey], tier: int = DEVICE) -> None:
         """A replica holds these blocks, or will soon. They are now its most recently used."""
         held = self._held.setdefault(replica, OrderedDict())
-        holders, bit = self._holders[tier], 1 << replica
+        holders, bit, offset = self._holders[tier], 1 << replica, tier << _TIER_BITS
         for block in blocks:
-            entry = (block, tier)
+            entry = block + offset
             if entry in held:
                 held.move_to_end(entry)
             else:
                 held[entry] = None
                 holders[block] = holders.get(block, 0) | bit
         while len(held) > self.max_blocks:
-            (block, from_tier), _ = held.popitem(last=False)
-            self._drop(block, from_tier, bit)
+            entry, _ = held.popitem(last=False)
+            self._drop(entry, bit)
 
     def remove(self, replica: int, blocks: Iterable[BlockKey], tier: int = DEVICE) -> None:
         """A replica no longer holds these blocks in a tier. Unknown ones are ignored."""
@@ -58,13 +61,14 @@ class PrefixIndex:
         if held is None:
             return
         for block in blocks:
-            if held.pop((block, tier), False) is None:
-                self._drop(block, tier, 1 << replica)
+            entry = block + (tier << _TIER_BITS)
+            if held.pop(entry, False) is None:
+                self._drop(entry, 1 << replica)
 
     def clear(self, replica: int) -> None:
         """Forget a replica: it has restarted, or is gone."""
-        for block, tier in self._held.pop(replica, ()):
-            self._drop(block, tier, 1 << replica)
+        for entry in self._held.pop(replica, ()):
+            self._drop(entry, 1 << replica)
 
     def prefix_lengths(self, blocks: Sequence[BlockKey], tier: int | None = None) -> dict[int, int]:
         """Replica → how many of the first `blocks` it holds in `tier`, or in any; replicas that hold none are left out.
@@ -73,9 +77,9 @@ class PrefixIndex:
         """
         if not blocks:
             return {}
-        find = self._finder(tier)
-        first, end = find(blocks[0]), len(blocks)
-        last = find(blocks[-1]) & first
+        find = self.finder(tier)
+        first, end = find(blocks[0]) or 0, len(blocks)
+        last = (find(blocks[-1]) or 0) & first
         lengths = dict.fromkeys(_bits(last), end)
         # Spans of blocks: the index of a block and its holders, and of a later one and its holders. A replica that
         # holds the first and not the second holds a length in between.
@@ -88,18 +92,39 @@ class PrefixIndex:
                         lengths[replica] = high
                     break
                 middle = (low + high) >> 1
-                between = find(blocks[middle]) & before | after
+                between = (find(blocks[middle]) or 0) & before | after
                 if between != before:
                     spans.append((low, before, middle, between))
                 low, before = middle, between
         return lengths
 
-    def _finder(self, tier: int | None) -> Callable[[BlockKey], int]:
-        """The function from a block to its holders in a tier, or in any."""
+    def prefix_length(
+        self,
+        replicas: int,
+        blocks: Sequence[BlockKey],
+        tier: int | None = None,
+        *,
+        least: int = 0,
+        most: int | None = None,
+    ) -> int:
+        """How many of the first `blocks` any of `replicas`, a bit for each, holds in `tier`, or in any tier.
+
+        The answer is known to be from `least` to `most`. Takes one look-up per halving of that range.
+        """
+        find, low, high = self.finder(tier), least, len(blocks) if most is None else most
+        while low < high:
+            middle = (low + high) >> 1
+            if (find(blocks[middle]) or 0) & replicas:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def finder(self, tier: int | None = None) -> Callable[[BlockKey], int | None]:
+        """The function from a block to its holders in a tier, or in any: a bit for each, or None."""
         layers = [layer for layer in self._holders if layer] if tier is None else [self._holders[tier]]
         if len(layers) == 1:
-            get = layers[0].get
-            return lambda block: get(block, 0)
+            return layers[0].get
 
         def find(block: BlockKey) -> int:
             found = 0
@@ -109,8 +134,9 @@ class PrefixIndex:
 
         return find
 
-    def _drop(self, block: BlockKey, tier: int, bit: int) -> None:
-        holders = self._holders[tier]
+    def _drop(self, entry: int, bit: int) -> None:
+        tier = entry >> _TIER_BITS
+        holders, block = self._holders[tier], entry - (tier << _TIER_BITS)
         left = holders.get(block, 0) & ~bit
         if left:
             holders[block] = left

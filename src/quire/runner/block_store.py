@@ -24,31 +24,36 @@ class BlockStore:
         self._kv_cache = kv_cache
         self._disk = disk
         self._host = _host_memory(num_host_blocks, kv_cache)
-        self._slots: dict[bytes, int] = {}
+        self._slots: dict[bytes, list[int]] = {}
+        """The blocks of host memory that hold a stored block; a recurrent state may take several."""
         self._free_slots = list(range(num_host_blocks - 1, -1, -1))
 
-    def move(self, plan: OffloadPlan) -> float:
-        """Carry out a plan, in the order of its fields. Returns the seconds spent on loads from host memory."""
+    def store(self, plan: OffloadPlan) -> None:
+        """Carry out the first half of a plan: what leaves the pool, and the tiers."""
         for tier, block_hash in plan.evicted:
             if tier == HOST:
-                self._free_slots.append(self._slots.pop(block_hash))
+                self._free_slots += self._slots.pop(block_hash)
             else:
                 self._files.remove(block_hash)
         for tier, block_hash, block in plan.stores:
             if tier == HOST:
-                slot = self._slots[block_hash] = self._free_slots.pop()
-                self._kv_cache.copy_out(block, self._host[slot])
+                self._store_in_host(block_hash, block)
             else:
-                buffer = self._files.new_buffer()
+                buffer = self._files.new_buffer(self._kv_cache.num_bytes(block))
                 self._kv_cache.copy_out(block, _content(buffer))
                 self._files.save(block_hash, buffer)
         for block_hash in plan.cancelled:
             self._files.release_buffer(self._files.take_buffer(block_hash))
+
+    def load(self, plan: OffloadPlan) -> float:
+        """Carry out the second half of a plan: what comes back. Returns the seconds spent on loads from host memory."""
         seconds = 0.0
         for tier, block_hash, block in plan.loads:
             if tier == HOST:
                 started = time.perf_counter()
-                self._kv_cache.copy_in(block, self._host[self._slots[block_hash]])
+                slots = self._slots[block_hash]
+                content = self._host[slots[0]] if len(slots) == 1 else self._host[slots].view(-1)
+                self._kv_cache.copy_in(block, content)
                 self._kv_cache.synchronize()
                 seconds += time.perf_counter() - started
             else:
@@ -58,6 +63,16 @@ class BlockStore:
         for block_hash in plan.reads:
             self._files.read(block_hash)
         return seconds
+
+    def _store_in_host(self, block_hash: bytes, block: int) -> None:
+        num_bytes, size = self._kv_cache.num_bytes(block), self._kv_cache.block_bytes
+        slots = self._slots[block_hash] = [self._free_slots.pop() for _ in range(-(-num_bytes // size))]
+        if len(slots) == 1:
+            self._kv_cache.copy_out(block, self._host[slots[0]])
+            return
+        content = torch.zeros(len(slots) * size, dtype=torch.uint8)
+        self._kv_cache.copy_out(block, content)
+        self._host[slots] = content.view(len(slots), size)
 
     def collect(self, *, wait: bool) -> OffloadResult:
         """What has ended in the background. With `wait`, waits for a read to end, at most MAX_WAIT_SECONDS."""

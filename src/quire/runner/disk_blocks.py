@@ -20,7 +20,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -55,16 +55,18 @@ class DiskBlocks:
     which only take space, are (fingerprint + hash, bytes).
     """
 
-    def __init__(self, folder: Path, fingerprint: bytes, block_bytes: int, lock: int, write: Write) -> None:
-        self.block_bytes = block_bytes
+    def __init__(self, folder: Path, fingerprint: bytes, sizes: Sequence[int], lock: int, write: Write) -> None:
+        self._sizes = frozenset(sizes)
+        """Bytes that a content may have: those of a block, and of a recurrent state."""
         self.stored: list[tuple[bytes, int]] = []
         self._root = folder
         self._fingerprint = fingerprint
         self._lock = lock
         self._write = write
         self._failed = False
-        self._unused: list[bytearray] = []
-        """Free buffers of header and content. Buffers are kept: there are as many as were ever in use at once."""
+        self._unused: dict[int, list[bytearray]] = {}
+        """Bytes of content → free buffers of header and content. Buffers are kept: there are as many as were ever in
+        use at once."""
         self._result = OffloadResult()
         self._arrived: dict[bytes, bytearray] = {}
         self._news = threading.Condition()
@@ -78,10 +80,9 @@ class DiskBlocks:
         ]
 
     @classmethod
-    def open(
-        cls, folder: str | Path, fingerprint: bytes, block_bytes: int, *, write: Write = os.write
-    ) -> "DiskBlocks | None":
-        """Lock the folder and list its blocks. None, with a line in the log, if the disk is full or the folder in use.
+    def open(cls, folder: str | Path, fingerprint: bytes, *sizes: int, write: Write = os.write) -> "DiskBlocks | None":
+        """Lock the folder and list its blocks, whose contents have one of `sizes` bytes. None, with a line in the log,
+        if the disk is full or the folder in use.
 
         Raises `ConfigError` for a folder that cannot be used.
         """
@@ -105,7 +106,7 @@ class DiskBlocks:
             os.close(lock)
             logger.warning("disk tier: another process uses %s; running without it", root)
             return None
-        store = cls(root, fingerprint, block_bytes, lock, write)
+        store = cls(root, fingerprint, sizes, lock, write)
         store._list_files()
         for thread in store._threads:
             thread.start()
@@ -113,16 +114,16 @@ class DiskBlocks:
 
     # -- the step's side ----------------------------------------------------------------------------------------------
 
-    def new_buffer(self) -> bytearray:
-        """A buffer of HEADER_BYTES and a block, to be filled and passed to `save`."""
+    def new_buffer(self, num_bytes: int) -> bytearray:
+        """A buffer of HEADER_BYTES and a content of `num_bytes`, to be filled and passed to `save`."""
         try:
-            return self._unused.pop()
-        except IndexError:
-            return bytearray(HEADER_BYTES + self.block_bytes)
+            return self._unused[num_bytes].pop()
+        except (KeyError, IndexError):
+            return bytearray(HEADER_BYTES + num_bytes)
 
     def release_buffer(self, buffer: bytearray) -> None:
         """The buffer is not used any more."""
-        self._unused.append(buffer)
+        self._unused.setdefault(len(buffer) - HEADER_BYTES, []).append(buffer)
 
     def save(self, block_hash: bytes, buffer: bytearray) -> None:
         """Write a block. The buffer belongs to this object from now on."""
@@ -194,7 +195,7 @@ class DiskBlocks:
 
     def _write_file(self, block_hash: bytes, buffer: bytearray) -> None:
         content = memoryview(buffer)[HEADER_BYTES:]
-        fields = (_MAGIC, self._fingerprint, block_hash, self.block_bytes)
+        fields = (_MAGIC, self._fingerprint, block_hash, len(content))
         _HEADER.pack_into(buffer, 0, *fields, self._digest(block_hash, content))
         path = self._path(block_hash)
         unfinished = path.with_suffix(_UNFINISHED)
@@ -215,23 +216,23 @@ class DiskBlocks:
     def _read_files(self) -> None:
         while (block_hash := self._to_read.get()) is not None:
             started = time.perf_counter()
-            buffer = self.new_buffer()
-            reason = self._read_file(block_hash, buffer)
+            buffer, reason = self._read_file(block_hash)
             seconds = time.perf_counter() - started
             with self._news:
-                if reason is None:
+                if buffer is not None:
                     self._arrived[block_hash] = buffer
                     self._result.read.append((block_hash, seconds))
                 else:
-                    self.release_buffer(buffer)
                     self._result.failed_reads.append((block_hash, reason))
                 self._news.notify_all()
 
-    def _read_file(self, block_hash: bytes, buffer: bytearray) -> str | None:
-        """Fill `buffer`. If that fails, return the reason; a damaged file is removed."""
+    def _read_file(self, block_hash: bytes) -> tuple[bytearray | None, str]:
+        """A buffer with header and content. If that fails, None and the reason; a damaged file is removed."""
         path = self._path(block_hash)
         try:
             with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size - HEADER_BYTES
+                buffer = self.new_buffer(size if size in self._sizes else max(self._sizes))
                 num_bytes, rest = 0, memoryview(buffer)
                 while rest and (count := file.readinto(rest)):
                     num_bytes += count
@@ -239,23 +240,24 @@ class DiskBlocks:
                 whole = num_bytes == len(buffer) and not file.read(1)
             os.utime(path)  # keeps the order of use for the next process
         except FileNotFoundError:
-            return "missing"
+            return None, "missing"
         except OSError as error:
             logger.warning("disk tier: cannot read %s: %s; its tokens are computed", path, error.strerror or error)
-            return "corrupt"
+            return None, "corrupt"
         if whole:
             *header, digest = _HEADER.unpack_from(buffer)
             content = memoryview(buffer)[HEADER_BYTES:]
-            expected = [_MAGIC, self._fingerprint, block_hash, self.block_bytes]
+            expected = [_MAGIC, self._fingerprint, block_hash, len(content)]
             if header == expected and digest == self._digest(block_hash, content):
-                return None
+                return buffer, ""
         state = "does not match its checksum" if whole else f"has not the {len(buffer)} bytes it should"
         logger.warning("disk tier: %s %s; removed, its tokens are computed", path, state)
         path.unlink(missing_ok=True)
-        return "corrupt"
+        self.release_buffer(buffer)
+        return None, "corrupt"
 
     def _digest(self, block_hash: bytes, content: memoryview) -> bytes:
-        header = _MAGIC + self._fingerprint + block_hash + self.block_bytes.to_bytes(8, "little")
+        header = _MAGIC + self._fingerprint + block_hash + len(content).to_bytes(8, "little")
         digest = blake2b(header, digest_size=32)
         digest.update(content)
         return digest.digest()
@@ -278,7 +280,7 @@ class DiskBlocks:
                         key = bytes.fromhex(file.name)
                         if model.name != mine:
                             key = bytes.fromhex(model.name) + key
-                        elif status.st_size != HEADER_BYTES + self.block_bytes:
+                        elif status.st_size - HEADER_BYTES not in self._sizes:
                             logger.warning("disk tier: %s has %d bytes; removed", file.path, status.st_size)
                             os.unlink(file)
                             continue

@@ -176,11 +176,13 @@ class ModelRunner:
 
     def _launch(self, plan: StepPlan) -> PendingStep:
         self._rows.apply(plan)
-        if plan.state_copies and self._kv_cache.states is not None:
-            self._kv_cache.states.copy(plan.state_copies)
         load_seconds = 0.0
         if self._block_store is not None and plan.offload is not None:
-            load_seconds = self._block_store.move(plan.offload)
+            self._block_store.store(plan.offload)
+        if plan.state_copies and self._kv_cache.states is not None:
+            self._kv_cache.states.copy(plan.state_copies)
+        if self._block_store is not None and plan.offload is not None:
+            load_seconds = self._block_store.load(plan.offload)
         result = StepResult()
         finishes: Sequence[Finish] = ()
         if plan.rows:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import HOLE
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.found import Found
 from quire.scheduler.limits import SchedulerLimits
 from quire.scheduler.policies import AdmissionRule
-from quire.scheduler.prefix_lookup import Found, PrefixLookup
+from quire.scheduler.prefix_lookup import PrefixLookup
 from quire.scheduler.request_queues import RequestQueues
 from quire.scheduler.sequence import Sequence, SequenceGroup
 from quire.scheduler.service import PROMPT_TOKEN
@@ -123,6 +124,8 @@ class Admission:
             if found is None:
                 continue
             states = self._queues.states
+            if found.stored is not None and self._offload is not None:
+                self._offload.pin(found.stored)
             if states is not None:
                 states.begin(sequence, found.state, found.num_known_tokens)
             sequence.table.adopt(found.blocks)
@@ -183,6 +186,8 @@ class Admission:
         self._queues.start(group)
         plan.new_rows += [_new_row(sequence) for sequence in group.sequences]
         leader = group.leader
+        if found.stored is not None and self._offload is not None:
+            self._offload.pin(found.stored)
         leader.table.adopt(found.blocks, found.inside)
         leader.start_from_table()
         if self._queues.states is not None:

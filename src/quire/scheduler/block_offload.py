@@ -1,44 +1,37 @@
-"""BlockOffload: which blocks go from the pool to the tiers below it, which come back, and who waits for them.
+"""BlockOffload: which blocks come back from the tiers below the pool, and who waits for them.
 
-Storing. An evicted block is stored before its space is written: in host memory if there is a host tier, and on disk
-unless the disk has it. A block that nobody holds any more also goes to disk as soon as there is time (write-behind), so
-that a later process finds it even if this one never ran out of space. The number of blocks on their way is bounded; a
-block evicted beyond that is lost and counted. The beginnings of prompts are stored first.
+What leaves the pool is decided in `block_storing`. When a sequence is admitted, it takes blocks of the pool for what
+the tiers hold of it. Copies from host memory are part of the step that also computes. Reads from disk run in the
+background; until the last one has finished, the sequence holds memory and a row but is in no plan. If a read fails, the
+sequence's table is cut there and the rest is computed.
 
-Loading. When a sequence is admitted, it takes blocks of the pool for what the tiers hold of it. Copies from host memory
-are part of the step that also computes. Reads from disk run in the background; until the last one has finished, the
-sequence holds memory and a row but is in no plan. If a read fails, the sequence's table is cut there and the rest is
-computed.
+Recurrent states go the same ways, if they follow full blocks: their indices come after the pool's blocks. A sequence
+that loads one cannot be cut, so if one of its reads fails, its request is preempted and looks again.
 """
 
 from dataclasses import replace
 
-from quire.kv_cache.block_hash import BlockHash, group_hash
+from quire.kv_cache.block_hash import BlockHash, group_hash, state_hash
 from quire.kv_cache.block_pool import BlockPool
 from quire.kv_cache.block_table import HOLE, GroupBlocks
-from quire.kv_cache.prefix_search import Source, longest_prefix
-from quire.kv_cache.tiers import DISK, HOST, Tier, TierIndex, num_staged_blocks
+from quire.kv_cache.prefix_search import Source, Stored, longest_prefix
+from quire.kv_cache.states import StatePool
+from quire.kv_cache.tiers import DISK, HOST, TierIndex, num_staged_blocks
 from quire.memory_stats import TierStats
+from quire.scheduler.block_storing import BlockStoring
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.stored_prefix import DEVICE, Loading, StoredPrefix
 from quire.step import OffloadPlan, OffloadResult
-
-WRITE_BEHIND_SHARE = 4
-"""Write-behind takes one n-th of the blocks that may be on their way per step; evictions may take all."""
 
 
 class BlockOffload:
     """Owned by the scheduler. The pool reports evicted and idle blocks to it."""
 
-    def __init__(self, index: TierIndex, pool: BlockPool) -> None:
+    def __init__(self, index: TierIndex, pool: BlockPool, states: StatePool | None = None) -> None:
         self.waiting: dict[Sequence, Loading] = {}
         """Sequences that hold memory and wait for reads."""
         self._index = index
         self._pool = pool
-        self._plan = OffloadPlan()
-        """The plan that is being made."""
-        self._pinned: set[BlockHash] = set()
-        """Blocks that this plan loads from host memory or stores there; it must not evict them."""
         self._loads: dict[BlockHash, tuple[str, int, Sequence]] = {}
         """Loads of this plan: tier, block, and the sequence that takes it."""
         self._loaded: dict[Sequence, Loading] = {}
@@ -47,29 +40,29 @@ class BlockOffload:
         """Blocks of all these sequences. They get their hash in the pool when all blocks of the sequence are loaded."""
         self._ready: list[tuple[Sequence, dict[str, int]]] = []
         """(sequence, tokens by origin): sequences that stopped waiting since the last `begin`."""
-        self._idle: dict[BlockHash, int] = {}
-        """Blocks to write behind; the last one is written first."""
-        self._storing: set[BlockHash] = set()
-        """Blocks on their way to disk."""
-        self._unwanted: set[BlockHash] = set()
-        """Blocks on their way to disk that are evicted as soon as they are there."""
         self._reads: dict[BlockHash, Sequence | None] = {}
         """Unfinished reads, and the sequence that waits for each."""
         self._finished_reads: dict[BlockHash, Sequence | None] = {}
         """Reads that finished since the last plan."""
         self._host, self._disk = index.tiers.get(HOST), index.tiers.get(DISK)
-        self._max_staged = num_staged_blocks(self._disk.block_bytes) if self._disk is not None else 0
-        pool.eviction_listeners.append(self._store_evicted)
-        if self._disk is not None:
-            pool.idle_listeners.append(self._note_idle)
-            # The disk tier may be smaller than it was for the process that stored its blocks.
-            self._plan.evicted = [(DISK, each) for each in self._disk.make_room(0, lambda each: False) or ()]
+        self._max_staged = 0 if self._disk is None else num_staged_blocks(self._disk.block_bytes)
+        """Blocks that may be on their way from disk. A larger state comes alone."""
+        self._has_states = states is not None
+        self.failed: list[Sequence] = []
+        """Sequences with a recurrent state one of whose reads failed."""
+        self._storing = BlockStoring(index, pool, states, self._reads.__contains__)
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def is_in_flight(self, block_hash: BlockHash) -> bool:
-        """Whether a KV group's block of these tokens is on its way up to a sequence."""
-        return any(group_hash(block_hash, group) in self._in_flight for group in range(self._pool.num_groups))
+        """Whether a KV group's block of these tokens, or the state after them, is on its way up to a sequence."""
+        return state_hash(block_hash) in self._in_flight or any(
+            group_hash(block_hash, group) in self._in_flight for group in range(self._pool.num_groups)
+        )
+
+    def is_loading(self, sequence: Sequence) -> bool:
+        """Whether a sequence still gets blocks or a state from a tier."""
+        return sequence in self.waiting or sequence in self._loaded
 
     @property
     def has_loads(self) -> bool:
@@ -81,6 +74,20 @@ class BlockOffload:
 
         The last token is never covered, as in `BlockTable.find_prefix`. The pool has a free block for each to load.
         """
+        worth = longest = self.find_longest(sequence, token_ids, found, (len(token_ids) - 1) // self._pool.block_size)
+        if longest:
+            limit = self._room_beside(found)
+            rows = zip(*(sources[longest.first : limit] for sources in longest.sources), strict=True)
+            stored_in = [[source[0] for source in row if isinstance(source, tuple)] for row in rows]
+            num_worth = self._index.num_worth_loading(stored_in, self._pool.block_size, self._num_queued)
+            if longest.first + num_worth < longest.num_blocks:
+                worth = self.find_longest(sequence, token_ids, found, longest.first + num_worth)
+        return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
+
+    def find_longest(
+        self, sequence: Sequence, token_ids: list[int], found: GroupBlocks, most_blocks: int
+    ) -> StoredPrefix:
+        """The longest hit with blocks of tiers after `found`, of at most `most_blocks` logical blocks."""
         pool, table, first = self._pool, sequence.table, len(found[0])
 
         def source(group: int, index: int) -> Source | None:
@@ -88,29 +95,48 @@ class BlockOffload:
                 return found[group][index]
             block_hash = group_hash(table.block_hash(index, token_ids), group)
             block = pool.find(block_hash)
-            if block is not None:
-                return block
-            tier_name = self._index.find(block_hash)
-            return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
+            return self._stored(block_hash) if block is None else block
 
-        sources = longest_prefix(pool, (len(token_ids) - 1) // pool.block_size, source)
-        worth = longest = StoredPrefix(first, sources, [])
-        if longest:
-            num_blocks = first + self._num_worth_loading(longest, found)
-            if num_blocks < longest.num_blocks:
-                sources = longest_prefix(pool, num_blocks, source)
-                worth = StoredPrefix(first, sources, [])
-        return replace(worth, not_worth=[tier_name for tier_name, _ in longest.stored[len(worth.stored) :]])
+        return StoredPrefix(first, longest_prefix(pool, most_blocks, source), [])
 
-    def _num_worth_loading(self, longest: StoredPrefix, found: GroupBlocks) -> int:
-        """How many logical blocks beside those in `found` to take, by the measured rates and by the free blocks."""
+    def is_stored(self, block_hash: BlockHash) -> bool:
+        """Whether a tier holds a block or a state."""
+        return self._index.find(block_hash) is not None
+
+    def find_state(self, name: BlockHash) -> Stored | None:
+        """Where a tier holds the state after the block of this hash, unless it is on its way up already."""
+        return self._stored(state_hash(name))
+
+    def pays(self, stored: StoredPrefix, found: GroupBlocks, num_tokens: int) -> bool:
+        """Whether all of a hit fits into the pool, and loading it is faster than computing `num_tokens` tokens."""
+        if stored.num_blocks > self._room_beside(found):
+            return False
+        tier_names = [tier_name for tier_name, _ in stored.stored]
+        if stored.state is not None:
+            tier_name, key = stored.state
+            tier_names += [tier_name] * self._index.tiers[tier_name].num_blocks(key)
+        return self._index.num_worth_loading([tier_names], num_tokens, self._num_queued) == 1
+
+    def _stored(self, block_hash: BlockHash) -> Stored | None:
+        tier_name = self._index.find(block_hash)
+        return None if tier_name is None or block_hash in self._in_flight else (tier_name, block_hash)
+
+    def _room_beside(self, found: GroupBlocks) -> int:
+        """The most logical blocks for which the pool has room, beside those in `found` that are free now."""
         pool = self._pool
         num_taken = sum(pool.ref_counts[block] == 0 for blocks in found for block in blocks if block != HOLE)
-        limit = longest.first + (pool.num_free - num_taken) // pool.num_groups
-        rows = zip(*(sources[longest.first : limit] for sources in longest.sources), strict=True)
-        stored_in = [[source[0] for source in row if isinstance(source, tuple)] for row in rows]
-        num_queued = len(self._reads) + sum(len(loading.unread) for loading in self.waiting.values())
-        return self._index.num_worth_loading(stored_in, pool.block_size, num_queued)
+        return len(found[0]) + (pool.num_free - num_taken) // pool.num_groups
+
+    @property
+    def _num_queued(self) -> int:
+        """Reads that a new one waits for."""
+        return len(self._reads) + sum(len(loading.unread) for loading in self.waiting.values())
+
+    def pin(self, stored: StoredPrefix) -> None:
+        """The plan that is being made evicts nothing of a hit that is about to start."""
+        self._storing.pinned.update(block_hash for _, block_hash in stored.stored)
+        if stored.state is not None:
+            self._storing.pinned.add(stored.state[1])
 
     def start(self, sequence: Sequence, stored: StoredPrefix) -> dict[str, int]:
         """Load what `find` found, into new blocks at the end of a table whose last block is full.
@@ -122,13 +148,16 @@ class BlockOffload:
             self._index.tiers[tier_name].stats.total_recomputed += 1
         if not stored:
             return {}
-        for tier_name, block_hash in reversed(stored.stored):
+        state = () if stored.state is None else (stored.state,)
+        for tier_name, block_hash in reversed([*stored.stored, *state]):
             # Here too, the beginnings of prompts should survive longest. Blocks that are taken must not evict these.
             self._index.tiers[tier_name].touch(block_hash)
             self._in_flight.add(block_hash)
-            self._pinned.add(block_hash)
+            self._storing.pinned.add(block_hash)
         loaded = sequence.table.adopt_stored(stored.sources, stored.first)
         sequence.start_from_table()
+        if stored.state is not None:
+            loaded.append((stored.state, stored.num_blocks - 1, self._pool.num_blocks + sequence.state))
         blocks = {block_hash: (tier, index, block) for (tier, block_hash), index, block in loaded}
         loading = Loading(stored.first, stored.num_blocks, blocks, unplanned=set(blocks))
         if not blocks:  # what the pool alone had was missing in one group, and this hit does not need it
@@ -149,11 +178,17 @@ class BlockOffload:
         self._plan_reads()
         return {} if sequence in self.waiting else loading.tokens_by_origin(self._pool.block_size)
 
+    def take_failed(self) -> list[Sequence]:
+        """Sequences that wait for a read that failed, one of each group."""
+        groups = {sequence.group.order: sequence for sequence in self.failed if sequence in self.waiting}
+        self.failed.clear()
+        return list(groups.values())
+
     def begin(self) -> list[tuple[Sequence, dict[str, int]]]:
         """Begin a plan with the finished reads. Returns (sequence, tokens by origin) of sequences that stop waiting."""
         for block_hash, sequence in self._finished_reads.items():
             if sequence is None:
-                self._plan.cancelled.append(block_hash)
+                self._storing.plan.cancelled.append(block_hash)
             else:
                 loading = self.waiting[sequence]
                 self._load(sequence, loading, DISK, block_hash, loading.blocks[block_hash][2])
@@ -183,7 +218,7 @@ class BlockOffload:
         loading.unplanned.remove(block_hash)
         stats = self._index.tiers[tier_name].stats
         stats.total_loaded += 1
-        stats.total_loaded_bytes += self._index.tiers[tier_name].block_bytes
+        stats.total_loaded_bytes += self._index.tiers[tier_name].size(block_hash)
         if not loading.unplanned:
             del self.waiting[sequence]
             self._loaded[sequence] = loading
@@ -197,13 +232,19 @@ class BlockOffload:
 
     def _plan_reads(self) -> None:
         """Start as many reads as may be on their way, in the order in which the sequences came."""
-        num_free = self._max_staged - len(self._reads) - len(self._finished_reads)
+        disk = self._disk
+        if disk is None:
+            return
+        num_staged = sum(map(disk.num_blocks, (*self._reads, *self._finished_reads)))
         for sequence, loading in self.waiting.items():
-            while loading.unread and num_free > 0:
+            while loading.unread:
+                num_blocks = disk.num_blocks(loading.unread[-1])
+                if num_staged and num_staged + num_blocks > self._max_staged:
+                    return
+                num_staged += num_blocks
                 block_hash = loading.unread.pop()
                 self._reads[block_hash] = sequence
-                self._plan.reads.append(block_hash)
-                num_free -= 1
+                self._storing.plan.reads.append(block_hash)
 
     def _cut(self, sequence: Sequence, failed: BlockHash) -> None:
         """A read failed: the sequence keeps what it can go on from before that block, and the rest is computed."""
@@ -224,71 +265,19 @@ class BlockOffload:
             self._count_hits(loading)
             self._ready.append((sequence, loading.tokens_by_origin(size)))
 
-    # -- storing ------------------------------------------------------------------------------------------------------
-
-    def _store_evicted(self, block: int, block_hash: BlockHash) -> None:
-        self._idle.pop(block_hash, None)
-        host, disk = self._host, self._disk
-        if host is not None:
-            if block_hash in host:
-                host.touch(block_hash)
-            elif (room := host.make_room(host.block_bytes, self._pinned.__contains__)) is None:
-                host.stats.total_dropped += 1
-            else:
-                self._plan.evicted += [(HOST, other) for other in room]
-                self._plan.stores.append((HOST, block_hash, block))
-                self._pinned.add(block_hash)
-                host.add(block_hash)
-                host.stats.total_saved += 1
-                host.stats.total_saved_bytes += host.block_bytes
-        if disk is not None and not disk.stats.stopped and block_hash not in disk and block_hash not in self._storing:
-            self._store_on_disk(disk, block_hash, block)
-
-    def _note_idle(self, block: int, block_hash: BlockHash) -> None:
-        disk = self._disk
-        assert disk is not None, "only a disk tier is written behind"
-        if block_hash in disk:
-            disk.touch(block_hash)
-        elif not disk.stats.stopped and block_hash not in self._storing:
-            self._idle.pop(block_hash, None)
-            self._idle[block_hash] = block
-
-    def _store_on_disk(self, disk: Tier, block_hash: BlockHash, block: int) -> None:
-        room = None
-        if len(self._storing) < self._max_staged:
-            reserved = (len(self._storing) + 1) * disk.block_bytes
-            room = disk.make_room(reserved, lambda other: other in self._reads or other in self._pinned)
-        if room is None:
-            disk.stats.total_dropped += 1
-            return
-        self._plan.evicted += [(DISK, other) for other in room]
-        self._plan.stores.append((DISK, block_hash, block))
-        self._storing.add(block_hash)
-
-    def _write_behind(self, disk: Tier) -> None:
-        quota = min(self._max_staged - len(self._storing), max(1, self._max_staged // WRITE_BEHIND_SHARE))
-        while self._idle and quota > 0:
-            block_hash, block = self._idle.popitem()
-            if self._pool.hashes[block] == block_hash and block_hash not in disk and block_hash not in self._storing:
-                self._store_on_disk(disk, block_hash, block)
-                quota -= 1
-
     # -- a step -------------------------------------------------------------------------------------------------------
 
     @property
     def has_idle_work(self) -> bool:
         """Whether there are blocks to write behind, or blocks on their way to disk."""
-        return bool(self._idle) or bool(self._storing)
+        return self._storing.has_work
 
     def finish(self, *, computes: bool) -> OffloadPlan | None:
         """Close the plan of a step, which may compute nothing. None if there is nothing to do or to wait for."""
-        if self._disk is not None and self._idle:
-            self._write_behind(self._disk)
-        plan, self._plan = self._plan, OffloadPlan()
+        plan = self._storing.take_plan()
         plan.loads = [(tier_name, block_hash, block) for block_hash, (tier_name, block, _) in self._loads.items()]
         plan.wait = not computes and bool(self._reads)
-        self._pinned.clear()
-        if self._reads or self._storing or plan != OffloadPlan():
+        if self._reads or self._storing.waits or plan != OffloadPlan():
             return plan
         return None
 
@@ -300,57 +289,31 @@ class BlockOffload:
         self._loaded.clear()
         self._loads.clear()
         if self._host is not None and plan is not None:
-            num_loads = sum(tier_name == HOST for tier_name, _, _ in plan.loads)
+            num_loads = sum(self._host.num_blocks(key) for tier_name, key, _ in plan.loads if tier_name == HOST)
             self._index.measure_load(HOST, num_loads, result.load_seconds)
         disk = self._disk
         if disk is None:
             return
-        for block_hash in result.stored:
-            self._storing.discard(block_hash)
-            disk.add(block_hash)
-            disk.stats.total_saved += 1
-            disk.stats.total_saved_bytes += disk.block_bytes
-            if block_hash in self._unwanted:
-                self._unwanted.discard(block_hash)
-                self._evict(block_hash)
-        for block_hash in result.failed_stores:
-            self._storing.discard(block_hash)
-            self._unwanted.discard(block_hash)
-            disk.stats.total_dropped += 1
+        self._storing.update(disk, result)
         for block_hash, seconds in result.read:
             self._finished_reads[block_hash] = self._reads.pop(block_hash)
-            self._index.measure_load(DISK, 1, seconds)
+            self._index.measure_load(DISK, disk.num_blocks(block_hash), seconds)
         for block_hash, reason in result.failed_reads:
             disk.remove(block_hash)
             disk.stats.total_corrupt += reason == "corrupt"
             sequence_or_none = self._reads.pop(block_hash)
-            if sequence_or_none is not None:
+            if sequence_or_none is not None and self._has_states:
+                self.failed.append(sequence_or_none)
+            elif sequence_or_none is not None:
                 self._cut(sequence_or_none, block_hash)
-        if result.stopped:
-            disk.stats.stopped = True
-            self._idle.clear()
-
-    # -- evicting -----------------------------------------------------------------------------------------------------
 
     def evict(self, sequence: Sequence) -> None:
         """Remove a sequence's blocks from all tiers, because their content may be wrong."""
-        for index in range(sequence.table.num_tokens // self._pool.block_size):
-            for group in range(self._pool.num_groups):
-                self._evict(group_hash(sequence.table.block_hash(index, sequence.token_ids), group))
+        self._storing.evict(sequence)
 
     def evict_all(self) -> None:
         """Empty the tiers."""
-        for tier in self._index.tiers.values():
-            for block_hash in tier.hashes():
-                self._evict(block_hash)
-        for block_hash in (*self._idle, *self._storing):
-            self._evict(block_hash)
-
-    def _evict(self, block_hash: BlockHash) -> None:
-        self._plan.evicted += self._index.remove(block_hash)
-        self._idle.pop(block_hash, None)
-        if block_hash in self._storing:
-            self._unwanted.add(block_hash)
+        self._storing.evict_all()
 
     def stats(self) -> dict[str, TierStats]:
         return {tier_name: replace(tier.stats) for tier_name, tier in self._index.tiers.items()}

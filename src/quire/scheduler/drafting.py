@@ -57,6 +57,7 @@ class Drafting:
         # Drafts leave the blocks that running sequences may need next, and need no more logits than are planned for.
         num_kept = max(self._watermark, len(plan.rows) * pool.num_groups)
         num_slots = (pool.num_free - num_kept) // pool.num_groups * pool.block_size
+        num_states = num_slots if self._queues.states is None else self._queues.states.num_for_drafts
         num_rows = len(rows) + speculation.max_tokens - len(plan.rows)
         candidates = []
         for sequence in sequences:
@@ -65,7 +66,7 @@ class Drafting:
             # The last token of a request is sampled and not computed.
             most = sequence.group.request.max_tokens - sequence.num_output_tokens - 1
             candidates.append((sequence.drafts, sequence.token_ids, most))
-        max_drafted = min(num_slots, num_rows, self._max_num_batched_tokens - plan.num_tokens)
+        max_drafted = min(num_slots, num_states, num_rows, self._max_num_batched_tokens - plan.num_tokens)
         drafts = speculation.choose(candidates, plan.num_tokens, max_drafted, pool.now)
         chosen = {sequence.row: draft for sequence, draft in zip(sequences, drafts, strict=True) if draft}
         if not chosen:
@@ -79,6 +80,8 @@ class Drafting:
                 plan.num_scheduled_tokens[index] += len(draft)
                 changed = sequence.table.append(len(draft), plan.block_copies)
                 plan.new_blocks += sequence.table.entries(sequence.row, changed)
+                if self._queues.states is not None:
+                    self._queues.states.plan_draft(plan, index, sequence, len(draft))
 
     def roll_back_rejected(self, plan: StepPlan, result: StepResult) -> list[int]:
         """Remove rejected draft tokens from the block tables. Returns how many computed tokens of each row stay."""
@@ -91,12 +94,15 @@ class Drafting:
         counts, block_size = plan.num_scheduled_tokens.copy(), self._pool.block_size
         for index, draft in plan.drafts.items():
             sequence = self._queues.rows[plan.rows[index]]
-            assert sequence is not None
+            if sequence is None:
+                continue  # it left while the step ran
             came = [result.token_ids[index], *result.extra_token_ids.get(index, ())]
             num_accepted = num_equal(draft, came) if result.errors[index] is None else 0
             # The next step computes the last token, because it needs its logits.
             num_kept = min(num_accepted, len(came) - 1)
             counts[index] -= len(draft) - num_kept
+            if self._queues.states is not None:
+                self._queues.states.accept(sequence, counts[index])
             end = plan.num_computed_tokens[index] + counts[index]
             sequence.table.truncate(end)
             if end % block_size < counts[index]:

@@ -1,7 +1,7 @@
 """ImageEncoding: decides which images a step encodes, and which embeddings the runner keeps.
 
 The runner keeps embeddings by content hash, up to a number of tokens; the least recently used make room. A step that
-computes other tokens encodes images up to a budget, counted in tokens, so that other sequences wait little: an image
+computes other tokens encodes images up to a budget (`encoding_budget`), so that other sequences wait little: an image
 that exceeds what is left goes on in the next step. A step that would compute nothing else encodes a whole image. A
 prompt is computed up to an image that is not encoded.
 """
@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 from quire.image_input import EncodingOrder, ImagePixels, ImagePlan, PlacedRows
 from quire.request import InputSpan, Request
+from quire.scheduler.encoding_budget import EncodingBudget
 from quire.scheduler.limits import SchedulerLimits
 from quire.step import StepPlan
 
@@ -20,14 +21,14 @@ class ImageEncoding:
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self._max_kept_tokens = limits.max_kept_image_tokens
-        self._max_step_tokens = limits.max_step_image_tokens
+        self._budget = EncodingBudget(limits)
         self._kept: OrderedDict[bytes, int] = OrderedDict()
         """Hash → number of tokens, the least recently used first; images that are being encoded are among them."""
-        self._begun: dict[bytes, int] = {}
+        self._begun: dict[bytes, float] = {}
         """Hash → how much of an image is encoded, in tokens, where it is not all."""
         self._num_kept_tokens = 0
-        self._spent = 0
-        """Tokens' worth of encoding in the present step."""
+        self._left = 0.0
+        """Tokens' worth of encoding that the present step may still take."""
         self._forgotten: list[bytes] = []
         """Encoded by a step that was rolled back."""
         self.num_encoded = 0
@@ -41,7 +42,7 @@ class ImageEncoding:
         if not request.pixels:
             return count
         if plan.images is None:
-            self._spent = 0
+            self._left = self._budget.of_step(len(plan.sample_rows))
         inputs, first_token = request.inputs, len(plan.token_ids)
         for index in range(bisect_right(inputs, start, key=_end), len(inputs)):
             span = inputs[index]
@@ -65,6 +66,11 @@ class ImageEncoding:
             plan.images.dropped[:0] = self._forgotten
             self._forgotten = []
 
+    def measure(self, plan: StepPlan, seconds: float) -> None:
+        """Record how long a step took."""
+        if self._max_kept_tokens and plan.rows and len(plan.token_ids) == len(plan.sample_rows):
+            self._budget.measure(0.0 if plan.images is None else plan.images.num_encoded, seconds)
+
     def roll_back(self, plan: StepPlan) -> None:
         """How far the runner came with the images of the plan is not known: count on none of them."""
         for order in plan.images.encoded if plan.images is not None else ():
@@ -79,10 +85,10 @@ class ImageEncoding:
             self._kept.move_to_end(content_hash)
             if content_hash not in self._begun:
                 return True
-        done = self._begun.get(content_hash, 0)
+        done = self._begun.get(content_hash, 0.0)
         share = length - done
         if not alone or images.encoded:
-            share = min(share, self._max_step_tokens - self._spent)
+            share = min(share, self._left)
         if share <= 0:
             return False
         if content_hash not in self._kept:
@@ -90,11 +96,13 @@ class ImageEncoding:
                 return False
             self._kept[content_hash] = length
             self._num_kept_tokens += length
-        self._spent += share
-        images.encoded.append(EncodingOrder(content_hash, pixels, done + share, length))
+        self._left -= share
+        images.num_encoded += share
         if done + share < length:
+            images.encoded.append(EncodingOrder(content_hash, pixels, done + share, length))
             self._begun[content_hash] = done + share
             return False
+        images.encoded.append(EncodingOrder(content_hash, pixels, length, length))
         self._begun.pop(content_hash, None)
         self.num_encoded += 1
         return True

@@ -69,7 +69,7 @@ def make_parts(
     totals, forecast = StepTotals(), Forecast(pool)
     states = None if state_pool is None else RecurrentStates(state_pool, pool)
     prefixes = RegisteredPrefixes(pool, int(pool.num_blocks * limits.max_pinned_share), state_pool)
-    offload = None if tiers is None else BlockOffload(tiers, pool)
+    offload = None if tiers is None else BlockOffload(tiers, pool, state_pool)
     rule = make_rule(forecast, pool, totals)
     rules: list[AdmissionRule] = [forecast] if rule is None or rule is forecast else [forecast, rule]
     queues = RequestQueues(

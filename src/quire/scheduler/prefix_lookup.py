@@ -5,38 +5,16 @@ It changes no table: its callers adopt what it finds. It counts what was found, 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from quire.kv_cache.block_hash import BlockHash, group_hash
 from quire.kv_cache.block_pool import BlockPool
-from quire.kv_cache.block_table import GroupBlocks
 from quire.kv_cache.prefix_history import PrefixHistory
-from quire.kv_cache.states import FoundState
 from quire.outputs import PrefixMiss
 from quire.scheduler.block_offload import BlockOffload
+from quire.scheduler.found import Found
 from quire.scheduler.recurrent_states import RecurrentStates
 from quire.scheduler.sequence import Sequence, SequenceGroup
-from quire.scheduler.stored_prefix import StoredPrefix
-
-
-class Found(NamedTuple):
-    """What a waiting group can start from."""
-
-    blocks: GroupBlocks
-    """Full blocks of the pool, for each KV group."""
-    stored: StoredPrefix | None = None
-    """The longer hit with blocks of tiers, if there is one."""
-    inside: tuple[list[int], int] | None = None
-    """The next block after those, if only its beginning can be shared; see `BlockTable.match_partial`."""
-    state: FoundState | None = None
-    """In a model with recurrent layers, the snapshot at the end of all these."""
-    num_known_tokens: int = 0
-    """Tokens whose KV the pool holds, perhaps past that snapshot."""
-
-    @property
-    def num_blocks(self) -> int:
-        """Logical blocks found in the pool."""
-        return len(self.blocks[0])
+from quire.scheduler.state_search import StateSearch
 
 
 @dataclass(slots=True)
@@ -65,6 +43,7 @@ class PrefixLookup:
         self._pool = pool
         self._offload = offload
         self._states = states
+        self._search = None if states is None else StateSearch(pool, states, offload)
         self._history = PrefixHistory(pool.block_size, clock)
         pool.eviction_listeners.append(self._note_eviction)
 
@@ -76,8 +55,8 @@ class PrefixLookup:
             return Found([[] for _ in self._pool.windows])
         if group.awaited is not None and self._is_in_flight(group.awaited, prefilling, loading):
             return None
-        if self._states is not None:
-            return self._find_with_state(group, self._states, prefilling)
+        if self._states is not None and self._search is not None:
+            return self._find_with_state(group, self._states, self._search, [*prefilling, *loading])
         leader, stored = group.leader, None
         # Where others get their first token with the leader, it computes the last token of the prompt.
         alone = len(group.sequences) == 1 or leader.num_output_tokens > 0
@@ -93,44 +72,27 @@ class PrefixLookup:
         return Found(blocks, stored, inside)
 
     def _find_with_state(
-        self, group: SequenceGroup, states: RecurrentStates, prefilling: list[Sequence]
+        self, group: SequenceGroup, states: RecurrentStates, search: StateSearch, others: list[Sequence]
     ) -> Found | None:
         """What a group can start from: the longest beginning with both its KV and a snapshot of its state."""
         leader = group.leader
         # Several sequences fork where the prompt ends, so their leader always passes there.
         token_ids = leader.token_ids if len(group.sequences) == 1 else group.request.prompt_token_ids
-        found = self._cut_to_state(leader, token_ids, states)
+        found = search.find(leader, token_ids)
+        if not isinstance(found, Found):
+            group.awaited = found
+            return None
         num_found = 0 if found.state is None else found.state.num_tokens
-        group.awaited = states.await_common_prefix(leader, token_ids, num_found, prefilling)
+        group.awaited = states.await_common_prefix(leader, token_ids, num_found, others)
         return None if group.awaited is not None else found
-
-    def _cut_to_state(
-        self, sequence: Sequence, token_ids: list[int], states: RecurrentStates, *, whole_blocks: bool = False
-    ) -> Found:
-        """The longest beginning of `token_ids`, without the last one, whose KV and state can be had."""
-        table, size, end = sequence.table, self._pool.block_size, len(token_ids) - 1
-        num_known = -1
-        while True:
-            # A window group needs other blocks for a shorter beginning, so each end is looked up anew.
-            tokens = token_ids[: end + 1]
-            blocks = table.find_prefix(tokens)
-            inside = None if whole_blocks else table.match_partial(tokens, len(blocks[0]))
-            num_found = len(blocks[0]) * size + (0 if inside is None else inside[1])
-            num_known = max(num_known, num_found)
-            state = states.find(table, token_ids, num_found)
-            if state is None:
-                return Found([[] for _ in self._pool.windows], num_known_tokens=num_known)
-            if state.num_tokens == num_found:
-                return Found(blocks, None, inside, state, num_known)
-            end = state.num_tokens // size * size if whole_blocks else state.num_tokens
 
     def find_whole_blocks(self, group: SequenceGroup, found: Found) -> Found:
         """What a group can start from instead of `found` if it cannot begin inside a block."""
-        if self._states is None:
+        if self._search is None:
             return found._replace(inside=None)
         leader = group.leader
         token_ids = leader.token_ids if len(group.sequences) == 1 else group.request.prompt_token_ids
-        return self._cut_to_state(leader, token_ids, self._states, whole_blocks=True)
+        return self._search.find_in_pool(leader, token_ids, whole_blocks=True)
 
     def has_output(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
         """Whether a resumed sequence can start from more than the prompt that it shares with its leader.
@@ -146,12 +108,13 @@ class PrefixLookup:
     def find_output(self, sequence: Sequence, prefilling: list[Sequence]) -> Found | None:
         """What a resumed sequence can start from: the full blocks of the prompt that it shares with its leader, and
         cached ones of its output. None while another sequence computes or loads the next block."""
-        if self._states is not None:
+        if self._search is not None:
             if not self._pool.enable_prefix_caching:
                 return Found([[] for _ in self._pool.windows])
             alone = len(sequence.group.sequences) == 1
             token_ids = sequence.token_ids if alone else sequence.group.request.prompt_token_ids
-            return self._cut_to_state(sequence, token_ids, self._states, whole_blocks=True)
+            hit = self._search.find(sequence, token_ids, whole_blocks=True)
+            return hit if isinstance(hit, Found) else None
         group, loading = sequence.group, list(self._offload.waiting) if self._offload is not None else []
         if group.leader in loading and sequence is not group.leader:
             return None

@@ -31,6 +31,8 @@ class RecurrentStates:
         """Positions at which the state of a prefilling sequence will be saved."""
         self._saves: list[tuple[Sequence, int, int]] = []
         """(sequence, position, slot): what the step in flight saves."""
+        self._drafted: dict[Sequence, list[int]] = {}
+        """Held slots: the n-th gets the state after the n-th token of the step in flight, whose next one is a draft."""
         self._in_flight = False
 
     # -- finding ------------------------------------------------------------------------------------------------------
@@ -66,14 +68,16 @@ class RecurrentStates:
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def begin(self, sequence: Sequence, found: FoundState | None, num_known_tokens: int) -> None:
-        """Give a sequence its slot, which begins as the snapshot found. The cache holds KV of its first
-        `num_known_tokens` tokens, perhaps past that snapshot."""
-        source, num_found = (ZERO_STATE, 0) if found is None else (found.slot, found.num_tokens)
+        """Give a sequence its slot, which begins as the snapshot found, if it is not loaded. The cache holds KV of its
+        first `num_known_tokens` tokens, perhaps past that snapshot."""
+        source: int | None = ZERO_STATE
+        num_found = 0
         if found is not None:
             self.pool.stats.total_hits += 1
+            source, num_found = found.slot if found.slot != NO_STATE else None, found.num_tokens
         if sequence.state == NO_STATE:
             sequence.state = self.pool.take(source)
-        else:
+        elif source is not None:
             self.pool.copy(source, sequence.state)
         size = self._block_size
         # The last token of a prompt is always computed, so a snapshot before it serves the same prompt, too.
@@ -85,14 +89,16 @@ class RecurrentStates:
         """A fork: a sequence starts with a copy of another one's state."""
         child.state = self.pool.take(parent.state)
 
-    def release(self, sequence: Sequence) -> None:
-        """A sequence stops running. Its slot becomes a snapshot if the position of its state is known."""
+    def release(self, sequence: Sequence, *, is_loading: bool = False) -> None:
+        """A sequence stops running. Its slot becomes a snapshot if its state is there and its position is known."""
         if sequence.state == NO_STATE:
             return
         slot, sequence.state = sequence.state, NO_STATE
         self._marks.pop(sequence, None)
         num_tokens = sequence.num_computed_tokens
-        if num_tokens and self._caching and not self._in_flight:
+        # A draft may have gone on past the token that ends the sequence.
+        is_known = 0 < num_tokens <= len(sequence.token_ids) and not self._in_flight and not is_loading
+        if is_known and self._caching:
             self.pool.keep(slot, sequence.table, sequence.token_ids, num_tokens)
         else:
             self.pool.give(slot)
@@ -122,11 +128,30 @@ class RecurrentStates:
         else:
             del self._marks[sequence]
 
+    @property
+    def num_for_drafts(self) -> int:
+        """Draft tokens that the step may compute."""
+        return self.pool.num_for_drafts
+
+    def plan_draft(self, plan: StepPlan, index: int, sequence: Sequence, num_drafts: int) -> None:
+        """Entry `index` of a plan computes draft tokens: save the state before each of them, since it may be wrong."""
+        slots = self._drafted[sequence] = [slot for _ in range(num_drafts) if (slot := self.pool.hold()) is not None]
+        assert len(slots) == num_drafts, "drafts are as many as `num_for_drafts` allows"
+        plan.state_saves += [(index, count, slot) for count, slot in enumerate(slots, start=1)]
+
+    def accept(self, sequence: Sequence, num_kept: int) -> None:
+        """The first `num_kept` tokens of a sequence's draft step stay: it goes on with the state after them."""
+        slots = self._drafted.pop(sequence)
+        if num_kept <= len(slots):
+            sequence.state = self.pool.exchange(sequence.state, slots.pop(num_kept - 1))
+        self._drop(slots)
+
     def finish(self, plan: StepPlan, rows: SequenceOf[Sequence | None]) -> None:
-        """Add the slots of its rows, and the copies before it, to a plan that computes something."""
+        """Add the slots of its rows, and the copies before it, to a plan that computes, stores or loads something."""
+        if plan.rows or plan.offload is not None:
+            plan.state_copies = self.pool.take_copies()
         if plan.rows:
             plan.state_slots = [sequence.state for row in plan.rows if (sequence := rows[row]) is not None]
-            plan.state_copies = self.pool.take_copies()
             self._in_flight = True
 
     def commit(self) -> None:
@@ -138,13 +163,21 @@ class RecurrentStates:
             else:
                 self.pool.keep_held(slot, sequence.table, sequence.token_ids, position)
         self._saves.clear()
+        for sequence in [sequence for sequence in self._drafted if sequence.row == NO_ROW]:
+            self._drop(self._drafted.pop(sequence))
 
     def roll_back(self) -> None:
         """The step in flight has failed, and all its sequences have stopped running."""
         self._in_flight = False
-        for _, _, slot in self._saves:
-            self.pool.drop(slot)
+        self._drop([slot for _, _, slot in self._saves])
         self._saves.clear()
+        for slots in self._drafted.values():
+            self._drop(slots)
+        self._drafted.clear()
+
+    def _drop(self, slots: SequenceOf[int]) -> None:
+        for slot in slots:
+            self.pool.drop(slot)
 
     def _mark(self, sequence: Sequence, position: int) -> None:
         self._marks.setdefault(sequence, set()).add(position)

@@ -170,10 +170,11 @@ class RequestQueues:
         """Give back a sequence's blocks and row."""
         if sequence.in_decode_batch:
             self.remove_from_decode_batch(sequence)
+        if self.states is not None:
+            is_loading = self._offload is not None and self._offload.is_loading(sequence)
+            self.states.release(sequence, is_loading=is_loading)
         if self._offload is not None:
             self._offload.cancel(sequence)
-        if self.states is not None:
-            self.states.release(sequence)
         sequence.table.free(sequence.token_ids[: sequence.num_computed_tokens])
         sequence.drafts = None
         if sequence.row != NO_ROW:

@@ -44,10 +44,7 @@ class Scheduler:
         make_rule: MakeRule = ADMISSIONS["current"],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`states`: the slots of recurrent states, for a model that has them. Such a model takes neither tiers nor
-        speculation: tiers hold no states, and a state that has read a wrong draft cannot go back."""
-        if states is not None and (tiers is not None or speculation is not None):
-            raise ValueError("a model with recurrent layers takes neither tiers nor speculation")
+        """`states`: the slots of recurrent states, for a model that has them."""
         self.pool = pool
         self.limits = limits
         parts = make_parts(
@@ -72,6 +69,8 @@ class Scheduler:
         self._clock = clock
         self._num_arrivals = 0
         self._planned_at = 0.0
+        self._updated_at = 0.0
+        """When the last result was processed."""
         self._in_flight: deque[StepInFlight] = deque()
         """Steps planned whose result is not processed, the oldest first."""
         self._max_step_tokens = limits.max_num_batched_tokens
@@ -205,6 +204,8 @@ class Scheduler:
         self._in_flight.clear()
         plan = self._begin_plan()
         if self._offload is not None:
+            for sequence in self._offload.take_failed():
+                self._queues.preempt(sequence.group)
             for sequence, loaded in self._offload.begin():
                 self._parts.lookup.count_hits(sequence, loaded)
         decode_step = self._planner.decide(plan, self._max_step_tokens)
@@ -280,13 +281,17 @@ class Scheduler:
         """
         self.pool.copies_are_done()
         step = self._in_flight.popleft()
+        now = self._clock()
+        # A step that was launched ahead began when the step before it ended.
+        self._parts.images.measure(plan, now - (self._updated_at if self._in_flight else self.pool.now))
+        self._updated_at = now
         if self._states is not None:
             self._states.commit()
         self._max_step_tokens = min(
             self.limits.max_num_batched_tokens, self._max_step_tokens + 1 + self._max_step_tokens // 64
         )
         if self._tiers is not None and self._offload is not None and result.offload is not None:
-            self._tiers.measure_step(plan, self._clock() - self._planned_at)
+            self._tiers.measure_step(plan, now - self._planned_at)
             self._offload.update(plan.offload, result.offload)
         num_kept = (
             plan.num_scheduled_tokens if self._drafting is None else self._drafting.roll_back_rejected(plan, result)

@@ -21,6 +21,8 @@ class StoredPrefix:
     """For each KV group, where each logical block of the hit is; None: the hit does not need it."""
     not_worth: list[str]
     """The tiers of blocks that would make the hit longer, but are computed faster than loaded."""
+    state: Stored | None = None
+    """The recurrent state at its end, if a tier has it and the pool has not."""
 
     @property
     def num_blocks(self) -> int:
@@ -28,7 +30,7 @@ class StoredPrefix:
         return len(self.sources[0])
 
     def __bool__(self) -> bool:
-        return self.num_blocks > self.first
+        return self.num_blocks > self.first or self.state is not None
 
     @property
     def stored(self) -> list[Stored]:
@@ -64,6 +66,6 @@ class Loading:
         """Tokens by origin. A token whose KV groups come from several places counts for the slowest one."""
         origins = dict.fromkeys(range(self.first, self.end), DEVICE)
         for tier_name, index, _ in self.blocks.values():
-            if tier_name == DISK or origins[index] == DEVICE:
+            if index >= self.first and (tier_name == DISK or origins[index] == DEVICE):
                 origins[index] = tier_name
         return {origin: count * block_size for origin, count in Counter(origins.values()).items()}

@@ -54,6 +54,7 @@ from quire.server.ollama import models as ollama_models
 from quire.server.responses import endpoints as responses
 from quire.server.services import Services
 from quire.server.settings import ServerSettings
+from quire.server.traces import Traces
 
 ENDPOINTS: tuple[Endpoint, ...] = (
     *models.ENDPOINTS,
@@ -76,8 +77,14 @@ ENDPOINTS: tuple[Endpoint, ...] = (
 _MAX_REQUEST_ID_CHARS = 128
 
 
-def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: BatchService | None = None) -> ASGIApp:
-    """The application that serves `engine`. It neither starts nor stops the engine or `batches`. Raises
+def build_app(
+    engine: Engine,
+    settings: ServerSettings,
+    keys: KeyRing,
+    batches: BatchService | None = None,
+    traces: Traces | None = None,
+) -> ASGIApp:
+    """The application that serves `engine`. It neither starts nor stops the engine, `batches` or `traces`. Raises
     `ConfigError`."""
     described = (*ENDPOINTS, *batch_endpoints(batches))
     endpoints = (*described, *openapi.endpoints(described, settings), *page_files.endpoints())
@@ -104,7 +111,7 @@ def build_app(engine: Engine, settings: ServerSettings, keys: KeyRing, batches: 
             error_forms=error_forms,
         ),
     ]
-    services = Services.open(settings, keys)
+    services = Services.open(settings, keys, traces)
     paths = [endpoint.path for endpoint in endpoints]
 
     def routing_error(request: Request, error: Exception) -> Response:

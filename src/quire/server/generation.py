@@ -18,6 +18,7 @@ from quire.server.errors import SampleFailedError
 from quire.server.key_use import Admission
 from quire.server.replies import CompletionTokensDetails, PromptTokensDetails, Usage
 from quire.server.scheduling_info import SchedulingInfo
+from quire.server.traces import TracedAnswer
 
 _STARTED_TOGETHER = 16
 """Prompts of a request that are started without a pause for other requests."""
@@ -81,6 +82,7 @@ class Generation:
             timeout=self.timeout,
         )
         watch = RequestWatch(engine.metrics, self.params)
+        span = None if self.scheduling.trace is None else self.scheduling.trace.begin()
         prompt_logprobs: list[PositionLogprobs | None] | None = None
         try:
             async for output in outputs:
@@ -95,6 +97,8 @@ class Generation:
                     yield output
         finally:
             watch.end()
+            if span is not None:
+                span.end(watch.answer(len(self.prompts[index])))
             # A dropped async generator is closed some time later, and its request would run on until then.
             await outputs.aclose()
 
@@ -136,6 +140,18 @@ class RequestWatch:
             num_generated_tokens=self.num_tokens,
             n=self.params.n,
             max_tokens=self.params.max_tokens,
+        )
+
+    def answer(self, num_prompt_tokens: int) -> TracedAnswer:
+        """The request as its span tells it."""
+        last = self.last
+        return TracedAnswer(
+            params=self.params,
+            finish_reasons=self.finish_reasons,
+            num_prompt_tokens=num_prompt_tokens,
+            num_cached_tokens=0 if last is None else last.num_cached_tokens,
+            num_generated_tokens=self.num_tokens,
+            times=None if last is None else last.metrics,
         )
 
 

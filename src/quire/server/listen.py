@@ -1,4 +1,4 @@
-"""Listening: the socket, uvicorn around the application, and SIGTERM.
+"""Listening: uvicorn around the application, and SIGTERM.
 
 The first signal drains: /health and new requests get 503 at once, running requests have `shutdown_timeout` seconds to
 finish, then the process ends. A second signal ends it without waiting.
@@ -6,7 +6,6 @@ finish, then the process ends. A second signal ends it without waiting.
 
 import asyncio
 import contextlib
-import errno
 import gc
 import os
 import signal
@@ -19,7 +18,6 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
-from quire.errors import ConfigError
 from quire.server.app import ENDPOINTS, build_app
 from quire.server.backend import Engine
 from quire.server.batches.service import BatchService
@@ -28,50 +26,13 @@ from quire.server.connection import limited_protocol
 from quire.server.key_use import KeyRing, check_keys
 from quire.server.prefix_file import read_prefixes, register_prefixes
 from quire.server.settings import ServerSettings
+from quire.server.sockets import url_of
+from quire.server.tls import tls_context
+from quire.server.traces import Traces
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FLUSH_SECONDS = 5
 """Time for the last bytes of responses to reach their clients once the engine has finished."""
-
-
-def bind(settings: ServerSettings) -> socket.socket:
-    """A listening socket. Raises `ConfigError`, with the way out, for an address that cannot be bound."""
-    if settings.uds is not None:
-        return _bind_unix(Path(settings.uds))
-    host, port = settings.host.strip("[]"), settings.port
-    try:
-        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except socket.gaierror:
-        raise ConfigError(f"host {host!r} is not an address; check --host") from None
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except PermissionError:
-        raise ConfigError(f"port {port} needs privileges; choose one above 1023 with --port") from None
-    except OSError as error:
-        reason = os.strerror(error.errno or 0).lower()
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason}; stop what uses it, or choose another --port (0: a free one)"
-        ) from None
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    """A socket at `path`, for its owner and group. A socket that a dead server left there is replaced."""
-    listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o117)
-    try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
-                    path.unlink()
-        listener.bind(str(path))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        reason = os.strerror(error.errno).lower() if error.errno else str(error)
-        raise ConfigError(f"cannot listen on {path}: {reason}; choose another --uds") from None
-    finally:
-        os.umask(mask)
-    return listener
 
 
 def notify(state: str) -> None:
@@ -90,7 +51,8 @@ async def serve(
     check_keys(settings, engine)
     keys = KeyRing(settings)
     batches = open_batches(engine, settings, keys)
-    server = HttpServer(build_app(engine, settings, keys, batches), settings)
+    traces = Traces.open(settings)
+    server = HttpServer(build_app(engine, settings, keys, batches, traces), settings)
     listening = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task(server.stop_asked.wait())
     living = asyncio.create_task(_live(engine, server, settings, listener, report, batches))
@@ -112,6 +74,8 @@ async def serve(
         server.stop()
         await engine.shutdown(0)
         await listening
+        if traces is not None:
+            await traces.close()
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
 
@@ -121,15 +85,6 @@ def open_batches(engine: Engine, settings: ServerSettings, keys: KeyRing) -> Bat
     if settings.batch_dir is None:
         return None
     return BatchService(BatchStore(settings.batch_dir), engine, settings, ENDPOINTS, keys)
-
-
-def url_of(listener: socket.socket) -> str:
-    """URL at which clients on this machine reach the server; of a Unix socket, unix: and its path."""
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{listener.getsockname()}"
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
-    return f"http://{host}:{port}"
 
 
 async def _live(
@@ -147,7 +102,7 @@ async def _live(
     await server.listening.wait()
     prefixes = read_prefixes(settings)
     await engine.start()
-    report(f"listening on {url_of(listener)}")
+    report(f"listening on {url_of(listener, secure=settings.ssl_certfile is not None)}")
     if prefixes:
         await register_prefixes(engine, settings, prefixes)
         report(f"prefixes: {len(prefixes)} to be computed and kept")
@@ -182,6 +137,8 @@ class HttpServer(uvicorn.Server):
     """uvicorn with signals that drain first, and without its periodic tick: an idle server sleeps."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
+        """Raises `ConfigError` for certificate files that cannot be used."""
+        tls = tls_context(settings)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -193,6 +150,7 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
+                ssl_context_factory=None if tls is None else lambda config, default: tls,
             )
         )
         self.listening = asyncio.Event()

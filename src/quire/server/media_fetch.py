@@ -9,8 +9,11 @@ import asyncio
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -24,8 +27,12 @@ MAX_FETCHES = 8
 """Images that are fetched at once; others wait."""
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""The only addresses of IPv6 that hosts on the internet have."""
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """Addresses that stand for one of IPv4."""
+_SPECIAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "2001::/23")))
+"""Ranges for protocols and documents that `is_global` does not know on every version of Python."""
 _CHUNK = 64 * 1024
 
 Resolve = Callable[[str, int], list[str]]
@@ -43,9 +50,12 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour
         if found in _NAT64:
             inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None and not inner.is_global:
+        if inner is not None:
+            return is_public(str(inner))
+        if found not in _UNICAST:
             return False
-    return found.is_global and not found.is_multicast
+    special = any(found in network for network in _SPECIAL if network.version == found.version)
+    return found.is_global and not found.is_multicast and not special
 
 
 class MediaFetcher:
@@ -65,7 +75,8 @@ class MediaFetcher:
         self._resolve = resolve
         self._is_public = is_public
         self._seconds = seconds
-        self._slots = asyncio.Semaphore(MAX_FETCHES)
+        # Threads of its own: a slow name server holds up no other work of the server.
+        self._threads = ThreadPoolExecutor(MAX_FETCHES, thread_name_prefix="quire-media")
 
     @classmethod
     def of(cls, settings: ServerSettings) -> "MediaFetcher":
@@ -75,16 +86,20 @@ class MediaFetcher:
     async def fetch(self, url: str) -> bytes:
         """The bytes at `url`. Raises `RequestError` for a URL that is not allowed, or that gives no file in time."""
         self._check(url)
-        async with self._slots:
-            return await asyncio.to_thread(self._fetch, url)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, url)
 
     def _fetch(self, url: str) -> bytes:
         deadline = time.monotonic() + self._seconds
         for _ in range(MAX_REDIRECTS + 1):
             parts = self._check(url)
             connection = self._connect(parts, deadline)
+            # A handshake or headers that come byte by byte are late as well, and no timeout of one read ends them.
+            cut = threading.Timer(_left(deadline), _shut, [connection.sock])
+            cut.start()
             response: HTTPResponse | None = None
             try:
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    connection.sock.do_handshake()
                 target = parts.path or "/"
                 connection.request("GET", f"{target}?{parts.query}" if parts.query else target)
                 response = connection.getresponse()
@@ -96,8 +111,10 @@ class MediaFetcher:
                     raise _refusal(url, f"answers with status {response.status}")
                 return self._read(response, connection, url, deadline)
             except (OSError, HTTPException) as error:
-                raise _refusal(url, f"cannot be fetched: {error}") from None
+                late = time.monotonic() >= deadline
+                raise (self._late(url) if late else _refusal(url, f"cannot be fetched: {error}")) from None
             finally:
+                cut.cancel()
                 if response is not None:
                     response.close()
                 connection.close()
@@ -136,10 +153,15 @@ class MediaFetcher:
             connection = HTTPConnection(host, port)
             connection.sock = plain
             if parts.scheme == "https":
-                connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host)
+                connection.sock = ssl.create_default_context().wrap_socket(
+                    plain, server_hostname=host, do_handshake_on_connect=False
+                )
         except OSError as error:
             raise _refusal(url, f"cannot be fetched: {error}") from None
         return connection
+
+    def _late(self, url: str) -> RequestError:
+        return _refusal(url, f"does not arrive within {self._seconds:g} seconds")
 
     def _read(self, response: HTTPResponse, connection: HTTPConnection, url: str, deadline: float) -> bytes:
         pieces: list[bytes] = []
@@ -147,15 +169,21 @@ class MediaFetcher:
         while True:
             if connection.sock is not None:
                 connection.sock.settimeout(_left(deadline))
-            if time.monotonic() >= deadline:
-                raise _refusal(url, f"does not arrive within {self._seconds:g} seconds")
             piece = response.read1(_CHUNK)
+            if time.monotonic() >= deadline:
+                raise self._late(url)
             if not piece:
                 return b"".join(pieces)
             size += len(piece)
             if size > self._max_bytes:
                 raise _refusal(url, f"has more than {self._max_bytes:,} bytes (max_body_size)")
             pieces.append(piece)
+
+
+def _shut(connection: socket.socket) -> None:
+    """End what another thread reads from a connection."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

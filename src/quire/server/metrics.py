@@ -1,14 +1,14 @@
-"""/metrics: counters of engine and server in Prometheus' text format, and of each API key that has a name.
+"""/metrics: counters of engine, server and named API keys, in Prometheus' text format or in OpenMetrics.
 
 `engine.metrics` counts for the whole server; a key that is no admin's sees its own counters only.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from quire.server.endpoint import Endpoint, RequestContext
@@ -22,6 +22,8 @@ _ROWS: tuple[tuple[_Family, str, str, Callable[[KeyUse], int]], ...] = (
     (CounterMetricFamily, "prompt_tokens", "Tokens of prompts.", lambda use: use.num_prompt_tokens),
     (CounterMetricFamily, "generated_tokens", "Tokens of answers.", lambda use: use.num_generated_tokens),
 )
+_TEXT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+_OPENMETRICS_TYPE = b"application/openmetrics-text; version=1.0.0; charset=utf-8"
 _REFUSED = "Requests refused, by the limit that they met."
 
 
@@ -44,15 +46,47 @@ class _KeyCounters(Collector):
         yield refused
 
 
+class _Together(Collector):
+    """Several collectors as one, so that an answer has one end."""
+
+    def __init__(self, parts: Iterable[Collector]) -> None:
+        self._parts = tuple(parts)
+
+    def collect(self) -> Iterable[Metric]:
+        for part in self._parts:
+            yield from part.collect()
+
+
 async def get_metrics(context: RequestContext) -> None:
-    metrics, use = context.engine.metrics, context.key_use
-    body = metrics.render() if use.sees_all else b""
+    use = context.key_use
+    parts: list[Collector] = [context.engine.metrics] if use.sees_all else []
     shown = context.services.keys.named if use.sees_all else [use]
     if shown:
-        registry = CollectorRegistry()
-        registry.register(_KeyCounters(shown))
-        body += generate_latest(registry)
-    await context.reply_bytes(body, metrics.content_type.encode())
+        parts.append(_KeyCounters(shown))
+    accept = dict(context.scope["headers"]).get(b"accept", b"").decode("latin-1")
+    if prefers_openmetrics(accept):
+        # All names are ones that every Prometheus takes, colons included; the default would replace the colons.
+        body = openmetrics.generate_latest(_Together(parts), escaping=openmetrics.ALLOWUTF8)
+        await context.reply_bytes(body, _OPENMETRICS_TYPE)
+    else:
+        await context.reply_bytes(generate_latest(_Together(parts)), _TEXT_TYPE)
 
 
-ENDPOINTS = (Endpoint("GET", "/metrics", get_metrics, "Metrics in Prometheus' text format"),)
+def prefers_openmetrics(accept: str) -> bool:
+    """Whether the header Accept prefers OpenMetrics 1.0 to Prometheus' text format, or is content with either and names
+    OpenMetrics."""
+    weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for item in accept.split(","):
+        kind, *rest = (part.strip().lower() for part in item.split(";"))
+        options = dict(part.split("=", 1) for part in rest if "=" in part)
+        try:
+            weight = float(options.get("q", 1))
+        except ValueError:
+            continue
+        if kind in weights and options.get("version", "1.0.0") in ("1.0.0", "0.0.4"):
+            weights[kind] = max(weights[kind], weight)
+    openmetrics_weight, text_weight = weights.values()
+    return openmetrics_weight > 0 and openmetrics_weight >= text_weight
+
+
+ENDPOINTS = (Endpoint("GET", "/metrics", get_metrics, "Metrics in Prometheus' text format or in OpenMetrics"),)

@@ -10,6 +10,7 @@ from quire.server.api_keys import ApiKey
 from quire.server.endpoint import RequestContext
 from quire.server.key_use import KeyUse
 from quire.server.protocol import ChatCompletionRequest, GenerateRequest
+from quire.server.traces import RequestTrace
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -28,11 +29,15 @@ class SchedulingInfo:
     """Name of the adapter; empty: the model alone."""
     use: KeyUse = field(default_factory=lambda: KeyUse(ApiKey()))
     """The use of its API key, which admits it."""
+    trace: RequestTrace | None = None
+    """None: nothing is traced."""
 
 
 def scheduling_info(request: GenerateRequest, context: RequestContext) -> SchedulingInfo:
     """SchedulingInfo of `request`, the body of `context`."""
-    client = context.client
+    client, traces = context.client, context.services.traces
+    operation = "chat" if isinstance(request, ChatCompletionRequest) else "text_completion"
+    model = context.adapter_name or context.engine.model_names[0]
     return SchedulingInfo(
         checked_priority(context, request.priority),
         client.salt + (request.cache_salt or ""),
@@ -40,6 +45,7 @@ def scheduling_info(request: GenerateRequest, context: RequestContext) -> Schedu
         _workload(request),
         context.adapter_name,
         context.key_use,
+        None if traces is None else traces.request(context.scope["headers"], operation=operation, model=model),
     )
 
 

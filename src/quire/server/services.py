@@ -8,6 +8,7 @@ from quire.server.media_fetch import MediaFetcher
 from quire.server.responses.runs import BackgroundRuns
 from quire.server.responses.store import ResponseStore
 from quire.server.settings import ServerSettings
+from quire.server.traces import Traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,13 @@ class Services:
     responses: ResponseStore
     keys: KeyRing
     media: MediaFetcher
+    traces: Traces | None = None
+    """None: nothing is traced."""
     runs: BackgroundRuns = field(default_factory=BackgroundRuns)
     warnings: FieldWarnings = field(default_factory=FieldWarnings)
 
     @classmethod
-    def open(cls, settings: ServerSettings, keys: KeyRing) -> "Services":
+    def open(cls, settings: ServerSettings, keys: KeyRing, traces: Traces | None = None) -> "Services":
         """Raises `ConfigError` for a file that cannot be used."""
         store = ResponseStore(settings.responses_store, settings.responses_store_size)
-        return cls(store, keys, MediaFetcher.of(settings))
+        return cls(store, keys, MediaFetcher.of(settings), traces)

@@ -23,6 +23,15 @@ class ServerSettings:
     """Port to listen on. 0 takes a free port."""
     uds: str | None = None
     """Listen on a Unix socket at this path instead of host and port. Its owner and group may connect."""
+    ssl_certfile: str | None = None
+    """Serve https with this certificate (PEM, with its chain). A file that is renewed holds for new connections."""
+    ssl_keyfile: str | None = None
+    """The certificate's key (PEM). Default: it is in `ssl_certfile`."""
+    ssl_ca_certs: str | None = None
+    """Let only clients connect whose certificate one of these signed (PEM)."""
+    ssl_cert_reqs: int | None = None
+    """Certificates of clients: 0 asks for none, 1 checks one that is sent, 2 needs one. Default: 2 with `ssl_ca_certs`,
+    else 0."""
     api_key: tuple[str, ...] = ()
     """Accept only requests with this key (`Authorization: Bearer KEY`); only /health needs none. Also read
     from QUIRE_API_KEY. Repeat for several."""
@@ -94,6 +103,9 @@ class ServerSettings:
     """Log one line per request, apart from those of /health. Prompts and answers are never logged."""
     log_format: str = "text"
     """Form of the lines on standard error: text, or json."""
+    otlp_traces_endpoint: str | None = None
+    """Send a span of each answer to this OpenTelemetry collector (OTLP over HTTP), e.g. http://127.0.0.1:4318. Needs
+    quire-llm[otel]; the variables of OpenTelemetry (OTEL_…) hold."""
     root_path: str = ""
     """Path under which a proxy offers the server, e.g. /llm. It is optional in requests: a proxy may strip it."""
     keys: tuple[ApiKey, ...] = field(init=False, default=(), repr=False)
@@ -126,11 +138,47 @@ class ServerSettings:
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave the option out")
         object.__setattr__(self, "keys", self._read_keys())
-        if not (self.keys or self.allow_unauthenticated or self.uds or is_loopback(self.host)):
+        if not self.uds:
+            self.check_exposure(self.host)
+        self._check_tls()
+        self._check_endpoint()
+
+    @property
+    def client_certificates(self) -> int:
+        """Whether clients need a certificate, as a number of `ssl.VerifyMode`."""
+        if self.ssl_cert_reqs is None:
+            return 0 if self.ssl_ca_certs is None else 2
+        return self.ssl_cert_reqs
+
+    def check_exposure(self, host: str) -> None:
+        """Raise `ConfigError` if others can reach the address `host` and there is no API key."""
+        if not (self.keys or self.allow_unauthenticated or is_loopback(host)):
             raise ConfigError(
-                f"host is {self.host}, which others can reach, and there is no API key; set --api-key or "
+                f"host is {host}, which others can reach, and there is no API key; set --api-key or "
                 "QUIRE_API_KEY or --api-key-file or --api-keys, listen on 127.0.0.1, or accept it with "
                 "--allow-unauthenticated"
+            )
+
+    def _check_tls(self) -> None:
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name} is set without ssl_certfile; give the server's certificate too")
+        if self.client_certificates not in (0, 1, 2):
+            raise ConfigError(f"ssl_cert_reqs is {self.ssl_cert_reqs}; it must be 0, 1 or 2")
+        if self.client_certificates and self.ssl_ca_certs is None:
+            raise ConfigError(
+                f"ssl_cert_reqs is {self.ssl_cert_reqs} without ssl_ca_certs; give the signers' certificates"
+            )
+
+    def _check_endpoint(self) -> None:
+        if self.otlp_traces_endpoint is None:
+            return
+        scheme, _, rest = self.otlp_traces_endpoint.partition("://")
+        if scheme not in ("http", "https") or not rest:
+            raise ConfigError(
+                f"otlp_traces_endpoint is {self.otlp_traces_endpoint!r}; give the collector's address for OTLP over "
+                "HTTP, such as http://127.0.0.1:4318 (gRPC is not supported; collectors take HTTP on port 4318)"
             )
 
     def _read_keys(self) -> tuple[ApiKey, ...]:

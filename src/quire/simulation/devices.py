@@ -1,7 +1,7 @@
 """Device: what a machine reads and computes per second, and the fixed costs of a step; a table, or a JSON file.
 
-The table's rates are those of the makers' data sheets (dense float16); the shares of them that programs reach are round
-assumptions. Measured figures belong in a JSON file with the same field names:
+The table is devices.toml. Its rates are those of the makers' data sheets; the shares of them that programs reach are
+round assumptions. Measured figures belong in a JSON file with the same field names:
 
     {"name": "mine", "memory": 25769803776, "bandwidth": 2.2e10, "matrix_rate": 2.0e11, "step_overhead": 0.002}
 
@@ -11,17 +11,22 @@ stored.
 """
 
 import dataclasses
+import difflib
 import json
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from quire.errors import ConfigError
 from quire.simulation.model_shapes import ModelShape
 
 _GIB = 2**30
 
+PROCESS_BYTES = 250 * 2**20
+"""Interpreter, torch without CUDA and other libraries; used where they were not measured."""
 MEMORY_SHARE = 0.9
 """Share of a device's memory for weights and KV; the rest is for activations and the driver. Also vLLM's default."""
 
@@ -59,6 +64,10 @@ class Device:
     """Seconds per logit of a sampled position."""
     process_memory: float = 0.0
     """Bytes of a process before it holds any part of a model: interpreter and libraries."""
+    capability: tuple[int, int] = (8, 0)
+    """Compute capability of a CUDA device, which decides its kernels."""
+    source: str = ""
+    """Where the figures come from."""
     products: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
     """Weight format (a dtype or a quantisation) → pairs (rows, seconds per parameter) in ascending order: the time of a
     matrix product by its number of rows, linear in between and beyond. `bandwidth` and `matrix_rate` then apply to
@@ -67,7 +76,10 @@ class Device:
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
-            if entry.name in ("name", "products"):
+            if entry.name in ("name", "products", "source"):
+                continue
+            if entry.name == "capability":
+                self._check_capability(value)
                 continue
             if not _is_amount(value):
                 raise ConfigError(f"device {self.name}: {entry.name} is {value!r}; it must be a number of at least 0")
@@ -83,6 +95,12 @@ class Device:
             if getattr(self, name) == 0:
                 raise ConfigError(f"device {self.name}: {name} is 0; it must be more")
 
+    def _check_capability(self, value: object) -> None:
+        """Also make a tuple of a file's list."""
+        if not (isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(part, int) for part in value)):
+            raise ConfigError(f"device {self.name}: capability is {value!r}; it must be two numbers such as [8, 0]")
+        object.__setattr__(self, "capability", tuple(value))
+
     @property
     def is_host(self) -> bool:
         """The device computes in host memory, which it shares with other programs."""
@@ -97,40 +115,51 @@ def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
 
 
-def _gpu(name: str, memory: float, bandwidth: float, matrix_rate: float, link: float, host: float) -> Device:
+def _card(name: str, values: Mapping[str, Any]) -> Device:
     return Device(
         name=name,
-        memory=memory,
-        bandwidth=bandwidth,
-        matrix_rate=matrix_rate,
+        memory=_memory(values),
+        bandwidth=values["bandwidth"] * 1e9,
+        matrix_rate=values["fp16"] * 1e12,
         bandwidth_share=0.85,
         matrix_share=0.55,
         step_overhead=0.002,
         sequence_overhead=5e-6,
-        link_bandwidth=link,
+        link_bandwidth=values["link"] * 1e9,
         reduce_latency=1e-5,
-        host_bandwidth=host,
+        host_bandwidth=values["host"] * 1e9,
+        capability=values["capability"],
+        source=values["source"],
     )
 
 
-DEVICES = {
-    device.name: device
-    for device in (
-        _gpu("A100-40GB", 40 * _GIB, 1.555e12, 3.12e14, 3.0e11, 2.5e10),
-        _gpu("A100-80GB", 80 * _GIB, 2.039e12, 3.12e14, 3.0e11, 2.5e10),
-        _gpu("H100", 80 * _GIB, 3.35e12, 9.89e14, 4.5e11, 5.0e10),
-        _gpu("H200", 141e9, 4.8e12, 9.89e14, 4.5e11, 5.0e10),
-        # Two virtual cores of a Xeon at 2.5 GHz, float32: measured ceilings of docs/benchmarks.md.
-        Device(
-            name="xeon-2core",
-            memory=24 * _GIB,
-            bandwidth=2.07e10,
-            matrix_rate=2.2e11,
-            step_overhead=0.002,
-            sequence_overhead=5e-6,
-        ),
+def _processor(name: str, values: Mapping[str, Any]) -> Device:
+    return Device(
+        name=name,
+        memory=_memory(values),
+        bandwidth=values["bandwidth"] * 1e9,
+        matrix_rate=values["cores"] * values["ghz"] * values["per_cycle"] * 1e9,
+        bandwidth_share=0.75,
+        matrix_share=0.6,
+        step_overhead=0.002,
+        sequence_overhead=5e-6,
+        process_memory=PROCESS_BYTES,
+        source=values["source"],
     )
-}
+
+
+def _memory(values: Mapping[str, Any]) -> float:
+    return float(values["memory_gb"] * 1e9 if "memory_gb" in values else values["memory_gib"] * _GIB)
+
+
+def _read_table() -> dict[str, Device]:
+    with (Path(__file__).parent / "devices.toml").open("rb") as file:
+        rows = tomllib.load(file)
+    return {name: (_card if "fp16" in values else _processor)(name, values) for name, values in rows.items()}
+
+
+DEVICES = _read_table()
+"""Name → device, cards first."""
 
 _TABLE_1 = {
     ("OPT-13B", "A100-40GB", 1): 12 * _GIB,
@@ -142,18 +171,34 @@ _TABLE_1 = {
 
 
 def find_device(name: str) -> Device:
-    """A known device (case does not matter), or one from a JSON file. Raises `ConfigError`."""
-    for known, device in DEVICES.items():
-        if known.lower() == name.lower():
-            return device
+    """A known device (case, spaces and hyphens do not matter), or one from a JSON file. Raises `ConfigError`."""
+    known = {_letters(each): device for each, device in DEVICES.items()}
+    wanted = _letters(name)
+    if wanted in known:
+        return known[wanted]
     path = Path(name)
     if not path.is_file():
-        raise ConfigError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}, or a JSON file of coefficients")
+        raise ConfigError(
+            f"device is {name!r}; {_near(wanted)}it must be a name that quire plan --list-devices shows, or a JSON "
+            "file such as quire plan --measure FILE writes"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return Device(**{"name": path.stem, **values})
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"device file {path}: {error}") from error
+
+
+def _near(letters: str) -> str:
+    """The known names that somebody may have meant, as part of an error; "" if there are none."""
+    known = {_letters(name): name for name in DEVICES}
+    alike = [each for each in known if letters and letters in each]
+    alike = alike or difflib.get_close_matches(letters, known, n=3)
+    return f"did you mean {' or '.join(known[each] for each in alike[:4])}? " if alike else ""
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
 
 
 def fewest_devices(model: ModelShape, device: Device) -> int:

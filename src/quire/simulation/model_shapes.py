@@ -24,6 +24,8 @@ class ModelShape:
     """Type of keys and values; None follows dtype."""
     quantization: str | None = None
     """A row of METHODS: how the matrices of the layers and the head are stored instead."""
+    weight_share: float = 1.0
+    """Bytes that the weights take, by those that `dtype` and `quantization` say: less for a checkpoint of few bits."""
 
     @classmethod
     def of(
@@ -51,7 +53,11 @@ class ModelShape:
 
     @property
     def weight_format(self) -> str:
-        """How the layers' matrices are stored: a quantisation, or a dtype."""
+        """How the layers' matrices are stored: a quantisation, or a dtype. A checkpoint of few bits counts as the
+        quantisation of about as many."""
+        bytes_per_parameter = self.weight_share * self.dtype_bytes
+        if self.quantization is None and bytes_per_parameter < 1.5:
+            return "int4" if bytes_per_parameter < 0.75 else "int8"
         return self.quantization or self.dtype
 
     @property

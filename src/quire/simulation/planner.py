@@ -17,8 +17,8 @@ from quire.simulation.trace import Trace, TraceRow
 
 ROUNDS = 2
 """Measured requests per user."""
-MAX_TOKENS = 400_000
-"""Tokens generated in one simulation, which then takes a few seconds."""
+MAX_TOKENS = 50_000
+"""Most tokens measured in one simulation, unless one request per user has more; it then takes about a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +33,11 @@ class EngineSizes:
     windows: tuple[int, ...] = (0,)
     """The window of each KV group."""
 
-    def num_users(self, context: int) -> int:
-        """How many sequences of `context` tokens run at once."""
+    def num_users(self, context: int, *, of_memory: bool = False) -> int:
+        """How many sequences of `context` tokens run at once; with `of_memory` how many the blocks would hold."""
         blocks = sum(most_blocks(context, window, self.block_size) for window in self.windows)
-        return min(self.max_num_seqs, self.num_blocks // blocks)
+        fitting = self.num_blocks // blocks
+        return fitting if of_memory else min(self.max_num_seqs, fitting)
 
 
 _FIGURES = (

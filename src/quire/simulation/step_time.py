@@ -32,7 +32,7 @@ class StepTime:
         if device.products:
             self._products = MeasuredProducts(model, device, num_devices)
         else:
-            self._products = RooflineProducts(model, read_rate=read_rate, matrix_rate=matrix_rate)
+            self._products = RooflineProducts(model, read_rate=read_rate / model.weight_share, matrix_rate=matrix_rate)
         self._per_context_token = attention_slowdown * model.kv_bytes_per_token / read_rate
         self._per_pair = attention_slowdown * spec.operations_per_pair / matrix_rate
         self._overhead = device.step_overhead + spec.num_layers * device.layer_overhead

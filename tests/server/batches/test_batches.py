@@ -202,24 +202,6 @@ def test_a_line_waits_while_the_queue_is_full(client: OpenAI, engine: ScriptedEn
     assert wait_for(client, batch.id).request_counts.completed == 1
 
 
-def test_nothing_is_lost_while_the_disk_is_full(client: OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, failures = BatchStore.add_answers, iter([True, True])
-
-    def full_at_first(self: BatchStore, *args: Any) -> None:
-        if next(failures, False):
-            raise sqlite3.OperationalError("database or disk is full")
-        save(self, *args)
-
-    async def at_once(seconds: float) -> None:
-        pass
-
-    monkeypatch.setattr(BatchStore, "add_answers", full_at_first)
-    monkeypatch.setattr("quire.server.batches.job.asyncio.sleep", at_once)
-    batch = wait_for(client, submit(client, [request_line(f"r{index}") for index in range(20)]).id)
-    assert batch.request_counts.completed == 20
-    assert len(answers(client, batch.output_file_id)) == 20
-
-
 def test_accounts_do_not_see_each_other(engine: ScriptedEngine, tmp_path: Path) -> None:
     settings = settings_for(tmp_path, api_key=("one", "two"))
     with RunningServer(engine, settings) as server:

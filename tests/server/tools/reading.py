@@ -34,7 +34,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "now"}},
 ]
-_MARK = re.compile(r"<[^<>\s=]+>|\[/?[A-Z_]+\]")
+_MARK = re.compile(r"\]<\]minimax\[>\[|｜DSML｜|<(?!/?｜DSML)[^<>\s={}]+>|\[/?[A-Z_]+\]")
 
 
 def use(choice: Any = None, **options: Any) -> ToolUse:

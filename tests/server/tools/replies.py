@@ -4,6 +4,7 @@ PARIS = '{"city": "Paris", "days": 3}'
 ODD = '{"city": "a } \\" <tool_call> é😀", "tags": ["]", "\\\\"]}'
 TWO = [("weather", PARIS), ("now", "{}")]
 THINK = "think"
+NS = "]<]minimax[>["
 
 REPLIES: list[tuple[str, str | None, str, tuple[str, str, list[tuple[str, str]]]]] = [
     (
@@ -94,6 +95,56 @@ REPLIES: list[tuple[str, str | None, str, tuple[str, str, list[tuple[str, str]]]
         'So:\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Paris</parameter>\n'
         '<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
         ("So:", "", TWO),
+    ),
+    (
+        "minimax_m3",
+        "minimax_m3",
+        f'<mm:think>x</mm:think>So:{NS}<tool_call>\n{NS}<invoke name="weather">{NS}<city>a < "b" {NS}</city>'
+        f'{NS}<days>3{NS}</days>{NS}</invoke>\n{NS}<invoke name="now">{NS}</invoke>\n{NS}</tool_call>',
+        ("So:", "x", [("weather", '{"city": "a < \\"b\\" ", "days": 3}'), ("now", "{}")]),
+    ),
+    (
+        "minimax_m3",
+        None,
+        f'{NS}<tool_call>\n{NS}<invoke name="weather">\n'
+        f"{NS}<tags>{NS}<item>]{NS}</item>\n{NS}<item>5{NS}</item>{NS}</tags>"
+        f"{NS}<share>{NS}</share>\n{NS}<-other>\n{NS}<a>{NS}<item>1{NS}</item>{NS}</a>{NS}<b>true{NS}</b>{NS}</-other>"
+        f'{NS}<note>["x"]{NS}</note>{NS}</invoke>\n{NS}</tool_call> ok',
+        (
+            "ok",
+            "",
+            [("weather", '{"tags": ["]", "5"], "share": "", "-other": {"a": [1], "b": true}, "note": ["x"]}')],
+        ),
+    ),
+    (
+        "gemma4",
+        "gemma4",
+        '<|channel>thought\nx<channel|>ok<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:3}<tool_call|>'
+        "<|tool_call>call:now{}<tool_call|>",
+        ("ok", "x", TWO),
+    ),
+    (
+        "gemma4",
+        None,
+        '<|tool_call>call:weather{city:<|"|>a } "b" \\ é<|"|>, tags:[<|"|>]<|"|>,<|"|>,<|"|>], share:null, '
+        '"unit":"c",other:{a:[1,{b:true}],<|"|>c d<|"|>:[]},days:4<tool_call|>',
+        (
+            "",
+            "",
+            [
+                (
+                    "weather",
+                    '{"city": "a } \\"b\\" \\\\ é", "tags": ["]", ","], "share": null, "unit": "c", '
+                    '"other": {"a": [1, {"b": true}], "c d": []}, "days": 4}',
+                )
+            ],
+        ),
+    ),
+    (
+        "functiongemma",
+        None,
+        "<start_function_call>call:weather{city:<escape>Paris<escape>,days:3}<end_function_call>",
+        ("", "", [("weather", PARIS)]),
     ),
     (
         "deepseek_v32",

@@ -26,6 +26,9 @@ TEMPLATES = {
     "glm45": "<tool_call>{name}<arg_key>{k}</arg_key><think>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_argument_begin|>",
     "minimax_m2": "<minimax:tool_call>",
+    "minimax_m3": "{%- set ns_token = ']<]minimax[>[' -%}<tool_call><mm:think></mm:think>",
+    "gemma4": "<|tool_call>call:' + name + '{' <tool_call|> <|channel>thought\\n<channel|>",
+    "functiongemma": "<start_function_call>call:",
     "command_r": "<|START_THINKING|><|START_ACTION|>",
     "olmo3": "<function_calls>",
     "seed_oss": "<seed:tool_call><seed:think></seed:think><function=f><parameter=p>",
@@ -46,6 +49,8 @@ def test_reasoning_is_found_too() -> None:
         "qwen3": "deepseek_r1",
         "openai": "openai",
         "glm45": "deepseek_r1",
+        "minimax_m3": "minimax_m3",
+        "gemma4": "gemma4",
         "command_r": "cohere_command3",
         "seed_oss": "seed_oss",
     }

@@ -20,6 +20,7 @@ FILES = (
 """Patterns of the files that Quire reads: at the top of a repository, and in folders of modules."""
 UNREAD_FILES = ("[!0-9]*/*", "[0-9][!_]*/*", "consolidated*")
 """Copies for other programs: exports in folders, and the weights in their maker's own format."""
+WEIGHT_FILES = ("*.safetensors", "*/*.safetensors")
 _CHUNK = 1 << 20
 _SHA256_DIGITS, _GIT_DIGITS = 64, 40
 
@@ -31,11 +32,12 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def download(name: HubName, *, check_all: bool = False) -> Path:
+def download(name: HubName, *, check_all: bool = False, weights: bool = True) -> Path:
     """The folder of one commit of a repository. Files in the cache are not downloaded again.
 
-    The revision is resolved to a commit, from which all files come. If anything was downloaded, or with `check_all`,
-    the checksums of all files are compared. Raises `CheckpointError`, in one line, for what cannot be had.
+    The revision is resolved to a commit, from which all files come. Without `weights`, safetensors are left out. If
+    anything was downloaded, or with `check_all`, the checksums of all files are compared. Raises `CheckpointError`, in
+    one line, for what cannot be had.
     """
     from huggingface_hub import snapshot_download  # only hub models need it
     from huggingface_hub.file_download import repo_folder_name
@@ -45,7 +47,10 @@ def download(name: HubName, *, check_all: bool = False) -> Path:
     try:
         # Without a connection it returns the earlier download of that revision.
         found = snapshot_download(
-            name.repository, revision=name.revision, allow_patterns=_patterns(name), ignore_patterns=list(UNREAD_FILES)
+            name.repository,
+            revision=name.revision,
+            allow_patterns=_patterns(name),
+            ignore_patterns=[*UNREAD_FILES, *([] if weights else WEIGHT_FILES)],
         )
     except Exception as error:  # network libraries raise many classes of their own
         raise CheckpointError(explain(error, name)) from error

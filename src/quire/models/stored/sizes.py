@@ -1,5 +1,7 @@
 """count_kept: the memory of the layers that keep a checkpoint's bits, from the headers of its files. No torch.
 
+estimate_kept says about the same where only config.json is there.
+
 The up-projections of latent attention become floats, as embeddings do, and so do a layer's experts that are not all
 stored in one way; they are not counted.
 """
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from quire.errors import CheckpointError
+from quire.layer_spec import ModelSpec
 from quire.model_config import read_json
 from quire.models.safetensors_file import Entry, read_header
 from quire.quantization.stored import KeptBits, Scheme, StoredWeights
@@ -41,6 +44,17 @@ def count_kept(folder: Path, stored: StoredWeights) -> KeptBits | None:
             parameters += size.num_parameters
             num_bytes += size.num_bytes
     return KeptBits(parameters, num_bytes, head)
+
+
+def estimate_kept(spec: ModelSpec, stored: StoredWeights) -> KeptBits:
+    """The same from config.json alone: every dense layer as most are stored, the head in floats."""
+    scheme = stored.usual
+    dense = spec.layer_parameters - sum(
+        num_layers * experts.num_experts * experts.expert.num_parameters for experts, num_layers in spec.expert_layers
+    )
+    width = 4 if scheme.bits <= 4 else 8
+    scales = dense // scheme.group_of(spec.hidden_size) * 2 * (1 if scheme.symmetric else 2)
+    return KeptBits(dense, dense * width // 8 + scales)
 
 
 def _entries(folder: Path) -> Mapping[str, Entry]:

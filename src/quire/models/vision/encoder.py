@@ -1,6 +1,9 @@
-"""ImageEncoder: what a model that reads images offers beside its decoder."""
+"""ImageEncoder: what a model that reads images offers beside its decoder.
 
-from collections.abc import Generator
+An image is encoded in pieces of some rows of one layer, so that a step can encode little beside decoding sequences.
+"""
+
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 import torch
@@ -9,18 +12,23 @@ from torch import Tensor
 from quire.model_config import ImageProcessing
 from quire.models.weights import WeightScope
 
-Layers = Generator[None, None, Tensor]
-"""A computation that pauses after each layer, so that an image can be encoded in several steps."""
+Pieces = Generator[int, None, Tensor]
+"""A computation that pauses after each piece and tells its work in multiplications."""
+
+_ROWS_OF_A_PIECE = 64
+"""On a CPU: few enough that a piece takes milliseconds, enough that a product runs at full speed."""
 
 
 class ImageEncoder(Protocol):
     """Computes the embeddings that take the place of an image's placeholder tokens."""
 
-    num_layers: int
-
-    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Layers:
+    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Pieces:
         """tiles uint8 [num_tiles, height, width, 3] of one image, whose (height, width) was `original_size` -> [number
-        of its tokens, H], with a pause after each of `num_layers`."""
+        of its tokens, H], in pieces."""
+        ...
+
+    def work(self, tiles: Tensor) -> int:
+        """About as many multiplications as all pieces of `encode` tell."""
         ...
 
 
@@ -28,20 +36,33 @@ class Encoding:
     """An image that is being encoded."""
 
     def __init__(self, encoder: ImageEncoder, tiles: Tensor, original_size: tuple[int, int]) -> None:
-        self._layers = encoder.encode(tiles, original_size)
-        self._num_layers = encoder.num_layers
-        self._num_done = 0
+        self._pieces = encoder.encode(tiles, original_size)
+        self._work = encoder.work(tiles)
+        self._done = 0
+        self._embeddings: Tensor | None = None
 
-    def advance(self, end: int, total: int) -> Tensor | None:
+    def advance(self, end: float, total: int) -> Tensor | None:
         """Go on until `end` of `total` is done; returns the embeddings when all is."""
-        try:
-            while end == total or self._num_done < self._num_layers * end // total:
-                next(self._layers)
-                self._num_done += 1
-        except StopIteration as finished:
-            embeddings: Tensor = finished.value
-            return embeddings
-        return None
+        while self._embeddings is None and (end == total or self._done * total < self._work * end):
+            try:
+                self._done += next(self._pieces)
+            except StopIteration as finished:
+                self._embeddings = finished.value
+        return self._embeddings if end == total else None
+
+
+def num_rows_of_a_piece(device: torch.device) -> int:
+    """Rows that a piece computes. A device computes all at once: its steps have no other use for small products."""
+    return _ROWS_OF_A_PIECE if device.type == "cpu" else 2**31 - 1
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, work: int) -> Pieces:
+    """function(x) for a function of single rows [N, ...] -> [N, ...]; `work` is that of one row."""
+    done = []
+    for rows in x.split(min(len(x), num_rows_of_a_piece(x.device))):
+        done.append(function(rows))
+        yield len(rows) * work
+    return torch.cat(done)
 
 
 class Normaliser:

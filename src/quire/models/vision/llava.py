@@ -11,9 +11,9 @@ from quire.images.grid import best_grid, unpadded
 from quire.layers.activation import activation_function
 from quire.model_config import VisionConfig
 from quire.models.builder import Builder
-from quire.models.vision.encoder import Layers, Normaliser
+from quire.models.vision.encoder import Normaliser, Pieces, by_rows
 from quire.models.vision.names import find_scope
-from quire.models.vision.tower import Tower, vision_linear
+from quire.models.vision.tower import Tower, num_products, vision_linear
 
 
 class LlavaEncoder:
@@ -25,7 +25,6 @@ class LlavaEncoder:
         tower = find_scope(build, tower_names, "embeddings.class_embedding")
         projector = find_scope(build, ("multi_modal_projector", "model.multi_modal_projector"), "linear_1.weight")
         self.vision = vision
-        self.num_layers = vision.num_layers
         self.normalise = Normaliser(vision.processing, weights)
         self.tower = Tower(tower, vision, has_class=True)
         num_features = vision.hidden_size * len(vision.feature_layers)
@@ -38,14 +37,22 @@ class LlavaEncoder:
             name = "image_newline" if weights.has("image_newline") else "model.image_newline"
             self.newline = weights.take(name, (width,)).to(weights.activation_dtype)
 
-    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Layers:
+    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Pieces:
         features = yield from self.tower.encode(self.normalise(tiles))
         if not self.vision.keeps_class:
             features = features[:, 1:]
-        projected = self.linear_2(self.activation(self.linear_1(features.reshape(-1, features.shape[2]))))
+        rows = features.reshape(-1, features.shape[2])
+        projected = yield from by_rows(self._project, rows, num_products(self.linear_1, self.linear_2))
         if self.newline is None:
             return projected
         return self._join(projected.view(*features.shape[:2], -1), original_size, self.newline)
+
+    def work(self, tiles: Tensor) -> int:
+        num_features = len(tiles) * (self.vision.patches_per_side**2 + self.vision.keeps_class)
+        return self.tower.work(len(tiles)) + num_features * num_products(self.linear_1, self.linear_2)
+
+    def _project(self, features: Tensor) -> Tensor:
+        return self.linear_2(self.activation(self.linear_1(features)))
 
     def _join(self, features: Tensor, original_size: tuple[int, int], newline: Tensor) -> Tensor:
         """features [tiles, N, H], of the whole image first -> [number of tokens, H]."""

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL's image encoder: images of any shape, rotary embeddings by row and column, attention in windows.
+"""The image encoders of Qwen2-VL and Qwen2.5-VL: images of any shape, rotary embeddings by row and column. Qwen2.5-VL has
+attention in windows, gated MLPs and RMSNorms; Qwen2-VL attends to the whole image, with plain MLPs and LayerNorms.
 
 Patches are kept in groups of merge × merge that become one token, N groups of P patches. Most layers attend within
 windows of groups; windows at the right and lower edges are smaller. Windows of one size are computed as one batch.
@@ -13,12 +14,12 @@ from torch.nn import functional
 
 from quire.layers.activation import activation_function
 from quire.layers.linear import LinearWeight
-from quire.layers.norm import RMSNorm
+from quire.layers.norm import Norm, RMSNorm
 from quire.model_config import VisionConfig
 from quire.models.builder import Builder
-from quire.models.vision.encoder import Layers, Normaliser
+from quire.models.vision.encoder import Normaliser, Pieces, by_rows, num_rows_of_a_piece
 from quire.models.vision.names import find_scope
-from quire.models.vision.tower import vision_linear
+from quire.models.vision.tower import layer_norm, num_products, vision_linear
 
 _EPS, _THETA = 1e-6, 1e4
 
@@ -40,18 +41,17 @@ class Qwen25VLEncoder:
         visual = find_scope(build, ("visual", "model.visual"), "patch_embed.proj.weight")
         width, patch, merge = vision.hidden_size, vision.patch_size, vision.merge
         self.vision = vision
-        self.num_layers = vision.num_layers
         self.normalise = Normaliser(vision.processing, build.weights)
         # An image is a film of two equal frames: their weights are added once.
         frames = visual.weights.take("patch_embed.proj.weight", (width, 3, 2, patch, patch))
         self.patches = visual.pack(LinearWeight(frames.float().sum(dim=2).flatten(1)), quantizes=False)
         self.layers = [_Layer(visual.scope(f"blocks.{index}"), vision) for index in range(vision.num_layers)]
-        self.norm = _norm(visual, "merger.ln_q", width)
+        self.norm = _norm(visual, "merger.ln_q", vision)
         merged = width * merge**2
         self.inner = vision_linear(visual, {"merger.mlp.0": merged}, merged)
         self.projector = vision_linear(visual, {"merger.mlp.2": vision.projector_width}, merged)
 
-    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Layers:
+    def encode(self, tiles: Tensor, original_size: tuple[int, int]) -> Pieces:
         pixels = self.normalise(tiles)
         vision, (_, channels, height, width) = self.vision, pixels.shape
         patch, merge = vision.patch_size, vision.merge
@@ -60,21 +60,35 @@ class Qwen25VLEncoder:
         order, windows = self._windows(rows, columns)
         order = order.to(pixels.device)
         group = merge**2
-        x = self.patches(grid.reshape(rows * columns * group, -1))
+        values = grid.reshape(rows * columns * group, -1)
+        x = yield from by_rows(self.patches, values, num_products(self.patches))
         x = x.view(-1, group, x.shape[1])[order].flatten(0, 1)
         angles = self._angles(rows, columns, pixels.device)[order].flatten(0, 1)
         step = _Step(angles.cos()[:, None], angles.sin()[:, None], windows)
         whole = step._replace(windows=[(1, len(x))])
         for index, layer in enumerate(self.layers):
-            x = layer(x, whole if index in vision.full_attention_layers else step)
-            yield
+            x = yield from layer(x, step if vision.has_window(index) else whole)
         merged = self.norm(x).view(rows * columns, -1)
-        tokens = self.projector(functional.gelu(self.inner(merged)))
+        tokens = yield from by_rows(self._project, merged, num_products(self.inner, self.projector))
         return torch.empty_like(tokens).index_copy_(0, order, tokens)
+
+    def work(self, tiles: Tensor) -> int:
+        vision, (_, height, width, _) = self.vision, tiles.shape
+        num_patches = height * width // vision.patch_size**2
+        side = vision.window_size // vision.patch_size
+        work = num_patches * num_products(self.patches)
+        work += num_patches // vision.merge**2 * num_products(self.inner, self.projector)
+        for index, layer in enumerate(self.layers):
+            num_keys = min(side**2, num_patches) if vision.has_window(index) else num_patches
+            work += num_patches * (num_products(layer.qkv) + layer.work_of_row(num_keys))
+        return work
+
+    def _project(self, merged: Tensor) -> Tensor:
+        return self.projector(functional.gelu(self.inner(merged)))
 
     def _windows(self, rows: int, columns: int) -> tuple[Tensor, list[tuple[int, int]]]:
         """The order of groups in which windows of one size stand together, and (number, patches of each)."""
-        side = self.vision.window_size // (self.vision.patch_size * self.vision.merge)
+        side = self.vision.window_size // (self.vision.patch_size * self.vision.merge) or max(rows, columns)
         index = torch.arange(rows * columns).view(rows, columns)
         by_size: dict[int, list[Tensor]] = {}
         for top in range(0, rows, side):
@@ -95,34 +109,62 @@ class Qwen25VLEncoder:
 
 
 class _Layer:
-    """Attention within windows, and a gated MLP."""
+    """Attention within windows or the whole image, and an MLP."""
 
     def __init__(self, build: Builder, vision: VisionConfig) -> None:
         width, inner = vision.hidden_size, vision.intermediate_size
         self.num_heads = vision.num_heads
         self.activation = activation_function(vision.activation)
-        self.norm1, self.norm2 = _norm(build, "norm1", width), _norm(build, "norm2", width)
+        self.norm1, self.norm2 = _norm(build, "norm1", vision), _norm(build, "norm2", vision)
         self.qkv = vision_linear(build, {"attn.qkv": 3 * width}, width)
         self.o = vision_linear(build, {"attn.proj": width}, width)
-        self.gate_up = vision_linear(build, {"mlp.gate_proj": inner, "mlp.up_proj": inner}, width)
-        self.down = vision_linear(build, {"mlp.down_proj": width}, inner)
+        self.is_gated = vision.gated_mlp
+        names = ("mlp.gate_proj", "mlp.up_proj") if self.is_gated else ("mlp.fc1",)
+        self.up = vision_linear(build, dict.fromkeys(names, inner), width)
+        self.down = vision_linear(build, {"mlp.down_proj" if self.is_gated else "mlp.fc2": width}, inner)
 
-    def __call__(self, x: Tensor, step: _Step) -> Tensor:
+    def __call__(self, x: Tensor, step: _Step) -> Pieces:
         """x [patches, H] -> [patches, H], a new tensor."""
-        qkv = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1)
+        projected = yield from by_rows(self._project, x, num_products(self.qkv))
+        qkv = projected.view(len(x), 3, self.num_heads, -1)
         q, k, v = _rotated(qkv[:, 0], step), _rotated(qkv[:, 1], step), qkv[:, 2]
-        attended = []
+        most = num_rows_of_a_piece(x.device)
+        done: list[Tensor] = []
         begin = 0
         for number, size in step.windows:
-            end = begin + number * size
+            # [windows, heads, patches of each, head_dim]
             queries, keys, values = (
-                part[begin:end].view(number, size, self.num_heads, -1).transpose(1, 2) for part in (q, k, v)
+                part[begin : begin + number * size].view(number, size, self.num_heads, -1).transpose(1, 2)
+                for part in (q, k, v)
             )
-            out = functional.scaled_dot_product_attention(queries, keys, values)
-            attended.append(out.transpose(1, 2).reshape(end - begin, -1))
-            begin = end
-        x = x + self.o(torch.cat(attended))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=1)
+            at_once = max(1, most // size)
+            for first in range(0, number, at_once):
+                some = slice(first, first + at_once)
+                for row in range(0, size, most):
+                    attended = functional.scaled_dot_product_attention(
+                        queries[some, :, row : row + most], keys[some], values[some]
+                    )
+                    rows = attended.transpose(1, 2).flatten(0, 1).flatten(1)
+                    place = begin + first * size + row
+                    done.append(self._rest(x[place : place + len(rows)], rows))
+                    yield len(rows) * self.work_of_row(size)
+            begin += number * size
+        return torch.cat(done)
+
+    def work_of_row(self, num_keys: int) -> int:
+        """Multiplications of a patch from attention on."""
+        return num_products(self.o, self.up, self.down) + 2 * num_keys * self.o.num_inputs
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.qkv(self.norm1(x))
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention, for patches [n, H]."""
+        x = x + self.o(attended)
+        inner = self.up(self.norm2(x))
+        if not self.is_gated:
+            return x + self.down(self.activation(inner))
+        gate, up = inner.chunk(2, dim=1)
         return x + self.down(self.activation(gate) * up)
 
 
@@ -132,5 +174,8 @@ def _rotated(x: Tensor, step: _Step) -> Tensor:
     return (x * step.cos + torch.cat((-second, first), dim=-1) * step.sin).to(x.dtype)
 
 
-def _norm(build: Builder, name: str, width: int) -> RMSNorm:
-    return RMSNorm(build.kernels, build.weights.take(f"{name}.weight", (width,)).float(), _EPS)
+def _norm(build: Builder, name: str, vision: VisionConfig) -> Norm:
+    if not vision.gated_mlp:
+        return layer_norm(build, name, vision.hidden_size, _EPS)
+    weight = build.weights.take(f"{name}.weight", (vision.hidden_size,))
+    return RMSNorm(build.kernels, weight.float(), _EPS)

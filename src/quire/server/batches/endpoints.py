@@ -5,6 +5,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import BinaryIO
@@ -17,10 +18,12 @@ from starlette.types import Message
 
 from quire.server.batches.objects import Batch, BatchList, CreateBatch, DeletedFile, FileList, FileObject
 from quire.server.batches.service import BatchService
+from quire.server.batches.store import STORE
 from quire.server.endpoint import Endpoint, RequestContext
 from quire.server.errors import Refusal
 from quire.server.limits import ClientGoneError
 from quire.server.query import read_ascending, read_whole_number
+from quire.server.store_faults import store_faults
 
 Handler = Callable[[BatchService, RequestContext], Awaitable[None]]
 
@@ -64,15 +67,16 @@ def endpoints(service: BatchService | None) -> tuple[Endpoint, ...]:
 async def upload_file(service: BatchService, context: RequestContext) -> None:
     name = f"file-{secrets.token_hex(16)}"
     most = min(context.settings.max_file_size, await service.room())
-    form = await _read_form(context, most)
+    target = service.path_of(f"{name}.partial")
+    with store_faults(STORE):  # a form of some size is spooled to the disk
+        form = await _read_form(context, most)
     try:
         upload, purpose = form.get("file"), form.get("purpose")
         if not isinstance(upload, UploadFile):
             raise Refusal(400, "the form has no file in the field 'file'", code="missing_file", param="file")
         if purpose != "batch":
             raise Refusal(400, f"purpose is {purpose!r}; 'batch' is supported", code="invalid_purpose", param="purpose")
-        target = service.path_of(f"{name}.partial")
-        size = await asyncio.to_thread(_copy, upload.file, target)
+        size = await service.on_disk(_copy, upload.file, target)
         file = FileObject(
             id=name,
             bytes=size,
@@ -82,6 +86,8 @@ async def upload_file(service: BatchService, context: RequestContext) -> None:
         )
         await service.add_file(file, context.client, target)
     finally:
+        with suppress(OSError):
+            target.unlink(missing_ok=True)
         await form.close()
     await context.reply(file)
 
@@ -103,11 +109,16 @@ async def get_file(service: BatchService, context: RequestContext) -> None:
 async def get_content(service: BatchService, context: RequestContext) -> None:
     file = await service.file(context.path_params["file_id"], context.client)
     headers = [(b"content-type", b"application/jsonl"), (b"content-length", str(file.bytes).encode())]
-    with service.path_of(file.id).open("rb") as content:
+    with await service.on_disk(service.path_of(file.id).open, "rb") as content:
+        part = await service.on_disk(content.read, _SEND_BYTES)  # a fault of the first read has a status of its own
         await context.send({"type": "http.response.start", "status": 200, "headers": headers})
-        while part := await asyncio.to_thread(content.read, _SEND_BYTES):
-            async with asyncio.timeout(context.settings.stall_timeout or None):
-                await context.send({"type": "http.response.body", "body": part, "more_body": True})
+        while part:
+            try:
+                async with asyncio.timeout(context.settings.stall_timeout or None):
+                    await context.send({"type": "http.response.body", "body": part, "more_body": True})
+            except TimeoutError:
+                raise ClientGoneError from None
+            part = await service.on_disk(content.read, _SEND_BYTES)
         await context.send({"type": "http.response.body", "body": b""})
 
 

@@ -13,17 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quire.errors import EngineUnavailableError
 from quire.server.auth import Client
 from quire.server.backend import Engine
 from quire.server.batches.job import Job
 from quire.server.batches.line_requests import LineRequests
 from quire.server.batches.objects import Batch, BatchList, CreateBatch, FileList, FileObject, RequestCounts
-from quire.server.batches.store import BatchStore
+from quire.server.batches.store import STORE, BatchStore
 from quire.server.batches.windows import parse_window
 from quire.server.endpoint import Endpoint
 from quire.server.errors import Refusal
 from quire.server.key_use import KeyRing
 from quire.server.settings import ServerSettings
+from quire.server.store_faults import RetryPause, StoreFailedError, store_faults
 
 T = TypeVar("T")
 
@@ -50,14 +52,22 @@ class BatchService:
         self._slots = Semaphore(settings.batch_concurrency)
         self._jobs: dict[str, Job] = {}
         self._tasks: dict[str, Task[None]] = {}
-        self._started = self._stopped = False
+        self._started = self._stopped = self._closed = False
         # SQLite waits for the disk; one thread keeps the calls in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     async def start(self) -> None:
-        """Go on with all batches that are not over."""
+        """Go on with all batches that are not over. While the store fails, it tries again."""
+        pause = RetryPause()
+        while True:
+            try:
+                unended = await self._stored(self._store.unended)
+            except StoreFailedError:
+                await pause.wait()
+            else:
+                break
         self._started = True
-        for batch, client in await self._stored(self._store.unended):
+        for batch, client in unended:
             self._run(batch, client)
 
     async def stop(self) -> None:
@@ -69,13 +79,19 @@ class BatchService:
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         await self._stored(self._store.close)
+        self._closed = True
         self._thread.shutdown(wait=False)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def path_of(self, name: str) -> Path:
-        """Where the content of a file lies, or of a partial one."""
+        """Where the content of a file lies, or of a partial one. Read and write it by `on_disk`."""
         return self._store.path_of(name)
+
+    async def on_disk(self, call: Callable[..., T], *args: Any) -> T:
+        """Call what reads or writes files, in a thread. Raises `StoreFailedError` for a fault of the disk."""
+        with store_faults(STORE):
+            return await asyncio.to_thread(call, *args)
 
     async def add_file(self, file: FileObject, client: Client, partial: Path) -> None:
         """Keep an uploaded file, whose content was written to `partial`."""
@@ -188,8 +204,12 @@ class BatchService:
         del self._jobs[batch_id], self._tasks[batch_id]
 
     async def _stored(self, call: Callable[..., T], *args: Any) -> T:
-        """Call the store in its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
+        """Call the store in its thread. Raises `StoreFailedError` for a fault, and `EngineUnavailableError` after the
+        end of the service."""
+        if self._closed:
+            raise EngineUnavailableError("the server is shutting down")
+        with store_faults(STORE):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)
 
 
 def _cut(items: list[T], limit: int) -> tuple[list[T], bool]:

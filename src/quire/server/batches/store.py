@@ -1,7 +1,7 @@
 """BatchStore: files, batches and answers in one folder. What `add_answers` has saved survives any kill.
 
 An answer belongs to a line of a batch, and a line has at most one. A file lies in `files/` under its id; it is written
-beside its place and renamed, so it is whole or absent.
+beside its place and renamed, so it is whole or absent. Methods raise what SQLite and the disk raise.
 """
 
 import os
@@ -26,6 +26,8 @@ CREATE TABLE IF NOT EXISTS answers (
     batch_id TEXT, line INTEGER, succeeded INTEGER, data BLOB, PRIMARY KEY (batch_id, line)) WITHOUT ROWID;
 """
 _VERSION = 1
+STORE = "--batch-dir"
+"""What errors call the store."""
 
 
 class Answered(NamedTuple):
@@ -55,8 +57,7 @@ class BatchStore:
             self._db.execute("PRAGMA synchronous = FULL")
             with transaction(self._db):
                 self._check_version()
-            for partial in self._files.glob("*.partial"):  # uploads that a kill cut
-                partial.unlink()
+            self._remove_strays()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"batch_dir {self._folder} cannot be used: {error}; give a folder that can be written and that no "
@@ -74,9 +75,9 @@ class BatchStore:
 
     def add_file(self, file: FileObject, account: str, partial: Path) -> None:
         """Keep a file whose content is in `partial`, which lies in the folder of the files and is moved."""
-        with partial.open("rb") as content:
-            os.fsync(content.fileno())
+        _sync(partial)
         partial.replace(self.path_of(file.id))
+        _sync(self._files)  # the name too is on the disk before the row
         with transaction(self._db):
             self._db.execute(
                 "INSERT OR REPLACE INTO files (id, account, purpose, bytes, data) VALUES (?, ?, ?, ?, ?)",
@@ -99,12 +100,14 @@ class BatchStore:
         return int(self._db.execute("SELECT coalesce(sum(bytes), 0) FROM files").fetchone()[0])
 
     def delete_file(self, file_id: str, account: str) -> bool:
-        """Returns whether there was one."""
+        """Returns whether there was one. The content goes first: that frees space when a full disk refuses the rest,
+        and a second call then removes the row."""
+        if self.file(file_id, account) is None:
+            return False
+        self.path_of(file_id).unlink(missing_ok=True)
         with transaction(self._db):
-            gone = self._db.execute("DELETE FROM files WHERE id = ? AND account = ?", (file_id, account)).rowcount
-        if gone:
-            self.path_of(file_id).unlink(missing_ok=True)
-        return bool(gone)
+            self._db.execute("DELETE FROM files WHERE id = ? AND account = ?", (file_id, account))
+        return True
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
@@ -203,6 +206,13 @@ class BatchStore:
         rows = self._db.execute(f"{query} ORDER BY number {order} LIMIT ?", (*values, limit))
         return [data for (data,) in rows]
 
+    def _remove_strays(self) -> None:
+        """Remove content without a row, which a kill or a fault left."""
+        known = {file_id for (file_id,) in self._db.execute("SELECT id FROM files")}
+        for path in self._files.iterdir():
+            if path.name.startswith("file-") and path.name not in known:
+                path.unlink()
+
     def _check_version(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version not in (0, _VERSION):
@@ -210,3 +220,12 @@ class BatchStore:
         for statement in _SCHEMA.split(";"):
             self._db.execute(statement)
         self._db.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from msgspec.structs import replace
 
@@ -28,12 +28,15 @@ from quire.server.responses.protocol import (
 from quire.server.responses.renderer import ResponseRenderer
 from quire.server.responses.runs import Run
 from quire.server.responses.store import StoredResponse
+from quire.server.store_faults import RetryPause, StoreFailedError
 from quire.server.streaming import StreamForm
 
 Save = Callable[[ResponseObject], Awaitable[None]]
 
 _RUNNING = ("queued", "in_progress")
 _MAX_PAGE = 100
+_ATTEMPTS = 6
+"""Attempts to keep the end of a response that runs in the background: for a minute."""
 
 
 async def create_response(context: RequestContext) -> None:
@@ -55,14 +58,20 @@ async def create_response(context: RequestContext) -> None:
     answer = Answer(turn.generation, renderer, reader=turn.reader)
     context.scope["state"]["usage"] = answer.usage
 
+    async def keep(response: ResponseObject) -> None:
+        await store.save(account, StoredResponse(response, items))
+
     async def save(response: ResponseObject) -> None:
         if request.store is not False:
-            await store.save(account, StoredResponse(response, items))
+            try:
+                await keep(response)
+            except StoreFailedError as error:  # the client gets its answer all the same
+                context.warn(f"the response is not kept: {error.message}")
 
     if context.asks_for_prompt:
         await context.reply(await answer.prompt_blocks(context.engine))
     elif request.background:
-        await _start(context, answer, renderer, save, stream=bool(request.stream))
+        await _start(context, answer, renderer, keep, stream=bool(request.stream))
     elif request.stream:
         events = _saved(answer.stream_events(context), renderer, save)
         await context.stream(events, answer.stream_form(marked=context.handover is not None))
@@ -140,37 +149,55 @@ async def _saved(
 
 
 async def _start(
-    context: RequestContext, answer: Answer, renderer: ResponseRenderer, save: Save, *, stream: bool
+    context: RequestContext, answer: Answer, renderer: ResponseRenderer, keep: Save, *, stream: bool
 ) -> None:
-    """Generate in the background, and answer with the queued response or with the events as they come."""
+    """Generate in the background, and answer with the queued response or with the events as they come. A response that
+    the store cannot keep is refused: nobody could retrieve it."""
     run = Run(renderer.response.id, context.client.account)
     engine, queued, kept = context.engine, renderer.response, asyncio.Event()
+    refusals = list[StoreFailedError]()
 
     async def work() -> None:
         try:
-            await save(queued)
+            await keep(queued)
+        except StoreFailedError as error:
+            refusals.append(error)
+            return
         finally:
             kept.set()
         try:
             async with aclosing(answer.events(engine)) as events:
                 async for event in events:
                     if renderer.response.status not in _RUNNING:
-                        await save(renderer.response)
+                        await _keep_patiently(keep, renderer.response)
                     run.add(event)
         except Exception as error:
             run.add(renderer.failure(as_request_error(error)))
-            await save(renderer.response)
+            await _keep_patiently(keep, renderer.response)
         except BaseException:  # cancelled
             renderer.response = replace(renderer.response, status="cancelled")
-            await save(renderer.response)
+            with suppress(StoreFailedError):  # it is in the log
+                await keep(renderer.response)
             raise
 
     context.services.runs.start(run, work)  # may refuse: a response that never runs must not be kept as queued
     await kept.wait()
+    for refusal in refusals:
+        raise refusal
     if stream:
         await context.stream(run.read(0), StreamForm(_failure, renderer.done))
     else:
         await context.reply(queued)
+
+
+async def _keep_patiently(keep: Save, response: ResponseObject) -> None:
+    """Keep a response in which nobody would see a fault of the store: try some times."""
+    pause = RetryPause()
+    for _ in range(_ATTEMPTS):
+        with suppress(StoreFailedError):  # it is in the log
+            await keep(response)
+            return
+        await pause.wait()
 
 
 def _blank(context: RequestContext, request: ResponsesRequest, model: str, turn: ChatTurn) -> ResponseObject:

@@ -19,6 +19,7 @@ import msgspec
 
 from quire.errors import ConfigError, RequestError
 from quire.server.responses.protocol import ResponseError, ResponseObject
+from quire.server.store_faults import store_faults
 from quire.server.transaction import transaction
 
 logger = logging.getLogger("quire.server")
@@ -48,17 +49,9 @@ class StoredResponse:
     items: list[Item]
 
 
-class StoreFailedError(RequestError):
-    """The database could not be read or written, because the disk is full or the file is damaged."""
-
-    status = 503
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="store_failed")
-
-
 class ResponseStore:
-    """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most."""
+    """Keeps responses in the file `path`, or in memory if it is None, in `capacity` bytes of content at most. Every
+    method raises `StoreFailedError` if the file cannot be read or written."""
 
     def __init__(self, path: str | None, capacity: int) -> None:
         """Raises `ConfigError` for a file that is no database, or cannot be written."""
@@ -77,12 +70,8 @@ class ResponseStore:
         self._size = int(size)
 
     async def save(self, account: str, stored: StoredResponse) -> None:
-        """Add `stored`, or replace the response of the same id. A fault of the file is logged: the client gets its
-        answer all the same."""
-        try:
-            await self._run(lambda: self._save(account, stored))
-        except StoreFailedError as error:
-            logger.error("%s; the response %s is not kept", error.message, stored.response.id)
+        """Add `stored`, or replace the response of the same id."""
+        await self._run(lambda: self._save(account, stored))
 
     async def load(self, account: str, response_id: str) -> StoredResponse | None:
         """The response of this id; None if `account` has none."""
@@ -101,11 +90,8 @@ class ResponseStore:
 
     async def _run(self, work: Callable[[], T]) -> T:
         def locked() -> T:
-            with self._lock:
-                try:
-                    return work()
-                except sqlite3.Error as error:
-                    raise StoreFailedError(f"the store of responses failed: {error}") from None
+            with self._lock, store_faults("--responses-store"):
+                return work()
 
         return await asyncio.to_thread(locked)
 

@@ -12,11 +12,13 @@ _WORDS = {"true": True, "false": False, "null": None, "none": None}
 _MAX_REFERENCES = 32
 
 
-def property_schema(parameters: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The schema of one argument, references followed; empty if there is none."""
-    properties = resolve(parameters, parameters).get("properties")
+def property_schema(schema: Mapping[str, Any], key: str, root: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """The schema of an object's member, references into `root` followed; empty if there is none. `root` is by default
+    `schema`, as for an argument."""
+    root = schema if root is None else root
+    properties = resolve(schema, root).get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
-    return resolve(found, parameters) if isinstance(found, Mapping) else {}
+    return resolve(found, root) if isinstance(found, Mapping) else {}
 
 
 def resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,17 +2,18 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from quire.grammar.json_schema import WHITESPACE, prepared
 from quire.server.tools.arguments import is_text, json_types, property_schema, resolve
-from quire.server.tools.formats import HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
+from quire.server.tools.formats import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
 from quire.server.tools.marks import Marks
 from quire.server.tools.request import Tool, ToolUse
 
 MAX_CACHED_CHARS = 2**14
+_BARE_NAME = re.compile(r"[\w-]+")
 
 
 class Rules:
@@ -89,6 +90,8 @@ class CallRules:
                 rule = _TagRules(self._rules, self._marks, self._form, body, tool, name).call()
             case PythonBody():
                 rule = _PythonRules(self._rules, tool, name).call()
+            case BracedBody() as body:
+                rule = _BracedRules(self._rules, self._marks, body, tool, name).call()
         return self._rules.add(name, rule)
 
     def _header(self, body: HeaderBody, tool: Tool) -> str:
@@ -150,8 +153,9 @@ class _TagRules:
         self._tool = tool
         self._name = name
         closers = (body.value_close, body.key_open, body.end, form.call[1], form.section[1])
-        texts = [marks.encode(mark.strip()) for mark in closers if mark.strip()]
-        self._forbidden = [text for text in texts if len(text) > 1 or text.isascii()]
+        if body.prefix:
+            closers = (body.prefix,)
+        self._forbidden = [mark.strip() for mark in closers if mark.strip() and marks.before_token(mark) is None]
 
     def call(self) -> str:
         """The whole call."""
@@ -162,54 +166,72 @@ class _TagRules:
             f"{self._argument(listed, name, index)}?"
             for index, name in enumerate(listed.optional, len(listed.required))
         ]
-        if listed.extra is not None:
+        if listed.extra is not None and "{key}" not in body.value_close:  # a grammar cannot repeat a free name
             parts.append(f"{self._extra(listed, listed.extra)}{{0,8}}")
         parts.append(mark(body.end))
         return " ".join(part for part in parts if part)
 
     def _argument(self, listed: _Properties, name: str, index: int) -> str:
         schema = listed.schema(name)
-        texts = not _is_json(schema, listed.root)
-        head = self._head(self._marks.lark, name, texts=texts)
-        return self._rules.add(f"{self._name}_{index}", f"{head} {self._value(schema, listed.root, index)}")
+        key_close = self._body.key_close.replace("{is_text}", "false" if _is_json(schema, listed.root) else "true")
+        head = self._marks.lark(f"{self._body.key_open}{name}{key_close}")
+        return self._rules.add(f"{self._name}_{index}", f"{head} {self._value(schema, listed.root, name, index)}")
 
     def _extra(self, listed: _Properties, schema: Mapping[str, Any]) -> str:
         opened = self._marks.lark(self._body.key_open)
         closed_key = self._marks.lark(self._body.key_close.replace("{is_text}", "true"))
-        number = len(listed.required) + len(listed.optional)
-        value = self._value(schema, listed.root, number)
-        return self._rules.add(f"{self._name}_extra", f"{opened} /[a-zA-Z_][a-zA-Z0-9_]{{0,30}}/ {closed_key} {value}")
+        value = self._value(schema, listed.root, "", len(listed.required) + len(listed.optional))
+        body = f"{opened} /[a-zA-Z_][a-zA-Z0-9_]{{0,30}}/ {closed_key} {value}"
+        return self._rules.add(f"{self._name}_extra", body)
 
-    def _head(self, mark: Any, name: str, *, texts: bool) -> str:
-        key_close = self._body.key_close.replace("{is_text}", "true" if texts else "false")
-        return str(mark(f"{self._body.key_open}{name}{key_close}"))
+    def _value(self, schema: Mapping[str, Any], root: Mapping[str, Any], key: str, index: int) -> str:
+        close = self._body.value_close.replace("{key}", key)
+        if _is_json(schema, root):
+            return f"{json_rule(schema)} {self._marks.lark(close)}"
+        if (spelled := _choices(schema)) is not None:
+            return f"({' | '.join(map(CallRules.quoted, spelled))}) {self._marks.lark(close)}"
+        name = f"{self._name}_text_{index}"
+        return _closed_text(self._rules, self._marks, name, schema, close, self._forbidden)
+
+
+class _BracedRules:
+    """A call whose arguments are an object in braces with quotes of its own."""
+
+    def __init__(self, rules: Rules, marks: Marks, body: BracedBody, tool: Tool, name: str) -> None:
+        self._rules = rules
+        self._marks = marks
+        self._body = body
+        self._tool = tool
+        self._name = name
+        self._forbidden = [body.quote] if marks.before_token(body.quote) is None else []
+
+    def call(self) -> str:
+        """The whole call."""
+        listed = _Properties(self._tool)
+        head = CallRules.quoted(f"{self._body.head}{self._tool.name}")
+        if listed.extra is not None and not listed.required and not listed.optional:
+            return f"{head} {json_rule({'type': 'object', 'additionalProperties': True})}"
+        return f'{head} "{{" {_separated(listed, self._argument, ",")} "}}"'
+
+    def _argument(self, listed: _Properties, name: str, index: int) -> str:
+        key = CallRules.quoted(f"{name}:" if _BARE_NAME.fullmatch(name) else f"{json.dumps(name)}:")
+        return self._rules.add(f"{self._name}_{index}", f"{key} {self._value(listed.schema(name), listed.root, index)}")
 
     def _value(self, schema: Mapping[str, Any], root: Mapping[str, Any], index: int) -> str:
-        close = self._marks.lark(self._body.value_close)
-        if _is_json(schema, root):
-            return f"{json_rule(schema)} {close}"
-        if (spelled := _choices(schema)) is not None:
-            return f"({' | '.join(map(CallRules.quoted, spelled))}) {close}"
-        name = f"{self._name}_text_{index}".upper()
-        self._rules.add(name, self._text(schema))
-        first, second = self._body.value_close.strip(), self._body.value_close.rpartition(">")[2]
-        if self._marks.token_id(first) is not None:
-            return f"{name} {self._marks.lark(self._body.value_close.lstrip())}"  # the text has the newline before it
-        rule = self._rules.add(f"{self._name}_text_{index}", name, f"suffix={CallRules.quoted(first)}")
-        return f"{rule} {self._marks.lark(second)}"
-
-    def _text(self, schema: Mapping[str, Any]) -> str:
-        """A text that keeps its limits of length and its pattern, and contains no tag."""
-        newline = "\\n" if self._body.strips_newlines else ""
-        parts = []
-        if self._forbidden:
-            parts.append(f"~/(.|\\n)*({'|'.join(map(_escaped, self._forbidden))})(.|\\n)*/")
-        low, high = schema.get("minLength", 0), schema.get("maxLength", "")
-        limits = "*" if (low, high) == (0, "") else f"{{{low},{high}}}"
-        parts.insert(0, f"/(.|\\n){limits}{newline}/")
-        if isinstance(pattern := schema.get("pattern"), str):
-            parts.insert(0, f"/{_anchored(pattern)}{newline}/")
-        return " & ".join(parts)
+        mark = self._marks.lark(self._body.quote)
+        if _is_json(schema, root) or _is_combined(schema):
+            return json_rule(schema)
+        values: list[Any] | None = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list) and values:
+            spelled = [
+                f"{mark} {CallRules.quoted(value)} {mark}" if isinstance(value, str) else json_rule({"const": value})
+                for value in values
+            ]
+            return f"({' | '.join(spelled)})"
+        name, quote = f"{self._name}_text_{index}", self._body.quote
+        text = f"{mark} {_closed_text(self._rules, self._marks, name, schema, quote, self._forbidden)}"
+        others = sorted(json_types(schema, root) - {"string"})
+        return f"({text} | {json_rule({**schema, 'type': others})})" if others else text
 
 
 class _PythonRules:
@@ -223,23 +245,56 @@ class _PythonRules:
     def call(self) -> str:
         """The whole call."""
         listed = _Properties(self._tool)
-        required = [self._argument(listed, name, index) for index, name in enumerate(listed.required)]
-        optional = [
-            self._argument(listed, name, index) for index, name in enumerate(listed.optional, len(listed.required))
-        ]
-        if required:
-            body = ' ", " '.join(required) + "".join(f' (", " {rule})?' for rule in optional)
-        else:
-            body = " | ".join(
-                rule + "".join(f' (", " {later})?' for later in optional[index + 1 :])
-                for index, rule in enumerate(optional)
-            )
-            body = f"({body})?" if body else ""
-        return f'{CallRules.quoted(self._tool.name + "(")} {body} ")"'
+        return f'{CallRules.quoted(self._tool.name + "(")} {_separated(listed, self._argument, ", ")} ")"'
 
     def _argument(self, listed: _Properties, name: str, index: int) -> str:
         value = json_rule(listed.schema(name))
         return self._rules.add(f"{self._name}_{index}", f"{CallRules.quoted(name + '=')} {value}")
+
+
+def _separated(listed: _Properties, argument: Callable[[_Properties, str, int], str], comma: str) -> str:
+    """All arguments in the order of the schema, those that are not required left out or not, with `comma` between."""
+    between = CallRules.quoted(comma)
+    required = [argument(listed, name, index) for index, name in enumerate(listed.required)]
+    optional = [argument(listed, name, index) for index, name in enumerate(listed.optional, len(listed.required))]
+    if required:
+        return f" {between} ".join(required) + "".join(f" ({between} {rule})?" for rule in optional)
+    body = " | ".join(
+        rule + "".join(f" ({between} {later})?" for later in optional[index + 1 :])
+        for index, rule in enumerate(optional)
+    )
+    return f"({body})?" if body else ""
+
+
+def _closed_text(
+    rules: Rules, marks: Marks, name: str, schema: Mapping[str, Any], close: str, forbidden: Sequence[str]
+) -> str:
+    """A rule for a text of `schema` that contains nothing forbidden, and the mark `close` behind it."""
+    mark, trailing = close.strip(), close[len(close.rstrip()) :]
+    before = marks.before_token(mark)
+    # What stands in front of a token belongs to the text's terminal, which ends where the token comes.
+    ending = ("\n" if close.startswith("\n") else "") + (before or "")
+    terminal = rules.add(name.upper(), _text(schema, forbidden, _escaped(ending)))
+    if before is not None:
+        return f"{terminal} {marks.lark(mark[len(before) :] + trailing)}"
+    rule = rules.add(name, terminal, f"suffix={CallRules.quoted(mark)}")
+    return f"{rule} {marks.lark(trailing)}"
+
+
+def _text(schema: Mapping[str, Any], forbidden: Sequence[str], ending: str) -> str:
+    """A text that keeps its limits of length and its pattern, and contains nothing forbidden; `ending` follows."""
+    low, high = schema.get("minLength", 0), schema.get("maxLength", "")
+    limits = "*" if (low, high) == (0, "") else f"{{{low},{high}}}"
+    parts = [f"/(.|\\n){limits}{ending}/"]
+    if forbidden:
+        parts.append(f"~/(.|\\n)*({'|'.join(map(_escaped, forbidden))})(.|\\n)*/")
+    if isinstance(pattern := schema.get("pattern"), str):
+        parts.insert(0, f"/{_anchored(pattern)}{ending}/")
+    return " & ".join(parts)
+
+
+def _is_combined(schema: Mapping[str, Any]) -> bool:
+    return any(name in schema for name in ("anyOf", "oneOf", "allOf", "not", "if"))
 
 
 def _is_json(schema: Mapping[str, Any], root: Mapping[str, Any]) -> bool:

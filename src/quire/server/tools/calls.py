@@ -4,7 +4,8 @@ A function here is a scan (see `scanner`). It raises `NotACallError` for text th
 begun.
 """
 
-from quire.server.tools.formats import HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
+from quire.server.tools.braced_call import read_braced_call
+from quire.server.tools.formats import BracedBody, HeaderBody, JsonBody, PythonBody, TagBody, ToolFormat
 from quire.server.tools.header_call import read_header_call
 from quire.server.tools.json_calls import read_json_calls
 from quire.server.tools.python_calls import read_python_calls
@@ -73,3 +74,5 @@ def _read_body(scan: Scanner, form: ToolFormat, sink: Sink) -> Scan[None]:
             yield from read_tag_call(scan, form, body, sink)
         case PythonBody() as body:
             yield from read_python_calls(scan, body, sink)
+        case BracedBody() as body:
+            yield from read_braced_call(scan, form, body, sink)

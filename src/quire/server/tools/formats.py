@@ -39,7 +39,11 @@ class TagBody:
     key_close: str
     """A key that ends with a quote may be followed by attributes, up to the end of the tag."""
     value_close: str
+    """May hold {key}, the argument's name."""
     end: str
+    prefix: str = ""
+    """Stands before every tag, and nowhere else. Objects and lists are then tags within tags: the name of a member or
+    of an item is the tag's."""
 
     @property
     def strips_newlines(self) -> bool:
@@ -54,7 +58,18 @@ class PythonBody:
     bracketed: bool = True
 
 
-Body = JsonBody | HeaderBody | TagBody | PythonBody
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BracedBody:
+    """`head`, the name, and an object in braces: names of members as they are, texts between quotes of their own.
+
+    A text knows no escapes. JSON is read too, and a grammar writes objects and lists within the arguments as JSON.
+    """
+
+    head: str
+    quote: str
+
+
+Body = JsonBody | HeaderBody | TagBody | PythonBody | BracedBody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +130,7 @@ class Thinking:
 
 
 _DSML = "｜DSML｜"
+_MINIMAX = "]<]minimax[>["
 
 PLAIN_JSON = ToolFormat(
     names=("json",),
@@ -172,6 +188,22 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         in_template=(("<|tool_call_argument_begin|>",), ("<|tool_calls_section_begin|>",)),
     ),
     ToolFormat(
+        names=("minimax_m3",),
+        section=(f"{_MINIMAX}<tool_call>\n", f"\n{_MINIMAX}</tool_call>"),
+        body=TagBody(
+            prefix=_MINIMAX,
+            name_open=f'{_MINIMAX}<invoke name="',
+            name_close='">',
+            key_open=f"{_MINIMAX}<",
+            key_close=">",
+            value_close=f"{_MINIMAX}</{{key}}>",
+            end=f"{_MINIMAX}</invoke>",
+        ),
+        between="\n",
+        also_opens=(f'{_MINIMAX}<invoke name="',),
+        in_template=((_MINIMAX,),),
+    ),
+    ToolFormat(
         names=("minimax_m2", "minimax"),
         section=("<minimax:tool_call>\n", "\n</minimax:tool_call>"),
         body=TagBody(
@@ -185,6 +217,18 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
         between="\n",
         also_opens=('<invoke name="',),
         in_template=(("<minimax:tool_call>",),),
+    ),
+    ToolFormat(
+        names=("gemma4",),
+        call=("<|tool_call>", "<tool_call|>"),
+        body=BracedBody(head="call:", quote='<|"|>'),
+        in_template=(("<|tool_call>",),),
+    ),
+    ToolFormat(
+        names=("functiongemma",),
+        call=("<start_function_call>", "<end_function_call>"),
+        body=BracedBody(head="call:", quote="<escape>"),
+        in_template=(("<start_function_call>",),),
     ),
     ToolFormat(
         names=("glm45", "glm47", "glm4_moe"),
@@ -305,6 +349,13 @@ TOOL_FORMATS: tuple[ToolFormat | Channels, ...] = (
 
 THINKINGS: tuple[Thinking, ...] = (
     Thinking(names=("seed_oss",), open="<seed:think>", close="</seed:think>", in_template=(("</seed:think>",),)),
+    Thinking(names=("minimax_m3",), open="<mm:think>", close="</mm:think>", in_template=(("</mm:think>",),)),
+    Thinking(
+        names=("gemma4",),
+        open="<|channel>thought\n",
+        close="<channel|>",
+        in_template=(("<|channel>", "<channel|>"),),
+    ),
     Thinking(names=("mistral", "magistral"), open="[THINK]", close="[/THINK]", in_template=(("[THINK]",),)),
     Thinking(
         names=("cohere_command3", "command_r", "cohere"),

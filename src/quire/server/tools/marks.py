@@ -45,6 +45,11 @@ class Marks:
         token_id = self._ids.get(mark)
         return token_id if token_id in self.char_of_id else None
 
+    def before_token(self, mark: str) -> str | None:
+        """The text of the mark in front of its first token; None if it has no token."""
+        found = self._tokens.search(mark) if self._tokens is not None else None
+        return None if found is None else mark[: found.start()]
+
     def lark(self, mark: str) -> str:
         """The mark as a part of a Lark rule: token ids and texts."""
         parts: list[str] = []

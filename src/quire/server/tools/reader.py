@@ -17,6 +17,10 @@ from quire.server.tools.scanner import Scan, Scanner
 from quire.server.tools.sink import NotACallError
 
 
+MAX_FALSE_CALLS = 32
+"""Marks of one reply that may open no call. Each may mean that the rest is read twice, so further marks are text."""
+
+
 class ReplyFormat:
     """The formats of one model, bound to its vocabulary."""
 
@@ -121,6 +125,7 @@ class _Parser:
         self._think_close = thinking.close.strip() if isinstance(thinking, Thinking) else ""
         self._openers = tuple(mark.strip() for mark in self._tools.openers) if self._tools is not None else ()
         self._has_thought = options.opening is not Opening.FREE
+        self._num_false_calls = 0
 
     def run(self) -> Scan[None]:
         """Read the whole reply."""
@@ -198,11 +203,14 @@ class _Parser:
     def _calls(self, start: int | None = None, *, known_only: bool = False) -> Scan[bool]:
         """Read calls from their opener on. Returns False if it opens no call; the scan is then back at `start`."""
         assert self._tools is not None
+        if self._num_false_calls >= MAX_FALSE_CALLS:
+            return False
         start = self._scan.pin() if start is None else start
         self._output.known_only = known_only
         try:
             yield from read_calls(self._scan, self._tools, self._output)
         except NotACallError:
+            self._num_false_calls += 1
             self._scan.back_to(start)
             return False
         finally:
