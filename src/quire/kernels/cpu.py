@@ -247,9 +247,8 @@ def experts(x: Tensor, chosen: Tensor, weights: Tensor, experts: PackedExperts, 
     elif isinstance(gate_up, CodedWeight) and isinstance(down, CodedWeight):
         _cpu.experts_coded(tokens, _codes(gate_up), biases[0], _codes(down), biases[1], out)
     else:
-        form, rotates, *first = _parts(gate_up)
-        _, _, *second = _parts(down)
-        _cpu.experts(tokens, form, rotates, *first, biases[0], *second, biases[1], out)
+        form, rotates, *_ = _parts(gate_up)
+        _cpu.experts(tokens, form, rotates, *_parts(gate_up)[2:], biases[0], *_parts(down)[2:], biases[1], out)
 
 
 def _parts(weight: ExpertWeight) -> tuple[str, bool, Tensor, Tensor | None, int]:

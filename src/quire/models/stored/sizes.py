@@ -47,14 +47,11 @@ def count_kept(folder: Path, stored: StoredWeights) -> KeptBits | None:
 
 
 def estimate_kept(spec: ModelSpec, stored: StoredWeights) -> KeptBits:
-    """The same from config.json alone: every dense layer as most are stored, the head in floats."""
-    scheme = stored.usual
-    dense = spec.layer_parameters - sum(
-        num_layers * experts.num_experts * experts.expert.num_parameters for experts, num_layers in spec.expert_layers
-    )
+    """The same from config.json alone: every dense layer as most are stored, experts included, the head in floats."""
+    scheme, parameters = stored.usual, spec.layer_parameters
     width = 4 if scheme.bits <= 4 else 8
-    scales = dense // scheme.group_of(spec.hidden_size) * 2 * (1 if scheme.symmetric else 2)
-    return KeptBits(dense, dense * width // 8 + scales)
+    scales = parameters // scheme.group_of(spec.hidden_size) * 2 * (1 if scheme.symmetric else 2)
+    return KeptBits(parameters, parameters * width // 8 + scales)
 
 
 def _entries(folder: Path) -> Mapping[str, Entry]:
