@@ -63,11 +63,12 @@ def test_a_group_that_stands_out_has_a_second_digit(isa: str) -> None:
     matrix, x = matrix_of("Q8_0", 9), torch.randn(4, NUM_INPUTS)
     x[2, 70] = 1000.0
     exact = x.double() @ dequantize(matrix).double().t()
-    found = cpu.linear_quantized(x, cpu.pack_blocks([matrix]), None, 9)
+    weight = BlockWeight((matrix,))
+    found = cpu.linear_quantized(x, weight, None, 9)
     without = exact[2] - 1000.0 * dequantize(matrix)[:, 70].double()
     error = (found[2].double() - 1000.0 * dequantize(matrix)[:, 70].double() - without).norm() / without.norm()
     assert error < 0.05  # 8 bits alone would leave 32 inputs in the noise of 1000 / 127
-    assert torch.equal(found[[0, 1, 3]], cpu.linear_quantized(x[[0, 1, 3]], cpu.pack_blocks([matrix]), None, 9))
+    assert torch.equal(found[[0, 1, 3]], cpu.linear_quantized(x[[0, 1, 3]], weight, None, 9))
 
 
 @pytest.mark.parametrize("name", TYPES)

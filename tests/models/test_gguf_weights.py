@@ -98,7 +98,7 @@ def test_experts_keep_their_blocks(tmp_path: Path) -> None:
     widened = write_gguf(folder, tmp_path / "floats.gguf", "llama", "Q8_0", widened=True)
     ids = prompt(30)
     model = PagedModel(stored)
-    assert_close(model.step({0: ids})[0], PagedModel(widened).step({0: ids})[0], 2e-2)
+    assert_close(model.step({0: ids})[0], PagedModel(widened).step({0: ids})[0], 2e-3)
     packed = model.model.layers[0].mlp.experts.packed  # type: ignore[attr-defined]
     assert isinstance(packed.gate_up, BlockWeight)
 

@@ -18,8 +18,8 @@ _SECOND_DIGIT = 254
 
 
 def keep_blocks(matrices: Sequence[BlockMatrix]) -> BlockWeight:
-    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits."""
-    return BlockWeight(tuple(matrices))
+    """matrices [N_i, K], whose outputs lie side by side -> one weight with their bits, for rows of both digits."""
+    return BlockWeight(tuple(matrices), both_digits=True)
 
 
 def linear_blocks(x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:

@@ -104,16 +104,16 @@ def pack_each(
     """`pack_experts`, made of a module's own operations. What it computes:
 
     The dense layer of each expert as `stored` says: a float type, or a format of few bits. Codes, blocks and MXFP4 keep
-    their bits (`quire.kernels.expert_forms`). MXFP4 becomes blocks of GGUF; rows get both digits, unless a format of
-    few bits says that 8 bits will do. The result has what the operations make of each expert, in tensors with a first
-    dimension of experts.
+    their bits (`quire.kernels.expert_forms`). MXFP4 becomes blocks of GGUF. Rows that meet blocks get both digits; if a
+    format of few bits is given with MXFP4, only groups that stand out do. The result has what the operations make of
+    each expert, in tensors with a first dimension of experts.
     """
     form = form_of(matrices, stored)
     if form == "codes":
         return _pack_codes(coded_parts(matrices), pack_coded, allocate)
     if form == "blocks":
         if isinstance(matrices[0][0], BlockMatrix):
-            return BlockWeight(stack_blocks(block_parts(matrices)))
+            return BlockWeight(stack_blocks(block_parts(matrices)), both_digits=True)
         return _pack_mxfp4(matrices, allocate, both_digits=isinstance(stored, str))
     floats = in_floats(matrices)
     if isinstance(stored, str):

@@ -20,6 +20,7 @@ from quire.layers.linear import Linear, SideBySide
 from quire.model_config import ModelConfig
 from quire.models.checkpoint_formats import open_checkpoint
 from quire.models.device_weights import DeviceWeights
+from quire.models.experts import Experts
 from quire.models.registry import load_model
 from tests.checkpoints import make_checkpoint
 from tests.models.parity import TOLERANCE, assert_close, expected_logits, prompt
@@ -75,7 +76,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_close(PagedModel(folder).step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
 
 
-@pytest.mark.parametrize("name", ["gptq 4", "awq gemm", "FP8 block", "W8A16"])
+@pytest.mark.parametrize("name", ["gptq 4", "awq gemm", "FP8 channel", "W8A16"])
 def test_experts_keep_their_bits(name: str, tmp_path: Path) -> None:
     """In the model, in the plan, and in what comes out."""
     case = replace(CASES[name], floats=(*CASES[name].floats, "mlp.gate.", "embed", "norm"))
@@ -83,18 +84,23 @@ def test_experts_keep_their_bits(name: str, tmp_path: Path) -> None:
     ids = prompt(12)
     model = PagedModel(folder)
     assert_close(model.step({0: ids})[0], expected_logits(tmp_path / "floats", ids))
-    layers = [layer.mlp for layer in model.model.layers]  # type: ignore[attr-defined]
-    packed = [weight for mlp in layers for weight in (mlp.experts.packed.gate_up, mlp.experts.packed.down)]
+    mlps = [layer.mlp for layer in model.model.layers]  # type: ignore[attr-defined]
+    experts = [mlp.experts.packed for mlp in mlps if isinstance(mlp, Experts)]
+    packed = [weight for each in experts for weight in (each.gate_up, each.down)]
+    assert packed
     assert all(isinstance(weight, CodedWeight) for weight in packed)
     kept = read_model_config(folder).kept
     assert kept is not None
-    dense = sum(kept_bytes(layer) for layer in model_linears(model))
+    dense = sum(kept_bytes(linear) for linear in linears_of(model))
     assert kept.layer_bytes == dense + sum(weight.nbytes for weight in packed)
 
 
-def model_linears(model: PagedModel) -> list[Linear]:
+def linears_of(model: PagedModel) -> list[Linear]:
+    """The dense layers outside experts."""
     layers = model.model.layers  # type: ignore[attr-defined]
-    return [linear for layer in layers for linear in (layer.attention.qkv, layer.attention.o)]
+    dense = [layer.mlp for layer in layers if not isinstance(layer.mlp, Experts)]
+    attention = [linear for layer in layers for linear in (layer.attention.qkv, layer.attention.o)]
+    return [*attention, *(linear for mlp in dense for linear in (mlp.gate_up, mlp.down))]
 
 
 def test_parts_of_a_layer_that_are_stored_in_several_ways(llama: Path, tmp_path: Path) -> None:
